@@ -1,0 +1,28 @@
+"""The one exception for a user's mistake, and how a program ends on it.
+
+    raise UserError("prompts.txt: the file is empty; write one prompt per paragraph")
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Something the user can mend: the message names the file, row or flag, and the remedy."""
+
+
+def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Wraps a `main()`: a `UserError` becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def run(*args: object, **kwargs: object) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return run
