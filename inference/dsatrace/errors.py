@@ -1,6 +1,6 @@
 """The one exception for a user's mistake, and how a program ends on it.
 
-    raise UserError("prompts.txt: the file is empty; write one prompt per paragraph")
+raise UserError("prompts.txt: the file is empty; write one prompt per paragraph")
 """
 
 from __future__ import annotations

@@ -103,7 +103,9 @@ class ModelArgs:
                 f"n_expert_groups {self.n_expert_groups}"
             )
         if not 1 <= self.n_limited_groups <= self.n_expert_groups:
-            raise ValueError(f"n_limited_groups {self.n_limited_groups} must lie in 1..{self.n_expert_groups}")
+            raise ValueError(
+                f"n_limited_groups {self.n_limited_groups} must lie in 1..{self.n_expert_groups}"
+            )
         candidates = self.n_routed_experts // self.n_expert_groups * self.n_limited_groups
         if not 1 <= self.n_activated_experts <= candidates:
             raise ValueError(

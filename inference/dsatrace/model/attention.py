@@ -1,0 +1,109 @@
+"""Multi-head latent attention over the selected tokens only.
+
+Both projections of the latent are absorbed into query and output, so attention works on
+the cached rows themselves: gather K rows, one product for the scores, one for the values.
+Prefill and decode are the same code; neither touches a token that was not selected.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .batch import Batch
+from .cache import KVCache
+from .config import FP8_GROUP
+from .indexer import Indexer
+from .layers import ColumnParallelLinear, Linear, ModelSetup, RMSNorm, RowParallelLinear
+from .rotary import rotate_interleaved, softmax_scale
+
+GATHER_BYTES = 16 << 20
+"""Bound on the latents gathered at a time: rows of a long prefill chunk attend in slices."""
+
+
+class MLA(nn.Module):
+    """DeepSeek-V3.2 attention: N rows in, N rows out, KV in the paged cache."""
+
+    def __init__(self, setup: ModelSetup, layer_id: int):
+        super().__init__()
+        args = setup.args
+        self.setup = setup
+        self.layer_id = layer_id
+        self.num_heads = args.n_heads // setup.group.size
+        self.wq_a = Linear(setup, args.dim, args.q_lora_rank)
+        self.q_norm = RMSNorm(setup, args.q_lora_rank)
+        self.wq_b = ColumnParallelLinear(setup, args.q_lora_rank, args.n_heads * args.qk_head_dim)
+        self.wkv_a = Linear(setup, args.dim, args.latent_dim)
+        self.kv_norm = RMSNorm(setup, args.kv_lora_rank)
+        per_head = args.qk_nope_head_dim + args.v_head_dim
+        self.wkv_b = ColumnParallelLinear(setup, args.kv_lora_rank, args.n_heads * per_head)
+        self.wo = RowParallelLinear(setup, args.n_heads * args.v_head_dim, args.dim)
+        self.indexer = Indexer(setup, layer_id)
+        self.scale = softmax_scale(args)
+        self._absorbed: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def absorbed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`wkv_b` split by head into key `(H, nope, C)` and value `(H, C, v)` projections; made once."""
+        if self._absorbed is None:
+            args = self.setup.args
+            per_head = self.wkv_b.dequantised().view(self.num_heads, -1, args.kv_lora_rank)
+            keys, values = per_head.split((args.qk_nope_head_dim, args.v_head_dim), dim=1)
+            self._absorbed = keys, values.transpose(1, 2)
+        return self._absorbed
+
+    def forward(
+        self,
+        x: torch.Tensor,  # (N, dim), normed
+        rope: tuple[torch.Tensor, torch.Tensor],  # 2 x (N, R/2)
+        batch: Batch,
+        cache: KVCache,
+    ) -> torch.Tensor:
+        q_latent = self.q_norm(self.wq_a(x))
+        cache.write_latent(self.layer_id, batch, self._latent(x, rope))
+        selection = self.indexer(x, q_latent, rope, batch, cache)
+        slots = cache.resolve(self.layer_id, batch, selection.positions)  # (N, K)
+        query = self._absorbed_query(q_latent, rope)  # (N, H, C + R)
+        latents = cache.latent[self.layer_id].flatten(0, 1)  # (slots, C + R)
+
+        row_bytes = slots.shape[1] * latents.shape[1] * latents.element_size()
+        rows = max(1, GATHER_BYTES // row_bytes)
+        pieces = [
+            self._attend(q, s, latents) for q, s in zip(query.split(rows), slots.split(rows), strict=True)
+        ]
+        _, value_up = self.absorbed()
+        attended = torch.cat(pieces).transpose(0, 1)  # (H, N, C)
+        out = torch.bmm(attended, value_up).transpose(0, 1)  # (N, H, v)
+        return self.wo(out.flatten(1))
+
+    def _latent(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """The row to cache: normed (and, as the released model does, fp8-rounded) KV, then the rope key."""
+        args = self.setup.args
+        kv, k_rope = self.wkv_a(x).split((args.kv_lora_rank, args.qk_rope_head_dim), dim=-1)
+        kv = self.kv_norm(kv)
+        if args.latent_fp8:
+            values, scale = self.setup.kernels.fake_quant(kv, args.scale_fmt)
+            scale = scale.repeat_interleave(FP8_GROUP, dim=-1)[:, : kv.shape[1]]
+            kv = (values * scale).to(kv.dtype)
+        return torch.cat((kv, rotate_interleaved(k_rope, *rope)), dim=-1)
+
+    def _absorbed_query(
+        self, q_latent: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        args = self.setup.args
+        query = self.wq_b(q_latent).view(-1, self.num_heads, args.qk_head_dim)
+        q_nope, q_rope = query.split((args.qk_nope_head_dim, args.qk_rope_head_dim), dim=-1)
+        cos, sin = rope
+        q_rope = rotate_interleaved(q_rope, cos.unsqueeze(1), sin.unsqueeze(1))
+        key_up, _ = self.absorbed()
+        absorbed = torch.bmm(q_nope.transpose(0, 1), key_up).transpose(0, 1)  # (N, H, C)
+        return torch.cat((absorbed, q_rope), dim=-1)
+
+    def _attend(self, query: torch.Tensor, slots: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """`query (n, H, C + R)` over the latents at `slots (n, K)`, -1 ignored. Returns `(n, H, C)`."""
+        num_rows, num_selected = slots.shape
+        padded = slots < 0
+        gathered = latents.index_select(0, slots.clamp_min(0).view(-1)).view(num_rows, num_selected, -1)
+        scores = torch.bmm(query, gathered.transpose(1, 2)).to(self.setup.precise_dtype) * self.scale
+        scores = scores.masked_fill_(padded.unsqueeze(1), float("-inf"))
+        weights = scores.softmax(dim=-1).to(gathered.dtype)
+        return torch.bmm(weights, gathered[..., : self.setup.args.kv_lora_rank])

@@ -1,0 +1,101 @@
+"""The paged KV cache's tensors: latents and, apart from them, the indexer's keys.
+
+A latent row is one token of one layer: compressed KV and rope key side by side, so one
+gather fetches it. Which request owns a block is the block pool's business, not known here.
+Between selection and attention stands `resolve`: the one seam where positions become
+slots, where tiers fetch, and where forced selections enter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .batch import Batch, Segment
+from .layers import ModelSetup
+
+SelectOverride = Callable[[int, Batch, torch.Tensor], torch.Tensor]
+"""`(layer_id, batch, positions (N, K)) -> positions (N, K')`: replaces a selection, for replay and tests."""
+
+
+class KVCache:
+    """`num_blocks` blocks of `block_size` tokens for every layer.
+
+    Indexer keys are fp8 with one fp32 scale a token; on a device without fp8 arithmetic the
+    same values stand in the compute dtype. Without `index_fp8` there is no scale.
+    """
+
+    def __init__(
+        self, setup: ModelSetup, num_blocks: int, block_size: int, device: torch.device | str = "cpu"
+    ) -> None:
+        args = setup.args
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self.select_override: SelectOverride | None = None
+        on_cuda = torch.device(device).type == "cuda"
+        key_dtype = torch.float8_e4m3fn if args.index_fp8 and on_cuda else setup.compute_dtype
+
+        def per_layer(width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+            shape = (num_blocks, block_size, width)
+            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(args.n_layers)]
+
+        self.latent = per_layer(args.latent_dim, setup.compute_dtype)  # L x (num_blocks, block, C + R)
+        self.index_k = per_layer(args.index_head_dim, key_dtype)  # L x (num_blocks, block, D)
+        self.index_scale = (  # L x (num_blocks, block)
+            [s.squeeze(-1) for s in per_layer(1, setup.precise_dtype)] if args.index_fp8 else None
+        )
+
+    @property
+    def latent_bytes_per_token(self) -> int:
+        """Bytes of one token's latent row in one layer, as stored."""
+        return self.latent[0].shape[-1] * self.latent[0].element_size()
+
+    @property
+    def index_bytes_per_token(self) -> int:
+        """Bytes of one token's indexer key and scale in one layer, as stored."""
+        size = self.index_k[0].shape[-1] * self.index_k[0].element_size()
+        return size + (self.index_scale[0].element_size() if self.index_scale else 0)
+
+    def write_latent(self, layer_id: int, batch: Batch, latent: torch.Tensor) -> None:  # (N, C + R)
+        self.latent[layer_id].view(-1, latent.shape[-1]).index_copy_(0, batch.slots, latent)
+
+    def write_index(self, layer_id: int, batch: Batch, key: torch.Tensor, scale: torch.Tensor | None) -> None:
+        """Stores the N rows' keys `(N, D)` and, with fp8, their scales `(N,)`."""
+        keys = self.index_k[layer_id].view(-1, key.shape[-1])
+        if keys.dtype is torch.float8_e4m3fn:  # index_copy_ has no fp8 kernel; the bytes are the same
+            keys.view(torch.uint8).index_copy_(0, batch.slots, key.to(keys.dtype).view(torch.uint8))
+        else:
+            keys.index_copy_(0, batch.slots, key)
+        if self.index_scale is not None:
+            assert scale is not None
+            self.index_scale[layer_id].view(-1).index_copy_(
+                0, batch.slots, scale.to(self.index_scale[0].dtype)
+            )
+
+    def index_keys(self, layer_id: int, segment: Segment) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Keys `(context_len, D)` and scales `(context_len,)` of a segment's request, a view if possible."""
+        keys = self._context(self.index_k[layer_id], segment)
+        if self.index_scale is None:
+            return keys, None
+        return keys, self._context(self.index_scale[layer_id], segment)
+
+    def _context(self, paged: torch.Tensor, segment: Segment) -> torch.Tensor:
+        if segment.first_slot is not None:
+            return paged.flatten(0, 1)[segment.first_slot : segment.first_slot + segment.context_len]
+        return _index_select(paged, segment.blocks).flatten(0, 1)[: segment.context_len]
+
+    def resolve(self, layer_id: int, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
+        """Slots `(N, K)` of the selected `positions (N, K)`; -1 stays -1."""
+        if self.select_override is not None:
+            positions = self.select_override(layer_id, batch, positions)
+        padded = positions < 0
+        flat = positions.clamp_min(0) + (batch.row_to_request * batch.slot_table.shape[1]).unsqueeze(1)
+        slots = batch.slot_table.view(-1).index_select(0, flat.view(-1)).view_as(positions)
+        return slots.masked_fill_(padded, -1)
+
+
+def _index_select(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    if x.dtype is torch.float8_e4m3fn:
+        return x.view(torch.uint8).index_select(0, rows).view(x.dtype)
+    return x.index_select(0, rows)

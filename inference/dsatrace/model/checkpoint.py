@@ -1,0 +1,187 @@
+"""Loads a converted checkpoint into a built model, one tensor at a time, nothing taken on trust.
+
+Names, shapes and types are compared from the file's header before a byte of the model changes.
+Knows a module only through its `state_dict()`, whose names are those of the file. Reads safetensors only.
+
+    with torch.device("meta"):
+        model = Transformer(args)
+    load_checkpoint(model, "converted")
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from .config import FP8_GROUP
+from .convert import shard_name
+from .shards import DTYPES, CheckpointError, StoredTensor, read_header
+
+Progress = Callable[[int, int], None]
+"""Told (bytes done, bytes in all)."""
+
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def load_checkpoint(
+    model: nn.Module,
+    path: str | Path,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Progress | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Fills every parameter of `model` from `model{rank}-mp{world_size}.safetensors`.
+
+    Parameters on the meta device are created on `device`; real ones are written in place, so
+    views into fused tensors stay views. bf16, fp16, fp32 and fp64 convert into each other, and
+    an fp8 weight with its scale is dequantised where the model holds no fp8. Anything else
+    that differs raises `CheckpointError` and leaves the model as it was.
+    """
+    file = _find(Path(path), rank, world_size)
+    _load(model, file, "", progress, device)
+
+
+def load_layer(
+    model: nn.Module,
+    path: str | Path,
+    layer_id: int,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Progress | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Like `load_checkpoint`, for the parameters of one layer of the whole `model` only."""
+    file = _find(Path(path), rank, world_size)
+    _load(model, file, f"layers.{layer_id}.", progress, device)
+
+
+def _find(folder: Path, rank: int, world_size: int) -> Path:
+    file = folder / shard_name(rank, world_size)
+    if file.is_file():
+        return file
+    others = sorted(folder.glob("model*-mp*.safetensors"))
+    if others:
+        held = others[0].stem
+        ranks = held.rpartition("mp")[2]
+        raise CheckpointError(
+            f"{folder}: holds {held}, not {file.stem}; run with {ranks} ranks or convert again"
+        )
+    if any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder}: holds no {file.name}; convert the checkpoint first with convert.py")
+    raise CheckpointError(f"{folder}: holds no {file.name}; give the folder convert.py wrote")
+
+
+def _load(
+    model: nn.Module, file: Path, prefix: str, progress: Progress | None, device: torch.device | str
+) -> None:
+    stored = {name: tensor for name, tensor in read_header(file).items() if name.startswith(prefix)}
+    targets = {
+        name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name.startswith(prefix)
+    }
+    if not targets:
+        raise CheckpointError(f"{file}: the model has no {prefix.rstrip('.')} to load")
+    _check(file, stored, targets)
+    total = sum(tensor.num_bytes for tensor in stored.values())
+    done = 0
+    # Opened anew for each layer: a mapped page counts as the process's memory until the file is closed.
+    for _, names in itertools.groupby(sorted(targets), key=_layer_of):
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            for name in names:
+                _fill(model, name, targets[name], _read(tensors, name, stored, targets), device)
+                done += stored[name].num_bytes
+                if progress is not None:
+                    progress(done, total)
+
+
+def _layer_of(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "layers" else ""
+
+
+def _check(file: Path, stored: dict[str, StoredTensor], targets: dict[str, torch.Tensor]) -> None:
+    """Every tensor the model wants is there in its shape and a fitting type, and nothing else is."""
+    used = set()
+    for name, target in targets.items():
+        if name not in stored:
+            raise CheckpointError(f"{file}: lacks {name} {list(target.shape)}; {_remedy(name, stored)}")
+        tensor = stored[name]
+        if tensor.shape != tuple(target.shape):
+            raise CheckpointError(
+                f"{file}: {name} has shape {list(tensor.shape)}, but the model wants {list(target.shape)}; "
+                "use the config this checkpoint was made for"
+            )
+        used.add(name)
+        if _is_dequantised(tensor, target):
+            scale = _scale_name(name)
+            blocks = tuple(-(-n // FP8_GROUP) for n in tensor.shape)
+            if scale not in stored or stored[scale].shape != blocks:
+                raise CheckpointError(f"{file}: {name} is fp8 and needs {scale} of shape {list(blocks)}")
+            used.add(scale)
+        elif DTYPES[tensor.dtype] != target.dtype and not {DTYPES[tensor.dtype], target.dtype} <= _FLOATS:
+            raise CheckpointError(
+                f"{file}: {name} is {DTYPES[tensor.dtype]}, but the model holds {target.dtype}; "
+                "set dtype in the config to the checkpoint's"
+            )
+    if unused := [name for name in stored if name not in used]:
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        raise CheckpointError(
+            f"{file}: holds {unused[0]} {list(stored[unused[0]].shape)}{more}, which the model has not; "
+            "use the config this checkpoint was made for"
+        )
+
+
+def _remedy(name: str, stored: dict[str, StoredTensor]) -> str:
+    weight = f"{name.removesuffix('scale')}weight"
+    if name.endswith(".scale") and weight in stored:
+        return f"its weight is {DTYPES[stored[weight].dtype]}: set dtype in the config to the checkpoint's"
+    return "use the config this checkpoint was made for"
+
+
+def _scale_name(name: str) -> str:
+    return f"{name.removesuffix('weight')}scale"
+
+
+def _is_dequantised(tensor: StoredTensor, target: torch.Tensor) -> bool:
+    return DTYPES[tensor.dtype] is torch.float8_e4m3fn and target.dtype in _FLOATS
+
+
+def _read(
+    tensors: safe_open, name: str, stored: dict[str, StoredTensor], targets: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    tensor = tensors.get_tensor(name)
+    if _is_dequantised(stored[name], targets[name]):
+        return dequantise(tensor, tensors.get_tensor(_scale_name(name)))
+    return tensor
+
+
+def dequantise(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """fp32 `(out, in)` of an fp8 weight and its fp32 scales `(ceil(out/128), ceil(in/128))`."""
+    rows, cols = weight.shape
+    values = weight.float()
+    for row, scales in enumerate(scale):  # a band of 128 rows at a time: no full-size scale matrix
+        band = values[row * FP8_GROUP : (row + 1) * FP8_GROUP]
+        band.mul_(scales.repeat_interleave(FP8_GROUP)[:cols])
+    assert scale.shape[0] == -(-rows // FP8_GROUP)
+    return values
+
+
+def _fill(
+    model: nn.Module, name: str, target: torch.Tensor, value: torch.Tensor, device: torch.device | str
+) -> None:
+    if not target.is_meta:
+        target.data.copy_(value)
+        return
+    # A copy of our own: the value is a view into the mapped file.
+    filled = torch.empty_like(target, device=device).copy_(value)
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if isinstance(target, nn.Parameter):
+        module.register_parameter(leaf, nn.Parameter(filled, requires_grad=target.requires_grad))
+    else:
+        module.register_buffer(leaf, filled)

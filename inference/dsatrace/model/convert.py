@@ -1,0 +1,159 @@
+"""Hugging Face safetensors to `model{r}-mp{N}.safetensors`, a few rows of one tensor in memory at a time.
+
+`plan` has laid out every output file before a byte of data moves; then each source tensor is
+streamed once, in file order, and each block of rows goes to its ranks. Types are copied bit
+for bit. Knows no model and no tokenizer: it copies `*token*` files.
+
+    convert_checkpoint("DeepSeek-V3.2", "converted", n_experts=256, model_parallel=8)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from .plan import Piece, plan, read_source
+from .shards import CheckpointError, Layout, ShardWriter, StoredTensor, num_bytes
+
+Progress = Callable[[int, int], None]
+"""Told (bytes done, bytes in all)."""
+
+_BLOCK_BYTES = 16 << 20
+
+
+def convert_checkpoint(
+    hf_path: str | Path,
+    save_path: str | Path,
+    n_experts: int,
+    model_parallel: int,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Converts a whole checkpoint; returns the files written, one a rank.
+
+    Nothing appears under `save_path` before all of it is on disk; an earlier conversion
+    there is replaced only then. Every mistake raises `CheckpointError`.
+    """
+    hf_path, save_path = Path(hf_path), Path(save_path)
+    if model_parallel < 1 or n_experts % model_parallel:
+        raise CheckpointError(f"model parallel {model_parallel} does not divide the {n_experts} experts")
+    source = read_source(hf_path)
+    pieces = plan(hf_path, source, n_experts, model_parallel)
+    layouts: dict[str, Layout] = {shard_name(rank, model_parallel): {} for rank in range(model_parallel)}
+    for name, parts in pieces.items():
+        for piece in parts:
+            layouts[shard_name(piece.rank, model_parallel)][piece.name] = (source[name].dtype, piece.shape)
+    try:
+        with _published(save_path) as folder:
+            _check_space(save_path, folder, layouts)
+            with ExitStack() as stack:
+                writers = [stack.enter_context(ShardWriter(folder / file, layouts[file])) for file in layouts]
+                _stream(source, pieces, writers, progress)
+            for file in sorted({*hf_path.glob("*token*"), *hf_path.glob("config.json")}):
+                if file.is_file():
+                    shutil.copyfile(file, folder / file.name)
+    except OSError as error:
+        raise CheckpointError(
+            f"{save_path}: cannot convert into it: {error.strerror} ({error.filename})"
+        ) from error
+    return [save_path / file for file in layouts]
+
+
+def shard_name(rank: int, world_size: int) -> str:
+    """The file of one rank, as DeepSeek's demo names it."""
+    return f"model{rank}-mp{world_size}.safetensors"
+
+
+def _check_space(save_path: Path, folder: Path, layouts: dict[str, Layout]) -> None:
+    needed = sum(num_bytes(*tensor) for layout in layouts.values() for tensor in layout.values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(f"{save_path}: needs {needed:,} bytes, but its disk has {free:,} left")
+
+
+def _stream(
+    source: dict[str, StoredTensor],
+    pieces: dict[str, list[Piece]],
+    writers: list[ShardWriter],
+    progress: Progress | None,
+) -> None:
+    total = sum(source[name].num_bytes for name in pieces)
+    done = 0
+    for name, parts in pieces.items():
+        for first_row, block in _row_blocks(source[name]):
+            for piece in parts:
+                _write_block(writers[piece.rank], piece, first_row, block)
+            done += block.numel()
+            if progress is not None:
+                progress(done, total)
+
+
+def _row_blocks(stored: StoredTensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yields (first row, rows as bytes (R, W) uint8) of about 16 MB; the next reuses the buffer."""
+    num_rows = stored.shape[0] if stored.shape else 1
+    width = stored.num_bytes // max(num_rows, 1)
+    if not width:
+        return
+    rows_per_block = max(1, min(num_rows, _BLOCK_BYTES // width))
+    buffer = bytearray(rows_per_block * width)
+    with stored.path.open("rb", buffering=0) as file:
+        file.seek(stored.begin)
+        for row in range(0, num_rows, rows_per_block):
+            rows = min(rows_per_block, num_rows - row)
+            view = memoryview(buffer)[: rows * width]
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise CheckpointError(f"{stored.path}: became shorter while it was read; fetch it again")
+                view = view[count:]
+            yield row, torch.frombuffer(buffer, dtype=torch.uint8)[: rows * width].view(rows, width)
+
+
+def _write_block(writer: ShardWriter, piece: Piece, first_row: int, block: torch.Tensor) -> None:
+    begin = max(piece.rows[0], first_row)
+    end = min(piece.rows[1], first_row + block.shape[0])
+    if begin >= end:
+        return
+    part = block[begin - first_row : end - first_row, slice(*piece.row_bytes)]
+    data = bytearray(part.numel())
+    torch.frombuffer(data, dtype=torch.uint8).view(part.shape).copy_(part)
+    writer.write(piece.name, data, offset=(begin - piece.rows[0]) * part.shape[1])
+
+
+@contextmanager
+def _published(target: Path) -> Iterator[Path]:
+    """A folder beside `target` whose files move there, synced, when the block ends well; else it goes."""
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target}: is a file; give a folder to write the checkpoint into")
+    partial = target.parent / f".{target.name}.partial"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        raise CheckpointError(
+            f"{partial}: another conversion is running, or was killed there; remove it and start again"
+        ) from None
+    try:
+        yield partial
+        if target.exists():
+            # Tokenizer and config first, so that a folder with weights is a whole checkpoint.
+            for file in sorted(partial.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+                file.replace(target / file.name)
+        else:
+            partial.rename(target)
+        for folder in (target, target.parent):
+            _sync_folder(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

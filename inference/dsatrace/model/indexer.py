@@ -1,0 +1,99 @@
+"""The lightning indexer: scores every visible token for every query and keeps the top-k.
+
+score[t] = sum_h w_h * relu(q_h . k_t), with one shared key head and signed head weights
+(DeepSeek-V3.2, section 2.1). Knows nothing of who watches: `on_select` is a plain
+attribute, None when off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .batch import Batch
+from .cache import KVCache
+from .layers import LayerNorm, Linear, ModelSetup
+from .rotary import rotate_half_split, rotate_interleaved
+from .selection import Selection, mask_future, select_topk
+
+OnSelect = Callable[[int, Selection], None]
+"""Called with `(layer_id, selection)` once a layer and forward, before attention reads anything."""
+
+
+class Indexer(nn.Module):
+    """Selects, for each of N query rows, at most `index_topk` positions it may attend to.
+
+    Replicated on every rank; rank 0's choice is everyone's.
+    """
+
+    def __init__(self, setup: ModelSetup, layer_id: int):
+        super().__init__()
+        args = setup.args
+        self.setup = setup
+        self.layer_id = layer_id
+        self.on_select: OnSelect | None = None
+        self.wq_b = Linear(setup, args.q_lora_rank, args.index_n_heads * args.index_head_dim)
+        self.wk = Linear(setup, args.dim, args.index_head_dim)
+        self.k_norm = LayerNorm(setup, args.index_head_dim)
+        self.weights_proj = Linear(setup, args.dim, args.index_n_heads, precise=True)
+        self.score_scale = (args.index_n_heads * args.index_head_dim) ** -0.5
+        self.rotate = rotate_half_split if args.index_rope == "half_split" else rotate_interleaved
+
+    def forward(
+        self,
+        x: torch.Tensor,  # (N, dim), normed
+        q_latent: torch.Tensor,  # (N, q_lora_rank), normed
+        rope: tuple[torch.Tensor, torch.Tensor],  # 2 x (N, R/2)
+        batch: Batch,
+        cache: KVCache,
+    ) -> Selection:
+        args = self.setup.args
+        query = self.wq_b(q_latent).view(-1, args.index_n_heads, args.index_head_dim)  # (N, H, D)
+        cos, sin = rope
+        query, query_scale = self._rotate_and_quantise(query, (cos.unsqueeze(1), sin.unsqueeze(1)))
+        key, key_scale = self._rotate_and_quantise(self.k_norm(self.wk(x)), rope)  # (N, D)
+        weights = self.weights_proj(x) * self.score_scale  # (N, H)
+        if query_scale is not None:
+            weights = weights * query_scale.squeeze(-1)
+        cache.write_index(self.layer_id, batch, key, None if key_scale is None else key_scale.squeeze(-1))
+
+        selection = self._select(query, weights, batch, cache)
+        if self.on_select is not None:
+            self.on_select(self.layer_id, selection)
+        return selection
+
+    def _rotate_and_quantise(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """RoPE on the first R channels, Hadamard, fp8: `(..., D)` and its scale `(..., 1)`, or None."""
+        args, kernels = self.setup.args, self.setup.kernels
+        rotated = self.rotate(x[..., : args.qk_rope_head_dim], *rope)
+        x = torch.cat((rotated, x[..., args.qk_rope_head_dim :]), dim=-1)
+        if args.index_hadamard:
+            x = kernels.hadamard(x)
+        if not args.index_fp8:
+            return x, None
+        quantise = kernels.act_quant if x.is_cuda else kernels.fake_quant
+        return quantise(x, args.scale_fmt, group=args.index_head_dim)
+
+    def _select(self, query: torch.Tensor, weights: torch.Tensor, batch: Batch, cache: KVCache) -> Selection:
+        """Scores each segment against its own request's keys; a row never meets a position past its own."""
+        num_rows = query.shape[0]
+        k = min(self.setup.args.index_topk, batch.slot_table.shape[1])
+        positions = query.new_full((num_rows, k), -1, dtype=torch.int64)
+        values = weights.new_full((num_rows, k), float("-inf"))
+        margin = weights.new_empty(num_rows)
+        for segment in batch.segments:
+            rows = segment.rows
+            keys, key_scale = cache.index_keys(self.layer_id, segment)
+            scores = self.setup.kernels.index_scores(query[rows], weights[rows], keys, key_scale)
+            chosen, chosen_scores, margin[rows] = select_topk(
+                mask_future(scores, segment.first_pos), k, segment.first_pos
+            )
+            positions[rows, : chosen.shape[1]] = chosen
+            values[rows, : chosen.shape[1]] = chosen_scores
+        if self.setup.group.size == 1:
+            return Selection(positions, values, margin, positions)
+        return Selection(self.setup.group.broadcast(positions.clone()), values, margin, positions)

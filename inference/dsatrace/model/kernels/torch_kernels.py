@@ -1,0 +1,209 @@
+"""The reference backend: the interface's arithmetic in plain torch, on any device.
+
+Knows nothing of where its tensors come from. What the other backends compute is tested
+against this file, so it is written to be read; only `index_scores`, the hot spot of
+prefill and decode on a CPU, is also written to be fast.
+
+    y, scale = TorchKernels().fake_quant(torch.randn(4, 256), "ue8m0")
+    assert scale.shape == (4, 2)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+
+from dsatrace.model.kernels import ScaleFormat
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+BLOCK = 128
+"""Channels of an activation under one scale, and the side of a weight's scale block."""
+AMAX_FLOOR = 1e-4
+
+# One tile of (rows x heads, keys) products. On a CPU it stays in the L2 cache (2 MiB of fp32), shaped
+# so that both sides of the matrix product are long; on a GPU it only has to bound the memory (256 MiB).
+_TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
+_TILE_HEAD_ROWS = {"cpu": 1024, "cuda": 2**14}
+
+
+class TorchKernels:
+    """`Kernels` in torch. The interface says what each method promises."""
+
+    @property
+    def name(self) -> str:
+        return "torch"
+
+    def act_quant(
+        self, x: torch.Tensor, scale_fmt: ScaleFormat, group: int = BLOCK
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ratio, scale = _scaled(x, scale_fmt, group)
+        # torch casts fp64 to fp8 by way of fp32, which can round twice.
+        return (_round_to_e4m3(ratio) if ratio.dtype == torch.float64 else ratio).to(FP8), scale
+
+    def fake_quant(
+        self, x: torch.Tensor, scale_fmt: ScaleFormat, group: int = BLOCK
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ratio, scale = _scaled(x, scale_fmt, group)
+        if ratio.dtype == torch.float64:
+            return _round_to_e4m3(ratio), scale
+        return _widen(ratio.to(FP8), x.dtype), scale
+
+    def dequantise_weight(self, b: torch.Tensor, b_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        rows, columns = b.shape
+        expected = (-(-rows // BLOCK), -(-columns // BLOCK))
+        if tuple(b_scale.shape) != expected:
+            raise ValueError(
+                f"a weight of shape ({rows}, {columns}) has scales of shape {expected}, not "
+                f"{tuple(b_scale.shape)}"
+            )
+        wide = torch.promote_types(dtype, torch.float32)
+        out = torch.empty(rows, columns, dtype=dtype, device=b.device)
+        for row, scale in zip(range(0, rows, BLOCK), b_scale.to(wide), strict=True):
+            block = _widen(b[row : row + BLOCK], wide)  # (128, K): the only temporary
+            out[row : row + BLOCK] = block * scale.repeat_interleave(BLOCK)[:columns]
+        return out
+
+    def fp8_gemm(
+        self,
+        a: torch.Tensor,
+        a_scale: torch.Tensor,
+        b: torch.Tensor,
+        b_scale: torch.Tensor,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        dtype = _compute_dtype(a, b)
+        spread = a_scale.to(dtype).repeat_interleave(BLOCK, dim=-1)[..., : a.shape[-1]]  # (..., K)
+        weight = self.dequantise_weight(b, b_scale, dtype)
+        return F.linear(_widen(a, dtype) * spread, weight).to(out_dtype)
+
+    def index_scores(
+        self,
+        q: torch.Tensor,
+        weights: torch.Tensor,
+        k: torch.Tensor,
+        k_scale: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        num_rows, num_heads, dim = q.shape
+        num_keys = k.shape[0]
+        dtype = _compute_dtype(q, weights, k)
+        if out is None:
+            out = torch.empty(num_rows, num_keys, dtype=dtype, device=q.device)
+        head_rows = _widen(q, dtype).reshape(num_rows * num_heads, dim)
+        head_weights = weights.to(dtype).unsqueeze(1)  # (N, 1, H)
+        rows, keys = _tile_shape(num_rows, num_heads, num_keys, q.device)
+        products = torch.empty(rows * num_heads * keys, dtype=dtype, device=q.device)
+        for key in range(0, num_keys, keys):
+            tile_k = _widen(k[key : key + keys], dtype).T  # (D, keys)
+            width = tile_k.shape[1]
+            for row in range(0, num_rows, rows):
+                tile_q = head_rows[row * num_heads : (row + rows) * num_heads]  # (rows x H, D)
+                dots = products[: tile_q.shape[0] * width].view(-1, width)
+                torch.mm(tile_q, tile_k, out=dots).relu_()
+                # A bmm straight into the strided `out` is up to twice as slow as this copy.
+                summed = torch.bmm(head_weights[row : row + rows], dots.view(-1, num_heads, width))
+                out[row : row + rows, key : key + keys] = summed.squeeze(1)
+            if k_scale is not None:
+                out[:, key : key + keys].mul_(k_scale[key : key + keys])
+        return out
+
+    def hadamard(self, x: torch.Tensor) -> torch.Tensor:
+        dim = x.shape[-1]
+        if dim < 1 or dim & (dim - 1):
+            raise ValueError(f"a Hadamard transform needs a power of two, not {dim} channels")
+        if x.is_cuda and x.dtype != torch.float64 and _has_fast_hadamard():
+            fast = importlib.import_module("fast_hadamard_transform")
+            transformed: torch.Tensor = fast.hadamard_transform(x, dim**-0.5)
+            return transformed
+        # Half precision is transformed in fp32, as the CUDA kernel does, so that it rounds once.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (x.to(wide) @ _hadamard_matrix(dim, wide, x.device)).to(x.dtype)
+
+
+def _compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _tile_shape(num_rows: int, num_heads: int, num_keys: int, device: torch.device) -> tuple[int, int]:
+    """Query rows and keys of one tile, each at least 1."""
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    rows = max(1, min(num_rows, _TILE_HEAD_ROWS[kind] // num_heads))
+    keys = max(1, min(num_keys, _TILE_ELEMENTS[kind] // (rows * num_heads)))
+    return rows, keys
+
+
+def _scaled(x: torch.Tensor, scale_fmt: ScaleFormat, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x / scale within +-448, in at least fp32 and not yet rounded (..., K), and the scales."""
+    if scale_fmt not in ("ue8m0", None):
+        raise ValueError(f"scale_fmt must be 'ue8m0' or None, not {scale_fmt!r}")
+    channels = x.shape[-1]
+    group = min(group, channels)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if channels % group:
+        wide = F.pad(wide, (0, -channels % group))  # zeros leave a partial group's maximum alone
+    grouped = wide.unflatten(-1, (-1, group))  # (..., G, group)
+    amax = grouped.abs().amax(dim=-1).clamp_min_(AMAX_FLOOR)
+    scale = _power_of_two_scale(amax) if scale_fmt == "ue8m0" else (amax / FP8_MAX).to(torch.float32)
+    ratio = (grouped / scale.unsqueeze(-1)).clamp_(-FP8_MAX, FP8_MAX)
+    return ratio.flatten(-2)[..., :channels], scale
+
+
+def _power_of_two_scale(amax: torch.Tensor) -> torch.Tensor:
+    """2^ceil(log2(amax / 448)) in fp32, without a logarithm or a division.
+
+    With amax = m * 2^e, m in [0.5, 1), and 448 = 0.875 * 2^9, the ratio is m / 0.875 times
+    2^(e - 9), so that the ceiling is e - 9 as long as m <= 0.875.
+    """
+    mantissa, exponent = torch.frexp(amax)
+    return _power_of_two(exponent - 9 + (mantissa > 0.875), torch.float32)
+
+
+def _power_of_two(exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """2^exponent of int32 exponents, built from its bits: `ldexp` and `pow` may be off by an ulp."""
+    if dtype == torch.float64:
+        return ((exponent.to(torch.int64) + 1023) << 52).view(dtype)
+    return ((exponent.clamp(max=127).to(torch.int32) + 127) << 23).view(dtype)
+
+
+def _round_to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """fp64 within +-448 to the nearest e4m3 value, ties to even, left in fp64.
+
+    Three mantissa bits make steps of 2^(e - 3); below the least normal, 2^-6, they stay 2^-9.
+    """
+    _, exponent = torch.frexp(x)  # |x| in [2^(exponent - 1), 2^exponent)
+    step = _power_of_two((exponent - 4).clamp_min(-9), x.dtype)
+    return torch.round(x / step) * step
+
+
+@functools.cache
+def _e4m3_values() -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(256, dtype=torch.uint8).view(FP8).to(torch.float32)
+
+
+def _widen(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in `dtype`. fp8 on a CPU goes through a table of its 256 values: 5x faster than torch's cast."""
+    if x.dtype != FP8 or x.device.type != "cpu":
+        return x.to(dtype)
+    codes = x.view(torch.uint8).to(torch.int32).flatten()
+    return _e4m3_values().index_select(0, codes).view(x.shape).to(dtype)
+
+
+@functools.cache
+def _has_fast_hadamard() -> bool:
+    return importlib.util.find_spec("fast_hadamard_transform") is not None
+
+
+@functools.cache
+def _hadamard_matrix(dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Sylvester's matrix over sqrt(dim): entry (i, j) is negative where i & j has an odd number of ones."""
+    with torch.inference_mode(False):  # a cached tensor outlives the caller's mode
+        matrix = torch.ones(1, 1, dtype=torch.float64)
+        while matrix.shape[0] < dim:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        return (matrix * dim**-0.5).to(device=device, dtype=dtype)

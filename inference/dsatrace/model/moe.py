@@ -1,0 +1,95 @@
+"""Feed-forward layers: the dense MLP, and the mixture of experts with its gate.
+
+Sigmoid gate with a correction bias that steers the choice but not the weight, experts
+limited to the best groups, one shared expert (DeepSeek-V3, section 2.1.2).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .layers import ColumnParallelLinear, Linear, ModelSetup, RowParallelLinear, new_weight
+
+
+class MLP(nn.Module):
+    """`w2(silu(w1 x) * w3 x)`, split over the ranks; `reduce=False` leaves the sum to the caller."""
+
+    def __init__(self, setup: ModelSetup, inter_dim: int, reduce: bool = True):
+        super().__init__()
+        dim = setup.args.dim
+        self.w1 = ColumnParallelLinear(setup, dim, inter_dim)
+        self.w2 = RowParallelLinear(setup, inter_dim, dim, reduce)
+        self.w3 = ColumnParallelLinear(setup, dim, inter_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Expert(nn.Module):
+    """A routed expert: the same MLP, whole on one rank."""
+
+    def __init__(self, setup: ModelSetup):
+        super().__init__()
+        args = setup.args
+        self.w1 = Linear(setup, args.dim, args.moe_inter_dim)
+        self.w2 = Linear(setup, args.moe_inter_dim, args.dim)
+        self.w3 = Linear(setup, args.dim, args.moe_inter_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Gate(nn.Module):
+    """Chooses `n_activated_experts` of the routed experts for each row."""
+
+    def __init__(self, setup: ModelSetup):
+        super().__init__()
+        self.args = setup.args
+        self.weight = new_weight(self.args.n_routed_experts, self.args.dim, dtype=setup.precise_dtype)
+        self.bias = new_weight(self.args.n_routed_experts, dtype=setup.precise_dtype)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Expert weights `(N, A)` and ids `(N, A)`."""
+        args = self.args
+        logits = F.linear(x.to(self.weight.dtype), self.weight)
+        scores = logits.sigmoid() if args.score_func == "sigmoid" else logits.softmax(dim=-1)  # (N, E)
+        choice = scores + self.bias
+        if args.n_limited_groups < args.n_expert_groups:
+            grouped = choice.view(-1, args.n_expert_groups, args.n_routed_experts // args.n_expert_groups)
+            strength = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)  # (N, G)
+            kept = strength.topk(args.n_limited_groups, dim=-1).indices
+            dropped = torch.ones_like(strength, dtype=torch.bool).scatter_(1, kept, False)
+            choice = grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
+        experts = choice.topk(args.n_activated_experts, dim=-1).indices
+        weights = scores.gather(1, experts)
+        if args.score_func == "sigmoid":
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights * args.route_scale, experts
+
+
+class MoE(nn.Module):
+    """Routed experts, split over the ranks by id range, beside the shared expert."""
+
+    def __init__(self, setup: ModelSetup):
+        super().__init__()
+        args = setup.args
+        self.group = setup.group
+        self.num_experts = args.n_routed_experts
+        self.gate = Gate(setup)
+        self.experts = nn.ModuleDict(
+            {str(i): Expert(setup) for i in setup.group.shard(args.n_routed_experts)}
+        )
+        self.shared_experts = MLP(setup, args.n_shared_experts * args.moe_inter_dim, reduce=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, dim) -> (N, dim)
+        weights, chosen = self.gate(x)
+        y = self.shared_experts(x)
+        rows_per_expert = torch.bincount(chosen.flatten(), minlength=self.num_experts).tolist()
+        for expert_id, expert in self.experts.items():
+            if rows_per_expert[int(expert_id)] == 0:
+                continue
+            rows, slot = (chosen == int(expert_id)).nonzero(as_tuple=True)
+            y.index_add_(0, rows, (expert(x[rows]) * weights[rows, slot, None]).to(y.dtype))
+        return self.group.all_reduce(y)

@@ -1,0 +1,245 @@
+"""Random checkpoints in Hugging Face layout, for tests and the demo: the same seed, the same bytes.
+
+Each tensor is drawn from a seed of its own name, so neither shard count nor order changes it,
+and one is in memory at a time. The weights mean nothing: no locality can be read off them.
+
+    write_checkpoint("tiny", ModelArgs.from_json("config_tiny.json"), seed=0)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from .config import FP8_GROUP, ModelArgs
+from .names import UNQUANTISED, checkpoint_tensors, scale_of
+from .shards import DTYPES, CheckpointError, Layout, ShardWriter, num_bytes
+
+Weights = Literal["bf16", "fp8", "fp32"]
+
+_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+
+def write_checkpoint(
+    folder: str | Path,
+    args: ModelArgs,
+    seed: int = 0,
+    weights: Weights = "bf16",
+    num_shards: int = 3,
+) -> list[Path]:
+    """Writes shards, index and `config.json` (no tokenizer) into `folder`; returns the shards.
+
+    Tensors already there are overwritten. `weights` is the type of the linear weights:
+    with fp8 the rest is bf16, as released; the gate's bias is always fp32.
+    """
+    if num_shards < 1:
+        raise CheckpointError(f"num_shards must be at least 1, not {num_shards}")
+    folder = Path(folder)
+    shards = _split(_layout(args, weights), num_shards)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, layout in zip(names, shards, strict=True):
+            (folder / name).unlink(missing_ok=True)
+            with ShardWriter(folder / name, layout) as writer:
+                for tensor_name, tensor in layout.items():
+                    _write_random(writer, tensor_name, tensor, seed, args)
+        weight_map = {tensor: name for name, layout in zip(names, shards, strict=True) for tensor in layout}
+        total = sum(num_bytes(*tensor) for layout in shards for tensor in layout.values())
+        _write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+        )
+        _write_json(folder / "config.json", hf_config(args, weights))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot write the checkpoint: {error.strerror}") from error
+    return [folder / name for name in names]
+
+
+def hf_config(args: ModelArgs, weights: Weights) -> dict[str, object]:
+    """`config.json` of the same model, with the field names of Hugging Face's DeepseekV32."""
+    config: dict[str, object] = {
+        "architectures": ["DeepseekV32ForCausalLM"],
+        "model_type": "deepseek_v32",
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.dim,
+        "intermediate_size": args.inter_dim,
+        "moe_intermediate_size": args.moe_inter_dim,
+        "num_hidden_layers": args.n_layers,
+        "first_k_dense_replace": args.n_dense_layers,
+        "moe_layer_freq": 1,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_heads,
+        "n_routed_experts": args.n_routed_experts,
+        "n_shared_experts": args.n_shared_experts,
+        "num_experts_per_tok": args.n_activated_experts,
+        "n_group": args.n_expert_groups,
+        "topk_group": args.n_limited_groups,
+        "routed_scaling_factor": args.route_scale,
+        "scoring_func": args.score_func,
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "q_lora_rank": args.q_lora_rank,
+        "kv_lora_rank": args.kv_lora_rank,
+        "qk_nope_head_dim": args.qk_nope_head_dim,
+        "qk_rope_head_dim": args.qk_rope_head_dim,
+        "v_head_dim": args.v_head_dim,
+        "index_n_heads": args.index_n_heads,
+        "index_head_dim": args.index_head_dim,
+        "index_topk": args.index_topk,
+        "max_position_embeddings": int(args.original_seq_len * args.rope_factor),
+        "rope_theta": args.rope_theta,
+        "rope_scaling": _rope_scaling(args),
+        "rms_norm_eps": args.norm_eps,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "torch_dtype": "float32" if weights == "fp32" else "bfloat16",
+    }
+    if weights == "fp8":
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [FP8_GROUP, FP8_GROUP],
+            "scale_fmt": args.scale_fmt,
+        }
+    return config
+
+
+def _rope_scaling(args: ModelArgs) -> dict[str, object] | None:
+    if not args.uses_yarn:
+        return None
+    return {
+        "type": "yarn",
+        "factor": args.rope_factor,
+        "original_max_position_embeddings": args.original_seq_len,
+        "beta_fast": args.beta_fast,
+        "beta_slow": args.beta_slow,
+        "mscale": args.mscale,
+        "mscale_all_dim": args.mscale,
+    }
+
+
+def _layout(args: ModelArgs, weights: Weights) -> Layout:
+    """Container type and shape of every tensor, by Hugging Face name; a scale follows its weight."""
+    shapes = _shapes(args)
+    plain = "F32" if weights == "fp32" else "BF16"
+    layout: Layout = {}
+    targets = checkpoint_tensors(
+        args.n_layers, range(args.n_dense_layers, args.n_layers), args.n_routed_experts
+    )
+    for name, target in targets.items():
+        local = _without_ids(target.name)
+        shape = shapes[local]
+        if weights == "fp8" and len(shape) == 2 and local not in UNQUANTISED:
+            layout[name] = ("F8_E4M3", shape)
+            layout[scale_of(name, target)[0]] = ("F32", tuple(-(-n // FP8_GROUP) for n in shape))
+        else:
+            layout[name] = ("F32" if local == "ffn.gate.bias" else plain, shape)
+    return layout
+
+
+def _without_ids(name: str) -> str:
+    """`layers.2.ffn.experts.5.w1.weight` -> `ffn.experts.w1.weight`."""
+    parts = name.split(".")
+    if parts[0] == "layers":
+        parts = parts[2:]
+    return ".".join(part for part in parts if not part.isdigit())
+
+
+def _shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    shared_dim = args.n_shared_experts * args.moe_inter_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed.weight": (args.vocab_size, args.dim),
+        "norm.weight": (args.dim,),
+        "head.weight": (args.vocab_size, args.dim),
+        "attn_norm.weight": (args.dim,),
+        "ffn_norm.weight": (args.dim,),
+        "attn.wq_a.weight": (args.q_lora_rank, args.dim),
+        "attn.q_norm.weight": (args.q_lora_rank,),
+        "attn.wq_b.weight": (args.n_heads * args.qk_head_dim, args.q_lora_rank),
+        "attn.wkv_a.weight": (args.latent_dim, args.dim),
+        "attn.kv_norm.weight": (args.kv_lora_rank,),
+        "attn.wkv_b.weight": (args.n_heads * (args.qk_nope_head_dim + args.v_head_dim), args.kv_lora_rank),
+        "attn.wo.weight": (args.dim, args.n_heads * args.v_head_dim),
+        "attn.indexer.wq_b.weight": (args.index_n_heads * args.index_head_dim, args.q_lora_rank),
+        "attn.indexer.wk.weight": (args.index_head_dim, args.dim),
+        "attn.indexer.k_norm.weight": (args.index_head_dim,),
+        "attn.indexer.k_norm.bias": (args.index_head_dim,),
+        "attn.indexer.weights_proj.weight": (args.index_n_heads, args.dim),
+        "ffn.gate.weight": (args.n_routed_experts, args.dim),
+        "ffn.gate.bias": (args.n_routed_experts,),
+    }
+    for mlp, inter_dim in (
+        ("ffn", args.inter_dim),
+        ("ffn.experts", args.moe_inter_dim),
+        ("ffn.shared_experts", shared_dim),
+    ):
+        shapes[f"{mlp}.w1.weight"] = shapes[f"{mlp}.w3.weight"] = (inter_dim, args.dim)
+        shapes[f"{mlp}.w2.weight"] = (args.dim, inter_dim)
+    return shapes
+
+
+def _split(layout: Layout, num_shards: int) -> list[Layout]:
+    """Cuts the checkpoint into at most `num_shards` runs of about equal bytes, a weight beside its scale."""
+    total = sum(num_bytes(*tensor) for tensor in layout.values())
+    shards: list[Layout] = [{} for _ in range(num_shards)]
+    done = 0
+    shard = 0
+    for name, tensor in layout.items():
+        if not name.endswith("_scale_inv"):
+            shard = min(done * num_shards // total, num_shards - 1)
+        shards[shard][name] = tensor
+        done += num_bytes(*tensor)
+    return [shard for shard in shards if shard]
+
+
+def _write_random(
+    writer: ShardWriter, name: str, tensor: tuple[str, tuple[int, ...]], seed: int, args: ModelArgs
+) -> None:
+    if name.endswith("_scale_inv"):
+        return  # written with its weight
+    dtype, shape = tensor
+    values = random_tensor(name, shape, seed)
+    if dtype == "F8_E4M3":
+        values, scale = quantise(values, args.scale_fmt)
+        writer.write_tensor(f"{name}_scale_inv", scale)
+    writer.write_tensor(name, values.to(DTYPES[dtype]))
+
+
+def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """fp32 values that keep activations of order one: std 1/sqrt(fan in), norms near 1, small biases."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    values = torch.randn(shape, generator=generator)
+    if name.endswith("bias"):
+        return values.mul_(0.05)
+    if len(shape) == 1:
+        return values.mul_(0.1).add_(1.0)
+    if name == "model.embed_tokens.weight":
+        return values
+    return values.mul_(shape[-1] ** -0.5)
+
+
+def quantise(weight: torch.Tensor, scale_fmt: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp8 weight (out, in) and fp32 scales, one for each 128 x 128 block; a power of two under ue8m0."""
+    rows, cols = (-(-n // FP8_GROUP) for n in weight.shape)
+    padded = torch.zeros(rows * FP8_GROUP, cols * FP8_GROUP)
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    blocks = padded.view(rows, FP8_GROUP, cols, FP8_GROUP)  # (R, 128, C, 128)
+    scale = blocks.abs().amax(dim=(1, 3)).clamp_(min=1e-4) / _FP8_MAX  # (R, C)
+    if scale_fmt == "ue8m0":
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    scaled = (blocks / scale[:, None, :, None]).view(padded.shape)
+    return scaled[: weight.shape[0], : weight.shape[1]].to(torch.float8_e4m3fn), scale
+
+
+def _write_json(path: Path, value: dict[str, object]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,77 @@
+"""The whole model: embedding, blocks, logits. One forward serves prefill and decode alike.
+
+model = Transformer(args)
+logits = model(batch, cache)        # (rows that want logits, vocabulary)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .attention import MLA
+from .batch import Batch
+from .cache import KVCache
+from .config import ModelArgs
+from .indexer import Indexer
+from .kernels import Kernels, get_kernels
+from .layers import ColumnParallelLinear, ModelSetup, ParallelEmbedding, RMSNorm
+from .moe import MLP, MoE
+from .parallel import ParallelGroup
+from .rotary import rope_frequencies
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind its norm and beside its residual."""
+
+    def __init__(self, setup: ModelSetup, layer_id: int):
+        super().__init__()
+        args = setup.args
+        self.attn_norm = RMSNorm(setup, args.dim)
+        self.attn = MLA(setup, layer_id)
+        self.ffn_norm = RMSNorm(setup, args.dim)
+        self.ffn = MLP(setup, args.inter_dim) if layer_id < args.n_dense_layers else MoE(setup)
+
+    def forward(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], batch: Batch, cache: KVCache
+    ) -> torch.Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, batch, cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """DeepSeek-V3.2, or this rank's shard of it. `state_dict()` names exactly a checkpoint's tensors."""
+
+    def __init__(self, args: ModelArgs, kernels: Kernels | None = None, group: ParallelGroup | None = None):
+        super().__init__()
+        group = group or ParallelGroup.current()
+        group.check(args)
+        self.args = args
+        self.setup = setup = ModelSetup(args, kernels or get_kernels("torch"), group)
+        self.embed = ParallelEmbedding(setup)
+        self.layers = nn.ModuleList([Block(setup, layer_id) for layer_id in range(args.n_layers)])
+        self.norm = RMSNorm(setup, args.dim)
+        self.head = ColumnParallelLinear(setup, args.dim, args.vocab_size, precise=True)
+        self.frequencies = rope_frequencies(args, setup.precise_dtype)
+
+    @property
+    def indexers(self) -> list[Indexer]:
+        """The layers' indexers, whose `on_select` an observer sets."""
+        return [layer.attn.indexer for layer in self.layers]
+
+    def new_cache(self, num_blocks: int, block_size: int, device: torch.device | str = "cpu") -> KVCache:
+        return KVCache(self.setup, num_blocks, block_size, device)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """Writes the batch's KV into `cache` and returns logits `(M, vocabulary)` of `batch.logit_rows`."""
+        angles = torch.outer(
+            batch.positions.to(self.setup.precise_dtype), self.frequencies.to(batch.positions.device)
+        )
+        rope = angles.cos(), angles.sin()  # computed once a step, for every layer and both rotations
+        x = self.embed(batch.tokens)
+        for layer in self.layers:
+            x = layer(x, rope, batch, cache)
+        if batch.logit_rows.numel() == 0:
+            return x.new_empty(0, self.args.vocab_size)
+        return self.setup.group.all_gather(self.head(self.norm(x[batch.logit_rows])))
