@@ -65,12 +65,13 @@ def _find(folder: Path, rank: int, world_size: int) -> Path:
     file = folder / shard_name(rank, world_size)
     if file.is_file():
         return file
-    others = sorted(folder.glob("model*-mp*.safetensors"))
-    if others:
-        held = others[0].stem
-        ranks = held.rpartition("mp")[2]
+    held = sorted(other.stem for other in folder.glob("model*-mp*.safetensors"))
+    if siblings := [name for name in held if name.endswith(f"-mp{world_size}")]:
+        raise CheckpointError(f"{folder}: lacks {file.name}, though it holds {siblings[0]}; convert again")
+    if held:
+        ranks = held[0].rpartition("mp")[2]
         raise CheckpointError(
-            f"{folder}: holds {held}, not {file.stem}; run with {ranks} ranks or convert again"
+            f"{folder}: holds {held[0]}, not {file.stem}; run with {ranks} ranks or convert again"
         )
     if any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{folder}: holds no {file.name}; convert the checkpoint first with convert.py")
@@ -87,7 +88,7 @@ def _load(
     if not targets:
         raise CheckpointError(f"{file}: the model has no {prefix.rstrip('.')} to load")
     _check(file, stored, targets)
-    total = sum(tensor.num_bytes for tensor in stored.values())
+    total = sum(stored[name].num_bytes for name in targets)
     done = 0
     # Opened anew for each layer: a mapped page counts as the process's memory until the file is closed.
     for _, names in itertools.groupby(sorted(targets), key=_layer_of):
@@ -178,7 +179,7 @@ def _fill(
         target.data.copy_(value)
         return
     # A copy of our own: the value is a view into the mapped file.
-    filled = torch.empty_like(target, device=device).copy_(value)
+    filled = value.to(target.dtype)
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     if isinstance(target, nn.Parameter):

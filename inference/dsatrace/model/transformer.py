@@ -40,7 +40,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """DeepSeek-V3.2, or this rank's shard of it. `state_dict()` names exactly a checkpoint's tensors."""
+    """DeepSeek-V3.2, or this rank's shard of it. `state_dict()` names exactly a checkpoint's tensors.
+
+    `indexers`, a layer each, is where an observer sets its `on_select`.
+    """
 
     def __init__(self, args: ModelArgs, kernels: Kernels | None = None, group: ParallelGroup | None = None):
         super().__init__()
@@ -49,15 +52,12 @@ class Transformer(nn.Module):
         self.args = args
         self.setup = setup = ModelSetup(args, kernels or get_kernels("torch"), group)
         self.embed = ParallelEmbedding(setup)
-        self.layers = nn.ModuleList([Block(setup, layer_id) for layer_id in range(args.n_layers)])
+        blocks = [Block(setup, layer_id) for layer_id in range(args.n_layers)]
+        self.layers = nn.ModuleList(blocks)
+        self.indexers: tuple[Indexer, ...] = tuple(block.attn.indexer for block in blocks)
         self.norm = RMSNorm(setup, args.dim)
         self.head = ColumnParallelLinear(setup, args.dim, args.vocab_size, precise=True)
         self.frequencies = rope_frequencies(args, setup.precise_dtype)
-
-    @property
-    def indexers(self) -> list[Indexer]:
-        """The layers' indexers, whose `on_select` an observer sets."""
-        return [layer.attn.indexer for layer in self.layers]
 
     def new_cache(self, num_blocks: int, block_size: int, device: torch.device | str = "cpu") -> KVCache:
         return KVCache(self.setup, num_blocks, block_size, device)

@@ -7,27 +7,20 @@ Plain numpy and Python: knows no tensor and no file. The runner fills one
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 
+from dsatrace.kv.prefix import RequestPrefix
+
+__all__ = ["Phase", "RequestPrefix", "StepCapture"]
+
 Phase = Literal["decode", "prefill"]
 
 
-@dataclasses.dataclass(frozen=True)
-class RequestPrefix:
-    """How much of a request's prompt equals an earlier request's (see `kv/prefix.py`).
-
-    `num_cached_blocks` counts the full leading blocks, `key` is the keyed hash of the
-    prompt's first tokens, in hex.
-    """
-
-    num_cached_blocks: int
-    key: str
-
-    @property
-    def hit(self) -> bool:
-        return self.num_cached_blocks > 0
+def _nothing() -> None:
+    """Arrays that are whole already, and nobody's to reuse."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,3 +38,5 @@ class StepCapture:
     prefixes: tuple[RequestPrefix, ...]  # (B,)
     step_wall_us: float  # wall time around the forward
     step_synced: bool  # the device was synchronised before the clock was read
+    wait: Callable[[], None] = _nothing  # returns when the arrays are whole; the writer calls it first
+    release: Callable[[], None] = _nothing  # the arrays may be reused; the writer calls it last

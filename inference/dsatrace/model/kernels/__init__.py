@@ -42,7 +42,7 @@ class Kernels(Protocol):
         A group's scale is amax / 448 with amax at least 1e-4; under `ue8m0` it is rounded
         up to a power of two, exactly: 2^ceil(log2(amax / 448)). Values round to nearest,
         ties to even, in x's precision (fp32 for narrower dtypes), with one rounding only.
-        x is finite: the reference passes NaN on, device kernels need not.
+        x is finite and within fp32's range: the reference passes NaN on, device kernels need not.
         """
 
     def fake_quant(
@@ -82,7 +82,7 @@ class Kernels(Protocol):
 
         q (N, H, D) and k (L, D) are fp8 or any float; weights (N, H) already hold the
         queries' scales, the head scale and the softmax scale, and may be negative; k_scale
-        is (L,). Gives (N, L) in fp32, in fp64 when an input is fp64, and writes into `out`
+        is (L,). Gives (N, L) in fp32, in fp64 if q, weights or k is, and writes into `out`
         when that is given. Sees no mask: a caller cuts what a query may not see. Extra
         memory is bounded and does not grow with N x H x L. Not differentiable.
         """

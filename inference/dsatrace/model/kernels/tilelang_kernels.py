@@ -41,6 +41,11 @@ class TilelangKernels(TorchKernels):
 
     def __init__(self, device: torch.device | str = "cuda") -> None:
         major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < (8, 9):
+            raise ValueError(
+                f"kernel backend 'tilelang' needs a GPU with fp8 (compute capability 8.9 or newer), not "
+                f"{major}.{minor}; use the backend 'torch'"
+            )
         self._arch = f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
     @property
@@ -100,14 +105,15 @@ class TilelangKernels(TorchKernels):
         if (q.dtype, k.dtype) != (FP8, FP8) or weights.dtype == torch.float64 or not fits:
             return super().index_scores(q, weights, k, k_scale, out)
         padding = -num_heads % 8  # wgmma takes heads in eights; a head of weight zero adds nothing
-        q_bytes = F.pad(q.view(torch.uint8), (0, 0, 0, padding))
-        weights = F.pad(weights.float(), (0, padding))
+        if padding:
+            q = F.pad(q.view(torch.uint8), (0, 0, 0, padding)).view(FP8)
+            weights = F.pad(weights, (0, padding))
         if k_scale is None:
             k_scale = torch.ones(k.shape[0], device=k.device)
         scores = torch.empty(num_rows, k.shape[0], dtype=torch.float32, device=q.device)
         compiled(fp8_index_kernel, num_heads + padding, dim, arch=self._arch)(
-            q_bytes.contiguous().view(FP8),
-            weights.contiguous(),
+            q.contiguous(),
+            weights.float().contiguous(),
             k.contiguous(),
             k_scale.float().contiguous(),
             scores,
@@ -147,11 +153,9 @@ def act_quant_kernel(group: int, in_dtype: str, ue8m0: bool) -> Any:
             for i in T.Parallel(_QUANT_ROWS):
                 amax[i] = T.max(amax[i], AMAX_FLOOR)
                 if ue8m0:
-                    # amax / 448 in fp32 bits: 448 is 1.75 * 2^8, so the power of two above it is one
-                    # higher where amax's own mantissa exceeds 1.75.
-                    bits = T.reinterpret(amax[i], "int32")
-                    carry = T.if_then_else((bits & 0x7FFFFF) > 0x600000, 1, 0)
-                    scale[i] = T.reinterpret(((bits >> 23) - 8 + carry) << 23, "float32")
+                    # 448 is 1.75 * 2^8: the carry reaches the exponent where amax's mantissa exceeds 1.75.
+                    exponent = (T.reinterpret(amax[i], "int32") + 0x1FFFFF) >> 23
+                    scale[i] = T.reinterpret((exponent - 8) << 23, "float32")
                 else:
                     scale[i] = amax[i] / FP8_MAX
             for i, j in T.Parallel(_QUANT_ROWS, group):

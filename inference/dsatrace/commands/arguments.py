@@ -1,0 +1,45 @@
+"""The flags every runner shares: which model, on what, and how it is served."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from dsatrace.engine.setup import EngineSetup
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the engine's flags; defaults come from `EngineSetup`."""
+    default = {field.name: field.default for field in dataclasses.fields(EngineSetup)}
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--ckpt-path", type=Path, required=True, help="folder with model{rank}-mp{N}.safetensors")
+    add("--config", type=Path, required=True, help="model config, such as config_671B_v3.2.json")
+    add("--device", choices=("auto", "cpu", "cuda"), default=default["device"], help="(%(default)s)")
+    add(
+        "--kernel-backend",
+        choices=("torch", "tilelang"),
+        default=default["kernel_backend"],
+        help="(%(default)s)",
+    )
+    add(
+        "--max-batch-size",
+        type=int,
+        default=default["max_batch_size"],
+        help="requests at a time (%(default)s)",
+    )
+    add("--max-seq-len", type=int, help="tokens of KV a request may hold (the config's)")
+    add("--prefill-chunk", type=int, default=default["prefill_chunk"], help="tokens (%(default)s)")
+    add(
+        "--cache-block-size",
+        type=int,
+        default=default["cache_block_size"],
+        help="tokens of a physical block; statistics use --kv-block-size (%(default)s)",
+    )
+    add("--seed", type=int, default=default["seed"], help="of sampling (%(default)s)")
+
+
+def engine_setup_from_args(args: argparse.Namespace) -> EngineSetup:
+    """The setup the flags describe; raises `UserError` for a bad value."""
+    return EngineSetup(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EngineSetup)})

@@ -1,0 +1,95 @@
+"""The interactive mode: streamed answers, `/clear`, `/exit`, and Ctrl-C that ends one answer only.
+
+Under tensor parallel rank 0 talks and sends each turn's tokens to the other ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from dsatrace.commands.serving import Serving, on_interrupt
+from dsatrace.engine.engine import Engine
+from dsatrace.workloads.encoding import Message
+from dsatrace.workloads.request import Request
+
+
+def chat(serving: Serving) -> None:
+    """Talks until `/exit` or the end of input."""
+    longest = serving.model.args.max_seq_len
+    with serving.open(longest, "interactive", num_requests=1) as engine:
+        if serving.is_rank_0:
+            _talk(serving, engine)
+        else:
+            _follow(serving, engine)
+
+
+def _talk(serving: Serving, engine: Engine) -> None:
+    turns: list[Message] = []
+    num_requests = 0
+    while (line := _read_line()) is not None and line != "/exit":
+        if line == "/clear":
+            turns.clear()
+        elif line:
+            ids = serving.encode([*turns, Message("user", line)])
+            room = serving.model.args.max_seq_len - len(ids)
+            if room < 1:
+                print(f"error: {len(ids)} tokens exceed --max-seq-len; /clear starts anew", file=sys.stderr)
+                continue
+            _send(serving, ids)
+            answer = _answer(serving, engine, ids, num_requests)
+            turns += [Message("user", line), Message("assistant", answer)]
+            num_requests += 1
+    _send(serving, [])
+
+
+def _follow(serving: Serving, engine: Engine) -> None:
+    num_requests = 0
+    with on_interrupt(lambda: None):  # rank 0 alone decides when an answer ends
+        while ids := _receive(serving):
+            _answer(serving, engine, ids, num_requests)
+            num_requests += 1
+
+
+def _answer(serving: Serving, engine: Engine, ids: list[int], number: int) -> str:
+    """Streams one answer to rank 0's terminal and returns its text."""
+    max_new_tokens = min(serving.max_new_tokens, serving.model.args.max_seq_len - len(ids) + 1)
+    live = engine.submit(Request(f"r{number}", tuple(ids), max_new_tokens, serving.temperature))
+    stream, eos = serving.tokenizer.stream(), serving.tokenizer.eos_id
+    with on_interrupt(engine.request_abort if serving.is_rank_0 else lambda: None):
+        for _, token in engine.run():
+            if serving.is_rank_0 and token != eos:
+                print(stream.push(token), end="", flush=True)
+    if serving.is_rank_0:
+        print(stream.flush() + (" [stopped]" if live.state == "aborted" else ""), flush=True)
+    return serving.text(live)
+
+
+def _read_line() -> str | None:
+    """The next line, or None at the end of input; Ctrl-C here only says how to leave."""
+    while True:
+        try:
+            return input(">>> ").strip()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            print("\n/exit ends")
+
+
+def _send(serving: Serving, ids: list[int]) -> None:
+    """Rank 0's tokens to the others; none at all means the end."""
+    group = serving.model.setup.group
+    if group.size > 1:
+        group.broadcast(torch.tensor([len(ids)], device=serving.device))
+        if ids:
+            group.broadcast(torch.tensor(ids, device=serving.device))
+
+
+def _receive(serving: Serving) -> list[int]:
+    group = serving.model.setup.group
+    length = int(group.broadcast(torch.zeros(1, dtype=torch.int64, device=serving.device)))
+    if length == 0:
+        return []
+    ids: list[int] = group.broadcast(torch.zeros(length, dtype=torch.int64, device=serving.device)).tolist()
+    return ids

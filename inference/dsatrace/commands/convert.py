@@ -1,0 +1,56 @@
+"""`convert.py`: a Hugging Face checkpoint to one safetensors file a rank.
+
+Parses flags and shows progress; `dsatrace.model.convert` does the work.
+
+    python3 convert.py --hf-ckpt-path DeepSeek-V3.2 --save-path converted --n-experts 256 --model-parallel 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsatrace.errors import UserError, exits_cleanly
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    """Converts; returns the exit code. A terminated conversion cleans up like an interrupted one."""
+    args = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from dsatrace.model.convert import convert_checkpoint
+    from dsatrace.model.shards import CheckpointError
+
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("convert", total=None)
+            files = convert_checkpoint(
+                args.hf_ckpt_path,
+                args.save_path,
+                args.n_experts,
+                args.model_parallel,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted; nothing was written to {args.save_path}") from None
+    for file in files:
+        print(f"{file}  {file.stat().st_size / 2**20:,.1f} MiB")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="convert.py", description="Convert a Hugging Face checkpoint.")
+    parser.add_argument("--hf-ckpt-path", type=Path, required=True, help="folder of the safetensors files")
+    parser.add_argument("--save-path", type=Path, required=True, help="folder to write into")
+    parser.add_argument("--n-experts", type=int, required=True, help="routed experts a layer (256)")
+    parser.add_argument("--model-parallel", type=int, required=True, help="ranks the model will run on")
+    return parser

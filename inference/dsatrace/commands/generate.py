@@ -1,0 +1,93 @@
+"""`generate.py`: answers prompts from a file or a person, and traces what the indexer selects.
+
+python3 generate.py --ckpt-path converted --config config_tiny.json --input-file prompts.txt --trace-enable
+torchrun --nproc-per-node 8 generate.py --ckpt-path ... --config config_671B_v3.2.json --interactive
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsatrace.commands.arguments import add_engine_arguments, engine_setup_from_args
+from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.trace.config import add_trace_arguments, trace_config_from_args
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves the prompts; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(argv)
+
+    from dsatrace.commands.chat import chat
+    from dsatrace.commands.serving import Serving, answer_prompts
+    from dsatrace.engine.distributed import process_group
+    from dsatrace.engine.setup import load_model
+    from dsatrace.model.parallel import ParallelGroup
+    from dsatrace.workloads.tokenizer import check_vocabulary, load_tokenizer
+
+    setup = engine_setup_from_args(args)
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: use at least 1")
+    if args.temperature < 0:
+        raise UserError(f"--temperature {args.temperature}: use 0 (greedy) or more")
+    prompts = [] if args.interactive else read_prompts(args.input_file)
+    tokenizer = load_tokenizer(args.tokenizer or args.ckpt_path)
+    check_vocabulary(tokenizer, setup.model_args().vocab_size)
+    with process_group(setup.device) as device:
+        # Rank 0 alone owns the run's folder; the others only compare digests.
+        is_writer = ParallelGroup.current().rank == 0
+        trace = trace_config_from_args(args, "generate", setup.seed) if is_writer else None
+        serving = Serving(
+            setup=setup,
+            model=load_model(setup, device),
+            device=device,
+            tokenizer=tokenizer,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            thinking=args.thinking,
+            system_prompt=args.system_prompt,
+            trace=trace,
+            traced=bool(args.trace_enable or args.trace_out),
+            save_text=args.save_text,
+            argv=tuple(argv),
+        )
+        if args.interactive:
+            chat(serving)
+            return 0
+        return answer_prompts(serving, prompts, source=args.input_file)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The file's prompts, which blank lines separate."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the prompts: {error.strerror}; check --input-file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the prompts as UTF-8 text") from error
+    prompts = [paragraph.strip() for paragraph in text.replace("\r\n", "\n").split("\n\n")]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise UserError(f"{path}: holds no prompt; write one or more, separated by blank lines")
+    return prompts
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="generate.py", description="Generate, and trace what DSA reads.")
+    add_engine_arguments(parser)
+    group = parser.add_argument_group("generation")
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input-file", type=Path, help="prompts, separated by blank lines")
+    source.add_argument("--interactive", action="store_true", help="chat; /clear forgets, /exit ends")
+    group.add_argument("--max-new-tokens", type=int, default=200, help="a prompt (%(default)s)")
+    group.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (%(default)s)")
+    group.add_argument("--thinking", action="store_true", help="let the model think before it answers")
+    group.add_argument("--system-prompt", default="", help="text before the first turn")
+    group.add_argument("--tokenizer", type=Path, help="tokenizer.json or its folder (--ckpt-path)")
+    group.add_argument("--save-text", action="store_true", help="keep the answers' text in requests.jsonl")
+    add_trace_arguments(parser)
+    return parser

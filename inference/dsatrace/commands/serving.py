@@ -1,0 +1,139 @@
+"""What a serving command needs beside its flags, and the answering of prompts from a file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dsatrace.engine.engine import Engine
+from dsatrace.engine.live import LiveRequest
+from dsatrace.engine.setup import EngineSetup, open_engine
+from dsatrace.model.transformer import Transformer
+from dsatrace.trace.config import TraceConfig
+from dsatrace.workloads.encoding import Message, encode_chat
+from dsatrace.workloads.request import Request
+from dsatrace.workloads.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """A loaded model and how it is asked. `trace` is set on the rank that writes; `traced` on all."""
+
+    setup: EngineSetup
+    model: Transformer
+    device: torch.device
+    tokenizer: Tokenizer
+    max_new_tokens: int
+    temperature: float
+    thinking: bool = False
+    system_prompt: str = ""
+    trace: TraceConfig | None = None
+    traced: bool = False
+    save_text: bool = False
+    argv: tuple[str, ...] = ()
+
+    @property
+    def is_rank_0(self) -> bool:
+        return self.model.setup.group.rank == 0
+
+    def encode(self, turns: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation, behind the system prompt when there is one."""
+        system = [Message("system", self.system_prompt)] if self.system_prompt else []
+        return encode_chat([*system, *turns], self.tokenizer, self.thinking)
+
+    def text(self, live: LiveRequest) -> str:
+        """The answer so far, without its end token."""
+        eos = self.tokenizer.eos_id
+        return self.tokenizer.decode(token for token in live.answer if token != eos)
+
+    def open(
+        self, longest: int, source: str, num_requests: int | None = None
+    ) -> contextlib.AbstractContextManager[Engine]:
+        """`open_engine` for this model; `source` is where the prompts come from."""
+        return open_engine(
+            self.model,
+            self.setup,
+            self.device,
+            longest,
+            self.trace,
+            traced=self.traced,
+            argv=self.argv,
+            tokenizer=f"sha256:{self.tokenizer.digest}",
+            data_source=source,
+            stop_tokens=frozenset({self.tokenizer.eos_id}),
+            num_requests=num_requests,
+            answer_text=self.text if self.save_text else None,
+        )
+
+
+@contextlib.contextmanager
+def on_interrupt(action: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C calls `action` instead of raising, inside the block. Off the main thread: nothing."""
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        action()
+
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def answer_prompts(serving: Serving, prompts: Sequence[str], source: Path) -> int:
+    """Answers every prompt on its own and prints the answers in order; 130 when interrupted."""
+    encoded = [serving.encode([Message("user", prompt)]) for prompt in prompts]
+    longest = max(map(len, encoded)) + serving.max_new_tokens
+    with serving.open(longest, f"file {source.name}", len(prompts)) as engine:
+        requests = [
+            Request(f"r{i}", tuple(ids), serving.max_new_tokens, serving.temperature, source_row=i)
+            for i, ids in enumerate(encoded)
+        ]
+        live = [engine.submit(request) for request in requests]
+        with on_interrupt(engine.request_abort):
+            report = _run_with_progress(engine, live, serving.is_rank_0)
+        if serving.is_rank_0:
+            for request in live:
+                print(f"[{request.request.request_id}] {serving.text(request)}\n")
+            print(report)
+        if any(request.state == "aborted" for request in live):
+            engine.mark_incomplete()
+            print("interrupted", file=sys.stderr)
+            return 130
+    if serving.trace is not None:
+        print(f"trace: {serving.trace.out}")
+    return 0
+
+
+def _run_with_progress(engine: Engine, live: Sequence[LiveRequest], shown: bool) -> str:
+    """Runs to the end under a progress bar of tokens; returns a line of what it took."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    prompt_tokens = sum(request.prompt_len for request in live)
+    started = time.perf_counter()
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+        bar = progress.add_task("prefill", total=prompt_tokens + sum(r.request.max_new_tokens for r in live))
+        while engine.scheduler.has_work:
+            engine.step()
+            in_prefill = any(request.in_prefill for request in live if not request.ended)
+            done = sum(
+                request.request.max_new_tokens + request.prompt_len for request in live if request.ended
+            )
+            done += sum(request.num_computed for request in live if not request.ended)
+            progress.update(bar, completed=done, description="prefill" if in_prefill else "decode")
+    seconds = time.perf_counter() - started
+    generated = sum(len(request.answer) for request in live)
+    return (
+        f"{len(live)} requests, {prompt_tokens} tokens in, {generated} out in {seconds:.1f} s "
+        f"({engine.runner.num_decode_tokens / max(engine.runner.decode_s, 1e-9):.1f} tokens/s in decode)"
+    )
