@@ -1,3 +1,32 @@
-"""dsatrace: shows what DeepSeek Sparse Attention reads."""
+"""dsatrace: shows what DeepSeek Sparse Attention reads.
+
+The names below load what they need when they are first asked for, so that importing the
+package costs nothing and works with nothing installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsatrace.kv.prefix import PrefixCacheAnalyzer
+    from dsatrace.trace.config import TraceConfig
+    from dsatrace.trace.tracer import Tracer
+    from dsatrace.trace.writer import TraceWriter
 
 __version__ = "0.1.0"
+__all__ = ["PrefixCacheAnalyzer", "TraceConfig", "TraceWriter", "Tracer", "__version__"]
+
+_HOME = {
+    "PrefixCacheAnalyzer": "dsatrace.kv.prefix",
+    "TraceConfig": "dsatrace.trace.config",
+    "Tracer": "dsatrace.trace.tracer",
+    "TraceWriter": "dsatrace.trace.writer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -121,7 +121,7 @@ def check_run(folder: Path) -> None:
     found = [(MANIFEST_FILE, 1, decode((folder / MANIFEST_FILE).read_bytes()))]
     found.append((SUMMARY_FILE, 1, decode((folder / SUMMARY_FILE).read_bytes())))
     for name in (STEPS_FILE, REQUESTS_FILE):
-        lines = (folder / name).read_text(encoding="utf-8").splitlines()
+        lines = (folder / name).read_bytes().splitlines()
         found += [(name, number, decode(line)) for number, line in enumerate(lines, 1)]
     for name, number, record in found:
         wrong = schema.problems(record, "full", schema.TABLES[name])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 
@@ -64,38 +63,32 @@ class Batch:
     @classmethod
     def build(cls, spans: Sequence[Span], block_size: int, device: torch.device | str = "cpu") -> Batch:
         """Lays `spans` one after another; O(blocks) host work a request, one copy a tensor."""
+        contexts = [span.first_pos + len(span.tokens) for span in spans]
+        slot_table = torch.zeros(len(spans), max(contexts), dtype=torch.int64)
         segments: list[Segment] = []
-        slot_rows: list[np.ndarray] = []
+        positions, slots, logit_rows = [], [], []
         row = 0
-        longest = max(span.first_pos + len(span.tokens) for span in spans)
-        for span in spans:
-            context_len = span.first_pos + len(span.tokens)
-            blocks = np.asarray(span.block_ids[: -(-context_len // block_size)], dtype=np.int64)
+        for i, (span, context_len) in enumerate(zip(spans, contexts, strict=True)):
+            blocks = torch.tensor(span.block_ids[: -(-context_len // block_size)])
             assert len(blocks) * block_size >= context_len, "the block table is shorter than the context"
-            slots = (blocks[:, None] * block_size + np.arange(block_size)).reshape(-1)[:context_len]
-            slot_rows.append(np.pad(slots, (0, longest - context_len)))
-            consecutive = bool((np.diff(blocks) == 1).all())
+            all_slots = (blocks.unsqueeze(1) * block_size + torch.arange(block_size)).view(-1)
+            slot_table[i, :context_len] = all_slots[:context_len]
+            consecutive = bool((blocks.diff() == 1).all())
             first_slot = int(blocks[0]) * block_size if consecutive else None
-            table = torch.from_numpy(blocks).to(device)
-            segments.append(Segment(row, len(span.tokens), span.first_pos, table, first_slot))
+            segments.append(Segment(row, len(span.tokens), span.first_pos, blocks.to(device), first_slot))
+            positions.append(torch.arange(span.first_pos, context_len))
+            slots.append(all_slots[span.first_pos : context_len])
             row += len(span.tokens)
+            if span.wants_logits:
+                logit_rows.append(row - 1)
 
-        positions = [np.arange(s.first_pos, s.context_len) for s in segments]
-        own_slots = [slot_rows[i][s.first_pos : s.context_len] for i, s in enumerate(segments)]
-        row_to_request = np.repeat(np.arange(len(segments)), [s.num_rows for s in segments])
-        last_rows = [
-            s.row + s.num_rows - 1 for s, span in zip(segments, spans, strict=True) if span.wants_logits
-        ]
-
-        def tensor(values: np.ndarray | list[int]) -> torch.Tensor:
-            return torch.as_tensor(values, dtype=torch.int64).to(device, non_blocking=True)
-
+        rows_of = torch.tensor([len(span.tokens) for span in spans])
         return cls(
-            tokens=tensor([token for span in spans for token in span.tokens]),
-            positions=tensor(np.concatenate(positions)),
-            row_to_request=tensor(row_to_request),
-            slots=tensor(np.concatenate(own_slots)),
-            slot_table=tensor(np.stack(slot_rows)),
-            logit_rows=tensor(last_rows),
+            tokens=torch.tensor([token for span in spans for token in span.tokens]).to(device),
+            positions=torch.cat(positions).to(device),
+            row_to_request=torch.arange(len(spans)).repeat_interleave(rows_of).to(device),
+            slots=torch.cat(slots).to(device),
+            slot_table=slot_table.to(device),
+            logit_rows=torch.tensor(logit_rows, dtype=torch.int64).to(device),
             segments=tuple(segments),
         )

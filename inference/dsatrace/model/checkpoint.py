@@ -179,7 +179,7 @@ def _fill(
         target.data.copy_(value)
         return
     # A copy of our own: the value is a view into the mapped file.
-    filled = value.to(target.dtype)
+    filled = torch.empty_like(target, device=device).copy_(value)
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     if isinstance(target, nn.Parameter):

@@ -23,7 +23,7 @@ from .shards import CheckpointError, Layout, ShardWriter, StoredTensor, num_byte
 Progress = Callable[[int, int], None]
 """Told (bytes done, bytes in all)."""
 
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES = 4 << 20
 
 
 def convert_checkpoint(
@@ -56,6 +56,7 @@ def convert_checkpoint(
             for file in sorted({*hf_path.glob("*token*"), *hf_path.glob("config.json")}):
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)
+                    _sync(folder / file.name)
     except OSError as error:
         raise CheckpointError(
             f"{save_path}: cannot convert into it: {error.strerror} ({error.filename})"
@@ -93,7 +94,7 @@ def _stream(
 
 
 def _row_blocks(stored: StoredTensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields (first row, rows as bytes (R, W) uint8) of about 16 MB; the next reuses the buffer."""
+    """Yields (first row, rows as bytes (R, W) uint8) of about 4 MB; the next reuses the buffer."""
     num_rows = stored.shape[0] if stored.shape else 1
     width = stored.num_bytes // max(num_rows, 1)
     if not width:
@@ -119,17 +120,19 @@ def _write_block(writer: ShardWriter, piece: Piece, first_row: int, block: torch
     if begin >= end:
         return
     part = block[begin - first_row : end - first_row, slice(*piece.row_bytes)]
-    data = bytearray(part.numel())
-    torch.frombuffer(data, dtype=torch.uint8).view(part.shape).copy_(part)
-    writer.write(piece.name, data, offset=(begin - piece.rows[0]) * part.shape[1])
+    writer.write(piece.name, part, offset=(begin - piece.rows[0]) * part.shape[1])
 
 
 @contextmanager
 def _published(target: Path) -> Iterator[Path]:
-    """A folder beside `target` whose files move there, synced, when the block ends well; else it goes."""
+    """A folder whose files move into `target`, synced, when the block ends well; else it goes.
+
+    It lies within a target that exists, which may be a mount of its own, or else beside it.
+    """
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target}: is a file; give a folder to write the checkpoint into")
-    partial = target.parent / f".{target.name}.partial"
+    is_new = not target.exists()
+    partial = target.parent / f".{target.name}.partial" if is_new else target / ".partial"
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         partial.mkdir()
@@ -139,20 +142,21 @@ def _published(target: Path) -> Iterator[Path]:
         ) from None
     try:
         yield partial
-        if target.exists():
+        _sync(partial)
+        if is_new:
+            partial.rename(target)
+        else:
             # Tokenizer and config first, so that a folder with weights is a whole checkpoint.
             for file in sorted(partial.iterdir(), key=lambda file: file.suffix == ".safetensors"):
                 file.replace(target / file.name)
-        else:
-            partial.rename(target)
-        for folder in (target, target.parent):
-            _sync_folder(folder)
+        _sync(target.parent if is_new else target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Puts a file or a folder's entries on disk."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

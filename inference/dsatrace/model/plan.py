@@ -69,6 +69,10 @@ def plan(
     hf_path: Path, source: dict[str, StoredTensor], n_experts: int, model_parallel: int
 ) -> dict[str, list[Piece]]:
     """Where each source tensor goes, in source order; the checkpoint must be whole and hold nothing else."""
+    if "model.embed_tokens.weight" not in source:
+        raise CheckpointError(
+            f"{hf_path}: lacks model.embed_tokens.weight; give a whole checkpoint in Hugging Face layout"
+        )
     num_layers = _num_layers(hf_path)
     kept = {name: stored for name, stored in source.items() if not _is_beyond(name, num_layers)}
     _check_expert_count(hf_path, kept, n_experts)

@@ -138,25 +138,21 @@ class ShardWriter:
             os.close(self._fd)
             raise
 
-    def write(self, name: str, data: bytes | bytearray | memoryview, offset: int = 0) -> None:
-        """Puts `data` at byte `offset` of the tensor."""
-        self._write_at(self._base + self._begins[name] + offset, memoryview(data))
+    def write(self, name: str, tensor: torch.Tensor, offset: int = 0) -> None:
+        """Puts a tensor, or a part of one, row-major at byte `offset` of the tensor laid out as `name`."""
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+        self._write_at(self._base + self._begins[name] + offset, data)
         self._num_missing_bytes -= len(data)
-
-    def write_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        """Puts a whole tensor, which must have the type and shape laid out for `name`."""
-        buffer = bytearray(tensor.numel() * tensor.itemsize)
-        torch.frombuffer(buffer, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
-        self.write(name, buffer)
 
     def _write_at(self, offset: int, data: memoryview) -> None:
         while data:  # one pwrite takes at most 2 GiB, and may take less
             count = os.pwrite(self._fd, data, offset)
             data, offset = data[count:], offset + count
 
-    def close(self) -> None:
+    def close(self, sync: bool = True) -> None:
         try:
-            os.fsync(self._fd)
+            if sync:
+                os.fsync(self._fd)
         finally:
             os.close(self._fd)
 
@@ -166,5 +162,5 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(sync=kind is None)  # an interrupted file is thrown away
         assert kind is not None or self._num_missing_bytes == 0, "a tensor was not written"

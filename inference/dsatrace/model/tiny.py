@@ -210,8 +210,8 @@ def _write_random(
     values = random_tensor(name, shape, seed)
     if dtype == "F8_E4M3":
         values, scale = quantise(values, args.scale_fmt)
-        writer.write_tensor(f"{name}_scale_inv", scale)
-    writer.write_tensor(name, values.to(DTYPES[dtype]))
+        writer.write(f"{name}_scale_inv", scale)
+    writer.write(name, values.to(DTYPES[dtype]))
 
 
 def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:

@@ -1,0 +1,38 @@
+"""`dsatrace needle`: writes a needle-in-a-haystack prompt to a file, and prints what hides in it.
+
+dsatrace needle --tokenizer converted --tokens 2048 --out prompt.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsatrace.errors import UserError, exits_cleanly
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the prompt; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="dsatrace needle", description="Write a needle prompt.")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json or its folder")
+    parser.add_argument("--tokens", type=int, default=2048, help="length at most (%(default)s)")
+    parser.add_argument("--depth", type=float, default=0.5, help="0 at the start, 1 at the end (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    args = parser.parse_args(argv)
+
+    from dsatrace.workloads.needle import needle_prompt
+    from dsatrace.workloads.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(args.tokenizer)
+    prompt = needle_prompt(args.tokens, lambda text: len(tokenizer.encode(text)), args.depth, args.seed)
+    try:
+        args.out.write_text(prompt.text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{args.out}: cannot write the prompt: {error.strerror}; name another --out"
+        ) from error
+    print(f"{args.out}: {len(tokenizer.encode(prompt.text))} tokens; the needle says {prompt.answer}")
+    return 0

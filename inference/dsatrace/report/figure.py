@@ -1,0 +1,107 @@
+"""One picture of a run: blocks touched, where they lie over time, overlap and age.
+
+draw(RunReader(folder))      # writes report.png into the run's folder
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..trace.reader import RunReader
+from .tables import Summary, caveat
+
+FIGURE_FILE = "report.png"
+
+
+def draw(run: RunReader, layer_id: int | None = None) -> Path:
+    """Draws the four panels; the heat map shows the first request in `layer_id` (the last layer)."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    summary = run.summary()
+    layer_id = run.manifest["model_config"]["n_layers"] - 1 if layer_id is None else layer_id
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    _blocks_touched(axes[0, 0], summary)
+    _heat_map(axes[0, 1], run, layer_id)
+    _overlap(axes[1, 0], summary)
+    _offsets(axes[1, 1], summary)
+    counts = summary["counts"]
+    title = f"{run.folder.name}: {counts['requests']} requests, {counts['steps']} decode steps"
+    figure.suptitle(f"{title}\n{caveat(summary)}" if caveat(summary) else title)
+    path = run.folder / FIGURE_FILE
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the picture: {error.strerror}; use --no-figure") from error
+    finally:
+        plt.close(figure)
+    return path
+
+
+def _blocks_touched(axes: Any, summary: Summary) -> None:
+    rows = summary["blocks_touched"]
+    selectors = (("mean", "measured"), ("uniform_mean", "uniform"), ("recency_mean", "recency"))
+    place = np.arange(len(rows))
+    for i, (key, label) in enumerate(selectors):
+        shares = [row[key] / row["context_mean"] if row[key] is not None else 0 for row in rows]
+        axes.bar(place + 0.27 * (i - 1), shares, 0.25, label=label)
+    axes.set_xticks(place, [f"{row['block_size_tokens']}" for row in rows])
+    axes.set(
+        title="Share of the context's blocks touched by a step", xlabel="block size (tokens)", ylim=(0, 1.05)
+    )
+    axes.legend()
+
+
+def _heat_map(axes: Any, run: RunReader, layer_id: int) -> None:
+    """Which share of each block was selected, step by step."""
+    records = [
+        record
+        for record in run.steps()
+        if record["layer_id"] == layer_id and record["phase"] == "decode" and "selected_token_pos" in record
+    ]
+    axes.set(title=f"Tokens selected per block, layer {layer_id}", xlabel="decode step", ylabel="block")
+    if not records:
+        axes.text(0.5, 0.5, "positions were not recorded", ha="center", transform=axes.transAxes)
+        return
+    records = [record for record in records if record["request_id"] == records[0]["request_id"]]
+    block_size = records[0]["block_size_tokens"]
+    num_blocks = max(record["seq_len_current"] for record in records) // block_size + 1
+    touched = np.zeros((num_blocks, len(records)))
+    for step, record in enumerate(records):
+        blocks = np.asarray(record["selected_token_pos"]) // block_size
+        touched[:, step] = np.bincount(blocks, minlength=num_blocks)
+    shown = np.where(touched > 0, touched, np.nan)
+    image = axes.imshow(shown, aspect="auto", origin="lower", interpolation="nearest", cmap="YlGnBu")
+    axes.figure.colorbar(image, ax=axes, label="selected tokens")
+
+
+def _overlap(axes: Any, summary: Summary) -> None:
+    for key, label in (("step_overlap", "step before"), ("layer_overlap", "layer before")):
+        overlap = summary[key]
+        if not overlap["pairs"]:
+            continue
+        shares = [np.nan if share is None else share for share in overlap["per_layer"]]
+        (line,) = axes.plot(range(len(shares)), shares, marker="o", label=f"already in the {label}")
+        axes.axhline(overlap["random_mean"], color=line.get_color(), linestyle=":", label="random selector")
+    axes.set(title="Overlap of selections", xlabel="layer", ylabel="share", ylim=(0, 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if axes.lines:
+        axes.legend()
+
+
+def _offsets(axes: Any, summary: Summary) -> None:
+    histogram = summary["histograms"]["offsets"]
+    values, counts = np.asarray(histogram["values"]), np.asarray(histogram["counts"], dtype=float)
+    axes.set(
+        title="How far back a selected token lies", xlabel="offset from the query (tokens)", ylabel="CDF"
+    )
+    if len(values):
+        axes.step(values, np.cumsum(counts) / counts.sum(), where="post")
+        axes.set_xscale("symlog")
+        axes.set_ylim(0, 1.02)

@@ -1,0 +1,116 @@
+"""A run's findings as tables: every figure beside the baseline it has to be read against.
+
+Knows a run's manifest and summary; computes nothing that is not already in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from ..schema import STEPS_FILE
+from ..trace.reader import RunReader
+
+Summary = Mapping[str, Any]
+
+
+def caveat(summary: Summary) -> str | None:
+    """What forbids reading locality off this run, or None."""
+    if summary["selections"] == "synthetic":
+        return "The selections are synthetic: they show the format, and nothing about any model."
+    return None
+
+
+def run_tables(run: RunReader) -> Iterator[RenderableType]:
+    """What a run found, in the order of the questions people ask."""
+    summary, state = run.summary(), run.state
+    counts = summary["counts"]
+    yield (
+        f"{counts['requests']} requests, {counts['steps']} traced decode steps, "
+        f"{counts['records']} records ({counts['sparse_records']} past top-k), run {state}"
+    )
+    if warning := caveat(summary):
+        yield warning
+    if counts["sparse_records"] == 0:
+        yield "No step saw more tokens than top-k: everything was selected, there is nothing sparse to show."
+    else:
+        yield _blocks(summary)
+        yield _overlap(summary)
+    yield _bytes(summary)
+    yield _costs(run, summary)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column(columns[0])
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _blocks(summary: Summary) -> Table:
+    table = _table(
+        "KV blocks touched by one decode step, per layer (mean)",
+        "block size",
+        "measured",
+        "p95",
+        "uniform selector",
+        "recency selector",
+        "in context",
+    )
+    for row in summary["blocks_touched"]:
+        means = (row["uniform_mean"], row["recency_mean"], row["context_mean"])
+        table.add_row(
+            f"{row['block_size_tokens']} tokens",
+            f"{row['mean']:.1f}",
+            f"{row['p95']}",
+            *(f"{mean:.1f}" for mean in means),
+        )
+    return table
+
+
+def _overlap(summary: Summary) -> Table:
+    table = _table("Share of a selection already selected ...", "", "measured", "random selector", "pairs")
+    for name, key in (("in the step before", "step_overlap"), ("in the layer before", "layer_overlap")):
+        overlap = summary[key]
+        if overlap["pairs"]:
+            shares = (overlap["mean"], overlap["random_mean"])
+            table.add_row(name, *(f"{share:.1%}" for share in shares), f"{overlap['pairs']}")
+    return table
+
+
+def _bytes(summary: Summary) -> Table:
+    table = _table("Bytes read, whole run", "", "MB", "share")
+    total = summary["bytes_read"]["with_indexer_scan"]
+    hbm = summary["kv_fetch"]["hbm"]
+    rows = (
+        ("latents of the selected tokens alone", hbm["bytes_useful"]),
+        ("latents of the touched blocks", summary["bytes_read"]["without_indexer_scan"]),
+        ("indexer keys (it scans every token)", summary["bytes_read"]["indexer_scan"]),
+        ("touched blocks and scan together", total),
+    )
+    for name, num_bytes in rows:
+        table.add_row(name, f"{num_bytes / 1e6:,.2f}", f"{num_bytes / total:.1%}" if total else "")
+    return table
+
+
+def _costs(run: RunReader, summary: Summary) -> Table:
+    cost, step_ms = summary["tracing_cost"], summary["step_ms"]
+    table = _table("The trace itself", "", "")
+    trace_bytes = (run.folder / STEPS_FILE).stat().st_size
+    num_records = summary["counts"]["records"]
+    per_record = f", {trace_bytes / num_records:,.0f} bytes a record" if num_records else ""
+    table.add_row("size", f"{trace_bytes / 1e6:,.2f} MB{per_record}")
+    table.add_row(
+        "decode step (median)", f"{step_ms['p50']:.2f} ms" if step_ms["p50"] is not None else "none"
+    )
+    for name, key in (("without", "without_sync_us_mean"), ("with", "with_sync_us_mean")):
+        value = cost[key]
+        shown = "none" if value is None else f"{value / 1e3:.2f} ms a step"
+        table.add_row(f"model thread held up, {name} synchronisation", shown)
+    table.add_row("writer thread busy, whole run", f"{cost['writer_busy_ms']:.1f} ms")
+    table.add_row("files", str(run.folder))
+    return table

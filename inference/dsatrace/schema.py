@@ -1,0 +1,526 @@
+"""Every record a run writes, once: fields, order, types, units, meaning.
+
+Standard library only, so that the fast path, the plain path and the docs agree on
+names without sharing code. Knows no model, no file and no numpy.
+
+    line = encode(record)                # compact JSON, field order = table order
+    problems(decode(line), "full")       # [] when the record is as the table says
+    python -m dsatrace.schema            # the tables of README.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+SCHEMA_VERSION = 1
+
+Level = Literal["full", "blocks", "stats"]
+LEVELS: tuple[Level, ...] = ("full", "blocks", "stats")
+TIER_NAMES = ("hbm", "local_pool", "remote_pool")
+STEPS_FILE = "trace_steps.jsonl"
+REQUESTS_FILE = "requests.jsonl"
+MANIFEST_FILE = "manifest.json"
+SUMMARY_FILE = "summary.json"
+RUN_STATES = ("running", "complete", "incomplete")
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of a record. `keys` makes it an object with those keys, each holding `children`."""
+
+    name: str
+    type: str
+    unit: str
+    meaning: str
+    levels: tuple[Level, ...] = LEVELS
+    children: tuple[Field, ...] = ()
+    keys: tuple[str, ...] = ()
+    optional: bool = False
+
+
+_FULL: tuple[Level, ...] = ("full",)
+_BLOCKS: tuple[Level, ...] = ("full", "blocks")
+
+_FETCH = (
+    Field("hit_blocks", "int", "blocks", "touched blocks this tier served"),
+    Field("bytes_read", "int", "bytes", "tokens held by those blocks x latent bytes a token and layer"),
+    Field("read_ops", "int", "reads", "runs of adjacent block ids"),
+    Field("latency_us", "float", "us", "time of the reads; 0 where `latency_kind` is none"),
+    Field("batch_size", "int", "requests", "requests in the step; 0 for a tier that serves nothing"),
+    Field("bytes_useful", "int", "bytes", "selected tokens x latent bytes a token and layer"),
+    Field("latency_kind", "string", "", "none, measured or modelled"),
+)
+
+STEP_FIELDS = (
+    Field("event", "string", "", '`"dsa_topk"`'),
+    Field("request_id", "string", "", "the request, as in requests.jsonl"),
+    Field("layer_id", "int", "", "layer, 0-based"),
+    Field("step_idx", "int", "", "the request's own decode step, 0-based; -1 for a prefill record"),
+    Field("seq_len_current", "int", "tokens", "positions visible to the query, itself included"),
+    Field(
+        "selected_token_pos",
+        "int[]",
+        "position",
+        "absolute logical positions, ascending; with `--trace-keep-order` by score descending, "
+        "then position ascending",
+        _FULL,
+    ),
+    Field("unique_token_pos_count", "int", "tokens", "selected positions"),
+    Field("offset_min", "int", "tokens", "smallest offset; offset = query position - selected position"),
+    Field("offset_p50", "int", "tokens", "median offset, nearest rank"),
+    Field("offset_max", "int", "tokens", "largest offset"),
+    Field("block_size_tokens", "int", "tokens", "tokens in a block"),
+    Field(
+        "selected_block_ids",
+        "int[]",
+        "block",
+        "touched logical blocks (position // size), ascending",
+        _BLOCKS,
+    ),
+    Field("unique_blocks", "int", "blocks", "touched blocks"),
+    Field(
+        "tokens_per_touched_block",
+        "object",
+        "",
+        "selected tokens in a touched block, over the record's blocks",
+        children=(
+            Field("mean", "float", "tokens", "selected tokens / touched blocks"),
+            Field("p50", "int", "tokens", "median, nearest rank"),
+            Field("p95", "int", "tokens", "95th percentile, nearest rank"),
+        ),
+    ),
+    Field("kv_fetch", "object", "", "what each tier served", children=_FETCH, keys=TIER_NAMES),
+    Field(
+        "prefix",
+        "object",
+        "",
+        "the request's shared prefix and how much of the selection lies in it",
+        children=(
+            Field(
+                "prefix_cache_hit", "bool", "", "at least one full leading block equals an earlier request's"
+            ),
+            Field(
+                "prefix_cached_blocks", "int", "blocks", "full leading blocks equal to an earlier request's"
+            ),
+            Field("prefix_key", "string", "hex", "keyed hash of the prompt's first tokens"),
+            Field("intersection_ratio", "float", "", "touched prefix blocks / touched blocks"),
+            Field("intersection_blocks", "int[]", "block", "touched prefix blocks, ascending", _BLOCKS),
+        ),
+    ),
+    Field(
+        "scores_stats",
+        "object",
+        "score",
+        "over the selection; absent where `scores_topk` stands",
+        children=(
+            Field("min", "float", "score", "lowest selected score"),
+            Field("mean", "float", "score", "mean selected score"),
+            Field("max", "float", "score", "highest selected score"),
+        ),
+        optional=True,
+    ),
+    Field(
+        "scores_topk",
+        "float[]",
+        "score",
+        "with `--trace-store-scores`: `scores_topk[i]` belongs to `selected_token_pos[i]`",
+        _FULL,
+        optional=True,
+    ),
+    Field("step_wall_us", "float", "us", "wall time around the forward"),
+    Field("step_synced", "bool", "", "the device was synchronised before the clock was read"),
+    Field("phase", "string", "", "decode, or prefill (the prompt's last position)"),
+    Field("path", "string", "", "dense while seq_len_current <= top-k, else sparse"),
+    Field("kth_margin", "float | null", "score", "k-th minus (k+1)-th score; null on the dense path"),
+    Field(
+        "indexer_scan",
+        "object",
+        "",
+        "what the indexer read to choose",
+        children=(
+            Field("tokens", "int", "tokens", "keys scanned: every visible position"),
+            Field("bytes_read", "int", "bytes", "tokens x indexer bytes a token and layer"),
+        ),
+    ),
+)
+
+REQUEST_FIELDS = (
+    Field("request_id", "string", "", "unique in the run"),
+    Field("source_row", "int | null", "row", "row of the data set the prompt came from"),
+    Field("num_prompt_tokens", "int", "tokens", "prompt tokens"),
+    Field("num_output_tokens", "int", "tokens", "generated tokens"),
+    Field("arrival_s", "float", "s", "from the run's start"),
+    Field("first_token_s", "float | null", "s", "from the run's start; null when none came"),
+    Field("finish_s", "float | null", "s", "from the run's start; null when it did not finish"),
+    Field("state", "string", "", "how it ended: stop, length, aborted or unfinished"),
+    Field("score", "float | null", "", "the task's score, where the workload has one"),
+    Field("text", "string", "", "the answer; only with `--save-text`", optional=True),
+)
+
+_LAYOUT = (
+    Field("name", "string", "", "layout"),
+    Field("latent_bytes_per_token", "int", "bytes", "a token and layer: latent and rope key"),
+    Field("index_bytes_per_token", "int", "bytes", "a token and layer: indexer key and scales"),
+)
+
+MANIFEST_FIELDS = (
+    Field("schema_version", "int", "", "of the records; fields are only ever added"),
+    Field("tool", "string", "", '`"dsatrace"`'),
+    Field("tool_version", "string", "", "version of the package"),
+    Field("state", "string", "", "running, complete or incomplete"),
+    Field("error", "string | null", "", "why the run is incomplete, where that is known"),
+    Field("started_utc", "string", "", "ISO 8601"),
+    Field("argv", "string[]", "", "command line, secrets redacted"),
+    Field("selections", "string", "", "model, or synthetic: then the run supports no claim about locality"),
+    Field("model_config", "object", "", "the model's hyperparameters"),
+    Field("model_config_digest", "string", "hex", "hash of the canonical model_config"),
+    Field("cache_layout", "string", "", "the layout that bytes are counted with"),
+    Field("cache_layouts", "object[]", "", "bytes a token and layer of each layout", children=_LAYOUT),
+    Field("tokenizer", "string | null", "", "tokenizer file or name"),
+    Field("data_source", "string | null", "", "embedded, file or hub revision"),
+    Field("device", "string", "", "device the model ran on"),
+    Field("hbm_stand_in", "string | null", "", "what stands in for HBM where there is none"),
+    Field("world_size", "int", "ranks", "tensor-parallel ranks"),
+    Field("seed", "int", "", "seed of the run and of step sampling"),
+    Field(
+        "trace",
+        "object",
+        "",
+        "how the run was traced",
+        children=(
+            Field("level", "string", "", "full, blocks or stats"),
+            Field("block_size_tokens", "int", "tokens", "tokens in a block"),
+            Field("sample_rate", "float", "", "share of the steps that is recorded"),
+            Field("store_scores", "bool", "", "scores are recorded"),
+            Field("keep_order", "bool", "", "positions stand in score order"),
+            Field("prefill", "string", "", "off, or last: the prompt's last position is recorded"),
+            Field("sync_cuda", "bool", "", "the device is synchronised once a step"),
+            Field("prefix_key_tokens", "int", "tokens", "tokens hashed into prefix_key"),
+            Field("prefix_key_id", "string", "hex", "names the secret of the keyed hashes"),
+        ),
+    ),
+    Field("quantile", "string", "", "definition of every quantile"),
+)
+
+_DISTRIBUTION = (
+    Field("min", "number | null", "", "smallest"),
+    Field("p50", "number | null", "", "median, nearest rank"),
+    Field("p95", "number | null", "", "95th percentile, nearest rank"),
+    Field("max", "number | null", "", "largest"),
+    Field("mean", "float | null", "", "arithmetic mean"),
+)
+
+_OVERLAP = (
+    Field("pairs", "int", "", "pairs of selections compared, for each layer"),
+    Field("mean", "float | null", "", "share of the selection that the other one held too, over all layers"),
+    Field("random_mean", "float | null", "", "the same for a random selector: k / N"),
+    Field("per_layer", "float[] | null", "", "mean of each layer; null where nothing was compared"),
+)
+
+SUMMARY_FIELDS = (
+    Field("schema_version", "int", "", "of the records"),
+    Field("state", "string", "", "running, complete or incomplete"),
+    Field("selections", "string", "", "model, or synthetic: then it supports no claim about locality"),
+    Field(
+        "counts",
+        "object",
+        "",
+        "what the run recorded",
+        children=(
+            Field("steps", "int", "steps", "traced decode forwards"),
+            Field("prefills", "int", "steps", "traced prefill forwards"),
+            Field("records", "int", "records", "lines of trace_steps.jsonl"),
+            Field("sparse_records", "int", "records", "those on the sparse path"),
+            Field("requests", "int", "requests", "lines of requests.jsonl"),
+        ),
+    ),
+    Field("dropped_steps", "int", "steps", "sampled steps that were not recorded"),
+    Field("unique_blocks", "object", "blocks", "touched blocks a record", children=_DISTRIBUTION),
+    Field(
+        "tokens_per_touched_block",
+        "object",
+        "tokens",
+        "selected tokens a touched block, every block pooled",
+        children=_DISTRIBUTION,
+    ),
+    Field("offsets", "object", "tokens", "every selected token pooled", children=_DISTRIBUTION),
+    Field("prefix_intersection_ratio", "object", "", "a record", children=_DISTRIBUTION),
+    Field(
+        "prefix_hot_blocks",
+        "object",
+        "",
+        "request id -> its most touched prefix blocks, at most 20; requests with a prefix hit only",
+        children=(
+            Field("block_id", "int", "block", "logical block"),
+            Field("touches", "int", "records", "records that touched it"),
+        ),
+    ),
+    Field(
+        "step_ms",
+        "object",
+        "ms",
+        "wall time of traced decode forwards, counted in whole us",
+        children=(
+            Field("p50", "float | null", "ms", "median, nearest rank"),
+            Field("p95", "float | null", "ms", "95th percentile, nearest rank"),
+            Field("p99", "float | null", "ms", "99th percentile, nearest rank"),
+            Field("max", "float | null", "ms", "largest"),
+        ),
+    ),
+    Field(
+        "blocks_touched",
+        "object[]",
+        "",
+        "touched blocks a sparse record, at several block sizes, beside two selectors of the same k",
+        children=(
+            Field("block_size_tokens", "int", "tokens", "tokens in a block"),
+            Field("mean", "float | null", "blocks", "measured"),
+            Field("p50", "int | null", "blocks", "measured, nearest rank"),
+            Field("p95", "int | null", "blocks", "measured, nearest rank"),
+            Field(
+                "uniform_mean", "float | null", "blocks", "modelled: exact expectation of a uniform selector"
+            ),
+            Field("recency_mean", "float | null", "blocks", "modelled: the last k tokens"),
+            Field("context_mean", "float | null", "blocks", "blocks of the whole context"),
+        ),
+    ),
+    Field(
+        "step_overlap",
+        "object",
+        "",
+        "share of a selection already in the step before; both on the sparse path",
+        children=_OVERLAP,
+    ),
+    Field(
+        "layer_overlap",
+        "object",
+        "",
+        "share of a selection already in the layer before, same step, sparse path",
+        children=_OVERLAP,
+    ),
+    Field(
+        "kv_fetch",
+        "object",
+        "",
+        "totals a tier",
+        children=tuple(
+            f for f in _FETCH if f.name in ("hit_blocks", "bytes_read", "read_ops", "bytes_useful")
+        ),
+        keys=TIER_NAMES,
+    ),
+    Field(
+        "bytes_read",
+        "object",
+        "bytes",
+        "totals over all records",
+        children=(
+            Field("without_indexer_scan", "int", "bytes", "latents of the touched blocks, all tiers"),
+            Field("indexer_scan", "int", "bytes", "indexer keys"),
+            Field("with_indexer_scan", "int", "bytes", "the sum of both"),
+        ),
+    ),
+    Field(
+        "tracing_cost",
+        "object | null",
+        "",
+        "what tracing took from the model thread; null where nothing was traced live",
+        children=(
+            Field("traced_steps", "int", "steps", "forwards handed to the writer"),
+            Field("handover_us_mean", "float | null", "us", "copy to the host, without the synchronisation"),
+            Field("blocked_us_mean", "float | null", "us", "waiting for a place in the writer's queue"),
+            Field("sync_us_mean", "float | null", "us", "synchronisation of the device"),
+            Field("without_sync_us_mean", "float | null", "us", "hand-over and waiting"),
+            Field("with_sync_us_mean", "float | null", "us", "hand-over, waiting and synchronisation"),
+            Field("writer_busy_ms", "float", "ms", "the writer thread's wall time at work, the whole run"),
+        ),
+    ),
+    Field(
+        "histograms",
+        "object",
+        "",
+        "name -> `{values, counts}`: what the distributions were computed from; they merge by addition",
+    ),
+)
+
+TABLES: dict[str, tuple[Field, ...]] = {
+    STEPS_FILE: STEP_FIELDS,
+    REQUESTS_FILE: REQUEST_FIELDS,
+    MANIFEST_FILE: MANIFEST_FIELDS,
+    SUMMARY_FILE: SUMMARY_FIELDS,
+}
+
+QUANTILE_DEFINITION = "nearest rank: the smallest value whose cumulative count reaches q"
+
+
+def nearest_rank(count: int, percent: int) -> int:
+    """0-based index of the quantile among `count` sorted values: ceil(count * percent / 100) - 1."""
+    if count < 1 or not 0 <= percent <= 100:
+        raise ValueError(f"no {percent}th percentile of {count} values")
+    return max(1, -(-count * percent // 100)) - 1
+
+
+def quantile_sorted(values: Sequence[Number], percent: int) -> Number:
+    """The quantile of ascending `values`."""
+    return values[nearest_rank(len(values), percent)]
+
+
+def quantile_histogram(values: Iterable[Number], counts: Sequence[int], percent: int) -> Number:
+    """The quantile of ascending distinct `values`, `counts[i]` of each."""
+    rank, seen = nearest_rank(sum(counts), percent), 0
+    for value, count in zip(values, counts, strict=True):
+        seen += count
+        if seen > rank:
+            return value
+    raise AssertionError("the counts were summed to find the rank")
+
+
+def distribution(values: Sequence[Number], counts: Sequence[int], mean: float | None) -> dict[str, Any]:
+    """`{min, p50, p95, max, mean}` of ascending distinct `values`; all null when there are none."""
+    if not counts:
+        return {field.name: None for field in _DISTRIBUTION}
+    p50, p95 = (quantile_histogram(values, counts, percent) for percent in (50, 95))
+    return {"min": values[0], "p50": p50, "p95": p95, "max": values[-1], "mean": mean}
+
+
+def encode(record: Mapping[str, Any]) -> str:
+    """One line of plain JSON, without the newline; NaN and infinity raise `ValueError`."""
+    return json.dumps(record, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def decode(line: str | bytes) -> dict[str, Any]:
+    """The record of one line; anything but a JSON object raises `ValueError`."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"a record is a JSON object, not {type(record).__name__}")
+    return record
+
+
+def check_level(level: str) -> None:
+    if level not in LEVELS:
+        raise ValueError(f"trace level {level!r} is not one of {', '.join(LEVELS)}")
+
+
+def at_level(
+    record: Mapping[str, Any], level: Level, fields: tuple[Field, ...] = STEP_FIELDS
+) -> dict[str, Any]:
+    """The record with only the fields of `level`, in table order; what is absent stays absent."""
+    check_level(level)
+    kept: dict[str, Any] = {}
+    for field in fields:
+        if level not in field.levels or field.name not in record:
+            continue
+        value = record[field.name]
+        nested = field.children and not field.keys and isinstance(value, Mapping)
+        kept[field.name] = at_level(value, level, field.children) if nested else value
+    return kept
+
+
+def field_levels(name: str) -> tuple[Level, ...]:
+    """Levels at which a (possibly nested, dotted) field of a step record is present."""
+    fields: tuple[Field, ...] = STEP_FIELDS
+    found: Field | None = None
+    for part in name.split("."):
+        found = next(field for field in fields if field.name == part)
+        fields = found.children
+    assert found is not None
+    return found.levels
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "number": (int, float),
+    "bool": (bool,),
+    "object": (dict,),
+    "null": (type(None),),
+}
+
+
+def _has_type(value: object, declared: str) -> bool:
+    for option in declared.split(" | "):
+        if option.endswith("[]"):
+            if isinstance(value, list) and all(_has_type(item, f"{option[:-2]} | null") for item in value):
+                return True
+        elif type(value) in _TYPES[option]:
+            return True
+    return False
+
+
+def problems(
+    record: Mapping[str, Any],
+    level: Level = "full",
+    fields: tuple[Field, ...] = STEP_FIELDS,
+    where: str = "",
+) -> list[str]:
+    """What differs from the table: missing fields, wrong types, wrong order. Unknown keys are ignored."""
+    found: list[str] = []
+    expected = [field for field in fields if level in field.levels]
+    for field in expected:
+        name = where + field.name
+        if field.name not in record:
+            if not field.optional:
+                found.append(f"{name}: missing")
+            continue
+        value = record[field.name]
+        if not _has_type(value, field.type):
+            found.append(f"{name}: {value!r} is not {field.type}")
+        elif field.keys:
+            for key in field.keys:
+                inner = value.get(key, {})
+                found += problems(inner, level, field.children, f"{name}.{key}.")
+        elif field.children and field.type == "object" and not _is_map(field):
+            found += problems(value, level, field.children, f"{name}.")
+    if fields is STEP_FIELDS and ("scores_stats" in record) == ("scores_topk" in record):
+        found.append("scores_stats, scores_topk: exactly one of them must stand")
+    known = [field.name for field in expected]
+    order = [name for name in record if name in known]
+    if order != [name for name in known if name in record]:
+        found.append(f"{where or 'record'}: fields out of order")
+    return found
+
+
+def _is_map(field: Field) -> bool:
+    """An object whose keys are data (request ids), not field names."""
+    return field.name == "prefix_hot_blocks"
+
+
+def field_paths(fields: tuple[Field, ...], prefix: str = "") -> Iterator[tuple[str, Field]]:
+    """(dotted path, field) of every field, parents first; a tier's name reads `<tier>`."""
+    for field in fields:
+        path = prefix + field.name
+        yield path, field
+        inner = f"{path}.<tier>." if field.keys else f"{path}.<request>[]." if _is_map(field) else f"{path}."
+        if field.type.startswith("object[]"):
+            inner = f"{path}[]."
+        yield from field_paths(field.children, inner)
+
+
+def records_markdown() -> str:
+    """The tables of every file, as README.md shows them."""
+    lines: list[str] = []
+    for file_name, fields in TABLES.items():
+        with_levels = file_name == STEPS_FILE
+        lines += [f"### `{file_name}`", ""]
+        lines += ["| field | type | unit | meaning |" + (" levels |" if with_levels else "")]
+        lines += ["|---|---|---|---|" + ("---|" if with_levels else "")]
+        for path, field in field_paths(fields):
+            declared = field.type.replace("|", "or")
+            row = f"| `{path}` | {declared} | {field.unit} | {field.meaning} |"
+            lines.append(row + (f" {_levels_text(field.levels)} |" if with_levels else ""))
+        lines.append("")
+    lines.append(f"Quantiles: {QUANTILE_DEFINITION}.")
+    return "\n".join(lines) + "\n"
+
+
+def _levels_text(levels: tuple[Level, ...]) -> str:
+    return "all" if levels == LEVELS else ", ".join(levels)
+
+
+if __name__ == "__main__":
+    print(records_markdown(), end="")

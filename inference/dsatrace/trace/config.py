@@ -1,0 +1,176 @@
+"""What a run traces, and the command-line flags that say so.
+
+Standard library only. Knows no model and opens no file; it does look whether the
+run's folder is free, so that a mistake shows before a model is loaded.
+
+    add_trace_arguments(parser)
+    config = trace_config_from_args(parser.parse_args(), name="generate")   # None: tracing is off
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+from typing import Literal
+
+from dsatrace.errors import UserError
+from dsatrace.schema import LEVELS, Level
+
+PREFILL_CHOICES = ("off", "last")
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceConfig:
+    """How to trace a run; every mistake raises `UserError` naming the flag."""
+
+    out: Path  # the run's folder, new or empty
+    block_size: int = 16  # tokens
+    level: Level = "full"
+    sample_rate: float = 1.0  # share of the steps
+    store_scores: bool = False
+    keep_order: bool = False  # positions by score instead of ascending
+    prefix_key_tokens: int = 256
+    sync_cuda: bool = True
+    prefill: Literal["off", "last"] = "off"
+    seed: int = 0
+    compared_block_sizes: tuple[int, ...] = (16, 32, 64)  # tokens; the summary's table of touched blocks
+    queue_steps: int = 8  # steps that may wait for the writer
+    summary_interval_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        _require(self.block_size >= 1, "--kv-block-size", self.block_size, "use at least 1 token")
+        _require(self.level in LEVELS, "--trace-level", self.level, f"use one of {', '.join(LEVELS)}")
+        _require(
+            0 < self.sample_rate <= 1,
+            "--trace-sample-rate",
+            self.sample_rate,
+            "use a share above 0, at most 1",
+        )
+        _require(
+            self.prefix_key_tokens >= 1, "--trace-prefix-key-tokens", self.prefix_key_tokens, "use at least 1"
+        )
+        _require(self.prefill in PREFILL_CHOICES, "--trace-prefill", self.prefill, "use off or last")
+        _require(
+            len(self.compared_block_sizes) > 0 and min(self.compared_block_sizes) >= 1,
+            "compared_block_sizes",
+            self.compared_block_sizes,
+            "name at least one block size of 1 token or more",
+        )
+        _require(self.queue_steps >= 1, "queue_steps", self.queue_steps, "let at least 1 step wait")
+        _require(
+            self.summary_interval_s > 0, "summary_interval_s", self.summary_interval_s, "use a time above 0"
+        )
+        if self.level != "full" and (self.store_scores or self.keep_order):
+            flag = "--trace-store-scores" if self.store_scores else "--trace-keep-order"
+            raise UserError(f"{flag} needs the positions; use --trace-level full, not {self.level}")
+
+    @property
+    def needs_scores(self) -> bool:
+        """The capture must carry every selected score: to store them, or to order by them."""
+        return self.store_scores or self.keep_order
+
+
+def is_sampled(step_number: int, rate: float, seed: int) -> bool:
+    """Whether a step of the run is recorded: the same answer for the same seed, in any order."""
+    if rate >= 1:
+        return True
+    mask = (1 << 64) - 1
+    # splitmix64: neighbouring steps get unrelated numbers.
+    z = (seed * 0x9E3779B97F4A7C15 + (step_number + 1) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return (z ^ (z >> 31)) < rate * 2**64
+
+
+def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the trace flags; defaults come from `TraceConfig`."""
+    default = {field.name: field.default for field in dataclasses.fields(TraceConfig)}
+    group = parser.add_argument_group("trace")
+    add = group.add_argument
+    add("--trace-enable", action="store_true", help="record what the indexer selects")
+    add("--trace-out", metavar="DIR", help="folder of the run, new or empty; implies --trace-enable")
+    add("--kv-block-size", type=int, default=default["block_size"], help="tokens in a block (%(default)s)")
+    add("--trace-level", choices=LEVELS, default=default["level"], help="what a record holds (%(default)s)")
+    add(
+        "--trace-sample-rate",
+        type=float,
+        default=default["sample_rate"],
+        help="share of the steps (%(default)s)",
+    )
+    add("--trace-store-scores", action="store_true", help="record every selected score")
+    add("--trace-keep-order", action="store_true", help="positions by score instead of ascending")
+    add(
+        "--trace-prefix-key-tokens",
+        type=int,
+        default=default["prefix_key_tokens"],
+        help="tokens hashed into a prefix's key (%(default)s)",
+    )
+    add("--trace-no-sync-cuda", action="store_true", help="do not synchronise the device once a step")
+    add(
+        "--trace-prefill",
+        choices=PREFILL_CHOICES,
+        default=default["prefill"],
+        help="record the prompt's last position too (%(default)s)",
+    )
+
+
+def trace_config_from_args(args: argparse.Namespace, name: str, seed: int = 0) -> TraceConfig | None:
+    """The run's config, or None when tracing is off. `name` begins the default folder's name.
+
+    Raises `UserError` for a bad value, and for a folder that holds a run already.
+    """
+    if not (args.trace_enable or args.trace_out):
+        _refuse_idle_flags(args)
+        return None
+    out = Path(args.trace_out).absolute() if args.trace_out else default_run_folder(name)
+    check_run_folder(out)
+    return TraceConfig(
+        out=out,
+        block_size=args.kv_block_size,
+        level=args.trace_level,
+        sample_rate=args.trace_sample_rate,
+        store_scores=args.trace_store_scores,
+        keep_order=args.trace_keep_order,
+        prefix_key_tokens=args.trace_prefix_key_tokens,
+        sync_cuda=not args.trace_no_sync_cuda,
+        prefill=args.trace_prefill,
+        seed=seed,
+    )
+
+
+def default_run_folder(name: str) -> Path:
+    """`<name>_<timestamp>` under the checkout's `outputs/`, or `./outputs` when installed elsewhere."""
+    checkout = Path(__file__).resolve().parents[3]
+    inside = (checkout / "pyproject.toml").is_file() and (checkout / "inference" / "dsatrace").is_dir()
+    outputs = (checkout if inside else Path.cwd()) / "outputs"
+    stem = f"{name}_{time.strftime('%Y%m%d_%H%M%S')}"
+    folder, again = outputs / stem, 2
+    while folder.exists():
+        folder, again = outputs / f"{stem}_{again}", again + 1
+    return folder
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raises `UserError` unless `folder` is absent or empty."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: not a folder; name another with --trace-out")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder}: holds files already and is never overwritten; name another with --trace-out"
+        )
+
+
+def _require(holds: bool, flag: str, value: object, remedy: str) -> None:
+    if not holds:
+        raise UserError(f"{flag} {value}: {remedy}")
+
+
+def _refuse_idle_flags(args: argparse.Namespace) -> None:
+    """A trace flag without tracing is a mistake worth a word: no trace would come of it."""
+    parser = argparse.ArgumentParser()
+    add_trace_arguments(parser)
+    for dest, value in vars(parser.parse_args([])).items():
+        if dest.startswith("trace_") and getattr(args, dest) != value:
+            raise UserError(f"--{dest.replace('_', '-')} does nothing without --trace-enable; add it")

@@ -1,0 +1,96 @@
+"""Exact counts of values: quantiles without a sketch, merged by addition.
+
+Two stores behind one shape: `Histogram` for small non-negative integers that come in
+large arrays (an array index per value), `ValueCounts` for few distinct numbers of any
+size (a dict). Neither knows what it counts.
+
+    offsets = Histogram()
+    offsets.add(np.array([3, 1, 3]))
+    offsets.distribution()       # {"min": 1, "p50": 3, "p95": 3, "max": 3, "mean": 2.333...}
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from dsatrace.schema import distribution, quantile_histogram
+
+
+class _Counts:
+    """What both stores answer, from ascending distinct values and their counts."""
+
+    def items(self) -> tuple[list[Any], list[int]]:
+        raise NotImplementedError
+
+    def distribution(self) -> dict[str, Any]:
+        """`{min, p50, p95, max, mean}`; all null when nothing was counted."""
+        values, counts = self.items()
+        total = sum(counts)
+        # Integer sums are exact; fsum rounds once, so the order of merging cannot show.
+        mean = math.fsum(v * n for v, n in zip(values, counts, strict=True)) / total if total else None
+        return distribution(values, counts, mean)
+
+    def quantile(self, percent: int) -> Any:
+        """The nearest-rank quantile, or None when nothing was counted."""
+        values, counts = self.items()
+        return quantile_histogram(values, counts, percent) if counts else None
+
+    def to_json(self) -> dict[str, list[Any]]:
+        values, counts = self.items()
+        return {"values": values, "counts": counts}
+
+
+class Histogram(_Counts):
+    """Counts of integers >= 0, dense: memory grows with the largest value."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(64, dtype=np.int64)
+
+    def add(self, values: np.ndarray) -> None:
+        """Counts every element."""
+        self._add_counts(np.bincount(values))
+
+    def merge(self, other: Histogram) -> None:
+        self._add_counts(other._counts)
+
+    def items(self) -> tuple[list[int], list[int]]:
+        values = np.flatnonzero(self._counts)
+        return values.tolist(), self._counts[values].tolist()
+
+    @property
+    def total(self) -> int:
+        return int(self._counts.sum())
+
+    @property
+    def mean(self) -> float | None:
+        total = self.total
+        return int(self._counts @ np.arange(len(self._counts))) / total if total else None
+
+    def _add_counts(self, counts: np.ndarray) -> None:
+        if len(counts) > len(self._counts):
+            grown = np.zeros(max(len(counts), 2 * len(self._counts)), dtype=np.int64)
+            grown[: len(self._counts)] = self._counts
+            self._counts = grown
+        self._counts[: len(counts)] += counts
+
+
+class ValueCounts(_Counts):
+    """Counts of numbers of any kind, sparse: memory grows with the distinct values."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[Any] = Counter()
+
+    def add(self, values: Iterable[float]) -> None:
+        self._counts.update(values)
+
+    def merge(self, other: ValueCounts) -> None:
+        self._counts.update(other._counts)
+
+    def items(self) -> tuple[list[Any], list[int]]:
+        values = sorted(self._counts)
+        return values, [self._counts[value] for value in values]

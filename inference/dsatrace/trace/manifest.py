@@ -1,0 +1,145 @@
+"""What a run was: the contents of `manifest.json`, and files that are replaced whole.
+
+Standard library only. The manifest is written before anything else, so that a run that
+dies at once still says what it was. Holds no secret, no prompt text and no token id.
+
+    write_json(folder / "manifest.json", manifest(run, config, "running", key_id="1f0a9c22"))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from dsatrace import __version__
+from dsatrace.kv.layout import CacheLayout
+from dsatrace.schema import QUANTILE_DEFINITION, SCHEMA_VERSION
+from dsatrace.trace.config import TraceConfig
+
+Selections = Literal["model", "synthetic"]
+
+REDACTED = "***"
+_SECRET_WORDS = ("token", "key", "secret", "password")
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+    """What the tracer cannot know by itself."""
+
+    model_config: Mapping[str, Any]
+    layouts: Sequence[CacheLayout]  # bytes are counted with the first, the others are for comparison
+    device: str
+    argv: Sequence[str] = ()
+    tokenizer: str | None = None
+    data_source: str | None = None  # embedded, a file, or a hub revision
+    hbm_stand_in: str | None = None  # what plays HBM, where the device has none
+    world_size: int = 1
+    seed: int = 0
+    selections: Selections = "model"
+
+    def __post_init__(self) -> None:
+        if not self.layouts:
+            raise ValueError("a run names at least the cache layout that bytes are counted with")
+
+
+def manifest(
+    run: RunInfo,
+    config: TraceConfig,
+    state: str,
+    *,
+    key_id: str,
+    started: float | None = None,  # seconds since the epoch
+    error: str | None = None,
+) -> dict[str, Any]:
+    """The record of manifest.json, in the schema's field order."""
+    model_config = dict(run.model_config)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tool": "dsatrace",
+        "tool_version": __version__,
+        "state": state,
+        "error": error,
+        "started_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "argv": redact_argv(run.argv),
+        "selections": run.selections,
+        "model_config": model_config,
+        "model_config_digest": config_digest(model_config),
+        "cache_layout": run.layouts[0].name,
+        "cache_layouts": [dataclasses.asdict(layout) for layout in run.layouts],
+        "tokenizer": run.tokenizer,
+        "data_source": None if run.data_source is None else redact_credentials(run.data_source),
+        "device": run.device,
+        "hbm_stand_in": run.hbm_stand_in,
+        "world_size": run.world_size,
+        "seed": run.seed,
+        "trace": {
+            "level": config.level,
+            "block_size_tokens": config.block_size,
+            "sample_rate": config.sample_rate,
+            "store_scores": config.store_scores,
+            "keep_order": config.keep_order,
+            "prefill": config.prefill,
+            "sync_cuda": config.sync_cuda,
+            "prefix_key_tokens": config.prefix_key_tokens,
+            "prefix_key_id": key_id,
+        },
+        "quantile": QUANTILE_DEFINITION,
+    }
+
+
+def config_digest(model_config: Mapping[str, Any]) -> str:
+    """The same for equal configs, whatever the order of their keys."""
+    canonical = json.dumps(model_config, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def redact_argv(argv: Iterable[str]) -> list[str]:
+    """The command line with the value of every secret flag or variable, and credentials in URLs, hidden."""
+    shown: list[str] = []
+    hide_next = ""
+    for argument in argv:
+        if hide_next and not argument.startswith("--"):
+            shown.append(_hidden(hide_next, argument))
+            hide_next = ""
+            continue
+        name, equals, value = argument.partition("=")
+        if equals and _names_secret(name):
+            shown.append(f"{name}={_hidden(name, value)}")
+        else:
+            shown.append(redact_credentials(argument))
+        hide_next = name if argument.startswith("-") and not equals and _names_secret(name) else ""
+    return shown
+
+
+def redact_credentials(text: str) -> str:
+    """Hides `user:password` in URLs."""
+    return _CREDENTIALS.sub(REDACTED, text)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Replaces the file whole: a reader sees the old contents or the new, never a part."""
+    write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+
+
+def _names_secret(name: str) -> bool:
+    lowered = name.lower().replace("tokenizer", "")
+    return any(word in lowered for word in _SECRET_WORDS)
+
+
+def _hidden(name: str, value: str) -> str:
+    """`--max-new-tokens 64` counts tokens; it holds none."""
+    is_count = name.lower().endswith("tokens") and value.isdecimal()
+    return value if is_count else REDACTED

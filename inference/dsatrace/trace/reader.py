@@ -1,0 +1,107 @@
+"""Reads a run's folder, whole or torn.
+
+Unknown keys pass through untouched; a last line that was being written when the run was
+killed is reported, not raised. Derives nothing.
+
+    run = RunReader("outputs/generate_20260101_120000")
+    for record in run.steps(): ...
+    run.state           # "incomplete" after a kill
+    run.torn_lines      # {"trace_steps.jsonl": "line 812: 403 bytes, cut short"}
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from dsatrace.errors import UserError
+from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE, SCHEMA_VERSION, STEPS_FILE, SUMMARY_FILE
+from dsatrace.trace.sinks import NO_LOCKS
+
+
+class RunReader:
+    """One run's files. A file that is missing or broken raises `UserError` naming it."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = self._read_json(MANIFEST_FILE)
+        self.torn_lines: dict[str, str] = {}
+        version = self.manifest.get("schema_version")
+        if not isinstance(version, int) or version < 1:
+            raise UserError(f"{self.folder / MANIFEST_FILE}: no schema_version, so not a run of dsatrace")
+        if version > SCHEMA_VERSION:
+            raise UserError(
+                f"{self.folder}: schema {version} is newer than this one, {SCHEMA_VERSION}; update dsatrace"
+            )
+
+    @property
+    def state(self) -> str:
+        """`running | complete | incomplete`: a run whose process is gone is not running any more."""
+        state = self.manifest["state"]
+        if state == "running" and not _is_locked(self.folder / STEPS_FILE):
+            # It may have ended between the two looks.
+            state = self._read_json(MANIFEST_FILE)["state"]
+            return "incomplete" if state == "running" else state
+        return state
+
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """The records of trace_steps.jsonl, in the order they were written."""
+        return self._lines(STEPS_FILE)
+
+    def requests(self) -> Iterator[dict[str, Any]]:
+        """The records of requests.jsonl, in the order the requests finished."""
+        return self._lines(REQUESTS_FILE)
+
+    def summary(self) -> dict[str, Any]:
+        """The last summary.json that was written."""
+        return self._read_json(SUMMARY_FILE)
+
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
+        path = self.folder / name
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and self.state == "incomplete":
+                return  # killed before the file was made
+            raise UserError(f"{path}: cannot read it: {error.strerror}") from error
+        self.torn_lines.pop(name, None)
+        with file:
+            for number, line in enumerate(file, 1):
+                try:
+                    record = orjson.loads(line)
+                except orjson.JSONDecodeError as error:
+                    if line.endswith(b"\n"):
+                        raise UserError(f"{path}: line {number} is not JSON: {error}") from error
+                    self.torn_lines[name] = f"line {number}: {len(line)} bytes, cut short"
+                    return
+                yield record
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        try:
+            record = orjson.loads(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path}: cannot read it: {error.strerror}; is this a run's folder?") from error
+        except orjson.JSONDecodeError as error:
+            raise UserError(f"{path}: not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}: not a JSON object")
+        return record
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a live process writes the file (see `JsonlSink`)."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:  # killed between the manifest and the first file
+        return False
+    except OSError as error:
+        if isinstance(error, BlockingIOError) or error.errno in NO_LOCKS:
+            return True
+        raise
+    return False

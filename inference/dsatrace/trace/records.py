@@ -1,0 +1,234 @@
+"""Turns one step's capture into its records: the fast path's one place of derivation.
+
+`RecordDeriver` joins selection, blocks, prefix and tiers for a whole step at once;
+`step_lines` lays the result out as `trace_steps.jsonl` lines. Knows no thread, no file.
+
+    step = deriver.derive(capture)         # StepRecords, arrays of B x L records
+    data = step_lines(step)                # bytes, one line a record
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import orjson
+
+from dsatrace.kv.layout import CacheLayout
+from dsatrace.kv.prefix import RequestPrefix
+from dsatrace.kv.tiers import FetchAccount, StepReads, Tier
+from dsatrace.schema import Level
+from dsatrace.trace.capture import StepCapture
+from dsatrace.trace.config import TraceConfig
+from dsatrace.trace.statistics import StepStatistics, request_major, step_statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecords:
+    """One step, derived: R = B x L records, request-major."""
+
+    capture: StepCapture
+    stats: StepStatistics
+    fetches: Mapping[str, FetchAccount]  # by tier name
+    level: Level
+    block_size: int  # tokens
+    index_bytes_per_token: int  # a token and layer
+    positions: np.ndarray  # (N,) int32, as recorded: ascending, or in canonical score order
+    scores: np.ndarray | None  # (N,) float32, scores[i] belongs to positions[i]; None unless recorded
+
+    @property
+    def num_layers(self) -> int:
+        return self.capture.positions.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.capture.positions.shape[2]
+
+    @property
+    def num_records(self) -> int:
+        return len(self.stats.token_ptr) - 1
+
+    @property
+    def sparse(self) -> np.ndarray:
+        """(B,) bool: the request holds more positions than are selected."""
+        return np.asarray(self.capture.seq_len) > self.top_k
+
+
+class RecordDeriver:
+    """Derives steps with one configuration: block size, level, layout, tiers."""
+
+    def __init__(self, config: TraceConfig, layout: CacheLayout, tiers: Mapping[str, Tier]) -> None:
+        self._config = config
+        self._layout = layout
+        self._tiers = tiers
+
+    def derive(self, capture: StepCapture) -> StepRecords:
+        """Raises `ValueError` for a capture that no model can have produced."""
+        config = self._config
+        cached = np.array([prefix.num_cached_blocks for prefix in capture.prefixes], dtype=np.int64)
+        stats = step_statistics(capture.positions, capture.seq_len, cached, config.block_size)
+        reads = self._reads(capture, stats)
+        positions, scores = _as_recorded(capture, stats, config)
+        return StepRecords(
+            capture=capture,
+            stats=stats,
+            fetches={name: tier.account(reads) for name, tier in self._tiers.items()},
+            level=config.level,
+            block_size=config.block_size,
+            index_bytes_per_token=self._layout.index_bytes_per_token,
+            positions=positions,
+            scores=scores,
+        )
+
+    def _reads(self, capture: StepCapture, stats: StepStatistics) -> StepReads:
+        num_layers, num_requests = capture.positions.shape[:2]
+        return StepReads(
+            request_ids=tuple(name for name in capture.request_ids for _ in range(num_layers)),
+            layer_ids=np.tile(np.arange(num_layers), num_requests),
+            step_idx=np.repeat(capture.step_idx, num_layers),
+            seq_len=np.repeat(np.asarray(capture.seq_len, dtype=np.int64), num_layers),
+            block_size=self._config.block_size,
+            batch_size=capture.batch_size,
+            block_ids=stats.block_ids,
+            block_ptr=stats.block_ptr,
+            tokens_selected=stats.tokens_in_block,
+        )
+
+
+def _as_recorded(
+    capture: StepCapture, stats: StepStatistics, config: TraceConfig
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Positions (N,) in the order they are recorded, with their scores where those are recorded."""
+    if not config.needs_scores:
+        return stats.tokens, None
+    if capture.scores is None:
+        raise ValueError(
+            "the trace needs scores (--trace-store-scores, --trace-keep-order) and the capture has none"
+        )
+    positions, scores = request_major(capture.positions), request_major(capture.scores)  # (R, K)
+    chosen = positions >= 0
+    # The last key sorts first: padding to the end, then score descending, then position ascending.
+    keys = (positions, -scores, ~chosen) if config.keep_order else (positions, ~chosen)
+    order = np.lexsort(keys, axis=-1)
+    chosen = np.take_along_axis(chosen, order, axis=1)
+    ordered = np.take_along_axis(positions, order, axis=1)[chosen].astype(np.int32, copy=False)
+    if not config.store_scores:
+        return ordered, None
+    return ordered, np.take_along_axis(scores, order, axis=1)[chosen].astype(np.float32, copy=False)
+
+
+def step_lines(step: StepRecords) -> bytes:
+    """Every record of the step as one JSON line each."""
+    options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+    return b"".join(orjson.dumps(record, option=options) for record in step_records(step))
+
+
+def step_records(step: StepRecords) -> Iterator[dict[str, Any]]:
+    """The step's records in the schema's field order; arrays are numpy slices."""
+    capture, stats = step.capture, step.stats
+    with_positions, with_blocks = step.level == "full", step.level != "stats"
+    token_ptr, block_ptr = stats.token_ptr.tolist(), stats.block_ptr.tolist()
+    offset_min, offset_p50, offset_max = (
+        column.tolist() for column in (stats.offset_min, stats.offset_p50, stats.offset_max)
+    )
+    tokens_p50, tokens_p95 = stats.tokens_p50.tolist(), stats.tokens_p95.tolist()
+    fetches = _fetch_rows(step.fetches)
+    seq_lens = np.asarray(capture.seq_len).tolist()
+
+    for r in range(step.num_records):
+        b, layer = divmod(r, step.num_layers)
+        low, high = token_ptr[r], token_ptr[r + 1]
+        first, end = block_ptr[r], block_ptr[r + 1]
+        num_tokens, num_blocks = high - low, end - first
+        blocks = stats.block_ids[first:end]
+        yield {
+            "event": "dsa_topk",
+            "request_id": capture.request_ids[b],
+            "layer_id": layer,
+            "step_idx": int(capture.step_idx[b]),
+            "seq_len_current": seq_lens[b],
+            **({"selected_token_pos": step.positions[low:high]} if with_positions else {}),
+            "unique_token_pos_count": num_tokens,
+            "offset_min": offset_min[r],
+            "offset_p50": offset_p50[r],
+            "offset_max": offset_max[r],
+            "block_size_tokens": step.block_size,
+            **({"selected_block_ids": blocks} if with_blocks else {}),
+            "unique_blocks": num_blocks,
+            "tokens_per_touched_block": {
+                "mean": num_tokens / num_blocks,
+                "p50": tokens_p50[r],
+                "p95": tokens_p95[r],
+            },
+            "kv_fetch": {name: rows[r] for name, rows in fetches.items()},
+            "prefix": _prefix_field(
+                capture.prefixes[b], blocks, int(stats.num_prefix_blocks[r]), with_blocks
+            ),
+            **_scores_field(step, r),
+            **_clock_and_path(step, r),
+        }
+
+
+def _prefix_field(
+    prefix: RequestPrefix, blocks: np.ndarray, num_shared: int, with_blocks: bool
+) -> dict[str, Any]:
+    """Block ids ascend, so the touched prefix blocks are the first of them."""
+    return {
+        "prefix_cache_hit": prefix.hit,
+        "prefix_cached_blocks": prefix.num_cached_blocks,
+        "prefix_key": prefix.key,
+        "intersection_ratio": num_shared / len(blocks),
+        **({"intersection_blocks": blocks[:num_shared]} if with_blocks else {}),
+    }
+
+
+def _scores_field(step: StepRecords, r: int) -> dict[str, Any]:
+    if step.scores is not None:
+        return {"scores_topk": step.scores[step.stats.token_ptr[r] : step.stats.token_ptr[r + 1]]}
+    b, layer = divmod(r, step.num_layers)
+    low, mean, high = step.capture.score_stats[layer, b, :3]
+    return {"scores_stats": {"min": low, "mean": mean, "max": high}}
+
+
+def _clock_and_path(step: StepRecords, r: int) -> dict[str, Any]:
+    capture = step.capture
+    b, layer = divmod(r, step.num_layers)
+    seq_len = int(capture.seq_len[b])
+    sparse = seq_len > step.top_k
+    return {
+        "step_wall_us": capture.step_wall_us,
+        "step_synced": capture.step_synced,
+        "phase": capture.phase,
+        "path": "sparse" if sparse else "dense",
+        "kth_margin": capture.score_stats[layer, b, 3] if sparse else None,
+        "indexer_scan": {"tokens": seq_len, "bytes_read": seq_len * step.index_bytes_per_token},
+    }
+
+
+def _fetch_rows(fetches: Mapping[str, FetchAccount]) -> dict[str, list[dict[str, Any]]]:
+    """By tier name, each record's account in the schema's field order."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, account in fetches.items():
+        columns = zip(
+            account.hit_blocks.tolist(),
+            account.bytes_read.tolist(),
+            account.read_ops.tolist(),
+            account.latency_us.tolist(),
+            account.bytes_useful.tolist(),
+            strict=True,
+        )
+        rows[name] = [
+            {
+                "hit_blocks": hit_blocks,
+                "bytes_read": bytes_read,
+                "read_ops": read_ops,
+                "latency_us": latency_us,
+                "batch_size": account.batch_size,
+                "bytes_useful": bytes_useful,
+                "latency_kind": account.latency_kind,
+            }
+            for hit_blocks, bytes_read, read_ops, latency_us, bytes_useful in columns
+        ]
+    return rows

@@ -1,0 +1,135 @@
+"""Where derived steps go: the lines of a run's files, and its summary.
+
+A sink is fed by one thread, in order: the live writer's, or an offline replay's own.
+Knows no queue and no model; does not derive anything.
+
+    sinks = open_sinks(folder, config, selections="model")
+    for sink in sinks: sink.write_step(step)
+    for sink in sinks: sink.close("complete")
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import time
+from collections.abc import Mapping
+from io import FileIO
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+
+from dsatrace.errors import UserError
+from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
+from dsatrace.trace.config import TraceConfig
+from dsatrace.trace.manifest import write_atomically
+from dsatrace.trace.records import StepRecords, step_lines
+from dsatrace.trace.summary import Summary, TracingCost
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What file systems without locks answer; there a killed run goes on saying `running`."""
+
+
+class Sink(Protocol):
+    """Takes a run's steps and finished requests in order.
+
+    Each call is whole when it returns: a process that dies afterwards has not lost it,
+    unless the sink says how much it may lose. `close` is called once, also after a
+    failure, with the state the run ends in. Errors propagate to the caller.
+    """
+
+    def write_step(self, step: StepRecords) -> None: ...
+
+    def write_request(self, record: Mapping[str, Any]) -> None: ...
+
+    def close(self, state: str) -> None: ...
+
+
+class JsonlSink:
+    """`trace_steps.jsonl` and `requests.jsonl`: one unbuffered write a step, so a killed run
+    loses at most the line it was writing.
+
+    Holds a lock on the steps file while it is open; the kernel drops it when the process
+    ends in any way, which is how a reader tells a running run from a killed one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._steps = _create(folder / STEPS_FILE)
+        _lock(self._steps)
+        self._requests = _create(folder / REQUESTS_FILE)
+
+    def write_step(self, step: StepRecords) -> None:
+        _write_all(self._steps, step_lines(step))
+
+    def write_request(self, record: Mapping[str, Any]) -> None:
+        _write_all(self._requests, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+
+    def close(self, state: str) -> None:
+        self._requests.close()
+        self._steps.close()
+
+
+class SummarySink:
+    """`summary.json`: there from the start, replaced whole every few seconds and at the end."""
+
+    def __init__(
+        self, folder: Path, summary: Summary, interval_s: float, cost: TracingCost | None = None
+    ) -> None:
+        self._path = folder / SUMMARY_FILE
+        self._summary = summary
+        self._cost = cost
+        self._interval_s = interval_s
+        self._write("running")
+        self._due = time.monotonic() + interval_s
+
+    def write_step(self, step: StepRecords) -> None:
+        self._summary.add_step(step)
+        if time.monotonic() >= self._due:
+            self._write("running")
+            # Counted from the end of the write, so that a large summary cannot fill the thread's time.
+            self._due = time.monotonic() + self._interval_s
+
+    def write_request(self, record: Mapping[str, Any]) -> None:
+        self._summary.finish_request(record["request_id"])
+
+    def close(self, state: str) -> None:
+        self._write(state)
+
+    def _write(self, state: str) -> None:
+        record = self._summary.to_json(state, self._cost)
+        write_atomically(self._path, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def open_sinks(
+    folder: Path, config: TraceConfig, selections: str = "model", cost: TracingCost | None = None
+) -> tuple[Sink, ...]:
+    """The sinks of a run's folder, for a live run and an offline replay alike."""
+    summary = Summary(config.compared_block_sizes, selections)
+    return (JsonlSink(folder), SummarySink(folder, summary, config.summary_interval_s, cost))
+
+
+def _create(path: Path) -> FileIO:
+    try:
+        return FileIO(path, "xb")
+    except FileExistsError:
+        raise UserError(f"{path}: exists already and is never overwritten; name another folder") from None
+
+
+def _lock(file: FileIO) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    """One write, unless the system takes only part of it."""
+    rest = memoryview(data)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError as error:
+        error.filename = file.name  # the system names it only when opening
+        raise

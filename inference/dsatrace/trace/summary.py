@@ -1,0 +1,248 @@
+"""What a whole run did, from exact integer histograms: the contents of `summary.json`.
+
+Fed step by step, can be read at any time, and two summaries merge by addition. Knows
+no file and no thread.
+
+    summary = Summary(compared_block_sizes=(16, 32, 64))
+    summary.add_step(step)            # StepRecords
+    summary.to_json(state="running")  # the fields of schema.SUMMARY_FIELDS
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from dsatrace.schema import SCHEMA_VERSION, TIER_NAMES
+from dsatrace.trace.baselines import context_blocks, recency_blocks, uniform_blocks
+from dsatrace.trace.histogram import Histogram, ValueCounts
+from dsatrace.trace.overlap import SelectionOverlap
+from dsatrace.trace.records import StepRecords
+from dsatrace.trace.statistics import StepStatistics, count_blocks
+
+NUM_HOT_BLOCKS = 20
+_COUNTS = ("steps", "prefills", "records", "sparse_records", "requests")
+_FETCH_TOTALS = ("hit_blocks", "bytes_read", "read_ops", "bytes_useful")
+
+
+@dataclasses.dataclass
+class TracingCost:
+    """What tracing took, in microseconds. The model thread adds to the first four, the writer to the last."""
+
+    traced_steps: int = 0
+    handover_us: float = 0.0
+    blocked_us: float = 0.0
+    sync_us: float = 0.0
+    busy_us: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        def mean(total: float) -> float | None:
+            return total / self.traced_steps if self.traced_steps else None
+
+        without = self.handover_us + self.blocked_us
+        return {
+            "traced_steps": self.traced_steps,
+            "handover_us_mean": mean(self.handover_us),
+            "blocked_us_mean": mean(self.blocked_us),
+            "sync_us_mean": mean(self.sync_us),
+            "without_sync_us_mean": mean(without),
+            "with_sync_us_mean": mean(without + self.sync_us),
+            "writer_busy_ms": self.busy_us / 1000,
+        }
+
+
+class _BlocksAtSize:
+    """Touched blocks of sparse records at one block size, and what two other selectors would touch."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.touched = Histogram()
+        self.recency = Histogram()
+        self.context = Histogram()
+        self.uniform_sum = 0.0
+
+    def add(self, step: StepRecords, seq_len: np.ndarray, records: np.ndarray) -> None:
+        """`seq_len` (S,) of the sparse requests, `records` (R,) marks their records."""
+        stats, k = step.stats, step.top_k
+        if self.block_size % step.block_size:
+            touched = count_blocks(stats.tokens, stats.token_ptr, self.block_size)
+        else:  # whole multiples follow from the blocks, which are far fewer
+            touched = count_blocks(stats.block_ids, stats.block_ptr, self.block_size // step.block_size)
+        self.touched.add(touched[records])
+        per_layer = np.repeat(seq_len, step.num_layers)
+        self.recency.add(recency_blocks(per_layer, k, self.block_size))
+        self.context.add(context_blocks(per_layer, self.block_size))
+        self.uniform_sum += float(uniform_blocks(seq_len, k, self.block_size).sum()) * step.num_layers
+
+    def merge(self, other: _BlocksAtSize) -> None:
+        self.touched.merge(other.touched)
+        self.recency.merge(other.recency)
+        self.context.merge(other.context)
+        self.uniform_sum += other.uniform_sum
+
+    def to_json(self) -> dict[str, Any]:
+        total = self.touched.total
+        return {
+            "block_size_tokens": self.block_size,
+            "mean": self.touched.mean,
+            "p50": self.touched.quantile(50),
+            "p95": self.touched.quantile(95),
+            "uniform_mean": self.uniform_sum / total if total else None,
+            "recency_mean": self.recency.mean,
+            "context_mean": self.context.mean,
+        }
+
+
+class Summary:
+    """Counts and histograms of a run, or of a part of one."""
+
+    def __init__(self, compared_block_sizes: tuple[int, ...], selections: str = "model") -> None:
+        self.selections = selections
+        self.counts = dict.fromkeys(_COUNTS, 0)
+        self.dropped_steps = 0
+        self.dense = {name: Histogram() for name in ("unique_blocks", "tokens_per_touched_block", "offsets")}
+        self.ratios = ValueCounts()
+        self.step_us = ValueCounts()
+        self.blocks_at = [_BlocksAtSize(size) for size in compared_block_sizes]
+        self.overlap = SelectionOverlap()
+        self.fetch = {name: dict.fromkeys(_FETCH_TOTALS, 0) for name in TIER_NAMES}
+        self.scan_bytes = 0
+        self._running: dict[str, np.ndarray] = {}  # request id -> touches of each prefix block
+        self._hot: dict[str, list[dict[str, int]]] = {}  # finished requests
+
+    def add_step(self, step: StepRecords) -> None:
+        capture, stats = step.capture, step.stats
+        decode = capture.phase == "decode"
+        self.counts["steps" if decode else "prefills"] += 1
+        self.counts["records"] += step.num_records
+        if decode:
+            self.step_us.add([round(capture.step_wall_us)])  # whole us: few distinct values
+        self.dense["unique_blocks"].add(stats.num_blocks)
+        self.dense["tokens_per_touched_block"].add(stats.tokens_in_block)
+        query = np.repeat(np.asarray(capture.seq_len, dtype=np.int64) - 1, step.num_layers)
+        self.dense["offsets"].add(np.repeat(query, stats.num_tokens) - stats.tokens)
+        self.ratios.add((stats.num_prefix_blocks / stats.num_blocks).tolist())
+        for name, account in step.fetches.items():
+            totals = self.fetch[name]
+            for total in _FETCH_TOTALS:
+                totals[total] += int(getattr(account, total).sum())
+        self.scan_bytes += int((query + 1).sum()) * step.index_bytes_per_token
+        self._add_prefix_blocks(step)
+        self._add_sparse(step)
+
+    def finish_request(self, request_id: str) -> None:
+        """Counts a finished request, keeps its hot blocks and forgets the rest of it."""
+        self.counts["requests"] += 1
+        self.overlap.forget(request_id)
+        touches = self._running.pop(request_id, None)
+        if touches is not None:
+            self._hot[request_id] = _hottest(touches)
+
+    def merge(self, other: Summary) -> None:
+        """Adds another part of the same run; both keep to the same block sizes."""
+        for name in _COUNTS:
+            self.counts[name] += other.counts[name]
+        self.dropped_steps += other.dropped_steps
+        for name, histogram in self.dense.items():
+            histogram.merge(other.dense[name])
+        self.ratios.merge(other.ratios)
+        self.step_us.merge(other.step_us)
+        for mine, theirs in zip(self.blocks_at, other.blocks_at, strict=True):
+            mine.merge(theirs)
+        self.overlap.step.merge(other.overlap.step)
+        self.overlap.layer.merge(other.overlap.layer)
+        for name, totals in self.fetch.items():
+            for total in _FETCH_TOTALS:
+                totals[total] += other.fetch[name][total]
+        self.scan_bytes += other.scan_bytes
+        for request_id, touches in other._running.items():
+            self._touch(request_id, touches)
+        self._hot.update(other._hot)
+
+    def to_json(self, state: str, cost: TracingCost | None = None) -> dict[str, Any]:
+        """The record of summary.json, in the schema's field order."""
+        latents = sum(totals["bytes_read"] for totals in self.fetch.values())
+        hot = {
+            **self._hot,
+            **{request_id: _hottest(touches) for request_id, touches in self._running.items()},
+        }
+        distributions = {name: histogram.distribution() for name, histogram in self.dense.items()}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "state": state,
+            "selections": self.selections,
+            "counts": dict(self.counts),
+            "dropped_steps": self.dropped_steps,
+            **distributions,
+            "prefix_intersection_ratio": self.ratios.distribution(),
+            "prefix_hot_blocks": hot,
+            "step_ms": {f"p{percent}": _ms(self.step_us.quantile(percent)) for percent in (50, 95, 99)}
+            | {"max": _ms(self.step_us.quantile(100))},
+            "blocks_touched": [at_size.to_json() for at_size in self.blocks_at],
+            "step_overlap": self.overlap.step.to_json(),
+            "layer_overlap": self.overlap.layer.to_json(),
+            "kv_fetch": {name: dict(totals) for name, totals in self.fetch.items()},
+            "bytes_read": {
+                "without_indexer_scan": latents,
+                "indexer_scan": self.scan_bytes,
+                "with_indexer_scan": latents + self.scan_bytes,
+            },
+            "tracing_cost": cost.to_json() if cost else None,
+            "histograms": {
+                **{name: histogram.to_json() for name, histogram in self.dense.items()},
+                "prefix_intersection_ratio": self.ratios.to_json(),
+                "step_us": self.step_us.to_json(),
+                **{f"unique_blocks_at_{at.block_size}": at.touched.to_json() for at in self.blocks_at},
+            },
+        }
+
+    def _add_prefix_blocks(self, step: StepRecords) -> None:
+        stats, num_layers = step.stats, step.num_layers
+        for b, (request_id, prefix) in enumerate(
+            zip(step.capture.request_ids, step.capture.prefixes, strict=True)
+        ):
+            if prefix.hit:
+                touched = _of_request(stats.block_ids, stats.block_ptr, b, num_layers)
+                touched = touched[touched < prefix.num_cached_blocks]
+                self._touch(request_id, np.bincount(touched, minlength=prefix.num_cached_blocks))
+
+    def _touch(self, request_id: str, touches: np.ndarray) -> None:
+        before = self._running.get(request_id)
+        self._running[request_id] = touches if before is None else before + touches
+
+    def _add_sparse(self, step: StepRecords) -> None:
+        sparse = step.sparse
+        if not sparse.any():
+            return
+        seq_len = np.asarray(step.capture.seq_len, dtype=np.int64)
+        records = np.repeat(sparse, step.num_layers)
+        self.counts["sparse_records"] += int(records.sum())
+        for at_size in self.blocks_at:
+            at_size.add(step, seq_len[sparse], records)
+        for b in np.flatnonzero(sparse).tolist():
+            tokens = _selections(step.stats, b, step.num_layers)
+            self.overlap.add(
+                step.capture.request_ids[b], int(step.capture.step_idx[b]), int(seq_len[b]), tokens
+            )
+
+
+def _of_request(values: np.ndarray, pointers: np.ndarray, request: int, num_layers: int) -> np.ndarray:
+    """One request's part of a CSR array: its layers lie side by side."""
+    return values[pointers[request * num_layers] : pointers[(request + 1) * num_layers]]
+
+
+def _selections(stats: StepStatistics, request: int, num_layers: int) -> np.ndarray:
+    """(L, K): every layer of a sparse request selects exactly K."""
+    return _of_request(stats.tokens, stats.token_ptr, request, num_layers).reshape(num_layers, -1)
+
+
+def _hottest(touches: np.ndarray) -> list[dict[str, int]]:
+    """The most touched blocks, lower id first among equals."""
+    order = np.lexsort((np.arange(len(touches)), -touches))[:NUM_HOT_BLOCKS]
+    return [{"block_id": int(block), "touches": int(touches[block])} for block in order if touches[block]]
+
+
+def _ms(us: float | None) -> float | None:
+    return None if us is None else us / 1000

@@ -1,0 +1,187 @@
+"""The tracer as the engine sees it: which steps to record, whose prompts are shared, where it goes.
+
+Owns a run's folder from the manifest to the last line. Knows requests and captures; no
+tensor, no scheduler.
+
+    with Tracer(config, RunInfo(model_config=..., layouts=(layout,), device="cpu")) as tracer:
+        prefix = tracer.add_request(request)
+        if tracer.wants(step_number):
+            tracer.put(capture, sync_us=35.0)
+        tracer.finish_request(request, num_output_tokens=64, state="stop", finish_s=1.9)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+from dsatrace.errors import UserError
+from dsatrace.kv.prefix import PrefixCacheAnalyzer, RequestPrefix, key_id, load_prefix_secret
+from dsatrace.kv.tiers import Tier, default_tiers
+from dsatrace.schema import MANIFEST_FILE
+from dsatrace.trace.capture import StepCapture
+from dsatrace.trace.config import TraceConfig, check_run_folder, is_sampled
+from dsatrace.trace.manifest import RunInfo, manifest, write_json
+from dsatrace.trace.records import RecordDeriver
+from dsatrace.trace.sinks import Sink, open_sinks
+from dsatrace.trace.summary import TracingCost
+from dsatrace.trace.writer import TraceWriter
+
+
+class TracedRequest(Protocol):
+    """What the tracer reads of a request; token ids are hashed and not kept."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def prompt_token_ids(self) -> Sequence[int]: ...
+    @property
+    def source_row(self) -> int | None: ...
+    @property
+    def arrival_s(self) -> float: ...
+
+
+class Tracer:
+    """Records a run into `config.out`, which must be new or empty.
+
+    As a context manager it ends the run `complete`, or `incomplete` when an exception
+    leaves the block. `tiers`, `sinks` and `secret` have defaults: everything in HBM, the
+    files of the run's folder, the user's own secret.
+    """
+
+    def __init__(
+        self,
+        config: TraceConfig,
+        run: RunInfo,
+        *,
+        tiers: Mapping[str, Tier] | None = None,
+        sinks: Sequence[Sink] | None = None,
+        secret: bytes | None = None,
+    ) -> None:
+        self.config = config
+        self._run = run
+        self._started = time.time()
+        self._unfinished: dict[str, dict[str, Any]] = {}  # request id -> its line, as known so far
+        self._prefixes: dict[str, RequestPrefix] = {}
+        self._ids: set[str] = set()
+        self._closed = False
+        secret = secret or load_prefix_secret()
+        self._key_id = key_id(secret)
+        self._analyzer = PrefixCacheAnalyzer(config.block_size, config.prefix_key_tokens, secret=secret)
+        self._open_folder()
+        cost = TracingCost()
+        deriver = RecordDeriver(config, run.layouts[0], tiers or default_tiers(run.layouts[0]))
+        if sinks is None:
+            sinks = open_sinks(config.out, config, run.selections, cost)
+        self._writer = TraceWriter(deriver, sinks, config.queue_steps, cost)
+
+    def wants(self, step_number: int) -> bool:
+        """Whether the run's forward `step_number` (0-based) is recorded."""
+        return is_sampled(step_number, self.config.sample_rate, self.config.seed)
+
+    def add_request(self, request: TracedRequest) -> RequestPrefix:
+        """Announces a request and says how much of its prompt earlier ones began with."""
+        request_id = request.request_id
+        if request_id in self._ids:
+            raise ValueError(f"request {request_id} was added already; ids are unique in a run")
+        self._ids.add(request_id)
+        self._unfinished[request_id] = {
+            "request_id": request_id,
+            "source_row": request.source_row,
+            "num_prompt_tokens": len(request.prompt_token_ids),
+            "num_output_tokens": 0,
+            "arrival_s": request.arrival_s,
+            "first_token_s": None,
+            "finish_s": None,
+            "state": "unfinished",
+            "score": None,
+        }
+        prefix = self._analyzer.add(request.prompt_token_ids)
+        self._prefixes[request_id] = prefix
+        return prefix
+
+    def put(self, capture: StepCapture, handover_us: float = 0.0, sync_us: float = 0.0) -> None:
+        """Hands one traced step to the writer; a capture without `prefixes` gets its requests' own.
+
+        `handover_us`: what the caller spent on copies, `sync_us`: on waiting for the
+        device. Raises what the writer met since the last call (see `TraceWriter`).
+        """
+        start = time.perf_counter()
+        if not capture.prefixes:
+            prefixes = tuple(self._prefixes[request_id] for request_id in capture.request_ids)
+            capture = dataclasses.replace(capture, prefixes=prefixes)
+        self._writer.put(capture, handover_us + (time.perf_counter() - start) * 1e6, sync_us)
+
+    def finish_request(
+        self,
+        request: TracedRequest,
+        *,
+        num_output_tokens: int,
+        state: str,
+        first_token_s: float | None = None,
+        finish_s: float | None = None,
+        score: float | None = None,
+        text: str | None = None,
+    ) -> None:
+        """Writes the request's line. `text` only where the user asked for it (`--save-text`)."""
+        record = self._unfinished.pop(request.request_id)
+        del self._prefixes[request.request_id]
+        record |= {
+            "num_output_tokens": num_output_tokens,
+            "first_token_s": first_token_s,
+            "finish_s": finish_s,
+            "state": state,
+            "score": score,
+        }
+        if text is not None:
+            record["text"] = text
+        self._writer.finish_request(record)
+
+    def close(self, state: str = "complete") -> None:
+        """Ends the run; requests that did not finish get a line that says so. Raises the writer's error."""
+        if not self._closed:
+            self._end(state)
+            self._writer.close()
+
+    def __enter__(self) -> Tracer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        elif not self._closed:
+            # The error under way is the one to see; the writer's own, if any, goes to the manifest.
+            self._end("incomplete", f"ended by {type(error).__name__}")
+
+    def _end(self, state: str, reason: str | None = None) -> None:
+        """Writes out what waits and gives the manifest its last state."""
+        self._closed = True
+        for record in self._unfinished.values():
+            self._writer.finish_request(record)
+        self._writer.stop(state)
+        error = self._writer.error
+        if error is not None:
+            state, reason = "incomplete", f"the trace writer: {type(error).__name__}: {error}"
+        self._write_manifest(state, reason)
+
+    def _open_folder(self) -> None:
+        folder = self.config.out
+        check_run_folder(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_manifest("running")
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot write the trace there: {error.strerror}; name another --trace-out"
+            ) from error
+
+    def _write_manifest(self, state: str, error: str | None = None) -> None:
+        record = manifest(
+            self._run, self.config, state, key_id=self._key_id, started=self._started, error=error
+        )
+        write_json(self.config.out / MANIFEST_FILE, record)

@@ -1,0 +1,207 @@
+"""Text to token ids and back, from a `tokenizer.json`: the checkpoint's, or our own of single bytes.
+
+Byte-level vocabularies only, as DeepSeek's is. Knows no chat format and reads no network.
+
+    tokenizer = load_tokenizer("converted")
+    tokenizer.encode("Hello")                # ids; special tokens only by special_id()
+    stream = tokenizer.stream()
+    stream.push(token_id)                    # text so far complete, never half a character
+"""
+
+# ruff: noqa: RUF001  (DeepSeek writes its special tokens with a full-width bar)
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsatrace.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+PAD = "<｜▁pad▁｜>"
+USER = "<｜User｜>"
+ASSISTANT = "<｜Assistant｜>"
+THINK = "<think>"
+END_THINK = "</think>"
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
+
+
+class Tokenizer:
+    """One vocabulary. `vocab_size` is the largest id plus one; `digest` identifies the file."""
+
+    def __init__(self, definition: bytes, source: str) -> None:
+        """`definition` is the text of a `tokenizer.json`, `source` its name for error messages."""
+        from tokenizers import Tokenizer as Backend
+
+        self.source = source
+        self.digest = hashlib.sha256(definition).hexdigest()
+        try:
+            settings = json.loads(definition)
+            # Every added token becomes "special", so that encode can take all of them for plain text.
+            self._added: dict[int, str] = {}
+            for token in settings.get("added_tokens", []):
+                token["special"] = True
+                self._added[token["id"]] = token["content"]
+            self._backend: Backend = Backend.from_str(json.dumps(settings))
+        except Exception as error:  # the library raises bare Exception for a file it cannot read
+            raise UserError(f"{source}: not a tokenizer.json: {error}") from error
+        if "ByteLevel" not in json.dumps(settings.get("decoder")):
+            raise UserError(f"{source}: not a byte-level tokenizer; give one of the DeepSeek family")
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._ids = {content: token_id for token_id, content in self._added.items()}
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text: nothing is added, and `<｜User｜>` in it is text like any other.
+
+        Half of a surrogate pair, which no encoding can hold, becomes a question mark.
+        """
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text of the ids, special tokens written out; what is no UTF-8 becomes U+FFFD."""
+        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
+
+    def stream(self) -> StreamDecoder:
+        return StreamDecoder(self)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for; U+FFFD for an id that the vocabulary has not."""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token = self._backend.id_to_token(token_id)
+        return _REPLACEMENT if token is None else bytes(_BYTE_OF[symbol] for symbol in token)
+
+    def special_id(self, name: str) -> int:
+        """The id of a special token such as `EOS`."""
+        if name not in self._ids:
+            raise UserError(f"{self.source}: has no token {name}; use a DeepSeek-V3.1 or V3.2 tokenizer")
+        return self._ids[name]
+
+    @property
+    def eos_id(self) -> int:
+        return self.special_id(EOS)
+
+
+class StreamDecoder:
+    """Decodes ids as they come; its output, with `flush`, equals `Tokenizer.decode` of them all."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The characters completed by this token; perhaps none yet."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that never came whole."""
+        return self._decoder.decode(b"", final=True)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a `tokenizer.json`, given itself or as its checkpoint folder."""
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        return Tokenizer(file.read_bytes(), str(file))
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot read the tokenizer: {error.strerror}; give a tokenizer.json or its folder"
+        ) from error
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """A model with `vocab_size` embedding rows must hold every id of the tokenizer."""
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{tokenizer.source}: has ids up to {tokenizer.vocab_size - 1}, but the model's vocab_size is "
+            f"{vocab_size}; use the tokenizer and the config of one checkpoint"
+        )
+
+
+def write_byte_tokenizer(folder: str | Path) -> Path:
+    """Writes our own `tokenizer.json` and `tokenizer_config.json`: bytes and DeepSeek's special tokens."""
+    folder = Path(folder)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    _write_json(folder / "tokenizer_config.json", config)
+    _write_json(folder / "tokenizer.json", byte_tokenizer_json())
+    return folder / "tokenizer.json"
+
+
+def byte_tokenizer_json() -> dict[str, Any]:
+    """BPE without merges: ids 0, 1, 2 are BOS, EOS and PAD as in DeepSeek's, the bytes, the rest."""
+    first, last = (BOS, EOS, PAD), (USER, ASSISTANT, THINK, END_THINK)
+    symbols = sorted(_BYTE_OF, key=lambda symbol: _BYTE_OF[symbol])
+    vocabulary = {token: token_id for token_id, token in enumerate((*first, *symbols, *last))}
+    added = [
+        {
+            "id": vocabulary[token],
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for token in (*first, *last)
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": vocabulary,
+            "merges": [],
+        },
+    }
+
+
+def _byte_symbols() -> dict[str, int]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's alphabet).
+
+    Printable Latin-1 characters stand for themselves, the other bytes follow from U+0100 on.
+    """
+    printable: Sequence[int] = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    symbols = {chr(byte): byte for byte in printable}
+    return symbols | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+_BYTE_OF = _byte_symbols()

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Sets up and runs every check: lint, format, types, tests. Arguments go to pytest.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$root"
+
+ruff check .
+ruff format --check .
+mypy
+python -m pytest "$@"

@@ -1,0 +1,84 @@
+"""Fixtures that many tests share: the tiny model's config and its checkpoints, made once a session.
+
+The checkpoints are read-only by agreement; a test that changes one copies it first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsatrace.model.config import ModelArgs
+from dsatrace.model.convert import convert_checkpoint
+from dsatrace.model.tiny import write_checkpoint
+from dsatrace.workloads.tokenizer import Tokenizer, load_tokenizer, write_byte_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+INFERENCE = ROOT / "inference"
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_args() -> ModelArgs:
+    """`config_tiny.json` as it stands: fp32."""
+    return ModelArgs.from_json(INFERENCE / "config_tiny.json")
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tiny_args: ModelArgs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint in Hugging Face layout: bf16, three shards, byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny") / "hf"
+    write_checkpoint(folder, tiny_args, seed=0, weights="bf16", num_shards=3)
+    write_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_hf: Path, tiny_args: ModelArgs) -> Path:
+    """The same, converted for one rank: `model0-mp1.safetensors`, tokenizer and config."""
+    folder = tiny_hf.parent / "mp1"
+    convert_checkpoint(tiny_hf, folder, tiny_args.n_routed_experts, model_parallel=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tiny_hf: Path) -> Tokenizer:
+    return load_tokenizer(tiny_hf)
+
+
+@pytest.fixture(scope="session")
+def fp8_args() -> ModelArgs:
+    """A small fp8 model whose scales divide over 1, 2 and 4 ranks: every split dimension is 4 x 128 x k."""
+    return ModelArgs(
+        vocab_size=384,
+        dim=256,
+        inter_dim=512,
+        moe_inter_dim=512,
+        n_layers=2,
+        n_dense_layers=1,
+        n_heads=16,
+        n_routed_experts=4,
+        n_activated_experts=2,
+        n_expert_groups=2,
+        n_limited_groups=1,
+        q_lora_rank=160,  # not a multiple of 128: the last scale block is a part of one
+        kv_lora_rank=64,
+        qk_nope_head_dim=96,
+        qk_rope_head_dim=32,
+        v_head_dim=96,
+        dtype="fp8",
+        index_n_heads=4,
+        index_head_dim=32,
+        index_topk=32,
+    )
+
+
+@pytest.fixture(scope="session")
+def fp8_hf(fp8_args: ModelArgs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of `fp8_args` in Hugging Face layout: fp8 weights with `weight_scale_inv`."""
+    folder = tmp_path_factory.mktemp("fp8") / "hf"
+    write_checkpoint(folder, fp8_args, seed=1, weights="fp8", num_shards=2)
+    return folder

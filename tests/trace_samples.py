@@ -1,0 +1,118 @@
+"""Made-up captures for the tracer's tests, and the same seen by the plain implementation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsatrace.kv.layout import CacheLayout
+from dsatrace.kv.prefix import RequestPrefix
+from dsatrace.trace.capture import StepCapture
+from dsatrace.trace.config import TraceConfig
+from dsatrace.trace.manifest import RunInfo
+from dsatrace.trace.plain import PlainSelection, step_record
+
+LAYOUT = CacheLayout("demo", 1152, 132)
+SECRET = b"not a secret, only a test's key."
+RUN = RunInfo(model_config={"n_layers": 2}, layouts=(LAYOUT,), device="cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleRequest:
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    source_row: int | None = None
+    arrival_s: float = 0.0
+
+
+def sample_capture(
+    rng: np.random.Generator,
+    seq_lens: Sequence[int],
+    num_layers: int = 2,
+    k: int = 8,
+    *,
+    step_idx: int = 0,
+    clustered: bool = False,
+    cached_blocks: Sequence[int] | None = None,
+    **changes: Any,
+) -> StepCapture:
+    """Selections of `k` (or all visible) positions in score order, with ties among the scores."""
+    batch = len(seq_lens)
+    positions = np.full((num_layers, batch, k), -1, dtype=np.int32)
+    scores = np.zeros((num_layers, batch, k), dtype=np.float32)
+    stats = np.zeros((num_layers, batch, 4), dtype=np.float32)
+    for layer in range(num_layers):
+        for b, seq_len in enumerate(seq_lens):
+            count = min(k, seq_len)
+            start = int(rng.integers(0, seq_len - count + 1))
+            chosen = (
+                np.arange(start, start + count) if clustered else rng.choice(seq_len, count, replace=False)
+            )
+            mine = rng.integers(-5, 5, count).astype(np.float32) * np.float32(0.1)
+            order = np.argsort(-mine, kind="stable")  # ties in no particular order of positions
+            positions[layer, b, :count] = rng.permutation(chosen) if clustered else chosen
+            scores[layer, b, :count] = mine[order]
+            stats[layer, b] = mine.min(), mine.mean(), mine.max(), rng.random()
+    cached = cached_blocks or [0] * batch
+    fields: dict[str, Any] = {
+        "phase": "decode",
+        "request_ids": tuple(f"r{b}" for b in range(batch)),
+        "step_idx": (step_idx,) * batch,
+        "seq_len": np.array(seq_lens, dtype=np.int32),
+        "batch_size": batch,
+        "positions": positions,
+        "score_stats": stats,
+        "scores": scores,
+        "prefixes": tuple(RequestPrefix(n, f"{b:016x}") for b, n in enumerate(cached)),
+        "step_wall_us": float(rng.random() * 1000),
+        "step_synced": True,
+    }
+    return StepCapture(**(fields | changes))
+
+
+def plain_selections(capture: StepCapture) -> Iterator[PlainSelection]:
+    """The capture's records' inputs, as plain lists, in the order of the file."""
+    num_layers, batch, k = capture.positions.shape
+    for b in range(batch):
+        for layer in range(num_layers):
+            count = min(k, int(capture.seq_len[b]))
+            scores = None if capture.scores is None else capture.scores[layer, b, :count].tolist()
+            yield PlainSelection(
+                request_id=capture.request_ids[b],
+                layer_id=layer,
+                step_idx=capture.step_idx[b],
+                seq_len=int(capture.seq_len[b]),
+                top_k=k,
+                positions=capture.positions[layer, b, :count].tolist(),
+                scores=scores,
+                score_stats=capture.score_stats[layer, b].tolist(),
+                num_cached_blocks=capture.prefixes[b].num_cached_blocks,
+                prefix_key=capture.prefixes[b].key,
+                batch_size=capture.batch_size,
+                phase=capture.phase,
+                step_wall_us=capture.step_wall_us,
+                step_synced=capture.step_synced,
+            )
+
+
+def plain_records(capture: StepCapture, config: TraceConfig) -> list[dict[str, Any]]:
+    return [
+        step_record(
+            selection,
+            block_size=config.block_size,
+            latent_bytes=LAYOUT.latent_bytes_per_token,
+            index_bytes=LAYOUT.index_bytes_per_token,
+            level=config.level,
+            store_scores=config.store_scores,
+            keep_order=config.keep_order,
+        )
+        for selection in plain_selections(capture)
+    ]
+
+
+def config_for(out: Path | str = "unused", **changes: Any) -> TraceConfig:
+    return TraceConfig(out=Path(out), **changes)
