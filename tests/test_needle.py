@@ -26,7 +26,7 @@ def test_length_is_within_a_sentence_of_what_was_asked(
 def test_needle_lies_at_its_depth_and_is_asked_for_at_the_end() -> None:
     for depth in (0.0, 0.25, 0.5, 1.0):
         prompt = needle_prompt(3000, lambda text: len(text.split()), depth, seed=1)
-        _, haystack, question = prompt.text.split("\n\n")
+        _, haystack, question = prompt.text.split("\n")
         sentences = haystack.split(". ")
         (place,) = [i for i, sentence in enumerate(sentences) if prompt.answer in sentence]
         assert place == round(depth * (len(sentences) - 1))
@@ -43,7 +43,7 @@ def test_seed_decides_everything() -> None:
 
 
 def test_no_sentence_twice_running() -> None:
-    haystack = needle_prompt(5000, lambda text: len(text.split()), 1.0, seed=2).text.split("\n\n")[1]
+    haystack = needle_prompt(5000, lambda text: len(text.split()), 1.0, seed=2).text.split("\n")[1]
     sentences = haystack.split(". ")
     assert len(sentences) > 10 * len(_IDLE)
     assert all(a != b for a, b in itertools.pairwise(sentences))

@@ -176,7 +176,7 @@ MANIFEST_FIELDS = (
     Field("error", "string | null", "", "why the run is incomplete, where that is known"),
     Field("started_utc", "string", "", "ISO 8601"),
     Field("argv", "string[]", "", "command line, secrets redacted"),
-    Field("selections", "string", "", "model, or synthetic: then the run supports no claim about locality"),
+    Field("selections", "string", "", "model; random_weights or synthetic support no claim about locality"),
     Field("model_config", "object", "", "the model's hyperparameters"),
     Field("model_config_digest", "string", "hex", "hash of the canonical model_config"),
     Field("cache_layout", "string", "", "the layout that bytes are counted with"),
@@ -225,7 +225,7 @@ _OVERLAP = (
 SUMMARY_FIELDS = (
     Field("schema_version", "int", "", "of the records"),
     Field("state", "string", "", "running, complete or incomplete"),
-    Field("selections", "string", "", "model, or synthetic: then it supports no claim about locality"),
+    Field("selections", "string", "", "model; random_weights or synthetic support no claim about locality"),
     Field(
         "counts",
         "object",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,9 +25,10 @@ from ..model.checkpoint import load_checkpoint
 from ..model.config import ModelArgs
 from ..model.kernels import get_kernels
 from ..model.parallel import ParallelGroup
+from ..model.tiny import RANDOM_WEIGHTS
 from ..model.transformer import Transformer
 from ..trace.config import TraceConfig
-from ..trace.manifest import RunInfo
+from ..trace.manifest import RunInfo, Selections
 from ..trace.tracer import Tracer
 from .engine import Engine
 from .live import LiveRequest
@@ -86,6 +88,19 @@ def load_model(setup: EngineSetup, device: torch.device) -> Transformer:
     return model.eval()
 
 
+def selections_of(ckpt_path: Path) -> Selections:
+    """What a checkpoint's selections stand for: its `config.json` says when the weights are random."""
+    try:
+        config = json.loads((ckpt_path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "model"  # DeepSeek's own conversion keeps no config.json
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{ckpt_path / 'config.json'}: cannot read it: {error}; restore or remove it"
+        ) from error
+    return "random_weights" if config.get(RANDOM_WEIGHTS) else "model"
+
+
 def cache_layouts(cache: KVCache, args: ModelArgs) -> list[CacheLayout]:
     """The layout this run's cache has, first, and those of other engines for comparison."""
     own = CacheLayout("this_run", cache.latent_bytes_per_token, cache.index_bytes_per_token)
@@ -138,6 +153,7 @@ def open_engine(
                 hbm_stand_in=None if on_cuda else "host memory",
                 world_size=model.setup.group.size,
                 seed=setup.seed,
+                selections=selections_of(setup.ckpt_path),
             )
             tracer = stack.enter_context(Tracer(trace, run))
         runner = ModelRunner(model, cache, device, tracer, batch_size)

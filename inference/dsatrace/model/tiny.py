@@ -21,6 +21,9 @@ from .shards import DTYPES, CheckpointError, Layout, ShardWriter, num_bytes
 
 Weights = Literal["bf16", "fp8", "fp32"]
 
+RANDOM_WEIGHTS = "random_weights"
+"""Key of `config.json` that says so, for whoever reports on a run of this model."""
+
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -101,6 +104,7 @@ def hf_config(args: ModelArgs, weights: Weights) -> dict[str, object]:
         "bos_token_id": 0,
         "eos_token_id": 1,
         "torch_dtype": "float32" if weights == "fp32" else "bfloat16",
+        RANDOM_WEIGHTS: True,
     }
     if weights == "fp8":
         config["quantization_config"] = {

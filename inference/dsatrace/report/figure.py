@@ -5,6 +5,7 @@ draw(RunReader(folder))      # writes report.png into the run's folder
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from ..trace.reader import RunReader
 from .tables import Summary, caveat
 
 FIGURE_FILE = "report.png"
+MAX_STEPS = 1000
+"""Columns of the heat map; more would be narrower than a pixel."""
 
 
 def draw(run: RunReader, layer_id: int | None = None) -> Path:
@@ -25,7 +28,10 @@ def draw(run: RunReader, layer_id: int | None = None) -> Path:
     import matplotlib.pyplot as plt
 
     summary = run.summary()
-    layer_id = run.manifest["model_config"]["n_layers"] - 1 if layer_id is None else layer_id
+    num_layers = run.manifest["model_config"]["n_layers"]
+    if layer_id is not None and not 0 <= layer_id < num_layers:
+        raise UserError(f"--layer {layer_id}: the run has layers 0 to {num_layers - 1}")
+    layer_id = num_layers - 1 if layer_id is None else layer_id
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     _blocks_touched(axes[0, 0], summary)
     _heat_map(axes[0, 1], run, layer_id)
@@ -59,17 +65,12 @@ def _blocks_touched(axes: Any, summary: Summary) -> None:
 
 
 def _heat_map(axes: Any, run: RunReader, layer_id: int) -> None:
-    """Which share of each block was selected, step by step."""
-    records = [
-        record
-        for record in run.steps()
-        if record["layer_id"] == layer_id and record["phase"] == "decode" and "selected_token_pos" in record
-    ]
+    """How many tokens of each block were selected, step by step, for the first request."""
+    records = _first_request(run, layer_id)
     axes.set(title=f"Tokens selected per block, layer {layer_id}", xlabel="decode step", ylabel="block")
     if not records:
         axes.text(0.5, 0.5, "positions were not recorded", ha="center", transform=axes.transAxes)
         return
-    records = [record for record in records if record["request_id"] == records[0]["request_id"]]
     block_size = records[0]["block_size_tokens"]
     num_blocks = max(record["seq_len_current"] for record in records) // block_size + 1
     touched = np.zeros((num_blocks, len(records)))
@@ -79,6 +80,20 @@ def _heat_map(axes: Any, run: RunReader, layer_id: int) -> None:
     shown = np.where(touched > 0, touched, np.nan)
     image = axes.imshow(shown, aspect="auto", origin="lower", interpolation="nearest", cmap="YlGnBu")
     axes.figure.colorbar(image, ax=axes, label="selected tokens")
+
+
+def _first_request(run: RunReader, layer_id: int) -> list[dict[str, Any]]:
+    """The decode records of one layer of the run's first request, up to `MAX_STEPS` of them."""
+    of_layer = (
+        record
+        for record in run.steps()
+        if record["layer_id"] == layer_id and record["phase"] == "decode" and "selected_token_pos" in record
+    )
+    first = next(of_layer, None)
+    if first is None:
+        return []
+    same = (record for record in of_layer if record["request_id"] == first["request_id"])
+    return [first, *itertools.islice(same, MAX_STEPS - 1)]
 
 
 def _overlap(axes: Any, summary: Summary) -> None:

@@ -16,12 +16,15 @@ from ..trace.reader import RunReader
 
 Summary = Mapping[str, Any]
 
+CAVEATS = {
+    "synthetic": "The selections are synthetic: they show the format, and nothing about any model.",
+    "random_weights": "The model's weights are random: this shows the machinery, and nothing about locality.",
+}
+
 
 def caveat(summary: Summary) -> str | None:
     """What forbids reading locality off this run, or None."""
-    if summary["selections"] == "synthetic":
-        return "The selections are synthetic: they show the format, and nothing about any model."
-    return None
+    return CAVEATS.get(summary["selections"])
 
 
 def run_tables(run: RunReader) -> Iterator[RenderableType]:
@@ -39,12 +42,13 @@ def run_tables(run: RunReader) -> Iterator[RenderableType]:
     else:
         yield _blocks(summary)
         yield _overlap(summary)
+    yield _prefix(summary)
     yield _bytes(summary)
     yield _costs(run, summary)
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns))
     table.add_column(columns[0])
     for column in columns[1:]:
         table.add_column(column, justify="right")
@@ -79,6 +83,19 @@ def _overlap(summary: Summary) -> Table:
         if overlap["pairs"]:
             shares = (overlap["mean"], overlap["random_mean"])
             table.add_row(name, *(f"{share:.1%}" for share in shares), f"{overlap['pairs']}")
+    return table
+
+
+def _prefix(summary: Summary) -> RenderableType:
+    if not summary["prefix_hot_blocks"]:
+        return "No request began like an earlier one: no touched block lies in a shared prefix.\n"
+    table = _table("Touched blocks that lie in a shared prefix", "", "")
+    ratio = summary["prefix_intersection_ratio"]
+    table.add_row("share of a record's touched blocks (mean)", f"{ratio['mean']:.1%}")
+    table.add_row("p95", f"{ratio['p95']:.1%}")
+    for request_id, hot in summary["prefix_hot_blocks"].items():
+        hottest = ", ".join(f"{entry['block_id']} ({entry['touches']}x)" for entry in hot[:5])
+        table.add_row(f"hottest of {request_id}", hottest)
     return table
 
 

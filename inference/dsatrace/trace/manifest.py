@@ -22,7 +22,8 @@ from dsatrace.kv.layout import CacheLayout
 from dsatrace.schema import QUANTILE_DEFINITION, SCHEMA_VERSION
 from dsatrace.trace.config import TraceConfig
 
-Selections = Literal["model", "synthetic"]
+Selections = Literal["model", "random_weights", "synthetic"]
+"""What chose the tokens; only a trained model's choice says anything about locality."""
 
 REDACTED = "***"
 _SECRET_WORDS = ("token", "key", "secret", "password")

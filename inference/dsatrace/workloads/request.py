@@ -1,6 +1,6 @@
 """The request: what every workload yields and the engine serves.
 
-    Request("r0", prompt_token_ids=(0, 17, 4), max_new_tokens=8)
+Request("r0", prompt_token_ids=(0, 17, 4), max_new_tokens=8)
 """
 
 from __future__ import annotations
