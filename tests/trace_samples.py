@@ -69,6 +69,7 @@ def sample_capture(
         "scores": scores,
         "prefixes": tuple(RequestPrefix(n, f"{b:016x}") for b, n in enumerate(cached)),
         "step_wall_us": float(rng.random() * 1000),
+        "forward_idx": int(rng.integers(1 << 40)),  # every sample is a forward of its own
         "step_synced": True,
     }
     return StepCapture(**(fields | changes))
@@ -94,6 +95,7 @@ def plain_selections(capture: StepCapture) -> Iterator[PlainSelection]:
                 prefix_key=capture.prefixes[b].key,
                 batch_size=capture.batch_size,
                 phase=capture.phase,
+                forward_idx=capture.forward_idx,
                 step_wall_us=capture.step_wall_us,
                 step_synced=capture.step_synced,
             )

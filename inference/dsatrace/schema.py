@@ -132,6 +132,7 @@ STEP_FIELDS = (
         _FULL,
         optional=True,
     ),
+    Field("forward_idx", "int", "", "the run's forward pass, 0-based: the same for all records of one"),
     Field("step_wall_us", "float", "us", "wall time around the forward"),
     Field("step_synced", "bool", "", "the device was synchronised before the clock was read"),
     Field("phase", "string", "", "decode, or prefill (the prompt's last position)"),

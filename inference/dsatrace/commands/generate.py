@@ -7,6 +7,8 @@ torchrun --nproc-per-node 8 generate.py --ckpt-path ... --config config_671B_v3.
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup = engine_setup_from_args(args)
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: use at least 1")
-    if args.temperature < 0:
-        raise UserError(f"--temperature {args.temperature}: use 0 (greedy) or more")
+    if not 0 <= args.temperature < math.inf:  # so written, it catches nan too
+        raise UserError(f"--temperature {args.temperature}: use 0 (greedy) or a number above it")
     prompts = [] if args.interactive else read_prompts(args.input_file)
     tokenizer = load_tokenizer(args.tokenizer or args.ckpt_path)
     check_vocabulary(tokenizer, setup.model_args().vocab_size)
@@ -69,7 +71,7 @@ def read_prompts(path: Path) -> list[str]:
         raise UserError(f"{path}: cannot read the prompts: {error.strerror}; check --input-file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the prompts as UTF-8 text") from error
-    prompts = [paragraph.strip() for paragraph in text.replace("\r\n", "\n").split("\n\n")]
+    prompts = [paragraph.strip() for paragraph in re.split(r"\n[ \t]*\n", text.replace("\r\n", "\n"))]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise UserError(f"{path}: holds no prompt; write one or more, separated by blank lines")
@@ -77,7 +79,11 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="generate.py", description="Generate, and trace what DSA reads.")
+    parser = argparse.ArgumentParser(
+        prog="generate.py",
+        description="Generate, and trace what DSA reads.",
+        allow_abbrev=False,  # the manifest hides the values of some flags, which it knows by name
+    )
     add_engine_arguments(parser)
     group = parser.add_argument_group("generation")
     source = group.add_mutually_exclusive_group(required=True)

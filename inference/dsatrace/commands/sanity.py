@@ -111,6 +111,7 @@ def synthetic_selections(config: TraceConfig) -> Iterator[PlainSelection]:
                     prefix_key=_prefix_key(name),
                     batch_size=len(PROMPT_TOKENS),
                     phase="decode",
+                    forward_idx=step,
                     step_wall_us=wall_us,
                     step_synced=True,
                 )

@@ -38,6 +38,7 @@ class ModelRunner:
         self.cache = cache
         self.device = torch.device(device)
         self.tracer = tracer
+        self.num_forwards = 0
         self.decode_s = 0.0
         self.num_decode_tokens = 0
         self.ring: SelectionRing | None = None
@@ -70,6 +71,7 @@ class ModelRunner:
                 logits = self.model(batch, self.cache)
         else:
             logits = self._traced_forward(step, batch, recorded, callbacks)
+        self.num_forwards += 1
         if not step.is_prefill:
             self.decode_s += time.perf_counter() - started
             self.num_decode_tokens += len(step.work)
@@ -99,7 +101,7 @@ class ModelRunner:
         synced = self._synchronise()
         ended = time.perf_counter()
         recording.finish()
-        capture = _capture(step, recorded, recording, ended - started, synced)
+        capture = _capture(step, recorded, recording, self.num_forwards, ended - started, synced)
         handover_s = (started - began) + (time.perf_counter() - ended)
         self.tracer.put(capture, handover_us=handover_s * 1e6, sync_us=(ended - computed) * 1e6)
         return logits
@@ -127,7 +129,12 @@ def _last_rows(step: Step, recorded: list[Work]) -> list[int]:
 
 
 def _capture(
-    step: Step, recorded: list[Work], recording: Recording, wall_s: float, synced: bool
+    step: Step,
+    recorded: list[Work],
+    recording: Recording,
+    forward_idx: int,
+    wall_s: float,
+    synced: bool,
 ) -> StepCapture:
     positions, stats, scores = recording.arrays()
     return StepCapture(
@@ -140,6 +147,7 @@ def _capture(
         score_stats=stats,
         scores=scores,
         prefixes=(),  # the tracer knows them by request
+        forward_idx=forward_idx,
         step_wall_us=wall_s * 1e6,
         step_synced=synced,
         wait=recording.wait,

@@ -36,6 +36,7 @@ class StepCapture:
     score_stats: np.ndarray  # (L, B, 4) float32: min, mean, max over the selection; k-th margin
     scores: np.ndarray | None  # (L, B, K) float32, scores[i] belongs to positions[i]; None unless stored
     prefixes: tuple[RequestPrefix, ...]  # (B,)
+    forward_idx: int  # the run's forward pass, 0-based
     step_wall_us: float  # wall time around the forward
     step_synced: bool  # the device was synchronised before the clock was read
     wait: Callable[[], None] = _nothing  # returns when the arrays are whole; the writer calls it first

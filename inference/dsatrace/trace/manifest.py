@@ -26,7 +26,7 @@ Selections = Literal["model", "random_weights", "synthetic"]
 """What chose the tokens; only a trained model's choice says anything about locality."""
 
 REDACTED = "***"
-_SECRET_WORDS = ("token", "key", "secret", "password")
+_SECRET_WORDS = ("token", "key", "secret", "password", "system-prompt")  # the last: no prompt text in a run
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
@@ -106,7 +106,8 @@ def redact_argv(argv: Iterable[str]) -> list[str]:
     shown: list[str] = []
     hide_next = ""
     for argument in argv:
-        if hide_next and not argument.startswith("--"):
+        # A value may look like a flag: argparse takes whatever holds a space for a value.
+        if hide_next and (" " in argument or not argument.startswith("--")):
             shown.append(_hidden(hide_next, argument))
             hide_next = ""
             continue

@@ -32,6 +32,7 @@ class PlainSelection:
     prefix_key: str
     batch_size: int
     phase: str
+    forward_idx: int
     step_wall_us: float
     step_synced: bool
 
@@ -84,6 +85,7 @@ def step_record(
             "intersection_blocks": prefix_blocks,
         },
         **scores_field(selection, level, store_scores, keep_order),
+        "forward_idx": selection.forward_idx,
         "step_wall_us": selection.step_wall_us,
         "step_synced": selection.step_synced,
         "phase": selection.phase,

@@ -8,6 +8,7 @@ Standard library only, and like `plain.py` it shares nothing with the fast path 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -83,19 +84,9 @@ _STEP_QUANTILES = (("p50", 50), ("p95", 95), ("p99", 99), ("max", 100))
 
 
 def forwards(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Neighbouring records of one forward: same clock reading, and no request and layer twice."""
-    group: list[Record] = []
-    seen: set[tuple[str, int]] = set()
-    for record in records:
-        key = (record["request_id"], record["layer_id"])
-        same = group and all(record[name] == group[0][name] for name in ("step_wall_us", "phase"))
-        if group and (not same or key in seen):
-            yield group
-            group, seen = [], set()
-        group.append(record)
-        seen.add(key)
-    if group:
-        yield group
+    """The records of each forward, which stand together in a trace."""
+    for _, group in itertools.groupby(records, key=lambda record: record["forward_idx"]):
+        yield list(group)
 
 
 def block_counts(record: Record) -> list[int]:

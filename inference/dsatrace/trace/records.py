@@ -67,6 +67,8 @@ class RecordDeriver:
     def derive(self, capture: StepCapture) -> StepRecords:
         """Raises `ValueError` for a capture that no model can have produced."""
         config = self._config
+        if not np.isfinite(capture.score_stats[..., :3]).all():
+            raise ValueError(f"forward {capture.forward_idx}: the indexer's scores are not finite numbers")
         cached = np.array([prefix.num_cached_blocks for prefix in capture.prefixes], dtype=np.int64)
         stats = step_statistics(capture.positions, capture.seq_len, cached, config.block_size)
         reads = self._reads(capture, stats)
@@ -198,6 +200,7 @@ def _clock_and_path(step: StepRecords, r: int) -> dict[str, Any]:
     seq_len = int(capture.seq_len[b])
     sparse = seq_len > step.top_k
     return {
+        "forward_idx": capture.forward_idx,
         "step_wall_us": capture.step_wall_us,
         "step_synced": capture.step_synced,
         "phase": capture.phase,

@@ -79,7 +79,7 @@ class Tracer:
         self._writer = TraceWriter(deriver, sinks, config.queue_steps, cost)
 
     def wants(self, step_number: int) -> bool:
-        """Whether decode step `step_number` (0-based) of a request is recorded: the same for every request."""
+        """Whether every request's decode step `step_number` (0-based) is recorded."""
         return is_sampled(step_number, self.config.sample_rate, self.config.seed)
 
     def add_request(self, request: TracedRequest) -> RequestPrefix:
