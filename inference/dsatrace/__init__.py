@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsatrace.kv.prefix import PrefixCacheAnalyzer
+    from dsatrace.model.attention import MLA
+    from dsatrace.model.indexer import Indexer
     from dsatrace.trace.config import TraceConfig
     from dsatrace.trace.tracer import Tracer
     from dsatrace.trace.writer import TraceWriter
 
 __version__ = "0.1.0"
-__all__ = ["PrefixCacheAnalyzer", "TraceConfig", "TraceWriter", "Tracer", "__version__"]
+__all__ = ["MLA", "Indexer", "PrefixCacheAnalyzer", "TraceConfig", "TraceWriter", "Tracer", "__version__"]
 
 _HOME = {
+    "Indexer": "dsatrace.model.indexer",
+    "MLA": "dsatrace.model.attention",
     "PrefixCacheAnalyzer": "dsatrace.kv.prefix",
     "TraceConfig": "dsatrace.trace.config",
     "Tracer": "dsatrace.trace.tracer",

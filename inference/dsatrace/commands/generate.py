@@ -7,6 +7,7 @@ torchrun --nproc-per-node 8 generate.py --ckpt-path ... --config config_671B_v3.
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import re
 import sys
@@ -31,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dsatrace.model.parallel import ParallelGroup
     from dsatrace.workloads.tokenizer import check_vocabulary, load_tokenizer
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show
     setup = engine_setup_from_args(args)
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: use at least 1")

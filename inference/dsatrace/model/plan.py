@@ -74,7 +74,7 @@ def plan(
             f"{hf_path}: lacks model.embed_tokens.weight; give a whole checkpoint in Hugging Face layout"
         )
     num_layers = _num_layers(hf_path)
-    kept = {name: stored for name, stored in source.items() if not _is_beyond(name, num_layers)}
+    kept = {name: stored for name, stored in source.items() if not _is_left_out(name, num_layers)}
     _check_expert_count(hf_path, kept, n_experts)
     moe_layers = {int(match[1]) for name in kept if (match := _LAYER.match(name)) and match[2]}
     targets: dict[str, Target] = {}
@@ -110,7 +110,10 @@ def _num_layers(hf_path: Path) -> int:
     return num_layers
 
 
-def _is_beyond(name: str, num_layers: int) -> bool:
+def _is_left_out(name: str, num_layers: int) -> bool:
+    """Layers past the model's own, and rotary tables that some exports store: the model computes them."""
+    if name.endswith(".rotary_emb.inv_freq"):
+        return True
     match = _LAYER.match(name)
     return match is not None and int(match[1]) >= num_layers
 
