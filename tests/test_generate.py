@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -140,8 +141,8 @@ def test_trace_is_whole_and_true(command: Command, tiny_args: ModelArgs, byte_to
         seq_len, positions = record["seq_len_current"], record["selected_token_pos"]
         assert seq_len == prompt_len[request] + step + 1
         assert len(positions) == min(tiny_args.index_topk, seq_len)
-        assert all(a < b for a, b in zip(positions, positions[1:], strict=False))
-        assert 0 <= positions[0] and positions[-1] <= seq_len - 1
+        assert all(a < b for a, b in itertools.pairwise(positions))
+        assert positions[0] >= 0 and positions[-1] <= seq_len - 1
         assert record["path"] == ("sparse" if seq_len > tiny_args.index_topk else "dense")
         assert record["kv_fetch"]["hbm"]["batch_size"] == 2
     # The first token comes from the prefill, so N tokens are N - 1 decode steps.
@@ -209,7 +210,9 @@ SYSTEM_CANARY = "-- be brief, says HERON-2206"  # argparse takes it for a value,
 TOKEN_CANARY = "hf_nightjarnightjarnightjar"
 
 
-@pytest.mark.parametrize("system", [("--system-prompt", SYSTEM_CANARY), (f"--system-prompt={SYSTEM_CANARY}",)])
+@pytest.mark.parametrize(
+    "system", [("--system-prompt", SYSTEM_CANARY), (f"--system-prompt={SYSTEM_CANARY}",)]
+)
 def test_no_text_reaches_the_folder_unasked(
     system: tuple[str, ...],
     command: Command,

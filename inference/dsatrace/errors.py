@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wraps a `main()`: a `UserError` becomes one line on stderr and exit code 2."""
+    """Wraps a `main()`: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C 130."""
 
     @functools.wraps(main)
     def run(*args: object, **kwargs: object) -> int:
@@ -24,5 +24,8 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
 
     return run

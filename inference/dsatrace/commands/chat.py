@@ -5,6 +5,8 @@ Under tensor parallel rank 0 talks and sends each turn's tokens to the other ran
 
 from __future__ import annotations
 
+import io
+import signal
 import sys
 
 import torch
@@ -20,15 +22,21 @@ def chat(serving: Serving) -> None:
     longest = serving.model.args.max_seq_len
     with serving.open(longest, "interactive", num_requests=1) as engine:
         if serving.is_rank_0:
-            _talk(serving, engine)
+            with on_interrupt(engine.request_abort):
+                _talk(serving, engine)
         else:
-            _follow(serving, engine)
+            with on_interrupt(lambda: None):  # rank 0 alone decides when an answer ends
+                _follow(serving, engine)
 
 
 def _talk(serving: Serving, engine: Engine) -> None:
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # no byte foreign to the terminal ends the conversation
     turns: list[Message] = []
     num_requests = 0
     while (line := _read_line()) is not None and line != "/exit":
+        engine.abort_requested = False  # a Ctrl-C that came too late for the last answer
         if line == "/clear":
             turns.clear()
         elif line:
@@ -46,10 +54,9 @@ def _talk(serving: Serving, engine: Engine) -> None:
 
 def _follow(serving: Serving, engine: Engine) -> None:
     num_requests = 0
-    with on_interrupt(lambda: None):  # rank 0 alone decides when an answer ends
-        while ids := _receive(serving):
-            _answer(serving, engine, ids, num_requests)
-            num_requests += 1
+    while ids := _receive(serving):
+        _answer(serving, engine, ids, num_requests)
+        num_requests += 1
 
 
 def _answer(serving: Serving, engine: Engine, ids: list[int], number: int) -> str:
@@ -57,10 +64,9 @@ def _answer(serving: Serving, engine: Engine, ids: list[int], number: int) -> st
     max_new_tokens = min(serving.max_new_tokens, serving.model.args.max_seq_len - len(ids) + 1)
     live = engine.submit(Request(f"r{number}", tuple(ids), max_new_tokens, serving.temperature))
     stream, eos = serving.tokenizer.stream(), serving.tokenizer.eos_id
-    with on_interrupt(engine.request_abort if serving.is_rank_0 else lambda: None):
-        for _, token in engine.run():
-            if serving.is_rank_0 and token != eos:
-                print(stream.push(token), end="", flush=True)
+    for _, token in engine.run():
+        if serving.is_rank_0 and token != eos:
+            print(stream.push(token), end="", flush=True)
     if serving.is_rank_0:
         print(stream.flush() + (" [stopped]" if live.state == "aborted" else ""), flush=True)
     return serving.text(live)
@@ -68,13 +74,17 @@ def _answer(serving: Serving, engine: Engine, ids: list[int], number: int) -> st
 
 def _read_line() -> str | None:
     """The next line, or None at the end of input; Ctrl-C here only says how to leave."""
+    handler = signal.getsignal(signal.SIGINT)
     while True:
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             return input(">>> ").strip()
         except EOFError:
             return None
         except KeyboardInterrupt:
             print("\n/exit ends")
+        finally:
+            signal.signal(signal.SIGINT, handler)
 
 
 def _send(serving: Serving, ids: list[int]) -> None:

@@ -13,7 +13,7 @@ from ..workloads.request import Request
 State = Literal["waiting", "running", "stop", "length", "aborted"]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class LiveRequest:
     """`num_computed` tokens have their KV in the cache; `tokens` holds prompt and answer."""
 

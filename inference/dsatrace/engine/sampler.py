@@ -34,7 +34,8 @@ class Sampler:
     def _sample(self, logits: torch.Tensor, live: LiveRequest) -> int:
         if live.request.temperature == 0:
             return int(logits.argmax())
-        probabilities = (logits / live.request.temperature).softmax(dim=-1)
+        # The best logit becomes 0 first, so that no temperature, however small, makes it infinite.
+        probabilities = ((logits - logits.max()) / live.request.temperature).softmax(dim=-1)
         return int(torch.multinomial(probabilities, 1, generator=self._stream(live.request.request_id)))
 
     def _stream(self, request_id: str) -> torch.Generator:

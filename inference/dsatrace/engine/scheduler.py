@@ -18,7 +18,7 @@ from ..workloads.request import Request
 from .live import LiveRequest, State
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Work:
     """Tokens `first_pos .. first_pos + num_tokens` of one request."""
 

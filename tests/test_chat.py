@@ -1,0 +1,157 @@
+"""`generate.py --interactive` on a pseudo-terminal, as a person uses it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from checkpoints import endless_letters
+from conftest import INFERENCE
+from dsatrace.trace.reader import RunReader
+
+pexpect = pytest.importorskip("pexpect")
+
+PROMPT = ">>> "
+NEW_TOKENS = 12
+CHAT_TOKENS = 4  # begin of sentence, user, assistant, end of thinking
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return endless_letters(tiny_checkpoint, tmp_path_factory.mktemp("chat") / "mp1")
+
+
+class Terminal:
+    """A chat under way; what it prints is read up to the next prompt."""
+
+    def __init__(self, checkpoint: Path, run: Path, max_new_tokens: int) -> None:
+        flags = ["--ckpt-path", checkpoint, "--config", "config_tiny.json", "--interactive"]
+        flags += ["--max-new-tokens", max_new_tokens, "--temperature", 0, "--device", "cpu"]
+        flags += ["--trace-out", run]
+        self.child = pexpect.spawn(
+            sys.executable,
+            ["generate.py", *map(str, flags)],
+            cwd=str(INFERENCE),
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:strict"},
+            encoding="utf-8",
+            codec_errors="replace",
+            dimensions=(24, 1000),
+            timeout=60,
+        )
+        self.child.delaybeforesend = None
+        self.expect_prompt()
+
+    def expect_prompt(self) -> str:
+        """What was printed before the prompt that now waits."""
+        self.child.expect_exact(PROMPT)
+        return self.child.before
+
+    def say(self, line: str) -> str:
+        """Sends a line and returns what is printed until the next prompt, without the line's echo."""
+        self.child.sendline(line)
+        return self.expect_prompt().removeprefix(line).strip("\r\n")
+
+    def exit_code(self) -> int:
+        self.child.expect(pexpect.EOF)
+        self.child.close()
+        assert "Traceback" not in (self.child.before or "")
+        assert self.child.signalstatus is None
+        return self.child.exitstatus
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def terminal(request: pytest.FixtureRequest, checkpoint: Path, run: Path) -> Iterator[Terminal]:
+    """A chat whose answers are `request.param` tokens long."""
+    terminal = Terminal(checkpoint, run, request.param)
+    yield terminal
+    terminal.child.close(force=True)
+
+
+@pytest.mark.parametrize("terminal", [NEW_TOKENS], indirect=True)
+def test_a_conversation_grows_until_clear(terminal: Terminal, run: Path) -> None:
+    opening, followup = "How many ships passed the lighthouse?", "And today?"
+    answer = terminal.say(opening)
+    assert re.fullmatch(rf"[a-z ]{{{NEW_TOKENS}}}", answer)
+    assert terminal.say("") == ""
+    assert terminal.say("   ").strip() == ""
+    second = terminal.say(followup)
+    assert re.fullmatch(rf"[a-z ]{{{NEW_TOKENS}}}", second)
+    assert terminal.say("/clear") == ""
+    assert terminal.say(opening) == answer  # nothing is left of the conversation before
+    terminal.child.sendline("/exit")
+    assert terminal.exit_code() == 0
+
+    trace = RunReader(run)
+    assert trace.state == "complete"
+    first_len = CHAT_TOKENS + len(opening)
+    # The second prompt repeats the first turn, ends it, and adds one of its own.
+    second_len = first_len + NEW_TOKENS + 1 + (CHAT_TOKENS - 1) + len(followup)
+    turns = list(trace.requests())
+    assert [turn["request_id"] for turn in turns] == ["r0", "r1", "r2"]
+    assert [turn["num_prompt_tokens"] for turn in turns] == [first_len, second_len, first_len]
+    assert {turn["num_output_tokens"] for turn in turns} == {NEW_TOKENS}
+    assert {turn["state"] for turn in turns} == {"length"}
+
+    begin = {r["request_id"]: r for r in trace.steps() if (r["step_idx"], r["layer_id"]) == (0, 0)}
+    assert [begin[f"r{i}"]["seq_len_current"] for i in range(3)] == [
+        first_len + 1,
+        second_len + 1,
+        first_len + 1,
+    ]
+    # A turn shares its prompt with the turn before; `/clear` ends the conversation, not the analyzer.
+    block = trace.manifest["trace"]["block_size_tokens"]
+    cached = [begin[f"r{i}"]["prefix"]["prefix_cached_blocks"] for i in range(3)]
+    assert cached == [0, first_len // block, first_len // block]
+    assert cached[1] > 0
+
+
+@pytest.mark.parametrize("terminal", [NEW_TOKENS], indirect=True)
+def test_bytes_that_are_no_text_end_nothing(terminal: Terminal) -> None:
+    os.write(terminal.child.child_fd, "Grüße\n".encode("latin-1"))
+    assert re.search(rf"\n[a-z ]{{{NEW_TOKENS}}}\r\n$", terminal.expect_prompt())
+    terminal.child.sendline("/exit")
+    assert terminal.exit_code() == 0
+
+
+@pytest.mark.parametrize("terminal", [20_000], indirect=True)
+def test_ctrl_c_ends_an_answer_and_not_the_program(terminal: Terminal, run: Path) -> None:
+    terminal.child.sendintr()
+    assert "/exit ends" in terminal.expect_prompt()
+
+    terminal.child.sendline("Tell me everything.")
+    terminal.child.expect(r"\n[a-z ]{20}")  # streamed: the answer is far from its end
+    terminal.child.sendintr()
+    assert terminal.expect_prompt().endswith(" [stopped]\r\n")
+
+    terminal.child.sendintr()
+    assert "/exit ends" in terminal.expect_prompt()
+    terminal.child.sendline("Go on.")
+    terminal.child.expect(r"\n[a-z ]{20}")
+    terminal.child.sendintr()
+    assert terminal.expect_prompt().endswith(" [stopped]\r\n")
+    terminal.child.sendeof()
+    assert terminal.exit_code() == 0
+
+    trace = RunReader(run)
+    assert trace.state == "complete"
+    turns = list(trace.requests())
+    assert [turn["state"] for turn in turns] == ["aborted", "aborted"]
+    first, second = (turn["num_prompt_tokens"] for turn in turns)
+    answered = turns[0]["num_output_tokens"]
+    assert 20 <= answered < 20_000
+    # What was said before Ctrl-C stays in the conversation.
+    assert second == first + answered + 1 + (CHAT_TOKENS - 1) + len("Go on.")
+    steps = [r["step_idx"] for r in trace.steps() if r["request_id"] == "r0" and r["layer_id"] == 0]
+    assert steps == list(range(len(steps)))
+    # The step under way when Ctrl-C came is recorded, though its token was dropped.
+    assert answered - 1 <= len(steps) <= answered
