@@ -25,3 +25,6 @@ python inference/generate.py --ckpt-path "$work/converted" --config "$config" --
 
 echo "== 5. what it read"
 dsatrace report "$out"
+
+echo "== 6. whether that is so: every record re-derived by the second implementation"
+dsatrace verify "$out"

@@ -40,7 +40,8 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
     config = parse(
         *("--trace-out", str(tmp_path), "--kv-block-size", "24", "--trace-sample-rate", "0.5"),
         *("--trace-store-scores", "--trace-keep-order", "--trace-prefix-key-tokens", "7"),
-        *("--trace-no-sync-cuda", "--trace-prefill", "last"),
+        *("--trace-no-sync-cuda", "--trace-prefill", "last", "--trace-queue-policy", "drop"),
+        *("--trace-queue-steps", "3", "--trace-on-error", "continue"),
     )
     assert config == TraceConfig(
         out=tmp_path,
@@ -51,6 +52,9 @@ def test_every_flag_arrives(tmp_path: Path) -> None:
         prefix_key_tokens=7,
         sync_cuda=False,
         prefill="last",
+        queue_policy="drop",
+        queue_steps=3,
+        on_error="continue",
         seed=3,
     )
     assert config.needs_scores
@@ -100,6 +104,7 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
         (("--trace-sample-rate", "1.5"), "--trace-sample-rate 1.5"),
         (("--trace-sample-rate", "nan"), "--trace-sample-rate nan"),
         (("--trace-prefix-key-tokens", "0"), "--trace-prefix-key-tokens 0"),
+        (("--trace-queue-steps", "0"), "--trace-queue-steps 0: let at least 1 step wait"),
         (("--trace-level", "blocks", "--trace-store-scores"), "--trace-store-scores needs the positions"),
         (("--trace-level", "stats", "--trace-keep-order"), "--trace-keep-order needs the positions"),
     ],

@@ -12,6 +12,10 @@ from collections.abc import Sequence
 VERBS = {
     "generate": ("dsatrace.commands.generate", "answer prompts, and trace what the indexer selects"),
     "report": ("dsatrace.commands.report", "tables and a picture of a traced run"),
+    "export": ("dsatrace.commands.export", "a run's records to Parquet, or back to JSON lines"),
+    "estimate": ("dsatrace.commands.estimate", "how large a trace will be, before it is run"),
+    "verify": ("dsatrace.commands.verify", "re-derive a run's records, and name the first bad one"),
+    "summarize": ("dsatrace.commands.summarize", "recompute a summary from runs' files, and merge runs"),
     "convert": ("dsatrace.commands.convert", "a Hugging Face checkpoint to one file a rank"),
     "needle": ("dsatrace.commands.needle", "write a needle-in-a-haystack prompt"),
     "make-tiny-checkpoint": ("dsatrace.commands.make_tiny_checkpoint", "a small random checkpoint"),

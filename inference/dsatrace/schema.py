@@ -11,8 +11,9 @@ names without sharing code. Knows no model, no file and no numpy.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 SCHEMA_VERSION = 1
@@ -21,6 +22,7 @@ Level = Literal["full", "blocks", "stats"]
 LEVELS: tuple[Level, ...] = ("full", "blocks", "stats")
 TIER_NAMES = ("hbm", "local_pool", "remote_pool")
 STEPS_FILE = "trace_steps.jsonl"
+STEPS_PARQUET_FILE = "trace_steps.parquet"  # the same records as columns, in an exported run
 REQUESTS_FILE = "requests.jsonl"
 MANIFEST_FILE = "manifest.json"
 SUMMARY_FILE = "summary.json"
@@ -203,6 +205,19 @@ MANIFEST_FIELDS = (
             Field("sync_cuda", "bool", "", "the device is synchronised once a step"),
             Field("prefix_key_tokens", "int", "tokens", "tokens hashed into prefix_key"),
             Field("prefix_key_id", "string", "hex", "names the secret of the keyed hashes"),
+            Field(
+                "queue_policy",
+                "string",
+                "",
+                "block: the model waits for a writer that is behind; drop: it loses the step",
+            ),
+            Field("queue_steps", "int", "steps", "steps that may wait for the writer"),
+            Field(
+                "on_error",
+                "string",
+                "",
+                "when the trace cannot be written: stop the run, or continue untraced",
+            ),
         ),
     ),
     Field("quantile", "string", "", "definition of every quantile"),
@@ -240,7 +255,12 @@ SUMMARY_FIELDS = (
             Field("requests", "int", "requests", "lines of requests.jsonl"),
         ),
     ),
-    Field("dropped_steps", "int", "steps", "sampled steps that were not recorded"),
+    Field(
+        "dropped_steps",
+        "int",
+        "steps",
+        "sampled forwards that were not recorded: dropped from a full queue, or lost to an error",
+    ),
     Field("unique_blocks", "object", "blocks", "touched blocks a record", children=_DISTRIBUTION),
     Field(
         "tokens_per_touched_block",
@@ -421,6 +441,26 @@ def at_level(
     return kept
 
 
+def project(record: Mapping[str, Any], fields: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """The record with only `fields`: dotted paths; a parent's name takes all below it."""
+    kept: dict[str, Any] = {}
+    for name, value in record.items():
+        path = prefix + name
+        if path in fields:
+            kept[name] = value
+        elif isinstance(value, Mapping) and (inner := project(value, fields, f"{path}.")):
+            kept[name] = inner
+    return kept
+
+
+def value_at(record: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path; None where there is none."""
+    value: Any = record
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
 def field_levels(name: str) -> tuple[Level, ...]:
     """Levels at which a (possibly nested, dotted) field of a step record is present."""
     fields: tuple[Field, ...] = STEP_FIELDS
@@ -443,10 +483,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+@functools.cache
+def _item_types(declared: str) -> frozenset[type]:
+    """Types of a list's items. JSON has no NaN: among floats null stands for it."""
+    return frozenset((*_TYPES[declared], *(_TYPES["null"] if declared == "float" else ())))
+
+
 def _has_type(value: object, declared: str) -> bool:
     for option in declared.split(" | "):
         if option.endswith("[]"):
-            if isinstance(value, list) and all(_has_type(item, f"{option[:-2]} | null") for item in value):
+            if isinstance(value, list) and _item_types(option[:-2]).issuperset(map(type, value)):
                 return True
         elif type(value) in _TYPES[option]:
             return True
@@ -473,8 +519,11 @@ def problems(
             found.append(f"{name}: {value!r} is not {field.type}")
         elif field.keys:
             for key in field.keys:
-                inner = value.get(key, {})
-                found += problems(inner, level, field.children, f"{name}.{key}.")
+                inner = value.get(key)
+                if isinstance(inner, dict):
+                    found += problems(inner, level, field.children, f"{name}.{key}.")
+                else:
+                    found.append(f"{name}.{key}: {inner!r} is not object")
         elif field.children and field.type == "object" and not _is_map(field):
             found += problems(value, level, field.children, f"{name}.")
     if fields is STEP_FIELDS and ("scores_stats" in record) == ("scores_topk" in record):

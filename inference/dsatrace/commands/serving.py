@@ -133,7 +133,8 @@ def _run_with_progress(engine: Engine, live: Sequence[LiveRequest], shown: bool)
             progress.update(bar, completed=done, description="prefill" if in_prefill else "decode")
     seconds = time.perf_counter() - started
     generated = sum(len(request.answer) for request in live)
-    return (
-        f"{len(live)} requests, {prompt_tokens} tokens in, {generated} out in {seconds:.1f} s "
-        f"({engine.runner.num_decode_tokens / max(engine.runner.decode_s, 1e-9):.1f} tokens/s in decode)"
-    )
+    runner = engine.runner
+    report = f"{len(live)} requests, {prompt_tokens} tokens in, {generated} out in {seconds:.1f} s"
+    if runner.num_decode_tokens:
+        report += f" ({runner.num_decode_tokens / runner.decode_s:.1f} tokens/s in decode)"
+    return report

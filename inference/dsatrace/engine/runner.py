@@ -66,11 +66,13 @@ class ModelRunner:
         started = time.perf_counter()
         recorded = self._recorded_work(step)
         callbacks: list[OnSelect] = [self.digest.on_select] if self.digest else []
-        if not recorded:
+        recording = self._new_recording(step, batch, recorded)
+        if recording is None:
             with hooked(self.model.indexers, *callbacks) if callbacks else contextlib.nullcontext():
                 logits = self.model(batch, self.cache)
         else:
-            logits = self._traced_forward(step, batch, recorded, callbacks)
+            prepared_s = time.perf_counter() - started
+            logits = self._traced_forward(step, batch, recorded, recording, callbacks, prepared_s)
         self.num_forwards += 1
         if not step.is_prefill:
             self.decode_s += time.perf_counter() - started
@@ -87,13 +89,30 @@ class ModelRunner:
             return [w for w in step.work if w.wants_logits and self.tracer.config.prefill == "last"]
         return [w for w in step.work if self.tracer.wants(w.live.num_decode_steps)]
 
-    def _traced_forward(
-        self, step: Step, batch: Batch, recorded: list[Work], callbacks: list[OnSelect]
-    ) -> torch.Tensor:
+    def _new_recording(self, step: Step, batch: Batch, recorded: list[Work]) -> Recording | None:
+        """Room for what is recorded; None when that is nothing, or when the step is dropped."""
+        if not recorded:
+            return None
         assert self.ring is not None and self.tracer is not None
-        began = time.perf_counter()
         whole = len(recorded) == len(batch.tokens)
-        recording = self.ring.record(len(recorded), None if whole else _last_rows(step, recorded))
+        rows = None if whole else _last_rows(step, recorded)
+        may_wait = self.tracer.config.queue_policy == "block"
+        recording = self.ring.record(len(recorded), rows, may_wait) if self.tracer.accepts else None
+        if recording is None:
+            self.tracer.drop_step()
+        return recording
+
+    def _traced_forward(
+        self,
+        step: Step,
+        batch: Batch,
+        recorded: list[Work],
+        recording: Recording,
+        callbacks: list[OnSelect],
+        prepared_s: float,
+    ) -> torch.Tensor:
+        """`prepared_s` went by until there was room to record."""
+        assert self.tracer is not None
         started = time.perf_counter()
         with hooked(self.model.indexers, *callbacks, recording.on_select):
             logits = self.model(batch, self.cache)
@@ -102,7 +121,7 @@ class ModelRunner:
         ended = time.perf_counter()
         recording.finish()
         capture = _capture(step, recorded, recording, self.num_forwards, ended - started, synced)
-        handover_s = (started - began) + (time.perf_counter() - ended)
+        handover_s = prepared_s + (time.perf_counter() - ended)
         self.tracer.put(capture, handover_us=handover_s * 1e6, sync_us=(ended - computed) * 1e6)
         return logits
 

@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from ..schema import STEPS_FILE
 from ..trace.reader import RunReader
 
 Summary = Mapping[str, Any]
@@ -117,7 +116,7 @@ def _bytes(summary: Summary) -> Table:
 def _costs(run: RunReader, summary: Summary) -> Table:
     cost, step_ms = summary["tracing_cost"], summary["step_ms"]
     table = _table("The trace itself", "", "")
-    trace_bytes = (run.folder / STEPS_FILE).stat().st_size
+    trace_bytes = run.steps_path.stat().st_size
     num_records = summary["counts"]["records"]
     per_record = f", {trace_bytes / num_records:,.0f} bytes a record" if num_records else ""
     table.add_row("size", f"{trace_bytes / 1e6:,.2f} MB{per_record}")

@@ -19,6 +19,8 @@ from dsatrace.errors import UserError
 from dsatrace.schema import LEVELS, Level
 
 PREFILL_CHOICES = ("off", "last")
+QUEUE_POLICIES = ("block", "drop")
+ON_ERROR_CHOICES = ("stop", "continue")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,9 @@ class TraceConfig:
     prefill: Literal["off", "last"] = "off"
     seed: int = 0
     compared_block_sizes: tuple[int, ...] = (16, 32, 64)  # tokens; the summary's table of touched blocks
+    queue_policy: Literal["block", "drop"] = "block"  # when the queue is full: wait, or lose the step
     queue_steps: int = 8  # steps that may wait for the writer
+    on_error: Literal["stop", "continue"] = "stop"  # when the writer fails: end the run, or go on untraced
     summary_interval_s: float = 5.0
 
     def __post_init__(self) -> None:
@@ -58,7 +62,14 @@ class TraceConfig:
             self.compared_block_sizes,
             "name at least one block size of 1 token or more",
         )
-        _require(self.queue_steps >= 1, "queue_steps", self.queue_steps, "let at least 1 step wait")
+        _require(
+            self.queue_policy in QUEUE_POLICIES,
+            "--trace-queue-policy",
+            self.queue_policy,
+            "use block or drop",
+        )
+        _require(self.queue_steps >= 1, "--trace-queue-steps", self.queue_steps, "let at least 1 step wait")
+        _require(self.on_error in ON_ERROR_CHOICES, "--trace-on-error", self.on_error, "use stop or continue")
         _require(
             self.summary_interval_s > 0, "summary_interval_s", self.summary_interval_s, "use a time above 0"
         )
@@ -114,6 +125,24 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
         default=default["prefill"],
         help="record the prompt's last position too (%(default)s)",
     )
+    add(
+        "--trace-queue-policy",
+        choices=QUEUE_POLICIES,
+        default=default["queue_policy"],
+        help="when the writer falls behind: wait for it, or drop the step and count it (%(default)s)",
+    )
+    add(
+        "--trace-queue-steps",
+        type=int,
+        default=default["queue_steps"],
+        help="steps that may wait for the writer (%(default)s)",
+    )
+    add(
+        "--trace-on-error",
+        choices=ON_ERROR_CHOICES,
+        default=default["on_error"],
+        help="when the trace cannot be written: end the run, or go on without (%(default)s)",
+    )
 
 
 def trace_config_from_args(args: argparse.Namespace, name: str, seed: int = 0) -> TraceConfig | None:
@@ -136,6 +165,9 @@ def trace_config_from_args(args: argparse.Namespace, name: str, seed: int = 0) -
         prefix_key_tokens=args.trace_prefix_key_tokens,
         sync_cuda=not args.trace_no_sync_cuda,
         prefill=args.trace_prefill,
+        queue_policy=args.trace_queue_policy,
+        queue_steps=args.trace_queue_steps,
+        on_error=args.trace_on_error,
         seed=seed,
     )
 

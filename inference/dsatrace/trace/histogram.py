@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,21 @@ class Histogram(_Counts):
     def merge(self, other: Histogram) -> None:
         self._add_counts(other._counts)
 
+    def add_json(self, stored: Mapping[str, list[int]]) -> None:
+        """Adds what `to_json` gave."""
+        self.add_counted(np.array(stored["values"], dtype=np.int64), np.array(stored["counts"]))
+
+    def add_counted(self, values: np.ndarray, counts: np.ndarray) -> None:
+        """Counts `values[i]` `counts[i]` times; a value may stand several times."""
+        if len(values):
+            self._reserve(int(values.max()) + 1)
+            np.add.at(self._counts, values, counts)
+
+    def counts_below(self, limit: int) -> np.ndarray:
+        """The counts themselves, of at least every value below `limit`: for who counts in place."""
+        self._reserve(limit)
+        return self._counts
+
     def items(self) -> tuple[list[int], list[int]]:
         values = np.flatnonzero(self._counts)
         return values.tolist(), self._counts[values].tolist()
@@ -72,11 +87,14 @@ class Histogram(_Counts):
         return int(self._counts @ np.arange(len(self._counts))) / total if total else None
 
     def _add_counts(self, counts: np.ndarray) -> None:
-        if len(counts) > len(self._counts):
-            grown = np.zeros(max(len(counts), 2 * len(self._counts)), dtype=np.int64)
+        self._reserve(len(counts))
+        self._counts[: len(counts)] += counts
+
+    def _reserve(self, size: int) -> None:
+        if size > len(self._counts):
+            grown = np.zeros(max(size, 2 * len(self._counts)), dtype=np.int64)
             grown[: len(self._counts)] = self._counts
             self._counts = grown
-        self._counts[: len(counts)] += counts
 
 
 class ValueCounts(_Counts):

@@ -1,4 +1,4 @@
-"""What a run was: the contents of `manifest.json`, and files that are replaced whole.
+"""What a run was: the contents of `manifest.json`.
 
 Standard library only. The manifest is written before anything else, so that a run that
 dies at once still says what it was. Holds no secret, no prompt text and no token id.
@@ -21,6 +21,7 @@ from dsatrace import __version__
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.schema import QUANTILE_DEFINITION, SCHEMA_VERSION
 from dsatrace.trace.config import TraceConfig
+from dsatrace.trace.files import write_atomically
 
 Selections = Literal["model", "random_weights", "synthetic"]
 """What chose the tokens; only a trained model's choice says anything about locality."""
@@ -90,6 +91,9 @@ def manifest(
             "sync_cuda": config.sync_cuda,
             "prefix_key_tokens": config.prefix_key_tokens,
             "prefix_key_id": key_id,
+            "queue_policy": config.queue_policy,
+            "queue_steps": config.queue_steps,
+            "on_error": config.on_error,
         },
         "quantile": QUANTILE_DEFINITION,
     }
@@ -128,12 +132,6 @@ def redact_credentials(text: str) -> str:
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Replaces the file whole: a reader sees the old contents or the new, never a part."""
     write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
 
 
 def _names_secret(name: str) -> bool:

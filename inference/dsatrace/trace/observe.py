@@ -1,7 +1,8 @@
 """The tensor side of the tracer: catches every layer's selection, copies once a step.
 
-The layers write into one slot of a ring; on CUDA into a device buffer that is copied to a
-pinned slot in one go. Knows nothing of requests or files; the only file of `trace` that
+Each layer's tensors are kept until the forward is over, then gathered into one slot of a
+ring: on CUDA through a device buffer that is copied to a pinned slot in one go, on a CPU
+by the writer's thread. Knows nothing of requests or files; the only file of `trace` that
 imports torch.
 
     ring = SelectionRing(num_layers=61, max_rows=8, topk=2048)
@@ -9,6 +10,7 @@ imports torch.
     with hooked(model.indexers, recording.on_select):
         model(batch, cache)
     recording.finish()
+    recording.wait()          # in the writer's thread; then read recording.arrays()
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ class Selected(Protocol):
     """What is read of the model's `Selection`."""
 
     @property
-    def positions(self) -> torch.Tensor: ...  # (N, K) int64, -1 padded
+    def positions(self) -> torch.Tensor: ...  # (N, K) int64 in score order, -1 padded
     @property
-    def scores(self) -> torch.Tensor: ...  # (N, K)
+    def scores(self) -> torch.Tensor: ...  # (N, K) descending, -inf where positions is -1
     @property
     def margin(self) -> torch.Tensor: ...  # (N,)
     @property
@@ -82,7 +84,7 @@ class Slot:
 
 
 class SelectionRing:
-    """`num_slots` steps of room, reused; `record` waits until the writer has released one."""
+    """`num_slots` steps of room, reused when the writer has released them."""
 
     def __init__(
         self,
@@ -100,47 +102,50 @@ class SelectionRing:
         on_cuda = self.device.type == "cuda"
         self.staging = Slot(num_layers, max_rows, topk, with_scores, self.device) if on_cuda else None
 
-    def record(self, num_rows: int, rows: Sequence[int] | None = None) -> Recording:
-        """Room for a forward of which `num_rows` rows are kept: those at `rows`, or all of them."""
-        return Recording(self, self._free.get(), num_rows, rows)
+    def record(self, num_rows: int, rows: Sequence[int] | None = None, wait: bool = True) -> Recording | None:
+        """Room for a forward of which `num_rows` rows are kept: those at `rows`, or all of them.
+
+        Waits until a slot is free; without `wait` it returns None where none is.
+        """
+        try:
+            slot = self._free.get(block=wait)
+        except queue.Empty:
+            return None
+        return Recording(self, slot, num_rows, rows)
 
     def release(self, slot: Slot) -> None:
         self._free.put(slot)
 
 
 class Recording:
-    """One step being caught. The host arrays hold it after `finish`, on CUDA after `wait` too."""
+    """One step being caught; the host arrays hold it after `finish` and `wait`.
+
+    The model thread only keeps each layer's tensors, which a forward makes anew and nobody
+    changes. They are gathered once a step: on CUDA by `finish`, into the staging buffer;
+    on a CPU by `wait`, in the writer's thread.
+    """
 
     def __init__(self, ring: SelectionRing, slot: Slot, num_rows: int, rows: Sequence[int] | None) -> None:
         self.ring = ring
         self.slot = slot
         self.num_rows = num_rows
-        self.target = ring.staging or slot
         self.rows = None if rows is None else torch.tensor(rows, device=ring.device)
+        self.caught: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # by layer
         self.copied: torch.cuda.Event | None = None
 
     def on_select(self, layer_id: int, selection: Selected) -> None:
-        """Writes one layer's selection into the slot; no copy to the host on CUDA."""
-        positions, scores, margin = selection.positions, selection.scores, selection.margin
-        if self.rows is not None:
-            positions, scores, margin = positions[self.rows], scores[self.rows], margin[self.rows]
-        width = positions.shape[1]
-        kept = self.target.positions[layer_id, : self.num_rows]
-        kept[:, :width] = positions
-        kept[:, width:] = -1
-        stats = self.target.stats[layer_id, : self.num_rows]
-        visible = positions >= 0
-        stats[:, 0] = scores.masked_fill(~visible, float("inf")).amin(1)
-        stats[:, 1] = scores.masked_fill(~visible, 0).sum(1) / visible.sum(1)
-        stats[:, 2] = scores.amax(1)
-        stats[:, 3] = margin
-        if self.target.scores is not None:
-            self.target.scores[layer_id, : self.num_rows, :width] = scores
+        """Takes one layer's selection; layers come in order, each once."""
+        assert layer_id == len(self.caught)
+        caught = (selection.positions, selection.scores, selection.margin)
+        if self.rows is not None:  # a few rows of many: do not keep the others alive
+            caught = (caught[0][self.rows], caught[1][self.rows], caught[2][self.rows])
+        self.caught.append(caught)
 
     def finish(self) -> None:
-        """Starts the one copy to the host, on CUDA; the arrays are whole after `wait`."""
-        if self.target is not self.slot:
-            self.slot.copy_from(self.target, self.num_rows)
+        """The forward is over. On CUDA this starts the one copy to the host."""
+        if self.ring.staging is not None:
+            self._gather(self.ring.staging)
+            self.slot.copy_from(self.ring.staging, self.num_rows)
             self.copied = torch.cuda.Event()
             self.copied.record()
 
@@ -148,6 +153,28 @@ class Recording:
         """Returns when the host arrays are whole; the writer thread calls it, not the model's."""
         if self.copied is not None:
             self.copied.synchronize()
+        elif self.caught:
+            self._gather(self.slot)
+
+    @torch.no_grad()
+    def _gather(self, target: Slot) -> None:
+        """All layers into `target`, with the statistics of their scores."""
+        positions, scores, margin = (torch.stack(parts) for parts in zip(*self.caught, strict=True))
+        self.caught.clear()
+        width = positions.shape[2]
+        kept = target.positions[:, : self.num_rows]
+        kept[..., :width] = positions
+        kept[..., width:] = -1
+        stats = target.stats[:, : self.num_rows]
+        # Scores descend, -inf where there is no position; sums skip those, and keep a nan.
+        count = width + kept[..., :width].clamp(max=0).sum(2)
+        total = scores.nan_to_num(nan=float("nan"), posinf=float("inf"), neginf=0.0).sum(2)
+        stats[..., 0] = scores.gather(2, count.unsqueeze(2) - 1).squeeze(2)
+        stats[..., 1] = total / count
+        stats[..., 2] = scores[..., 0]
+        stats[..., 3] = margin
+        if target.scores is not None:
+            target.scores[:, : self.num_rows, :width] = scores
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Views `positions (L, B, K) int32`, `stats (L, B, 4)` and `scores (L, B, K)` or None."""

@@ -11,9 +11,12 @@ finishes. Compares sparse selections only: a dense one holds everything.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from dsatrace.trace.kernels import compile_kernels, count_shared
 
 
 class OverlapTotals:
@@ -38,6 +41,15 @@ class OverlapTotals:
     def merge(self, other: OverlapTotals) -> None:
         self.add(other._shared, other._tokens, other._random, other.pairs)
 
+    def add_json(self, stored: Mapping[str, Any], k: int) -> None:
+        """Adds what `to_json` gave of selections of `k` tokens."""
+        shares, pairs = stored["per_layer"], stored["pairs"]
+        if shares is not None:
+            # A share is a quotient of integers far below 2^53, so rounding gives them back.
+            tokens = np.array([0 if share is None else pairs * k for share in shares], dtype=np.int64)
+            shared = np.array([share or 0.0 for share in shares]) * tokens
+            self.add(np.rint(shared).astype(np.int64), tokens, stored["random_mean"] * pairs, pairs)
+
     def to_json(self) -> dict[str, Any]:
         pairs = zip(self._shared.tolist(), self._tokens.tolist(), strict=True)
         shared, tokens = int(self._shared.sum()), int(self._tokens.sum())
@@ -58,46 +70,34 @@ class _Selection:
 class SelectionOverlap:
     """Compares every sparse selection with its neighbours in time and depth.
 
-    Membership is a table of marks, one byte a layer and position, wiped by unmarking:
-    its cost follows the selection, not the context.
+    Membership is one bit a position, wiped by unmarking: its cost follows the selection,
+    not the context.
     """
 
     def __init__(self) -> None:
+        compile_kernels()
         self.step = OverlapTotals()
         self.layer = OverlapTotals()
         self._last: dict[str, _Selection] = {}
-        self._width = 0
-        self._marks = np.zeros(0, dtype=bool)
+        self._seen = np.zeros(0, dtype=np.uint64)
 
     def add(self, request_id: str, step_idx: int, seq_len: int, tokens: np.ndarray) -> None:
         """One request's selections in one step, (L, K) int32, ascending in each layer."""
         num_layers, k = tokens.shape
-        self._reserve(num_layers, seq_len)
-        keys = tokens + np.arange(num_layers)[:, None] * self._width  # (L, K) int64
-        random = k / seq_len
+        if len(self._seen) * 64 < seq_len:
+            self._seen = np.zeros(2 * (seq_len // 64 + 1), dtype=np.uint64)
         last = self._last.get(request_id)
-        if last is not None and last.step_idx == step_idx - 1:
-            before = last.tokens + np.arange(num_layers)[:, None] * self._width
-            self.step.add(self._shared(before, keys), np.full(num_layers, k), random)
+        follows = last is not None and last.step_idx == step_idx - 1
+        before = last.tokens if last is not None and follows else tokens[:0]
+        with_before, with_layer = np.zeros((2, num_layers), dtype=np.int64)
+        count_shared(tokens, before, self._seen, with_before, with_layer)
+        compared = np.full(num_layers, k)
+        if follows:
+            self.step.add(with_before, compared, k / seq_len)
         if num_layers > 1:
-            shared = self._shared(keys, keys[1:] - self._width)  # layer l looked up in l - 1
-            compared = np.full(num_layers, k)
-            compared[0] = 0
-            self.layer.add(np.insert(shared, 0, 0), compared, random)
+            self.layer.add(with_layer, np.where(np.arange(num_layers) > 0, k, 0), k / seq_len)
         self._last[request_id] = _Selection(step_idx, tokens)
 
     def forget(self, request_id: str) -> None:
         """Drops what is kept of a request."""
         self._last.pop(request_id, None)
-
-    def _shared(self, members: np.ndarray, asked: np.ndarray) -> np.ndarray:
-        """How many of each row of `asked` are in `members`."""
-        self._marks[members] = True
-        shared = self._marks[asked].sum(axis=1)
-        self._marks[members] = False
-        return shared
-
-    def _reserve(self, num_layers: int, seq_len: int) -> None:
-        if self._width < seq_len or len(self._marks) < num_layers * self._width:
-            self._width = max(seq_len, 2 * self._width)
-            self._marks = np.zeros(num_layers * self._width, dtype=bool)

@@ -125,7 +125,17 @@ def kv_fetch(
     """Every block in HBM, none in the pools."""
     held = sum(min(block_size, selection.seq_len - block * block_size) for block in blocks)
     touched = set(blocks)
-    runs = sum(block - 1 not in touched for block in blocks)
+    return fetch_from_hbm(
+        hit_blocks=len(blocks),
+        bytes_read=held * latent_bytes,
+        read_ops=sum(block - 1 not in touched for block in blocks),
+        batch_size=selection.batch_size,
+        bytes_useful=len(selection.positions) * latent_bytes,
+    )
+
+
+def fetch_from_hbm(**counted: int) -> dict[str, Any]:
+    """The account of each tier when HBM serves what was `counted`, and the pools nothing."""
     nothing = {
         "hit_blocks": 0,
         "bytes_read": 0,
@@ -135,14 +145,7 @@ def kv_fetch(
         "bytes_useful": 0,
         "latency_kind": "none",
     }
-    everything = nothing | {
-        "hit_blocks": len(blocks),
-        "bytes_read": held * latent_bytes,
-        "read_ops": runs,
-        "batch_size": selection.batch_size,
-        "bytes_useful": len(selection.positions) * latent_bytes,
-    }
-    return {name: everything if name == "hbm" else nothing for name in TIER_NAMES}
+    return {name: nothing | counted if name == "hbm" else nothing for name in TIER_NAMES}
 
 
 def finite(value: float) -> float | None:

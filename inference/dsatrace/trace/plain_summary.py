@@ -1,105 +1,253 @@
-"""The second implementation of `summary.json`, from a run's full-level records.
+"""The second implementation of `summary.json`, from a run's records, one by one.
 
 Standard library only, and like `plain.py` it shares nothing with the fast path but
-`schema.py`. It sees only what is on disk.
+`schema.py`. Says what the records of a level allow and leaves out the rest. Keeps the
+histograms, and of each live request its last selection.
 
-    summary = summarize(records, num_requests=2, top_k=2048, block_sizes=(16, 32, 64))
+    totals = PlainSummary(top_k=2048, block_sizes=(16, 32, 64))
+    for record in records: totals.add(record)
+    summary = totals.to_json(num_requests=2)
 """
 
 from __future__ import annotations
 
-import itertools
 import math
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from fractions import Fraction
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dsatrace.schema import SCHEMA_VERSION, TIER_NAMES, distribution, quantile_histogram
+from dsatrace.schema import SCHEMA_VERSION, TIER_NAMES, Level, distribution, quantile_histogram
 
-Record = dict[str, Any]
+Record = Mapping[str, Any]
+_STEP_QUANTILES = (("p50", 50), ("p95", 95), ("p99", 99), ("max", 100))
+_HISTOGRAMS = ("unique_blocks", "tokens_per_touched_block", "offsets")
+_OF_POSITIONS = ("tokens_per_touched_block", "offsets")
+_NUM_HOT = 20
 
 
 def summarize(
-    records: Sequence[Record],
+    records: Iterable[Record],
     *,
     num_requests: int,
     top_k: int,
     block_sizes: Sequence[int],
     state: str = "complete",
     selections: str = "synthetic",
-) -> Record:
-    """The record of summary.json; nothing was traced live, so there is no tracing cost."""
-    steps = [group for group in forwards(records) if group[0]["phase"] == "decode"]
-    sparse = [record for record in records if record["path"] == "sparse"]
-    histograms = {
-        "unique_blocks": Counter(record["unique_blocks"] for record in records),
-        "tokens_per_touched_block": Counter(count for record in records for count in block_counts(record)),
-        "offsets": Counter(
-            record["seq_len_current"] - 1 - position
-            for record in records
-            for position in record["selected_token_pos"]
-        ),
-        "prefix_intersection_ratio": Counter(record["prefix"]["intersection_ratio"] for record in records),
-        "step_us": Counter(round(group[0]["step_wall_us"]) for group in steps),
-    }
-    at_sizes = [Counter(num_blocks(record, size) for record in sparse) for size in block_sizes]
-    named = ("unique_blocks", "tokens_per_touched_block", "offsets", "prefix_intersection_ratio")
-    latents = sum(record["kv_fetch"][tier]["bytes_read"] for record in records for tier in TIER_NAMES)
-    scan = sum(record["indexer_scan"]["bytes_read"] for record in records)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "state": state,
-        "selections": selections,
-        "counts": {
-            "steps": len(steps),
-            "prefills": len(list(forwards(records))) - len(steps),
-            "records": len(records),
-            "sparse_records": len(sparse),
-            "requests": num_requests,
-        },
-        "dropped_steps": 0,
-        **{name: described(histograms[name]) for name in named},
-        "prefix_hot_blocks": hot_blocks(records),
-        "step_ms": {name: _ms(_quantile(histograms["step_us"], q)) for name, q in _STEP_QUANTILES},
-        "blocks_touched": [
-            blocks_touched(sparse, counts, size, top_k)
-            for counts, size in zip(at_sizes, block_sizes, strict=True)
-        ],
-        "step_overlap": overlap(sparse, lambda key: (key[0], key[1] - 1, key[2])),
-        "layer_overlap": overlap(sparse, lambda key: (key[0], key[1], key[2] - 1)),
-        "kv_fetch": {tier: fetch_totals(records, tier) for tier in TIER_NAMES},
-        "bytes_read": {
-            "without_indexer_scan": latents,
-            "indexer_scan": scan,
-            "with_indexer_scan": latents + scan,
-        },
-        "tracing_cost": None,
-        "histograms": {name: _json(counts) for name, counts in histograms.items()}
-        | {f"unique_blocks_at_{size}": _json(c) for size, c in zip(block_sizes, at_sizes, strict=True)},
-    }
+) -> dict[str, Any]:
+    """The record of summary.json of full-level records."""
+    totals = PlainSummary(top_k=top_k, block_sizes=block_sizes)
+    for record in records:
+        totals.add(record)
+    return totals.to_json(num_requests=num_requests, state=state, selections=selections)
 
 
-_STEP_QUANTILES = (("p50", 50), ("p95", 95), ("p99", 99), ("max", 100))
+class PlainSummary:
+    """Takes records in the order of the file: layer by layer, request by request, forward by forward."""
+
+    def __init__(self, *, top_k: int, block_sizes: Sequence[int], level: Level = "full") -> None:
+        self.level = level
+        self.num_records = 0
+        self.num_tokens = 0
+        self._offsets: list[int] = []  # the smallest and the largest
+        self._counts = Counter[str]()
+        self._forward_idx: int | None = None
+        self._histograms: dict[str, Counter[Any]] = {
+            name: Counter()
+            for name in (*_HISTOGRAMS, "prefix_intersection_ratio", "step_us")
+            if level == "full" or name not in _OF_POSITIONS
+        }
+        self._fetch = {tier: Counter[str]() for tier in TIER_NAMES}
+        self._scan_bytes = 0
+        self._hot: dict[str, Counter[int]] = {}  # live requests with a prefix hit
+        self._hottest: dict[str, list[dict[str, int]]] = {}  # those that ended
+        self._blocks = [_BlocksTouched(size, top_k) for size in block_sizes]
+        self._overlaps = _Overlaps(with_tokens=level == "full")
+
+    def add(self, record: Record) -> None:
+        self.num_records += 1
+        self.num_tokens += record["unique_token_pos_count"]
+        offsets = (*self._offsets, record["offset_min"], record["offset_max"])
+        self._offsets = [min(offsets), max(offsets)]
+        if record["forward_idx"] != self._forward_idx:
+            self._forward_idx = record["forward_idx"]
+            self._counts[record["phase"]] += 1
+            if record["phase"] == "decode":
+                self._histograms["step_us"][round(record["step_wall_us"])] += 1
+        self._histograms["unique_blocks"][record["unique_blocks"]] += 1
+        self._histograms["prefix_intersection_ratio"][record["prefix"]["intersection_ratio"]] += 1
+        positions: list[int] | None = record.get("selected_token_pos")
+        if positions is not None:
+            query, size = record["seq_len_current"] - 1, record["block_size_tokens"]
+            self._histograms["offsets"].update([query - position for position in positions])
+            in_block = Counter([position // size for position in positions])
+            self._histograms["tokens_per_touched_block"].update(in_block.values())
+        for tier, totals in self._fetch.items():
+            for name in ("hit_blocks", "bytes_read", "read_ops", "bytes_useful"):
+                totals[name] += record["kv_fetch"][tier][name]
+        self._scan_bytes += record["indexer_scan"]["bytes_read"]
+        if record["prefix"]["prefix_cache_hit"] and self.level != "stats":
+            counts = self._hot.setdefault(record["request_id"], Counter())
+            counts.update(record["prefix"]["intersection_blocks"])
+        if record["path"] == "sparse":
+            self._counts["sparse"] += 1
+            for at_size in self._blocks:
+                at_size.add(record)
+            self._overlaps.add(record)
+
+    def end_request(self, request_id: str) -> None:
+        """No record of it is to come: what is kept of it shrinks to its hot blocks."""
+        self._overlaps.forget(request_id)
+        counts = self._hot.pop(request_id, None)
+        if counts is not None:
+            self._hottest[request_id] = _hottest(counts)
+
+    def to_json(
+        self,
+        *,
+        num_requests: int,
+        state: str = "complete",
+        selections: str = "synthetic",
+        dropped_steps: int = 0,
+    ) -> dict[str, Any]:
+        """What the records say of summary.json; at level full everything but the cost of live tracing."""
+        latents = sum(totals["bytes_read"] for totals in self._fetch.values())
+        step_us = self._histograms["step_us"]
+        summary: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "state": state,
+            "selections": selections,
+            "counts": {
+                "steps": self._counts["decode"],
+                "prefills": self._counts["prefill"],
+                "records": self.num_records,
+                "sparse_records": self._counts["sparse"],
+                "requests": num_requests,
+            },
+            "dropped_steps": dropped_steps,
+            **{name: described(counts) for name, counts in self._histograms.items() if name != "step_us"},
+            "prefix_hot_blocks": self._hottest | {name: _hottest(c) for name, c in self._hot.items()},
+            "step_ms": {name: _ms(_quantile(step_us, percent)) for name, percent in _STEP_QUANTILES},
+            "blocks_touched": [at_size.to_json() for at_size in self._blocks],
+            **self._overlaps.to_json(),
+            "kv_fetch": {tier: dict(totals) for tier, totals in self._fetch.items()},
+            "bytes_read": {
+                "without_indexer_scan": latents,
+                "indexer_scan": self._scan_bytes,
+                "with_indexer_scan": latents + self._scan_bytes,
+            },
+            "tracing_cost": None,
+            "histograms": {name: _json(counts) for name, counts in self._histograms.items()}
+            | {f"unique_blocks_at_{x.size}": _json(x.touched) for x in self._blocks if x.is_known},
+        }
+        if self.level != "full":
+            summary["offsets"] = dict(zip(("min", "max"), self._offsets, strict=False))
+        if self.level == "stats":
+            del summary["prefix_hot_blocks"]
+        return summary
 
 
-def forwards(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """The records of each forward, which stand together in a trace."""
-    for _, group in itertools.groupby(records, key=lambda record: record["forward_idx"]):
-        yield list(group)
+class _BlocksTouched:
+    """Touched blocks of sparse records at one block size, beside a uniform and a recency selector."""
+
+    def __init__(self, size: int, top_k: int) -> None:
+        self.size = size
+        self.is_known = True  # the records of this level tell how many there are
+        self.touched = Counter[int]()
+        self._top_k = top_k
+        self._contexts = Counter[int]()  # positions visible -> records
+
+    def add(self, record: Record) -> None:
+        self._contexts[record["seq_len_current"]] += 1
+        known = _num_blocks(record, self.size)
+        if known is None:
+            self.is_known = False
+        else:
+            self.touched[known] += 1
+
+    def to_json(self) -> dict[str, Any]:
+        k, size = self._top_k, self.size
+        measured = described(self.touched)
+        names = ("mean", "p50", "p95") if self.is_known else ()
+        return {
+            "block_size_tokens": size,
+            **{name: measured[name] for name in names},
+            "uniform_mean": self._mean({n: uniform_blocks(n, k, size) for n in self._contexts}),
+            "recency_mean": self._mean(
+                {n: len(range((n - k) // size * size, n, size)) for n in self._contexts}
+            ),
+            "context_mean": self._mean({n: math.ceil(n / size) for n in self._contexts}),
+        }
+
+    def _mean(self, blocks: Mapping[int, float]) -> float | None:
+        """Over the records, from the blocks at each context length."""
+        total = sum(self._contexts.values())
+        return math.fsum(blocks[n] * count for n, count in self._contexts.items()) / total if total else None
 
 
-def block_counts(record: Record) -> list[int]:
-    """Selected tokens in each touched block."""
-    size = record["block_size_tokens"]
-    return list(Counter(position // size for position in record["selected_token_pos"]).values())
+class _Overlaps:
+    """Share of a selection that the step before, and the layer before, held too."""
+
+    def __init__(self, with_tokens: bool) -> None:
+        self._with_tokens = with_tokens
+        self._by_step = _Shares(counted_at=0)
+        self._by_layer = _Shares(counted_at=1)
+        self._last: dict[str, dict[int, tuple[int, array[int]]]] = {}  # request -> layer -> step, selection
+
+    def add(self, record: Record) -> None:
+        step, layer = record["step_idx"], record["layer_id"]
+        last = self._last.setdefault(record["request_id"], {})
+        selected = array("i", record["selected_token_pos"] if self._with_tokens else ())
+        for shares, before in ((self._by_step, (step - 1, layer)), (self._by_layer, (step, layer - 1))):
+            step_there, tokens = last.get(before[1], (None, ()))
+            shares.layers.add(layer)
+            if step_there == before[0]:
+                shares.add(record, len(set(selected).intersection(tokens)))
+        last[layer] = (step, selected)
+
+    def forget(self, request_id: str) -> None:
+        self._last.pop(request_id, None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "step_overlap": self._by_step.to_json(self._with_tokens),
+            "layer_overlap": self._by_layer.to_json(self._with_tokens),
+        }
 
 
-def num_blocks(record: Record, size: int) -> int:
-    return len({position // size for position in record["selected_token_pos"]})
+class _Shares:
+    """Sums over compared selections; `counted_at`: the layer at which a step counts as one pair."""
+
+    def __init__(self, counted_at: int) -> None:
+        self.layers: set[int] = set()
+        self._counted_at = counted_at
+        self._tokens = Counter[int]()  # by layer
+        self._shared = Counter[int]()
+        self._pairs = Counter[float]()  # share that a random selector would have -> pairs
+
+    def add(self, record: Record, num_shared: int) -> None:
+        layer, selected = record["layer_id"], record["unique_token_pos_count"]
+        self._tokens[layer] += selected
+        self._shared[layer] += num_shared
+        if layer == self._counted_at:
+            self._pairs[selected / record["seq_len_current"]] += 1
+
+    def to_json(self, with_tokens: bool) -> dict[str, Any]:
+        pairs, tokens = self._pairs.total(), self._tokens.total()
+        random = math.fsum(share * n for share, n in self._pairs.items()) / pairs if pairs else None
+        if not tokens:
+            return {"pairs": pairs, "mean": None, "random_mean": random, "per_layer": None}
+        if not with_tokens:
+            return {"pairs": pairs, "random_mean": random}
+        shares = [
+            self._shared[layer] / self._tokens[layer] if self._tokens[layer] else None
+            for layer in sorted(self.layers)
+        ]
+        mean = self._shared.total() / tokens
+        return {"pairs": pairs, "mean": mean, "random_mean": random, "per_layer": shares}
 
 
-def described(counts: Counter[Any]) -> Record:
+def described(counts: Counter[Any]) -> dict[str, Any]:
     """`{min, p50, p95, max, mean}`; the mean is an exact sum, rounded once."""
     values = sorted(counts)
     total = sum(counts.values())
@@ -107,82 +255,34 @@ def described(counts: Counter[Any]) -> Record:
     return distribution(values, [counts[value] for value in values], mean)
 
 
-def hot_blocks(records: Iterable[Record]) -> Record:
-    """The 20 most touched prefix blocks of each request with a prefix hit, lower id first among equals."""
-    touches: dict[str, Counter[int]] = {}
-    for record in records:
-        if record["prefix"]["prefix_cache_hit"]:
-            counts = touches.setdefault(record["request_id"], Counter())
-            counts.update(record["prefix"]["intersection_blocks"])
-    return {
-        request_id: [
-            {"block_id": block, "touches": count}
-            for block, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:20]
-        ]
-        for request_id, counts in touches.items()
-    }
-
-
-def blocks_touched(sparse: Sequence[Record], counts: Counter[int], size: int, k: int) -> Record:
-    """Touched blocks at one block size, beside what a uniform and a recency selector would touch."""
-    measured = described(counts)
-    contexts = [record["seq_len_current"] for record in sparse]
-    return {
-        "block_size_tokens": size,
-        "mean": measured["mean"],
-        "p50": measured["p50"],
-        "p95": measured["p95"],
-        "uniform_mean": _mean([uniform_blocks(n, k, size) for n in contexts]),
-        "recency_mean": _mean([len({position // size for position in range(n - k, n)}) for n in contexts]),
-        "context_mean": _mean([math.ceil(n / size) for n in contexts]),
-    }
-
-
 def uniform_blocks(seq_len: int, k: int, size: int) -> float:
     """Expected blocks that k of N positions touch: a block of b is missed C(N-b, k) / C(N, k) often."""
-    subsets = math.comb(seq_len, k)
-    blocks = [min(size, seq_len - start) for start in range(0, seq_len, size)]
-    return float(
-        sum(n * (1 - Fraction(math.comb(seq_len - b, k), subsets)) for b, n in Counter(blocks).items())
-    )
+    full, rest = divmod(seq_len, size)
+    # C(N-b, k) / C(N, k) = (N-k)! (N-b)! / (N! (N-k-b)!), and Python divides integers of any size exactly.
+    expected = 1 - math.perm(seq_len - k, rest) / math.perm(seq_len, rest)
+    if full:
+        expected += full * (1 - math.perm(seq_len - k, size) / math.perm(seq_len, size))
+    return expected
 
 
-def overlap(sparse: Iterable[Record], before: Any) -> Record:
-    """Share of a selection that the one `before` it, by (request, step, layer), held too."""
-    selections: dict[tuple[str, int, int], tuple[set[int], int]] = {}
-    layers: set[int] = set()
-    for record in sparse:
-        key = (record["request_id"], record["step_idx"], record["layer_id"])
-        selections[key] = (set(record["selected_token_pos"]), record["seq_len_current"])
-        layers.add(record["layer_id"])
-    shared: Counter[int] = Counter()
-    tokens: Counter[int] = Counter()
-    random: dict[tuple[str, int], float] = {}
-    for key, (selected, seq_len) in selections.items():
-        if before(key) in selections:
-            shared[key[2]] += len(selected & selections[before(key)][0])
-            tokens[key[2]] += len(selected)
-            random[key[:2]] = len(selected) / seq_len
-    total = sum(tokens.values())
-    return {
-        "pairs": len(random),
-        "mean": sum(shared.values()) / total if total else None,
-        "random_mean": _mean(list(random.values())),
-        "per_layer": [shared[i] / tokens[i] if tokens[i] else None for i in sorted(layers)]
-        if total
-        else None,
-    }
+def _num_blocks(record: Record, size: int) -> int | None:
+    """Blocks of any size that a record touches; None where its level does not tell."""
+    if "selected_token_pos" in record:
+        return len({position // size for position in record["selected_token_pos"]})
+    own_size = record["block_size_tokens"]
+    if "selected_block_ids" in record and size % own_size == 0:
+        return len({block // (size // own_size) for block in record["selected_block_ids"]})
+    num_blocks: int = record["unique_blocks"]
+    return num_blocks if size == own_size else None
 
 
-def fetch_totals(records: Iterable[Record], tier: str) -> Record:
-    totals = dict.fromkeys(("hit_blocks", "bytes_read", "read_ops", "bytes_useful"), 0)
-    for record in records:
-        for name in totals:
-            totals[name] += record["kv_fetch"][tier][name]
-    return totals
+def _hottest(counts: Counter[int]) -> list[dict[str, int]]:
+    """The most touched blocks, lower id first among equals."""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_NUM_HOT]
+    return [{"block_id": block, "touches": count} for block, count in ranked]
 
 
-def _json(counts: Counter[Any]) -> Record:
+def _json(counts: Counter[Any]) -> dict[str, list[Any]]:
     values = sorted(counts)
     return {"values": values, "counts": [counts[value] for value in values]}
 
@@ -190,10 +290,6 @@ def _json(counts: Counter[Any]) -> Record:
 def _quantile(counts: Counter[float], percent: int) -> float | None:
     values = sorted(counts)
     return quantile_histogram(values, [counts[v] for v in values], percent) if values else None
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
 
 
 def _ms(us: float | None) -> float | None:

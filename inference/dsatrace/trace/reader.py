@@ -12,15 +12,23 @@ killed is reported, not raised. Derives nothing.
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from dsatrace.errors import UserError
-from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE, SCHEMA_VERSION, STEPS_FILE, SUMMARY_FILE
-from dsatrace.trace.sinks import NO_LOCKS
+from dsatrace.schema import (
+    MANIFEST_FILE,
+    REQUESTS_FILE,
+    SCHEMA_VERSION,
+    STEPS_FILE,
+    STEPS_PARQUET_FILE,
+    SUMMARY_FILE,
+    project,
+)
+from dsatrace.trace.files import NO_LOCKS
 
 
 class RunReader:
@@ -48,19 +56,40 @@ class RunReader:
             return "incomplete" if state == "running" else state
         return state
 
-    def steps(self) -> Iterator[dict[str, Any]]:
-        """The records of trace_steps.jsonl, in the order they were written."""
-        return self._lines(STEPS_FILE)
+    @property
+    def is_parquet(self) -> bool:
+        """The step records are those of an export, trace_steps.parquet."""
+        return not (self.folder / STEPS_FILE).exists() and (self.folder / STEPS_PARQUET_FILE).exists()
+
+    @property
+    def steps_path(self) -> Path:
+        """The file of the step records."""
+        return self.folder / (STEPS_PARQUET_FILE if self.is_parquet else STEPS_FILE)
+
+    def steps(self, fields: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+        """The step records, in the order they were written.
+
+        With `fields` (dotted paths of `schema.STEP_FIELDS`; a parent's name takes all below
+        it) a record holds only those, and a Parquet run reads only their columns.
+        """
+        if self.is_parquet:
+            # pyarrow takes long to import, and most runs are not read with it.
+            from dsatrace.trace.parquet import read_records
+
+            return read_records(self.steps_path, fields)
+        records = (record for _, record in self.lines(STEPS_FILE))
+        return records if fields is None else (project(record, fields) for record in records)
 
     def requests(self) -> Iterator[dict[str, Any]]:
         """The records of requests.jsonl, in the order the requests finished."""
-        return self._lines(REQUESTS_FILE)
+        return (record for _, record in self.lines(REQUESTS_FILE))
 
     def summary(self) -> dict[str, Any]:
         """The last summary.json that was written."""
         return self._read_json(SUMMARY_FILE)
 
-    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
+    def lines(self, name: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """The whole lines of a JSONL file, newline included, each with its record."""
         path = self.folder / name
         try:
             file = path.open("rb")
@@ -78,7 +107,9 @@ class RunReader:
                         raise UserError(f"{path}: line {number} is not JSON: {error}") from error
                     self.torn_lines[name] = f"line {number}: {len(line)} bytes, cut short"
                     return
-                yield record
+                if not isinstance(record, dict):
+                    raise UserError(f"{path}: line {number} is not a JSON object")
+                yield line, record
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.folder / name

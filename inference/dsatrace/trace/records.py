@@ -1,7 +1,8 @@
 """Turns one step's capture into its records: the fast path's one place of derivation.
 
-`RecordDeriver` joins selection, blocks, prefix and tiers for a whole step at once;
-`step_lines` lays the result out as `trace_steps.jsonl` lines. Knows no thread, no file.
+`RecordDeriver` joins selection, blocks, prefix and tiers for a whole step at once.
+`step_lines` lays the result out as `trace_steps.jsonl` lines, a record at a time: the
+readable reference of `lines.py`, which the sinks use. Knows no thread, no file.
 
     step = deriver.derive(capture)         # StepRecords, arrays of B x L records
     data = step_lines(step)                # bytes, one line a record
@@ -22,7 +23,8 @@ from dsatrace.kv.tiers import FetchAccount, StepReads, Tier
 from dsatrace.schema import Level
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
-from dsatrace.trace.statistics import StepStatistics, request_major, step_statistics
+from dsatrace.trace.kernels import compile_kernels
+from dsatrace.trace.statistics import StepStatistics, fused_statistics, request_major
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,7 @@ class RecordDeriver:
     """Derives steps with one configuration: block size, level, layout, tiers."""
 
     def __init__(self, config: TraceConfig, layout: CacheLayout, tiers: Mapping[str, Tier]) -> None:
+        compile_kernels()  # now, not during the first step
         self._config = config
         self._layout = layout
         self._tiers = tiers
@@ -70,7 +73,7 @@ class RecordDeriver:
         if not np.isfinite(capture.score_stats[..., :3]).all():
             raise ValueError(f"forward {capture.forward_idx}: the indexer's scores are not finite numbers")
         cached = np.array([prefix.num_cached_blocks for prefix in capture.prefixes], dtype=np.int64)
-        stats = step_statistics(capture.positions, capture.seq_len, cached, config.block_size)
+        stats = fused_statistics(capture.positions, capture.seq_len, cached, config.block_size)
         reads = self._reads(capture, stats)
         positions, scores = _as_recorded(capture, stats, config)
         return StepRecords(

@@ -10,25 +10,19 @@ Knows no queue and no model; does not derive anything.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import time
 from collections.abc import Mapping
-from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
 import orjson
 
-from dsatrace.errors import UserError
 from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
 from dsatrace.trace.config import TraceConfig
-from dsatrace.trace.manifest import write_atomically
-from dsatrace.trace.records import StepRecords, step_lines
+from dsatrace.trace.files import LineFile, write_atomically
+from dsatrace.trace.lines import StepLines
+from dsatrace.trace.records import StepRecords
 from dsatrace.trace.summary import Summary, TracingCost
-
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""What file systems without locks answer; there a killed run goes on saying `running`."""
 
 
 class Sink(Protocol):
@@ -55,19 +49,22 @@ class JsonlSink:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._steps = _create(folder / STEPS_FILE)
-        _lock(self._steps)
-        self._requests = _create(folder / REQUESTS_FILE)
+        self._lines = StepLines()
+        self._steps = LineFile(folder / STEPS_FILE)
+        self._steps.lock()
+        self._requests = LineFile(folder / REQUESTS_FILE)
 
     def write_step(self, step: StepRecords) -> None:
-        _write_all(self._steps, step_lines(step))
+        self._steps.append(self._lines.encode(step))
 
     def write_request(self, record: Mapping[str, Any]) -> None:
-        _write_all(self._requests, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        self._requests.append(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
     def close(self, state: str) -> None:
-        self._requests.close()
-        self._steps.close()
+        try:
+            self._requests.close()
+        finally:
+            self._steps.close()
 
 
 class SummarySink:
@@ -97,6 +94,8 @@ class SummarySink:
         self._write(state)
 
     def _write(self, state: str) -> None:
+        if self._cost is not None:
+            self._summary.dropped_steps = self._cost.dropped_steps + self._cost.lost_steps
         record = self._summary.to_json(state, self._cost)
         write_atomically(self._path, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
@@ -106,30 +105,9 @@ def open_sinks(
 ) -> tuple[Sink, ...]:
     """The sinks of a run's folder, for a live run and an offline replay alike."""
     summary = Summary(config.compared_block_sizes, selections)
-    return (JsonlSink(folder), SummarySink(folder, summary, config.summary_interval_s, cost))
-
-
-def _create(path: Path) -> FileIO:
+    lines = JsonlSink(folder)
     try:
-        return FileIO(path, "xb")
-    except FileExistsError:
-        raise UserError(f"{path}: exists already and is never overwritten; name another folder") from None
-
-
-def _lock(file: FileIO) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-
-
-def _write_all(file: FileIO, data: bytes) -> None:
-    """One write, unless the system takes only part of it."""
-    rest = memoryview(data)
-    try:
-        while rest:
-            rest = rest[file.write(rest) :]
-    except OSError as error:
-        error.filename = file.name  # the system names it only when opening
+        return (lines, SummarySink(folder, summary, config.summary_interval_s, cost))
+    except OSError:
+        lines.close("incomplete")
         raise

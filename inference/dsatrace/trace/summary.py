@@ -18,6 +18,7 @@ import numpy as np
 from dsatrace.schema import SCHEMA_VERSION, TIER_NAMES
 from dsatrace.trace.baselines import context_blocks, recency_blocks, uniform_blocks
 from dsatrace.trace.histogram import Histogram, ValueCounts
+from dsatrace.trace.kernels import compile_kernels, count_offsets
 from dsatrace.trace.overlap import SelectionOverlap
 from dsatrace.trace.records import StepRecords
 from dsatrace.trace.statistics import StepStatistics, count_blocks
@@ -29,13 +30,15 @@ _FETCH_TOTALS = ("hit_blocks", "bytes_read", "read_ops", "bytes_useful")
 
 @dataclasses.dataclass
 class TracingCost:
-    """What tracing took, in microseconds. The model thread adds to the first four, the writer to the last."""
+    """What tracing took, in microseconds, and what it lost. The writer's thread adds to the last two."""
 
     traced_steps: int = 0
+    dropped_steps: int = 0  # not handed over: no room in the queue, or the writer had failed
     handover_us: float = 0.0
     blocked_us: float = 0.0
     sync_us: float = 0.0
     busy_us: float = 0.0
+    lost_steps: int = 0  # handed over and not written, because the writer failed
 
     def to_json(self) -> dict[str, Any]:
         def mean(total: float) -> float | None:
@@ -99,6 +102,7 @@ class Summary:
     """Counts and histograms of a run, or of a part of one."""
 
     def __init__(self, compared_block_sizes: tuple[int, ...], selections: str = "model") -> None:
+        compile_kernels()
         self.selections = selections
         self.counts = dict.fromkeys(_COUNTS, 0)
         self.dropped_steps = 0
@@ -122,7 +126,8 @@ class Summary:
         self.dense["unique_blocks"].add(stats.num_blocks)
         self.dense["tokens_per_touched_block"].add(stats.tokens_in_block)
         query = np.repeat(np.asarray(capture.seq_len, dtype=np.int64) - 1, step.num_layers)
-        self.dense["offsets"].add(np.repeat(query, stats.num_tokens) - stats.tokens)
+        offsets = self.dense["offsets"].counts_below(int(query.max()) + 1)
+        count_offsets(stats.tokens, stats.token_ptr, query, offsets)
         self.ratios.add((stats.num_prefix_blocks / stats.num_blocks).tolist())
         for name, account in step.fetches.items():
             totals = self.fetch[name]

@@ -13,6 +13,7 @@ tensor, no scheduler.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -28,7 +29,7 @@ from dsatrace.trace.manifest import RunInfo, manifest, write_json
 from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.sinks import Sink, open_sinks
 from dsatrace.trace.summary import TracingCost
-from dsatrace.trace.writer import TraceWriter
+from dsatrace.trace.writer import TraceWriter, cannot_write
 
 
 class TracedRequest(Protocol):
@@ -71,16 +72,27 @@ class Tracer:
         secret = secret or load_prefix_secret()
         self._key_id = key_id(secret)
         self._analyzer = PrefixCacheAnalyzer(config.block_size, config.prefix_key_tokens, secret=secret)
-        self._open_folder()
-        cost = TracingCost()
+        # Compiles what the writer runs, if this machine has not yet: before the run, not in its first step.
         deriver = RecordDeriver(config, run.layouts[0], tiers or default_tiers(run.layouts[0]))
-        if sinks is None:
-            sinks = open_sinks(config.out, config, run.selections, cost)
-        self._writer = TraceWriter(deriver, sinks, config.queue_steps, cost)
+        cost = TracingCost()
+        sinks = self._open_folder(cost, sinks)
+        self._writer = TraceWriter(
+            deriver, sinks, config.queue_steps, cost, config.queue_policy, config.on_error
+        )
 
     def wants(self, step_number: int) -> bool:
         """Whether every request's decode step `step_number` (0-based) is recorded."""
         return is_sampled(step_number, self.config.sample_rate, self.config.seed)
+
+    @property
+    def accepts(self) -> bool:
+        """Whether a step recorded now could be written: not after the writer failed in a run that
+        goes on (`on_error` continue). Raises what ends the run."""
+        return self._writer.accepts
+
+    def drop_step(self) -> None:
+        """Counts a step that should have been recorded and is not."""
+        self._writer.drop()
 
     def add_request(self, request: TracedRequest) -> RequestPrefix:
         """Announces a request and says how much of its prompt earlier ones began with."""
@@ -107,7 +119,8 @@ class Tracer:
         """Hands one traced step to the writer; a capture without `prefixes` gets its requests' own.
 
         `handover_us`: what the caller spent on copies, `sync_us`: on waiting for the
-        device. Raises what the writer met since the last call (see `TraceWriter`).
+        device. Raises what the writer met since the last call, or drops the step (see
+        `TraceWriter`).
         """
         start = time.perf_counter()
         if not capture.prefixes:
@@ -141,10 +154,14 @@ class Tracer:
         self._writer.finish_request(record)
 
     def close(self, state: str = "complete") -> None:
-        """Ends the run; requests that did not finish get a line that says so. Raises the writer's error."""
+        """Ends the run; requests that did not finish get a line that says so. Reports what failed."""
         if not self._closed:
-            self._end(state)
+            failure = self._end(state)
             self._writer.close()
+            if failure is not None and self.config.on_error == "stop":
+                raise failure
+            if failure is not None:
+                print(f"warning: {failure}", file=sys.stderr)
 
     def __enter__(self) -> Tracer:
         return self
@@ -156,10 +173,12 @@ class Tracer:
             self.close()
         elif not self._closed:
             # The error under way is the one to see; the writer's own, if any, goes to the manifest.
-            self._end("incomplete", f"ended by {type(error).__name__}")
+            failure = self._end("incomplete", f"ended by {type(error).__name__}")
+            if failure is not None:
+                print(f"warning: {failure}", file=sys.stderr)
 
-    def _end(self, state: str, reason: str | None = None) -> None:
-        """Writes out what waits and gives the manifest its last state."""
+    def _end(self, state: str, reason: str | None = None) -> UserError | None:
+        """Writes out what waits and gives the manifest its last state; returns why it could not."""
         self._closed = True
         for record in self._unfinished.values():
             self._writer.finish_request(record)
@@ -167,14 +186,20 @@ class Tracer:
         error = self._writer.error
         if error is not None:
             state, reason = "incomplete", f"the trace writer: {type(error).__name__}: {error}"
-        self._write_manifest(state, reason)
+        try:
+            self._write_manifest(state, reason)
+        except OSError as refused:  # the run reads as incomplete all the same: nobody holds its lock
+            return cannot_write(refused)
+        return None
 
-    def _open_folder(self) -> None:
+    def _open_folder(self, cost: TracingCost, sinks: Sequence[Sink] | None = None) -> Sequence[Sink]:
+        """Makes the run's folder and its files, the manifest first."""
         folder = self.config.out
         check_run_folder(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._write_manifest("running")
+            return open_sinks(folder, self.config, self._run.selections, cost) if sinks is None else sinks
         except OSError as error:
             raise UserError(
                 f"{folder}: cannot write the trace there: {error.strerror}; name another --trace-out"

@@ -1,8 +1,9 @@
 """The writer thread: takes captures from the model thread, derives and writes them.
 
-The model thread only puts; when the queue is full it waits, so no step is lost. Each
-capture is released when it has been written, or given up, and its arrays may be reused.
-Knows no model and no format: `RecordDeriver` derives, the sinks write.
+The model thread only puts. When as many steps wait as may, policy `block` waits too, so
+no step is lost, and policy `drop` loses the step and counts it. Each capture is released
+when it has been written, or given up, and its arrays may be reused. Knows no model and
+no format: `RecordDeriver` derives, the sinks write.
 
     with TraceWriter(deriver, sinks, queue_steps=8) as writer:
         writer.put(capture)
@@ -11,12 +12,14 @@ Knows no model and no format: `RecordDeriver` derives, the sinks write.
 
 from __future__ import annotations
 
+import functools
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from dsatrace.errors import UserError
 from dsatrace.trace.capture import StepCapture
@@ -34,42 +37,71 @@ class TraceWriterError(RuntimeError):
 class TraceWriter:
     """Feeds sinks from a thread of its own, in the order of `put` and `finish_request`.
 
-    When deriving or writing fails, the next `put` or `close` raises in the caller's
-    thread: a `UserError` for what the system refused (a full disk), else a
-    `TraceWriterError`. What was written before stays; tokens are never touched.
+    When deriving or writing fails, nothing more is written. With `on_error` stop, the next
+    `put` or `close` raises `failure` in the caller's thread; with continue it warns once,
+    and every later step is dropped and counted. What was written before stays; tokens are
+    never touched.
     """
 
     def __init__(
-        self, deriver: RecordDeriver, sinks: Sequence[Sink], queue_steps: int, cost: TracingCost | None = None
+        self,
+        deriver: RecordDeriver,
+        sinks: Sequence[Sink],
+        queue_steps: int,
+        cost: TracingCost | None = None,
+        policy: Literal["block", "drop"] = "block",
+        on_error: Literal["stop", "continue"] = "stop",
     ) -> None:
         self.cost = cost or TracingCost()
         self.error: BaseException | None = None
         self._deriver = deriver
         self._sinks = sinks
-        self._queue: queue.Queue[_Item] = queue.Queue(maxsize=queue_steps)
+        self._policy = policy
+        self._on_error = on_error
+        # Only steps are counted: a request's line is small, and must be neither lost nor waited for.
+        self._queue: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._places = threading.Semaphore(queue_steps)
         self._state = "incomplete"
         self._stopped = False
+        self._warned = False
         self._thread = threading.Thread(target=self._run, name="trace-writer", daemon=True)
         self._thread.start()
 
+    @property
+    def accepts(self) -> bool:
+        """Whether a step put now could be written; raises `failure` where that ends the run."""
+        if self.error is not None:
+            self._report()
+        return self.error is None
+
     def put(self, capture: StepCapture, handover_us: float = 0.0, sync_us: float = 0.0) -> None:
-        """Hands one step over; waits while the queue is full."""
-        self._raise_error()
+        """Hands one step over; while the queue is full it waits, or drops the step."""
         cost, start = self.cost, time.perf_counter()
+        if self.error is not None or not self._places.acquire(blocking=self._policy == "block"):
+            self.drop()
+            capture.release()
+            if self.error is not None:
+                self._report()
+            return
         self._queue.put(capture)
         cost.traced_steps += 1
         cost.handover_us += handover_us
         cost.sync_us += sync_us
         cost.blocked_us += (time.perf_counter() - start) * 1e6
 
+    def drop(self) -> None:
+        """Counts a step that is not going to be recorded."""
+        self.cost.dropped_steps += 1
+
     def finish_request(self, record: Mapping[str, Any]) -> None:
-        """Hands a requests.jsonl record over, after every step of that request."""
+        """Hands a requests.jsonl record over, after every step of that request; never waits."""
         self._queue.put(record)
 
     def close(self, state: str = "complete") -> None:
-        """Writes out what waits, closes the sinks and raises the writer's error, if it had one."""
+        """Writes out what waits, closes the sinks and reports the writer's error, if it had one."""
         self.stop(state)
-        self._raise_error()
+        if self.error is not None:
+            self._report()
 
     def stop(self, state: str) -> None:
         """`close` that leaves the writer's error in `error`: for when another error is under way."""
@@ -90,43 +122,69 @@ class TraceWriter:
         else:
             self.stop("incomplete")
 
-    def _raise_error(self) -> None:
+    @functools.cached_property
+    def failure(self) -> Exception:
+        """What a caller sees of `error`, which must be set: a `UserError` for what the system
+        refused (a full disk), else a `TraceWriterError`."""
         error = self.error
-        if error is None:
-            return
-        if isinstance(error, OSError):
-            name = f"{error.filename}: " if error.filename else ""
-            raise UserError(
-                f"cannot write the trace: {name}{error.strerror}; the steps written before are readable"
-            ) from error
+        assert error is not None
         if isinstance(error, UserError):
-            raise error
-        raise TraceWriterError(f"the trace writer failed: {error}") from error
+            return error
+        failure = (
+            cannot_write(error)
+            if isinstance(error, OSError)
+            else TraceWriterError(f"the trace writer failed: {error}")
+        )
+        failure.__cause__ = error
+        return failure
+
+    def _report(self) -> None:
+        """Raises `failure`, or says once that the run goes on without a trace."""
+        if self._on_error == "stop":
+            raise self.failure
+        if not self._warned:
+            self._warned = True
+            print(f"warning: {self.failure}; the run goes on untraced", file=sys.stderr)
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
-            if self.error is None:
-                self._guard(self._write, item)
-            if isinstance(item, StepCapture):  # after a failure too, so that nobody waits for ever
-                item.release()
+            if isinstance(item, StepCapture):
+                self._places.release()
+                self._guard(self._write_step, item)
+                item.release()  # after a failure too, so that nobody waits for ever
+            elif self.error is None:
+                self._guard(self._write_request, item)
         for sink in self._sinks:
             self._guard(sink.close, "incomplete" if self.error else self._state)
 
-    def _write(self, item: StepCapture | Mapping[str, Any]) -> None:
+    def _write_step(self, capture: StepCapture) -> None:
+        start, is_written = time.perf_counter(), False
+        try:
+            if self.error is None:
+                capture.wait()
+                step = self._deriver.derive(capture)
+                for sink in self._sinks:
+                    sink.write_step(step)
+                    is_written = True  # the first sink holds the records, the others what follows from them
+        finally:
+            self.cost.lost_steps += not is_written
+            self.cost.busy_us += (time.perf_counter() - start) * 1e6
+
+    def _write_request(self, record: Mapping[str, Any]) -> None:
         start = time.perf_counter()
-        if isinstance(item, StepCapture):
-            item.wait()
-            step = self._deriver.derive(item)
-            for sink in self._sinks:
-                sink.write_step(step)
-        else:
-            for sink in self._sinks:
-                sink.write_request(item)
+        for sink in self._sinks:
+            sink.write_request(record)
         self.cost.busy_us += (time.perf_counter() - start) * 1e6
 
     def _guard(self, work: Callable[[Any], None], argument: object) -> None:
         """Keeps the first exception for the model thread."""
         try:
             work(argument)
-        except BaseException as error:  # handed over, see _raise_error
+        except BaseException as error:  # handed over, see `failure`
             self.error = self.error or error
+
+
+def cannot_write(error: OSError) -> UserError:
+    """The one line for a disk that is full, or gone."""
+    name = f"{error.filename}: " if error.filename else ""
+    return UserError(f"cannot write the trace: {name}{error.strerror}; the steps written before are readable")

@@ -1,0 +1,141 @@
+"""`dsatrace estimate`: how large a trace will be, and what it takes, before it is run.
+
+dsatrace estimate --config inference/config_671B_v3.2.json --steps 1000 --batch 4 --context 32768
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.schema import LEVELS
+from dsatrace.trace.config import TraceConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dsatrace.trace.estimate import TraceLoad
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the estimate; returns the exit code."""
+    args = _parser().parse_args(argv)
+    load = _load(args)
+
+    from rich.console import Console
+
+    from dsatrace.trace.estimate import records_per_second
+
+    console = Console(width=100)
+    levels = LEVELS if args.level is None else (args.level,)
+    console.print(_table(load, levels))
+    rate = records_per_second(load, levels[0])
+    step_records = load.num_layers * min(load.batch_size, load.requests)
+    queue_steps = args.trace_queue_steps
+    console.print(
+        "Modelled: made-up selections through the real encoders, from clustered to uniform ones; "
+        "requests.jsonl and summary.json are small beside this."
+    )
+    console.print(
+        f"Host memory: {_bytes(load.ring_bytes(queue_steps))} of ring, of which the queue's {queue_steps} "
+        f"waiting steps take {_bytes(queue_steps * load.queue_slot_bytes)}."
+    )
+    console.print(
+        f"Measured here, level {levels[0]}: {rate:,.0f} records/s from one writer thread, so tracing "
+        f"every step keeps up with {rate / step_records:,.1f} steps/s of {step_records} records."
+    )
+    return 0
+
+
+def _load(args: argparse.Namespace) -> TraceLoad:
+    from dsatrace.kv.layout import named_layouts
+    from dsatrace.model.config import ModelArgs
+    from dsatrace.trace.estimate import TraceLoad
+
+    for flag in ("steps", "batch", "requests", "context", "kv_block_size", "trace_queue_steps"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {value}: use at least 1")
+    if not 0 < args.trace_sample_rate <= 1:
+        raise UserError(f"--trace-sample-rate {args.trace_sample_rate}: use a share above 0, at most 1")
+    if args.trace_store_scores and args.level not in (None, "full"):
+        raise UserError(f"--trace-store-scores needs the positions; use --trace-level full, not {args.level}")
+    try:
+        model = ModelArgs.from_json(args.config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return TraceLoad(
+        num_layers=model.n_layers,
+        top_k=model.index_topk,
+        context=args.context or max(1, model.max_seq_len - args.steps),
+        num_steps=args.steps,
+        batch_size=args.batch,
+        num_requests=args.requests,
+        block_size=args.kv_block_size,
+        store_scores=args.trace_store_scores,
+        sample_rate=args.trace_sample_rate,
+        layout=named_layouts(model.kv_lora_rank, model.qk_rope_head_dim, model.index_head_dim)["demo"],
+    )
+
+
+def _table(load: TraceLoad, levels: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    from dsatrace.schema import check_level
+    from dsatrace.trace.estimate import estimate_sizes
+
+    table = Table(
+        title=f"Estimate: {load.num_records:,} records = {load.requests} requests x {load.num_steps} steps x "
+        f"{load.num_layers} layers, {load.context:,} tokens of context",
+        title_justify="left",
+    )
+    for name in ("level", "format", "bytes a record", "total"):
+        table.add_column(name, justify="right" if name in ("bytes a record", "total") else "left")
+    for level in levels:
+        check_level(level)
+        for size in estimate_sizes(load, level):  # type: ignore[arg-type]
+            low, high = size.bytes_per_record
+            total = " - ".join(_bytes(n) for n in size.total_bytes)
+            table.add_row(level, size.format, f"{low:,.0f} - {high:,.0f}", total)
+    return table
+
+
+def _bytes(number: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number / 1e3:.1f} kB"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dsatrace estimate", description="Say how large a trace will be, before one runs it."
+    )
+    add = parser.add_argument
+    add("--config", type=Path, required=True, help="model config, such as config_671B_v3.2.json")
+    add("--steps", type=int, required=True, help="decode steps a request: generated tokens but the first")
+    add("--batch", type=int, required=True, help="requests at a time")
+    add("--requests", type=int, help="requests in all (one batch)")
+    add("--context", type=int, help="tokens of a prompt (what the config's max_seq_len leaves)")
+    add("--trace-level", "--level", dest="level", choices=LEVELS, help="this one only (every level)")
+    add("--trace-store-scores", action="store_true", help="with every selected score, at level full")
+    default = {field.name: field.default for field in dataclasses.fields(TraceConfig)}
+    add(
+        "--trace-sample-rate",
+        type=float,
+        default=default["sample_rate"],
+        help="share of the steps (%(default)s)",
+    )
+    add("--kv-block-size", type=int, default=default["block_size"], help="tokens in a block (%(default)s)")
+    add(
+        "--trace-queue-steps",
+        type=int,
+        default=default["queue_steps"],
+        help="steps that may wait for the writer (%(default)s)",
+    )
+    return parser

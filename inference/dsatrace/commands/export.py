@@ -1,0 +1,49 @@
+"""`dsatrace export`: a run's records as Parquet for DuckDB, Polars and long storage, or back as JSON lines.
+
+dsatrace export outputs/mine --to parquet
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsatrace.errors import exits_cleanly
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exports, showing progress; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="dsatrace export",
+        description="Copy a run with its records in another format. Nothing is lost either way.",
+    )
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--to", choices=("parquet", "jsonl"), required=True, help="format of the copy")
+    parser.add_argument("--out", type=Path, help="folder of the copy, new or empty (RUN_parquet, RUN_jsonl)")
+    args = parser.parse_args(argv)
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from dsatrace.trace.export import export_run
+    from dsatrace.trace.reader import RunReader
+
+    run = RunReader(args.run)
+    folder = args.run.absolute()
+    out = args.out or folder.with_name(f"{folder.name}_{args.to}")
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"exporting to {args.to}", total=None)
+        done = export_run(run, args.to, out, lambda n, total: bar.update(task, completed=n, total=total))
+    for name, torn in done.left_out.items():
+        print(f"left out: {run.folder / name}: {torn}")
+    if done.num_kept_as_text:
+        print(f"kept as text beside their columns, which would not give them back: {done.num_kept_as_text}")
+    print(f"{done.num_records:,} records, {_size(done.bytes_before)} -> {_size(done.bytes_after)}: {out}")
+    return 0
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.2f} MB"

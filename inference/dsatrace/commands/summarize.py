@@ -1,0 +1,48 @@
+"""`dsatrace summarize`: recomputes a run's summary from its files, and merges several runs' into one.
+
+dsatrace summarize outputs/a outputs/b --out both.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsatrace.errors import UserError, exits_cleanly
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the summary without its histograms, or writes the whole of it to a file."""
+    parser = argparse.ArgumentParser(
+        prog="dsatrace summarize",
+        description="Recompute summary.json from runs' records; several runs are merged into one.",
+    )
+    parser.add_argument("run", type=Path, nargs="+", help="folder of a run; works on killed runs too")
+    parser.add_argument("--out", type=Path, help="file for the whole summary, histograms included")
+    args = parser.parse_args(argv)
+
+    from dsatrace.commands.progress import records_counter
+    from dsatrace.trace.manifest import write_json
+    from dsatrace.trace.summarize import summarize_runs
+
+    def note(text: str) -> None:
+        print(f"note: {text}", file=sys.stderr)
+
+    with records_counter("summarize") as advance:
+        record = summarize_runs(args.run, advance, note)
+    if args.out is None:
+        shown = {name: value for name, value in record.items() if name != "histograms"}
+        print(json.dumps(shown, indent=1, ensure_ascii=False))
+        return 0
+    try:
+        write_json(args.out, record)
+    except OSError as error:
+        raise UserError(
+            f"{args.out}: cannot write the summary: {error.strerror}; name another --out"
+        ) from error
+    print(f"{args.out}: {record['counts']['records']} records of {len(args.run)} runs")
+    return 0

@@ -1,0 +1,40 @@
+"""`dsatrace verify`: re-derives a run's records with the plain implementation, and says which is wrong.
+
+dsatrace verify outputs/generate_20260101_120000
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsatrace.commands.progress import bytes_bar
+from dsatrace.errors import exits_cleanly
+from dsatrace.schema import STEPS_FILE
+from dsatrace.trace.mismatch import Mismatch
+from dsatrace.trace.verify import verify
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: everything holds. 1: the first bad record is named on stderr. 2: no run."""
+    parser = argparse.ArgumentParser(
+        prog="dsatrace verify",
+        description="Re-derive every record of a run from its positions, with a second implementation.",
+    )
+    parser.add_argument("run", type=Path, help="folder of the run")
+    args = parser.parse_args(argv)
+    return verify_run(args.run)
+
+
+def verify_run(folder: Path) -> int:
+    """Verifies with progress, prints the outcome and returns the exit code."""
+    try:
+        with bytes_bar("verify", folder / STEPS_FILE) as advance:
+            print(verify(folder, advance).text())
+    except Mismatch as mismatch:
+        print(f"bad: {folder}: {mismatch}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,160 @@
+"""Turns a run's folder from JSON lines into Parquet and back, without loss.
+
+The new folder appears whole or not at all: it grows under a hidden name beside its place
+and is renamed last. The manifest stays as it is, so a killed run goes on saying so.
+
+    done = export_run(RunReader("outputs/mine"), "parquet", Path("outputs/mine_parquet"))
+    done.num_records, done.bytes_after, done.left_out
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from dsatrace.errors import UserError
+from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, STEPS_PARQUET_FILE, SUMMARY_FILE
+from dsatrace.trace.files import NO_LOCKS
+from dsatrace.trace.parquet import Line, count_records, read_lines, write_parquet
+from dsatrace.trace.reader import RunReader
+
+Format = Literal["parquet", "jsonl"]
+FORMATS: tuple[Format, ...] = ("parquet", "jsonl")
+
+Progress = Callable[[int, int], None]  # done and all: bytes of text, or records on the way back
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What became of a run's step records."""
+
+    folder: Path
+    num_records: int
+    num_kept_as_text: int  # records whose columns alone would not give their line back
+    bytes_before: int  # of the step records' file
+    bytes_after: int
+    left_out: dict[str, str]  # file -> its last line, cut short by a kill
+
+
+def _unwatched(done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+def export_run(run: RunReader, to: Format, out: Path, progress: Progress = _unwatched) -> Exported:
+    """Writes the run's four files to `out`, a folder that is new or empty.
+
+    Raises `UserError` for a run that is still being written or is in that format already,
+    for a line that is not JSON, and for what the system refuses; nothing stays behind then.
+    """
+    source = run.steps_path
+    if run.is_parquet == (to == "parquet"):
+        raise UserError(f"{run.folder}: its records are {to} already; nothing to export")
+    if not source.exists():
+        raise UserError(f"{source}: not there; a run killed before its first step has nothing to export")
+    if run.state == "running":
+        raise UserError(
+            f"{run.folder}: the run is still being written; export it when it has ended, or a copy of it"
+        )
+    try:
+        with new_folder(out) as folder:
+            steps = folder / (STEPS_PARQUET_FILE if to == "parquet" else STEPS_FILE)
+            if to == "parquet":
+                num_records, num_kept = _to_parquet(run, steps, progress)
+            else:
+                num_records, num_kept = _to_jsonl(source, steps, progress), 0
+            _copy_others(run, folder)
+            size = steps.stat().st_size
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: cannot export there: {error.strerror}") from error
+    return Exported(out, num_records, num_kept, source.stat().st_size, size, dict(run.torn_lines))
+
+
+def _to_parquet(run: RunReader, path: Path, progress: Progress) -> tuple[int, int]:
+    total, done = run.steps_path.stat().st_size, 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress(done, total)
+
+    def lines() -> Iterator[Line]:
+        for line, record in run.lines(STEPS_FILE):
+            yield line.removesuffix(b"\n"), record
+
+    written = write_parquet(path, lines(), advance)
+    return written.num_records, written.num_kept_as_text
+
+
+def _to_jsonl(source: Path, path: Path, progress: Progress) -> int:
+    total, done = count_records(source), 0
+    with path.open("wb") as file:
+        for done, line in enumerate(read_lines(source), 1):
+            file.write(line + b"\n")
+            if done % 1000 == 0:
+                progress(done, total)
+    progress(done, total)
+    return done
+
+
+def _copy_others(run: RunReader, folder: Path) -> None:
+    """Byte for byte, but for a line of requests.jsonl that was cut short."""
+    with (folder / REQUESTS_FILE).open("wb") as file:
+        for line, _ in run.lines(REQUESTS_FILE):
+            file.write(line)
+    for name in (MANIFEST_FILE, SUMMARY_FILE):
+        if (run.folder / name).exists():
+            shutil.copyfile(run.folder / name, folder / name)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` when the block ends well and is gone when not.
+
+    What a killed export left under the hidden name is cleared by the next one to the same place.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists already and is never overwritten; name another with --out")
+    hidden = out.absolute().with_name(f".{out.absolute().name}.export")
+    hidden.mkdir(parents=True, exist_ok=True)
+    with _locked(hidden):
+        try:
+            for leftover in hidden.iterdir():
+                leftover.unlink()
+            yield hidden
+            for path in hidden.iterdir():
+                _sync(path)
+            hidden.rename(out)  # fails if `out` has been filled meanwhile
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps two exports to one place apart; the kernel drops the lock of a process that ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another export is writing there; let it end first") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sync(path: Path) -> None:
+    """To the disk, so that the original may be deleted."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,227 @@
+"""`trace_steps.parquet`: the records of a run as columns, losslessly.
+
+Written in row groups of bounded size, zstd 1, ints delta-encoded. Every line is turned
+into columns and back before it is stored; where that does not give its bytes again (an
+unusual text, a corrupt field), its text is kept in the column `line`, so nothing is ever
+lost and `verify` finds what it would have found. The whole file is read back in the end.
+`columns.py` lists the columns. Knows no run and no folder.
+
+    written = write_parquet(path, ((line, orjson.loads(line)) for line in lines))
+    for record in read_records(path, fields=("layer_id", "unique_blocks")): ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dsatrace.errors import UserError
+from dsatrace.schema import SCHEMA_VERSION, project, value_at
+from dsatrace.trace.columns import (
+    EXTRA,
+    LEAVES,
+    LINE,
+    NOT_REPRESENTABLE,
+    arrow_schema,
+    columns_for,
+    to_batch,
+)
+from dsatrace.trace.rows import to_lines, to_records
+
+GROUP_BYTES = 8 << 20
+"""Text of one row group, at most: about 600 records of 2,048 positions, some 60 MB while it is built."""
+GROUP_RECORDS = 1 << 14
+BATCH_RECORDS = 1 << 10  # held as Python objects at a time while reading
+
+Line = tuple[bytes, dict[str, Any]]  # without its newline; the record it holds
+Advance = Callable[[int], None]  # bytes of text done since the last call
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What went into a file."""
+
+    num_records: int
+    num_kept_as_text: int  # those the columns alone would not give back
+
+
+def _nowhere(num_bytes: int) -> None:
+    """Nobody watches."""
+
+
+def write_parquet(path: Path, lines: Iterable[Line], advance: Advance = _nowhere) -> Written:
+    """Writes the file and reads it back; a difference raises `UserError`, the file is then of no use."""
+    num_records = num_kept = 0
+    digest = hashlib.blake2b()
+    schema: pa.Schema | None = None
+    writer: pq.ParquetWriter | None = None
+    try:
+        for group in _groups(lines):
+            batch = _first_batch(group) if schema is None else _lossless_batch(group, schema)
+            if writer is None:
+                schema = batch.schema
+                writer = _open_writer(path, schema)
+            writer.write_batch(batch, row_group_size=len(batch))
+            num_records += len(batch)
+            num_kept += len(batch) - batch.column(LINE).null_count
+            for line, _ in group:
+                digest.update(line + b"\n")
+            advance(sum(len(line) + 1 for line, _ in group))
+        if writer is None:
+            writer = _open_writer(path, arrow_schema(pa.float32()))
+    finally:
+        if writer is not None:
+            writer.close()
+    _check_written(path, digest.digest())
+    return Written(num_records, num_kept)
+
+
+def read_records(path: Path, fields: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The records in the order they were written; with `fields`, only those and their columns are read."""
+    for batch in _batches(path, None if fields is None else columns_for(fields)):
+        records = to_records(batch, fields)
+        for row, text in _kept_lines(batch):
+            record = orjson.loads(text)
+            records[row] = record if fields is None else project(record, fields)
+        yield from records
+
+
+def read_numbers(path: Path, fields: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+    """By dotted path, a number of every record: (R,) arrays, batch by batch, without building records."""
+    names = {leaf.path: leaf.column for leaf in LEAVES}
+    for batch in _batches(path, columns_for(fields)):
+        numbers = {field: batch.column(names[field]).to_numpy(zero_copy_only=False) for field in fields}
+        if kept := [(row, orjson.loads(text)) for row, text in _kept_lines(batch)]:
+            for field, column in numbers.items():
+                values = column.tolist()
+                for row, record in kept:
+                    values[row] = value_at(record, field)
+                numbers[field] = np.array(values)
+        yield numbers
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of trace_steps.jsonl that the file was made from, without newlines."""
+    for batch in _batches(path, None):
+        lines = to_lines(batch)
+        for row, text in _kept_lines(batch):
+            lines[row] = text.encode()
+        yield from lines
+
+
+def count_records(path: Path) -> int:
+    """From the file's footer."""
+    with _open_file(path) as file:
+        return int(file.metadata.num_rows)
+
+
+def _groups(lines: Iterable[Line]) -> Iterator[list[Line]]:
+    group: list[Line] = []
+    num_bytes = 0
+    for line in lines:
+        group.append(line)
+        num_bytes += len(line[0])
+        if num_bytes >= GROUP_BYTES or len(group) == GROUP_RECORDS:
+            yield group
+            group, num_bytes = [], 0
+    if group:
+        yield group
+
+
+def _first_batch(group: Sequence[Line]) -> pa.RecordBatch:
+    """Settles how scores are held: as float32 if that gives their text back, as the tracer's does."""
+    narrow = _lossless_batch(group, arrow_schema(pa.float32()))
+    if narrow.column(LINE).null_count == len(narrow):
+        return narrow
+    wide = _lossless_batch(group, arrow_schema(pa.float64()))
+    return max(narrow, wide, key=lambda batch: int(batch.column(LINE).null_count))
+
+
+def _lossless_batch(group: Sequence[Line], schema: pa.Schema) -> pa.RecordBatch:
+    """Columns that give every line back: those that would not are kept as text besides."""
+    score_type = schema.field("kth_margin").type
+    records = [record for _, record in group]
+    try:
+        batch = to_batch(records, score_type)
+    except NOT_REPRESENTABLE:
+        batch = to_batch([record if _fits(record, score_type) else {} for record in records], score_type)
+    again = to_lines(batch)
+    kept = [None if line == back else line.decode() for (line, _), back in zip(group, again, strict=True)]
+    index = batch.schema.get_field_index(LINE)
+    return batch.set_column(index, LINE, pa.array(kept, pa.string()))
+
+
+def _fits(record: dict[str, Any], score_type: pa.DataType) -> bool:
+    try:
+        to_batch([record], score_type)
+    except NOT_REPRESENTABLE:
+        return False
+    return True
+
+
+def _open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """Delta-encoded ints, dictionaries for strings and repeated doubles, byte planes for floats."""
+    dictionary: list[str] = []
+    encodings: dict[str, str] = {}
+    for field in schema:
+        is_list = pa.types.is_list(field.type)
+        inner = field.type.value_type if is_list else field.type
+        name = f"{field.name}.list.element" if is_list else field.name
+        if pa.types.is_integer(inner):
+            encodings[name] = "DELTA_BINARY_PACKED"
+        elif pa.types.is_float32(inner) or (is_list and pa.types.is_float64(inner)):
+            encodings[name] = "BYTE_STREAM_SPLIT"
+        elif not pa.types.is_boolean(inner) and field.name not in (EXTRA, LINE):
+            dictionary.append(name)
+    return pq.ParquetWriter(
+        path,
+        schema.with_metadata({"dsatrace.schema_version": str(SCHEMA_VERSION)}),
+        compression="zstd",
+        compression_level=1,
+        use_dictionary=dictionary,
+        column_encoding=encodings,
+    )
+
+
+def _check_written(path: Path, digest: bytes) -> None:
+    back = hashlib.blake2b()
+    for line in read_lines(path):
+        back.update(line + b"\n")
+    if back.digest() != digest:
+        raise UserError(f"{path.name}: what was written does not read back the same; check the disk")
+
+
+def _open_file(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it: {error.strerror or error}") from error
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: not a whole Parquet file: {error}; export the run again") from error
+
+
+def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    """Row group by row group, so that memory stays bounded."""
+    with _open_file(path) as file:
+        present = set(file.schema_arrow.names)
+        wanted = None if columns is None else [name for name in columns if name in present]
+        try:
+            yield from file.iter_batches(BATCH_RECORDS, columns=wanted)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path}: cannot read it: {error}; export the run again") from error
+
+
+def _kept_lines(batch: pa.RecordBatch) -> Iterator[tuple[int, str]]:
+    if LINE not in batch.schema.names or batch.column(LINE).null_count == len(batch):
+        return
+    for row, text in enumerate(batch.column(LINE).to_pylist()):
+        if text is not None:
+            yield row, text

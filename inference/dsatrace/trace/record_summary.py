@@ -1,0 +1,220 @@
+"""A summary fed with stored records instead of live captures.
+
+At level full a forward's records are the capture they came from, so the live summary's
+own `add_step` does the counting. Below it the positions are gone: `add_columns`
+counts what is left, and `take_stored` adds the rest from the run's last summary.json.
+Knows no file.
+
+    summary = RecordSummary((16, 32, 64), shape=RunShape(block_size=16, top_k=2048, index_bytes=132))
+    summary.add_forward(records)               # all records of one forward, level full
+    summary.to_json("complete")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from dsatrace.errors import UserError
+from dsatrace.kv.prefix import RequestPrefix
+from dsatrace.kv.tiers import FetchAccount
+from dsatrace.schema import TIER_NAMES
+from dsatrace.trace.baselines import context_blocks, recency_blocks, uniform_blocks
+from dsatrace.trace.capture import StepCapture
+from dsatrace.trace.histogram import Histogram
+from dsatrace.trace.records import StepRecords
+from dsatrace.trace.statistics import count_blocks, fused_statistics
+from dsatrace.trace.summary import Summary
+
+_FETCHED = ("hit_blocks", "bytes_read", "read_ops", "bytes_useful")
+NUMBER_FIELDS = (
+    *("seq_len_current", "step_idx", "forward_idx", "step_wall_us", "unique_blocks"),
+    *("prefix.intersection_ratio", "indexer_scan.bytes_read"),
+    *(f"kv_fetch.{tier}.{name}" for tier in TIER_NAMES for name in _FETCHED),
+)
+"""What `add_columns` reads of records at level stats: numbers only."""
+
+BLOCK_FIELDS = (
+    *NUMBER_FIELDS,
+    *("request_id", "selected_block_ids", "prefix.prefix_cached_blocks", "prefix.intersection_blocks"),
+)
+"""What it reads at level blocks."""
+
+FULL_FIELDS = (
+    *("request_id", "layer_id", "step_idx", "seq_len_current", "selected_token_pos", "kv_fetch", "prefix"),
+    *("forward_idx", "step_wall_us", "phase"),
+)
+"""What `add_forward` reads."""
+
+Record = Mapping[str, Any]
+Columns = Mapping[str, Any]  # by dotted path, a sequence with a value for each record
+
+
+@dataclasses.dataclass(frozen=True)
+class RunShape:
+    """What of a run's manifest its records are counted with."""
+
+    block_size: int  # tokens
+    top_k: int
+    index_bytes: int  # a token and layer
+
+
+class RecordSummary(Summary):
+    """A `Summary` of one run's records, in the order of the file."""
+
+    def __init__(self, compared_block_sizes: tuple[int, ...], selections: str, shape: RunShape) -> None:
+        super().__init__(compared_block_sizes, selections)
+        self._shape = shape
+        self._forward_idx: int | None = None
+        self._contexts = Histogram()  # positions visible to sparse records below level full
+
+    def add_forward(self, records: Sequence[Record]) -> None:
+        """All full records of one forward: request by request, layer by layer."""
+        first = records[0]
+        num_layers = 1 + max(record["layer_id"] for record in records)
+        rows = records[::num_layers]
+        if [record["layer_id"] for record in records] != list(range(num_layers)) * len(rows):
+            raise UserError(
+                f"forward {first['forward_idx']}: its records are not whole; see `dsatrace verify`"
+            )
+        capture = StepCapture(
+            phase=first["phase"],
+            request_ids=tuple(record["request_id"] for record in rows),
+            step_idx=tuple(record["step_idx"] for record in rows),
+            seq_len=np.array([record["seq_len_current"] for record in rows], dtype=np.int32),
+            batch_size=len(rows),
+            positions=_positions(records, num_layers, self._shape.top_k),
+            score_stats=np.zeros((num_layers, len(rows), 4), dtype=np.float32),
+            scores=None,
+            prefixes=tuple(RequestPrefix(record["prefix"]["prefix_cached_blocks"], "") for record in rows),
+            forward_idx=first["forward_idx"],
+            step_wall_us=first["step_wall_us"],
+            step_synced=True,
+        )
+        cached = np.array([prefix.num_cached_blocks for prefix in capture.prefixes], dtype=np.int64)
+        stats = fused_statistics(capture.positions, capture.seq_len, cached, self._shape.block_size)
+        self.add_step(
+            StepRecords(
+                capture=capture,
+                stats=stats,
+                fetches={name: _account(records, name) for name in TIER_NAMES},
+                level="full",
+                block_size=self._shape.block_size,
+                index_bytes_per_token=self._shape.index_bytes,
+                positions=stats.tokens,
+                scores=None,
+            )
+        )
+
+    def add_columns(self, columns: Columns) -> None:
+        """Any run of records below level full, as columns; forwards may be cut anywhere."""
+        num_blocks = np.asarray(columns["unique_blocks"])
+        self.counts["records"] += len(num_blocks)
+        self.dense["unique_blocks"].add(num_blocks)
+        self.ratios.add(np.asarray(columns["prefix.intersection_ratio"]).tolist())
+        for tier, totals in self.fetch.items():
+            for name in _FETCHED:
+                totals[name] += int(np.sum(columns[f"kv_fetch.{tier}.{name}"]))
+        self.scan_bytes += int(np.sum(columns["indexer_scan.bytes_read"]))
+        self._count_forwards(columns)
+        if "selected_block_ids" in columns:
+            self._touch_blocks(columns)
+        self._add_sparse_columns(columns, num_blocks)
+
+    def take_stored(self, stored: Mapping[str, Any], level: Literal["blocks", "stats"]) -> None:
+        """After the last columns: adds from the run's summary.json what they cannot tell."""
+        self._add_baselines()
+        for name in ("tokens_per_touched_block", "offsets"):
+            self.dense[name].add_json(stored["histograms"][name])
+        for at_size in self.blocks_at:
+            if not self._tells_blocks_at(at_size.block_size, level):
+                at_size.touched.add_json(stored["histograms"][f"unique_blocks_at_{at_size.block_size}"])
+        self.overlap.step.add_json(stored["step_overlap"], self._shape.top_k)
+        self.overlap.layer.add_json(stored["layer_overlap"], self._shape.top_k)
+        if level == "stats":
+            self._hot.update(stored["prefix_hot_blocks"])
+
+    def name_requests(self, prefix: str) -> None:
+        """Puts `prefix` before every request id, so that merged runs keep their requests apart."""
+        self._hot = {f"{prefix}/{name}": hot for name, hot in self._hot.items()}
+        self._running = {f"{prefix}/{name}": touches for name, touches in self._running.items()}
+
+    def _count_forwards(self, columns: Columns) -> None:
+        forwards = np.asarray(columns["forward_idx"])
+        before = forwards[0] - 1 if self._forward_idx is None else self._forward_idx
+        starts = np.flatnonzero(np.diff(forwards, prepend=before))
+        self._forward_idx = int(forwards[-1])
+        decode = np.asarray(columns["step_idx"])[starts] >= 0
+        self.counts["steps"] += int(decode.sum())
+        self.counts["prefills"] += int((~decode).sum())
+        self.step_us.add([round(us) for us in np.asarray(columns["step_wall_us"])[starts[decode]].tolist()])
+
+    def _touch_blocks(self, columns: Columns) -> None:
+        names = ("request_id", "prefix.prefix_cached_blocks", "prefix.intersection_blocks")
+        for request_id, num_cached, blocks in zip(*(columns[name] for name in names), strict=True):
+            if num_cached:
+                touched = np.array(blocks, dtype=np.int64)
+                self._touch(request_id, np.bincount(touched, minlength=num_cached))
+
+    def _add_sparse_columns(self, columns: Columns, num_blocks: np.ndarray) -> None:
+        seq_len = np.asarray(columns["seq_len_current"], dtype=np.int64)
+        sparse = seq_len > self._shape.top_k
+        if not sparse.any():
+            return
+        self.counts["sparse_records"] += int(sparse.sum())
+        self._contexts.add(seq_len[sparse])
+        ids = list(itertools.compress(columns.get("selected_block_ids", ()), sparse.tolist()))
+        pointers = np.array([0, *itertools.accumulate(map(len, ids))])
+        flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64, pointers[-1])
+        for at_size in self.blocks_at:
+            if at_size.block_size == self._shape.block_size:
+                at_size.touched.add(num_blocks[sparse])
+            elif ids and self._tells_blocks_at(at_size.block_size, "blocks"):
+                factor = at_size.block_size // self._shape.block_size
+                at_size.touched.add(count_blocks(flat, pointers, factor))
+
+    def _add_baselines(self) -> None:
+        """Once for each context length, so that the sums do not depend on how the records were cut."""
+        seq_len, counts = (np.array(part, dtype=np.int64) for part in self._contexts.items())
+        for at_size in self.blocks_at:
+            size, k = at_size.block_size, self._shape.top_k
+            at_size.recency.add_counted(recency_blocks(seq_len, k, size), counts)
+            at_size.context.add_counted(context_blocks(seq_len, size), counts)
+            at_size.uniform_sum += float(uniform_blocks(seq_len, k, size) @ counts)
+
+    def _tells_blocks_at(self, size: int, level: str) -> bool:
+        """Whether a record of the level says how many blocks of `size` it touches."""
+        own_size = self._shape.block_size
+        return size == own_size or (level == "blocks" and size % own_size == 0)
+
+
+def _positions(records: Sequence[Record], num_layers: int, top_k: int) -> np.ndarray:
+    """(L, B, K) int32 as a capture holds them, -1 where there is none."""
+    positions = np.full((num_layers, len(records) // num_layers, top_k), -1, dtype=np.int32)
+    for r, record in enumerate(records):
+        b, layer = divmod(r, num_layers)
+        selected = record["selected_token_pos"]
+        positions[layer, b, : len(selected)] = selected
+    return positions
+
+
+def _account(records: Sequence[Record], tier: str) -> FetchAccount:
+    """What the records say a tier served; the totals are theirs, not re-derived."""
+    stored = [record["kv_fetch"][tier] for record in records]
+    columns = {name: np.array([account[name] for account in stored]) for name in (*_FETCHED, "latency_us")}
+    return FetchAccount(**columns, batch_size=stored[0]["batch_size"], latency_kind=stored[0]["latency_kind"])
+
+
+def columns_of(records: Sequence[Record], fields: Sequence[str]) -> dict[str, list[Any]]:
+    """The records' values by dotted path."""
+    columns: dict[str, list[Any]] = {}
+    for path in fields:
+        values: list[Any] = list(records)
+        for key in path.split("."):
+            values = [value[key] for value in values]
+        columns[path] = values
+    return columns

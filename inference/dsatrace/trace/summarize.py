@@ -1,0 +1,217 @@
+"""Recomputes summary.json from runs' files, and merges runs: histograms by addition.
+
+At level full everything comes from the records and requests. Below it the records tell
+the counts, blocks, bytes and times; what they dropped is added from the run's last
+summary.json. Streams: keeps histograms and live requests. Writes nothing.
+
+    record = summarize_runs([Path("outputs/a"), Path("outputs/b")])
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsatrace.errors import UserError
+from dsatrace.schema import STEPS_PARQUET_FILE, SUMMARY_FILE
+from dsatrace.trace.config import TraceConfig, is_sampled
+from dsatrace.trace.reader import RunReader
+from dsatrace.trace.record_summary import (
+    BLOCK_FIELDS,
+    FULL_FIELDS,
+    NUMBER_FIELDS,
+    RecordSummary,
+    RunShape,
+    columns_of,
+)
+
+CHUNK_RECORDS = 4096
+Record = Mapping[str, Any]
+Told = Callable[[Any], object]
+
+
+def _nobody(what: object) -> None:
+    """Nobody listens."""
+
+
+def summarize_runs(
+    folders: Sequence[Path], on_records: Told = _nobody, on_note: Told = _nobody
+) -> dict[str, Any]:
+    """The record of summary.json of all the runs together, without a cost of tracing.
+
+    `on_records` is told how many more records were read, `on_note` what a reader of the
+    numbers should know. Runs that cannot be added up raise `UserError`.
+    """
+    runs = [RunReader(folder) for folder in folders]
+    _check_alike(runs)
+    names = _distinct_names(folders)
+    merged: RecordSummary | None = None
+    for run, name in zip(runs, names, strict=True):
+        summary = summarize_run(run, on_records, on_note)
+        if len(runs) > 1:
+            summary.name_requests(name)
+        if merged is None:
+            merged = summary
+        else:
+            merged.merge(summary)
+    assert merged is not None
+    complete = all(run.state == "complete" for run in runs)
+    return merged.to_json("complete" if complete else "incomplete")
+
+
+def summarize_run(run: RunReader, on_records: Told = _nobody, on_note: Told = _nobody) -> RecordSummary:
+    """One run's summary, from its files."""
+    level = run.manifest["trace"]["level"]
+    stored = run.summary() if (run.folder / SUMMARY_FILE).exists() else None
+    if stored is None and level != "full":
+        raise UserError(
+            f"{run.folder}: records of level {level} hold no positions, and there is no {SUMMARY_FILE} "
+            "to take the rest from; only runs of level full can do without"
+        )
+    summary = RecordSummary(_compared_sizes(stored), run.manifest["selections"], _shape(run))
+    summary.dropped_steps = stored["dropped_steps"] if stored else 0
+    if level == "full":
+        _add_forwards(run, summary, on_records)
+    else:
+        assert stored is not None
+        _add_thin_records(run, summary, level, on_records)
+        summary.take_stored(stored, level)
+        if stored["counts"]["records"] != summary.counts["records"]:
+            on_note(
+                f"{run.folder}: offsets, tokens a block and overlaps are those of its last {SUMMARY_FILE}, "
+                f"{stored['counts']['records']} of {summary.counts['records']} records"
+            )
+    for name, torn in run.torn_lines.items():
+        on_note(f"{run.folder / name}: {torn}")
+    return summary
+
+
+def _add_forwards(run: RunReader, summary: RecordSummary, on_records: Told) -> None:
+    finished = _FinishedRequests(run)
+    num_layers = run.manifest["model_config"].get("n_layers", 1)
+    records = _steps(run, FULL_FIELDS)
+    for _, group in itertools.groupby(records, key=lambda record: record["forward_idx"]):
+        forward = list(group)
+        on_records(len(forward))
+        if run.state != "complete":  # a killed run's last step may lack layers
+            del forward[len(forward) - len(forward) % num_layers :]
+        if forward:
+            summary.add_forward(forward)
+            for request_id in finished.after(forward):
+                summary.finish_request(request_id)
+    for request_id in finished.rest():
+        summary.finish_request(request_id)
+
+
+def _add_thin_records(run: RunReader, summary: RecordSummary, level: str, on_records: Told) -> None:
+    for columns in _columns(run, level):
+        summary.add_columns(columns)
+        on_records(len(columns["forward_idx"]))
+    for request in run.requests():
+        summary.finish_request(request["request_id"])
+
+
+def _columns(run: RunReader, level: str) -> Iterator[Mapping[str, Any]]:
+    """The records below level full, chunk by chunk, as columns."""
+    if run.is_parquet and level == "stats":
+        # pyarrow takes long to import, and most runs are not read with it.
+        from dsatrace.trace.parquet import read_numbers
+
+        yield from read_numbers(run.folder / STEPS_PARQUET_FILE, NUMBER_FIELDS)
+        return
+    fields = BLOCK_FIELDS if level == "blocks" else NUMBER_FIELDS
+    records = _steps(run, fields)
+    while chunk := list(itertools.islice(records, CHUNK_RECORDS)):
+        yield columns_of(chunk, fields)
+
+
+class _FinishedRequests:
+    """Says which requests have no record to come, in the order of requests.jsonl.
+
+    A request is let go as soon as its last step has been seen, so that what is kept of
+    it does not wait for the end of the run.
+    """
+
+    def __init__(self, run: RunReader) -> None:
+        trace = run.manifest["trace"]
+        self._rate, self._seed = trace["sample_rate"], run.manifest["seed"]
+        self._requests = run.requests()
+        self._head = next(self._requests, None)
+        self._last_step: dict[str, int] = {}
+        self._decoding: set[str] = set()
+
+    def after(self, forward: Sequence[Record]) -> Iterator[str]:
+        """Requests that end with this forward or before it."""
+        self._last_step.update((record["request_id"], record["step_idx"]) for record in forward)
+        if forward[0]["phase"] == "decode":
+            self._decoding = {record["request_id"] for record in forward}
+        while self._head is not None and self._has_ended(self._head):
+            yield self._pop()
+
+    def rest(self) -> Iterator[str]:
+        """The others, after the last forward."""
+        while self._head is not None:
+            yield self._pop()
+
+    def _pop(self) -> str:
+        assert self._head is not None
+        request_id: str = self._head["request_id"]
+        self._last_step.pop(request_id, None)
+        self._head = next(self._requests, None)
+        return request_id
+
+    def _has_ended(self, request: Record) -> bool:
+        request_id = request["request_id"]
+        seen = self._last_step.get(request_id)
+        if seen is None or request["state"] == "unfinished":
+            return False
+        # The first token comes from prefill, the last one is never fed back.
+        last = request["num_output_tokens"] - 2
+        while last > seen and not is_sampled(last, self._rate, self._seed):
+            last -= 1
+        # The step during which a request was aborted is recorded too, if there was one.
+        at_work = request["state"] == "aborted" and request_id in self._decoding
+        return seen > last or (seen == last and not at_work)
+
+
+def _steps(run: RunReader, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A Parquet run reads only these columns; a JSON line is parsed whole anyway."""
+    return run.steps(fields if run.is_parquet else None)
+
+
+def _shape(run: RunReader) -> RunShape:
+    manifest = run.manifest
+    layout = next(x for x in manifest["cache_layouts"] if x["name"] == manifest["cache_layout"])
+    top_k = manifest["model_config"].get("index_topk")
+    if not isinstance(top_k, int):
+        raise UserError(f"{run.folder}: the manifest's model_config has no index_topk, the k of its top-k")
+    return RunShape(manifest["trace"]["block_size_tokens"], top_k, layout["index_bytes_per_token"])
+
+
+def _compared_sizes(stored: Record | None) -> tuple[int, ...]:
+    if stored is None:
+        return TraceConfig.compared_block_sizes
+    return tuple(row["block_size_tokens"] for row in stored["blocks_touched"])
+
+
+def _check_alike(runs: Sequence[RunReader]) -> None:
+    """Adding up means something only where blocks, k and the source of the selections are the same."""
+    for run in runs[1:]:
+        for what, left, right in (
+            ("blocks", _shape(runs[0]).block_size, _shape(run).block_size),
+            ("top-k", _shape(runs[0]).top_k, _shape(run).top_k),
+            ("selections", runs[0].manifest["selections"], run.manifest["selections"]),
+        ):
+            if left != right:
+                raise UserError(
+                    f"{run.folder}: {what} {right}, but {left} in {runs[0].folder}; "
+                    "summarize them apart, the sum would say nothing"
+                )
+
+
+def _distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, or their whole paths where two are called the same."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]

@@ -1,0 +1,95 @@
+"""What a run's manifest says that its records must follow.
+
+Standard library only; a manifest that contradicts itself is a `Mismatch`.
+
+    rules = Rules.of(manifest)
+    rules.is_sampled(step_idx=17)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dsatrace.schema import (
+    LEVELS,
+    MANIFEST_FIELDS,
+    QUANTILE_DEFINITION,
+    RUN_STATES,
+    Level,
+    problems,
+)
+from dsatrace.trace.mismatch import Mismatch, compare, require
+
+_LAYOUT_FIELDS = next(field for field in MANIFEST_FIELDS if field.name == "cache_layouts").children
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What the manifest says that the records follow."""
+
+    level: Level
+    block_size: int
+    top_k: int
+    num_layers: int
+    latent_bytes: int  # a token and layer
+    index_bytes: int  # a token and layer
+    store_scores: bool
+    keep_order: bool
+    prefill: bool
+    sample_rate: float
+    seed: int
+    may_lose: bool  # steps may be missing, and are then counted
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> Rules:
+        """Raises `Mismatch` for a manifest that contradicts itself."""
+        require_schema(problems(manifest, "full", MANIFEST_FIELDS))
+        trace, model = manifest["trace"], manifest["model_config"]
+        require(trace["level"] in LEVELS, "trace.level", trace["level"], f"not one of {', '.join(LEVELS)}")
+        require(manifest["state"] in RUN_STATES, "state", manifest["state"], "no state of a run")
+        compare(manifest["quantile"], QUANTILE_DEFINITION, "quantile")
+        canonical = json.dumps(model, sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        compare(manifest["model_config_digest"], digest, "model_config_digest")
+        for i, layout in enumerate(manifest["cache_layouts"]):
+            require_schema(problems(layout, "full", _LAYOUT_FIELDS, f"cache_layouts[{i}]."))
+        named = [x for x in manifest["cache_layouts"] if x["name"] == manifest["cache_layout"]]
+        require(len(named) == 1, "cache_layout", manifest["cache_layout"], "not one of cache_layouts")
+        layout = named[0]
+        for name in ("index_topk", "n_layers"):
+            count = model.get(name)
+            require(type(count) is int and count >= 1, f"model_config.{name}", count, "not a count")
+        block_size = trace["block_size_tokens"]
+        require(block_size >= 1, "trace.block_size_tokens", block_size, "not a count")
+        return cls(
+            level=trace["level"],
+            block_size=trace["block_size_tokens"],
+            top_k=model["index_topk"],
+            num_layers=model["n_layers"],
+            latent_bytes=layout["latent_bytes_per_token"],
+            index_bytes=layout["index_bytes_per_token"],
+            store_scores=trace["store_scores"],
+            keep_order=trace["keep_order"],
+            prefill=trace["prefill"] == "last",
+            sample_rate=trace["sample_rate"],
+            seed=manifest["seed"],
+            may_lose=trace["queue_policy"] == "drop" or trace["on_error"] == "continue",
+        )
+
+    def is_sampled(self, step_idx: int) -> bool:
+        """Whether decode step `step_idx` of every request is recorded: splitmix64 of seed and step."""
+        z = (self.seed * 0x9E3779B97F4A7C15 + (step_idx + 1) * 0xBF58476D1CE4E5B9) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return self.sample_rate >= 1 or (z ^ z >> 31) < self.sample_rate * 2**64
+
+
+def require_schema(found: Sequence[str]) -> None:
+    """The first of `schema.problems`, as a `Mismatch`."""
+    if found:
+        field, _, what = found[0].partition(": ")
+        raise Mismatch(field, what)

@@ -1,0 +1,463 @@
+"""What writing a trace costs: ours against the script people write, and against numpy with orjson.
+
+One step is 61 layers x 2048 tokens a request, selections are synthetic. Encoders take turns
+on the same steps and each writes its own file; the figure is CPU time of the thread, user
+and system. Then what tracing takes from a model thread: one that waits 40 ms a step without
+the GIL, as for a GPU, and the eager model on this CPU with tiny weights. Ratios are what
+counts: absolute times move with the machine.
+
+    python3 scripts/bench/trace_writer.py              # a minute or two
+    python3 scripts/bench/trace_writer.py --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import orjson
+import torch
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
+
+from dsatrace.kv.layout import CacheLayout
+from dsatrace.kv.tiers import default_tiers
+from dsatrace.model.batch import Batch, Span
+from dsatrace.model.config import ModelArgs
+from dsatrace.model.selection import Selection
+from dsatrace.model.transformer import Transformer
+from dsatrace.schema import LEVELS
+from dsatrace.trace.capture import StepCapture
+from dsatrace.trace.config import TraceConfig
+from dsatrace.trace.lines import StepLines
+from dsatrace.trace.manifest import RunInfo
+from dsatrace.trace.observe import Recording, SelectionRing, Slot, hooked
+from dsatrace.trace.parquet import write_parquet
+from dsatrace.trace.records import RecordDeriver, step_lines
+from dsatrace.trace.statistics import step_statistics
+from dsatrace.trace.summary import Summary
+from dsatrace.trace.synthetic import KINDS, SyntheticSelections
+from dsatrace.trace.tracer import Tracer
+
+NUM_LAYERS, TOP_K, BLOCK_SIZE = 61, 2048, 16
+BATCHES, CONTEXTS = (1, 4), (32_768, 131_072)
+LAYOUT = CacheLayout("demo", 1152, 132)
+SECRET = b"a benchmark has no secrets......"
+STEP_S = 0.040
+TURN = 10  # steps in a row with tracing on, then off
+EAGER_CONTEXT = 4096
+
+
+def naive_lines(capture: StepCapture) -> str:
+    """What one writes at first: plain Python, a record at a time."""
+    lines = []
+    for b, request_id in enumerate(capture.request_ids):
+        seq_len = int(capture.seq_len[b])
+        for layer in range(capture.positions.shape[0]):
+            positions = sorted(p for p in capture.positions[layer, b].tolist() if p >= 0)
+            offsets = [seq_len - 1 - p for p in positions]
+            per_block = Counter(p // BLOCK_SIZE for p in positions)
+            blocks = sorted(per_block)
+            shared = sorted(set(blocks) & set(range(capture.prefixes[b].num_cached_blocks)))
+            counts = list(per_block.values())
+            runs = 1 + sum(after != before + 1 for before, after in itertools.pairwise(blocks))
+            low, mean, high, margin = capture.score_stats[layer, b].tolist()
+            record = {
+                "event": "dsa_topk",
+                "request_id": request_id,
+                "layer_id": layer,
+                "step_idx": capture.step_idx[b],
+                "seq_len_current": seq_len,
+                "selected_token_pos": positions,
+                "unique_token_pos_count": len(set(positions)),
+                "offset_min": min(offsets),
+                "offset_p50": statistics.median(offsets),
+                "offset_max": max(offsets),
+                "block_size_tokens": BLOCK_SIZE,
+                "selected_block_ids": blocks,
+                "unique_blocks": len(blocks),
+                "tokens_per_touched_block": {
+                    "mean": statistics.mean(counts),
+                    "p50": statistics.median(counts),
+                    "p95": statistics.quantiles(counts, n=20)[-1],
+                },
+                "kv_fetch": {"hbm": {"hit_blocks": len(blocks), "read_ops": runs, "latency_us": 0.0}},
+                "prefix": {
+                    "prefix_key": capture.prefixes[b].key,
+                    "intersection_ratio": len(shared) / len(blocks),
+                    "intersection_blocks": shared,
+                },
+                "scores_stats": {"min": low, "mean": mean, "max": high},
+                "kth_margin": margin,
+            }
+            lines.append(json.dumps(record))
+    return "\n".join(lines) + "\n"
+
+
+class Encoders:
+    """Each way to turn a step into bytes, writing to a file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._config = TraceConfig(out=folder)
+        self._deriver = RecordDeriver(self._config, LAYOUT, default_tiers(LAYOUT))
+        self._lines = StepLines()
+        self._summary = Summary(self._config.compared_block_sizes, "synthetic")
+        self.ways: dict[str, Callable[[StepCapture], bytes | memoryview]] = {
+            "naive": lambda capture: naive_lines(capture).encode(),
+            "numpy": self.numpy,
+            "ours": lambda capture: self._lines.encode(self._deriver.derive(capture)),
+            "ours_with_summary": self.with_summary,
+        }
+        self._files = {name: (folder / name).open("wb", buffering=0) for name in self.ways}
+
+    def numpy(self, capture: StepCapture) -> bytes:
+        """One sort for the whole step, and orjson a record at a time; without the tiers' accounts."""
+        step = self._derived(capture)
+        cached = np.array([prefix.num_cached_blocks for prefix in capture.prefixes])
+        stats = step_statistics(capture.positions, capture.seq_len, cached, BLOCK_SIZE)
+        return step_lines(dataclasses.replace(step, stats=stats, positions=stats.tokens))
+
+    def with_summary(self, capture: StepCapture) -> memoryview:
+        """All that the writer's thread does."""
+        step = self._deriver.derive(capture)
+        self._summary.add_step(step)
+        return self._lines.encode(step)
+
+    def _derived(self, capture: StepCapture) -> Any:
+        if getattr(self, "_known", (None, None))[0] is not capture:
+            self._known = (capture, self._deriver.derive(capture))
+        return self._known[1]
+
+    def check(self, capture: StepCapture) -> None:
+        """They write the same: numpy's bytes are ours, and the naive script found the same sets."""
+        ours = bytes(self.ways["ours"](capture))
+        assert ours == bytes(self.numpy(capture))
+        theirs = naive_lines(capture).splitlines()
+        for mine, line in zip(ours.splitlines(), theirs, strict=True):
+            left, right = json.loads(mine), json.loads(line)
+            for name in ("selected_token_pos", "selected_block_ids", "offset_min", "offset_max"):
+                assert left[name] == right[name], name
+
+    def cpu_ms(self, captures: Sequence[StepCapture], rounds: int) -> dict[str, float]:
+        """Median CPU milliseconds of a step, the ways taking turns."""
+        spent: dict[str, list[float]] = {name: [] for name in self.ways}
+        for i in range(rounds + 1):
+            capture = captures[i % len(captures)]
+            self._derived(capture)  # not numpy's to pay for
+            for name, way in self.ways.items():
+                start = time.thread_time()
+                self._files[name].write(way(capture))
+                if i:  # the first is for warming up
+                    spent[name].append((time.thread_time() - start) * 1e3)
+        return {name: statistics.median(times) for name, times in spent.items()}
+
+
+def bench_encoders(rounds: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """CPU time of a step and bytes of a record, by selection, context and batch."""
+    for kind in KINDS:
+        for context in CONTEXTS:
+            for batch in BATCHES:
+                source = SyntheticSelections(kind, NUM_LAYERS, TOP_K)
+                captures = [source.capture([context] * batch, step, request_ids=()) for step in range(4)]
+                encoders = Encoders(Path(tempfile.mkdtemp(dir=folder)))
+                encoders.check(captures[0])
+                cpu_ms = encoders.cpu_ms(captures, rounds)
+                row = {"kind": kind, "context": context, "batch": batch, "cpu_ms": cpu_ms}
+                yield row | {"times_naive": {name: cpu_ms["naive"] / ms for name, ms in cpu_ms.items()}}
+
+
+def bench_bytes(folder: Path) -> Iterator[dict[str, Any]]:
+    """Bytes a record at each level and format, over 8 steps of one request."""
+    for kind in KINDS:
+        for context in CONTEXTS:
+            source = SyntheticSelections(kind, NUM_LAYERS, TOP_K)
+            captures = [source.capture([context + step], step) for step in range(8)]
+            num_records = len(captures) * NUM_LAYERS
+            sizes = {"naive": sum(len(naive_lines(capture)) for capture in captures) / num_records}
+            for level in LEVELS:
+                deriver = RecordDeriver(TraceConfig(out=folder, level=level), LAYOUT, default_tiers(LAYOUT))
+                lines = [bytes(StepLines().encode(deriver.derive(capture))) for capture in captures]
+                sizes[f"jsonl_{level}"] = sum(map(len, lines)) / num_records
+                parquet = folder / f"{kind}_{context}_{level}.parquet"
+                records = (line for step in lines for line in step.splitlines())
+                write_parquet(parquet, ((line, orjson.loads(line)) for line in records))
+                sizes[f"parquet_{level}"] = parquet.stat().st_size / num_records
+            yield {"kind": kind, "context": context, "bytes_a_record": sizes}
+
+
+class TracedSteps:
+    """Steps that are traced as the runner traces them, with the real writer behind."""
+
+    def __init__(self, folder: Path, batch: int, seq_len: int) -> None:
+        run = RunInfo(model_config={}, layouts=(LAYOUT,), device="cpu", selections="synthetic")
+        self.tracer = Tracer(TraceConfig(out=folder), run, secret=SECRET)
+        num_slots = self.tracer.config.queue_steps + 2
+        self.ring = SelectionRing(NUM_LAYERS, batch, TOP_K, num_slots=num_slots)
+        self.batch, self.seq_len, self.num_steps = batch, seq_len, 0
+        for b in range(batch):
+            self.tracer.add_request(_Request(f"r{b}"))
+        self.handover_ms: list[float] = []
+
+    def step(self, forward: Callable[[Recording | None], None]) -> float:
+        """Runs one step; milliseconds of wall time, hand-over included."""
+        began = time.perf_counter()
+        recording = self.ring.record(self.batch)
+        assert recording is not None
+        started = time.perf_counter()
+        forward(recording)
+        ended = time.perf_counter()
+        recording.finish()
+        positions, stats, _ = recording.arrays()
+        capture = StepCapture(
+            phase="decode",
+            request_ids=tuple(f"r{b}" for b in range(self.batch)),
+            step_idx=(self.num_steps,) * self.batch,
+            seq_len=np.full(self.batch, self.seq_len, dtype=np.int32),
+            batch_size=self.batch,
+            positions=positions,
+            score_stats=stats,
+            scores=None,
+            prefixes=(),
+            forward_idx=self.num_steps,
+            step_wall_us=(ended - started) * 1e6,
+            step_synced=True,
+            wait=recording.wait,
+            release=recording.release,
+        )
+        self.tracer.put(capture)
+        self.num_steps += 1
+        now = time.perf_counter()
+        self.handover_ms.append((started - began + now - ended) * 1e3)
+        return (now - began) * 1e3
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    request_id: str
+    prompt_token_ids: Sequence[int] = (1, 2, 3)
+    source_row: int | None = None
+    arrival_s: float = 0.0
+
+
+def bench_waiting_step(batch: int, context: int, turns: int, folder: Path) -> dict[str, Any]:
+    """A step that sleeps, as a thread does that waits for a GPU; then its layers report."""
+    selections = [_as_tensors(batch, context, step) for step in range(4)]
+    traced = TracedSteps(folder, batch, context)
+    reporting_ms: list[float] = []
+
+    def forward(recording: Recording | None) -> None:
+        time.sleep(STEP_S)
+        if recording is not None:
+            start = time.perf_counter()
+            for layer, selection in enumerate(selections[traced.num_steps % len(selections)]):
+                recording.on_select(layer, selection)
+            reporting_ms.append((time.perf_counter() - start) * 1e3)
+
+    with traced.tracer:
+        on, off = _in_turns(traced, forward, turns)
+    blocked = [
+        a + b for a, b in zip(reporting_ms[1:], traced.handover_ms, strict=True)
+    ]  # without the first, as there
+    return {"batch": batch, "context": context, **_stretch(on, off), **_spread("handover_ms", blocked)}
+
+
+def bench_eager_step(turns: int, folder: Path) -> dict[str, Any]:
+    """61 layers of tiny weights that select 2048 of 4096 tokens, on this CPU; nothing waits for a GPU."""
+    args = ModelArgs(
+        vocab_size=64,
+        dim=64,
+        inter_dim=64,
+        moe_inter_dim=16,
+        n_layers=NUM_LAYERS,
+        n_dense_layers=NUM_LAYERS,
+        n_heads=4,
+        q_lora_rank=64,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        dtype="fp32",
+        index_n_heads=4,
+        index_head_dim=16,
+        index_topk=TOP_K,
+        index_fp8=False,
+        index_hadamard=False,
+        latent_fp8=False,
+    )
+    model = Transformer(args).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+    cache = model.new_cache(EAGER_CONTEXT // 64, 64)
+    for rows in (*cache.latent, *cache.index_k):  # as if a prompt had been read
+        rows.normal_(generator=generator)
+    batch = Batch.build([Span(range(cache.num_blocks), EAGER_CONTEXT - 1, [1])], cache.block_size)
+    traced = TracedSteps(folder, 1, EAGER_CONTEXT)
+
+    def forward(recording: Recording | None) -> None:
+        if recording is None:
+            model(batch, cache)
+            return
+        with hooked(model.indexers, recording.on_select):
+            model(batch, cache)
+
+    with traced.tracer:
+        on, off = _in_turns(traced, forward, turns)
+    return {**_stretch(on, off), **_spread("handover_ms", traced.handover_ms)}
+
+
+def _as_tensors(batch: int, context: int, step: int) -> list[Selection]:
+    """One forward's selections, a layer each."""
+    capture = SyntheticSelections("clustered", NUM_LAYERS, TOP_K, seed=step).capture([context] * batch, step)
+    assert capture.scores is not None
+    return [
+        Selection(
+            torch.from_numpy(p.astype(np.int64)), torch.from_numpy(s), torch.zeros(batch), torch.zeros(0)
+        )
+        for p, s in zip(capture.positions, capture.scores, strict=True)
+    ]
+
+
+def _in_turns(
+    traced: TracedSteps, forward: Callable[[Recording | None], None], turns: int
+) -> tuple[list[float], list[float]]:
+    """Wall milliseconds of steps with and without tracing."""
+    on: list[float] = []
+    off: list[float] = []
+    traced.step(forward)
+    traced.handover_ms.clear()
+    for _ in range(turns):
+        on += [traced.step(forward) for _ in range(TURN)]
+        time.sleep(0.1)  # the writer empties its queue: not on the other's time
+        for _ in range(TURN):
+            start = time.perf_counter()
+            forward(None)
+            off.append((time.perf_counter() - start) * 1e3)
+    return on, off
+
+
+def _stretch(on: Sequence[float], off: Sequence[float]) -> dict[str, float]:
+    medians = statistics.median(on), statistics.median(off)
+    return {"on_ms": medians[0], "off_ms": medians[1], "stretch": medians[0] / medians[1] - 1}
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    median, p95 = np.quantile(values, [0.5, 0.95]).tolist()
+    return {f"{name}_p50": median, f"{name}_p95": p95}
+
+
+def queue_bytes(batch: int) -> dict[str, int]:
+    """The ring, and on a CPU the layers' tensors that waiting steps keep; at the default queue."""
+    num_slots = TraceConfig(out=Path()).queue_steps + 2
+    slot = Slot(NUM_LAYERS, batch, TOP_K, with_scores=False, device=None)
+    held = slot.positions.nbytes + slot.stats.nbytes
+    kept = NUM_LAYERS * batch * (TOP_K * (8 + 4) + 4)  # positions int64, scores and margin float32
+    return {"batch": batch, "ring": num_slots * held, "kept_tensors": (num_slots - 1) * kept}
+
+
+def machine() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [
+        line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+    ]
+    return {
+        "cpu": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "load": [round(load, 1) for load in os.getloadavg()],
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "numba": numba.__version__,
+        "orjson": orjson.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def encoders_table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=f"one step of {NUM_LAYERS} layers x {TOP_K}: CPU ms (times the naive script)")
+    ways = list(rows[0]["cpu_ms"])
+    for name in ("selection", "context", "batch", *ways):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = [f"{row['cpu_ms'][way]:.2f} ({row['times_naive'][way]:.0f}x)" for way in ways]
+        table.add_row(row["kind"], str(row["context"]), str(row["batch"]), *cells)
+    return table
+
+
+def bytes_table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="bytes a record")
+    for name in ("selection", "context", *rows[0]["bytes_a_record"]):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = [f"{size:.0f}" for size in row["bytes_a_record"].values()]
+        table.add_row(row["kind"], str(row["context"]), *cells)
+    return table
+
+
+def steps_table(waiting: Sequence[dict[str, Any]], eager: dict[str, Any]) -> Table:
+    table = Table(title="a step with tracing on against off: wall ms, medians")
+    for name in ("step", "batch", "off", "on", "stretch", "hand-over p50", "p95"):
+        table.add_column(name, justify="right")
+    named = [(f"waits {STEP_S * 1e3:.0f} ms", str(row["batch"]), row) for row in waiting]
+    for name, batch, row in [*named, (f"eager CPU, context {EAGER_CONTEXT}", "1", eager)]:
+        table.add_row(
+            name,
+            batch,
+            *(f"{row[key]:.2f}" for key in ("off_ms", "on_ms")),
+            f"{row['stretch']:+.1%}",
+            *(f"{row[key]:.3f}" for key in ("handover_ms_p50", "handover_ms_p95")),
+        )
+    return table
+
+
+def main() -> int:
+    """Measures, prints the tables and one line of JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (%(default)s)")
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.threads)
+    rounds, turns = (3, 3) if flags.quick else (9, 12)
+    before = machine()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        encoders = list(bench_encoders(rounds, folder))
+        sizes = list(bench_bytes(folder))
+        waiting = [
+            bench_waiting_step(batch, CONTEXTS[0], turns, folder / f"waiting_{batch}") for batch in BATCHES
+        ]
+        eager = bench_eager_step(turns, folder / "eager")
+    queues = [queue_bytes(batch) for batch in BATCHES]
+    console = Console(width=140)
+    for table in (encoders_table(encoders), bytes_table(sizes), steps_table(waiting, eager)):
+        console.print(table)
+    for queue in queues:
+        sizes_mb = (
+            f"{queue['ring'] / 1e6:.1f} MB of ring, at most {queue['kept_tensors'] / 1e6:.1f} MB of tensors"
+        )
+        console.print(f"queue at batch {queue['batch']}: {sizes_mb}")
+    about = before | {"load_after": [round(load, 1) for load in os.getloadavg()]}
+    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
+    record = {"machine": about, "encoders": encoders, "bytes": sizes, "waiting": waiting, "eager": eager}
+    print(json.dumps(record | {"queue_bytes": queues}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""A small run as a model would have left it, written by the real sinks: what the verifier's tests spoil.
+
+Three requests in one batch; r0 stays dense for a while, r2 begins like r1. Scores and
+positions are random, everything else is what an engine would have done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dsatrace.kv.layout import CacheLayout
+from dsatrace.kv.prefix import RequestPrefix
+from dsatrace.kv.tiers import default_tiers
+from dsatrace.schema import MANIFEST_FILE, STEPS_FILE
+from dsatrace.trace.config import TraceConfig, is_sampled
+from dsatrace.trace.manifest import RunInfo, manifest, write_json
+from dsatrace.trace.records import RecordDeriver
+from dsatrace.trace.sinks import Sink, open_sinks
+from trace_samples import sample_capture
+
+LAYOUTS = (CacheLayout("demo", 1152, 132), CacheLayout("serving_fp8", 656, 132))
+NUM_LAYERS, TOP_K, BLOCK_SIZE = 3, 8, 4
+
+
+class GoldenRequest(NamedTuple):
+    request_id: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+    cached_blocks: int = 0
+
+
+REQUESTS = (GoldenRequest("r0", 6, 6), GoldenRequest("r1", 40, 4), GoldenRequest("r2", 45, 6, 7))
+
+
+def write_golden(
+    folder: Path,
+    requests: Sequence[GoldenRequest] = REQUESTS,
+    *,
+    state: str = "complete",
+    num_layers: int = NUM_LAYERS,
+    **changes: Any,
+) -> Path:
+    """Writes the run and returns its folder; `changes` are `TraceConfig`'s."""
+    config = TraceConfig(out=folder, **({"block_size": BLOCK_SIZE, "prefill": "last"} | changes))
+    info = RunInfo(
+        model_config={"n_layers": num_layers, "index_topk": TOP_K},
+        layouts=LAYOUTS,
+        device="cpu",
+        selections="synthetic",
+        seed=config.seed,
+    )
+    folder.mkdir(parents=True)
+    write_json(folder / MANIFEST_FILE, manifest(info, config, "running", key_id="00000000"))
+    sinks = open_sinks(folder, config, info.selections)
+    _serve(sinks, config, requests, num_layers)
+    for sink in sinks:
+        sink.close(state)
+    write_json(folder / MANIFEST_FILE, manifest(info, config, state, key_id="00000000"))
+    return folder
+
+
+def _serve(
+    sinks: Sequence[Sink], config: TraceConfig, requests: Sequence[GoldenRequest], num_layers: int
+) -> None:
+    """All prefills, one a forward, then decode together; a request leaves after its last step."""
+    deriver = RecordDeriver(config, LAYOUTS[0], default_tiers(LAYOUTS[0]))
+    rng = np.random.default_rng(config.seed)
+    plan = [(i, -1, [request]) for i, request in enumerate(requests) if config.prefill == "last"]
+    most = max(request.num_output_tokens for request in requests)
+    for step in range(most - 1):
+        running = [request for request in requests if step < request.num_output_tokens - 1]
+        plan.append((len(requests) + step, step, running))
+    for forward_idx, step, running in plan:
+        if step < 0 or is_sampled(step, config.sample_rate, config.seed):
+            capture = sample_capture(
+                rng,
+                [request.num_prompt_tokens + step + 1 for request in running],
+                num_layers,
+                TOP_K,
+                step_idx=step,
+                request_ids=tuple(request.request_id for request in running),
+                prefixes=tuple(
+                    RequestPrefix(request.cached_blocks, f"{len(request.request_id):016x}")
+                    for request in running
+                ),
+                phase="prefill" if step < 0 else "decode",
+                forward_idx=forward_idx,
+            )
+            for sink in sinks:
+                sink.write_step(deriver.derive(capture))
+        for request in running:
+            if step == request.num_output_tokens - 2:
+                for sink in sinks:
+                    sink.write_request(_line(request))
+
+
+def _line(request: GoldenRequest) -> dict[str, Any]:
+    return {
+        "request_id": request.request_id,
+        "source_row": None,
+        "num_prompt_tokens": request.num_prompt_tokens,
+        "num_output_tokens": request.num_output_tokens,
+        "arrival_s": 0.0,
+        "first_token_s": 0.5,
+        "finish_s": 1.0,
+        "state": "length",
+        "score": None,
+    }
+
+
+def read_lines(folder: Path, name: str = STEPS_FILE) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_bytes().splitlines()]
+
+
+def write_lines(folder: Path, records: Sequence[Any], name: str = STEPS_FILE) -> None:
+    (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -1,0 +1,70 @@
+"""Writing, verifying and summarizing take no more memory for a run four times as long."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from conftest import ROOT
+from dsatrace.schema import LEVELS
+from dsatrace.trace.summarize import summarize_runs
+from dsatrace.trace.verify import verify
+
+SLACK_BYTES = 200_000
+
+
+@pytest.fixture(scope="module")
+def long_run() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("long_run", ROOT / "scripts" / "bench" / "long_run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Most memory that Python and numpy held at once, beyond what they hold now."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_memory_does_not_grow_with_the_run(
+    long_run: ModuleType, tmp_path: Path, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsatrace.trace.summarize.CHUNK_RECORDS", 64)
+    shape = long_run.Shape(num_layers=2, batch=2, top_k=64, num_prompt_tokens=1024)
+    one_round = shape.records_a_step * long_run.STEPS_A_REQUEST
+    long_run.write_run(tmp_path / "warm", 1, level, shape)
+    peaks = []
+    for rounds in (2, 8):
+        folder = tmp_path / f"run{rounds}"
+        stages = (
+            lambda folder=folder, rounds=rounds: long_run.write_run(folder, rounds * one_round, level, shape),
+            lambda folder=folder: verify(folder),
+            lambda folder=folder: summarize_runs([folder]),
+        )
+        peaks.append([peak_bytes(stage) for stage in stages])
+        assert verify(folder).num_records == rounds * one_round
+    for short, long in zip(*peaks, strict=True):
+        assert long < short + SLACK_BYTES
+
+
+def test_the_script_says_what_it_did() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "bench" / "long_run.py"), "--records", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["write", "verify", "summarize"]
+    assert all("15616 records" in line and "MB peak" in line for line in lines)

@@ -1,0 +1,410 @@
+"""`dsatrace verify` finds what was spoilt, wherever it was spoilt, and names the line."""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import INFERENCE
+from dsatrace.commands.verify import main
+from dsatrace.errors import UserError
+from dsatrace.schema import LEVELS, REQUESTS_FILE, STEP_FIELDS, STEPS_FILE, Field
+from dsatrace.trace.config import is_sampled
+from dsatrace.trace.manifest import write_json
+from dsatrace.trace.mismatch import Mismatch
+from dsatrace.trace.summarize import summarize_runs
+from dsatrace.trace.verify import verify
+from dsatrace.trace.verify_rules import Rules
+from golden_run import read_lines, write_golden, write_lines
+
+WITH_SCORES = {"store_scores": True, "keep_order": True}
+VARIANTS = [*({"level": level} for level in LEVELS), WITH_SCORES]
+
+# What comes from the model can be held against its own kind only: a score that stays between
+# its neighbours, a margin that stays positive. Clock and prefix are caught by the other layers.
+OF_THE_MODEL = {"scores_stats.min", "scores_stats.mean", "scores_stats.max", "scores_topk", "kth_margin"}
+# Without positions a sparse record's quantiles have room: within a block, or as k tokens in n blocks allow.
+WITHOUT_POSITIONS = {"offset_min", "offset_p50", "offset_max", "tokens_per_touched_block.p95"}
+UNDERIVABLE: dict[str, set[str]] = {
+    "full": OF_THE_MODEL,
+    "blocks": OF_THE_MODEL | WITHOUT_POSITIONS,
+    "stats": OF_THE_MODEL | WITHOUT_POSITIONS,
+    # In score order, which position has which score is the model's word, except between equals.
+    "with scores": OF_THE_MODEL | {"selected_token_pos"},
+}
+# The summary's totals notice these, but not in which record: without block ids there is room.
+ONLY_IN_TOTAL = {"stats": {"kv_fetch.hbm.read_ops", "prefix.intersection_ratio"}}
+
+
+def leaves(level: str, fields: tuple[Field, ...] = STEP_FIELDS, above: str = "") -> Iterator[str]:
+    """Dotted paths of every leaf of a record at a level."""
+    for field in fields:
+        if level in field.levels:
+            path = above + field.name
+            inner = [f"{path}.{key}." for key in field.keys] or [f"{path}."] * bool(field.children)
+            for prefix in inner:
+                yield from leaves(level, field.children, prefix)
+            if not inner:
+                yield path
+
+
+def wrong_values(value: Any) -> list[Any]:
+    """Plausible values of the right type, and one of another."""
+    if isinstance(value, bool):
+        return [not value, None]
+    if isinstance(value, int):
+        return [value + 1, value - 1, value + 7, 0, -1, str(value)]
+    if isinstance(value, float):
+        return [value * 1.5 + 1, value / 2, value + 1e-9, -value, None]
+    if isinstance(value, str):
+        return ["", value + "x", "r1", 7]
+    if value is None:
+        return [0.25, 0, ""]
+    last = value[-1] if value else 0
+    ids = isinstance(last, int)
+    return [
+        value[:-1],
+        [*value, last],
+        value[::-1],
+        [item + 1 for item in value],
+        [*value[:-1], last - 1],
+        [*value[:-1], 99999 if ids else "x"],
+        None,
+    ]
+
+
+def spoilt(record: dict[str, Any], path: str) -> Iterator[dict[str, Any]]:
+    """Copies of the record with another value at the path."""
+    *parents, name = path.split(".")
+    holder = record
+    for parent in parents:
+        holder = holder.get(parent, {})
+    if name not in holder:
+        return
+    for value in wrong_values(holder[name]):
+        if value != holder[name] or type(value) is not type(holder[name]):
+            changed = copy.deepcopy(record)
+            inner = changed
+            for parent in parents:
+                inner = inner[parent]
+            inner[name] = value
+            yield changed
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda changes: changes.get("level", "with scores"))
+def test_every_spoilt_field_is_found_and_its_record_named(tmp_path: Path, variant: dict[str, Any]) -> None:
+    folder = write_golden(tmp_path / "run", **variant)
+    kind = variant.get("level", "with scores")
+    verify(folder)
+    records = read_lines(folder)
+    caught, missed, misnamed = set(), set(), set()
+    for i in (0, len(records) // 2, len(records) - 1):  # dense and sparse, prefill and decode
+        for path in leaves(variant.get("level", "full")):
+            for record in spoilt(records[i], path):
+                write_lines(folder, [*records[:i], record, *records[i + 1 :]])
+                try:
+                    verify(folder)
+                    missed.add(path)
+                except Mismatch as mismatch:
+                    (caught if f"{STEPS_FILE} line {i + 1} " in str(mismatch) else misnamed).add(path)
+    assert misnamed == ONLY_IN_TOTAL.get(kind, set())
+    assert missed <= UNDERIVABLE[kind]
+    present = {path for path in leaves(variant.get("level", "full")) if any(spoilt(records[-1], path))}
+    assert caught == present  # those too of which some values pass, such as a score out of order
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_line_missing_twice_or_elsewhere_is_named(tmp_path: Path, level: str) -> None:
+    folder = write_golden(tmp_path / "run", level=level)
+    records = read_lines(folder)
+    for i in range(len(records)):
+        write_lines(folder, records[:i] + records[i + 1 :])
+        with pytest.raises(Mismatch) as dropped:
+            verify(folder)
+        # The gap shows at the next record, or at the end of the file.
+        assert f"{STEPS_FILE} line {min(i + 1, len(records) - 1)} " in str(dropped.value)
+        write_lines(folder, [*records[: i + 1], *records[i:]])
+        with pytest.raises(Mismatch, match=f"{STEPS_FILE} line {i + 2} "):
+            verify(folder)
+    for i in range(len(records) - 1):
+        write_lines(folder, [*records[:i], records[i + 1], records[i], *records[i + 2 :]])
+        with pytest.raises(Mismatch, match=f"{STEPS_FILE} line {i + 1} "):
+            verify(folder)
+
+
+def test_a_missing_step_or_forward_is_found(tmp_path: Path) -> None:
+    folder = write_golden(tmp_path / "run")
+    records = read_lines(folder)
+
+    def without(drop: Callable[[dict[str, Any]], bool]) -> str:
+        write_lines(folder, [record for record in records if not drop(record)])
+        with pytest.raises(Mismatch) as found:
+            verify(folder)
+        return str(found.value)
+
+    assert "sampled steps of the request are missing" in without(lambda r: r["step_idx"] == 1)
+    assert "kv_fetch.hbm.batch_size: stored 3, derived 2" in without(
+        lambda r: (r["request_id"], r["step_idx"]) == ("r1", 2)
+    )
+    assert "requests.jsonl line" in without(lambda r: r["step_idx"] == 4)  # the tail
+    assert "missing, 0 were dropped" in without(lambda r: r["request_id"] == "r1" and r["step_idx"] < 0)
+
+
+def test_dropped_steps_explain_what_is_missing(tmp_path: Path) -> None:
+    folder = write_golden(tmp_path / "run", queue_policy="drop")
+    write_lines(folder, [record for record in read_lines(folder) if record["step_idx"] != 1])
+    recomputed = summarize_runs([folder])
+    for dropped_steps, said in ((0, "1 sampled steps"), (1, None), (4, "dropped_steps: stored 4")):
+        write_json(folder / "summary.json", recomputed | {"dropped_steps": dropped_steps})
+        if said is None:
+            verify(folder)
+        else:
+            with pytest.raises(Mismatch, match=said):
+                verify(folder)
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5, 0.9])
+def test_a_sampled_run_is_whole_when_what_was_sampled_is_there(tmp_path: Path, rate: float) -> None:
+    folder = write_golden(tmp_path / "run", sample_rate=rate, seed=7)
+    assert verify(folder).num_records == len(read_lines(folder))
+    records = read_lines(folder)
+    step = max(record["step_idx"] for record in records)
+    write_lines(folder, [record for record in records if record["step_idx"] != step])
+    with pytest.raises(Mismatch):
+        verify(folder)
+
+
+def test_the_sampling_rule_is_the_tracers(tmp_path: Path) -> None:
+    manifest = json.loads((write_golden(tmp_path / "run", seed=12345) / "manifest.json").read_text())
+    manifest["trace"]["sample_rate"] = 0.37
+    rules = Rules.of(manifest)
+    assert [rules.is_sampled(step) for step in range(5000)] == [
+        is_sampled(step, 0.37, 12345) for step in range(5000)
+    ]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_number_of_the_summary_is_held(tmp_path: Path, level: str) -> None:
+    folder = write_golden(tmp_path / "run", level=level)
+    path = folder / "summary.json"
+    whole = json.loads(path.read_text())
+    missed = []
+    for where in number_paths(whole):
+        changed = copy.deepcopy(whole)
+        holder = changed
+        for key in where[:-1]:
+            holder = holder[key]
+        holder[where[-1]] += 1
+        path.write_text(json.dumps(changed))
+        try:
+            verify(folder)
+            missed.append(where)
+        except Mismatch as mismatch:
+            assert str(mismatch).startswith("summary.json: ")
+    # Below level full the records do not hold which tokens were shared; stats has no block ids either.
+    allowed = {"full": (), "blocks": ("overlap",), "stats": ("overlap", "prefix_hot_blocks")}[level]
+    assert [w for w in missed if not any(word in w[0] for word in allowed)] == []
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["manifest.json", "summary.json", REQUESTS_FILE, STEPS_FILE])
+def test_nothing_broken_makes_a_traceback(tmp_path: Path, name: str, level: str) -> None:
+    """Any key gone, and any value of another type, is named or harmless; it never raises anything else."""
+    folder = write_golden(tmp_path / "run", level=level)
+    first, *rest = (folder / name).read_bytes().splitlines(keepends=True)
+    whole = json.loads((folder / name).read_bytes() if name.endswith(".json") else first)
+    harmless = set()
+    for where in key_paths(whole):
+        for value in (..., None, [], {}, -1, 1.5, "x", [None]):
+            changed = copy.deepcopy(whole)
+            holder = changed
+            for key in where[:-1]:
+                holder = holder[key]
+            if value == holder[where[-1]]:
+                continue
+            if value is ...:
+                del holder[where[-1]]
+            else:
+                holder[where[-1]] = value
+            line = json.dumps(changed).encode() + b"\n"
+            (folder / name).write_bytes(line if name.endswith(".json") else b"".join([line, *rest]))
+            try:
+                verify(folder)
+                harmless.add(where[0])
+            except (Mismatch, UserError) as found:
+                assert str(found).count("\n") == 0
+    # Free text, measurements, and what the level does not let one derive.
+    allowed = {
+        "manifest.json": {"tool", "tool_version", "error", "started_utc", "argv", "model_config", "tokenizer"}
+        | {"data_source", "device", "hbm_stand_in", "world_size", "seed", "trace", "cache_layouts"},
+        "summary.json": {"tracing_cost", *({"prefix_hot_blocks"} if level == "stats" else ())}
+        | ({"step_overlap", "layer_overlap"} if level != "full" else set()),
+        REQUESTS_FILE: {"source_row", "score", "first_token_s", "arrival_s", "finish_s"},
+        STEPS_FILE: {"scores_stats", "kth_margin"},
+    }[name]
+    assert harmless <= allowed
+
+
+def key_paths(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every key of every object, and the first place of every list."""
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value))[:1]
+    for key, inner in items:
+        yield (*above, key)
+        yield from key_paths(inner, (*above, key))
+
+
+def number_paths(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from number_paths(inner, (*above, key))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from number_paths(inner, (*above, i))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield above
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_output_tokens": 5}, "after the request's last step"),
+        ({"num_output_tokens": 7}, "num_output_tokens"),
+        ({"num_prompt_tokens": 41}, "seq_len_current"),
+        ({"request_id": "r9"}, "r1"),
+        ({"request_id": "r0"}, "stands twice"),
+        ({"state": "finished"}, "state"),
+        ({"finish_s": 0.1}, "out of order"),
+        ({"score": "good"}, "score"),
+    ],
+)
+def test_an_edited_request_is_found(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    folder = write_golden(tmp_path / "run")
+    lines = read_lines(folder, REQUESTS_FILE)
+    lines = [line | change if line["request_id"] == "r1" else line for line in lines]
+    if "num_output_tokens" in change and change["num_output_tokens"] == 5:
+        lines = [line | {"num_output_tokens": 3} if line["request_id"] == "r1" else line for line in lines]
+    write_lines(folder, lines, REQUESTS_FILE)
+    with pytest.raises(Mismatch, match=said):
+        verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("trace", "block_size_tokens"), 8, "trace_steps.jsonl line 1"),
+        (("trace", "level"), "stats", "line 1 .*selected_token_pos: .*the level drops it"),
+        (("model_config", "index_topk"), 9, "model_config_digest"),
+        (("cache_layout",), "serving_fp8", "bytes"),
+        (("cache_layout",), "none", "cache_layout"),
+        (("state",), "incomplete", "state"),
+        (("selections",), "model", "selections"),
+        (("quantile",), "interpolated", "quantile"),
+        (("seed",), "1", "seed"),
+    ],
+)
+def test_an_edited_manifest_is_found(tmp_path: Path, path: tuple[str, ...], value: Any, said: str) -> None:
+    folder = write_golden(tmp_path / "run")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    holder = manifest
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = value
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(Mismatch, match=said):
+        verify(folder)
+
+
+def test_a_torn_run_is_verified_up_to_its_readable_prefix(tmp_path: Path) -> None:
+    folder = write_golden(tmp_path / "run", state="incomplete")
+    path = folder / STEPS_FILE
+    whole = path.read_bytes()
+    num_lines = whole.count(b"\n")
+    for cut in (0, 1, 2, 100, 5000, len(whole) // 2, len(whole) - 1, len(whole)):
+        path.write_bytes(whole[: len(whole) - cut])
+        result = verify(folder)
+        left = whole[: len(whole) - cut].count(b"\n") + (cut == 1)
+        assert (result.state, result.num_records) == ("incomplete", left)
+        assert any("totals" in note for note in result.notes) == (left < num_lines)
+    records = [json.loads(line) for line in whole.splitlines()]
+    records[3]["unique_blocks"] += 1
+    write_lines(folder, records[:10])
+    with pytest.raises(Mismatch, match=r"line 4 .*unique_blocks"):
+        verify(folder)
+
+
+def test_a_complete_run_may_not_be_torn(tmp_path: Path) -> None:
+    folder = write_golden(tmp_path / "run")
+    path = folder / STEPS_FILE
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(Mismatch, match=r"the file ends after layer 1 of 3|cut short"):
+        verify(folder)
+    path.unlink()
+    with pytest.raises(Mismatch, match=r"trace_steps.jsonl: file: missing"):
+        verify(folder)
+
+
+def test_a_run_that_goes_on_is_verified_as_far_as_it_is(tmp_path: Path) -> None:
+    folder = write_golden(tmp_path / "run", state="running")
+    assert verify(folder).state == "incomplete"  # nobody writes it
+    with (folder / STEPS_FILE).open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert verify(folder).state == "running"
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_golden(tmp_path / "run")
+    assert main([str(folder)]) == 0
+    assert capsys.readouterr().out.startswith("verified: 48 records, 3 requests (complete, level full)")
+    records = read_lines(folder)
+    records[7]["kv_fetch"]["hbm"]["bytes_read"] += 1152
+    write_lines(folder, records)
+    assert main([str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert f"{STEPS_FILE} line 8 (request 'r2', step -1, layer 1): kv_fetch.hbm.bytes_read: stored" in error
+    assert error.count("\n") == 1
+    assert main([str(tmp_path)]) == 2
+    assert "is this a run's folder?" in capsys.readouterr().err
+
+
+def test_a_folder_of_parquet_is_sent_to_export(tmp_path: Path) -> None:
+    folder = write_golden(tmp_path / "run")
+    (folder / STEPS_FILE).rename(folder / "trace_steps.parquet")
+    with pytest.raises(UserError, match="dsatrace export"):
+        verify(folder)
+
+
+def test_it_needs_nothing_installed(tmp_path: Path) -> None:
+    folder = write_golden(tmp_path / "run")
+    command = [sys.executable, "-S", "-m", "dsatrace.cli", "verify", str(folder)]
+    done = subprocess.run(command, cwd=INFERENCE, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("verified: 48 records")
+
+
+def test_it_shares_nothing_with_the_writer_but_the_schema() -> None:
+    program = "import sys, dsatrace.trace.verify; print(*(m for m in sys.modules if m[:8] == 'dsatrace'))"
+    command = [sys.executable, "-S", "-c", program]
+    done = subprocess.run(command, cwd=INFERENCE, capture_output=True, text=True, check=True)
+    plain = (
+        "mismatch",
+        "plain",
+        "plain_files",
+        "plain_summary",
+        "verify",
+        "verify_order",
+        "verify_record",
+        "verify_rules",
+    )
+    allowed = {"dsatrace", "dsatrace.errors", "dsatrace.schema", "dsatrace.trace"}
+    assert set(done.stdout.split()) == allowed | {f"dsatrace.trace.{name}" for name in plain}
