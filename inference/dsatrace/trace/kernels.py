@@ -6,7 +6,7 @@ on a machine and milliseconds from numba's cache afterwards. After it, a call wi
 types is an error, so nothing is ever compiled while a step is being written.
 
     compile_kernels()
-    ok = derive_step(positions, seq_len, cached_blocks, 16, tokens, token_ptr, ...)
+    ok = derive_step(ordered, visible, cached_blocks, 16, tokens, token_ptr, ...)
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ SLACK = 8
 
 # numba mixes neither signed with unsigned nor 32 with 64 bits without a cost, hence the types.
 _ONE, _BYTE, _COMMA, _FOUR_BYTES = np.uint64(1), np.uint64(255), np.uint64(ord(",")), np.uint64(32)
-_TEN_THOUSAND = np.uint32(10_000)
-NO_BLOCK = 2**32 - 1
+_TEN_THOUSAND, _NO_BLOCK = np.uint32(10_000), np.uint32(2**32 - 1)
 
 _KERNELS: list[tuple[Any, str]] = []
 
@@ -108,7 +107,7 @@ def derive_step(  # type: ignore[no-untyped-def]
         offsets[2, r] = query - selected[0]
 
         # Where blocks begin cannot be foretold, so no branch asks: a new one moves the place written to.
-        first_block, before, block_before = num_blocks, np.int64(-1), np.uint32(NO_BLOCK)
+        first_block, before, block_before = num_blocks, np.int64(-1), _NO_BLOCK
         num_blocks -= 1
         for i in range(count):
             token = selected[i]
