@@ -1,0 +1,221 @@
+"""BurstGPT: arrivals of a real service, read from its CSV files and rebased for a replay.
+
+Columns are found by name, so both published layouts read alike: with and without
+`Session ID` and `Elapsed time`. Knows no prompt: the files hold lengths only.
+
+    replay = Replay(read_burstgpt("BurstGPT_1.csv"), max_requests=100, time_scale=0.01)
+    for arrival in replay:
+        arrival.arrival_s, arrival.row.request_tokens
+    replay.counts["failures"]
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from dsatrace.errors import UserError
+from dsatrace.workloads.rows import BadRow, BadRows, check_limit, open_source, read_rows
+
+MAX_LINE_BYTES = 1 << 20
+MAX_TIMESTAMP_S = 1e10  # three centuries: room for dates counted from 1970
+MAX_TOKENS = 10_000_000
+
+TIMESTAMP, SESSION, ELAPSED, MODEL = "Timestamp", "Session ID", "Elapsed time", "Model"
+REQUEST_TOKENS, RESPONSE_TOKENS = "Request tokens", "Response tokens"
+TOTAL_TOKENS, LOG_TYPE = "Total tokens", "Log Type"
+REQUIRED = (TIMESTAMP, REQUEST_TOKENS, RESPONSE_TOKENS)
+API_LOG, CONVERSATION_LOG = "API log", "Conversation log"
+
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class BurstRow:
+    """One logged request. No response token means that it failed; only conversations have a session.
+
+    `timestamp_s` counts from the service's first midnight; `elapsed_s` is the time to the
+    whole response, as the service measured it.
+    """
+
+    source_row: int
+    timestamp_s: float
+    request_tokens: int
+    response_tokens: int
+    model: str = ""
+    log_type: str = ""
+    session_id: str | None = None
+    elapsed_s: float | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self.response_tokens == 0
+
+
+def read_burstgpt(path: str | Path, bad_rows: BadRows | None = None) -> Iterator[BurstRow]:
+    """Streams the rows of a CSV file. Row 0 is the one after the header; blank lines are no rows.
+
+    Raises a `UserError` if a column of `REQUIRED` is missing. Bad rows are those with another
+    number of columns than the header, with a number that is none, negative, fractional where
+    tokens are counted or beyond reason, and with a timestamp before the last good row's.
+    """
+    with open_source(path) as file:
+        try:
+            header = _fields(_line(file))
+        except BadRow as fault:
+            raise UserError(f"{path}: line 1: {fault}; the header must name the columns") from fault
+        columns = {name.strip(): i for i, name in enumerate(header)}
+        missing = [name for name in REQUIRED if name not in columns]
+        if missing or len(columns) < len(header):
+            what = f"no column {missing[0]!r}" if missing else "two columns of one name"
+            raise UserError(f"{path}: {what} in line 1; the header must be that of a BurstGPT file")
+        parser = _Parser(columns)
+        yield from read_rows(str(path), _lines(file), parser.parse, bad_rows or BadRows())
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[str, bytes | None]]:
+    number = 1
+    while (line := _line(file)) != b"":
+        number += 1
+        if line is None or line.strip():
+            yield f"line {number}", line
+
+
+def _line(file: BinaryIO) -> bytes | None:
+    """The next line, empty at the file's end; None for one that is too long, which is passed over."""
+    line = file.readline(MAX_LINE_BYTES)
+    if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
+        return line
+    while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+        pass
+    return None
+
+
+def _fields(line: bytes | None) -> list[str]:
+    if line is None:
+        raise BadRow("line too long", f"over {MAX_LINE_BYTES} bytes")
+    if b"\0" in line:
+        raise BadRow("NUL byte", f"at byte {line.index(0)} of the line")
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRow("not UTF-8", f"at byte {error.start} of the line") from error
+    try:
+        (fields,) = csv.reader([text.rstrip("\r\n")], strict=True)
+    except (csv.Error, ValueError) as error:
+        raise BadRow("not CSV", str(error)) from error
+    return fields
+
+
+class _Parser:
+    """Parses one file's rows, in order."""
+
+    def __init__(self, columns: dict[str, int]) -> None:
+        self._columns = columns
+        self._latest_s = 0.0
+
+    def parse(self, number: int, line: bytes | None) -> BurstRow:
+        fields = _fields(line)
+        if len(fields) != len(self._columns):
+            raise BadRow("wrong number of columns", f"{len(fields)}, but the header has {len(self._columns)}")
+        row = {name: fields[i].strip() for name, i in self._columns.items()}
+        timestamp_s = _number(row, TIMESTAMP, MAX_TIMESTAMP_S)
+        if timestamp_s < self._latest_s:
+            raise BadRow("timestamp runs backwards", f"{timestamp_s} after {self._latest_s}", TIMESTAMP)
+        parsed = BurstRow(
+            source_row=number,
+            timestamp_s=timestamp_s,
+            request_tokens=_num_tokens(row, REQUEST_TOKENS),
+            response_tokens=_num_tokens(row, RESPONSE_TOKENS),
+            model=row.get(MODEL, ""),
+            log_type=row.get(LOG_TYPE, ""),
+            session_id=row.get(SESSION) or None,
+            elapsed_s=_number(row, ELAPSED, MAX_TIMESTAMP_S) if row.get(ELAPSED) else None,
+        )
+        self._latest_s = timestamp_s
+        return parsed
+
+
+def _number(row: dict[str, str], column: str, largest: float) -> float:
+    text = row[column]
+    shown = text if len(text) <= 40 else f"{text[:40]}..."
+    if not _NUMBER.fullmatch(text):
+        raise BadRow("not a number", repr(shown), column)
+    value = float(text)
+    if value < 0:
+        raise BadRow("negative number", shown, column)
+    if value > largest:
+        raise BadRow("number too large", f"{shown} is over {largest:g}", column)
+    return value
+
+
+def _num_tokens(row: dict[str, str], column: str) -> int:
+    value = _number(row, column, MAX_TOKENS)
+    if not value.is_integer():
+        raise BadRow("not a whole number", row[column][:40], column)
+    return int(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrival:
+    """A row and when it arrives: seconds from the first row served, times the scale."""
+
+    arrival_s: float
+    row: BurstRow
+
+
+class Replay:
+    """The arrivals of `rows`: the first at 0, the others as far behind it as `time_scale` times the log.
+
+    `time_scale` 0.1 replays ten times as fast, 0 sends all at once. Failures are dropped
+    unless kept, before the first arrival is chosen. `counts` says of the rows read so far:
+    `rows`, `requests` (those served), `failures`, `ties` (as late as the row before),
+    `api_log`, `without_session`.
+    """
+
+    COUNTS = ("rows", "requests", "failures", "ties", "api_log", "without_session")
+
+    def __init__(
+        self,
+        rows: Iterable[BurstRow],
+        max_requests: int | None = None,
+        *,
+        keep_failures: bool = False,
+        time_scale: float = 1.0,
+    ) -> None:
+        check_limit("max_requests", max_requests)
+        if not (time_scale >= 0 and math.isfinite(time_scale)):
+            raise UserError(f"time_scale must be a number of at least 0, not {time_scale}")
+        self._rows = rows
+        self.max_requests = max_requests
+        self.keep_failures = keep_failures
+        self.time_scale = time_scale
+        self.counts: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Arrival]:
+        self.counts.clear()
+        first_s = last_s = None
+        for row in self._rows:
+            self.counts["rows"] += 1
+            self.counts["failures"] += row.failed
+            self.counts["ties"] += row.timestamp_s == last_s
+            self.counts["api_log"] += row.log_type == API_LOG
+            self.counts["without_session"] += row.session_id is None
+            last_s = row.timestamp_s
+            if row.failed and not self.keep_failures:
+                continue
+            first_s = row.timestamp_s if first_s is None else first_s
+            self.counts["requests"] += 1
+            yield Arrival((row.timestamp_s - first_s) * self.time_scale, row)
+            if self.counts["requests"] == self.max_requests:
+                return
+
+    def summary(self) -> dict[str, int]:
+        """All counts, zeros included."""
+        return {name: self.counts[name] for name in self.COUNTS}

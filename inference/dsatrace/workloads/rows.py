@@ -1,0 +1,143 @@
+"""Rows of a data set: read one by one, and what happens to those that cannot be used.
+
+A reader cuts its file into pieces, one a row, and parses each; a piece that cannot be used
+raises `BadRow`, and the policy decides: `fail` ends the run with one line that names file,
+row and column, `skip` counts the row by its reason. Knows no file format.
+
+    bad_rows = BadRows("skip")
+    rows = list(read_rows("chats.jsonl", pieces, parse, bad_rows))
+    bad_rows.text()       # "2 bad rows skipped: 1 missing column, 1 not JSON"
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO, Literal, TypeVar, get_args
+
+from dsatrace.errors import UserError
+
+Policy = Literal["fail", "skip"]
+Piece = TypeVar("Piece")
+Parsed = TypeVar("Parsed")
+
+UTF8_BOM = b"\xef\xbb\xbf"
+_WIDE_BOMS = {b"\xff\xfe": "UTF-16 or UTF-32", b"\xfe\xff": "UTF-16", b"\0\0\xfe\xff": "UTF-32"}
+
+
+class BadRow(Exception):
+    """Why a row cannot be used. `reason` is a fixed phrase to count by, `detail` tells this one apart.
+
+    A detail never quotes the row's text: prompts do not belong in a log.
+    """
+
+    def __init__(self, reason: str, detail: str = "", column: str | None = None) -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.column = column
+
+
+class BadRows:
+    """The policy of a data source, and its count of skipped rows by reason, over all readings."""
+
+    def __init__(self, policy: Policy = "fail") -> None:
+        if policy not in get_args(Policy):
+            raise UserError(f"unknown policy {policy!r} for bad rows; use fail or skip")
+        self.policy = policy
+        self.counts: Counter[str] = Counter()
+
+    def reject(self, place: str, fault: BadRow) -> None:
+        """Raises a `UserError` under `fail`; counts under `skip`. `place` names file and row."""
+        if self.policy == "fail":
+            column = "" if fault.column is None else f", column {fault.column!r}"
+            raise UserError(
+                f"{place}{column}: {fault}; mend the row, or pass over such rows with --bad-rows skip"
+            ) from fault
+        self.counts[fault.reason] += 1
+
+    def text(self) -> str:
+        """One line for the terminal."""
+        total = self.counts.total()
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.counts.items()))
+        return f"{total} bad row{'' if total == 1 else 's'} skipped" + (f": {reasons}" if reasons else "")
+
+    def summary(self) -> dict[str, object]:
+        """The same for `summary.json`."""
+        counts = dict(sorted(self.counts.items()))
+        return {"policy": self.policy, "num_skipped": self.counts.total(), "by_reason": counts}
+
+
+def read_rows(
+    source: str,
+    pieces: Iterable[tuple[str, Piece]],
+    parse: Callable[[int, Piece], Parsed],
+    bad_rows: BadRows,
+) -> Iterator[Parsed]:
+    """Parses each piece with its row number, from 0; a piece comes with its place, such as `line 4`.
+
+    A source without a single usable row raises a `UserError` whatever the policy.
+    """
+    num_rows = num_usable = 0
+    for row, (place, piece) in enumerate(pieces):
+        num_rows += 1
+        try:
+            parsed = parse(row, piece)
+        except BadRow as fault:
+            bad_rows.reject(f"{source}: row {row} ({place})", fault)
+            continue
+        num_usable += 1
+        yield parsed
+    if not num_rows:
+        raise UserError(f"{source}: the file holds no rows")
+    if not num_usable:
+        raise UserError(f"{source}: none of its {num_rows} rows can be used: {bad_rows.text()}")
+
+
+def open_source(path: str | Path) -> BinaryIO:
+    """The file, past a UTF-8 byte order mark; one of another encoding is refused."""
+    try:
+        file = Path(path).open("rb")  # noqa: SIM115  (the caller closes it)
+        start = file.read(4)
+        file.seek(len(UTF8_BOM) if start.startswith(UTF8_BOM) else 0)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot read the file: {reason}; give a regular, readable file") from error
+    for mark, encoding in _WIDE_BOMS.items():
+        if start.startswith(mark):
+            file.close()
+            raise UserError(f"{path}: the file is {encoding}; convert it to UTF-8")
+    return file
+
+
+def text_column(row: Mapping[str, object], column: str) -> str:
+    """A column that must hold text, and text that UTF-8 can hold."""
+    if column not in row:
+        raise BadRow("missing column", column=column)
+    value = row[column]
+    if not isinstance(value, str):
+        raise BadRow("not a text", f"it is of type {type(value).__name__}", column)
+    return unicode_text(value, column)
+
+
+def unicode_text(value: str, column: str) -> str:
+    """Passes on what is Unicode; JSON's `\\ud83d` without its other half is not."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow("lone surrogate", f"at character {error.start}", column) from error
+    return value
+
+
+def choice_column(row: Mapping[str, object], column: str, choices: tuple[str, ...]) -> str:
+    """A column that must hold one of a few words."""
+    value = text_column(row, column)
+    if value not in choices:
+        raise BadRow("unknown value", f"use one of {', '.join(choices)}", column)
+    return value
+
+
+def check_limit(name: str, limit: int | None) -> None:
+    """A limit on the number of rows is None (all of them) or at least 1."""
+    if limit is not None and limit < 1:
+        raise UserError(f"{name} must be at least 1, not {limit}; leave it out for all rows")

@@ -1,0 +1,15 @@
+"""RULER (Hsieh et al. 2024): 13 synthetic long-context tasks, read from files or made on the spot.
+
+    example.py    the tasks, and the record that reader and generator both yield
+    reader.py     rows -> examples; files.py finds them in folders and archives, lines.py reads
+    generator.py  examples of a given length; plan.py and sizing.py find the size,
+                  niah.py, counting.py and qa.py build the prompts
+    texts.py      every sentence of a prompt; words.py and essay.py what the haystacks are made of
+    positions.py  which tokens of a prompt hold the answer
+    score.py      match-all, match-any; recall.py: were those tokens selected
+
+Knows no model and no trace: a caller feeds the prompts and brings predictions and selections.
+
+    for example in generate("niah_single_1", 2048, tokenizer, num_examples=10):
+        ids = encode_chat([Message("user", example.prompt)], tokenizer, answer_prefix=example.answer_prefix)
+"""

@@ -1,0 +1,197 @@
+"""ShareGPT conversations: read as people shared them, put in an order that a chat template takes.
+
+The shared file has conversations that begin in the middle, say nothing, or repeat a speaker.
+What is done about each is in `ODDITIES`, and every one is counted. Knows no tokenizer.
+
+    loader = ShareGPTLoader("ShareGPT_V3_unfiltered_cleaned_split.json", max_conversations=100)
+    for conversation in loader:                  # streamed; get_conversations() gives a list
+        for prompt in conversation.prompts("per_user_turn"):
+            encode_chat(prompt.messages, tokenizer)
+    loader.counts["gpt_first"]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dsatrace.errors import UserError
+from dsatrace.workloads.encoding import Message, Role
+from dsatrace.workloads.json_rows import read_json_rows
+from dsatrace.workloads.rows import BadRow, BadRows, check_limit, text_column, unicode_text
+
+TurnMode = Literal["full", "per_user_turn"]
+
+ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "system": "system",
+}
+HUGE_VALUE_CHARS = 100_000
+
+ODDITIES = {
+    "empty": "no entries: not served",
+    "single_entry": "one entry: served if it is the user's",
+    "gpt_first": "begins with an answer, a piece of a split chat: served from its first user turn on",
+    "odd_role": "a speaker other than human, gpt and system: taken for the one it stands for",
+    "repeated_role": "a speaker twice in a row: the entries joined by a blank line",
+    "late_system": "a system text after the beginning: left out",
+    "empty_value": "an entry without text: left out, its neighbours joined if of one speaker",
+    "huge_value": f"an entry of more than {HUGE_VALUE_CHARS} characters: kept",
+    "no_user_turn": "nothing from the user: not served",
+    "duplicate_id": "an id seen before: served, since rows go by their number",
+}
+_PLAIN_ROLES = {"human", "gpt", "system"}
+
+Entry = tuple[Role, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatPrompt:
+    """One request: `messages` end with the user's; `answer` is the recorded one, empty if there is none.
+
+    `turn` counts the conversation's user turns from 0.
+    """
+
+    prompt_id: str
+    source_row: int
+    turn: int
+    messages: tuple[Message, ...]
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Messages in the order that `encode_chat` asks for: at most one system's, then user and assistant."""
+
+    conversation_id: str
+    source_row: int
+    messages: tuple[Message, ...]
+
+    def prompts(self, mode: TurnMode = "full") -> Iterator[ChatPrompt]:
+        """`full`: one prompt, up to the last user turn. `per_user_turn`: one a user turn.
+
+        The history is the recorded one, so each prompt of a conversation begins with the
+        messages of the one before.
+        """
+        if mode not in get_args(TurnMode):
+            raise UserError(f"unknown turn mode {mode!r}; use full or per_user_turn")
+        user_turns = [i for i, message in enumerate(self.messages) if message.role == "user"]
+        for turn, i in enumerate(user_turns):
+            if mode == "full" and turn < len(user_turns) - 1:
+                continue
+            yield ChatPrompt(
+                prompt_id=f"row{self.source_row}" + (f".turn{turn}" if mode == "per_user_turn" else ""),
+                source_row=self.source_row,
+                turn=turn,
+                messages=self.messages[: i + 1],
+                answer=self.messages[i + 1].content if i + 1 < len(self.messages) else "",
+            )
+
+
+class ShareGPTLoader:
+    """Reads the conversations that can be served from a JSON array or JSON lines.
+
+    `counts` says of the rows read so far: `rows`, `conversations` (those served), and of each
+    oddity how many conversations had it.
+    """
+
+    def __init__(
+        self, path: str | Path, max_conversations: int | None = None, *, bad_rows: BadRows | None = None
+    ) -> None:
+        check_limit("max_conversations", max_conversations)
+        self.path = Path(path)
+        self.max_conversations = max_conversations
+        self.bad_rows = bad_rows or BadRows()
+        self.counts: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Conversation]:
+        """Streams; ends after `max_conversations` without reading on."""
+        self.counts.clear()
+        ids: set[str] = set()
+        for number, conversation_id, entries, oddities in read_json_rows(self.path, _parse, self.bad_rows):
+            messages = _in_order(entries)
+            if entries and not messages:
+                oddities.add("no_user_turn")
+            if conversation_id in ids:
+                oddities.add("duplicate_id")
+            ids.add(conversation_id)
+            self.counts.update(oddities)
+            self.counts["rows"] += 1
+            if messages:
+                self.counts["conversations"] += 1
+                yield Conversation(conversation_id, number, messages)
+                if self.counts["conversations"] == self.max_conversations:
+                    return
+
+    def get_conversations(self) -> list[Conversation]:
+        return list(self)
+
+    def summary(self) -> dict[str, int]:
+        """All counts, zeros included."""
+        return {name: self.counts[name] for name in ("rows", "conversations", *ODDITIES)}
+
+
+def _parse(number: int, row: Mapping[str, Any]) -> tuple[int, str, list[Entry], set[str]]:
+    entries = row.get("conversations")
+    if not isinstance(entries, list):
+        raise BadRow("missing column" if entries is None else "not a list", column="conversations")
+    roles, texts = [], []
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise BadRow("not an object", f"entry {i}", "conversations")
+        role = text_column(entry, "from")
+        if role not in ROLES:
+            raise BadRow("unknown role", f"entry {i}; known are {', '.join(ROLES)}", "from")
+        roles.append(role)
+        texts.append(text_column(entry, "value"))
+    entries = [(ROLES[role], text) for role, text in zip(roles, texts, strict=True)]
+    oddities = _oddities(entries)
+    if not _PLAIN_ROLES.issuperset(roles):
+        oddities.add("odd_role")
+    return number, _id(row, number), entries, oddities
+
+
+def _id(row: Mapping[str, Any], number: int) -> str:
+    """The row's id, which some copies give as a number and some leave out."""
+    value = row.get("id", number)
+    if not isinstance(value, str | int):
+        raise BadRow("not a text", f"it is of type {type(value).__name__}", "id")
+    return unicode_text(str(value), "id")
+
+
+def _oddities(entries: list[Entry]) -> set[str]:
+    """Which of `ODDITIES` the entries show, as they stand in the file."""
+    roles = [role for role, _ in entries]
+    spoken = [role for role in roles if role != "system"]
+    found = {
+        "empty": not entries,
+        "single_entry": len(entries) == 1,
+        "gpt_first": spoken[:1] == ["assistant"],
+        "repeated_role": any(a == b for a, b in itertools.pairwise(roles)),
+        "late_system": "system" in itertools.dropwhile(lambda role: role == "system", roles),
+        "empty_value": any(not text.strip() for _, text in entries),
+        "huge_value": any(len(text) > HUGE_VALUE_CHARS for _, text in entries),
+    }
+    return {name for name, shown in found.items() if shown}
+
+
+def _in_order(entries: list[Entry]) -> tuple[Message, ...]:
+    """The messages as a chat template takes them; none if the user says nothing."""
+    spoken = [entry for entry in entries if entry[1].strip()]
+    opening = list(itertools.takewhile(lambda entry: entry[0] == "system", spoken))
+    turns = [entry for entry in spoken if entry[0] != "system"]
+    turns = list(itertools.dropwhile(lambda entry: entry[0] == "assistant", turns))
+    if not turns:
+        return ()
+    groups = itertools.groupby(opening + turns, key=lambda entry: entry[0])
+    return tuple(Message(role, "\n\n".join(text for _, text in group)) for role, group in groups)
