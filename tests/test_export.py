@@ -24,10 +24,11 @@ from dsatrace.commands.generate import main as generate
 from dsatrace.errors import UserError
 from dsatrace.kv.tiers import default_tiers
 from dsatrace.schema import LEVELS, STEP_FIELDS, field_paths, project, value_at
-from dsatrace.trace import export, parquet
-from dsatrace.trace.columns import LEAVES
+from dsatrace.trace import export
 from dsatrace.trace.export import export_run
-from dsatrace.trace.parquet import read_lines, read_numbers, read_records, write_parquet
+from dsatrace.trace.parquet import file as parquet
+from dsatrace.trace.parquet.columns import LEAVES
+from dsatrace.trace.parquet.file import read_lines, read_numbers, read_records, write_parquet
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.records import RecordDeriver, step_lines
 from dsatrace.trace.synthetic import SyntheticSelections

@@ -13,7 +13,7 @@ from dsatrace.kv.tiers import default_tiers
 from dsatrace.schema import SUMMARY_FIELDS, problems
 from dsatrace.trace.baselines import uniform_blocks
 from dsatrace.trace.histogram import Histogram, ValueCounts
-from dsatrace.trace.plain_summary import summarize
+from dsatrace.trace.plain.summary import summarize
 from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.summary import Summary, TracingCost
 from trace_samples import LAYOUT, config_for, plain_records, sample_capture

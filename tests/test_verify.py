@@ -19,10 +19,10 @@ from dsatrace.errors import UserError
 from dsatrace.schema import LEVELS, REQUESTS_FILE, STEP_FIELDS, STEPS_FILE, Field
 from dsatrace.trace.config import is_sampled
 from dsatrace.trace.manifest import write_json
-from dsatrace.trace.mismatch import Mismatch
 from dsatrace.trace.summarize import summarize_runs
-from dsatrace.trace.verify import verify
-from dsatrace.trace.verify_rules import Rules
+from dsatrace.trace.verify.mismatch import Mismatch
+from dsatrace.trace.verify.rules import Rules
+from dsatrace.trace.verify.run import verify
 from golden_run import read_lines, write_golden, write_lines
 
 WITH_SCORES = {"store_scores": True, "keep_order": True}
@@ -393,18 +393,20 @@ def test_it_needs_nothing_installed(tmp_path: Path) -> None:
 
 
 def test_it_shares_nothing_with_the_writer_but_the_schema() -> None:
-    program = "import sys, dsatrace.trace.verify; print(*(m for m in sys.modules if m[:8] == 'dsatrace'))"
+    program = "import sys, dsatrace.trace.verify.run; print(*(m for m in sys.modules if m[:8] == 'dsatrace'))"
     command = [sys.executable, "-S", "-c", program]
     done = subprocess.run(command, cwd=INFERENCE, capture_output=True, text=True, check=True)
     plain = (
-        "mismatch",
         "plain",
-        "plain_files",
-        "plain_summary",
+        "plain.files",
+        "plain.record",
+        "plain.summary",
         "verify",
-        "verify_order",
-        "verify_record",
-        "verify_rules",
+        "verify.mismatch",
+        "verify.order",
+        "verify.record",
+        "verify.rules",
+        "verify.run",
     )
     allowed = {"dsatrace", "dsatrace.errors", "dsatrace.schema", "dsatrace.trace"}
     assert set(done.stdout.split()) == allowed | {f"dsatrace.trace.{name}" for name in plain}

@@ -14,7 +14,7 @@ from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.manifest import RunInfo
-from dsatrace.trace.plain import PlainSelection, step_record
+from dsatrace.trace.plain.record import PlainSelection, step_record
 
 LAYOUT = CacheLayout("demo", 1152, 132)
 SECRET = b"not a secret, only a test's key."

@@ -38,7 +38,7 @@ from dsatrace.trace.manifest import RunInfo, manifest, write_json
 from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.sinks import open_sinks
 from dsatrace.trace.summarize import summarize_runs
-from dsatrace.trace.verify import verify
+from dsatrace.trace.verify.run import verify
 
 LAYOUT = CacheLayout("demo", 1152, 132)
 STEPS_A_REQUEST = 64

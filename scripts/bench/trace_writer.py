@@ -48,7 +48,7 @@ from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.lines import StepLines
 from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.observe import Recording, SelectionRing, Slot, hooked
-from dsatrace.trace.parquet import write_parquet
+from dsatrace.trace.parquet.file import write_parquet
 from dsatrace.trace.records import RecordDeriver, step_lines
 from dsatrace.trace.statistics import step_statistics
 from dsatrace.trace.summary import Summary

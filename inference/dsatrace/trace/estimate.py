@@ -24,7 +24,7 @@ from dsatrace.kv.tiers import default_tiers
 from dsatrace.schema import Level
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.lines import StepLines
-from dsatrace.trace.parquet import GROUP_BYTES, GROUP_RECORDS, write_parquet
+from dsatrace.trace.parquet.file import GROUP_BYTES, GROUP_RECORDS, write_parquet
 from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.synthetic import KINDS, Kind, SyntheticSelections
 

@@ -74,7 +74,7 @@ class RunReader:
         """
         if self.is_parquet:
             # pyarrow takes long to import, and most runs are not read with it.
-            from dsatrace.trace.parquet import read_records
+            from dsatrace.trace.parquet.file import read_records
 
             return read_records(self.steps_path, fields)
         records = (record for _, record in self.lines(STEPS_FILE))

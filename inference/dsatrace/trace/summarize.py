@@ -117,7 +117,7 @@ def _columns(run: RunReader, level: str) -> Iterator[Mapping[str, Any]]:
     """The records below level full, chunk by chunk, as columns."""
     if run.is_parquet and level == "stats":
         # pyarrow takes long to import, and most runs are not read with it.
-        from dsatrace.trace.parquet import read_numbers
+        from dsatrace.trace.parquet.file import read_numbers
 
         yield from read_numbers(run.folder / STEPS_PARQUET_FILE, NUMBER_FIELDS)
         return

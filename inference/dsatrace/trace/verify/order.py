@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
-from dsatrace.trace.mismatch import Mismatch, differs, require
-from dsatrace.trace.verify_rules import Rules
+from dsatrace.trace.verify.mismatch import Mismatch, differs, require
+from dsatrace.trace.verify.rules import Rules
 
 
 class RequestLine(NamedTuple):

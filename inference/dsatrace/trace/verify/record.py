@@ -1,7 +1,7 @@
 """Holds one record against what its own positions say, or, below level full, against what can be known.
 
 Standard library and the plain implementation only. Knows one record at a time; that the
-records belong together is `verify_order.py`'s matter.
+records belong together is `order.py`'s matter.
 
     rules = Rules.of(manifest)
     check_record(record, rules)        # raises Mismatch naming the field
@@ -22,9 +22,9 @@ from dsatrace.schema import (
     nearest_rank,
     problems,
 )
-from dsatrace.trace.mismatch import compare, differs, require, require_range
-from dsatrace.trace.plain import PlainSelection, fetch_from_hbm, step_record
-from dsatrace.trace.verify_rules import Rules, require_schema
+from dsatrace.trace.plain.record import PlainSelection, fetch_from_hbm, step_record
+from dsatrace.trace.verify.mismatch import compare, differs, require, require_range
+from dsatrace.trace.verify.rules import Rules, require_schema
 
 _FLOAT32_ROUNDING = 1e-5
 """Relative to the largest score: the mean of a selection is summed in float32."""

@@ -10,7 +10,7 @@ null where the schema says so. What can be derived is not stored:
   `position // block_size_tokens`);
 - `num_prefix_intersection_blocks` stands for the list: the first so many touched blocks;
 - `extra`: keys the schema does not know, as JSON; `line`: the whole record as JSON, only
-  where the columns would not give it back byte for byte (see `parquet.py`).
+  where the columns would not give it back byte for byte (see `file.py`).
 
 `rows.py` goes the other way. Knows no file.
 

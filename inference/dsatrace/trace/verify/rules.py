@@ -22,7 +22,7 @@ from dsatrace.schema import (
     Level,
     problems,
 )
-from dsatrace.trace.mismatch import Mismatch, compare, require
+from dsatrace.trace.verify.mismatch import Mismatch, compare, require
 
 _LAYOUT_FIELDS = next(field for field in MANIFEST_FIELDS if field.name == "cache_layouts").children
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from dsatrace.errors import UserError
 from dsatrace.schema import MANIFEST_FILE, SCHEMA_VERSION, STEPS_FILE, SUMMARY_FILE, decode
-from dsatrace.trace.mismatch import Mismatch
+from dsatrace.trace.verify.mismatch import Mismatch
 
 _CHUNK_BYTES = 1 << 20
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)

@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from dsatrace.trace.columns import (
+from dsatrace.trace.parquet.columns import (
     BLOCK_SIZE,
     BLOCKS,
     EXTRA,

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from dsatrace.errors import UserError
 from dsatrace.schema import SCHEMA_VERSION, project, value_at
-from dsatrace.trace.columns import (
+from dsatrace.trace.parquet.columns import (
     EXTRA,
     LEAVES,
     LINE,
@@ -34,7 +34,7 @@ from dsatrace.trace.columns import (
     columns_for,
     to_batch,
 )
-from dsatrace.trace.rows import to_lines, to_records
+from dsatrace.trace.parquet.rows import to_lines, to_records
 
 GROUP_BYTES = 8 << 20
 """Text of one row group, at most: about 600 records of 2,048 positions, some 60 MB while it is built."""

@@ -1,7 +1,7 @@
 """Proves a run's records from the records themselves, with the plain implementation.
 
-Every derived field of every record (`verify_record.py`), the order and completeness of
-the records (`verify_order.py`), and the totals of summary.json (`plain_summary.py`), in
+Every derived field of every record (`record.py`), the order and completeness of
+the records (`order.py`), and the totals of summary.json (`plain/summary.py`), in
 one pass and bounded memory. Standard library only; shares `schema.py` with the writer
 and nothing else. What comes from the model or a clock (scores, times, the prefix hashes)
 is held against what it must be like; only its neighbours can say more.
@@ -28,12 +28,12 @@ from dsatrace.schema import (
     SUMMARY_FILE,
     problems,
 )
-from dsatrace.trace.mismatch import Mismatch, compare, differs, require
-from dsatrace.trace.plain_files import PlainRun
-from dsatrace.trace.plain_summary import PlainSummary, described
-from dsatrace.trace.verify_order import RequestLine, RunOrder
-from dsatrace.trace.verify_record import check_record
-from dsatrace.trace.verify_rules import Rules, require_schema
+from dsatrace.trace.plain.files import PlainRun
+from dsatrace.trace.plain.summary import PlainSummary, described
+from dsatrace.trace.verify.mismatch import Mismatch, compare, differs, require
+from dsatrace.trace.verify.order import RequestLine, RunOrder
+from dsatrace.trace.verify.record import check_record
+from dsatrace.trace.verify.rules import Rules, require_schema
 
 _REQUEST_STATES = ("stop", "length", "aborted", "unfinished")
 _COST_FIELDS = next(field for field in SUMMARY_FIELDS if field.name == "tracing_cost").children
