@@ -106,7 +106,7 @@ def write_run(
     )
     folder.mkdir(parents=True)
     write_json(folder / MANIFEST_FILE, manifest(info, config, "running", key_id="00000000"))
-    deriver = RecordDeriver(config, LAYOUT, default_tiers(LAYOUT))
+    deriver = RecordDeriver(config, LAYOUT, default_tiers(LAYOUT), reuse=True)
     sinks = open_sinks(folder, config, info.selections)
     written = 0
     for capture in captures(num_records, shape):

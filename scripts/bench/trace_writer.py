@@ -115,7 +115,7 @@ class Encoders:
 
     def __init__(self, folder: Path) -> None:
         self._config = TraceConfig(out=folder)
-        self._deriver = RecordDeriver(self._config, LAYOUT, default_tiers(LAYOUT))
+        self._deriver = RecordDeriver(self._config, LAYOUT, default_tiers(LAYOUT), reuse=True)
         self._lines = StepLines()
         self._summary = Summary(self._config.compared_block_sizes, "synthetic")
         self.ways: dict[str, Callable[[StepCapture], bytes | memoryview]] = {

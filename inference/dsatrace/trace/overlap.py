@@ -96,7 +96,12 @@ class SelectionOverlap:
             self.step.add(with_before, compared, k / seq_len)
         if num_layers > 1:
             self.layer.add(with_layer, np.where(np.arange(num_layers) > 0, k, 0), k / seq_len)
-        self._last[request_id] = _Selection(step_idx, tokens)
+        # A copy: the caller's array may be the next step's too.
+        kept = (
+            last.tokens if last is not None and last.tokens.shape == tokens.shape else np.empty_like(tokens)
+        )
+        np.copyto(kept, tokens)
+        self._last[request_id] = _Selection(step_idx, kept)
 
     def forget(self, request_id: str) -> None:
         """Drops what is kept of a request."""

@@ -24,7 +24,7 @@ from dsatrace.schema import Level
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.kernels import compile_kernels
-from dsatrace.trace.statistics import StepStatistics, fused_statistics, request_major
+from dsatrace.trace.statistics import Scratch, StepStatistics, fused_statistics, request_major
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +59,16 @@ class StepRecords:
 
 
 class RecordDeriver:
-    """Derives steps with one configuration: block size, level, layout, tiers."""
+    """Derives steps with one configuration: block size, level, layout, tiers.
 
-    def __init__(self, config: TraceConfig, layout: CacheLayout, tiers: Mapping[str, Tier]) -> None:
+    With `reuse` a step's arrays are good until the next `derive`, and no step pays for memory.
+    """
+
+    def __init__(
+        self, config: TraceConfig, layout: CacheLayout, tiers: Mapping[str, Tier], reuse: bool = False
+    ) -> None:
         compile_kernels()  # now, not during the first step
+        self._scratch = Scratch() if reuse else None
         self._config = config
         self._layout = layout
         self._tiers = tiers
@@ -73,7 +79,7 @@ class RecordDeriver:
         if not np.isfinite(capture.score_stats[..., :3]).all():
             raise ValueError(f"forward {capture.forward_idx}: the indexer's scores are not finite numbers")
         cached = np.array([prefix.num_cached_blocks for prefix in capture.prefixes], dtype=np.int64)
-        stats = fused_statistics(capture.positions, capture.seq_len, cached, config.block_size)
+        stats = fused_statistics(capture.positions, capture.seq_len, cached, config.block_size, self._scratch)
         reads = self._reads(capture, stats)
         positions, scores = _as_recorded(capture, stats, config)
         return StepRecords(

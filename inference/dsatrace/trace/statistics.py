@@ -49,22 +49,48 @@ def request_major(per_layer: np.ndarray) -> np.ndarray:
     return per_layer.swapaxes(0, 1).reshape(num_requests * num_layers, *per_layer.shape[2:])
 
 
+class Scratch:
+    """Memory for the large arrays of one step, used again for the next.
+
+    Fresh memory of this size comes from the system page by page, which costs more than the
+    statistics themselves: 2.5 times as much at batch 4.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def take(self, name: str, size: int, dtype: type) -> np.ndarray:
+        """`(size,)` uninitialised; what `name` was taken for before is overwritten."""
+        array = self._arrays.get(name)
+        if array is None or len(array) < size:
+            array = self._arrays[name] = np.empty(size, dtype=dtype)
+        return array[:size]
+
+
 def fused_statistics(
     positions: np.ndarray,  # (L, B, K) int32, -1 where there is none
     seq_len: np.ndarray,  # (B,) positions visible to the query
     cached_blocks: np.ndarray,  # (B,) blocks of the shared prefix
     block_size: int,  # tokens
+    scratch: Scratch | None = None,
 ) -> StepStatistics:
-    """`step_statistics` in one pass that needs no GIL; call `compile_kernels` before the run."""
-    num_layers, _, k = positions.shape
+    """`step_statistics` in one pass that needs no GIL; call `compile_kernels` before the run.
+
+    With `scratch` the result is good until the next call with it.
+    """
+    scratch = scratch or Scratch()
+    num_layers, num_requests, k = positions.shape
     visible = np.repeat(np.asarray(seq_len, dtype=np.int64), num_layers)  # (R,)
     cached = np.repeat(np.asarray(cached_blocks, dtype=np.int64), num_layers)
     # numpy sorts with SIMD and without the GIL: quicker than a bitmap of the context.
-    ordered = np.sort(request_major(positions).astype(np.int32, copy=False), axis=1)  # (R, K), -1 first
+    ordered = scratch.take("ordered", positions.size, np.int32).reshape(-1, k)  # (R, K), -1 first
+    ordered.reshape(num_requests, num_layers, k)[:] = positions.swapaxes(0, 1)
+    ordered.sort(axis=1)
     num_records, num_tokens = len(visible), int(np.minimum(visible, k).sum())
-    tokens, block_ids = np.empty((2, num_tokens), dtype=np.int32)
+    tokens = scratch.take("tokens", num_tokens, np.int32)
+    block_ids = scratch.take("block_ids", num_tokens, np.int32)
+    tokens_in_block = scratch.take("tokens_in_block", num_tokens, np.int64)
     token_ptr, block_ptr = np.empty((2, num_records + 1), dtype=np.int64)
-    tokens_in_block = np.empty(num_tokens, dtype=np.int64)
     offsets, blocks = np.zeros((2, 3, num_records), dtype=np.int64)
     whole = derive_step(
         ordered,

@@ -73,7 +73,7 @@ class Tracer:
         self._key_id = key_id(secret)
         self._analyzer = PrefixCacheAnalyzer(config.block_size, config.prefix_key_tokens, secret=secret)
         # Compiles what the writer runs, if this machine has not yet: before the run, not in its first step.
-        deriver = RecordDeriver(config, run.layouts[0], tiers or default_tiers(run.layouts[0]))
+        deriver = RecordDeriver(config, run.layouts[0], tiers or default_tiers(run.layouts[0]), reuse=True)
         cost = TracingCost()
         sinks = self._open_folder(cost, sinks)
         self._writer = TraceWriter(
