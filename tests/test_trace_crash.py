@@ -73,7 +73,7 @@ def test_killed_at_any_moment(tmp_path: Path, seed: int) -> None:
 def test_cut_at_every_byte(tmp_path: Path) -> None:
     with Tracer(config_for(tmp_path), RUN, secret=SECRET) as tracer:
         tracer.add_request(SampleRequest("r0", [1] * 40))
-        tracer.put(sample_capture(np.random.default_rng(0), [40], k=5, prefixes=()))
+        tracer.put(sample_capture(np.random.default_rng(0), [40], k=5))
     path = tmp_path / "trace_steps.jsonl"
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)

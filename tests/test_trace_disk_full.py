@@ -50,7 +50,7 @@ def write_a_run(folder: Path, **changes: Any) -> None:
         for request in requests:
             tracer.add_request(request)
         for i in range(NUM_STEPS):
-            tracer.put(sample_capture(rng, [40 + i, 60 + i], step_idx=i, prefixes=()))
+            tracer.put(sample_capture(rng, [40 + i, 60 + i], step_idx=i))
         for request in requests:
             tracer.finish_request(request, num_output_tokens=NUM_STEPS, state="stop")
 

@@ -95,14 +95,14 @@ def test_no_token_id_lands_in_the_folder(tmp_path: Path) -> None:
     with open_tracer(tmp_path) as tracer:
         tracer.add_request(request(0, [marked] * 40))
         tracer.add_request(request(1))
-        tracer.put(captures(1, prefixes=())[0])
+        tracer.put(captures(1, prefixes=tracer.prefixes(["r0", "r1"]))[0])
     assert all(str(marked) not in path.read_text() for path in tmp_path.iterdir())
 
 
 def test_the_tracer_knows_each_requests_prefix(tmp_path: Path) -> None:
     with open_tracer(tmp_path) as tracer:
         known = [tracer.add_request(request(0, [5] * 32)), tracer.add_request(request(1, [5] * 32))]
-        tracer.put(captures(1, prefixes=())[0])
+        tracer.put(captures(1, prefixes=tracer.prefixes(["r0", "r1"]))[0])
     keys = [
         (line["prefix"]["prefix_key"], line["prefix"]["prefix_cached_blocks"])
         for line in RunReader(tmp_path).steps()

@@ -120,10 +120,33 @@ class ModelRunner:
         synced = self._synchronise()
         ended = time.perf_counter()
         recording.finish()
-        capture = _capture(step, recorded, recording, self.num_forwards, ended - started, synced)
+        capture = self._capture(step, recorded, recording, ended - started, synced)
         handover_s = prepared_s + (time.perf_counter() - ended)
         self.tracer.put(capture, handover_us=handover_s * 1e6, sync_us=(ended - computed) * 1e6)
         return logits
+
+    def _capture(
+        self, step: Step, recorded: list[Work], recording: Recording, wall_s: float, synced: bool
+    ) -> StepCapture:
+        assert self.tracer is not None
+        positions, stats, scores = recording.arrays()
+        request_ids = tuple(work.live.request.request_id for work in recorded)
+        return StepCapture(
+            phase="prefill" if step.is_prefill else "decode",
+            request_ids=request_ids,
+            step_idx=tuple(-1 if step.is_prefill else work.live.num_decode_steps for work in recorded),
+            seq_len=np.array([work.first_pos + work.num_tokens for work in recorded], dtype=np.int32),
+            batch_size=len(step.work),
+            positions=positions,
+            score_stats=stats,
+            scores=scores,
+            prefixes=self.tracer.prefixes(request_ids),
+            forward_idx=self.num_forwards,
+            step_wall_us=wall_s * 1e6,
+            step_synced=synced,
+            wait=recording.wait,
+            release=recording.release,
+        )
 
     def _synchronise(self) -> bool:
         """Waits for the device unless told not to; True when the clock can be trusted."""
@@ -145,30 +168,3 @@ def _last_rows(step: Step, recorded: list[Work]) -> list[int]:
     """The batch row of each recorded work's last token."""
     ends = itertools.accumulate(work.num_tokens for work in step.work)
     return [end - 1 for work, end in zip(step.work, ends, strict=True) if work in recorded]
-
-
-def _capture(
-    step: Step,
-    recorded: list[Work],
-    recording: Recording,
-    forward_idx: int,
-    wall_s: float,
-    synced: bool,
-) -> StepCapture:
-    positions, stats, scores = recording.arrays()
-    return StepCapture(
-        phase="prefill" if step.is_prefill else "decode",
-        request_ids=tuple(work.live.request.request_id for work in recorded),
-        step_idx=tuple(-1 if step.is_prefill else work.live.num_decode_steps for work in recorded),
-        seq_len=np.array([work.first_pos + work.num_tokens for work in recorded], dtype=np.int32),
-        batch_size=len(step.work),
-        positions=positions,
-        score_stats=stats,
-        scores=scores,
-        prefixes=(),  # the tracer knows them by request
-        forward_idx=forward_idx,
-        step_wall_us=wall_s * 1e6,
-        step_synced=synced,
-        wait=recording.wait,
-        release=recording.release,
-    )

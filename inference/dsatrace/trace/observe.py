@@ -41,6 +41,7 @@ class Selected(Protocol):
 
 
 OnSelect = Callable[[int, Selected], None]
+HostArrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
 @contextlib.contextmanager
@@ -75,6 +76,11 @@ class Slot:
         self.positions = buffer(topk, torch.int32)
         self.stats = buffer(NUM_STATS, torch.float32)
         self.scores = buffer(topk, torch.float32) if with_scores else None
+        # Made once: views of the tensors cost the model thread 0.1 ms when it has just waited.
+        self.arrays: HostArrays | None = None
+        if device is None:
+            scores = None if self.scores is None else self.scores.numpy()
+            self.arrays = self.positions.numpy(), self.stats.numpy(), scores
 
     def copy_from(self, other: Slot, num_rows: int) -> None:
         self.positions[:, :num_rows].copy_(other.positions[:, :num_rows], non_blocking=True)
@@ -176,14 +182,12 @@ class Recording:
         if target.scores is not None:
             target.scores[:, : self.num_rows, :width] = scores
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def arrays(self) -> HostArrays:
         """Views `positions (L, B, K) int32`, `stats (L, B, 4)` and `scores (L, B, K)` or None."""
-        scores = self.slot.scores
-        return (
-            self.slot.positions[:, : self.num_rows].numpy(),
-            self.slot.stats[:, : self.num_rows].numpy(),
-            None if scores is None else scores[:, : self.num_rows].numpy(),
-        )
+        assert self.slot.arrays is not None
+        positions, stats, scores = self.slot.arrays
+        kept = slice(self.num_rows)
+        return positions[:, kept], stats[:, kept], None if scores is None else scores[:, kept]
 
     def release(self) -> None:
         """Gives the slot back to the ring."""

@@ -12,10 +12,9 @@ tensor, no scheduler.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -115,18 +114,18 @@ class Tracer:
         self._prefixes[request_id] = prefix
         return prefix
 
+    def prefixes(self, request_ids: Iterable[str]) -> tuple[RequestPrefix, ...]:
+        """What `add_request` said of running requests, for a capture of them."""
+        return tuple(self._prefixes[request_id] for request_id in request_ids)
+
     def put(self, capture: StepCapture, handover_us: float = 0.0, sync_us: float = 0.0) -> None:
-        """Hands one traced step to the writer; a capture without `prefixes` gets its requests' own.
+        """Hands one traced step to the writer.
 
         `handover_us`: what the caller spent on copies, `sync_us`: on waiting for the
         device. Raises what the writer met since the last call, or drops the step (see
         `TraceWriter`).
         """
-        start = time.perf_counter()
-        if not capture.prefixes:
-            prefixes = tuple(self._prefixes[request_id] for request_id in capture.request_ids)
-            capture = dataclasses.replace(capture, prefixes=prefixes)
-        self._writer.put(capture, handover_us + (time.perf_counter() - start) * 1e6, sync_us)
+        self._writer.put(capture, handover_us, sync_us)
 
     def finish_request(
         self,
