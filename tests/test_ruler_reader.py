@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -300,6 +301,7 @@ HEADERS = plain_archive()[:4096].rstrip(b"\x00")  # what follows is mostly paddi
     end=st.integers(0, len(HEADERS)) | st.none(),
     packed=st.booleans(),
 )
+@hypothesis.example(changes=[], end=3, packed=True)  # tarfile itself raises TypeError here
 def test_no_archive_gives_a_traceback(
     tmp_path: Path, changes: list[tuple[int, int]], end: int | None, packed: bool
 ) -> None:

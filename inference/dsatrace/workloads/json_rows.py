@@ -11,14 +11,13 @@ Knows no data set.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.rows import BadRow, BadRows, open_source, read_rows
+from dsatrace.workloads.rows import BadRow, BadRows, json_object, open_source, read_rows
 
 MAX_ROW_BYTES = 256 << 20  # the longest row of LongBench v2 is 16 million characters
 
@@ -173,26 +172,7 @@ class _Array:
 def _decode(piece: _Piece) -> dict[str, Any]:
     if piece.fault is not None:
         raise piece.fault
-    try:
-        text = piece.data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRow("not UTF-8", f"at byte {piece.offset + error.start}") from error
-    try:
-        row = _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        byte = piece.offset + len(text[: error.pos].encode())
-        raise BadRow("not JSON", f"{error.msg.removesuffix(' at')} at byte {byte}") from error
-    except RecursionError as error:
-        raise BadRow("not JSON", "it is nested too deeply") from error
-    except ValueError as error:  # NaN, or a number of thousands of digits
-        raise BadRow("not JSON", str(error)) from error
-    if not isinstance(row, dict):
-        raise BadRow("not an object", f"it is of type {type(row).__name__}")
-    return row
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON value")
+    return json_object(piece.data, piece.offset)
 
 
 def _refuse_length(source: str, offset: int) -> NoReturn:
@@ -200,6 +180,3 @@ def _refuse_length(source: str, offset: int) -> NoReturn:
         f"{source}: the row at byte {offset} is longer than {MAX_ROW_BYTES >> 20} MiB; "
         "is a bracket or a line's end missing?"
     )
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

@@ -2,7 +2,7 @@
 
 A reader cuts its file into pieces, one a row, and parses each; a piece that cannot be used
 raises `BadRow`, and the policy decides: `fail` ends the run with one line that names file,
-row and column, `skip` counts the row by its reason. Knows no file format.
+row and column, `skip` counts the row by its reason. Knows JSON, but no file's layout.
 
     bad_rows = BadRows("skip")
     rows = list(read_rows("chats.jsonl", pieces, parse, bad_rows))
@@ -11,10 +11,11 @@ row and column, `skip` counts the row by its reason. Knows no file format.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar, get_args
+from typing import Any, BinaryIO, Literal, NoReturn, TypeVar, get_args
 
 from dsatrace.errors import UserError
 
@@ -141,3 +142,30 @@ def check_limit(name: str, limit: int | None) -> None:
     """A limit on the number of rows is None (all of them) or at least 1."""
     if limit is not None and limit < 1:
         raise UserError(f"{name} must be at least 1, not {limit}; leave it out for all rows")
+
+
+def json_object(data: bytes | bytearray, offset: int = 0) -> dict[str, Any]:
+    """The JSON object of one row that begins at byte `offset`; raises `BadRow` for anything else."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRow("not UTF-8", f"at byte {offset + error.start}") from error
+    try:
+        row = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        byte = offset + len(text[: error.pos].encode())
+        raise BadRow("not JSON", f"{error.msg.removesuffix(' at')} at byte {byte}") from error
+    except RecursionError as error:
+        raise BadRow("not JSON", "it is nested too deeply") from error
+    except ValueError as error:  # NaN, or a number of thousands of digits
+        raise BadRow("not JSON", str(error)) from error
+    if not isinstance(row, dict):
+        raise BadRow("not an object", f"it is of type {type(row).__name__}")
+    return row
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

@@ -79,9 +79,16 @@ def _all_files(source: Path, tasks: Collection[str]) -> Iterator[tuple[RowFile, 
         raise UserError(f"{error.filename or source}: cannot read: {error.strerror}") from error
 
 
+def _open(archive: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(archive, "r|*")
+    except TypeError as error:  # what tarfile makes of a gzip header that is cut off
+        raise EOFError("its gzip header is cut off") from error
+
+
 def _members(archive: Path) -> Iterator[tuple[RowFile, IO[bytes]]]:
     try:
-        with tarfile.open(archive, "r|*") as tar:
+        with _open(archive) as tar:
             for member in tar:
                 _refuse_unsafe(archive, member)
                 file = _described(member.name, f"{archive}: {member.name}") if member.isfile() else None

@@ -8,14 +8,13 @@ Knows no columns; what becomes of a bad row is decided in `workloads/rows.py`.
 
 from __future__ import annotations
 
-import json
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.rows import UTF8_BOM, BadRow
+from dsatrace.workloads.rows import UTF8_BOM, BadRow, json_object
 
 MAX_LINE_BYTES = 64 << 20  # a prompt of a million tokens is about 5 MB
 
@@ -43,20 +42,4 @@ def decode(line: bytes) -> dict[str, Any]:
     """The JSON object of one line; raises `BadRow` for anything else."""
     if len(line) > MAX_LINE_BYTES:
         raise BadRow("too long", f"more than {MAX_LINE_BYTES >> 20} MiB")
-    try:
-        row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise BadRow("not UTF-8", f"at byte {error.start} of the line") from error
-    except json.JSONDecodeError as error:
-        raise BadRow("not JSON", f"{error.msg.removesuffix(' at')} at character {error.pos}") from error
-    except RecursionError as error:
-        raise BadRow("not JSON", "it is nested too deeply") from error
-    except ValueError as error:  # NaN, or a number of thousands of digits
-        raise BadRow("not JSON", str(error)) from error
-    if not isinstance(row, dict):
-        raise BadRow("not an object", f"it is of type {type(row).__name__}")
-    return row
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON value")
+    return json_object(line)
