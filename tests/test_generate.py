@@ -235,7 +235,9 @@ def test_no_text_reaches_the_folder_unasked(
     assert [request["text"] for request in RunReader(asked_for).requests()] == [text]
     with_text = b"".join(contents(asked_for).values()).decode()
     assert CANARY not in with_text and TOKEN_CANARY not in with_text
-    assert CANARY not in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert text in shown.out, "the answer, and nothing else of these"
+    assert not [secret for secret in (CANARY, "HERON-2206", TOKEN_CANARY) if secret in shown.out + shown.err]
 
 
 # ---- as a program
