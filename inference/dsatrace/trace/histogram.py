@@ -12,6 +12,7 @@ size (a dict). Neither knows what it counts.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,11 +22,12 @@ import numpy as np
 from dsatrace.schema import distribution, quantile_histogram
 
 
-class _Counts:
+class _Counts(ABC):
     """What both stores answer, from ascending distinct values and their counts."""
 
+    @abstractmethod
     def items(self) -> tuple[list[Any], list[int]]:
-        raise NotImplementedError
+        """Ascending distinct values, and how often each was counted."""
 
     def distribution(self) -> dict[str, Any]:
         """`{min, p50, p95, max, mean}`; all null when nothing was counted."""
