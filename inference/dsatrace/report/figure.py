@@ -66,6 +66,8 @@ def _blocks_touched(axes: Any, summary: Summary) -> None:
 
 def _heat_map(axes: Any, run: RunReader, layer_id: int) -> None:
     """How many tokens of each block were selected, step by step, for the first request."""
+    from matplotlib.colors import PowerNorm
+
     records = _first_request(run, layer_id)
     axes.set(title=f"Tokens selected per block, layer {layer_id}", xlabel="decode step", ylabel="block")
     if not records:
@@ -77,8 +79,15 @@ def _heat_map(axes: Any, run: RunReader, layer_id: int) -> None:
     for step, record in enumerate(records):
         blocks = np.asarray(record["selected_token_pos"]) // block_size
         touched[:, step] = np.bincount(blocks, minlength=num_blocks)
-    shown = np.where(touched > 0, touched, np.nan)
-    image = axes.imshow(shown, aspect="auto", origin="lower", interpolation="nearest", cmap="YlGnBu")
+    # The root spreads the small counts, which are most of them; 0 is white.
+    image = axes.imshow(
+        touched,
+        norm=PowerNorm(0.5, vmin=0),
+        cmap="Blues",
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+    )
     axes.figure.colorbar(image, ax=axes, label="selected tokens")
 
 
