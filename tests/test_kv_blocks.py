@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsatrace.kv.blocks import BlockPool, BlockTable, OutOfBlocks, blocks_needed
+from dsatrace.kv.blocks import BlockPool, OutOfBlocks, blocks_needed
 
 
 def test_blocks_needed_rounds_up() -> None:
@@ -44,21 +44,23 @@ def test_a_bad_free_is_caught_and_changes_nothing(ids: list[int]) -> None:
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 80)), max_size=40))
 def test_any_sequence_keeps_every_block_in_one_place(moves: list[tuple[int, int]]) -> None:
     pool = BlockPool(12, 8)
-    tables = [BlockTable(pool) for _ in range(4)]
+    tables: list[list[int]] = [[] for _ in range(4)]
     for which, num_tokens in moves:
         table = tables[which]
         if num_tokens == 0:
-            table.release()
+            pool.free(table)
+            table.clear()
         else:
-            before = list(table.ids)
+            before = list(table)
             try:
-                new = table.grow(num_tokens)
+                new = pool.allocate(max(0, blocks_needed(num_tokens, 8) - len(table)))
             except OutOfBlocks:
-                assert table.ids == before
+                assert table == before
             else:
-                assert table.ids == before + new
-                assert table.capacity_tokens >= num_tokens
-        held = [block for table in tables for block in table.ids]
+                table += new
+                assert table == before + new
+                assert len(table) * pool.block_size >= num_tokens
+        held = [block for table in tables for block in table]
         assert len(set(held)) == len(held)
         assert pool.num_free == 12 - len(held)
         pool.check_integrity()

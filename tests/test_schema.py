@@ -19,7 +19,7 @@ from dsatrace.schema import (
     at_level,
     decode,
     encode,
-    field_levels,
+    field_paths,
     nearest_rank,
     problems,
     quantile_histogram,
@@ -79,7 +79,7 @@ def test_problems_are_named() -> None:
 def test_levels_only_ever_drop() -> None:
     kept = [set(paths(at_level(record(), level))) for level in LEVELS]
     assert kept[0] > kept[1] > kept[2]
-    assert field_levels("prefix.intersection_blocks") == ("full", "blocks")
+    assert dict(field_paths(STEP_FIELDS))["prefix.intersection_blocks"].levels == ("full", "blocks")
     assert {field.name for field in STEP_FIELDS if field.levels == ("full",)} == {
         "selected_token_pos",
         "scores_topk",

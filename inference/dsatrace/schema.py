@@ -461,17 +461,6 @@ def value_at(record: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def field_levels(name: str) -> tuple[Level, ...]:
-    """Levels at which a (possibly nested, dotted) field of a step record is present."""
-    fields: tuple[Field, ...] = STEP_FIELDS
-    found: Field | None = None
-    for part in name.split("."):
-        found = next(field for field in fields if field.name == part)
-        fields = found.children
-    assert found is not None
-    return found.levels
-
-
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "int": (int,),

@@ -78,7 +78,7 @@ class Serving:
 
 @contextlib.contextmanager
 def on_interrupt(action: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C calls `action` instead of raising, inside the block. Off the main thread: nothing."""
+    """Ctrl-C calls `action` instead of raising, inside the block; main thread only."""
 
     def handler(signum: int, frame: FrameType | None) -> None:
         action()

@@ -1,12 +1,11 @@
-"""Hands out the blocks of a paged KV cache, and keeps each request's block table.
+"""Hands out the blocks of a paged KV cache; a request's block table is the list it was given.
 
 Pure accounting: knows no tensor, no token and no eviction. Every block is either
-free or owned by exactly one table; a prefix cache can later take over `free`.
+free or in use exactly once; a prefix cache can later take over `free`.
 
     pool = BlockPool(num_blocks=64, block_size=16)
-    table = BlockTable(pool)
-    table.grow(num_tokens=40)     # [0, 1, 2]
-    table.release()               # all three are free again, the tail first in line
+    table = pool.allocate(blocks_needed(40, pool.block_size))     # [0, 1, 2]
+    pool.free(table)              # all three are free again, the tail first in line
 """
 
 from __future__ import annotations
@@ -76,27 +75,3 @@ class BlockPool:
         assert len(free) == len(self._free), "a block stands twice in the free queue"
         for block_id in range(self.num_blocks):
             assert (block_id in free) != bool(self._in_use[block_id]), f"block {block_id} is both or neither"
-
-
-class BlockTable:
-    """One request's blocks in logical order: token position p lies in `ids[p // block_size]`."""
-
-    def __init__(self, pool: BlockPool) -> None:
-        self._pool = pool
-        self.ids: list[int] = []
-
-    @property
-    def capacity_tokens(self) -> int:
-        return len(self.ids) * self._pool.block_size
-
-    def grow(self, num_tokens: int) -> list[int]:
-        """Makes room for `num_tokens` tokens in all; returns the new blocks. Raises `OutOfBlocks`."""
-        missing = blocks_needed(num_tokens, self._pool.block_size) - len(self.ids)
-        new = self._pool.allocate(max(0, missing))
-        self.ids += new
-        return new
-
-    def release(self) -> None:
-        """Gives every block back; the table is empty afterwards."""
-        self._pool.free(self.ids)
-        self.ids = []

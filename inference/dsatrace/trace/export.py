@@ -25,7 +25,6 @@ from dsatrace.trace.parquet.file import Line, count_records, read_lines, write_p
 from dsatrace.trace.reader import RunReader
 
 Format = Literal["parquet", "jsonl"]
-FORMATS: tuple[Format, ...] = ("parquet", "jsonl")
 
 Progress = Callable[[int, int], None]  # done and all: bytes of text, or records on the way back
 
