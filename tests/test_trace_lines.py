@@ -13,14 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.kv.tiers import default_tiers
-from dsatrace.schema import LEVELS
 from dsatrace.trace import kernels as kernels_module
 from dsatrace.trace.json_lines import Choice, LineEncoder, Runs
 from dsatrace.trace.kernels import compile_kernels
 from dsatrace.trace.lines import StepLines
 from dsatrace.trace.records import RecordDeriver, step_lines
 from dsatrace.trace.statistics import fused_statistics, step_statistics
-from trace_samples import LAYOUT, config_for, sample_capture
+from trace_samples import LAYOUT, WAYS, config_for, sample_capture
 
 LINES = StepLines()  # one for all, so that what a step leaves in the buffer would show
 
@@ -40,10 +39,7 @@ def derive(capture: Any, **config: Any) -> Any:
     cached=st.integers(0, 6),
     forward_idx=st.integers(0, 2**62),
     name=st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
-    how=st.sampled_from(
-        [{"level": level} for level in LEVELS]
-        + [{"store_scores": True}, {"keep_order": True}, {"store_scores": True, "keep_order": True}]
-    ),
+    how=st.sampled_from(WAYS),
 )
 def test_the_same_bytes(
     seed: int,

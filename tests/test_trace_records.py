@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dsatrace.kv.tiers import default_tiers
 from dsatrace.schema import LEVELS, problems
 from dsatrace.trace.records import RecordDeriver, step_lines
-from trace_samples import LAYOUT, config_for, plain_records, sample_capture
+from trace_samples import LAYOUT, WAYS, config_for, plain_records, sample_capture
 
 
 def fast_records(capture: Any, config: Any) -> list[dict[str, Any]]:
@@ -46,10 +46,7 @@ def comparable(record: dict[str, Any]) -> dict[str, Any]:
     block_size=st.integers(1, 50),
     clustered=st.booleans(),
     cached=st.integers(0, 6),
-    how=st.sampled_from(
-        [{"level": level} for level in LEVELS]
-        + [{"store_scores": True}, {"keep_order": True}, {"store_scores": True, "keep_order": True}]
-    ),
+    how=st.sampled_from(WAYS),
 )
 def test_fast_equals_plain(
     seed: int,

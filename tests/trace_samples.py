@@ -11,12 +11,20 @@ import numpy as np
 
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.kv.prefix import RequestPrefix
+from dsatrace.schema import LEVELS
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.plain.record import PlainSelection, step_record
 
 LAYOUT = CacheLayout("demo", 1152, 132)
+WAYS: list[dict[str, Any]] = [
+    *({"level": level} for level in LEVELS),
+    {"store_scores": True},
+    {"keep_order": True},
+    {"store_scores": True, "keep_order": True},
+]
+"""Every way that `TraceConfig` lets a record be written."""
 SECRET = b"not a secret, only a test's key."
 RUN = RunInfo(model_config={"n_layers": 2}, layouts=(LAYOUT,), device="cpu")
 

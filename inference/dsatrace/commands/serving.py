@@ -108,7 +108,8 @@ def answer_prompts(serving: Serving, prompts: Sequence[str], source: Path) -> in
             print(report)
         if any(request.state == "aborted" for request in live):
             engine.mark_incomplete()
-            print("interrupted", file=sys.stderr)
+            if serving.is_rank_0:
+                print("interrupted", file=sys.stderr)
             return 130
     if serving.trace is not None:
         print(f"trace: {serving.trace.out}")
