@@ -16,7 +16,8 @@ class Request:
     `arrival_s` is seconds from the run's start; `source_row` is the row of the data
     set the prompt came from. `labels` name the groups its score is averaged in, such as
     `{"task": "vt"}`. `needle_positions` are the token positions of the prompt that hold
-    the answer, ascending, where the workload knows them. Token ids never leave the
+    the answer, ascending, where the workload knows them. Without `stop_at_eos` the answer
+    always has `max_new_tokens` tokens. Token ids never leave the
     process unless asked for.
     """
 
@@ -28,6 +29,7 @@ class Request:
     source_row: int | None = None
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     needle_positions: tuple[int, ...] = ()
+    stop_at_eos: bool = True
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:

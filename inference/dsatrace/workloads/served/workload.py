@@ -1,0 +1,62 @@
+"""What a runner asks of a data set: requests one by one, a score for an answer, what was read.
+
+for request in workload.requests():
+    score = workload.judge(request.request_id, answer_text)
+    workload.forget(request.request_id)
+workload.describe()["counts"]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from dsatrace.errors import UserError
+from dsatrace.workloads.request import Request
+from dsatrace.workloads.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How every row of a data set is asked. None leaves the choice to the data set."""
+
+    tokenizer: Tokenizer
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    max_prompt_tokens: int | None = None  # template included; only data sets that cut prompts look at it
+    thinking: bool = False
+
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("--max-new-tokens", self.max_new_tokens),
+            ("--max-prompt-tokens", self.max_prompt_tokens),
+        ):
+            if value is not None and value < 1:
+                raise UserError(f"{flag} {value}: use at least 1")
+
+
+class Workload(Protocol):
+    """One data set, read once, front to back.
+
+    `requests` yields each request with an id of its own, the same ids in the same order at
+    every reading, so that a run can be resumed. Raises `UserError` for a source that cannot be used.
+    """
+
+    name: str
+    metric: str | None
+    """What a score means; None where answers are not judged."""
+
+    def requests(self) -> Iterator[Request]: ...
+
+    def judge(self, request_id: str, answer: str) -> float | None:
+        """The score of an answer's text; None where there is none."""
+
+    def recorded(self, request: Request) -> tuple[int, ...] | None:
+        """The answer that the data set records, in tokens, for runs without a model."""
+
+    def forget(self, request_id: str) -> None:
+        """Drops what is kept of a request (references, a recorded answer): it has ended."""
+
+    def describe(self) -> dict[str, Any]:
+        """Name, metric and counts of what has been read, for `summary.json`; no text of the data."""
