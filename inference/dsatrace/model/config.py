@@ -115,7 +115,10 @@ class ModelArgs:
 
     @classmethod
     def from_json(cls, path: str | Path, **overrides: object) -> ModelArgs:
-        """Reads a config file; unknown keys and bad values raise `ValueError` naming the file."""
+        """Reads a config file, the demo's or a Hugging Face `config.json`; what is wrong with it
+        raises `ValueError` naming the file, unknown keys of the demo's included."""
+        from .hf_config import fields_of, is_hf_config
+
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -124,6 +127,11 @@ class ModelArgs:
             raise ValueError(f"{path}: not a JSON file: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path}: a model config is a JSON object, not {type(values).__name__}")
+        if is_hf_config(values):
+            try:
+                values = fields_of(values)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"{path}: unknown model config keys {', '.join(unknown)}; remove them")

@@ -11,15 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from .config import FP8_GROUP, ModelArgs
+from .hf_config import Weights, hf_config
 from .names import UNQUANTISED, checkpoint_tensors, scale_of
 from .shards import DTYPES, CheckpointError, Layout, ShardWriter, num_bytes
-
-Weights = Literal["bf16", "fp8", "fp32"]
 
 RANDOM_WEIGHTS = "random_weights"
 """Key of `config.json` that says so, for whoever reports on a run of this model."""
@@ -57,78 +55,10 @@ def write_checkpoint(
             folder / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
         )
-        _write_json(folder / "config.json", hf_config(args, weights))
+        _write_json(folder / "config.json", {**hf_config(args, weights), RANDOM_WEIGHTS: True})
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot write the checkpoint: {error.strerror}") from error
     return [folder / name for name in names]
-
-
-def hf_config(args: ModelArgs, weights: Weights) -> dict[str, object]:
-    """`config.json` of the same model, with the field names of Hugging Face's DeepseekV32."""
-    config: dict[str, object] = {
-        "architectures": ["DeepseekV32ForCausalLM"],
-        "model_type": "deepseek_v32",
-        "vocab_size": args.vocab_size,
-        "hidden_size": args.dim,
-        "intermediate_size": args.inter_dim,
-        "moe_intermediate_size": args.moe_inter_dim,
-        "num_hidden_layers": args.n_layers,
-        "first_k_dense_replace": args.n_dense_layers,
-        "moe_layer_freq": 1,
-        "num_attention_heads": args.n_heads,
-        "num_key_value_heads": args.n_heads,
-        "n_routed_experts": args.n_routed_experts,
-        "n_shared_experts": args.n_shared_experts,
-        "num_experts_per_tok": args.n_activated_experts,
-        "n_group": args.n_expert_groups,
-        "topk_group": args.n_limited_groups,
-        "routed_scaling_factor": args.route_scale,
-        "scoring_func": args.score_func,
-        "topk_method": "noaux_tc",
-        "norm_topk_prob": True,
-        "q_lora_rank": args.q_lora_rank,
-        "kv_lora_rank": args.kv_lora_rank,
-        "qk_nope_head_dim": args.qk_nope_head_dim,
-        "qk_rope_head_dim": args.qk_rope_head_dim,
-        "v_head_dim": args.v_head_dim,
-        "index_n_heads": args.index_n_heads,
-        "index_head_dim": args.index_head_dim,
-        "index_topk": args.index_topk,
-        "max_position_embeddings": int(args.original_seq_len * args.rope_factor),
-        "rope_theta": args.rope_theta,
-        "rope_scaling": _rope_scaling(args),
-        "rms_norm_eps": args.norm_eps,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "torch_dtype": "float32" if weights == "fp32" else "bfloat16",
-        RANDOM_WEIGHTS: True,
-    }
-    if weights == "fp8":
-        config["quantization_config"] = {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [FP8_GROUP, FP8_GROUP],
-            "scale_fmt": args.scale_fmt,
-        }
-    return config
-
-
-def _rope_scaling(args: ModelArgs) -> dict[str, object] | None:
-    if not args.uses_yarn:
-        return None
-    return {
-        "type": "yarn",
-        "factor": args.rope_factor,
-        "original_max_position_embeddings": args.original_seq_len,
-        "beta_fast": args.beta_fast,
-        "beta_slow": args.beta_slow,
-        "mscale": args.mscale,
-        "mscale_all_dim": args.mscale,
-    }
 
 
 def _layout(args: ModelArgs, weights: Weights) -> Layout:
