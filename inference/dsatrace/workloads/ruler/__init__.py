@@ -6,9 +6,9 @@
                   niah.py, counting.py and qa.py build the prompts
     texts.py      every sentence of a prompt; words.py and essay.py what the haystacks are made of
     positions.py  which tokens of a prompt hold the answer
-    score.py      match-all, match-any; recall.py: were those tokens selected
+    score.py      match-all, match-any
 
-Knows no model and no trace: a caller feeds the prompts and brings predictions and selections.
+Knows no model and no trace: a caller feeds the prompts and brings predictions.
 
     for example in generate("niah_single_1", 2048, tokenizer, num_examples=10):
         ids = encode_chat([Message("user", example.prompt)], tokenizer, answer_prefix=example.answer_prefix)

@@ -43,9 +43,12 @@ class Workload(Protocol):
     every reading, so that a run can be resumed. Raises `UserError` for a source that cannot be used.
     """
 
-    name: str
-    metric: str | None
-    """What a score means; None where answers are not judged."""
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metric(self) -> str | None:
+        """What a score means; None where answers are not judged."""
 
     def requests(self) -> Iterator[Request]: ...
 

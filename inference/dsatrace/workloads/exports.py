@@ -1,0 +1,199 @@
+"""Exports a fetched data set to `data/<name>/`: plain files a run reads without the hub.
+
+    data/ruler/<task>/validation_<length>.jsonl         as the archive has them
+    data/longbenchv2/longbenchv2_train[_limitN].jsonl   one row a line
+    data/sharegpt/sharegpt_train[_limitN].jsonl
+    data/burstgpt/burstgpt_train[_limitN].csv           the file's own columns
+
+Rows are streamed, one in memory. An export appears whole or not at all, with a
+`SOURCE.json` beside it that says what it was made of.
+
+    export_data_set(DATA_SETS["longbenchv2"], fetched, Path("data/longbenchv2"), limit=100)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from dsatrace.errors import UserError
+from dsatrace.workloads.burstgpt import read_burstgpt
+from dsatrace.workloads.catalog import DataSet
+from dsatrace.workloads.digests import Progress, file_sha256, folder_sha256, no_progress
+from dsatrace.workloads.downloads import Fetched
+from dsatrace.workloads.json_rows import read_json_rows
+from dsatrace.workloads.rows import BadRow, BadRows, check_limit, open_source, read_rows
+from dsatrace.workloads.ruler.example import TASKS
+from dsatrace.workloads.ruler.files import row_files
+from dsatrace.workloads.ruler.lines import decode, numbered_lines
+
+SOURCE_FILE = "SOURCE.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What `SOURCE.json` says. `name` is the exported file, "." for a folder of them; `sha256` is its own."""
+
+    name: str
+    sha256: str
+    num_rows: int
+    limit: int | None
+    repo: str
+    commit: str
+    file: str
+    file_sha256: str
+    licence: str
+
+    def text(self) -> str:
+        return f"{self.repo}@{self.commit} {self.file} sha256:{self.file_sha256}"
+
+
+class _WholeFile(BadRows):
+    """Of a file that is copied, every row must be one."""
+
+    def reject(self, place: str, fault: BadRow) -> None:
+        raise UserError(f"{place}: {fault}; the file is not whole: delete it and fetch it again") from fault
+
+
+def read_export(folder: Path) -> Export | None:
+    """What the folder's files were exported from; None if nobody says."""
+    path = folder / SOURCE_FILE
+    try:
+        values = json.loads(path.read_bytes())
+        kinds = {field.name: field.type for field in dataclasses.fields(Export)}
+        if not isinstance(values, dict) or values.keys() != kinds.keys():
+            raise ValueError("its keys are not those of an export")
+        if any(not isinstance(values[key], str) for key, kind in kinds.items() if kind == "str"):
+            raise ValueError("a text is missing")
+        return Export(**values)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not an export's description: {error}; export again, or delete it"
+        ) from error
+
+
+def export_data_set(
+    data_set: DataSet,
+    fetched: Fetched,
+    folder: Path,
+    limit: int | None = None,
+    progress: Progress = no_progress,
+) -> Export:
+    """Writes the first `limit` rows, of RULER those of each file; returns what `SOURCE.json` says.
+
+    Raises `UserError` for a source that is not whole and for a folder that is not ours to
+    replace; either leaves what was there before.
+    """
+    check_limit("limit", limit)
+    folder = folder.resolve()
+    name, write = _FORMS[data_set.name]
+    name = name.format("" if limit is None else f"_limit{limit}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _refuse_to_replace(folder, name)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+            made = Path(temporary)
+            num_rows = write(fetched.path, made / name, limit)
+            digest = folder_sha256(made, progress) if name == "." else file_sha256(made / name, progress)
+            export = Export(
+                name=name,
+                sha256=digest,
+                num_rows=num_rows,
+                limit=limit,
+                repo=fetched.file.repo,
+                commit=fetched.commit,
+                file=fetched.file.file,
+                file_sha256=fetched.sha256,
+                licence=data_set.licence,
+            )
+            _move(made, folder, export)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot write the export: {error.strerror or error}; make room, or name another --out"
+        ) from error
+    return export
+
+
+def _write_json_lines(source: Path, target: Path, limit: int | None) -> int:
+    rows = read_json_rows(source, lambda number, row: json.dumps(row) + "\n", _WholeFile())
+    return _write_lines(target, (line.encode() for line in itertools.islice(rows, limit)))
+
+
+def _write_csv(source: Path, target: Path, limit: int | None) -> int:
+    """The lines as they stand, each looked at by the reader."""
+    with open_source(source) as file:
+        lines = (line for line in file if line.strip())
+        header = next(lines, b"")
+        rows = zip(read_burstgpt(source, _WholeFile()), lines, strict=True)
+        wanted = itertools.islice(rows, limit)
+        return _write_lines(target, itertools.chain([header], (line for _, line in wanted))) - 1
+
+
+def _write_ruler(archive: Path, folder: Path, limit: int | None) -> int:
+    """The archive's row files under the names that its reader knows; `row_files` refuses unsafe members."""
+    num_rows = 0
+    for file, stream in row_files(archive):
+        target = folder / file.task / f"validation_{file.max_length}.jsonl"
+        if file.max_length is None:
+            target = target.with_name("validation.jsonl")
+        if target.exists():
+            raise UserError(
+                f"{file.name}: the archive holds it twice; this is not RULER's archive, get another"
+            )
+        target.parent.mkdir(exist_ok=True)
+        rows = read_rows(file.name, numbered_lines(stream, file.name), _json_line, _WholeFile())
+        num_rows += _write_lines(target, itertools.islice(rows, limit))
+    return num_rows
+
+
+def _json_line(row: int, line: bytes) -> bytes:
+    decode(line)
+    return line.rstrip(b"\r\n") + b"\n"
+
+
+def _write_lines(target: Path, lines: Iterable[bytes]) -> int:
+    """Returns how many there were."""
+    num_lines = 0
+    with target.open("xb") as out:
+        for line in lines:
+            out.write(line)
+            num_lines += 1
+    return num_lines
+
+
+def _refuse_to_replace(folder: Path, name: str) -> None:
+    """Only what an export wrote is overwritten."""
+    entries = TASKS if name == "." else (name,)
+    there = [entry for entry in entries if (folder / entry).exists()]
+    if there and read_export(folder) is None:
+        raise UserError(
+            f"{folder / there[0]}: is there and not from an export; move it away or name another --out"
+        )
+
+
+def _move(made: Path, folder: Path, export: Export) -> None:
+    """What was made to where it belongs; `SOURCE.json` first: its sha256 tells what is not there yet."""
+    text = json.dumps(dataclasses.asdict(export), indent=1) + "\n"
+    (made / SOURCE_FILE).write_text(text, encoding="utf-8")
+    (made / SOURCE_FILE).replace(folder / SOURCE_FILE)
+    if export.name == ".":
+        for task in TASKS:
+            if (folder / task).exists():
+                shutil.rmtree(folder / task)
+    for entry in sorted(made.iterdir()):
+        entry.replace(folder / entry.name)
+
+
+_FORMS: dict[str, tuple[str, Callable[[Path, Path, int | None], int]]] = {
+    "ruler": (".", _write_ruler),
+    "longbenchv2": ("longbenchv2_train{}.jsonl", _write_json_lines),
+    "sharegpt": ("sharegpt_train{}.jsonl", _write_json_lines),
+    "burstgpt": ("burstgpt_train{}.csv", _write_csv),
+}
