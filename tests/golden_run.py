@@ -7,7 +7,7 @@ positions are random, everything else is what an engine would have done.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +32,16 @@ class GoldenRequest(NamedTuple):
     num_prompt_tokens: int
     num_output_tokens: int
     cached_blocks: int = 0
+    needle_positions: tuple[int, ...] = ()
+    score: float | None = None
 
 
-REQUESTS = (GoldenRequest("r0", 6, 6), GoldenRequest("r1", 40, 4), GoldenRequest("r2", 45, 6, 7))
+REQUESTS = (
+    GoldenRequest("r0", 6, 6, score=100.0),
+    GoldenRequest("r1", 40, 4, score=100 / 3),
+    GoldenRequest("r2", 45, 6, 7, needle_positions=tuple(range(11, 31))),
+)
+SERVING = {"mode": "continuous", "clock": "virtual", "max_batch_size": 3}
 
 
 def write_golden(
@@ -43,6 +50,7 @@ def write_golden(
     *,
     state: str = "complete",
     num_layers: int = NUM_LAYERS,
+    serving: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
     """Writes the run and returns its folder; `changes` are `TraceConfig`'s."""
@@ -53,10 +61,11 @@ def write_golden(
         device="cpu",
         selections="synthetic",
         seed=config.seed,
+        serving=serving,
     )
     folder.mkdir(parents=True)
     write_json(folder / MANIFEST_FILE, manifest(info, config, "running", key_id="00000000"))
-    sinks = open_sinks(folder, config, info.selections)
+    sinks = open_sinks(folder, config, info.selections, serving=serving)
     _serve(sinks, config, requests, num_layers)
     for sink in sinks:
         sink.close(state)
@@ -90,26 +99,31 @@ def _serve(
                 ),
                 phase="prefill" if step < 0 else "decode",
                 forward_idx=forward_idx,
+                needles=tuple(request.needle_positions for request in running),
             )
             for sink in sinks:
                 sink.write_step(deriver.derive(capture))
         for request in running:
             if step == request.num_output_tokens - 2:
                 for sink in sinks:
-                    sink.write_request(_line(request))
+                    sink.write_request(_line(request, requests.index(request)))
 
 
-def _line(request: GoldenRequest) -> dict[str, Any]:
+def _line(request: GoldenRequest, i: int) -> dict[str, Any]:
     return {
         "request_id": request.request_id,
         "source_row": None,
         "num_prompt_tokens": request.num_prompt_tokens,
         "num_output_tokens": request.num_output_tokens,
-        "arrival_s": 0.0,
-        "first_token_s": 0.5,
-        "finish_s": 1.0,
+        "arrival_s": i * 1.1,
+        "first_token_s": i * 1.1 + 0.5,
+        "finish_s": i * 1.1 + 0.7 + request.num_output_tokens / 7,
         "state": "length",
-        "score": None,
+        "score": request.score,
+        "admitted_s": i * 1.1 + 0.25,
+        "num_preemptions": 0,
+        "labels": {"task": f"task {i % 2}", "length": "short"},
+        "needle_positions": list(request.needle_positions),
     }
 
 

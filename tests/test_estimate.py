@@ -13,7 +13,8 @@ import pytest
 from conftest import INFERENCE
 from dsatrace import cli
 from dsatrace.commands.generate import main as generate
-from dsatrace.engine.runner import ModelRunner
+from dsatrace.engine.model_runner import ModelRunner
+from dsatrace.engine.sampler import Sampler
 from dsatrace.schema import LEVELS, Level
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.estimate import TraceLoad, draw_sample, estimate_sizes
@@ -93,7 +94,8 @@ def test_the_ring_is_the_runners(tmp_path: Path) -> None:
         config = TraceConfig(out=tmp_path, store_scores=scores, queue_steps=5)
         model: Any = SimpleNamespace(args=SimpleNamespace(n_layers=3, index_topk=16))
         tracer: Any = SimpleNamespace(config=config)
-        ring = ModelRunner(model, cache=None, tracer=tracer, max_batch_size=4).ring  # type: ignore[arg-type]
+        runner = ModelRunner(model, None, Sampler(), tracer=tracer, max_batch_size=4)  # type: ignore[arg-type]
+        ring = runner.ring
         assert ring is not None
         slots = [ring._free.get() for _ in range(ring._free.qsize())]
         buffers = [b for slot in slots for b in (slot.positions, slot.stats, slot.scores) if b is not None]

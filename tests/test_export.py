@@ -32,7 +32,7 @@ from dsatrace.trace.parquet.file import read_lines, read_numbers, read_records, 
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.records import RecordDeriver, step_lines
 from dsatrace.trace.synthetic import SyntheticSelections
-from trace_samples import LAYOUT, config_for, sample_capture
+from trace_samples import LAYOUT, config_for, sample_capture, sample_needles
 
 FILES = ("manifest.json", "requests.jsonl", "summary.json", "trace_steps.jsonl")
 HOWS: list[dict[str, Any]] = [
@@ -50,7 +50,13 @@ def lines_of(capture: Any, **how: Any) -> list[bytes]:
 
 
 def sample_lines(seed: int = 0, **how: Any) -> list[bytes]:
-    capture = sample_capture(np.random.default_rng(seed), [5, 40, 90], k=8, cached_blocks=[0, 1, 3])
+    capture = sample_capture(
+        np.random.default_rng(seed),
+        [5, 40, 90],
+        k=8,
+        cached_blocks=[0, 1, 3],
+        needles=((0, 2), (), (4, 50, 51)),
+    )
     return lines_of(capture, **how)
 
 
@@ -93,7 +99,14 @@ def test_every_line_comes_back(
 ) -> None:
     rng = np.random.default_rng(seed)
     cached_blocks = [min(cached, n // block_size) for n in seq_lens]
-    capture = sample_capture(rng, seq_lens, k=k, clustered=clustered, cached_blocks=cached_blocks)
+    capture = sample_capture(
+        rng,
+        seq_lens,
+        k=k,
+        clustered=clustered,
+        cached_blocks=cached_blocks,
+        needles=sample_needles(rng, seq_lens),
+    )
     assert capture.scores is not None
     capture.scores[:] *= np.float32(scale)
     capture.score_stats[:] *= np.float32(scale)
@@ -228,6 +241,27 @@ def test_numbers_are_those_of_the_lines(scratch: Path) -> None:
     (numbers,) = read_numbers(scratch, fields)
     for field in fields:
         assert numbers[field].tolist() == [value_at(json.loads(line), field) for line in lines]
+
+
+def test_a_file_from_before_a_field_was_added_is_read(scratch: Path) -> None:
+    lines = sample_lines()
+    there_and_back(lines, scratch)
+    fields = ("layer_id", "needle.tokens", "needle.selected")
+    (numbers,) = read_numbers(scratch, fields)
+    expected = [json.loads(line).get("needle", {}).get("tokens", np.nan) for line in lines]
+    np.testing.assert_array_equal(numbers["needle.tokens"], expected)
+    pq.write_table(pq.read_table(scratch).drop_columns(["needle_tokens", "needle_selected"]), scratch)
+    (numbers,) = read_numbers(scratch, fields)
+    assert np.isnan(numbers["needle.tokens"]).all()
+    records = [json.loads(line) for line in lines]
+    assert list(read_records(scratch)) == without(records, "needle")
+    assert list(read_records(scratch, ["layer_id", "needle"])) == [
+        {"layer_id": r["layer_id"]} for r in records
+    ]
+
+
+def without(records: list[dict[str, Any]], dropped: str) -> list[dict[str, Any]]:
+    return [{name: value for name, value in record.items() if name != dropped} for record in records]
 
 
 def test_an_unknown_field_is_refused(scratch: Path) -> None:

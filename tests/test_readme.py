@@ -1,4 +1,4 @@
-"""The README's commands run as printed, and its records table is the schema's.
+"""The README's commands run as printed, and the records table is the schema's.
 
 Everything happens in a copy of the tree, in the active environment; the demo goes first, as
 it does for a reader. Commands for the 671B weights run verbatim with the variables of the
@@ -74,7 +74,8 @@ def test_the_commands_run_as_printed(checkout):
 
 
 def test_the_records_table_is_the_schemas():
-    _, _, rest = README.partition("<!-- records: python -m dsatrace.schema -->\n")
+    records = (ROOT / "docs" / "records.md").read_text(encoding="utf-8")
+    _, _, rest = records.partition("<!-- records: python -m dsatrace.schema -->\n")
     table, end, _ = rest.partition("\n<!-- end of records -->")
     assert end
     assert table.strip() == records_markdown().strip()

@@ -10,6 +10,8 @@ import pytest
 from conftest import INFERENCE
 from dsatrace import cli
 from dsatrace.commands.generate import main as generate
+from golden_run import SERVING, write_golden
+from test_trace_requests import serve_without_steps
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +54,49 @@ def test_tables_say_what_the_summary_says(run, capsys):
 
 def test_the_picture_is_a_png_of_some_size(run):
     assert cli.main(["report", str(run), "--layer", "1"]) == 0
-    data = (run / "report.png").read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = struct.unpack(">II", data[16:24])
+    width, height = picture_size(run)
     assert width > 1000
     assert height > 700
+
+
+def picture_size(folder):
+    """Width and height of its report.png, in pixels."""
+    data = (folder / "report.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", data[16:24])
+
+
+def test_a_workloads_tables_and_panels(tmp_path, capsys):
+    folder = write_golden(tmp_path / "run", serving=SERVING)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["workload"] = {"name": "demo", "bad_rows": {"too_long": 3}}
+    (folder / "summary.json").write_text(json.dumps(summary | {"tracing_cost": None}))
+    assert cli.main(["report", str(folder)]) == 0
+    out = capsys.readouterr().out
+    recall, serving = summary["needle_recall"], summary["serving"]
+    for share in recall["per_layer"]:
+        assert f"{share:.1%}" in out
+    assert f"{recall['random_mean']:.1%}" in out
+    assert "task task 1" in out
+    assert f"{100 / 3:.2f}" in out
+    assert "times of the virtual clock" in out
+    for name in ("latency_ms", "time_to_first_token_ms", "time_per_output_token_ms", "queue_ms"):
+        assert f"{serving[name]['p50']:,.1f}" in out
+    assert "bad_rows too_long" in out
+    assert picture_size(folder)[1] > 1500  # four rows of panels
+
+
+def test_a_run_without_steps_is_shown_as_far_as_it_goes(tmp_path, capsys):
+    serve_without_steps(tmp_path)
+    assert cli.main(["report", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "No step was recorded" in out
+    assert "1 served, 1 rejected" in out
+    assert picture_size(tmp_path)[1] < 700  # one row
+    summary = json.loads((tmp_path / "summary.json").read_text()) | {"serving": None}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert "picture" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["absent", "not json", "no run"])

@@ -16,7 +16,7 @@ from dsatrace.trace import summarize
 from dsatrace.trace.overlap import SelectionOverlap
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.verify.run import verify
-from golden_run import GoldenRequest, write_golden
+from golden_run import SERVING, GoldenRequest, write_golden
 from test_trace_summary import close
 
 
@@ -28,8 +28,9 @@ def live(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("rate", [1.0, 0.5])
 @pytest.mark.parametrize("prefill", ["off", "last"])
 def test_full_records_give_the_live_summary_exactly(tmp_path: Path, rate: float, prefill: str) -> None:
-    folder = write_golden(tmp_path / "run", sample_rate=rate, prefill=prefill, seed=3)
+    folder = write_golden(tmp_path / "run", sample_rate=rate, prefill=prefill, seed=3, serving=SERVING)
     expected = live(folder)
+    assert expected["needle_recall"]["records"] > 0
     assert expected["counts"]["requests"] == 3
     assert json.dumps(summarize_runs([folder])) == json.dumps(expected)  # the order of keys too
     (folder / "summary.json").unlink()
@@ -42,12 +43,13 @@ def test_thin_records_and_the_stored_histograms_give_it_too(
     tmp_path: Path, level: str, block_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(summarize, "CHUNK_RECORDS", 7)
-    folder = write_golden(tmp_path / "run", level=level, block_size=block_size)
+    folder = write_golden(tmp_path / "run", level=level, block_size=block_size, serving=SERVING)
     expected, recomputed = live(folder), summarize_runs([folder])
     assert list(recomputed) == list(expected)
     for name in expected:
         assert close(recomputed[name], expected[name]), name
-    assert recomputed["histograms"] == expected["histograms"]
+    for name in ("histograms", "needle_recall", "scores", "serving"):
+        assert recomputed[name] == expected[name]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -70,7 +72,9 @@ def test_thin_records_need_the_stored_summary(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_runs_merge_by_addition(tmp_path: Path, level: str) -> None:
-    folders = [write_golden(tmp_path / name, level=level, seed=i) for i, name in enumerate(("a", "b"))]
+    folders = [
+        write_golden(tmp_path / name, level=level, seed=i, serving=SERVING) for i, name in enumerate("ab")
+    ]
     merged = summarize_runs(folders)
     parts = [live(folder) for folder in folders]
     assert problems(merged, "full", SUMMARY_FIELDS) == []
@@ -86,6 +90,24 @@ def test_runs_merge_by_addition(tmp_path: Path, level: str) -> None:
     assert merged["offsets"]["max"] == max(part["offsets"]["max"] for part in parts)
     assert sorted(merged["prefix_hot_blocks"]) == ["a/r2", "b/r2"]
     assert merged["prefix_hot_blocks"]["a/r2"] == parts[0]["prefix_hot_blocks"]["r2"]
+    recalls = [part["needle_recall"] for part in parts]
+    weighted = sum(recall["records"] * recall["mean"] for recall in recalls)
+    assert merged["needle_recall"]["records"] == sum(recall["records"] for recall in recalls)
+    assert merged["needle_recall"]["mean"] == pytest.approx(weighted / merged["needle_recall"]["records"])
+    assert merged["scores"] == {
+        "mean": parts[0]["scores"]["mean"],
+        "num_scored": 4,
+        "by": {
+            "length": {"short": {"mean": parts[0]["scores"]["mean"], "num_scored": 4}},
+            "task": {
+                "task 0": {"mean": 100.0, "num_scored": 2},
+                "task 1": {"mean": 100 / 3, "num_scored": 2},
+            },
+        },
+    }
+    assert merged["serving"]["latency_ms"] == parts[0]["serving"]["latency_ms"]
+    assert merged["serving"]["counts"]["served"] == 6
+    assert merged["serving"]["output_tokens_per_s"] == 2 * parts[0]["serving"]["output_tokens_per_s"]
     pairs = [part["step_overlap"]["pairs"] for part in parts]
     weighted = sum(p * part["step_overlap"]["mean"] for p, part in zip(pairs, parts, strict=True))
     assert merged["step_overlap"]["pairs"] == sum(pairs)
@@ -100,6 +122,9 @@ def test_runs_of_one_name_keep_their_requests_apart(tmp_path: Path) -> None:
 def test_runs_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
     folders = [write_golden(tmp_path / f"b{size}", block_size=size) for size in (4, 8)]
     with pytest.raises(UserError, match=r"b8: blocks 8, but 4 in .*b4"):
+        summarize_runs(folders)
+    folders = [write_golden(tmp_path / "batches", serving=SERVING), write_golden(tmp_path / "plain")]
+    with pytest.raises(UserError, match=r"serving none, but continuous, virtual clock in .*batches"):
         summarize_runs(folders)
 
 

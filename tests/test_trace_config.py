@@ -20,6 +20,12 @@ from dsatrace.trace.config import (
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def parse_always(*argv: str) -> TraceConfig:
+    parser = argparse.ArgumentParser()
+    add_trace_arguments(parser, always=True)
+    return trace_config_from_args(parser.parse_args(argv), "ruler", always=True)
+
+
 def parse(*argv: str) -> TraceConfig | None:
     parser = argparse.ArgumentParser()
     add_trace_arguments(parser)
@@ -117,6 +123,23 @@ def test_mistakes_name_the_flag(argv: tuple[str, ...], said: str) -> None:
 def test_a_trace_flag_without_tracing_is_a_mistake() -> None:
     with pytest.raises(UserError, match="--trace-level does nothing without --trace-enable"):
         parse("--trace-level", "stats")
+
+
+def test_a_command_that_always_writes_a_run(tmp_path: Path) -> None:
+    out = ("--trace-out", str(tmp_path))
+    assert parse_always(*out) == TraceConfig(out=tmp_path)
+    assert parse_always().out.name.startswith("ruler_")
+    untraced = parse_always("--no-trace", *out, "--kv-block-size", "24", "--trace-on-error", "continue")
+    assert untraced == TraceConfig(out=tmp_path, block_size=24, sample_rate=0.0, on_error="continue")
+    assert not untraced.records_steps
+    with pytest.raises(SystemExit):
+        parse_always("--trace-enable")
+
+
+@pytest.mark.parametrize("flag", [("--trace-level", "stats"), ("--trace-store-scores",)])
+def test_a_trace_flag_beside_no_trace_is_a_mistake(flag: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=f"{flag[0]} does nothing beside --no-trace; leave one of them out"):
+        parse_always("--no-trace", *flag)
 
 
 def test_sampling_is_seeded_and_by_step() -> None:

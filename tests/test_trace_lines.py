@@ -19,7 +19,7 @@ from dsatrace.trace.kernels import compile_kernels
 from dsatrace.trace.lines import StepLines
 from dsatrace.trace.records import RecordDeriver, step_lines
 from dsatrace.trace.statistics import fused_statistics, step_statistics
-from trace_samples import LAYOUT, WAYS, config_for, sample_capture
+from trace_samples import LAYOUT, WAYS, config_for, sample_capture, sample_needles
 
 LINES = StepLines()  # one for all, so that what a step leaves in the buffer would show
 
@@ -53,8 +53,9 @@ def test_the_same_bytes(
     name: str,
     how: dict[str, Any],
 ) -> None:
+    rng = np.random.default_rng(seed)
     capture = sample_capture(
-        np.random.default_rng(seed),
+        rng,
         seq_lens,
         num_layers,
         k,
@@ -62,6 +63,7 @@ def test_the_same_bytes(
         cached_blocks=[min(cached, n // block_size) for n in seq_lens],
         request_ids=tuple(f"{name}{b}" for b in range(len(seq_lens))),
         forward_idx=forward_idx,
+        needles=sample_needles(rng, seq_lens),
     )
     capture = dataclasses.replace(capture, step_idx=(-1, 0, 12, 10_000)[: len(seq_lens)])
     step = derive(capture, block_size=block_size, **how)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dsatrace.engine.engine import Engine
-from dsatrace.engine.runner import ModelRunner
+from dsatrace.engine.model_runner import ModelRunner
 from dsatrace.engine.sampler import Sampler
 from dsatrace.engine.scheduler import Scheduler
 from dsatrace.errors import UserError
@@ -54,8 +54,8 @@ class FailsAt:
 
 def generate(model: Any, tracer: Tracer | None) -> dict[str, list[int]]:
     pool = BlockPool(64, BLOCK)
-    runner = ModelRunner(model, model.new_cache(pool.num_blocks, BLOCK), tracer=tracer)
-    engine = Engine(Scheduler(pool, 8, 32, frozenset()), runner, Sampler(seed=3), tracer)
+    runner = ModelRunner(model, model.new_cache(pool.num_blocks, BLOCK), Sampler(seed=3), tracer=tracer)
+    engine = Engine(Scheduler(pool, 8, 32, frozenset()), runner, tracer)
     live = [
         engine.submit(Request(f"r{i}", tuple(random_tokens(40 + 9 * i, SMALL, i)), NEW_TOKENS, 0.7))
         for i in range(2)

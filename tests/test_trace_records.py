@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dsatrace.kv.tiers import default_tiers
 from dsatrace.schema import LEVELS, problems
 from dsatrace.trace.records import RecordDeriver, step_lines
-from trace_samples import LAYOUT, WAYS, config_for, plain_records, sample_capture
+from trace_samples import LAYOUT, WAYS, config_for, plain_records, sample_capture, sample_needles
 
 
 def fast_records(capture: Any, config: Any) -> list[dict[str, Any]]:
@@ -61,7 +61,14 @@ def test_fast_equals_plain(
     rng = np.random.default_rng(seed)
     cached_blocks = [min(cached, n // block_size) for n in seq_lens]
     capture = sample_capture(
-        rng, seq_lens, num_layers, k, clustered=clustered, cached_blocks=cached_blocks, batch_size=9
+        rng,
+        seq_lens,
+        num_layers,
+        k,
+        clustered=clustered,
+        cached_blocks=cached_blocks,
+        batch_size=9,
+        needles=sample_needles(rng, seq_lens),
     )
     config = config_for(block_size=block_size, **how)
     fast, plain = fast_records(capture, config), plain_records(capture, config)

@@ -16,13 +16,14 @@ from dsatrace.trace.histogram import Histogram, ValueCounts
 from dsatrace.trace.plain.summary import summarize
 from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.summary import Summary, TracingCost
-from trace_samples import LAYOUT, config_for, plain_records, sample_capture
+from trace_samples import LAYOUT, config_for, plain_records, sample_capture, sample_needles
 
 SIZES = (16, 24, 64)
 
 
 def steps(rng: np.random.Generator, num_steps: int, first: list[int], k: int, cached: list[int]) -> list[Any]:
     """A prefill record, then decode steps; every step one token longer."""
+    needles = sample_needles(rng, first)
     return [
         sample_capture(
             rng,
@@ -32,9 +33,16 @@ def steps(rng: np.random.Generator, num_steps: int, first: list[int], k: int, ca
             step_idx=step,
             cached_blocks=cached,
             phase="prefill" if step < 0 else "decode",
+            needles=needles,
         )
         for step in range(-1, num_steps - 1)
     ]
+
+
+def request_line(request_id: str) -> dict[str, Any]:
+    """All of a line of requests.jsonl that a summary without `serving` reads."""
+    score = {"r0": 50.0, "r1": None}.get(request_id, 1 / 3)
+    return {"request_id": request_id, "score": score, "labels": {"task": request_id, "half": "first"}}
 
 
 def summed(captures: list[Any], block_size: int = 16, finish: bool = True) -> Summary:
@@ -45,7 +53,7 @@ def summed(captures: list[Any], block_size: int = 16, finish: bool = True) -> Su
         summary.add_step(deriver.derive(capture))
     if finish:
         for request_id in sorted({name for capture in captures for name in capture.request_ids}):
-            summary.finish_request(request_id)
+            summary.finish_request(request_line(request_id))
     return summary
 
 
@@ -72,7 +80,8 @@ def test_summary_equals_plain(seed: int, first: list[int], k: int, block_size: i
     captures = steps(rng, 4, first, k, [n // (2 * block_size) for n in first])
     fast = summed(captures, block_size).to_json("complete")
     records = [r for capture in captures for r in plain_records(capture, config_for(block_size=block_size))]
-    plain = summarize(records, num_requests=len(first), top_k=k, block_sizes=SIZES)
+    requests = [request_line(name) for name in captures[0].request_ids]
+    plain = summarize(records, requests=requests, top_k=k, block_sizes=SIZES)
     assert list(fast) == list(plain)
     for name in plain:
         assert close(fast[name], plain[name]), (name, fast[name], plain[name])
@@ -120,10 +129,42 @@ def test_overlap_counts_consecutive_sparse_steps_only() -> None:
     assert overlap == {"pairs": 1, "mean": 0.75, "random_mean": 4 / 51, "per_layer": [0.75]}
 
 
+def test_needle_recall_by_hand() -> None:
+    """Dense and prefill records say nothing, nor do requests without an answer."""
+    needles = {"needles": ((3, 4), ())}
+    rng = np.random.default_rng(0)
+    captures = [
+        sample_capture(rng, [4, 50], 2, 4, step_idx=0, **needles),
+        sample_capture(rng, [50, 50], 2, 4, step_idx=-1, phase="prefill", **needles),
+        sample_capture(rng, [50, 50], 2, 4, step_idx=1, **needles),
+        sample_capture(rng, [51, 50], 2, 4, step_idx=2, **needles),
+    ]
+    captures[2].positions[:, 0] = [[4, 9, 8, 3], [1, 2, 5, 6]]
+    captures[3].positions[:, 0] = [[4, 9, 8, 7], [40, 3, 5, 6]]
+    record = summed(captures).to_json("complete")["needle_recall"]
+    assert record == {
+        "records": 4,
+        "mean": 0.5,
+        "random_mean": pytest.approx((4 / 50 + 4 / 51) / 2),
+        "per_layer": [0.75, 0.25],
+    }
+    assert summed(captures[:2]).to_json("complete")["needle_recall"] is None
+
+
+def test_a_random_selector_recalls_k_of_n() -> None:
+    rng = np.random.default_rng(1)
+    captures = [
+        sample_capture(rng, [200], 3, 50, step_idx=i, needles=(tuple(range(90, 97)),)) for i in range(400)
+    ]
+    recall = summed(captures).to_json("complete")["needle_recall"]
+    assert recall["random_mean"] == 0.25
+    assert recall["mean"] == pytest.approx(0.25, abs=0.02)
+
+
 def test_memory_of_a_request_ends_with_it() -> None:
     summary = summed([sample_capture(np.random.default_rng(0), [50, 60])], finish=False)
     assert set(summary.overlap._last) == {"r0", "r1"}
-    summary.finish_request("r0")
+    summary.finish_request(request_line("r0"))
     assert set(summary.overlap._last) == {"r1"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -97,6 +98,36 @@ def test_no_token_id_lands_in_the_folder(tmp_path: Path) -> None:
         tracer.add_request(request(1))
         tracer.put(captures(1, prefixes=tracer.prefixes(["r0", "r1"]))[0])
     assert all(str(marked) not in path.read_text() for path in tmp_path.iterdir())
+
+
+def test_the_tracer_knows_each_requests_answer(tmp_path: Path) -> None:
+    asked = dataclasses.replace(request(0), needle_positions=(7, 5, 5), labels={"task": "vt"})
+    with open_tracer(tmp_path) as tracer:
+        prefixes = (tracer.add_request(asked), tracer.add_request(request(1)))
+        first, second = captures(2, prefixes=prefixes)
+        first.positions[:, 0] = [7, 9, 11, 13, 15, 17, 19, 21]
+        tracer.put(first)
+        tracer.finish_request(asked, num_output_tokens=2, state="stop", score=100.0)
+        tracer.put(dataclasses.replace(second, request_ids=("r1",), **one_row(second)))
+    run = RunReader(tmp_path)
+    needles = [record.get("needle") for record in run.steps()]
+    assert needles == [{"tokens": 2, "selected": 1}] * 2 + [None] * 4
+    line = next(run.requests())
+    assert (line["needle_positions"], line["labels"], line["score"]) == ([5, 7], {"task": "vt"}, 100.0)
+    assert run.summary()["needle_recall"]["per_layer"] == [0.5, 0.5]
+    assert run.summary()["scores"]["by"] == {"task": {"vt": {"mean": 100.0, "num_scored": 1}}}
+
+
+def one_row(capture: StepCapture) -> dict[str, Any]:
+    """The arrays of the second request alone."""
+    return {
+        "positions": capture.positions[:, 1:],
+        "score_stats": capture.score_stats[:, 1:],
+        "scores": None,
+        "seq_len": capture.seq_len[1:],
+        "step_idx": capture.step_idx[1:],
+        "prefixes": capture.prefixes[1:],
+    }
 
 
 def test_the_tracer_knows_each_requests_prefix(tmp_path: Path) -> None:

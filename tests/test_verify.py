@@ -23,7 +23,7 @@ from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.verify.mismatch import Mismatch
 from dsatrace.trace.verify.rules import Rules
 from dsatrace.trace.verify.run import verify
-from golden_run import read_lines, write_golden, write_lines
+from golden_run import REQUESTS, SERVING, read_lines, write_golden, write_lines
 
 WITH_SCORES = {"store_scores": True, "keep_order": True}
 VARIANTS = [*({"level": level} for level in LEVELS), WITH_SCORES]
@@ -32,7 +32,10 @@ VARIANTS = [*({"level": level} for level in LEVELS), WITH_SCORES]
 # its neighbours, a margin that stays positive. Clock and prefix are caught by the other layers.
 OF_THE_MODEL = {"scores_stats.min", "scores_stats.mean", "scores_stats.max", "scores_topk", "kth_margin"}
 # Without positions a sparse record's quantiles have room: within a block, or as k tokens in n blocks allow.
-WITHOUT_POSITIONS = {"offset_min", "offset_p50", "offset_max", "tokens_per_touched_block.p95"}
+WITHOUT_POSITIONS = {
+    *("offset_min", "offset_p50", "offset_max", "tokens_per_touched_block.p95"),
+    "needle.selected",  # 0 to k of them; a decode record's shows in the summary's recall
+}
 UNDERIVABLE: dict[str, set[str]] = {
     "full": OF_THE_MODEL,
     "blocks": OF_THE_MODEL | WITHOUT_POSITIONS,
@@ -41,7 +44,10 @@ UNDERIVABLE: dict[str, set[str]] = {
     "with scores": OF_THE_MODEL | {"selected_token_pos"},
 }
 # The summary's totals notice these, but not in which record: without block ids there is room.
-ONLY_IN_TOTAL = {"stats": {"kv_fetch.hbm.read_ops", "prefix.intersection_ratio"}}
+ONLY_IN_TOTAL = {
+    "blocks": {"needle.selected"},
+    "stats": {"kv_fetch.hbm.read_ops", "prefix.intersection_ratio", "needle.selected"},
+}
 
 
 def leaves(level: str, fields: tuple[Field, ...] = STEP_FIELDS, above: str = "") -> Iterator[str]:
@@ -193,7 +199,7 @@ def test_the_sampling_rule_is_the_tracers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_number_of_the_summary_is_held(tmp_path: Path, level: str) -> None:
-    folder = write_golden(tmp_path / "run", level=level)
+    folder = write_golden(tmp_path / "run", level=level, serving=SERVING)
     path = folder / "summary.json"
     whole = json.loads(path.read_text())
     missed = []
@@ -244,10 +250,13 @@ def test_nothing_broken_makes_a_traceback(tmp_path: Path, name: str, level: str)
     # Free text, measurements, and what the level does not let one derive.
     allowed = {
         "manifest.json": {"tool", "tool_version", "error", "started_utc", "argv", "model_config", "tokenizer"}
-        | {"data_source", "device", "hbm_stand_in", "world_size", "seed", "trace", "cache_layouts"},
-        "summary.json": {"tracing_cost", *({"prefix_hot_blocks"} if level == "stats" else ())}
+        | {"data_source", "device", "hbm_stand_in", "world_size", "seed", "trace", "cache_layouts"}
+        | {"serving", "resumed_at_forward"},  # absent as well as null
+        "summary.json": {"tracing_cost", "workload", *({"prefix_hot_blocks"} if level == "stats" else ())}
+        | {"serving"}
         | ({"step_overlap", "layer_overlap"} if level != "full" else set()),
-        REQUESTS_FILE: {"source_row", "score", "first_token_s", "arrival_s", "finish_s"},
+        REQUESTS_FILE: {"source_row", "first_token_s", "arrival_s", "finish_s", "admitted_s"}
+        | {"num_preemptions", "needle_positions"},  # absent as well as empty
         STEPS_FILE: {"scores_stats", "kth_margin"},
     }[name]
     assert harmless <= allowed
@@ -287,6 +296,17 @@ def number_paths(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any,
         ({"state": "finished"}, "state"),
         ({"finish_s": 0.1}, "out of order"),
         ({"score": "good"}, "score"),
+        ({"score": 33.0}, "scores"),
+        ({"labels": {"task": "task 0"}}, "scores.by"),
+        ({"labels": {"task": 1}}, "labels.task"),
+        ({"admitted_s": 9.0}, "out of order"),
+        ({"arrival_s": -1.0}, "before the run's start"),
+        ({"num_preemptions": -1}, "num_preemptions"),
+        ({"needle_positions": [3]}, "needle: .*its request has 1 needle positions"),
+        ({"needle_positions": [4, 3]}, "not ascending"),
+        ({"needle_positions": [40]}, "outside the prompt's 40 tokens"),
+        ({"state": "rejected"}, "num_output_tokens"),
+        ({"state": "rejected", "num_output_tokens": 0}, "after the request's last step"),
     ],
 )
 def test_an_edited_request_is_found(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -324,6 +344,36 @@ def test_an_edited_manifest_is_found(tmp_path: Path, path: tuple[str, ...], valu
     write_json(folder / "manifest.json", manifest)
     with pytest.raises(Mismatch, match=said):
         verify(folder)
+
+
+def test_a_needle_of_another_size_or_without_a_line_is_found(tmp_path: Path) -> None:
+    folder = write_golden(tmp_path / "run", state="incomplete")
+    lines, records = read_lines(folder, REQUESTS_FILE), read_lines(folder)
+    write_lines(folder, [line for line in lines if line["request_id"] != "r2"], REQUESTS_FILE)
+    assert verify(folder).num_requests == 2  # nobody says where r2's answer stands
+    records[-1]["needle"]["tokens"] -= 1
+    write_lines(folder, records)
+    with pytest.raises(Mismatch, match=r"layer 2\): needle.tokens: stored 19, 20 in the other layers"):
+        verify(folder)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_run_from_before_the_added_fields_is_as_good(tmp_path: Path, level: str) -> None:
+    requests = [request._replace(needle_positions=(), score=None) for request in REQUESTS]
+    folder = write_golden(tmp_path / "run", requests, level=level)
+    later = {"admitted_s", "num_preemptions", "labels", "needle_positions"}
+    lines = [
+        {name: value for name, value in line.items() if name not in later}
+        for line in read_lines(folder, REQUESTS_FILE)
+    ]
+    write_lines(folder, lines, REQUESTS_FILE)
+    for name in ("summary.json", "manifest.json"):
+        record = json.loads((folder / name).read_text())
+        for field in ("needle_recall", "scores", "serving", "workload"):
+            record.pop(field, None)
+        write_json(folder / name, record)
+    assert verify(folder).num_records == 48
+    assert summarize_runs([folder])["needle_recall"] is None
 
 
 def test_a_torn_run_is_verified_up_to_its_readable_prefix(tmp_path: Path) -> None:
@@ -399,7 +449,9 @@ def test_it_shares_nothing_with_the_writer_but_the_schema() -> None:
     plain = (
         "plain",
         "plain.files",
+        "plain.overlap",
         "plain.record",
+        "plain.requests",
         "plain.summary",
         "verify",
         "verify.mismatch",
@@ -407,6 +459,7 @@ def test_it_shares_nothing_with_the_writer_but_the_schema() -> None:
         "verify.record",
         "verify.rules",
         "verify.run",
+        "verify.seams",
     )
     allowed = {"dsatrace", "dsatrace.errors", "dsatrace.schema", "dsatrace.trace"}
     assert set(done.stdout.split()) == allowed | {f"dsatrace.trace.{name}" for name in plain}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class SampleRequest:
     prompt_token_ids: Sequence[int]
     source_row: int | None = None
     arrival_s: float = 0.0
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    needle_positions: tuple[int, ...] = ()
 
 
 def sample_capture(
@@ -83,6 +85,16 @@ def sample_capture(
     return StepCapture(**(fields | changes))
 
 
+def sample_needles(rng: np.random.Generator, seq_lens: Sequence[int], share: float = 0.7) -> Any:
+    """For some of the requests up to five positions of the prompt, ascending."""
+    return tuple(
+        tuple(sorted(rng.choice(n, int(rng.integers(1, min(n, 5) + 1)), replace=False).tolist()))
+        if rng.random() < share
+        else ()
+        for n in seq_lens
+    )
+
+
 def plain_selections(capture: StepCapture) -> Iterator[PlainSelection]:
     """The capture's records' inputs, as plain lists, in the order of the file."""
     num_layers, batch, k = capture.positions.shape
@@ -106,6 +118,7 @@ def plain_selections(capture: StepCapture) -> Iterator[PlainSelection]:
                 forward_idx=capture.forward_idx,
                 step_wall_us=capture.step_wall_us,
                 step_synced=capture.step_synced,
+                needle_positions=capture.needles[b] if capture.needles else (),
             )
 
 

@@ -33,7 +33,12 @@ Number = TypeVar("Number", int, float)
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One field of a record. `keys` makes it an object with those keys, each holding `children`."""
+    """One field of a record.
+
+    `keys` makes it an object with those keys, each holding `children`. `entry` makes it an
+    object whose keys are data, and is how the docs spell the way to its `children`.
+    `optional` fields may be absent: they came later, or stand only where they say something.
+    """
 
     name: str
     type: str
@@ -42,6 +47,7 @@ class Field:
     levels: tuple[Level, ...] = LEVELS
     children: tuple[Field, ...] = ()
     keys: tuple[str, ...] = ()
+    entry: str = ""
     optional: bool = False
 
 
@@ -150,6 +156,17 @@ STEP_FIELDS = (
             Field("bytes_read", "int", "bytes", "tokens x indexer bytes a token and layer"),
         ),
     ),
+    Field(
+        "needle",
+        "object",
+        "",
+        "the answer in the prompt; only where the workload knows where it stands",
+        children=(
+            Field("tokens", "int", "tokens", "prompt positions that hold the answer"),
+            Field("selected", "int", "tokens", "those of them that are selected"),
+        ),
+        optional=True,
+    ),
 )
 
 REQUEST_FIELDS = (
@@ -160,8 +177,25 @@ REQUEST_FIELDS = (
     Field("arrival_s", "float", "s", "from the run's start"),
     Field("first_token_s", "float | null", "s", "from the run's start; null when none came"),
     Field("finish_s", "float | null", "s", "from the run's start; null when it did not finish"),
-    Field("state", "string", "", "how it ended: stop, length, aborted or unfinished"),
+    Field("state", "string", "", "how it ended: stop, length, rejected, aborted or unfinished"),
     Field("score", "float | null", "", "the task's score, where the workload has one"),
+    Field(
+        "admitted_s",
+        "float | null",
+        "s",
+        "from the run's start: first taken up by the engine; null when it never was",
+        optional=True,
+    ),
+    Field("num_preemptions", "int", "", "times it had to give its blocks back and start over", optional=True),
+    Field("labels", "object", "", "the groups its score is averaged in: label -> value", optional=True),
+    Field(
+        "needle_positions",
+        "int[]",
+        "position",
+        "prompt positions that hold the answer, ascending; empty where they are not known",
+        optional=True,
+    ),
+    Field("error", "string", "", "why it was rejected", optional=True),
     Field("text", "string", "", "the answer; only with `--save-text`", optional=True),
 )
 
@@ -179,7 +213,12 @@ MANIFEST_FIELDS = (
     Field("error", "string | null", "", "why the run is incomplete, where that is known"),
     Field("started_utc", "string", "", "ISO 8601"),
     Field("argv", "string[]", "", "command line, secrets redacted"),
-    Field("selections", "string", "", "model; random_weights or synthetic support no claim about locality"),
+    Field(
+        "selections",
+        "string",
+        "",
+        "model; random_weights or synthetic support no claim about locality; none: no model ran",
+    ),
     Field("model_config", "object", "", "the model's hyperparameters"),
     Field("model_config_digest", "string", "hex", "hash of the canonical model_config"),
     Field("cache_layout", "string", "", "the layout that bytes are counted with"),
@@ -191,6 +230,17 @@ MANIFEST_FIELDS = (
     Field("world_size", "int", "ranks", "tensor-parallel ranks"),
     Field("seed", "int", "", "seed of the run and of step sampling"),
     Field(
+        "serving",
+        "object | null",
+        "",
+        "how requests that arrived over time were served, batch size and such; null where none did",
+        children=(
+            Field("mode", "string", "", "how the engine takes requests up"),
+            Field("clock", "string", "", "real, or virtual: measured steps, skipped gaps"),
+        ),
+        optional=True,
+    ),
+    Field(
         "trace",
         "object",
         "",
@@ -198,7 +248,7 @@ MANIFEST_FIELDS = (
         children=(
             Field("level", "string", "", "full, blocks or stats"),
             Field("block_size_tokens", "int", "tokens", "tokens in a block"),
-            Field("sample_rate", "float", "", "share of the steps that is recorded"),
+            Field("sample_rate", "float", "", "share of the steps that is recorded; 0: requests only"),
             Field("store_scores", "bool", "", "scores are recorded"),
             Field("keep_order", "bool", "", "positions stand in score order"),
             Field("prefill", "string", "", "off, or last: the prompt's last position is recorded"),
@@ -221,6 +271,14 @@ MANIFEST_FIELDS = (
         ),
     ),
     Field("quantile", "string", "", "definition of every quantile"),
+    Field(
+        "resumed_at_forward",
+        "int[]",
+        "",
+        "`forward_idx` from which each resume of the run went on; step times are those of the parts "
+        "together, the tracing cost is the last part's",
+        optional=True,
+    ),
 )
 
 _DISTRIBUTION = (
@@ -238,10 +296,76 @@ _OVERLAP = (
     Field("per_layer", "float[] | null", "", "mean of each layer; null where nothing was compared"),
 )
 
+_LATENCY = (
+    Field("p50", "float | null", "ms", "median, nearest rank"),
+    Field("p95", "float | null", "ms", "95th percentile, nearest rank"),
+    Field("p99", "float | null", "ms", "99th percentile, nearest rank"),
+    Field("max", "float | null", "ms", "largest"),
+    Field("mean", "float | null", "ms", "arithmetic mean"),
+)
+
+_SCORE = (
+    Field("mean", "float | null", "", "arithmetic mean"),
+    Field("num_scored", "int", "requests", "requests that have a score"),
+)
+
+_SERVING = (
+    Field("mode", "string", "", "how the engine took requests up"),
+    Field("clock", "string", "", "of all times here: real, or virtual (measured steps, skipped gaps)"),
+    Field(
+        "counts",
+        "object",
+        "",
+        "what became of the requests",
+        children=(
+            Field("served", "int", "requests", "state stop or length"),
+            Field("rejected", "int", "requests", "could never fit"),
+            Field("aborted", "int", "requests", "dropped while waiting or running"),
+            Field("unfinished", "int", "requests", "the run ended first"),
+            Field("preemptions", "int", "", "times a request had to start over"),
+        ),
+    ),
+    Field("latency_ms", "object", "ms", "finish - arrival, served requests", children=_LATENCY),
+    Field(
+        "time_to_first_token_ms",
+        "object",
+        "ms",
+        "first token - arrival, served requests",
+        children=_LATENCY,
+    ),
+    Field(
+        "time_per_output_token_ms",
+        "object",
+        "ms",
+        "(finish - first token) / (output tokens - 1), served requests with two or more",
+        children=_LATENCY,
+    ),
+    Field("queue_ms", "object", "ms", "admitted - arrival, served requests", children=_LATENCY),
+    Field("span_s", "float | null", "s", "first arrival to last finish, served requests"),
+    Field("requests_per_s", "float | null", "1/s", "served requests over the span"),
+    Field("output_tokens_per_s", "float | null", "tokens/s", "their output tokens over the span"),
+    Field(
+        "requests_over_time",
+        "object[]",
+        "",
+        "at most 64 equal buckets of 2^n seconds, from the run's start",
+        children=(
+            Field("start_s", "int", "s", "from the run's start"),
+            Field("arrived", "int", "requests", "arrivals"),
+            Field("finished", "int", "requests", "served requests that finished"),
+        ),
+    ),
+)
+
 SUMMARY_FIELDS = (
     Field("schema_version", "int", "", "of the records"),
     Field("state", "string", "", "running, complete or incomplete"),
-    Field("selections", "string", "", "model; random_weights or synthetic support no claim about locality"),
+    Field(
+        "selections",
+        "string",
+        "",
+        "model; random_weights or synthetic support no claim about locality; none: no model ran",
+    ),
     Field(
         "counts",
         "object",
@@ -280,6 +404,7 @@ SUMMARY_FIELDS = (
             Field("block_id", "int", "block", "logical block"),
             Field("touches", "int", "records", "records that touched it"),
         ),
+        entry="<request>[]",
     ),
     Field(
         "step_ms",
@@ -325,6 +450,19 @@ SUMMARY_FIELDS = (
         children=_OVERLAP,
     ),
     Field(
+        "needle_recall",
+        "object | null",
+        "",
+        "share of the answer's tokens that a sparse decode record selected; null where no answer is known",
+        children=(
+            Field("records", "int", "records", "sparse decode records of requests with an answer"),
+            Field("mean", "float | null", "", "a record"),
+            Field("random_mean", "float | null", "", "the same for a random selector: k / N"),
+            Field("per_layer", "float[] | null", "", "mean of each layer; null where there was no record"),
+        ),
+        optional=True,
+    ),
+    Field(
         "kv_fetch",
         "object",
         "",
@@ -344,6 +482,32 @@ SUMMARY_FIELDS = (
             Field("indexer_scan", "int", "bytes", "indexer keys"),
             Field("with_indexer_scan", "int", "bytes", "the sum of both"),
         ),
+    ),
+    Field(
+        "scores",
+        "object | null",
+        "",
+        "the task's scores; null where no request has one",
+        children=(
+            *_SCORE,
+            Field("by", "object", "", "the same in each group", children=_SCORE, entry="<label>.<value>"),
+        ),
+        optional=True,
+    ),
+    Field(
+        "serving",
+        "object | null",
+        "",
+        "latencies, counted in whole us; null where no requests arrived over time",
+        children=_SERVING,
+        optional=True,
+    ),
+    Field(
+        "workload",
+        "object | null",
+        "",
+        "what the workload says of itself: its name, its counts, the rows it left out",
+        optional=True,
     ),
     Field(
         "tracing_cost",
@@ -513,7 +677,7 @@ def problems(
                     found += problems(inner, level, field.children, f"{name}.{key}.")
                 else:
                     found.append(f"{name}.{key}: {inner!r} is not object")
-        elif field.children and field.type == "object" and not _is_map(field):
+        elif field.children and isinstance(value, dict) and not field.entry:
             found += problems(value, level, field.children, f"{name}.")
     if fields is STEP_FIELDS and ("scores_stats" in record) == ("scores_topk" in record):
         found.append("scores_stats, scores_topk: exactly one of them must stand")
@@ -524,17 +688,12 @@ def problems(
     return found
 
 
-def _is_map(field: Field) -> bool:
-    """An object whose keys are data (request ids), not field names."""
-    return field.name == "prefix_hot_blocks"
-
-
 def field_paths(fields: tuple[Field, ...], prefix: str = "") -> Iterator[tuple[str, Field]]:
     """(dotted path, field) of every field, parents first; a tier's name reads `<tier>`."""
     for field in fields:
         path = prefix + field.name
         yield path, field
-        inner = f"{path}.<tier>." if field.keys else f"{path}.<request>[]." if _is_map(field) else f"{path}."
+        inner = f"{path}.<tier>." if field.keys else f"{path}.{field.entry}." if field.entry else f"{path}."
         if field.type.startswith("object[]"):
             inner = f"{path}[]."
         yield from field_paths(field.children, inner)

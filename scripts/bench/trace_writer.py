@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +260,8 @@ class _Request:
     request_id: str
     prompt_token_ids: Sequence[int] = (1, 2, 3)
     source_row: int | None = None
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    needle_positions: tuple[int, ...] = ()
     arrival_s: float = 0.0
 
 

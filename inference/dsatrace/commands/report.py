@@ -31,6 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(width=100)
     for part in run_tables(run):
         console.print(part)
-    if not args.no_figure:
-        console.print(f"picture: {draw(run, args.layer)}", soft_wrap=True)
+    if not args.no_figure and (picture := draw(run, args.layer)):
+        console.print(f"picture: {picture}", soft_wrap=True)
     return 0

@@ -72,10 +72,11 @@ def write_run(config: TraceConfig) -> int:
         for selection in synthetic_selections(config)
     ]
     _write_lines(config.out / STEPS_FILE, records)
-    _write_lines(config.out / REQUESTS_FILE, [_request_line(name) for name in PROMPT_TOKENS])
+    requests = [_request_line(name) for name in PROMPT_TOKENS]
+    _write_lines(config.out / REQUESTS_FILE, requests)
     summary = summarize(
         records,
-        num_requests=len(PROMPT_TOKENS),
+        requests=requests,
         top_k=TOP_K,
         block_sizes=config.compared_block_sizes,
     )
@@ -139,6 +140,10 @@ def _request_line(name: str) -> dict[str, Any]:
         "finish_s": None,
         "state": "length",
         "score": None,
+        "admitted_s": None,
+        "num_preemptions": 0,
+        "labels": {},
+        "needle_positions": [],
     }
 
 

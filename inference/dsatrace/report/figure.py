@@ -1,4 +1,6 @@
-"""One picture of a run: blocks touched, where they lie over time, overlap and age.
+"""One picture of a run: blocks touched, where they lie over time, overlap and age; how it was served.
+
+A panel is there only where the run has something to show in it.
 
 draw(RunReader(folder))      # writes report.png into the run's folder
 """
@@ -6,6 +8,7 @@ draw(RunReader(folder))      # writes report.png into the run's folder
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +23,27 @@ MAX_STEPS = 1000
 """Columns of the heat map; more would be narrower than a pixel."""
 
 
-def draw(run: RunReader, layer_id: int | None = None) -> Path:
-    """Draws the four panels; the heat map shows the first request in `layer_id` (the last layer)."""
+def draw(run: RunReader, layer_id: int | None = None) -> Path | None:
+    """Draws the panels; the heat map shows the first request in `layer_id` (the last layer).
+
+    None, and no picture, where there is nothing to show.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     summary = run.summary()
-    num_layers = run.manifest["model_config"]["n_layers"]
-    if layer_id is not None and not 0 <= layer_id < num_layers:
-        raise UserError(f"--layer {layer_id}: the run has layers 0 to {num_layers - 1}")
-    layer_id = num_layers - 1 if layer_id is None else layer_id
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    _blocks_touched(axes[0, 0], summary)
-    _heat_map(axes[0, 1], run, layer_id)
-    _overlap(axes[1, 0], summary)
-    _offsets(axes[1, 1], summary)
+    panels = _panels(run, summary, layer_id)
+    if not panels:
+        return None
+    num_rows = -(-len(panels) // 2)
+    figure, axes = plt.subplots(num_rows, 2, figsize=(12, 4 * num_rows), layout="constrained", squeeze=False)
+    for panel, place in itertools.zip_longest(panels, axes.flat):
+        if panel is None:
+            place.set_axis_off()
+        else:
+            panel(place)
     counts = summary["counts"]
     title = f"{run.folder.name}: {counts['requests']} requests, {counts['steps']} decode steps"
     figure.suptitle(f"{title}\n{caveat(summary)}" if caveat(summary) else title)
@@ -48,6 +55,29 @@ def draw(run: RunReader, layer_id: int | None = None) -> Path:
     finally:
         plt.close(figure)
     return path
+
+
+def _panels(run: RunReader, summary: Summary, layer_id: int | None) -> list[Callable[[Any], None]]:
+    panels: list[Callable[[Any], None]] = []
+    if summary["counts"]["records"]:
+        num_layers = run.manifest["model_config"]["n_layers"]
+        if layer_id is not None and not 0 <= layer_id < num_layers:
+            raise UserError(f"--layer {layer_id}: the run has layers 0 to {num_layers - 1}")
+        layer = num_layers - 1 if layer_id is None else layer_id
+        panels += [
+            lambda axes: _blocks_touched(axes, summary),
+            lambda axes: _heat_map(axes, run, layer),
+            lambda axes: _overlap(axes, summary),
+            lambda axes: _offsets(axes, summary),
+        ]
+    if serving := summary.get("serving"):
+        panels += [
+            lambda axes: _latencies(axes, summary["histograms"], serving["clock"]),
+            lambda axes: _over_time(axes, serving["requests_over_time"]),
+        ]
+    if recall := summary.get("needle_recall"):
+        panels.append(lambda axes: _needle_recall(axes, recall))
+    return panels
 
 
 def _blocks_touched(axes: Any, summary: Summary) -> None:
@@ -129,3 +159,42 @@ def _offsets(axes: Any, summary: Summary) -> None:
         axes.step(values, np.cumsum(counts) / counts.sum(), where="post")
         axes.set_xscale("symlog")
         axes.set_ylim(0, 1.02)
+
+
+def _needle_recall(axes: Any, recall: Summary) -> None:
+    shares = [np.nan if share is None else share for share in recall["per_layer"]]
+    axes.plot(range(len(shares)), shares, marker="o", label="measured")
+    axes.axhline(recall["random_mean"], color="C0", linestyle=":", label="random selector (k / N)")
+    axes.set(title="Share of the answer's tokens selected", xlabel="layer", ylabel="share", ylim=(0, 1.02))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend()
+
+
+def _latencies(axes: Any, histograms: Summary, clock: str) -> None:
+    durations = (("queue", "admission"), ("time_to_first_token", "first token"), ("latency", "finish"))
+    axes.set(title="From a request's arrival to ...", xlabel=f"ms ({clock} clock)", ylabel="CDF")
+    for name, label in durations:
+        histogram = histograms[f"{name}_us"]
+        values, counts = np.asarray(histogram["values"]), np.asarray(histogram["counts"], dtype=float)
+        if len(values):
+            axes.step(values / 1000, np.cumsum(counts) / counts.sum(), where="post", label=label)
+    if axes.lines:
+        axes.set_xscale("symlog")
+        axes.set_ylim(0, 1.02)
+        axes.legend(loc="lower right")
+
+
+def _over_time(axes: Any, buckets: list[Summary]) -> None:
+    axes.set(title="Requests over time", xlabel="s from the run's start", ylabel="requests")
+    if not buckets:
+        return
+    starts = np.array([bucket["start_s"] for bucket in buckets])
+    width = starts[1] - starts[0] if len(starts) > 1 else 1
+    edges = np.append(starts, starts[-1] + width)
+    axes.set_ylabel(f"requests in {width} s")
+    for name, filled in (("arrived", True), ("finished", False)):
+        counts = [bucket[name] for bucket in buckets]
+        axes.stairs(counts, edges, label=name, fill=filled, alpha=0.4 if filled else 1, linewidth=1.5)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.legend()

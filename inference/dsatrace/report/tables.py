@@ -12,12 +12,14 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from ..trace.reader import RunReader
+from .workload_tables import new_table, workload_tables
 
 Summary = Mapping[str, Any]
 
 CAVEATS = {
     "synthetic": "The selections are synthetic: they show the format, and nothing about any model.",
     "random_weights": "The model's weights are random: this shows the machinery, and nothing about locality.",
+    "none": "No model ran: what a run served says how requests were scheduled, not how fast a model is.",
 }
 
 
@@ -36,6 +38,10 @@ def run_tables(run: RunReader) -> Iterator[RenderableType]:
     )
     if warning := caveat(summary):
         yield warning
+    yield from workload_tables(summary)
+    if counts["records"] == 0:
+        yield "No step was recorded: there are no selections to show."
+        return
     if counts["sparse_records"] == 0:
         yield "No step saw more tokens than top-k: everything was selected, there is nothing sparse to show."
     else:
@@ -46,16 +52,8 @@ def run_tables(run: RunReader) -> Iterator[RenderableType]:
     yield _costs(run, summary)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns))
-    table.add_column(columns[0])
-    for column in columns[1:]:
-        table.add_column(column, justify="right")
-    return table
-
-
 def _blocks(summary: Summary) -> Table:
-    table = _table(
+    table = new_table(
         "KV blocks touched by one decode step, per layer (mean)",
         "block size",
         "measured",
@@ -76,7 +74,7 @@ def _blocks(summary: Summary) -> Table:
 
 
 def _overlap(summary: Summary) -> Table:
-    table = _table("Share of a selection already selected ...", "", "measured", "random selector", "pairs")
+    table = new_table("Share of a selection already selected ...", "", "measured", "random selector", "pairs")
     for name, key in (("in the step before", "step_overlap"), ("in the layer before", "layer_overlap")):
         overlap = summary[key]
         if overlap["pairs"]:
@@ -88,7 +86,7 @@ def _overlap(summary: Summary) -> Table:
 def _prefix(summary: Summary) -> RenderableType:
     if not summary["prefix_hot_blocks"]:
         return "No request began like an earlier one: no touched block lies in a shared prefix.\n"
-    table = _table("Touched blocks that lie in a shared prefix", "", "")
+    table = new_table("Touched blocks that lie in a shared prefix", "", "")
     ratio = summary["prefix_intersection_ratio"]
     table.add_row("share of a record's touched blocks (mean)", f"{ratio['mean']:.1%}")
     table.add_row("p95", f"{ratio['p95']:.1%}")
@@ -99,7 +97,7 @@ def _prefix(summary: Summary) -> RenderableType:
 
 
 def _bytes(summary: Summary) -> Table:
-    table = _table("Bytes read, whole run", "", "MB", "share")
+    table = new_table("Bytes read, whole run", "", "MB", "share")
     total = summary["bytes_read"]["with_indexer_scan"]
     hbm = summary["kv_fetch"]["hbm"]
     rows = (
@@ -115,7 +113,7 @@ def _bytes(summary: Summary) -> Table:
 
 def _costs(run: RunReader, summary: Summary) -> Table:
     cost, step_ms = summary["tracing_cost"], summary["step_ms"]
-    table = _table("The trace itself", "", "")
+    table = new_table("The trace itself", "", "")
     trace_bytes = run.steps_path.stat().st_size
     num_records = summary["counts"]["records"]
     per_record = f", {trace_bytes / num_records:,.0f} bytes a record" if num_records else ""
@@ -123,10 +121,11 @@ def _costs(run: RunReader, summary: Summary) -> Table:
     table.add_row(
         "decode step (median)", f"{step_ms['p50']:.2f} ms" if step_ms["p50"] is not None else "none"
     )
-    for name, key in (("without", "without_sync_us_mean"), ("with", "with_sync_us_mean")):
-        value = cost[key]
-        shown = "none" if value is None else f"{value / 1e3:.2f} ms a step"
-        table.add_row(f"model thread held up, {name} synchronisation", shown)
-    table.add_row("writer thread busy, whole run", f"{cost['writer_busy_ms']:.1f} ms")
+    if cost is not None:  # as in a summary that was recomputed
+        for name, key in (("without", "without_sync_us_mean"), ("with", "with_sync_us_mean")):
+            value = cost[key]
+            shown = "none" if value is None else f"{value / 1e3:.2f} ms a step"
+            table.add_row(f"model thread held up, {name} synchronisation", shown)
+        table.add_row("writer thread busy, whole run", f"{cost['writer_busy_ms']:.1f} ms")
     table.add_row("files", str(run.folder))
     return table

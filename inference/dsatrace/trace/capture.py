@@ -39,5 +39,6 @@ class StepCapture:
     forward_idx: int  # the run's forward pass, 0-based
     step_wall_us: float  # wall time around the forward
     step_synced: bool  # the device was synchronised before the clock was read
+    needles: tuple[tuple[int, ...], ...] = ()  # (B,) prompt positions of the answer; () when none has any
     wait: Callable[[], None] = _nothing  # returns when the arrays are whole; the writer calls it first
     release: Callable[[], None] = _nothing  # the arrays may be reused; the writer calls it last

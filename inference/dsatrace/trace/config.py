@@ -5,6 +5,8 @@ run's folder is free, so that a mistake shows before a model is loaded.
 
     add_trace_arguments(parser)
     config = trace_config_from_args(parser.parse_args(), name="generate")   # None: tracing is off
+
+A command that always writes a run says so to both: `always=True`.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 from dsatrace.errors import UserError
 from dsatrace.schema import LEVELS, Level
@@ -21,6 +24,7 @@ from dsatrace.schema import LEVELS, Level
 PREFILL_CHOICES = ("off", "last")
 QUEUE_POLICIES = ("block", "drop")
 ON_ERROR_CHOICES = ("stop", "continue")
+_OF_EVERY_RUN = ("trace_out", "trace_on_error")  # flags that matter to a run without steps too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,7 @@ class TraceConfig:
     out: Path  # the run's folder, new or empty
     block_size: int = 16  # tokens
     level: Level = "full"
-    sample_rate: float = 1.0  # share of the steps
+    sample_rate: float = 1.0  # share of the decode steps; 0: none
     store_scores: bool = False
     keep_order: bool = False  # positions by score instead of ascending
     prefix_key_tokens: int = 256
@@ -47,7 +51,7 @@ class TraceConfig:
         _require(self.block_size >= 1, "--kv-block-size", self.block_size, "use at least 1 token")
         _require(self.level in LEVELS, "--trace-level", self.level, f"use one of {', '.join(LEVELS)}")
         _require(
-            0 < self.sample_rate <= 1,
+            0 <= self.sample_rate <= 1,
             "--trace-sample-rate",
             self.sample_rate,
             "use a share above 0, at most 1",
@@ -78,6 +82,11 @@ class TraceConfig:
             raise UserError(f"{flag} needs the positions; use --trace-level full, not {self.level}")
 
     @property
+    def records_steps(self) -> bool:
+        """Some forward may be recorded; otherwise a run writes its requests and nothing else."""
+        return self.sample_rate > 0 or self.prefill != "off"
+
+    @property
     def needs_scores(self) -> bool:
         """The capture must carry every selected score: to store them, or to order by them."""
         return self.store_scores or self.keep_order
@@ -95,13 +104,20 @@ def is_sampled(step_number: int, rate: float, seed: int) -> bool:
     return (z ^ (z >> 31)) < rate * 2**64
 
 
-def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the trace flags; defaults come from `TraceConfig`."""
+def add_trace_arguments(parser: argparse.ArgumentParser, always: bool = False) -> None:
+    """Adds the trace flags; defaults come from `TraceConfig`.
+
+    With `always` a run has a folder whatever the flags say, and `--no-trace` records no step in it.
+    """
     default = {field.name: field.default for field in dataclasses.fields(TraceConfig)}
     group = parser.add_argument_group("trace")
     add = group.add_argument
-    add("--trace-enable", action="store_true", help="record what the indexer selects")
-    add("--trace-out", metavar="DIR", help="folder of the run, new or empty; implies --trace-enable")
+    if always:
+        add("--no-trace", action="store_true", help="record no step: requests and summary only")
+        add("--trace-out", metavar="DIR", help="folder of the run, new or empty")
+    else:
+        add("--trace-enable", action="store_true", help="record what the indexer selects")
+        add("--trace-out", metavar="DIR", help="folder of the run, new or empty; implies --trace-enable")
     add("--kv-block-size", type=int, default=default["block_size"], help="tokens in a block (%(default)s)")
     add("--trace-level", choices=LEVELS, default=default["level"], help="what a record holds (%(default)s)")
     add(
@@ -145,21 +161,36 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def trace_config_from_args(args: argparse.Namespace, name: str, seed: int = 0) -> TraceConfig | None:
+@overload
+def trace_config_from_args(
+    args: argparse.Namespace, name: str, seed: int = 0, always: Literal[False] = False
+) -> TraceConfig | None: ...
+@overload
+def trace_config_from_args(
+    args: argparse.Namespace, name: str, seed: int = 0, *, always: Literal[True]
+) -> TraceConfig: ...
+def trace_config_from_args(
+    args: argparse.Namespace, name: str, seed: int = 0, always: bool = False
+) -> TraceConfig | None:
     """The run's config, or None when tracing is off. `name` begins the default folder's name.
 
-    Raises `UserError` for a bad value, and for a folder that holds a run already.
+    `always` as it was for `add_trace_arguments`: there is a config then, of sample rate 0
+    with `--no-trace`. Raises `UserError` for a bad value, and for a folder that holds a run already.
     """
-    if not (args.trace_enable or args.trace_out):
-        _refuse_idle_flags(args)
+    if always and args.no_trace:
+        _refuse_idle_flags(args, _OF_EVERY_RUN, "beside --no-trace; leave one of them out")
+    elif not always and not (args.trace_enable or args.trace_out):
+        _refuse_idle_flags(args, (), "without --trace-enable; add it")
         return None
+    if not args.trace_sample_rate > 0:
+        raise UserError(f"--trace-sample-rate {args.trace_sample_rate}: use a share above 0, at most 1")
     out = Path(args.trace_out).absolute() if args.trace_out else default_run_folder(name)
     check_run_folder(out)
     return TraceConfig(
         out=out,
         block_size=args.kv_block_size,
         level=args.trace_level,
-        sample_rate=args.trace_sample_rate,
+        sample_rate=0.0 if always and args.no_trace else args.trace_sample_rate,
         store_scores=args.trace_store_scores,
         keep_order=args.trace_keep_order,
         prefix_key_tokens=args.trace_prefix_key_tokens,
@@ -199,10 +230,11 @@ def _require(holds: bool, flag: str, value: object, remedy: str) -> None:
         raise UserError(f"{flag} {value}: {remedy}")
 
 
-def _refuse_idle_flags(args: argparse.Namespace) -> None:
+def _refuse_idle_flags(args: argparse.Namespace, working: Sequence[str], why: str) -> None:
     """A trace flag without tracing is a mistake worth a word: no trace would come of it."""
     parser = argparse.ArgumentParser()
-    add_trace_arguments(parser)
+    add_trace_arguments(parser, always=hasattr(args, "no_trace"))
     for dest, value in vars(parser.parse_args([])).items():
-        if dest.startswith("trace_") and getattr(args, dest) != value:
-            raise UserError(f"--{dest.replace('_', '-')} does nothing without --trace-enable; add it")
+        idle = dest.startswith("trace_") and dest not in working
+        if idle and getattr(args, dest) != value:
+            raise UserError(f"--{dest.replace('_', '-')} does nothing {why}")

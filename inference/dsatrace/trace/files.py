@@ -3,7 +3,7 @@
 Standard library only. Knows what a full disk and a killed process leave behind, and no
 record. Every `OSError` that leaves here names its file.
 
-    steps = LineFile(folder / "trace_steps.jsonl")
+    steps = LineFile(folder / "trace_steps.jsonl")            # or, to go on: LineFile.reopen(...)
     steps.lock()                          # held until the process ends, in whatever way
     steps.append(b'{"event":"dsa_topk"}\\n')
     write_atomically(folder / "summary.json", b"{}\\n")
@@ -16,7 +16,7 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 
@@ -33,29 +33,48 @@ class LineFile:
     """A new file of lines. Unbuffered: what `append` wrote survives the process."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._size = 0
-        self._synced = time.monotonic()
         with _naming(path):
             try:
-                self._file = FileIO(path, "xb")
+                self._take(path, FileIO(path, "xb"))
             except FileExistsError:
                 raise UserError(
                     f"{path}: exists already and is never overwritten; name another folder"
                 ) from None
 
+    @classmethod
+    def reopen(cls, path: Path) -> LineFile:
+        """The file as it stands, to go on with; an empty one where there is none."""
+        lines = cls.__new__(cls)
+        with _naming(path):
+            lines._take(path, FileIO(path, "ab"))
+        return lines
+
+    def _take(self, path: Path, file: FileIO) -> None:
+        self.path = path
+        self._file = file
+        self._size = os.fstat(file.fileno()).st_size
+        self._synced = time.monotonic()
+        self._is_locked = False
+
     def lock(self) -> None:
-        """Marks the file as being written; the kernel takes the mark away when the process ends."""
-        with _naming(self._path):
+        """Marks the file as being written; the kernel takes the mark away when the process ends.
+
+        Raises `BlockingIOError` where another process holds it, or held it and put another
+        file in its place since this one was opened.
+        """
+        with _naming(self.path):
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
+            if not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+                raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK))
+        self._is_locked = True
 
     def append(self, data: bytes | memoryview) -> None:
         """All of `data`, or on failure none: the file then ends where it ended before."""
-        with _naming(self._path):
+        with _naming(self.path):
             try:
                 write_all(self._file, data)
             except OSError:
@@ -68,9 +87,38 @@ class LineFile:
             if time.monotonic() >= self._synced + SYNC_INTERVAL_S:
                 self._sync()
 
+    def truncate(self, size: int) -> None:
+        """Drops what follows the first `size` bytes; takes no space."""
+        with _naming(self.path):
+            self._file.truncate(size)
+            self._file.seek(size)
+            self._size = size
+            self._sync()
+
+    def replace(self, chunks: Iterable[bytes]) -> None:
+        """Puts a file of these bytes in the place of this one, and goes on with it; a lock is kept.
+
+        Killed or refused at any moment, the old contents stand. `chunks` may be read from them.
+        """
+        temporary = _temporary(self.path)
+        with _naming(self.path), _removed_on_failure(temporary), contextlib.ExitStack() as on_failure:
+            temporary.unlink(missing_ok=True)  # what a kill left there
+            new = LineFile(temporary)
+            on_failure.callback(new.close)
+            if self._is_locked:
+                new.lock()  # before anybody finds it under its name
+            for chunk in chunks:
+                new.append(chunk)
+            new._sync()
+            temporary.replace(self.path)
+            _sync_folder(self.path.parent)
+            on_failure.pop_all()
+        self._file.close()
+        self._file, self._size, self._is_locked = new._file, new._size, new._is_locked
+
     def close(self) -> None:
         if not self._file.closed:
-            with _naming(self._path):
+            with _naming(self.path):
                 try:
                     self._sync()
                 finally:
@@ -83,16 +131,11 @@ class LineFile:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces the file whole: a reader sees the old contents or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with _naming(path):
-        try:
-            with FileIO(temporary, "wb") as file:
-                write_all(file, data)
-            temporary.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):  # the first error is the one to see
-                temporary.unlink(missing_ok=True)
-            raise
+    temporary = _temporary(path)
+    with _naming(path), _removed_on_failure(temporary):
+        with FileIO(temporary, "wb") as file:
+            write_all(file, data)
+        temporary.replace(path)
 
 
 def write_all(file: FileIO, data: bytes | memoryview) -> None:
@@ -100,6 +143,29 @@ def write_all(file: FileIO, data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+@contextlib.contextmanager
+def _removed_on_failure(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to see
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -108,6 +108,10 @@ class ValueCounts(_Counts):
     def add(self, values: Iterable[float]) -> None:
         self._counts.update(values)
 
+    @property
+    def total(self) -> int:
+        return self._counts.total()
+
     def merge(self, other: ValueCounts) -> None:
         self._counts.update(other._counts)
 

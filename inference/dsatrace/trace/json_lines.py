@@ -42,9 +42,20 @@ class Runs:
     stop: np.ndarray  # (R,) int64
 
 
+@dataclasses.dataclass(frozen=True)
+class Optional:
+    """A field that a record may lack: it holds `values[which[r]]`, or is left out where that is None.
+
+    Never an object's first field.
+    """
+
+    values: Sequence[Any]
+    which: np.ndarray  # (R,) int
+
+
 Layout = Mapping[str, Any]
-"""Field -> column or plain value: (R,) int or float array (nan is null), `Choice`, `Runs`, a mapping
-of the same kind, or whatever orjson writes."""
+"""Field -> column or plain value: (R,) int or float array (nan is null), `Choice`, `Runs`, `Optional`,
+a mapping of the same kind, or whatever orjson writes."""
 
 
 class LineEncoder:
@@ -86,7 +97,7 @@ class _Program:
         if isinstance(value, Mapping):
             self._add_object(value)
         elif isinstance(value, Choice):
-            self._add_choice(value)
+            self._add_choice([orjson.dumps(one) for one in value.values], value.which)
         elif isinstance(value, Runs):
             self._add_runs(value)
         elif isinstance(value, np.ndarray) and value.dtype.kind == "i":
@@ -136,15 +147,20 @@ class _Program:
     def _add_object(self, fields: Layout) -> None:
         opening = b"{"
         for name, value in fields.items():
-            self.literal(opening + orjson.dumps(name) + b":")
+            key = opening + orjson.dumps(name) + b":"
+            if isinstance(value, Optional):
+                assert opening == b","
+                pieces = [b"" if one is None else key + orjson.dumps(one) for one in value.values]
+                self._add_choice(pieces, value.which)
+                continue
+            self.literal(key)
             self.add(value)
             opening = b","
         self.literal(b"}" if fields else b"{}")
 
-    def _add_choice(self, column: Choice) -> None:
-        pieces = [orjson.dumps(value) for value in column.values]
+    def _add_choice(self, pieces: Sequence[bytes], which: np.ndarray) -> None:
         ends = np.cumsum([0, *map(len, pieces)])
-        self._add_text(b"".join(pieces), ends[column.which], ends[column.which + 1])
+        self._add_text(b"".join(pieces), ends[which], ends[which + 1])
 
     def _add_runs(self, column: Runs) -> None:
         if column.values.dtype == np.float32:

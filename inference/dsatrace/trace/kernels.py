@@ -144,6 +144,25 @@ def count_offsets(tokens, token_ptr, query, counts):  # type: ignore[no-untyped-
             counts[query[r] - tokens[i]] += 1
 
 
+@_kernel("void(int32[::1], int64[::1], int64[::1], int64[::1], int64[::1], int64[::1])")
+def count_held(tokens, token_ptr, wanted, first, end, held):  # type: ignore[no-untyped-def]
+    """Adds to `held[r]` how many of `wanted[first[r]:end[r]]` are among record r's tokens.
+
+    Both ascend, so each is found by bisection of what the one before it left.
+    """
+    for r in range(len(held)):
+        low = token_ptr[r]
+        for i in range(first[r], end[r]):
+            high = token_ptr[r + 1]
+            while low < high:
+                middle = (low + high) // 2
+                if tokens[middle] < wanted[i]:
+                    low = middle + 1
+                else:
+                    high = middle
+            held[r] += low < token_ptr[r + 1] and tokens[low] == wanted[i]
+
+
 @_kernel("void(int32[:, ::1], int32[:, ::1], uint64[::1], int64[::1], int64[::1])")
 def count_shared(tokens, before, seen, with_before, with_layer):  # type: ignore[no-untyped-def]
     """How much of each layer's `tokens (L, K)` is in `before (L or 0, K)`, and in the layer above it.

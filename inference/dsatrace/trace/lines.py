@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dsatrace.trace.json_lines import Choice, Layout, LineEncoder, Runs
+from dsatrace.trace.json_lines import Choice, Layout, LineEncoder, Optional, Runs
 from dsatrace.trace.records import StepRecords
 
 
@@ -67,6 +67,7 @@ def record_layout(step: StepRecords) -> Layout:
             step.sparse[request], capture.score_stats[layer, request, 3], np.float32("nan")
         ),
         "indexer_scan": {"tokens": seq_len, "bytes_read": seq_len * step.index_bytes_per_token},
+        **_needle(step),
     }
 
 
@@ -93,6 +94,16 @@ def _scores(step: StepRecords, request: np.ndarray, layer: np.ndarray) -> dict[s
         return {"scores_topk": _of_tokens(step, step.scores)}
     low, mean, high = step.capture.score_stats[layer, request, :3].T
     return {"scores_stats": {"min": low, "mean": mean, "max": high}}
+
+
+def _needle(step: StepRecords) -> dict[str, Any]:
+    """Few pairs of counts are distinct."""
+    if step.needles is None:
+        return {}
+    tokens, selected = step.needles.tokens, step.needles.selected
+    pairs, which = np.unique(np.stack([tokens, selected], axis=1), axis=0, return_inverse=True)
+    values = [{"tokens": of, "selected": found} if of else None for of, found in pairs.tolist()]
+    return {"needle": Optional(values, which.reshape(-1))}
 
 
 def _fetches(step: StepRecords) -> dict[str, Any]:

@@ -23,8 +23,10 @@ from dsatrace.schema import QUANTILE_DEFINITION, SCHEMA_VERSION
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.files import write_atomically
 
-Selections = Literal["model", "random_weights", "synthetic"]
-"""What chose the tokens; only a trained model's choice says anything about locality."""
+Selections = Literal["model", "random_weights", "synthetic", "none"]
+"""What chose the tokens; only a trained model's choice says anything about locality. "none": no model ran."""
+
+CLOCKS = ("real", "virtual")
 
 REDACTED = "***"
 _SECRET_WORDS = ("token", "key", "secret", "password", "system-prompt")  # the last: no prompt text in a run
@@ -45,10 +47,15 @@ class RunInfo:
     world_size: int = 1
     seed: int = 0
     selections: Selections = "model"
+    serving: Mapping[str, Any] | None = None  # mode, clock and such, where requests arrived over time
 
     def __post_init__(self) -> None:
         if not self.layouts:
             raise ValueError("a run names at least the cache layout that bytes are counted with")
+        if self.serving is not None and (
+            not isinstance(self.serving.get("mode"), str) or self.serving.get("clock") not in CLOCKS
+        ):
+            raise ValueError(f"serving {self.serving}: name a mode, and a clock of {', '.join(CLOCKS)}")
 
 
 def manifest(
@@ -81,6 +88,7 @@ def manifest(
         "hbm_stand_in": run.hbm_stand_in,
         "world_size": run.world_size,
         "seed": run.seed,
+        "serving": None if run.serving is None else dict(run.serving),
         "trace": {
             "level": config.level,
             "block_size_tokens": config.block_size,
@@ -96,6 +104,7 @@ def manifest(
             "on_error": config.on_error,
         },
         "quantile": QUANTILE_DEFINITION,
+        "resumed_at_forward": [],
     }
 
 

@@ -26,17 +26,19 @@ from dsatrace.schema import TIER_NAMES
 from dsatrace.trace.baselines import context_blocks, recency_blocks, uniform_blocks
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.histogram import Histogram
+from dsatrace.trace.needles import NeedleCounts
 from dsatrace.trace.records import StepRecords
 from dsatrace.trace.statistics import count_blocks, fused_statistics
 from dsatrace.trace.summary import Summary
 
 _FETCHED = ("hit_blocks", "bytes_read", "read_ops", "bytes_useful")
 NUMBER_FIELDS = (
-    *("seq_len_current", "step_idx", "forward_idx", "step_wall_us", "unique_blocks"),
+    *("layer_id", "seq_len_current", "step_idx", "forward_idx", "step_wall_us", "unique_blocks"),
     *("prefix.intersection_ratio", "indexer_scan.bytes_read"),
     *(f"kv_fetch.{tier}.{name}" for tier in TIER_NAMES for name in _FETCHED),
+    *("needle.tokens", "needle.selected"),
 )
-"""What `add_columns` reads of records at level stats: numbers only."""
+"""What `add_columns` reads of records at level stats: numbers only, None or nan where one is absent."""
 
 BLOCK_FIELDS = (
     *NUMBER_FIELDS,
@@ -46,7 +48,7 @@ BLOCK_FIELDS = (
 
 FULL_FIELDS = (
     *("request_id", "layer_id", "step_idx", "seq_len_current", "selected_token_pos", "kv_fetch", "prefix"),
-    *("forward_idx", "step_wall_us", "phase"),
+    *("forward_idx", "step_wall_us", "phase", "needle"),
 )
 """What `add_forward` reads."""
 
@@ -66,8 +68,14 @@ class RunShape:
 class RecordSummary(Summary):
     """A `Summary` of one run's records, in the order of the file."""
 
-    def __init__(self, compared_block_sizes: tuple[int, ...], selections: str, shape: RunShape) -> None:
-        super().__init__(compared_block_sizes, selections)
+    def __init__(
+        self,
+        compared_block_sizes: tuple[int, ...],
+        selections: str,
+        shape: RunShape,
+        serving: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(compared_block_sizes, selections, serving)
         self._shape = shape
         self._forward_idx: int | None = None
         self._contexts = Histogram()  # positions visible to sparse records below level full
@@ -107,6 +115,7 @@ class RecordSummary(Summary):
                 index_bytes_per_token=self._shape.index_bytes,
                 positions=stats.tokens,
                 scores=None,
+                needles=_needles(records),
             )
         )
 
@@ -170,12 +179,22 @@ class RecordSummary(Summary):
         ids = list(itertools.compress(columns.get("selected_block_ids", ()), sparse.tolist()))
         pointers = np.array([0, *itertools.accumulate(map(len, ids))])
         flat = np.fromiter(itertools.chain.from_iterable(ids), np.int64, pointers[-1])
+        self._add_needle_columns(columns, seq_len, sparse)
         for at_size in self.blocks_at:
             if at_size.block_size == self._shape.block_size:
                 at_size.touched.add(num_blocks[sparse])
             elif ids and self._tells_blocks_at(at_size.block_size, "blocks"):
                 factor = at_size.block_size // self._shape.block_size
                 at_size.touched.add(count_blocks(flat, pointers, factor))
+
+    def _add_needle_columns(self, columns: Columns, seq_len: np.ndarray, sparse: np.ndarray) -> None:
+        tokens, selected = (
+            np.nan_to_num(np.asarray(columns[f"needle.{name}"], dtype=np.float64)).astype(np.int64)
+            for name in ("tokens", "selected")
+        )
+        decode = np.asarray(columns["step_idx"]) >= 0
+        layer = np.asarray(columns["layer_id"])
+        self.recall.add(NeedleCounts(tokens, selected), layer, seq_len, self._shape.top_k, sparse & decode)
 
     def _add_baselines(self) -> None:
         """Once for each context length, so that the sums do not depend on how the records were cut."""
@@ -202,6 +221,17 @@ def _positions(records: Sequence[Record], num_layers: int, top_k: int) -> np.nda
     return positions
 
 
+def _needles(records: Sequence[Record]) -> NeedleCounts | None:
+    """What the records say of their requests' answers; the counts are theirs, not re-derived."""
+    stored = [record.get("needle") for record in records]
+    if not any(stored):
+        return None
+    tokens, selected = (
+        np.array([one[name] if one else 0 for one in stored]) for name in ("tokens", "selected")
+    )
+    return NeedleCounts(tokens, selected)
+
+
 def _account(records: Sequence[Record], tier: str) -> FetchAccount:
     """What the records say a tier served; the totals are theirs, not re-derived."""
     stored = [record["kv_fetch"][tier] for record in records]
@@ -210,11 +240,11 @@ def _account(records: Sequence[Record], tier: str) -> FetchAccount:
 
 
 def columns_of(records: Sequence[Record], fields: Sequence[str]) -> dict[str, list[Any]]:
-    """The records' values by dotted path."""
+    """The records' values by dotted path, None where a record has none."""
     columns: dict[str, list[Any]] = {}
     for path in fields:
         values: list[Any] = list(records)
         for key in path.split("."):
-            values = [value[key] for value in values]
+            values = [None if value is None else value.get(key) for value in values]
         columns[path] = values
     return columns

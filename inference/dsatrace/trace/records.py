@@ -24,6 +24,7 @@ from dsatrace.schema import Level
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.kernels import compile_kernels
+from dsatrace.trace.needles import NeedleCounts, count_needles
 from dsatrace.trace.statistics import Scratch, StepStatistics, fused_statistics, request_major
 
 
@@ -39,6 +40,7 @@ class StepRecords:
     index_bytes_per_token: int  # a token and layer
     positions: np.ndarray  # (N,) int32, as recorded: ascending, or in canonical score order
     scores: np.ndarray | None  # (N,) float32, scores[i] belongs to positions[i]; None unless recorded
+    needles: NeedleCounts | None = None  # None: no request's answer is known
 
     @property
     def num_layers(self) -> int:
@@ -91,6 +93,7 @@ class RecordDeriver:
             index_bytes_per_token=self._layout.index_bytes_per_token,
             positions=positions,
             scores=scores,
+            needles=count_needles(capture.needles, stats, capture.positions.shape[0]),
         )
 
     def _reads(self, capture: StepCapture, stats: StepStatistics) -> StepReads:
@@ -179,6 +182,7 @@ def step_records(step: StepRecords) -> Iterator[dict[str, Any]]:
             ),
             **_scores_field(step, r),
             **_clock_and_path(step, r),
+            **_needle_field(step, r),
         }
 
 
@@ -217,6 +221,12 @@ def _clock_and_path(step: StepRecords, r: int) -> dict[str, Any]:
         "kth_margin": capture.score_stats[layer, b, 3] if sparse else None,
         "indexer_scan": {"tokens": seq_len, "bytes_read": seq_len * step.index_bytes_per_token},
     }
+
+
+def _needle_field(step: StepRecords, r: int) -> dict[str, Any]:
+    if step.needles is None or not step.needles.tokens[r]:
+        return {}
+    return {"needle": {"tokens": int(step.needles.tokens[r]), "selected": int(step.needles.selected[r])}}
 
 
 def _fetch_rows(fetches: Mapping[str, FetchAccount]) -> dict[str, list[dict[str, Any]]]:

@@ -22,6 +22,7 @@ from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.files import LineFile, write_atomically
 from dsatrace.trace.lines import StepLines
 from dsatrace.trace.records import StepRecords
+from dsatrace.trace.resume import Resumed
 from dsatrace.trace.summary import Summary, TracingCost
 
 
@@ -37,6 +38,8 @@ class Sink(Protocol):
 
     def write_request(self, record: Mapping[str, Any]) -> None: ...
 
+    def write_workload(self, record: Mapping[str, Any]) -> None: ...
+
     def close(self, state: str) -> None: ...
 
 
@@ -48,8 +51,12 @@ class JsonlSink:
     ends in any way, which is how a reader tells a running run from a killed one.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resumed: Resumed | None = None) -> None:
+        """New files, or those of a resumed run, which are locked already."""
         self._lines = StepLines()
+        if resumed is not None:
+            self._steps, self._requests = resumed.steps, resumed.requests
+            return
         self._steps = LineFile(folder / STEPS_FILE)
         self._steps.lock()
         self._requests = LineFile(folder / REQUESTS_FILE)
@@ -59,6 +66,9 @@ class JsonlSink:
 
     def write_request(self, record: Mapping[str, Any]) -> None:
         self._requests.append(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+
+    def write_workload(self, record: Mapping[str, Any]) -> None:
+        """The summary's to say."""
 
     def close(self, state: str) -> None:
         try:
@@ -76,6 +86,7 @@ class SummarySink:
         self._path = folder / SUMMARY_FILE
         self._summary = summary
         self._cost = cost
+        self._dropped_before = summary.dropped_steps  # by the part of the run that this one resumes
         self._interval_s = interval_s
         self._write("running")
         self._due = time.monotonic() + interval_s
@@ -88,24 +99,36 @@ class SummarySink:
             self._due = time.monotonic() + self._interval_s
 
     def write_request(self, record: Mapping[str, Any]) -> None:
-        self._summary.finish_request(record["request_id"])
+        self._summary.finish_request(record)
+
+    def write_workload(self, record: Mapping[str, Any]) -> None:
+        self._summary.workload = record
 
     def close(self, state: str) -> None:
         self._write(state)
 
     def _write(self, state: str) -> None:
         if self._cost is not None:
-            self._summary.dropped_steps = self._cost.dropped_steps + self._cost.lost_steps
+            dropped_steps = self._cost.dropped_steps + self._cost.lost_steps
+            self._summary.dropped_steps = self._dropped_before + dropped_steps
         record = self._summary.to_json(state, self._cost)
         write_atomically(self._path, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
 
 def open_sinks(
-    folder: Path, config: TraceConfig, selections: str = "model", cost: TracingCost | None = None
+    folder: Path,
+    config: TraceConfig,
+    selections: str = "model",
+    cost: TracingCost | None = None,
+    serving: Mapping[str, Any] | None = None,
+    resumed: Resumed | None = None,
 ) -> tuple[Sink, ...]:
-    """The sinks of a run's folder, for a live run and an offline replay alike."""
-    summary = Summary(config.compared_block_sizes, selections)
-    lines = JsonlSink(folder)
+    """The sinks of a run's folder, for a live run and an offline replay alike.
+
+    A resumed run's go on with its files and its summary.
+    """
+    summary = resumed.summary if resumed else Summary(config.compared_block_sizes, selections, serving)
+    lines = JsonlSink(folder, resumed)
     try:
         return (lines, SummarySink(folder, summary, config.summary_interval_s, cost))
     except OSError:

@@ -70,8 +70,11 @@ def summarize_run(run: RunReader, on_records: Told = _nobody, on_note: Told = _n
             f"{run.folder}: records of level {level} hold no positions, and there is no {SUMMARY_FILE} "
             "to take the rest from; only runs of level full can do without"
         )
-    summary = RecordSummary(_compared_sizes(stored), run.manifest["selections"], _shape(run))
+    summary = RecordSummary(
+        _compared_sizes(stored), run.manifest["selections"], _shape(run), run.manifest.get("serving")
+    )
     summary.dropped_steps = stored["dropped_steps"] if stored else 0
+    summary.workload = stored.get("workload") if stored else None
     if level == "full":
         _add_forwards(run, summary, on_records)
     else:
@@ -99,10 +102,10 @@ def _add_forwards(run: RunReader, summary: RecordSummary, on_records: Told) -> N
             del forward[len(forward) - len(forward) % num_layers :]
         if forward:
             summary.add_forward(forward)
-            for request_id in finished.after(forward):
-                summary.finish_request(request_id)
-    for request_id in finished.rest():
-        summary.finish_request(request_id)
+            for request in finished.after(forward):
+                summary.finish_request(request)
+    for request in finished.rest():
+        summary.finish_request(request)
 
 
 def _add_thin_records(run: RunReader, summary: RecordSummary, level: str, on_records: Told) -> None:
@@ -110,7 +113,7 @@ def _add_thin_records(run: RunReader, summary: RecordSummary, level: str, on_rec
         summary.add_columns(columns)
         on_records(len(columns["forward_idx"]))
     for request in run.requests():
-        summary.finish_request(request["request_id"])
+        summary.finish_request(request)
 
 
 def _columns(run: RunReader, level: str) -> Iterator[Mapping[str, Any]]:
@@ -142,7 +145,7 @@ class _FinishedRequests:
         self._last_step: dict[str, int] = {}
         self._decoding: set[str] = set()
 
-    def after(self, forward: Sequence[Record]) -> Iterator[str]:
+    def after(self, forward: Sequence[Record]) -> Iterator[Record]:
         """Requests that end with this forward or before it."""
         self._last_step.update((record["request_id"], record["step_idx"]) for record in forward)
         if forward[0]["phase"] == "decode":
@@ -150,20 +153,22 @@ class _FinishedRequests:
         while self._head is not None and self._has_ended(self._head):
             yield self._pop()
 
-    def rest(self) -> Iterator[str]:
+    def rest(self) -> Iterator[Record]:
         """The others, after the last forward."""
         while self._head is not None:
             yield self._pop()
 
-    def _pop(self) -> str:
-        assert self._head is not None
-        request_id: str = self._head["request_id"]
-        self._last_step.pop(request_id, None)
+    def _pop(self) -> Record:
+        request = self._head
+        assert request is not None
+        self._last_step.pop(request["request_id"], None)
         self._head = next(self._requests, None)
-        return request_id
+        return request
 
     def _has_ended(self, request: Record) -> bool:
         request_id = request["request_id"]
+        if request["state"] == "rejected":
+            return True
         seen = self._last_step.get(request_id)
         if seen is None or request["state"] == "unfinished":
             return False
@@ -183,11 +188,18 @@ def _steps(run: RunReader, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 def _shape(run: RunReader) -> RunShape:
     manifest = run.manifest
+    if manifest["selections"] == "none":  # no model, no selection, no record
+        return RunShape(manifest["trace"]["block_size_tokens"], top_k=0, index_bytes=0)
     layout = next(x for x in manifest["cache_layouts"] if x["name"] == manifest["cache_layout"])
     top_k = manifest["model_config"].get("index_topk")
     if not isinstance(top_k, int):
         raise UserError(f"{run.folder}: the manifest's model_config has no index_topk, the k of its top-k")
     return RunShape(manifest["trace"]["block_size_tokens"], top_k, layout["index_bytes_per_token"])
+
+
+def _serving(run: RunReader) -> str:
+    serving = run.manifest.get("serving")
+    return f"{serving['mode']}, {serving['clock']} clock" if serving else "none"
 
 
 def _compared_sizes(stored: Record | None) -> tuple[int, ...]:
@@ -203,6 +215,7 @@ def _check_alike(runs: Sequence[RunReader]) -> None:
             ("blocks", _shape(runs[0]).block_size, _shape(run).block_size),
             ("top-k", _shape(runs[0]).top_k, _shape(run).top_k),
             ("selections", runs[0].manifest["selections"], run.manifest["selections"]),
+            ("serving", _serving(runs[0]), _serving(run)),
         ):
             if left != right:
                 raise UserError(

@@ -11,6 +11,7 @@ no file and no thread.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from dsatrace.schema import SCHEMA_VERSION, TIER_NAMES
 from dsatrace.trace.baselines import context_blocks, recency_blocks, uniform_blocks
 from dsatrace.trace.histogram import Histogram, ValueCounts
 from dsatrace.trace.kernels import compile_kernels, count_offsets
+from dsatrace.trace.needles import RecallTotals
 from dsatrace.trace.overlap import SelectionOverlap
 from dsatrace.trace.records import StepRecords
+from dsatrace.trace.request_totals import RequestTotals
 from dsatrace.trace.statistics import StepStatistics, count_blocks
 
 NUM_HOT_BLOCKS = 20
@@ -86,7 +89,7 @@ class _BlocksAtSize:
         self.uniform_sum += other.uniform_sum
 
     def to_json(self) -> dict[str, Any]:
-        total = self.touched.total
+        total = self.context.total
         return {
             "block_size_tokens": self.block_size,
             "mean": self.touched.mean,
@@ -101,9 +104,16 @@ class _BlocksAtSize:
 class Summary:
     """Counts and histograms of a run, or of a part of one."""
 
-    def __init__(self, compared_block_sizes: tuple[int, ...], selections: str = "model") -> None:
+    def __init__(
+        self,
+        compared_block_sizes: tuple[int, ...],
+        selections: str = "model",
+        serving: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`serving` is the manifest's: null where no requests arrived over time."""
         compile_kernels()
         self.selections = selections
+        self.workload: Mapping[str, Any] | None = None  # what it said of itself
         self.counts = dict.fromkeys(_COUNTS, 0)
         self.dropped_steps = 0
         self.dense = {name: Histogram() for name in ("unique_blocks", "tokens_per_touched_block", "offsets")}
@@ -111,6 +121,8 @@ class Summary:
         self.step_us = ValueCounts()
         self.blocks_at = [_BlocksAtSize(size) for size in compared_block_sizes]
         self.overlap = SelectionOverlap()
+        self.recall = RecallTotals()
+        self.requests = RequestTotals(serving)
         self.fetch = {name: dict.fromkeys(_FETCH_TOTALS, 0) for name in TIER_NAMES}
         self.scan_bytes = 0
         self._running: dict[str, np.ndarray] = {}  # request id -> touches of each prefix block
@@ -137,9 +149,11 @@ class Summary:
         self._add_prefix_blocks(step)
         self._add_sparse(step)
 
-    def finish_request(self, request_id: str) -> None:
-        """Counts a finished request, keeps its hot blocks and forgets the rest of it."""
+    def finish_request(self, request: Mapping[str, Any]) -> None:
+        """Counts a line of requests.jsonl, keeps its request's hot blocks and forgets its selections."""
         self.counts["requests"] += 1
+        self.requests.add(request)
+        request_id = request["request_id"]
         self.overlap.forget(request_id)
         touches = self._running.pop(request_id, None)
         if touches is not None:
@@ -158,6 +172,10 @@ class Summary:
             mine.merge(theirs)
         self.overlap.step.merge(other.overlap.step)
         self.overlap.layer.merge(other.overlap.layer)
+        self.recall.merge(other.recall)
+        self.requests.merge(other.requests)
+        if self.workload != other.workload:
+            self.workload = None  # two workloads are none
         for name, totals in self.fetch.items():
             for total in _FETCH_TOTALS:
                 totals[total] += other.fetch[name][total]
@@ -174,6 +192,7 @@ class Summary:
             **{request_id: _hottest(touches) for request_id, touches in self._running.items()},
         }
         distributions = {name: histogram.distribution() for name, histogram in self.dense.items()}
+        of_requests, request_histograms = self.requests.to_json()
         return {
             "schema_version": SCHEMA_VERSION,
             "state": state,
@@ -188,18 +207,22 @@ class Summary:
             "blocks_touched": [at_size.to_json() for at_size in self.blocks_at],
             "step_overlap": self.overlap.step.to_json(),
             "layer_overlap": self.overlap.layer.to_json(),
+            "needle_recall": self.recall.to_json(),
             "kv_fetch": {name: dict(totals) for name, totals in self.fetch.items()},
             "bytes_read": {
                 "without_indexer_scan": latents,
                 "indexer_scan": self.scan_bytes,
                 "with_indexer_scan": latents + self.scan_bytes,
             },
+            **of_requests,
+            "workload": self.workload,
             "tracing_cost": cost.to_json() if cost else None,
             "histograms": {
                 **{name: histogram.to_json() for name, histogram in self.dense.items()},
                 "prefix_intersection_ratio": self.ratios.to_json(),
                 "step_us": self.step_us.to_json(),
                 **{f"unique_blocks_at_{at.block_size}": at.touched.to_json() for at in self.blocks_at},
+                **request_histograms,
             },
         }
 
@@ -226,6 +249,9 @@ class Summary:
         self.counts["sparse_records"] += int(records.sum())
         for at_size in self.blocks_at:
             at_size.add(step, seq_len[sparse], records)
+        if step.needles is not None and step.capture.phase == "decode":
+            layer = np.tile(np.arange(step.num_layers), len(seq_len))
+            self.recall.add(step.needles, layer, np.repeat(seq_len, step.num_layers), step.top_k, records)
         for b in np.flatnonzero(sparse).tolist():
             tokens = _selections(step.stats, b, step.num_layers)
             self.overlap.add(

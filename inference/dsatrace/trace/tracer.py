@@ -12,6 +12,7 @@ tensor, no scheduler.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,8 @@ from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig, check_run_folder, is_sampled
 from dsatrace.trace.manifest import RunInfo, manifest, write_json
 from dsatrace.trace.records import RecordDeriver
+from dsatrace.trace.resumable import check_resumable
+from dsatrace.trace.resume import Resumed
 from dsatrace.trace.sinks import Sink, open_sinks
 from dsatrace.trace.summary import TracingCost
 from dsatrace.trace.writer import TraceWriter, cannot_write
@@ -42,6 +45,10 @@ class TracedRequest(Protocol):
     def source_row(self) -> int | None: ...
     @property
     def arrival_s(self) -> float: ...
+    @property
+    def labels(self) -> Mapping[str, str]: ...
+    @property
+    def needle_positions(self) -> Sequence[int]: ...
 
 
 class Tracer:
@@ -49,7 +56,8 @@ class Tracer:
 
     As a context manager it ends the run `complete`, or `incomplete` when an exception
     leaves the block. `tiers`, `sinks` and `secret` have defaults: everything in HBM, the
-    files of the run's folder, the user's own secret.
+    files of the run's folder, the user's own secret. A `resumed` run goes on in its own
+    folder, less what of it is not done; `UserError` where this run is not the same one.
     """
 
     def __init__(
@@ -60,13 +68,18 @@ class Tracer:
         tiers: Mapping[str, Tier] | None = None,
         sinks: Sequence[Sink] | None = None,
         secret: bytes | None = None,
+        resumed: Resumed | None = None,
     ) -> None:
+        if run.selections == "none":  # no model, so there is nothing to record of a step
+            config = dataclasses.replace(config, sample_rate=0.0, prefill="off")
         self.config = config
         self._run = run
+        self._resumed = resumed
         self._started = time.time()
         self._unfinished: dict[str, dict[str, Any]] = {}  # request id -> its line, as known so far
         self._prefixes: dict[str, RequestPrefix] = {}
-        self._ids: set[str] = set()
+        self._needles: dict[str, tuple[int, ...]] = {}  # of the unfinished requests that have any
+        self._ids: set[str] = set(resumed.done) if resumed else set()
         self._closed = False
         secret = secret or load_prefix_secret()
         self._key_id = key_id(secret)
@@ -94,7 +107,10 @@ class Tracer:
         self._writer.drop()
 
     def add_request(self, request: TracedRequest) -> RequestPrefix:
-        """Announces a request and says how much of its prompt earlier ones began with."""
+        """Announces a request and says how much of its prompt earlier ones began with.
+
+        Where no step is recorded nothing is compared, and the answer is nothing.
+        """
         request_id = request.request_id
         if request_id in self._ids:
             raise ValueError(f"request {request_id} was added already; ids are unique in a run")
@@ -109,10 +125,36 @@ class Tracer:
             "finish_s": None,
             "state": "unfinished",
             "score": None,
+            "admitted_s": None,
+            "num_preemptions": 0,
+            "labels": dict(request.labels),
+            "needle_positions": sorted(set(request.needle_positions)),
         }
-        prefix = self._analyzer.add(request.prompt_token_ids)
+        if request.needle_positions:
+            self._needles[request_id] = tuple(self._unfinished[request_id]["needle_positions"])
+        # Only step records say what is shared; a prompt is not hashed for nothing.
+        prefix = RequestPrefix(0, "")
+        if self.config.records_steps:
+            prefix = self._analyzer.add(request.prompt_token_ids)
         self._prefixes[request_id] = prefix
         return prefix
+
+    def skip_request(self, request: TracedRequest) -> None:
+        """Takes note, in its place among the others, of a request that a resumed run is done with.
+
+        Those after it share its prompt as they would have. Writes nothing.
+        """
+        request_id, num_tokens = request.request_id, len(request.prompt_token_ids)
+        known = self._resumed.prompt_tokens.get(request_id) if self._resumed else None
+        if known is None:
+            raise ValueError(f"request {request_id}: no earlier part of this run served it; add it")
+        if num_tokens != known:
+            raise UserError(
+                f"request {request_id}: its prompt has {num_tokens} tokens, {known} when {self.config.out} "
+                "began; resume with the data and the flags of the first start"
+            )
+        if self.config.records_steps:
+            self._analyzer.add(request.prompt_token_ids)
 
     def prefixes(self, request_ids: Iterable[str]) -> tuple[RequestPrefix, ...]:
         """What `add_request` said of running requests, for a capture of them."""
@@ -125,6 +167,9 @@ class Tracer:
         device. Raises what the writer met since the last call, or drops the step (see
         `TraceWriter`).
         """
+        if self._needles:
+            needles = tuple(self._needles.get(request_id, ()) for request_id in capture.request_ids)
+            capture = dataclasses.replace(capture, needles=needles)
         self._writer.put(capture, handover_us, sync_us)
 
     def finish_request(
@@ -133,24 +178,41 @@ class Tracer:
         *,
         num_output_tokens: int,
         state: str,
+        admitted_s: float | None = None,
         first_token_s: float | None = None,
         finish_s: float | None = None,
+        num_preemptions: int = 0,
         score: float | None = None,
+        error: str | None = None,
         text: str | None = None,
     ) -> None:
-        """Writes the request's line. `text` only where the user asked for it (`--save-text`)."""
+        """Writes the request's line; times are seconds from the run's start.
+
+        `error` says why a request was rejected, without its text. `text` is the answer's,
+        only where the user asked for it (`--save-text`).
+        """
         record = self._unfinished.pop(request.request_id)
         del self._prefixes[request.request_id]
+        self._needles.pop(request.request_id, None)
         record |= {
             "num_output_tokens": num_output_tokens,
             "first_token_s": first_token_s,
             "finish_s": finish_s,
             "state": state,
             "score": score,
+            "admitted_s": admitted_s,
+            "num_preemptions": num_preemptions,
         }
-        if text is not None:
-            record["text"] = text
+        # Last in the line: they stand only where there is something to say.
+        record |= {name: value for name, value in (("error", error), ("text", text)) if value is not None}
         self._writer.finish_request(record)
+
+    def describe_workload(self, record: Mapping[str, Any]) -> None:
+        """What the summary says of the workload: its name, its counts, the rows it left out.
+
+        JSON-ready and without prompt text; may be called at any time before the run ends.
+        """
+        self._writer.describe_workload(record)
 
     def close(self, state: str = "complete") -> None:
         """Ends the run; requests that did not finish get a line that says so. Reports what failed."""
@@ -192,20 +254,33 @@ class Tracer:
         return None
 
     def _open_folder(self, cost: TracingCost, sinks: Sequence[Sink] | None = None) -> Sequence[Sink]:
-        """Makes the run's folder and its files, the manifest first."""
-        folder = self.config.out
-        check_run_folder(folder)
+        """Makes the run's folder and its files, or goes on with them; the manifest first."""
+        folder, resumed = self.config.out, self._resumed
+        if resumed is None:
+            check_run_folder(folder)
+        elif folder.resolve() != resumed.folder.resolve():
+            raise ValueError(f"{folder}: a resumed run goes on in its own folder, {resumed.folder}")
+        else:
+            check_resumable(resumed.manifest, self._manifest("running"))
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._write_manifest("running")
-            return open_sinks(folder, self.config, self._run.selections, cost) if sinks is None else sinks
+            if resumed is not None:
+                resumed.cut()
+            if sinks is not None:
+                return sinks
+            return open_sinks(folder, self.config, self._run.selections, cost, self._run.serving, resumed)
         except OSError as error:
-            raise UserError(
-                f"{folder}: cannot write the trace there: {error.strerror}; name another --trace-out"
-            ) from error
+            remedy = (
+                "nothing is lost, make room and resume it again" if resumed else "name another --trace-out"
+            )
+            raise UserError(f"{folder}: cannot write the trace there: {error.strerror}; {remedy}") from error
 
     def _write_manifest(self, state: str, error: str | None = None) -> None:
+        write_json(self.config.out / MANIFEST_FILE, self._manifest(state, error))
+
+    def _manifest(self, state: str, error: str | None = None) -> dict[str, Any]:
         record = manifest(
             self._run, self.config, state, key_id=self._key_id, started=self._started, error=error
         )
-        write_json(self.config.out / MANIFEST_FILE, record)
+        return self._resumed.continued(record) if self._resumed else record

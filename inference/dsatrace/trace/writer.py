@@ -12,6 +12,7 @@ no format: `RecordDeriver` derives, the sinks write.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import queue
 import sys
@@ -27,7 +28,15 @@ from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.sinks import Sink
 from dsatrace.trace.summary import TracingCost
 
-_Item = StepCapture | Mapping[str, Any] | None  # a step, a finished request, or the end
+
+@dataclasses.dataclass(frozen=True)
+class _Workload:
+    """What the workload says of itself."""
+
+    record: Mapping[str, Any]
+
+
+_Item = StepCapture | Mapping[str, Any] | _Workload | None  # a step, a finished request, or the end
 
 
 class TraceWriterError(RuntimeError):
@@ -97,6 +106,10 @@ class TraceWriter:
         """Hands a requests.jsonl record over, after every step of that request; never waits."""
         self._queue.put(record)
 
+    def describe_workload(self, record: Mapping[str, Any]) -> None:
+        """Hands over what stands as `workload` in the summary; the last one counts."""
+        self._queue.put(_Workload(record))
+
     def close(self, state: str = "complete") -> None:
         """Writes out what waits, closes the sinks and reports the writer's error, if it had one."""
         self.stop(state)
@@ -152,6 +165,8 @@ class TraceWriter:
                 self._places.release()
                 self._guard(self._write_step, item)
                 item.release()  # after a failure too, so that nobody waits for ever
+            elif self.error is None and isinstance(item, _Workload):
+                self._guard(self._write_workload, item)
             elif self.error is None:
                 self._guard(self._write_request, item)
         for sink in self._sinks:
@@ -175,6 +190,10 @@ class TraceWriter:
         for sink in self._sinks:
             sink.write_request(record)
         self.cost.busy_us += (time.perf_counter() - start) * 1e6
+
+    def _write_workload(self, workload: _Workload) -> None:
+        for sink in self._sinks:
+            sink.write_workload(workload.record)
 
     def _guard(self, work: Callable[[Any], None], argument: object) -> None:
         """Keeps the first exception for the model thread."""

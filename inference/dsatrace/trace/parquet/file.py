@@ -95,10 +95,13 @@ def read_records(path: Path, fields: Collection[str] | None = None) -> Iterator[
 
 
 def read_numbers(path: Path, fields: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-    """By dotted path, a number of every record: (R,) arrays, batch by batch, without building records."""
+    """By dotted path, a number of every record: (R,) arrays, batch by batch, without building records.
+
+    nan stands where a record has none.
+    """
     names = {leaf.path: leaf.column for leaf in LEAVES}
     for batch in _batches(path, columns_for(fields)):
-        numbers = {field: batch.column(names[field]).to_numpy(zero_copy_only=False) for field in fields}
+        numbers = {field: _numbers(batch, names[field]) for field in fields}
         if kept := [(row, orjson.loads(text)) for row, text in _kept_lines(batch)]:
             for field, column in numbers.items():
                 values = column.tolist()
@@ -106,6 +109,13 @@ def read_numbers(path: Path, fields: Sequence[str]) -> Iterator[dict[str, np.nda
                     values[row] = value_at(record, field)
                 numbers[field] = np.array(values)
         yield numbers
+
+
+def _numbers(batch: pa.RecordBatch, column: str) -> np.ndarray:
+    """(R,); a file written before there was such a field lacks the column."""
+    if column not in batch.schema.names:
+        return np.full(len(batch), np.nan)
+    return np.asarray(batch.column(column).to_numpy(zero_copy_only=False))
 
 
 def read_lines(path: Path) -> Iterator[bytes]:

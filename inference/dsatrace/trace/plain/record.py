@@ -35,6 +35,7 @@ class PlainSelection:
     forward_idx: int
     step_wall_us: float
     step_synced: bool
+    needle_positions: Sequence[int] = ()  # of the prompt; empty where they are not known
 
 
 def step_record(
@@ -92,6 +93,7 @@ def step_record(
         "path": "sparse" if sparse else "dense",
         "kth_margin": finite(selection.score_stats[3]) if sparse else None,
         "indexer_scan": {"tokens": selection.seq_len, "bytes_read": selection.seq_len * index_bytes},
+        **needle_field(selection.positions, selection.needle_positions),
     }
     return at_level(record, level)
 
@@ -117,6 +119,14 @@ def scores_field(
         return {"scores_topk": [finite(score_of[p]) for p in recorded_positions(selection, keep_order)]}
     low, mean, high = (finite(value) for value in selection.score_stats[:3])
     return {"scores_stats": {"min": low, "mean": mean, "max": high}}
+
+
+def needle_field(positions: Sequence[int], needle_positions: Sequence[int]) -> dict[str, Any]:
+    """How much of the answer is selected; nothing where it is not known."""
+    if not needle_positions:
+        return {}
+    held = set(needle_positions).intersection(positions)
+    return {"needle": {"tokens": len(needle_positions), "selected": len(held)}}
 
 
 def kv_fetch(

@@ -6,18 +6,19 @@ histograms, and of each live request its last selection.
 
     totals = PlainSummary(top_k=2048, block_sizes=(16, 32, 64))
     for record in records: totals.add(record)
-    summary = totals.to_json(num_requests=2)
+    summary = totals.to_json(requests)      # PlainRequests
 """
 
 from __future__ import annotations
 
 import math
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dsatrace.schema import SCHEMA_VERSION, TIER_NAMES, Level, distribution, quantile_histogram
+from dsatrace.trace.plain.overlap import Overlaps, Recalls
+from dsatrace.trace.plain.requests import PlainRequests
 
 Record = Mapping[str, Any]
 _STEP_QUANTILES = (("p50", 50), ("p95", 95), ("p99", 99), ("max", 100))
@@ -29,17 +30,19 @@ _NUM_HOT = 20
 def summarize(
     records: Iterable[Record],
     *,
-    num_requests: int,
+    requests: Iterable[Record],
     top_k: int,
     block_sizes: Sequence[int],
     state: str = "complete",
     selections: str = "synthetic",
 ) -> dict[str, Any]:
-    """The record of summary.json of full-level records."""
-    totals = PlainSummary(top_k=top_k, block_sizes=block_sizes)
+    """The record of summary.json of full-level records and the lines of requests.jsonl."""
+    totals, lines = PlainSummary(top_k=top_k, block_sizes=block_sizes), PlainRequests()
     for record in records:
         totals.add(record)
-    return totals.to_json(num_requests=num_requests, state=state, selections=selections)
+    for request in requests:
+        lines.add(request)
+    return totals.to_json(lines, state=state, selections=selections)
 
 
 class PlainSummary:
@@ -62,7 +65,8 @@ class PlainSummary:
         self._hot: dict[str, Counter[int]] = {}  # live requests with a prefix hit
         self._hottest: dict[str, list[dict[str, int]]] = {}  # those that ended
         self._blocks = [_BlocksTouched(size, top_k) for size in block_sizes]
-        self._overlaps = _Overlaps(with_tokens=level == "full")
+        self._overlaps = Overlaps(with_tokens=level == "full")
+        self._recalls = Recalls(top_k)
 
     def add(self, record: Record) -> None:
         self.num_records += 1
@@ -94,6 +98,8 @@ class PlainSummary:
             for at_size in self._blocks:
                 at_size.add(record)
             self._overlaps.add(record)
+            if record["phase"] == "decode" and "needle" in record:
+                self._recalls.add(record)
 
     def end_request(self, request_id: str) -> None:
         """No record of it is to come: what is kept of it shrinks to its hot blocks."""
@@ -104,13 +110,13 @@ class PlainSummary:
 
     def to_json(
         self,
+        requests: PlainRequests,
         *,
-        num_requests: int,
         state: str = "complete",
         selections: str = "synthetic",
         dropped_steps: int = 0,
     ) -> dict[str, Any]:
-        """What the records say of summary.json; at level full everything but the cost of live tracing."""
+        """What the files say of summary.json; at level full all but the cost of tracing and the workload."""
         latents = sum(totals["bytes_read"] for totals in self._fetch.values())
         step_us = self._histograms["step_us"]
         summary: dict[str, Any] = {
@@ -122,7 +128,7 @@ class PlainSummary:
                 "prefills": self._counts["prefill"],
                 "records": self.num_records,
                 "sparse_records": self._counts["sparse"],
-                "requests": num_requests,
+                "requests": requests.num_requests,
             },
             "dropped_steps": dropped_steps,
             **{name: described(counts) for name, counts in self._histograms.items() if name != "step_us"},
@@ -130,15 +136,19 @@ class PlainSummary:
             "step_ms": {name: _ms(_quantile(step_us, percent)) for name, percent in _STEP_QUANTILES},
             "blocks_touched": [at_size.to_json() for at_size in self._blocks],
             **self._overlaps.to_json(),
+            "needle_recall": self._recalls.to_json(),
             "kv_fetch": {tier: dict(totals) for tier, totals in self._fetch.items()},
             "bytes_read": {
                 "without_indexer_scan": latents,
                 "indexer_scan": self._scan_bytes,
                 "with_indexer_scan": latents + self._scan_bytes,
             },
+            **requests.to_json(),
+            "workload": None,
             "tracing_cost": None,
             "histograms": {name: _json(counts) for name, counts in self._histograms.items()}
-            | {f"unique_blocks_at_{x.size}": _json(x.touched) for x in self._blocks if x.is_known},
+            | {f"unique_blocks_at_{x.size}": _json(x.touched) for x in self._blocks if x.is_known}
+            | requests.histograms(),
         }
         if self.level != "full":
             summary["offsets"] = dict(zip(("min", "max"), self._offsets, strict=False))
@@ -183,68 +193,6 @@ class _BlocksTouched:
         """Over the records, from the blocks at each context length."""
         total = sum(self._contexts.values())
         return math.fsum(blocks[n] * count for n, count in self._contexts.items()) / total if total else None
-
-
-class _Overlaps:
-    """Share of a selection that the step before, and the layer before, held too."""
-
-    def __init__(self, with_tokens: bool) -> None:
-        self._with_tokens = with_tokens
-        self._by_step = _Shares(counted_at=0)
-        self._by_layer = _Shares(counted_at=1)
-        self._last: dict[str, dict[int, tuple[int, array[int]]]] = {}  # request -> layer -> step, selection
-
-    def add(self, record: Record) -> None:
-        step, layer = record["step_idx"], record["layer_id"]
-        last = self._last.setdefault(record["request_id"], {})
-        selected = array("i", record["selected_token_pos"] if self._with_tokens else ())
-        for shares, before in ((self._by_step, (step - 1, layer)), (self._by_layer, (step, layer - 1))):
-            step_there, tokens = last.get(before[1], (None, ()))
-            shares.layers.add(layer)
-            if step_there == before[0]:
-                shares.add(record, len(set(selected).intersection(tokens)))
-        last[layer] = (step, selected)
-
-    def forget(self, request_id: str) -> None:
-        self._last.pop(request_id, None)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "step_overlap": self._by_step.to_json(self._with_tokens),
-            "layer_overlap": self._by_layer.to_json(self._with_tokens),
-        }
-
-
-class _Shares:
-    """Sums over compared selections; `counted_at`: the layer at which a step counts as one pair."""
-
-    def __init__(self, counted_at: int) -> None:
-        self.layers: set[int] = set()
-        self._counted_at = counted_at
-        self._tokens = Counter[int]()  # by layer
-        self._shared = Counter[int]()
-        self._pairs = Counter[float]()  # share that a random selector would have -> pairs
-
-    def add(self, record: Record, num_shared: int) -> None:
-        layer, selected = record["layer_id"], record["unique_token_pos_count"]
-        self._tokens[layer] += selected
-        self._shared[layer] += num_shared
-        if layer == self._counted_at:
-            self._pairs[selected / record["seq_len_current"]] += 1
-
-    def to_json(self, with_tokens: bool) -> dict[str, Any]:
-        pairs, tokens = self._pairs.total(), self._tokens.total()
-        random = math.fsum(share * n for share, n in self._pairs.items()) / pairs if pairs else None
-        if not tokens:
-            return {"pairs": pairs, "mean": None, "random_mean": random, "per_layer": None}
-        if not with_tokens:
-            return {"pairs": pairs, "random_mean": random}
-        shares = [
-            self._shared[layer] / self._tokens[layer] if self._tokens[layer] else None
-            for layer in sorted(self.layers)
-        ]
-        mean = self._shared.total() / tokens
-        return {"pairs": pairs, "mean": mean, "random_mean": random, "per_layer": shares}
 
 
 def described(counts: Counter[Any]) -> dict[str, Any]:

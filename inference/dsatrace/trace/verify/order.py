@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
 from dsatrace.trace.verify.mismatch import Mismatch, differs, require
 from dsatrace.trace.verify.rules import Rules
+from dsatrace.trace.verify.seams import Seams
 
 
 class RequestLine(NamedTuple):
@@ -29,10 +30,11 @@ class RequestLine(NamedTuple):
     num_prompt_tokens: int
     num_output_tokens: int
     state: str
+    needle_positions: tuple[int, ...] = ()
 
     @property
     def has_ended(self) -> bool:
-        return self.state in ("stop", "length")
+        return self.state in ("stop", "length", "rejected")
 
     @property
     def last_step(self) -> int | None:
@@ -43,6 +45,8 @@ class RequestLine(NamedTuple):
         """
         if self.state == "unfinished":
             return None
+        if self.state == "rejected":
+            return -2  # not even a prefill
         return max(self.num_output_tokens - 2 + (self.state == "aborted"), -1)
 
 
@@ -55,6 +59,7 @@ class _Row(NamedTuple):
     phase: str
     cached_blocks: int
     prefix_key: str
+    needle_tokens: int
     forward_idx: int
     batch_size: int
     step_wall_us: float
@@ -70,6 +75,7 @@ class _Row(NamedTuple):
             record["phase"],
             prefix["prefix_cached_blocks"],
             prefix["prefix_key"],
+            record.get("needle", {}).get("tokens", 0),
             record["forward_idx"],
             record["kv_fetch"]["hbm"]["batch_size"],
             record["step_wall_us"],
@@ -80,6 +86,7 @@ class _Row(NamedTuple):
 _PATHS = {
     "cached_blocks": "prefix.prefix_cached_blocks",
     "prefix_key": "prefix.prefix_key",
+    "needle_tokens": "needle.tokens",
     "batch_size": "kv_fetch.hbm.batch_size",
 }
 _OF_A_FORWARD = ("phase", "batch_size", "step_wall_us", "step_synced")
@@ -105,6 +112,8 @@ class RunOrder:
         self._row: list[tuple[int, _Row]] = []  # the records of the row so far, by line
         self._forward: tuple[int, _Row] | None = None  # its first line and row
         self._forward_requests: set[str] = set()
+        self._seams = Seams(rules.resumed_at_forward)
+        self.num_forwards_in_last_part = 0  # since the run was last resumed
         self._live: dict[str, _Live] = {}
         self._ended: set[str] = set()
         self._num_missing = 0
@@ -157,6 +166,13 @@ class RunOrder:
             self._check_nothing_is_left(request_id, live)
         for request_id in self._requests.keys() - self._live.keys() - self._ended:
             self._check_nothing_is_left(request_id, None)
+        self._seams.enter(self._seams.last_part, len(self._live) + len(self._ended))
+        if worst := self._seams.worst(len(self._requests)):
+            line, num_cut = worst
+            what = f"{num_cut} requests are missing from the forward, more than were served after the resume"
+            raise Mismatch(_PATHS["batch_size"], what).at(STEPS_FILE, line)
+        if self._seams.last_part:
+            return  # a dropped forward may have been of requests that were served again
         everything_known = all(known.has_ended for known in self._requests.values())
         if everything_known and self._may_miss is not None and self._may_miss > self._num_missing:
             what = f"stored {self._may_miss}, but only {self._num_missing} steps of requests are missing"
@@ -168,6 +184,9 @@ class RunOrder:
                 before = self._forward[1].forward_idx
                 require(row.forward_idx > before, "forward_idx", row.forward_idx, f"after {before}")
                 self._check_forward_is_whole()
+            part = self._seams.part_of(row.forward_idx)
+            self._seams.enter(part, len(self._live) + len(self._ended))
+            self.num_forwards_in_last_part += part == self._seams.last_part
             self._forward = (line, row)
             self._forward_requests = {row.request_id}
             return
@@ -179,13 +198,17 @@ class RunOrder:
         self._forward_requests.add(row.request_id)
 
     def _check_forward_is_whole(self) -> None:
-        """Every request of a decode forward is recorded, unless some of its steps are not sampled."""
+        """Every request of a decode forward is recorded, unless some of its steps are not sampled.
+
+        One that a resume cut is missing.
+        """
         if self._forward is None:
             return
         line, row = self._forward
         found = len(self._forward_requests)
         whole = row.phase == "decode" and self._rules.sample_rate >= 1
-        if found > row.batch_size or (whole and found != row.batch_size):
+        part, num_cut = self._seams.part_of(row.forward_idx), row.batch_size - found
+        if num_cut < 0 or (whole and num_cut and not self._seams.excuse(part, num_cut, line)):
             mismatch = differs("kv_fetch.hbm.batch_size", row.batch_size, found)
             raise _named(mismatch, line, row._asdict() | {"layer_id": 0})
 
@@ -202,10 +225,13 @@ class RunOrder:
         else:
             before = live.row
             require(row.step_idx > before.step_idx, "step_idx", row.step_idx, f"after {before.step_idx}")
+            in_one_part = self._seams.part_of(before.forward_idx) == self._seams.part_of(row.forward_idx)
+            rule = "but the request has records from before the resume in between"
+            require(in_one_part, "forward_idx", row.forward_idx, rule)
             forwards = row.forward_idx - before.forward_idx
             rule = f"{forwards} forwards after step {before.step_idx}"
             require(row.step_idx - before.step_idx <= forwards, "step_idx", row.step_idx, rule)
-            for name in ("cached_blocks", "prefix_key"):
+            for name in ("cached_blocks", "prefix_key", "needle_tokens"):
                 if getattr(row, name) != getattr(before, name):
                     raise differs(_PATHS[name], getattr(row, name), getattr(before, name))
             num_missing = self._count_sampled(before.step_idx + 1, row.step_idx)
@@ -239,6 +265,8 @@ class RunOrder:
 
     def _count_sampled(self, start: int, end: int) -> int:
         """Steps from `start` up to but without `end` that should be recorded; -1 is the prefill."""
+        if self._rules.sample_rate <= 0:
+            end = min(end, 0)
         return sum(step < 0 or self._rules.is_sampled(step) for step in range(start, end))
 
     def _num_left(self, step_idx: int, known: RequestLine) -> int:

@@ -4,7 +4,7 @@ Standard library and the plain implementation only. Knows one record at a time; 
 records belong together is `order.py`'s matter.
 
     rules = Rules.of(manifest)
-    check_record(record, rules)        # raises Mismatch naming the field
+    check_record(record, rules, needles={})        # raises Mismatch naming the field
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dsatrace.schema import (
     nearest_rank,
     problems,
 )
-from dsatrace.trace.plain.record import PlainSelection, fetch_from_hbm, step_record
+from dsatrace.trace.plain.record import PlainSelection, fetch_from_hbm, needle_field, step_record
 from dsatrace.trace.verify.mismatch import compare, differs, require, require_range
 from dsatrace.trace.verify.rules import Rules, require_schema
 
@@ -32,9 +32,13 @@ _FLOAT32_ROUNDING = 1e-5
 Record = Mapping[str, Any]
 
 
-def check_record(record: Record, rules: Rules) -> None:
-    """Everything that can be said of a record by itself; raises `Mismatch` at the first wrong field."""
+def check_record(record: Record, rules: Rules, needles: Mapping[str, Sequence[int]]) -> None:
+    """Everything that can be said of a record by itself; raises `Mismatch` at the first wrong field.
+
+    `needles` are the needle positions of each request that is known.
+    """
     require_schema(problems(record, rules.level))
+    require(rules.has_model, "event", record["event"], "a record, but no model ran")
     for path, parent, name in _dropped_fields(rules.level):
         require(name not in (record[parent] if parent else record), path, "a value", "the level drops it")
     for name in ("layer_id", "forward_idx", "step_wall_us"):
@@ -52,6 +56,7 @@ def check_record(record: Record, rules: Rules) -> None:
     else:  # the dense path selects everything, so nothing is lost
         positions = range(seq_len) if seq_len <= rules.top_k else None
     _check_scores(record, rules)
+    _check_needle(record, positions, rules, needles.get(record["request_id"]))
     if positions is None:
         _check_without_positions(record, rules)
     else:
@@ -128,6 +133,29 @@ def _check_scores(record: Record, rules: Rules) -> None:
         compare(margin, None, "kth_margin")
     else:
         require(margin is not None and margin >= 0, "kth_margin", margin, "not a number from 0")
+
+
+def _check_needle(
+    record: Record, positions: Sequence[int] | None, rules: Rules, known: Sequence[int] | None
+) -> None:
+    """Exactly where both the answer's positions and the selected ones are known, else by what is possible."""
+    stored = record.get("needle")
+    if known is not None:
+        rule = f"its request has {len(known)} needle positions"
+        require((stored is not None) == bool(known), "needle", stored, rule)
+    if stored is None:
+        return
+    tokens, selected = stored["tokens"], stored["selected"]
+    if known is None:
+        require_range("needle.tokens", tokens, 1, record["seq_len_current"])
+    else:
+        compare(tokens, len(known), "needle.tokens")
+    if known is not None and positions is not None:
+        compare(record, needle_field(positions, known))
+    else:
+        is_dense = record["seq_len_current"] <= rules.top_k
+        low = tokens if is_dense else 0
+        require_range("needle.selected", selected, low, min(tokens, rules.top_k))
 
 
 def _check_without_positions(record: Record, rules: Rules) -> None:

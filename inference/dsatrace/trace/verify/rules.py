@@ -32,6 +32,7 @@ class Rules:
     """What the manifest says that the records follow."""
 
     level: Level
+    has_model: bool  # without one there is no record
     block_size: int
     top_k: int
     num_layers: int
@@ -43,6 +44,7 @@ class Rules:
     sample_rate: float
     seed: int
     may_lose: bool  # steps may be missing, and are then counted
+    resumed_at_forward: tuple[int, ...]  # ascending
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Rules:
@@ -60,16 +62,23 @@ class Rules:
         named = [x for x in manifest["cache_layouts"] if x["name"] == manifest["cache_layout"]]
         require(len(named) == 1, "cache_layout", manifest["cache_layout"], "not one of cache_layouts")
         layout = named[0]
-        for name in ("index_topk", "n_layers"):
+        has_model = manifest["selections"] != "none"
+        for name in ("index_topk", "n_layers") if has_model else ():
             count = model.get(name)
             require(type(count) is int and count >= 1, f"model_config.{name}", count, "not a count")
+        rate = trace["sample_rate"]
+        require(has_model or rate == 0, "trace.sample_rate", rate, "but no model ran")
+        seams = manifest.get("resumed_at_forward", [])
+        ascend = seams == sorted(seams) and all(seam >= 0 for seam in seams)
+        require(ascend, "resumed_at_forward", seams, "not ascending counts")
         block_size = trace["block_size_tokens"]
         require(block_size >= 1, "trace.block_size_tokens", block_size, "not a count")
         return cls(
             level=trace["level"],
             block_size=trace["block_size_tokens"],
-            top_k=model["index_topk"],
-            num_layers=model["n_layers"],
+            has_model=has_model,
+            top_k=model["index_topk"] if has_model else 0,
+            num_layers=model["n_layers"] if has_model else 0,
             latent_bytes=layout["latent_bytes_per_token"],
             index_bytes=layout["index_bytes_per_token"],
             store_scores=trace["store_scores"],
@@ -78,6 +87,7 @@ class Rules:
             sample_rate=trace["sample_rate"],
             seed=manifest["seed"],
             may_lose=trace["queue_policy"] == "drop" or trace["on_error"] == "continue",
+            resumed_at_forward=tuple(seams),
         )
 
     def is_sampled(self, step_idx: int) -> bool:

@@ -22,6 +22,7 @@ from dsatrace.schema import (
     MANIFEST_FILE,
     REQUEST_FIELDS,
     REQUESTS_FILE,
+    RUN_STATES,
     STEPS_FILE,
     STEPS_PARQUET_FILE,
     SUMMARY_FIELDS,
@@ -29,14 +30,17 @@ from dsatrace.schema import (
     problems,
 )
 from dsatrace.trace.plain.files import PlainRun
+from dsatrace.trace.plain.requests import PlainRequests
 from dsatrace.trace.plain.summary import PlainSummary, described
 from dsatrace.trace.verify.mismatch import Mismatch, compare, differs, require
 from dsatrace.trace.verify.order import RequestLine, RunOrder
 from dsatrace.trace.verify.record import check_record
 from dsatrace.trace.verify.rules import Rules, require_schema
 
-_REQUEST_STATES = ("stop", "length", "aborted", "unfinished")
-_COST_FIELDS = next(field for field in SUMMARY_FIELDS if field.name == "tracing_cost").children
+_REQUEST_STATES = ("stop", "length", "rejected", "aborted", "unfinished")
+_TIMES = ("arrival_s", "admitted_s", "first_token_s", "finish_s")
+_ADDED_LATER = ("needle_recall", "scores", "serving", "workload")
+"""Of the summary; absent in those written before."""
 _BLOCK_SIZES = (16, 32, 64)
 """Compared where no summary.json says which sizes the run compared."""
 
@@ -75,7 +79,9 @@ def verify(folder: Path, on_bytes: Callable[[int], object] | None = None) -> Ver
         raise UserError(f"{folder}: holds Parquet; verify what `dsatrace export --to jsonl` makes of it")
     rules = _named(MANIFEST_FILE, lambda: Rules.of(run.manifest))
     state = run.state
-    requests = _requests(run)
+    lines = PlainRequests(run.manifest.get("serving"))
+    requests = _requests(run, lines)
+    needles = {name: known.needle_positions for name, known in requests.items()}
     summary = _named(SUMMARY_FILE, lambda: _summary(run, state))
     dropped_steps = summary["dropped_steps"] if summary else 0
     # A run that goes on or was killed may have lost more steps than its last summary says.
@@ -84,7 +90,7 @@ def verify(folder: Path, on_bytes: Callable[[int], object] | None = None) -> Ver
     totals = PlainSummary(top_k=rules.top_k, block_sizes=sizes, level=rules.level)
     for line, record in run.lines(STEPS_FILE, on_bytes):
         try:
-            check_record(record, rules)
+            check_record(record, rules, needles)
         except Mismatch as mismatch:
             order.check_row()  # an earlier record of the same step may be the first bad one
             raise mismatch.at(STEPS_FILE, line, record) from None
@@ -93,30 +99,53 @@ def verify(folder: Path, on_bytes: Callable[[int], object] | None = None) -> Ver
         if ended is not None:
             totals.end_request(ended)
     order.close(whole=state == "complete")
-    notes = _named(SUMMARY_FILE, lambda: _check_totals(run, summary, totals, len(requests)))
+    notes = _named(SUMMARY_FILE, lambda: _check_totals(run, summary, totals, lines, order))
     return Verification(state, rules.level, totals.num_records, len(requests), tuple(notes))
 
 
-def _requests(run: PlainRun) -> dict[str, RequestLine]:
-    """What requests.jsonl says, by request; its lines are checked on the way."""
+def _requests(run: PlainRun, totals: PlainRequests) -> dict[str, RequestLine]:
+    """What requests.jsonl says, by request; its lines are checked and added up on the way."""
     found: dict[str, RequestLine] = {}
     for line, record in run.lines(REQUESTS_FILE):
         try:
-            require_schema(problems(record, "full", REQUEST_FIELDS))
-            request_id, state = record["request_id"], record["state"]
-            require(request_id not in found, "request_id", request_id, "stands twice")
-            require(state in _REQUEST_STATES, "state", state, f"not one of {', '.join(_REQUEST_STATES)}")
-            require(record["num_prompt_tokens"] >= 1, "num_prompt_tokens", 0, "an empty prompt")
-            at_least = int(state in ("stop", "length"))
-            num_output = record["num_output_tokens"]
-            require(num_output >= at_least, "num_output_tokens", num_output, f"state {state}")
-            times = [record[name] for name in ("arrival_s", "first_token_s", "finish_s")]
-            known = [time for time in times if time is not None]
-            require(known == sorted(known), "finish_s", times, "arrival, first token and finish out of order")
+            _check_request(record)
+            require(record["request_id"] not in found, "request_id", record["request_id"], "stands twice")
         except Mismatch as mismatch:
             raise mismatch.at(REQUESTS_FILE, line, {"request_id": record.get("request_id")}) from None
-        found[request_id] = RequestLine(line, record["num_prompt_tokens"], num_output, state)
+        found[record["request_id"]] = RequestLine(
+            line,
+            record["num_prompt_tokens"],
+            record["num_output_tokens"],
+            record["state"],
+            tuple(record.get("needle_positions", ())),
+        )
+        totals.add(record)
     return found
+
+
+def _check_request(record: dict[str, Any]) -> None:
+    """A line of requests.jsonl by itself."""
+    require_schema(problems(record, "full", REQUEST_FIELDS))
+    state, num_prompt, num_output = (
+        record[name] for name in ("state", "num_prompt_tokens", "num_output_tokens")
+    )
+    require(state in _REQUEST_STATES, "state", state, f"not one of {', '.join(_REQUEST_STATES)}")
+    require(num_prompt >= 1, "num_prompt_tokens", num_prompt, "an empty prompt")
+    at_least = int(state in ("stop", "length"))
+    require(num_output >= at_least, "num_output_tokens", num_output, f"state {state}")
+    require(state != "rejected" or num_output == 0, "num_output_tokens", num_output, f"state {state}")
+    times = [record.get(name) for name in _TIMES]
+    known = [time for time in times if time is not None]
+    require(known == sorted(known), "finish_s", times, "arrival, admission, first token, finish out of order")
+    require(known[0] >= 0, "arrival_s", known[0], "before the run's start")
+    preemptions = record.get("num_preemptions", 0)
+    require(preemptions >= 0, "num_preemptions", preemptions, "below 0")
+    for label, value in record.get("labels", {}).items():
+        require(isinstance(value, str), f"labels.{label}", value, "not string")
+    needles = record.get("needle_positions", [])
+    require(needles == sorted(set(needles)), "needle_positions", needles, "not ascending, each of them once")
+    inside = not needles or (needles[0] >= 0 and needles[-1] < num_prompt)
+    require(inside, "needle_positions", needles, f"outside the prompt's {num_prompt} tokens")
 
 
 def _summary(run: PlainRun, state: str) -> dict[str, Any] | None:
@@ -127,8 +156,10 @@ def _summary(run: PlainRun, state: str) -> dict[str, Any] | None:
         return None
     require_schema(problems(summary, "full", SUMMARY_FIELDS))
     _check_shapes(summary)
-    # A killed run's last summary still says running.
-    allowed = ("complete",) if state == "complete" else ("running", "incomplete")
+    # A killed run's last summary still says running, unless the manifest was all that was left to write.
+    allowed: tuple[str, ...] = ("complete",) if state == "complete" else ("running", "incomplete")
+    if run.manifest["state"] == "running":
+        allowed = RUN_STATES
     require(summary["state"] in allowed, "state", summary["state"], f"the manifest says {state}")
     compare(summary["selections"], run.manifest["selections"], "selections")
     dropped_steps = summary["dropped_steps"]
@@ -145,8 +176,6 @@ def _check_shapes(summary: dict[str, Any]) -> None:
         require(type(size) is int and size >= 1, f"blocks_touched[{i}].block_size_tokens", size, "no size")
     for name, stored in summary["histograms"].items():
         require(_is_histogram(stored), f"histograms.{name}", stored, "not values with a count each")
-    if summary["tracing_cost"] is not None:
-        require_schema(problems(summary["tracing_cost"], "full", _COST_FIELDS, "tracing_cost."))
 
 
 def _is_histogram(stored: object) -> bool:
@@ -159,7 +188,11 @@ def _is_histogram(stored: object) -> bool:
 
 
 def _check_totals(
-    run: PlainRun, summary: dict[str, Any] | None, totals: PlainSummary, num_requests: int
+    run: PlainRun,
+    summary: dict[str, Any] | None,
+    totals: PlainSummary,
+    requests: PlainRequests,
+    order: RunOrder,
 ) -> list[str]:
     """Compares the summary with what the records add up to; returns what could not be compared."""
     notes = [f"{name} {torn}" for name, torn in run.torn_lines.items()]
@@ -170,28 +203,38 @@ def _check_totals(
         return [*notes, f"totals: there is no {SUMMARY_FILE} yet"]
     counts = summary["counts"]
     if run.state != "complete" and (
-        counts["records"] != totals.num_records or counts["requests"] != num_requests
+        counts["records"] != totals.num_records or counts["requests"] != requests.num_requests
     ):
         return [*notes, f"totals: {SUMMARY_FILE} counts {counts['records']} of {totals.num_records} records"]
     derived = totals.to_json(
-        num_requests=num_requests,
+        requests,
         state=summary["state"],
         selections=summary["selections"],
         dropped_steps=summary["dropped_steps"],
     )
     if run.state != "complete":
         del derived["dropped_steps"]
-    del derived["tracing_cost"]  # a measurement
-    _check_cost(summary, derived)
-    stored_only = _check_own_histograms(summary, derived, totals)
+    del derived["tracing_cost"], derived["workload"]  # measured; said by the workload itself
+    for name in _ADDED_LATER:
+        if name not in summary and derived.get(name) is None:
+            derived.pop(name, None)
+    _check_cost(summary, order.num_forwards_in_last_part)
+    was_resumed = bool(run.manifest.get("resumed_at_forward"))
+    stored_only = _check_own_histograms(summary, derived, totals, was_resumed)
+    if stored_only and was_resumed:
+        del derived["step_overlap"], derived["layer_overlap"]
     compare(summary, derived, summed=True)
+    for name in ("scores", "serving"):  # nothing more may stand there either
+        require(summary.get(name) == derived.get(name), name, summary.get(name), "not what the requests say")
     if stored_only:
         notes.append(f"at level {totals.level} the records do not hold: {', '.join(stored_only)}")
+    if stored_only and was_resumed:
+        notes.append("those count steps twice that were served again after a resume")
     return notes
 
 
-def _check_cost(summary: dict[str, Any], derived: dict[str, Any]) -> None:
-    """What tracing took is measured; that it adds up is not."""
+def _check_cost(summary: dict[str, Any], num_forwards: int) -> None:
+    """What tracing took is measured; that it adds up is not. It is that of the run since its last resume."""
     cost = summary["tracing_cost"]
     if cost is None:
         return
@@ -200,16 +243,16 @@ def _check_cost(summary: dict[str, Any], derived: dict[str, Any]) -> None:
     if cost["traced_steps"]:
         compare({"mean": without}, {"mean": sum(parts)}, "tracing_cost.without_sync_us", summed=True)
         compare({"mean": both}, {"mean": without + sync}, "tracing_cost.with_sync_us", summed=True)
-    num_forwards = derived["counts"]["steps"] + derived["counts"]["prefills"]
     if cost["traced_steps"] < num_forwards:
         raise differs("tracing_cost.traced_steps", cost["traced_steps"], num_forwards)
 
 
 def _check_own_histograms(
-    summary: dict[str, Any], derived: dict[str, Any], totals: PlainSummary
+    summary: dict[str, Any], derived: dict[str, Any], totals: PlainSummary, was_resumed: bool
 ) -> list[str]:
     """Below level full, what the records do not hold must at least agree with its own histogram.
 
+    Its size is known too, but for a resumed run's: that counts records which were cut.
     Returns the names of those distributions.
     """
     histograms, known = summary["histograms"], derived["histograms"]
@@ -230,8 +273,9 @@ def _check_own_histograms(
             total = derived["counts"]["sparse_records"]
         else:
             compare(summary[name], described(counts), name)
-            total = totals.num_tokens if name == "offsets" else derived["kv_fetch"]["hbm"]["hit_blocks"]
-        if counts.total() != total:
+            num_blocks = derived["kv_fetch"]["hbm"].get("hit_blocks", 0)
+            total = totals.num_tokens if name == "offsets" else num_blocks
+        if counts.total() != total and not was_resumed:
             raise differs(f"histograms.{name}.counts", counts.total(), total)
     return [*missing, *(("overlap shares",) if totals.level != "full" else ())]
 
@@ -239,7 +283,8 @@ def _check_own_histograms(
 def _histogram_names(summary: dict[str, Any]) -> list[str]:
     sizes = [row["block_size_tokens"] for row in summary["blocks_touched"]]
     named = ("unique_blocks", "tokens_per_touched_block", "offsets", "prefix_intersection_ratio", "step_us")
-    return [*named, *(f"unique_blocks_at_{size}" for size in sizes)]
+    durations = [f"{name[:-3]}_us" for name in summary.get("serving") or {} if name.endswith("_ms")]
+    return [*named, *(f"unique_blocks_at_{size}" for size in sizes), *durations]
 
 
 def _named(file_name: str, check: Callable[[], Any]) -> Any:

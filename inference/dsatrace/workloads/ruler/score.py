@@ -4,15 +4,13 @@ Case-insensitive substrings, as NVIDIA's `eval/synthetic/constants.py` defines t
 references count in equal parts (niah, vt, cwe, fwe), or any one is enough (qa). Control
 characters of the prediction become line breaks first, as there. Knows no model.
 
-    summary = summarize((example.task, score(example, answer)) for example, answer in answers)
-    summary["score"], summary["tasks"]["vt"]["score"]
+    score(example, answer)
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from dsatrace.workloads.ruler.example import Example
 
@@ -33,22 +31,6 @@ def score(example: Example, prediction: str) -> float:
     """The example's score by its task's metric; the prediction is what follows `answer_prefix`."""
     metric = string_match_part if example.metric == "match_part" else string_match_all
     return metric(prediction, example.references)
-
-
-def summarize(scores: Iterable[tuple[str, float]]) -> dict[str, Any]:
-    """Means of (task, score) pairs: each task's, and overall the mean of the tasks' means.
-
-    Tasks weigh the same however many examples they have, as in NVIDIA's tables; None without scores.
-    """
-    by_task: dict[str, list[float]] = {}
-    for task, value in scores:
-        by_task.setdefault(task, []).append(value)
-    tasks = {
-        task: {"num_examples": len(values), "score": sum(values) / len(values)}
-        for task, values in by_task.items()
-    }
-    overall = sum(task["score"] for task in tasks.values()) / len(tasks) if tasks else None
-    return {"score": overall, "num_examples": sum(map(len, by_task.values())), "tasks": tasks}
 
 
 def _occurrences(prediction: str, references: Sequence[str]) -> list[bool]:

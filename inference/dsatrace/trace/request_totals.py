@@ -1,0 +1,168 @@
+"""What the lines of requests.jsonl add up to: the task's scores, and how requests were served.
+
+Every number comes from exact counts (whole microseconds, whole seconds, distinct scores),
+so parts merge by addition; merged runs lie over each other on one time axis. Knows no step.
+
+    totals = RequestTotals(serving={"mode": "continuous", "clock": "virtual"})
+    totals.add(line)                   # of requests.jsonl
+    fields, histograms = totals.to_json()     # fields["scores"], fields["serving"]
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dsatrace.schema import nearest_rank
+from dsatrace.trace.histogram import ValueCounts
+
+Request = Mapping[str, Any]
+
+MAX_BUCKETS = 64
+SERVED = ("stop", "length")
+_OTHERS = ("rejected", "aborted", "unfinished")
+_QUANTILES = (("p50", 50), ("p95", 95), ("p99", 99), ("max", 100))
+
+
+def _time_per_output_token(request: Request) -> int | None:
+    gaps = request["num_output_tokens"] - 1
+    return _us(request["first_token_s"], request["finish_s"], gaps) if gaps > 0 else None
+
+
+def _us(start_s: float | None, end_s: float | None, parts: int = 1) -> int | None:
+    """Whole microseconds from start to end, or of each of so many parts; None where a time is missing."""
+    return None if start_s is None or end_s is None else round((end_s - start_s) * 1e6 / parts)
+
+
+DURATIONS: dict[str, Callable[[Request], int | None]] = {
+    "latency": lambda request: _us(request["arrival_s"], request["finish_s"]),
+    "time_to_first_token": lambda request: _us(request["arrival_s"], request["first_token_s"]),
+    "time_per_output_token": _time_per_output_token,
+    "queue": lambda request: _us(request["arrival_s"], request.get("admitted_s")),
+}
+"""Of a served request, by name: the summary's `<name>_ms`, its histogram's `<name>_us`."""
+
+
+class RequestTotals:
+    """Of a run, or of a part of one."""
+
+    def __init__(self, serving: Mapping[str, Any] | None = None) -> None:
+        """`serving` is the manifest's: null where no requests arrived over time."""
+        self._serving = serving
+        self._scores: dict[tuple[str, str] | None, ValueCounts] = {}  # (label, value); None: all
+        self._states = Counter[str]()
+        self._num_preemptions = 0
+        self._durations = {name: ValueCounts() for name in DURATIONS}
+        self._num_output_tokens = 0  # of requests with a span
+        self._spans: list[float] = []  # earliest arrival, latest finish
+        self._arrived = Counter[int]()  # by second
+        self._finished = Counter[int]()
+
+    def add(self, request: Request) -> None:
+        score = request["score"]
+        if score is not None:
+            for group in (None, *request.get("labels", {}).items()):
+                self._scores.setdefault(group, ValueCounts()).add([score])
+        if self._serving is not None:
+            self._add_served(request)
+
+    def merge(self, other: RequestTotals) -> None:
+        for group, counts in other._scores.items():
+            self._scores.setdefault(group, ValueCounts()).merge(counts)
+        self._states.update(other._states)
+        self._num_preemptions += other._num_preemptions
+        for name, durations in self._durations.items():
+            durations.merge(other._durations[name])
+        self._num_output_tokens += other._num_output_tokens
+        self._widen(other._spans)
+        self._arrived.update(other._arrived)
+        self._finished.update(other._finished)
+
+    def to_json(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The summary's `scores` and `serving`, and by name the histograms its latencies come from."""
+        histograms: dict[str, Any] = {}
+        if self._serving is not None:
+            histograms = {f"{name}_us": counted.to_json() for name, counted in self._durations.items()}
+        return {"scores": self._scores_json(), "serving": self._serving_json(histograms)}, histograms
+
+    def _scores_json(self) -> dict[str, Any] | None:
+        """`{mean, num_scored, by}`, labels and their values in order; None where no request has a score."""
+        if None not in self._scores:
+            return None
+        by: dict[str, dict[str, Any]] = {}
+        for label, value in sorted(group for group in self._scores if group is not None):
+            by.setdefault(label, {})[value] = _mean_score(self._scores[label, value])
+        return {**_mean_score(self._scores[None]), "by": by}
+
+    def _serving_json(self, histograms: Mapping[str, Any]) -> dict[str, Any] | None:
+        """None where no requests arrived over time."""
+        if self._serving is None:
+            return None
+        span = self._spans[1] - self._spans[0] if self._spans else None
+        return {
+            "mode": self._serving["mode"],
+            "clock": self._serving["clock"],
+            "counts": {
+                "served": sum(self._states[state] for state in SERVED),
+                **{state: self._states[state] for state in _OTHERS},
+                "preemptions": self._num_preemptions,
+            },
+            **{f"{name}_ms": _latency(**histograms[f"{name}_us"]) for name in self._durations},
+            "span_s": span,
+            "requests_per_s": self._finished.total() / span if span else None,
+            "output_tokens_per_s": self._num_output_tokens / span if span else None,
+            "requests_over_time": self._over_time(),
+        }
+
+    def _add_served(self, request: Request) -> None:
+        self._states[request["state"]] += 1
+        self._num_preemptions += request.get("num_preemptions", 0)
+        self._arrived[math.floor(request["arrival_s"])] += 1
+        if request["state"] not in SERVED:
+            return
+        for name, duration in DURATIONS.items():
+            if (us := duration(request)) is not None:
+                self._durations[name].add([us])
+        if request["finish_s"] is not None:
+            self._finished[math.floor(request["finish_s"])] += 1
+            self._num_output_tokens += request["num_output_tokens"]
+            self._widen([request["arrival_s"], request["finish_s"]])
+
+    def _widen(self, spans: list[float]) -> None:
+        if spans:
+            mine = self._spans or spans
+            self._spans = [min(mine[0], spans[0]), max(mine[1], spans[1])]
+
+    def _over_time(self) -> list[dict[str, int]]:
+        seconds = self._arrived.keys() | self._finished.keys()
+        num_seconds = max(seconds) + 1 if seconds else 0
+        width = 1
+        while width * MAX_BUCKETS < num_seconds:
+            width *= 2
+        buckets = [{"start_s": start, "arrived": 0, "finished": 0} for start in range(0, num_seconds, width)]
+        for name, counts in (("arrived", self._arrived), ("finished", self._finished)):
+            for second, count in counts.items():
+                buckets[second // width][name] += count
+        return buckets
+
+
+def _mean_score(counts: ValueCounts) -> dict[str, Any]:
+    return {"mean": counts.distribution()["mean"], "num_scored": counts.total}
+
+
+def _latency(values: Sequence[int], counts: Sequence[int]) -> dict[str, float | None]:
+    """Of ascending microseconds; a run has about as many distinct ones as requests."""
+    if not counts:
+        return dict.fromkeys([*(name for name, _ in _QUANTILES), "mean"])
+    seen = list(itertools.accumulate(counts))
+    us: dict[str, float] = {
+        name: values[bisect.bisect_right(seen, nearest_rank(seen[-1], percent))]
+        for name, percent in _QUANTILES
+    }
+    us["mean"] = sum(map(operator.mul, values, counts)) / seen[-1]
+    return {name: value / 1000 for name, value in us.items()}

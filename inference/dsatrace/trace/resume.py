@@ -1,0 +1,275 @@
+"""Goes on with a run that was killed, interrupted or out of disk: what of it stands, what must go.
+
+A request is *done* when requests.jsonl says how it ended and all its records are there.
+Whatever else the files hold belongs to requests that are served again: it is cut before
+they are, so that no (request, step, layer) occurs twice. Knows no engine; `Tracer` does
+the cutting, once everything that could refuse the resume has been asked.
+
+    resumed = prepare_resume(folder)                   # locks the run, changes nothing
+    with Tracer(config, run, resumed=resumed) as tracer:       # checks, cuts, goes on
+        for request in requests:                       # all of them, in the order of the first start
+            (tracer.skip_request if request.request_id in resumed.done else serve)(request)
+
+Killed at any moment, this can be done again: the manifest names the seam before anything is
+cut, each file is replaced whole, and what is cut does not change what is done. Below level
+full the records hold no positions; the distributions of those go on from the last
+summary.json, where steps that are served again count twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+from dsatrace.errors import UserError
+from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
+from dsatrace.trace.config import TraceConfig, is_sampled
+from dsatrace.trace.files import LineFile
+from dsatrace.trace.reader import RunReader
+from dsatrace.trace.summarize import summarize_run
+from dsatrace.trace.summary import Summary
+
+_ENDED = ("stop", "length", "rejected")
+_TIMES = ("admitted_s", "first_token_s", "finish_s")
+_REQUEST_ID = re.compile(rb'"request_id":\s*("(?:[^"\\]|\\.)*")')
+_CHUNK_BYTES = 1 << 20
+
+
+def _nobody(count: int) -> None:
+    """Nobody listens."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Resumed:
+    """A run that nobody else can write, until this is closed or the process ends.
+
+    `next_forward_idx` is for the first forward to come, `elapsed_s` the latest time of the
+    run's clock that is known: arrivals and latencies go on from it. `summary` is that of the
+    records that stay; the cost of tracing is counted anew.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    prompt_tokens: Mapping[str, int]  # of each request that is done
+    next_forward_idx: int
+    elapsed_s: float
+    summary: Summary
+    steps: LineFile
+    requests: LineFile
+
+    @functools.cached_property
+    def done(self) -> frozenset[str]:
+        """The requests that are not served again."""
+        return frozenset(self.prompt_tokens)
+
+    def continued(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """The new manifest as that of this run: begun when it began, and with one seam more."""
+        seams = [*self.manifest.get("resumed_at_forward", ()), self.next_forward_idx]
+        return {**manifest, "started_utc": self.manifest["started_utc"], "resumed_at_forward": seams}
+
+    def cut(self) -> None:
+        """Takes what is not done out of the files; a file that holds nothing of it is left alone."""
+        for lines in (self.steps, self.requests):
+            _cut(lines, self.done)
+
+    def close(self) -> None:
+        """Lets go of the run."""
+        self.requests.close()
+        self.steps.close()
+
+
+def prepare_resume(folder: Path, on_records: Callable[[int], object] = _nobody) -> Resumed:
+    """Locks an incomplete run and reads what of it stands; raises `UserError` for any other folder.
+
+    Reads the steps twice, in bounded memory but for the ids of requests; the second time,
+    which takes longest, `on_records` is told how many more were read.
+    """
+    _require_resumable(RunReader(folder))
+    with contextlib.ExitStack() as on_failure, _naming_the_file():
+        steps = LineFile.reopen(folder / STEPS_FILE)
+        on_failure.callback(steps.close)
+        try:
+            steps.lock()
+        except BlockingIOError as error:
+            raise _is_running(folder) from error
+        run = RunReader(folder)  # the run may have ended between the two looks
+        _require_resumable(run, locked=True)
+        requests = LineFile.reopen(folder / REQUESTS_FILE)
+        on_failure.callback(requests.close)
+        found = _Found(run)
+        resumed = Resumed(
+            folder=folder,
+            manifest=run.manifest,
+            prompt_tokens={name: ended.num_prompt_tokens for name, ended in found.done.items()},
+            next_forward_idx=found.next_forward_idx,
+            elapsed_s=found.elapsed_s,
+            summary=_summary(folder, found, on_records),
+            steps=steps,
+            requests=requests,
+        )
+        on_failure.pop_all()
+        return resumed
+
+
+def _require_resumable(run: RunReader, locked: bool = False) -> None:
+    """`locked`: by this process, so a manifest that says running is a killed run's."""
+    if run.is_parquet:
+        raise UserError(f"{run.folder}: an export to Parquet; resume the run that it was made from")
+    state = run.manifest["state"] if locked else run.state
+    if state == "complete":
+        raise UserError(f"{run.folder}: the run is complete, there is nothing to resume")
+    if state == "running" and not locked:
+        raise _is_running(run.folder)
+
+
+def _is_running(folder: Path) -> UserError:
+    return UserError(f"{folder}: is still being written; wait for that process to end, or stop it")
+
+
+class _Ended(NamedTuple):
+    """Of a line of requests.jsonl, which may hold a text too."""
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+class _Found:
+    """What the files of a run hold: who is done, and how far the run's counters had come."""
+
+    def __init__(self, run: RunReader) -> None:
+        trace = run.manifest["trace"]
+        self.may_lose = trace["queue_policy"] == "drop" or trace["on_error"] == "continue"
+        self.done: dict[str, _Ended] = {}  # by request id
+        self.elapsed_s = 0.0
+        self.next_forward_idx = max(run.manifest.get("resumed_at_forward", ()), default=0)
+        self._num_records = Counter[str]()
+        self._read_requests(run)
+        self._read_steps(run)
+        missing = {name: self._num_missing(run, name) for name in self.done}
+        if not self.may_lose:
+            # A power cut may have taken records whose request's line it left.
+            self.done = {name: ended for name, ended in self.done.items() if not missing[name]}
+        self.most_missing = max((missing[name] for name in self.done), default=0)
+
+    def _read_requests(self, run: RunReader) -> None:
+        for raw, line in run.lines(REQUESTS_FILE):
+            self.elapsed_s = max(self.elapsed_s, *(line.get(name) or 0.0 for name in _TIMES))
+            if line["state"] in _ENDED and raw.endswith(b"\n"):
+                self.done[line["request_id"]] = _Ended(line["num_prompt_tokens"], line["num_output_tokens"])
+
+    def _read_steps(self, run: RunReader) -> None:
+        forward_idx, busy_us = None, 0.0
+        for raw, record in run.lines(STEPS_FILE):
+            self._num_records[record["request_id"]] += raw.endswith(b"\n")
+            if record["forward_idx"] != forward_idx:
+                forward_idx = record["forward_idx"]
+                busy_us += record["step_wall_us"]
+                self.next_forward_idx = max(self.next_forward_idx, forward_idx + 1)
+        # Forwards come one after the other: the clock stands at least where they end.
+        self.elapsed_s = max(self.elapsed_s, busy_us / 1e6)
+
+    def _num_missing(self, run: RunReader, request_id: str) -> int:
+        """Sampled steps of an ended request of which a record is not there."""
+        trace, num_output_tokens = run.manifest["trace"], self.done[request_id].num_output_tokens
+        num_sampled = _num_sampled(num_output_tokens - 1, trace["sample_rate"], run.manifest["seed"])
+        num_steps = num_sampled + (trace["prefill"] == "last" and num_output_tokens > 0)
+        num_layers: int = run.manifest["model_config"].get("n_layers", 1)
+        return num_steps - self._num_records[request_id] // num_layers
+
+
+@functools.lru_cache(1 << 16)
+def _num_sampled(num_steps: int, rate: float, seed: int) -> int:
+    if rate <= 0 or rate >= 1:
+        return max(num_steps, 0) if rate >= 1 else 0
+    return sum(is_sampled(i, rate, seed) for i in range(num_steps))
+
+
+class _Kept(RunReader):
+    """The run as it will be after the cut."""
+
+    def __init__(self, folder: Path, done: Collection[str]) -> None:
+        super().__init__(folder)
+        self._done = done
+
+    def lines(self, name: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        return (pair for pair in super().lines(name) if pair[1]["request_id"] in self._done)
+
+    def summary(self) -> dict[str, Any]:
+        stored = super().summary()
+        hot = stored["prefix_hot_blocks"]
+        return stored | {"prefix_hot_blocks": {name: hot[name] for name in hot if name in self._done}}
+
+
+def _summary(folder: Path, found: _Found, on_records: Callable[[int], object]) -> Summary:
+    """Of what stays, with the dropped steps that may be missed there."""
+    run = _Kept(folder, found.done)
+    if not (folder / SUMMARY_FILE).exists() and next(run.steps(), None) is None:
+        # Killed before there was a step: nothing that only a summary could tell.
+        selections, serving = run.manifest["selections"], run.manifest.get("serving")
+        summary = Summary(TraceConfig.compared_block_sizes, selections, serving)
+        for line in run.requests():
+            summary.finish_request(line)
+        return summary
+    summary = summarize_run(run, on_records)
+    summary.dropped_steps = max(summary.dropped_steps, found.most_missing) if found.may_lose else 0
+    return summary
+
+
+def _cut(lines: LineFile, done: Collection[str]) -> None:
+    """Drops the lines that are torn, or of a request that is not done; writes nothing for none."""
+    first_cut, last_kept = None, 0  # bytes before the first line that goes, and up to the last that stays
+    end = 0
+    with lines.path.open("rb") as file:
+        for line in file:
+            end += len(line)
+            if _stays(line, done):
+                last_kept = end
+            elif first_cut is None:
+                first_cut = end - len(line)
+    if first_cut is None:
+        return
+    if last_kept <= first_cut:
+        lines.truncate(first_cut)
+    else:
+        lines.replace(_kept_bytes(lines.path, done, first_cut))
+
+
+def _kept_bytes(path: Path, done: Collection[str], first_cut: int) -> Iterator[bytes]:
+    """What stays of the file, about a MiB at a time; nothing before `first_cut` goes."""
+    with path.open("rb") as file:
+        while rest := first_cut - file.tell():
+            yield file.read(min(rest, _CHUNK_BYTES))
+        kept = (line for line in file if _stays(line, done))
+        while chunk := b"".join(_take(kept, _CHUNK_BYTES)):
+            yield chunk
+
+
+def _take(lines: Iterator[bytes], num_bytes: int) -> Iterator[bytes]:
+    """The next lines, until they come to so many bytes."""
+    taken = 0
+    while taken < num_bytes and (line := next(lines, None)) is not None:
+        taken += len(line)
+        yield line
+
+
+def _stays(line: bytes, done: Collection[str]) -> bool:
+    """Looks at the head of the line only: a whole parse would take longer than the disk."""
+    found = _REQUEST_ID.search(line)
+    return found is not None and line.endswith(b"\n") and orjson.loads(found[1]) in done
+
+
+@contextlib.contextmanager
+def _naming_the_file() -> Iterator[None]:
+    """A file that cannot be opened or locked is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot resume: {error.strerror}") from error
