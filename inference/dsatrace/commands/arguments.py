@@ -6,16 +6,16 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from dsatrace.engine.setup import EngineSetup
+from dsatrace.engine.config import EngineSetup
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the engine's flags; defaults come from `EngineSetup`."""
+def add_engine_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Adds the engine's flags; defaults come from `EngineSetup`. Not `required`: a run may have no model."""
     default = {field.name: field.default for field in dataclasses.fields(EngineSetup)}
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--ckpt-path", type=Path, required=True, help="folder with model{rank}-mp{N}.safetensors")
-    add("--config", type=Path, required=True, help="model config, such as config_671B_v3.2.json")
+    add("--ckpt-path", type=Path, required=required, help="folder with model{rank}-mp{N}.safetensors")
+    add("--config", type=Path, help="config_671B_v3.2.json, say (the checkpoint's config.json)")
     add("--device", choices=("auto", "cpu", "cuda"), default=default["device"], help="(%(default)s)")
     add(
         "--kernel-backend",
@@ -25,6 +25,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--max-batch-size",
+        "--batch-size",
         type=int,
         default=default["max_batch_size"],
         help="requests at a time (%(default)s)",
@@ -37,6 +38,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         default=default["cache_block_size"],
         help="tokens of a physical block; statistics use --kv-block-size (%(default)s)",
     )
+    add("--cache-blocks", type=int, help="physical blocks of the KV cache (enough for a whole batch)")
     add("--seed", type=int, default=default["seed"], help="of sampling (%(default)s)")
 
 

@@ -11,7 +11,8 @@ import sys
 
 import torch
 
-from dsatrace.commands.serving import Serving, on_interrupt
+from dsatrace.commands.interrupt import on_interrupt
+from dsatrace.commands.serving import Serving
 from dsatrace.engine.engine import Engine
 from dsatrace.workloads.encoding import Message
 from dsatrace.workloads.request import Request
@@ -19,8 +20,7 @@ from dsatrace.workloads.request import Request
 
 def chat(serving: Serving) -> None:
     """Talks until `/exit` or the end of input."""
-    longest = serving.model.args.max_seq_len
-    with serving.open(longest, "interactive", num_requests=1) as engine:
+    with serving.open(None, "interactive", num_requests=1) as engine:
         if serving.is_rank_0:
             with on_interrupt(engine.request_abort):
                 _talk(serving, engine)
@@ -41,9 +41,9 @@ def _talk(serving: Serving, engine: Engine) -> None:
             turns.clear()
         elif line:
             ids = serving.encode([*turns, Message("user", line)])
-            room = serving.model.args.max_seq_len - len(ids)
-            if room < 1:
-                print(f"error: {len(ids)} tokens exceed --max-seq-len; /clear starts anew", file=sys.stderr)
+            if len(ids) > engine.scheduler.max_tokens:
+                limit = f"{engine.scheduler.max_tokens} that the KV cache holds"
+                print(f"error: {len(ids)} tokens exceed the {limit}; /clear starts anew", file=sys.stderr)
                 continue
             _send(serving, ids)
             answer = _answer(serving, engine, ids, num_requests)
@@ -61,7 +61,7 @@ def _follow(serving: Serving, engine: Engine) -> None:
 
 def _answer(serving: Serving, engine: Engine, ids: list[int], number: int) -> str:
     """Streams one answer to rank 0's terminal and returns its text."""
-    max_new_tokens = min(serving.max_new_tokens, serving.model.args.max_seq_len - len(ids) + 1)
+    max_new_tokens = min(serving.max_new_tokens, engine.scheduler.max_tokens - len(ids) + 1)
     live = engine.submit(Request(f"r{number}", tuple(ids), max_new_tokens, serving.temperature))
     stream, eos = serving.tokenizer.stream(), serving.tokenizer.eos_id
     for _, token in engine.run():

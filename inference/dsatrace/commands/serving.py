@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dsatrace.commands.interrupt import on_interrupt
+from dsatrace.engine.config import EngineSetup
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.live import LiveRequest
-from dsatrace.engine.setup import EngineSetup, open_engine
+from dsatrace.engine.setup import open_engine
 from dsatrace.model.transformer import Transformer
 from dsatrace.trace.config import TraceConfig
 from dsatrace.workloads.encoding import Message, encode_chat
@@ -57,7 +57,7 @@ class Serving:
         return self.tokenizer.decode(token for token in live.answer if token != eos)
 
     def open(
-        self, longest: int, source: str, num_requests: int | None = None
+        self, longest: int | None, source: str, num_requests: int | None = None
     ) -> contextlib.AbstractContextManager[Engine]:
         """`open_engine` for this model; `source` is where the prompts come from."""
         return open_engine(
@@ -74,20 +74,6 @@ class Serving:
             num_requests=num_requests,
             answer_text=self.text if self.save_text else None,
         )
-
-
-@contextlib.contextmanager
-def on_interrupt(action: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C calls `action` instead of raising, inside the block; main thread only."""
-
-    def handler(signum: int, frame: FrameType | None) -> None:
-        action()
-
-    previous = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def answer_prompts(serving: Serving, prompts: Sequence[str], source: Path) -> int:
@@ -134,8 +120,7 @@ def _run_with_progress(engine: Engine, live: Sequence[LiveRequest], shown: bool)
             progress.update(bar, completed=done, description="prefill" if in_prefill else "decode")
     seconds = time.perf_counter() - started
     generated = sum(len(request.answer) for request in live)
-    runner = engine.runner
     report = f"{len(live)} requests, {prompt_tokens} tokens in, {generated} out in {seconds:.1f} s"
-    if runner.num_decode_tokens:
-        report += f" ({runner.num_decode_tokens / runner.decode_s:.1f} tokens/s in decode)"
+    if engine.num_decode_tokens:
+        report += f" ({engine.num_decode_tokens / engine.decode_s:.1f} tokens/s in decode)"
     return report

@@ -1,6 +1,7 @@
-"""Joins the ranks that `torchrun` started, or stays a single process.
+"""Joins the ranks that `torchrun` started, or stays a single process; carries rank 0's word.
 
-with process_group("auto") as device: ...
+with process_group("auto") as device:
+    engine = Engine(scheduler, runner, ranks=choose_ranks(ParallelGroup.current(), device))
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..model.parallel import ParallelGroup
+from .clock import NS_PER_S
+from .ranks import Ranks, SingleProcess, Word
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -46,3 +50,23 @@ def process_group(device_name: str) -> Iterator[torch.device]:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+class BroadcastRanks:
+    """The ranks of a group: one broadcast of whole numbers a step."""
+
+    def __init__(self, group: ParallelGroup, device: torch.device) -> None:
+        self.group = group
+        self.device = device
+
+    def agree(self, word: Word) -> Word:
+        """For steps that sample one token a request, as the model's do."""
+        seconds, ns = divmod(word.now_ns, NS_PER_S)  # a log's arrivals, in ns, can exceed an int64
+        own = [int(word.abort), seconds, ns, *(token for (token,) in word.tokens)]
+        wire = torch.tensor(own, dtype=torch.int64, device=self.device)
+        abort, seconds, ns, *tokens = self.group.broadcast(wire).tolist()
+        return Word(bool(abort), seconds * NS_PER_S + ns, [[token] for token in tokens])
+
+
+def choose_ranks(group: ParallelGroup, device: torch.device) -> Ranks:
+    return BroadcastRanks(group, device) if group.size > 1 else SingleProcess()

@@ -1,73 +1,121 @@
-"""The serving loop: schedule, forward, sample, commit; until nothing is left to do.
+"""The serving loop: schedule, run, commit; until nothing is left to do.
 
-engine = Engine(scheduler, runner, Sampler(seed=0))
-engine.submit(Request("r0", prompt, max_new_tokens=32))
-for live, token in engine.run(): ...
+Knows no model: the runner may as well be the token simulator, and then no torch is needed.
+
+    engine = Engine(scheduler, TokenSimulator(end_token=1))
+    engine.submit(Request("r0", prompt, max_new_tokens=32))
+    for live, token in engine.run(): ...
 """
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
-from ..trace.tracer import Tracer
 from ..workloads.request import Request
+from .clock import NS_PER_S, Clock, RealClock
 from .live import LiveRequest
-from .runner import ModelRunner
-from .sampler import Sampler
-from .scheduler import Scheduler
+from .ranks import Ranks, SingleProcess, Word
+from .runner import Runner
+from .scheduler import Scheduler, Step
 
-ABORT = -1
-"""Broadcast in place of a token when rank 0 has been told to drop what is running."""
+if TYPE_CHECKING:
+    from ..trace.tracer import Tracer
+
+Judge = Callable[[LiveRequest], float | None]
+"""The task's score of a served request; None where it has none."""
+
+
+class Progress(NamedTuple):
+    """What a step, or a wait, has brought."""
+
+    tokens: list[tuple[LiveRequest, list[int]]]
+    ended: list[LiveRequest]
+    aborted: bool  # everything running and waiting was dropped; those requests are among the ended
 
 
 class Engine:
-    """Serves requests on one model; under tensor parallel every rank runs the same loop."""
+    """Serves requests with one runner; under tensor parallel every rank runs the same loop."""
 
     def __init__(
         self,
         scheduler: Scheduler,
-        runner: ModelRunner,
-        sampler: Sampler,
+        runner: Runner,
         tracer: Tracer | None = None,
+        *,
+        clock: Clock | None = None,
+        ranks: Ranks | None = None,
+        judge: Judge | None = None,
         answer_text: Callable[[LiveRequest], str] | None = None,
     ) -> None:
-        """`answer_text` puts an answer's text into the trace; only for users who asked for it."""
+        """Time starts now, on the wall clock unless `clock` is another one.
+
+        `judge` scores what was answered. `answer_text` puts an answer's text into the trace;
+        only for users who asked for it.
+        """
         self.scheduler = scheduler
         self.runner = runner
-        self.sampler = sampler
         self.tracer = tracer
+        self.clock: Clock = clock or RealClock()
+        self.ranks: Ranks = ranks or SingleProcess()
+        self.judge = judge
         self.answer_text = answer_text
-        self.started = time.perf_counter()
         self.abort_requested = False
+        self.decode_s = 0.0
+        self.num_decode_tokens = 0
+        self.clock.start()
+
+    @property
+    def now_s(self) -> float:
+        """Seconds from the start, as of the last step or wait."""
+        return self.clock.now_ns / NS_PER_S
 
     def submit(self, request: Request) -> LiveRequest:
-        """Queues a request, and shows it to the tracer."""
-        live = self.scheduler.add(request)
+        """Queues a request, and shows it to the tracer; one that can never fit is `rejected` at once."""
         if self.tracer is not None:
             self.tracer.add_request(request)
+        live = self.scheduler.add(request)
+        if live.ended:
+            self._end(live)
         return live
+
+    def skip(self, request: Request) -> None:
+        """Shows the tracer a request that the run, now resumed, has served before."""
+        if self.tracer is not None:
+            self.tracer.skip_request(request)
 
     def run(self) -> Iterator[tuple[LiveRequest, int]]:
         """Yields `(request, token)` as tokens are sampled, until every request is served."""
+        self.wait_until(0)  # brings the clock up to date, however long nothing was asked
         while self.scheduler.has_work:
-            yield from self.step()
+            for live, tokens in self.step().tokens:
+                yield from ((live, token) for token in tokens)
 
-    def step(self) -> list[tuple[LiveRequest, int]]:
-        """One forward: the tokens it gave, by request."""
-        step = self.scheduler.schedule()
-        logits = self.runner.forward(step)
-        sampled = self._agree(self.sampler(logits, step.sampled))
-        if ABORT in sampled:
-            self._abort_all()
-            return []
-        tokens = self.scheduler.commit(step, sampled)
-        for live, _ in tokens:
-            if live.ended:
-                self._ended(live)
-        return tokens
+    def step(self, next_arrival_ns: int | None = None) -> Progress:
+        """One forward, or several decode steps at once where nothing can happen in between.
+
+        `next_arrival_ns` is when the next request comes, as far as it is known.
+        """
+        step = self._lengthen(self.scheduler.schedule(self.now_s), next_arrival_ns)
+        word = self._agree(self._run(step))
+        tokens = self.scheduler.commit(step, word.tokens, self.now_s)
+        ended = [live for live, _ in tokens if live.ended]
+        if word.abort:
+            ended += self._abort_all()
+        for live in ended:
+            self._end(live)
+        return Progress(tokens, ended, word.abort)
+
+    def wait_until(self, time_ns: int) -> Progress:
+        """Lets time pass while there is nothing to do, at most until `time_ns`."""
+        self.clock.wait_until(time_ns)
+        word = self._agree([])
+        ended = self._abort_all() if word.abort else []
+        for live in ended:
+            self._end(live)
+        return Progress([], ended, word.abort)
 
     def request_abort(self) -> None:
         """Drops everything running and waiting after the current step; safe in a signal handler."""
@@ -78,35 +126,69 @@ class Engine:
         if self.tracer is not None:
             self.tracer.close("incomplete")
 
-    def _agree(self, sampled: list[int]) -> list[int]:
-        """Rank 0's tokens on every rank, or its wish to abort."""
-        group = self.runner.model.setup.group
-        tokens = [ABORT] if self.abort_requested else sampled or [0]
-        if group.size > 1:
-            wire = torch.zeros(len(sampled) + 1, dtype=torch.int64, device=self.runner.device)
-            wire[: len(tokens)] = torch.tensor(tokens)
-            tokens = group.broadcast(wire).tolist()
-        return [ABORT] if tokens[0] == ABORT else tokens[: len(sampled)]
+    def _lengthen(self, step: Step, next_arrival_ns: int | None) -> Step:
+        """The same decode step as often as the runner can look ahead and nobody arrives."""
+        if step.is_prefill or not self.clock.jumps:
+            return step
+        num_steps = min(self.runner.lookahead(work.live) for work in step.work)
+        if num_steps > 1 and next_arrival_ns is not None and self.scheduler.admits_newcomers:
+            num_steps = self._steps_until(next_arrival_ns, step, num_steps)
+        return step if num_steps == 1 else self.scheduler.lengthen(step, num_steps)
 
-    def _abort_all(self) -> None:
+    def _steps_until(self, time_ns: int, step: Step, num_steps: int) -> int:
+        """How many of up to `num_steps` it takes until `time_ns`."""
+
+        def end_ns(num_steps: int) -> int:
+            step_ns = self.runner.modelled_ns(step, num_steps)
+            assert step_ns is not None, "a runner that looks ahead models its time"
+            return self.clock.now_ns + step_ns
+
+        if end_ns(num_steps) <= time_ns:
+            return num_steps
+        return 1 + bisect.bisect_left(range(1, num_steps), time_ns, key=end_ns)
+
+    def _run(self, step: Step) -> list[list[int]]:
+        """Runs the step and advances the clock, by the step's model or by what it took."""
+        started_ns = time.perf_counter_ns()
+        sampled = self.runner.run(step)
+        step_ns = self.runner.modelled_ns(step, step.num_steps)
+        if step_ns is None:
+            step_ns = time.perf_counter_ns() - started_ns
+        self.clock.advance(step_ns)
+        if not step.is_prefill:
+            self.decode_s += step_ns / NS_PER_S
+            self.num_decode_tokens += len(step.work) * step.num_steps
+        return sampled
+
+    def _agree(self, sampled: list[list[int]]) -> Word:
+        """Rank 0's tokens, time and wish to abort, on every rank."""
+        word = self.ranks.agree(Word(self.abort_requested, self.clock.now_ns, sampled))
+        self.clock.now_ns = word.now_ns
+        return word
+
+    def _abort_all(self) -> list[LiveRequest]:
         self.abort_requested = False
-        for live in [*self.scheduler.running, *self.scheduler.waiting]:
-            self.scheduler.abort(live)
-            self._ended(live)
+        dropped = [*self.scheduler.running, *self.scheduler.waiting]
+        for live in dropped:
+            self.scheduler.abort(live, self.now_s)
+        return dropped
 
-    def _ended(self, live: LiveRequest) -> None:
-        self.sampler.forget(live.request.request_id)
+    def _end(self, live: LiveRequest) -> None:
+        """The last word on a request: its score, and its line in the trace."""
+        self.runner.forget(live.request_id)
+        if self.judge is not None and live.state in ("stop", "length"):
+            live.score = self.judge(live)
         if self.tracer is None:
             return
-
-        def since_start(at: float | None) -> float | None:
-            return None if at is None else at - self.started
-
         self.tracer.finish_request(
             live.request,
-            num_output_tokens=len(live.answer),
-            first_token_s=since_start(live.first_token_s),
-            finish_s=since_start(live.finish_s),
+            num_output_tokens=live.num_answered,
+            admitted_s=live.admitted_s,
+            first_token_s=live.first_token_s,
+            finish_s=live.finish_s,
+            num_preemptions=live.num_preemptions,
             state=live.state,
+            error=live.error,
+            score=live.score,
             text=self.answer_text(live) if self.answer_text else None,
         )

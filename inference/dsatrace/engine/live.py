@@ -1,4 +1,4 @@
-"""A request while it is being served: its tokens so far, its blocks, its clock.
+"""A request while it is being served: its tokens so far, its blocks, its times.
 
 Knows no model and no pool; the scheduler is the only one that changes it.
 """
@@ -10,29 +10,40 @@ from typing import Literal
 
 from ..workloads.request import Request
 
-State = Literal["waiting", "running", "stop", "length", "aborted"]
+State = Literal["waiting", "running", "stop", "length", "aborted", "rejected"]
 
 
 @dataclasses.dataclass(eq=False)
 class LiveRequest:
-    """`num_computed` tokens have their KV in the cache; `tokens` holds prompt and answer."""
+    """`num_computed` tokens have their KV in the cache; `tokens` holds prompt and answer.
+
+    Times are seconds from the run's start; None: it has not come to that.
+    """
 
     request: Request
     tokens: list[int]
     block_ids: list[int] = dataclasses.field(default_factory=list)
     num_computed: int = 0
     state: State = "waiting"
-    num_decode_steps: int = 0
+    num_decode_steps: int = 0  # what a preemption has computed again counts once
+    num_preemptions: int = 0
+    admitted_s: float | None = None  # for the first time
     first_token_s: float | None = None
     finish_s: float | None = None
+    error: str | None = None  # why it was rejected, with its numbers
+    score: float | None = None  # the task's, where there is a judge
+    prompt_len: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_len = len(self.request.prompt_token_ids)
 
     @classmethod
     def of(cls, request: Request) -> LiveRequest:
         return cls(request, list(request.prompt_token_ids))
 
     @property
-    def prompt_len(self) -> int:
-        return len(self.request.prompt_token_ids)
+    def request_id(self) -> str:
+        return self.request.request_id
 
     @property
     def answer(self) -> list[int]:
@@ -40,12 +51,32 @@ class LiveRequest:
         return self.tokens[self.prompt_len :]
 
     @property
+    def num_answered(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens it may still generate."""
+        return self.request.max_new_tokens - self.num_answered
+
+    @property
     def ended(self) -> bool:
         return self.state not in ("waiting", "running")
 
     @property
+    def prefill_end(self) -> int:
+        """Tokens that are computed in chunks: the prompt, whose last one gives the first token.
+
+        A request preempted behind its prompt recomputes all tokens but the last, which then goes
+        through the decode step that the preemption took away: its steps are those of an
+        undisturbed run.
+        """
+        num_tokens = len(self.tokens)
+        return num_tokens - 1 if num_tokens > self.prompt_len else num_tokens
+
+    @property
     def in_prefill(self) -> bool:
-        return self.num_computed < self.prompt_len
+        return self.num_computed < self.prefill_end
 
     @property
     def max_len(self) -> int:

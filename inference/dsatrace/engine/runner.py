@@ -1,170 +1,40 @@
-"""Runs the model for one scheduled step, and hands what the indexer chose to the tracer.
+"""What computes the scheduled steps: the interface of the model and of the token simulator.
 
-The tracer is an optional attribute: without one the forward is the model's and nothing else.
+Knows no tensor; `model_runner.py` has the model, `simulator.py` none.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import time
+from typing import Protocol
 
-import numpy as np
-import torch
-
-from ..model.batch import Batch, Span
-from ..model.cache import KVCache
-from ..model.transformer import Transformer
-from ..trace.capture import StepCapture
-from ..trace.observe import OnSelect, Recording, SelectionDigest, SelectionRing, hooked
-from ..trace.tracer import Tracer
 from .live import LiveRequest
-from .scheduler import Step, Work
+from .scheduler import Step
 
 
-class ModelRunner:
-    """Owns the model, its KV cache and, while tracing, the ring of selections."""
+class Runner(Protocol):
+    """Computes steps. It reads requests and never changes them: that is the scheduler's part.
 
-    def __init__(
-        self,
-        model: Transformer,
-        cache: KVCache,
-        device: torch.device | str = "cpu",
-        tracer: Tracer | None = None,
-        max_batch_size: int = 8,
-    ) -> None:
-        """`tracer` is rank 0's; the other ranks of a traced run take part in the digest only."""
-        self.model = model
-        self.cache = cache
-        self.device = torch.device(device)
-        self.tracer = tracer
-        self.num_forwards = 0
-        self.decode_s = 0.0
-        self.num_decode_tokens = 0
-        self.ring: SelectionRing | None = None
-        self.digest: SelectionDigest | None = None
-        if tracer is not None:
-            args = model.args
-            self.ring = SelectionRing(
-                args.n_layers,
-                max_batch_size,
-                args.index_topk,
-                device,
-                tracer.config.needs_scores,
-                num_slots=tracer.config.queue_steps + 2,  # beside those waiting: one written, one filled
-            )
+    A request's tokens depend on the request alone: not on who shares its batch, nor on how
+    often it was preempted. A prefill step may compute tokens it has computed before.
+    """
 
-    def compare_ranks(self) -> None:
-        """Turns the digest on; every rank of a traced run calls it."""
-        if self.model.setup.group.size > 1:
-            self.digest = SelectionDigest(self.model.args.n_layers, self.device)
+    def run(self, step: Step) -> list[list[int]]:
+        """The tokens sampled for each request of `step.sampled`: `step.num_steps` of them.
 
-    def forward(self, step: Step) -> torch.Tensor:
-        """Logits `(len(step.sampled), vocabulary)`."""
-        spans = [_span(work) for work in step.work]
-        batch = Batch.build(spans, self.cache.block_size, self.device)
-        started = time.perf_counter()
-        recorded = self._recorded_work(step)
-        callbacks: list[OnSelect] = [self.digest.on_select] if self.digest else []
-        recording = self._new_recording(step, batch, recorded)
-        if recording is None:
-            with hooked(self.model.indexers, *callbacks) if callbacks else contextlib.nullcontext():
-                logits = self.model(batch, self.cache)
-        else:
-            prepared_s = time.perf_counter() - started
-            logits = self._traced_forward(step, batch, recorded, recording, callbacks, prepared_s)
-        self.num_forwards += 1
-        if not step.is_prefill:
-            self.decode_s += time.perf_counter() - started
-            self.num_decode_tokens += len(step.work)
-        if self.digest is not None:
-            self.digest.step_done()
-        return logits
+        A prefill that does not end its prompt samples nothing and returns an empty list.
+        """
 
-    def _recorded_work(self, step: Step) -> list[Work]:
-        """What of a step is recorded: its sampled decode rows, or a prompt's last position."""
-        if self.tracer is None:
-            return []
-        if step.is_prefill:
-            return [w for w in step.work if w.wants_logits and self.tracer.config.prefill == "last"]
-        return [w for w in step.work if self.tracer.wants(w.live.num_decode_steps)]
+    def lookahead(self, live: LiveRequest) -> int:
+        """Decode steps of a running request that may be scheduled at once: at least 1, and at most
+        as many as leave a stop token the last one. 1 where a token must be seen before the next
+        can be computed.
+        """
 
-    def _new_recording(self, step: Step, batch: Batch, recorded: list[Work]) -> Recording | None:
-        """Room for what is recorded; None when that is nothing, or when the step is dropped."""
-        if not recorded:
-            return None
-        assert self.ring is not None and self.tracer is not None
-        whole = len(recorded) == len(batch.tokens)
-        rows = None if whole else _last_rows(step, recorded)
-        may_wait = self.tracer.config.queue_policy == "block"
-        recording = self.ring.record(len(recorded), rows, may_wait) if self.tracer.accepts else None
-        if recording is None:
-            self.tracer.drop_step()
-        return recording
+    def modelled_ns(self, step: Step, num_steps: int) -> int | None:
+        """How long `num_steps` of the step take, in nanoseconds: exactly the sum of single steps.
 
-    def _traced_forward(
-        self,
-        step: Step,
-        batch: Batch,
-        recorded: list[Work],
-        recording: Recording,
-        callbacks: list[OnSelect],
-        prepared_s: float,
-    ) -> torch.Tensor:
-        """`prepared_s` went by until there was room to record."""
-        assert self.tracer is not None
-        started = time.perf_counter()
-        with hooked(self.model.indexers, *callbacks, recording.on_select):
-            logits = self.model(batch, self.cache)
-        computed = time.perf_counter()
-        synced = self._synchronise()
-        ended = time.perf_counter()
-        recording.finish()
-        capture = self._capture(step, recorded, recording, ended - started, synced)
-        handover_s = prepared_s + (time.perf_counter() - ended)
-        self.tracer.put(capture, handover_us=handover_s * 1e6, sync_us=(ended - computed) * 1e6)
-        return logits
+        None: steps take the time they take, and it is measured. A runner that looks ahead models.
+        """
 
-    def _capture(
-        self, step: Step, recorded: list[Work], recording: Recording, wall_s: float, synced: bool
-    ) -> StepCapture:
-        assert self.tracer is not None
-        positions, stats, scores = recording.arrays()
-        request_ids = tuple(work.live.request.request_id for work in recorded)
-        return StepCapture(
-            phase="prefill" if step.is_prefill else "decode",
-            request_ids=request_ids,
-            step_idx=tuple(-1 if step.is_prefill else work.live.num_decode_steps for work in recorded),
-            seq_len=np.array([work.first_pos + work.num_tokens for work in recorded], dtype=np.int32),
-            batch_size=len(step.work),
-            positions=positions,
-            score_stats=stats,
-            scores=scores,
-            prefixes=self.tracer.prefixes(request_ids),
-            forward_idx=self.num_forwards,
-            step_wall_us=wall_s * 1e6,
-            step_synced=synced,
-            wait=recording.wait,
-            release=recording.release,
-        )
-
-    def _synchronise(self) -> bool:
-        """Waits for the device unless told not to; True when the clock can be trusted."""
-        assert self.tracer is not None
-        if self.device.type != "cuda":
-            return True
-        if self.tracer.config.sync_cuda:
-            torch.cuda.synchronize(self.device)
-        return self.tracer.config.sync_cuda
-
-
-def _span(work: Work) -> Span:
-    live: LiveRequest = work.live
-    tokens = live.tokens[work.first_pos : work.first_pos + work.num_tokens]
-    return Span(live.block_ids, work.first_pos, tokens, work.wants_logits)
-
-
-def _last_rows(step: Step, recorded: list[Work]) -> list[int]:
-    """The batch row of each recorded work's last token."""
-    ends = itertools.accumulate(work.num_tokens for work in step.work)
-    return [end - 1 for work, end in zip(step.work, ends, strict=True) if work in recorded]
+    def forget(self, request_id: str) -> None:
+        """The request has ended: drops what is kept of it."""

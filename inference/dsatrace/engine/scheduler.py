@@ -1,25 +1,42 @@
 """Decides what the next forward computes: one chunk of one prompt, or one token of everyone.
 
-A request is admitted when the pool can hold it to its last token, so nothing admitted ever
-has to give way. Prefill chunks end on multiples of the chunk size, whatever was cached.
-Knows no tensor.
+A request is admitted when a slot is free and the pool can hold its tokens; its block table
+then grows with its answer. When no block is free the request admitted last gives way: it
+loses its blocks and waits, first in line, to be computed again. Chunks of a prefill end on
+multiples of the chunk size, whatever was cached. Knows no tensor and no clock: it is told
+the time.
+
+Nobody starves. `[*running, *waiting]` is always in the order of `add`: admission takes from
+the front of `waiting`, preemption puts the last of `running` there. So the oldest request
+is never preempted for another, fits the pool alone (else it was rejected), is the first to
+be prefilled, and decodes after at most `max_batch_size` prompts of others; it ends, and the
+next one is the oldest.
+
+    step = scheduler.schedule(now=0.0)
+    scheduler.commit(step, runner.run(step), now=0.02)
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
-from ..errors import UserError
 from ..kv.blocks import BlockPool, blocks_needed
 from ..workloads.request import Request
 from .live import LiveRequest, State
 
+Admission = Literal["continuous", "fifo-batch"]
+"""When a request may start: as soon as a slot is free, or with the next batch.
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Work:
+`fifo-batch`: an idle engine takes the requests that wait, first come, first served, up to
+the batch size; it never waits to fill a batch and takes nobody else until all of them ended.
+"""
+
+
+class Work(NamedTuple):
     """Tokens `first_pos .. first_pos + num_tokens` of one request."""
 
     live: LiveRequest
@@ -30,10 +47,15 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One forward. In a decode step every work is one token; a prefill step holds one chunk."""
+    """One forward. In a decode step every work is one token; a prefill step holds one chunk.
+
+    `num_steps` above 1 stands for so many decode steps of the same requests, of which `work`
+    describes the first.
+    """
 
     is_prefill: bool
     work: tuple[Work, ...]
+    num_steps: int = 1
 
     @property
     def sampled(self) -> list[LiveRequest]:
@@ -50,82 +72,189 @@ class Scheduler:
         max_batch_size: int,
         prefill_chunk: int,
         stop_tokens: frozenset[int] = frozenset(),
-        clock: Callable[[], float] = time.perf_counter,
+        *,
+        max_seq_len: int | None = None,
+        reserve_answer: bool = False,
+        admission: Admission = "continuous",
     ) -> None:
+        """`reserve_answer`: a request gets the blocks of its whole answer when it is admitted, which
+        keeps them side by side. For a pool with room for all; in a smaller one fewer run at a time.
+        `max_seq_len` bounds the tokens a request may hold, beside the pool itself.
+        """
         self.pool = pool
         self.max_batch_size = max_batch_size
         self.prefill_chunk = prefill_chunk
         self.stop_tokens = stop_tokens
-        self.clock = clock
+        self.max_seq_len = max_seq_len
+        self.reserve_answer = reserve_answer
+        self.admission = admission
         self.waiting: deque[LiveRequest] = deque()
         self.running: list[LiveRequest] = []
+        self._prompts_since_decode = 0
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def admits_newcomers(self) -> bool:
+        """Whether a request that came now could be admitted by the next step."""
+        if self.waiting or len(self.running) >= self.max_batch_size:
+            return False
+        return self.admission == "continuous" or not self.running
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of KV that a single request may hold."""
+        in_pool = self.pool.num_blocks * self.pool.block_size
+        return in_pool if self.max_seq_len is None else min(in_pool, self.max_seq_len)
+
     def add(self, request: Request) -> LiveRequest:
-        """Queues a request; raises `UserError` when the whole cache could not hold it."""
+        """Queues a request; one that can never fit comes back `rejected`, with its `error`."""
         live = LiveRequest.of(request)
-        capacity = self.pool.num_blocks * self.pool.block_size
-        if blocks_needed(live.max_len, self.pool.block_size) > self.pool.num_blocks:
-            raise UserError(
-                f"request {request.request_id}: prompt of {live.prompt_len} tokens and "
-                f"{request.max_new_tokens} new ones do not fit the KV cache of {capacity} tokens; "
-                "shorten the prompt, lower --max-new-tokens or raise --max-seq-len"
-            )
-        self.waiting.append(live)
+        live.error = self._why_it_never_fits(live)
+        if live.error is None:
+            self.waiting.append(live)
+        else:
+            live.state = "rejected"
         return live
 
-    def schedule(self) -> Step:
+    def schedule(self, now: float) -> Step:
         """The next step; call only while `has_work`."""
-        self._admit()
-        for live in self.running:
-            if live.in_prefill:
-                end = (live.num_computed // self.prefill_chunk + 1) * self.prefill_chunk
-                end = min(end, live.prompt_len)
-                chunk = Work(live, live.num_computed, end - live.num_computed, end == live.prompt_len)
-                return Step(True, (chunk,))
-        return Step(False, tuple(Work(live, live.num_computed, 1, True) for live in self.running))
+        self._admit(now)
+        in_prefill = next((live for live in self.running if live.in_prefill), None)
+        if in_prefill is not None and not self._decode_is_due:
+            return Step(True, (self._chunk(in_prefill),))
+        self._grow_tables()
+        self._prompts_since_decode = 0
+        decoding = [live for live in self.running if not live.in_prefill]
+        return Step(False, tuple(Work(live, live.num_computed, 1, True) for live in decoding))
 
-    def commit(self, step: Step, sampled: Sequence[int]) -> list[tuple[LiveRequest, int]]:
-        """Books what the step computed and the tokens sampled from it, which it returns by request."""
+    def lengthen(self, step: Step, num_steps: int) -> Step:
+        """Up to `num_steps` of a decode step at once: as many as have tokens left and blocks free.
+
+        Equal to as many single steps: nobody ends, grows out of the pool, or leaves prefill
+        before the last of them is done. Who may arrive in between is the caller's business.
+        """
+        if step.is_prefill or len(step.work) < len(self.running):
+            return step
+        num_steps = min(num_steps, *(live.tokens_left for live in self.running))
+
+        def growth(num_steps: int) -> int:
+            return sum(self._missing_blocks(live, live.num_computed + num_steps) for live in self.running)
+
+        if num_steps > 1 and growth(num_steps) > self.pool.num_free:
+            num_steps = bisect.bisect_right(range(1, num_steps + 1), self.pool.num_free, key=growth)
+        if num_steps <= 1:
+            return step
+        for live in self.running:
+            if missing := self._missing_blocks(live, live.num_computed + num_steps):
+                live.block_ids += self.pool.allocate(missing)
+        return dataclasses.replace(step, num_steps=num_steps)
+
+    def commit(
+        self, step: Step, sampled: Sequence[list[int]], now: float
+    ) -> list[tuple[LiveRequest, list[int]]]:
+        """Books what the step computed and the tokens sampled from it, which it returns by request.
+
+        `sampled` holds `step.num_steps` tokens for each request of `step.sampled`; a stop token
+        can only be the last of them.
+        """
         for work in step.work:
-            work.live.num_computed += work.num_tokens
-            work.live.num_decode_steps += not step.is_prefill
+            work.live.num_computed += work.num_tokens * step.num_steps
+            if not step.is_prefill:
+                work.live.num_decode_steps += step.num_steps
+            elif not work.live.in_prefill:
+                self._prompts_since_decode += 1
         tokens = list(zip(step.sampled, sampled, strict=True))
-        now = self.clock()
-        for live, token in tokens:
-            live.tokens.append(token)
+        for live, new in tokens:
+            live.tokens += new
             if live.first_token_s is None:
                 live.first_token_s = now
-            if token in self.stop_tokens:
+            if live.request.stop_at_eos and new[-1] in self.stop_tokens:
                 self._retire(live, "stop", now)
-            elif len(live.answer) >= live.request.max_new_tokens:
+            elif live.tokens_left == 0:
                 self._retire(live, "length", now)
         return tokens
 
-    def abort(self, live: LiveRequest) -> None:
+    def abort(self, live: LiveRequest, now: float) -> None:
         """Takes a request out, waiting or running; what it has generated stays with it."""
-        if live in self.waiting:
+        if live.state == "running":
+            self._retire(live, "aborted", now)
+        else:
             self.waiting.remove(live)
             live.state = "aborted"
-        else:
-            self._retire(live, "aborted", self.clock())
 
-    def _admit(self) -> None:
+    @property
+    def _decode_is_due(self) -> bool:
+        """Short prompts could follow one another forever, so those who decode get their turn."""
+        return self._prompts_since_decode >= self.max_batch_size and not self.running[0].in_prefill
+
+    def _why_it_never_fits(self, live: LiveRequest) -> str | None:
+        in_pool = self.pool.num_blocks * self.pool.block_size
+        if self.max_seq_len is not None and live.max_len > self.max_seq_len:
+            limit, flag = f"exceed --max-seq-len {self.max_seq_len}", "--max-seq-len"
+        elif live.max_len > in_pool:
+            limit, flag = f"do not fit the KV cache of {in_pool} tokens", "--cache-blocks"
+        else:
+            return None
+        return (
+            f"request {live.request_id}: prompt of {live.prompt_len} tokens and "
+            f"{live.request.max_new_tokens} new ones {limit}; "
+            f"shorten the prompt, lower --max-new-tokens or raise {flag}"
+        )
+
+    def _admit(self, now: float) -> None:
+        # Only a member of a batch can have been preempted, so it may come back while the batch lasts.
+        opens_batch = not self.running and bool(self.waiting) and self.waiting[0].num_preemptions == 0
+        open_to_all = self.admission == "continuous" or opens_batch
         while self.waiting and len(self.running) < self.max_batch_size:
             live = self.waiting[0]
-            num_blocks = blocks_needed(live.max_len, self.pool.block_size)
-            if num_blocks > self.pool.num_free:
+            held = live.max_len if self.reserve_answer else len(live.tokens)
+            num_blocks = blocks_needed(held, self.pool.block_size)
+            if num_blocks > self.pool.num_free or not (open_to_all or live.num_preemptions):
                 return
-            live.block_ids = self.pool.allocate(num_blocks)
+            # In any order they hold the same; ascending they are often one stretch of memory.
+            live.block_ids = sorted(self.pool.allocate(num_blocks))
             live.state = "running"
+            live.admitted_s = now if live.admitted_s is None else live.admitted_s
             self.running.append(self.waiting.popleft())
 
+    def _chunk(self, live: LiveRequest) -> Work:
+        end = (live.num_computed // self.prefill_chunk + 1) * self.prefill_chunk
+        end = min(end, live.prefill_end)
+        # What is computed again has had its logits: the answer behind it came from them.
+        wants_logits = end == live.prefill_end and live.num_answered == 0
+        return Work(live, live.num_computed, end - live.num_computed, wants_logits)
+
+    def _grow_tables(self) -> None:
+        """A block for everyone whose next token has none, oldest first; the youngest give way."""
+        position = 0
+        while position < len(self.running):
+            live = self.running[position]
+            if not live.in_prefill and self._missing_blocks(live, live.num_computed + 1):
+                if self.pool.num_free == 0:
+                    self._preempt(self.running[-1])
+                    continue  # for the same request, unless it was itself the last
+                live.block_ids += self.pool.allocate(1)
+            position += 1
+
+    def _missing_blocks(self, live: LiveRequest, num_tokens: int) -> int:
+        return max(0, blocks_needed(num_tokens, self.pool.block_size) - len(live.block_ids))
+
+    def _preempt(self, live: LiveRequest) -> None:
+        self._leave_slot(live)
+        live.num_computed = 0
+        live.num_preemptions += 1
+        live.state = "waiting"
+        self.waiting.appendleft(live)
+
     def _retire(self, live: LiveRequest, state: State, now: float) -> None:
+        self._leave_slot(live)
+        live.state = state
+        live.finish_s = now
+
+    def _leave_slot(self, live: LiveRequest) -> None:
         self.running.remove(live)
         self.pool.free(live.block_ids)
         live.block_ids = []
-        live.state = state
-        live.finish_s = now

@@ -12,8 +12,9 @@ import contextlib
 import dataclasses
 import json
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,55 +30,23 @@ from ..model.tiny import RANDOM_WEIGHTS
 from ..model.transformer import Transformer
 from ..trace.config import TraceConfig
 from ..trace.manifest import RunInfo, Selections
+from ..trace.resume import Resumed
 from ..trace.tracer import Tracer
-from .engine import Engine
+from .clock import Clock
+from .config import EngineSetup, user_errors
+from .distributed import choose_ranks
+from .engine import Engine, Judge
 from .live import LiveRequest
-from .runner import ModelRunner
+from .model_runner import ModelRunner
 from .sampler import Sampler
-from .scheduler import Scheduler
+from .scheduler import Admission, Scheduler
 
-
-@dataclasses.dataclass(frozen=True)
-class EngineSetup:
-    """What is served and how; every field has a command-line flag of the same name."""
-
-    ckpt_path: Path
-    config: Path
-    device: str = "auto"
-    kernel_backend: str = "torch"
-    max_batch_size: int = 8
-    max_seq_len: int | None = None  # tokens of KV one request may hold; None: the model config's
-    prefill_chunk: int = 256  # tokens
-    cache_block_size: int = 64  # tokens of a physical block; statistics have their own block size
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for field in ("max_batch_size", "prefill_chunk", "cache_block_size"):
-            if getattr(self, field) < 1:
-                flag = f"--{field.replace('_', '-')}"
-                raise UserError(f"{flag} {getattr(self, field)}: use at least 1")
-        if self.max_seq_len is not None and self.max_seq_len < 1:
-            raise UserError(f"--max-seq-len {self.max_seq_len}: use at least 1 token")
-
-    def model_args(self) -> ModelArgs:
-        overrides = {} if self.max_seq_len is None else {"max_seq_len": self.max_seq_len}
-        with user_errors():
-            return ModelArgs.from_json(self.config, **overrides)
-
-
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """The model's `ValueError`s, about configs, checkpoints and backends, are the user's to mend."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(str(error)) from error
+__all__ = ["EngineSetup", "load_model", "open_engine"]
 
 
 def load_model(setup: EngineSetup, device: torch.device) -> Transformer:
     """This rank's shard of the model on `device`, loaded and checked."""
+    assert setup.ckpt_path is not None, "a model needs a checkpoint"
     args = setup.model_args()
     group = ParallelGroup.current()
     with user_errors():
@@ -88,8 +57,10 @@ def load_model(setup: EngineSetup, device: torch.device) -> Transformer:
     return model.eval()
 
 
-def selections_of(ckpt_path: Path) -> Selections:
+def selections_of(ckpt_path: Path | None) -> Selections:
     """What a checkpoint's selections stand for: its `config.json` says when the weights are random."""
+    if ckpt_path is None:
+        return "model"  # built in memory, by someone who knows
     try:
         config = json.loads((ckpt_path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -108,37 +79,87 @@ def cache_layouts(cache: KVCache, args: ModelArgs) -> list[CacheLayout]:
     return [own, *others.values()]
 
 
+def num_cache_blocks(
+    setup: EngineSetup, max_seq_len: int, longest: int | None, batch_size: int, budget_blocks: int
+) -> int:
+    """Blocks of the KV cache: `--cache-blocks` when given, else room for `batch_size` of the longest.
+
+    Where `longest` is not known, any request may have `max_seq_len` tokens: there is room for as
+    many of those as fit `budget_blocks`, and for one at least. Raises `UserError` when the
+    longest, where it is known, could never be served.
+    """
+    if longest is not None and longest > max_seq_len:
+        raise UserError(
+            f"a prompt and its answer need {longest} tokens of KV, --max-seq-len is {max_seq_len}; "
+            "shorten the prompt, lower --max-new-tokens or raise --max-seq-len"
+        )
+    a_request = blocks_needed(longest or max_seq_len, setup.cache_block_size)
+    if setup.cache_blocks is None:
+        everyone = batch_size * a_request
+        return everyone if longest is not None else min(everyone, max(a_request, budget_blocks))
+    if longest is not None and a_request > setup.cache_blocks:
+        raise UserError(
+            f"--cache-blocks {setup.cache_blocks}: a prompt and its answer need {longest} tokens of KV, "
+            f"{a_request} blocks of {setup.cache_block_size}; use at least that many"
+        )
+    return setup.cache_blocks
+
+
+def cache_budget_bytes(device: torch.device) -> int:
+    """What a cache may take that is not sized for known requests: 2 GiB, or an eighth of a GPU's memory.
+
+    A share of the whole and not of what is free, so that all ranks find the same.
+    """
+    if device.type != "cuda":
+        return 2 << 30
+    return torch.cuda.get_device_properties(device).total_memory // 8
+
+
+def _block_bytes(model: Transformer, block_size: int, device: torch.device) -> int:
+    block = model.new_cache(1, block_size, device)
+    return block_size * model.args.n_layers * (block.latent_bytes_per_token + block.index_bytes_per_token)
+
+
 @contextlib.contextmanager
 def open_engine(
     model: Transformer,
     setup: EngineSetup,
     device: torch.device,
-    longest: int,
+    longest: int | None,
     trace: TraceConfig | None,
     *,
     traced: bool = False,
     argv: Sequence[str] = (),
     tokenizer: str | None = None,
     data_source: str | None = None,
+    serving: Mapping[str, Any] | None = None,
     stop_tokens: frozenset[int] = frozenset(),
     num_requests: int | None = None,
+    admission: Admission = "continuous",
+    clock: Clock | None = None,
+    judge: Judge | None = None,
     answer_text: Callable[[LiveRequest], str] | None = None,
+    resumed: Resumed | None = None,
+    first_forward_idx: int = 0,
 ) -> Iterator[Engine]:
-    """An engine whose cache holds `max_batch_size` requests of `longest` tokens, traced or not.
+    """An engine over a cache of its own (see `num_cache_blocks`), traced or not.
 
-    `longest` counts prompt and answer; it may not exceed the config's `max_seq_len`. Leaving
-    the block ends the trace: `complete`, or `incomplete` when an exception leaves it. Under
-    tensor parallel only rank 0 has a `trace`; `traced` tells the others that it has.
+    `longest` counts the prompt and answer of the longest request; None: not known, and one that
+    exceeds the config's `max_seq_len`, or the cache, is rejected when it comes. A request holds
+    the blocks of its whole answer from the start where the cache has room for that.
+
+    `serving` is what the manifest says of requests that arrive over time. A run that is `resumed`
+    goes on behind `first_forward_idx`, and on a `clock` that starts where it stood. Leaving the
+    block ends the trace: `complete`, or `incomplete` when an exception leaves it. Under tensor
+    parallel only rank 0 has a `trace` and what was `resumed`; `traced` tells the others that it has.
     """
+    assert setup.ckpt_path is not None, "the simulator has no model"
     args = model.args
-    if longest > args.max_seq_len:
-        raise UserError(
-            f"a prompt and its answer need {longest} tokens of KV, --max-seq-len is {args.max_seq_len}; "
-            "shorten the prompt, lower --max-new-tokens or raise --max-seq-len"
-        )
     batch_size = setup.max_batch_size if num_requests is None else min(setup.max_batch_size, num_requests)
-    num_blocks = batch_size * blocks_needed(longest, setup.cache_block_size)
-    cache = model.new_cache(num_blocks, setup.cache_block_size, device)
+    block_size = setup.cache_block_size
+    budget_blocks = cache_budget_bytes(device) // _block_bytes(model, block_size, device)
+    num_blocks = num_cache_blocks(setup, args.max_seq_len, longest, batch_size, budget_blocks)
+    cache = model.new_cache(num_blocks, block_size, device)
     with contextlib.ExitStack() as stack:
         tracer = None
         if trace is not None:
@@ -154,13 +175,31 @@ def open_engine(
                 world_size=model.setup.group.size,
                 seed=setup.seed,
                 selections=selections_of(setup.ckpt_path),
+                serving=serving,
             )
-            tracer = stack.enter_context(Tracer(trace, run))
-        runner = ModelRunner(model, cache, device, tracer, batch_size)
+            tracer = stack.enter_context(Tracer(trace, run, resumed=resumed))
+        sampler = Sampler(setup.seed)
+        runner = ModelRunner(model, cache, sampler, device, tracer, batch_size, first_forward_idx)
         if traced:
             runner.compare_ranks()
-        pool = BlockPool(num_blocks, setup.cache_block_size)
-        scheduler = Scheduler(pool, batch_size, setup.prefill_chunk, stop_tokens)
-        yield Engine(scheduler, runner, Sampler(setup.seed), tracer, answer_text)
+        scheduler = Scheduler(
+            BlockPool(num_blocks, block_size),
+            batch_size,
+            setup.prefill_chunk,
+            stop_tokens,
+            max_seq_len=args.max_seq_len,
+            reserve_answer=num_blocks >= batch_size * blocks_needed(longest or args.max_seq_len, block_size),
+            admission=admission,
+        )
+        ranks = choose_ranks(model.setup.group, device)
+        yield Engine(
+            scheduler,
+            runner,
+            tracer,
+            clock=clock,
+            ranks=ranks,
+            judge=judge,
+            answer_text=answer_text,
+        )
         if runner.digest is not None:
             runner.digest.compare()

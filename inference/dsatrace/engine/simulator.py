@@ -1,0 +1,164 @@
+"""The token simulator: a `Runner` that computes nothing, for the same scheduler and block pool.
+
+It echoes the prompt or replays recorded responses, and its steps take a modelled time, so a
+day of requests is served in seconds without weights and without torch. Its tokens say
+nothing about a model, its times nothing about a machine.
+
+    with open_simulator(max_seq_len=4096, end_token=1) as engine:
+        for live in serve(engine, requests):
+            live.answer      # the prompt again, and the end token
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from ..errors import UserError
+from ..kv.blocks import BlockPool, blocks_needed
+from ..trace.tracer import Tracer
+from ..workloads.request import Request
+from .clock import Clock, VirtualClock
+from .engine import Engine, Judge
+from .live import LiveRequest
+from .scheduler import Admission, Scheduler, Step
+
+Respond = Callable[[Request], Sequence[int]]
+"""The tokens a request is answered with. Behind them comes the end token, or, for a request that
+does not stop there, the same again."""
+
+
+def echo(request: Request) -> Sequence[int]:
+    """The prompt."""
+    return request.prompt_token_ids
+
+
+def replay(responses: Mapping[str, Sequence[int]]) -> Respond:
+    """Recorded token ids by request id."""
+
+    def respond(request: Request) -> Sequence[int]:
+        try:
+            return responses[request.request_id]
+        except KeyError:
+            raise UserError(
+                f"request {request.request_id}: no recorded response; record one or let the simulator echo"
+            ) from None
+
+    return respond
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """The modelled time of a step: a line in what it computes and reads. Nanoseconds.
+
+    The defaults are of the order of one large server's; no machine was measured for them.
+    """
+
+    step_ns: int = 20_000_000  # any step
+    prefill_token_ns: int = 100_000  # a prompt token computed
+    decode_token_ns: int = 500_000  # a request in a decode step
+    context_token_ns: int = 50  # a token that a decode step sees, its own included
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or value < 0:
+                raise UserError(f"{field.name} {value!r}: use a whole number of nanoseconds, at least 0")
+
+    def of(self, step: Step, num_steps: int) -> int:
+        """The sum over `num_steps` decode steps, whose contexts grow by a token each; or one chunk's."""
+        if step.is_prefill:
+            return self.step_ns + self.prefill_token_ns * sum(work.num_tokens for work in step.work)
+        batch_size = len(step.work)
+        seen = num_steps * sum(work.first_pos for work in step.work)
+        seen += batch_size * num_steps * (num_steps + 1) // 2
+        fixed_ns = self.step_ns + self.decode_token_ns * batch_size
+        return num_steps * fixed_ns + self.context_token_ns * seen
+
+
+class TokenSimulator:
+    """Answers with what `respond` says, up to its first `end_token`, which is added where it has none.
+
+    A request that does not stop there gets it over and over, as many tokens as it asks for.
+    """
+
+    def __init__(self, end_token: int, respond: Respond = echo, step_time: StepTime | None = None) -> None:
+        self.end_token = end_token
+        self.respond = respond
+        self.step_time = step_time or StepTime()
+        self._answers: dict[str, list[int]] = {}  # of the running requests
+
+    def run(self, step: Step) -> list[list[int]]:
+        sampled = []
+        for live in step.sampled:
+            answer = self._answer(live.request)
+            sampled.append(answer[live.num_answered : live.num_answered + step.num_steps])
+        return sampled
+
+    def lookahead(self, live: LiveRequest) -> int:
+        return len(self._answer(live.request)) - live.num_answered
+
+    def modelled_ns(self, step: Step, num_steps: int) -> int | None:
+        return self.step_time.of(step, num_steps)
+
+    def forget(self, request_id: str) -> None:
+        self._answers.pop(request_id, None)
+
+    def _answer(self, request: Request) -> list[int]:
+        answer = self._answers.get(request.request_id)
+        if answer is None:
+            answer = [*self.respond(request), self.end_token]
+            if request.stop_at_eos:
+                del answer[answer.index(self.end_token) + 1 :]
+            else:
+                answer = self._repeated(answer, request.max_new_tokens)
+            self._answers[request.request_id] = answer
+        return answer
+
+    def _repeated(self, answer: list[int], num_tokens: int) -> list[int]:
+        period = answer[:-1] or answer
+        return (period * -(-num_tokens // len(period)))[:num_tokens]
+
+
+@contextlib.contextmanager
+def open_simulator(
+    *,
+    max_seq_len: int,
+    end_token: int,
+    respond: Respond = echo,
+    step_time: StepTime | None = None,
+    max_batch_size: int = 8,
+    prefill_chunk: int = 256,
+    cache_block_size: int = 64,
+    cache_blocks: int | None = None,
+    admission: Admission = "continuous",
+    clock: Clock | None = None,
+    tracer: Tracer | None = None,
+    judge: Judge | None = None,
+    answer_text: Callable[[LiveRequest], str] | None = None,
+) -> Iterator[Engine]:
+    """An engine without a model, on a virtual clock unless told otherwise; `open_engine`'s counterpart.
+
+    The pool has room for a batch of `max_seq_len` tokens each, or `cache_blocks`. A `tracer` gets the
+    requests, never a selection; leaving the block ends its run.
+    """
+    num_blocks = cache_blocks or max_batch_size * blocks_needed(max_seq_len, cache_block_size)
+    scheduler = Scheduler(
+        BlockPool(num_blocks, cache_block_size),
+        max_batch_size,
+        prefill_chunk,
+        frozenset({end_token}),
+        max_seq_len=max_seq_len,
+        admission=admission,
+    )
+    runner = TokenSimulator(end_token, respond, step_time)
+    with tracer or contextlib.nullcontext():
+        yield Engine(
+            scheduler,
+            runner,
+            tracer,
+            clock=clock or VirtualClock(),
+            judge=judge,
+            answer_text=answer_text,
+        )
