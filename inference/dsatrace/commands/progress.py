@@ -1,6 +1,7 @@
-"""Progress over the bytes of files or a count of records, where a person watches and `rich` is there.
+"""Progress over the bytes of files, a count of records or of requests.
 
-Needs the standard library only, and shows nothing without rich or off a terminal.
+Needs the standard library only. Without rich or off a terminal, bytes and records show
+nothing, and requests a line now and then, since a run of them may take days under nohup.
 
     with bytes_bar("verify", path) as advance:
         advance(1 << 20)
@@ -11,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.progress import ProgressColumn
+    from rich.progress import ProgressColumn, Task
+    from rich.text import Text
 
 
 Advance = Callable[[int], None]
@@ -47,6 +50,45 @@ def records_counter(label: str) -> Iterator[Advance]:
     text = TextColumn("{task.description}: {task.completed:,.0f} records")
     with _shown(label, None, SpinnerColumn(), text, TimeElapsedColumn()) as advance:
         yield advance
+
+
+@contextlib.contextmanager
+def requests_bar(total: int | None, status: Callable[[], str]) -> Iterator[Advance]:
+    """Yields a function to be told how many more requests have ended; `status` says what goes on now."""
+    if not _is_watched():
+        yield _LinesOfRequests(total, status).advance
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import ProgressColumn as Column
+    from rich.text import Text as Shown
+
+    class Status(Column):
+        """Asked for as often as the bar is drawn, so that a long prefill is seen to move."""
+
+        def render(self, task: Task) -> Text:
+            return Shown(status())
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), Status())
+    with _shown("requests", total, *columns) as advance:
+        yield advance
+
+
+class _LinesOfRequests:
+    """A line on stderr whenever a request has ended and the last line is old enough."""
+
+    INTERVAL_S = 30.0
+
+    def __init__(self, total: int | None, status: Callable[[], str]) -> None:
+        self._of = "" if total is None else f"/{total}"
+        self._status = status
+        self._done = 0
+        self._said = time.monotonic()
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        if time.monotonic() >= self._said + self.INTERVAL_S:
+            self._said = time.monotonic()
+            print(f"{self._done}{self._of} requests, {self._status()}", file=sys.stderr)
 
 
 def _is_watched() -> bool:

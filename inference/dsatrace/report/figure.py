@@ -64,12 +64,13 @@ def _panels(run: RunReader, summary: Summary, layer_id: int | None) -> list[Call
         if layer_id is not None and not 0 <= layer_id < num_layers:
             raise UserError(f"--layer {layer_id}: the run has layers 0 to {num_layers - 1}")
         layer = num_layers - 1 if layer_id is None else layer_id
-        panels += [
-            lambda axes: _blocks_touched(axes, summary),
-            lambda axes: _heat_map(axes, run, layer),
-            lambda axes: _overlap(axes, summary),
-            lambda axes: _offsets(axes, summary),
-        ]
+        is_sparse = summary["counts"]["sparse_records"] > 0
+        if is_sparse:
+            panels.append(lambda axes: _blocks_touched(axes, summary))
+        panels.append(lambda axes: _heat_map(axes, run, layer, is_sparse))
+        if is_sparse:
+            panels.append(lambda axes: _overlap(axes, summary))
+        panels.append(lambda axes: _offsets(axes, summary))
     if serving := summary.get("serving"):
         panels += [
             lambda axes: _latencies(axes, summary["histograms"], serving["clock"]),
@@ -94,11 +95,14 @@ def _blocks_touched(axes: Any, summary: Summary) -> None:
     axes.legend()
 
 
-def _heat_map(axes: Any, run: RunReader, layer_id: int) -> None:
-    """How many tokens of each block were selected, step by step, for the first request."""
+def _heat_map(axes: Any, run: RunReader, layer_id: int, is_sparse: bool) -> None:
+    """How many tokens of each block were selected, step by step, for the first request that is past top-k.
+
+    Arrows mark the blocks that hold the answer, where the workload knows them.
+    """
     from matplotlib.colors import PowerNorm
 
-    records = _first_request(run, layer_id)
+    records = _first_request(run, layer_id, "sparse" if is_sparse else "dense")
     axes.set(title=f"Tokens selected per block, layer {layer_id}", xlabel="decode step", ylabel="block")
     if not records:
         axes.text(0.5, 0.5, "positions were not recorded", ha="center", transform=axes.transAxes)
@@ -119,16 +123,35 @@ def _heat_map(axes: Any, run: RunReader, layer_id: int) -> None:
         interpolation="nearest",
     )
     axes.figure.colorbar(image, ax=axes, label="selected tokens")
+    for locator in (axes.xaxis, axes.yaxis):
+        locator.get_major_locator().set_params(integer=True)
+    needle = {position // block_size for position in _needle_positions(run, records[0]["request_id"])}
+    for block in needle:
+        where = {"xy": (1, block), "xycoords": ("axes fraction", "data")}
+        axes.annotate(
+            "",
+            **where,
+            xytext=(8, 0),
+            textcoords="offset points",
+            arrowprops={"color": "C3", "headwidth": 6, "headlength": 6, "width": 1},
+        )
+    if needle:
+        axes.set_title(f"{axes.get_title()}; arrows: the answer")
 
 
-def _first_request(run: RunReader, layer_id: int) -> list[dict[str, Any]]:
-    """The decode records of one layer of the run's first request, up to `MAX_STEPS` of them."""
+def _needle_positions(run: RunReader, request_id: str) -> list[int]:
+    same = (request for request in run.requests() if request["request_id"] == request_id)
+    return next(same, {}).get("needle_positions", [])
+
+
+def _first_request(run: RunReader, layer_id: int, path: str) -> list[dict[str, Any]]:
+    """The decode records of one layer of the first request on that path, up to `MAX_STEPS` of them."""
     of_layer = (
         record
         for record in run.steps()
         if record["layer_id"] == layer_id and record["phase"] == "decode" and "selected_token_pos" in record
     )
-    first = next(of_layer, None)
+    first = next((record for record in of_layer if record["path"] == path), None)
     if first is None:
         return []
     same = (record for record in of_layer if record["request_id"] == first["request_id"])

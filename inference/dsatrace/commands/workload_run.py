@@ -1,0 +1,353 @@
+"""Drives a workload through the engine: source, model or simulator, trace, progress, the end.
+
+The runners differ in their flags and in how they open their workload; everything else is here.
+
+    args, argv = parse_run(parser, argv)
+    return run_workload(args, argv, "ruler", open_ruler)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from dsatrace.commands.arguments import add_engine_arguments, engine_setup_from_args
+from dsatrace.commands.interrupt import on_interrupt
+from dsatrace.commands.progress import Advance, requests_bar
+from dsatrace.engine.clock import Clock, RealClock, VirtualClock
+from dsatrace.engine.engine import Engine
+from dsatrace.engine.live import LiveRequest
+from dsatrace.engine.ranks import from_rank_0, is_rank_0
+from dsatrace.engine.scheduler import Admission
+from dsatrace.engine.serve import serve
+from dsatrace.errors import UserError
+from dsatrace.trace.config import TraceConfig, trace_config_from_args
+from dsatrace.trace.resumable import resumed_argv
+from dsatrace.trace.resume import Resumed, prepare_resume
+from dsatrace.workloads.request import Request
+from dsatrace.workloads.rows import check_limit
+from dsatrace.workloads.served.workload import Asking, Workload
+from dsatrace.workloads.sources import Source, find_source
+from dsatrace.workloads.tokenizer import Tokenizer, check_vocabulary
+from dsatrace.workloads.tokenizer_choice import choose_tokenizer
+
+SIMULATED_MAX_SEQ_LEN = 163_840
+"""Tokens a simulated request may hold unless `--max-seq-len` says otherwise: DeepSeek-V3.2's own limit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A workload, what the manifest says of its source, what the terminal does, and how many
+    requests it is, where that is known before they have been read."""
+
+    workload: Workload
+    description: str
+    said: str
+    num_requests: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """How requests that arrive over time are served; those of a data set are all there from the start."""
+
+    admission: Admission = "continuous"
+    clock: str | None = None  # None: nothing arrives over time, and no latency is claimed
+
+    def new_clock(self, start_s: float) -> Clock:
+        return VirtualClock(start_s) if self.clock == "virtual" else RealClock(start_s)
+
+
+Opener = Callable[[argparse.Namespace, Tokenizer], Opened]
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model's flags, and those that say how a run is made."""
+    add_engine_arguments(parser, required=False)
+    add = parser.add_argument_group("run").add_argument
+    add(
+        "--runner",
+        choices=("model", "simulator"),
+        default="model",
+        help="the simulator replays recorded answers through the same scheduler (%(default)s)",
+    )
+    add("--resume", type=Path, metavar="RUN", help="go on with an incomplete run, its own flags first")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    add("--thinking", action="store_true", help="let the model think before it answers")
+    add("--tokenizer", metavar="NAME|PATH", help="hub name, tokenizer.json or its folder (the checkpoint's)")
+    add("--save-text", action="store_true", help="keep the answers' text in requests.jsonl")
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where rows come from when no file is named, and what happens to bad ones."""
+    add = parser.add_argument_group("source").add_argument
+    add("--no-hub", action="store_true", help="do not ask the hub when data/<name>/ is empty")
+    add("--revision", help="of the hub's data set (pinned)")
+    add("--bad-rows", choices=("fail", "skip"), default="fail", help="(%(default)s)")
+
+
+def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags and the command line they came from; of a run that is resumed, its own flags first."""
+    only_resume = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_resume.add_argument("--resume", type=Path)
+    run, given = only_resume.parse_known_args(argv)
+    if run.resume is not None:
+        argv = [*resumed_argv(run.resume, given), *given]
+    args = parser.parse_args(argv)
+    args.resume = run.resume
+    if not 0 <= args.temperature < math.inf:  # so written, it catches nan too
+        raise UserError(f"--temperature {args.temperature}: use 0 (greedy) or a number above it")
+    check_limit("--limit", args.limit)
+    if args.runner == "model" and args.ckpt_path is None:
+        raise UserError("--ckpt-path is missing: name a converted checkpoint, or use --runner simulator")
+    return args, argv
+
+
+def asking_from_args(args: argparse.Namespace, tokenizer: Tokenizer) -> Asking:
+    return Asking(tokenizer, args.max_new_tokens, args.temperature, args.max_prompt_tokens, args.thinking)
+
+
+def find(args: argparse.Namespace, name: str, explicit: Path | None, repo: str | None = None) -> Source:
+    """The source of a data set, which rank 0 chooses for all: they must not disagree about a slow hub."""
+    return from_rank_0(
+        lambda: find_source(
+            name, explicit, repo=repo, revision=args.revision, use_hub=not args.no_hub, say=print
+        )
+    )
+
+
+def run_workload(
+    args: argparse.Namespace, argv: Sequence[str], name: str, open_workload: Opener, served: Served = Served()
+) -> int:
+    """Serves every request of the workload; returns the exit code, 130 when interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # names in a data set may be what a terminal cannot show
+    tokenizer = choose_tokenizer(args.tokenizer, args.ckpt_path)
+    run = _Run(args, tuple(argv), name, tokenizer, served, open_workload)
+    with run.on_model() if args.runner == "model" else run.on_simulator() as (engine, opened, done):
+        tally = _serve(engine, opened, done)
+        interrupted = tally.states["aborted"] > 0 or tally.stopped
+        if engine.tracer is not None:
+            engine.tracer.describe_workload(opened.workload.describe())
+        if interrupted:
+            engine.mark_incomplete()
+        folder = None if engine.tracer is None else engine.tracer.config.out
+    if folder is not None:
+        _say_what_came(folder, tally)
+        if interrupted:
+            print(f"interrupted; go on with --resume {folder}", file=sys.stderr)
+    return 130 if interrupted else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One run as its flags describe it, on the model or on the simulator."""
+
+    args: argparse.Namespace
+    argv: tuple[str, ...]
+    name: str
+    tokenizer: Tokenizer
+    served: Served
+    open_workload: Opener
+
+    @contextlib.contextmanager
+    def on_model(self) -> Iterator[tuple[Engine, Opened, frozenset[str]]]:
+        """Engine, workload and the requests that are done, in the process group of all ranks."""
+        from dsatrace.engine.distributed import process_group
+        from dsatrace.engine.setup import load_model, open_engine
+
+        setup = engine_setup_from_args(self.args)
+        check_vocabulary(self.tokenizer, setup.model_args().vocab_size)
+        with process_group(setup.device) as device:
+            opened, resumed, seam = self._begin()
+            trace = self._trace_config(resumed) if is_rank_0() else None
+            with open_engine(
+                load_model(setup, device),
+                setup,
+                device,
+                None,
+                trace,
+                traced=not self.args.no_trace,
+                argv=self.argv,
+                tokenizer=self.tokenizer.name,
+                data_source=opened.description,
+                serving=self._serving("measured"),
+                stop_tokens=frozenset({self.tokenizer.eos_id}),
+                admission=self.served.admission,
+                clock=self.served.new_clock(seam.elapsed_s),
+                judge=self._judge(opened.workload) if is_rank_0() else None,
+                answer_text=self._text if self.args.save_text else None,
+                resumed=resumed,
+                first_forward_idx=seam.next_forward_idx,
+            ) as engine:
+                yield engine, opened, seam.done
+
+    @contextlib.contextmanager
+    def on_simulator(self) -> Iterator[tuple[Engine, Opened, frozenset[str]]]:
+        """The same without model and torch; the answers are the recorded ones."""
+        from dsatrace.engine.simulator import echo, open_simulator
+        from dsatrace.kv.layout import CacheLayout
+        from dsatrace.trace.manifest import RunInfo
+        from dsatrace.trace.tracer import Tracer
+
+        setup = engine_setup_from_args(self.args)
+        opened, resumed, seam = self._begin()
+        tracer = Tracer(
+            self._trace_config(resumed),
+            RunInfo(
+                model_config={},
+                layouts=[CacheLayout("none", 0, 0)],
+                device="none: token simulator",
+                argv=self.argv,
+                tokenizer=self.tokenizer.name,
+                data_source=opened.description,
+                seed=setup.seed,
+                selections="none",
+                serving=self._serving("modelled"),
+            ),
+            resumed=resumed,
+        )
+        with open_simulator(
+            max_seq_len=setup.max_seq_len or SIMULATED_MAX_SEQ_LEN,
+            end_token=self.tokenizer.eos_id,
+            respond=lambda request: opened.workload.recorded(request) or echo(request),
+            max_batch_size=setup.max_batch_size,
+            prefill_chunk=setup.prefill_chunk,
+            cache_block_size=setup.cache_block_size,
+            cache_blocks=setup.cache_blocks,
+            admission=self.served.admission,
+            clock=self.served.new_clock(seam.elapsed_s),
+            tracer=tracer,
+            judge=self._judge(opened.workload),
+            answer_text=self._text if self.args.save_text else None,
+        ) as engine:
+            yield engine, opened, seam.done
+
+    def _begin(self) -> tuple[Opened, Resumed | None, Seam]:
+        """The workload, and where a resumed run goes on; its folder is rank 0's to change."""
+        resumed = prepare_resume(self.args.resume) if self.args.resume and is_rank_0() else None
+        seam = from_rank_0(lambda: Seam() if resumed is None else Seam.of(resumed))
+        opened = self.open_workload(self.args, self.tokenizer)
+        if is_rank_0():
+            print(opened.said)
+        return opened, resumed, seam
+
+    def _trace_config(self, resumed: Resumed | None) -> TraceConfig:
+        if resumed is not None:
+            self.args.trace_out = None
+        config = trace_config_from_args(self.args, self.name, self.args.seed, always=True)
+        return config if resumed is None else dataclasses.replace(config, out=resumed.folder)
+
+    def _serving(self, step_time: str) -> dict[str, object] | None:
+        if self.served.clock is None:
+            return None
+        return {
+            "mode": self.served.admission,
+            "clock": self.served.clock,
+            "max_batch_size": self.args.max_batch_size,
+            "step_time": step_time,
+        }
+
+    def _judge(self, workload: Workload) -> Callable[[LiveRequest], float | None]:
+        return lambda live: workload.judge(live.request_id, self._text(live))
+
+    def _text(self, live: LiveRequest) -> str:
+        """The answer without its end token."""
+        eos = self.tokenizer.eos_id
+        return self.tokenizer.decode(token for token in live.answer if token != eos)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seam:
+    """Where a run goes on: all ranks must agree on it."""
+
+    done: frozenset[str] = frozenset()
+    next_forward_idx: int = 0
+    elapsed_s: float = 0.0
+
+    @classmethod
+    def of(cls, resumed: Resumed) -> Seam:
+        return cls(resumed.done, resumed.next_forward_idx, resumed.elapsed_s)
+
+
+@dataclasses.dataclass
+class _Tally:
+    """What came of the requests served now."""
+
+    states: Counter[str]
+    num_skipped: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    seconds: float = 0.0
+    stopped: bool = False
+
+    def text(self) -> str:
+        states = ", ".join(f"{count} {state}" for state, count in sorted(self.states.items()))
+        line = f"{self.states.total()} requests ({states}), " if states else "no requests, "
+        line += f"{self.prompt_tokens:,} tokens in, {self.new_tokens:,} out in {self.seconds:.1f} s"
+        return line + (f"; {self.num_skipped} served before" if self.num_skipped else "")
+
+
+def _serve(engine: Engine, opened: Opened, done: frozenset[str]) -> _Tally:
+    """Serves what is not done yet, under a progress bar and until Ctrl-C."""
+    tally, workload = _Tally(Counter()), opened.workload
+
+    def still_to_do() -> Iterator[Request]:
+        for request in workload.requests():
+            if request.request_id not in done:
+                yield request
+                continue
+            engine.skip(request)
+            workload.forget(request.request_id)
+            tally.num_skipped += 1
+            advance(1)
+
+    def stop() -> None:
+        tally.stopped = True
+        engine.request_abort()
+
+    started = time.perf_counter()
+    with on_interrupt(stop), _requests_bar(engine, opened) as advance:
+        for live in serve(engine, still_to_do()):
+            workload.forget(live.request_id)
+            tally.states[live.state] += 1
+            tally.prompt_tokens += live.prompt_len
+            tally.new_tokens += live.num_answered
+            advance(1)
+    tally.seconds = time.perf_counter() - started
+    return tally
+
+
+def _requests_bar(engine: Engine, opened: Opened) -> contextlib.AbstractContextManager[Advance]:
+    if not is_rank_0():
+        return contextlib.nullcontext(lambda amount: None)
+    return requests_bar(opened.num_requests, lambda: _status(engine))
+
+
+def _status(engine: Engine) -> str:
+    """Read from the bar's own thread, while the engine works."""
+    running = list(engine.scheduler.running)
+    prefill = [(live.num_computed, live.prefill_end) for live in running if live.in_prefill]
+    computed, total = (sum(column) for column in zip(*prefill, strict=True)) if prefill else (0, 0)
+    shown = f"{len(running)} running"
+    return f"{shown}, prefill {computed:,}/{total:,} tokens" if prefill else shown
+
+
+def _say_what_came(folder: Path, tally: _Tally) -> None:
+    from rich.console import Console
+
+    from dsatrace.report.workload_tables import workload_tables
+    from dsatrace.trace.reader import RunReader
+
+    console = Console(width=100)
+    print(tally.text())
+    for part in workload_tables(RunReader(folder).summary()):
+        console.print(part)
+    print(f"run: {folder}\nmore: dsatrace report {folder}")

@@ -1,0 +1,296 @@
+"""`run_dataset.py` on the tiny checkpoint: each data set end to end, what is written, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import endless_letters
+from conftest import INFERENCE, ROOT
+from dsatrace.commands.run_dataset import main
+from dsatrace.model.convert import convert_checkpoint
+from dsatrace.schema import TABLES, problems
+from dsatrace.trace.reader import RunReader
+from dsatrace.trace.verify.run import verify
+from dsatrace.workloads.samples import sample_file
+from real_data import real_file
+
+CONFIG = INFERENCE / "config_tiny.json"
+SMALL = ("--max-new-tokens", 4, "--no-hub")
+RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 700, *SMALL)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return endless_letters(tiny_checkpoint, tmp_path_factory.mktemp("dataset") / "mp1")
+
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture
+def run(checkpoint: Path, tmp_path: Path) -> Run:
+    """Runs `main` with the tiny model into a new folder, which it returns; the exit code must be 0."""
+    count = iter(range(99))
+
+    def run(*flags: object, code: int = 0) -> Path:
+        folder = tmp_path / f"run{next(count)}"
+        argv = ["--ckpt-path", checkpoint, "--config", CONFIG, "--trace-out", folder, *flags]
+        assert main([str(argument) for argument in argv]) == code
+        return folder
+
+    return run
+
+
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return RunReader(folder).summary()
+
+
+def test_ruler_is_traced_scored_and_verified(run: Run) -> None:
+    tasks = ("--ruler-task", "niah_single_1,vt", "--ruler-task", "fwe")
+    folder = run(*RULER, *tasks, "--ruler-length", 1400, "--limit", 2)
+    done = verify(folder)
+    assert done.state == "complete"
+    requests = lines(folder, "requests.jsonl")
+    assert [r["request_id"] for r in requests] == [
+        f"{task}.1400.row{row}" for task in ("niah_single_1", "vt", "fwe") for row in range(2)
+    ]
+    said = summary(folder)
+    assert set(said["scores"]["by"]["task"]) == {"niah_single_1", "vt", "fwe"}
+    assert said["scores"]["num_scored"] == 6
+    assert said["workload"]["counts"]["examples"] == 6
+    assert said["needle_recall"]["per_layer"] is not None
+    assert len(said["needle_recall"]["per_layer"]) == 4
+    steps = lines(folder, "trace_steps.jsonl")
+    with_needle = {record["request_id"].split(".")[0] for record in steps if "needle" in record}
+    assert with_needle == {"niah_single_1", "vt"}
+
+
+def test_records_hold_to_the_schema(run: Run) -> None:
+    folder = run(*RULER, "--limit", 1)
+    for record in lines(folder, "trace_steps.jsonl"):
+        assert problems(record, "full") == []
+    for record in lines(folder, "requests.jsonl"):
+        assert problems(record, "full", TABLES["requests.jsonl"]) == []
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_rulers_splits_are_one(run: Run, split: str) -> None:
+    assert len(lines(run(*RULER, "--limit", 1, "--split", split), "requests.jsonl")) == 1
+
+
+def test_longbench_v2_from_the_embedded_sample(run: Run) -> None:
+    folder = run("--dataset", "longbenchv2", "--max-prompt-tokens", 600, *SMALL)
+    assert verify(folder).state == "complete"
+    manifest = RunReader(folder).manifest
+    assert manifest["data_source"].startswith("embedded longbench_v2_sample.json sha256:")
+    said = summary(folder)
+    assert said["scores"]["num_scored"] == 3
+    assert set(said["scores"]["by"]) == {"difficulty", "length"}
+    assert said["workload"]["counts"]["truncated"] == 3
+    assert {r["num_prompt_tokens"] for r in lines(folder, "requests.jsonl")} == {600}
+
+
+def test_sharegpt_turns_find_their_prefix_again(run: Run) -> None:
+    folder = run("--dataset", "sharegpt", "--sharegpt-turn-mode", "per_user_turn", "--batch-size", 1, *SMALL)
+    assert verify(folder).state == "complete"
+    hits = {r["request_id"]: r["prefix"]["prefix_cached_blocks"] for r in lines(folder, "trace_steps.jsonl")}
+    assert hits["row0.turn0"] == 0
+    assert hits["row0.turn1"] > 0
+    assert summary(folder)["workload"]["counts"]["single_entry"] == 1
+    assert summary(folder)["scores"] is None
+
+
+def test_real_files_of_each_data_set(run: Run) -> None:
+    ruler = run(
+        "--dataset", "ruler", "--ruler-path", real_file("ruler"), "--ruler-task", "niah_single_1",
+        "--ruler-length", 1024, "--limit", 1, *SMALL,
+    )  # fmt: skip
+    assert summary(ruler)["needle_recall"] is not None
+    row = real_file("longbench_v2/data_one_row_context_cut.json")
+    longbench = run("--dataset", "longbenchv2", "--longbenchv2-json", row, *SMALL)
+    assert summary(longbench)["scores"]["num_scored"] == 1
+    sharegpt = run(
+        "--dataset", "sharegpt", "--sharegpt-json", real_file("sharegpt/ShareGPT_V3_tiny40.json"),
+        "--limit", 3, *SMALL,
+    )  # fmt: skip
+    assert len(lines(sharegpt, "requests.jsonl")) == 3
+    for folder in (ruler, longbench, sharegpt):
+        assert verify(folder).state == "complete"
+        assert RunReader(folder).manifest["data_source"].startswith(("file ", "folder "))
+
+
+def test_no_trace_leaves_requests_and_scores_and_the_same_answers(run: Run) -> None:
+    traced, untraced = (run(*RULER, "--limit", 2, "--save-text", *flags) for flags in ((), ("--no-trace",)))
+    assert (untraced / "trace_steps.jsonl").read_bytes() == b""
+    assert summary(untraced)["scores"] == summary(traced)["scores"]
+    assert verify(untraced).state == "complete"
+    texts = [[(r["request_id"], r["text"]) for r in lines(f, "requests.jsonl")] for f in (traced, untraced)]
+    assert texts[0] == texts[1]
+
+
+def test_no_prompt_text_reaches_the_folder_unasked(run: Run, tmp_path: Path) -> None:
+    chats = tmp_path / "chats.json"
+    turns = [{"from": "human", "value": "xylophone canary " * 8}, {"from": "gpt", "value": "zebra canary"}]
+    chats.write_text(json.dumps([{"id": "secret canary", "conversations": turns}]))
+    folder = run("--dataset", "sharegpt", "--sharegpt-json", chats, *SMALL)
+    for file in folder.iterdir():
+        assert b"canary" not in file.read_bytes(), file
+
+
+def test_a_prompt_that_cannot_fit_is_rejected_and_the_run_goes_on(run: Run) -> None:
+    folder = run("--dataset", "sharegpt", "--max-seq-len", 420, *SMALL)
+    states = {r["request_id"]: (r["state"], r.get("error")) for r in lines(folder, "requests.jsonl")}
+    rejected = {error for state, error in states.values() if state == "rejected"}
+    assert rejected
+    assert all("420" in error for error in rejected)
+    assert any(state == "length" for state, _ in states.values())
+    assert verify(folder).state == "complete"
+
+
+def test_an_explicit_source_never_falls_back(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    flags = ["--dataset", "sharegpt", "--sharegpt-json", str(tmp_path / "nowhere.json")]
+    code = main(["--ckpt-path", str(checkpoint), "--config", str(CONFIG), *flags])
+    assert code == 2
+    assert "nowhere.json" in capsys.readouterr().err
+
+
+def test_bad_rows_are_named_or_counted(run: Run, tmp_path: Path, capsys: Any) -> None:
+    rows = json.loads(sample_file("sharegpt").read_text())
+    rows.insert(1, {"id": "x", "conversations": [{"from": "human"}]})
+    chats = tmp_path / "chats.json"
+    chats.write_text(json.dumps(rows))
+    flags = ("--dataset", "sharegpt", "--sharegpt-json", chats, *SMALL)
+    run(*flags, code=2)
+    assert "row 1" in (said := capsys.readouterr().err)
+    assert "'value'" in said
+    assert "--bad-rows skip" in said
+    skipped = summary(run(*flags, "--bad-rows", "skip"))["workload"]["bad_rows"]
+    assert skipped == {"policy": "skip", "num_skipped": 1, "by_reason": {"missing column": 1}}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--dataset", "sharegpt", "--ruler-length", 99), "--ruler-length belongs to --dataset ruler"),
+        (("--dataset", "ruler", "--split", "test"), "--split test"),
+        (("--dataset", "ruler", "--ruler-task", "niah"), "niah_single_1"),
+        (("--dataset", "ruler", "--ruler-task", "qa_1", "--ruler-generate"), "SQuAD"),
+        (("--dataset", "ruler", "--limit", 0), "--limit"),
+        (("--dataset", "ruler", "--max-new-tokens", 0), "--max-new-tokens 0"),
+        (("--dataset", "ruler", "--temperature", "nan"), "--temperature nan"),
+        (("--dataset", "ruler", "--haystack", "nowhere.txt"), "nowhere.txt"),
+        (("--dataset", "longbenchv2", "--max-prompt-tokens", 3), "3"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(run: Run, capsys: Any, flags: tuple[object, ...], said: str) -> None:
+    run("--no-hub", *flags, code=2)
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+# ---- processes
+
+
+def spawn(*flags: object, cwd: Path = ROOT, launch: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
+    script = Path("inference/run_dataset.py") if cwd == ROOT else Path("run_dataset.py")
+    return subprocess.Popen(
+        [*launch, str(script), *map(str, flags)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("folder", [ROOT, INFERENCE], ids=["root", "inference"])
+def test_runs_from_the_root_and_from_inference(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+    done = spawn("--ckpt-path", checkpoint, "--config", CONFIG, "--trace-out", tmp_path / "r", *RULER,
+                 "--limit", 1, cwd=folder)  # fmt: skip
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
+    assert "ruler: generator" in out
+    assert str(tmp_path / "r") in out
+
+
+def test_two_ranks_serve_the_same_requests(tiny_hf: Path, tmp_path: Path, run: Run, tiny_args: Any) -> None:
+    converted = tmp_path / "mp2"
+    convert_checkpoint(tiny_hf, converted, tiny_args.n_routed_experts, model_parallel=2)
+    flags = (*RULER, "--limit", 2)
+    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    done = spawn("--ckpt-path", converted, "--config", CONFIG, "--trace-out", tmp_path / "two", *flags,
+                 launch=launch)  # fmt: skip
+    _, err = done.communicate(timeout=240)
+    assert done.returncode == 0, err
+    assert verify(tmp_path / "two").state == "complete"
+    assert RunReader(tmp_path / "two").manifest["world_size"] == 2
+    assert len(lines(tmp_path / "two", "requests.jsonl")) == 2
+
+
+def test_ctrl_c_leaves_a_run_that_resume_completes(checkpoint: Path, tmp_path: Path, run: Run) -> None:
+    flags = (*RULER, "--limit", 6, "--batch-size", 1, "--max-new-tokens", 24)
+    folder = tmp_path / "stopped"
+    process = spawn("--ckpt-path", checkpoint, "--config", CONFIG, "--trace-out", folder, *flags)
+    requests = folder / "requests.jsonl"
+    deadline = time.monotonic() + 120
+    while not (requests.exists() and requests.read_bytes().count(b"\n") >= 2):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, (out, err)
+    assert "--resume" in err
+    assert RunReader(folder).state == "incomplete"
+    assert verify(folder).state == "incomplete"
+
+    assert main(["--resume", str(folder)]) == 0
+    assert verify(folder).state == "complete"
+    whole = run(*flags)
+    key = ("request_id", "step_idx", "layer_id")
+    content = (*key, "selected_token_pos", "prefix", "needle")
+    both = [
+        sorted([record[name] for name in content] for record in lines(f, "trace_steps.jsonl"))
+        for f in (folder, whole)
+    ]
+    assert both[0] == both[1]
+    states = [{r["request_id"]: r["state"] for r in lines(f, "requests.jsonl")} for f in (folder, whole)]
+    assert states[0] == states[1]
+    assert main(["--resume", str(folder)]) == 2  # complete: nothing is left to do
+
+
+def test_the_simulator_needs_no_torch_and_no_checkpoint(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"
+        "from dsatrace.commands.run_dataset import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    flags = ("--runner", "simulator", "--dataset", "ruler", "--ruler-generate", "--limit", "2", "--no-hub")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags, "--trace-out", str(tmp_path / "sim")],
+        env={**os.environ, "PYTHONPATH": str(INFERENCE)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = summary(tmp_path / "sim")
+    assert said["selections"] == "none"
+    assert said["scores"]["mean"] == 100  # it says what the references say
+    assert verify(tmp_path / "sim").state == "complete"
