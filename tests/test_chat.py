@@ -17,6 +17,9 @@ from dsatrace.trace.reader import RunReader
 
 pexpect = pytest.importorskip("pexpect")
 
+SETTLED_S = 0.5
+"""From the prompt's appearance until Python sleeps in `input()`: a signal before that waits for a key."""
+
 PROMPT = ">>> "
 NEW_TOKENS = 12
 CHAT_TOKENS = 4  # begin of sentence, user, assistant, end of thinking
@@ -125,10 +128,6 @@ def test_bytes_that_are_no_text_end_nothing(terminal: Terminal) -> None:
 
 
 @pytest.mark.parametrize("terminal", [20_000], indirect=True)
-SETTLED_S = 0.5
-"""From the prompt's appearance until Python sleeps in `input()`: a signal before that waits for a key."""
-
-
 def test_ctrl_c_ends_an_answer_and_not_the_program(terminal: Terminal, run: Path) -> None:
     time.sleep(SETTLED_S)
     terminal.child.sendintr()
