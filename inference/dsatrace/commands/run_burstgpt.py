@@ -11,15 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsatrace.commands.workload_run import (
-    Opened,
-    Served,
+from dsatrace.commands.run_arguments import (
     add_run_arguments,
     add_source_arguments,
     find,
     parse_run,
-    run_workload,
 )
+from dsatrace.commands.workload_run import Opened, Served, run_workload
 from dsatrace.errors import exits_cleanly
 from dsatrace.trace.config import add_trace_arguments
 from dsatrace.workloads.burstgpt import Replay, read_burstgpt

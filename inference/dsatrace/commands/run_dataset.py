@@ -11,15 +11,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dsatrace.commands.workload_run import (
-    Opened,
+from dsatrace.commands.run_arguments import (
     add_run_arguments,
     add_source_arguments,
     asking_from_args,
     find,
     parse_run,
-    run_workload,
 )
+from dsatrace.commands.workload_run import Opened, run_workload
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.trace.config import add_trace_arguments
 from dsatrace.workloads.longbench_v2 import LongBenchV2Loader

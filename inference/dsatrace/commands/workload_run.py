@@ -2,7 +2,6 @@
 
 The runners differ in their flags and in how they open their workload; everything else is here.
 
-    args, argv = parse_run(parser, argv)
     return run_workload(args, argv, "ruler", open_ruler)
 """
 
@@ -12,14 +11,13 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import math
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dsatrace.commands.arguments import add_engine_arguments, engine_setup_from_args
+from dsatrace.commands.arguments import engine_setup_from_args
 from dsatrace.commands.interrupt import on_interrupt
 from dsatrace.commands.progress import Advance, requests_bar
 from dsatrace.engine.clock import Clock, RealClock, VirtualClock
@@ -28,14 +26,10 @@ from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.ranks import from_rank_0, is_rank_0
 from dsatrace.engine.scheduler import Admission
 from dsatrace.engine.serve import serve
-from dsatrace.errors import UserError
 from dsatrace.trace.config import TraceConfig, trace_config_from_args
-from dsatrace.trace.resumable import resumed_argv
 from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.workloads.request import Request
-from dsatrace.workloads.rows import check_limit
-from dsatrace.workloads.served.workload import Asking, Workload
-from dsatrace.workloads.sources import Source, find_source
+from dsatrace.workloads.served.workload import Workload
 from dsatrace.workloads.tokenizer import Tokenizer, check_vocabulary
 from dsatrace.workloads.tokenizer_choice import choose_tokenizer
 
@@ -66,61 +60,6 @@ class Served:
 
 
 Opener = Callable[[argparse.Namespace, Tokenizer], Opened]
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model's flags, and those that say how a run is made."""
-    add_engine_arguments(parser, required=False)
-    add = parser.add_argument_group("run").add_argument
-    add(
-        "--runner",
-        choices=("model", "simulator"),
-        default="model",
-        help="the simulator replays recorded answers through the same scheduler (%(default)s)",
-    )
-    add("--resume", type=Path, metavar="RUN", help="go on with an incomplete run, its own flags first")
-    add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
-    add("--thinking", action="store_true", help="let the model think before it answers")
-    add("--tokenizer", metavar="NAME|PATH", help="hub name, tokenizer.json or its folder (the checkpoint's)")
-    add("--save-text", action="store_true", help="keep the answers' text in requests.jsonl")
-
-
-def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where rows come from when no file is named, and what happens to bad ones."""
-    add = parser.add_argument_group("source").add_argument
-    add("--no-hub", action="store_true", help="do not ask the hub when data/<name>/ is empty")
-    add("--revision", help="of the hub's data set (pinned)")
-    add("--bad-rows", choices=("fail", "skip"), default="fail", help="(%(default)s)")
-
-
-def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags and the command line they came from; of a run that is resumed, its own flags first."""
-    only_resume = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    only_resume.add_argument("--resume", type=Path)
-    run, given = only_resume.parse_known_args(argv)
-    if run.resume is not None:
-        argv = [*resumed_argv(run.resume, given), *given]
-    args = parser.parse_args(argv)
-    args.resume = run.resume
-    if not 0 <= args.temperature < math.inf:  # so written, it catches nan too
-        raise UserError(f"--temperature {args.temperature}: use 0 (greedy) or a number above it")
-    check_limit("--limit", args.limit)
-    if args.runner == "model" and args.ckpt_path is None:
-        raise UserError("--ckpt-path is missing: name a converted checkpoint, or use --runner simulator")
-    return args, argv
-
-
-def asking_from_args(args: argparse.Namespace, tokenizer: Tokenizer) -> Asking:
-    return Asking(tokenizer, args.max_new_tokens, args.temperature, args.max_prompt_tokens, args.thinking)
-
-
-def find(args: argparse.Namespace, name: str, explicit: Path | None, repo: str | None = None) -> Source:
-    """The source of a data set, which rank 0 chooses for all: they must not disagree about a slow hub."""
-    return from_rank_0(
-        lambda: find_source(
-            name, explicit, repo=repo, revision=args.revision, use_hub=not args.no_hub, say=print
-        )
-    )
 
 
 def run_workload(
