@@ -22,7 +22,8 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "trace": (BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}, set()),
     "workloads": (BASE, set(), {"tokenizers", "datasets"}),
     "engine": (BASE | {"model", "kv", "trace", "workloads"}, {"torch", "numpy"}, set()),
-    "report": (BASE | {"trace"}, {"numpy", "rich"}, {"matplotlib"}),
+    "study": (BASE | {"kv", "trace", "workloads", "engine"}, {"numpy", "numba", "orjson"}, set()),
+    "report": (BASE | {"trace", "study"}, {"numpy", "rich"}, {"matplotlib"}),
 }
 EXCEPTIONS = {
     ("trace/observe.py", "torch"): "the tensor side of the tracer",
