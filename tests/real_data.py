@@ -17,3 +17,8 @@ def real_file(name: str) -> Path:
     if not file.exists():
         pytest.skip(f"{file} is not there; set DSATRACE_SHARED to the folder that holds data/{name}")
     return file
+
+
+def oracle_file(name: str) -> Path:
+    """A file of recorded answers, `oracle/` beside `data/`; else skips."""
+    return real_file(f"../oracle/{name}").resolve()

@@ -22,7 +22,8 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "trace": (BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}, set()),
     "workloads": (BASE, set(), {"tokenizers", "datasets", "huggingface_hub"}),
     "engine": (BASE | {"model", "kv", "trace", "workloads"}, {"numpy"}, {"torch"}),
-    "report": (BASE | {"trace"}, {"numpy", "rich"}, {"matplotlib"}),
+    "study": (BASE | {"kv", "trace", "workloads", "engine"}, {"numpy", "numba", "orjson"}, set()),
+    "report": (BASE | {"trace", "study"}, {"numpy", "rich"}, {"matplotlib"}),
 }
 MODEL_SIDE = "serves a model; the loop, the scheduler and the simulator need no torch"
 EXCEPTIONS = {

@@ -16,14 +16,31 @@ if TYPE_CHECKING:
     from dsatrace.trace.config import TraceConfig
     from dsatrace.trace.tracer import Tracer
     from dsatrace.trace.writer import TraceWriter
+    from dsatrace.workloads.chat_format import ChatTemplateFormatter
+    from dsatrace.workloads.request_generator import RequestGenerator
+    from dsatrace.workloads.sharegpt import ShareGPTLoader
 
 __version__ = "0.1.0"
-__all__ = ["MLA", "Indexer", "PrefixCacheAnalyzer", "TraceConfig", "TraceWriter", "Tracer", "__version__"]
+__all__ = [
+    "MLA",
+    "ChatTemplateFormatter",
+    "Indexer",
+    "PrefixCacheAnalyzer",
+    "RequestGenerator",
+    "ShareGPTLoader",
+    "TraceConfig",
+    "TraceWriter",
+    "Tracer",
+    "__version__",
+]
 
 _HOME = {
+    "ChatTemplateFormatter": "dsatrace.workloads.chat_format",
     "Indexer": "dsatrace.model.indexer",
     "MLA": "dsatrace.model.attention",
     "PrefixCacheAnalyzer": "dsatrace.kv.prefix",
+    "RequestGenerator": "dsatrace.workloads.request_generator",
+    "ShareGPTLoader": "dsatrace.workloads.sharegpt",
     "TraceConfig": "dsatrace.trace.config",
     "Tracer": "dsatrace.trace.tracer",
     "TraceWriter": "dsatrace.trace.writer",

@@ -15,18 +15,17 @@ import dataclasses
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dsatrace.errors import UserError
 
+from .block_keys import MIN_SECRET_BYTES, TOKEN_DTYPE, BlockHasher
+
 SECRET_VARIABLE = "DSATRACE_PREFIX_KEY"
-MIN_SECRET_BYTES = 16
 _SECRET_BYTES = 32
-_TOKEN_BYTES = 8
-_BLOCK_DIGEST_BYTES = 16
 _KEY_DIGEST_BYTES = 8
 
 
@@ -53,34 +52,23 @@ class PrefixCacheAnalyzer:
     """
 
     def __init__(self, block_size: int, key_tokens: int = 256, *, secret: bytes) -> None:
-        if block_size < 1 or key_tokens < 1:
-            raise ValueError(f"block_size {block_size} and key_tokens {key_tokens} must be at least 1")
-        if not MIN_SECRET_BYTES <= len(secret) <= hashlib.blake2b.MAX_KEY_SIZE:
-            raise ValueError(f"a prefix secret has {MIN_SECRET_BYTES} to 64 bytes, not {len(secret)}")
-        self._block_size = block_size
-        self._key_tokens = key_tokens
+        if key_tokens < 1:
+            raise ValueError(f"key_tokens {key_tokens} must be at least 1")
+        self._hasher = BlockHasher(block_size, secret)
+        self._key_bytes = key_tokens * TOKEN_DTYPE.itemsize
         self._secret = secret
         self._seen: set[bytes] = set()
 
     def add(self, token_ids: Sequence[int]) -> RequestPrefix:
         """The prompt's shared prefix with earlier prompts; later prompts are compared with it too."""
-        tokens = np.asarray(token_ids, dtype="<i8").tobytes()
-        digests = list(self._chain(tokens))
-        num_cached = next((i for i, digest in enumerate(digests) if digest not in self._seen), len(digests))
-        self._seen.update(digests[num_cached:])
-        head = tokens[: self._key_tokens * _TOKEN_BYTES]
-        return RequestPrefix(num_cached, self._hash(head, _KEY_DIGEST_BYTES, b"prefix-key").hex())
-
-    def _chain(self, tokens: bytes) -> Iterator[bytes]:
-        """One digest for each full block of the prompt, in order."""
-        width = self._block_size * _TOKEN_BYTES
-        digest = b""
-        for start in range(0, len(tokens) - width + 1, width):
-            digest = self._hash(digest + tokens[start : start + width], _BLOCK_DIGEST_BYTES, b"prefix-block")
-            yield digest
-
-    def _hash(self, data: bytes, size: int, purpose: bytes) -> bytes:
-        return hashlib.blake2b(data, digest_size=size, key=self._secret, person=purpose).digest()
+        tokens = np.asarray(token_ids, dtype=TOKEN_DTYPE).tobytes()
+        keys = self._hasher.chain(b"", tokens)
+        num_cached = next((i for i, key in enumerate(keys) if key not in self._seen), len(keys))
+        self._seen.update(keys[num_cached:])
+        head = hashlib.blake2b(
+            tokens[: self._key_bytes], digest_size=_KEY_DIGEST_BYTES, key=self._secret, person=b"prefix-key"
+        )
+        return RequestPrefix(num_cached, head.hexdigest())
 
 
 def load_prefix_secret(config_folder: Path | None = None) -> bytes:

@@ -1,0 +1,224 @@
+"""A trace of requests as a block cache sees it: lengths, and an exact id for each full block.
+
+Equal ids mean equal prefixes, without a hash that could collide: an id stands for (the id
+before it, the block's tokens), and tokens are compared. Arrays throughout (CSR), so that a
+replay of millions of blocks touches no Python object. Knows no cache. Live requests, one
+at a time, are named by `block_keys` instead.
+
+    trace = BlockTrace.from_tokens([[1, 2, 3, 4, 5], [1, 2, 9]], block_size=2)
+    trace.keys_of(0), trace.keys_of(1)            # [0, 1], [0]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from numba import njit
+
+TokenLists = Sequence[Sequence[int]] | Sequence[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockTrace:
+    """R requests in order of arrival, B full blocks in all, K different ones.
+
+    A request's keys run over its prompt and then its output. There may be fewer of them than
+    full blocks (a trace of ids knows none for its outputs); blocks beyond are never found.
+    `parents[k]` is the key before k, or -1 - root for a first block.
+    """
+
+    block_size: int  # tokens
+    prompt_tokens: np.ndarray  # (R,) int64, at least 1
+    output_tokens: np.ndarray  # (R,) int64
+    keys: np.ndarray  # (B,) int32, in [0, K)
+    key_ptr: np.ndarray  # (R + 1,) int64
+    parents: np.ndarray  # (K,) int32
+    time_s: np.ndarray  # (R,) float64, ascending
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"block_size {self.block_size} must be at least 1")
+        shapes = {len(self.prompt_tokens), len(self.output_tokens), len(self.time_s), len(self.key_ptr) - 1}
+        if len(shapes) != 1:
+            raise ValueError(f"the columns of a trace have different lengths: {sorted(shapes)}")
+        checks = (
+            (self.prompt_tokens < 1, "has no prompt token"),
+            (self.output_tokens < 0, "has a negative number of output tokens"),
+            (np.diff(self.time_s, prepend=-np.inf) < 0, "arrives before the request above it"),
+            (np.diff(self.key_ptr) > self.total_tokens // self.block_size, "has more ids than full blocks"),
+        )
+        for bad, what in checks:
+            if bad.any():
+                raise ValueError(f"request {int(np.argmax(bad))} of the trace {what}")
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.prompt_tokens)
+
+    @property
+    def num_keys(self) -> int:
+        return len(self.parents)
+
+    @property
+    def total_tokens(self) -> np.ndarray:
+        """Prompt and output together, (R,) int64."""
+        return self.prompt_tokens + self.output_tokens
+
+    @property
+    def num_blocks_at_most(self) -> int:
+        """Blocks that hold every request at once with nothing shared: a cache that never evicts."""
+        return int((-(-self.total_tokens // self.block_size)).sum())
+
+    def keys_of(self, request: int) -> list[int]:
+        return self.keys[self.key_ptr[request] : self.key_ptr[request + 1]].tolist()
+
+    @classmethod
+    def from_tokens(
+        cls,
+        prompts: TokenLists,
+        outputs: TokenLists | None = None,
+        *,
+        block_size: int,
+        time_s: Sequence[float] | None = None,
+        extra: Sequence[Sequence[str]] | None = None,
+    ) -> BlockTrace:
+        """From token ids. Requests with different `extra` keys (salt, adapter) share nothing."""
+        if block_size < 1:
+            raise ValueError(f"block_size {block_size} must be at least 1")
+        prompt_tokens = _lengths(prompts)
+        output_tokens = np.zeros_like(prompt_tokens) if outputs is None else _lengths(outputs)
+        if len(output_tokens) != len(prompt_tokens):
+            raise ValueError(f"{len(prompt_tokens)} prompts but {len(output_tokens)} outputs")
+        parts = [prompts] if outputs is None else [prompts, outputs]
+        arrays = [_int32(row) for rows in zip(*parts, strict=True) for row in rows]
+        tokens = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
+        roots = np.zeros(len(prompt_tokens), np.int32)
+        if extra is not None:
+            seen: dict[tuple[str, ...], int] = {(): 0}
+            roots[:] = [seen.setdefault(tuple(names), len(seen)) for names in extra]
+        token_ptr = _pointers(prompt_tokens + output_tokens)
+        keys, key_ptr, parents = exact_block_ids(tokens, token_ptr, roots, block_size)
+        times = _times(time_s, len(prompt_tokens))
+        return cls(block_size, prompt_tokens, output_tokens, keys, key_ptr, parents, times)
+
+    @classmethod
+    def from_block_ids(
+        cls,
+        block_ids: Sequence[Sequence[int]],
+        prompt_tokens: Sequence[int],
+        output_tokens: Sequence[int],
+        *,
+        block_size: int,
+        time_s: Sequence[float] | None = None,
+    ) -> BlockTrace:
+        """From ids that name a block and its whole prefix already, as public traces carry them.
+
+        An id of a partial last block is dropped: it is never shared. An id that follows two
+        different ids raises `ValueError`: such ids name no prefix.
+        """
+        prompts = np.asarray(prompt_tokens, dtype=np.int64)
+        counts = np.minimum(_lengths(block_ids), prompts // block_size)
+        kept = [np.asarray(ids[:n], dtype=np.int64) for ids, n in zip(block_ids, counts, strict=True)]
+        flat = np.concatenate(kept) if kept else np.zeros(0, np.int64)
+        names, first, keys = np.unique(flat, return_index=True, return_inverse=True)
+        key_ptr = _pointers(counts)
+        before = np.empty(len(keys), np.int32)
+        before[1:] = keys[:-1]
+        before[key_ptr[:-1][counts > 0]] = -1
+        parents = before[first]
+        wrong = before != parents[keys]
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            request = int(np.searchsorted(key_ptr, at, side="right")) - 1
+            raise ValueError(
+                f"request {request} of the trace: block id {names[keys[at]]} follows another block than "
+                "before, so it does not name its prefix"
+            )
+        outputs = np.asarray(output_tokens, dtype=np.int64)
+        times = _times(time_s, len(prompts))
+        return cls(block_size, prompts, outputs, keys.astype(np.int32), key_ptr, parents, times)
+
+
+def exact_block_ids(
+    tokens: np.ndarray, token_ptr: np.ndarray, roots: np.ndarray, block_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids of all full blocks, in order of first appearance: keys (B,), key_ptr (R + 1,), parents (K,).
+
+    `tokens` (T,) int holds the requests one after the other, request r from `token_ptr[r]`;
+    requests with different `roots` (R,) share no id.
+    """
+    key_ptr = _pointers(np.diff(token_ptr) // block_size)
+    num_blocks = int(key_ptr[-1])
+    if num_blocks >= 2**31:
+        raise ValueError(f"{num_blocks} blocks are more than 31 bits can number; use a larger block size")
+    keys = np.empty(num_blocks, np.int32)
+    parents = np.empty(num_blocks, np.int32)
+    first_token = np.empty(num_blocks, np.int64)
+    size = 1 << max(4, (2 * num_blocks - 1).bit_length())
+    slots = np.full(size, -1, np.int64)
+    num_keys = _intern(tokens, token_ptr, roots, block_size, key_ptr, keys, parents, first_token, slots)
+    return keys, key_ptr, parents[:num_keys].copy()
+
+
+@njit(cache=True, nogil=True)
+def _intern(tokens, token_ptr, roots, block_size, key_ptr, keys, parents, first_token, slots):  # type: ignore[no-untyped-def]
+    """An open hash table from (parent, tokens) to id; a slot is a 32-bit fingerprint and the id."""
+    mask = np.uint64(len(slots) - 1)
+    num_keys = 0
+    for r in range(len(roots)):
+        parent = np.int64(-1 - roots[r])
+        start = token_ptr[r]
+        for b in range(key_ptr[r], key_ptr[r + 1]):
+            mixed = np.uint64(parent) * np.uint64(0x9E3779B97F4A7C15)
+            for i in range(start, start + block_size):
+                mixed = (mixed ^ np.uint64(tokens[i])) * np.uint64(0xD6E8FEB86659FD93)
+                mixed ^= mixed >> np.uint64(32)
+            fingerprint = np.int64(mixed >> np.uint64(33))
+            at = mixed & mask
+            while True:
+                slot = slots[at]
+                if slot < 0:
+                    slots[at] = (fingerprint << 32) | num_keys
+                    parents[num_keys], first_token[num_keys] = parent, start
+                    key = num_keys
+                    num_keys += 1
+                    break
+                key = slot & 0xFFFFFFFF
+                if slot >> 32 == fingerprint and parents[key] == parent:
+                    other = first_token[key]
+                    same = True
+                    for i in range(block_size):
+                        if tokens[start + i] != tokens[other + i]:
+                            same = False
+                            break
+                    if same:
+                        break
+                at = (at + np.uint64(1)) & mask
+            keys[b] = key
+            parent = np.int64(key)
+            start += block_size
+    return num_keys
+
+
+def _int32(row: Sequence[int] | np.ndarray) -> np.ndarray:
+    if isinstance(row, np.ndarray):
+        return row.astype(np.int32, copy=False)
+    return np.fromiter(row, np.int32, len(row))  # half again as fast as asarray
+
+
+def _lengths(rows: Sequence[Sequence[int]] | Sequence[np.ndarray]) -> np.ndarray:
+    return np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
+
+
+def _pointers(lengths: np.ndarray) -> np.ndarray:
+    """(R,) lengths to (R + 1,) int64 starts."""
+    pointers = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=pointers[1:])
+    return pointers
+
+
+def _times(time_s: Sequence[float] | None, num_requests: int) -> np.ndarray:
+    """Seconds, or 0, 1, 2, ... where a trace has no times."""
+    return np.asarray(np.arange(num_requests) if time_s is None else time_s, dtype=np.float64)

@@ -1,0 +1,45 @@
+"""OPT: evicts the block whose next use is farthest, the bound no policy can beat.
+
+Belady's rule (IBM Systems Journal, 1966) with requests as the unit: all blocks of a request
+are pinned together, for as long as it is in flight, and none is left out of the cache.
+Exchanging a victim for a farther one then never loses a hit, so it is optimal for cached
+blocks; and since a parent is used whenever its child is, it never gives up a parent that is
+used again before its child, so it is optimal for unbroken prefixes and under the leaf
+constraint as well. Needs the future: `Access.next_use`.
+
+    Optimal(capacity)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dsatrace.kv.policies.cache import Cache, Shape
+from dsatrace.kv.policies.plain import PlainPolicy
+from dsatrace.kv.policies.policy import Access
+from dsatrace.kv.policies.rules import RULES, Rules
+
+
+class Optimal(PlainPolicy):
+    """Evicts the farthest next use; of those never used again the least recent."""
+
+    def enter(self, block: int, access: Access) -> None:
+        self.value[block] = -float(access.next_use)
+
+    def again(self, block: int, access: Access) -> None:
+        self.value[block] = -float(access.next_use)
+
+
+class OptimalState(NamedTuple):
+    unused: bool  # numba has no empty tuple class
+
+
+def optimal_state(shape: Shape) -> OptimalState:
+    return OptimalState(False)
+
+
+def _farthest_first(policy: OptimalState, cache: Cache, slot: int, access: Access) -> None:
+    cache.value[slot] = -float(access.next_use)
+
+
+RULES[OptimalState] = Rules(enter=_farthest_first, again=_farthest_first)

@@ -1,0 +1,122 @@
+"""LRU, MRU, FIFO, FILO: by last use or by entry, oldest or newest first. And a random choice.
+
+Ordered(capacity, by_recency=True, newest_first=False)      # LRU
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from dsatrace.kv.policies.cache import Cache, Shape, tick, withdraw
+from dsatrace.kv.policies.plain import PlainPolicy
+from dsatrace.kv.policies.policy import Access
+from dsatrace.kv.policies.rules import RULES, Rules, same_stamp
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_64_BITS = 2**64 - 1
+
+
+class Ordered(PlainPolicy):
+    """Evicts the block used (or else entered) the longest, or the shortest, time ago."""
+
+    def __init__(self, capacity: int, *, by_recency: bool, newest_first: bool, leaf: bool = False) -> None:
+        super().__init__(capacity, leaf=leaf)
+        self._by_recency = by_recency
+        self._sign = -1 if newest_first else 1
+
+    def enter(self, block: int, access: Access) -> None:
+        self.stamp[block] *= self._sign
+
+    def released(self, block: int) -> None:
+        if self._by_recency:
+            self.stamp[block] = self._sign * self.tick()
+
+
+class OrderedState(NamedTuple):
+    by_recency: bool
+    sign: int  # -1: newest first
+
+
+def ordered_state(shape: Shape, *, by_recency: bool, newest_first: bool) -> OrderedState:
+    return OrderedState(by_recency, -1 if newest_first else 1)
+
+
+def _sign_stamp(policy: OrderedState, cache: Cache, slot: int, access: Access) -> None:
+    cache.stamp[slot] *= policy.sign
+
+
+def _restamp(policy: OrderedState, cache: Cache, slot: int) -> None:
+    if policy.by_recency:
+        cache.stamp[slot] = policy.sign * tick(cache)
+
+
+RULES[OrderedState] = Rules(enter=_sign_stamp, released=_restamp)
+
+
+class Uniform(PlainPolicy):
+    """Evicts any evictable block, each as likely as the other; the same ones for the same seed."""
+
+    def __init__(self, capacity: int, *, seed: int, leaf: bool = False) -> None:
+        super().__init__(capacity, leaf=leaf)
+        self._state = seed & _64_BITS
+        self._bag: list[int] = []
+        self._place: dict[int, int] = {}
+
+    def offer(self, block: int) -> None:
+        self._place[block] = len(self._bag)
+        self._bag.append(block)
+
+    def withdraw(self, block: int) -> None:
+        at, last = self._place.pop(block), self._bag.pop()
+        if last != block:
+            self._bag[at] = last
+            self._place[last] = at
+
+    def victim(self) -> int:
+        if not self._bag:
+            raise LookupError("no cached block may be evicted: requests hold all of them")
+        return self._bag[(self._random() >> 32) * len(self._bag) >> 32]
+
+    def _random(self) -> int:
+        """SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+        self._state = (self._state + _GOLDEN) & _64_BITS
+        bits = self._state
+        bits = (bits ^ bits >> 30) * _MIX_1 & _64_BITS
+        bits = (bits ^ bits >> 27) * _MIX_2 & _64_BITS
+        return bits ^ bits >> 31
+
+
+class UniformState(NamedTuple):
+    state: np.ndarray  # (1,) uint64
+
+
+def uniform_state(shape: Shape, *, seed: int) -> UniformState:
+    return UniformState(np.array([seed & _64_BITS], np.uint64))
+
+
+@njit(nogil=True)
+def _splitmix(state: np.ndarray) -> np.uint64:
+    state[0] += np.uint64(_GOLDEN)
+    bits = state[0]
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(_MIX_1)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(_MIX_2)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def _equal_key(policy: UniformState, cache: Cache, slot: int, access: Access) -> None:
+    cache.stamp[slot] = 0  # slots with equal keys make a bag of the heap
+
+
+def _any_slot(policy: UniformState, cache: Cache) -> int:
+    size = np.uint64(cache.heap_size[0])
+    at = ((_splitmix(policy.state) >> np.uint64(32)) * size) >> np.uint64(32)
+    slot = cache.heap[0, np.int64(at)]
+    withdraw(cache, slot)
+    return slot
+
+
+RULES[UniformState] = Rules(enter=_equal_key, released=same_stamp, victim=_any_slot)

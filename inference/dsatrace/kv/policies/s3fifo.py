@@ -1,0 +1,187 @@
+"""S3-FIFO: a small queue that new blocks must pass, a main queue, and a memory of who was sent off.
+
+After Yang et al. (SOSP 2023) and their simulator. Blocks that may not be evicted now are passed
+over and keep their place.
+
+    S3Fifo(capacity, small=0.1, ghost=0.9, threshold=2)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from dsatrace.kv.policies.cache import Cache, Shape, offer, pop, tick
+from dsatrace.kv.policies.lists import IN_NONE, Lists, append, empty_lists, oldest, take_out
+from dsatrace.kv.policies.plain import PlainPolicy
+from dsatrace.kv.policies.policy import Access
+from dsatrace.kv.policies.rules import RULES, Rules, same_stamp
+
+SMALL, MAIN = 0, 1
+MOST_USES = 3  # two bits
+
+
+class S3Fifo(PlainPolicy):
+    """New blocks pass a small queue, and only those used in it reach the main one.
+
+    The main queue lets a used block go round again, once for each use. Who is evicted
+    from the small queue is remembered for a while and enters the main one on return.
+    As in its authors' simulator, blocks go to the main queue while the small one is full
+    and nothing has been evicted yet.
+    """
+
+    def __init__(
+        self, capacity: int, *, small: float, ghost: float, threshold: int, leaf: bool = False
+    ) -> None:
+        super().__init__(capacity, leaf=leaf, num_queues=2)
+        self._limits = s3fifo_limits(capacity, small)
+        self._most_ghosts = int(ghost * capacity)
+        self._threshold = threshold
+        self._sizes = [0, 0]
+        self._uses: dict[int, int] = {}
+        self._ghosts: dict[int, None] = {}  # oldest first
+        self._returning: int | None = None
+        self._has_evicted = False
+
+    def miss(self, block: int, access: Access) -> None:
+        if block in self._ghosts:
+            del self._ghosts[block]
+            self._returning = block
+
+    def enter(self, block: int, access: Access) -> None:
+        if self._returning != block:
+            self.miss(block, access)
+        filling = not self._has_evicted and self._sizes[SMALL] >= self._limits[SMALL]
+        self.queue[block] = MAIN if self._returning == block or filling else SMALL
+        self._returning = None
+        self._sizes[self.queue[block]] += 1
+        self._uses[block] = 0
+
+    def again(self, block: int, access: Access) -> None:
+        self._uses[block] = min(self._uses[block] + 1, MOST_USES)
+
+    def released(self, block: int) -> None:
+        pass  # the stamp is that of entry
+
+    def victim(self) -> int:
+        self._has_evicted = True
+        if self.first(MAIN) is None or self._sizes[MAIN] <= self._limits[MAIN]:
+            while self.first(SMALL) is not None:
+                block = self.pop(SMALL)
+                if self._uses[block] < self._threshold:
+                    self._remember(block)
+                    return block
+                self._to_main(block, 0)
+        while True:
+            block = self.pop(MAIN)
+            if not self._uses[block]:
+                return block
+            self._to_main(block, self._uses[block] - 1)
+
+    def left(self, block: int) -> None:
+        self._sizes[self.queue[block]] -= 1
+        del self._uses[block]
+
+    def _to_main(self, block: int, uses: int) -> None:
+        self._sizes[self.queue[block]] -= 1
+        self._sizes[MAIN] += 1
+        self.queue[block], self.stamp[block], self._uses[block] = MAIN, self.tick(), uses
+        self.offer(block)
+
+    def _remember(self, block: int) -> None:
+        if len(self._ghosts) == self._most_ghosts and self._ghosts:
+            del self._ghosts[next(iter(self._ghosts))]
+        if self._most_ghosts:
+            self._ghosts[block] = None
+
+
+def s3fifo_limits(capacity: int, small: float) -> tuple[int, int]:
+    """Blocks the small and the main queue are to hold."""
+    of_small = max(1, int(capacity * small))
+    return of_small, capacity - of_small
+
+
+class S3FifoState(NamedTuple):
+    limits: np.ndarray  # (2,) int64
+    most_ghosts: int
+    threshold: int
+    sizes: np.ndarray  # (2,) int64
+    uses: np.ndarray  # (S,) int8
+    ghosts: Lists  # one list of blocks
+    flags: np.ndarray  # (2,) bool: RETURNING, the block missed last; HAS_EVICTED
+
+
+RETURNING, HAS_EVICTED = 0, 1
+
+
+def s3fifo_state(shape: Shape, *, small: float, ghost: float, threshold: int) -> S3FifoState:
+    return S3FifoState(
+        np.array(s3fifo_limits(shape.num_slots, small)),
+        int(ghost * shape.num_slots),
+        int(threshold),
+        np.zeros(2, np.int64),
+        np.zeros(shape.num_slots, np.int8),
+        empty_lists(shape.num_blocks, 1),
+        np.zeros(2, np.bool_),
+    )
+
+
+def _recall(policy: S3FifoState, cache: Cache, block: int, access: Access) -> None:
+    policy.flags[RETURNING] = policy.ghosts.list_of[block] != IN_NONE
+    if policy.flags[RETURNING]:
+        take_out(policy.ghosts, block)
+
+
+def _to_small_or_main(policy: S3FifoState, cache: Cache, slot: int, access: Access) -> None:
+    filling = not policy.flags[HAS_EVICTED] and policy.sizes[SMALL] >= policy.limits[SMALL]
+    cache.queue[slot] = MAIN if policy.flags[RETURNING] or filling else SMALL
+    policy.sizes[cache.queue[slot]] += 1
+    policy.uses[slot] = 0
+
+
+def _one_more_use(policy: S3FifoState, cache: Cache, slot: int, access: Access) -> None:
+    policy.uses[slot] = min(policy.uses[slot] + 1, MOST_USES)
+
+
+@njit(nogil=True)
+def _into_main(policy: S3FifoState, cache: Cache, slot: int, uses: int) -> None:
+    policy.sizes[cache.queue[slot]] -= 1
+    policy.sizes[MAIN] += 1
+    policy.uses[slot] = uses
+    cache.queue[slot] = MAIN
+    cache.stamp[slot] = tick(cache)
+    offer(cache, slot)
+
+
+@njit(nogil=True)
+def _remember(policy: S3FifoState, block: int) -> None:
+    ghosts = policy.ghosts
+    if ghosts.size[0] == policy.most_ghosts and ghosts.size[0]:
+        take_out(ghosts, oldest(ghosts, 0))
+    if policy.most_ghosts:
+        append(ghosts, 0, block)
+
+
+def _small_or_main(policy: S3FifoState, cache: Cache) -> int:
+    policy.flags[HAS_EVICTED] = True
+    if cache.heap_size[MAIN] == 0 or policy.sizes[MAIN] <= policy.limits[MAIN]:
+        while cache.heap_size[SMALL]:
+            slot = pop(cache, SMALL)
+            if policy.uses[slot] < policy.threshold:
+                policy.sizes[SMALL] -= 1
+                _remember(policy, cache.block_of[slot])
+                return slot
+            _into_main(policy, cache, slot, 0)
+    while True:
+        slot = pop(cache, MAIN)
+        if policy.uses[slot] == 0:
+            policy.sizes[MAIN] -= 1
+            return slot
+        _into_main(policy, cache, slot, policy.uses[slot] - 1)
+
+
+RULES[S3FifoState] = Rules(
+    miss=_recall, enter=_to_small_or_main, again=_one_more_use, released=same_stamp, victim=_small_or_main
+)

@@ -1,0 +1,93 @@
+"""SIEVE: one queue in order of entry, and a hand that spares what was used since it last came by.
+
+After Zhang et al. (NSDI 2024). Blocks that may not be evicted now are passed over as they are.
+
+    Sieve(capacity)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dsatrace.kv.policies.cache import Cache, Shape, is_evictable, withdraw
+from dsatrace.kv.policies.lists import Lists, append, empty_lists, end, oldest, take_out
+from dsatrace.kv.policies.plain import PlainPolicy
+from dsatrace.kv.policies.policy import Access
+from dsatrace.kv.policies.rules import RULES, Rules, same_stamp
+
+
+class Sieve(PlainPolicy):
+    """A hand goes from the oldest block to the newest and evicts the first unused since it last passed."""
+
+    def __init__(self, capacity: int, *, leaf: bool = False) -> None:
+        super().__init__(capacity, leaf=leaf)
+        self._order: list[int] = []  # oldest first
+        self._hand = 0
+        self._used: set[int] = set()
+
+    def enter(self, block: int, access: Access) -> None:
+        self._order.append(block)
+
+    def again(self, block: int, access: Access) -> None:
+        self._used.add(block)
+
+    def victim(self) -> int:
+        for _ in range(2 * len(self._order)):  # the second time round nothing is marked as used
+            block = self._order[self._hand]
+            if self.is_evictable(block):
+                if block not in self._used:
+                    return block
+                self._used.discard(block)
+            self._hand = (self._hand + 1) % len(self._order)
+        raise LookupError("no cached block may be evicted: requests hold all of them")
+
+    def left(self, block: int) -> None:
+        at = self._order.index(block)
+        del self._order[at]
+        self._hand -= at < self._hand
+        if self._hand == len(self._order):
+            self._hand = 0
+        self._used.discard(block)
+
+
+class SieveState(NamedTuple):
+    order: Lists  # one list of slots
+    hand: np.ndarray  # (1,) int64, a slot or the list's end
+    used: np.ndarray  # (S,) bool
+
+
+def sieve_state(shape: Shape) -> SieveState:
+    slots = shape.num_slots
+    return SieveState(empty_lists(slots, 1), np.array([slots]), np.zeros(slots, np.bool_))
+
+
+def _join(policy: SieveState, cache: Cache, slot: int, access: Access) -> None:
+    cache.stamp[slot] = 0  # only the list has an order; the heap serves as a set
+    policy.used[slot] = False
+    append(policy.order, 0, slot)
+
+
+def _mark_used(policy: SieveState, cache: Cache, slot: int, access: Access) -> None:
+    policy.used[slot] = True
+
+
+def _sieve(policy: SieveState, cache: Cache) -> int:
+    order = policy.order
+    slot = policy.hand[0]
+    while True:
+        if slot == end(order, 0):
+            slot = np.int64(oldest(order, 0))
+        if is_evictable(cache, slot):
+            if not policy.used[slot]:
+                break
+            policy.used[slot] = False
+        slot = np.int64(order.newer[slot])
+    policy.hand[0] = order.newer[slot]
+    take_out(order, slot)
+    withdraw(cache, slot)
+    return slot
+
+
+RULES[SieveState] = Rules(enter=_join, again=_mark_used, released=same_stamp, victim=_sieve)

@@ -1,0 +1,233 @@
+"""LRU's hits at every capacity from one pass over the stream, exact.
+
+LRU is a stack algorithm (Mattson et al., IBM Systems Journal, 1970): put in use what
+requests in flight hold, then the rest by recency, and a cache of any capacity holds the top
+of that one stack. So a block is a hit wherever the capacity exceeds its stack distance, the
+number of blocks above it when its request comes; for a prefix, wherever it exceeds those of
+the blocks before it too. As requests are released tail first, a parent lies above its
+children on a prefix tree: there the leaf constraint changes nothing, and both counts agree.
+
+It holds for one request at a time at any capacity, with longer ones truncated, since the
+truncated request leaves just its first blocks in the cache. With several in flight it holds
+where all of them fit at all times; below that some wait, which depends on the capacity, and
+such capacities are simulated one by one.
+
+    lru_hits_at(stream, [64, 128, 256]).hits.sum(axis=1)        # three numbers
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from numba import njit
+
+from dsatrace.kv.policies.cache import compiled_whole
+from dsatrace.kv.policies.simulate import Oversize, held_blocks, simulate
+from dsatrace.kv.policies.stream import AccessStream
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LruHits:
+    """LRU at C capacities, for W workloads."""
+
+    capacities: np.ndarray  # (C,) int64, in the order asked for
+    accesses: np.ndarray  # (C, W) int64; they differ only where requests are rejected
+    hits: np.ndarray  # (C, W) int64, cached blocks before a request's first that is not
+    hits_any: np.ndarray  # (C, W) int64, cached blocks
+    num_simulated: int  # capacities that one pass could not serve
+
+    @property
+    def hit_rates(self) -> np.ndarray:
+        """(C,) float64 over all workloads."""
+        return self.hits.sum(axis=1) / np.maximum(self.accesses.sum(axis=1), 1)
+
+
+def lru_hits_at(
+    stream: AccessStream, capacities: Sequence[int], *, oversize: Oversize = "truncate"
+) -> LruHits:
+    """The same numbers as `simulate(stream, "lru", capacity)` for each capacity.
+
+    One pass for all, but one more for each different set of rejected requests.
+    """
+    sizes = np.array(capacities, np.int64)
+    counts = np.zeros((3, len(sizes), stream.num_workloads), np.int64)
+    num_simulated = 0
+    accepted = [held_blocks(stream, int(size), oversize) > 0 for size in sizes]
+    num_accepted = np.array([int(mask.sum()) for mask in accepted])
+    for number in np.unique(num_accepted):
+        same = np.flatnonzero(num_accepted == number)
+        chosen = accepted[same[0]]
+        part = stream if chosen.all() else stream.select(chosen)
+        counts[:, same], exact_from = _one_pass(part, sizes[same])
+        for index in same[sizes[same] < exact_from]:
+            result = simulate(part, "lru", int(sizes[index]))
+            num_simulated += 1
+            for row, field in enumerate((result.accesses, result.hits, result.hits_any)):
+                counts[row, index] = np.bincount(part.workloads, field, stream.num_workloads)
+    return LruHits(sizes, counts[0], counts[1], counts[2], num_simulated)
+
+
+def _one_pass(stream: AccessStream, sizes: np.ndarray) -> tuple[np.ndarray, int]:
+    """accesses, hits and hits_any, (3, C, W), and the capacity from which they are exact."""
+    widest = min(int(sizes.max()), max(stream.num_blocks, 1))
+    in_order, by_distance, most_in_use = _stack_distances(
+        stream.blocks,
+        stream.starts,
+        stream.workloads,
+        stream.release,
+        stream.release_order,
+        stream.num_blocks,
+        stream.num_workloads,
+        widest,
+    )
+    accesses = np.bincount(stream.workloads, stream.lengths, stream.num_workloads)
+    up_to = np.minimum(sizes, widest) - 1  # a hit where distance < capacity
+    counts = np.stack(
+        [
+            np.broadcast_to(accesses.astype(np.int64), (len(sizes), stream.num_workloads)),
+            in_order.cumsum(axis=1)[:, up_to].T,
+            by_distance.cumsum(axis=1)[:, up_to].T,
+        ]
+    )
+    one_at_a_time = bool(np.all(stream.release == np.arange(stream.num_requests) + 1))
+    return counts, 0 if one_at_a_time else most_in_use
+
+
+@njit(nogil=True)
+def _add(tree: np.ndarray, at: int, change: int) -> None:
+    """A Fenwick tree: adds at a position, 0-based."""
+    at += 1
+    while at < len(tree):
+        tree[at] += change
+        at += at & -at
+
+
+@njit(nogil=True)
+def _sum_to(tree: np.ndarray, at: int) -> int:
+    """Sum of positions 0 to `at`."""
+    at += 1
+    total = 0
+    while at > 0:
+        total += tree[at]
+        at &= at - 1
+    return total
+
+
+@njit(nogil=True)
+def _compact(
+    tree: np.ndarray, block_at: np.ndarray, place: np.ndarray, end: int, num_in_stack: int, num_kept: int
+) -> int:
+    """Moves the `num_kept` most recent blocks to the first places, in order; the rest are out of
+    reach of every capacity. Returns how many there are."""
+    num_dropped = max(0, num_in_stack - num_kept)
+    to = 0
+    for at in range(end):
+        block = block_at[at]
+        if block < 0:
+            continue
+        block_at[at] = -1
+        if num_dropped:
+            num_dropped -= 1
+            place[block] = -1
+        else:
+            block_at[to] = block
+            place[block] = to
+            to += 1
+    for at in range(1, len(tree)):  # position p counts 1 if p < to
+        lowest = at - (at & -at)
+        tree[at] = max(0, min(at, to) - lowest)
+    return to
+
+
+@compiled_whole
+def _walk(
+    blocks: np.ndarray,
+    starts: np.ndarray,
+    workloads: np.ndarray,
+    release: np.ndarray,
+    release_order: np.ndarray,
+    place: np.ndarray,
+    pins: np.ndarray,
+    tree: np.ndarray,
+    block_at: np.ndarray,
+    in_order: np.ndarray,
+    by_distance: np.ndarray,
+) -> int:
+    """Fills both histograms, of which the last column takes what is too far; returns the most
+    blocks ever in use at once."""
+    widest = in_order.shape[1] - 1
+    end = in_stack = in_use = most_in_use = num_released = 0
+    for request in range(len(starts) - 1):
+        while release[release_order[num_released]] <= request:
+            done = release_order[num_released]
+            num_released += 1
+            for at in range(starts[done + 1] - 1, starts[done] - 1, -1):
+                block = blocks[at]
+                pins[block] -= 1
+                if pins[block]:
+                    continue
+                if end == len(block_at):
+                    end = in_stack = _compact(tree, block_at, place, end, in_stack, widest)
+                in_use -= 1
+                in_stack += 1
+                place[block], block_at[end] = end, block
+                _add(tree, end, 1)
+                end += 1
+        farthest = 0
+        workload = workloads[request]
+        for index in range(starts[request + 1] - starts[request]):
+            block = blocks[starts[request] + index]
+            distance = widest
+            if pins[block]:
+                distance = index
+            elif place[block] >= 0:
+                distance = max(index, in_use + in_stack - _sum_to(tree, place[block]))
+            distance = min(distance, widest)
+            farthest = max(farthest, distance)
+            by_distance[workload, distance] += 1
+            in_order[workload, farthest] += 1
+        for at in range(starts[request], starts[request + 1]):
+            block = blocks[at]
+            if pins[block] == 0:
+                in_use += 1
+                if place[block] >= 0:
+                    _add(tree, place[block], -1)
+                    block_at[place[block]] = -1
+                    place[block] = -1
+                    in_stack -= 1
+            pins[block] += 1
+        most_in_use = max(most_in_use, in_use)
+    return most_in_use
+
+
+def _stack_distances(
+    blocks: np.ndarray,
+    starts: np.ndarray,
+    workloads: np.ndarray,
+    release: np.ndarray,
+    release_order: np.ndarray,
+    num_blocks: int,
+    num_workloads: int,
+    widest: int,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Histograms of stack distances by workload, (W, widest) int64: the farthest so far in the
+    request, and the block's own; and the most blocks in use at once."""
+    in_order = np.zeros((num_workloads, widest + 1), np.int64)
+    by_distance = np.zeros_like(in_order)
+    places = 4 * widest + 64
+    most_in_use = _walk(
+        blocks,
+        starts,
+        workloads,
+        release,
+        release_order,
+        np.full(num_blocks, -1, np.int32),
+        np.zeros(num_blocks, np.int32),
+        np.zeros(places + 1, np.int32),
+        np.full(places, -1, np.int32),
+        in_order,
+        by_distance,
+    )
+    return in_order[:, :-1], by_distance[:, :-1], most_in_use

@@ -1,0 +1,220 @@
+"""Policies that look at who asks: priorities, admission by workload, tails, probability of reuse.
+
+Workloads are the stream's, by index; what each is worth is given, or measured by `reuse`.
+
+    AdmitWorkloads(capacity, admitted=[True, False])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from dsatrace.kv.policies.cache import Cache, Shape, first, pop, tick
+from dsatrace.kv.policies.plain import PlainPolicy
+from dsatrace.kv.policies.policy import Access
+from dsatrace.kv.policies.rules import RULES, Rules, same_stamp
+
+
+class ByWorkload(PlainPolicy):
+    """Evicts the lowest worth first, the least recent among equals.
+
+    A block is worth as much as the worthiest workload that used it since it was cached:
+    a priority, or 1 for workloads that are admitted to the LRU order and 0 for the rest,
+    whose blocks stay only while nobody else wants the room.
+    """
+
+    def __init__(self, capacity: int, *, worth: Sequence[float], leaf: bool = False) -> None:
+        super().__init__(capacity, leaf=leaf)
+        self._worth = worth
+
+    def enter(self, block: int, access: Access) -> None:
+        self.value[block] = float(self._worth[access.workload])
+
+    def again(self, block: int, access: Access) -> None:
+        self.value[block] = max(self.value[block], float(self._worth[access.workload]))
+
+
+class ByWorkloadState(NamedTuple):
+    worth: np.ndarray  # (W,) float64
+
+
+def by_workload_state(shape: Shape, *, worth: Sequence[float]) -> ByWorkloadState:
+    return ByWorkloadState(np.array(worth, np.float64))
+
+
+def _worth(policy: ByWorkloadState, cache: Cache, slot: int, access: Access) -> None:
+    cache.value[slot] = policy.worth[access.workload]
+
+
+def _greatest_worth(policy: ByWorkloadState, cache: Cache, slot: int, access: Access) -> None:
+    cache.value[slot] = max(cache.value[slot], policy.worth[access.workload])
+
+
+RULES[ByWorkloadState] = Rules(enter=_worth, again=_greatest_worth)
+
+
+class TailFirst(PlainPolicy):
+    """Evicts what a next turn can spare without waiting too long, then LRU.
+
+    A turn may recompute up to a threshold of blocks within its latency target, of which its
+    own new prompt is expected to take some; `slack_blocks`, the difference, may be missing
+    at the end of what it had. Serves the tail of the latency, not the hit rate.
+    """
+
+    def __init__(self, capacity: int, *, slack_blocks: int, leaf: bool = False) -> None:
+        super().__init__(capacity, leaf=leaf)
+        self._slack = slack_blocks
+
+    def enter(self, block: int, access: Access) -> None:
+        self.value[block] = float(access.from_end >= self._slack)
+
+    def again(self, block: int, access: Access) -> None:
+        self.enter(block, access)
+
+
+class TailFirstState(NamedTuple):
+    slack: int
+
+
+def tail_first_state(shape: Shape, *, slack_blocks: int) -> TailFirstState:
+    return TailFirstState(int(slack_blocks))
+
+
+def _is_needed(policy: TailFirstState, cache: Cache, slot: int, access: Access) -> None:
+    cache.value[slot] = 1.0 if access.from_end >= policy.slack else 0.0
+
+
+RULES[TailFirstState] = Rules(enter=_is_needed, again=_is_needed)
+
+AGE_WEIGHT = 1 / 64
+"""How much the age of one more evicted block counts in the expected lifespan."""
+
+
+class ReuseProbability(PlainPolicy):
+    """Evicts the block least likely to be reused within the time a block can expect to stay.
+
+    Of workload w a share p(w) of uses is followed by another, after a time that is
+    exponential with mean m(w). A block unused for t seconds is then reused within the next
+    L seconds with the probability
+
+        p e^(-t/m) (1 - e^(-L/m)) / (1 - p + p e^(-t/m))
+
+    where L is the running mean of the age at which blocks were evicted. It falls with t, so
+    each workload's least recent block is its candidate; of equals the deeper one goes.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        reuse_probability: Sequence[float],
+        mean_reuse_s: Sequence[float],
+        leaf: bool = False,
+    ) -> None:
+        super().__init__(capacity, leaf=leaf, num_queues=len(reuse_probability))
+        self._probability = reuse_probability
+        self._mean = mean_reuse_s
+        self._used_at: dict[int, float] = {}
+        self._depth: dict[int, int] = {}
+        self._now = 0.0
+        self._lifespan = 0.0
+
+    def miss(self, block: int, access: Access) -> None:
+        self._now = access.time
+
+    def enter(self, block: int, access: Access) -> None:
+        self.queue[block] = access.workload
+        self._now = self._used_at[block] = access.time
+        self._depth[block] = access.depth
+        self.stamp[block] = self.tick()
+
+    def again(self, block: int, access: Access) -> None:
+        self.enter(block, access)
+
+    def released(self, block: int) -> None:
+        pass  # the stamp is that of use, as is the age
+
+    def victim(self) -> int:
+        heads = [(workload, self.first(workload)) for workload in range(len(self._probability))]
+        candidates = [(workload, block) for workload, block in heads if block is not None]
+        if not candidates:
+            raise LookupError("no cached block may be evicted: requests hold all of them")
+        block = min(candidates, key=lambda c: (self._score(*c), -self._depth[c[1]]))[1]
+        age = self._now - self._used_at[block]
+        self._lifespan += (age - self._lifespan) * AGE_WEIGHT
+        return block
+
+    def left(self, block: int) -> None:
+        del self._used_at[block], self._depth[block]
+
+    def _score(self, workload: int, block: int) -> float:
+        mean, probability = self._mean[workload], self._probability[workload]
+        still = probability * math.exp((self._used_at[block] - self._now) / mean)
+        return still * (1 - math.exp(-self._lifespan / mean)) / (1 - probability + still)
+
+
+class ReuseProbabilityState(NamedTuple):
+    probability: np.ndarray  # (W,) float64
+    mean: np.ndarray  # (W,) float64, seconds
+    used_at: np.ndarray  # (S,) float64, seconds
+    depth: np.ndarray  # (S,) int64
+    clock: np.ndarray  # (2,) float64: NOW and LIFESPAN, seconds
+
+
+NOW, LIFESPAN = 0, 1
+
+
+def reuse_probability_state(
+    shape: Shape, *, reuse_probability: Sequence[float], mean_reuse_s: Sequence[float]
+) -> ReuseProbabilityState:
+    return ReuseProbabilityState(
+        np.array(reuse_probability, np.float64),
+        np.array(mean_reuse_s, np.float64),
+        np.zeros(shape.num_slots),
+        np.zeros(shape.num_slots, np.int64),
+        np.zeros(2),
+    )
+
+
+def _set_clock(policy: ReuseProbabilityState, cache: Cache, block: int, access: Access) -> None:
+    policy.clock[NOW] = access.time
+
+
+def _note_use(policy: ReuseProbabilityState, cache: Cache, slot: int, access: Access) -> None:
+    cache.queue[slot] = access.workload
+    cache.stamp[slot] = tick(cache)
+    policy.clock[NOW] = access.time
+    policy.used_at[slot] = access.time
+    policy.depth[slot] = access.depth
+
+
+@njit(nogil=True)
+def _score(policy: ReuseProbabilityState, workload: int, slot: int) -> float:
+    mean, probability = policy.mean[workload], policy.probability[workload]
+    still = probability * math.exp((policy.used_at[slot] - policy.clock[NOW]) / mean)
+    return still * (1 - math.exp(-policy.clock[LIFESPAN] / mean)) / (1 - probability + still)
+
+
+def _least_likely(policy: ReuseProbabilityState, cache: Cache) -> int:
+    chosen, depth, lowest = -1, -1, np.inf
+    for workload in range(len(policy.mean)):
+        if cache.heap_size[workload] == 0:
+            continue
+        slot = first(cache, workload)
+        score = _score(policy, workload, slot)
+        if score < lowest or (score == lowest and policy.depth[slot] > depth):
+            chosen, depth, lowest = workload, policy.depth[slot], score
+    slot = pop(cache, chosen)
+    age = policy.clock[NOW] - policy.used_at[slot]
+    policy.clock[LIFESPAN] += (age - policy.clock[LIFESPAN]) * AGE_WEIGHT
+    return slot
+
+
+RULES[ReuseProbabilityState] = Rules(
+    miss=_set_clock, enter=_note_use, again=_note_use, released=same_stamp, victim=_least_likely
+)

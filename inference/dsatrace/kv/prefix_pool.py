@@ -1,0 +1,144 @@
+"""The block pool as a scheduler uses it: by request, with its shared prefix found first.
+
+The rules are those of vLLM's KVCacheManager with one full-attention group, and the tests
+hold them to its recorded answers: only full blocks are cached; a lookup stops at the first
+miss and leaves at least the last token to compute, even if that means computing a whole
+block again; equal blocks computed twice are both kept; a block gets its key when the slots
+that fill it are handed out, so that it can be hit before it is computed, by work that runs
+after it. Knows no token: keys come from `block_keys` (live) or `block_trace` (offline).
+
+    pool = PrefixPool(BlockPool(64, 16, free_order="new"))
+    chain = KeyChain(16, secret); chain.extend(prompt)
+    held = pool.admit(chain.keys, len(prompt))        # OutOfBlocks: nothing changed, wait
+    held.num_hit_tokens                               # these need no prefill
+    chain.extend([token]); pool.grow(held, len(prompt) + 1)
+    pool.release(held)                                # finished, or preempted
+
+A scheduler built on `BlockPool.allocate` and `free` changes in four places. A request gets a
+`KeyChain` when it arrives, and extends it by every token it learns. Its admission is
+`live.held = pool.admit(chain.keys, num_tokens, num_filled)` in place of `allocate`, with
+`num_slots=max_len` to reserve up to the last token, and its prefill begins at
+`held.num_hit_tokens`. Every step calls `pool.grow(held, n)` for the n tokens that it will
+have filled, in the order in which the steps will run. Retiring and preempting are
+`pool.release(held)`. `held.block_ids` is the block table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from .blocks import BlockPool, Key, OutOfBlocks, blocks_needed, policy_name
+from .policies.policy import NO_PARENT, Access
+
+_NO_ACCESS = Access()
+
+
+@dataclasses.dataclass(eq=False)
+class HeldBlocks:
+    """The blocks of one live request, in order; `keys` is the caller's list and grows with it."""
+
+    keys: Sequence[Key]
+    block_ids: list[int]
+    num_hit_blocks: int
+    num_hit_tokens: int
+    num_keyed: int  # leading blocks whose key has been given to the pool
+    access: Access  # what a policy is told of the request: its time and workload
+
+
+class PrefixPool:
+    """Gives requests their blocks, shared where a prefix is cached; without `prefix_caching` never shared."""
+
+    def __init__(self, blocks: BlockPool, *, prefix_caching: bool = True) -> None:
+        self.blocks = blocks
+        self.prefix_caching = prefix_caching
+
+    def match(self, keys: Sequence[Key], num_tokens: int) -> list[int]:
+        """The blocks that a request of `num_tokens` tokens would share. Changes nothing."""
+        if not self.prefix_caching:
+            return []
+        return self.blocks.lookup(keys[: (num_tokens - 1) // self.blocks.block_size])
+
+    def admit(
+        self,
+        keys: Sequence[Key],
+        num_tokens: int,
+        num_filled: int | None = None,
+        *,
+        num_slots: int | None = None,
+        access: Access = _NO_ACCESS,
+    ) -> HeldBlocks:
+        """Blocks for a request of `num_tokens` known tokens: shared ones, and new ones for the rest.
+
+        `num_filled` tokens are filled by the coming step (a chunk of prefill; all by default),
+        counted from the request's start and at least what was hit; their blocks get their keys.
+        `num_slots` reserves room for more. `access` tells a policy of the time and the workload.
+        Raises `OutOfBlocks` and holds nothing then.
+        """
+        hits = self.match(keys, num_tokens)
+        num_hit_tokens = len(hits) * self.blocks.block_size
+        num_filled = max(num_hit_tokens, num_tokens if num_filled is None else num_filled)
+        needed = blocks_needed(max(num_filled, num_slots or 0), self.blocks.block_size) - len(hits)
+        num_free = self.blocks.num_free - sum(not self.blocks.num_users(block_id) for block_id in hits)
+        if needed > num_free:
+            raise OutOfBlocks(
+                f"a request of {num_tokens} tokens needs {needed} blocks beside {len(hits)} cached ones, "
+                f"{num_free} of {self.blocks.num_usable} are free"
+            )
+        held = HeldBlocks(keys, hits, len(hits), num_hit_tokens, len(hits), access)
+        self.blocks.share(hits, self._accesses(held, 0, len(hits)))
+        try:
+            held.block_ids = hits + self.blocks.allocate(needed)
+        except OutOfBlocks:  # a policy that cannot give up what is free
+            self.blocks.free(hits)
+            raise
+        self._set_keys(held, num_filled)
+        return held
+
+    def grow(self, held: HeldBlocks, num_tokens: int) -> None:
+        """Slots for the first `num_tokens` tokens of a live request, which the coming step fills.
+
+        Raises `OutOfBlocks` and the request keeps what it has.
+        """
+        missing = blocks_needed(num_tokens, self.blocks.block_size) - len(held.block_ids)
+        if missing > 0:
+            held.block_ids += self.blocks.allocate(missing)
+        self._set_keys(held, num_tokens)
+
+    def release(self, held: HeldBlocks) -> None:
+        """The request is finished or preempted; a later request, or itself, may hit what it leaves."""
+        self.blocks.free(held.block_ids)
+        held.block_ids = []
+
+    def _set_keys(self, held: HeldBlocks, num_tokens: int) -> None:
+        if not self.prefix_caching:
+            return
+        first, end = held.num_keyed, min(num_tokens // self.blocks.block_size, len(held.keys))
+        if first < end:
+            accesses = self._accesses(held, first, end)
+            self.blocks.set_keys(held.block_ids[first:end], held.keys[first:end], accesses)
+            held.num_keyed = end
+
+    def _accesses(self, held: HeldBlocks, first: int, end: int) -> list[Access]:
+        """What a policy is told of blocks `first` to `end` of a request; nothing without one."""
+        if self.blocks.policy is None:
+            return []
+        names = [NO_PARENT, *(policy_name(key) for key in held.keys[:end])]
+        return [
+            held.access._replace(parent=names[i], depth=i, from_end=len(held.keys) - 1 - i)
+            for i in range(first, end)
+        ]
+
+    def check_integrity(self, live: Sequence[HeldBlocks]) -> None:
+        """Asserts that exactly the live requests use blocks, under their own keys; for tests."""
+        self.blocks.check_integrity()
+        uses: dict[int, int] = {}
+        for held in live:
+            for i, block_id in enumerate(held.block_ids):
+                uses[block_id] = uses.get(block_id, 0) + 1
+                allowed = {held.keys[i] if i < held.num_keyed else None}
+                if self.blocks.policy is not None:
+                    allowed.add(None)  # another block has this content
+                assert self.blocks.key_of(block_id) in allowed, f"block {block_id} has another's key"
+        for block_id in range(self.blocks.num_blocks):
+            assert self.blocks.num_users(block_id) == uses.get(block_id, 0), f"block {block_id}: users"

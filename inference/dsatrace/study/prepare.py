@@ -1,0 +1,165 @@
+"""The study's options that decide which requests there are, and the two traces it compares.
+
+    loader = ShareGPTLoader("chats.json")                  # no limit there: the options have one
+    prepared = prepare_traces(loader, ClientOptions(min_turns=2, max_tokens=4096), tokenizer)
+    prepared.single, prepared.multi, prepared.counts
+
+The single-turn trace has the first turns of the conversations that the multi-turn trace has
+whole, beginning at the same times. Everything dropped is counted. Knows no cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from dsatrace.errors import UserError
+from dsatrace.study.requests import Order, StudyRequests, conversation_groups
+from dsatrace.study.tokenization import PieceEncoder
+from dsatrace.workloads.chat_format import ChatTemplateFormatter
+from dsatrace.workloads.encoding import Vocabulary
+from dsatrace.workloads.request_generator import (
+    DEFAULT_ARRIVAL_RATE,
+    DEFAULT_SEED,
+    DEFAULT_TURN_DELAY_S,
+    RequestGenerator,
+    num_turns,
+)
+from dsatrace.workloads.rows import check_limit
+from dsatrace.workloads.sharegpt import Conversation
+from dsatrace.workloads.trace_rows import TraceRow
+
+DEFAULT_MAX_CONVERSATIONS = 1000
+
+CONVERSATIONS = "conversations"
+TOO_FEW_TURNS = "conversations dropped: fewer than min_turns"
+TOO_LONG = "conversations dropped: a request over max_tokens"
+SHORT = "single-turn requests missing to match: no more conversations"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientOptions:
+    """What a study asks of its conversations.
+
+    `max_conversations` are read (None: all); those with fewer human turns than `min_turns`, or
+    with a request of more than `max_tokens` tokens, prompt and recorded answer together, are
+    then dropped whole. `match_requests` lengthens the single-turn trace to as many requests as
+    the multi-turn one has, with the conversations that follow in the file. `order` is for
+    `StudyRequests.ordered`, before the replay: by arrival, or conversation by conversation.
+    """
+
+    max_conversations: int | None = DEFAULT_MAX_CONVERSATIONS
+    max_tokens: int | None = None
+    min_turns: int = 1
+    match_requests: bool = False
+    order: Order = "arrival"
+    arrival_rate: float = DEFAULT_ARRIVAL_RATE
+    use_poisson: bool = True
+    turn_delay: float = DEFAULT_TURN_DELAY_S
+    seed: int = DEFAULT_SEED
+
+    def __post_init__(self) -> None:
+        check_limit("max_conversations", self.max_conversations)
+        check_limit("max_tokens", self.max_tokens)
+        if self.min_turns < 1:
+            raise UserError(f"min_turns must be at least 1, not {self.min_turns}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedTraces:
+    """Both traces by arrival; `counts` says how many conversations there are and what was dropped."""
+
+    single: list[TraceRow]
+    multi: list[TraceRow]
+    counts: dict[str, int]
+
+
+def prepare_traces(
+    conversations: Iterable[Conversation],
+    options: ClientOptions,
+    vocabulary: Vocabulary,
+    formatter: ChatTemplateFormatter | None = None,
+) -> PreparedTraces:
+    """The single-turn and the multi-turn trace. `conversations` are read once, and only as far as needed.
+
+    `vocabulary` counts the tokens for `max_tokens`. Prompts have its chat form unless a
+    `formatter` says otherwise. Raises a `UserError` if no conversation is left.
+    """
+    formatter = formatter or ChatTemplateFormatter(vocabulary)
+    source, filters = iter(conversations), _Filters(options, vocabulary, formatter)
+    kept = list(filters.passed(itertools.islice(source, options.max_conversations)))
+    if not kept:
+        dropped = ", ".join(f"{count} {reason}" for reason, count in filters.counts.items())
+        raise UserError(f"no conversation is left ({dropped or 'there was none'}); loosen the filters")
+    counts = Counter({CONVERSATIONS: len(kept)}) + filters.counts
+
+    def generator(chosen: list[Conversation]) -> RequestGenerator:
+        return RequestGenerator(chosen, options.arrival_rate, options.use_poisson, options.seed)
+
+    multi = generator(kept).generate_multi_turn_traces(formatter, options.turn_delay)
+    singles = kept
+    if options.match_requests:
+        missing = len(multi) - len(kept)
+        singles = kept + list(itertools.islice(filters.passed(source), missing))
+        counts[SHORT] = len(multi) - len(singles)
+    return PreparedTraces(generator(singles).generate_single_turn_traces(formatter), multi, dict(counts))
+
+
+class _Filters:
+    """Passes on the conversations that the options allow, and counts the others."""
+
+    def __init__(
+        self, options: ClientOptions, vocabulary: Vocabulary, formatter: ChatTemplateFormatter
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self._options = options
+        self._encoder = PieceEncoder(vocabulary)
+        self._formatter = formatter
+
+    def passed(self, conversations: Iterable[Conversation]) -> Iterator[Conversation]:
+        options = self._options
+        for conversation in conversations:
+            if num_turns(conversation) < options.min_turns:
+                self.counts[TOO_FEW_TURNS] += 1
+            elif options.max_tokens is not None and self._longest(conversation) > options.max_tokens:
+                self.counts[TOO_LONG] += 1
+            else:
+                yield conversation
+
+    def _longest(self, conversation: Conversation) -> int:
+        longest = 0
+        for prompt in conversation.prompts("per_user_turn"):
+            text = self._formatter.format_conversation(prompt.messages)
+            num_tokens = len(self._encoder.prompt(text)) + len(self._encoder.response(text, prompt.answer))
+            longest = max(longest, num_tokens)
+        return longest
+
+
+def limit_requests(
+    requests: StudyRequests, max_tokens: int | None = None, min_turns: int = 1
+) -> tuple[StudyRequests, dict[str, int]]:
+    """The same filters for a trace that was read: conversations dropped whole, and how many.
+
+    Turns are a conversation's requests in the trace. A request of no known conversation is one
+    by itself. Arrival times stay. Raises a `UserError` if no request is left.
+    """
+    group = conversation_groups(requests)
+    short = np.bincount(group) < min_turns
+    num_tokens = requests.num_prompt_tokens.astype(np.int64) + requests.num_response_tokens
+    long = np.zeros(len(short), dtype=bool)
+    if max_tokens is not None:
+        long[group[num_tokens > max_tokens]] = True
+    long &= ~short
+    kept = requests.take(np.flatnonzero(~(short | long)[group]))
+    counts = {CONVERSATIONS: int(np.sum(~(short | long)))}
+    counts |= {TOO_FEW_TURNS: int(np.sum(short)), TOO_LONG: int(np.sum(long))}
+    if not len(kept):
+        raise UserError(
+            f"no request is left: {counts[TOO_FEW_TURNS]} conversations have fewer than {min_turns} turns, "
+            f"{counts[TOO_LONG]} a request over max_tokens {max_tokens}; loosen the filters"
+        )
+    return kept, counts

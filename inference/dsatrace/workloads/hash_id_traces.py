@@ -1,0 +1,193 @@
+"""Published traces without text: lengths, and an id for each block of the prompt.
+
+An id stands for a block together with everything before it, so equal ids are equal prefixes;
+the last id of a prompt may stand for a partial block. Two layouts:
+
+    mooncake   512 tokens a block, `timestamp` in ms:
+               {"timestamp": 0, "input_length": 600, "output_length": 50, "hash_ids": [0, 1]}
+    bailian    16 tokens a block, `timestamp` in s, and `chat_id`, `parent_chat_id` (-1 for a
+               chat's first turn), `turn` (from 1) and `type`
+
+    for row in read_hash_ids("conversation_trace.jsonl"):
+        row.arrival_s, row.hash_ids
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dsatrace.errors import UserError
+from dsatrace.workloads.json_rows import read_json_rows
+from dsatrace.workloads.private_file import private_file
+from dsatrace.workloads.rows import BadRow, BadRows
+from dsatrace.workloads.trace_rows import Clock, count_column, id_column, number_column
+
+MAX_TIMESTAMP = 1e13  # in the file's unit; three centuries of milliseconds
+MAX_TOKENS = 100_000_000
+NO_PARENT = "-1"
+
+
+@dataclasses.dataclass(frozen=True)
+class HashIdFormat:
+    """A layout: how many tokens an id stands for, the timestamp's unit, and whether rows name chats."""
+
+    name: str
+    tokens_per_block: int
+    timestamp_unit_s: float
+    has_chats: bool
+
+
+MOONCAKE = HashIdFormat("mooncake", tokens_per_block=512, timestamp_unit_s=1e-3, has_chats=False)
+BAILIAN = HashIdFormat("bailian", tokens_per_block=16, timestamp_unit_s=1.0, has_chats=True)
+FORMATS = {layout.name: layout for layout in (MOONCAKE, BAILIAN)}
+
+
+@dataclasses.dataclass(frozen=True)
+class HashIdRow:
+    """One request. `hash_ids` holds ceil(`num_prompt_tokens` / tokens a block) ids of at least 0.
+
+    `chat_id`, `parent_chat_id`, `turn` (from 0) and `workload` (the row's type) are those of
+    a Bailian trace, else empty and -1.
+    """
+
+    arrival_s: float
+    num_prompt_tokens: int
+    num_response_tokens: int
+    hash_ids: array[int]
+    chat_id: str = ""
+    parent_chat_id: str = ""
+    turn: int = -1
+    workload: str = ""
+
+
+def hash_id_format(name: str) -> HashIdFormat:
+    if name not in FORMATS:
+        raise UserError(f"unknown trace layout {name!r}; use one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def hash_id_format_of(columns: Iterable[str]) -> HashIdFormat:
+    """The layout of a row: with a `chat_id` it is Bailian's, else Mooncake's."""
+    return BAILIAN if "chat_id" in columns else MOONCAKE
+
+
+def read_hash_ids(
+    path: str | Path, layout: HashIdFormat | None = None, bad_rows: BadRows | None = None
+) -> Iterator[HashIdRow]:
+    """Streams the rows; `layout` is that of the first usable row unless given.
+
+    Bad rows are those with a number of ids that contradicts the prompt's length, without a
+    prompt, with a field missing, negative or of another type, with a timestamp before the
+    last good row's, and a line cut off.
+    """
+    clock = Clock("timestamp")
+    kind = layout or next(read_json_rows(path, lambda _, row: hash_id_format_of(row), BadRows("skip")))
+
+    def parse(_: int, row: Mapping[str, Any]) -> HashIdRow:
+        arrival = number_column(row, "timestamp", MAX_TIMESTAMP)
+        num_prompt_tokens = count_column(row, "input_length", MAX_TOKENS)
+        num_response_tokens = count_column(row, "output_length", MAX_TOKENS)
+        hash_ids = id_array(row, "hash_ids", "q")
+        _check_length(num_prompt_tokens, len(hash_ids), kind)
+        chat = _chat(row) if kind.has_chats else {}
+        clock.advance(arrival)
+        arrival_s = arrival * kind.timestamp_unit_s
+        return HashIdRow(arrival_s, num_prompt_tokens, num_response_tokens, hash_ids, **chat)
+
+    yield from read_json_rows(path, parse, bad_rows or BadRows())
+
+
+def write_hash_ids(path: str | Path, rows: Iterable[HashIdRow], layout: HashIdFormat) -> int:
+    """Writes the rows and returns their number; raises a `UserError` for one that could not be read back."""
+    latest, number = 0.0, 0
+    with private_file(path) as file:
+        for row in rows:
+            try:
+                _check_length(row.num_prompt_tokens, len(row.hash_ids), layout)
+            except BadRow as fault:
+                raise UserError(f"{path}: row {number}: {fault}; use ids of {layout.name} blocks") from fault
+            if not latest <= row.arrival_s <= MAX_TIMESTAMP * layout.timestamp_unit_s:
+                raise UserError(
+                    f"{path}: row {number} arrives at {row.arrival_s} s, the one before at {latest} s; "
+                    "give rows sorted by time, none negative"
+                )
+            latest = row.arrival_s
+            file.write(json.dumps(_fields(row, layout), ensure_ascii=False).encode() + b"\n")
+            number += 1
+    return number
+
+
+def _fields(row: HashIdRow, layout: HashIdFormat) -> dict[str, object]:
+    fields: dict[str, object] = {
+        "timestamp": _timestamp(row.arrival_s, layout),
+        "input_length": row.num_prompt_tokens,
+        "output_length": row.num_response_tokens,
+        "hash_ids": list(row.hash_ids),
+    }
+    if layout.has_chats:
+        parent = row.parent_chat_id or NO_PARENT
+        fields |= {
+            "type": row.workload,
+            "chat_id": _number_if_one(row.chat_id),
+            "parent_chat_id": _number_if_one(parent),
+            "turn": row.turn + 1,
+        }
+    return fields
+
+
+def _timestamp(arrival_s: float, layout: HashIdFormat) -> float:
+    """Mooncake's are whole milliseconds, so arrivals are rounded to them."""
+    return arrival_s if layout.timestamp_unit_s == 1 else round(arrival_s / layout.timestamp_unit_s)
+
+
+def _number_if_one(name: str) -> int | str:
+    is_number = name == NO_PARENT or (len(name) < 19 and name.isdecimal() and str(int(name)) == name)
+    return int(name) if is_number else name
+
+
+def _check_length(num_tokens: int, num_ids: int, layout: HashIdFormat) -> None:
+    expected = -(-num_tokens // layout.tokens_per_block)
+    if not num_tokens:
+        raise BadRow("empty prompt", column="input_length")
+    if num_ids != expected:
+        raise BadRow(
+            "ids contradict the length",
+            f"{num_ids} ids, but {num_tokens} tokens are {expected} blocks of {layout.tokens_per_block}",
+            "hash_ids",
+        )
+
+
+def _chat(row: Mapping[str, Any]) -> dict[str, Any]:
+    turn = count_column(row, "turn")
+    if turn < 1:
+        raise BadRow("number too small", "turns count from 1", "turn")
+    parent = id_column(row, "parent_chat_id")
+    return {
+        "chat_id": id_column(row, "chat_id"),
+        "parent_chat_id": "" if parent == NO_PARENT else parent,
+        "turn": turn - 1,
+        "workload": id_column(row, "type"),
+    }
+
+
+def id_array(row: Mapping[str, Any], column: str, typecode: str) -> array[int]:
+    """A column that must hold a list of whole numbers from 0 to the largest of `array`'s typecode."""
+    if column not in row:
+        raise BadRow("missing column", column=column)
+    values = row[column]
+    if not isinstance(values, list):
+        raise BadRow("not a list", f"it is of type {type(values).__name__}", column)
+    if not set(map(type, values)) <= {int}:
+        raise BadRow("not a whole number", "in the list", column)
+    try:
+        ids = array(typecode, values)
+    except OverflowError as error:
+        raise BadRow("number too large", "in the list", column) from error
+    if ids and min(ids) < 0:
+        raise BadRow("negative number", "in the list", column)
+    return ids

@@ -1,0 +1,157 @@
+"""Request traces as JSON lines: what was asked, what was answered, and when.
+
+    {"prompt": "...", "response": "...", "conversation_id": "c0", "turn_index": 0, "timestamp": 0.0}
+
+and, where known, `mode` and `workload`. Rows stand in the order of their timestamps, which
+are seconds. `time` is read as `timestamp`. The rows hold text, so the files that are written
+here are readable by their owner only. Knows no tokenizer.
+
+    num_rows = write_trace_rows("trace.jsonl", rows)
+    for row in read_trace_rows("trace.jsonl", BadRows("skip")):
+        ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dsatrace.errors import UserError
+from dsatrace.workloads.json_rows import read_json_rows
+from dsatrace.workloads.private_file import private_file
+from dsatrace.workloads.rows import BadRow, BadRows, text_column, unicode_text
+
+SINGLE_TURN, MULTI_TURN = "single_turn", "multi_turn"
+MAX_TIMESTAMP_S = 1e10  # three centuries: room for dates counted from 1970
+MAX_COUNT = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceRow:
+    """One request. `turn_index` counts the conversation's user turns from 0, `timestamp` is in seconds.
+
+    `mode` and `workload` are labels to group by; empty means not given.
+    """
+
+    prompt: str
+    response: str
+    conversation_id: str
+    turn_index: int
+    timestamp: float
+    mode: str = ""
+    workload: str = ""
+
+
+def read_trace_rows(path: str | Path, bad_rows: BadRows | None = None) -> Iterator[TraceRow]:
+    """Streams the rows of JSON lines or of a JSON array.
+
+    Bad rows are those without one of the fields, with a field of another type, with an empty
+    prompt, a negative `turn_index` or `timestamp`, a `timestamp` before the last good row's,
+    and a line cut off. Unknown fields are ignored.
+    """
+    clock = Clock("timestamp")
+
+    def parse(_: int, row: Mapping[str, Any]) -> TraceRow:
+        time_column = "timestamp" if "timestamp" in row else "time"
+        parsed = TraceRow(
+            prompt=text_column(row, "prompt"),
+            response=text_column(row, "response"),
+            conversation_id=id_column(row, "conversation_id"),
+            turn_index=count_column(row, "turn_index"),
+            timestamp=number_column(row, time_column if time_column in row else "timestamp"),
+            mode=_label(row, "mode"),
+            workload=_label(row, "workload"),
+        )
+        if not parsed.prompt:
+            raise BadRow("empty prompt", column="prompt")
+        clock.advance(parsed.timestamp)
+        return parsed
+
+    yield from read_json_rows(path, parse, bad_rows or BadRows())
+
+
+def write_trace_rows(path: str | Path, rows: Iterable[TraceRow]) -> int:
+    """Writes the rows and returns their number; raises a `UserError` for one that could not be read back."""
+    latest, number = 0.0, 0
+    with private_file(path) as file:
+        for row in rows:
+            if not latest <= row.timestamp <= MAX_TIMESTAMP_S:
+                raise UserError(
+                    f"{path}: row {number} has the timestamp {row.timestamp} after {latest}; "
+                    "give rows sorted by time, none negative"
+                )
+            latest = row.timestamp
+            try:
+                file.write(_line(row))
+            except UnicodeEncodeError as error:
+                raise UserError(f"{path}: row {number} holds a lone surrogate, which is no text") from error
+            number += 1
+    return number
+
+
+def _line(row: TraceRow) -> bytes:
+    fields = dataclasses.asdict(row)
+    for label in ("mode", "workload"):
+        if not fields[label]:
+            del fields[label]
+    return json.dumps(fields, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+class Clock:
+    """Refuses a time before the latest one."""
+
+    def __init__(self, column: str) -> None:
+        self._column = column
+        self._latest = 0.0
+
+    def advance(self, time: float) -> None:
+        if time < self._latest:
+            raise BadRow("timestamp runs backwards", f"{time} after {self._latest}", self._column)
+        self._latest = time
+
+
+def number_column(row: Mapping[str, Any], column: str, largest: float = MAX_TIMESTAMP_S) -> float:
+    """A column that must hold a number from 0 to `largest`."""
+    if column not in row:
+        raise BadRow("missing column", column=column)
+    value = row[column]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow("not a number", f"it is of type {type(value).__name__}", column)
+    if value < 0:
+        raise BadRow("negative number", column=column)
+    if not value <= largest:
+        raise BadRow("number too large", f"it is over {largest:g}", column)
+    return math.fabs(value)  # without the sign of -0.0
+
+
+def count_column(row: Mapping[str, Any], column: str, largest: int = MAX_COUNT) -> int:
+    """A column that must hold a whole number from 0 to `largest`."""
+    value = number_column(row, column, largest)
+    if not value.is_integer():
+        raise BadRow("not a whole number", column=column)
+    return int(value)
+
+
+def id_column(row: Mapping[str, Any], column: str) -> str:
+    """A name, which some traces give as a number."""
+    value = row.get(column)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value) if abs(value) < 1 << 63 else _too_large(column)
+    return text_column(row, column)
+
+
+def _too_large(column: str) -> str:
+    raise BadRow("number too large", "a name has 63 bits at most", column)
+
+
+def _label(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadRow("not a text", f"it is of type {type(value).__name__}", column)
+    return unicode_text(value, column)

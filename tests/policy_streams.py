@@ -1,0 +1,50 @@
+"""Random streams for the policies' tests: prefix trees, times, workloads, requests in flight."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import strategies as st
+
+from dsatrace.kv.policies.registry import POLICIES
+from dsatrace.kv.policies.stream import AccessStream, release_by_duration
+
+WORKLOADS = ("chat", "qa", "sum")
+PARAMS = {
+    "priority": {"priorities": {"qa": 2.0, "sum": -1.0}},
+    "wa-lru": {"admit": ["qa"]},
+    "wa-prob": {"reuse": {"chat": (0.8, 2.0), "qa": (0.3, 9.0), "sum": (0.5, 0.7)}},
+    "gdsf": {"depth_cost": 0.3},
+    "t-lru": {"slack_blocks": 2},
+    "slru": {"protected": 0.5},
+    "s3-fifo": {"small": 0.3, "ghost": 0.6, "threshold": 1},
+}
+"""Parameters that bring small streams to where each policy differs from LRU."""
+
+NAMES = sorted(POLICIES)
+
+
+def prefixes(words: list[list[int]]) -> list[list[tuple[int, ...]]]:
+    """Each word as the chain of its prefixes, so that ids stand for whole prefixes."""
+    return [[tuple(word[: end + 1]) for end in range(len(word))] for word in words]
+
+
+@st.composite
+def streams(draw: st.DrawFn, *, in_flight: bool = True, max_requests: int = 40) -> AccessStream:
+    """Requests over a small prefix tree, so that they share, collide and come back."""
+    words = draw(
+        st.lists(
+            st.lists(st.integers(0, 2), min_size=0, max_size=6),
+            min_size=1,
+            max_size=max_requests,
+        )
+    )
+    gaps = draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 4.0]), min_size=len(words), max_size=len(words)))
+    names = draw(st.lists(st.sampled_from(WORKLOADS), min_size=len(words), max_size=len(words)))
+    times = np.cumsum(gaps)
+    stream = AccessStream.of(prefixes(words), times=times.tolist(), concurrency=1)
+    release = stream.release
+    if in_flight and draw(st.booleans()):
+        durations = draw(st.lists(st.sampled_from([0.0, 1.0, 3.0]), min_size=len(words), max_size=len(words)))
+        release = release_by_duration(times, np.array(durations))
+    index = np.array([WORKLOADS.index(name) for name in names], np.int32)
+    return AccessStream(stream.blocks, stream.starts, times, index, release, WORKLOADS)

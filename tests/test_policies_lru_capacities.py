@@ -1,0 +1,77 @@
+"""LRU at all capacities from one pass equals one simulation a capacity, exactly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dsatrace.kv.policies.simulate import simulate
+from dsatrace.kv.policies.stack_distance import lru_hits_at
+from dsatrace.kv.policies.stream import AccessStream
+from policy_streams import streams
+
+LENIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+CAPACITIES = [9, 1, 2, 3, 4, 6, 13, 1000]
+
+
+def check(stream: AccessStream, oversize: str, leaf: bool) -> int:
+    swept = lru_hits_at(stream, CAPACITIES, oversize=oversize)
+    for row, capacity in enumerate(CAPACITIES):
+        result = simulate(stream, "lru", capacity, leaf=leaf, oversize=oversize)
+        for name, (field, index) in {
+            (name, (field, index))
+            for index, name in enumerate(stream.workload_names)
+            for field in ("accesses", "hits", "hits_any")
+        }:
+            assert getattr(swept, field)[row, index] == result.by_workload()[name][field]
+    return swept.num_simulated
+
+
+@pytest.mark.parametrize("oversize", ["truncate", "reject"])
+@pytest.mark.parametrize("leaf", [False, True], ids=["flat", "leaf"])
+@LENIENT
+@given(stream=streams())
+def test_one_pass_equals_simulation(leaf, oversize, stream):
+    check(stream, oversize, leaf)
+
+
+@LENIENT
+@given(stream=streams(in_flight=False))
+def test_one_at_a_time_nothing_is_simulated(stream):
+    assert check(stream, "truncate", leaf=False) == 0
+
+
+@LENIENT
+@given(
+    sets=st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=5, unique=True), min_size=1, max_size=30)
+)
+def test_also_where_ids_are_no_prefixes(sets):
+    """Then unbroken and single hits differ, and the leaf constraint has no meaning."""
+    assert check(AccessStream.of(sets), "truncate", leaf=False) == 0
+
+
+def test_a_long_stream_through_many_compactions():
+    rng = np.random.default_rng(0)
+    chains = [
+        [(family, depth) for depth in range(rng.integers(1, 9))] for family in rng.zipf(1.3, 5000) % 700
+    ]
+    stream = AccessStream.of(chains)
+    capacities = [1, 7, 50, 51, 300, 2000]
+    swept = lru_hits_at(stream, capacities)
+    assert swept.hits[:, 0].tolist() == [int(simulate(stream, "lru", c).hits.sum()) for c in capacities]
+    assert swept.hit_rates[-1] > swept.hit_rates[0] > 0
+
+
+def test_with_waiting_lru_is_no_stack_algorithm():
+    """Why capacities below what is in flight are simulated: more room can mean fewer hits. With
+    room for 3, the last request makes the first leave early, and finds its own block."""
+    chains = [["a1", "a2", "a3"], ["b1"], ["c1", "c2"], ["b1", "b2", "b3"]]
+    once = AccessStream.of(chains)
+    stream = AccessStream(once.blocks, once.starts, once.times, once.workloads, np.array([4, 2, 4, 4]))
+    capacities = range(1, 9)
+    assert [int(simulate(stream, "lru", c).hits.sum()) for c in capacities] == [0, 0, 1, 0, 0, 1, 1, 1]
+    swept = lru_hits_at(stream, capacities)
+    assert swept.hits[:, 0].tolist() == [0, 0, 1, 0, 0, 1, 1, 1]
+    assert swept.num_simulated == 7  # with room for 8, nobody waits

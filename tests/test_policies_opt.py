@@ -1,0 +1,120 @@
+"""OPT is the bound it claims to be: against every other policy, and against all choices there are."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dsatrace.kv.policies.simulate import simulate
+from dsatrace.kv.policies.stream import AccessStream
+from policy_streams import NAMES, PARAMS, streams
+
+LENIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "opt"])
+@LENIENT
+@given(stream=streams(), capacity=st.integers(1, 14), oversize=st.sampled_from(["truncate", "reject"]))
+def test_no_policy_beats_opt(name, stream, capacity, oversize):
+    flat = simulate(stream, "opt", capacity, oversize=oversize)
+    leaf = simulate(stream, "opt", capacity, oversize=oversize, leaf=True)
+    for constrained in (False, True):
+        other = simulate(stream, name, capacity, oversize=oversize, leaf=constrained, **PARAMS.get(name, {}))
+        assert other.hits.sum() <= leaf.hits.sum()
+        assert other.hits_any.sum() <= flat.hits_any.sum()
+
+
+@LENIENT
+@given(stream=streams(), capacity=st.integers(1, 14))
+def test_the_leaf_constraint_costs_opt_nothing(stream, capacity):
+    flat, leaf = (simulate(stream, "opt", capacity, leaf=leaf) for leaf in (False, True))
+    assert flat.hits.tolist() == flat.hits_any.tolist() == leaf.hits.tolist()
+
+
+def most_hits(stream: AccessStream, capacity: int, leaf: bool, contiguous: bool) -> int:
+    """The most hits any sequence of victims gives: all of them are tried."""
+    chains = [
+        tuple(stream.blocks[begin:end].tolist())[:capacity]
+        for begin, end in zip(stream.starts[:-1], stream.starts[1:], strict=True)
+    ]
+
+    def in_flight_at(request: int) -> tuple[int, ...]:
+        """Requests still in flight when this one is admitted, those that let it in being done."""
+        live = [
+            other
+            for other in _in_flight(request - 1, stream, chains, capacity)
+            if stream.release[other] > request
+        ]
+        live.sort(key=lambda other: (stream.release[other], other))
+        while len(set(chains[request]).union(*(chains[other] for other in live))) > capacity:
+            live.pop(0)
+        return tuple(live)
+
+    @functools.cache
+    def best(request: int, cached: frozenset[int]) -> int:
+        if request == len(chains):
+            return 0
+        chain = chains[request]
+        found = [block in cached for block in chain]
+        gained = found.index(False) if contiguous and False in found else sum(found)
+        pinned = set(chain).union(*(chains[other] for other in in_flight_at(request)))
+        return gained + max(
+            best(request + 1, after) for after in shrunk(cached | set(chain), frozenset(pinned))
+        )
+
+    def shrunk(cached: frozenset[int], pinned: frozenset[int]) -> set[frozenset[int]]:
+        sets = {cached}
+        while len(next(iter(sets))) > capacity:
+            sets = {
+                each - {block}
+                for each in sets
+                for block in each - pinned
+                if not (leaf and any(stream.parents[other] == block for other in each))
+            }
+        return sets
+
+    return best(0, frozenset())
+
+
+def _in_flight(request: int, stream: AccessStream, chains: list[tuple[int, ...]], capacity: int) -> list[int]:
+    """Requests that hold blocks once `request` is admitted, whom it made wait having left."""
+    live: list[int] = []
+    for current in range(request + 1):
+        live = [other for other in live if stream.release[other] > current]
+        live.sort(key=lambda other: (stream.release[other], other))
+        while len(set(chains[current]).union(*(chains[other] for other in live))) > capacity:
+            live.pop(0)
+        live.append(current)
+    return live
+
+
+@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "any"])
+@pytest.mark.parametrize("leaf", [False, True], ids=["flat", "leaf"])
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@given(stream=streams(max_requests=8), capacity=st.integers(2, 6))
+def test_opt_finds_what_trying_everything_finds(leaf, contiguous, stream, capacity):
+    result = simulate(stream, "opt", capacity, leaf=leaf)
+    hits = result.hits if contiguous else result.hits_any
+    assert hits.sum() == most_hits(stream, capacity, leaf, contiguous)
+
+
+@LENIENT
+@given(
+    sets=st.lists(st.sets(st.integers(0, 6), min_size=1, max_size=3), min_size=1, max_size=7),
+    capacity=st.integers(3, 5),
+)
+def test_opt_is_optimal_for_block_hits_where_ids_are_no_prefixes(sets, capacity):
+    stream = AccessStream.of([sorted(each) for each in sets])
+    assert simulate(stream, "opt", capacity).hits_any.sum() == most_hits(stream, capacity, False, False)
+
+
+def test_where_ids_are_no_prefixes_opt_does_not_bound_unbroken_hits():
+    """Keeping a block that follows a missing one is worth a block hit, but no unbroken one."""
+    stream = AccessStream.of([["a", "c"], ["b"], ["c"], ["a", "c"]])
+    opt = simulate(stream, "opt", 2)
+    assert (opt.hits.sum(), opt.hits_any.sum()) == (1, 2)
+    assert most_hits(stream, 2, False, contiguous=True) == 2
+    assert most_hits(stream, 2, False, contiguous=False) == 2
