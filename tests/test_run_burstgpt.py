@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import INFERENCE
+from conftest import INFERENCE, ROOT
 from dsatrace.commands.run_burstgpt import main
+from dsatrace.model.convert import convert_checkpoint
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.verify.run import verify
 from real_data import real_file
@@ -128,13 +132,34 @@ def test_sessions_share_prefixes(run: Run) -> None:
     assert shares[1] == 0
 
 
+@pytest.mark.parametrize("runner", ["model", "simulator"])
 @pytest.mark.parametrize("name", ["BurstGPT_1_head400.csv", "BurstGPT_3_head105.csv"])
-def test_real_logs_of_both_layouts(run: Run, name: str) -> None:
+def test_real_logs_of_both_layouts(run: Run, name: str, runner: str) -> None:
     flags = ("--burstgpt-csv", real_file(f"burstgpt/{name}"), "--limit", 3, "--max-new-tokens-cap", 4)
-    folder = run(*flags, "--runner", "simulator")
-    assert RunReader(folder).manifest["serving"]["step_time"] == "modelled"
+    folder = run(*flags, "--runner", runner)
+    step_time = {"model": "measured", "simulator": "modelled"}[runner]
+    assert RunReader(folder).manifest["serving"]["step_time"] == step_time
     assert len(requests(folder)) == 3
     assert verify(folder).state == "complete"
+
+
+def test_two_ranks_agree_on_arrivals(tiny_hf: Path, tiny_args: Any, tmp_path: Path) -> None:
+    """Each rank measures other step times; rank 0's clock decides who has arrived."""
+    converted = tmp_path / "mp2"
+    convert_checkpoint(tiny_hf, converted, tiny_args.n_routed_experts, model_parallel=2)
+    flags = ("--limit", "10", "--serving", "continuous", "--time-scale", "0.05", "--max-new-tokens-cap", "6")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "inference/run_burstgpt.py",
+         "--ckpt-path", converted, "--config", CONFIG, "--trace-out", tmp_path / "two", "--no-hub", *flags],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert verify(tmp_path / "two").state == "complete"
+    assert RunReader(tmp_path / "two").summary()["serving"]["counts"]["served"] == 10
 
 
 @pytest.mark.parametrize(

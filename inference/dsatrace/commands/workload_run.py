@@ -275,8 +275,12 @@ def _status(engine: Engine) -> str:
     running = list(engine.scheduler.running)
     prefill = [(live.num_computed, live.prefill_end) for live in running if live.in_prefill]
     computed, total = (sum(column) for column in zip(*prefill, strict=True)) if prefill else (0, 0)
-    shown = f"{len(running)} running"
-    return f"{shown}, prefill {computed:,}/{total:,} tokens" if prefill else shown
+    shown = [f"{len(running)} running"]
+    if engine.num_decode_tokens:
+        shown.append(f"{engine.num_decode_tokens / engine.decode_s:,.1f} tokens/s in decode")
+    if prefill:
+        shown.append(f"prefill {computed:,}/{total:,} tokens")
+    return ", ".join(shown)
 
 
 def _say_what_came(folder: Path, tally: _Tally) -> None:
