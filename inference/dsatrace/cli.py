@@ -19,6 +19,7 @@ VERBS = {
     "convert": ("dsatrace.commands.convert", "a Hugging Face checkpoint to one file a rank"),
     "needle": ("dsatrace.commands.needle", "write a needle-in-a-haystack prompt"),
     "make-tiny-checkpoint": ("dsatrace.commands.make_tiny_checkpoint", "a small random checkpoint"),
+    "study": ("dsatrace.commands.study", "how much conversations share, and what a cache makes of it"),
     "sanity": ("dsatrace.commands.sanity", "synthetic records through the plain implementation"),
 }
 
