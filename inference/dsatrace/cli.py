@@ -20,6 +20,7 @@ VERBS = {
     "download": ("dsatrace.commands.download", "a data set from the hub to data/"),
     "needle": ("dsatrace.commands.needle", "write a needle-in-a-haystack prompt"),
     "make-tiny-checkpoint": ("dsatrace.commands.make_tiny_checkpoint", "a small random checkpoint"),
+    "study": ("dsatrace.commands.study", "how much conversations share, and what a cache makes of it"),
     "sanity": ("dsatrace.commands.sanity", "synthetic records through the plain implementation"),
 }
 

@@ -1,0 +1,81 @@
+"""`dsatrace study compare`: single-turn against multi-turn on the same conversations.
+
+dsatrace study compare --data-path chats.json --tokenizer converted --num-blocks 1024
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+
+from dsatrace.commands.study import options
+from dsatrace.errors import exits_cleanly
+from dsatrace.study.compare import Comparison
+from dsatrace.study.output_folder import OutputFolder
+from dsatrace.study.run import Replayed
+from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN
+
+MODES = (SINGLE_TURN, MULTI_TURN)
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    """Replays both traces, writes what each gave and what lies between them; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(argv)
+    settings = options.settings_from_args(args)
+    path = options.output_path(args, "compare")
+
+    from dsatrace.report.study_tables import compare_grids
+    from dsatrace.study.compare import compare
+    from dsatrace.study.results import write_results
+    from dsatrace.study.run import run_study
+    from dsatrace.workloads.trace_rows import write_trace_rows
+
+    with options.open_client(args) as client:
+        requests = {mode: client.requests(mode) for mode in MODES}
+    with options.study_folder(path, "compare", argv, client, settings) as folder:
+        replayed = {mode: run_study(requests[mode], settings) for mode in MODES}
+        comparison = compare(replayed[SINGLE_TURN], replayed[MULTI_TURN])
+        for mode in MODES:
+            cache = write_results(folder, mode, replayed[mode])["cache"]
+            if client.has_text:
+                write_trace_rows(folder.file(f"{mode}_trace.jsonl"), client.rows(mode))
+        folder.write_json(args.output_file or "comparison.json", {"cache": cache, **comparison.record()})
+        if not args.skip_visualization:
+            draw_compared(folder, replayed, comparison)
+    options.say_what_was_read(client)
+    options.show(compare_grids(comparison, cache), args.markdown)
+    print(f"files: {path}" + ("; the traces hold text, only you can read them" if client.has_text else ""))
+    return 0
+
+
+def draw_compared(folder: OutputFolder, replayed: Mapping[str, Replayed], comparison: Comparison) -> None:
+    """The three distributions with both traces in them, and the comparison."""
+    from dsatrace.report import study_figures as figures
+    from dsatrace.study.measure import block_counts, reuse_gaps, sharing_fractions
+
+    def of_both(values):  # type: ignore[no-untyped-def]
+        return {mode: values(each) for mode, each in replayed.items()}
+
+    figures.draw_sharing(folder.file("sharing_fraction_cdf.png"), of_both(sharing_fractions))
+    figures.draw_block_hits(
+        folder.file("block_hit_distribution.png"), of_both(lambda each: block_counts(each).hits)
+    )
+    gaps = {}
+    for mode, each in replayed.items():
+        gaps[f"{mode}, between accesses"] = reuse_gaps(each)
+        gaps[f"{mode}, hit to hit"] = reuse_gaps(each, hits_only=True)
+    figures.draw_gaps(folder.file("reuse_gap_cdf.png"), gaps)
+    figures.draw_comparison(folder.file("comparison.png"), comparison)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = options.new_parser(
+        "compare", "Compare single-turn and multi-turn traces of the same conversations."
+    )
+    options.add_client_arguments(parser, min_turns=2)
+    options.add_cache_arguments(parser)
+    options.add_output_arguments(parser, "the comparison")
+    return parser

@@ -1,0 +1,57 @@
+"""`dsatrace study explain`: one trace under every definition of a hit rate in use.
+
+dsatrace study explain --trace-file trace.jsonl --num-blocks 1000
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from dsatrace.commands.study import options
+from dsatrace.errors import exits_cleanly
+from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints and writes every definition's value; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(argv)
+    settings = options.settings_from_args(args)
+    path = options.output_path(args, "explain")
+
+    from dsatrace.report.study_tables import explain_grid, rejected_grid
+    from dsatrace.study.explain import explain
+    from dsatrace.study.measure import rejections
+    from dsatrace.study.results import settings_record
+    from dsatrace.study.run import run_study
+
+    with options.open_client(args) as client:
+        requests = client.requests(args.mode if client.has_text else MULTI_TURN)
+    with options.study_folder(path, "explain", argv, client, settings) as folder:
+        replayed = run_study(requests, settings)
+        definitions = explain(replayed)
+        cache, rejected = settings_record(replayed), rejections(replayed)
+        record = {"cache": cache, "rejected": rejected}
+        record["definitions"] = {line.name: line.record() for line in definitions}
+        folder.write_json(args.output_file or "explain.json", record)
+    options.say_what_was_read(client)
+    options.show([explain_grid(definitions, cache), rejected_grid({"trace": rejected})], args.markdown)
+    print(f"files: {path}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = options.new_parser("explain", "Show one trace under every definition of a hit rate.")
+    options.add_client_arguments(parser)
+    options.add_cache_arguments(parser)
+    options.add_output_arguments(parser, "the definitions", pictures=False)
+    parser.add_argument(
+        "--mode",
+        choices=(SINGLE_TURN, MULTI_TURN),
+        default=MULTI_TURN,
+        help="which trace of the conversations (%(default)s); a trace file is taken whole",
+    )
+    return parser

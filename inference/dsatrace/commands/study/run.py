@@ -1,0 +1,109 @@
+"""`dsatrace study run`: one trace through one cache, and everything that is to be said of it.
+
+dsatrace study run --trace-file conversation_trace.jsonl --block-size 512 --num-blocks 1000
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+
+from dsatrace.commands.study import options
+from dsatrace.errors import exits_cleanly
+from dsatrace.study.output_folder import OutputFolder, file_labels
+from dsatrace.study.run import Replayed
+from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN
+
+MAX_WORKLOAD_PICTURES = 12
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    """Replays the trace, writes statistics, rows and pictures; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(argv)
+    settings = options.settings_from_args(args)
+    path = options.output_path(args, "run")
+
+    from dsatrace.report.study_tables import run_grids
+    from dsatrace.study.accesses import ACCESSES_FILE, REQUESTS_FILE, Accesses, write_accesses
+    from dsatrace.study.results import write_results
+    from dsatrace.study.run import run_study
+    from dsatrace.study.sources import trace_name
+    from dsatrace.workloads.trace_rows import write_trace_rows
+
+    with options.open_client(args) as client:
+        requests = client.requests(args.mode if client.has_text else MULTI_TURN)
+    name = trace_name(requests)
+    with options.study_folder(path, "run", argv, client, settings) as folder:
+        replayed = run_study(requests, settings)
+        statistics = write_results(folder, name, replayed, args.output_file)
+        if client.has_text:
+            trace_file = folder.file(f"{name}_trace.jsonl")
+            write_trace_rows(trace_file, client.rows(args.mode))
+        if args.write_accesses:
+            folder.reserve(REQUESTS_FILE, ACCESSES_FILE)
+            write_accesses(folder.path, Accesses.of(requests, replayed.trace))
+        if not args.skip_visualization:
+            draw_run(folder, replayed, name)
+    options.say_what_was_read(client)
+    options.show(run_grids(name, statistics), args.markdown)
+    print(
+        f"files: {path}"
+        + (f"; {trace_file.name} holds text, only you can read it" if client.has_text else "")
+    )
+    return 0
+
+
+def draw_run(folder: OutputFolder, replayed: Replayed, name: str) -> None:
+    """The three distributions over all requests, and each workload's by itself."""
+    from dsatrace.report import study_figures as figures
+    from dsatrace.study.measure import block_counts, of_workload, reuse_gaps, sharing_fractions, workloads_in
+
+    figures.draw_sharing(folder.file("sharing_fraction_cdf.png"), {name: sharing_fractions(replayed)})
+    figures.draw_block_hits(folder.file("block_hit_distribution.png"), {name: block_counts(replayed).hits})
+    gaps = {"between accesses": reuse_gaps(replayed), "hit to hit": reuse_gaps(replayed, hits_only=True)}
+    figures.draw_gaps(folder.file("reuse_gap_cdf.png"), gaps)
+    workloads = workloads_in(replayed)
+    labels = file_labels([workload or name for workload in workloads])
+    for workload in _drawn(workloads):
+        chosen, shown = of_workload(replayed, workload), workload or name
+        label = labels[shown]
+        figures.draw_sharing(
+            folder.file(f"reuse_fraction_cdf_{label}.png"), {shown: sharing_fractions(replayed, chosen)}
+        )
+        figures.draw_block_hits_cdf(
+            folder.file(f"block_hits_cdf_{label}.png"), {shown: block_counts(replayed, chosen).hits}
+        )
+        figures.draw_gaps(
+            folder.file(f"block_reuse_gaps_cdf_{label}.png"), {shown: reuse_gaps(replayed, chosen)}
+        )
+
+
+def _drawn(workloads: Sequence[str]) -> Iterable[str]:
+    if len(workloads) > MAX_WORKLOAD_PICTURES:
+        print(
+            f"pictures of the first {MAX_WORKLOAD_PICTURES} of {len(workloads)} workloads; "
+            "the statistics have them all",
+            file=sys.stderr,
+        )
+    return workloads[:MAX_WORKLOAD_PICTURES]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = options.new_parser("run", "Replay one trace through one prefix cache.")
+    options.add_client_arguments(parser)
+    options.add_cache_arguments(parser)
+    options.add_output_arguments(parser, "the statistics")
+    add = parser.add_argument
+    add(
+        "--mode",
+        choices=(SINGLE_TURN, MULTI_TURN),
+        default=MULTI_TURN,
+        help="which trace of the conversations (%(default)s); a trace file is taken whole",
+    )
+    add(
+        "--write-accesses", action="store_true", help="write requests.jsonl and accesses.jsonl for the sweeps"
+    )
+    return parser

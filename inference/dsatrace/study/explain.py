@@ -1,0 +1,246 @@
+"""One trace under every definition of a hit rate in use, to see which one another tool's answer is.
+
+Each line has its numerator and denominator. Definitions differ in what they count (tokens,
+blocks, requests), in what they count it over, in the cache they suppose, and in what they
+take for equal. That two published numbers fit two definitions says nothing of how they were
+obtained.
+
+    for line in explain(replayed):
+        line.name, line.value, line.numerator, line.denominator
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterator
+
+import numpy as np
+
+from dsatrace.kv.replay import ReplayResult, replay
+from dsatrace.study.measure import Mask, ratio, recounted_by_chunk, sharing_fractions
+from dsatrace.study.run import Replayed
+
+CHUNK_SIZES = (256, 512, 2048, 8192)
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """One hit rate: `numerator / denominator`, None where the trace cannot tell (`formula` says why)."""
+
+    name: str
+    formula: str
+    numerator: float | None
+    denominator: float | None
+    used_by: str = ""
+
+    @property
+    def value(self) -> float | None:
+        if self.numerator is None or self.denominator is None:
+            return None
+        return ratio(self.numerator, self.denominator)
+
+    def record(self) -> dict[str, object]:
+        """For explain.json."""
+        return {"value": self.value, **{k: v for k, v in dataclasses.asdict(self).items() if k != "name"}}
+
+
+def explain(replayed: Replayed) -> list[Definition]:
+    """Every definition, those of the replayed cache first; raises `ValueError` for a rate past 1."""
+    lines = [
+        *_over_tokens(replayed, replayed.result),
+        *_over_requests(replayed),
+        *_over_blocks(replayed),
+        *_other_caches(replayed),
+        *_sets_of_hashes(replayed),
+        *_chunks(replayed),
+    ]
+    for line in lines:
+        if line.value is not None and not 0 <= line.value <= 1 + 1e-9:
+            raise ValueError(f"{line.name} is {line.value}; a share lies between 0 and 1")
+    return lines
+
+
+def _over_tokens(replayed: Replayed, result: ReplayResult) -> Iterator[Definition]:
+    trace, served = replayed.trace, result.served
+
+    def line(name: str, formula: str, chosen: Mask, used_by: str = "") -> Definition:
+        hit, prompt = int(result.hit_tokens[chosen].sum()), int(trace.prompt_tokens[chosen].sum())
+        return Definition(name, formula, hit, prompt, used_by)
+
+    everyone = np.ones(len(served), bool)
+    second_half = np.arange(len(served)) >= len(served) // 2
+    yield line(
+        "token_weighted",
+        "hit tokens / prompt tokens, first prefill, served requests",
+        served,
+        "vLLM's hits / queries",
+    )
+    yield line("token_weighted_with_rejected", "the same over all prompts, rejected ones too", everyone)
+    yield Definition(
+        "token_weighted_with_outputs",
+        "hit tokens / (prompt + output tokens)",
+        int(result.hit_tokens[served].sum()),
+        int(trace.total_tokens[served].sum()),
+    )
+    yield Definition(
+        "with_preempted",
+        "with what preempted requests looked up on return",
+        int((result.hit_tokens + result.resumed_hit_tokens)[served].sum()),
+        int((trace.prompt_tokens + result.resumed_tokens)[served].sum()),
+    )
+    yield line(
+        "second_half",
+        "token-weighted, over the last half of the requests",
+        served & second_half,
+        "simulators with a warm-up",
+    )
+    yield line("after_turn_0", "token-weighted, without first turns", served & (replayed.requests.turn > 0))
+
+
+def _over_requests(replayed: Replayed) -> Iterator[Definition]:
+    fractions = sharing_fractions(replayed)
+    total, count = float(fractions.sum()), len(fractions)
+    yield Definition("per_request_mean", "mean of hit / prompt tokens, served requests", total, count)
+    yield Definition(
+        "per_request_mean_rejected_as_0",
+        "the same, a rejected request counts 0",
+        total,
+        len(replayed.requests),
+    )
+    hit = int((fractions > 0).sum())
+    yield Definition("per_request_mean_of_hits", "the same, over requests that hit anything", total, hit)
+    yield Definition("requests_with_a_hit", "requests that hit anything / served requests", hit, count)
+
+
+def _over_blocks(replayed: Replayed) -> Iterator[Definition]:
+    result, size = replayed.result, replayed.trace.block_size
+    served = result.served
+    hit = int(result.hit_tokens[served].sum()) // size
+    full = int(replayed.full_blocks[served].sum())
+    all_blocks = int((-(-replayed.trace.prompt_tokens[served] // size)).sum())
+    yield Definition("blocks_full", "hit blocks / full prompt blocks", hit, full, "block-level simulators")
+    yield Definition(
+        "blocks_with_partial",
+        "hit blocks / prompt blocks, partial last ones too",
+        hit,
+        all_blocks,
+        "traces of block ids",
+    )
+    yield Definition(
+        "blocks_any_position",
+        "full prompt blocks cached, contiguous or not / full prompt blocks",
+        int(result.cached_blocks[served].sum()),
+        full,
+        "block-level caches",
+    )
+    reused = result.num_hit_blocks
+    yield Definition(
+        "block_reuse_rate",
+        "reused / (allocated + reused), outputs' blocks too",
+        reused,
+        result.num_blocks_allocated + reused,
+    )
+    accesses = int(result.key_accesses.sum())
+    yield Definition(
+        "repeated_accesses",
+        "1 - different blocks / accesses, outputs' blocks too",
+        accesses - result.num_unique_keys,
+        accesses,
+    )
+
+
+def _other_caches(replayed: Replayed) -> Iterator[Definition]:
+    config = replayed.settings.config(replayed.trace.num_blocks_at_most)
+    config = dataclasses.replace(config, record_events=False)
+    prompts_only = replay(replayed.trace, dataclasses.replace(config, decode=False))
+    everything, prompt = replayed.unlimited, replayed.trace.prompt_tokens
+    yield Definition(
+        "answers_not_cached",
+        "token-weighted, requests end with their prompt",
+        int(prompts_only.hit_tokens[prompts_only.served].sum()),
+        int(prompt[prompts_only.served].sum()),
+    )
+    yield Definition(
+        "infinite_cache",
+        "token-weighted, nothing is ever evicted",
+        int(everything.hit_tokens.sum()),
+        int(prompt.sum()),
+        "ideal hit rates",
+    )
+    yield Definition(
+        "infinite_cache_per_request_mean",
+        "mean of hit / prompt tokens, nothing is ever evicted",
+        float((everything.hit_tokens / prompt).sum()),
+        len(prompt),
+    )
+
+
+def _sets_of_hashes(replayed: Replayed) -> Iterator[Definition]:
+    """A set that only grows, of prompts alone: what a few lines of Python over hashes count.
+
+    A request's own earlier blocks are in the set too. Unchained, a block equals any with the
+    same tokens; a trace of block ids does not tell those.
+    """
+    by_token = replayed.requests.tokens_per_id == 1
+    for suffix, partial in (("", False), ("_with_partial", True)):
+        of_what = "blocks seen before / prompt blocks" + (", partial ones too" if partial else "")
+        chained, unchained = f"chained_hashes{suffix}", f"unchained_hashes{suffix}"
+        seen, total = _num_seen(_prefix_names(replayed, partial))
+        yield Definition(chained, f"{of_what}; equal with all before them", seen, total, "sets of hashes")
+        if not by_token:
+            yield Definition(unchained, "unknown: the trace's ids stand for whole prefixes", None, None)
+            continue
+        seen, total = _num_seen(_content_names(replayed, partial))
+        yield Definition(unchained, f"{of_what}; equal by themselves", seen, total, "sets of hashes")
+
+
+def _num_seen(names: Iterator[Hashable]) -> tuple[int, int]:
+    """How many names came before already, and how many there are."""
+    seen: set[Hashable] = set()
+    num_names = 0
+    for name in names:
+        num_names += 1
+        seen.add(name)
+    return num_names - len(seen), num_names
+
+
+def _prefix_names(replayed: Replayed, partial: bool) -> Iterator[Hashable]:
+    """A name for each prompt block that stands for it and all before it."""
+    trace, requests = replayed.trace, replayed.requests
+    in_blocks = requests.tokens_per_id == trace.block_size != 1
+    tokens = requests if in_blocks else requests.as_tokens()
+    for i, num_full in enumerate(replayed.full_blocks.tolist()):
+        keys = trace.keys_of(i)[:num_full]
+        yield from keys
+        if partial and trace.prompt_tokens[i] % trace.block_size:
+            rest = tokens.prompt(i)[num_full if in_blocks else num_full * trace.block_size :]
+            yield (keys[-1] if keys else None, rest.tobytes())
+
+
+def _content_names(replayed: Replayed, partial: bool) -> Iterator[Hashable]:
+    """Each prompt block's tokens."""
+    size = replayed.trace.block_size
+    for i, num_full in enumerate(replayed.full_blocks.tolist()):
+        tokens = replayed.requests.prompt(i)
+        data = tokens[: len(tokens) if partial else num_full * size].tobytes()
+        width = size * tokens.itemsize
+        yield from (data[at : at + width] for at in range(0, len(data), width))
+
+
+def _chunks(replayed: Replayed) -> Iterator[Definition]:
+    """What a counter would show that looks up before every prefill chunk; no engine saves work by it."""
+    served = replayed.result.served
+    for size in CHUNK_SIZES:
+        found, prompts, ends = recounted_by_chunk(replayed, size, served)
+        yield Definition(
+            f"chunks_of_{size}_recounted",
+            "full-block tokens before the chunk / prompt tokens, over chunks",
+            found,
+            prompts,
+        )
+        yield Definition(
+            f"chunks_of_{size}_recounted_to_their_end",
+            "full-block tokens before the chunk / tokens up to its end, over chunks",
+            found,
+            ends,
+        )

@@ -1,0 +1,208 @@
+"""The values of the metrics, for all requests of a replay or for some of them.
+
+Formulas and denominators are in `metrics`, the list that every value here belongs to.
+
+    values = measure(replayed)
+    measure(replayed, of_workload(replayed, "qa"))["sharing_fraction_mean"]
+    per_turn(replayed)[0]["hit_rate_first_prefill"]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsatrace.kv.blocks import HIT
+from dsatrace.kv.replay import STATUS_NAMES
+from dsatrace.study.metrics import SHARING, SPREAD, check_values
+from dsatrace.study.requests import UNKNOWN
+from dsatrace.study.run import Replayed
+
+Mask = NDArray[np.bool_]
+Value = float | int | None
+_QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99}
+
+
+def measure(replayed: Replayed, chosen: Mask | None = None) -> dict[str, Value]:
+    """Every metric, of the `chosen` requests (R,) if given. Those of a host pool only where there is one.
+
+    Raises `ValueError` for a value that cannot be: a share outside 0..1, say.
+    """
+    chosen = np.ones(len(replayed.requests), bool) if chosen is None else chosen
+    values = _of_requests(replayed, chosen) | _of_blocks(replayed, chosen)
+    check_values(values)
+    return values
+
+
+def of_workload(replayed: Replayed, name: str) -> Mask:
+    """(R,) the requests of a workload."""
+    requests = replayed.requests
+    return requests.workload == requests.workload_names.index(name)
+
+
+def workloads_in(replayed: Replayed) -> list[str]:
+    """Names of the workloads that any request belongs to, in the order of the trace's names."""
+    return [replayed.requests.workload_names[i] for i in np.unique(replayed.requests.workload)]
+
+
+def rejections(replayed: Replayed, chosen: Mask | None = None) -> dict[str, int]:
+    """How many requests were not served, or not whole, by reason; zeros included."""
+    status = replayed.result.status if chosen is None else replayed.result.status[chosen]
+    counts = np.bincount(status, minlength=len(STATUS_NAMES)).tolist()
+    return {name: n for name, n in zip(STATUS_NAMES, counts, strict=True) if name != "served"}
+
+
+def per_turn(replayed: Replayed) -> list[dict[str, Value]]:
+    """A row a turn, 0 first; turn None is of requests whose turn the trace does not tell."""
+    rows = []
+    for turn in np.unique(replayed.requests.turn):
+        values = _of_requests(replayed, replayed.requests.turn == turn)
+        check_values(values)
+        names = (
+            "num_requests", "num_rejected", "prompt_tokens", "sharing_fraction_mean",
+            "sharing_fraction_median", "sharing_above_0", "hit_rate_first_prefill", "hit_rate_infinite",
+        )  # fmt: skip
+        number = None if turn == UNKNOWN else int(turn)
+        rows.append({"turn": number, **{name: values[name] for name in names}})
+    return rows
+
+
+def sharing_fractions(replayed: Replayed, chosen: Mask | None = None) -> NDArray[np.float64]:
+    """Of each served request, in order."""
+    served = replayed.result.served if chosen is None else replayed.result.served & chosen
+    fractions: NDArray[np.float64] = replayed.result.hit_tokens[served] / replayed.trace.prompt_tokens[served]
+    return fractions
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockCounts:
+    """The U different blocks that the chosen requests cached or hit."""
+
+    keys: NDArray[np.int32]  # (U,)
+    accesses: NDArray[np.int64]  # (U,)
+    hits: NDArray[np.int64]  # (U,)
+
+
+def block_counts(replayed: Replayed, chosen: Mask | None = None) -> BlockCounts:
+    events = _accesses_of(replayed, chosen)
+    accesses = np.bincount(events["key"], minlength=replayed.trace.num_keys)
+    hits = np.bincount(events["key"][events["kind"] == HIT], minlength=replayed.trace.num_keys)
+    keys = np.flatnonzero(accesses)
+    return BlockCounts(keys.astype(np.int32), accesses[keys], hits[keys])
+
+
+def reuse_gaps(
+    replayed: Replayed, chosen: Mask | None = None, *, hits_only: bool = False
+) -> NDArray[np.float64]:
+    """Trace seconds between one access of a block and the next, of all blocks; or between hits."""
+    events = _accesses_of(replayed, chosen)
+    if hits_only:
+        events = events[events["kind"] == HIT]
+    order = np.argsort(events["key"], kind="stable")
+    keys, times = events["key"][order], replayed.trace.time_s[events["clock"][order]]
+    gaps: NDArray[np.float64] = np.diff(times)[keys[1:] == keys[:-1]]
+    return gaps
+
+
+def recounted_by_chunk(replayed: Replayed, chunk_tokens: int, served: Mask) -> tuple[int, int, int]:
+    """Sums over all prefill chunks of the `served` requests: tokens found, prompt tokens, chunks' ends.
+
+    A lookup before a chunk finds the full blocks before it: hits, and the request's own chunks.
+    """
+    prompt, start = replayed.trace.prompt_tokens[served], replayed.result.hit_tokens[served]
+    num_chunks = -((start - prompt) // chunk_tokens)
+    first = np.cumsum(num_chunks) - num_chunks
+    number = np.arange(num_chunks.sum()) - np.repeat(first, num_chunks)
+    begins = np.repeat(start, num_chunks) + number * chunk_tokens
+    prompts = np.repeat(prompt, num_chunks)
+    found = begins // replayed.trace.block_size * replayed.trace.block_size
+    return int(found.sum()), int(prompts.sum()), int(np.minimum(begins + chunk_tokens, prompts).sum())
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """None where there is nothing to divide by."""
+    return float(part / whole) if whole else None
+
+
+def nearest_rank(ascending: np.ndarray, q: float) -> float:
+    """The smallest value whose cumulative count reaches q."""
+    rank = math.ceil(q * len(ascending) - 1e-9)
+    return float(ascending[max(rank, 1) - 1])
+
+
+def _of_requests(replayed: Replayed, chosen: Mask) -> dict[str, Value]:
+    result, trace = replayed.result, replayed.trace
+    served = result.served & chosen
+    prompt, hit = int(trace.prompt_tokens[served].sum()), int(result.hit_tokens[served].sum())
+    full_blocks = int(replayed.full_blocks[served].sum())
+    resumed, resumed_hit = (
+        int(result.resumed_tokens[served].sum()),
+        int(result.resumed_hit_tokens[served].sum()),
+    )
+    found, looked_up, _ = recounted_by_chunk(replayed, replayed.settings.chunk_tokens, served)
+    fractions = sharing_fractions(replayed, chosen)
+    values: dict[str, Value] = {
+        "num_requests": int(chosen.sum()),
+        "num_served": int(served.sum()),
+        "num_rejected": int((chosen & ~result.served).sum()),
+        "prompt_tokens": prompt,
+        **_statistics("sharing_fraction", fractions, SHARING),
+        "sharing_above_0": ratio(int((fractions > 0).sum()), len(fractions)),
+        "hit_rate_first_prefill": ratio(hit, prompt),
+        "hit_rate_with_preempted": ratio(hit + resumed_hit, prompt + resumed),
+        "hit_rate_blocks": ratio(hit // trace.block_size, full_blocks),
+        "hit_rate_blocks_any": ratio(int(result.cached_blocks[served].sum()), full_blocks),
+        "hit_rate_infinite": ratio(
+            int(replayed.unlimited.hit_tokens[chosen].sum()), int(trace.prompt_tokens[chosen].sum())
+        ),
+        "hit_rate_chunks_recounted": ratio(found, looked_up),
+    }
+    if replayed.host_hits is not None:
+        host = int(replayed.host_hits[served].sum())
+        values["hit_rate_with_host"] = ratio(hit + host * trace.block_size, prompt)
+        values["host_hit_blocks"] = host
+    return values
+
+
+def _of_blocks(replayed: Replayed, chosen: Mask) -> dict[str, Value]:
+    counts = block_counts(replayed, chosen)
+    hit = counts.hits > 0
+    allocated, reused = int(replayed.result.blocks_allocated[chosen].sum()), int(counts.hits.sum())
+    return {
+        "block_reuse_rate": ratio(reused, allocated + reused),
+        "blocks_allocated": allocated,
+        "blocks_reused": reused,
+        "blocks_unique": len(counts.keys),
+        "blocks_evicted": int(chosen[replayed.evictions["request"]].sum()),
+        "blocks_hit": ratio(int(hit.sum()), len(counts.keys)),
+        **_statistics("accesses_per_block", counts.accesses, SPREAD),
+        **_statistics("hits_per_block", counts.hits, SPREAD),
+        **_statistics("accesses_per_hit_block", counts.accesses[hit], SPREAD),
+        **_statistics("hits_per_hit_block", counts.hits[hit], SPREAD),
+        **_statistics("reuse_gap_s", reuse_gaps(replayed, chosen), SPREAD),
+        **_statistics("hit_gap_s", reuse_gaps(replayed, chosen, hits_only=True), SPREAD),
+    }
+
+
+def _accesses_of(replayed: Replayed, chosen: Mask | None) -> np.ndarray:
+    events = replayed.accesses
+    return events if chosen is None or chosen.all() else events[chosen[events["request"]]]
+
+
+def _statistics(name: str, values: np.ndarray, statistics: tuple[str, ...]) -> dict[str, Value]:
+    """None for each where there is no value."""
+    if not len(values):
+        return {f"{name}_{statistic}": None for statistic in statistics}
+    ascending = np.sort(values)
+
+    def one(statistic: str) -> float:
+        if statistic in _QUANTILES:
+            return nearest_rank(ascending, _QUANTILES[statistic])
+        return {"mean": float(ascending.mean()), "min": float(ascending[0]), "max": float(ascending[-1])}[
+            statistic
+        ]
+
+    return {f"{name}_{statistic}": one(statistic) for statistic in statistics}

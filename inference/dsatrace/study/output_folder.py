@@ -1,0 +1,148 @@
+"""The folder of one study: new or empty, never overwritten, and described by its manifest.
+
+`manifest.json` is written first and says `running`, then `complete`, or `incomplete` and why.
+Files that hold text are readable by their owner only, and the manifest names them. Knows no
+metric.
+
+    with open_study(Path("outputs/study"), {"study": "run", "argv": [...]}) as folder:
+        folder.write_json("multi_turn_stats.json", stats)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsatrace import __version__
+from dsatrace.errors import UserError
+from dsatrace.trace.manifest import write_json
+from dsatrace.workloads.private_file import private_file
+
+MANIFEST_FILE = "manifest.json"
+_CSV_ROWS_A_WRITE = 4096
+
+
+class OutputFolder:
+    """Hands out paths directly inside one folder, each once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._names: list[str] = [MANIFEST_FILE]
+
+    def file(self, name: str) -> Path:
+        """The path of a new file; raises a `UserError` for a name outside the folder or taken."""
+        if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
+            raise UserError(f"output file {name!r}: give a plain file name; it is put into {self.path}")
+        if name in self._names:
+            raise UserError(f"output file {name!r}: the study writes another file of that name")
+        self._names.append(name)
+        return self.path / name
+
+    def reserve(self, *names: str) -> None:
+        """For files that another function writes into the folder under names of its own."""
+        for name in names:
+            self.file(name)
+
+    @property
+    def names(self) -> list[str]:
+        """Files asked for so far, without the manifest."""
+        return self._names[1:]
+
+    def write_json(self, name: str, record: Mapping[str, Any]) -> Path:
+        path = self.file(name)
+        write_json(path, record)
+        return path
+
+    def write_csv(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
+        """A header and the rows; what is None stays empty."""
+        path = self.file(name)
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        with private_file(path) as file:
+            for number, row in enumerate(rows, 1):
+                writer.writerow(row)
+                if number % _CSV_ROWS_A_WRITE == 0:
+                    file.write(_drained(text))
+            file.write(_drained(text))
+        return path
+
+
+def check_output(path: Path) -> None:
+    """Raises a `UserError` unless the folder is new or empty; call it before the long work."""
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(
+                f"{path}: holds something already, and results are never overwritten; "
+                "name a new or empty folder with --output-dir"
+            )
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot use the folder: {reason}; name another with --output-dir") from error
+
+
+@contextlib.contextmanager
+def open_study(path: Path, manifest: Mapping[str, Any]) -> Iterator[OutputFolder]:
+    """Makes the folder, and keeps its manifest up to date; `manifest` holds what the study is."""
+    check_output(path)
+    folder = OutputFolder(path)
+    head = {
+        "tool": "dsatrace",
+        "tool_version": __version__,
+        "state": "running",
+        "started_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **manifest,
+    }
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / MANIFEST_FILE, head)
+        yield folder
+    except BaseException as error:
+        # The first error is the one to see, so nothing that happens here may hide it.
+        with contextlib.suppress(OSError):
+            write_json(path / MANIFEST_FILE, {**head, "state": "incomplete", "error": type(error).__name__})
+        if isinstance(error, OSError) and error.filename:
+            raise UserError(
+                f"{error.filename}: cannot write: {error.strerror}; name a folder with room in --output-dir"
+            ) from error
+        raise
+    write_json(path / MANIFEST_FILE, {**head, "state": "complete", "files": folder.names})
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot read the file: {reason}; give a regular, readable file") from error
+    return digest.hexdigest()
+
+
+def file_labels(names: Sequence[str]) -> dict[str, str]:
+    """A piece of a file name for each workload, different for different workloads."""
+    labels: dict[str, str] = {}
+    for name in names:
+        plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60] or "trace"
+        label, number = plain, 2
+        while label in labels.values():
+            label, number = f"{plain}_{number}", number + 1
+        labels[name] = label
+    return labels
+
+
+def _drained(text: io.StringIO) -> bytes:
+    data = text.getvalue().encode()
+    text.seek(0)
+    text.truncate()
+    return data

@@ -1,0 +1,131 @@
+"""What a replay leaves on disk: its statistics, a row a request, a row a block.
+
+    write_results(folder, "multi_turn", replayed)
+    # multi_turn_stats.json, multi_turn_request_metrics.csv, multi_turn_block_metrics.csv
+
+No text and no token id is in them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsatrace.kv.blocks import HIT
+from dsatrace.kv.replay import STATUS_NAMES
+from dsatrace.study.measure import measure, of_workload, per_turn, rejections, workloads_in
+from dsatrace.study.output_folder import OutputFolder
+from dsatrace.study.run import Replayed
+
+REQUEST_COLUMNS = (
+    "request", "arrival_s", "conversation_id", "turn", "workload", "mode", "prompt_tokens", "output_tokens",
+    "status", "hit_tokens", "sharing_fraction", "full_blocks", "cached_blocks", "infinite_hit_tokens",
+    "host_hit_blocks", "blocks_allocated", "num_preemptions", "resumed_tokens", "resumed_hit_tokens",
+)  # fmt: skip
+BLOCK_COLUMNS = (
+    "block", "parent", "depth", "accesses", "hits", "evictions", "first_access_s", "last_access_s",
+    "reuse_gap_s_mean", "reuse_gap_s_max",
+)  # fmt: skip
+
+
+def statistics(replayed: Replayed) -> dict[str, Any]:
+    """Everything in a stats file; workloads stand apart where there are several."""
+    names = workloads_in(replayed)
+    record: dict[str, Any] = {
+        "cache": settings_record(replayed),
+        "metrics": measure(replayed),
+        "rejected": rejections(replayed),
+        "per_turn": per_turn(replayed),
+    }
+    if len(names) > 1:
+        masks = {name: of_workload(replayed, name) for name in names}
+        record["workloads"] = {
+            name: {"metrics": measure(replayed, mask), "rejected": rejections(replayed, mask)}
+            for name, mask in masks.items()
+        }
+    return record
+
+
+def settings_record(replayed: Replayed) -> dict[str, Any]:
+    """The cache that a number belongs to."""
+    return dataclasses.asdict(replayed.settings)
+
+
+def write_results(
+    folder: OutputFolder, name: str, replayed: Replayed, stats_file: str | None = None
+) -> dict[str, Any]:
+    """Writes the three files of a trace called `name`; returns the statistics."""
+    record = statistics(replayed)
+    folder.write_json(stats_file or f"{name}_stats.json", record)
+    folder.write_csv(f"{name}_request_metrics.csv", REQUEST_COLUMNS, _request_rows(replayed))
+    folder.write_csv(f"{name}_block_metrics.csv", BLOCK_COLUMNS, block_rows(replayed))
+    return record
+
+
+def _request_rows(replayed: Replayed) -> Iterator[tuple[object, ...]]:
+    requests, trace, result = replayed.requests, replayed.trace, replayed.result
+    names = [*requests.conversation_ids, ""]  # a request of none has -1: the last one
+    columns = [
+        np.arange(len(requests)),
+        trace.time_s,
+        [names[i] for i in requests.conversation],
+        requests.turn,
+        [requests.workload_names[i] for i in requests.workload],
+        [requests.mode_names[i] for i in requests.mode],
+        trace.prompt_tokens,
+        trace.output_tokens,
+        [STATUS_NAMES[i] for i in result.status],
+        result.hit_tokens,
+        result.hit_tokens / trace.prompt_tokens,
+        replayed.full_blocks,
+        result.cached_blocks,
+        replayed.unlimited.hit_tokens,
+        [None] * len(requests) if replayed.host_hits is None else replayed.host_hits,
+        result.blocks_allocated,
+        result.num_preemptions,
+        result.resumed_tokens,
+        result.resumed_hit_tokens,
+    ]
+    return zip(*(_plain(column) for column in columns), strict=True)
+
+
+def block_rows(replayed: Replayed) -> Iterator[tuple[object, ...]]:
+    """A row of each block that was cached at some time: ids are the trace's, parents -1 for a first block."""
+    trace, events = replayed.trace, replayed.accesses
+    if not len(events):
+        return iter(())
+    num_keys = trace.num_keys
+    depth = np.zeros(num_keys, np.int64)
+    depth[trace.keys] = np.arange(len(trace.keys)) - np.repeat(trace.key_ptr[:-1], np.diff(trace.key_ptr))
+    accesses = np.bincount(events["key"], minlength=num_keys)
+    hits = np.bincount(events["key"][events["kind"] == HIT], minlength=num_keys)
+    evictions = np.bincount(replayed.evictions["key"], minlength=num_keys)
+    order = np.argsort(events["key"], kind="stable")
+    keys, times = events["key"][order], trace.time_s[events["clock"][order]]
+    starts = np.flatnonzero(np.diff(keys, prepend=-1))  # of each block's accesses, in order of its id
+    used = keys[starts]
+    last = np.append(starts[1:], len(keys)) - 1
+    gaps = np.diff(times, prepend=0.0)
+    gaps[starts] = 0.0
+    longest = np.maximum.reduceat(gaps, starts)
+    again = accesses[used] > 1
+    mean = (times[last] - times[starts]) / np.maximum(accesses[used] - 1, 1)
+    columns = [
+        used, trace.parents[used], depth[used], accesses[used], hits[used], evictions[used], times[starts],
+        times[last], _where(again, mean), _where(again, longest),
+    ]  # fmt: skip
+    return zip(*(_plain(column) for column in columns), strict=True)
+
+
+def _where(known: NDArray[np.bool_], values: NDArray[np.float64]) -> list[float | None]:
+    """The values, None where they are not known."""
+    return [value if is_known else None for is_known, value in zip(known, values.tolist(), strict=True)]
+
+
+def _plain(column: Any) -> list[object]:
+    values: list[object] = column.tolist() if isinstance(column, np.ndarray) else list(column)
+    return values

@@ -1,0 +1,120 @@
+"""One trace through one cache: the replay that every number of the study is read off.
+
+Who replays is a parameter: `run_study(requests, settings, runner=...)` takes any function
+from the requests, their blocks and a `ReplayConfig` to a `ReplayResult`; the offline replay
+is the default. Knows no file and prints nothing.
+
+    replayed = run_study(requests, StudySettings(num_blocks=1024))
+    measure(replayed)["hit_rate_first_prefill"]         # measure.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsatrace.errors import UserError
+from dsatrace.kv.block_trace import BlockTrace
+from dsatrace.kv.blocks import EVICT, FreeOrder
+from dsatrace.kv.replay import ReplayConfig, ReplayResult, Schedule, replay
+from dsatrace.study.block_traces import block_trace
+from dsatrace.study.host_tier import host_hit_blocks
+from dsatrace.study.requests import StudyRequests
+
+Runner = Callable[[StudyRequests, BlockTrace, ReplayConfig], ReplayResult]
+"""Replays requests; events must be recorded where the config asks for them."""
+
+
+LARGEST = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StudySettings:
+    """The cache and how requests meet it.
+
+    `num_blocks` are usable blocks (vLLM's number less its null block); None never evicts.
+    `chunk_tokens` is the prefill chunk of the `continuous` schedule and of the metric that
+    recounts chunks. Without `decode`, requests end with their prompt and answers are not
+    cached. `host_blocks` is the size of a host pool for evicted blocks.
+    """
+
+    block_size: int = 16
+    num_blocks: int | None = None
+    concurrency: int = 1
+    prefix_caching: bool = True
+    free_order: FreeOrder = "new"
+    schedule: Schedule = "in_order"
+    chunk_tokens: int = 2048
+    decode: bool = True
+    host_blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "num_blocks", "concurrency", "chunk_tokens", "host_blocks"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= LARGEST:
+                raise UserError(f"{name} must lie between 1 and {LARGEST}, not {value}")
+
+    def config(self, num_blocks_at_most: int = LARGEST) -> ReplayConfig:
+        """`num_blocks_at_most` of the trace: more would lie idle and take memory."""
+        return ReplayConfig(
+            num_blocks=None if self.num_blocks is None else min(self.num_blocks, max(1, num_blocks_at_most)),
+            concurrency=self.concurrency,
+            chunk_tokens=self.chunk_tokens if self.schedule == "continuous" else None,
+            decode=self.decode,
+            schedule=self.schedule,
+            free_order=self.free_order,
+            prefix_caching=self.prefix_caching,
+            record_events=True,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Replayed:
+    """R requests, their blocks, and what became of them in the cache and in one that never evicts."""
+
+    requests: StudyRequests
+    trace: BlockTrace
+    settings: StudySettings
+    result: ReplayResult  # with events
+    unlimited: ReplayResult
+    host_hits: NDArray[np.int64] | None  # (R,) blocks, None without a host pool
+
+    @functools.cached_property
+    def accesses(self) -> np.ndarray:
+        """Events that are no evictions, in order."""
+        assert self.result.events is not None, "a study records events"
+        return self.result.events[self.result.events["kind"] != EVICT]
+
+    @functools.cached_property
+    def evictions(self) -> np.ndarray:
+        assert self.result.events is not None, "a study records events"
+        return self.result.events[self.result.events["kind"] == EVICT]
+
+    @property
+    def full_blocks(self) -> NDArray[np.int64]:
+        """(R,) full blocks of the prompts."""
+        blocks: NDArray[np.int64] = self.trace.prompt_tokens // self.trace.block_size
+        return blocks
+
+
+def offline_replay(_requests: StudyRequests, trace: BlockTrace, config: ReplayConfig) -> ReplayResult:
+    """The default runner: the block pool and nothing around it."""
+    return replay(trace, config)
+
+
+def run_study(requests: StudyRequests, settings: StudySettings, runner: Runner = offline_replay) -> Replayed:
+    """Replays the requests in their order; the cache without a limit is always replayed offline."""
+    if not len(requests):
+        raise UserError("the trace holds no request; check what its filters left")
+    trace = block_trace(requests, settings.block_size)
+    config = settings.config(trace.num_blocks_at_most)
+    result = runner(requests, trace, config)
+    unlimited = dataclasses.replace(config, num_blocks=None, prefix_caching=True, record_events=False)
+    host_hits = None
+    if settings.host_blocks is not None:
+        host_hits = host_hit_blocks(trace, result, settings.host_blocks)
+    return Replayed(requests, trace, settings, result, replay(trace, unlimited), host_hits)

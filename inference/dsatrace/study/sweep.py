@@ -1,0 +1,227 @@
+"""Sweeps block sizes, capacities and policies over traces, in processes, with the same result for any number.
+
+LRU's capacities come out of one pass; every other policy is a job a capacity. OPT always runs
+along: no policy may hit more, and that is checked. Knows no file.
+
+    inputs = {("qa", 16): CacheInput.of(accesses, 16)}
+    cells = sweep(inputs, SweepOptions(capacities=(64, 128), runs=policy_runs(["lru", "fifo"])), workers=2)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Literal, get_args
+
+from dsatrace.errors import UserError
+from dsatrace.kv.policies.registry import POLICIES, policy_info
+from dsatrace.kv.policies.simulate import Oversize, simulate
+from dsatrace.kv.policies.stream import AccessStream
+from dsatrace.study.sweep_cells import (
+    LRU,
+    OPT,
+    OVERALL,
+    POOL,
+    Cell,
+    Cells,
+    PolicyRun,
+    lru_cells,
+    pool_cells,
+    simulated_cells,
+)
+from dsatrace.study.sweep_streams import CacheInput
+
+BLOCK_SIZES = (16, 32, 64)
+CAPACITIES = (64, 128, 256, 512)
+BY_WORKLOAD = ("priority", "wa-lru", "wa-prob")
+"""Policies that tell workloads apart: LRU, or next to it, in a trace of one workload."""
+
+Form = Literal["leaf", "flat"]
+Inputs = Mapping[tuple[str, int], CacheInput]
+"""By name of the trace and block size."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepOptions:
+    """What is run on every trace; see `sweep_cells` for what the words mean."""
+
+    capacities: tuple[int, ...]  # blocks
+    runs: tuple[PolicyRun, ...]  # see `policy_runs`
+    oversize: Oversize = "reject"
+    concurrency: int = 1  # of the pool; the inputs' streams have theirs
+
+    def __post_init__(self) -> None:
+        for capacity in self.capacities:
+            if capacity < 1:
+                raise UserError(f"a cache holds at least 1 block, not {capacity}")
+        if len(set(self.capacities)) != len(self.capacities) or not self.capacities:
+            raise UserError(f"name each capacity once, and at least one: {list(self.capacities)}")
+        if OPT not in (run.policy for run in self.runs):
+            raise UserError("a sweep always runs OPT, to check the others; take its runs from policy_runs")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One replay: `run` None is the pool; LRU has all capacities at once."""
+
+    trace: str
+    block_size: int
+    run: PolicyRun | None
+    capacities: tuple[int, ...]
+
+
+def policy_runs(
+    names: Sequence[str],
+    forms: Sequence[Form] = ("leaf",),
+    params: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[PolicyRun, ...]:
+    """The policies in each form in which they differ, OPT among them; `params` by policy.
+
+    Raises a `UserError` for a name that is unknown or stands twice.
+    """
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"name each policy once, and at least one: {', '.join(names)}")
+    if not set(forms) <= set(get_args(Form)) or not forms:
+        raise UserError(f"forms are leaf and flat, not {', '.join(forms)}")
+    runs: dict[str, PolicyRun] = {}
+    for name, form in itertools.product(dict.fromkeys((*names, OPT)), dict.fromkeys(forms)):
+        leaf = form == "leaf" or policy_info(name).leaf_first
+        run = PolicyRun(name, leaf, (params or {}).get(name, {}))
+        runs.setdefault(run.name, run)
+    return tuple(runs.values())
+
+
+def single_workload_policies() -> list[str]:
+    """Every policy that does not need several workloads to differ from LRU."""
+    return [name for name in POLICIES if name not in BY_WORKLOAD]
+
+
+def sweep(
+    inputs: Inputs,
+    options: SweepOptions,
+    workers: int = 1,
+    on_done: Callable[[int, int], None] | None = None,
+) -> Cells:
+    """All cells, in the order of inputs, policies (the pool last) and capacities.
+
+    An input of several workloads, which gives `overall` and a cell for each, must be the only one.
+    `workers` processes, at most one a job; 1 is this process. They are started afresh, so a
+    script that calls this with more must be importable. `on_done` is told the jobs done and all.
+    """
+    if workers < 1:
+        raise UserError(f"a sweep needs at least 1 worker, not {workers}")
+    _check_names(inputs)
+    jobs = list(_jobs(inputs, options))
+    cells: Cells = []
+    for number, of_job in enumerate(_results(jobs, inputs, options, min(workers, len(jobs))), start=1):
+        cells += of_job
+        if on_done is not None:
+            on_done(number, len(jobs))
+    order = {run.name: i for i, run in enumerate(options.runs)}
+    traces = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in inputs))}
+    cells.sort(
+        key=lambda cell: (
+            traces.get(cell.workload, 0),
+            cell.block_size,
+            order.get(cell.policy, len(order)),
+            cell.capacity_blocks,
+        )
+    )
+    _check_bound([cell for cell in cells if cell.workload in (OVERALL, *traces)])
+    return cells
+
+
+def num_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_names(inputs: Inputs) -> None:
+    several = [trace for (trace, _), given in inputs.items() if given.stream.num_workloads > 1]
+    if several and {trace for trace, _ in inputs} != {OVERALL}:
+        raise UserError(f"{several[0]} has several workloads; sweep each alone, or name it {OVERALL!r}")
+    if any(OVERALL in inputs[trace, size].stream.workload_names for trace, size in inputs if several):
+        raise UserError(f"a workload is named {OVERALL!r}, as is the sum of all; name it otherwise")
+
+
+def _jobs(inputs: Inputs, options: SweepOptions) -> Iterator[_Job]:
+    for (trace, block_size), run in itertools.product(inputs, options.runs):
+        if run.policy == LRU:
+            yield _Job(trace, block_size, run, options.capacities)
+            continue
+        for capacity in options.capacities:
+            yield _Job(trace, block_size, run, (capacity,))
+    if options.oversize == "reject":
+        for trace, block_size in inputs:
+            yield _Job(trace, block_size, None, options.capacities)
+
+
+def _run_job(job: _Job, inputs: Inputs, options: SweepOptions) -> Cells:
+    given = inputs[job.trace, job.block_size]
+    if job.run is None:
+        each = (pool_cells(job.trace, given, size, options.concurrency) for size in job.capacities)
+        return list(itertools.chain.from_iterable(each))
+    if job.run.policy == LRU:
+        return lru_cells(job.trace, given, job.capacities, options.oversize)
+    return simulated_cells(job.trace, given, job.run, job.capacities[0], options.oversize)
+
+
+def _results(jobs: list[_Job], inputs: Inputs, options: SweepOptions, workers: int) -> Iterator[Cells]:
+    if workers <= 1:
+        yield from (_run_job(job, inputs, options) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")  # forking a process with a bar's thread may hang
+    try:
+        with ProcessPoolExecutor(workers, context, _start, (inputs, options)) as pool:
+            policies = [run.policy for run in options.runs if run.policy != LRU]
+            list(pool.map(_compile, policies))  # each by one worker; the others load what it wrote
+            yield from pool.map(_run_in_worker, jobs, chunksize=max(1, len(jobs) // (8 * workers)))
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker of the sweep was killed; give fewer --workers or a shorter trace"
+        ) from error
+
+
+_given: tuple[Inputs, SweepOptions] | None = None
+"""A worker's own copy."""
+
+
+def _start(inputs: Inputs, options: SweepOptions) -> None:
+    global _given  # noqa: PLW0603
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    _given = (inputs, options)
+
+
+def _run_in_worker(job: _Job) -> Cells:
+    assert _given is not None, "a worker begins with _start"
+    return _run_job(job, *_given)
+
+
+def _compile(policy: str) -> None:
+    simulate(AccessStream.of([[0]], workloads=["any"]), policy, 1, **_NEUTRAL.get(policy, {}))
+
+
+_NEUTRAL: dict[str, dict[str, Any]] = {
+    "wa-lru": {"admit": ["any"]},
+    "wa-prob": {"reuse": {"any": (0.5, 1.0)}},
+}
+"""Parameters that need no trace to learn from."""
+
+
+def _check_bound(cells: Iterable[Cell]) -> None:
+    """No policy hits more than OPT; only cells over all of a trace, since a part of one has no bound."""
+    by_place: dict[tuple[str, int, int], list[Cell]] = {}
+    for cell in cells:
+        by_place.setdefault((cell.workload, cell.block_size, cell.capacity_blocks), []).append(cell)
+    for here in by_place.values():
+        bound = next(cell for cell in here if cell.policy == OPT)
+        for cell in here:
+            if cell.policy != POOL:
+                hits, most = (one.hits + one.output_hits for one in (cell, bound))
+                assert hits <= most, f"{cell} hits more than OPT: {bound}"

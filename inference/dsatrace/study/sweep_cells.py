@@ -1,0 +1,194 @@
+"""One cell of a sweep: a policy, a capacity, a block size, a trace; and what hits and misses mean there.
+
+A request is served out of a cache of `capacity` blocks and holds its blocks until it ends.
+`accesses` are the full blocks of its prompt; `hits` those found before the first that is not,
+a contiguous prefix; `misses` the rest; `block_hits` also those found behind a gap. Its
+output's full blocks are cached too, and never looked up: where one was cached already,
+behind a prompt that was, it counts as `output_hits` alone, for an engine computes it again.
+A prompt of more blocks than the cache has, the last partial one included, is rejected and
+counts nothing (`oversize="reject"`), or its first blocks are held and the rest are misses
+(`"truncate"`). Of a longer output the rest is dropped.
+
+That is vLLM's block pool under LRU, except that the pool (the cell `vllm`, which replays it)
+1. also needs a block for each request's last, partial one. One request at a time, with one
+   such block each, the pool with capacity C hits exactly what LRU hits with C - 1;
+2. keeps a second copy of a block it computes again, which takes a block of room;
+3. computes the last block of a wholly cached prompt again when the prompt ends with it;
+4. gives room to output blocks whose content the trace does not tell, while they are in use.
+So LRU at C - 1 <= pool at C <= LRU at C, but for 2 to 4. OPT is the bound of hits and output
+hits together, hence of hits wherever no output repeats. Knows no file and no process.
+
+    lru_cells("qa", given, [64, 128], "reject")
+    simulated_cells("qa", given, PolicyRun("fifo", leaf=True), 64, "reject")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsatrace.kv.policies.registry import policy_info
+from dsatrace.kv.policies.simulate import Oversize, simulate
+from dsatrace.kv.policies.stack_distance import lru_hits_at
+from dsatrace.kv.policies.stream import AccessStream
+from dsatrace.kv.replay import ReplayConfig, replay
+from dsatrace.study.sweep_streams import CacheInput
+
+OVERALL = "overall"
+OPT, LRU, POOL = "opt", "lru", "vllm"
+
+SEMANTICS = {
+    "accesses": "full blocks of the prompts of served requests",
+    "hits": "of those, cached blocks before a request's first that is not (contiguous prefix)",
+    "misses": "accesses - hits",
+    "block_hits": "cached blocks wherever they stand in the prompt (flat: or in an output that repeats)",
+    "output_hits": "blocks of outputs that were cached already behind a cached prompt; no part of hits",
+    "hit_rate": "hits / accesses; 0 where there are no accesses",
+    "policy": "no block is evicted while a cached one follows it; NAME-flat is without that rule",
+    "in flight": "a request holds its blocks until --concurrency later ones have come",
+    "outputs": "full blocks of outputs are cached, where the trace tells their content",
+    "rejected": "prompts of more blocks than the cache has, the last partial one included",
+    "opt": "evicts the block whose next use is farthest: over all of a trace no policy has more hits and "
+    "output_hits together",
+    "vllm": "vLLM's block pool (free order of 2026-05 and later) with as many usable blocks; unlike lru it "
+    "also takes a block for each partial one in use and for second copies, and computes the last block "
+    "of a wholly cached prompt again",
+}
+"""What a result file says of its columns."""
+
+Cells = list["Cell"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyRun:
+    """A policy as it is replayed: leaf-constrained or flat, with its parameters."""
+
+    policy: str
+    leaf: bool = True
+    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """`fifo` leaf-constrained, `fifo-flat` not. Where both hit the same, there is one name."""
+        return self.policy if self.leaf or policy_info(self.policy).leaf_first else f"{self.policy}-flat"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Counts of one workload, or of all in the trace (`overall`)."""
+
+    workload: str
+    block_size: int  # tokens
+    capacity_blocks: int
+    policy: str  # see `PolicyRun.name`, or `vllm`
+    requests: int
+    rejected: int  # of those
+    accesses: int
+    hits: int
+    misses: int
+    block_hits: int
+    output_hits: int
+
+    @property
+    def capacity_tokens(self) -> int:
+        return self.block_size * self.capacity_blocks
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits of accesses, 0 where there are none."""
+        return self.hits / max(self.accesses, 1)
+
+    @property
+    def block_hit_rate(self) -> float:
+        return self.block_hits / max(self.accesses, 1)
+
+    def row(self) -> dict[str, str | int | float]:
+        """The columns of CSV and JSON."""
+        return {
+            **dataclasses.asdict(self),
+            "capacity_tokens": self.capacity_tokens,
+            "hit_rate": round(self.hit_rate, 6),
+            "block_hit_rate": round(self.block_hit_rate, 6),
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Served:
+    """The requests that a cache of one size serves; `part` is `given.stream` without the others."""
+
+    given: CacheInput
+    mask: NDArray[np.bool_]  # (R,)
+    part: AccessStream
+
+    @classmethod
+    def at(cls, given: CacheInput, capacity: int, oversize: Oversize) -> _Served:
+        mask = (given.needed_blocks <= capacity) | (oversize == "truncate")
+        return cls(given, mask, given.stream if mask.all() else given.stream.select(mask))
+
+    def by_workload(self, columns: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """(W,) sums of columns over the served requests."""
+        return [np.bincount(self.part.workloads, column, self.part.num_workloads) for column in columns]
+
+    def cells(self, trace: str, capacity: int, policy: str, counts: Sequence[NDArray[Any]]) -> Cells:
+        """From hits, block hits and output hits, (W,) each: a cell overall and, of several, a workload."""
+        stream = self.given.stream
+        size = stream.num_workloads
+        requests = np.bincount(stream.workloads, minlength=size)
+        rejected = np.bincount(stream.workloads, ~self.mask, size)
+        accesses = np.bincount(stream.workloads, np.where(self.mask, self.given.prompt_blocks, 0), size)
+
+        def cell(name: str, which: slice | int) -> Cell:
+            columns = (requests, rejected, accesses, counts[0], accesses - counts[0], *counts[1:])
+            sums = [int(column[which].sum()) for column in columns]
+            return Cell(name, self.given.block_size, capacity, policy, *sums)
+
+        if size == 1:
+            return [cell(trace, slice(None))]
+        return [cell(OVERALL, slice(None)), *(cell(n, i) for i, n in enumerate(stream.workload_names))]
+
+
+def lru_cells(trace: str, given: CacheInput, capacities: Sequence[int], oversize: Oversize) -> Cells:
+    """LRU at all capacities: one pass for each different set of rejected requests.
+
+    Where outputs repeat it is simulated, since one pass cannot tell whose hits end in an output.
+    """
+    if given.num_repeated:
+        each = (simulated_cells(trace, given, PolicyRun(LRU), size, oversize) for size in capacities)
+        return list(itertools.chain.from_iterable(each))
+    served = [_Served.at(given, capacity, oversize) for capacity in capacities]
+    num_served = [int(one.mask.sum()) for one in served]
+    cells: Cells = []
+    for number in sorted(set(num_served)):
+        same = [i for i, other in enumerate(num_served) if other == number]
+        hits = lru_hits_at(served[same[0]].part, [capacities[i] for i in same])
+        for at, i in enumerate(same):
+            counts = (hits.hits[at], hits.hits_any[at], np.zeros_like(hits.hits[at]))
+            cells += served[i].cells(trace, capacities[i], LRU, counts)
+    return cells
+
+
+def simulated_cells(
+    trace: str, given: CacheInput, run: PolicyRun, capacity: int, oversize: Oversize
+) -> Cells:
+    """Any policy at one capacity."""
+    served = _Served.at(given, capacity, oversize)
+    result = simulate(served.part, run.policy, capacity, leaf=run.leaf, **run.params)
+    prompt_blocks = given.prompt_blocks[served.mask]
+    hits = np.minimum(result.hits, prompt_blocks)
+    columns = (hits, np.minimum(result.hits_any, prompt_blocks), result.hits - hits)
+    return served.cells(trace, capacity, run.name, served.by_workload(columns))
+
+
+def pool_cells(trace: str, given: CacheInput, capacity: int, concurrency: int) -> Cells:
+    """vLLM's block pool with `capacity` usable blocks; it rejects what is too long."""
+    result = replay(given.trace, ReplayConfig(capacity, concurrency=concurrency))
+    served = _Served.at(given, capacity, "reject")
+    assert np.array_equal(served.mask, result.served), "the pool and the policies reject different requests"
+    hits = result.hit_tokens[served.mask] // given.block_size
+    columns = (hits, result.cached_blocks[served.mask], np.zeros_like(hits))
+    return served.cells(trace, capacity, POOL, served.by_workload(columns))

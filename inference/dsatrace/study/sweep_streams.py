@@ -1,0 +1,125 @@
+"""Recorded block accesses to what a sweep replays: chains of prompt and output, and what counts as looked up.
+
+A request's chain is the full blocks of its prompt and then those its output completes, for a
+later turn finds both. Only the prompt's are looked up. Knows no policy and no file.
+
+    given = CacheInput.of(accesses, block_size=32, concurrency=1)
+    given.stream, given.prompt_blocks
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsatrace.errors import UserError
+from dsatrace.kv.block_trace import BlockTrace
+from dsatrace.kv.policies.stream import AccessStream, release_by_concurrency
+from dsatrace.study.accesses import Accesses
+from dsatrace.study.requests import offsets_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CacheInput:
+    """R requests at one block size; `workload_names` are the stream's."""
+
+    stream: AccessStream  # for the policies
+    trace: BlockTrace  # for the block pool
+    prompt_blocks: NDArray[np.int64]  # (R,) full blocks of the prompt: the first so many of the chain
+    num_repeated: int  # blocks of outputs that came before in the trace
+
+    @property
+    def block_size(self) -> int:
+        return self.trace.block_size
+
+    @property
+    def needed_blocks(self) -> NDArray[np.int64]:
+        """(R,) blocks that a prompt takes, its last partial one included."""
+        return -(-self.trace.prompt_tokens // self.block_size)
+
+    @classmethod
+    def of(cls, accesses: Accesses, block_size: int, concurrency: int = 1) -> CacheInput:
+        """`block_size` must be a multiple of the one that was recorded; an id then names its prefix still."""
+        factor, rest = divmod(block_size, accesses.block_size)
+        if rest or factor < 1:
+            raise UserError(
+                f"block accesses recorded at block size {accesses.block_size} cannot be replayed at "
+                f"{block_size}; use a multiple, or the trace they came from"
+            )
+        keys, starts = _chains(accesses, factor)
+        keys = np.unique(keys, return_inverse=True)[1].astype(np.int32)
+        prompt_blocks = np.minimum(accesses.num_tokens // block_size, np.diff(starts))
+        names = tuple(dict.fromkeys(accesses.workloads)) or ("",)
+        number = {name: i for i, name in enumerate(names)}
+        stream = AccessStream(
+            keys,
+            starts,
+            accesses.arrival_s,
+            np.array([number[name] for name in accesses.workloads], np.int32),
+            release_by_concurrency(len(accesses), concurrency),
+            names,
+        )
+        parents = stream.parents
+        try:
+            trace = BlockTrace(
+                block_size=block_size,
+                prompt_tokens=accesses.num_tokens,
+                output_tokens=accesses.num_output_tokens,
+                keys=keys,
+                key_ptr=starts,
+                parents=parents,
+                time_s=accesses.arrival_s,
+            )
+        except ValueError as error:
+            raise UserError(f"{error}; mend the trace") from error
+        return cls(stream, trace, prompt_blocks, _num_repeated_outputs(keys, starts, prompt_blocks))
+
+
+def take_rows(accesses: Accesses, rows: NDArray[np.int64]) -> Accesses:
+    """The requests `rows`, in that order."""
+    blocks, starts = _take_ragged(accesses.blocks, accesses.starts, rows)
+    output_blocks, output_starts = _take_ragged(accesses.output_blocks, accesses.output_starts, rows)
+    return Accesses(
+        block_size=accesses.block_size,
+        arrival_s=accesses.arrival_s[rows],
+        conversation_ids=tuple(accesses.conversation_ids[row] for row in rows),
+        turn=accesses.turn[rows],
+        workloads=tuple(accesses.workloads[row] for row in rows),
+        num_tokens=accesses.num_tokens[rows],
+        num_output_tokens=accesses.num_output_tokens[rows],
+        blocks=blocks,
+        starts=starts,
+        output_blocks=output_blocks,
+        output_starts=output_starts,
+    )
+
+
+def _chains(accesses: Accesses, factor: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Prompt and output in one row a request, every `factor`-th id: the last of a larger block names it."""
+    num_prompt, num_output = np.diff(accesses.starts), np.diff(accesses.output_starts)
+    starts = offsets_of(num_prompt + num_output)
+    place = np.arange(starts[-1]) - np.repeat(starts[:-1], np.diff(starts))
+    keys = np.empty(starts[-1], np.int32)
+    in_prompt = place < np.repeat(num_prompt, np.diff(starts))
+    keys[in_prompt], keys[~in_prompt] = accesses.blocks, accesses.output_blocks
+    return keys[place % factor == factor - 1], offsets_of(np.diff(starts) // factor)
+
+
+def _num_repeated_outputs(
+    keys: NDArray[np.int32], starts: NDArray[np.int64], prompt_blocks: NDArray[np.int64]
+) -> int:
+    place = np.arange(len(keys))
+    is_output = place - np.repeat(starts[:-1] + prompt_blocks, np.diff(starts)) >= 0
+    first = np.unique(keys, return_index=True)[1]
+    return int(np.count_nonzero(is_output & (first[keys] != place)))
+
+
+def _take_ragged(
+    values: NDArray[np.int32], starts: NDArray[np.int64], rows: NDArray[np.int64]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    lengths = np.diff(starts)[rows]
+    taken = offsets_of(lengths)
+    source = np.arange(taken[-1]) + np.repeat(starts[rows] - taken[:-1], lengths)
+    return values[source], taken

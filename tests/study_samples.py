@@ -1,0 +1,60 @@
+"""Small requests for the study's tests, and the conversation that its documentation works by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+from dsatrace.study.requests import StudyRequests
+from dsatrace.study.requests_builder import RequestsBuilder
+
+THREE_TURNS = (
+    (0.0, range(1, 7), range(7, 10)),  # 6 tokens asked, 3 answered
+    (10.0, range(1, 15), range(15, 17)),  # the 9 so far and 5 more, 2 answered
+    (30.0, range(1, 21), range(21, 23)),  # the 16 so far and 4 more, 2 answered
+)
+"""One conversation, whose token ids are 1, 2, 3, ...; in blocks of 4."""
+
+
+def three_turns() -> StudyRequests:
+    builder = RequestsBuilder()
+    for turn, (arrival_s, prompt, answer) in enumerate(THREE_TURNS):
+        builder.add(
+            arrival_s, list(prompt), list(answer), conversation=("c0",), turn=turn, workload="chat_multi"
+        )
+    return builder.build()
+
+
+def write_three_turns(path: Path) -> Path:
+    """The same as a trace file of token ids, which names no conversation."""
+    rows = (
+        {"arrival_time_ns": int(s * 1e9), "input_tok_ids": list(prompt), "output_tok_ids": list(answer)}
+        for s, prompt, answer in THREE_TURNS
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def requests_of(
+    rows: Sequence[tuple[Sequence[int], Sequence[int], str]], gap_s: float = 1.0
+) -> StudyRequests:
+    """Prompts, answers and workloads; a request every `gap_s` seconds."""
+    builder = RequestsBuilder()
+    for i, (prompt, answer, workload) in enumerate(rows):
+        builder.add(i * gap_s, list(prompt), list(answer), workload=workload)
+    return builder.build()
+
+
+# Prompts over two tokens, so that prefixes and blocks repeat often.
+ROWS = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 1), min_size=1, max_size=14),
+        st.lists(st.integers(0, 1), max_size=5),
+        st.sampled_from(["a", "b"]),
+    ),
+    min_size=1,
+    max_size=14,
+)

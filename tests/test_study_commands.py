@@ -1,0 +1,340 @@
+"""The study's verbs as a user meets them: files, options, one line for a mistake, and the whole script."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from conftest import ROOT
+from dsatrace import cli
+from dsatrace.commands.study import VERBS
+from dsatrace.workloads.trace_rows import read_trace_rows
+from real_data import real_file
+from study_samples import write_three_turns
+
+TRACES = {"single_turn_trace.jsonl", "multi_turn_trace.jsonl"}
+OF_BOTH = {
+    f"{mode}_{what}"
+    for mode in ("single_turn", "multi_turn")
+    for what in ("stats.json", "request_metrics.csv", "block_metrics.csv")
+}
+PICTURES = {"sharing_fraction_cdf.png", "block_hit_distribution.png", "reuse_gap_cdf.png"}
+
+
+def study(*argv: object) -> int:
+    return cli.main(["study", *map(str, argv)])
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"manifest.json"}
+
+
+def test_prepare_writes_both_traces_for_their_owner(tmp_path: Path, capsys: Any) -> None:
+    assert study("prepare", "--min-turns", 2, "--output-dir", tmp_path / "out") == 0
+    assert names(tmp_path / "out") == TRACES
+    for name in TRACES:
+        path = tmp_path / "out" / name
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert all(row.mode == name.removesuffix("_trace.jsonl") for row in read_trace_rows(path))
+    said = capsys.readouterr().out
+    assert "only you can read it" in said
+    assert "conversations dropped: fewer than min_turns: 2" in said  # nothing is dropped silently
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["state"] == "complete"
+    assert len(manifest["source"]["sha256"]) == 64
+
+
+def test_a_prepared_trace_gives_the_same_numbers_in_any_form(tmp_path: Path) -> None:
+    """Text, Bailian's block ids and the conversations themselves: the same hits."""
+    assert study("prepare", "--hash-ids", "bailian", "--output-dir", tmp_path / "traces") == 0
+    sources = (
+        ("rows", "--trace-file", tmp_path / "traces" / "multi_turn_trace.jsonl"),
+        ("ids", "--trace-file", tmp_path / "traces" / "multi_turn_bailian.jsonl"),
+        ("conversations",),
+    )
+    rates = {}
+    for name, *source in sources:
+        out = tmp_path / name
+        flags = ("--no-decode", "--num-blocks", 60, "--skip-visualization", "--output-dir", out)
+        assert study("run", *source, *flags, "--output-file", "stats.json") == 0
+        rates[name] = json.loads((out / "stats.json").read_text())["metrics"]
+    assert rates["rows"] == rates["conversations"]
+    assert rates["rows"]["hit_rate_first_prefill"] > 0
+    assert rates["ids"]["sharing_fraction_mean"] == rates["rows"]["sharing_fraction_mean"]
+
+
+def test_run_writes_everything(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    assert study("run", "--workload", "qa", "--max-conversations", 20, "--write-accesses", "--num-blocks", 64,
+                 "--host-blocks", 50, "--output-dir", out) == 0  # fmt: skip
+    of_workload = {
+        f"{what}_qa.png" for what in ("reuse_fraction_cdf", "block_hits_cdf", "block_reuse_gaps_cdf")
+    }
+    of_trace = {f"multi_turn_{what}" for what in ("stats.json", "request_metrics.csv", "block_metrics.csv")}
+    of_trace |= {"multi_turn_trace.jsonl", "requests.jsonl", "accesses.jsonl"}
+    assert names(out) == of_workload | of_trace | PICTURES
+    for name in names(out):
+        if name.endswith(".png"):
+            assert (out / name).read_bytes().startswith(b"\x89PNG"), name
+    said = capsys.readouterr().out
+    assert "hit_rate_with_host" in said
+    assert "Requests rejected, or cut" in said
+    words = {word for row in read_trace_rows(out / "multi_turn_trace.jsonl") for word in row.prompt.split()}
+    for name in ("requests.jsonl", "accesses.jsonl", "multi_turn_request_metrics.csv", "manifest.json"):
+        text = (out / name).read_text()
+        assert not [word for word in words if len(word) > 7 and word in text], f"{name} holds text"
+
+
+def test_sweep_reads_what_run_wrote(tmp_path: Path) -> None:
+    flags = ("--max-conversations", 20, "--skip-visualization")
+    assert study("run", "--workload", "qa", *flags, "--write-accesses", "--output-dir", tmp_path / "run") == 0
+    out = tmp_path / "sweep"
+    assert study("sweep", "--trace-file", tmp_path / "run", "--skip-visualization", "--output-dir", out) == 0
+    assert names(out)
+
+
+def test_compare_writes_everything(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    assert study("compare", "--output-dir", out, "--markdown") == 0
+    assert names(out) == OF_BOTH | TRACES | PICTURES | {"comparison.png", "comparison.json"}
+    compared = json.loads((out / "comparison.json").read_text())
+    rate = compared["metrics"]["hit_rate_first_prefill"]
+    assert rate["single_turn"] == 0
+    assert rate["points"] == pytest.approx(100 * rate["multi_turn"])
+    assert "| hit_rate_first_prefill | 0.00 % |" in capsys.readouterr().out
+
+
+def test_as_many_single_turn_requests_as_multi_turn_ones(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = (
+        "--workload",
+        "chat_multi",
+        "--max-conversations",
+        12,
+        "--match-requests",
+        "--skip-visualization",
+    )
+    assert study("compare", *flags, "--output-dir", out) == 0
+    counts = json.loads((out / "comparison.json").read_text())["metrics"]["num_requests"]
+    assert counts["single_turn"] == counts["multi_turn"] > 12
+
+
+def test_three_turns_from_a_file_of_token_ids(tmp_path: Path) -> None:
+    """The conversation of the documentation, through the command."""
+    trace = write_three_turns(tmp_path / "three_turns.jsonl")
+    out = tmp_path / "out"
+    assert (
+        study("run", "--trace-file", trace, "--block-size", 4, "--skip-visualization", "--output-dir", out)
+        == 0
+    )
+    metrics = json.loads((out / "trace_stats.json").read_text())["metrics"]
+    assert (metrics["hit_rate_first_prefill"], metrics["blocks_reused"]) == (0.6, 6)
+    out = tmp_path / "explain"
+    assert study("explain", "--trace-file", trace, "--block-size", 4, "--output-dir", out) == 0
+    lines = json.loads((out / "explain.json").read_text())["definitions"]
+    assert lines["chained_hashes"]["value"] == 4 / 9
+
+
+def test_turns_of_a_trace_are_its_single_turn_part(tmp_path: Path) -> None:
+    """`compare` on the prepared multi-turn trace finds what it finds on the conversations."""
+    assert study("prepare", "--min-turns", 2, "--output-dir", tmp_path / "traces") == 0
+    values = []
+    for name, source in (
+        ("trace", ("--trace-file", tmp_path / "traces" / "multi_turn_trace.jsonl")),
+        ("conversations", ()),
+    ):
+        flags = ("--num-blocks", 70, "--skip-visualization", "--output-dir", tmp_path / name)
+        assert study("compare", *source, *flags) == 0
+        values.append(json.loads((tmp_path / name / "comparison.json").read_text()))
+    assert values[0] == values[1]
+
+
+def test_conversation_by_conversation(tmp_path: Path) -> None:
+    """In a small cache, turns find more when no other conversation comes between them."""
+    hits = {}
+    for order in ("arrival", "conversation"):
+        flags = ("--workload", "chat_multi", "--max-conversations", 40, "--num-blocks", 100)
+        out = tmp_path / order
+        assert study("run", *flags, "--order", order, "--skip-visualization", "--output-dir", out) == 0
+        metrics = json.loads((out / "multi_turn_stats.json").read_text())["metrics"]
+        hits[order] = metrics["hit_rate_first_prefill"]
+    assert hits["conversation"] > hits["arrival"] + 0.1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["run", "--data-path", "missing.json"], "missing.json: cannot read the file"),
+        (["run", "--trace-file", "missing.jsonl"], "missing.jsonl: cannot read the file"),
+        (["run", "--data-path", "a", "--workload", "qa"], "exclude each other"),
+        (["run", "--trace-file", "t.jsonl", "--arrival-rate", "2"], "--arrival-rate makes a trace"),
+        (["compare", "--trace-file", "t.jsonl", "--match-requests"], "--match-requests makes a trace"),
+        (["run", "--block-size", "0"], "block_size must lie between 1"),
+        (["run", "--num-blocks", "0"], "num_blocks must lie between 1"),
+        (["run", "--num-blocks", "99999999999999999999"], "num_blocks must lie between 1"),
+        (["run", "--concurrency", "-1"], "concurrency must lie between 1"),
+        (["run", "--host-blocks", "0"], "host_blocks must lie between 1"),
+        (["run", "--max-conversations", "0"], "max_conversations must be at least 1"),
+        (["run", "--max-tokens", "0"], "--max-tokens must be at least 1"),
+        (["run", "--max-tokens", "1"], "no conversation is left"),
+        (["run", "--min-turns", "0"], "min_turns must be at least 1"),
+        (["run", "--min-turns", "99"], "no conversation is left"),
+        (["run", "--arrival-rate", "nan"], "arrival_rate must be a number"),
+        (["run", "--turn-delay", "-1"], "turn_delay must be a number"),
+        (["run", "--tokenizer", "nowhere"], "cannot read the tokenizer"),
+        (["run", "--output-file", "../stats.json"], "give a plain file name"),
+        (["run", "--output-file", "manifest.json"], "another file of that name"),
+        (["run", "--workload", "qa", "--max-conversations", "all"], "say how many with --max-conversations"),
+        (["compare", "--workload", "qa", "--max-conversations", "5"], "no conversation is left"),
+        (["prepare", "--output-file", "t.jsonl"], "choose it with --mode"),
+        (["prepare", "--trace-file", "t.jsonl"], "say what to make of it with --hash-ids"),
+        (["nothing"], "study has no verb 'nothing'"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, argv: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert study(*argv, *([] if argv == ["nothing"] else ["--output-dir", "out"])) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags", [["--block-size", "x"], ["--order", "random"], ["--max-conversations", "some"], ["--out", "x"]]
+)
+def test_a_flag_that_cannot_be_read_exits_2(capsys: Any, flags: list[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        study("run", *flags)
+    assert exited.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+TRACE_LINE = {
+    "prompt": "Hi there",
+    "response": "Yes",
+    "conversation_id": "c",
+    "turn_index": 0,
+    "timestamp": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({**TRACE_LINE, "timestamp": 0.5}, "row 1 (line 2), column 'timestamp': timestamp runs backwards"),
+        ({**TRACE_LINE, "timestamp": -1}, "row 1 (line 2), column 'timestamp': negative number"),
+        ({**TRACE_LINE, "turn_index": -1}, "row 1 (line 2), column 'turn_index': negative number"),
+        ({"prompt": "Hi"}, "row 1 (line 2), column 'response': missing column"),
+        ('{"prompt": "Hi", "resp', "row 1 (line 2): not JSON"),
+    ],
+)
+def test_bad_rows_are_named_or_counted(tmp_path: Path, capsys: Any, second: Any, message: str) -> None:
+    trace = tmp_path / "t.jsonl"
+    trace.write_text(
+        "\n".join((json.dumps(TRACE_LINE), second if isinstance(second, str) else json.dumps(second)))
+    )
+    flags = ("run", "--trace-file", trace, "--skip-visualization", "--output-dir", tmp_path / "out")
+    assert study(*flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # a mistake in the input leaves nothing behind
+    assert study(*flags, "--bad-rows", "skip") == 0
+    assert "1 bad row skipped: 1 " in capsys.readouterr().out
+
+
+def test_block_ids_that_contradict_lengths_are_named(tmp_path: Path, capsys: Any) -> None:
+    trace = tmp_path / "t.jsonl"
+    trace.write_text(json.dumps({"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [0]}))
+    assert study("run", "--trace-file", trace, "--output-dir", tmp_path / "out") == 2
+    assert "row 0 (line 1), column 'hash_ids'" in capsys.readouterr().err
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
+@given(
+    st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode)),
+    st.sampled_from(("prepare", "run", "compare", "explain")),
+    st.sampled_from(("--data-path", "--trace-file")),
+)
+def test_no_input_makes_a_traceback(tmp_path_factory: Any, data: bytes, verb: str, flag: str) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "input").write_bytes(data)
+    hash_ids = ["--hash-ids", "mooncake"] if verb == "prepare" else []
+    assert study(verb, flag, folder / "input", "--output-dir", folder / "out", *hash_ids) == 2
+
+
+def test_results_are_not_overwritten(tmp_path: Path, capsys: Any) -> None:
+    flags = ("run", "--skip-visualization", "--output-dir", tmp_path / "out")
+    assert study(*flags) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert study(*flags) == 2
+    assert "never overwritten" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_the_verbs_are_listed(capsys: Any) -> None:
+    assert study() == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {verb}" in listed for verb in VERBS)
+
+
+def test_mooncake_in_its_own_blocks(tmp_path: Path) -> None:
+    """The first 500 requests of the published trace; a cache without a limit is the infinite one."""
+    trace = real_file("mooncake/conversation_trace_head500.jsonl")
+    out = tmp_path / "out"
+    assert (
+        study("run", "--trace-file", trace, "--block-size", 512, "--skip-visualization", "--output-dir", out)
+        == 0
+    )
+    metrics = json.loads((out / "trace_stats.json").read_text())["metrics"]
+    ids = [json.loads(line)["hash_ids"] for line in trace.read_text().splitlines()]
+    assert metrics["blocks_unique"] <= len({i for row in ids for i in row})
+    assert metrics["hit_rate_first_prefill"] == metrics["hit_rate_infinite"] > 0.1
+
+
+def test_the_script_runs_the_whole_study(tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    environment = {**os.environ, "VENV": "none", "OUT": str(out), "REQUESTS": "12"}
+    environment["PATH"] = f"{_command(tmp_path)}:{environment['PATH']}"
+    command = [ROOT / "scripts" / "run_prefix_study.sh", "--num-blocks", "128", "--skip-visualization"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    runs = {f"run_{name}" for name in ("chat_single", "chat_multi", "qa", "summarization")}
+    assert names(out) == {"traces", "compare", "compare_small", "explain", "sweep", "mixed"} | runs
+    for folder in out.iterdir():
+        assert json.loads((folder / "manifest.json").read_text())["state"] == "complete"
+    wrong = subprocess.run([*command, "--what"], env=environment, capture_output=True, text=True, check=False)
+    assert (wrong.returncode, wrong.stderr) == (2, "error: unknown option --what; see --help\n")
+
+
+def _command(folder: Path) -> Path:
+    """A `dsatrace` of this tree, whether or not it is installed."""
+    command = folder / "bin" / "dsatrace"
+    command.parent.mkdir()
+    command.write_text(
+        f'#!/usr/bin/env bash\nPYTHONPATH="{ROOT / "inference"}" exec python -m dsatrace.cli "$@"\n'
+    )
+    command.chmod(0o755)
+    return command.parent
+
+
+def test_real_conversations_and_what_is_odd_about_them(tmp_path: Path, capsys: Any) -> None:
+    """Multi-turn is far above single-turn; rows that say nothing or repeat an id are counted."""
+    source = real_file("sharegpt/ShareGPT_V3_edge_cases.json")
+    flags = ("compare", "--data-path", source, "--skip-visualization", "--output-dir", tmp_path / "out")
+    assert study(*flags) == 0
+    said = capsys.readouterr().out
+    assert "source rows, duplicate_id: " in said
+    assert "source rows, empty: " in said
+    rate = json.loads((tmp_path / "out" / "comparison.json").read_text())["metrics"]["hit_rate_first_prefill"]
+    assert rate["multi_turn"] > 0.8
+    assert rate["single_turn"] < 0.05

@@ -1,0 +1,136 @@
+"""One trace under every definition: each by hand or against another count, none past 1."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsatrace.study.explain import Definition, explain
+from dsatrace.study.measure import measure
+from dsatrace.study.requests import StudyRequests
+from dsatrace.study.requests_builder import RequestsBuilder
+from dsatrace.study.run import StudySettings, run_study
+from study_samples import ROWS, requests_of, three_turns
+
+
+def explained(requests: StudyRequests, settings: StudySettings) -> dict[str, Definition]:
+    return {line.name: line for line in explain(run_study(requests, settings))}
+
+
+def test_three_turns_under_every_definition() -> None:
+    lines = explained(three_turns(), StudySettings(block_size=4))
+    fractions = {name: (line.numerator, line.denominator) for name, line in lines.items()}
+    mean = pytest.approx(8 / 14 + 16 / 20)
+    assert {name: fractions[name] for name in fractions if not name.startswith("chunks")} == {
+        "token_weighted": (24, 40),
+        "token_weighted_with_rejected": (24, 40),
+        "token_weighted_with_outputs": (24, 47),
+        "with_preempted": (24, 40),
+        "second_half": (24, 34),  # requests 1 and 2
+        "after_turn_0": (24, 34),
+        "per_request_mean": (mean, 3),
+        "per_request_mean_rejected_as_0": (mean, 3),
+        "per_request_mean_of_hits": (mean, 2),
+        "requests_with_a_hit": (2, 3),
+        "blocks_full": (6, 9),
+        "blocks_with_partial": (6, 2 + 4 + 5),
+        "blocks_any_position": (6, 9),
+        "block_reuse_rate": (6, 13),
+        "repeated_accesses": (11 - 5, 11),
+        "answers_not_cached": (4 + 12, 40),  # the prompts of 6 and 14 tokens leave 1 and 3 blocks
+        "infinite_cache": (24, 40),
+        "infinite_cache_per_request_mean": (mean, 3),
+        "chained_hashes": (0 + 1 + 3, 9),
+        "chained_hashes_with_partial": (0 + 1 + 3, 11),
+        "unchained_hashes": (0 + 1 + 3, 9),
+        "unchained_hashes_with_partial": (0 + 1 + 3, 11),
+    }
+
+
+def test_what_moves_the_chained_and_the_unchained_count() -> None:
+    """The same block behind different ones counts unchained; the last part of a prompt only with parts."""
+    rows = [([1, 1, 2, 2, 9], [], ""), ([3, 3, 2, 2, 9], [], "")]
+    lines = explained(requests_of(rows), StudySettings(block_size=2))
+    assert (lines["chained_hashes"].numerator, lines["chained_hashes_with_partial"].numerator) == (0, 0)
+    assert (lines["unchained_hashes"].numerator, lines["unchained_hashes_with_partial"].numerator) == (1, 2)
+
+
+def test_chunks_alone_move_the_number() -> None:
+    """One prompt that shares nothing: looked up again before each of its chunks it `hits` itself."""
+    lines = explained(requests_of([(range(1024), [], "")]), StudySettings(block_size=16))
+    assert lines["token_weighted"].value == 0
+    assert lines["chunks_of_256_recounted"].value == (256 + 512 + 768) / (4 * 1024)
+    assert lines["chunks_of_256_recounted_to_their_end"].value == (256 + 512 + 768) / (256 + 512 + 768 + 1024)
+    assert lines["chunks_of_2048_recounted"].value == 0
+
+
+def test_rejected_requests_move_the_number() -> None:
+    rows = [([1, 2, 3, 4, 5], [], ""), ([1, 2, 3, 4, 6], [], ""), (range(100, 200), [], "")]
+    lines = explained(requests_of(rows), StudySettings(block_size=4, num_blocks=3))
+    assert lines["token_weighted"].value == 4 / 10
+    assert lines["token_weighted_with_rejected"].value == 4 / 110
+    assert lines["per_request_mean"].value == pytest.approx((0 + 4 / 5) / 2)
+    assert lines["per_request_mean_rejected_as_0"].value == pytest.approx((0 + 4 / 5) / 3)
+
+
+def test_block_ids_do_not_tell_equal_blocks_behind_different_ones() -> None:
+    builder = RequestsBuilder(tokens_per_id=16)
+    builder.add(0.0, [0, 1, 2], num_prompt_tokens=40, num_response_tokens=3)
+    builder.add(1.0, [0, 1, 3], num_prompt_tokens=40, num_response_tokens=3)
+    lines = explained(builder.build(), StudySettings(block_size=16))
+    assert lines["unchained_hashes"].value is None
+    assert "unknown" in lines["unchained_hashes"].formula
+    assert lines["chained_hashes_with_partial"].value == 2 / 6
+    assert lines["token_weighted"].value == 32 / 80
+
+
+@settings(deadline=None)  # the first call loads compiled code
+@given(
+    ROWS,
+    st.integers(1, 4),
+    st.one_of(st.none(), st.integers(1, 20)),
+    st.integers(1, 4),
+    st.sampled_from(["in_order", "continuous"]),
+)
+def test_definitions_hold_together(
+    rows: Any, block_size: int, num_blocks: int | None, concurrency: int, schedule: Any
+) -> None:
+    settings = StudySettings(block_size, num_blocks, concurrency, schedule=schedule)
+    replayed = run_study(requests_of(rows), settings)
+    lines = {line.name: line for line in explain(replayed)}
+    values = measure(replayed)
+    for name, metric in (
+        ("token_weighted", "hit_rate_first_prefill"),
+        ("with_preempted", "hit_rate_with_preempted"),
+        ("per_request_mean", "sharing_fraction_mean"),
+        ("requests_with_a_hit", "sharing_above_0"),
+        ("blocks_full", "hit_rate_blocks"),
+        ("blocks_any_position", "hit_rate_blocks_any"),
+        ("block_reuse_rate", "block_reuse_rate"),
+        ("infinite_cache", "hit_rate_infinite"),
+        ("chunks_of_2048_recounted", "hit_rate_chunks_recounted"),
+    ):
+        assert lines[name].value == pytest.approx(values[metric]), name
+    for line in lines.values():
+        assert line.value is None or 0 <= line.value <= 1
+    assert _at_most(lines, "chained_hashes", "unchained_hashes")
+    assert _at_most(lines, "token_weighted_with_rejected", "token_weighted")
+    assert _at_most(lines, "token_weighted_with_outputs", "token_weighted")
+    json.dumps([line.record() for line in lines.values()], allow_nan=False)
+
+
+def _at_most(lines: dict[str, Definition], less: str, more: str) -> bool:
+    low, high = lines[less].value, lines[more].value
+    return low is None or high is None or low <= high + 1e-12
+
+
+def test_a_rate_past_1_raises() -> None:
+    replayed = run_study(three_turns(), StudySettings(block_size=4))
+    broken = dataclasses.replace(replayed.result, hit_tokens=replayed.result.hit_tokens * 3)
+    with pytest.raises(ValueError, match="a share lies between 0 and 1"):
+        explain(dataclasses.replace(replayed, result=broken))
