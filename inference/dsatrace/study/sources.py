@@ -25,8 +25,8 @@ from dsatrace.study.output_folder import file_digest
 from dsatrace.study.prepare import ClientOptions, PreparedTraces, limit_requests, prepare_traces
 from dsatrace.study.read_requests import read_requests
 from dsatrace.study.requests import UNKNOWN, StudyRequests, conversation_groups
-from dsatrace.study.words import WordVocabulary
 from dsatrace.study.tokenization import Progress, tokenize_rows
+from dsatrace.study.words import WordVocabulary
 from dsatrace.workloads.chat_format import SPECIAL_TOKENS, ChatTemplateFormatter
 from dsatrace.workloads.encoding import Vocabulary
 from dsatrace.workloads.mixed import CHAT_MULTI, CHAT_SINGLE, QA, SUMMARIZATION, WORKLOADS

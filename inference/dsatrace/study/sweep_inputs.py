@@ -25,8 +25,8 @@ from dsatrace.study.read_requests import read_requests
 from dsatrace.study.requests import Order, StudyRequests
 from dsatrace.study.sources import NamedVocabulary, open_vocabulary
 from dsatrace.study.sweep_streams import CacheInput, take_rows
-from dsatrace.study.words import WordVocabulary
 from dsatrace.study.tokenization import tokenize_rows
+from dsatrace.study.words import WordVocabulary
 from dsatrace.workloads.chat_format import ChatTemplateFormatter
 from dsatrace.workloads.mixed import CHAT_MULTI, CHAT_SINGLE, WORKLOADS, interleave, workload_rows
 from dsatrace.workloads.request_generator import (
