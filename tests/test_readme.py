@@ -18,9 +18,13 @@ import pytest
 
 from conftest import ROOT
 from dsatrace.schema import records_markdown
+from dsatrace.study.metrics import markdown_table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NOT_RUN_HERE = {"./scripts/test.sh": "it runs this very test"}
+NOT_RUN_HERE = {
+    "./scripts/test.sh": "it runs this very test",
+    "./scripts/run_prefix_study.sh": "test_study_commands.py runs it, on less",
+}
 TINY = {
     "HF_CKPT": "data/demo/hf",
     "CKPT": "data/demo/mp2",
@@ -83,6 +87,14 @@ def test_the_records_table_is_the_schemas():
     table, end, _ = rest.partition("\n<!-- end of records -->")
     assert end
     assert table.strip() == records_markdown().strip()
+
+
+def test_the_metrics_table_is_the_studys():
+    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    _, _, rest = page.partition("<!-- metrics: python -m dsatrace.study.metrics -->\n")
+    table, end, _ = rest.partition("\n<!-- end of metrics -->")
+    assert end
+    assert table.strip() == markdown_table().strip()
 
 
 def test_every_trace_flag_is_in_the_reference():
