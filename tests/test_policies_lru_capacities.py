@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -35,6 +37,16 @@ def check(stream: AccessStream, oversize: str, leaf: bool) -> int:
 @given(stream=streams())
 def test_one_pass_equals_simulation(leaf, oversize, stream):
     check(stream, oversize, leaf)
+
+
+def test_requests_without_blocks_do_not_change_who_is_released_first():
+    """Request 2 outlives 3 by many empty ones; left out, both would end at the same moment."""
+    chains = [[], [], ["a"], ["b", "c"], *[[]] * 11, ["b", "d"], ["a"]]
+    stream = AccessStream.of(chains)
+    release = stream.release.copy()
+    release[2] = 15
+    for oversize in ("truncate", "reject"):
+        check(dataclasses.replace(stream, release=release), oversize, leaf=True)
 
 
 @LENIENT

@@ -96,7 +96,10 @@ def locate(file: HubFile, within_s: float, remedy: str) -> Located:
             found = _within(
                 within_s,
                 lambda: get_hf_file_metadata(
-                    url, timeout=within_s, headers=build_hf_headers(), endpoint=host
+                    url,
+                    timeout=2 * within_s,  # ends the thread; the limit below is the one that is told
+                    headers=build_hf_headers(),
+                    endpoint=host,
                 ),
             )
         except TimeoutError as error:

@@ -59,7 +59,7 @@ def lru_hits_at(
     for number in np.unique(num_accepted):
         same = np.flatnonzero(num_accepted == number)
         chosen = accepted[same[0]]
-        part = stream if chosen.all() else stream.select(chosen)
+        part = stream.without_blocks_of(~chosen)
         counts[:, same], exact_from = _one_pass(part, sizes[same])
         for index in same[sizes[same] < exact_from]:
             result = simulate(part, "lru", int(sizes[index]))

@@ -177,6 +177,18 @@ class AccessStream:
             release=np.searchsorted(kept, self.release[kept]),
         )
 
+    def without_blocks_of(self, rejected: np.ndarray) -> AccessStream:
+        """The same requests, of which the rejected ask for nothing; rejected is (R,) bool.
+
+        Unlike `select` it keeps the order in which the others are released.
+        """
+        lengths = np.where(rejected, 0, self.lengths)
+        return dataclasses.replace(
+            self,
+            blocks=self.blocks[np.repeat(~rejected, self.lengths)],
+            starts=np.concatenate(([0], np.cumsum(lengths))),
+        )
+
 
 def release_by_concurrency(num_requests: int, concurrency: int) -> np.ndarray:
     """`release` where a request ends when the `concurrency`-th after it comes; 1 is one at a time."""
