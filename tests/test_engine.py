@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from conftest import INFERENCE
+from dsatrace.engine.block_tables import new_pool
 from dsatrace.engine.clock import VirtualClock
 from dsatrace.engine.config import EngineSetup
 from dsatrace.engine.engine import Engine
@@ -19,7 +20,6 @@ from dsatrace.engine.scheduler import Scheduler
 from dsatrace.engine.serve import serve as serve_arrivals
 from dsatrace.engine.setup import load_model, num_cache_blocks, open_engine
 from dsatrace.errors import UserError
-from dsatrace.kv.blocks import BlockPool
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.tracer import Tracer
 from dsatrace.workloads.request import Request
@@ -38,9 +38,10 @@ def new_engine(
     chunk: int = 32,
     stop=frozenset(),
     tracer: Tracer | None = None,
+    prefix_caching: bool = False,
 ) -> Engine:
-    pool = BlockPool(num_tokens // BLOCK, BLOCK)
-    cache = model.new_cache(pool.num_blocks, BLOCK)
+    pool = new_pool(num_tokens // BLOCK, BLOCK, prefix_caching)
+    cache = model.new_cache(pool.blocks.num_blocks, BLOCK)
     runner = ModelRunner(model, cache, Sampler(seed=3), tracer=tracer)
     return Engine(Scheduler(pool, batch_size, chunk, stop), runner, tracer)
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsatrace.engine.block_tables import new_pool
 from dsatrace.engine.clock import VirtualClock
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.scheduler import Admission, Scheduler
 from dsatrace.engine.serve import serve
 from dsatrace.engine.simulator import StepTime, open_simulator, replay
-from dsatrace.kv.blocks import BlockPool
 from dsatrace.workloads.request import Request
 
 END = 0
@@ -157,7 +157,7 @@ def test_jumping_over_steps_changes_nothing(case: Case):
 
 
 def new_scheduler(num_blocks: int, batch_size: int = 4, chunk: int = 100, **kwargs) -> Scheduler:
-    return Scheduler(BlockPool(num_blocks, 4), batch_size, chunk, **kwargs)
+    return Scheduler(new_pool(num_blocks, 4, False), batch_size, chunk, **kwargs)
 
 
 def advance(scheduler: Scheduler, num_steps: int = 1) -> None:

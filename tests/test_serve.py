@@ -244,6 +244,9 @@ def test_the_judge_and_the_tracer_hear_how_each_request_ended():
                 engine.request_abort()
     common = {"num_preemptions": 0, "text": None}
     assert lines["a"] == common | {
+        "prefix_hit_tokens": 0,
+        "num_prefill_tokens": 5,
+        "prefill_s": 0.015,
         "num_output_tokens": 3,
         "admitted_s": 0.0,
         "first_token_s": 0.015,
@@ -255,6 +258,9 @@ def test_the_judge_and_the_tracer_hear_how_each_request_ended():
     error = lines["long"].pop("error")
     assert "500 tokens" in error
     assert lines["long"] == common | {
+        "prefix_hit_tokens": None,
+        "num_prefill_tokens": 0,
+        "prefill_s": 0.0,
         "num_output_tokens": 0,
         "admitted_s": None,
         "first_token_s": None,

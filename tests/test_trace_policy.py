@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsatrace.engine.block_tables import new_pool
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.model_runner import ModelRunner
 from dsatrace.engine.sampler import Sampler
 from dsatrace.engine.scheduler import Scheduler
 from dsatrace.errors import UserError
-from dsatrace.kv.blocks import BlockPool
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.sinks import open_sinks
 from dsatrace.trace.tracer import Tracer
@@ -53,8 +53,10 @@ class FailsAt:
 
 
 def generate(model: Any, tracer: Tracer | None) -> dict[str, list[int]]:
-    pool = BlockPool(64, BLOCK)
-    runner = ModelRunner(model, model.new_cache(pool.num_blocks, BLOCK), Sampler(seed=3), tracer=tracer)
+    pool = new_pool(64, BLOCK, prefix_caching=False)
+    runner = ModelRunner(
+        model, model.new_cache(pool.blocks.num_blocks, BLOCK), Sampler(seed=3), tracer=tracer
+    )
     engine = Engine(Scheduler(pool, 8, 32, frozenset()), runner, tracer)
     live = [
         engine.submit(Request(f"r{i}", tuple(random_tokens(40 + 9 * i, SMALL, i)), NEW_TOKENS, 0.7))

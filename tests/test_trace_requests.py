@@ -98,7 +98,7 @@ def test_scores_by_hand() -> None:
             "task": {"cwe": {"mean": 25.0, "num_scored": 1}, "vt": {"mean": 50.0, "num_scored": 2}},
         },
     }
-    assert said(added([line()], None)) == {"scores": None, "serving": None}
+    assert said(added([line()], None)) == {"scores": None, "serving": None, "prefix_cache": None}
 
 
 @st.composite
@@ -114,6 +114,10 @@ def request_lines(draw: st.DrawFn) -> dict[str, Any]:
         changes["score"] = draw(st.floats(0, 100))
         changes["labels"] = draw(st.dictionaries(st.sampled_from("ab"), st.sampled_from("xy")))
     one = line(state, draw(st.integers(1, 9)), num_preemptions=draw(st.integers(0, 2)), **changes)
+    if draw(st.booleans()):  # with a prefix cache
+        hit = draw(st.none() | st.integers(0, 9))
+        one |= {"num_prompt_tokens": draw(st.integers(10, 20)), "prefix_hit_tokens": hit}
+        one |= {"num_prefill_tokens": draw(st.integers(0, 20)), "prefill_s": draw(st.floats(0, 100))}
     if draw(st.booleans()):  # as a run wrote it before there was more
         for name in ("admitted_s", "num_preemptions", "labels"):
             del one[name]

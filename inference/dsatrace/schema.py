@@ -109,11 +109,13 @@ STEP_FIELDS = (
         "",
         "the request's shared prefix and how much of the selection lies in it",
         children=(
+            Field("prefix_cache_hit", "bool", "", "at least one full leading block is shared"),
             Field(
-                "prefix_cache_hit", "bool", "", "at least one full leading block equals an earlier request's"
-            ),
-            Field(
-                "prefix_cached_blocks", "int", "blocks", "full leading blocks equal to an earlier request's"
+                "prefix_cached_blocks",
+                "int",
+                "blocks",
+                "full leading blocks shared: equal to an earlier request's; where `prefix_source` is cache, "
+                "those that lie whole in its `prefix_hit_tokens`, whatever the cache's own block size",
             ),
             Field("prefix_key", "string", "hex", "keyed hash of the prompt's first tokens"),
             Field("intersection_ratio", "float", "", "touched prefix blocks / touched blocks"),
@@ -195,6 +197,22 @@ REQUEST_FIELDS = (
         "prompt positions that hold the answer, ascending; empty where they are not known",
         optional=True,
     ),
+    Field(
+        "prefix_hit_tokens",
+        "int | null",
+        "tokens",
+        "prompt tokens found in the prefix cache when its prefill first began, and not computed; null when "
+        "it never began. This and the next two stand where `prefix_source` is cache",
+        optional=True,
+    ),
+    Field(
+        "num_prefill_tokens",
+        "int",
+        "tokens",
+        "tokens computed in its prefill, with what a preemption made it compute again",
+        optional=True,
+    ),
+    Field("prefill_s", "float", "s", "time of the forwards that computed those", optional=True),
     Field("error", "string", "", "why it was rejected", optional=True),
     Field("text", "string", "", "the answer; only with `--save-text`", optional=True),
 )
@@ -238,6 +256,14 @@ MANIFEST_FIELDS = (
             Field("mode", "string", "", "how the engine takes requests up"),
             Field("clock", "string", "", "real, or virtual: measured steps, skipped gaps"),
         ),
+        optional=True,
+    ),
+    Field(
+        "prefix_source",
+        "string",
+        "",
+        "what the records' `prefix` says: analysis (equal to an earlier prompt, it could be reused) or "
+        "cache (found in the engine's prefix cache, it was); absent means analysis",
         optional=True,
     ),
     Field(
@@ -355,6 +381,16 @@ _SERVING = (
             Field("finished", "int", "requests", "served requests that finished"),
         ),
     ),
+)
+
+_PREFIX_CACHE = (
+    Field("prompt_tokens", "int", "tokens", "of requests whose prefill began"),
+    Field("hit_tokens", "int", "tokens", "of those, found cached when it first began"),
+    Field("hit_rate", "float | null", "", "hit_tokens / prompt_tokens"),
+    Field("computed_tokens", "int", "tokens", "computed in prefill, again after preemptions"),
+    Field("prefill_s", "float", "s", "time of the prefill forwards, counted in whole us a request"),
+    Field("saved_s", "float | null", "s", "hit_tokens x prefill_s / computed_tokens"),
+    Field("saved_kind", "string", "", "modelled: nobody timed what was not computed"),
 )
 
 SUMMARY_FIELDS = (
@@ -500,6 +536,14 @@ SUMMARY_FIELDS = (
         "",
         "latencies, counted in whole us; null where no requests arrived over time",
         children=_SERVING,
+        optional=True,
+    ),
+    Field(
+        "prefix_cache",
+        "object | null",
+        "",
+        "what the engine's prefix cache saved; null where there was none",
+        children=_PREFIX_CACHE,
         optional=True,
     ),
     Field(

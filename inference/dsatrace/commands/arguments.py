@@ -39,6 +39,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser, required: bool = True)
         help="tokens of a physical block; statistics use --kv-block-size (%(default)s)",
     )
     add("--cache-blocks", type=int, help="physical blocks of the KV cache (enough for a whole batch)")
+    add(
+        "--prefix-caching",
+        action="store_true",
+        help="do not compute a prompt's prefix again that an earlier request has left in the KV cache",
+    )
     add("--seed", type=int, default=default["seed"], help="of sampling (%(default)s)")
 
 

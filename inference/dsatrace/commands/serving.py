@@ -120,7 +120,9 @@ def _run_with_progress(engine: Engine, live: Sequence[LiveRequest], shown: bool)
             progress.update(bar, completed=done, description="prefill" if in_prefill else "decode")
     seconds = time.perf_counter() - started
     generated = sum(len(request.answer) for request in live)
-    report = f"{len(live)} requests, {prompt_tokens} tokens in, {generated} out in {seconds:.1f} s"
+    cached_tokens = sum(request.prefix_hit_tokens or 0 for request in live)
+    cached = f" ({cached_tokens} from the prefix cache)" if cached_tokens else ""
+    report = f"{len(live)} requests, {prompt_tokens} tokens in{cached}, {generated} out in {seconds:.1f} s"
     if engine.num_decode_tokens:
         report += f" ({engine.num_decode_tokens / engine.decode_s:.1f} tokens/s in decode)"
     return report

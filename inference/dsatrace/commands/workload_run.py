@@ -150,6 +150,7 @@ class _Run:
                 seed=setup.seed,
                 selections="none",
                 serving=self._serving("modelled"),
+                prefix_source="cache" if setup.prefix_caching else "analysis",
             ),
             resumed=resumed,
         )
@@ -161,6 +162,7 @@ class _Run:
             prefill_chunk=setup.prefill_chunk,
             cache_block_size=setup.cache_block_size,
             cache_blocks=setup.cache_blocks,
+            prefix_caching=setup.prefix_caching,
             admission=self.served.admission,
             clock=self.served.new_clock(seam.elapsed_s),
             tracer=tracer,
@@ -223,6 +225,7 @@ class _Tally:
     states: Counter[str]
     num_skipped: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     new_tokens: int = 0
     seconds: float = 0.0
     stopped: bool = False
@@ -230,7 +233,8 @@ class _Tally:
     def text(self) -> str:
         states = ", ".join(f"{count} {state}" for state, count in sorted(self.states.items()))
         line = f"{self.states.total()} requests ({states}), " if states else "no requests, "
-        line += f"{self.prompt_tokens:,} tokens in, {self.new_tokens:,} out in {self.seconds:.1f} s"
+        cached = f" ({self.cached_tokens:,} from the prefix cache)" if self.cached_tokens else ""
+        line += f"{self.prompt_tokens:,} tokens in{cached}, {self.new_tokens:,} out in {self.seconds:.1f} s"
         return line + (f"; {self.num_skipped} served before" if self.num_skipped else "")
 
 
@@ -258,6 +262,7 @@ def _serve(engine: Engine, opened: Opened, done: frozenset[str]) -> _Tally:
             workload.forget(live.request_id)
             tally.states[live.state] += 1
             tally.prompt_tokens += live.prompt_len
+            tally.cached_tokens += live.prefix_hit_tokens or 0
             tally.new_tokens += live.num_answered
             advance(1)
     tally.seconds = time.perf_counter() - started

@@ -27,6 +27,7 @@ class EngineSetup:
     prefill_chunk: int = 256  # tokens
     cache_block_size: int = 64  # tokens of a physical block; statistics have their own block size
     cache_blocks: int | None = None  # physical blocks of the KV cache; None: see `open_engine`
+    prefix_caching: bool = False  # a prompt's prefix that is still in the cache is not computed again
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -19,7 +19,8 @@ from .clock import NS_PER_S, Clock, RealClock
 from .live import LiveRequest
 from .ranks import Ranks, SingleProcess, Word
 from .runner import Runner
-from .scheduler import Scheduler, Step
+from .scheduler import Scheduler
+from .step import Step
 
 if TYPE_CHECKING:
     from ..trace.tracer import Tracer
@@ -63,7 +64,8 @@ class Engine:
         self.judge = judge
         self.answer_text = answer_text
         self.abort_requested = False
-        self.decode_s = 0.0
+        self.prefill_s = self.decode_s = 0.0
+        self.num_prefill_tokens = 0  # computed, not what was found cached
         self.num_decode_tokens = 0
         self.clock.start()
 
@@ -155,7 +157,12 @@ class Engine:
         if step_ns is None:
             step_ns = time.perf_counter_ns() - started_ns
         self.clock.advance(step_ns)
-        if not step.is_prefill:
+        if step.is_prefill:
+            (work,) = step.work
+            work.live.prefill_s += step_ns / NS_PER_S
+            self.prefill_s += step_ns / NS_PER_S
+            self.num_prefill_tokens += work.num_tokens
+        else:
             self.decode_s += step_ns / NS_PER_S
             self.num_decode_tokens += len(step.work) * step.num_steps
         return sampled
@@ -187,6 +194,9 @@ class Engine:
             first_token_s=live.first_token_s,
             finish_s=live.finish_s,
             num_preemptions=live.num_preemptions,
+            prefix_hit_tokens=live.prefix_hit_tokens,
+            num_prefill_tokens=live.num_prefill_tokens,
+            prefill_s=live.prefill_s,
             state=live.state,
             error=live.error,
             score=live.score,

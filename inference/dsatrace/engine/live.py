@@ -1,6 +1,7 @@
 """A request while it is being served: its tokens so far, its blocks, its times.
 
-Knows no model and no pool; the scheduler is the only one that changes it.
+Knows no model and no pool. The scheduler is the only one that changes it, but for its score
+and the time of its prefill, which the engine adds.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from ..kv.block_keys import KeyChain
+from ..kv.prefix_pool import HeldBlocks
 from ..workloads.request import Request
 
 State = Literal["waiting", "running", "stop", "length", "aborted", "rejected"]
@@ -22,11 +25,18 @@ class LiveRequest:
 
     request: Request
     tokens: list[int]
-    block_ids: list[int] = dataclasses.field(default_factory=list)
+    held: HeldBlocks | None = None  # from the start of its prefill until it leaves
+    key_chain: KeyChain | None = None  # of `tokens`, where prefixes are cached
+    num_promised_blocks: int = 0  # for its table, before it has one
     num_computed: int = 0
     state: State = "waiting"
     num_decode_steps: int = 0  # what a preemption has computed again counts once
     num_preemptions: int = 0
+    prefix_hit_tokens: int | None = None  # found cached when its prefill first began
+    resumed_tokens: int = 0  # looked up when it came back from preemptions: prompt and answer so far
+    resumed_hit_tokens: int = 0  # found cached of those
+    num_prefill_tokens: int = 0  # computed in chunks, again after a preemption
+    prefill_s: float = 0.0  # what those chunks took
     admitted_s: float | None = None  # for the first time
     first_token_s: float | None = None
     finish_s: float | None = None
@@ -44,6 +54,11 @@ class LiveRequest:
     @property
     def request_id(self) -> str:
         return self.request.request_id
+
+    @property
+    def block_ids(self) -> list[int]:
+        """Its block table."""
+        return self.held.block_ids if self.held is not None else []
 
     @property
     def answer(self) -> list[int]:

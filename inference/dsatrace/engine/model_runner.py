@@ -20,7 +20,7 @@ from ..trace.observe import OnSelect, Recording, SelectionDigest, SelectionRing,
 from ..trace.tracer import Tracer
 from .live import LiveRequest
 from .sampler import Sampler
-from .scheduler import Step, Work
+from .step import Step, Work
 
 
 class ModelRunner:
@@ -156,7 +156,9 @@ class ModelRunner:
             positions=positions,
             score_stats=stats,
             scores=scores,
-            prefixes=self.tracer.prefixes(request_ids),
+            prefixes=self.tracer.prefixes(
+                request_ids, [work.live.prefix_hit_tokens or 0 for work in recorded]
+            ),
             forward_idx=self.forward_idx,
             step_wall_us=wall_s * 1e6,
             step_synced=synced,

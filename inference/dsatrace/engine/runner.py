@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from .live import LiveRequest
-from .scheduler import Step
+from .step import Step
 
 
 class Runner(Protocol):

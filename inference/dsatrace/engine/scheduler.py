@@ -1,10 +1,11 @@
 """Decides what the next forward computes: one chunk of one prompt, or one token of everyone.
 
-A request is admitted when a slot is free and the pool can hold its tokens; its block table
-then grows with its answer. When no block is free the request admitted last gives way: it
-loses its blocks and waits, first in line, to be computed again. Chunks of a prefill end on
-multiples of the chunk size, whatever was cached. Knows no tensor and no clock: it is told
-the time.
+A request is admitted when a slot is free and the pool can hold its tokens. It gets its block
+table when its prefill begins, behind the prefix that the pool has cached, if it caches any;
+the table then grows with its answer. When no block is free the request admitted last gives
+way: it loses its blocks and waits, first in line, to be computed again, less what is cached
+still. Chunks of a prefill end on multiples of the chunk size, whatever was cached. Knows no
+tensor and no clock: it is told the time.
 
 Nobody starves. `[*running, *waiting]` is always in the order of `add`: admission takes from
 the front of `waiting`, preemption puts the last of `running` there. So the oldest request
@@ -22,11 +23,14 @@ import bisect
 import dataclasses
 from collections import deque
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from ..kv.blocks import BlockPool, blocks_needed
+from ..kv.blocks import OutOfBlocks, blocks_needed
+from ..kv.prefix_pool import PrefixPool
 from ..workloads.request import Request
+from .block_tables import BlockTables
 from .live import LiveRequest, State
+from .step import Step, Work
 
 Admission = Literal["continuous", "fifo-batch"]
 """When a request may start: as soon as a slot is free, or with the next batch.
@@ -36,39 +40,12 @@ the batch size; it never waits to fill a batch and takes nobody else until all o
 """
 
 
-class Work(NamedTuple):
-    """Tokens `first_pos .. first_pos + num_tokens` of one request."""
-
-    live: LiveRequest
-    first_pos: int
-    num_tokens: int
-    wants_logits: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One forward. In a decode step every work is one token; a prefill step holds one chunk.
-
-    `num_steps` above 1 stands for so many decode steps of the same requests, of which `work`
-    describes the first.
-    """
-
-    is_prefill: bool
-    work: tuple[Work, ...]
-    num_steps: int = 1
-
-    @property
-    def sampled(self) -> list[LiveRequest]:
-        """The requests that get a token from this step, in the order of the logits."""
-        return [work.live for work in self.work if work.wants_logits]
-
-
 class Scheduler:
     """Prefill first, then decode all running requests together; first come, first served."""
 
     def __init__(
         self,
-        pool: BlockPool,
+        pool: PrefixPool,
         max_batch_size: int,
         prefill_chunk: int,
         stop_tokens: frozenset[int] = frozenset(),
@@ -81,7 +58,8 @@ class Scheduler:
         keeps them side by side. For a pool with room for all; in a smaller one fewer run at a time.
         `max_seq_len` bounds the tokens a request may hold, beside the pool itself.
         """
-        self.pool = pool
+        self.pool = pool.blocks
+        self.tables = BlockTables(pool)
         self.max_batch_size = max_batch_size
         self.prefill_chunk = prefill_chunk
         self.stop_tokens = stop_tokens
@@ -114,6 +92,7 @@ class Scheduler:
         live = LiveRequest.of(request)
         live.error = self._why_it_never_fits(live)
         if live.error is None:
+            self.tables.welcome(live)
             self.waiting.append(live)
         else:
             live.state = "rejected"
@@ -122,9 +101,8 @@ class Scheduler:
     def schedule(self, now: float) -> Step:
         """The next step; call only while `has_work`."""
         self._admit(now)
-        in_prefill = next((live for live in self.running if live.in_prefill), None)
-        if in_prefill is not None and not self._decode_is_due:
-            return Step(True, (self._chunk(in_prefill),))
+        if not self._decode_is_due and (live := self._next_in_prefill()) is not None:
+            return Step(True, (self._chunk(live),))
         self._grow_tables()
         self._prompts_since_decode = 0
         decoding = [live for live in self.running if not live.in_prefill]
@@ -136,20 +114,19 @@ class Scheduler:
         Equal to as many single steps: nobody ends, grows out of the pool, or leaves prefill
         before the last of them is done. Who may arrive in between is the caller's business.
         """
-        if step.is_prefill or len(step.work) < len(self.running):
+        if step.is_prefill or len(step.work) < len(self.running) or self._may_share_soon:
             return step
         num_steps = min(num_steps, *(live.tokens_left for live in self.running))
 
         def growth(num_steps: int) -> int:
-            return sum(self._missing_blocks(live, live.num_computed + num_steps) for live in self.running)
+            return sum(self.tables.missing(live, live.num_computed + num_steps) for live in self.running)
 
         if num_steps > 1 and growth(num_steps) > self.pool.num_free:
             num_steps = bisect.bisect_right(range(1, num_steps + 1), self.pool.num_free, key=growth)
         if num_steps <= 1:
             return step
         for live in self.running:
-            if missing := self._missing_blocks(live, live.num_computed + num_steps):
-                live.block_ids += self.pool.allocate(missing)
+            self.tables.extend(live, live.num_computed + num_steps)
         return dataclasses.replace(step, num_steps=num_steps)
 
     def commit(
@@ -164,11 +141,19 @@ class Scheduler:
             work.live.num_computed += work.num_tokens * step.num_steps
             if not step.is_prefill:
                 work.live.num_decode_steps += step.num_steps
-            elif not work.live.in_prefill:
+                continue
+            work.live.num_prefill_tokens += work.num_tokens
+            if not work.live.in_prefill:
                 self._prompts_since_decode += 1
         tokens = list(zip(step.sampled, sampled, strict=True))
         for live, new in tokens:
             live.tokens += new
+        if self.tables.caches_prefixes:
+            for live, new in tokens:
+                self.tables.learn(live, new)
+            for work in step.work:  # before any of them retires
+                self.tables.mark_computed(work.live)
+        for live, new in tokens:
             if live.first_token_s is None:
                 live.first_token_s = now
             if live.request.stop_at_eos and new[-1] in self.stop_tokens:
@@ -210,15 +195,59 @@ class Scheduler:
         open_to_all = self.admission == "continuous" or opens_batch
         while self.waiting and len(self.running) < self.max_batch_size:
             live = self.waiting[0]
-            held = live.max_len if self.reserve_answer else len(live.tokens)
-            num_blocks = blocks_needed(held, self.pool.block_size)
-            if num_blocks > self.pool.num_free or not (open_to_all or live.num_preemptions):
+            if not (open_to_all or live.num_preemptions) or not self._give_room(live):
                 return
-            # In any order they hold the same; ascending they are often one stretch of memory.
-            live.block_ids = sorted(self.pool.allocate(num_blocks))
             live.state = "running"
             live.admitted_s = now if live.admitted_s is None else live.admitted_s
             self.running.append(self.waiting.popleft())
+
+    def _give_room(self, live: LiveRequest) -> bool:
+        """Promises a request its blocks; or, where these are too few, lets it begin with shared ones.
+
+        Only where its prefill is next: it would miss what others are about to compute.
+        """
+        if self.tables.promise(live, self._table_blocks(live)):
+            return True
+        if live.key_chain is None or any(other.in_prefill for other in self.running):
+            return False
+        try:
+            self._begin(live)
+        except OutOfBlocks:
+            return False
+        return True
+
+    @property
+    def _may_share_soon(self) -> bool:
+        """Whether who is next in line lacks blocks only until others have computed what it can share."""
+        if not self.waiting or len(self.running) >= self.max_batch_size:
+            return False
+        live = self.waiting[0]
+        may_come = self.admission == "continuous" or live.num_preemptions > 0
+        return live.key_chain is not None and may_come
+
+    def _table_blocks(self, live: LiveRequest) -> int:
+        num_tokens = live.max_len if self.reserve_answer else len(live.tokens)
+        return blocks_needed(num_tokens, self.pool.block_size)
+
+    def _begin(self, live: LiveRequest) -> None:
+        """Gives a request its table; its prefill begins behind what is cached, if anything is left of it."""
+        live.num_computed = self.tables.take(live, self._table_blocks(live))
+        if live.prefix_hit_tokens is None:
+            live.prefix_hit_tokens = live.num_computed
+        else:
+            live.resumed_tokens += len(live.tokens)
+            live.resumed_hit_tokens += live.num_computed
+
+    def _next_in_prefill(self) -> LiveRequest | None:
+        """The first in line whose prompt is not done."""
+        for live in self.running:
+            if live.in_prefill:
+                if live.held is not None:
+                    return live
+                self._begin(live)
+                if live.in_prefill:  # one that came back may find everything cached
+                    return live
+        return None
 
     def _chunk(self, live: LiveRequest) -> Work:
         end = (live.num_computed // self.prefill_chunk + 1) * self.prefill_chunk
@@ -229,18 +258,15 @@ class Scheduler:
 
     def _grow_tables(self) -> None:
         """A block for everyone whose next token has none, oldest first; the youngest give way."""
-        position = 0
+        position, block_size = 0, self.pool.block_size
         while position < len(self.running):
             live = self.running[position]
-            if not live.in_prefill and self._missing_blocks(live, live.num_computed + 1):
-                if self.pool.num_free == 0:
+            if not live.in_prefill and len(live.block_ids) * block_size <= live.num_computed:
+                if self.tables.num_free == 0:
                     self._preempt(self.running[-1])
                     continue  # for the same request, unless it was itself the last
-                live.block_ids += self.pool.allocate(1)
+                self.tables.extend(live, live.num_computed + 1)
             position += 1
-
-    def _missing_blocks(self, live: LiveRequest, num_tokens: int) -> int:
-        return max(0, blocks_needed(num_tokens, self.pool.block_size) - len(live.block_ids))
 
     def _preempt(self, live: LiveRequest) -> None:
         self._leave_slot(live)
@@ -256,5 +282,4 @@ class Scheduler:
 
     def _leave_slot(self, live: LiveRequest) -> None:
         self.running.remove(live)
-        self.pool.free(live.block_ids)
-        live.block_ids = []
+        self.tables.release(live)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..kv.blocks import BlockPool, blocks_needed
+from ..kv.blocks import blocks_needed
 from ..kv.layout import CacheLayout, named_layouts
 from ..model.cache import KVCache
 from ..model.checkpoint import load_checkpoint
@@ -32,6 +32,7 @@ from ..trace.config import TraceConfig
 from ..trace.manifest import RunInfo, Selections
 from ..trace.resume import Resumed
 from ..trace.tracer import Tracer
+from .block_tables import new_pool
 from .clock import Clock
 from .config import EngineSetup, user_errors
 from .distributed import choose_ranks
@@ -176,6 +177,7 @@ def open_engine(
                 seed=setup.seed,
                 selections=selections_of(setup.ckpt_path),
                 serving=serving,
+                prefix_source="cache" if setup.prefix_caching else "analysis",
             )
             tracer = stack.enter_context(Tracer(trace, run, resumed=resumed))
         sampler = Sampler(setup.seed)
@@ -183,7 +185,7 @@ def open_engine(
         if traced:
             runner.compare_ranks()
         scheduler = Scheduler(
-            BlockPool(num_blocks, block_size),
+            new_pool(num_blocks, block_size, setup.prefix_caching),
             batch_size,
             setup.prefill_chunk,
             stop_tokens,

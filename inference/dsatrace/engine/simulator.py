@@ -16,13 +16,15 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ..errors import UserError
-from ..kv.blocks import BlockPool, blocks_needed
+from ..kv.blocks import blocks_needed
 from ..trace.tracer import Tracer
 from ..workloads.request import Request
+from .block_tables import new_pool
 from .clock import Clock, VirtualClock
 from .engine import Engine, Judge
 from .live import LiveRequest
-from .scheduler import Admission, Scheduler, Step
+from .scheduler import Admission, Scheduler
+from .step import Step
 
 Respond = Callable[[Request], Sequence[int]]
 """The tokens a request is answered with. Behind them comes the end token, or, for a request that
@@ -132,6 +134,7 @@ def open_simulator(
     prefill_chunk: int = 256,
     cache_block_size: int = 64,
     cache_blocks: int | None = None,
+    prefix_caching: bool = False,
     admission: Admission = "continuous",
     clock: Clock | None = None,
     tracer: Tracer | None = None,
@@ -145,7 +148,7 @@ def open_simulator(
     """
     num_blocks = cache_blocks or max_batch_size * blocks_needed(max_seq_len, cache_block_size)
     scheduler = Scheduler(
-        BlockPool(num_blocks, cache_block_size),
+        new_pool(num_blocks, cache_block_size, prefix_caching),
         max_batch_size,
         prefill_chunk,
         frozenset({end_token}),

@@ -26,6 +26,9 @@ from dsatrace.trace.files import write_atomically
 Selections = Literal["model", "random_weights", "synthetic", "none"]
 """What chose the tokens; only a trained model's choice says anything about locality. "none": no model ran."""
 
+PrefixSource = Literal["analysis", "cache"]
+"""What a record calls shared: equal to an earlier prompt's beginning, or found in the engine's cache."""
+
 CLOCKS = ("real", "virtual")
 
 REDACTED = "***"
@@ -48,6 +51,7 @@ class RunInfo:
     seed: int = 0
     selections: Selections = "model"
     serving: Mapping[str, Any] | None = None  # mode, clock and such, where requests arrived over time
+    prefix_source: PrefixSource = "analysis"
 
     def __post_init__(self) -> None:
         if not self.layouts:
@@ -89,6 +93,7 @@ def manifest(
         "world_size": run.world_size,
         "seed": run.seed,
         "serving": None if run.serving is None else dict(run.serving),
+        "prefix_source": run.prefix_source,
         "trace": {
             "level": config.level,
             "block_size_tokens": config.block_size,

@@ -1,4 +1,4 @@
-"""What the lines of requests.jsonl add up to: the task's scores, and how requests were served.
+"""What the lines of requests.jsonl add up to: scores, how requests were served, what a prefix cache saved.
 
 Every number comes from exact counts (whole microseconds, whole seconds, distinct scores),
 so parts merge by addition; merged runs lie over each other on one time axis. Knows no step.
@@ -62,6 +62,7 @@ class RequestTotals:
         self._spans: list[float] = []  # earliest arrival, latest finish
         self._arrived = Counter[int]()  # by second
         self._finished = Counter[int]()
+        self._prefix_cache = Counter[str]()  # tokens and microseconds; empty where no request met a cache
 
     def add(self, request: Request) -> None:
         score = request["score"]
@@ -70,6 +71,8 @@ class RequestTotals:
                 self._scores.setdefault(group, ValueCounts()).add([score])
         if self._serving is not None:
             self._add_served(request)
+        if "prefix_hit_tokens" in request:
+            self._add_prefix_hit(request)
 
     def merge(self, other: RequestTotals) -> None:
         for group, counts in other._scores.items():
@@ -82,13 +85,20 @@ class RequestTotals:
         self._widen(other._spans)
         self._arrived.update(other._arrived)
         self._finished.update(other._finished)
+        self._prefix_cache.update(other._prefix_cache)
 
     def to_json(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The summary's `scores` and `serving`, and by name the histograms its latencies come from."""
+        """The summary's `scores`, `serving` and `prefix_cache`, and by name the histograms that latencies
+        come from."""
         histograms: dict[str, Any] = {}
         if self._serving is not None:
             histograms = {f"{name}_us": counted.to_json() for name, counted in self._durations.items()}
-        return {"scores": self._scores_json(), "serving": self._serving_json(histograms)}, histograms
+        fields = {
+            "scores": self._scores_json(),
+            "serving": self._serving_json(histograms),
+            "prefix_cache": self._prefix_cache_json(),
+        }
+        return fields, histograms
 
     def _scores_json(self) -> dict[str, Any] | None:
         """`{mean, num_scored, by}`, labels and their values in order; None where no request has a score."""
@@ -132,6 +142,33 @@ class RequestTotals:
             self._finished[math.floor(request["finish_s"])] += 1
             self._num_output_tokens += request["num_output_tokens"]
             self._widen([request["arrival_s"], request["finish_s"]])
+
+    def _add_prefix_hit(self, request: Request) -> None:
+        hit_tokens = request["prefix_hit_tokens"]
+        self._prefix_cache.update(
+            prompt_tokens=0 if hit_tokens is None else request["num_prompt_tokens"],
+            hit_tokens=hit_tokens or 0,
+            computed_tokens=request["num_prefill_tokens"],
+            prefill_us=round(request["prefill_s"] * 1e6),
+        )
+
+    def _prefix_cache_json(self) -> dict[str, Any] | None:
+        """None where no request met a prefix cache."""
+        if not self._prefix_cache:
+            return None
+        prompt_tokens, hit_tokens, computed_tokens, prefill_us = (
+            self._prefix_cache[name]
+            for name in ("prompt_tokens", "hit_tokens", "computed_tokens", "prefill_us")
+        )
+        return {
+            "prompt_tokens": prompt_tokens,
+            "hit_tokens": hit_tokens,
+            "hit_rate": hit_tokens / prompt_tokens if prompt_tokens else None,
+            "computed_tokens": computed_tokens,
+            "prefill_s": prefill_us / 1e6,
+            "saved_s": hit_tokens * prefill_us / computed_tokens / 1e6 if computed_tokens else None,
+            "saved_kind": "modelled",
+        }
 
     def _widen(self, spans: list[float]) -> None:
         if spans:

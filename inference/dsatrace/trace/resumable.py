@@ -28,6 +28,7 @@ _REMEDIES = {
     "device": "resume it on the same kind of device",
     "world_size": "start as many ranks as then",
     "seed": "give the same --seed",
+    "prefix_source": "leave --prefix-caching as it was",
     "trace.level": "give the same --trace-level",
     "trace.block_size_tokens": "give the same --kv-block-size",
     "trace.prefix_key_id": "set DSATRACE_PREFIX_KEY as it was then, or resume as the same user",

@@ -202,6 +202,11 @@ def _serving(run: RunReader) -> str:
     return f"{serving['mode']}, {serving['clock']} clock" if serving else "none"
 
 
+def _prefix_source(run: RunReader) -> str:
+    source: str = run.manifest.get("prefix_source", "analysis")
+    return source
+
+
 def _compared_sizes(stored: Record | None) -> tuple[int, ...]:
     if stored is None:
         return TraceConfig.compared_block_sizes
@@ -216,6 +221,7 @@ def _check_alike(runs: Sequence[RunReader]) -> None:
             ("top-k", _shape(runs[0]).top_k, _shape(run).top_k),
             ("selections", runs[0].manifest["selections"], run.manifest["selections"]),
             ("serving", _serving(runs[0]), _serving(run)),
+            ("prefix source", _prefix_source(runs[0]), _prefix_source(run)),
         ):
             if left != right:
                 raise UserError(

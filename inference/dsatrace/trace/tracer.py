@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -130,6 +130,12 @@ class Tracer:
             "labels": dict(request.labels),
             "needle_positions": sorted(set(request.needle_positions)),
         }
+        if self._run.prefix_source == "cache":
+            self._unfinished[request_id] |= {
+                "prefix_hit_tokens": None,
+                "num_prefill_tokens": 0,
+                "prefill_s": 0.0,
+            }
         if request.needle_positions:
             self._needles[request_id] = tuple(self._unfinished[request_id]["needle_positions"])
         # Only step records say what is shared; a prompt is not hashed for nothing.
@@ -156,9 +162,21 @@ class Tracer:
         if self.config.records_steps:
             self._analyzer.add(request.prompt_token_ids)
 
-    def prefixes(self, request_ids: Iterable[str]) -> tuple[RequestPrefix, ...]:
-        """What `add_request` said of running requests, for a capture of them."""
-        return tuple(self._prefixes[request_id] for request_id in request_ids)
+    def prefixes(
+        self, request_ids: Sequence[str], hit_tokens: Sequence[int] = ()
+    ) -> tuple[RequestPrefix, ...]:
+        """The shared prefixes of running requests, for a capture of them.
+
+        What `add_request` said; or, where the run has a prefix cache, what each of them really
+        found there: the blocks of the statistics that lie whole in its `hit_tokens`.
+        """
+        prefixes = tuple(self._prefixes[request_id] for request_id in request_ids)
+        if self._run.prefix_source == "analysis":
+            return prefixes
+        return tuple(
+            dataclasses.replace(prefix, num_cached_blocks=num_tokens // self.config.block_size)
+            for prefix, num_tokens in zip(prefixes, hit_tokens, strict=True)
+        )
 
     def put(self, capture: StepCapture, handover_us: float = 0.0, sync_us: float = 0.0) -> None:
         """Hands one traced step to the writer.
@@ -182,6 +200,9 @@ class Tracer:
         first_token_s: float | None = None,
         finish_s: float | None = None,
         num_preemptions: int = 0,
+        prefix_hit_tokens: int | None = None,
+        num_prefill_tokens: int = 0,
+        prefill_s: float = 0.0,
         score: float | None = None,
         error: str | None = None,
         text: str | None = None,
@@ -189,7 +210,8 @@ class Tracer:
         """Writes the request's line; times are seconds from the run's start.
 
         `error` says why a request was rejected, without its text. `text` is the answer's,
-        only where the user asked for it (`--save-text`).
+        only where the user asked for it (`--save-text`). What was found in the prefix cache
+        and left to prefill is written where the run has such a cache.
         """
         record = self._unfinished.pop(request.request_id)
         del self._prefixes[request.request_id]
@@ -203,6 +225,12 @@ class Tracer:
             "admitted_s": admitted_s,
             "num_preemptions": num_preemptions,
         }
+        if self._run.prefix_source == "cache":
+            record |= {
+                "prefix_hit_tokens": prefix_hit_tokens,
+                "num_prefill_tokens": num_prefill_tokens,
+                "prefill_s": prefill_s,
+            }
         # Last in the line: they stand only where there is something to say.
         record |= {name: value for name, value in (("error", error), ("text", text)) if value is not None}
         self._writer.finish_request(record)

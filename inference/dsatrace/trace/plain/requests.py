@@ -1,4 +1,5 @@
-"""The second implementation of what requests.jsonl adds up to: scores, and how requests were served.
+"""The second implementation of what requests.jsonl adds up to: scores, how requests were served, what a
+prefix cache saved.
 
 Standard library only, and shares nothing with the fast path but `schema.py`. Keeps the
 few fields it needs of every line and sorts them in the end.
@@ -32,6 +33,7 @@ class PlainRequests:
         self._scores: list[float] = []
         self._groups: dict[str, dict[str, list[float]]] = {}  # label -> value -> scores
         self._of_state: dict[str, list[Line]] = {}
+        self._with_prefix_cache: list[Line] = []
 
     def add(self, line: Line) -> None:
         self.num_requests += 1
@@ -42,9 +44,12 @@ class PlainRequests:
         if self._serving is not None:
             kept = {name: line.get(name) for name in _KEPT}
             self._of_state.setdefault(line["state"], []).append(kept)
+        if "prefix_hit_tokens" in line:
+            names = ("num_prompt_tokens", "prefix_hit_tokens", "num_prefill_tokens", "prefill_s")
+            self._with_prefix_cache.append({name: line[name] for name in names})
 
     def to_json(self) -> dict[str, Any]:
-        """The summary's `scores` and `serving`."""
+        """The summary's `scores`, `serving` and `prefix_cache`."""
         scores = None
         if self._scores:
             by = {
@@ -52,7 +57,11 @@ class PlainRequests:
                 for label, groups in sorted(self._groups.items())
             }
             scores = {**_score(self._scores), "by": by}
-        return {"scores": scores, "serving": self._serving and self._served_json(self._serving)}
+        return {
+            "scores": scores,
+            "serving": self._serving and self._served_json(self._serving),
+            "prefix_cache": _saved(self._with_prefix_cache),
+        }
 
     def histograms(self) -> dict[str, Any]:
         """By name, the microseconds that the latencies are taken from."""
@@ -107,6 +116,26 @@ class PlainRequests:
                 [math.floor(line["finish_s"]) for line in finished],
             ),
         }
+
+
+def _saved(lines: Sequence[Line]) -> dict[str, Any] | None:
+    """What a prefix cache saved these requests; None where there are none."""
+    if not lines:
+        return None
+    begun = [line for line in lines if line["prefix_hit_tokens"] is not None]
+    prompt_tokens = sum(line["num_prompt_tokens"] for line in begun)
+    hit_tokens = sum(line["prefix_hit_tokens"] for line in begun)
+    computed_tokens = sum(line["num_prefill_tokens"] for line in lines)
+    prefill_us = sum(round(line["prefill_s"] * 1e6) for line in lines)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "hit_tokens": hit_tokens,
+        "hit_rate": hit_tokens / prompt_tokens if prompt_tokens else None,
+        "computed_tokens": computed_tokens,
+        "prefill_s": prefill_us / 1e6,
+        "saved_s": hit_tokens * prefill_us / computed_tokens / 1e6 if computed_tokens else None,
+        "saved_kind": "modelled",
+    }
 
 
 def _score(scores: Sequence[float]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class RequestLine(NamedTuple):
     num_output_tokens: int
     state: str
     needle_positions: tuple[int, ...] = ()
+    prefix_hit_tokens: int | None = None  # None: there is no cache, or its prefill never began
 
     @property
     def has_ended(self) -> bool:
@@ -240,6 +241,10 @@ class RunOrder:
             raise differs("seq_len_current", row.seq_len_current, live.prompt_tokens + row.step_idx + 1)
         most = live.prompt_tokens // self._rules.block_size
         require(row.cached_blocks <= most, _PATHS["cached_blocks"], row.cached_blocks, f"at most {most}")
+        if self._rules.prefix_cache and known is not None and known.state != "unfinished":
+            num_hit = (known.prefix_hit_tokens or 0) // self._rules.block_size
+            if row.cached_blocks != num_hit:
+                raise differs(_PATHS["cached_blocks"], row.cached_blocks, num_hit)
         live.num_missing += num_missing
         self._num_missing += num_missing
         self._check_missing("step_idx", row.step_idx, live.num_missing)

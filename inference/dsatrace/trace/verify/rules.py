@@ -45,6 +45,7 @@ class Rules:
     seed: int
     may_lose: bool  # steps may be missing, and are then counted
     resumed_at_forward: tuple[int, ...]  # ascending
+    prefix_cache: bool  # the records' prefixes are what a cache held
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Rules:
@@ -71,6 +72,8 @@ class Rules:
         seams = manifest.get("resumed_at_forward", [])
         ascend = seams == sorted(seams) and all(seam >= 0 for seam in seams)
         require(ascend, "resumed_at_forward", seams, "not ascending counts")
+        source = manifest.get("prefix_source", "analysis")
+        require(source in ("analysis", "cache"), "prefix_source", source, "not analysis or cache")
         block_size = trace["block_size_tokens"]
         require(block_size >= 1, "trace.block_size_tokens", block_size, "not a count")
         return cls(
@@ -88,6 +91,7 @@ class Rules:
             seed=manifest["seed"],
             may_lose=trace["queue_policy"] == "drop" or trace["on_error"] == "continue",
             resumed_at_forward=tuple(seams),
+            prefix_cache=source == "cache",
         )
 
     def is_sampled(self, step_idx: int) -> bool:

@@ -32,15 +32,17 @@ from dsatrace.schema import (
 from dsatrace.trace.plain.files import PlainRun
 from dsatrace.trace.plain.requests import PlainRequests
 from dsatrace.trace.plain.summary import PlainSummary, described
-from dsatrace.trace.verify.mismatch import Mismatch, compare, differs, require
+from dsatrace.trace.verify.mismatch import Mismatch, compare, differs, require, require_range
 from dsatrace.trace.verify.order import RequestLine, RunOrder
 from dsatrace.trace.verify.record import check_record
 from dsatrace.trace.verify.rules import Rules, require_schema
 
 _REQUEST_STATES = ("stop", "length", "rejected", "aborted", "unfinished")
 _TIMES = ("arrival_s", "admitted_s", "first_token_s", "finish_s")
-_ADDED_LATER = ("needle_recall", "scores", "serving", "workload")
+_ADDED_LATER = ("needle_recall", "scores", "serving", "prefix_cache", "workload")
 """Of the summary; absent in those written before."""
+_OF_PREFIX_CACHE = ("prefix_hit_tokens", "num_prefill_tokens", "prefill_s")
+"""Of a request, where the run has a prefix cache."""
 _BLOCK_SIZES = (16, 32, 64)
 """Compared where no summary.json says which sizes the run compared."""
 
@@ -80,7 +82,7 @@ def verify(folder: Path, on_bytes: Callable[[int], object] | None = None) -> Ver
     rules = _named(MANIFEST_FILE, lambda: Rules.of(run.manifest))
     state = run.state
     lines = PlainRequests(run.manifest.get("serving"))
-    requests = _requests(run, lines)
+    requests = _requests(run, lines, rules)
     needles = {name: known.needle_positions for name, known in requests.items()}
     summary = _named(SUMMARY_FILE, lambda: _summary(run, state))
     dropped_steps = summary["dropped_steps"] if summary else 0
@@ -103,12 +105,13 @@ def verify(folder: Path, on_bytes: Callable[[int], object] | None = None) -> Ver
     return Verification(state, rules.level, totals.num_records, len(requests), tuple(notes))
 
 
-def _requests(run: PlainRun, totals: PlainRequests) -> dict[str, RequestLine]:
+def _requests(run: PlainRun, totals: PlainRequests, rules: Rules) -> dict[str, RequestLine]:
     """What requests.jsonl says, by request; its lines are checked and added up on the way."""
     found: dict[str, RequestLine] = {}
     for line, record in run.lines(REQUESTS_FILE):
         try:
             _check_request(record)
+            _check_prefix_cache(record, rules)
             require(record["request_id"] not in found, "request_id", record["request_id"], "stands twice")
         except Mismatch as mismatch:
             raise mismatch.at(REQUESTS_FILE, line, {"request_id": record.get("request_id")}) from None
@@ -118,6 +121,7 @@ def _requests(run: PlainRun, totals: PlainRequests) -> dict[str, RequestLine]:
             record["num_output_tokens"],
             record["state"],
             tuple(record.get("needle_positions", ())),
+            record.get("prefix_hit_tokens"),
         )
         totals.add(record)
     return found
@@ -146,6 +150,29 @@ def _check_request(record: dict[str, Any]) -> None:
     require(needles == sorted(set(needles)), "needle_positions", needles, "not ascending, each of them once")
     inside = not needles or (needles[0] >= 0 and needles[-1] < num_prompt)
     require(inside, "needle_positions", needles, f"outside the prompt's {num_prompt} tokens")
+
+
+def _check_prefix_cache(record: dict[str, Any], rules: Rules) -> None:
+    """What a request found cached, and what was left of its prompt."""
+    for name in _OF_PREFIX_CACHE:
+        rule = "the manifest's prefix_source is cache" if rules.prefix_cache else "without a prefix cache"
+        require((name in record) == rules.prefix_cache, name, record.get(name), rule)
+    if not rules.prefix_cache:
+        return
+    hit, computed, num_prompt = (
+        record[name] for name in ("prefix_hit_tokens", "num_prefill_tokens", "num_prompt_tokens")
+    )
+    require(record["prefill_s"] >= 0, "prefill_s", record["prefill_s"], "below 0")
+    require(computed >= 0 and (hit is not None or computed == 0), "num_prefill_tokens", computed, "no count")
+    answered = record["state"] in ("stop", "length")
+    if hit is None:
+        require(not answered, "prefix_hit_tokens", hit, f"state {record['state']}")
+        return
+    require_range("prefix_hit_tokens", hit, 0, num_prompt - 1)  # the last token is computed always
+    least = num_prompt - hit if answered else 0
+    rule = f"{num_prompt} prompt tokens, {hit} of them cached"
+    if record.get("num_preemptions", 0) == 0:
+        require(least <= computed <= num_prompt - hit, "num_prefill_tokens", computed, rule)
 
 
 def _summary(run: PlainRun, state: str) -> dict[str, Any] | None:
@@ -224,7 +251,7 @@ def _check_totals(
     if stored_only and was_resumed:
         del derived["step_overlap"], derived["layer_overlap"]
     compare(summary, derived, summed=True)
-    for name in ("scores", "serving"):  # nothing more may stand there either
+    for name in ("scores", "serving", "prefix_cache"):  # nothing more may stand there either
         require(summary.get(name) == derived.get(name), name, summary.get(name), "not what the requests say")
     if stored_only:
         notes.append(f"at level {totals.level} the records do not hold: {', '.join(stored_only)}")

@@ -1,0 +1,115 @@
+"""Gives running requests their blocks: promised when they are admitted, taken when their prefill begins.
+
+A request's prefix is looked up as late as can be, so that it finds what those before it in
+the same batch have computed; until then the pool only keeps as many blocks free as it may
+need. A block gets its key by the forward that fills it, never before: who is preempted or
+aborted in the middle of its prompt leaves no key over content that was not computed.
+Knows no order among requests; that is the scheduler's.
+
+    tables = BlockTables(new_pool(num_blocks=64, block_size=16, prefix_caching=True))
+    tables.welcome(live)                    # it will be looked up by its tokens' keys
+    tables.promise(live, 3)                 # False: no room
+    num_hit_tokens = tables.take(live, 3)   # its prefill begins there
+    tables.extend(live, 41)                 # slots for its first 41 tokens
+    tables.learn(live, [5])                 # a token was sampled
+    tables.mark_computed(live)              # others may hit what it holds
+    tables.release(live)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ..kv.block_keys import KeyChain
+from ..kv.blocks import BlockPool, blocks_needed
+from ..kv.prefix_pool import PrefixPool
+from .live import LiveRequest
+
+
+def new_pool(num_blocks: int, block_size: int, prefix_caching: bool) -> PrefixPool:
+    """An engine's pool. Where it caches, it evicts nothing while a block without content is left."""
+    blocks = BlockPool(num_blocks, block_size, free_order="new" if prefix_caching else "old")
+    return PrefixPool(blocks, prefix_caching=prefix_caching)
+
+
+class BlockTables:
+    """The block tables of live requests over one pool. Keys are hashed with a secret of this object's own."""
+
+    def __init__(self, pool: PrefixPool) -> None:
+        self.pool = pool
+        self.block_size = pool.blocks.block_size
+        self._num_promised = 0
+        self._secret = os.urandom(32)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody uses and nobody was promised."""
+        return self.pool.blocks.num_free - self._num_promised
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Without it nothing is learnt or marked."""
+        return self.pool.prefix_caching
+
+    def welcome(self, live: LiveRequest) -> None:
+        """Makes the request's tokens known by their keys; before anything else is done for it."""
+        if self.caches_prefixes:
+            live.key_chain = KeyChain(self.block_size, self._secret)
+            live.key_chain.extend(live.tokens)
+
+    def promise(self, live: LiveRequest, num_blocks: int) -> bool:
+        """Keeps so many blocks free for `take`, which will need no more; False if there are too few."""
+        if num_blocks > self.num_free:
+            return False
+        live.num_promised_blocks = num_blocks
+        self._num_promised += num_blocks
+        return True
+
+    def take(self, live: LiveRequest, num_blocks: int) -> int:
+        """A table of `num_blocks`, of which the first are shared where its prefix is cached.
+
+        Returns the tokens that need no prefill: all but the last one at most. Raises `OutOfBlocks`,
+        and nothing has changed; never for a request that was promised as many.
+        """
+        assert live.num_promised_blocks or not self._num_promised, "others were promised those blocks"
+        keys = live.key_chain.keys if live.key_chain else ()
+        live.held = held = self.pool.admit(
+            keys, len(live.tokens), num_filled=0, num_slots=num_blocks * self.block_size
+        )
+        self._forget_promise(live)
+        # New blocks are alike, and ascending they are often one stretch of memory.
+        held.block_ids[held.num_hit_blocks :] = sorted(held.block_ids[held.num_hit_blocks :])
+        return held.num_hit_tokens
+
+    def missing(self, live: LiveRequest, num_tokens: int) -> int:
+        """Blocks that its table lacks for its first `num_tokens` tokens."""
+        return max(0, blocks_needed(num_tokens, self.block_size) - len(live.block_ids))
+
+    def extend(self, live: LiveRequest, num_tokens: int) -> None:
+        """Blocks for the first `num_tokens` tokens of a request, which coming forwards compute."""
+        assert live.held is not None
+        self.pool.grow(live.held, num_tokens)
+
+    def learn(self, live: LiveRequest, tokens: Sequence[int]) -> None:
+        """Goes on with its keys: these tokens were sampled for it."""
+        assert live.key_chain is not None
+        live.key_chain.extend(tokens)
+
+    def mark_computed(self, live: LiveRequest) -> None:
+        """Lets others find the full blocks of what is computed of a request."""
+        held = live.held
+        assert held is not None
+        if live.num_computed // self.block_size > held.num_keyed:
+            self.pool.grow(held, live.num_computed)  # adds no block: they are all there
+
+    def release(self, live: LiveRequest) -> None:
+        """It needs its blocks no more; what was computed in them can be found until it is evicted."""
+        self._forget_promise(live)
+        if live.held is not None:
+            self.pool.release(live.held)
+            live.held = None
+
+    def _forget_promise(self, live: LiveRequest) -> None:
+        self._num_promised -= live.num_promised_blocks
+        live.num_promised_blocks = 0
