@@ -122,7 +122,9 @@ def test_the_command_lists_its_verbs_and_refuses_others(capsys):
 
 @pytest.mark.parametrize("verb", sorted(cli.VERBS))
 def test_every_verb_has_help(verb, capsys):
-    with pytest.raises(SystemExit) as ended:
-        cli.main([verb, "--help"])
-    assert ended.value.code == 0
+    try:
+        code = cli.main([verb, "--help"])  # a verb with verbs of its own returns
+    except SystemExit as ended:  # argparse leaves
+        code = ended.code
+    assert code == 0
     assert "usage" in capsys.readouterr().out

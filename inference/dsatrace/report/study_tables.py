@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..study.compare import Comparison
+from ..study.engine_check import EngineCheck
 from ..study.explain import Definition
 from ..study.measure import Value
 from ..study.metrics import UNITS
@@ -117,6 +118,20 @@ def run_grids(name: str, statistics: Mapping[str, Any]) -> Iterator[Grid]:
         ]
         yield Grid("By workload", columns, of_each)
     yield from _turns(f"{name}, by turn", statistics["per_turn"])
+
+
+def engine_grid(check: EngineCheck) -> Grid:
+    """What the engine's own scheduler found, beside the replay."""
+    rows = [
+        ("requests", f"{check.num_requests:,}"),
+        ("of these with the replay's hits", f"{check.num_equal:,}"),
+        ("rejected", f"{check.num_rejected:,}"),
+        ("hit rate, first prefill", f"{check.hit_rate:.2%}"),
+        ("hit tokens, the replay's", f"{check.hit_tokens:,}, {check.replay_hit_tokens:,}"),
+        ("tokens prefilled", f"{check.num_prefill_tokens:,}"),
+        ("preemptions", f"{check.num_preemptions:,}"),
+    ]
+    return Grid("Through the engine's scheduler, with the token simulator", ("", "value"), rows)
 
 
 def compare_grids(comparison: Comparison, cache: Mapping[str, Any]) -> Iterator[Grid]:

@@ -26,8 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = options.settings_from_args(args)
     path = options.output_path(args, "run")
 
-    from dsatrace.report.study_tables import run_grids
+    from dsatrace.report.study_tables import engine_grid, run_grids
     from dsatrace.study.accesses import ACCESSES_FILE, REQUESTS_FILE, Accesses, write_accesses
+    from dsatrace.study.engine_check import through_the_engine
     from dsatrace.study.results import write_results
     from dsatrace.study.run import run_study
     from dsatrace.study.sources import trace_name
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with options.study_folder(path, "run", argv, client, settings) as folder:
         replayed = run_study(requests, settings)
         statistics = write_results(folder, name, replayed, args.output_file)
+        check = through_the_engine(replayed) if args.runner == "engine" else None
+        if check is not None:
+            folder.write_json("engine_stats.json", check.to_json())
         if client.has_text:
             trace_file = folder.file(f"{name}_trace.jsonl")
             write_trace_rows(trace_file, client.rows(args.mode))
@@ -49,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             draw_run(folder, replayed, name)
     options.say_what_was_read(client)
     options.show(run_grids(name, statistics), args.markdown)
+    if check is not None:
+        options.show([engine_grid(check)], args.markdown)
     print(
         f"files: {path}"
         + (f"; {trace_file.name} holds text, only you can read it" if client.has_text else "")
@@ -102,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=(SINGLE_TURN, MULTI_TURN),
         default=MULTI_TURN,
         help="which trace of the conversations (%(default)s); a trace file is taken whole",
+    )
+    add(
+        "--runner",
+        choices=("replay", "engine"),
+        default="replay",
+        help="engine: through the engine's scheduler and the token simulator as well (%(default)s)",
     )
     add(
         "--write-accesses", action="store_true", help="write requests.jsonl and accesses.jsonl for the sweeps"

@@ -1,0 +1,82 @@
+"""The same trace through the engine's own scheduler, with the token simulator in place of a model.
+
+The offline replay says what a block pool finds; this says what the engine that serves models
+finds, its chunked prefill, growth, preemption and virtual clock included. One request at a
+time both follow the same rules and must agree; with several at a time the engine's arrivals
+and step times decide who meets whom. Knows no file.
+
+    check = through_the_engine(replayed)
+    check.num_equal, check.num_requests
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from dsatrace.engine.simulated_prefixes import NO_TOKEN, Turn, simulate_prefixes
+from dsatrace.study.requests import StudyRequests
+from dsatrace.study.run import Replayed
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineCheck:
+    """What the engine found, beside the replay; tokens are those of served requests."""
+
+    num_requests: int
+    num_equal: int  # requests whose first prefill hits as many tokens as in the replay
+    num_rejected: int
+    prompt_tokens: int
+    hit_tokens: int
+    replay_hit_tokens: int
+    num_prefill_tokens: int
+    num_preemptions: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Hit tokens / prompt tokens, at first prefills."""
+        return self.hit_tokens / max(1, self.prompt_tokens)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "hit_rate_first_prefill": self.hit_rate}
+
+
+def through_the_engine(replayed: Replayed) -> EngineCheck:
+    """Serves the replay's requests by its settings: block size, blocks, live requests, prefill chunk."""
+    settings = replayed.settings
+    hits = simulate_prefixes(
+        _turns(replayed.requests.as_tokens(), settings.decode, settings.schedule == "in_order"),
+        block_size=settings.block_size,
+        num_blocks=settings.num_blocks or replayed.trace.num_blocks_at_most,
+        max_batch_size=settings.concurrency,
+        prefill_chunk=settings.chunk_tokens,
+        prefix_caching=settings.prefix_caching,
+    )
+    served = [found for found in hits if not found.rejected]
+    found_tokens = np.array([found.hit_tokens for found in hits])
+    return EngineCheck(
+        num_requests=len(hits),
+        num_equal=int((found_tokens == replayed.result.hit_tokens).sum()),
+        num_rejected=len(hits) - len(served),
+        prompt_tokens=sum(found.prompt_tokens for found in served),
+        hit_tokens=int(found_tokens.sum()),
+        replay_hit_tokens=int(replayed.result.hit_tokens.sum()),
+        num_prefill_tokens=sum(found.num_prefill_tokens for found in served),
+        num_preemptions=sum(found.num_preemptions for found in served),
+    )
+
+
+def _turns(requests: StudyRequests, decode: bool, keeps_last: bool) -> Iterator[Turn]:
+    """`keeps_last`: the replay in order keeps the last token's KV too, which the engine computes for
+    one more token only."""
+    for request in requests:
+        answer: list[int] = []
+        if decode and request.num_response_tokens:
+            # Answers of which only the length is known are like no other request's.
+            made_up = [-2 - request.index] * request.num_response_tokens
+            answer = request.response_ids.tolist() or made_up
+            answer += [NO_TOKEN] * keeps_last
+        yield request.arrival_s, request.prompt_ids.tolist(), answer
