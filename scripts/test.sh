@@ -7,4 +7,4 @@ cd "$root"
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+python -m pytest -n auto --maxprocesses=4 --dist=worksteal "$@"
