@@ -18,6 +18,7 @@ VERBS = {
     "summarize": ("dsatrace.commands.summarize", "recompute a summary from runs' files, and merge runs"),
     "convert": ("dsatrace.commands.convert", "a Hugging Face checkpoint to one file a rank"),
     "download": ("dsatrace.commands.download", "a data set from the hub to data/"),
+    "calibrate": ("dsatrace.commands.calibrate", "fit what reads from this machine's KV stores cost"),
     "needle": ("dsatrace.commands.needle", "write a needle-in-a-haystack prompt"),
     "make-tiny-checkpoint": ("dsatrace.commands.make_tiny_checkpoint", "a small random checkpoint"),
     "study": ("dsatrace.commands.study", "how much conversations share, and what a cache makes of it"),

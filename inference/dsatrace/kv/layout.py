@@ -42,6 +42,7 @@ def named_layouts(kv_lora_rank: int, qk_rope_head_dim: int, index_head_dim: int)
 
     - `demo`: DeepSeek's demo, bf16 latent and rope key, fp8 indexer key;
     - `serving_fp8`: FlashMLA's sparse decode, fp8 latent with its scales, bf16 rope key, fp8 indexer key;
+    - `plain_fp8`: latent and rope key fp8 with one scale for a whole tensor, fp8 indexer key;
     - `hf_bf16`: transformers, everything bf16.
     """
     bf16_latent = (kv_lora_rank + qk_rope_head_dim) * BF16_BYTES
@@ -50,6 +51,7 @@ def named_layouts(kv_lora_rank: int, qk_rope_head_dim: int, index_head_dim: int)
     layouts = (
         CacheLayout("demo", bf16_latent, fp8_index),
         CacheLayout("serving_fp8", fp8_latent, fp8_index),
+        CacheLayout("plain_fp8", (kv_lora_rank + qk_rope_head_dim) * FP8_BYTES, fp8_index),
         CacheLayout("hf_bf16", bf16_latent, index_head_dim * BF16_BYTES),
     )
     return {layout.name: layout for layout in layouts}

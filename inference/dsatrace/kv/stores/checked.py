@@ -1,0 +1,171 @@
+"""A `Store` over any medium: what all members share stands here, once.
+
+Keeps a key's slot and checksum (`Ledger`), so that a unit counts only if it is, byte for
+byte, what this handle put last. Knows no medium's ways.
+
+    store = CheckedStore(ArrayMedium(array), unit_bytes=41984, capacity_units=1024)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from time import perf_counter
+
+import numpy as np
+
+from dsatrace.kv.stores.arguments import are_distinct, check_batch, check_keys
+from dsatrace.kv.stores.interface import StoreError, StoreStats
+from dsatrace.kv.stores.ledger import Ledger
+from dsatrace.kv.stores.medium import ABSENT, FOUND, Medium
+
+COUNTED = tuple(field.name for field in dataclasses.fields(StoreStats) if field.name != "latency_kind")
+
+
+class CheckedStore:
+    """See `Store` for the contract."""
+
+    def __init__(self, medium: Medium, unit_bytes: int, capacity_units: int | None) -> None:
+        self.unit_bytes = unit_bytes
+        self.capacity_units = capacity_units
+        self._medium = medium
+        self._ledger = Ledger(capacity_units)
+        self._counts: dict[str, float] = dict.fromkeys(COUNTED, 0)
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def put(self, keys: np.ndarray, data: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        rows = check_batch(self.unit_bytes, keys, data, rows)
+        if not are_distinct(keys):
+            raise ValueError("a put names a key twice; which version should be stored?")
+        with self._lock:
+            self._check_open()
+            self._counts["write_batches"] += 1
+            self._counts["put_units"] += len(keys)
+            slots = self._ledger.take(keys)
+            stored = slots >= 0
+            if not len(keys):
+                return stored
+            if stored.all():
+                return self._write(keys, slots, data, rows)
+            if stored.any():
+                stored[stored] = self._write(keys[stored], slots[stored], data, rows[stored])
+            return stored
+
+    def _write(self, keys: np.ndarray, slots: np.ndarray, data: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        counts = self._counts
+        sums = np.empty(len(keys), dtype=np.uint64)
+        begin = perf_counter()
+        try:
+            moved = self._medium.write(keys, slots, data, rows, sums)
+        except BaseException as error:
+            self._ledger.free(keys)  # nobody knows which of them hold the new version
+            self._count_failure(error)
+            raise
+        self._ledger.sums[slots] = sums
+        num_stored = int(np.count_nonzero(moved.outcome))
+        if num_stored < len(keys):
+            self._ledger.free(keys[~moved.outcome])
+        counts["stored_units"] += num_stored
+        counts["write_ops"] += moved.ops
+        counts["bytes_written"] += moved.num_bytes
+        counts["write_us"] += (perf_counter() - begin) * 1e6
+        return moved.outcome
+
+    def fetch(self, keys: np.ndarray, out: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        given, rows = rows, check_batch(self.unit_bytes, keys, out, rows)
+        if given is not None and not are_distinct(rows):
+            raise ValueError("a fetch names a row twice; which unit should it hold?")
+        with self._lock:
+            self._check_open()
+            self._counts["read_batches"] += 1
+            self._counts["requested_units"] += len(keys)
+            slots = self._ledger.find(keys)
+            hits = slots >= 0
+            num_known = int(np.count_nonzero(hits))
+            self._counts["missed_units"] += len(keys) - num_known
+            if not num_known:
+                return hits
+            if num_known == len(keys):
+                return self._read(keys, slots, out, rows)
+            hits[hits] = self._read(keys[hits], slots[hits], out, rows[hits])
+            return hits
+
+    def _read(self, keys: np.ndarray, slots: np.ndarray, out: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        counts = self._counts
+        sums = np.empty(len(keys), dtype=np.uint64)
+        begin = perf_counter()
+        try:
+            moved = self._medium.read(keys, slots, out, rows, sums)
+        except BaseException as error:
+            counts["missed_units"] += len(keys)
+            self._count_failure(error)
+            raise
+        hits: np.ndarray = (moved.outcome == FOUND) & (sums == self._ledger.sums[slots])
+        num_hits = int(np.count_nonzero(hits))
+        if num_hits < len(keys):
+            self._ledger.free(keys[~hits])
+            num_absent = int(np.count_nonzero(moved.outcome == ABSENT))
+            counts["missed_units"] += len(keys) - num_hits
+            counts["corrupt_units"] += len(keys) - num_hits - num_absent
+        counts["hit_units"] += num_hits
+        counts["read_ops"] += moved.ops
+        counts["bytes_read"] += moved.num_bytes
+        counts["bytes_useful"] += num_hits * self.unit_bytes
+        counts["read_us"] += (perf_counter() - begin) * 1e6
+        return hits
+
+    def contains(self, keys: np.ndarray) -> np.ndarray:
+        check_keys(keys)
+        with self._lock:
+            self._check_open()
+            return self._ask(self._medium.holds, keys)
+
+    def evict(self, keys: np.ndarray) -> np.ndarray:
+        check_keys(keys)
+        if not are_distinct(keys):
+            raise ValueError("an evict names a key twice")
+        with self._lock:
+            self._check_open()
+            gone = self._ask(self._medium.drop, keys)
+            self._ledger.free(keys[gone])
+            self._counts["evicted_units"] += int(np.count_nonzero(gone))
+            return gone
+
+    def _ask(self, question: Callable[[np.ndarray], np.ndarray], keys: np.ndarray) -> np.ndarray:
+        """The medium's answer for the keys that were stored, False for the others."""
+        answer: np.ndarray = self._ledger.find(keys) >= 0
+        if answer.any():
+            try:
+                answer[answer] = question(keys[answer])
+            except StoreError as error:
+                self._count_failure(error)
+                raise
+        return answer
+
+    def register(self, buffer: np.ndarray) -> None:
+        if buffer.dtype != np.uint8 or not buffer.flags.c_contiguous:
+            raise ValueError("register a C-contiguous uint8 array")
+        with self._lock:
+            self._check_open()
+            self._medium.register(buffer)
+
+    def stats(self) -> StoreStats:
+        with self._lock:
+            return StoreStats(**self._counts)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._medium.close(self._ledger.keys())
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the store is closed")
+
+    def _count_failure(self, error: BaseException) -> None:
+        if isinstance(error, StoreError):
+            self._counts["errors"] += 1
+            self._counts["timeouts"] += error.kind == "timeout"

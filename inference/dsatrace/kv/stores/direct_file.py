@@ -1,0 +1,133 @@
+"""Units in a file read with O_DIRECT: every read reaches the disk, past the page cache.
+
+Units lie at multiples of the disk's sector, padded; the padding counts as bytes read. A
+batch is sorted by place and neighbours are read in one operation, several at a time.
+
+    store = direct_file_store("file:/mnt/nvme/kv", Path("/mnt/nvme/kv"), 41984, capacity_units=1024)
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from dsatrace.errors import UserError
+from dsatrace.kv.stores.checked import CheckedStore
+from dsatrace.kv.stores.checksums import copy_units
+from dsatrace.kv.stores.files import open_private_file
+from dsatrace.kv.stores.interface import StoreError
+from dsatrace.kv.stores.medium import FOUND, Medium, Moved
+
+SECTORS = (512, 4096)  # bytes; the first that the disk takes
+STAGING_BYTES = 8 << 20
+PARALLEL = 8
+"""Operations under way at a time."""
+
+Transfer = Callable[[int, list[memoryview], int], int]  # os.preadv or os.pwritev
+
+
+class DirectFileMedium(Medium):
+    """Unit = `slot_bytes` at slot x `slot_bytes` of the file."""
+
+    def __init__(self, fd: int, unit_bytes: int, sector: int) -> None:
+        self._fd = fd
+        self._slot_bytes = padded(unit_bytes, sector)
+        self._staged_units = max(1, STAGING_BYTES // self._slot_bytes)
+        memory = mmap.mmap(-1, self._staged_units * self._slot_bytes)  # O_DIRECT wants whole pages
+        self._staging = np.frombuffer(memory, dtype=np.uint8).reshape(self._staged_units, self._slot_bytes)
+        self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="direct-file")
+
+    def write(
+        self, keys: np.ndarray, slots: np.ndarray, data: np.ndarray, rows: np.ndarray, sums: np.ndarray
+    ) -> Moved:
+        ops = 0
+        for part, staged in self._parts(slots):
+            part_sums = np.empty(len(part), dtype=np.uint64)
+            copy_units(data, rows[part], self._staging, staged, keys[part], part_sums)
+            sums[part] = part_sums
+            ops += self._transfer(os.pwritev, slots[part])
+        return Moved(np.ones(len(keys), dtype=bool), ops, len(keys) * self._slot_bytes)
+
+    def read(
+        self, keys: np.ndarray, slots: np.ndarray, out: np.ndarray, rows: np.ndarray, sums: np.ndarray
+    ) -> Moved:
+        ops = 0
+        for part, staged in self._parts(slots):
+            part_sums = np.empty(len(part), dtype=np.uint64)
+            ops += self._transfer(os.preadv, slots[part])
+            copy_units(self._staging, staged, out, rows[part], keys[part], part_sums)
+            sums[part] = part_sums
+        return Moved(np.full(len(keys), FOUND, np.uint8), ops, len(keys) * self._slot_bytes)
+
+    def _parts(self, slots: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The units by ascending slot, as many at a time as can be staged, and their rows there."""
+        order = np.argsort(slots, kind="stable")
+        for begin in range(0, len(order), self._staged_units):
+            part = order[begin : begin + self._staged_units]
+            yield part, np.arange(len(part))
+
+    def _transfer(self, move: Transfer, slots: np.ndarray) -> int:
+        """Moves staged units from or to ascending `slots`, runs of neighbours at once; returns how many."""
+        begins = np.flatnonzero(np.diff(slots, prepend=-2) != 1)
+        ends = np.append(begins[1:], len(slots))
+        places = (slots[begins] * self._slot_bytes).tolist()
+        spans = list(zip(begins.tolist(), ends.tolist(), places, strict=True))
+        if len(spans) == 1:
+            self._move(move, spans)
+        else:
+            shares = [spans[i::PARALLEL] for i in range(min(PARALLEL, len(spans)))]
+            for _ in self._pool.map(lambda share: self._move(move, share), shares):
+                pass
+        return len(spans)
+
+    def _move(self, move: Transfer, spans: list[tuple[int, int, int]]) -> None:
+        for begin, end, place in spans:
+            memory = self._staging[begin:end].data.cast("B")
+            try:
+                moved = move(self._fd, [memory], place)
+            except OSError as error:
+                raise StoreError("io", f"{len(memory)} bytes at {place} of the file: {error}") from error
+            if moved != len(memory):
+                raise StoreError("io", f"{moved} of {len(memory)} bytes at {place} of the file")
+
+    def holds(self, keys: np.ndarray) -> np.ndarray:
+        return np.ones(len(keys), dtype=bool)
+
+    def drop(self, keys: np.ndarray) -> np.ndarray:
+        return np.ones(len(keys), dtype=bool)
+
+    def register(self, buffer: np.ndarray) -> None:
+        """Bytes come through the staging memory, which alone is aligned."""
+
+    def close(self, keys: np.ndarray) -> None:
+        self._pool.shutdown()
+        os.close(self._fd)
+
+
+def direct_file_store(spec: str, path: Path, unit_bytes: int, capacity_units: int) -> CheckedStore:
+    """A store in a new private file at `path`, read and written past the page cache."""
+    room = padded(unit_bytes, SECTORS[-1]) * capacity_units
+    fd = open_private_file(spec, path, room, os.O_DIRECT)
+    return CheckedStore(DirectFileMedium(fd, unit_bytes, _sector(spec, fd)), unit_bytes, capacity_units)
+
+
+def padded(unit_bytes: int, sector: int) -> int:
+    return -(-unit_bytes // sector) * sector
+
+
+def _sector(spec: str, fd: int) -> int:
+    """The smallest sector that the file takes at a place of its own size."""
+    page = mmap.mmap(-1, SECTORS[-1])
+    for sector in SECTORS:
+        try:
+            os.preadv(fd, [memoryview(page)[:sector]], sector)
+            return sector
+        except OSError:
+            continue
+    os.close(fd)
+    raise UserError(f"{spec}: this disk takes no direct reads of {SECTORS} bytes; use mmap:PATH")

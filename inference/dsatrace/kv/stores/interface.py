@@ -1,0 +1,140 @@
+"""The contract of a store of KV units, and what it counts.
+
+A unit is a fixed number of bytes: one block of one layer, or one row (one token of one
+layer). A store knows neither tokens nor layers; a key is a number.
+
+    keys = unit_keys(layer_id=3, unit_ids=block_ids)          # (N,) uint64
+    stored = store.put(keys, pool, rows=slots)                # (N,) bool
+    hits = store.fetch(keys, pool, rows=slots)                # (N,) bool
+    store.stats().bytes_read
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from typing import Literal, Protocol
+
+import numpy as np
+
+from dsatrace.kv.tiers import LatencyKind
+
+UNIT_ID_BITS = 48
+NAMESPACE_BYTES = 16
+
+ErrorKind = Literal["timeout", "connection", "protocol", "io", "refused"]
+
+
+class StoreError(RuntimeError):
+    """A store failed while it was in use: the batch did not happen, as far as anyone can tell."""
+
+    def __init__(self, kind: ErrorKind, message: str) -> None:
+        super().__init__(message)
+        self.kind: ErrorKind = kind
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreStats:
+    """What a store did since it was opened. Differences are taken with `-`.
+
+    `requested_units == hit_units + missed_units` and `bytes_useful == hit_units * unit_bytes`
+    always. An operation is a piece addressed on its own: a run of adjacent units where the
+    medium merges neighbours (memory, files), else one unit. A failed batch moved nothing
+    that is counted: its units are missed or not stored, and `errors` grew by one.
+    """
+
+    read_batches: int = 0
+    requested_units: int = 0
+    hit_units: int = 0
+    missed_units: int = 0  # absent, corrupt, or in a batch that failed
+    corrupt_units: int = 0  # of those, units whose bytes came back short or altered
+    read_ops: int = 0
+    bytes_read: int = 0  # moved from the medium, padding and corrupt units included
+    bytes_useful: int = 0
+    read_us: float = 0.0
+    write_batches: int = 0
+    put_units: int = 0
+    stored_units: int = 0
+    write_ops: int = 0
+    bytes_written: int = 0
+    write_us: float = 0.0
+    evicted_units: int = 0  # by `evict`; what a remote store drops on its own is a miss later
+    errors: int = 0  # batches that raised `StoreError`
+    timeouts: int = 0  # of those, by time
+    latency_kind: LatencyKind = "measured"
+
+    def __sub__(self, earlier: StoreStats) -> StoreStats:
+        changes = {
+            field.name: getattr(self, field.name) - getattr(earlier, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "latency_kind"
+        }
+        return StoreStats(**changes, latency_kind=self.latency_kind)
+
+
+class Store(Protocol):
+    """Keeps units of `unit_bytes` bytes under 64-bit keys and gives them back, a batch at a time.
+
+    *Arrays.* `keys` is `(N,)` uint64. `data` and `out` are C-contiguous `(M, unit_bytes)`
+    uint8 that start at a multiple of 8 bytes; unit i is row `rows[i]` of it, or row i where
+    `rows` is None (then M == N). Anything else raises `ValueError` and nothing happens. A batch
+    may be empty.
+
+    *Own units only.* A handle gives back what it stored itself, in the version it stored last.
+    Handles on one shared store never see each other's units, not even under equal keys.
+
+    *Never wrong bytes.* A hit holds exactly the bytes that were put. A unit that is gone,
+    short, altered or of an older version is a miss (the latter three counted as corrupt), and
+    is forgotten. Rows of `out` that missed hold anything afterwards: use a row only if it hit.
+
+    *Failure.* A store that stops answering raises `StoreError` within `timeout_s`, with its
+    cause; `out` then holds anything, and the units of a failed put are forgotten. The handle
+    stays usable: a later call tries again, and a store that has come back empty just misses.
+
+    *Room.* A put into a full store keeps what fits and says which; it never evicts. An
+    overwrite that did not fit leaves the key absent, never an old version.
+
+    *Threads.* Calls may come from any thread and are carried out one after the other, `stats`
+    included. `close` may be called twice; any other call after it raises `ValueError`.
+    """
+
+    unit_bytes: int
+    capacity_units: int | None  # None: as much as the medium takes
+
+    def put(self, keys: np.ndarray, data: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """Stores or overwrites; `keys` are distinct. Returns which units are stored, (N,) bool."""
+
+    def fetch(self, keys: np.ndarray, out: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """Reads into `out`; a key may stand twice, a row may not. Returns the hits, (N,) bool."""
+
+    def contains(self, keys: np.ndarray) -> np.ndarray:
+        """Which units are here, (N,) bool. Says nothing about their bytes, counts no request."""
+
+    def evict(self, keys: np.ndarray) -> np.ndarray:
+        """Drops units. Returns which were here and are gone now, (N,) bool: False for an unknown
+        key, and for one the medium holds under a lease, which stays readable."""
+
+    def register(self, buffer: np.ndarray) -> None:
+        """Announces memory that `data` and `out` will lie in, once; stores that move bytes by
+        address then skip a copy. The caller keeps it alive until `close`."""
+
+    def stats(self) -> StoreStats:
+        """The counts so far."""
+
+    def close(self) -> None:
+        """Gives everything back: memory, files, and this handle's units in a shared store."""
+
+
+def unit_keys(layer_id: int, unit_ids: np.ndarray) -> np.ndarray:
+    """The keys of one layer's units, (N,) uint64. `unit_ids`: block ids or row numbers below 2**48."""
+    ids = np.asarray(unit_ids)
+    if not 0 <= layer_id < 1 << (64 - UNIT_ID_BITS):
+        raise ValueError(f"layer {layer_id} does not fit a key's 16 bits")
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << UNIT_ID_BITS:
+        raise ValueError(f"unit ids {ids.min()}..{ids.max()} do not fit a key's {UNIT_ID_BITS} bits")
+    return ids.astype(np.uint64) | np.uint64(layer_id << UNIT_ID_BITS)
+
+
+def new_namespace() -> bytes:
+    """What keeps one handle's units in a shared store apart from all others': 16 random bytes."""
+    return secrets.token_bytes(NAMESPACE_BYTES)

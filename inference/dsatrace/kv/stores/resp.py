@@ -1,0 +1,192 @@
+"""A connection to a Redis or Valkey server, for batches of values that are all equally long.
+
+Requests are arrays of bytes and replies are parsed where they were received, so a batch costs
+one copy each way and a few calls, however many values it has. A batch has one deadline. After
+a failure the connection is closed, so that no late answer is taken for a later question; the
+next batch connects anew. Knows no key's meaning.
+
+    connection = Connection(Address("redis://127.0.0.1:6379", host="127.0.0.1", port=6379), timeout_s=5)
+    connection.lines(b"*1\r\n$4\r\nPING\r\n", 1)        # [b"+PONG"]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import time
+
+import numpy as np
+from numba import njit
+
+from dsatrace.kv.stores.interface import ErrorKind, StoreError
+
+NIL = -1
+_MALFORMED = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """Where a server listens: a unix socket's `path`, or `host` and `port`."""
+
+    label: str  # what messages call it: without a password
+    host: str = "127.0.0.1"
+    port: int = 6379
+    path: str | None = None
+    username: str | None = None
+    password: str | None = dataclasses.field(default=None, repr=False)
+    database: int = 0
+
+
+def command(*words: bytes | str) -> bytes:
+    """A request as it goes over the wire."""
+    parts = [word.encode() if isinstance(word, str) else word for word in words]
+    return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
+
+
+class Connection:
+    """One socket, opened when it is needed. Used by one thread at a time."""
+
+    def __init__(self, address: Address, timeout_s: float) -> None:
+        self._address = address
+        self._timeout_s = timeout_s
+        self._socket: socket.socket | None = None
+        self._reply = np.empty(1 << 20, dtype=np.uint8)
+
+    def lines(self, request: bytes | np.ndarray, num_lines: int) -> list[bytes]:
+        """Sends, and returns as many one-line replies, errors (`-...`) included."""
+        deadline = self._send(request)
+        received = b""
+        while received.count(b"\r\n") < num_lines:
+            received += self._receive(self._reply.data, deadline)
+            if received[:1] not in (b"+", b"-", b":"):
+                raise self._refusal(received.split(b"\r\n")[0])
+        *replies, rest = received.split(b"\r\n")
+        if len(replies) != num_lines or rest:
+            raise self._failed("protocol", "it answered more than it was asked")
+        return replies
+
+    def values(
+        self, request: np.ndarray, num_values: int, likely_bytes: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sends a request that is answered by a list of values.
+
+        Returns the raw reply, and where in it the values begin and how long they are, (N,) int64
+        each, NIL for a missing one. `likely_bytes`: a value's usual length.
+        """
+        deadline = self._send(request)
+        room = num_values * (likely_bytes + 16) + 32
+        if len(self._reply) < room:
+            self._reply = np.empty(room, dtype=np.uint8)
+        head = b"*%d\r\n" % num_values
+        begins, lengths = np.empty((2, num_values), dtype=np.int64)
+        filled, done, place = 0, 0, len(head)
+        while done < num_values or place > filled:
+            if filled == len(self._reply):
+                self._reply = np.concatenate([self._reply, np.empty_like(self._reply)])
+            filled += len(self._receive(self._reply.data[filled:], deadline))
+            start = self._reply[: min(filled, len(head))].tobytes()
+            if not head.startswith(start):
+                line = self._reply[: min(filled, 60)].tobytes().split(b"\r\n")[0]
+                raise self._refusal(line)
+            if filled > len(head):
+                done, place = _find_values(self._reply[:filled], done, place, begins, lengths)
+                if place == _MALFORMED:
+                    raise self._failed("protocol", "its reply is malformed")
+        if place != filled:
+            raise self._failed("protocol", "it answered more than it was asked")
+        return self._reply, begins, lengths
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _send(self, request: bytes | np.ndarray) -> float:
+        """Sends; returns when the answer must be there."""
+        deadline = time.monotonic() + self._timeout_s
+        if self._socket is None:
+            self._connect()
+        assert self._socket is not None
+        try:
+            self._socket.settimeout(self._timeout_s)
+            self._socket.sendall(request if isinstance(request, bytes) else request.data)
+        except OSError as error:
+            raise self._broken(error) from error
+        return deadline
+
+    def _receive(self, memory: memoryview, deadline: float) -> memoryview:
+        """What has arrived, at the beginning of `memory`: one byte at least."""
+        assert self._socket is not None
+        try:
+            self._socket.settimeout(max(deadline - time.monotonic(), 1e-6))
+            num_bytes = self._socket.recv_into(memory)
+        except OSError as error:
+            raise self._broken(error) from error
+        if not num_bytes:
+            raise self._failed("connection", "it closed the connection")
+        return memory[:num_bytes]
+
+    def _connect(self) -> None:
+        to = self._address
+        family = socket.AF_INET if to.path is None else socket.AF_UNIX
+        try:
+            if to.path is None:
+                self._socket = socket.create_connection((to.host, to.port), self._timeout_s)
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            else:
+                self._socket = socket.socket(family, socket.SOCK_STREAM)
+                self._socket.settimeout(self._timeout_s)
+                self._socket.connect(to.path)
+        except OSError as error:
+            raise self._broken(error) from error
+        greeting = [command("PING")]
+        if to.password is not None:
+            names = [to.username] if to.username else []
+            greeting.insert(0, command("AUTH", *names, to.password))
+        if to.database:
+            greeting.append(command("SELECT", str(to.database)))
+        for reply in self.lines(b"".join(greeting), len(greeting)):
+            if reply.startswith(b"-"):
+                raise self._refusal(reply)
+
+    def _broken(self, error: OSError) -> StoreError:
+        if isinstance(error, TimeoutError):
+            return self._failed("timeout", f"no answer within {self._timeout_s:g} s")
+        return self._failed("connection", error.strerror or str(error))
+
+    def _refusal(self, line: bytes) -> StoreError:
+        if line.startswith(b"-"):
+            return self._failed("refused", f"it refuses: {line[1:].decode(errors='replace')}")
+        return self._failed("protocol", f"it does not speak the Redis protocol: {line[:40]!r}")
+
+    def _failed(self, kind: ErrorKind, cause: str) -> StoreError:
+        self.close()
+        return StoreError(kind, f"{self._address.label}: {cause}")
+
+
+@njit("UniTuple(int64, 2)(uint8[::1], int64, int64, int64[::1], int64[::1])", nogil=True, cache=True)
+def _find_values(reply, done, place, begins, lengths):  # type: ignore[no-untyped-def]
+    """Goes on parsing `$<length>\\r\\n<value>\\r\\n` and `$-1\\r\\n`, from the `done`-th value at `place`.
+
+    Returns how many values' heads are parsed and where the next begins, which may lie beyond what
+    has been received so far; place -1 for a malformed reply.
+    """
+    while done < len(begins) and place < len(reply):
+        if reply[place] != ord("$"):
+            return done, _MALFORMED
+        end, length, sign = place + 1, 0, 1
+        while end < len(reply) and reply[end] != ord("\r"):
+            if reply[end] == ord("-"):
+                sign = -1
+            elif ord("0") <= reply[end] <= ord("9"):
+                length = length * 10 + (reply[end] - ord("0"))
+            else:
+                return done, _MALFORMED
+            end += 1
+        if end + 1 >= len(reply):
+            break
+        missing = sign < 0
+        begins[done], lengths[done] = end + 2, NIL if missing else length
+        place = end + 2 + (0 if missing else length + 2)
+        done += 1
+    return done, place

@@ -1,0 +1,169 @@
+"""Units in a Valkey or Redis server, over TCP or a unix socket, many to a request.
+
+    store = valkey_store("redis://127.0.0.1:6379", unit_bytes=41984)
+    store = valkey_store("unix:///run/valkey.sock?db=1", unit_bytes=41984, capacity_units=10_000)
+
+A server for a run: `valkey-server --port 6379 --save '' --maxmemory 8gb`. A key is the handle's
+16 random bytes and the unit's number. What the server evicts or expires is a miss; under
+`maxmemory-policy noeviction` a full server refuses units, which `put` reports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import urllib.parse
+from collections.abc import Iterator
+
+import numpy as np
+
+from dsatrace.errors import UserError
+from dsatrace.kv.stores.checked import CheckedStore
+from dsatrace.kv.stores.checksums import sum_units
+from dsatrace.kv.stores.interface import NAMESPACE_BYTES, StoreError, new_namespace
+from dsatrace.kv.stores.medium import ABSENT, DAMAGED, FOUND, Medium, Moved
+from dsatrace.kv.stores.resp import NIL, Address, Connection, command
+from dsatrace.kv.stores.resp_frames import Frames, unpack
+
+KEY_BYTES = NAMESPACE_BYTES + 8
+REQUEST_BYTES = 4 << 20
+"""Bytes of values in one request: bounds the memory for requests and replies."""
+
+
+class ValkeyMedium(Medium):
+    """Unit = one string value. One operation a unit, whether or not they share a request."""
+
+    def __init__(self, address: Address, unit_bytes: int, namespace: bytes, timeout_s: float) -> None:
+        self._connection = Connection(address, timeout_s)
+        self._unit_bytes = unit_bytes
+        self._namespace = np.frombuffer(namespace, dtype=np.uint8)
+        self._batch = max(1, REQUEST_BYTES // unit_bytes)
+        self._set = Frames(b"*3\r\n$3\r\nSET\r\n", KEY_BYTES, unit_bytes)
+        self._get = Frames(b"", KEY_BYTES)
+        self._connection.lines(command("PING"), 1)
+
+    def write(
+        self, keys: np.ndarray, slots: np.ndarray, data: np.ndarray, rows: np.ndarray, sums: np.ndarray
+    ) -> Moved:
+        sum_units(data, rows, keys, sums)
+        stored = np.empty(len(keys), dtype=bool)
+        for part in self._parts(len(keys)):
+            request = self._set.filled(self._wire_keys(keys[part]), data, rows[part])
+            replies = self._connection.lines(request, len(request))
+            stored[part] = [self._was_stored(reply) for reply in replies]
+        if not stored.all():
+            self.drop(keys[~stored])  # an older version may have stayed
+        return Moved(stored, len(keys), int(np.count_nonzero(stored)) * self._unit_bytes)
+
+    def _was_stored(self, reply: bytes) -> bool:
+        if reply == b"+OK":
+            return True
+        if reply.startswith(b"-OOM"):
+            return False
+        raise self._refused(reply)
+
+    def read(
+        self, keys: np.ndarray, slots: np.ndarray, out: np.ndarray, rows: np.ndarray, sums: np.ndarray
+    ) -> Moved:
+        outcome = np.full(len(keys), ABSENT, dtype=np.uint8)
+        num_bytes = 0
+        for part in self._parts(len(keys)):
+            frames = self._get.filled(self._wire_keys(keys[part]))
+            head = b"*%d\r\n$4\r\nMGET\r\n" % (len(frames) + 1)
+            request = np.frombuffer(head + frames.tobytes(), dtype=np.uint8)
+            reply, begins, lengths = self._connection.values(request, len(frames), self._unit_bytes)
+            found = lengths == self._unit_bytes
+            outcome[part] = np.where(found, FOUND, np.where(lengths == NIL, ABSENT, DAMAGED))
+            unpack(reply, begins[found], out, rows[part][found])
+            num_bytes += int(lengths[lengths != NIL].sum())
+        sum_units(out, rows, keys, sums)
+        return Moved(outcome, int(np.count_nonzero(outcome != ABSENT)), num_bytes)
+
+    def holds(self, keys: np.ndarray) -> np.ndarray:
+        return self._ask(b"EXISTS", keys) > 0
+
+    def drop(self, keys: np.ndarray) -> np.ndarray:
+        self._ask(b"UNLINK", keys)
+        return np.ones(len(keys), dtype=bool)
+
+    def _ask(self, question: bytes, keys: np.ndarray) -> np.ndarray:
+        """The numbers that a command of one key is answered by, (N,) int64."""
+        start = b"*2\r\n$%d\r\n%s\r\n" % (len(question), question)
+        request = Frames(start, KEY_BYTES).filled(self._wire_keys(keys))
+        replies = self._connection.lines(request, len(keys))
+        if refusals := [reply for reply in replies if not reply.startswith(b":")]:
+            raise self._refused(refusals[0])
+        return np.array([int(reply[1:]) for reply in replies], dtype=np.int64)
+
+    def _refused(self, reply: bytes) -> StoreError:
+        return StoreError("refused", f"the server refuses: {reply[1:].decode(errors='replace')}")
+
+    def _parts(self, num_units: int) -> Iterator[slice]:
+        for begin in range(0, num_units, self._batch):
+            yield slice(begin, min(begin + self._batch, num_units))
+
+    def _wire_keys(self, keys: np.ndarray) -> np.ndarray:
+        """(N, KEY_BYTES) uint8."""
+        wire = np.empty((len(keys), KEY_BYTES), dtype=np.uint8)
+        wire[:, :NAMESPACE_BYTES] = self._namespace
+        wire[:, NAMESPACE_BYTES:] = keys.astype(">u8").view(np.uint8).reshape(len(keys), 8)
+        return wire
+
+    def register(self, buffer: np.ndarray) -> None:
+        """A socket addresses no memory."""
+
+    def close(self, keys: np.ndarray) -> None:
+        with contextlib.suppress(StoreError):  # a server that is gone has nothing left to drop
+            for begin in range(0, len(keys), 1024):
+                self.drop(keys[begin : begin + 1024])
+        self._connection.close()
+
+
+def valkey_store(
+    spec: str,
+    unit_bytes: int,
+    capacity_units: int | None = None,
+    timeout_s: float = 5.0,
+    namespace: bytes | None = None,
+) -> CheckedStore:
+    """A store on the server that `spec` names; `UserError` if there is none that answers."""
+    address = parse_address(spec)
+    try:
+        medium = ValkeyMedium(address, unit_bytes, namespace or new_namespace(), timeout_s)
+    except StoreError as error:
+        if error.kind == "refused":
+            raise UserError(f"{error}; a password goes into redis://:PASSWORD@HOST:PORT") from error
+        where = f"--port {address.port}" if address.path is None else f"--port 0 --unixsocket {address.path}"
+        raise UserError(f"{error}; start a server with `valkey-server {where} --save ''`") from error
+    return CheckedStore(medium, unit_bytes, capacity_units)
+
+
+def parse_address(spec: str) -> Address:
+    """`redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]`, the same as `valkey://`, or `unix://PATH[?db=N]`."""
+    try:
+        url = urllib.parse.urlsplit(spec)
+        fields = dict(urllib.parse.parse_qsl(url.query, strict_parsing=bool(url.query)))
+        if url.scheme == "unix":
+            database, path = int(fields.pop("db", 0)), url.netloc + url.path
+        else:
+            database, path = int(url.path.strip("/") or 0), None
+        port = url.port or Address.port
+        if fields or url.scheme not in ("redis", "valkey", "unix") or path == "":
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"{_without_password(spec)}: not an address; use redis://HOST:PORT/DATABASE or unix://PATH?db=N"
+        ) from None
+    return Address(
+        label=_without_password(spec),
+        host=url.hostname or Address.host,
+        port=port,
+        path=path,
+        username=urllib.parse.unquote(url.username) if url.username else None,
+        password=urllib.parse.unquote(url.password) if url.password else None,
+        database=database,
+    )
+
+
+def _without_password(spec: str) -> str:
+    scheme, separator, rest = spec.partition("://")
+    return scheme + separator + rest.rpartition("@")[2]

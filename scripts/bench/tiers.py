@@ -1,0 +1,329 @@
+"""What a fetch costs, store by store: ours, the client it is built on, and a copy in memory.
+
+Batches of 1, 8, 64 and 128 blocks and of 2048 rows, picked anew each time from a pool that is
+larger than the batch. The three take turns on the same picks, so that whatever else the machine
+does falls on all; overhead is the median of the turns' ratios. A block is 64 tokens of one layer
+in the fp8 layout, 656 bytes a token (`--bytes-per-token 1152` for bf16). Raw clients: numpy's
+`take` (memory, mapped file), `preadv` by eight threads (O_DIRECT), redis-py with hiredis
+(`MGET`), Mooncake's `batch_get_into`; they deliver bytes unchecked, ours compares checksums.
+Servers run here on loopback: the figures say what software costs, not what a network does.
+
+    python3 scripts/bench/tiers.py                       # a minute
+    python3 scripts/bench/tiers.py --only ram valkey-unix --turns 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import mmap
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from servers import Missing, MooncakeMaster, ValkeyServer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
+
+from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.kv.stores.interface import Store, unit_keys
+from dsatrace.kv.stores.opening import open_store
+
+BLOCK_TOKENS = 64
+POOL_BLOCKS, POOL_ROWS = 512, 8192
+SEGMENT_MIB = 256
+RawFetch = Callable[[np.ndarray, np.ndarray], object]
+"""`raw(picks, out)`: reads units `picks` by the client's own means, into `out` where it can."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    name: str
+    num_units: int
+    pool_units: int
+    unit_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Medians over the turns."""
+
+    store: str
+    batch: str
+    memcpy_us: float
+    raw_us: float
+    ours_us: float
+    put_us: float
+    overhead: float  # ours over raw, less 1
+    gb_per_s: float  # ours
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One store: how to open it, and its raw client on a pool of units."""
+
+    name: str
+    open: Callable[[Batch], Store]
+    raw: Callable[[np.ndarray], contextlib.AbstractContextManager[RawFetch]]
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    if args.turns < 1 or args.bytes_per_token < 1:
+        raise UserError("--turns and --bytes-per-token: use at least 1")
+    block = BLOCK_TOKENS * args.bytes_per_token
+    batches = [Batch(f"{n} blocks", n, POOL_BLOCKS, block) for n in (1, 8, 64, 128)]
+    batches.append(Batch("2048 rows", 2048, POOL_ROWS, args.bytes_per_token))
+    results: list[Result] = []
+    absent: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="tiers-", dir=args.folder) as name:
+        for side_name, make in SIDES.items():
+            if args.only and side_name not in args.only:
+                continue
+            try:
+                with make(Path(name)) as side:
+                    results += [measure(side, batch, args.turns) for batch in batches]
+            except Missing as missing:
+                absent[side_name] = str(missing)
+    _show(results, absent, args)
+    return 0
+
+
+def measure(side: Side, batch: Batch, turns: int) -> Result:
+    """Alternating turns of memcpy, raw and ours on the same picks."""
+    rng = np.random.default_rng(0)
+    pool = rng.integers(0, 256, (batch.pool_units, batch.unit_bytes), dtype=np.uint8)
+    out = np.zeros((batch.num_units, batch.unit_bytes), dtype=np.uint8)
+    keys = unit_keys(0, np.arange(batch.pool_units))
+    with contextlib.closing(side.open(batch)) as store, side.raw(pool) as raw:
+        store.register(out)
+        if not all(store.put(part, rows).all() for part, rows in _quarters(keys, pool)):
+            raise UserError(f"{side.name}: the store has no room for {pool.nbytes >> 20} MiB; give it more")
+        times: list[tuple[float, ...]] = []
+        for turn in range(turns + 1):
+            picks = rng.permutation(batch.pool_units)[: batch.num_units]
+            chosen = keys[picks]
+            steps = [
+                partial(np.take, pool, picks, axis=0, out=out, mode="clip"),
+                partial(raw, picks, out),
+                partial(store.fetch, chosen, out),
+            ]
+            took = [0.0] * len(steps)
+            for which in (0, 1, 2) if turn % 2 else (2, 1, 0):  # what comes first finds colder caches
+                took[which] = _microseconds(steps[which])
+            times.append((*took, _microseconds(partial(store.put, chosen, out))))
+            if turn == 0 and not (store.fetch(chosen, out).all() and (out == pool[picks]).all()):
+                raise RuntimeError(f"{side.name}: what was fetched is not what was put")
+    copied, read, ours, put = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    overhead = statistics.median(turn[2] / turn[1] for turn in times[1:]) - 1
+    bandwidth = out.nbytes / ours / 1e3
+    return Result(side.name, batch.name, copied, read, ours, put, overhead, bandwidth)
+
+
+def _quarters(keys: np.ndarray, pool: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    return zip(np.array_split(keys, 4), np.array_split(pool, 4), strict=True)
+
+
+def _microseconds(step: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    step()
+    return (time.perf_counter() - begin) * 1e6
+
+
+@contextlib.contextmanager
+def _ram(folder: Path) -> Iterator[Side]:
+    @contextlib.contextmanager
+    def raw(pool: np.ndarray) -> Iterator[RawFetch]:
+        copy = pool.copy()
+        yield lambda picks, out: np.take(copy, picks, axis=0, out=out, mode="clip")
+
+    yield Side("ram", lambda batch: open_store("ram", batch.unit_bytes, batch.pool_units), raw)
+
+
+@contextlib.contextmanager
+def _mmap(folder: Path) -> Iterator[Side]:
+    @contextlib.contextmanager
+    def raw(pool: np.ndarray) -> Iterator[RawFetch]:
+        mapped = np.memmap(folder / "raw", dtype=np.uint8, mode="w+", shape=pool.shape)
+        mapped[:] = pool
+        yield lambda picks, out: np.take(mapped, picks, axis=0, out=out, mode="clip")
+
+    yield Side("mmap", lambda batch: open_store(f"mmap:{folder}/m", batch.unit_bytes, batch.pool_units), raw)
+
+
+@contextlib.contextmanager
+def _file(folder: Path) -> Iterator[Side]:
+    @contextlib.contextmanager
+    def raw(pool: np.ndarray) -> Iterator[RawFetch]:
+        slot = -(-pool.shape[1] // 512) * 512
+        padded = np.zeros((len(pool), slot), dtype=np.uint8)
+        padded[:, : pool.shape[1]] = pool
+        path = folder / "raw-file"
+        path.write_bytes(padded.tobytes())
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        memory = mmap.mmap(-1, padded.nbytes)
+        views = [memoryview(memory)[i * slot : (i + 1) * slot] for i in range(len(pool))]
+
+        def share(picks: list[int]) -> None:
+            for pick in picks:
+                os.preadv(descriptor, [views[pick]], pick * slot)
+
+        with ThreadPoolExecutor(8) as threads:
+            yield lambda picks, out: list(threads.map(share, [picks[i::8].tolist() for i in range(8)]))
+        os.close(descriptor)
+
+    yield Side("file", lambda batch: open_store(f"file:{folder}/f", batch.unit_bytes, batch.pool_units), raw)
+
+
+@contextlib.contextmanager
+def _valkey(folder: Path, unix: bool) -> Iterator[Side]:
+    if importlib.util.find_spec("redis") is None:
+        raise Missing("no client to compare with; pip install redis[hiredis]")
+    import redis
+
+    with tempfile.TemporaryDirectory(prefix="v-") as short, ValkeyServer(Path(short)) as server:
+        spec = server.unix if unix else server.tcp
+        where = {"unix_socket_path": spec.removeprefix("unix://")} if unix else {"port": server.port}
+
+        @contextlib.contextmanager
+        def raw(pool: np.ndarray) -> Iterator[RawFetch]:
+            client = redis.Redis(**where)
+            names = [b"raw%d" % i for i in range(len(pool))]
+            for begin in range(0, len(pool), 64):
+                part = slice(begin, begin + 64)
+                client.mset(
+                    {name: unit.tobytes() for name, unit in zip(names[part], pool[part], strict=True)}
+                )
+            yield lambda picks, out: client.mget([names[pick] for pick in picks.tolist()])
+            client.flushall()
+            client.close()
+
+        yield Side(
+            f"valkey-{'unix' if unix else 'tcp'}", lambda batch: open_store(spec, batch.unit_bytes), raw
+        )
+
+
+@contextlib.contextmanager
+def _mooncake(folder: Path) -> Iterator[Side]:
+    """Units lie in the memory of another process: in one's own, Mooncake only copies."""
+    with MooncakeMaster(folder, segment_mib=0, lease_ms=10_000) as master:
+        address = f"127.0.0.1:{master.port}"
+        with _lent_segment(address):
+            yield Side(
+                "mooncake",
+                lambda batch: open_store(master.spec, batch.unit_bytes),
+                partial(_mooncake_raw, address),
+            )
+
+
+@contextlib.contextmanager
+def _mooncake_raw(address: str, pool: np.ndarray) -> Iterator[RawFetch]:
+    from mooncake.store import MooncakeDistributedStore
+
+    client = MooncakeDistributedStore()
+    if client.setup("127.0.0.1", "P2PHANDSHAKE", 0, 16 << 20, "tcp", "", address):
+        raise RuntimeError("Mooncake's own client does not start")
+    num_units, size = pool.shape
+    room = np.zeros_like(pool)
+    for memory in (pool, room):
+        client.register_buffer(memory.ctypes.data, memory.nbytes)
+    names = [f"raw{i}" for i in range(num_units)]
+    sources, places = ([memory.ctypes.data + i * size for i in range(num_units)] for memory in (pool, room))
+    for begin in range(0, num_units, 64):  # more at a time, and its connections run out
+        part = slice(begin, begin + 64)
+        if any(client.batch_upsert_from(names[part], sources[part], [size] * len(names[part]))):
+            raise RuntimeError("Mooncake's own client cannot store its units")
+
+    def fetch(picks: np.ndarray, out: np.ndarray) -> None:
+        chosen = picks.tolist()
+        read = client.batch_get_into([names[i] for i in chosen], places[: len(chosen)], [size] * len(chosen))
+        if set(read) != {size}:
+            raise RuntimeError(f"Mooncake's own client reads {sorted(set(read))[0]} of {size} bytes")
+
+    yield fetch
+    client.batch_remove(names, True)
+    client.close()
+
+
+@contextlib.contextmanager
+def _lent_segment(address: str) -> Iterator[None]:
+    """Another process that lends the pool its memory, so that bytes go over TCP."""
+    arguments = f"'127.0.0.1', 'P2PHANDSHAKE', {2 * SEGMENT_MIB << 20}, 16 << 20, 'tcp', '', '{address}'"
+    program = (
+        "import sys; from mooncake.store import MooncakeDistributedStore as Client; client = Client();"
+        f"print(client.setup({arguments}), flush=True); sys.stdin.read()"
+    )
+    lender = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert lender.stdout is not None
+        if lender.stdout.readline().strip() != b"0":
+            raise RuntimeError("no process could lend Mooncake a segment")
+        yield
+    finally:
+        lender.kill()
+        lender.wait()
+
+
+SIDES: dict[str, Callable[[Path], contextlib.AbstractContextManager[Side]]] = {
+    "ram": _ram,
+    "mmap": _mmap,
+    "file": _file,
+    "valkey-unix": lambda folder: _valkey(folder, unix=True),
+    "valkey-tcp": lambda folder: _valkey(folder, unix=False),
+    "mooncake": _mooncake,
+}
+
+
+def _show(results: Sequence[Result], absent: dict[str, str], args: argparse.Namespace) -> None:
+    console = Console(width=110)
+    block = BLOCK_TOKENS * args.bytes_per_token
+    table = Table(
+        title=f"A fetch, us (median of {args.turns}); block {block:,} B, row {args.bytes_per_token:,} B",
+        title_justify="left",
+    )
+    for name in ("store", "batch", "memcpy", "raw client", "ours", "ours over raw", "ours GB/s", "our put"):
+        table.add_column(name, justify="left" if name in ("store", "batch") else "right")
+    for r in results:
+        times = (f"{r.memcpy_us:,.0f}", f"{r.raw_us:,.0f}", f"{r.ours_us:,.0f}")
+        table.add_row(r.store, r.batch, *times, f"{r.overhead:+.0%}", f"{r.gb_per_s:.2f}", f"{r.put_us:,.0f}")
+    console.print(table)
+    for name, why in absent.items():
+        console.print(f"{name}: left out, {why}")
+    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "numpy": np.__version__}
+    settings = {"bytes_per_token": args.bytes_per_token, "turns": args.turns}
+    print(
+        json.dumps({**machine, **settings, "absent": absent, "results": [*map(dataclasses.asdict, results)]})
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=SIDES, help="these stores (all)")
+    parser.add_argument("--turns", type=int, default=30, help="of each batch (%(default)s)")
+    parser.add_argument("--bytes-per-token", type=int, default=656, help="of one layer (%(default)s)")
+    parser.add_argument("--folder", type=Path, help="where files go: the disk to measure (temporary folder)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

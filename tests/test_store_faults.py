@@ -1,0 +1,411 @@
+"""What a store does when its server fails it: never a wrong byte, the cause in one line, all counted.
+
+Everything happens to a real Valkey server; where no server can be made to misbehave that way,
+to a socket that does. Mooncake's own faults follow, and those of files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from dsatrace.errors import UserError
+from dsatrace.kv.stores.interface import NAMESPACE_BYTES, StoreError, unit_keys
+from dsatrace.kv.stores.opening import open_store
+from dsatrace.kv.stores.ram import ram_store
+from dsatrace.kv.stores.resp import Connection, command
+from dsatrace.kv.stores.valkey import parse_address, valkey_store
+from stores import free_port, mooncake, units, valkey
+
+U = 656
+KEYS = unit_keys(2, np.arange(10))
+DATA = units(10, U)
+NAMESPACE = bytes(range(NAMESPACE_BYTES))
+
+
+def wire(key: int) -> bytes:
+    return NAMESPACE + int(KEYS[key]).to_bytes(8, "big")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with valkey() as running:
+        yield running
+
+
+@pytest.fixture
+def store(server):
+    """Ten units under known names, so that a test can lay hands on them."""
+    opened = valkey_store(server.unix, U, namespace=NAMESPACE, timeout_s=5)
+    assert opened.put(KEYS, DATA).all()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def tell(server):
+    """Sends the server a command of somebody else; returns the answer."""
+    connection = Connection(parse_address(server.tcp), timeout_s=5)
+    yield lambda *words: connection.lines(command(*words), 1)[0]
+    connection.close()
+
+
+def fetched(store) -> np.ndarray:
+    """The hits of a fetch of everything, whose bytes are the right ones."""
+    out = np.zeros_like(DATA)
+    hits = store.fetch(KEYS, out)
+    assert (out[hits] == DATA[hits]).all()
+    return hits
+
+
+TAMPERED = {
+    "altered": lambda tell: tell("SETRANGE", wire(3), "17", bytes([DATA[3, 17] ^ 1])),
+    "truncated": lambda tell: tell("SET", wire(3), DATA[3, :-1].tobytes()),
+    "too long": lambda tell: tell("SET", wire(3), DATA[3].tobytes() + b"x"),
+    "empty": lambda tell: tell("SET", wire(3), b""),
+    "far too long": lambda tell: tell("SETRANGE", wire(3), "5000000", b"x"),
+    "another unit": lambda tell: tell("SET", wire(3), DATA[4].tobytes()),
+    "zeros": lambda tell: tell("SET", wire(3), bytes(U)),
+}
+
+
+@pytest.mark.parametrize("how", TAMPERED)
+def test_a_unit_that_is_not_what_was_put_is_a_miss(store, tell, how):
+    before = store.stats()
+    TAMPERED[how](tell)
+    assert fetched(store).tolist() == [key != 3 for key in range(10)]
+    done = store.stats() - before
+    assert (done.corrupt_units, done.missed_units, done.hit_units) == (1, 1, 9)
+    assert done.errors == 0
+    assert store.put(KEYS[3:4], DATA[3:4]).all()
+    assert fetched(store).all()
+
+
+def test_an_older_version_is_a_miss(store, tell):
+    newer = units(1, U, seed=8)
+    assert store.put(KEYS[3:4], newer).all()
+    tell("SET", wire(3), DATA[3].tobytes())
+    assert fetched(store).tolist() == [key != 3 for key in range(10)]
+    assert store.stats().corrupt_units == 1
+
+
+def test_evicted_and_replaced_units_are_plain_misses(store, tell):
+    tell("DEL", wire(0))
+    tell("PEXPIRE", wire(5), "1")
+    tell("DEL", wire(7))
+    tell("LPUSH", wire(7), "not a unit")
+    time.sleep(0.01)
+    assert store.contains(KEYS).tolist() == [key not in (0, 5) for key in range(10)]
+    before = store.stats()
+    assert np.flatnonzero(~fetched(store)).tolist() == [0, 5, 7]
+    done = store.stats() - before
+    assert (done.missed_units, done.corrupt_units) == (3, 0)
+    tell("DEL", wire(7))
+
+
+def test_keys_are_numbers_and_go_with_their_run(server, tell):
+    mine = valkey_store(server.tcp, U)
+    mine.put(KEYS, DATA)
+    assert tell("DBSIZE") == b":10"
+    cursor = Connection(parse_address(server.tcp), timeout_s=5)
+    cursor._send(command("KEYS", "*"))
+    with cursor._socket.makefile("rb") as reply:
+        assert reply.readline() == b"*10\r\n"
+        names = []
+        for _ in range(10):
+            assert reply.readline() == b"$24\r\n"
+            names.append(reply.read(24 + 2)[:24])
+    cursor.close()
+    assert len({name[:NAMESPACE_BYTES] for name in names}) == 1
+    assert {int.from_bytes(name[NAMESPACE_BYTES:], "big") for name in names} == set(KEYS.tolist())
+    mine.close()
+    assert tell("DBSIZE") == b":0"
+
+
+def test_a_full_server_stores_what_fits():
+    with valkey("--maxmemory", "4mb", "--maxmemory-policy", "noeviction") as server:
+        store = valkey_store(server.unix, 41_984)
+        keys, data = unit_keys(0, np.arange(200)), units(200, 41_984)
+        stored = store.put(keys, data)
+        assert 0 < stored.sum() < 200
+        out = np.zeros_like(data)
+        assert (store.fetch(keys, out) == stored).all()
+        assert (out[stored] == data[stored]).all()
+        again = store.put(keys, data[::-1].copy())  # overwrites that fail leave no old version
+        hits = store.fetch(keys, out)
+        assert (hits == again).all()
+        assert (out[hits] == data[::-1][hits]).all()
+        assert store.stats().errors == 0
+        store.close()
+
+
+def test_a_server_that_evicts_on_its_own_only_causes_misses():
+    with valkey("--maxmemory", "4mb", "--maxmemory-policy", "allkeys-lru") as server:
+        store = valkey_store(server.unix, 41_984)
+        keys, data = unit_keys(0, np.arange(200)), units(200, 41_984)
+        assert store.put(keys, data).all()
+        out = np.zeros_like(data)
+        hits = store.fetch(keys, out)
+        assert 0 < hits.sum() < 200
+        assert (out[hits] == data[hits]).all()
+        assert store.stats().corrupt_units == 0
+        store.close()
+
+
+@pytest.mark.parametrize("call", ["fetch", "put", "contains", "evict"])
+def test_a_killed_server_is_an_error_with_its_cause_and_may_come_back(call):
+    with valkey() as server:
+        store = valkey_store(server.tcp, U, timeout_s=5)
+        store.put(KEYS, DATA)
+        server.kill()
+        arguments = (KEYS, DATA.copy()) if call in ("fetch", "put") else (KEYS,)
+        with pytest.raises(StoreError, match=r"127\.0\.0\.1:\d+: (it closed|Connection)") as caught:
+            getattr(store, call)(*arguments)
+        assert caught.value.kind == "connection"
+        done = store.stats()
+        assert (done.errors, done.timeouts, done.requested_units) == (
+            1,
+            0,
+            done.missed_units + done.hit_units,
+        )
+        with pytest.raises(StoreError, match="refused"):
+            store.put(KEYS, DATA)
+        server.start()
+        assert not fetched(store).any()
+        assert store.put(KEYS, DATA).all()
+        assert fetched(store).all()
+        store.close()
+
+
+def test_a_paused_server_times_out_and_late_answers_are_not_taken():
+    with valkey() as server:
+        store = valkey_store(server.unix, U, timeout_s=0.3)
+        store.put(KEYS, DATA)
+        server.pause()
+        for call in (lambda: fetched(store), lambda: store.evict(KEYS)):
+            begin = time.monotonic()
+            with pytest.raises(StoreError, match=r"no answer within 0\.3 s") as caught:
+                call()
+            assert caught.value.kind == "timeout"
+            assert 0.25 < time.monotonic() - begin < 3
+        server.resume()
+        assert (store.stats().errors, store.stats().timeouts) == (2, 2)
+        order = np.arange(10)[::-1]
+        out = np.zeros_like(DATA)
+        hits = store.fetch(KEYS[order].copy(), out)
+        assert (out[hits] == DATA[order][hits]).all()
+        store.close()
+
+
+def test_a_store_closes_without_its_server():
+    with valkey() as server:
+        store = valkey_store(server.unix, U)
+        store.put(KEYS, DATA)
+        server.kill()
+        store.close()
+
+
+def test_a_server_that_is_down_at_the_start():
+    port = free_port()
+    with pytest.raises(UserError) as caught:
+        open_store(f"redis://127.0.0.1:{port}", U)
+    message = str(caught.value)
+    assert "refused" in message
+    assert f"valkey-server --port {port} --save ''" in message
+    assert "\n" not in message
+    with pytest.raises(UserError, match=r"valkey-server --port 0 --unixsocket /nowhere/v\.sock"):
+        open_store("unix:///nowhere/v.sock", U)
+
+
+def test_a_password_is_asked_for_and_never_shown():
+    with valkey("--requirepass", "secret") as server:
+        address = f"127.0.0.1:{server.port}"
+        for spec in (f"redis://{address}", f"redis://:wrong@{address}"):
+            with pytest.raises(UserError, match=r"refuses: (NOAUTH|WRONGPASS)") as caught:
+                open_store(spec, U)
+            assert "wrong@" not in str(caught.value)
+        store = open_store(f"redis://:secret@{address}/3", U)
+        assert store.put(KEYS, DATA).all()
+        store.close()
+    with pytest.raises(UserError) as caught:
+        open_store(f"redis://:secret@127.0.0.1:{free_port()}", U)
+    assert "secret" not in str(caught.value)
+
+
+@contextlib.contextmanager
+def answering(*answers: bytes) -> Iterator[str]:
+    """A server that answers each request by the next of `answers`, whatever was asked, then nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(5)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError), listener.accept()[0] as peer:
+                for answer in answers:
+                    if not peer.recv(1 << 20):
+                        return
+                    peer.sendall(answer)
+                peer.recv(1 << 20)
+                time.sleep(1)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"redis://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join()
+
+
+def test_another_protocol_on_the_port():
+    refusal = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
+    with (
+        answering(refusal) as spec,
+        pytest.raises(UserError, match="does not speak the Redis protocol: b'HTTP"),
+    ):
+        open_store(spec, U)
+    with answering() as spec, pytest.raises(UserError, match=r"no answer within 0\.2 s"):
+        open_store(spec, U, timeout_s=0.2)
+
+
+PONG = (b"+PONG\r\n", b"+PONG\r\n")
+
+
+@pytest.mark.parametrize(
+    ("answer", "cause", "kind"),
+    [
+        (b"-LOADING Valkey is loading\r\n", "refuses: LOADING", "refused"),
+        (b"*1\r\n:5\r\n", "malformed", "protocol"),
+        (b"*2\r\n$-1\r\n$-1\r\n", "does not speak", "protocol"),
+        (b"*1\r\n$-1\r\n$-1\r\n", "more than it was asked", "protocol"),
+        (b"*1\r\n$656\r\nonly this", "no answer within", "timeout"),
+        (b"", "no answer within", "timeout"),
+    ],
+)
+def test_answers_that_are_none(answer, cause, kind):
+    with answering(*PONG, b"+OK\r\n", answer) as spec:
+        store = open_store(spec, U, timeout_s=0.3)
+        assert store.put(KEYS[:1], DATA[:1]).all()
+        with pytest.raises(StoreError, match=cause) as caught:
+            store.fetch(KEYS[:1], np.zeros_like(DATA[:1]))
+        assert caught.value.kind == kind
+        assert store.stats().errors == 1
+        store.close()
+
+
+def test_memory_that_somebody_else_wrote_into():
+    memory = np.zeros((10, U), dtype=np.uint8)
+    store = ram_store(U, 10, memory)
+    store.put(KEYS, DATA)
+    memory[(memory == DATA[6]).all(axis=1), 100] ^= 4
+    assert np.flatnonzero(~fetched(store)).tolist() == [6]
+    assert store.stats().corrupt_units == 1
+
+
+def test_files_that_cannot_be(tmp_path, monkeypatch):
+    (tmp_path / "mine").write_text("a thesis")
+    for kind in ("mmap", "file"):
+        with pytest.raises(UserError, match="exists already"):
+            open_store(f"{kind}:{tmp_path}/mine", U, 10)
+        with pytest.raises(UserError, match="No such file or directory"):
+            open_store(f"{kind}:{tmp_path}/nowhere/f", U, 10)
+    assert (tmp_path / "mine").read_text() == "a thesis"
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="no room for"):
+        open_store(f"file:{tmp_path}/f", U, 10)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("kind", ["mmap", "file"])
+def test_a_file_is_nobody_elses(kind, tmp_path):
+    store = open_store(f"{kind}:{tmp_path}/f", U, 10)
+    store.put(KEYS, DATA)
+    assert not list(tmp_path.iterdir())
+    assert fetched(store).all()
+    store.close()
+
+
+@pytest.mark.parametrize("broken", ["error", "short"])
+def test_a_disk_that_fails(broken, tmp_path, monkeypatch):
+    store = open_store(f"file:{tmp_path}/f", U, 10)
+    store.put(KEYS, DATA)
+
+    def read(*_: object) -> int:
+        if broken == "short":
+            return 100
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", read)
+        with pytest.raises(StoreError) as caught:
+            fetched(store)
+    assert caught.value.kind == "io"
+    assert store.stats().errors == 1
+    assert fetched(store).all()
+    store.close()
+
+
+def test_mooncake_without_its_master():
+    needed = "pip install mooncake-transfer-engine-non-cuda, apt install libibverbs1"
+    pytest.importorskip("mooncake.store", reason=needed, exc_type=ImportError)
+    port, begin = free_port(), time.monotonic()
+    with pytest.raises(UserError, match=f"mooncake_master --rpc_address=127.0.0.1 --rpc_port={port}"):
+        open_store(f"mooncake://127.0.0.1:{port}", U)
+    assert time.monotonic() - begin < 5
+
+
+def test_mooncake_loses_its_master():
+    with mooncake() as master:
+        store = open_store(master.spec, U, timeout_s=0.5)
+        assert store.put(KEYS, DATA).all()
+        master.pause()
+        with pytest.raises(StoreError) as caught:
+            fetched(store)
+        assert caught.value.kind == "timeout"
+        master.resume()
+        time.sleep(0.5)
+        assert fetched(store).all()
+        master.kill()
+        with pytest.raises(StoreError, match="mooncake"):
+            fetched(store)
+        assert (store.stats().errors, store.stats().timeouts) == (2, 1)
+        store.close()
+
+
+def test_mooncake_keeps_a_leased_unit_and_fills_up():
+    with mooncake(segment_mib=16, lease_ms=60_000) as master:
+        store = open_store(master.spec, 41_984)
+        keys, data = unit_keys(0, np.arange(600)), units(600, 41_984)
+        stored = store.put(keys, data)
+        assert 0 < stored.sum() < 600
+        out = np.zeros_like(data)
+        hits = store.fetch(keys, out)
+        assert (hits <= stored).all()
+        assert hits.any()
+        assert (out[hits] == data[hits]).all()
+        leased = keys[hits][:5]
+        assert not store.evict(leased).any()
+        assert store.fetch(leased, out[:5]).all()
+        assert store.stats().evicted_units == 0
+        store.close()
+
+
+def test_mooncake_units_that_somebody_else_wrote():
+    from dsatrace.kv.stores.mooncake import mooncake_store
+
+    with mooncake() as master:
+        mine, other = (mooncake_store(master.spec, U, namespace=NAMESPACE) for _ in range(2))
+        mine.put(KEYS, DATA)
+        other.put(KEYS[3:4], DATA[4:5])
+        assert fetched(mine).tolist() == [key != 3 for key in range(10)]
+        assert mine.stats().corrupt_units == 1
+        other.close()
+        mine.close()
