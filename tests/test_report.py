@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 
 import pytest
+from rich.console import Console
 
 from conftest import INFERENCE
 from dsatrace import cli
 from dsatrace.commands.generate import main as generate
+from dsatrace.report.workload_tables import workload_tables
 from golden_run import SERVING, write_golden
 from test_trace_requests import serve_without_steps
 
@@ -128,3 +131,17 @@ def test_every_verb_has_help(verb, capsys):
         code = ended.code
     assert code == 0
     assert "usage" in capsys.readouterr().out
+
+
+def test_the_prefix_cache_shows_what_it_saved():
+    cache = {
+        "prompt_tokens": 200, "hit_tokens": 50, "hit_rate": 0.25, "computed_tokens": 150,
+        "prefill_s": 3.0, "saved_s": 1.0, "saved_kind": "modelled",
+    }  # fmt: skip
+    console = Console(file=io.StringIO(), width=100)
+    for part in workload_tables({"prefix_cache": cache}):
+        console.print(part)
+    shown = console.file.getvalue()
+    assert "50 of 200" in shown
+    assert "25.0%" in shown
+    assert "saved, modelled" in shown

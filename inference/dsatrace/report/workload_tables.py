@@ -44,6 +44,8 @@ def workload_tables(summary: Summary) -> Iterator[RenderableType]:
         yield _scores(scores)
     if serving := summary.get("serving"):
         yield _serving(serving)
+    if cache := summary.get("prefix_cache"):
+        yield _prefix_cache(cache)
     if workload := summary.get("workload"):
         yield _workload(workload)
 
@@ -85,6 +87,16 @@ def _serving(serving: Summary) -> Table:
             f"{serving['output_tokens_per_s']:,.1f} output tokens/s",
         ]
     table.caption, table.caption_justify = ", ".join(said), "left"
+    return table
+
+
+def _prefix_cache(cache: Summary) -> Table:
+    table = new_table("Prefix cache", "", "")
+    table.add_row("prompt tokens found in it", f"{cache['hit_tokens']:,} of {cache['prompt_tokens']:,}")
+    table.add_row("hit rate", "none" if cache["hit_rate"] is None else f"{cache['hit_rate']:.1%}")
+    table.add_row("tokens prefilled", f"{cache['computed_tokens']:,} in {cache['prefill_s']:,.2f} s")
+    if cache["saved_s"] is not None:
+        table.add_row(f"prefill time saved, {cache['saved_kind']}", f"{cache['saved_s']:,.2f} s")
     return table
 
 
