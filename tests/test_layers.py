@@ -21,6 +21,7 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "model": (set(), {"torch", "safetensors"}, {"tilelang"}),
     "trace": (BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}, set()),
     "workloads": (BASE, set(), {"tokenizers", "datasets"}),
+    "training": (BASE | {"model", "workloads"}, {"torch", "safetensors"}, set()),
     "engine": (BASE | {"model", "kv", "trace", "workloads"}, {"torch", "numpy"}, set()),
     "report": (BASE | {"trace"}, {"numpy", "rich"}, {"matplotlib"}),
 }
