@@ -21,6 +21,7 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "model": (set(), {"torch", "safetensors"}, {"tilelang"}),
     "trace": (BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}, set()),
     "workloads": (BASE, set(), {"tokenizers", "datasets", "huggingface_hub"}),
+    "training": (BASE | {"model", "workloads"}, {"torch", "safetensors"}, {"tokenizers"}),
     "engine": (BASE | {"model", "kv", "trace", "workloads"}, {"numpy"}, {"torch"}),
     "study": (BASE | {"kv", "trace", "workloads", "engine"}, {"numpy", "numba", "orjson"}, set()),
     "report": (BASE | {"trace", "study"}, {"numpy", "rich"}, {"matplotlib"}),

@@ -1,0 +1,72 @@
+"""`evaluate_tiny.py`: what a trained small model finds, on prompts held out from its training by seed.
+
+Converts the checkpoint and serves it as generate.py does; writes the figures as JSON.
+
+    python3 scripts/evaluate_tiny.py --model data/models/needle-2k --examples 100 --out figures.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsatrace.errors import UserError, exits_cleanly
+
+TASKS = ("niah_single_1", "niah_multikey_2")
+KINDS = ("sparse", "dense", "shuffled")
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures and prints one line a figure; returns the exit code."""
+    args = _parser().parse_args(argv)
+    if args.examples < 1:
+        raise UserError(f"--examples {args.examples}: use at least 1")
+
+    import torch
+
+    from dsatrace.training.evaluate import HELD_OUT_SEED, Measured, measure, measure_dense
+    from dsatrace.training.export import load_exported
+    from dsatrace.workloads.tokenizer import load_tokenizer
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    seed = HELD_OUT_SEED if args.seed is None else args.seed
+    tokenizer = load_tokenizer(args.model)
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_exported(args.model, Path(folder))
+    figures = list[dict[str, Any]]()
+    for length in args.lengths:
+        for task in args.tasks:
+            for kind in args.kinds:
+                started = time.monotonic()
+                measured: Measured
+                if kind == "dense":
+                    measured = measure_dense(model, tokenizer, task, length, args.examples, seed)
+                else:
+                    shuffled = kind == "shuffled"
+                    measured = measure(model, tokenizer, task, length, args.examples, shuffled, seed)
+                figures.append(dataclasses.asdict(measured))
+                print(f"{measured.line()}  ({time.monotonic() - started:.0f} s)", flush=True)
+                if args.out is not None:
+                    args.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="evaluate_tiny.py", description="Measure a trained small model.")
+    parser.add_argument("--model", type=Path, required=True, help="folder that train_tiny.py exported")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, help="RULER tasks (%(default)s)")
+    parser.add_argument("--lengths", nargs="+", type=int, default=(2048, 4096, 8192), help="(%(default)s)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="(%(default)s)")
+    parser.add_argument("--examples", type=int, default=100, help="a figure (%(default)s)")
+    parser.add_argument("--seed", type=int, help="of the prompts (one training never draws from)")
+    parser.add_argument("--threads", type=int, default=0, help="of torch (torch's default)")
+    parser.add_argument("--out", type=Path, help="JSON file of the figures")
+    return parser
