@@ -1,30 +1,32 @@
 #!/usr/bin/env bash
-# From nothing to a result: a tiny random model answers a 2K-token needle prompt on this machine's CPU,
-# and the trace says what its indexer read. Offline once installed. OUT chooses the run's folder.
+# From nothing to a result, on this machine's CPU: a tiny trained model finds needles in 2K tokens, and the
+# trace says what its indexer read. Offline once installed. OUT chooses the run's folder.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
 
-config=inference/config_tiny.json
+model=data/models/needle-2k
+config="$model/serving_config.json"
 work=data/demo
 out="${OUT:-outputs/demo_$(date +%Y%m%d_%H%M%S)}"
 mkdir -p "$work"
 
-echo "== 1. a tiny DeepSeek-V3.2: the real architecture, random weights"
-python scripts/make_tiny_checkpoint.py --out "$work/hf" --config "$config"
+echo "== 1. a tiny DeepSeek-V3.2 of our own training ($model/README.md), converted as the real one is"
+[ -f "$work/converted/model0-mp1.safetensors" ] || python inference/convert.py \
+    --hf-ckpt-path "$model" --save-path "$work/converted" --n-experts 4 --model-parallel 1
 
-echo "== 2. converted as the real one is"
-python inference/convert.py --hf-ckpt-path "$work/hf" --save-path "$work/converted" --n-experts 8 --model-parallel 1
-
-echo "== 3. a needle in about 2K tokens"
-dsatrace needle --tokenizer "$work/converted" --tokens 2048 --out "$work/prompt.txt"
-
-echo "== 4. generation, traced (random weights: the answer is noise)"
+echo "== 2. a needle in about 2K tokens, and the answer"
+dsatrace needle --tokenizer "$work/converted" --tokens 2000 --seed 3 --out "$work/prompt.txt"
 python inference/generate.py --ckpt-path "$work/converted" --config "$config" --device cpu \
-    --input-file "$work/prompt.txt" --max-new-tokens 64 --temperature 0 --trace-out "$out"
+    --input-file "$work/prompt.txt" --max-new-tokens 16 --temperature 0
 
-echo "== 5. what it read"
-dsatrace report "$out"
+echo "== 3. eight RULER needles, traced: was the answer among the 192 tokens that each step reads?"
+python inference/run_dataset.py --ckpt-path "$work/converted" --config "$config" --device cpu \
+    --dataset ruler --ruler-generate --ruler-task niah_single_1,niah_multikey_2 --ruler-length 2048 --limit 4 \
+    --max-new-tokens 16 --trace-out "$out"
 
-echo "== 6. whether that is so: every record re-derived by the second implementation"
+echo "== 4. what it read; layer 1 is the one that looks the answer up"
+dsatrace report "$out" --layer 1
+
+echo "== 5. whether that is so: every record re-derived by the second implementation"
 dsatrace verify "$out"

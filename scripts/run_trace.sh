@@ -1,6 +1,6 @@
 # Sourced by run_trace_*.sh: sets up, finds the checkpoint, and gives `run` the command's first words.
 #
-#   CKPT_PATH  folder of a converted checkpoint; unset: the tiny one with random weights, made when missing
+#   CKPT_PATH  folder of a converted checkpoint; unset: the tiny trained one of data/models
 #   CONFIG     its config; unset: CKPT_PATH/config.json, else inference/config_671B_v3.2.json
 #   MP         ranks; unset: the N of its model0-mpN.safetensors
 #   LIMIT      requests; OUT: the run's folder; arguments of the script go to the runner
@@ -21,13 +21,12 @@ if [ -z "${CKPT_PATH:-}" ]; then
         [ -z "${!name:-}" ] || fail "$name=${!name} without CKPT_PATH; name the checkpoint it belongs to"
     done
     CKPT_PATH=data/demo/converted
-    CONFIG=inference/config_tiny.json
+    CONFIG=data/models/needle-2k/serving_config.json
     if [ ! -f "$CKPT_PATH/model0-mp1.safetensors" ]; then
-        python scripts/make_tiny_checkpoint.py --out data/demo/hf --config "$CONFIG" > /dev/null
-        python inference/convert.py --hf-ckpt-path data/demo/hf --save-path "$CKPT_PATH" \
-            --n-experts 8 --model-parallel 1 > /dev/null
+        python inference/convert.py --hf-ckpt-path data/models/needle-2k --save-path "$CKPT_PATH" \
+            --n-experts 4 --model-parallel 1 > /dev/null
     fi
-    echo "== no CKPT_PATH: a tiny model with random weights; its answers and selections mean nothing"
+    echo "== no CKPT_PATH: needle-2k, a tiny model that looks things up and knows no language (data/models)"
     LIMIT="${LIMIT:-$TINY_LIMIT}"
     tiny=1
 fi

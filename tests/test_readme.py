@@ -26,11 +26,11 @@ NOT_RUN_HERE = {
     "./scripts/run_prefix_study.sh": "test_study_commands.py runs it, on less",
 }
 TINY = {
-    "HF_CKPT": "data/demo/hf",
+    "HF_CKPT": "data/models/needle-2k",
     "CKPT": "data/demo/mp2",
-    "N_EXPERTS": "8",
+    "N_EXPERTS": "4",
     "MP": "2",
-    "CONFIG": "inference/config_tiny.json",
+    "CONFIG": "data/models/needle-2k/serving_config.json",
 }
 
 
@@ -47,8 +47,8 @@ def checkout(tmp_path_factory):
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("inference", "scripts"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("data", "outputs"):
-        (copy / name).mkdir()
+    shutil.copytree(ROOT / "data" / "models", copy / "data" / "models")
+    (copy / "outputs").mkdir()
     shutil.copy(ROOT / "pyproject.toml", copy)
     return copy
 

@@ -30,7 +30,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("inference", "scripts"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    (copy / "data").mkdir()
+    shutil.copytree(ROOT / "data" / "models", copy / "data" / "models")
     shutil.copy(ROOT / "pyproject.toml", copy)
     return copy
 
@@ -54,11 +54,11 @@ def call(checkout: Path, name: str, *flags: str, **variables: str) -> subprocess
 def test_with_nothing_set_it_runs_offline_and_says_so(checkout: Path, name: str) -> None:
     done = call(checkout, name, *SCRIPTS[name])
     assert done.returncode == 0, done.stderr
-    assert "random weights" in done.stdout
+    assert "needle-2k" in done.stdout
     assert ("generator" if name == "ruler" else "embedded") in done.stdout
     (folder,) = (checkout / "outputs").glob(f"{name}_*")
     assert verify(folder).state == "complete"
-    assert RunReader(folder).manifest["selections"] == "random_weights"
+    assert RunReader(folder).manifest["selections"] == "model"
 
 
 def test_ranks_and_config_come_from_the_checkpoint(checkout: Path, tiny_hf: Path, tiny_args) -> None:

@@ -90,9 +90,9 @@ def _blocks_touched(axes: Any, summary: Summary) -> None:
         axes.bar(place + 0.27 * (i - 1), shares, 0.25, label=label)
     axes.set_xticks(place, [f"{row['block_size_tokens']}" for row in rows])
     axes.set(
-        title="Share of the context's blocks touched by a step", xlabel="block size (tokens)", ylim=(0, 1.05)
+        title="Share of the context's blocks touched by a step", xlabel="block size (tokens)", ylim=(0, 1.2)
     )
-    axes.legend()
+    axes.legend(loc="upper center", ncols=3)
 
 
 def _heat_map(axes: Any, run: RunReader, layer_id: int, is_sparse: bool) -> None:
