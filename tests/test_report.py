@@ -12,6 +12,7 @@ from rich.console import Console
 from conftest import INFERENCE
 from dsatrace import cli
 from dsatrace.commands.generate import main as generate
+from dsatrace.report.places import places
 from dsatrace.report.workload_tables import workload_tables
 from golden_run import SERVING, write_golden
 from test_trace_requests import serve_without_steps
@@ -145,3 +146,25 @@ def test_the_prefix_cache_shows_what_it_saved():
     assert "50 of 200" in shown
     assert "25.0%" in shown
     assert "saved, modelled" in shown
+
+
+def test_sinks_and_the_recent_window_are_counted_by_layer(tmp_path):
+    records = [
+        {"layer_id": 1, "seq_len_current": 400, "phase": "decode", "path": "sparse",
+         "selected_token_pos": [0, 15, 16, 335, 336, 399]},
+        {"layer_id": 0, "seq_len_current": 100, "phase": "decode", "path": "sparse",
+         "selected_token_pos": [99, 98]},
+        {"layer_id": 0, "seq_len_current": 2, "phase": "decode", "path": "dense",
+         "selected_token_pos": [0, 1]},
+        {"layer_id": 0, "seq_len_current": 100, "phase": "prefill", "path": "sparse",
+         "selected_token_pos": [0]},
+    ]  # fmt: skip
+
+    class Run:
+        def steps(self, fields):
+            return iter(records)
+
+    first, second = places(Run())
+    assert (first.layer_id, first.num_records, first.sinks, first.recent) == (0, 1, 0, 1)
+    assert (second.sinks, second.recent) == (2 / 6, 2 / 6)
+    assert (second.uniform_sinks, second.uniform_recent, second.recency_recent) == (16 / 400, 64 / 400, 1)

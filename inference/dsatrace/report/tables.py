@@ -12,7 +12,8 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from ..trace.reader import RunReader
-from .workload_tables import new_table, workload_tables
+from .places import NUM_SINKS, RECENT, places
+from .workload_tables import MAX_ROWS, new_table, workload_tables
 
 Summary = Mapping[str, Any]
 
@@ -47,6 +48,8 @@ def run_tables(run: RunReader) -> Iterator[RenderableType]:
     else:
         yield _blocks(summary)
         yield _overlap(summary)
+        if run.manifest["trace"]["level"] == "full":
+            yield from _places(run)
     yield _prefix(summary)
     yield _bytes(summary)
     yield _costs(run, summary)
@@ -81,6 +84,26 @@ def _overlap(summary: Summary) -> Table:
             shares = (overlap["mean"], overlap["random_mean"])
             table.add_row(name, *(f"{share:.1%}" for share in shares), f"{overlap['pairs']}")
     return table
+
+
+def _places(run: RunReader) -> Iterator[Table]:
+    """Sinks and the recent window, where positions were recorded."""
+    found = places(run)
+    if not found:
+        return
+    table = new_table(
+        f"Share of a selection: first {NUM_SINKS} tokens (sinks), last {RECENT}",
+        "layer",
+        "sinks",
+        "uniform",
+        "recent",
+        "uniform",
+        "recency selector",
+    )
+    for row in found[:MAX_ROWS]:
+        shares = (row.sinks, row.uniform_sinks, row.recent, row.uniform_recent, row.recency_recent)
+        table.add_row(f"{row.layer_id}", *(f"{share:.1%}" for share in shares))
+    yield table
 
 
 def _prefix(summary: Summary) -> RenderableType:
