@@ -5,9 +5,10 @@ dsatrace report outputs/generate_20260101_120000
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
+
+from dsatrace.commands.dispatch import dispatch
 
 VERBS = {
     "generate": ("dsatrace.commands.generate", "answer prompts, and trace what the indexer selects"),
@@ -28,22 +29,7 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Calls the verb's `main`; without one, lists them. An unknown verb exits 2."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_usage())
-        return 0
-    if argv[0] not in VERBS:
-        print(f"error: no verb {argv[0]!r}; choose one of {', '.join(VERBS)}", file=sys.stderr)
-        return 2
-    module = importlib.import_module(VERBS[argv[0]][0])
-    code: int = module.main(argv[1:])
-    return code
-
-
-def _usage() -> str:
-    width = max(map(len, VERBS))
-    rows = "\n".join(f"  {verb:{width}}  {meaning}" for verb, (_, meaning) in VERBS.items())
-    return f"usage: dsatrace VERB [flags]; dsatrace VERB --help tells a verb's flags\n\n{rows}"
+    return dispatch("dsatrace", VERBS, argv)
 
 
 if __name__ == "__main__":

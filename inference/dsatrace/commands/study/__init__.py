@@ -5,9 +5,9 @@ dsatrace study compare --data-path chats.json
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Sequence
+
+from dsatrace.commands.dispatch import dispatch
 
 VERBS = {
     "prepare": ("dsatrace.commands.study.prepare", "conversations to single-turn and multi-turn traces"),
@@ -21,21 +21,5 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Calls the sub-verb's `main`; without one, lists them. An unknown one exits 2."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_usage())
-        return 0
-    if argv[0] not in VERBS:
-        print(f"error: study has no verb {argv[0]!r}; choose one of {', '.join(VERBS)}", file=sys.stderr)
-        return 2
-    code: int = importlib.import_module(VERBS[argv[0]][0]).main(argv[1:])
-    return code
-
-
-def _usage() -> str:
-    width = max(map(len, VERBS))
-    rows = "\n".join(f"  {verb:{width}}  {meaning}" for verb, (_, meaning) in VERBS.items())
-    return (
-        "usage: dsatrace study VERB [flags]; dsatrace study VERB --help tells a verb's flags\n\n"
-        f"{rows}\n\n`python -m dsatrace.study.metrics` prints what each number means."
-    )
+    note = "\n\n`python -m dsatrace.study.metrics` prints what each number means."
+    return dispatch("dsatrace study", VERBS, argv, note)
