@@ -63,12 +63,11 @@ class MLA(nn.Module):
         selection = self.indexer(x, q_latent, rope, batch, cache)
         slots = cache.resolve(self.layer_id, batch, selection.positions)  # (N, K)
         query = self._absorbed_query(q_latent, rope)  # (N, H, C + R)
-        latents = cache.latent[self.layer_id].flatten(0, 1)  # (slots, C + R)
 
-        row_bytes = slots.shape[1] * latents.shape[1] * latents.element_size()
-        rows = max(1, GATHER_BYTES // row_bytes)
+        rows = max(1, GATHER_BYTES // (slots.shape[1] * cache.latent_bytes_per_token))
         pieces = [
-            self._attend(q, s, latents) for q, s in zip(query.split(rows), slots.split(rows), strict=True)
+            self._attend(q, s < 0, cache.read_latent(self.layer_id, s))
+            for q, s in zip(query.split(rows), slots.split(rows), strict=True)
         ]
         _, value_up = self.absorbed()
         attended = torch.cat(pieces).transpose(0, 1)  # (H, N, C)
@@ -98,12 +97,9 @@ class MLA(nn.Module):
         absorbed = torch.bmm(q_nope.transpose(0, 1), key_up).transpose(0, 1)  # (N, H, C)
         return torch.cat((absorbed, q_rope), dim=-1)
 
-    def _attend(self, query: torch.Tensor, slots: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-        """`query (n, H, C + R)` over the latents at `slots (n, K)`, -1 ignored. Returns `(n, H, C)`."""
-        num_rows, num_selected = slots.shape
-        padded = slots < 0
-        gathered = latents.index_select(0, slots.clamp_min(0).view(-1)).view(num_rows, num_selected, -1)
-        scores = torch.bmm(query, gathered.transpose(1, 2)).to(self.setup.precise_dtype) * self.scale
+    def _attend(self, query: torch.Tensor, padded: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """`query (n, H, C + R)` over its `latents (n, K, C + R)` but the `padded (n, K)`: `(n, H, C)`."""
+        scores = torch.bmm(query, latents.transpose(1, 2)).to(self.setup.precise_dtype) * self.scale
         scores = scores.masked_fill_(padded.unsqueeze(1), float("-inf"))
-        weights = scores.softmax(dim=-1).to(gathered.dtype)
-        return torch.bmm(weights, gathered[..., : self.setup.args.kv_lora_rank])
+        weights = scores.softmax(dim=-1).to(latents.dtype)
+        return torch.bmm(weights, latents[..., : self.setup.args.kv_lora_rank])

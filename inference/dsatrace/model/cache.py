@@ -27,8 +27,15 @@ class KVCache:
     """
 
     def __init__(
-        self, setup: ModelSetup, num_blocks: int, block_size: int, device: torch.device | str = "cpu"
+        self,
+        setup: ModelSetup,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device | str = "cpu",
+        *,
+        latent_blocks: int | None = None,
     ) -> None:
+        """`latent_blocks`: room for so many blocks of latents, where a subclass keeps the rest elsewhere."""
         args = setup.args
         self.block_size = block_size
         self.num_blocks = num_blocks
@@ -36,11 +43,13 @@ class KVCache:
         on_cuda = torch.device(device).type == "cuda"
         key_dtype = torch.float8_e4m3fn if args.index_fp8 and on_cuda else setup.compute_dtype
 
-        def per_layer(width: int, dtype: torch.dtype) -> list[torch.Tensor]:
-            shape = (num_blocks, block_size, width)
+        def per_layer(width: int, dtype: torch.dtype, blocks: int = num_blocks) -> list[torch.Tensor]:
+            shape = (blocks, block_size, width)
             return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(args.n_layers)]
 
-        self.latent = per_layer(args.latent_dim, setup.compute_dtype)  # L x (num_blocks, block, C + R)
+        self.latent = per_layer(  # L x (num_blocks, block, C + R)
+            args.latent_dim, setup.compute_dtype, num_blocks if latent_blocks is None else latent_blocks
+        )
         self.index_k = per_layer(args.index_head_dim, key_dtype)  # L x (num_blocks, block, D)
         self.index_scale = (  # L x (num_blocks, block)
             [s.squeeze(-1) for s in per_layer(1, setup.precise_dtype)] if args.index_fp8 else None
@@ -93,6 +102,11 @@ class KVCache:
         flat = positions.clamp_min(0) + (batch.row_to_request * batch.slot_table.shape[1]).unsqueeze(1)
         slots = batch.slot_table.view(-1).index_select(0, flat.view(-1)).view_as(positions)
         return slots.masked_fill_(padded, -1)
+
+    def read_latent(self, layer_id: int, slots: torch.Tensor) -> torch.Tensor:
+        """Latents `(n, K, C + R)` at `slots (n, K)`, some of those from `resolve`; at -1 anything finite."""
+        latents = self.latent[layer_id].flatten(0, 1)
+        return latents.index_select(0, slots.clamp_min(0).view(-1)).view(*slots.shape, -1)
 
 
 def _index_select(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,102 @@
+"""Which KV units lie in HBM: a map from unit to slot, who must go next, and who must be written back.
+
+A unit is what moves as one: a block, or a row (one token). One map serves one layer. Pure
+accounting: it moves no byte and knows no tensor, layer, request or store. `admit` decides,
+and whoever asked carries the moves out, the write-backs first, since their slots are reused.
+
+    residency = Residency(num_units=100, num_slots=8)
+    moves = residency.admit(np.array([3, 7]))         # both missed: moves.units == [3, 7]
+    residency.mark_dirty(np.array([7]))               # unit 7 was written to
+    residency.slot_of[[3, 7]]                         # where they lie; -1: not in HBM
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+ABSENT = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Moves:
+    """What an admission asks for. All arrays int64 but `victim_dirty`, which is bool.
+
+    `units[i]` is to be brought into `slots[i]`. `victims[j]` lay in `victim_slots[j]`, whose
+    bytes are still there until a unit is brought in, and are needed where `victim_dirty[j]`.
+    """
+
+    units: np.ndarray  # (M,)
+    slots: np.ndarray  # (M,)
+    victims: np.ndarray  # (V,), V <= M: free slots are used first
+    victim_slots: np.ndarray  # (V,)
+    victim_dirty: np.ndarray  # (V,)
+
+
+class Residency:
+    """At most `num_slots` of the units 0 .. num_units - 1 are resident; the least recently used goes first.
+
+    Units of one admission are used in the order given, and never evict one another.
+    """
+
+    def __init__(self, num_units: int, num_slots: int) -> None:
+        if num_units < 1 or num_slots < 1:
+            raise ValueError(f"a residency needs at least 1 unit and 1 slot, not {num_units} and {num_slots}")
+        self.num_slots = num_slots
+        self.slot_of = np.full(num_units, ABSENT, dtype=np.int64)
+        self.unit_of = np.full(num_slots, ABSENT, dtype=np.int64)
+        self._is_dirty = np.zeros(num_slots, dtype=bool)
+        self._used_at = np.full(num_slots, ABSENT, dtype=np.int64)  # a free slot is older than all others
+        self._clock = 0
+
+    def is_resident(self, units: np.ndarray) -> np.ndarray:
+        """Which of `units (N,)` are in HBM, (N,) bool. Counts as no use."""
+        return self.slot_of[units] != ABSENT
+
+    def admit(self, units: np.ndarray) -> Moves:
+        """Makes the distinct `units (N,)` resident, clean where they were not. Needs N <= `num_slots`."""
+        assert len(units) <= self.num_slots, f"{len(units)} units do not fit {self.num_slots} slots"
+        here = self.is_resident(units)
+        self._touch(self.slot_of[units[here]])  # newer than all others now, so none of them is chosen
+        missing = units[~here]
+        slots = self._oldest(len(missing))
+        occupied = self.unit_of[slots] != ABSENT
+        victim_slots = slots[occupied]
+        victims = self.unit_of[victim_slots]
+        moves = Moves(missing, slots, victims, victim_slots, self._is_dirty[victim_slots])
+        self.slot_of[victims] = ABSENT
+        self.slot_of[missing] = slots
+        self.unit_of[slots] = missing
+        self._is_dirty[slots] = False
+        self._touch(self.slot_of[units])
+        return moves
+
+    def mark_dirty(self, units: np.ndarray) -> None:
+        """Resident `units` were written to: nowhere else are they as they are now."""
+        assert self.is_resident(units).all(), "a unit that is not resident cannot be written to"
+        self._is_dirty[self.slot_of[units]] = True
+
+    def is_dirty(self, units: np.ndarray) -> np.ndarray:
+        """Which of the resident `units (N,)` have been written to since they came, (N,) bool."""
+        return self._is_dirty[self.slot_of[units]]
+
+    def drop(self, units: np.ndarray) -> None:
+        """Forgets units, resident or not, dirty or not: their bytes are void."""
+        slots = self.slot_of[units]
+        slots = slots[slots != ABSENT]
+        self.slot_of[units] = ABSENT
+        self.unit_of[slots] = ABSENT
+        self._is_dirty[slots] = False
+        self._used_at[slots] = ABSENT
+
+    def _touch(self, slots: np.ndarray) -> None:
+        self._used_at[slots] = self._clock + np.arange(len(slots))
+        self._clock += len(slots)
+
+    def _oldest(self, n: int) -> np.ndarray:
+        """The `n` slots that were used longest ago, oldest first."""
+        if n == 0:
+            return np.empty(0, dtype=np.int64)
+        oldest = np.argpartition(self._used_at, n - 1)[:n]
+        return oldest[np.argsort(self._used_at[oldest], kind="stable")]
