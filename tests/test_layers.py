@@ -30,8 +30,10 @@ MODEL_SIDE = "serves a model; the loop, the scheduler and the simulator need no 
 EXCEPTIONS = {
     ("engine/distributed.py", "torch"): MODEL_SIDE,
     ("engine/model_runner.py", "torch"): MODEL_SIDE,
+    ("engine/offload.py", "torch"): MODEL_SIDE,
     ("engine/sampler.py", "torch"): MODEL_SIDE,
     ("engine/setup.py", "torch"): MODEL_SIDE,
+    ("engine/unit_buffer.py", "torch"): MODEL_SIDE,
     ("trace/observe.py", "torch"): "the tensor side of the tracer",
     ("model/kernels/tilelang_kernels.py", "tilelang"): "itself imported only when asked for",
 }
