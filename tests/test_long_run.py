@@ -45,11 +45,11 @@ def test_memory_does_not_grow_with_the_run(
     long_run: ModuleType, tmp_path: Path, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dsatrace.trace.summarize.CHUNK_RECORDS", 64)
-    shape = long_run.Shape(num_layers=2, batch=2, top_k=64, num_prompt_tokens=1024)
+    shape = long_run.Shape(num_layers=2, batch=2, top_k=64, num_prompt_tokens=1024, num_step_times=50)
     one_round = shape.records_a_step * long_run.STEPS_A_REQUEST
     long_run.write_run(tmp_path / "warm", 1, level, shape)
     peaks = []
-    for rounds in (2, 5):  # step times in whole us are kept as a histogram, 35 KB a round until they repeat
+    for rounds in (2, 8):
         folder = tmp_path / f"run{rounds}"
         stages = (
             lambda folder=folder, rounds=rounds: long_run.write_run(folder, rounds * one_round, level, shape),

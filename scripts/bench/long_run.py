@@ -53,6 +53,7 @@ class Shape:
     batch: int = 4
     top_k: int = 2048
     num_prompt_tokens: int = 32768
+    num_step_times: int = 10_000  # different ones, in us: their histogram grows until it has them all
 
     @property
     def records_a_step(self) -> int:
@@ -148,7 +149,7 @@ def captures(num_records: int, shape: Shape) -> Iterator[StepCapture]:
             scores=None,
             prefixes=(RequestPrefix(64 * hits, f"{0:016x}"),) * shape.batch,
             forward_idx=forward_idx,
-            step_wall_us=float(rng.integers(30_000, 40_000)),
+            step_wall_us=float(rng.integers(30_000, 30_000 + shape.num_step_times)),
             step_synced=True,
         )
 
