@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
 
 from dsatrace.engine.config import EngineSetup
+from dsatrace.errors import UserError
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -50,3 +52,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser, required: bool = True)
 def engine_setup_from_args(args: argparse.Namespace) -> EngineSetup:
     """The setup the flags describe; raises `UserError` for a bad value."""
     return EngineSetup(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EngineSetup)})
+
+
+def check_temperature(temperature: float) -> None:
+    if not 0 <= temperature < math.inf:  # so written, it catches nan too
+        raise UserError(f"--temperature {temperature}: use 0 (greedy) or a number above it")

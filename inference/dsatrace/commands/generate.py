@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsatrace.commands.arguments import add_engine_arguments, engine_setup_from_args
+from dsatrace.commands.arguments import (
+    add_engine_arguments,
+    check_temperature,
+    engine_setup_from_args,
+)
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.trace.config import add_trace_arguments, trace_config_from_args
 
@@ -37,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup = engine_setup_from_args(args)
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: use at least 1")
-    if not 0 <= args.temperature < math.inf:  # so written, it catches nan too
-        raise UserError(f"--temperature {args.temperature}: use 0 (greedy) or a number above it")
+    check_temperature(args.temperature)
     prompts = [] if args.interactive else read_prompts(args.input_file)
     tokenizer = load_tokenizer(args.tokenizer or args.ckpt_path)
     check_vocabulary(tokenizer, setup.model_args().vocab_size)

@@ -8,10 +8,9 @@ source = find(args, "sharegpt", args.sharegpt_json)
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
-from dsatrace.commands.arguments import add_engine_arguments
+from dsatrace.commands.arguments import add_engine_arguments, check_temperature
 from dsatrace.engine.ranks import from_rank_0
 from dsatrace.errors import UserError
 from dsatrace.trace.resumable import resumed_argv
@@ -55,8 +54,7 @@ def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpars
         argv = [*resumed_argv(run.resume, given), *given]
     args = parser.parse_args(argv)
     args.resume = run.resume
-    if not 0 <= args.temperature < math.inf:  # so written, it catches nan too
-        raise UserError(f"--temperature {args.temperature}: use 0 (greedy) or a number above it")
+    check_temperature(args.temperature)
     check_limit("--limit", args.limit)
     if args.runner == "model" and args.ckpt_path is None:
         raise UserError("--ckpt-path is missing: name a converted checkpoint, or use --runner simulator")

@@ -53,8 +53,7 @@ class Serving:
 
     def text(self, live: LiveRequest) -> str:
         """The answer so far, without its end token."""
-        eos = self.tokenizer.eos_id
-        return self.tokenizer.decode(token for token in live.answer if token != eos)
+        return self.tokenizer.decode_answer(live.answer)
 
     def open(
         self, longest: int | None, source: str, num_requests: int | None = None

@@ -201,8 +201,7 @@ class _Run:
 
     def _text(self, live: LiveRequest) -> str:
         """The answer without its end token."""
-        eos = self.tokenizer.eos_id
-        return self.tokenizer.decode(token for token in live.answer if token != eos)
+        return self.tokenizer.decode_answer(live.answer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,18 +28,17 @@ import torch
 from ..errors import UserError
 from ..kv.fetches import FetchCounters, LayerFetch, SelectedUnits, layer_fetch, num_runs
 from ..kv.residency import Residency
+from ..kv.stores.interface import Store, unit_keys
 from ..model.batch import Batch
 from ..model.cache import KVCache
 from ..model.layers import ModelSetup
-from .unit_buffer import Store, UnitBuffer
+from .unit_buffer import UnitBuffer
 
 Granularity = Literal["block", "row"]
 """What moves as one: a block of one layer, or a row, one token of one layer."""
 
 OnFetch = Callable[[LayerFetch], None]
 """Called once a layer and forward, before anything is fetched for it."""
-
-LAYER_SHIFT = 48  # a unit's key: the layer in the upper 16 bits, the unit's id in the lower 48
 
 
 class UnitsLost(RuntimeError):
@@ -204,7 +203,7 @@ class OffloadedCache(KVCache):
         if not len(units):
             return
         started = time.perf_counter()
-        stored = self._buffers[layer_id].save(_keys(layer_id, units), slots)
+        stored = self._buffers[layer_id].save(unit_keys(layer_id, units), slots)
         counters = self.counters[layer_id]
         counters.write_us += (time.perf_counter() - started) * 1e6
         counters.write_batches += 1
@@ -217,7 +216,7 @@ class OffloadedCache(KVCache):
         if not len(units):
             return
         started = time.perf_counter()
-        hits = self._buffers[layer_id].load(_keys(layer_id, units), slots)
+        hits = self._buffers[layer_id].load(unit_keys(layer_id, units), slots)
         counters = self.counters[layer_id]
         counters.read_us += (time.perf_counter() - started) * 1e6
         counters.read_batches += 1
@@ -226,7 +225,3 @@ class OffloadedCache(KVCache):
         counters.bytes_read += int(hits.sum()) * self.unit_bytes
         if not hits.all():
             raise UnitsLost(layer_id, units[~hits], "no longer holds")
-
-
-def _keys(layer_id: int, units: np.ndarray) -> np.ndarray:
-    return units.astype(np.uint64) | np.uint64(layer_id << LAYER_SHIFT)

@@ -10,28 +10,10 @@ buffer, pinned and announced to the store once. Knows neither what lies in which
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import torch
 
-
-class Store(Protocol):
-    """What is asked of a store of units: `unit_bytes` bytes each, under 64-bit keys, a batch at a time.
-
-    `data` and `out` are C-contiguous (M, unit_bytes) uint8; unit i is their row `rows[i]`.
-    """
-
-    unit_bytes: int
-
-    def put(self, keys: np.ndarray, data: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        """Stores or overwrites. Returns which units are stored, (N,) bool."""
-
-    def fetch(self, keys: np.ndarray, out: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        """Reads into `out`. Returns the hits, (N,) bool; rows that missed hold anything."""
-
-    def register(self, buffer: np.ndarray) -> None:
-        """Announces memory that `data` and `out` will lie in."""
+from ..kv.stores.interface import Store
 
 
 class UnitBuffer:

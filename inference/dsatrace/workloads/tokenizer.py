@@ -80,6 +80,11 @@ class Tokenizer:
         """The text of the ids, special tokens written out; what is no UTF-8 becomes U+FFFD."""
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
 
+    def decode_answer(self, token_ids: Iterable[int]) -> str:
+        """The text of a model's answer: of the ids without the end token."""
+        eos = self.eos_id
+        return self.decode(token_id for token_id in token_ids if token_id != eos)
+
     def stream(self) -> StreamDecoder:
         return StreamDecoder(self)
 
