@@ -105,6 +105,25 @@ def layer_fetch(layer_id: int, selected: SelectedUnits, missed: np.ndarray) -> L
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class StepFetches:
+    """Where one forward's recorded rows found what they selected: L layers, B rows, K positions, T tiers.
+
+    Tiers stand in the order of `schema.TIER_NAMES`. A unit fetched for several rows is charged to
+    the first of them, and what a layer's batch did is shared out in whole numbers: sums over the
+    rows are what really moved.
+    """
+
+    served_by: np.ndarray  # (L, B, K) int8, the tier that held each position; -1 where there is none
+    bytes_read: np.ndarray  # (L, B, T) int64, units x unit bytes; 0 for HBM, whose reads are derived
+    bytes_useful: np.ndarray  # (L, B, T) int64, of those the selected tokens' own; 0 for HBM
+    read_ops: np.ndarray  # (L, B, T) int64, the store's own after coalescing; 0 for HBM
+    evicted_units: np.ndarray  # (L, B, T) int64, given up by the tier
+    bytes_written: np.ndarray  # (L, B, T) int64, into the tier
+    errors: np.ndarray  # (L, B, T) int64, batches that failed and units that came back corrupt
+    latency_us: np.ndarray  # (L, T) float64, of the layer's batch: all its rows wait for it together
+
+
 @dataclasses.dataclass
 class FetchCounters:
     """Everything one layer did since its cache was made. Distinct units, whoever asked for them.
