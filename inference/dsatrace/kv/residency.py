@@ -16,7 +16,9 @@ import dataclasses
 
 import numpy as np
 
-ABSENT = -1
+from dsatrace.kv.eviction_orders import ABSENT, TIER_POLICIES, make_order
+
+__all__ = ["ABSENT", "TIER_POLICIES", "Moves", "Residency"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,20 +37,23 @@ class Moves:
 
 
 class Residency:
-    """At most `num_slots` of the units 0 .. num_units - 1 are resident; the least recently used goes first.
+    """At most `num_slots` of the units 0 .. num_units - 1 are resident; `policy` says who goes first.
 
-    Units of one admission are used in the order given, and never evict one another.
+    Units of one admission are used in the order given, and never evict one another. Free slots
+    are filled before anything is evicted.
     """
 
-    def __init__(self, num_units: int, num_slots: int) -> None:
+    def __init__(self, num_units: int, num_slots: int, policy: str = "lru") -> None:
+        """`policy`: one of `TIER_POLICIES`, else `UserError`."""
         if num_units < 1 or num_slots < 1:
             raise ValueError(f"a residency needs at least 1 unit and 1 slot, not {num_units} and {num_slots}")
         self.num_slots = num_slots
+        self.policy = policy
         self.slot_of = np.full(num_units, ABSENT, dtype=np.int64)
         self.unit_of = np.full(num_slots, ABSENT, dtype=np.int64)
         self._is_dirty = np.zeros(num_slots, dtype=bool)
-        self._used_at = np.full(num_slots, ABSENT, dtype=np.int64)  # a free slot is older than all others
-        self._clock = 0
+        self._num_free = num_slots
+        self._order = make_order(policy, num_slots, self.slot_of)
 
     def is_resident(self, units: np.ndarray) -> np.ndarray:
         """Which of `units (N,)` are in HBM, (N,) bool. Counts as no use."""
@@ -58,18 +63,17 @@ class Residency:
         """Makes the distinct `units (N,)` resident, clean where they were not. Needs N <= `num_slots`."""
         assert len(units) <= self.num_slots, f"{len(units)} units do not fit {self.num_slots} slots"
         here = self.is_resident(units)
-        self._touch(self.slot_of[units[here]])  # newer than all others now, so none of them is chosen
         missing = units[~here]
-        slots = self._oldest(len(missing))
-        occupied = self.unit_of[slots] != ABSENT
-        victim_slots = slots[occupied]
+        free = self._free_slots(len(missing))
+        slots = self._order.admit(units, here, free)
+        victim_slots = slots[len(free) :]
         victims = self.unit_of[victim_slots]
         moves = Moves(missing, slots, victims, victim_slots, self._is_dirty[victim_slots])
         self.slot_of[victims] = ABSENT
         self.slot_of[missing] = slots
         self.unit_of[slots] = missing
         self._is_dirty[slots] = False
-        self._touch(self.slot_of[units])
+        self._num_free -= len(free)
         return moves
 
     def mark_dirty(self, units: np.ndarray) -> None:
@@ -83,20 +87,15 @@ class Residency:
 
     def drop(self, units: np.ndarray) -> None:
         """Forgets units, resident or not, dirty or not: their bytes are void."""
+        units = np.unique(units[self.is_resident(units)])
+        self._order.forget(units)
         slots = self.slot_of[units]
-        slots = slots[slots != ABSENT]
         self.slot_of[units] = ABSENT
         self.unit_of[slots] = ABSENT
         self._is_dirty[slots] = False
-        self._used_at[slots] = ABSENT
+        self._num_free += len(slots)
 
-    def _touch(self, slots: np.ndarray) -> None:
-        self._used_at[slots] = self._clock + np.arange(len(slots))
-        self._clock += len(slots)
-
-    def _oldest(self, n: int) -> np.ndarray:
-        """The `n` slots that were used longest ago, oldest first."""
-        if n == 0:
+    def _free_slots(self, at_most: int) -> np.ndarray:
+        if not self._num_free:
             return np.empty(0, dtype=np.int64)
-        oldest = np.argpartition(self._used_at, n - 1)[:n]
-        return oldest[np.argsort(self._used_at[oldest], kind="stable")]
+        return np.flatnonzero(self.unit_of == ABSENT)[:at_most]
