@@ -156,6 +156,13 @@ def test_what_was_put_last_is_what_is_fetched(capacities, policy: str, history: 
     assert np.any(holds, axis=0).tolist() == [unit in checked.truth for unit in held]
 
 
+def check_room(stack: TierStack) -> None:
+    """Who makes room for whom is decided among exactly the units that the local pool is known to hold."""
+    if stack._residency is not None:
+        here = stack._residency.is_resident(np.arange(NUM_LAYERS * UNITS_PER_LAYER))
+        assert here.tolist() == stack._is_current[LOCAL].tolist()
+
+
 def holds_current(store: Store | None, key: int, unit: bytes) -> bool:
     return isinstance(store, MemoryStore) and store._open_units().get(key) == unit
 
@@ -193,6 +200,7 @@ def test_whatever_the_stores_do_no_byte_is_wrong(capacities, policy, history, se
                         checked.truth[layer_id, unit],
                     )
                     assert not any(holds_current(store, key, current) for store in stores)
+        check_room(stack)
         assert (stack.last_error is None) == (sum(store.num_errors for store in stores) == 0)
     for store in stores:
         store.rate = 0.0  # they have recovered: what any of them holds is given
@@ -298,6 +306,17 @@ def test_a_victim_that_cannot_be_written_back_stays() -> None:
     remote.rate = 0.0
     assert checked.put(0, [2]).all()
     assert sorted(checked.fetch(0, [0, 1, 2]).tolist()) == [LOCAL, LOCAL, REMOTE]
+
+
+def test_only_the_newcomer_of_a_victim_that_stays_gets_no_room() -> None:
+    a, b, c, d = range(4)
+    checked = Checked(stack_of(MemoryStore(U, 2), MemoryStore(U, 3)))
+    for unit in (c, d, a, b):
+        checked.put(0, [unit])
+    assert checked.fetch(0, [c]).tolist() == [REMOTE]  # a goes, and the remote pool is full: c, d, a
+    assert checked.fetch(0, [d, a]).tolist() == [REMOTE, REMOTE]  # b cannot go for d, c goes for a
+    assert checked.fetch(0, [a, b]).tolist() == [LOCAL, LOCAL]
+    assert checked.fetch(0, [c, d]).tolist() == [REMOTE, REMOTE]
 
 
 def test_an_older_version_is_never_given() -> None:

@@ -1,13 +1,13 @@
-"""Which KV units lie in HBM: a map from unit to slot, who must go next, and who must be written back.
+"""Which KV units lie in a tier: a map from unit to slot, who must go next, and who must be written back.
 
-A unit is what moves as one: a block, or a row (one token). One map serves one layer. Pure
-accounting: it moves no byte and knows no tensor, layer, request or store. `admit` decides,
+A unit is what moves as one: a block, or a row (one token). In HBM one map serves one layer; the
+local pool has one for all, if there is a remote pool behind it. Pure accounting: it moves no byte and knows no tensor, layer, request or store. `admit` decides,
 and whoever asked carries the moves out, the write-backs first, since their slots are reused.
 
     residency = Residency(num_units=100, num_slots=8)
     moves = residency.admit(np.array([3, 7]))         # both missed: moves.units == [3, 7]
     residency.mark_dirty(np.array([7]))               # unit 7 was written to
-    residency.slot_of[[3, 7]]                         # where they lie; -1: not in HBM
+    residency.slot_of[[3, 7]]                         # where they lie; -1: not here
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Residency:
         self._order = make_order(policy, num_slots, self.slot_of)
 
     def is_resident(self, units: np.ndarray) -> np.ndarray:
-        """Which of `units (N,)` are in HBM, (N,) bool. Counts as no use."""
+        """Which of `units (N,)` are here, (N,) bool. Counts as no use."""
         return self.slot_of[units] != ABSENT
 
     def admit(self, units: np.ndarray) -> Moves:

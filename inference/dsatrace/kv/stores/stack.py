@@ -120,7 +120,7 @@ class TierStack:
                 self._forget(tier, ids)
 
     def register(self, buffer: np.ndarray) -> None:
-        """See `Store.register`; both stores read from and write to the same buffers."""
+        """See `Store.register`; a store that cannot says so by `StoreError`, before the run has begun."""
         for store in self._stores.values():
             store.register(buffer)
 
@@ -217,7 +217,7 @@ class TierStack:
 
     def _forget(self, tier: int, ids: np.ndarray) -> None:
         self._is_current[tier][ids] = False
-        if tier == LOCAL and self._residency is not None:
+        if len(ids) and tier == LOCAL and self._residency is not None:
             self._residency.drop(ids)
 
     # Names of units.
