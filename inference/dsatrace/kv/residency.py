@@ -1,8 +1,9 @@
 """Which KV units lie in a tier: a map from unit to slot, who must go next, and who must be written back.
 
 A unit is what moves as one: a block, or a row (one token). In HBM one map serves one layer; the
-local pool has one for all, if there is a remote pool behind it. Pure accounting: it moves no byte and knows no tensor, layer, request or store. `admit` decides,
-and whoever asked carries the moves out, the write-backs first, since their slots are reused.
+local pool has one for all, if there is a remote pool behind it. Pure accounting: it moves no
+byte and knows no tensor, layer, request or store. `admit` decides, and whoever asked carries
+the moves out, the write-backs first, since their slots are reused.
 
     residency = Residency(num_units=100, num_slots=8)
     moves = residency.admit(np.array([3, 7]))         # both missed: moves.units == [3, 7]
