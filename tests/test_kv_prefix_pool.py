@@ -155,6 +155,74 @@ def test_a_listener_hears_of_hits_misses_and_evictions() -> None:
     assert heard == [(MISS, one, 0), (HIT, one, 0), (EVICT, one, 0), (MISS, other[0], 1), (MISS, other[1], 0)]
 
 
+@pytest.mark.parametrize("free_order", ["old", "new"])
+@pytest.mark.parametrize("policy", [None, "lru", "arc"])
+def test_what_is_lost_is_found_by_nobody_and_handed_out_first(
+    free_order: FreeOrder, policy: str | None
+) -> None:
+    void: list[list[int]] = []
+    made = None if policy is None else make_policy(policy, capacity=4)
+    pool = PrefixPool(BlockPool(4, 2, free_order=free_order, policy=made, on_void=void.append))
+    tokens = [1, 2, 3, 4, 5, 6, 7]
+    held = admit(pool, tokens)
+    pool.release(held)
+    assert void == [[3]], "the partial block"
+    assert pool.lose([1, 3]) == 1
+    assert void == [[3], [1]]
+    assert pool.match(keys_of(tokens, 2), 7) == [0]
+    assert not pool.blocks.is_cached(keys_of(tokens, 2)[1]) and pool.blocks.is_cached(keys_of(tokens, 2)[2])
+    assert pool.blocks.free_queue()[0] == 1
+    again = admit(pool, tokens[:4])
+    assert again.block_ids == [0, 1]
+    assert len(void) == 2, "no content was given up for it"
+    pool.check_integrity([again])
+    # What followed the lost block is right again behind the one that was computed anew.
+    assert pool.match(keys_of(tokens, 2), 7) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("policy", [None, "lru"])
+def test_what_is_lost_in_use_is_void_when_its_last_user_is_gone(policy: str | None) -> None:
+    void: list[list[int]] = []
+    made = None if policy is None else make_policy(policy, capacity=4)
+    pool = PrefixPool(BlockPool(4, 2, policy=made, on_void=void.append))
+    first, second = admit(pool, [1, 1, 2]), admit(pool, [1, 1, 3])
+    assert (first.block_ids, second.block_ids) == ([0, 1], [0, 2])
+    assert pool.lose([0]) == 1
+    assert pool.match(keys_of([1, 1, 2], 2), 3) == void == []
+    pool.release(first)
+    assert void == [[1]]
+    pool.release(second)
+    assert void == [[1], [2, 0]]
+    pool.check_integrity([])
+
+
+def test_evicted_content_is_void_before_its_block_is_handed_out() -> None:
+    void: list[list[int]] = []
+    pool = PrefixPool(BlockPool(2, 2, free_order="new", on_void=void.append))
+    pool.release(admit(pool, [1, 1, 2, 2]))
+    assert void == []
+    assert admit(pool, [3, 3, 3]).block_ids == [1, 0]
+    assert void == [[1, 0]]
+
+
+@pytest.mark.parametrize("ids", [[0, 4], [-1, 0]])
+def test_a_loss_of_a_block_that_does_not_exist_is_caught_and_changes_nothing(ids: list[int]) -> None:
+    pool = PrefixPool(BlockPool(4, 2))
+    held = admit(pool, [1, 1, 1])
+    with pytest.raises(ValueError, match=f"blocks {ids[0]} to {ids[1]}: the pool has 0 to 3"):
+        pool.lose(ids)
+    pool.check_integrity([held])
+
+
+def test_a_block_that_is_still_being_computed_has_no_key() -> None:
+    pool = PrefixPool(BlockPool(4, 2))
+    held = pool.admit(keys_of([1, 1, 1, 1], 2), 4, num_filled=0, num_slots=2)
+    pool.grow(held, 4, num_filled=0)
+    assert (len(held.block_ids), held.num_keyed) == (2, 0)
+    pool.grow(held, 4, num_filled=2)
+    assert (len(held.block_ids), held.num_keyed) == (2, 1)
+
+
 def test_a_pool_with_a_null_block_has_one_more() -> None:
     with pytest.raises(ValueError, match="not 1 of 16, block 0 kept back"):
         BlockPool(1, 16, null_block=True)
@@ -214,9 +282,16 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = PrefixPool(
             BlockPool(num_blocks, block_size, null_block=null_block, free_order=free_order, policy=made)
         )
+        self.pool.blocks.on_void = self._void
+        self.void = set(range(int(null_block), num_blocks))  # nobody can read what they hold
         self.live: list[tuple[HeldBlocks, KeyChain, list[int]]] = []
         self.preempted: list[list[int]] = []
         self.seen: set[tuple[int, ...]] = set()  # prefixes that were ever cached
+
+    def _void(self, block_ids: list[int]) -> None:
+        assert block_ids and not self.void & set(block_ids), "named twice"
+        assert not any(map(self.pool.blocks.num_users, block_ids)), "somebody uses it"
+        self.void |= set(block_ids)
 
     def _admit(self, tokens: list[int], chunk: int) -> bool:
         chain = KeyChain(self.pool.blocks.block_size, SECRET)
@@ -268,6 +343,20 @@ class PoolMachine(RuleBasedStateMachine):
         if comes_back:
             self.preempted.append(entry[2])
 
+    @rule(data=st.data(), comes_back=st.booleans())
+    def lose(self, data: st.DataObject, comes_back: bool) -> None:
+        blocks = self.pool.blocks
+        lost = data.draw(st.sets(st.integers(0, blocks.num_blocks - 1), min_size=1, max_size=3))
+        keyed = {block for block in lost if blocks.key_of(block) is not None}
+        assert self.pool.lose(lost) == len(keyed)
+        assert all(blocks.key_of(block) is None for block in lost)
+        for entry in [entry for entry in self.live if lost & set(entry[0].block_ids)]:
+            self.live.remove(entry)
+            self.pool.release(entry[0])
+            if comes_back:
+                self.preempted.append(entry[2])
+        assert {block for block in lost if not blocks.num_users(block)} <= self.void | {0}
+
     @precondition(lambda self: self.preempted)
     @rule(chunk=st.integers(1, 12))
     def resume(self, chunk: int) -> None:
@@ -280,7 +369,12 @@ class PoolMachine(RuleBasedStateMachine):
             return
         self.pool.check_integrity([held for held, _, _ in self.live])
         used = {block for held, _, _ in self.live for block in held.block_ids}
-        assert self.pool.blocks.num_free == self.pool.blocks.num_usable - len(used)
+        blocks = self.pool.blocks
+        assert blocks.num_free == blocks.num_usable - len(used)
+        self.void -= used
+        usable = range(blocks.num_blocks - blocks.num_usable, blocks.num_blocks)
+        free = [block for block in usable if not blocks.num_users(block)]
+        assert self.void == {block for block in free if blocks.key_of(block) is None}
 
 
 TestPoolMachine = PoolMachine.TestCase

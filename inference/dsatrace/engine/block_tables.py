@@ -2,8 +2,8 @@
 
 A request's prefix is looked up as late as can be, so that it finds what those before it in
 the same batch have computed; until then the pool only keeps as many blocks free as it may
-need. A block gets its key by the forward that fills it, never before: who is preempted or
-aborted in the middle of its prompt leaves no key over content that was not computed.
+need. A block gets its key behind the forward that fills it, never before: who is preempted or aborted
+in the middle of its prompt, or whose forward fails, leaves no key over content that was not computed.
 Knows no order among requests; that is the scheduler's.
 
     tables = BlockTables(new_pool(num_blocks=64, block_size=16, prefix_caching=True))
@@ -13,13 +13,14 @@ Knows no order among requests; that is the scheduler's.
     tables.extend(live, 41)                 # slots for its first 41 tokens
     tables.learn(live, [5])                 # a token was sampled
     tables.mark_computed(live)              # others may hit what it holds
+    tables.lose([7])                        # nobody finds that block any more
     tables.release(live)
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..kv.block_keys import KeyChain
 from ..kv.blocks import BlockPool, blocks_needed
@@ -87,9 +88,12 @@ class BlockTables:
         return max(0, blocks_needed(num_tokens, self.block_size) - len(live.block_ids))
 
     def extend(self, live: LiveRequest, num_tokens: int) -> None:
-        """Blocks for the first `num_tokens` tokens of a request, which coming forwards compute."""
+        """Blocks for the first `num_tokens` tokens of a request, which coming forwards compute.
+
+        Their keys come with `mark_computed`: until then a forward may fail.
+        """
         assert live.held is not None
-        self.pool.grow(live.held, num_tokens)
+        self.pool.grow(live.held, num_tokens, num_filled=0)
 
     def learn(self, live: LiveRequest, tokens: Sequence[int]) -> None:
         """Goes on with its keys: these tokens were sampled for it."""
@@ -109,6 +113,13 @@ class BlockTables:
         if live.held is not None:
             self.pool.release(live.held)
             live.held = None
+
+    def lose(self, block_ids: Iterable[int]) -> int:
+        """Lets nobody find blocks whose content is lost; their holders must be released.
+
+        Returns how many could have been found.
+        """
+        return self.pool.lose(block_ids)
 
     def _forget_promise(self, live: LiveRequest) -> None:
         self._num_promised -= live.num_promised_blocks

@@ -18,7 +18,7 @@ from ..workloads.request import Request
 from .clock import NS_PER_S, Clock, RealClock
 from .live import LiveRequest
 from .ranks import Ranks, SingleProcess, Word
-from .runner import Runner
+from .runner import BlocksLost, OnTierError, Runner
 from .scheduler import Scheduler
 from .step import Step
 
@@ -50,11 +50,12 @@ class Engine:
         ranks: Ranks | None = None,
         judge: Judge | None = None,
         answer_text: Callable[[LiveRequest], str] | None = None,
+        on_tier_error: OnTierError = "recompute",
     ) -> None:
         """Time starts now, on the wall clock unless `clock` is another one.
 
         `judge` scores what was answered. `answer_text` puts an answer's text into the trace;
-        only for users who asked for it.
+        only for users who asked for it. `on_tier_error` is for a runner that may lose blocks.
         """
         self.scheduler = scheduler
         self.runner = runner
@@ -63,6 +64,7 @@ class Engine:
         self.ranks: Ranks = ranks or SingleProcess()
         self.judge = judge
         self.answer_text = answer_text
+        self.on_tier_error = on_tier_error
         self.abort_requested = False
         self.prefill_s = self.decode_s = 0.0
         self.num_prefill_tokens = 0  # computed, not what was found cached
@@ -98,12 +100,17 @@ class Engine:
     def step(self, next_arrival_ns: int | None = None) -> Progress:
         """One forward, or several decode steps at once where nothing can happen in between.
 
-        `next_arrival_ns` is when the next request comes, as far as it is known.
+        `next_arrival_ns` is when the next request comes, as far as it is known. A forward in which
+        blocks were lost takes its time and brings nothing.
         """
         step = self._lengthen(self.scheduler.schedule(self.now_s), next_arrival_ns)
-        word = self._agree(self._run(step))
-        tokens = self.scheduler.commit(step, word.tokens, self.now_s)
-        ended = [live for live, _ in tokens if live.ended]
+        sampled, lost = self._run(step)
+        word = self._agree(sampled)
+        if lost is None:
+            tokens = self.scheduler.commit(step, word.tokens, self.now_s)
+            ended = [live for live, _ in tokens if live.ended]
+        else:
+            tokens, ended = [], self._lose(step, lost)
         if word.abort:
             ended += self._abort_all()
         for live in ended:
@@ -149,10 +156,10 @@ class Engine:
             return num_steps
         return 1 + bisect.bisect_left(range(1, num_steps), time_ns, key=end_ns)
 
-    def _run(self, step: Step) -> list[list[int]]:
+    def _run(self, step: Step) -> tuple[list[list[int]], BlocksLost | None]:
         """Runs the step and advances the clock, by the step's model or by what it took."""
         started_ns = time.perf_counter_ns()
-        sampled = self.runner.run(step)
+        sampled, lost = self._sampled_or_lost(step)
         step_ns = self.runner.modelled_ns(step, step.num_steps)
         if step_ns is None:
             step_ns = time.perf_counter_ns() - started_ns
@@ -161,11 +168,22 @@ class Engine:
             (work,) = step.work
             work.live.prefill_s += step_ns / NS_PER_S
             self.prefill_s += step_ns / NS_PER_S
-            self.num_prefill_tokens += work.num_tokens
+            self.num_prefill_tokens += 0 if lost else work.num_tokens
         else:
             self.decode_s += step_ns / NS_PER_S
-            self.num_decode_tokens += len(step.work) * step.num_steps
-        return sampled
+            self.num_decode_tokens += 0 if lost else len(step.work) * step.num_steps
+        return sampled, lost
+
+    def _sampled_or_lost(self, step: Step) -> tuple[list[list[int]], BlocksLost | None]:
+        try:
+            return self.runner.run(step), None
+        except BlocksLost as lost:
+            return [], lost
+
+    def _lose(self, step: Step, lost: BlocksLost) -> list[LiveRequest]:
+        """Those that fail because of it; the others that it concerns are computed again."""
+        recompute = self.on_tier_error == "recompute"
+        return self.scheduler.lose(step, lost.block_ids, self.now_s, recompute=recompute, cause=lost.cause)
 
     def _agree(self, sampled: list[list[int]]) -> Word:
         """Rank 0's tokens, time and wish to abort, on every rank."""

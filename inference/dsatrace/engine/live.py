@@ -13,7 +13,7 @@ from ..kv.block_keys import KeyChain
 from ..kv.prefix_pool import HeldBlocks
 from ..workloads.request import Request
 
-State = Literal["waiting", "running", "stop", "length", "aborted", "rejected"]
+State = Literal["waiting", "running", "stop", "length", "aborted", "rejected", "failed"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -30,17 +30,19 @@ class LiveRequest:
     num_promised_blocks: int = 0  # for its table, before it has one
     num_computed: int = 0
     state: State = "waiting"
-    num_decode_steps: int = 0  # what a preemption has computed again counts once
+    num_decode_steps: int = 0  # what is computed again counts once
     num_preemptions: int = 0
+    num_recomputes: int = 0  # times it is computed again because a tier lost its KV
+    recomputes_in_vain: int = 0  # of those, since its last token
     prefix_hit_tokens: int | None = None  # found cached when its prefill first began
-    resumed_tokens: int = 0  # looked up when it came back from preemptions: prompt and answer so far
+    resumed_tokens: int = 0  # looked up when it was computed again: prompt and answer so far
     resumed_hit_tokens: int = 0  # found cached of those
-    num_prefill_tokens: int = 0  # computed in chunks, again after a preemption
+    num_prefill_tokens: int = 0  # computed in chunks, again after a preemption or a loss
     prefill_s: float = 0.0  # what those chunks took
     admitted_s: float | None = None  # for the first time
     first_token_s: float | None = None
     finish_s: float | None = None
-    error: str | None = None  # why it was rejected, with its numbers
+    error: str | None = None  # why it was rejected or failed, in a line without its text
     score: float | None = None  # the task's, where there is a judge
     prompt_len: int = dataclasses.field(init=False)
 
@@ -82,9 +84,9 @@ class LiveRequest:
     def prefill_end(self) -> int:
         """Tokens that are computed in chunks: the prompt, whose last one gives the first token.
 
-        A request preempted behind its prompt recomputes all tokens but the last, which then goes
-        through the decode step that the preemption took away: its steps are those of an
-        undisturbed run.
+        A request that lost its blocks behind its prompt, to a preemption or a tier, recomputes all
+        tokens but the last, which then goes through the decode step that was taken away: its steps
+        are those of an undisturbed run.
         """
         num_tokens = len(self.tokens)
         return num_tokens - 1 if num_tokens > self.prompt_len else num_tokens

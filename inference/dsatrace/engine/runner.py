@@ -5,10 +5,27 @@ Knows no tensor; `model_runner.py` has the model, `simulator.py` none.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Literal, Protocol
 
 from .live import LiveRequest
 from .step import Step
+
+OnTierError = Literal["recompute", "fail"]
+"""What becomes of a request whose KV a tier has lost: it is computed again, or ends `failed`."""
+
+
+class BlocksLost(RuntimeError):
+    """Physical blocks hold nothing valid any more, in at least one layer, so the step did not happen.
+
+    raise BlocksLost({3, 17}, "remote_pool redis://10.0.0.1:6379: timeout after 5 s")
+    """
+
+    def __init__(self, block_ids: Iterable[int], cause: str) -> None:
+        """`cause` is a line for users, without text or token of any request."""
+        self.block_ids = frozenset(block_ids)
+        self.cause = cause
+        super().__init__(f"{cause}; {len(self.block_ids)} blocks lost")
 
 
 class Runner(Protocol):
@@ -21,7 +38,9 @@ class Runner(Protocol):
     def run(self, step: Step) -> list[list[int]]:
         """The tokens sampled for each request of `step.sampled`: `step.num_steps` of them.
 
-        A prefill that does not end its prompt samples nothing and returns an empty list.
+        A prefill that does not end its prompt samples nothing and returns an empty list. Raises
+        `BlocksLost`: nothing of the step is committed, and what it wrote will be computed again.
+        Ranks that serve together lose alike: all of them raise, or none.
         """
 
     def lookahead(self, live: LiveRequest) -> int:

@@ -4,14 +4,14 @@ A request is admitted when a slot is free and the pool can hold its tokens. It g
 table when its prefill begins, behind the prefix that the pool has cached, if it caches any;
 the table then grows with its answer. When no block is free the request admitted last gives
 way: it loses its blocks and waits, first in line, to be computed again, less what is cached
-still. Chunks of a prefill end on multiples of the chunk size, whatever was cached. Knows no
-tensor and no clock: it is told the time.
+still. One whose blocks a tier has lost starts over in its place. Chunks of a prefill end on
+multiples of the chunk size, whatever was cached. Knows no tensor and no clock: it is told the time.
 
 Nobody starves. `[*running, *waiting]` is always in the order of `add`: admission takes from
 the front of `waiting`, preemption puts the last of `running` there. So the oldest request
 is never preempted for another, fits the pool alone (else it was rejected), is the first to
 be prefilled, and decodes after at most `max_batch_size` prompts of others; it ends, and the
-next one is the oldest.
+next one is the oldest. A loss of blocks makes it start over at most `MAX_RECOMPUTES` times a token.
 
     step = scheduler.schedule(now=0.0)
     scheduler.commit(step, runner.run(step), now=0.02)
@@ -38,6 +38,11 @@ Admission = Literal["continuous", "fifo-batch"]
 `fifo-batch`: an idle engine takes the requests that wait, first come, first served, up to
 the batch size; it never waits to fill a batch and takes nobody else until all of them ended.
 """
+
+
+MAX_RECOMPUTES = 3
+"""How often a request is computed again without a new token before it fails: a dead tier must not
+keep a run from its end."""
 
 
 class Scheduler:
@@ -148,6 +153,7 @@ class Scheduler:
         tokens = list(zip(step.sampled, sampled, strict=True))
         for live, new in tokens:
             live.tokens += new
+            live.recomputes_in_vain = 0
         if self.tables.caches_prefixes:
             for live, new in tokens:
                 self.tables.learn(live, new)
@@ -161,6 +167,26 @@ class Scheduler:
             elif live.tokens_left == 0:
                 self._retire(live, "length", now)
         return tokens
+
+    def lose(
+        self, step: Step, block_ids: frozenset[int], now: float, *, recompute: bool, cause: str
+    ) -> list[LiveRequest]:
+        """The step did not happen: a tier has lost what these blocks held. Returns those that `failed`.
+
+        Whoever holds one of them starts over, if it may `recompute`, in its place if there is room.
+        A loss that nobody would notice is one of the step's own requests all the same, so that a
+        step that fails for nothing is not tried forever. Those that wait hold no blocks.
+        """
+        num_found = self.tables.lose(block_ids)
+        affected = [live for live in self.running if not block_ids.isdisjoint(live.block_ids)]
+        if not affected and not num_found:
+            affected = [work.live for work in step.work]
+        failed = [live for live in affected if not recompute or live.recomputes_in_vain == MAX_RECOMPUTES]
+        for live in failed:
+            live.error = _why_it_failed(live, cause)
+            self._retire(live, "failed", now)
+        self._start_over([live for live in affected if not live.ended])
+        return failed
 
     def abort(self, live: LiveRequest, now: float) -> None:
         """Takes a request out, waiting or running; what it has generated stays with it."""
@@ -268,6 +294,18 @@ class Scheduler:
                 self.tables.extend(live, live.num_computed + 1)
             position += 1
 
+    def _start_over(self, lost: Sequence[LiveRequest]) -> None:
+        """Running requests, oldest first, give their blocks back and are promised others; where these
+        are too few the youngest give way, as when tables grow."""
+        for live in lost:
+            self.tables.release(live)
+            live.num_computed = 0
+            live.num_recomputes += 1
+            live.recomputes_in_vain += 1
+        for live in lost:
+            while live.state == "running" and not self.tables.promise(live, self._table_blocks(live)):
+                self._preempt(self.running[-1])
+
     def _preempt(self, live: LiveRequest) -> None:
         self._leave_slot(live)
         live.num_computed = 0
@@ -283,3 +321,9 @@ class Scheduler:
     def _leave_slot(self, live: LiveRequest) -> None:
         self.running.remove(live)
         self.tables.release(live)
+
+
+def _why_it_failed(live: LiveRequest, cause: str) -> str:
+    again = live.recomputes_in_vain
+    tried = f" (and {again} times more while it was computed again)" if again else ""
+    return f"request {live.request_id}: a tier lost its KV{tried}: {cause}"

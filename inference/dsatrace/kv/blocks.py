@@ -2,8 +2,8 @@
 
 Pure accounting: knows no tensor, no token and no request. A block is in use (by one user
 or more) or free. A block given a key stays cached after its last user is gone: `lookup`
-finds it, `share` takes it back, and only handing it out again forgets the key. A pool
-whose blocks never get a key is a plain free list.
+finds it, `share` takes it back, and only handing it out again forgets the key, or `forget`,
+for content that is lost. A pool whose blocks never get a key is a plain free list.
 
     pool = BlockPool(num_blocks=64, block_size=16)
     table = pool.allocate(blocks_needed(40, pool.block_size))     # [0, 1, 2]
@@ -34,6 +34,11 @@ MISS, HIT, EVICT = range(3)
 
 OnEvent = Callable[[int, Key, int], None]
 """Is told the kind of an event, the key and the block."""
+
+OnVoid = Callable[[list[int]], None]
+"""Is told blocks that nobody uses and whose content nobody can ever read again, in no order: they
+were freed without a key, are about to be handed out anew, or were forgotten while free. Each is
+named once until it is used again, and always before it is."""
 
 
 class OutOfBlocks(RuntimeError):
@@ -66,7 +71,9 @@ class BlockPool:
         free_order: FreeOrder = "old",
         policy: Policy | None = None,
         on_event: OnEvent | None = None,
+        on_void: OnVoid | None = None,
     ) -> None:
+        """`on_void` may also be set later: it is asked for at each call."""
         if num_blocks < 1 + null_block or block_size < 1:
             kept = ", block 0 kept back" if null_block else ""
             raise ValueError(
@@ -77,6 +84,7 @@ class BlockPool:
         self.block_size = block_size
         self.free_order = free_order
         self.policy = policy
+        self.on_void = on_void
         self._on_event = on_event
         self._queue: OrderedDict[int, None] = OrderedDict.fromkeys(range(int(null_block), num_blocks))
         self._evictable: dict[int, int] = {}  # free blocks that stand with the policy, by their name there
@@ -100,12 +108,15 @@ class BlockPool:
         if n > self.num_free:
             raise OutOfBlocks(f"{n} blocks asked for, {self.num_free} of {self.num_usable} are free")
         ids: list[int] = []
+        evicted: list[int] = []
         try:
             while len(ids) < n:
-                ids.append(self._take())
+                ids.append(self._take(evicted))
         except LookupError as error:
             self._to_front(ids)
+            self._void(evicted)
             raise OutOfBlocks(f"{n} blocks asked for, the policy gives up {len(ids)} only") from error
+        self._void(evicted)
         for block_id in ids:
             self._num_users[block_id] = 1
         return ids
@@ -121,20 +132,47 @@ class BlockPool:
                 raise ValueError(f"block {block_id} is not in use: freed twice, or never allocated")
         if len(set(ids)) != len(ids):
             raise ValueError("the same block was freed twice in one call")
-        to_front = []
+        void = []
         for block_id in reversed(ids):
             self._num_users[block_id] -= 1
             if self._num_users[block_id]:
                 continue
             key = self._key_of.get(block_id)
+            if key is None:
+                void.append(block_id)
             if key is not None and self.policy is not None:
                 self._evictable[policy_name(key)] = block_id
                 self.policy.unpin(policy_name(key))
             elif key is not None or self.free_order == "old":
                 self._queue[block_id] = None
-            else:
-                to_front.append(block_id)
-        self._to_front(to_front)
+        if self.free_order == "new":
+            self._to_front(void)
+        self._void(void)
+
+    def forget(self, ids: Iterable[int]) -> int:
+        """Takes the keys of blocks whose content is lost; nobody finds it from now on.
+
+        Returns how many had one. A free block is then one without content, and handed out before
+        those that have some; one in use stays in use, and its users know what is lost. An unknown
+        block raises `ValueError` and changes nothing.
+        """
+        ids = sorted(set(ids))
+        if ids and not 0 <= ids[0] <= ids[-1] < self.num_blocks:
+            raise ValueError(f"blocks {ids[0]} to {ids[-1]}: the pool has 0 to {self.num_blocks - 1}")
+        keyed = [block_id for block_id in ids if block_id in self._key_of]
+        for block_id in keyed:
+            if self.policy is not None:
+                name = policy_name(self._key_of[block_id])
+                if self._num_users[block_id]:
+                    self.policy.unpin(name)
+                else:
+                    del self._evictable[name]
+                self.policy.forget(name)
+            self._drop_key(block_id)
+        void = [block_id for block_id in keyed if not self._num_users[block_id]]
+        self._to_front(void)
+        self._void(void)
+        return len(keyed)
 
     def lookup(self, keys: Iterable[Key]) -> list[int]:
         """The cached blocks of the leading keys, up to the first that is not cached. Changes nothing."""
@@ -186,20 +224,27 @@ class BlockPool:
                 self.policy.insert(policy_name(key), access)
                 self.policy.pin(policy_name(key))
 
-    def _take(self) -> int:
-        """The next free block, without a key; evicts one if need be. `LookupError`: the policy has none."""
+    def _take(self, evicted: list[int]) -> int:
+        """The next free block, without a key; one that had to be evicted is named in `evicted`.
+
+        `LookupError`: the policy has none.
+        """
         if self._queue:
             block_id, _ = self._queue.popitem(last=False)
         else:
             assert self.policy is not None
             block_id = self._evictable.pop(self.policy.evict())
-        key = self._key_of.pop(block_id, None)
-        if key is not None:
-            del self._blocks_of[key][block_id]
-            if not self._blocks_of[key]:
-                del self._blocks_of[key]
-            self._tell(EVICT, key, block_id)
+        if block_id in self._key_of:
+            self._drop_key(block_id)
+            evicted.append(block_id)
         return block_id
+
+    def _drop_key(self, block_id: int) -> None:
+        key = self._key_of.pop(block_id)
+        del self._blocks_of[key][block_id]
+        if not self._blocks_of[key]:
+            del self._blocks_of[key]
+        self._tell(EVICT, key, block_id)
 
     def _to_front(self, ids: Sequence[int]) -> None:
         """Puts blocks before all others in the queue, the first of them first."""
@@ -210,6 +255,10 @@ class BlockPool:
     def _tell(self, kind: int, key: Key, block_id: int) -> None:
         if self._on_event is not None:
             self._on_event(kind, key, block_id)
+
+    def _void(self, ids: list[int]) -> None:
+        if ids and self.on_void is not None:
+            self.on_void(ids)
 
     # What tests and schedulers look at.
 

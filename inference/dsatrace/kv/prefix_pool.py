@@ -26,7 +26,7 @@ have filled, in the order in which the steps will run. Retiring and preempting a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .blocks import BlockPool, Key, OutOfBlocks, blocks_needed, policy_name
 from .policies.policy import NO_PARENT, Access
@@ -95,20 +95,32 @@ class PrefixPool:
         self._set_keys(held, num_filled)
         return held
 
-    def grow(self, held: HeldBlocks, num_tokens: int) -> None:
+    def grow(self, held: HeldBlocks, num_tokens: int, num_filled: int | None = None) -> None:
         """Slots for the first `num_tokens` tokens of a live request, which the coming step fills.
+
+        `num_filled`: only so many are filled, and only their blocks get keys. A caller whose steps
+        may fail asks for slots with 0, and names what is computed when it is.
 
         Raises `OutOfBlocks` and the request keeps what it has.
         """
         missing = blocks_needed(num_tokens, self.blocks.block_size) - len(held.block_ids)
         if missing > 0:
             held.block_ids += self.blocks.allocate(missing)
-        self._set_keys(held, num_tokens)
+        self._set_keys(held, num_tokens if num_filled is None else num_filled)
 
     def release(self, held: HeldBlocks) -> None:
         """The request is finished or preempted; a later request, or itself, may hit what it leaves."""
         self.blocks.free(held.block_ids)
         held.block_ids = []
+
+    def lose(self, ids: Iterable[int]) -> int:
+        """The content of these blocks is gone: nobody finds it from now on. Returns how many had a key.
+
+        A request that holds one of them must be released, its sharers too: what it computed behind
+        a lost block it can no longer read. Blocks that followed a lost one keep their keys. A lookup
+        stops before it gets there, until the lost block is computed again; then they are right again.
+        """
+        return self.blocks.forget(ids)
 
     def _set_keys(self, held: HeldBlocks, num_tokens: int) -> None:
         if not self.prefix_caching:
