@@ -93,9 +93,8 @@ def fake_memcache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[t
         yield f"memcache:{config}", pool
 
 
-def needs_nixl() -> None:
-    if not any(importlib.util.find_spec(name) for name in NIXL_PACKAGES):
-        pytest.skip("no nixl; pip install nixl-cu12")
+def has_nixl() -> bool:
+    return any(importlib.util.find_spec(name) for name in NIXL_PACKAGES)
 
 
 def opener_of(member: str, request: pytest.FixtureRequest, folder: Path) -> Opener:
@@ -109,8 +108,8 @@ def opener_of(member: str, request: pytest.FixtureRequest, folder: Path) -> Open
         return functools.partial(open_store, request.getfixturevalue("mooncake_master").spec)
     if member == "memcache-fake":
         return functools.partial(open_store, request.getfixturevalue("fake_memcache")[0])
-    if member == "nixl":
-        needs_nixl()
+    if member == "nixl" and not has_nixl():
+        pytest.skip("no nixl; pip install nixl-cu12")
     spec = {"ram": "ram", "sim": "sim:pcie5-x16+ram", "mmap": f"mmap:{folder}/m", "file": f"file:{folder}/f"}
     return functools.partial(open_store, spec.get(member, f"{member}:{folder}/n"))
 

@@ -7,16 +7,20 @@ two descriptor lists, memory and file, in Linux's asynchronous I/O; the page cac
 the file and the disk, as with `mmap`. Needs the package `nixl-cu12`, which works without CUDA. Other
 backends (UCX between processes, GDS) are not used.
 
-Every transfer ends within `timeout_s`, or `StoreError` says so. One that goes on then may still
-write into memory that was registered; until it has ended there are no others.
+A transfer that does not end within `timeout_s` is a `StoreError`; until it has ended there are no
+others, and it may still write into memory that was registered. Transfers of registered memory are
+handed to the kernel by the caller's thread: a disk that hangs right there holds the caller, as with
+`file` and `mmap`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,7 +37,7 @@ from dsatrace.kv.stores.timed_calls import TimedCaller
 
 PACKAGES = ("nixl_cu12", "nixl_cu13", "nixl")  # the first needs no torch to be imported
 BACKEND = ["POSIX"]
-POLL_S = 20e-6
+SPIN_S, POLL_S = 0.005, 0.0005
 
 
 class NixlMedium(Medium):
@@ -86,28 +90,48 @@ class NixlMedium(Medium):
         self._registered.append(self._agent.register_memory(region, kind, backends=BACKEND))
 
     def _write(self, keys: np.ndarray, slots: np.ndarray, addresses: np.ndarray, direct: bool) -> np.ndarray:
-        return self._caller.in_time(self._transfer, "WRITE", slots, addresses)
+        return self._move("WRITE", slots, addresses, direct)
 
     def _read(self, keys: np.ndarray, slots: np.ndarray, addresses: np.ndarray, direct: bool) -> np.ndarray:
-        return self._caller.in_time(self._transfer, "READ", slots, addresses)
+        return self._move("READ", slots, addresses, direct)
 
-    def _transfer(self, operation: str, slots: np.ndarray, addresses: np.ndarray) -> np.ndarray:
+    def _move(self, operation: str, slots: np.ndarray, addresses: np.ndarray, direct: bool) -> np.ndarray:
         """Moves all units, or raises `StoreError`: NIXL does not say which of them failed."""
+        if direct:  # begun in this thread, for changing threads takes longer than a small transfer
+            handle, state = self._begin(operation, slots, addresses)
+            if state == "PROC":
+                self._caller.in_time(self._wait, operation, handle)
+        else:
+            self._caller.in_time(self._begin_and_wait, operation, slots, addresses)
+        return np.zeros(len(slots), dtype=np.int64)
+
+    def _begin_and_wait(self, operation: str, slots: np.ndarray, addresses: np.ndarray) -> None:
+        handle, state = self._begin(operation, slots, addresses)
+        if state == "PROC":
+            self._wait(operation, handle)
+
+    def _begin(self, operation: str, slots: np.ndarray, addresses: np.ndarray) -> tuple[Any, str]:
+        """A transfer, and its state when it was last asked for: most have ended within `SPIN_S`."""
         agent = self._agent
         memory = agent.get_xfer_descs(self._descriptors(addresses, 0), "DRAM")
         file = agent.get_xfer_descs(self._descriptors(slots * self._unit_bytes, self._fd), "FILE")
-        try:
+        with _nixl_errors(operation):
             handle = agent.initialize_xfer(operation, memory, file, agent.name, backends=BACKEND)
             state = agent.transfer(handle)
+            until = time.monotonic() + SPIN_S
+            while state == "PROC" and time.monotonic() < until:
+                state = agent.check_xfer_state(handle)
+        if state != "PROC":
+            _end(operation, handle, state)
+        return handle, state
+
+    def _wait(self, operation: str, handle: Any) -> None:
+        state = "PROC"
+        with _nixl_errors(operation):
             while state == "PROC":
                 time.sleep(POLL_S)
-                state = agent.check_xfer_state(handle)
-            handle.release()
-        except Exception as error:  # each of NIXL's statuses is a class of its own, without a common base
-            raise StoreError("io", f"nixl: {operation} of {len(slots)} units: {error}") from error
-        if state != "DONE":
-            raise StoreError("io", f"nixl: {operation} of {len(slots)} units: state {state}")
-        return np.zeros(len(slots), dtype=np.int64)
+                state = self._agent.check_xfer_state(handle)
+        _end(operation, handle, state)
 
     def _descriptors(self, begins: np.ndarray, device: int) -> np.ndarray:
         """(N, 3) uint64: address or place in the file, bytes, device (of a file: its descriptor)."""
@@ -116,6 +140,20 @@ class NixlMedium(Medium):
         descriptors[:, 1] = self._unit_bytes
         descriptors[:, 2] = device
         return descriptors
+
+
+@contextlib.contextmanager
+def _nixl_errors(operation: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each of NIXL's statuses is a class of its own, without a common base
+        raise StoreError("io", f"nixl: {operation}: {error}") from error
+
+
+def _end(operation: str, handle: Any, state: str) -> None:
+    handle.release()
+    if state != "DONE":
+        raise StoreError("io", f"nixl: {operation}: state {state}")
 
 
 def nixl_store(
@@ -144,6 +182,6 @@ def _open_agent(spec: str, nixl: ModuleType) -> Any:
     try:
         agent = nixl.nixl_agent(f"dsatrace-{secrets.token_hex(8)}", config)
         agent.create_backend("POSIX")
-    except Exception as error:  # see `_transfer`
+    except Exception as error:  # see `_nixl_errors`
         raise UserError(f"{spec}: NIXL has no POSIX backend here ({error}); use file:PATH") from error
     return agent

@@ -1,7 +1,7 @@
 """Units in memory that a client library addresses: in place where it was announced, else through a copy.
 
     memory = StagedMemory(unit_bytes, announce=lambda buffer: register(buffer.ctypes.data, buffer.nbytes))
-    codes = memory.send(write, keys, slots, data, rows, sums)        # calls write(keys, slots, addresses, direct)
+    codes = memory.send(write, keys, slots, data, rows, sums)      # `write` is a `Transfer`, see below
 
 Knows neither the library nor what its codes mean. Whoever owns the memory sees to it that no
 call still uses the staging memory when the next one begins.
