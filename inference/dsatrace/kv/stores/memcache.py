@@ -1,8 +1,9 @@
 """Units in MemCache, the pool of Ascend machines (packages memcache-hybrid and memfabric-hybrid).
 
-*Untested on hardware*: its client starts only where an Ascend driver is. What is known of it here
-are the signatures of version 1.3.0, the return values its Python API documents, and the codes in
-its published headers; the tests run against a fake made from these.
+*Untested on hardware*: its client starts only where an Ascend driver is. What was tried of the real
+package, 1.3.0, is that it loads, and that a client which does not start is one clear error. The
+rest follows its signatures, the return values its Python API documents, and the codes in its
+published headers; the tests run against a fake made from these.
 
     store = memcache_store("memcache:/etc/mmc-local.conf?device=0", unit_bytes=41984)
 

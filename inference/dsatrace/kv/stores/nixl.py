@@ -87,7 +87,8 @@ class NixlMedium(Medium):
 
     def _register(self, kind: str, address: int, num_bytes: int, device: int) -> None:
         region = [(address, num_bytes, device, "")]
-        self._registered.append(self._agent.register_memory(region, kind, backends=BACKEND))
+        with _nixl_errors("registering memory"):
+            self._registered.append(self._agent.register_memory(region, kind, backends=BACKEND))
 
     def _write(self, keys: np.ndarray, slots: np.ndarray, addresses: np.ndarray, direct: bool) -> np.ndarray:
         return self._move("WRITE", slots, addresses, direct)
