@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
+import socket
 import sys
 import tempfile
 import time
@@ -20,7 +22,9 @@ import pytest
 from conftest import ROOT
 from dsatrace.kv.stores.interface import Store
 from dsatrace.kv.stores.memory import MemoryStore
+from dsatrace.kv.stores.nixl import PACKAGES as NIXL_PACKAGES
 from dsatrace.kv.stores.opening import open_store
+from fake_memcache import FakePool
 
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 
@@ -28,8 +32,11 @@ from servers import Missing, MooncakeMaster, ValkeyServer, free_port
 
 __all__ = ["free_port"]
 
-MEMBERS = ("memory", "ram", "mmap", "file", "valkey-unix", "valkey-tcp", "mooncake", "sim")
-REMOTE = ("valkey-unix", "valkey-tcp", "mooncake")
+MEMBERS = (
+    *("memory", "ram", "mmap", "file", "nixl"),
+    *("valkey-unix", "valkey-tcp", "mooncake", "memcache-fake", "sim"),
+)
+REMOTE = ("valkey-unix", "valkey-tcp", "mooncake", "memcache-fake")
 LEASE_MS = 50
 
 Opener = Callable[..., Store]
@@ -73,6 +80,23 @@ def mooncake_master() -> Iterator[MooncakeMaster]:
         yield master
 
 
+@pytest.fixture
+def fake_memcache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, FakePool]]:
+    """A spec that opens the adapter of MemCache on a fake of its package, and the fake's pool."""
+    pool = FakePool()
+    monkeypatch.setitem(sys.modules, "memcache_hybrid", pool.module())
+    monkeypatch.setenv("MMC_LOCAL_CONFIG_PATH", "")  # restored afterwards: opening sets it
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = tmp_path / "mmc-local.conf"
+        port = listener.getsockname()[1]
+        config.write_text(f"# a comment = no value\nock.mmc.meta_service_url = tcp://127.0.0.1:{port}\n")
+        yield f"memcache:{config}", pool
+
+
+def has_nixl() -> bool:
+    return any(importlib.util.find_spec(name) for name in NIXL_PACKAGES)
+
+
 def opener_of(member: str, request: pytest.FixtureRequest, folder: Path) -> Opener:
     """How tests open `member`: servers come from the session's fixtures, files go to `folder`."""
     if member == "memory":
@@ -82,8 +106,12 @@ def opener_of(member: str, request: pytest.FixtureRequest, folder: Path) -> Open
         return functools.partial(open_store, server.unix if member == "valkey-unix" else server.tcp)
     if member == "mooncake":
         return functools.partial(open_store, request.getfixturevalue("mooncake_master").spec)
-    spec = {"ram": "ram", "mmap": f"mmap:{folder}/m", "file": f"file:{folder}/f", "sim": "sim:pcie5-x16+ram"}
-    return functools.partial(open_store, spec[member])
+    if member == "memcache-fake":
+        return functools.partial(open_store, request.getfixturevalue("fake_memcache")[0])
+    if member == "nixl" and not has_nixl():
+        pytest.skip("no nixl; pip install nixl-cu12")
+    spec = {"ram": "ram", "sim": "sim:pcie5-x16+ram", "mmap": f"mmap:{folder}/m", "file": f"file:{folder}/f"}
+    return functools.partial(open_store, spec.get(member, f"{member}:{folder}/n"))
 
 
 def units(num_units: int, unit_bytes: int, seed: int = 0) -> np.ndarray:

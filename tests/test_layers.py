@@ -17,7 +17,7 @@ BASE = {"schema", "errors"}  # may be imported by every layer but the model
 RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "schema": (set(), set(), set()),
     "errors": (set(), set(), set()),
-    "kv": (BASE, {"numpy", "numba"}, {"mooncake"}),
+    "kv": (BASE, {"numpy", "numba"}, {"memcache_hybrid", "mooncake"}),
     "model": (set(), {"torch", "safetensors"}, {"tilelang"}),
     "trace": (BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}, set()),
     "workloads": (BASE, set(), {"tokenizers", "datasets", "huggingface_hub"}),

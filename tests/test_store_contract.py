@@ -12,13 +12,22 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from dsatrace.kv.stores.interface import StoreStats, unit_keys
 from dsatrace.kv.stores.memory import MemoryStore
-from stores import MEMBERS, REMOTE, evict_leased, mooncake_master, opener_of, units, valkey_server
+from stores import (
+    MEMBERS,
+    REMOTE,
+    evict_leased,
+    fake_memcache,
+    mooncake_master,
+    opener_of,
+    units,
+    valkey_server,
+)
 
-__all__ = ["mooncake_master", "valkey_server"]
+__all__ = ["fake_memcache", "mooncake_master", "valkey_server"]
 
 ROW, INDEX_ROW = 656, 132  # bytes; the latter is no multiple of 8
 CASES = [(member, ROW) for member in MEMBERS]
-CASES += [(member, INDEX_ROW) for member in ("memory", "ram", "mmap", "file", "valkey-unix")]
+CASES += [(member, INDEX_ROW) for member in ("memory", "ram", "mmap", "file", "nixl", "valkey-unix")]
 
 
 @pytest.fixture(params=MEMBERS)

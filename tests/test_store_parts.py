@@ -195,11 +195,16 @@ def test_addresses():
         ("sim:pcie5-x16", r"sim:pcie5-x16\+ram"),
         ("sim:abacus+ram", "no such preset"),
         ("sim:nowhere.json+ram", "dsatrace calibrate"),
+        ("nixl:", "no such store"),
+        ("memcache:", "name MemCache's mmc-local.conf"),
+        ("memcache://127.0.0.1:5000", "use memcache:FILE"),
+        ("memcache:x?device=first", "use memcache:FILE"),
         ("mooncake://h/x", "not an address"),
         ("mooncake://h?segment_mib=much", "not an address"),
     ],
 )
-def test_specs_that_name_no_store(spec, message):
+def test_specs_that_name_no_store(spec, message, monkeypatch):
+    monkeypatch.delenv("MMC_LOCAL_CONFIG_PATH", raising=False)
     with pytest.raises(UserError, match=message):
         open_store(spec, 656, 10)
 

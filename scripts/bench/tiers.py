@@ -5,7 +5,8 @@ larger than the batch. The three take turns on the same picks, so that whatever 
 does falls on all; overhead is the median of the turns' ratios. A block is 64 tokens of one layer
 in the fp8 layout, 656 bytes a token (`--bytes-per-token 1152` for bf16). Raw clients: numpy's
 `take` (memory, mapped file), `preadv` by eight threads (O_DIRECT), redis-py with hiredis
-(`MGET`), Mooncake's `batch_get_into`; they deliver bytes unchecked, ours compares checksums.
+(`MGET`), Mooncake's `batch_get_into`, NIXL's own transfer of a descriptor list (page cache warm);
+they deliver bytes unchecked, ours compares checksums. MemCache has no row: it needs an Ascend driver.
 Servers run here on loopback: the figures say what software costs, not what a network does.
 
     python3 scripts/bench/tiers.py                       # a minute
@@ -191,6 +192,45 @@ def _file(folder: Path) -> Iterator[Side]:
 
 
 @contextlib.contextmanager
+def _nixl(folder: Path) -> Iterator[Side]:
+    os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
+    if importlib.util.find_spec("nixl_cu12") is None:
+        raise Missing("no nixl; pip install nixl-cu12")
+    import nixl_cu12 as nixl
+
+    @contextlib.contextmanager
+    def raw(pool: np.ndarray) -> Iterator[RawFetch]:
+        agent = nixl.nixl_agent("raw", nixl.nixl_agent_config(enable_prog_thread=False, backends=[]))
+        agent.create_backend("POSIX")
+        path, room = folder / "raw-nixl", np.zeros_like(pool)
+        path.write_bytes(pool.tobytes())
+        size, file = pool.shape[1], os.open(path, os.O_RDONLY)
+        kept = [
+            agent.register_memory([(begin, pool.nbytes, device, "")], kind)
+            for begin, device, kind in ((room.ctypes.data, 0, "DRAM"), (0, file, "FILE"))
+        ]
+
+        def descriptors(begins: np.ndarray, device: int, kind: str) -> object:
+            columns = np.broadcast_arrays(begins, size, device)
+            return agent.get_xfer_descs(np.stack(columns, axis=1).astype(np.uint64), kind)
+
+        def fetch(picks: np.ndarray, out: np.ndarray) -> None:
+            memory = descriptors(room.ctypes.data + np.arange(len(picks)) * size, 0, "DRAM")
+            transfer = agent.initialize_xfer("READ", memory, descriptors(picks * size, file, "FILE"), "raw")
+            state = agent.transfer(transfer)
+            while state == "PROC":
+                state = agent.check_xfer_state(transfer)
+            transfer.release()
+
+        yield fetch
+        for registered in kept:
+            agent.deregister_memory(registered)
+        os.close(file)
+
+    yield Side("nixl", lambda batch: open_store(f"nixl:{folder}/n", batch.unit_bytes, batch.pool_units), raw)
+
+
+@contextlib.contextmanager
 def _valkey(folder: Path, unix: bool) -> Iterator[Side]:
     if importlib.util.find_spec("redis") is None:
         raise Missing("no client to compare with; pip install redis[hiredis]")
@@ -288,6 +328,7 @@ SIDES: dict[str, Callable[[Path], contextlib.AbstractContextManager[Side]]] = {
     "ram": _ram,
     "mmap": _mmap,
     "file": _file,
+    "nixl": _nixl,
     "valkey-unix": lambda folder: _valkey(folder, unix=True),
     "valkey-tcp": lambda folder: _valkey(folder, unix=False),
     "mooncake": _mooncake,

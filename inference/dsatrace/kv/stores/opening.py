@@ -1,5 +1,7 @@
 """From what a user writes to a store: `ram`, `mmap:PATH`, `file:PATH`, `redis://...`, and the others.
 
+`nixl:PATH` is experimental; `memcache:FILE` is untested on hardware.
+
 store = open_store("unix:///run/valkey.sock", unit_bytes=41984)
 store = open_store("sim:pcie5-x16+ram", unit_bytes=41984, capacity_units=4096)
 """
@@ -13,7 +15,10 @@ import numpy as np
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.interface import Store
 
-SPECS = "ram, mmap:PATH, file:PATH, redis://HOST:PORT, unix://PATH, mooncake://HOST:PORT, sim:PRESET+SPEC"
+SPECS = (
+    "ram, mmap:PATH, file:PATH, redis://HOST:PORT, unix://PATH, mooncake://HOST:PORT, sim:PRESET+SPEC, "
+    "nixl:PATH (experimental), memcache:FILE (untested on hardware)"
+)
 DEFAULT_TIMEOUT_S = 5.0
 
 
@@ -54,12 +59,18 @@ def open_store(
         from dsatrace.kv.stores.mooncake import mooncake_store
 
         return mooncake_store(spec, unit_bytes, capacity_units, timeout_s)
-    return _open_local(spec, unit_bytes, capacity_units, memory)
+    if scheme == "memcache" and separator:
+        from dsatrace.kv.stores.memcache import memcache_store
+
+        return memcache_store(spec, unit_bytes, capacity_units, timeout_s)
+    return _open_local(spec, unit_bytes, capacity_units, timeout_s, memory)
 
 
-def _open_local(spec: str, unit_bytes: int, capacity_units: int | None, memory: np.ndarray | None) -> Store:
+def _open_local(
+    spec: str, unit_bytes: int, capacity_units: int | None, timeout_s: float, memory: np.ndarray | None
+) -> Store:
     scheme, _, path = spec.partition(":")
-    if spec != "ram" and not (scheme in ("mmap", "file") and path):
+    if spec != "ram" and not (scheme in ("mmap", "file", "nixl") and path):
         raise UserError(f"{spec}: no such store; use one of {SPECS}")
     if capacity_units is None:
         raise ValueError(f"{spec}: say how many units it may hold")
@@ -71,6 +82,10 @@ def _open_local(spec: str, unit_bytes: int, capacity_units: int | None, memory: 
         from dsatrace.kv.stores.mmap_file import mmap_store
 
         return mmap_store(spec, Path(path), unit_bytes, capacity_units)
+    if scheme == "nixl":
+        from dsatrace.kv.stores.nixl import nixl_store
+
+        return nixl_store(spec, Path(path), unit_bytes, capacity_units, timeout_s)
     from dsatrace.kv.stores.direct_file import direct_file_store
 
     return direct_file_store(spec, Path(path), unit_bytes, capacity_units)

@@ -1,0 +1,104 @@
+"""Units in memory that a client library addresses: in place where it was announced, else through a copy.
+
+    memory = StagedMemory(unit_bytes, announce=lambda buffer: register(buffer.ctypes.data, buffer.nbytes))
+    codes = memory.send(write, keys, slots, data, rows, sums)      # `write` is a `Transfer`, see below
+
+Knows neither the library nor what its codes mean. Whoever owns the memory sees to it that no
+call still uses the staging memory when the next one begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from dsatrace.kv.stores.checksums import copy_units, sum_units
+
+STAGING_BYTES = 16 << 20
+
+Transfer = Callable[[np.ndarray, np.ndarray, np.ndarray, bool], Sequence[int] | np.ndarray]
+"""`transfer(keys, slots, addresses, direct)`: moves unit i from or to `addresses[i]`, one code a unit.
+`direct`: the addresses are the caller's own memory, not the staging memory."""
+
+
+class StagedMemory:
+    """`buffers`: all memory that was announced, the staging memory first."""
+
+    def __init__(
+        self, unit_bytes: int, announce: Callable[[np.ndarray], None], max_units: int = 1 << 14
+    ) -> None:
+        """`max_units`: the most that the library takes in a call."""
+        self._unit_bytes = unit_bytes
+        self._announce = announce
+        self._max_units = max_units
+        num_units = min(max_units, max(1, STAGING_BYTES // unit_bytes))
+        self._staging = np.empty((num_units, unit_bytes), dtype=np.uint8)
+        self.buffers: list[np.ndarray] = []
+        self.register(self._staging)
+
+    def register(self, buffer: np.ndarray) -> None:
+        self._announce(buffer)
+        self.buffers.append(buffer)
+
+    def send(
+        self,
+        write: Transfer,
+        keys: np.ndarray,
+        slots: np.ndarray,
+        data: np.ndarray,
+        rows: np.ndarray,
+        sums: np.ndarray,
+    ) -> np.ndarray:
+        """Writes `data[rows]`; the codes, (N,) int64, and each unit's checksum into `sums`."""
+        codes = np.empty(len(keys), dtype=np.int64)
+        if self._is_registered(data):
+            sum_units(data, rows, keys, sums)
+            for part in _parts(len(keys), self._max_units):
+                codes[part] = write(keys[part], slots[part], self._addresses(data, rows[part]), True)
+            return codes
+        for part in _parts(len(keys), len(self._staging)):
+            staged = np.arange(len(keys[part]), dtype=np.int64)
+            copy_units(data, rows[part], self._staging, staged, keys[part], sums[part])
+            codes[part] = write(keys[part], slots[part], self._addresses(self._staging, staged), False)
+        return codes
+
+    def receive(
+        self,
+        read: Transfer,
+        keys: np.ndarray,
+        slots: np.ndarray,
+        out: np.ndarray,
+        rows: np.ndarray,
+        sums: np.ndarray,
+    ) -> np.ndarray:
+        """Reads into `out[rows]`; the codes, (N,) int64, and the checksum of what arrived into `sums`."""
+        codes = np.empty(len(keys), dtype=np.int64)
+        if self._is_registered(out):
+            for part in _parts(len(keys), self._max_units):
+                codes[part] = read(keys[part], slots[part], self._addresses(out, rows[part]), True)
+            sum_units(out, rows, keys, sums)
+            return codes
+        for part in _parts(len(keys), len(self._staging)):
+            staged = np.arange(len(keys[part]), dtype=np.int64)
+            codes[part] = read(keys[part], slots[part], self._addresses(self._staging, staged), False)
+            copy_units(self._staging, staged, out, rows[part], keys[part], sums[part])
+        return codes
+
+    def _is_registered(self, buffer: np.ndarray) -> bool:
+        begin, end = _span(buffer)
+        return any(low <= begin and end <= high for low, high in map(_span, self.buffers[1:]))
+
+    def _addresses(self, buffer: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(N,) int64."""
+        addresses: np.ndarray = buffer.ctypes.data + rows * self._unit_bytes
+        return addresses
+
+
+def _span(buffer: np.ndarray) -> tuple[int, int]:
+    return buffer.ctypes.data, buffer.ctypes.data + buffer.nbytes
+
+
+def _parts(num_units: int, most: int) -> Iterator[slice]:
+    for begin in range(0, num_units, most):
+        yield slice(begin, min(begin + most, num_units))
