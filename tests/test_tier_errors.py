@@ -216,7 +216,7 @@ def test_a_loss_within_a_jump_commits_nothing_of_it() -> None:
     before_ns, decode_s = engine.clock.now_ns, engine.decode_s
     steps: list[Step] = []
     run = runner.run
-    runner.run = lambda step: [steps.append(step), run(step)][1]  # type: ignore[method-assign,func-returns-value]
+    runner.run = lambda step: [steps.append(step), run(step)][1]  # type: ignore
     progress = engine.step()
     assert progress.tokens == progress.ended == []
     assert steps[0].num_steps == 11
@@ -312,7 +312,7 @@ def test_a_new_token_gives_a_request_its_tries_back() -> None:
 
 def test_a_failed_forward_takes_the_time_it_took_where_time_is_measured() -> None:
     engine, runner, _ = serve_two(lose_at(0, block=lambda step: step.work[0].live.block_ids[0]))
-    runner.modelled_ns = lambda step, num_steps: None  # type: ignore[method-assign,assignment]
+    runner.modelled_ns = lambda step, num_steps: None  # type: ignore
     engine.step()
     assert engine.clock.now_ns > 0
     assert engine.num_prefill_tokens == 0
