@@ -223,6 +223,7 @@ def test_a_loss_within_a_jump_commits_nothing_of_it() -> None:
     took_ns = TIMES.of(steps[0], 11)
     assert engine.clock.now_ns - before_ns == took_ns, "time goes by as the runner models it"
     assert engine.decode_s - decode_s == pytest.approx(took_ns / NS_PER_S)
+    assert engine.num_decode_tokens == 0
     assert (old.num_computed, old.num_answered, old.num_decode_steps, old.num_recomputes) == (6, 1, 0, 0)
     assert (young.num_computed, young.num_answered, young.num_decode_steps) == (0, 1, 0)
     assert (young.state, young.block_ids, young.num_recomputes) == ("running", [], 1)
