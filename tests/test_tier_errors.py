@@ -216,13 +216,14 @@ def test_a_loss_within_a_jump_commits_nothing_of_it() -> None:
     before_ns, decode_s = engine.clock.now_ns, engine.decode_s
     steps: list[Step] = []
     run = runner.run
-    runner.run = lambda step: [steps.append(step), run(step)][1]  # type: ignore[method-assign,func-returns-value]
+    runner.run = lambda step: [steps.append(step), run(step)][1]  # type: ignore
     progress = engine.step()
     assert progress.tokens == progress.ended == []
     assert steps[0].num_steps == 11
     took_ns = TIMES.of(steps[0], 11)
     assert engine.clock.now_ns - before_ns == took_ns, "time goes by as the runner models it"
     assert engine.decode_s - decode_s == pytest.approx(took_ns / NS_PER_S)
+    assert engine.num_decode_tokens == 0
     assert (old.num_computed, old.num_answered, old.num_decode_steps, old.num_recomputes) == (6, 1, 0, 0)
     assert (young.num_computed, young.num_answered, young.num_decode_steps) == (0, 1, 0)
     assert (young.state, young.block_ids, young.num_recomputes) == ("running", [], 1)
@@ -312,7 +313,7 @@ def test_a_new_token_gives_a_request_its_tries_back() -> None:
 
 def test_a_failed_forward_takes_the_time_it_took_where_time_is_measured() -> None:
     engine, runner, _ = serve_two(lose_at(0, block=lambda step: step.work[0].live.block_ids[0]))
-    runner.modelled_ns = lambda step, num_steps: None  # type: ignore[method-assign,assignment]
+    runner.modelled_ns = lambda step, num_steps: None  # type: ignore
     engine.step()
     assert engine.clock.now_ns > 0
     assert engine.num_prefill_tokens == 0

@@ -159,7 +159,11 @@ class Engine:
     def _run(self, step: Step) -> tuple[list[list[int]], BlocksLost | None]:
         """Runs the step and advances the clock, by the step's model or by what it took."""
         started_ns = time.perf_counter_ns()
-        sampled, lost = self._sampled_or_lost(step)
+        sampled, lost = [], None
+        try:
+            sampled = self.runner.run(step)
+        except BlocksLost as error:
+            lost = error
         step_ns = self.runner.modelled_ns(step, step.num_steps)
         if step_ns is None:
             step_ns = time.perf_counter_ns() - started_ns
@@ -173,12 +177,6 @@ class Engine:
             self.decode_s += step_ns / NS_PER_S
             self.num_decode_tokens += 0 if lost else len(step.work) * step.num_steps
         return sampled, lost
-
-    def _sampled_or_lost(self, step: Step) -> tuple[list[list[int]], BlocksLost | None]:
-        try:
-            return self.runner.run(step), None
-        except BlocksLost as lost:
-            return [], lost
 
     def _lose(self, step: Step, lost: BlocksLost) -> list[LiveRequest]:
         """Those that fail because of it; the others that it concerns are computed again."""

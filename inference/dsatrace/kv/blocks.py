@@ -88,6 +88,7 @@ class BlockPool:
         self._on_event = on_event
         self._queue: OrderedDict[int, None] = OrderedDict.fromkeys(range(int(null_block), num_blocks))
         self._evictable: dict[int, int] = {}  # free blocks that stand with the policy, by their name there
+        self._evicted: list[int] = []  # by the allocation under way, while somebody listens
         self._num_users = [0] * num_blocks
         self._key_of: dict[int, Key] = {}
         self._blocks_of: dict[Key, dict[int, None]] = {}  # oldest first; more than one: duplicates
@@ -108,15 +109,16 @@ class BlockPool:
         if n > self.num_free:
             raise OutOfBlocks(f"{n} blocks asked for, {self.num_free} of {self.num_usable} are free")
         ids: list[int] = []
-        evicted: list[int] = []
         try:
             while len(ids) < n:
-                ids.append(self._take(evicted))
+                ids.append(self._take())
         except LookupError as error:
             self._to_front(ids)
-            self._void(evicted)
             raise OutOfBlocks(f"{n} blocks asked for, the policy gives up {len(ids)} only") from error
-        self._void(evicted)
+        finally:
+            if self._evicted:
+                evicted, self._evicted = self._evicted, []
+                self._void(evicted)
         for block_id in ids:
             self._num_users[block_id] = 1
         return ids
@@ -145,9 +147,10 @@ class BlockPool:
                 self.policy.unpin(policy_name(key))
             elif key is not None or self.free_order == "old":
                 self._queue[block_id] = None
-        if self.free_order == "new":
-            self._to_front(void)
-        self._void(void)
+        if void:
+            if self.free_order == "new":
+                self._to_front(void)
+            self._void(void)
 
     def forget(self, ids: Iterable[int]) -> int:
         """Takes the keys of blocks whose content is lost; nobody finds it from now on.
@@ -170,8 +173,9 @@ class BlockPool:
                 self.policy.forget(name)
             self._drop_key(block_id)
         void = [block_id for block_id in keyed if not self._num_users[block_id]]
-        self._to_front(void)
-        self._void(void)
+        if void:
+            self._to_front(void)
+            self._void(void)
         return len(keyed)
 
     def lookup(self, keys: Iterable[Key]) -> list[int]:
@@ -224,11 +228,8 @@ class BlockPool:
                 self.policy.insert(policy_name(key), access)
                 self.policy.pin(policy_name(key))
 
-    def _take(self, evicted: list[int]) -> int:
-        """The next free block, without a key; one that had to be evicted is named in `evicted`.
-
-        `LookupError`: the policy has none.
-        """
+    def _take(self) -> int:
+        """The next free block, without a key; evicts one if need be. `LookupError`: the policy has none."""
         if self._queue:
             block_id, _ = self._queue.popitem(last=False)
         else:
@@ -236,13 +237,15 @@ class BlockPool:
             block_id = self._evictable.pop(self.policy.evict())
         if block_id in self._key_of:
             self._drop_key(block_id)
-            evicted.append(block_id)
+            if self.on_void is not None:
+                self._evicted.append(block_id)
         return block_id
 
     def _drop_key(self, block_id: int) -> None:
         key = self._key_of.pop(block_id)
-        del self._blocks_of[key][block_id]
-        if not self._blocks_of[key]:
+        blocks = self._blocks_of[key]
+        del blocks[block_id]
+        if not blocks:
             del self._blocks_of[key]
         self._tell(EVICT, key, block_id)
 
@@ -257,7 +260,7 @@ class BlockPool:
             self._on_event(kind, key, block_id)
 
     def _void(self, ids: list[int]) -> None:
-        if ids and self.on_void is not None:
+        if self.on_void is not None:
             self.on_void(ids)
 
     # What tests and schedulers look at.
