@@ -15,12 +15,13 @@ import numpy as np
 
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.kv.prefix import RequestPrefix
-from dsatrace.kv.tiers import default_tiers
 from dsatrace.schema import MANIFEST_FILE, STEPS_FILE
 from dsatrace.trace.config import TraceConfig, is_sampled
-from dsatrace.trace.manifest import RunInfo, manifest, write_json
+from dsatrace.trace.manifest import RunInfo, TierSetup, manifest, write_json
 from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.sinks import Sink, open_sinks
+from dsatrace.trace.tracer import tiers_of
+from tier_samples import SimulatedTiers
 from trace_samples import sample_capture
 
 LAYOUTS = (CacheLayout("demo", 1152, 132), CacheLayout("serving_fp8", 656, 132))
@@ -51,6 +52,7 @@ def write_golden(
     state: str = "complete",
     num_layers: int = NUM_LAYERS,
     serving: Mapping[str, Any] | None = None,
+    tiers: TierSetup | None = None,
     **changes: Any,
 ) -> Path:
     """Writes the run and returns its folder; `changes` are `TraceConfig`'s."""
@@ -62,11 +64,12 @@ def write_golden(
         selections="synthetic",
         seed=config.seed,
         serving=serving,
+        tiers=tiers,
     )
     folder.mkdir(parents=True)
     write_json(folder / MANIFEST_FILE, manifest(info, config, "running", key_id="00000000"))
-    sinks = open_sinks(folder, config, info.selections, serving=serving)
-    _serve(sinks, config, requests, num_layers)
+    sinks = open_sinks(folder, config, info.selections, serving=serving, offloaded=tiers is not None)
+    _serve(sinks, config, info, requests, num_layers)
     for sink in sinks:
         sink.close(state)
     write_json(folder / MANIFEST_FILE, manifest(info, config, state, key_id="00000000"))
@@ -74,10 +77,15 @@ def write_golden(
 
 
 def _serve(
-    sinks: Sequence[Sink], config: TraceConfig, requests: Sequence[GoldenRequest], num_layers: int
+    sinks: Sequence[Sink],
+    config: TraceConfig,
+    info: RunInfo,
+    requests: Sequence[GoldenRequest],
+    num_layers: int,
 ) -> None:
     """All prefills, one a forward, then decode together; a request leaves after its last step."""
-    deriver = RecordDeriver(config, LAYOUTS[0], default_tiers(LAYOUTS[0]))
+    deriver = RecordDeriver(config, LAYOUTS[0], tiers_of(info))
+    tiers = SimulatedTiers(info.tiers, config.seed) if info.tiers else None
     rng = np.random.default_rng(config.seed)
     plan = [(i, -1, [request]) for i, request in enumerate(requests) if config.prefill == "last"]
     most = max(request.num_output_tokens for request in requests)
@@ -101,12 +109,18 @@ def _serve(
                 forward_idx=forward_idx,
                 needles=tuple(request.needle_positions for request in running),
             )
+            if tiers is not None:
+                capture = tiers.fetched(capture)
             for sink in sinks:
                 sink.write_step(deriver.derive(capture))
         for request in running:
             if step == request.num_output_tokens - 2:
                 for sink in sinks:
-                    sink.write_request(_line(request, requests.index(request)))
+                    line = _line(request, requests.index(request))
+                    sink.write_request(line | ({"num_recomputes": len(line["request_id"])} if tiers else {}))
+    if tiers is not None:
+        for sink in sinks:
+            sink.write_tiers(tiers.described())
 
 
 def _line(request: GoldenRequest, i: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dsatrace.trace.reader import RunReader
 from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.tracer import Tracer
+from tier_samples import SimulatedTiers
 from trace_samples import LAYOUT, SECRET, SampleRequest, sample_capture
 
 NUM_LAYERS, TOP_K, BATCH = 2, 4, 2
@@ -44,6 +45,9 @@ class Server:
         self.forward_idx = resumed.next_forward_idx if resumed else 0
         self.now_s = resumed.elapsed_s if resumed else 0.0
         self.stop_at = stop_at
+        self.tiers = SimulatedTiers(INFO.tiers) if INFO.tiers else None
+        if self.tiers is not None:
+            self.tiers.since_forward = self.forward_idx
         self.waiting = []
         for request in REQUESTS:
             if resumed and request.request_id in resumed.done:
@@ -54,6 +58,12 @@ class Server:
 
     def run(self) -> bool:
         """False when it was stopped."""
+        is_done = self.serve()
+        if self.tiers is not None:
+            self.tracer.describe_tiers(self.tiers.described())
+        return is_done
+
+    def serve(self) -> bool:
         running: dict[str, tuple[SampleRequest, int]] = {}
         while self.waiting or running:
             while self.waiting and len(running) < BATCH:
@@ -79,7 +89,8 @@ class Server:
         step = rows[0][1]
         wanted = [row for row in rows if row[1] < 0 or self.tracer.wants(row[1])]
         if wanted and (step >= 0 or self.tracer.config.prefill == "last"):
-            self.tracer.put(self.capture(wanted, len(rows)))
+            capture = self.capture(wanted, len(rows))
+            self.tracer.put(capture if self.tiers is None else self.tiers.fetched(capture))
         self.forward_idx += 1
         self.now_s += 0.01
         return True

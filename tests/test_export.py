@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,17 +23,19 @@ from conftest import INFERENCE, ROOT
 from dsatrace import cli
 from dsatrace.commands.generate import main as generate
 from dsatrace.errors import UserError
-from dsatrace.kv.tiers import default_tiers
 from dsatrace.schema import LEVELS, STEP_FIELDS, field_paths, project, value_at
 from dsatrace.trace import export
 from dsatrace.trace.export import export_run
+from dsatrace.trace.manifest import TierSetup
 from dsatrace.trace.parquet import file as parquet
 from dsatrace.trace.parquet.columns import LEAVES
 from dsatrace.trace.parquet.file import read_lines, read_numbers, read_records, write_parquet
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.records import RecordDeriver, step_lines
 from dsatrace.trace.synthetic import SyntheticSelections
-from trace_samples import LAYOUT, config_for, sample_capture, sample_needles
+from dsatrace.trace.tracer import tiers_of
+from tier_samples import SETUPS, SimulatedTiers
+from trace_samples import LAYOUT, RUN, config_for, sample_capture, sample_needles
 
 FILES = ("manifest.json", "requests.jsonl", "summary.json", "trace_steps.jsonl")
 HOWS: list[dict[str, Any]] = [
@@ -40,12 +43,16 @@ HOWS: list[dict[str, Any]] = [
     {"store_scores": True},
     {"keep_order": True},
     {"store_scores": True, "keep_order": True},
+    {"tiers": SETUPS["half a block"]},
+    {"tiers": SETUPS["row"], "level": "stats"},
 ]
 ORDINARY: dict[str, Any] = {"level": "full"}
 
 
-def lines_of(capture: Any, **how: Any) -> list[bytes]:
-    deriver = RecordDeriver(config_for(**how), LAYOUT, default_tiers(LAYOUT))
+def lines_of(capture: Any, tiers: TierSetup | None = None, **how: Any) -> list[bytes]:
+    deriver = RecordDeriver(config_for(**how), LAYOUT, tiers_of(dataclasses.replace(RUN, tiers=tiers)))
+    if tiers is not None:
+        capture = SimulatedTiers(tiers).fetched(capture)
     return step_lines(deriver.derive(capture)).splitlines()
 
 
@@ -179,7 +186,7 @@ def test_whatever_is_in_a_record_comes_back(
 
 @pytest.mark.parametrize("path", LEAF_PATHS)
 def test_a_missing_field_stays_missing(scratch: Path, path: str) -> None:
-    line, *others = sample_lines()
+    line, *others = sample_lines(tiers=SETUPS["half a block"])
     record = json.loads(line)
     inner, *keys = record, *path.split(".")
     for key in keys[:-1]:
@@ -289,7 +296,7 @@ def test_columns_are_flat_typed_and_named_after_the_schema(scratch: Path) -> Non
         assert row["unique_blocks_mean"] == pytest.approx(sum(mine) / len(mine))
     assert len({leaf.column for leaf in LEAVES}) == len(LEAVES)
     num_leaves = sum(not field.children for _, field in field_paths(STEP_FIELDS))
-    assert len(LEAVES) == num_leaves + 2 * 7  # kv_fetch's fields stand once for three tiers
+    assert len(LEAVES) == num_leaves + 2 * 15  # kv_fetch's fields stand once for three tiers
 
 
 @pytest.mark.parametrize("context", [32_768, 131_072])

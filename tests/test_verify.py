@@ -251,9 +251,9 @@ def test_nothing_broken_makes_a_traceback(tmp_path: Path, name: str, level: str)
     allowed = {
         "manifest.json": {"tool", "tool_version", "error", "started_utc", "argv", "model_config", "tokenizer"}
         | {"data_source", "device", "hbm_stand_in", "world_size", "seed", "trace", "cache_layouts"}
-        | {"serving", "resumed_at_forward", "prefix_source"},  # absent as well as null, or analysis
+        | {"serving", "resumed_at_forward", "prefix_source", "tiers"},  # absent as well as null, or analysis
         "summary.json": {"tracing_cost", "workload", *({"prefix_hot_blocks"} if level == "stats" else ())}
-        | {"serving", "prefix_cache"}
+        | {"serving", "prefix_cache", "tiers"}
         | ({"step_overlap", "layer_overlap"} if level != "full" else set()),
         REQUESTS_FILE: {"source_row", "first_token_s", "arrival_s", "finish_s", "admitted_s"}
         | {"num_preemptions", "needle_positions"},  # absent as well as empty
@@ -369,7 +369,15 @@ def test_a_run_from_before_the_added_fields_is_as_good(tmp_path: Path, level: st
     write_lines(folder, lines, REQUESTS_FILE)
     for name in ("summary.json", "manifest.json"):
         record = json.loads((folder / name).read_text())
-        for field in ("needle_recall", "scores", "serving", "prefix_cache", "prefix_source", "workload"):
+        for field in (
+            "needle_recall",
+            "scores",
+            "serving",
+            "prefix_cache",
+            "prefix_source",
+            "tiers",
+            "workload",
+        ):
             record.pop(field, None)
         write_json(folder / name, record)
     assert verify(folder).num_records == 48
@@ -453,6 +461,7 @@ def test_it_shares_nothing_with_the_writer_but_the_schema() -> None:
         "plain.record",
         "plain.requests",
         "plain.summary",
+        "plain.tiers",
         "verify",
         "verify.mismatch",
         "verify.order",
@@ -460,6 +469,9 @@ def test_it_shares_nothing_with_the_writer_but_the_schema() -> None:
         "verify.rules",
         "verify.run",
         "verify.seams",
+        "verify.tier_rules",
+        "verify.tier_totals",
+        "verify.tiers",
     )
     allowed = {"dsatrace", "dsatrace.errors", "dsatrace.schema", "dsatrace.trace"}
     assert set(done.stdout.split()) == allowed | {f"dsatrace.trace.{name}" for name in plain}

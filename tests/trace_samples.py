@@ -11,11 +11,12 @@ import numpy as np
 
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.kv.prefix import RequestPrefix
-from dsatrace.schema import LEVELS
+from dsatrace.schema import LEVELS, TIER_NAMES
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
-from dsatrace.trace.manifest import RunInfo
+from dsatrace.trace.manifest import RunInfo, TierSetup
 from dsatrace.trace.plain.record import PlainSelection, step_record
+from dsatrace.trace.plain.tiers import PlainFetches
 
 LAYOUT = CacheLayout("demo", 1152, 132)
 WAYS: list[dict[str, Any]] = [
@@ -95,7 +96,7 @@ def sample_needles(rng: np.random.Generator, seq_lens: Sequence[int], share: flo
     )
 
 
-def plain_selections(capture: StepCapture) -> Iterator[PlainSelection]:
+def plain_selections(capture: StepCapture, tiers: TierSetup | None = None) -> Iterator[PlainSelection]:
     """The capture's records' inputs, as plain lists, in the order of the file."""
     num_layers, batch, k = capture.positions.shape
     for b in range(batch):
@@ -119,10 +120,29 @@ def plain_selections(capture: StepCapture) -> Iterator[PlainSelection]:
                 step_wall_us=capture.step_wall_us,
                 step_synced=capture.step_synced,
                 needle_positions=capture.needles[b] if capture.needles else (),
+                fetches=_plain_fetches(capture, tiers, b, layer, count) if tiers else None,
             )
 
 
-def plain_records(capture: StepCapture, config: TraceConfig) -> list[dict[str, Any]]:
+def _plain_fetches(capture: StepCapture, tiers: TierSetup, b: int, layer: int, count: int) -> PlainFetches:
+    fetches = capture.fetches
+    assert fetches is not None
+    counted = ("bytes_read", "bytes_useful", "read_ops", "evicted_units", "bytes_written", "errors")
+    moved: dict[str, dict[str, Any]] = {}
+    for i, name in enumerate(TIER_NAMES):
+        moved[name] = {field: int(getattr(fetches, field)[layer, b, i]) for field in counted}
+        moved[name]["latency_us"] = float(fetches.latency_us[layer, i])
+    return PlainFetches(
+        served_by=fetches.served_by[layer, b, :count].tolist(),
+        moved=moved,
+        latency_kinds={name: pool.latency_kind for name, pool in tiers.pools.items()},
+        granularity=tiers.granularity,
+    )
+
+
+def plain_records(
+    capture: StepCapture, config: TraceConfig, tiers: TierSetup | None = None
+) -> list[dict[str, Any]]:
     return [
         step_record(
             selection,
@@ -133,7 +153,7 @@ def plain_records(capture: StepCapture, config: TraceConfig) -> list[dict[str, A
             store_scores=config.store_scores,
             keep_order=config.keep_order,
         )
-        for selection in plain_selections(capture)
+        for selection in plain_selections(capture, tiers)
     ]
 
 

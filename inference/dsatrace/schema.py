@@ -54,15 +54,80 @@ class Field:
 _FULL: tuple[Level, ...] = ("full",)
 _BLOCKS: tuple[Level, ...] = ("full", "blocks")
 
-_FETCH = (
-    Field("hit_blocks", "int", "blocks", "touched blocks this tier served"),
-    Field("bytes_read", "int", "bytes", "tokens held by those blocks x latent bytes a token and layer"),
-    Field("read_ops", "int", "reads", "runs of adjacent block ids"),
-    Field("latency_us", "float", "us", "time of the reads; 0 where `latency_kind` is none"),
-    Field("batch_size", "int", "requests", "requests in the step; 0 for a tier that serves nothing"),
-    Field("bytes_useful", "int", "bytes", "selected tokens x latent bytes a token and layer"),
-    Field("latency_kind", "string", "", "none, measured or modelled"),
+_OFFLOADED = (
+    Field(
+        "requested_tokens",
+        "int",
+        "tokens",
+        "selected tokens that no tier above it held. This and the fields after it stand where the "
+        "manifest has `tiers`",
+        optional=True,
+    ),
+    Field("hit_tokens", "int", "tokens", "of those, held here when they were selected", optional=True),
+    Field("missed_tokens", "int", "tokens", "the others, asked of the next tier", optional=True),
+    Field(
+        "requested_blocks",
+        "int",
+        "blocks",
+        "touched blocks that lay not wholly in the tiers above it",
+        optional=True,
+    ),
+    Field("missed_blocks", "int", "blocks", "of those, the ones with a token that it missed", optional=True),
+    Field("evicted_units", "int", "units", "given up by the tier to make room", optional=True),
+    Field(
+        "bytes_written",
+        "int",
+        "bytes",
+        "written into the tier: what was fetched into HBM, written back or promoted to a pool",
+        optional=True,
+    ),
+    Field("errors", "int", "", "the store's failed batches and corrupt units", optional=True),
 )
+
+_FETCH = (
+    Field(
+        "hit_blocks",
+        "int",
+        "blocks",
+        "touched blocks this tier served: it is the furthest that any of their selected tokens came from",
+    ),
+    Field(
+        "bytes_read",
+        "int",
+        "bytes",
+        "hbm: tokens held by those blocks x latent bytes a token and layer (its hit tokens alone where "
+        "rows move); a pool: the units fetched, each charged to the first request of the batch that "
+        "selected it",
+    ),
+    Field(
+        "read_ops",
+        "int",
+        "reads",
+        "hbm: runs of adjacent block ids, or positions where rows move; a pool: its store's own, shared "
+        "out over the step's records",
+    ),
+    Field(
+        "latency_us",
+        "float",
+        "us",
+        "time of the layer's batch of reads, for which all requests in it wait; 0 where `latency_kind` "
+        "is none",
+    ),
+    Field("batch_size", "int", "requests", "requests in the step; 0 for a tier that the run does not have"),
+    Field(
+        "bytes_useful",
+        "int",
+        "bytes",
+        "of the tier's selected tokens, latent bytes a token and layer; a pool: of `bytes_read` the "
+        "record's selected tokens' own",
+    ),
+    Field("latency_kind", "string", "", "none, measured or modelled"),
+    *_OFFLOADED,
+)
+FETCH_TOTALS = ("hit_blocks", "bytes_read", "read_ops", "bytes_useful")
+"""Of `kv_fetch`, what summary.json adds up."""
+OFFLOADED_FETCH = tuple(field.name for field in _OFFLOADED)
+"""And what else, in a run whose manifest has `tiers`."""
 
 STEP_FIELDS = (
     Field("event", "string", "", '`"dsa_topk"`'),
@@ -179,7 +244,12 @@ REQUEST_FIELDS = (
     Field("arrival_s", "float", "s", "from the run's start"),
     Field("first_token_s", "float | null", "s", "from the run's start; null when none came"),
     Field("finish_s", "float | null", "s", "from the run's start; null when it did not finish"),
-    Field("state", "string", "", "how it ended: stop, length, rejected, aborted or unfinished"),
+    Field(
+        "state",
+        "string",
+        "",
+        "how it ended: stop, length, rejected, aborted, unfinished, or failed: a tier lost its KV for good",
+    ),
     Field("score", "float | null", "", "the task's score, where the workload has one"),
     Field(
         "admitted_s",
@@ -213,7 +283,14 @@ REQUEST_FIELDS = (
         optional=True,
     ),
     Field("prefill_s", "float", "s", "time of the forwards that computed those", optional=True),
-    Field("error", "string", "", "why it was rejected", optional=True),
+    Field(
+        "num_recomputes",
+        "int",
+        "",
+        "times it was computed again because a tier lost its KV; stands where the manifest has `tiers`",
+        optional=True,
+    ),
+    Field("error", "string", "", "why it was rejected or failed", optional=True),
     Field("text", "string", "", "the answer; only with `--save-text`", optional=True),
 )
 
@@ -221,6 +298,25 @@ _LAYOUT = (
     Field("name", "string", "", "layout"),
     Field("latent_bytes_per_token", "int", "bytes", "a token and layer: latent and rope key"),
     Field("index_bytes_per_token", "int", "bytes", "a token and layer: indexer key and scales"),
+)
+
+_POOL = (
+    Field("store", "string", "", "what keeps its units, credentials redacted"),
+    Field("blocks", "int | null", "blocks", "of a layer it has room for; null: no limit of its own"),
+    Field("latency_kind", "string", "", "measured or modelled"),
+)
+
+_TIER_SETUP = (
+    Field("granularity", "string", "", "what moves as one: block, a block of one layer, or row, one token"),
+    Field("unit_tokens", "int", "tokens", "tokens in a unit"),
+    Field("unit_bytes", "int", "bytes", "unit_tokens x latent bytes of the cache layout"),
+    Field("policy", "string", "", "which unit HBM gives up"),
+    Field("prefetch", "string", "", "what is fetched before it is selected"),
+    Field("on_error", "string", "", "when a tier loses a request's KV: recompute, or fail the request"),
+    Field("index_keys", "string", "", "where the indexer's keys lie: hbm or offloaded"),
+    Field("hbm", "object", "", "", children=(Field("blocks", "int", "blocks", "of a layer it holds"),)),
+    Field("local_pool", "object | null", "", "null: there is none", children=_POOL),
+    Field("remote_pool", "object | null", "", "null: there is none", children=_POOL),
 )
 
 MANIFEST_FIELDS = (
@@ -264,6 +360,14 @@ MANIFEST_FIELDS = (
         "",
         "what the records' `prefix` says: analysis (equal to an earlier prompt, it could be reused) or "
         "cache (found in the engine's prefix cache, it was); absent means analysis",
+        optional=True,
+    ),
+    Field(
+        "tiers",
+        "object | null",
+        "",
+        "where latents lay that HBM did not hold; null or absent: everything was in HBM",
+        children=_TIER_SETUP,
         optional=True,
     ),
     Field(
@@ -349,6 +453,16 @@ _SERVING = (
             Field("aborted", "int", "requests", "dropped while waiting or running"),
             Field("unfinished", "int", "requests", "the run ended first"),
             Field("preemptions", "int", "", "times a request had to start over"),
+            Field(
+                "failed", "int", "requests", "a tier lost their KV; stands where there is one", optional=True
+            ),
+            Field(
+                "recomputes",
+                "int",
+                "",
+                "times a request was computed again because a tier lost its KV; stands where there is one",
+                optional=True,
+            ),
         ),
     ),
     Field("latency_ms", "object", "ms", "finish - arrival, served requests", children=_LATENCY),
@@ -391,6 +505,54 @@ _PREFIX_CACHE = (
     Field("prefill_s", "float", "s", "time of the prefill forwards, counted in whole us a request"),
     Field("saved_s", "float | null", "s", "hit_tokens x prefill_s / computed_tokens"),
     Field("saved_kind", "string", "", "modelled: nobody timed what was not computed"),
+)
+
+_MOVED = (
+    Field("in_records", "int", "bytes", "that the records hold"),
+    Field("elsewhere", "int", "bytes", "steps and rows without a record, prefill, refills, prefetch"),
+    Field("store", "int", "bytes", "as the store itself counts: its units x unit_bytes"),
+)
+
+_POOL_TOTALS = (
+    Field("bytes_read", "object", "bytes", "by who says so", children=_MOVED),
+    Field("bytes_written", "object", "bytes", "by who says so", children=_MOVED),
+    Field("requested_units", "int", "units", "asked of the store"),
+    Field("hit_units", "int", "units", "of those, given back"),
+    Field("missed_units", "int", "units", "the others"),
+    Field("corrupt_units", "int", "units", "came back, and were not what had been stored"),
+    Field("read_batches", "int", "", "calls that read"),
+    Field("read_ops", "int", "reads", "operations of those, after coalescing"),
+    Field("read_us", "float", "us", "time of those calls"),
+    Field("write_batches", "int", "", "calls that wrote"),
+    Field("write_us", "float", "us", "time of those calls"),
+    Field("stored_units", "int", "units", "taken by the store"),
+    Field("evicted_units", "int", "units", "given up by it"),
+    Field("errors", "int", "", "failed batches"),
+    Field("timeouts", "int", "", "of those, for time"),
+    Field("bytes_moved", "int", "bytes", "read and written, padding included"),
+    Field("latency_kind", "string", "", "measured or modelled"),
+)
+
+_TIER_TOTALS = (
+    Field("since_forward", "int", "", "`forward_idx` counted from: where the run began or was last resumed"),
+    Field("local_pool", "object | null", "", "null: there is none", children=_POOL_TOTALS),
+    Field("remote_pool", "object | null", "", "null: there is none", children=_POOL_TOTALS),
+    Field(
+        "prefetch",
+        "object | null",
+        "",
+        "null where nothing is fetched ahead",
+        children=(
+            Field("units", "int", "units", "fetched ahead"),
+            Field("used_units", "int", "units", "of those, selected before they were given up"),
+            Field("missed_units", "int", "units", "selected, and not fetched ahead"),
+            Field("recall", "float | null", "", "share of the units wanted that had been fetched ahead"),
+            Field("precision", "float | null", "", "used_units / units"),
+        ),
+    ),
+    Field("lost_units", "int", "units", "that no tier gave back"),
+    Field("num_recomputes", "int", "", "times a request was computed again for that"),
+    Field("failed_requests", "int", "requests", "ended for that"),
 )
 
 SUMMARY_FIELDS = (
@@ -503,9 +665,7 @@ SUMMARY_FIELDS = (
         "object",
         "",
         "totals a tier",
-        children=tuple(
-            f for f in _FETCH if f.name in ("hit_blocks", "bytes_read", "read_ops", "bytes_useful")
-        ),
+        children=tuple(f for f in _FETCH if f.name in FETCH_TOTALS + OFFLOADED_FETCH),
         keys=TIER_NAMES,
     ),
     Field(
@@ -544,6 +704,15 @@ SUMMARY_FIELDS = (
         "",
         "what the engine's prefix cache saved; null where there was none",
         children=_PREFIX_CACHE,
+        optional=True,
+    ),
+    Field(
+        "tiers",
+        "object | null",
+        "",
+        "what the tiers' stores did, as the run itself counted; null where everything was in HBM, where "
+        "nothing was said yet, and in a summary of several runs",
+        children=_TIER_TOTALS,
         optional=True,
     ),
     Field(

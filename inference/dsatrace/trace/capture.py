@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from dsatrace.kv.fetches import StepFetches
 from dsatrace.kv.prefix import RequestPrefix
 
 __all__ = ["Phase", "RequestPrefix", "StepCapture"]
@@ -40,5 +41,6 @@ class StepCapture:
     step_wall_us: float  # wall time around the forward
     step_synced: bool  # the device was synchronised before the clock was read
     needles: tuple[tuple[int, ...], ...] = ()  # (B,) prompt positions of the answer; () when none has any
+    fetches: StepFetches | None = None  # which tier held each position; None where all is in HBM
     wait: Callable[[], None] = _nothing  # returns when the arrays are whole; the writer calls it first
     release: Callable[[], None] = _nothing  # the arrays may be reused; the writer calls it last

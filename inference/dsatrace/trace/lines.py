@@ -107,15 +107,4 @@ def _needle(step: StepRecords) -> dict[str, Any]:
 
 
 def _fetches(step: StepRecords) -> dict[str, Any]:
-    return {
-        name: {
-            "hit_blocks": account.hit_blocks,
-            "bytes_read": account.bytes_read,
-            "read_ops": account.read_ops,
-            "latency_us": account.latency_us,
-            "batch_size": account.batch_size,
-            "bytes_useful": account.bytes_useful,
-            "latency_kind": account.latency_kind,
-        }
-        for name, account in step.fetches.items()
-    }
+    return {name: account.columns() for name, account in step.fetches.items()}

@@ -31,9 +31,76 @@ PrefixSource = Literal["analysis", "cache"]
 
 CLOCKS = ("real", "virtual")
 
+_TIER_CHOICES = {
+    "granularity": ("block", "row"),
+    "on_error": ("recompute", "fail"),
+    "index_keys": ("hbm", "offloaded"),
+}
+
 REDACTED = "***"
 _SECRET_WORDS = ("token", "key", "secret", "password", "system-prompt")  # the last: no prompt text in a run
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolSetup:
+    """A pool behind HBM."""
+
+    store: str  # as it was asked for: ram, file:PATH, redis://...
+    blocks: int | None  # of a layer it has room for; None: no limit of its own
+    latency_kind: Literal["measured", "modelled"]
+
+    def __post_init__(self) -> None:
+        if self.latency_kind not in ("measured", "modelled"):
+            raise ValueError(f"latency_kind {self.latency_kind}: a pool's is measured or modelled")
+        if self.blocks is not None and self.blocks < 1:
+            raise ValueError(f"{self.store}: a pool of {self.blocks} blocks; give it 1 at least, or no limit")
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "store": redact_credentials(self.store)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TierSetup:
+    """Where a run's latents lie that HBM does not hold, and how they move."""
+
+    granularity: Literal["block", "row"]
+    unit_tokens: int
+    unit_bytes: int  # unit_tokens x latent bytes a token and layer
+    policy: str  # which unit HBM gives up
+    prefetch: str
+    on_error: Literal["recompute", "fail"]
+    index_keys: Literal["hbm", "offloaded"]
+    hbm_blocks: int  # of a layer
+    local_pool: PoolSetup | None = None
+    remote_pool: PoolSetup | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in _TIER_CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)}: not one of {', '.join(choices)}")
+        if self.hbm_blocks < 1 or self.unit_tokens < 1:
+            raise ValueError(f"{self.hbm_blocks} blocks in HBM, {self.unit_tokens} tokens a unit: 1 at least")
+        if self.granularity == "row" and self.unit_tokens != 1:
+            raise ValueError(f"a row is one token, not {self.unit_tokens}")
+        if not self.pools:
+            raise ValueError("tiers without a pool behind HBM; leave them out")
+
+    @property
+    def pools(self) -> dict[str, PoolSetup]:
+        """Those the run has, nearest first."""
+        both = {"local_pool": self.local_pool, "remote_pool": self.remote_pool}
+        return {name: pool for name, pool in both.items() if pool is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """What stands in the manifest."""
+        shared = ("granularity", "unit_tokens", "unit_bytes", "policy", "prefetch", "on_error", "index_keys")
+        return {
+            **{name: getattr(self, name) for name in shared},
+            "hbm": {"blocks": self.hbm_blocks},
+            "local_pool": self.local_pool and self.local_pool.to_json(),
+            "remote_pool": self.remote_pool and self.remote_pool.to_json(),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +119,7 @@ class RunInfo:
     selections: Selections = "model"
     serving: Mapping[str, Any] | None = None  # mode, clock and such, where requests arrived over time
     prefix_source: PrefixSource = "analysis"
+    tiers: TierSetup | None = None  # None: everything in HBM
 
     def __post_init__(self) -> None:
         if not self.layouts:
@@ -60,6 +128,12 @@ class RunInfo:
             not isinstance(self.serving.get("mode"), str) or self.serving.get("clock") not in CLOCKS
         ):
             raise ValueError(f"serving {self.serving}: name a mode, and a clock of {', '.join(CLOCKS)}")
+        latent_bytes = self.layouts[0].latent_bytes_per_token
+        if self.tiers is not None and self.tiers.unit_bytes != self.tiers.unit_tokens * latent_bytes:
+            raise ValueError(
+                f"a unit of {self.tiers.unit_tokens} tokens and {self.tiers.unit_bytes} bytes, "
+                f"{latent_bytes} bytes a token in layout {self.layouts[0].name}"
+            )
 
 
 def manifest(
@@ -94,6 +168,7 @@ def manifest(
         "seed": run.seed,
         "serving": None if run.serving is None else dict(run.serving),
         "prefix_source": run.prefix_source,
+        "tiers": None if run.tiers is None else run.tiers.to_json(),
         "trace": {
             "level": config.level,
             "block_size_tokens": config.block_size,

@@ -20,9 +20,10 @@ from typing import Any, Literal
 import numpy as np
 
 from dsatrace.errors import UserError
+from dsatrace.kv.offloaded_account import OffloadedAccount
 from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.kv.tiers import FetchAccount
-from dsatrace.schema import TIER_NAMES
+from dsatrace.schema import FETCH_TOTALS, OFFLOADED_FETCH, TIER_NAMES
 from dsatrace.trace.baselines import context_blocks, recency_blocks, uniform_blocks
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.histogram import Histogram
@@ -31,11 +32,10 @@ from dsatrace.trace.records import StepRecords
 from dsatrace.trace.statistics import count_blocks, fused_statistics
 from dsatrace.trace.summary import Summary
 
-_FETCHED = ("hit_blocks", "bytes_read", "read_ops", "bytes_useful")
 NUMBER_FIELDS = (
     *("layer_id", "seq_len_current", "step_idx", "forward_idx", "step_wall_us", "unique_blocks"),
     *("prefix.intersection_ratio", "indexer_scan.bytes_read"),
-    *(f"kv_fetch.{tier}.{name}" for tier in TIER_NAMES for name in _FETCHED),
+    *(f"kv_fetch.{tier}.{name}" for tier in TIER_NAMES for name in FETCH_TOTALS),
     *("needle.tokens", "needle.selected"),
 )
 """What `add_columns` reads of records at level stats: numbers only, None or nan where one is absent."""
@@ -45,6 +45,9 @@ BLOCK_FIELDS = (
     *("request_id", "selected_block_ids", "prefix.prefix_cached_blocks", "prefix.intersection_blocks"),
 )
 """What it reads at level blocks."""
+
+TIER_FIELDS = tuple(f"kv_fetch.{tier}.{name}" for tier in TIER_NAMES for name in OFFLOADED_FETCH)
+"""What it reads besides of a run whose manifest has `tiers`; numbers too."""
 
 FULL_FIELDS = (
     *("request_id", "layer_id", "step_idx", "seq_len_current", "selected_token_pos", "kv_fetch", "prefix"),
@@ -63,6 +66,7 @@ class RunShape:
     block_size: int  # tokens
     top_k: int
     index_bytes: int  # a token and layer
+    offloaded: bool = False  # it has `tiers`
 
 
 class RecordSummary(Summary):
@@ -75,7 +79,7 @@ class RecordSummary(Summary):
         shape: RunShape,
         serving: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(compared_block_sizes, selections, serving)
+        super().__init__(compared_block_sizes, selections, serving, offloaded=shape.offloaded)
         self._shape = shape
         self._forward_idx: int | None = None
         self._contexts = Histogram()  # positions visible to sparse records below level full
@@ -109,7 +113,7 @@ class RecordSummary(Summary):
             StepRecords(
                 capture=capture,
                 stats=stats,
-                fetches={name: _account(records, name) for name in TIER_NAMES},
+                fetches={name: _account(records, name, self._shape.offloaded) for name in TIER_NAMES},
                 level="full",
                 block_size=self._shape.block_size,
                 index_bytes_per_token=self._shape.index_bytes,
@@ -126,7 +130,7 @@ class RecordSummary(Summary):
         self.dense["unique_blocks"].add(num_blocks)
         self.ratios.add(np.asarray(columns["prefix.intersection_ratio"]).tolist())
         for tier, totals in self.fetch.items():
-            for name in _FETCHED:
+            for name in totals:
                 totals[name] += int(np.sum(columns[f"kv_fetch.{tier}.{name}"]))
         self.scan_bytes += int(np.sum(columns["indexer_scan.bytes_read"]))
         self._count_forwards(columns)
@@ -232,11 +236,13 @@ def _needles(records: Sequence[Record]) -> NeedleCounts | None:
     return NeedleCounts(tokens, selected)
 
 
-def _account(records: Sequence[Record], tier: str) -> FetchAccount:
+def _account(records: Sequence[Record], tier: str, offloaded: bool) -> FetchAccount:
     """What the records say a tier served; the totals are theirs, not re-derived."""
     stored = [record["kv_fetch"][tier] for record in records]
-    columns = {name: np.array([account[name] for account in stored]) for name in (*_FETCHED, "latency_us")}
-    return FetchAccount(**columns, batch_size=stored[0]["batch_size"], latency_kind=stored[0]["latency_kind"])
+    names = (*FETCH_TOTALS, "latency_us", *(OFFLOADED_FETCH if offloaded else ()))
+    columns = {name: np.array([account[name] for account in stored]) for name in names}
+    kind = OffloadedAccount if offloaded else FetchAccount
+    return kind(**columns, batch_size=stored[0]["batch_size"], latency_kind=stored[0]["latency_kind"])
 
 
 def columns_of(records: Sequence[Record], fields: Sequence[str]) -> dict[str, list[Any]]:

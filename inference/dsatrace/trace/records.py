@@ -19,7 +19,7 @@ import orjson
 
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.kv.prefix import RequestPrefix
-from dsatrace.kv.tiers import FetchAccount, StepReads, Tier
+from dsatrace.kv.tiers import FetchAccount, StepReads, Tiers
 from dsatrace.schema import Level
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
@@ -66,9 +66,7 @@ class RecordDeriver:
     With `reuse` a step's arrays are good until the next `derive`, and no step pays for memory.
     """
 
-    def __init__(
-        self, config: TraceConfig, layout: CacheLayout, tiers: Mapping[str, Tier], reuse: bool = False
-    ) -> None:
+    def __init__(self, config: TraceConfig, layout: CacheLayout, tiers: Tiers, reuse: bool = False) -> None:
         compile_kernels()  # now, not during the first step
         self._scratch = Scratch() if reuse else None
         self._config = config
@@ -82,12 +80,11 @@ class RecordDeriver:
             raise ValueError(f"forward {capture.forward_idx}: the indexer's scores are not finite numbers")
         cached = np.array([prefix.num_cached_blocks for prefix in capture.prefixes], dtype=np.int64)
         stats = fused_statistics(capture.positions, capture.seq_len, cached, config.block_size, self._scratch)
-        reads = self._reads(capture, stats)
         positions, scores = _as_recorded(capture, stats, config)
         return StepRecords(
             capture=capture,
             stats=stats,
-            fetches={name: tier.account(reads) for name, tier in self._tiers.items()},
+            fetches=self._accounts(capture, stats),
             level=config.level,
             block_size=config.block_size,
             index_bytes_per_token=self._layout.index_bytes_per_token,
@@ -96,19 +93,23 @@ class RecordDeriver:
             needles=count_needles(capture.needles, stats, capture.positions.shape[0]),
         )
 
-    def _reads(self, capture: StepCapture, stats: StepStatistics) -> StepReads:
-        num_layers, num_requests = capture.positions.shape[:2]
-        return StepReads(
-            request_ids=tuple(name for name in capture.request_ids for _ in range(num_layers)),
-            layer_ids=np.tile(np.arange(num_layers), num_requests),
-            step_idx=np.repeat(capture.step_idx, num_layers),
-            seq_len=np.repeat(np.asarray(capture.seq_len, dtype=np.int64), num_layers),
+    def _accounts(self, capture: StepCapture, stats: StepStatistics) -> Mapping[str, FetchAccount]:
+        reads = StepReads(
+            seq_len=np.repeat(np.asarray(capture.seq_len, dtype=np.int64), capture.positions.shape[0]),
             block_size=self._config.block_size,
             batch_size=capture.batch_size,
             block_ids=stats.block_ids,
             block_ptr=stats.block_ptr,
             tokens_selected=stats.tokens_in_block,
+            tokens=stats.tokens,
+            token_ptr=stats.token_ptr,
+            positions=capture.positions,
+            fetches=capture.fetches,
         )
+        try:
+            return self._tiers.accounts(reads)
+        except ValueError as error:
+            raise ValueError(f"forward {capture.forward_idx}: {error}") from error
 
 
 def _as_recorded(
@@ -233,24 +234,11 @@ def _fetch_rows(fetches: Mapping[str, FetchAccount]) -> dict[str, list[dict[str,
     """By tier name, each record's account in the schema's field order."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, account in fetches.items():
-        columns = zip(
-            account.hit_blocks.tolist(),
-            account.bytes_read.tolist(),
-            account.read_ops.tolist(),
-            account.latency_us.tolist(),
-            account.bytes_useful.tolist(),
-            strict=True,
-        )
-        rows[name] = [
-            {
-                "hit_blocks": hit_blocks,
-                "bytes_read": bytes_read,
-                "read_ops": read_ops,
-                "latency_us": latency_us,
-                "batch_size": account.batch_size,
-                "bytes_useful": bytes_useful,
-                "latency_kind": account.latency_kind,
-            }
-            for hit_blocks, bytes_read, read_ops, latency_us, bytes_useful in columns
+        columns = account.columns()
+        num_records = len(account.hit_blocks)
+        values = [
+            column.tolist() if isinstance(column, np.ndarray) else [column] * num_records
+            for column in columns.values()
         ]
+        rows[name] = [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
     return rows

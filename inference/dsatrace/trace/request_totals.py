@@ -57,6 +57,7 @@ class RequestTotals:
         self._scores: dict[tuple[str, str] | None, ValueCounts] = {}  # (label, value); None: all
         self._states = Counter[str]()
         self._num_preemptions = 0
+        self._num_recomputes = 0
         self._durations = {name: ValueCounts() for name in DURATIONS}
         self._num_output_tokens = 0  # of requests with a span
         self._spans: list[float] = []  # earliest arrival, latest finish
@@ -79,6 +80,7 @@ class RequestTotals:
             self._scores.setdefault(group, ValueCounts()).merge(counts)
         self._states.update(other._states)
         self._num_preemptions += other._num_preemptions
+        self._num_recomputes += other._num_recomputes
         for name, durations in self._durations.items():
             durations.merge(other._durations[name])
         self._num_output_tokens += other._num_output_tokens
@@ -114,6 +116,7 @@ class RequestTotals:
         if self._serving is None:
             return None
         span = self._spans[1] - self._spans[0] if self._spans else None
+        lost = {"failed": self._states["failed"], "recomputes": self._num_recomputes}
         return {
             "mode": self._serving["mode"],
             "clock": self._serving["clock"],
@@ -121,6 +124,7 @@ class RequestTotals:
                 "served": sum(self._states[state] for state in SERVED),
                 **{state: self._states[state] for state in _OTHERS},
                 "preemptions": self._num_preemptions,
+                **{name: count for name, count in lost.items() if count},
             },
             **{f"{name}_ms": _latency(**histograms[f"{name}_us"]) for name in self._durations},
             "span_s": span,
@@ -132,6 +136,7 @@ class RequestTotals:
     def _add_served(self, request: Request) -> None:
         self._states[request["state"]] += 1
         self._num_preemptions += request.get("num_preemptions", 0)
+        self._num_recomputes += request.get("num_recomputes", 0)
         self._arrived[math.floor(request["arrival_s"])] += 1
         if request["state"] not in SERVED:
             return

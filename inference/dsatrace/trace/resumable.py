@@ -29,6 +29,7 @@ _REMEDIES = {
     "world_size": "start as many ranks as then",
     "seed": "give the same --seed",
     "prefix_source": "leave --prefix-caching as it was",
+    "tiers": "give the same tiers",
     "trace.level": "give the same --trace-level",
     "trace.block_size_tokens": "give the same --kv-block-size",
     "trace.prefix_key_id": "set DSATRACE_PREFIX_KEY as it was then, or resume as the same user",
@@ -41,10 +42,11 @@ def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raises `UserError` unless both manifests are one run's; names the first field that differs.
 
     What shapes a record must be the same, and so must what a step's time depends on (device,
-    ranks), since the summary pools it. The version of the tool, its command line and the
-    length of the queue may differ. What an older version did not write down is not asked.
+    ranks, tiers), since the summary pools it. The version of the tool, its command line and the
+    length of the queue may differ. What an older version did not write down is not asked; it
+    had no tiers.
     """
-    for path, was, now in _differences(old, new):
+    for path, was, now in _differences({"tiers": None, **old}, new):
         remedy = next((said for name, said in _REMEDIES.items() if path.startswith(name)), "give what it was")
         raise UserError(f"cannot resume: {path} was {was!r} and is {now!r} now; {remedy}, or start a new run")
 

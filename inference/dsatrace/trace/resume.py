@@ -214,12 +214,14 @@ def _summary(folder: Path, found: _Found, on_records: Callable[[int], object]) -
     if not (folder / SUMMARY_FILE).exists() and next(run.steps(), None) is None:
         # Killed before there was a step: nothing that only a summary could tell.
         selections, serving = run.manifest["selections"], run.manifest.get("serving")
-        summary = Summary(TraceConfig.compared_block_sizes, selections, serving)
+        offloaded = run.manifest.get("tiers") is not None
+        summary = Summary(TraceConfig.compared_block_sizes, selections, serving, offloaded=offloaded)
         for line in run.requests():
             summary.finish_request(line)
         return summary
     summary = summarize_run(run, on_records)
     summary.dropped_steps = max(summary.dropped_steps, found.most_missing) if found.may_lose else 0
+    summary.tiers = None  # it counted records that are cut; the part to come speaks for itself
     return summary
 
 

@@ -40,6 +40,8 @@ class Sink(Protocol):
 
     def write_workload(self, record: Mapping[str, Any]) -> None: ...
 
+    def write_tiers(self, record: Mapping[str, Any]) -> None: ...
+
     def close(self, state: str) -> None: ...
 
 
@@ -68,6 +70,9 @@ class JsonlSink:
         self._requests.append(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
     def write_workload(self, record: Mapping[str, Any]) -> None:
+        """The summary's to say."""
+
+    def write_tiers(self, record: Mapping[str, Any]) -> None:
         """The summary's to say."""
 
     def close(self, state: str) -> None:
@@ -104,6 +109,9 @@ class SummarySink:
     def write_workload(self, record: Mapping[str, Any]) -> None:
         self._summary.workload = record
 
+    def write_tiers(self, record: Mapping[str, Any]) -> None:
+        self._summary.tiers = record
+
     def close(self, state: str) -> None:
         self._write(state)
 
@@ -122,12 +130,17 @@ def open_sinks(
     cost: TracingCost | None = None,
     serving: Mapping[str, Any] | None = None,
     resumed: Resumed | None = None,
+    offloaded: bool = False,
 ) -> tuple[Sink, ...]:
     """The sinks of a run's folder, for a live run and an offline replay alike.
 
-    A resumed run's go on with its files and its summary.
+    A resumed run's go on with its files and its summary. `offloaded`: the manifest has `tiers`.
     """
-    summary = resumed.summary if resumed else Summary(config.compared_block_sizes, selections, serving)
+    summary = (
+        resumed.summary
+        if resumed
+        else Summary(config.compared_block_sizes, selections, serving, offloaded=offloaded)
+    )
     lines = JsonlSink(folder, resumed)
     try:
         return (lines, SummarySink(folder, summary, config.summary_interval_s, cost))

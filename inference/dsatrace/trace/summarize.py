@@ -22,6 +22,7 @@ from dsatrace.trace.record_summary import (
     BLOCK_FIELDS,
     FULL_FIELDS,
     NUMBER_FIELDS,
+    TIER_FIELDS,
     RecordSummary,
     RunShape,
     columns_of,
@@ -75,6 +76,7 @@ def summarize_run(run: RunReader, on_records: Told = _nobody, on_note: Told = _n
     )
     summary.dropped_steps = stored["dropped_steps"] if stored else 0
     summary.workload = stored.get("workload") if stored else None
+    summary.tiers = stored.get("tiers") if stored else None
     if level == "full":
         _add_forwards(run, summary, on_records)
     else:
@@ -118,13 +120,14 @@ def _add_thin_records(run: RunReader, summary: RecordSummary, level: str, on_rec
 
 def _columns(run: RunReader, level: str) -> Iterator[Mapping[str, Any]]:
     """The records below level full, chunk by chunk, as columns."""
+    of_tiers = TIER_FIELDS if _is_offloaded(run) else ()
     if run.is_parquet and level == "stats":
         # pyarrow takes long to import, and most runs are not read with it.
         from dsatrace.trace.parquet.file import read_numbers
 
-        yield from read_numbers(run.folder / STEPS_PARQUET_FILE, NUMBER_FIELDS)
+        yield from read_numbers(run.folder / STEPS_PARQUET_FILE, (*NUMBER_FIELDS, *of_tiers))
         return
-    fields = BLOCK_FIELDS if level == "blocks" else NUMBER_FIELDS
+    fields = (*(BLOCK_FIELDS if level == "blocks" else NUMBER_FIELDS), *of_tiers)
     records = _steps(run, fields)
     while chunk := list(itertools.islice(records, CHUNK_RECORDS)):
         yield columns_of(chunk, fields)
@@ -176,8 +179,8 @@ class _FinishedRequests:
         last = request["num_output_tokens"] - 2
         while last > seen and not is_sampled(last, self._rate, self._seed):
             last -= 1
-        # The step during which a request was aborted is recorded too, if there was one.
-        at_work = request["state"] == "aborted" and request_id in self._decoding
+        # The step during which a request was aborted or failed may be recorded too, if there was one.
+        at_work = request["state"] in ("aborted", "failed") and request_id in self._decoding
         return seen > last or (seen == last and not at_work)
 
 
@@ -189,12 +192,28 @@ def _steps(run: RunReader, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
 def _shape(run: RunReader) -> RunShape:
     manifest = run.manifest
     if manifest["selections"] == "none":  # no model, no selection, no record
-        return RunShape(manifest["trace"]["block_size_tokens"], top_k=0, index_bytes=0)
+        return RunShape(
+            manifest["trace"]["block_size_tokens"], top_k=0, index_bytes=0, offloaded=_is_offloaded(run)
+        )
     layout = next(x for x in manifest["cache_layouts"] if x["name"] == manifest["cache_layout"])
     top_k = manifest["model_config"].get("index_topk")
     if not isinstance(top_k, int):
         raise UserError(f"{run.folder}: the manifest's model_config has no index_topk, the k of its top-k")
-    return RunShape(manifest["trace"]["block_size_tokens"], top_k, layout["index_bytes_per_token"])
+    return RunShape(
+        manifest["trace"]["block_size_tokens"], top_k, layout["index_bytes_per_token"], _is_offloaded(run)
+    )
+
+
+def _is_offloaded(run: RunReader) -> bool:
+    return run.manifest.get("tiers") is not None
+
+
+def _tiers(run: RunReader) -> str:
+    tiers = run.manifest.get("tiers")
+    if tiers is None:
+        return "none"
+    pools = [f"{name} {tiers[name]['store']}" for name in ("local_pool", "remote_pool") if tiers[name]]
+    return ", ".join([f"{tiers['granularity']}s, {tiers['hbm']['blocks']} blocks in HBM", *pools])
 
 
 def _serving(run: RunReader) -> str:
@@ -222,6 +241,7 @@ def _check_alike(runs: Sequence[RunReader]) -> None:
             ("selections", runs[0].manifest["selections"], run.manifest["selections"]),
             ("serving", _serving(runs[0]), _serving(run)),
             ("prefix source", _prefix_source(runs[0]), _prefix_source(run)),
+            ("tiers", _tiers(runs[0]), _tiers(run)),
         ):
             if left != right:
                 raise UserError(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dsatrace.schema import SCHEMA_VERSION, TIER_NAMES
+from dsatrace.schema import FETCH_TOTALS, OFFLOADED_FETCH, SCHEMA_VERSION, TIER_NAMES
 from dsatrace.trace.baselines import context_blocks, recency_blocks, uniform_blocks
 from dsatrace.trace.histogram import Histogram, ValueCounts
 from dsatrace.trace.kernels import compile_kernels, count_offsets
@@ -28,7 +28,6 @@ from dsatrace.trace.statistics import StepStatistics, count_blocks
 
 NUM_HOT_BLOCKS = 20
 _COUNTS = ("steps", "prefills", "records", "sparse_records", "requests")
-_FETCH_TOTALS = ("hit_blocks", "bytes_read", "read_ops", "bytes_useful")
 
 
 @dataclasses.dataclass
@@ -109,11 +108,15 @@ class Summary:
         compared_block_sizes: tuple[int, ...],
         selections: str = "model",
         serving: Mapping[str, Any] | None = None,
+        *,
+        offloaded: bool = False,
     ) -> None:
-        """`serving` is the manifest's: null where no requests arrived over time."""
+        """`serving` is the manifest's: null where no requests arrived over time. `offloaded`: it has
+        `tiers`."""
         compile_kernels()
         self.selections = selections
         self.workload: Mapping[str, Any] | None = None  # what it said of itself
+        self.tiers: Mapping[str, Any] | None = None  # what the run said of their stores
         self.counts = dict.fromkeys(_COUNTS, 0)
         self.dropped_steps = 0
         self.dense = {name: Histogram() for name in ("unique_blocks", "tokens_per_touched_block", "offsets")}
@@ -123,7 +126,8 @@ class Summary:
         self.overlap = SelectionOverlap()
         self.recall = RecallTotals()
         self.requests = RequestTotals(serving)
-        self.fetch = {name: dict.fromkeys(_FETCH_TOTALS, 0) for name in TIER_NAMES}
+        fetched = FETCH_TOTALS + (OFFLOADED_FETCH if offloaded else ())
+        self.fetch = {name: dict.fromkeys(fetched, 0) for name in TIER_NAMES}
         self.scan_bytes = 0
         self._running: dict[str, np.ndarray] = {}  # request id -> touches of each prefix block
         self._hot: dict[str, list[dict[str, int]]] = {}  # finished requests
@@ -143,7 +147,7 @@ class Summary:
         self.ratios.add((stats.num_prefix_blocks / stats.num_blocks).tolist())
         for name, account in step.fetches.items():
             totals = self.fetch[name]
-            for total in _FETCH_TOTALS:
+            for total in totals:
                 totals[total] += int(getattr(account, total).sum())
         self.scan_bytes += int((query + 1).sum()) * step.index_bytes_per_token
         self._add_prefix_blocks(step)
@@ -176,8 +180,9 @@ class Summary:
         self.requests.merge(other.requests)
         if self.workload != other.workload:
             self.workload = None  # two workloads are none
+        self.tiers = None  # said of one run as a whole
         for name, totals in self.fetch.items():
-            for total in _FETCH_TOTALS:
+            for total in totals:
                 totals[total] += other.fetch[name][total]
         self.scan_bytes += other.scan_bytes
         for request_id, touches in other._running.items():
@@ -215,6 +220,7 @@ class Summary:
                 "with_indexer_scan": latents + self.scan_bytes,
             },
             **of_requests,
+            "tiers": self.tiers,
             "workload": self.workload,
             "tracing_cost": cost.to_json() if cost else None,
             "histograms": {

@@ -20,9 +20,10 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from dsatrace.errors import UserError
+from dsatrace.kv.offloaded_account import OffloadedTiers
 from dsatrace.kv.prefix import PrefixCacheAnalyzer, RequestPrefix, key_id, load_prefix_secret
-from dsatrace.kv.tiers import Tier, default_tiers
-from dsatrace.schema import MANIFEST_FILE
+from dsatrace.kv.tiers import Tiers, default_tiers
+from dsatrace.schema import MANIFEST_FILE, SUMMARY_FIELDS, problems
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig, check_run_folder, is_sampled
 from dsatrace.trace.manifest import RunInfo, manifest, write_json
@@ -32,6 +33,9 @@ from dsatrace.trace.resume import Resumed
 from dsatrace.trace.sinks import Sink, open_sinks
 from dsatrace.trace.summary import TracingCost
 from dsatrace.trace.writer import TraceWriter, cannot_write
+
+
+_TIERS_FIELD = tuple(field for field in SUMMARY_FIELDS if field.name == "tiers")
 
 
 class TracedRequest(Protocol):
@@ -55,8 +59,9 @@ class Tracer:
     """Records a run into `config.out`, which must be new or empty.
 
     As a context manager it ends the run `complete`, or `incomplete` when an exception
-    leaves the block. `tiers`, `sinks` and `secret` have defaults: everything in HBM, the
-    files of the run's folder, the user's own secret. A `resumed` run goes on in its own
+    leaves the block. `sinks` and `secret` have defaults: the files of the run's folder, the
+    user's own secret. Where `run` has tiers, every capture says which of them served it.
+    A `resumed` run goes on in its own
     folder, less what of it is not done; `UserError` where this run is not the same one.
     """
 
@@ -65,7 +70,6 @@ class Tracer:
         config: TraceConfig,
         run: RunInfo,
         *,
-        tiers: Mapping[str, Tier] | None = None,
         sinks: Sequence[Sink] | None = None,
         secret: bytes | None = None,
         resumed: Resumed | None = None,
@@ -85,7 +89,7 @@ class Tracer:
         self._key_id = key_id(secret)
         self._analyzer = PrefixCacheAnalyzer(config.block_size, config.prefix_key_tokens, secret=secret)
         # Compiles what the writer runs, if this machine has not yet: before the run, not in its first step.
-        deriver = RecordDeriver(config, run.layouts[0], tiers or default_tiers(run.layouts[0]), reuse=True)
+        deriver = RecordDeriver(config, run.layouts[0], tiers_of(run), reuse=True)
         cost = TracingCost()
         sinks = self._open_folder(cost, sinks)
         self._writer = TraceWriter(
@@ -136,6 +140,8 @@ class Tracer:
                 "num_prefill_tokens": 0,
                 "prefill_s": 0.0,
             }
+        if self._run.tiers is not None:
+            self._unfinished[request_id]["num_recomputes"] = 0
         if request.needle_positions:
             self._needles[request_id] = tuple(self._unfinished[request_id]["needle_positions"])
         # Only step records say what is shared; a prompt is not hashed for nothing.
@@ -203,15 +209,17 @@ class Tracer:
         prefix_hit_tokens: int | None = None,
         num_prefill_tokens: int = 0,
         prefill_s: float = 0.0,
+        num_recomputes: int = 0,
         score: float | None = None,
         error: str | None = None,
         text: str | None = None,
     ) -> None:
         """Writes the request's line; times are seconds from the run's start.
 
-        `error` says why a request was rejected, without its text. `text` is the answer's,
-        only where the user asked for it (`--save-text`). What was found in the prefix cache
-        and left to prefill is written where the run has such a cache.
+        `error` says why a request was rejected or failed, without its text. `text` is the
+        answer's, only where the user asked for it (`--save-text`). What was found in the
+        prefix cache and left to prefill is written where the run has such a cache, and
+        `num_recomputes` (times a tier lost its KV) where it has tiers.
         """
         record = self._unfinished.pop(request.request_id)
         del self._prefixes[request.request_id]
@@ -231,6 +239,8 @@ class Tracer:
                 "num_prefill_tokens": num_prefill_tokens,
                 "prefill_s": prefill_s,
             }
+        if self._run.tiers is not None:
+            record["num_recomputes"] = num_recomputes
         # Last in the line: they stand only where there is something to say.
         record |= {name: value for name, value in (("error", error), ("text", text)) if value is not None}
         self._writer.finish_request(record)
@@ -241,6 +251,17 @@ class Tracer:
         JSON-ready and without prompt text; may be called at any time before the run ends.
         """
         self._writer.describe_workload(record)
+
+    def describe_tiers(self, record: Mapping[str, Any]) -> None:
+        """What the summary says of the tiers' stores: `tiers` of `schema.SUMMARY_FIELDS`, JSON-ready.
+
+        It counts what was put before; may be called at any time before the run ends, the last one counts.
+        """
+        if self._run.tiers is None:
+            raise ValueError("the run has no tiers to describe: RunInfo.tiers")
+        if found := problems({"tiers": record}, fields=_TIERS_FIELD):
+            raise ValueError(f"what is said of the tiers is not of the schema: {found[0]}")
+        self._writer.describe_tiers(record)
 
     def close(self, state: str = "complete") -> None:
         """Ends the run; requests that did not finish get a line that says so. Reports what failed."""
@@ -297,7 +318,10 @@ class Tracer:
                 resumed.cut()
             if sinks is not None:
                 return sinks
-            return open_sinks(folder, self.config, self._run.selections, cost, self._run.serving, resumed)
+            offloaded = self._run.tiers is not None
+            return open_sinks(
+                folder, self.config, self._run.selections, cost, self._run.serving, resumed, offloaded
+            )
         except OSError as error:
             remedy = (
                 "nothing is lost, make room and resume it again" if resumed else "name another --trace-out"
@@ -312,3 +336,11 @@ class Tracer:
             self._run, self.config, state, key_id=self._key_id, started=self._started, error=error
         )
         return self._resumed.continued(record) if self._resumed else record
+
+
+def tiers_of(run: RunInfo) -> Tiers:
+    """How its records account for what they read."""
+    if run.tiers is None:
+        return default_tiers(run.layouts[0])
+    kinds = {name: pool.latency_kind for name, pool in run.tiers.pools.items()}
+    return OffloadedTiers(run.layouts[0].latent_bytes_per_token, run.tiers.granularity, kinds)

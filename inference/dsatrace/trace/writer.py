@@ -36,7 +36,15 @@ class _Workload:
     record: Mapping[str, Any]
 
 
-_Item = StepCapture | Mapping[str, Any] | _Workload | None  # a step, a finished request, or the end
+@dataclasses.dataclass(frozen=True)
+class _Tiers:
+    """What the tiers' stores did so far."""
+
+    record: Mapping[str, Any]
+
+
+# A step, a finished request, a word for the summary, or the end.
+_Item = StepCapture | Mapping[str, Any] | _Workload | _Tiers | None
 
 
 class TraceWriterError(RuntimeError):
@@ -110,6 +118,10 @@ class TraceWriter:
         """Hands over what stands as `workload` in the summary; the last one counts."""
         self._queue.put(_Workload(record))
 
+    def describe_tiers(self, record: Mapping[str, Any]) -> None:
+        """Hands over what stands as `tiers` in the summary; the last one counts."""
+        self._queue.put(_Tiers(record))
+
     def close(self, state: str = "complete") -> None:
         """Writes out what waits, closes the sinks and reports the writer's error, if it had one."""
         self.stop(state)
@@ -167,6 +179,8 @@ class TraceWriter:
                 item.release()  # after a failure too, so that nobody waits for ever
             elif self.error is None and isinstance(item, _Workload):
                 self._guard(self._write_workload, item)
+            elif self.error is None and isinstance(item, _Tiers):
+                self._guard(self._write_tiers, item)
             elif self.error is None:
                 self._guard(self._write_request, item)
         for sink in self._sinks:
@@ -194,6 +208,10 @@ class TraceWriter:
     def _write_workload(self, workload: _Workload) -> None:
         for sink in self._sinks:
             sink.write_workload(workload.record)
+
+    def _write_tiers(self, tiers: _Tiers) -> None:
+        for sink in self._sinks:
+            sink.write_tiers(tiers.record)
 
     def _guard(self, work: Callable[[Any], None], argument: object) -> None:
         """Keeps the first exception for the model thread."""

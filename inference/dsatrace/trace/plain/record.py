@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsatrace.schema import TIER_NAMES, Level, at_level, quantile_sorted
+from dsatrace.trace.plain import tiers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class PlainSelection:
     step_wall_us: float
     step_synced: bool
     needle_positions: Sequence[int] = ()  # of the prompt; empty where they are not known
+    fetches: tiers.PlainFetches | None = None  # None: everything is in HBM
 
 
 def step_record(
@@ -132,7 +134,16 @@ def needle_field(positions: Sequence[int], needle_positions: Sequence[int]) -> d
 def kv_fetch(
     selection: PlainSelection, blocks: list[int], block_size: int, latent_bytes: int
 ) -> dict[str, Any]:
-    """Every block in HBM, none in the pools."""
+    """What each tier served: every block in HBM, none in the pools, unless the selection says otherwise."""
+    if selection.fetches is not None:
+        return tiers.kv_fetch(
+            selection.positions,
+            selection.fetches,
+            seq_len=selection.seq_len,
+            block_size=block_size,
+            latent_bytes=latent_bytes,
+            batch_size=selection.batch_size,
+        )
     held = sum(min(block_size, selection.seq_len - block * block_size) for block in blocks)
     touched = set(blocks)
     return fetch_from_hbm(
@@ -146,15 +157,7 @@ def kv_fetch(
 
 def fetch_from_hbm(**counted: int) -> dict[str, Any]:
     """The account of each tier when HBM serves what was `counted`, and the pools nothing."""
-    nothing = {
-        "hit_blocks": 0,
-        "bytes_read": 0,
-        "read_ops": 0,
-        "latency_us": 0.0,
-        "batch_size": 0,
-        "bytes_useful": 0,
-        "latency_kind": "none",
-    }
+    nothing = tiers.NOTHING
     return {name: nothing | counted if name == "hbm" else nothing for name in TIER_NAMES}
 
 

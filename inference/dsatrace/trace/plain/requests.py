@@ -20,7 +20,8 @@ from typing import Any
 from dsatrace.schema import quantile_sorted
 
 Line = Mapping[str, Any]
-_KEPT = ("num_output_tokens", "arrival_s", "admitted_s", "first_token_s", "finish_s", "num_preemptions")
+_KEPT = ("num_output_tokens", "arrival_s", "admitted_s", "first_token_s", "finish_s")
+_COUNTED = ("num_preemptions", "num_recomputes")
 _MAX_BUCKETS = 64
 
 
@@ -42,7 +43,7 @@ class PlainRequests:
             for label, value in line.get("labels", {}).items():
                 self._groups.setdefault(label, {}).setdefault(value, []).append(line["score"])
         if self._serving is not None:
-            kept = {name: line.get(name) for name in _KEPT}
+            kept = {name: line.get(name) for name in _KEPT + _COUNTED}
             self._of_state.setdefault(line["state"], []).append(kept)
         if "prefix_hit_tokens" in line:
             names = ("num_prompt_tokens", "prefix_hit_tokens", "num_prefill_tokens", "prefill_s")
@@ -97,14 +98,20 @@ class PlainRequests:
             span = max(line["finish_s"] for line in finished) - min(line["arrival_s"] for line in finished)
         lines = [line for lines in self._of_state.values() for line in lines]
         others = ("rejected", "aborted", "unfinished")
+        preemptions, recomputes = (sum(line[name] or 0 for line in lines) for name in _COUNTED)
+        counts = {
+            "served": len(self._served()),
+            **{state: len(self._of_state.get(state, [])) for state in others},
+            "preemptions": preemptions,
+        }
+        if "failed" in self._of_state:
+            counts["failed"] = len(self._of_state["failed"])
+        if recomputes:
+            counts["recomputes"] = recomputes
         return {
             "mode": serving["mode"],
             "clock": serving["clock"],
-            "counts": {
-                "served": len(self._served()),
-                **{state: len(self._of_state.get(state, [])) for state in others},
-                "preemptions": sum(line["num_preemptions"] or 0 for line in lines),
-            },
+            "counts": counts,
             **{f"{name}_ms": _latency(durations) for name, durations in self._durations().items()},
             "span_s": span,
             "requests_per_s": len(finished) / span if span else None,

@@ -16,7 +16,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from dsatrace.schema import SCHEMA_VERSION, TIER_NAMES, Level, distribution, quantile_histogram
+from dsatrace.schema import (
+    FETCH_TOTALS,
+    OFFLOADED_FETCH,
+    SCHEMA_VERSION,
+    TIER_NAMES,
+    Level,
+    distribution,
+    quantile_histogram,
+)
 from dsatrace.trace.plain.overlap import Overlaps, Recalls
 from dsatrace.trace.plain.requests import PlainRequests
 
@@ -35,9 +43,10 @@ def summarize(
     block_sizes: Sequence[int],
     state: str = "complete",
     selections: str = "synthetic",
+    offloaded: bool = False,
 ) -> dict[str, Any]:
     """The record of summary.json of full-level records and the lines of requests.jsonl."""
-    totals, lines = PlainSummary(top_k=top_k, block_sizes=block_sizes), PlainRequests()
+    totals, lines = PlainSummary(top_k=top_k, block_sizes=block_sizes, offloaded=offloaded), PlainRequests()
     for record in records:
         totals.add(record)
     for request in requests:
@@ -48,7 +57,10 @@ def summarize(
 class PlainSummary:
     """Takes records in the order of the file: layer by layer, request by request, forward by forward."""
 
-    def __init__(self, *, top_k: int, block_sizes: Sequence[int], level: Level = "full") -> None:
+    def __init__(
+        self, *, top_k: int, block_sizes: Sequence[int], level: Level = "full", offloaded: bool = False
+    ) -> None:
+        """`offloaded`: the manifest has `tiers`."""
         self.level = level
         self.num_records = 0
         self.num_tokens = 0
@@ -60,7 +72,8 @@ class PlainSummary:
             for name in (*_HISTOGRAMS, "prefix_intersection_ratio", "step_us")
             if level == "full" or name not in _OF_POSITIONS
         }
-        self._fetch = {tier: Counter[str]() for tier in TIER_NAMES}
+        fetched = FETCH_TOTALS + (OFFLOADED_FETCH if offloaded else ())
+        self._fetch = {tier: dict.fromkeys(fetched, 0) for tier in TIER_NAMES}
         self._scan_bytes = 0
         self._hot: dict[str, Counter[int]] = {}  # live requests with a prefix hit
         self._hottest: dict[str, list[dict[str, int]]] = {}  # those that ended
@@ -87,7 +100,7 @@ class PlainSummary:
             in_block = Counter([position // size for position in positions])
             self._histograms["tokens_per_touched_block"].update(in_block.values())
         for tier, totals in self._fetch.items():
-            for name in ("hit_blocks", "bytes_read", "read_ops", "bytes_useful"):
+            for name in totals:
                 totals[name] += record["kv_fetch"][tier][name]
         self._scan_bytes += record["indexer_scan"]["bytes_read"]
         if record["prefix"]["prefix_cache_hit"] and self.level != "stats":
@@ -116,7 +129,8 @@ class PlainSummary:
         selections: str = "synthetic",
         dropped_steps: int = 0,
     ) -> dict[str, Any]:
-        """What the files say of summary.json; at level full all but the cost of tracing and the workload."""
+        """What the files say of summary.json; at level full all but the cost of tracing and what the run
+        says of its workload and its tiers."""
         latents = sum(totals["bytes_read"] for totals in self._fetch.values())
         step_us = self._histograms["step_us"]
         summary: dict[str, Any] = {
@@ -144,6 +158,7 @@ class PlainSummary:
                 "with_indexer_scan": latents + self._scan_bytes,
             },
             **requests.to_json(),
+            "tiers": None,
             "workload": None,
             "tracing_cost": None,
             "histograms": {name: _json(counts) for name, counts in self._histograms.items()}

@@ -42,13 +42,14 @@ class RequestLine(NamedTuple):
         """The highest step there can be; None when it is not known.
 
         The first token comes from prefill and the last is never fed back. A forward that
-        was under way when the request was aborted is recorded, though its token is not kept.
+        was under way when the request was aborted, or failed, may be recorded, though its
+        token is not kept.
         """
         if self.state == "unfinished":
             return None
         if self.state == "rejected":
             return -2  # not even a prefill
-        return max(self.num_output_tokens - 2 + (self.state == "aborted"), -1)
+        return max(self.num_output_tokens - 2 + (self.state in ("aborted", "failed")), -1)
 
 
 class _Row(NamedTuple):

@@ -23,8 +23,9 @@ from dsatrace.schema import (
     problems,
 )
 from dsatrace.trace.plain.record import PlainSelection, fetch_from_hbm, needle_field, step_record
-from dsatrace.trace.verify.mismatch import compare, differs, require, require_range
+from dsatrace.trace.verify.mismatch import Mismatch, compare, differs, require, require_range
 from dsatrace.trace.verify.rules import Rules, require_schema
+from dsatrace.trace.verify.tiers import Selected, check_fetches, offloaded_field
 
 _FLOAT32_ROUNDING = 1e-5
 """Relative to the largest score: the mean of a selection is summed in float32."""
@@ -61,6 +62,10 @@ def check_record(record: Record, rules: Rules, needles: Mapping[str, Sequence[in
         _check_without_positions(record, rules)
     else:
         compare(record, _derived(record, positions, rules))
+    if rules.tiers is not None:
+        check_fetches(record, _selected(record, positions, rules), rules.tiers)
+    elif stray := offloaded_field(record):
+        raise Mismatch(stray, "stands there, and the manifest has no tiers")
 
 
 @functools.cache
@@ -113,7 +118,27 @@ def _derived(record: Record, positions: Sequence[int], rules: Rules) -> dict[str
     )
     if rules.keep_order and scores is None:
         del derived["selected_token_pos"]  # their order is not to be had without the scores
+    if rules.tiers is not None:
+        del derived["kv_fetch"]  # which tier served what is no matter of the positions alone
     return derived
+
+
+def _selected(record: Record, positions: Sequence[int] | None, rules: Rules) -> Selected:
+    """What the tiers' accounts are held against, once the record's other fields are."""
+    seq_len, size = record["seq_len_current"], rules.block_size
+    last = (seq_len - 1 - record["offset_min"]) // size
+    blocks = record.get("selected_block_ids")
+    if blocks is None and positions is not None:
+        blocks = sorted({position // size for position in positions})
+    return Selected(
+        num_tokens=record["unique_token_pos_count"],
+        num_blocks=record["unique_blocks"],
+        block_size=size,
+        latent_bytes=rules.latent_bytes,
+        missing=max((last + 1) * size - seq_len, 0),
+        positions=positions,
+        blocks=blocks,
+    )
 
 
 def _check_scores(record: Record, rules: Rules) -> None:
@@ -174,14 +199,8 @@ def _check_without_positions(record: Record, rules: Rules) -> None:
     span = last - first + 1
     require_range("unique_blocks", num_blocks, max(-(-k // size), min(span, 2)), min(k, span))
     _check_tokens_per_block(record["tokens_per_touched_block"], num_blocks, rules)
-    read_ops = record["kv_fetch"]["hbm"]["read_ops"]
-    if blocks is None:
-        most = min(num_blocks, span - num_blocks + 1)
-        require_range("kv_fetch.hbm.read_ops", read_ops, 1 if num_blocks == span else 2, most)
-    else:
-        read_ops = 1 + sum(right != left + 1 for left, right in itertools.pairwise(blocks))
-    # Only the request's last block may hold less than a block's tokens.
-    missing = (last + 1) * size - seq_len if last == (seq_len - 1) // size else 0
+    if rules.tiers is None:
+        _check_resident(record, blocks, num_blocks, first, last, rules)
     compare(
         record,
         {
@@ -190,18 +209,34 @@ def _check_without_positions(record: Record, rules: Rules) -> None:
             "block_size_tokens": size,
             "unique_blocks": num_blocks,
             "tokens_per_touched_block": {"mean": k / num_blocks},
-            "kv_fetch": fetch_from_hbm(
-                hit_blocks=num_blocks,
-                bytes_read=(num_blocks * size - missing) * rules.latent_bytes,
-                read_ops=read_ops,
-                batch_size=record["kv_fetch"]["hbm"]["batch_size"],
-                bytes_useful=k * rules.latent_bytes,
-            ),
             "prefix": _prefix(record["prefix"], blocks, num_blocks, first, last),
             "path": "sparse",
             "indexer_scan": {"tokens": seq_len, "bytes_read": seq_len * rules.index_bytes},
         },
     )
+
+
+def _check_resident(
+    record: Record, blocks: list[int] | None, num_blocks: int, first: int, last: int, rules: Rules
+) -> None:
+    """Every block is read in HBM, the last of them as far as it is filled."""
+    seq_len, size, span = record["seq_len_current"], rules.block_size, last - first + 1
+    read_ops = record["kv_fetch"]["hbm"]["read_ops"]
+    if blocks is None:
+        most = min(num_blocks, span - num_blocks + 1)
+        require_range("kv_fetch.hbm.read_ops", read_ops, 1 if num_blocks == span else 2, most)
+    else:
+        read_ops = 1 + sum(right != left + 1 for left, right in itertools.pairwise(blocks))
+    # Only the request's last block may hold less than a block's tokens.
+    missing = (last + 1) * size - seq_len if last == (seq_len - 1) // size else 0
+    derived = fetch_from_hbm(
+        hit_blocks=num_blocks,
+        bytes_read=(num_blocks * size - missing) * rules.latent_bytes,
+        read_ops=read_ops,
+        batch_size=record["kv_fetch"]["hbm"]["batch_size"],
+        bytes_useful=rules.top_k * rules.latent_bytes,
+    )
+    compare(record["kv_fetch"], derived, "kv_fetch")
 
 
 def _check_block_ids(blocks: list[int], first: int, last: int) -> None:

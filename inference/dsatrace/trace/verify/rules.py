@@ -23,6 +23,7 @@ from dsatrace.schema import (
     problems,
 )
 from dsatrace.trace.verify.mismatch import Mismatch, compare, require
+from dsatrace.trace.verify.tier_rules import TierRules
 
 _LAYOUT_FIELDS = next(field for field in MANIFEST_FIELDS if field.name == "cache_layouts").children
 
@@ -46,6 +47,7 @@ class Rules:
     may_lose: bool  # steps may be missing, and are then counted
     resumed_at_forward: tuple[int, ...]  # ascending
     prefix_cache: bool  # the records' prefixes are what a cache held
+    tiers: TierRules | None  # None: everything was in HBM
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Rules:
@@ -92,6 +94,7 @@ class Rules:
             may_lose=trace["queue_policy"] == "drop" or trace["on_error"] == "continue",
             resumed_at_forward=tuple(seams),
             prefix_cache=source == "cache",
+            tiers=TierRules.of(manifest, layout["latent_bytes_per_token"]),
         )
 
     def is_sampled(self, step_idx: int) -> bool:

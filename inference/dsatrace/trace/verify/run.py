@@ -36,10 +36,12 @@ from dsatrace.trace.verify.mismatch import Mismatch, compare, differs, require, 
 from dsatrace.trace.verify.order import RequestLine, RunOrder
 from dsatrace.trace.verify.record import check_record
 from dsatrace.trace.verify.rules import Rules, require_schema
+from dsatrace.trace.verify.tier_totals import TierTotals, check_tier_totals
+from dsatrace.trace.verify.tiers import BatchTimes
 
-_REQUEST_STATES = ("stop", "length", "rejected", "aborted", "unfinished")
+_REQUEST_STATES = ("stop", "length", "rejected", "aborted", "unfinished", "failed")
 _TIMES = ("arrival_s", "admitted_s", "first_token_s", "finish_s")
-_ADDED_LATER = ("needle_recall", "scores", "serving", "prefix_cache", "workload")
+_ADDED_LATER = ("needle_recall", "scores", "serving", "prefix_cache", "tiers", "workload")
 """Of the summary; absent in those written before."""
 _OF_PREFIX_CACHE = ("prefix_hit_tokens", "num_prefill_tokens", "prefill_s")
 """Of a request, where the run has a prefix cache."""
@@ -89,19 +91,30 @@ def verify(folder: Path, on_bytes: Callable[[int], object] | None = None) -> Ver
     # A run that goes on or was killed may have lost more steps than its last summary says.
     order = RunOrder(rules, requests, None if rules.may_lose and state != "complete" else dropped_steps)
     sizes = [row["block_size_tokens"] for row in summary["blocks_touched"]] if summary else _BLOCK_SIZES
-    totals = PlainSummary(top_k=rules.top_k, block_sizes=sizes, level=rules.level)
+    offloaded = rules.tiers is not None
+    totals = PlainSummary(top_k=rules.top_k, block_sizes=sizes, level=rules.level, offloaded=offloaded)
+    said = summary.get("tiers") if summary else None
+    moved, times = TierTotals(rules, said["since_forward"] if said else 0), BatchTimes()
     for line, record in run.lines(STEPS_FILE, on_bytes):
         try:
             check_record(record, rules, needles)
+            times.add(line, record)
         except Mismatch as mismatch:
             order.check_row()  # an earlier record of the same step may be the first bad one
             raise mismatch.at(STEPS_FILE, line, record) from None
         ended = order.add(line, record)
         totals.add(record)
+        moved.add(record)
         if ended is not None:
             totals.end_request(ended)
     order.close(whole=state == "complete")
     notes = _named(SUMMARY_FILE, lambda: _check_totals(run, summary, totals, lines, order))
+    if summary is not None:
+        whole = state == "complete" and not dropped_steps
+        note = _named(SUMMARY_FILE, lambda: check_tier_totals(said, rules, moved, whole))
+        notes += [note] if note else []
+    if offloaded and totals.num_records:
+        notes.append("which tier held a token: the engine's word, of which the accounts must add up")
     return Verification(state, rules.level, totals.num_records, len(requests), tuple(notes))
 
 
@@ -112,6 +125,7 @@ def _requests(run: PlainRun, totals: PlainRequests, rules: Rules) -> dict[str, R
         try:
             _check_request(record)
             _check_prefix_cache(record, rules)
+            _check_tier_losses(record, rules)
             require(record["request_id"] not in found, "request_id", record["request_id"], "stands twice")
         except Mismatch as mismatch:
             raise mismatch.at(REQUESTS_FILE, line, {"request_id": record.get("request_id")}) from None
@@ -171,8 +185,19 @@ def _check_prefix_cache(record: dict[str, Any], rules: Rules) -> None:
     require_range("prefix_hit_tokens", hit, 0, num_prompt - 1)  # the last token is computed always
     least = num_prompt - hit if answered else 0
     rule = f"{num_prompt} prompt tokens, {hit} of them cached"
-    if record.get("num_preemptions", 0) == 0:
+    if record.get("num_preemptions", 0) == 0 and record.get("num_recomputes", 0) == 0:
         require(least <= computed <= num_prompt - hit, "num_prefill_tokens", computed, rule)
+
+
+def _check_tier_losses(record: dict[str, Any], rules: Rules) -> None:
+    """What a request lost with a tier; only a run with tiers has any to lose."""
+    offloaded, name = rules.tiers is not None, "num_recomputes"
+    rule = "the manifest has tiers" if offloaded else "the manifest has no tiers"
+    require((name in record) == offloaded, name, record.get(name), rule)
+    require(record.get(name, 0) >= 0, name, record.get(name), "below 0")
+    if record["state"] == "failed":
+        require(offloaded, "state", "failed", rule)
+        require(bool(record.get("error")), "error", record.get("error"), "a request that failed says why")
 
 
 def _summary(run: PlainRun, state: str) -> dict[str, Any] | None:
@@ -241,7 +266,8 @@ def _check_totals(
     )
     if run.state != "complete":
         del derived["dropped_steps"]
-    del derived["tracing_cost"], derived["workload"]  # measured; said by the workload itself
+    for name in ("tracing_cost", "workload", "tiers"):  # measured; said by the run itself
+        del derived[name]
     for name in _ADDED_LATER:
         if name not in summary and derived.get(name) is None:
             derived.pop(name, None)
@@ -300,7 +326,7 @@ def _check_own_histograms(
             total = derived["counts"]["sparse_records"]
         else:
             compare(summary[name], described(counts), name)
-            num_blocks = derived["kv_fetch"]["hbm"].get("hit_blocks", 0)
+            num_blocks = sum(fetched["hit_blocks"] for fetched in derived["kv_fetch"].values())
             total = totals.num_tokens if name == "offsets" else num_blocks
         if counts.total() != total and not was_resumed:
             raise differs(f"histograms.{name}.counts", counts.total(), total)
