@@ -12,19 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.engine.block_tables import new_pool
+from dsatrace.engine.config import PREFETCH_KINDS, Granularity, PrefetchKind
 from dsatrace.engine.engine import Engine
+from dsatrace.engine.losses import UnitsLost
 from dsatrace.engine.model_runner import ModelRunner
-from dsatrace.engine.offload import Granularity, OffloadedCache, UnitsLost, unit_bytes
+from dsatrace.engine.offload import OffloadedCache, unit_bytes
 from dsatrace.engine.sampler import Sampler
 from dsatrace.engine.scheduler import Scheduler
 from dsatrace.errors import UserError
-from dsatrace.kv.fetches import LayerFetch
+from dsatrace.kv.fetches import HBM, LOCAL, LayerFetch
+from dsatrace.kv.stores.memory import MemoryStore
+from dsatrace.kv.stores.stack import TierStack
 from dsatrace.model.batch import Batch, Span
 from dsatrace.model.cache import KVCache
 from dsatrace.model.transformer import Transformer
 from dsatrace.workloads.request import Request
 from models import SMALL, SelectionLog, prefill, random_model, random_tokens
-from unit_store import DictStore
 
 BLOCK = 8
 GRANULARITIES = ("block", "row")
@@ -41,20 +44,43 @@ def offloaded(
     num_blocks: int,
     hbm_blocks: int,
     granularity: Granularity = "block",
+    *,
     staged: bool = False,
     capacity: int | None = None,
-) -> tuple[OffloadedCache, DictStore]:
-    store = DictStore(unit_bytes(model.setup, BLOCK, granularity), capacity)
-    cache = OffloadedCache(
+    policy: str = "lru",
+    prefetch: PrefetchKind = "none",
+    local_units: int | None = None,
+    index_keys: bool = False,
+) -> OffloadedCache:
+    """Over one store of `capacity` units, or with `local_units` over a local pool and a remote one."""
+    size = unit_bytes(model.setup, BLOCK, granularity)
+    per_layer = num_blocks * BLOCK if granularity == "row" else num_blocks
+    num_layers = model.args.n_layers
+    if local_units is None:
+        tiers = TierStack(MemoryStore(size, capacity), None, num_layers=num_layers, units_per_layer=per_layer)
+    else:
+        tiers = TierStack(
+            MemoryStore(size, local_units),
+            MemoryStore(size),
+            num_layers=num_layers,
+            units_per_layer=per_layer,
+            policy=policy,
+        )
+    index = MemoryStore(BLOCK * model.new_cache(1, BLOCK).index_bytes_per_token)
+    return OffloadedCache(
         model.setup,
         num_blocks,
         BLOCK,
-        store=store,
+        tiers=tiers,
         hbm_blocks=hbm_blocks,
         granularity=granularity,
+        policy=policy,
+        prefetch=prefetch,
+        index_tiers=TierStack(index, None, num_layers=num_layers, units_per_layer=num_blocks)
+        if index_keys
+        else None,
         staged=staged,
     )
-    return cache, store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +101,7 @@ class Case:
         model = model_of(self.dtype)
         log = SelectionLog(model)
         pool = new_pool(self.num_blocks, BLOCK, self.prefix_caching)
+        pool.blocks.on_void = cache.void if isinstance(cache, OffloadedCache) else None
         scheduler = Scheduler(pool, self.batch_size, self.chunk, reserve_answer=False)
         engine = Engine(scheduler, ModelRunner(model, cache, Sampler(seed=3)))
         shared = random_tokens(100, SMALL, seed=99)
@@ -116,14 +143,16 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def check_conservation(cache: OffloadedCache, store: DictStore) -> None:
-    """What the cache counted is what the store saw."""
-    total = cache.total
-    assert total.bytes_read == store.bytes_read == total.fetched_units * cache.unit_bytes
-    assert total.bytes_written == store.bytes_written == total.written_units * cache.unit_bytes
-    assert (total.read_batches, total.write_batches) == (len(store.fetches), len(store.puts))
-    assert total.fetched_units == total.missed_units + total.refetched_units + total.refilled_units
-    assert 0 <= total.bytes_useful <= total.bytes_read
+def check_conservation(cache: OffloadedCache) -> None:
+    """What the cache counted is what the stores saw."""
+    total, tiers = cache.total, cache.tiers
+    for tier, stats in enumerate(tiers.stats()):
+        if stats is not None:
+            assert stats.hit_units == tiers.read_units[tier]
+            assert stats.stored_units == tiers.written_units[tier]
+            assert stats.missed_units == stats.errors == 0
+    parts = (total.missed_units, total.refetched_units, total.refilled_units, total.prefetched_units)
+    assert total.fetched_units == sum(parts)
     assert total.written_units <= total.evicted_units
     assert total.missed_units <= total.requested_units
 
@@ -132,19 +161,30 @@ def check_conservation(cache: OffloadedCache, store: DictStore) -> None:
 @given(cases(), st.data())
 def test_the_same_run_at_any_capacity(case: Case, data: st.DataObject) -> None:
     expected = case.serve(case.all_hbm())
+    model = model_of(case.dtype)
     granularity = data.draw(st.sampled_from(GRANULARITIES))
     staged = data.draw(st.booleans())
-    whole, store = offloaded(model_of(case.dtype), case.num_blocks, case.num_blocks, granularity, staged)
+    whole = offloaded(model, case.num_blocks, case.num_blocks, granularity, staged=staged)
     assert case.serve(whole) == expected
-    assert not store.fetches and not store.puts, "all of it fits HBM"
+    assert whole.total.fetched_units == whole.total.evicted_units == 0, "all of it fits HBM"
 
     smallest = max(1, -(-whole.peak_units * whole.unit_tokens // BLOCK))
     between = data.draw(st.integers(smallest, case.num_blocks))
     for hbm_blocks in {smallest, between}:
-        cache, store = offloaded(model_of(case.dtype), case.num_blocks, hbm_blocks, granularity, staged)
+        cache = offloaded(
+            model,
+            case.num_blocks,
+            hbm_blocks,
+            granularity,
+            staged=staged,
+            policy=data.draw(st.sampled_from(["lru", "fifo", "sieve"])),
+            prefetch=data.draw(st.sampled_from(PREFETCH_KINDS)),
+            local_units=data.draw(st.none() | st.integers(1, 4 * case.num_blocks)),
+            index_keys=data.draw(st.booleans()),
+        )
         assert case.serve(cache) == expected
         assert cache.total.requested_units == whole.total.requested_units
-        check_conservation(cache, store)
+        check_conservation(cache)
 
 
 def test_the_cases_hold_preemption_shared_prefixes_and_traffic() -> None:
@@ -152,36 +192,37 @@ def test_the_cases_hold_preemption_shared_prefixes_and_traffic() -> None:
     case = Case([(48, 20), (48, 31), (48, 9), (0, 40)], 24, 3, 16, 20, True, 0.0, "fp32")
     expected = case.serve(case.all_hbm())
     assert expected[2] > 0, "somebody is preempted"
-    whole, _ = offloaded(model_of("fp32"), case.num_blocks, case.num_blocks)
+    whole = offloaded(model_of("fp32"), case.num_blocks, case.num_blocks)
     assert case.serve(whole) == expected
-    cache, store = offloaded(model_of("fp32"), case.num_blocks, whole.peak_units)
+    cache = offloaded(model_of("fp32"), case.num_blocks, whole.peak_units)
     assert whole.peak_units < case.num_blocks
     assert case.serve(cache) == expected
     total = cache.total
     assert min(total.missed_units, total.hit_units, total.written_units) > 0
     assert total.written_units < total.evicted_units, "clean victims are not written back"
-    check_conservation(cache, store)
+    check_conservation(cache)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_below_the_smallest_capacity_one_clear_line(granularity: Granularity) -> None:
     case = Case([(0, 90), (0, 80)], 8, 2, 64, 26, False, 0.0, "fp32")
-    whole, _ = offloaded(model_of("fp32"), case.num_blocks, case.num_blocks, granularity)
+    whole = offloaded(model_of("fp32"), case.num_blocks, case.num_blocks, granularity)
     expected = case.serve(whole)
     smallest = -(-whole.peak_units * whole.unit_tokens // BLOCK)
     assert smallest > 1
-    cache, _ = offloaded(model_of("fp32"), case.num_blocks, smallest - 1, granularity)
-    with pytest.raises(UserError, match=r"a decode step reads \d+ blocks .*use --hbm-blocks \d+ at least"):
+    cache = offloaded(model_of("fp32"), case.num_blocks, smallest - 1, granularity)
+    with pytest.raises(UserError, match=r"a step reads \d+ blocks .*use --hbm-blocks \d+ at least"):
         case.serve(cache)
-    enough, _ = offloaded(model_of("fp32"), case.num_blocks, smallest, granularity)
+    enough = offloaded(model_of("fp32"), case.num_blocks, smallest, granularity)
     assert case.serve(enough) == expected
 
 
 def test_hbm_of_nothing_and_a_store_of_other_units_are_refused() -> None:
     with pytest.raises(UserError, match="--hbm-blocks 0: use at least 1"):
         offloaded(model_of("fp32"), 4, 0)
-    with pytest.raises(ValueError, match="the store keeps units of 7 bytes"):
-        OffloadedCache(model_of("fp32").setup, 4, BLOCK, store=DictStore(7), hbm_blocks=2)
+    tiers = TierStack(MemoryStore(7), None, num_layers=SMALL.n_layers, units_per_layer=4)
+    with pytest.raises(ValueError, match="the tiers keep units of 7 bytes"):
+        OffloadedCache(model_of("fp32").setup, 4, BLOCK, tiers=tiers, hbm_blocks=2)
 
 
 def decode(model: Transformer, cache: KVCache, position: int, token: int, blocks: list[int]) -> torch.Tensor:
@@ -195,7 +236,7 @@ def test_a_unit_evicted_between_two_writes_keeps_both(granularity: Granularity, 
     model, tokens = model_of("fp32"), random_tokens(100, SMALL)
     num_blocks, prompt = 12, 64
     plain = model.new_cache(num_blocks, BLOCK)
-    cache, store = offloaded(model, num_blocks, 1, granularity, staged)
+    cache = offloaded(model, num_blocks, 1, granularity, staged=staged)
     blocks = list(range(num_blocks))
     assert torch.equal(prefill(model, cache, tokens[:prompt], 24), prefill(model, plain, tokens[:prompt], 24))
 
@@ -214,69 +255,82 @@ def test_a_unit_evicted_between_two_writes_keeps_both(granularity: Granularity, 
     assert (total.refilled_units > 0) == (granularity == "block"), "a row is written whole"
     for layer_id, latent in enumerate(plain.latent):  # every token, wherever it lies now
         everything = torch.arange(80).view(1, -1)
-        assert torch.equal(cache.read_latent(layer_id, everything)[0], latent.flatten(0, 1)[:80])
-    check_conservation(cache, store)
+        assert torch.equal(cache.gather(layer_id, everything)[0], latent.flatten(0, 1)[:80])
+    check_conservation(cache)
 
 
 def test_one_batch_a_layer_and_decode_step_and_requests_are_told_apart() -> None:
     model = model_of("fp32")
-    cache, store = offloaded(model, 24, 14)
+    cache = offloaded(model, 24, 14)
     tables = [list(range(10)), list(range(10, 20))]
     for i, table in enumerate(tables):
         prefill(model, cache, random_tokens(70, SMALL, seed=i), 32, table)
     log = SelectionLog(model)
-    fetches: list[LayerFetch] = []
-    cache.on_fetch = fetches.append
     seen_missed = 0
     for position in range(70, 78):
-        store.fetches.clear()
         log.clear()
-        fetches.clear()
-        before = cache.total
-        model(Batch.build([Span(table, position, [position]) for table in tables], BLOCK), cache)
+        fetches: list[LayerFetch] = []
+        before, batches = cache.total, cache.tiers.stats()[LOCAL].read_batches
+        with cache.reporting(fetches.append):
+            model(Batch.build([Span(table, position, [position]) for table in tables], BLOCK), cache)
         change = cache.total - before
-        assert [fetch.layer_id for fetch in fetches] == list(range(SMALL.n_layers))
+        assert len(fetches) == SMALL.n_layers
+        charged = useful = num_batches = 0
         for fetch, selections in zip(fetches, log.sets(), strict=True):
-            touched = [len({p // BLOCK for p in positions}) for positions in selections]
-            assert fetch.requested_units.tolist() == touched
-            assert fetch.requested_tokens.tolist() == [len(positions) for positions in selections]
-            assert fetch.charged_units.sum() == fetch.num_missed
-        missed = sum(fetch.num_missed for fetch in fetches)
-        seen_missed += missed
-        assert change.missed_units == missed and change.refetched_units == 0
-        assert change.fetched_units == missed + change.refilled_units
-        num_selected_batches = sum(fetch.num_missed > 0 for fetch in fetches)
-        assert 0 <= len(store.fetches) - num_selected_batches <= change.refilled_units
-        assert change.bytes_useful == cache.latent_bytes_per_token * sum(
-            int(fetch.charged_tokens.sum()) for fetch in fetches
-        )
+            assert (fetch.served_by >= 0).sum(1).tolist() == [len(positions) for positions in selections]
+            units = fetch.bytes_read[:, LOCAL] // cache.unit_bytes
+            tokens = fetch.bytes_useful[:, LOCAL] // cache.latent_bytes_per_token
+            assert (units <= tokens).all() and (tokens <= (fetch.served_by == LOCAL).sum(1)).all()
+            assert (fetch.bytes_written[:, HBM] == fetch.bytes_read[:, LOCAL]).all()
+            charged, useful = charged + int(units.sum()), useful + int(tokens.sum())
+            num_batches += bool(units.sum())
+            assert (fetch.latency_us[LOCAL] == 0) and fetch.latency_us.shape == (3,), (
+                "MemoryStore has no time"
+            )
+        assert charged == change.missed_units and change.refetched_units == 0
+        assert change.fetched_units == change.missed_units + change.refilled_units
+        assert useful == sum(int((fetch.served_by == LOCAL).sum()) for fetch in fetches), "no block is shared"
+        batches = cache.tiers.stats()[LOCAL].read_batches - batches
+        assert 0 <= batches - num_batches <= change.refilled_units
+        seen_missed += change.missed_units
     assert seen_missed > 0
 
 
 def test_a_lost_unit_is_never_read_as_something_else() -> None:
     model, tokens = model_of("fp32"), random_tokens(60, SMALL)
-    cache, store = offloaded(model, 8, 4)
+    cache = offloaded(model, 8, 4)
     prefill(model, cache, tokens[:56], 56)
-    store.units.clear()
     absent = np.flatnonzero(~cache._residency[0].is_resident(np.arange(7)))
     assert len(absent) == 3
+    cache.tiers.drop(0, absent)
     cache.select_override = lambda layer, batch, positions: torch.from_numpy(absent * BLOCK).unsqueeze(0)
-    with pytest.raises(UnitsLost, match=r"layer 0: the store no longer holds \d units") as raised:
+    with pytest.raises(
+        UnitsLost, match=r"layer 0: the tiers have lost what was selected \(3 units\)"
+    ) as raised:
         decode(model, cache, 56, 1, list(range(8)))
-    missing = cache._residency[0].is_resident(np.asarray(raised.value.units))
-    assert not missing.any(), "what was not fetched is not taken for resident"
+    assert raised.value.block_ids == set(absent.tolist())
+    assert not cache._residency[0].is_resident(raised.value.units).any(), "nor is it taken for resident"
 
 
 def test_a_full_store_fails_the_write_back() -> None:
     model = model_of("fp32")
-    cache, _ = offloaded(model, 8, 4, capacity=3)
-    with pytest.raises(UnitsLost, match=r"the store has no room for \d units"):
+    cache = offloaded(model, 8, 4, capacity=3)
+    with pytest.raises(UnitsLost, match=r"the tiers do not take what leaves HBM \(\d units\)"):
         prefill(model, cache, random_tokens(60, SMALL), 16)
 
 
 def test_reallocated_blocks_are_not_fetched_for_what_they_held() -> None:
     model = model_of("fp32")
-    cache, store = offloaded(model, 8, 8)
+    cache = offloaded(model, 8, 8)
     for seed in range(3):
         prefill(model, cache, random_tokens(64, SMALL, seed=seed), 16)
-    assert not store.fetches and not store.puts
+    assert cache.total.fetched_units == cache.total.written_units == 0
+
+
+def test_void_blocks_are_written_nowhere() -> None:
+    model = model_of("fp32")
+    cache = offloaded(model, 8, 4)
+    prefill(model, cache, random_tokens(32, SMALL), 16)
+    cache.void([0, 1, 2, 3])
+    prefill(model, cache, random_tokens(32, SMALL, seed=1), 16, [4, 5, 6, 7])
+    assert cache.total.evicted_units == cache.total.written_units == 0

@@ -201,7 +201,8 @@ def test_whatever_the_stores_do_no_byte_is_wrong(capacities, policy, history, se
                     )
                     assert not any(holds_current(store, key, current) for store in stores)
         check_room(stack)
-        assert (stack.last_error is None) == (sum(store.num_errors for store in stores) == 0)
+        num_errors = sum(store.num_errors for store in stores)
+        assert (stack.last_error is None) == (num_errors == errors_before)
     for store in stores:
         store.rate = 0.0  # they have recovered: what any of them holds is given
     for (layer_id, unit), current in list(checked.truth.items()):

@@ -7,7 +7,13 @@ import dataclasses
 import math
 from pathlib import Path
 
-from dsatrace.engine.config import EngineSetup
+from dsatrace.engine.config import (
+    GRANULARITIES,
+    ON_TIER_ERROR,
+    PREFETCH_KINDS,
+    EngineSetup,
+    OffloadSetup,
+)
 from dsatrace.errors import UserError
 
 
@@ -47,11 +53,67 @@ def add_engine_arguments(parser: argparse.ArgumentParser, required: bool = True)
         help="do not compute a prompt's prefix again that an earlier request has left in the KV cache",
     )
     add("--seed", type=int, default=default["seed"], help="of sampling (%(default)s)")
+    _add_offload_arguments(parser)
+
+
+def _add_offload_arguments(parser: argparse.ArgumentParser) -> None:
+    default = {field.name: field.default for field in dataclasses.fields(OffloadSetup)}
+    group = parser.add_argument_group("tiers", "KV latents outside HBM; all of them need --hbm-blocks")
+    add = group.add_argument
+    add("--hbm-blocks", type=int, help="physical blocks a layer that HBM holds (all of --cache-blocks)")
+    add("--local", metavar="STORE", help="local pool: ram, mmap:PATH or file:PATH (ram, without --remote)")
+    add("--local-blocks", type=int, help="physical blocks that the local pool holds (all)")
+    add(
+        "--remote",
+        metavar="STORE",
+        help="remote pool: redis://HOST:PORT, unix://PATH or mooncake://HOST:PORT",
+    )
+    add(
+        "--granularity",
+        choices=GRANULARITIES,
+        default=default["granularity"],
+        help="moved as one (%(default)s)",
+    )
+    add(
+        "--tier-policy",
+        default=default["tier_policy"],
+        help="who leaves HBM and the local pool (%(default)s)",
+    )
+    add(
+        "--prefetch",
+        choices=PREFETCH_KINDS,
+        default=default["prefetch"],
+        help="fetch what a layer is guessed to select while its indexer chooses (%(default)s)",
+    )
+    add("--offload-index-keys", action="store_true", help="move the indexer's keys out of HBM, too")
+    add(
+        "--on-tier-error",
+        choices=ON_TIER_ERROR,
+        default=default["on_tier_error"],
+        help="requests whose KV a tier has lost: compute it again, or let them fail (%(default)s)",
+    )
+    add(
+        "--tier-timeout-s",
+        type=float,
+        default=default["tier_timeout_s"],
+        help="a store has to answer a batch within (%(default)s)",
+    )
 
 
 def engine_setup_from_args(args: argparse.Namespace) -> EngineSetup:
     """The setup the flags describe; raises `UserError` for a bad value."""
-    return EngineSetup(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EngineSetup)})
+    names = {field.name for field in dataclasses.fields(EngineSetup)} - {"offload"}
+    return EngineSetup(**{name: getattr(args, name) for name in names}, offload=_offload_from_args(args))
+
+
+def _offload_from_args(args: argparse.Namespace) -> OffloadSetup | None:
+    fields = dataclasses.fields(OffloadSetup)
+    if args.hbm_blocks is not None:
+        return OffloadSetup(**{field.name: getattr(args, field.name) for field in fields})
+    for field in fields[1:]:
+        if getattr(args, field.name) != field.default:
+            raise UserError(f"--{field.name.replace('_', '-')} does nothing without --hbm-blocks; add it")
+    return None
 
 
 def check_temperature(temperature: float) -> None:

@@ -9,9 +9,62 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from ..errors import UserError
+from ..kv.residency import TIER_POLICIES
 from ..model.config import ModelArgs
+from .runner import OnTierError
+
+Granularity = Literal["block", "row"]
+"""What moves as one: a block of one layer, or a row, one token of one layer."""
+
+PrefetchKind = Literal["none", "previous-step", "previous-layer"]
+"""What a layer is guessed to select: what it did in the step before, or what the layer before it does."""
+
+GRANULARITIES: tuple[Granularity, ...] = ("block", "row")
+PREFETCH_KINDS: tuple[PrefetchKind, ...] = ("none", "previous-step", "previous-layer")
+ON_TIER_ERROR: tuple[OnTierError, ...] = ("recompute", "fail")
+
+
+@dataclasses.dataclass(frozen=True)
+class OffloadSetup:
+    """Where latents lie that are not in HBM; every field has a command-line flag of the same name."""
+
+    hbm_blocks: int  # physical blocks a layer whose latents are in HBM
+    local: str | None = None  # ram, mmap:PATH, file:PATH
+    local_blocks: int | None = None  # physical blocks of all layers; None: as many as the cache has
+    remote: str | None = None  # redis://..., mooncake://...
+    granularity: Granularity = "block"
+    tier_policy: str = "lru"  # who leaves HBM, and the local pool
+    prefetch: PrefetchKind = "none"
+    offload_index_keys: bool = False  # else the indexer's keys stay in HBM
+    on_tier_error: OnTierError = "recompute"
+    tier_timeout_s: float = 5.0  # of one batch
+
+    def __post_init__(self) -> None:
+        for field in ("hbm_blocks", "local_blocks"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise UserError(f"--{field.replace('_', '-')} {value}: use at least 1")
+        for field, choices in (
+            ("granularity", GRANULARITIES),
+            ("tier_policy", TIER_POLICIES),
+            ("prefetch", PREFETCH_KINDS),
+            ("on_tier_error", ON_TIER_ERROR),
+        ):
+            value = getattr(self, field)
+            if value not in choices:
+                raise UserError(f"--{field.replace('_', '-')} {value}: use one of {', '.join(choices)}")
+        if not self.tier_timeout_s > 0:
+            raise UserError(f"--tier-timeout-s {self.tier_timeout_s}: use a time above 0")
+        if self.local_blocks is not None and self.local_pool is None:
+            raise UserError("--local-blocks does nothing without a local pool; add --local ram")
+
+    @property
+    def local_pool(self) -> str | None:
+        """The local pool: RAM where nothing else is named at all."""
+        return self.local or (None if self.remote else "ram")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +82,7 @@ class EngineSetup:
     cache_blocks: int | None = None  # physical blocks of the KV cache; None: see `open_engine`
     prefix_caching: bool = False  # a prompt's prefix that is still in the cache is not computed again
     seed: int = 0
+    offload: OffloadSetup | None = None  # None: HBM holds everything; the one field that is many flags
 
     def __post_init__(self) -> None:
         for field in ("max_batch_size", "max_seq_len", "prefill_chunk", "cache_block_size", "cache_blocks"):

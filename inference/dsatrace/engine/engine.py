@@ -210,6 +210,7 @@ class Engine:
             first_token_s=live.first_token_s,
             finish_s=live.finish_s,
             num_preemptions=live.num_preemptions,
+            num_recomputes=live.num_recomputes,
             prefix_hit_tokens=live.prefix_hit_tokens,
             num_prefill_tokens=live.num_prefill_tokens,
             prefill_s=live.prefill_s,

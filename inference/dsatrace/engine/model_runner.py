@@ -12,6 +12,7 @@ import time
 import numpy as np
 import torch
 
+from ..kv.fetches import LayerFetch, StepFetches
 from ..model.batch import Batch, Span
 from ..model.cache import KVCache
 from ..model.transformer import Transformer
@@ -19,8 +20,11 @@ from ..trace.capture import StepCapture
 from ..trace.observe import OnSelect, Recording, SelectionDigest, SelectionRing, hooked
 from ..trace.tracer import Tracer
 from .live import LiveRequest
+from .losses import UnitsLost
+from .offload import OffloadedCache
 from .sampler import Sampler
 from .step import Step, Work
+from .tiers import TierTotals
 
 
 class ModelRunner:
@@ -50,6 +54,9 @@ class ModelRunner:
         self.forward_idx = first_forward_idx
         self.ring: SelectionRing | None = None
         self.digest: SelectionDigest | None = None
+        self.tier_totals: TierTotals | None = None
+        if isinstance(cache, OffloadedCache):
+            self.tier_totals = TierTotals(cache, first_forward_idx)
         if tracer is not None and tracer.config.records_steps:
             args = model.args
             self.ring = SelectionRing(
@@ -67,7 +74,13 @@ class ModelRunner:
             self.digest = SelectionDigest(self.model.args.n_layers, self.device)
 
     def run(self, step: Step) -> list[list[int]]:
-        return [[token] for token in self.sampler(self.forward(step), step.sampled)]
+        """Raises `BlocksLost` where a tier has lost what the step needs."""
+        try:
+            logits = self.forward(step)
+        except UnitsLost as lost:
+            assert self.tier_totals is not None
+            raise self.tier_totals.lose(lost) from lost
+        return [[token] for token in self.sampler(logits, step.sampled)]
 
     def lookahead(self, live: LiveRequest) -> int:
         return 1
@@ -130,21 +143,43 @@ class ModelRunner:
         """`prepared_s` went by until there was room to record."""
         assert self.tracer is not None
         started = time.perf_counter()
-        with hooked(self.model.indexers, *callbacks, recording.on_select):
-            logits = self.model(batch, self.cache)
+        fetches: list[LayerFetch] = []
+        try:
+            with hooked(self.model.indexers, *callbacks, recording.on_select), self._reporting(fetches):
+                logits = self.model(batch, self.cache)
+        except BaseException:
+            recording.release()
+            raise
         computed = time.perf_counter()
         synced = self._synchronise()
         ended = time.perf_counter()
         recording.finish()
-        capture = self._capture(step, recorded, recording, ended - started, synced)
+        capture = self._capture(step, recorded, recording, ended - started, synced, fetches)
         handover_s = prepared_s + (time.perf_counter() - ended)
         self.tracer.put(capture, handover_us=handover_s * 1e6, sync_us=(ended - computed) * 1e6)
         return logits
 
+    def _reporting(self, fetches: list[LayerFetch]) -> contextlib.AbstractContextManager[None]:
+        """Appends what each layer is served, where there are tiers."""
+        if self.tier_totals is None:
+            return contextlib.nullcontext()
+        return self.tier_totals.cache.reporting(fetches.append)
+
     def _capture(
-        self, step: Step, recorded: list[Work], recording: Recording, wall_s: float, synced: bool
+        self,
+        step: Step,
+        recorded: list[Work],
+        recording: Recording,
+        wall_s: float,
+        synced: bool,
+        layers: list[LayerFetch],
     ) -> StepCapture:
         assert self.tracer is not None
+        fetches = None
+        if self.tier_totals is not None:
+            rows = [0] if step.is_prefill else [i for i, work in enumerate(step.work) if work in recorded]
+            fetches = StepFetches.of(layers, rows, self.model.args.index_topk)
+            self.tier_totals.record(fetches)
         positions, stats, scores = recording.arrays()
         request_ids = tuple(work.live.request.request_id for work in recorded)
         return StepCapture(
@@ -162,6 +197,7 @@ class ModelRunner:
             forward_idx=self.forward_idx,
             step_wall_us=wall_s * 1e6,
             step_synced=synced,
+            fetches=fetches,
             wait=recording.wait,
             release=recording.release,
         )

@@ -73,6 +73,8 @@ class Scheduler:
         self.admission = admission
         self.waiting: deque[LiveRequest] = deque()
         self.running: list[LiveRequest] = []
+        self.num_recomputes = 0  # requests that started over because a tier lost their blocks
+        self.num_failed = 0  # and those that did not
         self._prompts_since_decode = 0
 
     @property
@@ -182,6 +184,7 @@ class Scheduler:
         if not affected and not num_found:
             affected = [work.live for work in step.work]
         failed = [live for live in affected if not recompute or live.recomputes_in_vain == MAX_RECOMPUTES]
+        self.num_failed += len(failed)
         for live in failed:
             live.error = _why_it_failed(live, cause)
             self._retire(live, "failed", now)
@@ -301,6 +304,7 @@ class Scheduler:
             self.tables.release(live)
             live.num_computed = 0
             live.num_recomputes += 1
+            self.num_recomputes += 1
             live.recomputes_in_vain += 1
         for live in lost:
             while live.state == "running" and not self.tables.promise(live, self._table_blocks(live)):

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from ..errors import UserError
 from ..kv.blocks import blocks_needed
 from ..kv.layout import CacheLayout, named_layouts
+from ..kv.stores.stack import TierStack
 from ..model.cache import KVCache
 from ..model.checkpoint import load_checkpoint
 from ..model.config import ModelArgs
@@ -39,8 +41,10 @@ from .distributed import choose_ranks
 from .engine import Engine, Judge
 from .live import LiveRequest
 from .model_runner import ModelRunner
+from .offload import OffloadedCache, tokens_of_unit
 from .sampler import Sampler
 from .scheduler import Admission, Scheduler
+from .tiers import TierTotals, open_tiers, tier_setup
 
 __all__ = ["EngineSetup", "load_model", "open_engine"]
 
@@ -116,9 +120,55 @@ def cache_budget_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory // 8
 
 
-def _block_bytes(model: Transformer, block_size: int, device: torch.device) -> int:
-    block = model.new_cache(1, block_size, device)
-    return block_size * model.args.n_layers * (block.latent_bytes_per_token + block.index_bytes_per_token)
+def _new_cache(
+    model: Transformer,
+    setup: EngineSetup,
+    num_blocks: int,
+    device: torch.device,
+    one_block: KVCache,
+    stack: contextlib.ExitStack,
+) -> KVCache:
+    """All in HBM, or with latents in the tiers, which `stack` closes."""
+    offload, block_size, group = setup.offload, setup.cache_block_size, model.setup.group
+    if offload is None:
+        return model.new_cache(num_blocks, block_size, device)
+    rank = f".rank{group.rank}" if group.size > 1 else ""
+
+    def tiers(unit_bytes: int, units_per_block: int, suffix: str) -> TierStack:
+        opened = open_tiers(
+            offload,
+            unit_bytes,
+            num_layers=model.args.n_layers,
+            num_blocks=num_blocks,
+            units_per_block=units_per_block,
+            suffix=suffix,
+            pin_memory=device.type == "cuda",
+        )
+        stack.callback(opened.close)
+        return opened
+
+    unit_tokens = tokens_of_unit(offload.granularity, block_size)
+    index_tiers = None
+    if offload.offload_index_keys:
+        index_tiers = tiers(block_size * one_block.index_bytes_per_token, 1, f".index{rank}")
+    cache = OffloadedCache(
+        model.setup,
+        num_blocks,
+        block_size,
+        device,
+        tiers=tiers(unit_tokens * one_block.latent_bytes_per_token, block_size // unit_tokens, rank),
+        hbm_blocks=offload.hbm_blocks,
+        granularity=offload.granularity,
+        policy=offload.tier_policy,
+        prefetch=offload.prefetch,
+        index_tiers=index_tiers,
+    )
+    stack.callback(cache.prefetcher.close)
+    return cache
+
+
+def _told_of_tiers(totals: TierTotals, scheduler: Scheduler) -> Mapping[str, Any]:
+    return totals.to_json(scheduler.num_recomputes, scheduler.num_failed)
 
 
 @contextlib.contextmanager
@@ -158,10 +208,13 @@ def open_engine(
     args = model.args
     batch_size = setup.max_batch_size if num_requests is None else min(setup.max_batch_size, num_requests)
     block_size = setup.cache_block_size
-    budget_blocks = cache_budget_bytes(device) // _block_bytes(model, block_size, device)
+    one_block = model.new_cache(1, block_size, device)
+    block_bytes = block_size * args.n_layers * one_block.bytes_per_token
+    budget_blocks = cache_budget_bytes(device) // block_bytes
     num_blocks = num_cache_blocks(setup, args.max_seq_len, longest, batch_size, budget_blocks)
-    cache = model.new_cache(num_blocks, block_size, device)
     with contextlib.ExitStack() as stack:
+        cache = _new_cache(model, setup, num_blocks, device, one_block, stack)
+        offloaded = cache if isinstance(cache, OffloadedCache) else None
         tracer = None
         if trace is not None:
             on_cuda = device.type == "cuda"
@@ -178,14 +231,17 @@ def open_engine(
                 selections=selections_of(setup.ckpt_path),
                 serving=serving,
                 prefix_source="cache" if setup.prefix_caching else "analysis",
+                tiers=tier_setup(setup.offload, offloaded) if setup.offload and offloaded else None,
             )
             tracer = stack.enter_context(Tracer(trace, run, resumed=resumed))
         sampler = Sampler(setup.seed)
         runner = ModelRunner(model, cache, sampler, device, tracer, batch_size, first_forward_idx)
         if traced:
             runner.compare_ranks()
+        pool = new_pool(num_blocks, block_size, setup.prefix_caching)
+        pool.blocks.on_void = offloaded.void if offloaded else None
         scheduler = Scheduler(
-            new_pool(num_blocks, block_size, setup.prefix_caching),
+            pool,
             batch_size,
             setup.prefill_chunk,
             stop_tokens,
@@ -194,7 +250,7 @@ def open_engine(
             admission=admission,
         )
         ranks = choose_ranks(model.setup.group, device)
-        yield Engine(
+        engine = Engine(
             scheduler,
             runner,
             tracer,
@@ -202,6 +258,10 @@ def open_engine(
             ranks=ranks,
             judge=judge,
             answer_text=answer_text,
+            on_tier_error=setup.offload.on_tier_error if setup.offload else "fail",
         )
+        if tracer is not None and runner.tier_totals is not None:
+            tracer.tell_tiers = partial(_told_of_tiers, runner.tier_totals, scheduler)
+        yield engine
         if runner.digest is not None:
             runner.digest.compare()

@@ -1,117 +1,58 @@
-"""What an offloaded layer asked for, found in HBM and moved: by request for one step, in sum for a run.
+"""What an offloaded layer was served, from which tier: by row for one forward, in sum for a run.
 
-Pure accounting over arrays; knows no tensor and no store.
+Pure accounting over arrays; knows no tensor and no store. Tiers are numbered in the order of
+`schema.TIER_NAMES`: 0 is HBM, T is their number.
 
-    selected = SelectedUnits.of(slots, request_of_row, num_requests=2, unit_tokens=16)
-    fetch = layer_fetch(3, selected, missed=~residency.is_resident(selected.units))
-    counters += FetchCounters(requested_units=int(fetch.requested_units.sum()))
+    touched = first_touches(units)                      # which units, and who touches each first
+    fetch = layer_fetch(unit_of, tier_of_unit, batch, unit_bytes=18432, token_bytes=1152)
+    StepFetches.of([fetch, ...], rows=[0, 2], top_k=2048)   # a forward's layers, its recorded rows
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
+from dsatrace.schema import TIER_NAMES
+
+NUM_TIERS = len(TIER_NAMES)
+HBM, LOCAL, REMOTE = range(NUM_TIERS)
+
 
 @dataclasses.dataclass(frozen=True)
-class SelectedUnits:
-    """The units that one step of one layer selects, for R requests; all int64.
+class Transfer:
+    """What the batch of one layer did besides being read; every array is (T,), a tier each."""
 
-    Touch t is one request's use of one unit; touches are ordered by request, then unit.
-    """
-
-    num_requests: int
-    request: np.ndarray  # (T,) of each touch
-    unit: np.ndarray  # (T,)
-    tokens: np.ndarray  # (T,) distinct tokens the request selects in the unit
-    new_tokens: np.ndarray  # (T,) of those, the ones that no earlier request selects
-    units: np.ndarray  # (U,) distinct, ascending
-    first_touch: np.ndarray  # (U,) by the first request that selects it
-
-    @classmethod
-    def of(
-        cls, slots: np.ndarray, request_of_row: np.ndarray, num_requests: int, unit_tokens: int
-    ) -> SelectedUnits:
-        """From `slots (N, K)` (unit * unit_tokens + offset; -1: none) and each row's request `(N,)`."""
-        is_slot = slots >= 0
-        width = int(slots.max(initial=0)) + 1
-        pairs = np.unique((slots + request_of_row[:, None] * width)[is_slot])
-        request, token = np.divmod(pairs, width)
-        unit = token // unit_tokens
-        is_new = np.zeros(len(token), dtype=np.int64)
-        is_new[np.unique(token, return_index=True)[1]] = 1
-        starts = np.flatnonzero(np.diff(request, prepend=-1) | np.diff(unit, prepend=-1))
-        units, first_touch = np.unique(unit[starts], return_index=True)
-        return cls(
-            num_requests=num_requests,
-            request=request[starts],
-            unit=unit[starts],
-            tokens=np.diff(starts, append=len(token)),
-            new_tokens=np.add.reduceat(is_new, starts) if len(starts) else starts,
-            units=units,
-            first_touch=first_touch,
-        )
-
-    def per_request(self, values: np.ndarray) -> np.ndarray:
-        """Sums `values (T,)` over each request's touches: (R,) int64."""
-        return np.bincount(self.request, weights=values, minlength=self.num_requests).astype(np.int64)
+    read_ops: np.ndarray  # int64
+    evicted_units: np.ndarray  # int64
+    written_units: np.ndarray  # int64, into the tier
+    errors: np.ndarray  # int64
+    latency_us: np.ndarray  # float64
+    num_units: int  # fetched by it
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerFetch:
-    """One layer's reads in one step; every array is (R,) int64, a request each.
+    """What R rows selected in one layer and what it took to have it in HBM; fields as in `StepFetches`."""
 
-    `requested == hit + missed`, for units and tokens alike, as things stood before the step
-    read anything. Requests that miss the same unit each count it as missed; it is fetched
-    once, and charged to the first of them: `charged_units` and `charged_tokens` add up to
-    what a single batch fetches, and to the tokens in it that anybody selected.
-    """
-
-    layer_id: int
-    requested_units: np.ndarray
-    requested_tokens: np.ndarray
-    missed_units: np.ndarray
-    missed_tokens: np.ndarray
-    charged_units: np.ndarray
-    charged_tokens: np.ndarray
-    num_units: int  # distinct, of all requests
-    num_missed: int
-
-    @property
-    def hit_units(self) -> np.ndarray:
-        return self.requested_units - self.missed_units
-
-    @property
-    def hit_tokens(self) -> np.ndarray:
-        return self.requested_tokens - self.missed_tokens
-
-
-def layer_fetch(layer_id: int, selected: SelectedUnits, missed: np.ndarray) -> LayerFetch:
-    """`missed (U,)`: which of `selected.units` were not in HBM."""
-    touch_missed = missed[np.searchsorted(selected.units, selected.unit)]
-    is_first = np.zeros(len(selected.unit), dtype=bool)
-    is_first[selected.first_touch] = True
-    return LayerFetch(
-        layer_id=layer_id,
-        requested_units=selected.per_request(np.ones(len(selected.unit))),
-        requested_tokens=selected.per_request(selected.tokens),
-        missed_units=selected.per_request(touch_missed),
-        missed_tokens=selected.per_request(selected.tokens * touch_missed),
-        charged_units=selected.per_request(touch_missed & is_first),
-        charged_tokens=selected.per_request(selected.new_tokens * touch_missed),
-        num_units=len(selected.units),
-        num_missed=int(missed.sum()),
-    )
+    served_by: np.ndarray  # (R, K)
+    bytes_read: np.ndarray  # (R, T)
+    bytes_useful: np.ndarray  # (R, T)
+    read_ops: np.ndarray  # (R, T)
+    evicted_units: np.ndarray  # (R, T)
+    bytes_written: np.ndarray  # (R, T)
+    errors: np.ndarray  # (R, T)
+    latency_us: np.ndarray  # (T,)
 
 
 @dataclasses.dataclass(frozen=True)
 class StepFetches:
     """Where one forward's recorded rows found what they selected: L layers, B rows, K positions, T tiers.
 
-    Tiers stand in the order of `schema.TIER_NAMES`. A unit fetched for several rows is charged to
-    the first of them, and what a layer's batch did is shared out in whole numbers: sums over the
-    rows are what really moved.
+    A unit fetched for several rows is charged to the first of them, and what a layer's batch did
+    is shared out in whole numbers: sums over the rows are what really moved.
     """
 
     served_by: np.ndarray  # (L, B, K) int8, the tier that held each position; -1 where there is none
@@ -123,30 +64,104 @@ class StepFetches:
     errors: np.ndarray  # (L, B, T) int64, batches that failed and units that came back corrupt
     latency_us: np.ndarray  # (L, T) float64, of the layer's batch: all its rows wait for it together
 
+    @classmethod
+    def of(cls, layers: Sequence[LayerFetch], rows: Sequence[int], top_k: int) -> StepFetches:
+        """A forward's layers in order, and which of their rows are recorded; K becomes `top_k`."""
+        kept = list(rows)
+        names = [
+            field.name for field in dataclasses.fields(cls) if field.name not in ("served_by", "latency_us")
+        ]
+        stacked = {name: np.stack([getattr(layer, name)[kept] for layer in layers]) for name in names}
+        served_by = np.full((len(layers), len(kept), top_k), -1, dtype=np.int8)
+        for layer, padded in zip(layers, served_by, strict=True):
+            padded[:, : layer.served_by.shape[1]] = layer.served_by[kept]
+        return cls(served_by, **stacked, latency_us=np.stack([layer.latency_us for layer in layers]))
+
+
+def first_touches(units: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct `units (M,)`, ascending, and at which of the M each stands first.
+
+    `scratch` is any int64 array with a place for every unit; what it holds does not matter.
+    Linear in M, where `np.unique` sorts all M with their indices.
+    """
+    order = np.arange(len(units))
+    scratch[units[::-1]] = order[::-1]  # of equal indices the last assignment stays: the first touch
+    distinct = np.sort(units[scratch[units] == order])
+    return distinct, scratch[distinct]
+
+
+def layer_fetch(
+    unit_of: np.ndarray,
+    tier_of_unit: np.ndarray,
+    transfer: Transfer | None,
+    scratch: np.ndarray,
+    *,
+    unit_bytes: int,
+    token_bytes: int,
+) -> LayerFetch:
+    """From the rows' units `unit_of (R, K)`, -1 where nothing is selected, and who served each unit.
+
+    `tier_of_unit` and `scratch` have a place for every unit. A row is charged with the fetched units
+    that it touches before any other row; the part of the `transfer` that these are is shared out.
+    Without a transfer nothing was fetched for these rows by themselves, and nothing is charged.
+    """
+    num_rows = len(unit_of)
+    is_unit = unit_of >= 0
+    served_by = np.where(is_unit, tier_of_unit[np.where(is_unit, unit_of, 0)], np.int8(-1)).astype(np.int8)
+    if transfer is None:
+        nothing = np.zeros((num_rows, NUM_TIERS), dtype=np.int64)
+        return LayerFetch(served_by, *(nothing,) * 6, latency_us=np.zeros(NUM_TIERS))
+    row, column = np.nonzero((served_by > HBM) & is_unit)
+    units, first = first_touches(unit_of[row, column], scratch)
+    owner, tier = row[first], tier_of_unit[units].astype(np.int64)
+    charged = np.bincount(owner * NUM_TIERS + tier, minlength=num_rows * NUM_TIERS)
+    charged = charged.reshape(num_rows, NUM_TIERS)
+    is_own = row[scratch[unit_of[row, column]]] == row
+    of_token = row * NUM_TIERS + served_by[row, column]
+    useful = np.bincount(of_token[is_own], minlength=num_rows * NUM_TIERS).reshape(num_rows, NUM_TIERS)
+    per_row = charged.sum(1)
+    rest = transfer.num_units - int(per_row.sum())
+    return LayerFetch(
+        served_by=served_by,
+        bytes_read=charged * unit_bytes,
+        bytes_useful=useful * token_bytes,
+        read_ops=share_out(transfer.read_ops, per_row, rest),
+        evicted_units=share_out(transfer.evicted_units, per_row, rest),
+        bytes_written=share_out(transfer.written_units, per_row, rest) * unit_bytes,
+        errors=share_out(transfer.errors, per_row, rest),
+        latency_us=transfer.latency_us,
+    )
+
+
+def share_out(totals: np.ndarray, weights: np.ndarray, rest: int = 0) -> np.ndarray:
+    """Whole shares `(R, T)` of `totals (T,)`, as close to `weights (R,)` as sums allow.
+
+    `rest` is the weight of those who are not asked for: with none, the shares add up to the totals.
+    """
+    ends = np.concatenate([[0], np.cumsum(weights)])
+    whole = int(ends[-1]) + rest
+    if whole == 0:
+        return np.zeros((len(weights), len(totals)), dtype=np.int64)
+    return np.diff(ends[:, None] * totals[None, :] // whole, axis=0)
+
 
 @dataclasses.dataclass
 class FetchCounters:
     """Everything one layer did since its cache was made. Distinct units, whoever asked for them.
 
-    `fetched_units == missed_units + refetched_units + refilled_units`, and each is `unit_bytes`
-    of `bytes_read`. A step of decode refetches nothing.
+    `fetched_units == missed_units + refetched_units + refilled_units + prefetched_units`. A step
+    of decode refetches nothing.
     """
 
     requested_units: int = 0
     missed_units: int = 0  # not in HBM when the step selected them
     refetched_units: int = 0  # again, because a prefill chunk selects more than HBM holds
     refilled_units: int = 0  # because a token was written to a unit that had been evicted
+    prefetched_units: int = 0  # before the step selected, by a guess
+    used_units: int = 0  # of those, the ones it then selected
     fetched_units: int = 0
-    bytes_read: int = 0
-    bytes_useful: int = 0  # of the missed units, the selected tokens' own
-    read_batches: int = 0
-    read_ops: int = 0  # runs of adjacent unit ids
-    read_us: float = 0.0
     evicted_units: int = 0
     written_units: int = 0  # of those, the dirty ones
-    bytes_written: int = 0
-    write_batches: int = 0
-    write_us: float = 0.0
 
     @property
     def hit_units(self) -> int:
@@ -159,8 +174,3 @@ class FetchCounters:
     def __sub__(self, earlier: FetchCounters) -> FetchCounters:
         names = [field.name for field in dataclasses.fields(self)]
         return FetchCounters(**{name: getattr(self, name) - getattr(earlier, name) for name in names})
-
-
-def num_runs(units: np.ndarray) -> int:
-    """Runs of adjacent ids among the distinct `units (N,)`."""
-    return int((np.diff(np.sort(units)) != 1).sum()) + 1 if len(units) else 0

@@ -34,8 +34,10 @@ class KVCache:
         device: torch.device | str = "cpu",
         *,
         latent_blocks: int | None = None,
+        index_layers: int | None = None,
     ) -> None:
-        """`latent_blocks`: room for so many blocks of latents, where a subclass keeps the rest elsewhere."""
+        """`latent_blocks`: room for so many blocks of latents, `index_layers`: for so many layers' indexer
+        keys, in turn; where a subclass keeps the rest elsewhere."""
         args = setup.args
         self.block_size = block_size
         self.num_blocks = num_blocks
@@ -43,16 +45,22 @@ class KVCache:
         on_cuda = torch.device(device).type == "cuda"
         key_dtype = torch.float8_e4m3fn if args.index_fp8 and on_cuda else setup.compute_dtype
 
-        def per_layer(width: int, dtype: torch.dtype, blocks: int = num_blocks) -> list[torch.Tensor]:
-            shape = (blocks, block_size, width)
-            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(args.n_layers)]
+        def per_layer(
+            *width: int, dtype: torch.dtype, blocks: int | None = None, layers: int | None = None
+        ) -> list[torch.Tensor]:
+            shape = (num_blocks if blocks is None else blocks, block_size, *width)
+            count = args.n_layers if layers is None else layers
+            tensors = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(count)]
+            return [tensors[i % count] for i in range(args.n_layers)]
 
         self.latent = per_layer(  # L x (num_blocks, block, C + R)
-            args.latent_dim, setup.compute_dtype, num_blocks if latent_blocks is None else latent_blocks
+            args.latent_dim, dtype=setup.compute_dtype, blocks=latent_blocks
         )
-        self.index_k = per_layer(args.index_head_dim, key_dtype)  # L x (num_blocks, block, D)
+        self.index_k = per_layer(  # L x (num_blocks, block, D)
+            args.index_head_dim, dtype=key_dtype, layers=index_layers
+        )
         self.index_scale = (  # L x (num_blocks, block)
-            [s.squeeze(-1) for s in per_layer(1, setup.precise_dtype)] if args.index_fp8 else None
+            per_layer(dtype=setup.precise_dtype, layers=index_layers) if args.index_fp8 else None
         )
 
     @property
@@ -65,6 +73,11 @@ class KVCache:
         """Bytes of one token's indexer key and scale in one layer, as stored."""
         size = self.index_k[0].shape[-1] * self.index_k[0].element_size()
         return size + (self.index_scale[0].element_size() if self.index_scale else 0)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token in one layer, as stored."""
+        return self.latent_bytes_per_token + self.index_bytes_per_token
 
     def write_latent(self, layer_id: int, batch: Batch, latent: torch.Tensor) -> None:  # (N, C + R)
         self.latent[layer_id].view(-1, latent.shape[-1]).index_copy_(0, batch.slots, latent)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -33,7 +33,6 @@ from dsatrace.trace.resume import Resumed
 from dsatrace.trace.sinks import Sink, open_sinks
 from dsatrace.trace.summary import TracingCost
 from dsatrace.trace.writer import TraceWriter, cannot_write
-
 
 _TIERS_FIELD = tuple(field for field in SUMMARY_FIELDS if field.name == "tiers")
 
@@ -85,6 +84,8 @@ class Tracer:
         self._needles: dict[str, tuple[int, ...]] = {}  # of the unfinished requests that have any
         self._ids: set[str] = set(resumed.done) if resumed else set()
         self._closed = False
+        self.tell_tiers: Callable[[], Mapping[str, Any]] | None = None
+        """What `describe_tiers` is told at the run's end; for whoever owns the tiers to set."""
         secret = secret or load_prefix_secret()
         self._key_id = key_id(secret)
         self._analyzer = PrefixCacheAnalyzer(config.block_size, config.prefix_key_tokens, secret=secret)
@@ -292,6 +293,8 @@ class Tracer:
         self._closed = True
         for record in self._unfinished.values():
             self._writer.finish_request(record)
+        if self.tell_tiers is not None:
+            self.describe_tiers(self.tell_tiers())
         self._writer.stop(state)
         error = self._writer.error
         if error is not None:

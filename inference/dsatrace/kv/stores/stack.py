@@ -58,11 +58,14 @@ class TierStack:
         if len(sizes) != 1:
             raise ValueError(f"a stack takes one or two stores with units of one size, not {sorted(sizes)}")
         self.unit_bytes = sizes.pop()
-        self.last_error: StoreError | None = None
+        self.last_error: StoreError | None = None  # of the last fetch, put or drop
+        self.read_units = np.zeros(len(TIER_NAMES), dtype=np.int64)  # by tier: what it gave, by our count
+        self.written_units = np.zeros(len(TIER_NAMES), dtype=np.int64)  # and what it took
         self._num_layers, self._units_per_layer = num_layers, units_per_layer
         num_units = num_layers * units_per_layer
         # By tier and unit id over all layers. The truth; the residency only says who makes room for whom.
         self._is_current = {tier: np.zeros(num_units, dtype=bool) for tier in self._stores}
+        self._holds = {tier: np.zeros(num_units, dtype=bool) for tier in self._stores}  # any version
         self._residency: Residency | None = None
         if local is not None and remote is not None:
             room = num_units if local.capacity_units is None else min(local.capacity_units, num_units)
@@ -77,6 +80,7 @@ class TierStack:
         units that are LOST hold anything afterwards.
         """
         with self._lock:
+            self.last_error = None
             ids, rows = self._checked(layer_id, units, out, rows)
             if not are_distinct(rows):
                 raise ValueError("a fetch names a row twice; which unit should it hold?")
@@ -91,20 +95,29 @@ class TierStack:
                 self._write(LOCAL, ids[promoted], out, rows[promoted])
             return tiers
 
+    def locate(self, layer_id: int, units: np.ndarray) -> np.ndarray:
+        """The tier that would be asked for each unit, (N,) int8; LOST where none is known to have it."""
+        with self._lock:
+            ids = self._ids(layer_id, units)
+            tiers = np.full(len(ids), LOST, dtype=np.int8)
+            for tier in reversed(self._stores):
+                tiers[self._is_current[tier][ids]] = tier
+            return tiers
+
     def put(self, layer_id: int, units: np.ndarray, data: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Stores `data[rows[i]]` as unit i. Returns which are stored somewhere, (N,) bool.
 
         Older versions are void from here on, also those of units that are not stored.
         """
         with self._lock:
+            self.last_error = None
             ids, rows = self._checked(layer_id, units, data, rows)
             stored = np.zeros(len(ids), dtype=bool)
             for is_current in self._is_current.values():
                 is_current[ids] = False
             if LOCAL in self._stores:
-                room = (
-                    np.arange(len(ids)) if self._residency is None else np.flatnonzero(self._make_room(ids))
-                )
+                has_room = np.ones(len(ids), dtype=bool) if self._residency is None else self._make_room(ids)
+                room = np.flatnonzero(has_room)
                 stored[room] = self._write(LOCAL, ids[room], data, rows[room])
             if REMOTE in self._stores:
                 rest = np.flatnonzero(~stored)
@@ -114,10 +127,15 @@ class TierStack:
     def drop(self, layer_id: int, units: np.ndarray) -> None:
         """The bytes of `units`, known or not, are void: no store gives them any more."""
         with self._lock:
+            self.last_error = None
             ids = self._ids(layer_id, units)
             for tier in self._stores:
-                self._evict(tier, ids)
+                self._evict(tier, ids[self._holds[tier][ids]])
                 self._forget(tier, ids)
+
+    def explain(self, what: str) -> str:
+        """`what` happened in the last call, and why, if a store has failed in it."""
+        return what if self.last_error is None else f"{what}: {self.last_error}"
 
     def register(self, buffer: np.ndarray) -> None:
         """See `Store.register`; a store that cannot says so by `StoreError`, before the run has begun."""
@@ -189,6 +207,7 @@ class TierStack:
         except StoreError as error:
             self.last_error = error
             return np.zeros(len(ids), dtype=bool)
+        self.read_units[tier] += np.count_nonzero(hits)
         self._forget(tier, ids[~hits])
         return hits
 
@@ -201,7 +220,9 @@ class TierStack:
         except StoreError as error:
             self.last_error = error
             stored = np.zeros(len(ids), dtype=bool)
+        self.written_units[tier] += np.count_nonzero(stored)
         self._is_current[tier][ids[stored]] = True
+        self._holds[tier][ids] = stored
         self._forget(tier, ids[~stored])
         return stored
 
@@ -209,7 +230,8 @@ class TierStack:
         """Whether the store answered; a unit it keeps nevertheless takes up room, but is not asked for."""
         if len(ids):
             try:
-                self._stores[tier].evict(self._keys(ids))
+                gone = self._stores[tier].evict(self._keys(ids))
+                self._holds[tier][ids[gone]] = False
             except StoreError as error:
                 self.last_error = error
                 return False

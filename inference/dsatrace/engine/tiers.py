@@ -1,0 +1,161 @@
+"""Opens the tiers below HBM, and says what they are and what they did: for the manifest and the summary.
+
+tiers = open_tiers(offload, unit_bytes, num_layers=61, num_blocks=512, units_per_block=1)
+totals = TierTotals(cache, since_forward=0)
+totals.record(fetches)                        # what went into a capture
+totals.to_json(num_recomputes=0, failed_requests=0)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import UserError
+from ..kv.fetches import LOCAL, NUM_TIERS, REMOTE, StepFetches
+from ..kv.stores.interface import Store, StoreStats
+from ..kv.stores.opening import open_store
+from ..kv.stores.stack import TierStack
+from ..schema import TIER_NAMES
+from ..trace.manifest import PoolSetup, TierSetup, redact_credentials
+from .config import OffloadSetup
+from .losses import UnitsLost
+from .offload import OffloadedCache
+from .runner import BlocksLost
+
+
+def open_tiers(
+    offload: OffloadSetup,
+    unit_bytes: int,
+    *,
+    num_layers: int,
+    num_blocks: int,
+    units_per_block: int,
+    suffix: str = "",
+    pin_memory: bool = False,
+) -> TierStack:
+    """The pools of one rank, empty; `suffix` keeps its files apart from others of the run.
+
+    Raises `UserError` where the user can mend it: a server that is down, a file that cannot be, a
+    local pool without room for the whole cache and nothing behind it.
+
+    `pin_memory`: the local pool in RAM lies where a GPU reads it directly.
+    """
+    local, remote = offload.local_pool, offload.remote
+    local_blocks = min(offload.local_blocks or num_blocks, num_blocks)
+    if remote is None and local_blocks < num_blocks:
+        raise UserError(
+            f"--local-blocks {local_blocks}: the cache has {num_blocks} blocks, and behind the local pool "
+            f"there is none; use --local-blocks {num_blocks}, or add --remote"
+        )
+    units = local_blocks * units_per_block * num_layers
+    opened: list[Store] = []
+    try:
+        for spec, capacity in ((local, units), (remote, None)):
+            if spec is not None:
+                memory = _pinned(units, unit_bytes) if pin_memory and spec == "ram" else None
+                name = spec + suffix if spec.startswith(("mmap:", "file:")) else spec
+                timeout_s = offload.tier_timeout_s
+                opened.append(open_store(name, unit_bytes, capacity, timeout_s=timeout_s, memory=memory))
+        return TierStack(
+            opened[0] if local is not None else None,
+            opened[-1] if remote is not None else None,
+            num_layers=num_layers,
+            units_per_layer=num_blocks * units_per_block,
+            policy=offload.tier_policy,
+        )
+    except BaseException:
+        for store in opened:
+            store.close()
+        raise
+
+
+def tier_setup(offload: OffloadSetup, cache: OffloadedCache) -> TierSetup:
+    """What the manifest says of the tiers."""
+    stats = cache.tiers.stats()
+
+    def pool(tier: int, spec: str | None, blocks: int | None) -> PoolSetup | None:
+        if spec is None or (its := stats[tier]) is None:
+            return None
+        return PoolSetup(redact_credentials(spec), blocks, its.latency_kind)
+
+    local_blocks = min(offload.local_blocks or cache.num_blocks, cache.num_blocks)
+    return TierSetup(
+        granularity=offload.granularity,
+        unit_tokens=cache.unit_tokens,
+        unit_bytes=cache.unit_bytes,
+        policy=offload.tier_policy,
+        prefetch=offload.prefetch,
+        on_error=offload.on_tier_error,
+        index_keys="offloaded" if offload.offload_index_keys else "hbm",
+        hbm_blocks=cache.latent[0].shape[0],
+        local_pool=pool(LOCAL, offload.local_pool, local_blocks),
+        remote_pool=pool(REMOTE, offload.remote, None),
+    )
+
+
+@dataclasses.dataclass
+class TierTotals:
+    """What the tiers moved in a run, or in its last part, and how much of it the records tell."""
+
+    cache: OffloadedCache
+    since_forward: int = 0
+    lost_units: int = 0
+    recorded_read: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(NUM_TIERS, dtype=np.int64))
+    recorded_written: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.zeros(NUM_TIERS, dtype=np.int64)
+    )
+
+    def record(self, fetches: StepFetches) -> None:
+        """These went into a capture."""
+        self.recorded_read += fetches.bytes_read.sum((0, 1))
+        self.recorded_written += fetches.bytes_written.sum((0, 1))
+
+    def lose(self, lost: UnitsLost) -> BlocksLost:
+        """Counts the units, and says which blocks they were."""
+        self.lost_units += len(lost.units)
+        return BlocksLost(lost.block_ids, str(lost))
+
+    def to_json(self, num_recomputes: int, failed_requests: int) -> dict[str, Any]:
+        """The summary's `tiers`."""
+        pools = {name: self._pool(tier) for tier, name in enumerate(TIER_NAMES) if tier != 0}
+        return {
+            "since_forward": self.since_forward,
+            **pools,
+            "prefetch": self.cache.prefetcher.to_json(),
+            "lost_units": self.lost_units,
+            "num_recomputes": num_recomputes,
+            "failed_requests": failed_requests,
+        }
+
+    def _pool(self, tier: int) -> dict[str, Any] | None:
+        tiers, unit_bytes = self.cache.tiers, self.cache.unit_bytes
+        stats = tiers.stats()[tier]
+        if stats is None:
+            return None
+        recorded = int(self.recorded_read[tier]), int(self.recorded_written[tier])
+        moved = int(tiers.read_units[tier]) * unit_bytes, int(tiers.written_units[tier]) * unit_bytes
+        in_store = stats.hit_units * unit_bytes, stats.stored_units * unit_bytes
+        return {
+            name: {"in_records": told, "elsewhere": engine - told, "store": store}
+            for name, told, engine, store in zip(
+                ("bytes_read", "bytes_written"), recorded, moved, in_store, strict=True
+            )
+        } | _counted(stats)
+
+
+def _counted(stats: StoreStats) -> dict[str, Any]:
+    names = ("requested_units", "hit_units", "missed_units", "corrupt_units", "read_batches", "read_ops")
+    names += ("read_us", "write_batches", "write_us", "stored_units", "evicted_units", "errors", "timeouts")
+    return {name: getattr(stats, name) for name in names} | {
+        "bytes_moved": stats.bytes_read + stats.bytes_written,
+        "latency_kind": stats.latency_kind,
+    }
+
+
+def _pinned(units: int, unit_bytes: int) -> np.ndarray:
+    memory: np.ndarray = torch.empty((units, unit_bytes), dtype=torch.uint8, pin_memory=True).numpy()
+    return memory
