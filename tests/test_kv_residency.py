@@ -1,4 +1,4 @@
-"""The residency map under every policy against dictionaries and the replay, and who asked for which units."""
+"""The residency map under every policy against dictionaries and the replay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
 from dsatrace.kv.eviction_orders import PolicyOrder, StampOrder
-from dsatrace.kv.fetches import FetchCounters, SelectedUnits, layer_fetch, num_runs
 from dsatrace.kv.policies.plain_replay import plain_replay
 from dsatrace.kv.policies.registry import POLICIES, make_policy
 from dsatrace.kv.policies.stream import AccessStream
@@ -214,52 +213,3 @@ def test_the_policies_are_the_registrys_that_a_unit_has_all_for() -> None:
 def test_a_residency_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1 unit and 1 slot"):
         Residency(4, 0)
-
-
-@st.composite
-def selections(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
-    """Slots `(N, K)` of rows of up to three requests, distinct in a row; -1 behind them."""
-    num_requests = draw(st.integers(1, 3))
-    owners = sorted(draw(st.lists(st.integers(0, num_requests - 1), min_size=1, max_size=5)))
-    slots = np.full((len(owners), 6), -1, dtype=np.int64)
-    for row in slots:
-        chosen = draw(st.lists(st.integers(0, 30), max_size=6, unique=True))
-        row[: len(chosen)] = chosen
-    return slots, np.array(owners, dtype=np.int64), num_requests
-
-
-@settings(max_examples=300, deadline=None)
-@given(selections(), st.sampled_from([1, 4]), st.sets(st.integers(0, 30)))
-def test_who_is_charged_for_what(selection, unit_tokens: int, resident: set[int]) -> None:
-    slots, owners, num_requests = selection
-    selected = SelectedUnits.of(slots, owners, num_requests, unit_tokens)
-    missed = np.array([unit not in resident for unit in selected.units.tolist()], dtype=bool)
-    fetch = layer_fetch(5, selected, missed)
-    charged_units: set[int] = set()
-    charged_tokens: set[int] = set()
-    for request in range(num_requests):
-        tokens = {slot for slot in slots[owners == request].ravel().tolist() if slot >= 0}
-        units = {token // unit_tokens for token in tokens}
-        lacking = units - resident
-        assert fetch.requested_tokens[request] == len(tokens)
-        assert fetch.requested_units[request] == len(units)
-        assert fetch.missed_units[request] == len(lacking)
-        assert fetch.missed_tokens[request] == sum(token // unit_tokens in lacking for token in tokens)
-        assert fetch.charged_units[request] == len(lacking - charged_units)
-        new = {token for token in tokens - charged_tokens if token // unit_tokens in lacking}
-        assert fetch.charged_tokens[request] == len(new)
-        charged_units |= lacking
-        charged_tokens |= new
-    assert fetch.num_missed == len(charged_units) == fetch.charged_units.sum()
-    assert set(selected.units.tolist()) == {
-        slot // unit_tokens for slot in slots.ravel().tolist() if slot >= 0
-    }
-    assert (fetch.hit_units + fetch.missed_units == fetch.requested_units).all()
-
-
-def test_runs_and_sums() -> None:
-    assert num_runs(np.array([7, 3, 4, 9, 8])) == 2
-    assert num_runs(np.array([], dtype=np.int64)) == 0
-    once = FetchCounters(requested_units=5, missed_units=2, bytes_read=64)
-    assert once + once - once == once
-    assert (once + once).hit_units == 6

@@ -300,7 +300,7 @@ def test_a_lost_unit_is_never_read_as_something_else() -> None:
     model, tokens = model_of("fp32"), random_tokens(60, SMALL)
     cache = offloaded(model, 8, 4)
     prefill(model, cache, tokens[:56], 56)
-    absent = np.flatnonzero(~cache._residency[0].is_resident(np.arange(7)))
+    absent = np.flatnonzero(~cache.layers[0].is_here(np.arange(7)))
     assert len(absent) == 3
     cache.tiers.drop(0, absent)
     cache.select_override = lambda layer, batch, positions: torch.from_numpy(absent * BLOCK).unsqueeze(0)
@@ -309,7 +309,7 @@ def test_a_lost_unit_is_never_read_as_something_else() -> None:
     ) as raised:
         decode(model, cache, 56, 1, list(range(8)))
     assert raised.value.block_ids == set(absent.tolist())
-    assert not cache._residency[0].is_resident(raised.value.units).any(), "nor is it taken for resident"
+    assert not cache.layers[0].is_here(raised.value.units).any(), "nor is it taken for resident"
 
 
 def test_a_full_store_fails_the_write_back() -> None:

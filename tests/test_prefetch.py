@@ -39,7 +39,7 @@ def decode_with(
     )
     cache = OffloadedCache(MODEL.setup, NUM_BLOCKS, BLOCK, tiers=tiers, hbm_blocks=HBM_BLOCKS, prefetch=kind)
     prefill(MODEL, cache, random_tokens(PROMPT, SMALL), 32)
-    before = [dataclasses.replace(counters) for counters in cache.counters]
+    before = [dataclasses.replace(layer.counters) for layer in cache.layers]
 
     def select(layer_id: int, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
         step = int(batch.positions[0]) - PROMPT
@@ -49,7 +49,7 @@ def decode_with(
     for step in range(num_steps):
         MODEL(Batch.build([Span(range(NUM_BLOCKS), PROMPT + step, [step])], BLOCK), cache)
     cache.prefetcher.close()
-    return cache.prefetcher, [after - then for after, then in zip(cache.counters, before, strict=True)]
+    return cache.prefetcher, [layer.counters - then for layer, then in zip(cache.layers, before, strict=True)]
 
 
 def test_the_layer_before_is_a_perfect_guess_where_layers_agree() -> None:

@@ -9,7 +9,7 @@ totals.to_json(num_recomputes=0, failed_requests=0)
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,12 @@ from .config import OffloadSetup
 from .losses import UnitsLost
 from .offload import OffloadedCache
 from .runner import BlocksLost
+
+_TOLD = (
+    *("requested_units", "hit_units", "missed_units", "corrupt_units", "read_batches", "read_ops", "read_us"),
+    *("write_batches", "write_us", "stored_units", "evicted_units", "errors", "timeouts"),
+)
+"""Of a store's stats, in the summary."""
 
 
 def open_tiers(
@@ -80,7 +86,8 @@ def tier_setup(offload: OffloadSetup, cache: OffloadedCache) -> TierSetup:
     def pool(tier: int, spec: str | None, blocks: int | None) -> PoolSetup | None:
         if spec is None or (its := stats[tier]) is None:
             return None
-        return PoolSetup(redact_credentials(spec), blocks, its.latency_kind)
+        kind: Literal["measured", "modelled"] = "modelled" if its.latency_kind == "modelled" else "measured"
+        return PoolSetup(redact_credentials(spec), blocks, kind)
 
     local_blocks = min(offload.local_blocks or cache.num_blocks, cache.num_blocks)
     return TierSetup(
@@ -91,7 +98,7 @@ def tier_setup(offload: OffloadSetup, cache: OffloadedCache) -> TierSetup:
         prefetch=offload.prefetch,
         on_error=offload.on_tier_error,
         index_keys="offloaded" if offload.offload_index_keys else "hbm",
-        hbm_blocks=cache.latent[0].shape[0],
+        hbm_blocks=cache.hbm_blocks,
         local_pool=pool(LOCAL, offload.local_pool, local_blocks),
         remote_pool=pool(REMOTE, offload.remote, None),
     )
@@ -148,9 +155,7 @@ class TierTotals:
 
 
 def _counted(stats: StoreStats) -> dict[str, Any]:
-    names = ("requested_units", "hit_units", "missed_units", "corrupt_units", "read_batches", "read_ops")
-    names += ("read_us", "write_batches", "write_us", "stored_units", "evicted_units", "errors", "timeouts")
-    return {name: getattr(stats, name) for name in names} | {
+    return {name: getattr(stats, name) for name in _TOLD} | {
         "bytes_moved": stats.bytes_read + stats.bytes_written,
         "latency_kind": stats.latency_kind,
     }

@@ -3,8 +3,8 @@
 Pure accounting over arrays; knows no tensor and no store. Tiers are numbered in the order of
 `schema.TIER_NAMES`: 0 is HBM, T is their number.
 
-    touched = first_touches(units)                      # which units, and who touches each first
-    fetch = layer_fetch(unit_of, tier_of_unit, batch, unit_bytes=18432, token_bytes=1152)
+    units, first = first_touches(unit_of_token, scratch)    # which units, and who touches each first
+    fetch = layer_fetch(unit_of, tier_of_unit, scratch, after - before, num_fetched=3, unit_bytes=18432, ...)
     StepFetches.of([fetch, ...], rows=[0, 2], top_k=2048)   # a forward's layers, its recorded rows
 """
 
@@ -12,25 +12,46 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dsatrace.schema import TIER_NAMES
+
+if TYPE_CHECKING:
+    from dsatrace.kv.stores.interface import StoreStats
 
 NUM_TIERS = len(TIER_NAMES)
 HBM, LOCAL, REMOTE = range(NUM_TIERS)
 
 
 @dataclasses.dataclass(frozen=True)
-class Transfer:
-    """What the batch of one layer did besides being read; every array is (T,), a tier each."""
+class TierCounts:
+    """What the tiers have counted so far; every array is (T,). A batch is the difference of two."""
 
     read_ops: np.ndarray  # int64
     evicted_units: np.ndarray  # int64
     written_units: np.ndarray  # int64, into the tier
-    errors: np.ndarray  # int64
+    errors: np.ndarray  # int64, batches that failed and units that came back corrupt
     latency_us: np.ndarray  # float64
-    num_units: int  # fetched by it
+
+    @classmethod
+    def of(cls, hbm_evicted: int, hbm_written: int, stats: Sequence[StoreStats | None]) -> TierCounts:
+        """`stats` by tier, None for HBM and for a tier that is not there."""
+
+        def column(*names: str) -> list[float]:
+            return [0 if x is None else sum(getattr(x, name) for name in names) for x in stats]
+
+        counts = (column("read_ops"), column("evicted_units"), column("stored_units"))
+        read_ops, evicted, written = (np.array(values, dtype=np.int64) for values in counts)
+        evicted[HBM], written[HBM] = hbm_evicted, hbm_written
+        errors = np.array(column("errors", "corrupt_units"), dtype=np.int64)
+        return cls(read_ops, evicted, written, errors, np.array(column("read_us", "write_us")))
+
+    def __sub__(self, earlier: TierCounts) -> TierCounts:
+        names = [field.name for field in dataclasses.fields(self)]
+        return TierCounts(*(getattr(self, name) - getattr(earlier, name) for name in names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,43 +114,45 @@ def first_touches(units: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, n
 def layer_fetch(
     unit_of: np.ndarray,
     tier_of_unit: np.ndarray,
-    transfer: Transfer | None,
     scratch: np.ndarray,
+    moved: TierCounts | None,
     *,
+    num_fetched: int,
     unit_bytes: int,
     token_bytes: int,
 ) -> LayerFetch:
     """From the rows' units `unit_of (R, K)`, -1 where nothing is selected, and who served each unit.
 
     `tier_of_unit` and `scratch` have a place for every unit. A row is charged with the fetched units
-    that it touches before any other row; the part of the `transfer` that these are is shared out.
-    Without a transfer nothing was fetched for these rows by themselves, and nothing is charged.
+    that it touches before any other row, and with its share of what the batch that fetched
+    `num_fetched` units `moved`. None: there was no such batch, and nothing is charged.
     """
     num_rows = len(unit_of)
     is_unit = unit_of >= 0
     served_by = np.where(is_unit, tier_of_unit[np.where(is_unit, unit_of, 0)], np.int8(-1)).astype(np.int8)
-    if transfer is None:
+    if moved is None:
         nothing = np.zeros((num_rows, NUM_TIERS), dtype=np.int64)
         return LayerFetch(served_by, *(nothing,) * 6, latency_us=np.zeros(NUM_TIERS))
-    row, column = np.nonzero((served_by > HBM) & is_unit)
-    units, first = first_touches(unit_of[row, column], scratch)
-    owner, tier = row[first], tier_of_unit[units].astype(np.int64)
-    charged = np.bincount(owner * NUM_TIERS + tier, minlength=num_rows * NUM_TIERS)
-    charged = charged.reshape(num_rows, NUM_TIERS)
-    is_own = row[scratch[unit_of[row, column]]] == row
-    of_token = row * NUM_TIERS + served_by[row, column]
-    useful = np.bincount(of_token[is_own], minlength=num_rows * NUM_TIERS).reshape(num_rows, NUM_TIERS)
-    per_row = charged.sum(1)
-    rest = transfer.num_units - int(per_row.sum())
+    row, column = np.nonzero(served_by > HBM)
+    unit, tier = unit_of[row, column], served_by[row, column].astype(np.int64)
+    units, first = first_touches(unit, scratch)
+    owner = row[scratch[unit]]  # the row that touches it first
+
+    def by_row_and_tier(touches: np.ndarray) -> np.ndarray:
+        counts = np.bincount(row[touches] * NUM_TIERS + tier[touches], minlength=num_rows * NUM_TIERS)
+        return counts.reshape(num_rows, NUM_TIERS)
+
+    charged, useful = by_row_and_tier(first), by_row_and_tier(np.flatnonzero(owner == row))
+    share = partial(share_out, weights=charged.sum(1), rest=num_fetched - len(units))
     return LayerFetch(
         served_by=served_by,
         bytes_read=charged * unit_bytes,
         bytes_useful=useful * token_bytes,
-        read_ops=share_out(transfer.read_ops, per_row, rest),
-        evicted_units=share_out(transfer.evicted_units, per_row, rest),
-        bytes_written=share_out(transfer.written_units, per_row, rest) * unit_bytes,
-        errors=share_out(transfer.errors, per_row, rest),
-        latency_us=transfer.latency_us,
+        read_ops=share(moved.read_ops),
+        evicted_units=share(moved.evicted_units),
+        bytes_written=share(moved.written_units) * unit_bytes,
+        errors=share(moved.errors),
+        latency_us=moved.latency_us,
     )
 
 
