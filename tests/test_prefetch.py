@@ -109,6 +109,7 @@ def test_a_guess_is_fetched_beside_the_caller_and_its_failure_is_raised_where_it
     assert (prefetcher.fetched_units, prefetcher.used_units) == ([0, 2, 0], [0, 1, 0])
     assert threads[0] is not threading.current_thread()
     prefetcher.start(2)
+    prefetcher.wait()  # raises nothing: that is for who joins
     with pytest.raises(RuntimeError, match="the store is gone"):
         prefetcher.join()
     prefetcher.join()  # it is not raised twice

@@ -177,7 +177,7 @@ class OffloadedCache(KVCache):
 
     def void(self, block_ids: Sequence[int]) -> None:
         """Nobody will read these blocks again as they are: every tier forgets them, none is written back."""
-        self.prefetcher.join()
+        self.prefetcher.wait()
         blocks, units_a_block = np.asarray(block_ids, dtype=np.int64), self.block_size // self.unit_tokens
         units = (blocks[:, None] * units_a_block + np.arange(units_a_block)).ravel()
         for layer_id, layer in enumerate(self.layers):
@@ -202,6 +202,7 @@ class OffloadedCache(KVCache):
     def _write_of(self, batch: Batch) -> _Write:
         """Worked out by the first layer of a forward, for all of them."""
         if self._write is None or self._write.batch is not batch:
+            self.prefetcher.join()  # a forward that failed may have left a guess behind
             self._write = _Write.of(batch, self.unit_tokens)
         return self._write
 

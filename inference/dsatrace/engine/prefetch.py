@@ -50,6 +50,11 @@ class Prefetcher:
         if guess is not None:
             self._running = self._thread.submit(self._fetch, layer_id, guess)
 
+    def wait(self) -> None:
+        """Returns when nothing is under way; what it met is raised by the next `join`."""
+        if self._running is not None:
+            self._running.exception()
+
     def join(self) -> None:
         """Waits for what was begun, and raises what it met."""
         running, self._running = self._running, None
