@@ -272,14 +272,30 @@ def check_failed(served: Served, expected: Served, cause: str) -> None:
     assert served.summary["tiers"]["failed_requests"] == served.states.count("failed")
 
 
-@pytest.mark.parametrize("granularity", ["block", "row"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"granularity": "block"},
+        {"granularity": "row"},
+        {"granularity": "row", "prefetch": "previous-layer"},
+        {"granularity": "row", "local": "ram", "local_blocks": 3},
+        {"granularity": "row", "offload_index_keys": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("prefix_caching", [False, True])
 def test_an_emptied_server_costs_time_and_nothing_else(
-    bench: Bench, expected: Served, granularity: str
+    bench: Bench, expected: Served, changes: dict[str, object], prefix_caching: bool
 ) -> None:
+    """Emptied twice: the second time it is what was computed again that is lost."""
     with valkey() as server, client(server) as redis:
-        served = bench.serve(
-            offload_of(granularity, remote=server.tcp), on_step=at(FAULT_STEP, redis.flushall)
-        )
+
+        def disturb(step: int) -> None:
+            if step in (FAULT_STEP, 2 * FAULT_STEP):
+                redis.flushall()
+
+        offload = offload_of(remote=server.tcp, **changes)
+        served = bench.serve(offload, on_step=disturb, prefix_caching=prefix_caching)
     check_recovered(served, expected)
 
 
