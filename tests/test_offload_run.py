@@ -199,6 +199,7 @@ def test_the_same_tokens_and_selections_from_every_store(
         {"tier_policy": "sieve", "granularity": "row"},
         {"prefetch": "previous-layer"},
         {"prefetch": "previous-step", "granularity": "row"},
+        {"local": "ram", "local_blocks": 9, "remote": "sim:rdma-400g+ram"},
         {"offload_index_keys": True},
         {"offload_index_keys": True, "granularity": "row", "prefetch": "previous-layer"},
     ],

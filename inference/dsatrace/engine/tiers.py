@@ -57,15 +57,14 @@ def open_tiers(
             f"--local-blocks {local_blocks}: the cache has {num_blocks} blocks, and behind the local pool "
             f"there is none; use --local-blocks {num_blocks}, or add --remote"
         )
-    units = local_blocks * units_per_block * num_layers
     opened: list[Store] = []
     try:
-        for spec, capacity in ((local, units), (remote, None)):
+        for spec, blocks in ((local, local_blocks), (remote, num_blocks)):
             if spec is not None:
+                units, timeout_s = blocks * units_per_block * num_layers, offload.tier_timeout_s
                 memory = _pinned(units, unit_bytes) if pin_memory and spec == "ram" else None
-                name = spec + suffix if spec.startswith(("mmap:", "file:")) else spec
-                timeout_s = offload.tier_timeout_s
-                opened.append(open_store(name, unit_bytes, capacity, timeout_s=timeout_s, memory=memory))
+                name = spec + suffix if _is_file(spec) else spec
+                opened.append(open_store(name, unit_bytes, units, timeout_s=timeout_s, memory=memory))
         return TierStack(
             opened[0] if local is not None else None,
             opened[-1] if remote is not None else None,
@@ -159,6 +158,10 @@ def _counted(stats: StoreStats) -> dict[str, Any]:
         "bytes_moved": stats.bytes_read + stats.bytes_written,
         "latency_kind": stats.latency_kind,
     }
+
+
+def _is_file(spec: str) -> bool:
+    return spec.split("+")[-1].startswith(("mmap:", "file:", "nixl:"))
 
 
 def _pinned(units: int, unit_bytes: int) -> np.ndarray:
