@@ -34,7 +34,6 @@ from dsatrace.trace.sinks import Sink, open_sinks
 from dsatrace.trace.summary import TracingCost
 from dsatrace.trace.writer import TraceWriter, cannot_write
 
-
 _TIERS_FIELD = tuple(field for field in SUMMARY_FIELDS if field.name == "tiers")
 
 
