@@ -117,10 +117,23 @@ def test_a_tier_that_is_not_there_is_asked_for_nothing() -> None:
     assert (tiers["hbm"]["missed_tokens"], tiers["remote_pool"]["requested_tokens"]) == (1, 1)
 
 
-@pytest.mark.parametrize("served_by", [[0, 1], [0, 3], [-1, 0], [0, -128]])
-def test_a_token_of_no_known_tier_is_refused(served_by: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"served by tier -?\d+, and the run has hbm, remote_pool"):
+@pytest.mark.parametrize(
+    ("served_by", "said"),
+    [
+        ([0, 1], "served by local_pool, and the run has hbm, remote_pool"),
+        ([-1, 0], "served by none, and the run has hbm, remote_pool"),
+        ([0, 3], "served by tier 0 to 3"),
+        ([0, -128], "served by tier -128 to 0"),
+    ],
+)
+def test_a_token_of_no_known_tier_is_refused(served_by: list[int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
         found([9, 1], served_by, remote_pool="measured")
+
+
+def test_positions_beyond_32_bits_keep_their_tiers() -> None:
+    positions = np.array([[[2**31 - 1, 5, 2**30]]], dtype=np.int32)
+    assert in_token_order(positions, np.array([[[2, 1, 0]]])).tolist() == [1, 0, 2]
 
 
 def test_accounts_and_captures_of_different_runs_are_refused() -> None:

@@ -13,9 +13,11 @@ from conftest import INFERENCE
 from dsatrace import cli
 from dsatrace.commands.generate import main as generate
 from dsatrace.report.places import places
+from dsatrace.report.tier_tables import tier_tables
 from dsatrace.report.workload_tables import workload_tables
 from golden_run import SERVING, write_golden
 from test_trace_requests import serve_without_steps
+from tier_samples import SETUPS
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +170,34 @@ def test_sinks_and_the_recent_window_are_counted_by_layer(tmp_path):
     assert (first.layer_id, first.num_records, first.sinks, first.recent) == (0, 1, 0, 1)
     assert (second.sinks, second.recent) == (2 / 6, 2 / 6)
     assert (second.uniform_sinks, second.uniform_recent, second.recency_recent) == (16 / 400, 64 / 400, 1)
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_where_the_selected_kv_was(tmp_path, capsys, name):
+    folder = write_golden(tmp_path / "run", tiers=SETUPS[name])
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"tracing_cost": None}))
+    assert cli.main(["report", str(folder), "--no-figure"]) == 0
+    out = capsys.readouterr().out
+    total = summary["kv_fetch"]["hbm"]["requested_tokens"]
+    for tier, fetched in summary["kv_fetch"].items():
+        if tier != "hbm" and tier not in SETUPS[name].pools:
+            assert tier.replace("_", " ") not in out
+            continue
+        assert f"{fetched['hit_tokens'] / total:.1%}" in out
+        assert f"{fetched['bytes_read'] / fetched['bytes_useful']:.2f}x" in out
+        assert f"{fetched['evicted_units']:,}" in out
+    for tier, pool in SETUPS[name].pools.items():
+        said = summary["tiers"][tier]
+        assert f"{said['read_us'] / said['read_batches']:,.1f} us, {pool.latency_kind}" in out
+    assert "secret" not in out
+    assert "latents read, all tiers" in out
+    assert "66.7% of them used" in " ".join(out.split())
+
+
+def test_a_run_in_hbm_has_no_table_of_tiers(tmp_path, capsys):
+    folder = write_golden(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(tier_tables({"tiers": None}, summary)) == list(tier_tables({}, summary)) == []
+    assert cli.main(["report", str(folder), "--no-figure"]) == 0
+    assert "Where the selected KV was" not in capsys.readouterr().out

@@ -83,6 +83,15 @@ def test_serving_by_hand() -> None:
     assert (buckets[-1]["arrived"], buckets[-1]["finished"]) == (1, 1)
 
 
+def test_requests_that_lost_their_kv_are_counted_where_there_are_any() -> None:
+    lines = [line("failed"), line("stop", num_recomputes=2), line("failed", num_recomputes=1)]
+    counts = {"served": 1, "rejected": 0, "aborted": 0, "unfinished": 0, "preemptions": 0}
+    whole = said(added(lines, SERVING))["serving"]["counts"]
+    assert whole == plain(lines, SERVING)["serving"]["counts"] == counts | {"failed": 2, "recomputes": 3}
+    none = [line("stop", num_recomputes=0)]
+    assert said(added(none, SERVING))["serving"]["counts"] == counts
+
+
 def test_scores_by_hand() -> None:
     lines = [
         line(score=100.0, labels={"task": "vt", "length": "4096"}),
@@ -104,7 +113,7 @@ def test_scores_by_hand() -> None:
 @st.composite
 def request_lines(draw: st.DrawFn) -> dict[str, Any]:
     """Any line that can be written, as JSON gives it back."""
-    state = draw(st.sampled_from(["stop", "length", "rejected", "aborted", "unfinished"]))
+    state = draw(st.sampled_from(["stop", "length", "rejected", "aborted", "unfinished", "failed"]))
     num_times = 4 if state in ("stop", "length") else draw(st.integers(1, 4))
     gaps = draw(st.lists(st.floats(0, 1000), min_size=num_times, max_size=num_times))
     times = [sum(gaps[: i + 1]) for i in range(num_times)] + [None] * (4 - num_times)
@@ -114,6 +123,8 @@ def request_lines(draw: st.DrawFn) -> dict[str, Any]:
         changes["score"] = draw(st.floats(0, 100))
         changes["labels"] = draw(st.dictionaries(st.sampled_from("ab"), st.sampled_from("xy")))
     one = line(state, draw(st.integers(1, 9)), num_preemptions=draw(st.integers(0, 2)), **changes)
+    if draw(st.booleans()):  # with tiers
+        one["num_recomputes"] = draw(st.integers(0, 2))
     if draw(st.booleans()):  # with a prefix cache
         hit = draw(st.none() | st.integers(0, 9))
         one |= {"num_prompt_tokens": draw(st.integers(10, 20)), "prefix_hit_tokens": hit}

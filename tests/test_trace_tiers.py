@@ -131,7 +131,10 @@ def test_runs_merge_without_their_stores(tmp_path: Path) -> None:
     assert merged["tiers"] is None
     for tier, totals in merged["kv_fetch"].items():
         assert totals == {name: sum(part["kv_fetch"][tier][name] for part in parts) for name in totals}
-    for other, said in ((None, "tiers none"), (setup(hbm_blocks=4), "tiers blocks, 4 blocks in HBM")):
+    for other, said in (
+        (None, "tiers none"),
+        (setup(hbm_blocks=4), "tiers blocks of 4 tokens, 4 blocks in HBM"),
+    ):
         alone = write_golden(tmp_path / said[:11], tiers=other)
         with pytest.raises(UserError, match=said):
             summarize_runs([folders[0], alone])

@@ -54,7 +54,8 @@ class OffloadedTiers:
         fetches = reads.fetches
         if fetches is None:
             raise ValueError("the run's latents lie in tiers, and the capture does not say which served it")
-        served_by = self._checked(in_token_order(reads.positions, fetches.served_by))
+        served_by = in_token_order(reads.positions, fetches.served_by)
+        self._check(served_by)
         furthest = np.maximum.reduceat(served_by, _block_starts(reads))  # (T,)
         chain = _Chain(reads.token_ptr[1:] - reads.token_ptr[:-1], reads.num_blocks)
         accounts: dict[str, FetchAccount] = {}
@@ -80,13 +81,13 @@ class OffloadedTiers:
             )
         return accounts
 
-    def _checked(self, served_by: np.ndarray) -> np.ndarray:
-        """(N,); a broken capture must not become a record."""
-        for tier in np.flatnonzero(np.bincount(served_by.view(np.uint8))).astype(np.int8).tolist():
-            if not 0 <= tier < len(TIER_NAMES) or TIER_NAMES[tier] not in self._kinds:
-                known = ", ".join(self._kinds)
-                raise ValueError(f"a selected token was served by tier {tier}, and the run has {known}")
-        return served_by
+    def _check(self, served_by: np.ndarray) -> None:
+        """A broken capture must not become a record."""
+        for tier, name in enumerate((*TIER_NAMES, "none")):
+            if name not in self._kinds and (served_by == tier).any():
+                raise ValueError(
+                    f"a selected token was served by {name}, and the run has {', '.join(self._kinds)}"
+                )
 
     def _read_in_hbm(
         self,
@@ -131,19 +132,22 @@ class _Chain:
 
 
 def in_token_order(positions: np.ndarray, served_by: np.ndarray) -> np.ndarray:
-    """The tier of every selected token, (N,) int: records request-major, positions ascending.
+    """The tier of every selected token, (N,) int8: records request-major, positions ascending.
 
-    `positions (L, B, K)` and `served_by (L, B, K)` belong together, in any order.
+    `positions (L, B, K)` and `served_by (L, B, K)` belong together, in any order; 3 stands for
+    a token that no tier served.
     """
     if positions.shape != served_by.shape:
         raise ValueError(f"tiers of {served_by.shape} selected tokens, and positions of {positions.shape}")
-    keys = positions.swapaxes(0, 1).astype(np.int64).reshape(-1, positions.shape[2])  # (R, K)
-    keys <<= 8
-    tiers = np.asarray(served_by, dtype=np.int8).swapaxes(0, 1).reshape(keys.shape)
-    keys |= tiers.view(np.uint8)  # -1 is 255 until it is read back
-    keys.sort(axis=1)
-    # Padding sorts first and goes; the low byte of what is left is the tier.
-    return keys[keys >= 0].astype(np.int8)
+    if served_by.min(initial=0) < -1 or served_by.max(initial=0) >= len(TIER_NAMES):
+        raise ValueError(f"served by tier {served_by.min()} to {served_by.max()}; tiers are 0, 1 and 2")
+    # Position and tier in one number, to be sorted as one; half as wide for any context there is.
+    dtype: type[np.signedinteger] = np.int32 if positions.max(initial=0) < 2**29 else np.int64
+    keys = positions.swapaxes(0, 1).astype(dtype).reshape(-1, positions.shape[2])  # (R, K)
+    keys <<= 2
+    keys |= (served_by & 3).swapaxes(0, 1).reshape(keys.shape)
+    keys.sort(axis=1)  # padding is below 0 and comes first
+    return (keys[keys >= 0] & 3).astype(np.int8)
 
 
 def hit_runs(ids: np.ndarray, pointers: np.ndarray, hit: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..trace.reader import RunReader
 from .places import NUM_SINKS, RECENT, places
+from .tier_tables import tier_tables
 from .workload_tables import MAX_ROWS, new_table, workload_tables
 
 Summary = Mapping[str, Any]
@@ -51,6 +52,7 @@ def run_tables(run: RunReader) -> Iterator[RenderableType]:
         if run.manifest["trace"]["level"] == "full":
             yield from _places(run)
     yield _prefix(summary)
+    yield from tier_tables(run.manifest, summary)
     yield _bytes(summary)
     yield _costs(run, summary)
 
@@ -122,12 +124,14 @@ def _prefix(summary: Summary) -> RenderableType:
 def _bytes(summary: Summary) -> Table:
     table = new_table("Bytes read, whole run", "", "MB", "share")
     total = summary["bytes_read"]["with_indexer_scan"]
-    hbm = summary["kv_fetch"]["hbm"]
+    fetched = summary["kv_fetch"].values()
+    in_tiers = "hit_tokens" in summary["kv_fetch"]["hbm"]
+    whole = "latents read, all tiers" if in_tiers else "latents of the touched blocks"
     rows = (
-        ("latents of the selected tokens alone", hbm["bytes_useful"]),
-        ("latents of the touched blocks", summary["bytes_read"]["without_indexer_scan"]),
+        ("latents of the selected tokens alone", sum(one["bytes_useful"] for one in fetched)),
+        (whole, summary["bytes_read"]["without_indexer_scan"]),
         ("indexer keys (it scans every token)", summary["bytes_read"]["indexer_scan"]),
-        ("touched blocks and scan together", total),
+        ("latents and scan together" if in_tiers else "touched blocks and scan together", total),
     )
     for name, num_bytes in rows:
         table.add_row(name, f"{num_bytes / 1e6:,.2f}", f"{num_bytes / total:.1%}" if total else "")

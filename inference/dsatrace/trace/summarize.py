@@ -213,7 +213,8 @@ def _tiers(run: RunReader) -> str:
     if tiers is None:
         return "none"
     pools = [f"{name} {tiers[name]['store']}" for name in ("local_pool", "remote_pool") if tiers[name]]
-    return ", ".join([f"{tiers['granularity']}s, {tiers['hbm']['blocks']} blocks in HBM", *pools])
+    hbm = f"{tiers['hbm']['blocks']} blocks in HBM ({tiers['policy']}, prefetch {tiers['prefetch']})"
+    return ", ".join([f"{tiers['granularity']}s of {tiers['unit_tokens']} tokens", hbm, *pools])
 
 
 def _serving(run: RunReader) -> str:

@@ -59,9 +59,9 @@ class Tracer:
 
     As a context manager it ends the run `complete`, or `incomplete` when an exception
     leaves the block. `sinks` and `secret` have defaults: the files of the run's folder, the
-    user's own secret. Where `run` has tiers, every capture says which of them served it.
-    A `resumed` run goes on in its own
-    folder, less what of it is not done; `UserError` where this run is not the same one.
+    user's own secret. Where `run` has tiers, every capture says which of them served it. A
+    `resumed` run goes on in its own folder, less what of it is not done; `UserError` where
+    this run is not the same one.
     """
 
     def __init__(

@@ -45,6 +45,8 @@ def check_record(record: Record, rules: Rules, needles: Mapping[str, Sequence[in
     for name in ("layer_id", "forward_idx", "step_wall_us"):
         require(record[name] >= 0, name, record[name], "below 0")
     require(record["step_idx"] >= -1, "step_idx", record["step_idx"], "below -1")
+    if rules.tiers is None and (stray := offloaded_field(record)):
+        raise Mismatch(stray, "stands there, and the manifest has no tiers")
     batch_size = record["kv_fetch"]["hbm"]["batch_size"]
     require(batch_size >= 1, "kv_fetch.hbm.batch_size", batch_size, "below 1")
     seq_len = record["seq_len_current"]
@@ -64,8 +66,6 @@ def check_record(record: Record, rules: Rules, needles: Mapping[str, Sequence[in
         compare(record, _derived(record, positions, rules))
     if rules.tiers is not None:
         check_fetches(record, _selected(record, positions, rules), rules.tiers)
-    elif stray := offloaded_field(record):
-        raise Mismatch(stray, "stands there, and the manifest has no tiers")
 
 
 @functools.cache
