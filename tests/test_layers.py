@@ -29,8 +29,10 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
 MODEL_SIDE = "serves a model; the loop, the scheduler and the simulator need no torch"
 EXCEPTIONS = {
     ("engine/distributed.py", "torch"): MODEL_SIDE,
+    ("engine/layer_units.py", "torch"): MODEL_SIDE,
     ("engine/model_runner.py", "torch"): MODEL_SIDE,
     ("engine/offload.py", "torch"): MODEL_SIDE,
+    ("engine/offload_index.py", "torch"): MODEL_SIDE,
     ("engine/sampler.py", "torch"): MODEL_SIDE,
     ("engine/setup.py", "torch"): MODEL_SIDE,
     ("engine/unit_buffer.py", "torch"): MODEL_SIDE,

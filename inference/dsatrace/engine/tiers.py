@@ -12,7 +12,6 @@ import dataclasses
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from ..errors import UserError
 from ..kv.fetches import LOCAL, NUM_TIERS, REMOTE, StepFetches
@@ -161,9 +160,11 @@ def _counted(stats: StoreStats) -> dict[str, Any]:
 
 
 def _is_file(spec: str) -> bool:
-    return spec.split("+")[-1].startswith(("mmap:", "file:", "nixl:"))
+    return spec.rsplit("+", maxsplit=1)[-1].startswith(("mmap:", "file:", "nixl:"))
 
 
 def _pinned(units: int, unit_bytes: int) -> np.ndarray:
+    import torch
+
     memory: np.ndarray = torch.empty((units, unit_bytes), dtype=torch.uint8, pin_memory=True).numpy()
     return memory
