@@ -212,8 +212,13 @@ def test_the_same_tokens_whatever_is_asked_of_the_tiers(
     assert served.answers == expected.answers
     assert served.selections == expected.selections
     served.check_books()
-    guessed = served.summary["tiers"]["prefetch"]
-    assert (guessed is None) == ("prefetch" not in changes)
+    tiers = served.summary["tiers"]
+    assert (tiers["prefetch"] is None) == ("prefetch" not in changes)
+    assert (tiers["index_keys"] is None) == ("offload_index_keys" not in changes)
+    if tiers["index_keys"]:
+        keys = tiers["index_keys"]["local_pool"]
+        assert keys["bytes_read"] > served.summary["bytes_read"]["indexer_scan"] > 0, "all of every context"
+        assert keys["bytes_written"] > 0 and keys["errors"] == 0
 
 
 def test_prefix_caching_over_tiers(bench: Bench, expected: Served) -> None:

@@ -153,6 +153,7 @@ def test_what_is_said_of_the_stores_adds_up(tmp_path: Path) -> None:
         (("local_pool", "latency_kind"), "modelled", "tiers.local_pool.latency_kind"),
         (("local_pool", "timeouts"), 10**6, "more than errors"),
         (("local_pool", "bytes_moved"), 0, "bytes_moved"),
+        (("index_keys",), {"local_pool": None, "remote_pool": None}, "tiers.index_keys"),
         (("prefetch", "precision"), 1.5, "tiers.prefetch.precision"),
         (("prefetch", "used_units"), 10, "of 9 units"),
     ],

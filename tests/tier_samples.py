@@ -138,10 +138,26 @@ class SimulatedTiers:
             "local_pool": pools.get("local_pool"),
             "remote_pool": pools.get("remote_pool"),
             "prefetch": {"units": 9, "used_units": 6, "missed_units": 3, "recall": 2 / 3, "precision": 2 / 3},
+            "index_keys": self._index_keys(),
             "lost_units": 2,
             "num_recomputes": 1,
             "failed_requests": 0,
         }
+
+    def _index_keys(self) -> dict[str, Any] | None:
+        if self.setup.index_keys == "hbm":
+            return None
+        names = (
+            "bytes_read",
+            "bytes_written",
+            "read_batches",
+            "read_us",
+            "write_batches",
+            "write_us",
+            "errors",
+        )
+        counted = {name: float(i) if name.endswith("us") else i for i, name in enumerate(names)}
+        return {name: counted if i in self._pools else None for i, name in enumerate(TIER_NAMES) if i}
 
     def _described(self, pool: int) -> dict[str, Any]:
         counted, unit_bytes = self._counted[pool], self.setup.unit_bytes

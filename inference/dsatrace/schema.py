@@ -533,6 +533,16 @@ _POOL_TOTALS = (
     Field("latency_kind", "string", "", "measured or modelled"),
 )
 
+_INDEX_TOTALS = (
+    Field("bytes_read", "int", "bytes", "keys and scales given back"),
+    Field("bytes_written", "int", "bytes", "keys and scales taken"),
+    Field("read_batches", "int", "", "fetches: one a layer and forward"),
+    Field("read_us", "float", "us", "they took"),
+    Field("write_batches", "int", "", "puts: one a layer and forward"),
+    Field("write_us", "float", "us", "they took"),
+    Field("errors", "int", "", "batches that failed and units that came back corrupt"),
+)
+
 _TIER_TOTALS = (
     Field("since_forward", "int", "", "`forward_idx` counted from: where the run began or was last resumed"),
     Field("local_pool", "object | null", "", "null: there is none", children=_POOL_TOTALS),
@@ -544,10 +554,20 @@ _TIER_TOTALS = (
         "null where nothing is fetched ahead",
         children=(
             Field("units", "int", "units", "fetched ahead"),
-            Field("used_units", "int", "units", "of those, selected before they were given up"),
-            Field("missed_units", "int", "units", "selected, and not fetched ahead"),
-            Field("recall", "float | null", "", "share of the units wanted that had been fetched ahead"),
+            Field("used_units", "int", "units", "of those, what the layer then selected"),
+            Field("missed_units", "int", "units", "selected, and not in HBM in time"),
+            Field("recall", "float | null", "", "used_units / (used_units + missed_units)"),
             Field("precision", "float | null", "", "used_units / units"),
+        ),
+    ),
+    Field(
+        "index_keys",
+        "object | null",
+        "",
+        "the indexer's keys, which have stores of their own; null where HBM holds them all",
+        children=(
+            Field("local_pool", "object | null", "", "null: there is none", children=_INDEX_TOTALS),
+            Field("remote_pool", "object | null", "", "null: there is none", children=_INDEX_TOTALS),
         ),
     ),
     Field("lost_units", "int", "units", "that no tier gave back"),

@@ -131,6 +131,7 @@ class TierTotals:
             "since_forward": self.since_forward,
             **pools,
             "prefetch": self.cache.prefetcher.to_json(),
+            "index_keys": self.cache.index and _index_keys(self.cache.index.tiers),
             "lost_units": self.lost_units,
             "num_recomputes": num_recomputes,
             "failed_requests": failed_requests,
@@ -150,6 +151,24 @@ class TierTotals:
                 ("bytes_read", "bytes_written"), recorded, moved, in_store, strict=True
             )
         } | _counted(stats)
+
+
+def _index_keys(tiers: TierStack) -> dict[str, Any]:
+    def pool(stats: StoreStats | None) -> dict[str, Any] | None:
+        if stats is None:
+            return None
+        return {
+            "bytes_read": stats.hit_units * tiers.unit_bytes,
+            "bytes_written": stats.stored_units * tiers.unit_bytes,
+            **{
+                name: getattr(stats, name)
+                for name in ("read_batches", "read_us", "write_batches", "write_us")
+            },
+            "errors": stats.errors + stats.corrupt_units,
+        }
+
+    stats = tiers.stats()
+    return {TIER_NAMES[tier]: pool(stats[tier]) for tier in (LOCAL, REMOTE)}
 
 
 def _counted(stats: StoreStats) -> dict[str, Any]:

@@ -75,12 +75,16 @@ def _stores(said: Record) -> Table:
         ("requests computed again", "num_recomputes"),
         ("requests failed", "failed_requests"),
     )
-    lost = [f"{name}: {said[key]}" for name, key in counted if said[key]]
+    notes = [f"{name}: {said[key]}" for name, key in counted if said[key]]
     prefetch = said["prefetch"]
     if prefetch is not None and prefetch["precision"] is not None:
-        lost.append(f"prefetch: {prefetch['units']} units, {prefetch['precision']:.1%} of them used")
-    if lost:
-        table.caption, table.caption_justify = ", ".join(lost), "left"
+        notes.append(f"prefetch: {prefetch['units']} units, {prefetch['precision']:.1%} of them used")
+    for name, index in (said["index_keys"] or {}).items():
+        if index is not None:
+            read, written = _mb(index["bytes_read"]), _mb(index["bytes_written"])
+            notes.append(f"indexer keys: {read} from the {_NAMES[name]}, {written} to it")
+    if notes:
+        table.caption, table.caption_justify = ", ".join(notes), "left"
     return table
 
 

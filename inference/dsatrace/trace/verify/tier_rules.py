@@ -29,6 +29,7 @@ class TierRules:
     by_row: bool  # what moves is a token, else a block of the cache
     unit_tokens: int
     unit_bytes: int
+    offloads_index: bool  # the indexer's keys lie in the pools, too
     kinds: Mapping[str, str]  # of the tiers that the run has, nearest first: how their times were had
 
     @classmethod
@@ -55,4 +56,4 @@ class TierRules:
                 is_kind = kinds[name] in ("measured", "modelled")
                 require(is_kind, f"tiers.{name}.latency_kind", kinds[name], "not measured or modelled")
         require(len(kinds) > 1, "tiers.local_pool", None, "and no remote_pool either")
-        return cls(by_row, unit_tokens, tiers["unit_bytes"], kinds)
+        return cls(by_row, unit_tokens, tiers["unit_bytes"], tiers["index_keys"] == "offloaded", kinds)

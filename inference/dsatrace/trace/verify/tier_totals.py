@@ -20,6 +20,7 @@ from dsatrace.trace.verify.rules import Rules
 Record = Mapping[str, Any]
 _BYTES = ("bytes_read", "bytes_written")
 _POOLS = TIER_NAMES[1:]
+_AS_MANIFEST = "as the manifest says what there is"
 _FIELDS = {field.name: field for field in next(f for f in SUMMARY_FIELDS if f.name == "tiers").children}
 
 
@@ -52,12 +53,15 @@ def check_tier_totals(said: Record | None, rules: Rules, records: TierTotals, wh
     if whole and said["since_forward"] != last_part:
         raise differs("tiers.since_forward", said["since_forward"], last_part)
     for name, field in _FIELDS.items():
-        if said[name] is not None:
-            _check_counts(said[name], field, f"tiers.{name}")
+        _check_counts(said[name], field, f"tiers.{name}")
+    index_keys = said["index_keys"]
+    require(
+        (index_keys is not None) == rules.tiers.offloads_index, "tiers.index_keys", index_keys, _AS_MANIFEST
+    )
     _check_prefetch(said["prefetch"])
     for name in _POOLS:
         pool, is_there = said[name], name in rules.tiers.kinds
-        require((pool is not None) == is_there, f"tiers.{name}", pool, "as the manifest says what there is")
+        require((pool is not None) == is_there, f"tiers.{name}", pool, _AS_MANIFEST)
         if pool is not None:
             _check_pool(pool, f"tiers.{name}", rules.tiers.unit_bytes)
             compare(pool["latency_kind"], rules.tiers.kinds[name], f"tiers.{name}.latency_kind")
@@ -69,7 +73,7 @@ def check_tier_totals(said: Record | None, rules: Rules, records: TierTotals, wh
 
 def _check_counts(value: Any, field: Field, path: str) -> None:
     """Nothing that is counted or timed is below 0."""
-    for inner in field.children:
+    for inner in field.children if value is not None else ():
         _check_counts(value[inner.name], inner, f"{path}.{inner.name}")
     if isinstance(value, (int, float)):
         require(value >= 0, path, value, "below 0")
