@@ -30,6 +30,11 @@ class Missing(RuntimeError):
     """A server's program is not installed; the message says what to install."""
 
 
+def _state(task: Path) -> str:
+    """A thread's state, a letter; see proc(5)."""
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
+
+
 class Server:
     """A child process that listens on `port` of 127.0.0.1."""
 
@@ -55,8 +60,12 @@ class Server:
         raise RuntimeError(f"{self._arguments[0]} did not come up on port {self.port}: {tail}")
 
     def pause(self) -> None:
-        """Stops it in its tracks: connections stay open, nothing is answered."""
+        """Stops it in its tracks: connections stay open, nothing is answered. Returns when all threads stand."""
         self._process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self._process.pid}/task")
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and any(_state(task) not in "TtZX" for task in tasks.iterdir()):
+            time.sleep(0.002)
 
     def resume(self) -> None:
         self._process.send_signal(signal.SIGCONT)
