@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -372,6 +373,32 @@ def test_a_local_pool_survives_the_death_of_the_remote_one(bench: Bench, expecte
         )
     assert served.answers == expected.answers
     served.check_books()
+
+
+def test_a_server_that_drops_units_on_its_own(bench: Bench, expected: Served) -> None:
+    """Too small, and told to evict: whoever misses a unit is computed again, or fails in the end."""
+    with valkey("--maxmemory", "2100kb", "--maxmemory-policy", "allkeys-lru") as server:
+        served = bench.serve(offload_of("row", remote=server.tcp))
+    assert served.summary["tiers"]["lost_units"] > 0
+    for one, answer in zip(served.live, expected.answers, strict=True):
+        assert one.answer == answer[: len(one.answer)]
+        assert one.state == "failed" or one.answer == answer
+    served.check_books()
+
+
+def test_mooncake_evicts_units_under_a_lease(bench: Bench, expected: Served) -> None:
+    """By force, from another client: the leases of those just read do not keep them."""
+    with mooncake(lease_ms=60_000) as master:
+
+        def remove() -> None:
+            stranger = importlib.import_module("mooncake.store").MooncakeDistributedStore()
+            address = master.spec.removeprefix("mooncake://").partition("?")[0]
+            assert stranger.setup("127.0.0.1", "P2PHANDSHAKE", 0, 1 << 24, "tcp", "", address) == 0
+            stranger.remove_all(True)
+            stranger.close()
+
+        served = bench.serve(offload_of("row", remote=master.spec), on_step=at(FAULT_STEP, remove))
+    check_recovered(served, expected)
 
 
 def test_mooncake_whose_master_dies(bench: Bench, expected: Served) -> None:

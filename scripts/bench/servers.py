@@ -60,7 +60,7 @@ class Server:
         raise RuntimeError(f"{self._arguments[0]} did not come up on port {self.port}: {tail}")
 
     def pause(self) -> None:
-        """Stops it in its tracks: connections stay open, nothing is answered. Returns when all threads stand."""
+        """Stops it in its tracks: connections stay open, nothing is answered. All threads have stopped."""
         self._process.send_signal(signal.SIGSTOP)
         tasks = Path(f"/proc/{self._process.pid}/task")
         deadline = time.monotonic() + START_S
