@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
 from dsatrace.kv.residency import TIER_POLICIES
-from dsatrace.kv.stores.interface import Store, StoreError, unit_keys
+from dsatrace.kv.stores.interface import Store, unit_keys
 from dsatrace.kv.stores.memory import MemoryStore
 from dsatrace.kv.stores.stack import LOCAL, LOST, REMOTE, TierStack
 from dsatrace.schema import TIER_NAMES
+from flaky_store import FlakyStore
 from stores import opener_of, valkey, valkey_server
 
 __all__ = ["valkey_server"]
@@ -34,50 +35,6 @@ def histories(max_size: int = 40) -> st.SearchStrategy[list[Action]]:
 
 def stack_of(local: Store | None, remote: Store | None, policy: str = "lru") -> TierStack:
     return TierStack(local, remote, num_layers=NUM_LAYERS, units_per_layer=UNITS_PER_LAYER, policy=policy)
-
-
-class Flaky(MemoryStore):
-    """Does at random whatever the contract lets a store do to its user."""
-
-    def __init__(self, capacity_units: int | None, rng: random.Random, rate: float) -> None:
-        super().__init__(U, capacity_units)
-        self.rng = rng
-        self.rate = rate
-        self.num_errors = 0
-
-    def happens(self) -> bool:
-        return self.rng.random() < self.rate
-
-    def fail(self) -> None:
-        self.num_errors += 1
-        raise StoreError("timeout", f"failure {self.num_errors}")
-
-    def lose(self, keys: np.ndarray) -> None:
-        for key in keys.tolist():
-            self._open_units().pop(key, None)
-
-    def put(self, keys: np.ndarray, data: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        if self.happens():
-            self.lose(keys)
-            self.fail()
-        stored = super().put(keys, data, rows) & np.array([not self.happens() for _ in keys], dtype=bool)
-        self.lose(keys[~stored])
-        return stored
-
-    def fetch(self, keys: np.ndarray, out: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        self.lose(np.array([key for key in keys if self.happens()]))
-        hits = super().fetch(keys, out, rows)
-        rows = np.arange(len(keys)) if rows is None else rows
-        if self.happens():
-            out[rows] = 255
-            self.fail()
-        out[rows[~hits]] = 254
-        return hits
-
-    def evict(self, keys: np.ndarray) -> np.ndarray:
-        if self.happens():
-            self.fail()
-        return super().evict(keys)
 
 
 class Checked:
@@ -178,7 +135,7 @@ def holds_current(store: Store | None, key: int, unit: bytes) -> bool:
 def test_whatever_the_stores_do_no_byte_is_wrong(capacities, policy, history, seed, rates) -> None:
     rng = random.Random(seed)
     local, remote = (
-        Flaky(capacity, rng, rate) if capacity != 0 else None
+        FlakyStore(U, capacity, rng, rate) if capacity != 0 else None
         for capacity, rate in zip(capacities, rates, strict=True)
     )
     stack = stack_of(local, remote, policy)
@@ -297,7 +254,7 @@ def test_it_is_a_write_back_cache_and_its_counts_add_up(capacity: int, history: 
 
 def test_a_victim_that_cannot_be_written_back_stays() -> None:
     rng = random.Random(0)
-    local, remote = Flaky(2, rng, 0.0), Flaky(None, rng, 0.0)
+    local, remote = FlakyStore(U, 2, rng, 0.0), FlakyStore(U, None, rng, 0.0)
     checked = Checked(stack_of(local, remote))
     assert checked.put(0, [0, 1]).all()
     remote.rate = 1.0
