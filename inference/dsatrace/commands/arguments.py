@@ -90,7 +90,8 @@ def _add_offload_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-tier-error",
         choices=ON_TIER_ERROR,
         default=default["on_tier_error"],
-        help="requests whose KV a tier has lost: compute it again, or let them fail (%(default)s)",
+        help="requests whose KV a tier has lost: compute it again, or let them fail; "
+        "a run of several ranks ends instead (%(default)s)",
     )
     add(
         "--tier-timeout-s",
@@ -110,10 +111,24 @@ def _offload_from_args(args: argparse.Namespace) -> OffloadSetup | None:
     fields = dataclasses.fields(OffloadSetup)
     if args.hbm_blocks is not None:
         return OffloadSetup(**{field.name: getattr(args, field.name) for field in fields})
-    for field in fields[1:]:
-        if getattr(args, field.name) != field.default:
-            raise UserError(f"--{field.name.replace('_', '-')} does nothing without --hbm-blocks; add it")
+    for flag in _given_offload_flags(args):
+        raise UserError(f"{flag} does nothing without --hbm-blocks; add it")
     return None
+
+
+def refuse_tiers(args: argparse.Namespace) -> None:
+    """For a run without a model, where nothing lies in a tier."""
+    for flag in _given_offload_flags(args):
+        raise UserError(f"{flag} does nothing with --runner simulator, which moves no KV; leave it out")
+
+
+def _given_offload_flags(args: argparse.Namespace) -> list[str]:
+    """Those whose value is not the default one."""
+    defaults = {field.name: field.default for field in dataclasses.fields(OffloadSetup)}
+    defaults["hbm_blocks"] = None
+    return [
+        f"--{name.replace('_', '-')}" for name, default in defaults.items() if getattr(args, name) != default
+    ]
 
 
 def check_temperature(temperature: float) -> None:

@@ -4,6 +4,7 @@ tiers = open_tiers(offload, unit_bytes, num_layers=61, num_blocks=512, units_per
 totals = TierTotals(cache, since_forward=0)
 totals.record(fetches)                        # what went into a capture
 totals.to_json(num_recomputes=0, failed_requests=0)
+totals.to_text()                              # "tiers: 93.1 % of the selected blocks were in HBM; ..."
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ _TOLD = (
 )
 """Of a store's stats, in the summary."""
 
+_IN_FILES = ("mmap:", "file:", "nixl:")
+"""Stores that take a file each."""
+
 
 def open_tiers(
     offload: OffloadSetup,
@@ -57,15 +61,23 @@ def open_tiers(
             f"--local-blocks {local_blocks}: the cache has {num_blocks} blocks, and behind the local pool "
             f"there is none; use --local-blocks {num_blocks}, or add --remote"
         )
-    units = local_blocks * units_per_block * num_layers
+    units_in_local, units_in_all = (
+        blocks * units_per_block * num_layers for blocks in (local_blocks, num_blocks)
+    )
     opened: list[Store] = []
     try:
-        for spec, capacity in ((local, units), (remote, None)):
+        for spec, units, is_limited in ((local, units_in_local, True), (remote, units_in_all, False)):
             if spec is not None:
-                memory = _pinned(units, unit_bytes) if pin_memory and spec == "ram" else None
-                name = spec + suffix if spec.startswith(("mmap:", "file:")) else spec
-                timeout_s = offload.tier_timeout_s
-                opened.append(open_store(name, unit_bytes, capacity, timeout_s=timeout_s, memory=memory))
+                inner = spec.partition("+")[2] if spec.startswith("sim:") else spec
+                in_file = inner.startswith(_IN_FILES)
+                store = open_store(
+                    spec + suffix if in_file else spec,
+                    unit_bytes,
+                    units if is_limited or in_file or inner == "ram" else None,
+                    timeout_s=offload.tier_timeout_s,
+                    memory=_pinned(units, unit_bytes) if pin_memory and spec == "ram" else None,
+                )
+                opened.append(store)
         return TierStack(
             opened[0] if local is not None else None,
             opened[-1] if remote is not None else None,
@@ -138,6 +150,21 @@ class TierTotals:
             "failed_requests": failed_requests,
         }
 
+    def to_text(self) -> str:
+        """What they did, in a line; shares are of distinct units, prefill included."""
+        total = self.cache.total
+        unit = "block" if self.cache.unit_tokens > 1 else "token"
+        parts = []
+        if total.requested_units:
+            share = 100 * total.hit_units / total.requested_units
+            parts.append(f"{share:.1f} % of the selected {unit}s were in HBM")
+        for name, stats in zip(TIER_NAMES, self.cache.tiers.stats(), strict=True):
+            if stats is not None:
+                parts.append(f"{name.replace('_', ' ')} {_moved(stats)}")
+        if self.lost_units:
+            parts.append(f"{self.lost_units} {unit}s of a layer lost")
+        return f"tiers: {'; '.join(parts)}"
+
     def _pool(self, tier: int) -> dict[str, Any] | None:
         tiers, unit_bytes = self.cache.tiers, self.cache.unit_bytes
         stats = tiers.stats()[tier]
@@ -159,6 +186,18 @@ def _counted(stats: StoreStats) -> dict[str, Any]:
         "bytes_moved": stats.bytes_read + stats.bytes_written,
         "latency_kind": stats.latency_kind,
     }
+
+
+def _moved(stats: StoreStats) -> str:
+    seconds = (stats.read_us + stats.write_us) / 1e6
+    line = f"{_size(stats.bytes_read)} read, {_size(stats.bytes_written)} written in {seconds:.2g} s"
+    line += " (modelled)" if stats.latency_kind == "modelled" else ""
+    return line + (f", {stats.errors} errors" if stats.errors else "")
+
+
+def _size(num_bytes: int) -> str:
+    scale = 30 if num_bytes >= 1 << 30 else 20
+    return f"{num_bytes / (1 << scale):.1f} {'GiB' if scale == 30 else 'MiB'}"
 
 
 def _pinned(units: int, unit_bytes: int) -> np.ndarray:
