@@ -61,7 +61,13 @@ def _add_offload_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tiers", "KV latents outside HBM; all of them need --hbm-blocks")
     add = group.add_argument
     add("--hbm-blocks", type=int, help="physical blocks a layer that HBM holds (all of --cache-blocks)")
-    add("--local", metavar="STORE", help="local pool: ram, mmap:PATH or file:PATH (ram, without --remote)")
+    add(
+        "--local",
+        "--local-pool",
+        metavar="STORE",
+        help="local pool: ram, mmap:PATH or file:PATH (ram, without --remote); under torchrun write "
+        "--local-pool, since it takes --local for a flag of its own",
+    )
     add("--local-blocks", type=int, help="physical blocks that the local pool holds (all)")
     add(
         "--remote",
