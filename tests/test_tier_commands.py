@@ -100,7 +100,7 @@ def test_the_same_answers_and_a_line_of_what_tiers_did(
         line for line in whole.splitlines() if line.startswith("[r")
     ]
     (told,) = [line for line in said.splitlines() if line.startswith("tiers:")]
-    assert re.match(SHARE + r"local pool \d+\.\d MiB read, \d+\.\d MiB written in [\d.e-]+ s$", told)
+    assert re.match(SHARE + r"local pool \d+\.\d [KM]iB read, \d+\.\d [KM]iB written in [\d.e-]+ s$", told)
     assert selections(tmp_path / "tiers") == selections(tmp_path / "whole")
     assert ends(tmp_path / "tiers") == ends(tmp_path / "whole")
     assert verify(tmp_path / "tiers").state == "complete"
@@ -129,7 +129,9 @@ def test_a_failed_prompt_says_why_where_its_answer_would_stand(
     out, err = capsys.readouterr()
     answers = dict(re.findall(r"^\[(r\d)\] (.*)$", out, flags=re.MULTILINE))
     assert answers.keys() == {"r0", "r1"}
-    assert re.match(r"error: request r0: a tier lost its KV: .*do not take what leaves HBM", answers["r0"])
+    assert re.match(
+        r"error: request r0: a tier lost its KV: .*do not take what leaves HBM: they are full", answers["r0"]
+    )
     num_failed = sum(answer.startswith("error: ") for answer in answers.values())
     assert f"error: {num_failed} of 2 prompts failed" in err
     assert "lost" in next(line for line in out.splitlines() if line.startswith("tiers:"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -50,6 +53,22 @@ def start(*flags: object) -> subprocess.Popen[str]:
     )
 
 
+@contextlib.contextmanager
+def under_way(folder: Path, *flags: object) -> Iterator[subprocess.Popen[str]]:
+    """A run of many tokens, of which a few are recorded."""
+    process = start(*flags, "--max-new-tokens", 3000, "--max-seq-len", 4096, "--trace-out", folder)
+    try:
+        steps, deadline = folder / "trace_steps.jsonl", time.monotonic() + 120
+        while not (steps.exists() and steps.read_bytes().count(b"\n") >= 8):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def answers(*flags: object) -> list[str]:
     process = start(*flags)
     out, err = process.communicate(timeout=120)
@@ -79,31 +98,39 @@ def test_kv_that_is_lost_ends_all_ranks(model: tuple[object, ...], lost: str, tm
     """The rank that lost it says so; the other does not wait for it forever."""
     redis = pytest.importorskip("redis", reason="redis-py plays the stranger at the server")
     folder = tmp_path / "run"
-    with valkey() as server, redis.Redis.from_url(server.tcp) as client:
-        flags = (*ROWS, "--remote", server.tcp, "--max-new-tokens", 3000, "--max-seq-len", 4096)
-        process = start(*model, *flags, "--trace-out", folder)
-        try:
-            steps, deadline = folder / "trace_steps.jsonl", time.monotonic() + 120
-            while not (steps.exists() and steps.read_bytes().count(b"\n") >= 8):
-                assert process.poll() is None, process.communicate()
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            if lost == "of both":
-                server.kill()
-            else:
-                one = client.randomkey()[:NAMESPACE_BYTES]
-                for key in client.keys("*"):
-                    if key[:NAMESPACE_BYTES] == one:
-                        client.delete(key)
-            _, err = process.communicate(timeout=90)
-        finally:
-            process.kill()
-            process.communicate()
+    with (
+        valkey() as server,
+        redis.Redis.from_url(server.tcp) as client,
+        under_way(folder, *model, *ROWS, "--remote", server.tcp) as process,
+    ):
+        if lost == "of both":
+            server.kill()
+        else:
+            one = client.randomkey()[:NAMESPACE_BYTES]
+            for key in client.keys("*"):
+                if key[:NAMESPACE_BYTES] == one:
+                    client.delete(key)
+        _, err = process.communicate(timeout=90)
     assert process.returncode != 0
     told = [line for line in err.splitlines() if line.startswith("error: rank ")]
     assert told, err
     for line in told:
         assert "several ranks cannot compute it again: mend the store, then start again" in line
+    assert RunReader(folder).state == "incomplete"
+    assert verify(folder).state == "incomplete"
+
+
+def test_sigterm_ends_all_ranks_and_leaves_no_key(model: tuple[object, ...], tmp_path: Path) -> None:
+    """As a batch system ends a job: torchrun hands it on to its ranks."""
+    redis = pytest.importorskip("redis", reason="redis-py counts the server's keys")
+    folder = tmp_path / "run"
+    with valkey() as server, redis.Redis.from_url(server.tcp) as client:
+        with under_way(folder, *model, *ROWS, "--remote", server.tcp) as process:
+            assert client.dbsize() > 0
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=90)
+        assert process.returncode != 0
+        assert client.dbsize() == 0, err
     assert RunReader(folder).state == "incomplete"
     assert verify(folder).state == "incomplete"
 

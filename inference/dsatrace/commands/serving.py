@@ -104,7 +104,8 @@ def answer_prompts(serving: Serving, prompts: Sequence[str], source: Path) -> in
         print(f"trace: {serving.trace.out}")
     num_failed = sum(request.state == "failed" for request in live)
     if num_failed and serving.is_rank_0:
-        print(f"error: {num_failed} of {len(live)} prompts failed, as said above", file=sys.stderr)
+        said = f"{num_failed} of {len(live)} prompts failed; each says why where its answer would stand"
+        print(f"error: {said}", file=sys.stderr)
     return 1 if num_failed else 0
 
 

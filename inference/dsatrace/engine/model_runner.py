@@ -89,7 +89,7 @@ class ModelRunner:
             if group.size > 1:
                 raise UserError(
                     f"rank {group.rank}: {blocks_lost.cause}; several ranks cannot compute it again: "
-                    "mend the store, then start again, or go on with --resume"
+                    "mend the store, then start again (with --resume, where the command has it)"
                 ) from lost
             raise blocks_lost from lost
         return [[token] for token in self.sampler(logits, step.sampled)]

@@ -162,7 +162,7 @@ class TierTotals:
             if stats is not None:
                 parts.append(f"{name.replace('_', ' ')} {_moved(stats)}")
         if self.lost_units:
-            parts.append(f"{self.lost_units} {unit}s of a layer lost")
+            parts.append(f"{self.lost_units} units lost")
         return f"tiers: {'; '.join(parts)}"
 
     def _pool(self, tier: int) -> dict[str, Any] | None:
@@ -196,8 +196,9 @@ def _moved(stats: StoreStats) -> str:
 
 
 def _size(num_bytes: int) -> str:
-    scale = 30 if num_bytes >= 1 << 30 else 20
-    return f"{num_bytes / (1 << scale):.1f} {'GiB' if scale == 30 else 'MiB'}"
+    """`1.2 MiB`; binary, as memory is counted."""
+    scale, unit = next(x for x in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if num_bytes >> x[0] or x[0] == 10)
+    return f"{num_bytes / (1 << scale):.1f} {unit}"
 
 
 def _pinned(units: int, unit_bytes: int) -> np.ndarray:
