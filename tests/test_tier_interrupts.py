@@ -17,6 +17,7 @@ import pytest
 
 from checkpoints import endless_letters
 from conftest import INFERENCE, ROOT
+from dsatrace.commands.generate import main as generate
 from dsatrace.commands.run_dataset import main
 from dsatrace.engine.engine import Engine
 from dsatrace.trace.reader import RunReader
@@ -140,6 +141,24 @@ def test_other_tiers_cannot_go_on(
 
 
 # ---- signals
+
+
+def test_ctrl_c_ends_generate_with_what_tiers_did(
+    model: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("The lighthouse keeper counted 41 ships. " * 10)
+    abort_after(monkeypatch, 6)
+    flags = (*model, "--input-file", prompts, "--max-new-tokens", 20, *ROWS, "--trace-out", folder)
+    assert generate([str(flag) for flag in flags]) == 130
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].startswith("tiers: ")
+    assert err.splitlines()[-1] == "interrupted"
+    assert RunReader(folder).state == "incomplete"
+    assert RunReader(folder).summary()["tiers"]["local_pool"]["stored_units"] > 0
 
 
 @contextlib.contextmanager

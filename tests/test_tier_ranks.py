@@ -18,6 +18,9 @@ import torch.distributed.run
 
 from conftest import INFERENCE, ROOT
 from dsatrace.commands import generate, run_burstgpt, run_dataset
+from dsatrace.engine.config import OffloadSetup
+from dsatrace.engine.tiers import open_tiers
+from dsatrace.kv.stores.memory import MemoryStore
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.verify.run import verify
@@ -91,6 +94,30 @@ def test_two_ranks_with_tiers_answer_and_select_the_same(model: tuple[object, ..
     assert records(tmp_path / "tiers") == records(tmp_path / "whole")
     assert verify(tmp_path / "tiers").state == "complete"
     assert not list(tmp_path.glob("units*"))
+
+
+@pytest.mark.parametrize(
+    ("local", "remote", "opened"),
+    [
+        ("mmap:/x/kv", None, ["mmap:/x/kv.rank1"]),
+        ("file:/x/kv", "sim:rdma-400g+mmap:/y/a+b", ["file:/x/kv.rank1", "sim:rdma-400g+mmap:/y/a+b.rank1"]),
+        ("ram", "redis://10.0.0.7", ["ram", "redis://10.0.0.7"]),
+    ],
+)
+def test_ranks_have_files_of_their_own(
+    local: str, remote: str | None, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs: list[str] = []
+
+    def open_memory(spec: str, unit_bytes: int, units: int | None, **unused: object) -> MemoryStore:
+        specs.append(spec)
+        return MemoryStore(unit_bytes, units)
+
+    monkeypatch.setattr("dsatrace.engine.tiers.open_store", open_memory)
+    offload = OffloadSetup(hbm_blocks=1, local=local, remote=remote)
+    shape = {"num_layers": 2, "num_blocks": 4, "units_per_block": 1}
+    open_tiers(offload, 64, **shape, suffix=".rank1").close()
+    assert specs == opened
 
 
 @pytest.mark.parametrize("lost", ["of one rank", "of both"])
