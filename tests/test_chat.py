@@ -1,9 +1,10 @@
-"""`generate.py --interactive` on a pseudo-terminal, as a person uses it."""
+"""`generate.py --interactive` on a pseudo-terminal, as a person uses it; with KV in tiers, too."""
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import pytest
 from checkpoints import endless_letters
 from conftest import INFERENCE
 from dsatrace.trace.reader import RunReader
+from dsatrace.trace.verify.run import verify
+from stores import valkey
 
 pexpect = pytest.importorskip("pexpect")
 
@@ -33,10 +36,10 @@ def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 class Terminal:
     """A chat under way; what it prints is read up to the next prompt."""
 
-    def __init__(self, checkpoint: Path, run: Path, max_new_tokens: int) -> None:
+    def __init__(self, checkpoint: Path, run: Path, max_new_tokens: int, *more: object) -> None:
         flags = ["--ckpt-path", checkpoint, "--config", "config_tiny.json", "--interactive"]
         flags += ["--max-new-tokens", max_new_tokens, "--temperature", 0, "--device", "cpu"]
-        flags += ["--trace-out", run]
+        flags += ["--trace-out", run, *more]
         self.child = pexpect.spawn(
             sys.executable,
             ["generate.py", *map(str, flags)],
@@ -161,3 +164,51 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(terminal: Terminal, run: Path
     assert steps == list(range(len(steps)))
     # The step under way when Ctrl-C came is finished: each token but the prompt's has its records.
     assert len(steps) == answered - 1
+
+
+ROWS = ("--cache-block-size", 16, "--max-seq-len", 2048, "--hbm-blocks", 9, "--granularity", "row")
+STORY = "The lighthouse keeper counted 41 ships. " * 5
+
+
+def test_a_store_that_dies_fails_an_answer_and_not_the_program(checkpoint: Path, run: Path) -> None:
+    with valkey() as server:
+        flags = (*ROWS, "--remote", server.tcp, "--on-tier-error", "fail")
+        terminal = Terminal(checkpoint, run, NEW_TOKENS, *flags)
+        try:
+            answer = terminal.say(STORY)
+            assert re.fullmatch(rf"[a-z ]{{{NEW_TOKENS}}}", answer)
+            server.kill()
+            failed = terminal.say(STORY)
+            assert re.search(r" \[failed\]\r\nerror: request r1: a tier lost its KV: .*; ask again$", failed)
+            server.start()
+            terminal.say("/clear")
+            assert terminal.say(STORY) == answer
+            terminal.child.sendline("/exit")
+            assert terminal.exit_code() == 0
+        finally:
+            terminal.child.close(force=True)
+    assert [turn["state"] for turn in RunReader(run).requests()] == ["length", "failed", "length"]
+    assert verify(run).state == "complete"
+
+
+@pytest.mark.parametrize("when", ["at the prompt", "in an answer"])
+def test_sigterm_ends_a_chat_and_takes_its_kv_along(checkpoint: Path, run: Path, when: str) -> None:
+    redis = pytest.importorskip("redis", reason="redis-py counts the server's keys")
+    with valkey() as server, redis.Redis.from_url(server.tcp) as client:
+        num_tokens = NEW_TOKENS if when == "at the prompt" else 20_000
+        terminal = Terminal(checkpoint, run, num_tokens, *ROWS, "--remote", server.tcp)
+        try:
+            terminal.child.sendline(STORY)
+            if when == "at the prompt":
+                terminal.expect_prompt()
+                time.sleep(SETTLED_S)
+            else:
+                terminal.child.expect(r"\n[a-z ]{20}")
+                assert client.dbsize() > 0
+            terminal.child.kill(signal.SIGTERM)
+            assert terminal.exit_code() == 0
+        finally:
+            terminal.child.close(force=True)
+        assert client.dbsize() == 0
+    assert RunReader(run).state == "complete"
+    assert RunReader(run).summary()["tiers"]["remote_pool"]["stored_units"] > 0

@@ -315,7 +315,7 @@ def test_a_lost_unit_is_never_read_as_something_else() -> None:
 def test_a_full_store_fails_the_write_back() -> None:
     model = model_of("fp32")
     cache = offloaded(model, 8, 4, capacity=3)
-    with pytest.raises(UnitsLost, match=r"the tiers do not take what leaves HBM \(\d units\)"):
+    with pytest.raises(UnitsLost, match=r"the tiers do not take what leaves HBM: they are full \(\d units\)"):
         prefill(model, cache, random_tokens(60, SMALL), 16)
 
 

@@ -61,7 +61,13 @@ def _add_offload_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tiers", "KV latents outside HBM; all of them need --hbm-blocks")
     add = group.add_argument
     add("--hbm-blocks", type=int, help="physical blocks a layer that HBM holds (all of --cache-blocks)")
-    add("--local", metavar="STORE", help="local pool: ram, mmap:PATH or file:PATH (ram, without --remote)")
+    add(
+        "--local",
+        "--local-pool",
+        metavar="STORE",
+        help="local pool: ram, mmap:PATH or file:PATH (ram, without --remote); under torchrun write "
+        "--local-pool, since it takes --local for a flag of its own",
+    )
     add("--local-blocks", type=int, help="physical blocks that the local pool holds (all)")
     add(
         "--remote",
@@ -90,7 +96,8 @@ def _add_offload_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-tier-error",
         choices=ON_TIER_ERROR,
         default=default["on_tier_error"],
-        help="requests whose KV a tier has lost: compute it again, or let them fail (%(default)s)",
+        help="requests whose KV a tier has lost: compute it again, or let them fail; "
+        "a run of several ranks ends instead (%(default)s)",
     )
     add(
         "--tier-timeout-s",
@@ -110,10 +117,24 @@ def _offload_from_args(args: argparse.Namespace) -> OffloadSetup | None:
     fields = dataclasses.fields(OffloadSetup)
     if args.hbm_blocks is not None:
         return OffloadSetup(**{field.name: getattr(args, field.name) for field in fields})
-    for field in fields[1:]:
-        if getattr(args, field.name) != field.default:
-            raise UserError(f"--{field.name.replace('_', '-')} does nothing without --hbm-blocks; add it")
+    for flag in _given_offload_flags(args):
+        raise UserError(f"{flag} does nothing without --hbm-blocks; add it")
     return None
+
+
+def refuse_tiers(args: argparse.Namespace) -> None:
+    """For a run without a model, where nothing lies in a tier."""
+    for flag in _given_offload_flags(args):
+        raise UserError(f"{flag} does nothing with --runner simulator, which moves no KV; leave it out")
+
+
+def _given_offload_flags(args: argparse.Namespace) -> list[str]:
+    """Those whose value is not the default one."""
+    defaults = {field.name: field.default for field in dataclasses.fields(OffloadSetup)}
+    defaults["hbm_blocks"] = None
+    return [
+        f"--{name.replace('_', '-')}" for name, default in defaults.items() if getattr(args, name) != default
+    ]
 
 
 def check_temperature(temperature: float) -> None:

@@ -1,5 +1,7 @@
 """The interactive mode: streamed answers, `/clear`, `/exit`, and Ctrl-C that ends one answer only.
 
+SIGTERM is an `/exit` behind the answer that it ends.
+
 Under tensor parallel rank 0 talks and sends each turn's tokens to the other ranks.
 """
 
@@ -11,31 +13,51 @@ import sys
 
 import torch
 
-from dsatrace.commands.interrupt import on_interrupt
+from dsatrace.commands.interrupt import on_interrupt, on_signal
 from dsatrace.commands.serving import Serving
 from dsatrace.engine.engine import Engine
+from dsatrace.engine.live import LiveRequest
 from dsatrace.workloads.encoding import Message
 from dsatrace.workloads.request import Request
+
+_ENDS = {"aborted": " [stopped]", "failed": " [failed]"}
+"""What stands behind an answer that is not whole, by its state."""
 
 
 def chat(serving: Serving) -> None:
     """Talks until `/exit` or the end of input."""
     with serving.open(None, "interactive", num_requests=1) as engine:
         if serving.is_rank_0:
-            with on_interrupt(engine.request_abort):
-                _talk(serving, engine)
+            leave = _Leave(engine)
+            with on_interrupt(engine.request_abort), on_signal(signal.SIGTERM, leave):
+                _talk(serving, engine, leave)
         else:
             with on_interrupt(lambda: None):  # rank 0 alone decides when an answer ends
                 _follow(serving, engine)
 
 
-def _talk(serving: Serving, engine: Engine) -> None:
+class _Leave:
+    """SIGTERM's action: ends the answer under way, or the wait for a line, and the conversation with it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.asked = False
+        self.at_prompt = False
+        self._engine = engine
+
+    def __call__(self) -> None:
+        self.asked = True
+        self._engine.request_abort()
+        if self.at_prompt:
+            raise EOFError
+
+
+def _talk(serving: Serving, engine: Engine, leave: _Leave) -> None:
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # no byte foreign to the terminal ends the conversation
     turns: list[Message] = []
     num_requests = 0
-    while (line := _read_line()) is not None and line != "/exit":
+    while (line := _read_line(leave)) is not None and line != "/exit":
         engine.abort_requested = False  # a Ctrl-C that came too late for the last answer
         if line == "/clear":
             turns.clear()
@@ -46,9 +68,12 @@ def _talk(serving: Serving, engine: Engine) -> None:
                 print(f"error: {len(ids)} tokens exceed the {limit}; /clear starts anew", file=sys.stderr)
                 continue
             _send(serving, ids)
-            answer = _answer(serving, engine, ids, num_requests)
-            turns += [Message("user", line), Message("assistant", answer)]
+            live = _answer(serving, engine, ids, num_requests)
             num_requests += 1
+            if live.state == "failed":
+                print(f"error: {live.error}; ask again", file=sys.stderr)
+            else:
+                turns += [Message("user", line), Message("assistant", serving.text(live))]
     _send(serving, [])
 
 
@@ -59,8 +84,8 @@ def _follow(serving: Serving, engine: Engine) -> None:
         num_requests += 1
 
 
-def _answer(serving: Serving, engine: Engine, ids: list[int], number: int) -> str:
-    """Streams one answer to rank 0's terminal and returns its text."""
+def _answer(serving: Serving, engine: Engine, ids: list[int], number: int) -> LiveRequest:
+    """Streams one answer to rank 0's terminal."""
     max_new_tokens = min(serving.max_new_tokens, engine.scheduler.max_tokens - len(ids) + 1)
     live = engine.submit(Request(f"r{number}", tuple(ids), max_new_tokens, serving.temperature))
     stream, eos = serving.tokenizer.stream(), serving.tokenizer.eos_id
@@ -68,15 +93,18 @@ def _answer(serving: Serving, engine: Engine, ids: list[int], number: int) -> st
         if serving.is_rank_0 and token != eos:
             print(stream.push(token), end="", flush=True)
     if serving.is_rank_0:
-        print(stream.flush() + (" [stopped]" if live.state == "aborted" else ""), flush=True)
-    return serving.text(live)
+        print(stream.flush() + _ENDS.get(live.state, ""), flush=True)
+    return live
 
 
-def _read_line() -> str | None:
+def _read_line(leave: _Leave) -> str | None:
     """The next line, or None at the end of input; Ctrl-C here only says how to leave."""
     handler = signal.getsignal(signal.SIGINT)
     while True:
         try:
+            leave.at_prompt = True
+            if leave.asked:
+                return None
             signal.signal(signal.SIGINT, signal.default_int_handler)
             return input(">>> ").strip()
         except EOFError:
@@ -84,6 +112,7 @@ def _read_line() -> str | None:
         except KeyboardInterrupt:
             print("\n/exit ends")
         finally:
+            leave.at_prompt = False
             signal.signal(signal.SIGINT, handler)
 
 

@@ -1,4 +1,6 @@
-"""Ctrl-C as a request, which the step under way may finish.
+"""Ctrl-C and SIGTERM as a request, which the step under way may finish.
+
+So a run ends with its files whole, and takes what it keeps in a store along.
 
 with on_interrupt(engine.request_abort): ...
 """
@@ -13,13 +15,23 @@ from types import FrameType
 
 @contextlib.contextmanager
 def on_interrupt(action: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C calls `action` instead of raising, inside the block; main thread only."""
+    """Ctrl-C calls `action` instead of raising, SIGTERM instead of killing, inside the block; main
+    thread only."""
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.enter_context(on_signal(number, action))
+        yield
+
+
+@contextlib.contextmanager
+def on_signal(number: signal.Signals, action: Callable[[], None]) -> Iterator[None]:
+    """The signal calls `action` inside the block; main thread only."""
 
     def handler(signum: int, frame: FrameType | None) -> None:
         action()
 
-    previous = signal.signal(signal.SIGINT, handler)
+    previous = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(number, previous)

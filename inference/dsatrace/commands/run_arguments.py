@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dsatrace.commands.arguments import add_engine_arguments, check_temperature
+from dsatrace.commands.arguments import add_engine_arguments, check_temperature, refuse_tiers
 from dsatrace.engine.ranks import from_rank_0
 from dsatrace.errors import UserError
 from dsatrace.trace.resumable import resumed_argv
@@ -58,6 +58,8 @@ def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpars
     check_limit("--limit", args.limit)
     if args.runner == "model" and args.ckpt_path is None:
         raise UserError("--ckpt-path is missing: name a converted checkpoint, or use --runner simulator")
+    if args.runner == "simulator":
+        refuse_tiers(args)
     return args, argv
 
 

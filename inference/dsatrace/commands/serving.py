@@ -76,7 +76,8 @@ class Serving:
 
 
 def answer_prompts(serving: Serving, prompts: Sequence[str], source: Path) -> int:
-    """Answers every prompt on its own and prints the answers in order; 130 when interrupted."""
+    """Answers every prompt on its own and prints the answers in order; 130 when interrupted, 1 when
+    a prompt has no answer because a tier lost its KV."""
     encoded = [serving.encode([Message("user", prompt)]) for prompt in prompts]
     longest = max(map(len, encoded)) + serving.max_new_tokens
     with serving.open(longest, f"file {source.name}", len(prompts)) as engine:
@@ -89,8 +90,11 @@ def answer_prompts(serving: Serving, prompts: Sequence[str], source: Path) -> in
             report = _run_with_progress(engine, live, serving.is_rank_0)
         if serving.is_rank_0:
             for request in live:
-                print(f"[{request.request.request_id}] {serving.text(request)}\n")
+                answer = serving.text(request) if request.error is None else f"error: {request.error}"
+                print(f"[{request.request_id}] {answer}\n")
             print(report)
+            if engine.tell_tiers is not None:
+                print(engine.tell_tiers())
         if any(request.state == "aborted" for request in live):
             engine.mark_incomplete()
             if serving.is_rank_0:
@@ -98,7 +102,11 @@ def answer_prompts(serving: Serving, prompts: Sequence[str], source: Path) -> in
             return 130
     if serving.trace is not None:
         print(f"trace: {serving.trace.out}")
-    return 0
+    num_failed = sum(request.state == "failed" for request in live)
+    if num_failed and serving.is_rank_0:
+        said = f"{num_failed} of {len(live)} prompts failed; each says why where its answer would stand"
+        print(f"error: {said}", file=sys.stderr)
+    return 1 if num_failed else 0
 
 
 def _run_with_progress(engine: Engine, live: Sequence[LiveRequest], shown: bool) -> str:

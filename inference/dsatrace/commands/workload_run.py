@@ -78,8 +78,9 @@ def run_workload(
         if interrupted:
             engine.mark_incomplete()
         folder = None if engine.tracer is None else engine.tracer.config.out
+        tiers = None if engine.tell_tiers is None else engine.tell_tiers()
     if folder is not None:
-        _say_what_came(folder, tally)
+        _say_what_came(folder, tally, tiers)
         if interrupted:
             print(f"interrupted; go on with --resume {folder}", file=sys.stderr)
     return 130 if interrupted else 0
@@ -228,6 +229,7 @@ class _Tally:
     new_tokens: int = 0
     seconds: float = 0.0
     stopped: bool = False
+    first_failure: str | None = None
 
     def text(self) -> str:
         states = ", ".join(f"{count} {state}" for state, count in sorted(self.states.items()))
@@ -260,6 +262,8 @@ def _serve(engine: Engine, opened: Opened, done: frozenset[str]) -> _Tally:
         for live in serve(engine, still_to_do()):
             workload.forget(live.request_id)
             tally.states[live.state] += 1
+            if live.state == "failed" and tally.first_failure is None:
+                tally.first_failure = live.error
             tally.prompt_tokens += live.prompt_len
             tally.cached_tokens += live.prefix_hit_tokens or 0
             tally.new_tokens += live.num_answered
@@ -287,7 +291,7 @@ def _status(engine: Engine) -> str:
     return ", ".join(shown)
 
 
-def _say_what_came(folder: Path, tally: _Tally) -> None:
+def _say_what_came(folder: Path, tally: _Tally, tiers: str | None) -> None:
     from rich.console import Console
 
     from dsatrace.report.workload_tables import workload_tables
@@ -295,6 +299,10 @@ def _say_what_came(folder: Path, tally: _Tally) -> None:
 
     console = Console(width=100)
     print(tally.text())
+    if tiers is not None:
+        print(tiers)
+    if tally.first_failure is not None:
+        print(f"error: {tally.states['failed']} failed, the first: {tally.first_failure}", file=sys.stderr)
     for part in workload_tables(RunReader(folder).summary()):
         console.print(part)
     print(f"run: {folder}\nmore: dsatrace report {folder}")

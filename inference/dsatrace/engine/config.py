@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError
 from ..kv.residency import TIER_POLICIES
+from ..kv.stores.opening import check_spec
 from ..model.config import ModelArgs
 from .runner import OnTierError
 
@@ -56,8 +58,11 @@ class OffloadSetup:
             value = getattr(self, field)
             if value not in choices:
                 raise UserError(f"--{field.replace('_', '-')} {value}: use one of {', '.join(choices)}")
-        if not self.tier_timeout_s > 0:
+        if not 0 < self.tier_timeout_s < math.inf:  # so written, it catches nan too
             raise UserError(f"--tier-timeout-s {self.tier_timeout_s}: use a time above 0")
+        for spec in (self.local, self.remote):
+            if spec is not None:
+                check_spec(spec)
         if self.local_blocks is not None and self.local_pool is None:
             raise UserError("--local-blocks does nothing without a local pool; add --local ram")
 

@@ -66,6 +66,8 @@ class Engine:
         self.answer_text = answer_text
         self.on_tier_error = on_tier_error
         self.abort_requested = False
+        self.tell_tiers: Callable[[], str] | None = None
+        """What the runner's tiers did so far, in a line for users; for whoever owns them to set."""
         self.prefill_s = self.decode_s = 0.0
         self.num_prefill_tokens = 0  # computed, not what was found cached
         self.num_decode_tokens = 0

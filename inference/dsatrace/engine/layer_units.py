@@ -116,7 +116,7 @@ class LayerUnits:
         stored = self._buffer.save(units, slots)
         self.counters.written_units += int(stored.sum())
         if not stored.all():
-            raise self._lost(units[~stored], "the tiers do not take what leaves HBM")
+            raise self._lost(units[~stored], "the tiers do not take what leaves HBM", "they are full")
 
     def _load(self, units: np.ndarray, slots: np.ndarray) -> np.ndarray:
         if not len(units):
@@ -125,6 +125,6 @@ class LayerUnits:
         self.counters.fetched_units += int((served_by != LOST).sum())
         return served_by
 
-    def _lost(self, units: np.ndarray, what: str) -> UnitsLost:
+    def _lost(self, units: np.ndarray, what: str, otherwise: str = "") -> UnitsLost:
         blocks = frozenset((units * self._unit_tokens // self._block_size).tolist())
-        return UnitsLost(self._layer_id, units, blocks, self._tiers.explain(what))
+        return UnitsLost(self._layer_id, units, blocks, self._tiers.explain(what, otherwise))

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import torch
 
+from ..errors import UserError
 from ..kv.fetches import LayerFetch, StepFetches
 from ..model.batch import Batch, Span
 from ..model.cache import KVCache
@@ -74,12 +75,23 @@ class ModelRunner:
             self.digest = SelectionDigest(self.model.args.n_layers, self.device)
 
     def run(self, step: Step) -> list[list[int]]:
-        """Raises `BlocksLost` where a tier has lost what the step needs."""
+        """Raises `BlocksLost` where a tier has lost what the step needs.
+
+        Where ranks serve together it is a `UserError` that ends the run: this rank's tiers are its
+        own, and the others already wait for its part of the layer.
+        """
         try:
             logits = self.forward(step)
         except UnitsLost as lost:
             assert self.tier_totals is not None
-            raise self.tier_totals.lose(lost) from lost
+            blocks_lost = self.tier_totals.lose(lost)
+            group = self.model.setup.group
+            if group.size > 1:
+                raise UserError(
+                    f"rank {group.rank}: {blocks_lost.cause}; several ranks cannot compute it again: "
+                    "mend the store, then start again (with --resume, where the command has it)"
+                ) from lost
+            raise blocks_lost from lost
         return [[token] for token in self.sampler(logits, step.sampled)]
 
     def lookahead(self, live: LiveRequest) -> int:

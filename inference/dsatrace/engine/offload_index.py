@@ -60,5 +60,5 @@ class OffloadedIndex:
         stored = self.tiers.put(layer_id, blocks, self._rows, np.arange(len(blocks)))
         lost = blocks[~stored]
         if len(lost):
-            what = self.tiers.explain("the tiers do not take indexer keys")
+            what = self.tiers.explain("the tiers do not take indexer keys", "they are full")
             raise UnitsLost(layer_id, lost, frozenset(lost.tolist()), what)

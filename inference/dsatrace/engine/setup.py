@@ -260,8 +260,10 @@ def open_engine(
             answer_text=answer_text,
             on_tier_error=setup.offload.on_tier_error if setup.offload else "fail",
         )
-        if tracer is not None and runner.tier_totals is not None:
-            tracer.tell_tiers = partial(_told_of_tiers, runner.tier_totals, scheduler)
+        if runner.tier_totals is not None:
+            engine.tell_tiers = runner.tier_totals.to_text
+            if tracer is not None:
+                tracer.tell_tiers = partial(_told_of_tiers, runner.tier_totals, scheduler)
         yield engine
         if runner.digest is not None:
             runner.digest.compare()

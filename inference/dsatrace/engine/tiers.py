@@ -4,6 +4,7 @@ tiers = open_tiers(offload, unit_bytes, num_layers=61, num_blocks=512, units_per
 totals = TierTotals(cache, since_forward=0)
 totals.record(fetches)                        # what went into a capture
 totals.to_json(num_recomputes=0, failed_requests=0)
+totals.to_text()                              # "tiers: 93.1 % of the selected blocks were in HBM; ..."
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _TOLD = (
     *("write_batches", "write_us", "stored_units", "evicted_units", "errors", "timeouts"),
 )
 """Of a store's stats, in the summary."""
+
+_IN_FILES = ("mmap:", "file:", "nixl:")
+"""Stores that take a file each."""
 
 
 def open_tiers(
@@ -137,6 +141,21 @@ class TierTotals:
             "failed_requests": failed_requests,
         }
 
+    def to_text(self) -> str:
+        """What they did, in a line; shares are of distinct units, prefill included."""
+        total = self.cache.total
+        unit = "block" if self.cache.unit_tokens > 1 else "token"
+        parts = []
+        if total.requested_units:
+            share = 100 * total.hit_units / total.requested_units
+            parts.append(f"{share:.1f} % of the selected {unit}s were in HBM")
+        for name, stats in zip(TIER_NAMES, self.cache.tiers.stats(), strict=True):
+            if stats is not None:
+                parts.append(f"{name.replace('_', ' ')} {_moved(stats)}")
+        if self.lost_units:
+            parts.append(f"{self.lost_units} units lost")
+        return f"tiers: {'; '.join(parts)}"
+
     def _pool(self, tier: int) -> dict[str, Any] | None:
         tiers, unit_bytes = self.cache.tiers, self.cache.unit_bytes
         stats = tiers.stats()[tier]
@@ -179,7 +198,20 @@ def _counted(stats: StoreStats) -> dict[str, Any]:
 
 
 def _is_file(spec: str) -> bool:
-    return spec.rsplit("+", maxsplit=1)[-1].startswith(("mmap:", "file:", "nixl:"))
+    return spec.rsplit("+", maxsplit=1)[-1].startswith(_IN_FILES)
+
+
+def _moved(stats: StoreStats) -> str:
+    seconds = (stats.read_us + stats.write_us) / 1e6
+    line = f"{_size(stats.bytes_read)} read, {_size(stats.bytes_written)} written in {seconds:.2g} s"
+    line += " (modelled)" if stats.latency_kind == "modelled" else ""
+    return line + (f", {stats.errors} errors" if stats.errors else "")
+
+
+def _size(num_bytes: int) -> str:
+    """`1.2 MiB`; binary, as memory is counted."""
+    scale, unit = next(x for x in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if num_bytes >> x[0] or x[0] == 10)
+    return f"{num_bytes / (1 << scale):.1f} {unit}"
 
 
 def _pinned(units: int, unit_bytes: int) -> np.ndarray:

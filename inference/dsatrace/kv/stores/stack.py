@@ -133,9 +133,10 @@ class TierStack:
                 self._evict(tier, ids[self._holds[tier][ids]])
                 self._forget(tier, ids)
 
-    def explain(self, what: str) -> str:
-        """`what` happened in the last call, and why, if a store has failed in it."""
-        return what if self.last_error is None else f"{what}: {self.last_error}"
+    def explain(self, what: str, otherwise: str = "") -> str:
+        """`what` happened in the last call, and why: a store has failed in it, or else `otherwise`."""
+        why = otherwise if self.last_error is None else str(self.last_error)
+        return f"{what}: {why}" if why else what
 
     def register(self, buffer: np.ndarray) -> None:
         """See `Store.register`; a store that cannot says so by `StoreError`, before the run has begun."""

@@ -1,0 +1,265 @@
+"""The commands with KV in tiers: the same answers, what users are told, and what they get wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import endless_letters
+from conftest import INFERENCE
+from dsatrace.commands.generate import main as generate
+from dsatrace.commands.run_burstgpt import main as run_burstgpt
+from dsatrace.commands.run_dataset import main as run_dataset
+from dsatrace.trace.reader import RunReader
+from dsatrace.trace.verify.run import verify
+from stores import free_port, valkey
+
+PROMPTS = ("The lighthouse keeper counted 41 ships. " * 10, "Which ship was the last?")
+TOP_K = 16
+TIERS = ("--cache-block-size", 16, "--max-batch-size", 2, "--hbm-blocks", 20)
+ROWS = ("--cache-block-size", 16, "--max-batch-size", 2, "--hbm-blocks", 3, "--granularity", "row")
+RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 700, "--limit", 2, "--no-hub")
+LOG = """Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type
+0,ChatGPT,400,4,404,API log
+0,ChatGPT,640,4,644,API log
+"""
+SHARE = r"tiers: \d+\.\d % of the selected (blocks|tokens) were in HBM; "
+FULL = ("--maxmemory", "1mb", "--maxmemory-policy", "noeviction")
+"""Of a server that takes nothing: it needs as much for itself."""
+
+Call = Callable[..., int]
+COMMANDS = ("generate", "run_dataset", "run_burstgpt")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return endless_letters(tiny_checkpoint, tmp_path_factory.mktemp("tier_commands") / "mp1")
+
+
+@pytest.fixture
+def call(checkpoint: Path, tmp_path: Path) -> Call:
+    """`call(command, trace_out, *flags)` on a small workload; returns the exit code."""
+    config = tmp_path / "config.json"
+    config.write_text(
+        json.dumps(json.loads((INFERENCE / "config_tiny.json").read_text()) | {"index_topk": TOP_K})
+    )
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n\n".join(PROMPTS))
+    log = tmp_path / "log.csv"
+    log.write_text(LOG)
+    workloads: dict[str, tuple[Callable[..., int], tuple[object, ...]]] = {
+        "generate": (generate, ("--input-file", prompts, "--max-new-tokens", 6, "--temperature", 0)),
+        "run_dataset": (run_dataset, (*RULER, "--max-new-tokens", 4, "--save-text")),
+        "run_burstgpt": (run_burstgpt, ("--burstgpt-csv", log)),
+    }
+
+    def call(command: str, out: Path, *flags: object) -> int:
+        main, own = workloads[command]
+        model = ("--ckpt-path", checkpoint, "--config", config, "--trace-out", out)
+        return main([str(argument) for argument in (*model, *own, *flags)])
+
+    return call
+
+
+def selections(folder: Path) -> dict[tuple[str, int, int], list[int]]:
+    """By request, step and layer."""
+    return {
+        (record["request_id"], record["step_idx"], record["layer_id"]): record["selected_token_pos"]
+        for record in RunReader(folder).steps()
+    }
+
+
+def ends(folder: Path) -> list[tuple[str, str, int, str | None]]:
+    return sorted(
+        (line["request_id"], line["state"], line["num_output_tokens"], line.get("text"))
+        for line in RunReader(folder).requests()
+    )
+
+
+# ---- the same answers
+
+
+@pytest.mark.parametrize("flags", [TIERS, ROWS], ids=["block", "row"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_same_answers_and_a_line_of_what_tiers_did(
+    command: str, flags: tuple[object, ...], call: Call, tmp_path: Path, capsys: Any
+) -> None:
+    if command != "generate" and flags is TIERS:
+        flags = (*flags, "--hbm-blocks", 2 * TOP_K)
+    assert call(command, tmp_path / "whole", *flags[:4]) == 0
+    whole = capsys.readouterr().out
+    assert call(command, tmp_path / "tiers", *flags) == 0
+    said = capsys.readouterr().out
+    assert "tiers:" not in whole
+    assert [line for line in said.splitlines() if line.startswith("[r")] == [
+        line for line in whole.splitlines() if line.startswith("[r")
+    ]
+    (told,) = [line for line in said.splitlines() if line.startswith("tiers:")]
+    assert re.match(SHARE + r"local pool \d+\.\d [KM]iB read, \d+\.\d [KM]iB written in [\d.e-]+ s$", told)
+    assert selections(tmp_path / "tiers") == selections(tmp_path / "whole")
+    assert ends(tmp_path / "tiers") == ends(tmp_path / "whole")
+    assert verify(tmp_path / "tiers").state == "complete"
+    manifest = RunReader(tmp_path / "tiers").manifest
+    assert manifest["tiers"]["granularity"] == ("row" if "row" in flags else "block")
+    assert RunReader(tmp_path / "tiers").summary()["kv_fetch"]["local_pool"]["bytes_read"] > 0
+
+
+def test_a_modelled_remote_pool_may_lie_in_ram(call: Call, tmp_path: Path, capsys: Any) -> None:
+    remote = ("--local", "ram", "--local-blocks", 12, "--remote", "sim:rdma-400g+ram")
+    assert call("generate", tmp_path / "run", *TIERS, *remote) == 0
+    told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tiers:"))
+    assert re.search(r"local pool [^;]+ s; remote pool [^;]+ s \(modelled\)$", told)
+    assert verify(tmp_path / "run").state == "complete"
+
+
+# ---- failed requests
+
+
+def test_a_failed_prompt_says_why_where_its_answer_would_stand(
+    call: Call, tmp_path: Path, capsys: Any
+) -> None:
+    with valkey(*FULL) as server:
+        failing = ("--remote", server.tcp, "--on-tier-error", "fail")
+        assert call("generate", tmp_path / "run", *ROWS, *failing) == 1
+    out, err = capsys.readouterr()
+    answers = dict(re.findall(r"^\[(r\d)\] (.*)$", out, flags=re.MULTILINE))
+    assert answers.keys() == {"r0", "r1"}
+    assert re.match(
+        r"error: request r0: a tier lost its KV: .*do not take what leaves HBM: they are full", answers["r0"]
+    )
+    num_failed = sum(answer.startswith("error: ") for answer in answers.values())
+    assert f"error: {num_failed} of 2 prompts failed" in err
+    assert "lost" in next(line for line in out.splitlines() if line.startswith("tiers:"))
+    assert RunReader(tmp_path / "run").state == "complete"
+    assert verify(tmp_path / "run").state == "complete"
+
+
+def test_a_workload_tells_its_first_failure_once(call: Call, tmp_path: Path, capsys: Any) -> None:
+    with valkey(*FULL) as server:
+        failing = ("--remote", server.tcp, "--on-tier-error", "fail")
+        assert call("run_dataset", tmp_path / "run", *ROWS, *failing) == 0
+    out, err = capsys.readouterr()
+    num_failed = sum(state == "failed" for _, state, *_ in ends(tmp_path / "run"))
+    assert num_failed > 0
+    assert f"{num_failed} failed" in out
+    assert err.count("a tier lost its KV") == 1
+    assert err.startswith(f"error: {num_failed} failed, the first: request ")
+    assert verify(tmp_path / "run").state == "complete"
+
+
+# ---- what users get wrong
+
+
+def existing_file(folder: Path) -> tuple[object, ...]:
+    (folder / "taken").write_bytes(b"precious")
+    return ("--local", f"mmap:{folder}/taken")
+
+
+def nobody_listens(folder: Path) -> tuple[object, ...]:
+    return ("--remote", f"redis://me:hunter2@127.0.0.1:{free_port()}")
+
+
+def flags(*values: object) -> Callable[[Path], tuple[object, ...]]:
+    return lambda folder: values
+
+
+MISTAKES: dict[str, tuple[Callable[[Path], tuple[object, ...]], str]] = {
+    "unknown store": (flags("--local", "floppy"), "floppy: no such store; use one of ram, mmap:PATH"),
+    "unknown remote store": (flags("--remote", "rediss://h"), "rediss://h: no such store"),
+    "unknown preset": (flags("--remote", "sim:abacus+ram"), "no such preset"),
+    "a file that exists": (existing_file, "exists already; name a file that does not"),
+    "a folder that does not exist": (flags("--local", "file:/nowhere/kv"), "name a file in a folder"),
+    "a server that is down": (nobody_listens, "start a server with `valkey-server --port"),
+    "not an address": (flags("--remote", "redis://127.0.0.1:port"), "not an address"),
+    "no block in HBM": (flags("--hbm-blocks", 0), "--hbm-blocks 0: use at least 1"),
+    "hbm blocks not a number": (flags("--hbm-blocks", "all"), "--hbm-blocks"),
+    "no local block": (flags("--local-blocks", 0), "--local-blocks 0: use at least 1"),
+    "too few local blocks": (flags("--local-blocks", 2), "or add --remote"),
+    "local blocks of no pool": (flags("--remote", "sim:rdma-400g+ram", "--local-blocks", 4), "--local ram"),
+    "unknown policy": (flags("--tier-policy", "belady"), "--tier-policy belady: use one of"),
+    "unknown granularity": (flags("--granularity", "page"), "--granularity"),
+    "unknown guess": (flags("--prefetch", "oracle"), "--prefetch"),
+    "unknown end": (flags("--on-tier-error", "ignore"), "--on-tier-error"),
+    "no time": (flags("--tier-timeout-s", 0), "--tier-timeout-s 0.0: use a time above 0"),
+    "time not a number": (flags("--tier-timeout-s", "nan"), "--tier-timeout-s nan"),
+    "endless time": (flags("--tier-timeout-s", "inf"), "--tier-timeout-s inf"),
+    "HBM too small": (flags("--hbm-blocks", 3), "HBM holds 3; use --hbm-blocks"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_line(mistake: str, call: Call, tmp_path: Path, capsys: Any) -> None:
+    wrong, expected = MISTAKES[mistake]
+    told = told_error(capsys, lambda: call("generate", tmp_path / "run", *TIERS, *wrong(tmp_path)))
+    assert expected in told
+    assert "hunter2" not in told
+    if mistake == "HBM too small":  # which only a step can tell
+        assert RunReader(tmp_path / "run").state == "incomplete"
+    else:
+        assert not (tmp_path / "run").exists()
+    if mistake == "a file that exists":
+        assert (tmp_path / "taken").read_bytes() == b"precious"
+
+
+GIVEN = (
+    ("--hbm-blocks", 4),
+    ("--local", "ram"),
+    ("--local-blocks", 4),
+    ("--remote", "redis://127.0.0.1"),
+    ("--granularity", "row"),
+    ("--tier-policy", "fifo"),
+    ("--prefetch", "previous-layer"),
+    ("--offload-index-keys",),
+    ("--on-tier-error", "fail"),
+    ("--tier-timeout-s", 1),
+)
+
+
+@pytest.mark.parametrize("given", GIVEN, ids=lambda given: given[0])
+def test_the_simulator_and_hbm_alone_have_no_tiers(
+    given: tuple[object, ...], call: Call, tmp_path: Path, capsys: Any
+) -> None:
+    flag, out = given[0], tmp_path / "run"
+    simulated = told_error(capsys, lambda: call("run_dataset", out, "--runner", "simulator", *given))
+    assert simulated == f"error: {flag} does nothing with --runner simulator, which moves no KV; leave it out"
+    if flag != "--hbm-blocks":
+        alone = told_error(capsys, lambda: call("run_dataset", out, *given))
+        assert alone == f"error: {flag} does nothing without --hbm-blocks; add it"
+    assert not out.exists()
+
+
+def told_error(capsys: Any, run: Callable[[], int]) -> str:
+    """The one error line of a run that exits with 2; argparse adds its usage before it."""
+    capsys.readouterr()
+    try:
+        code = run()
+    except SystemExit as exit_:  # argparse's own
+        code = exit_.code
+    err = capsys.readouterr().err
+    assert code == 2, err
+    assert "Traceback" not in err
+    errors = [line for line in err.splitlines() if "error:" in line]
+    assert len(errors) == 1, err
+    assert errors[0] == err.splitlines()[-1]
+    return errors[0]
+
+
+# ---- resume
+
+
+def test_the_flags_of_tiers_survive_in_the_manifest(call: Call, tmp_path: Path) -> None:
+    from dsatrace.trace.resumable import resumed_argv
+
+    flags = (*ROWS, "--local", "ram", "--prefetch", "previous-step", "--offload-index-keys")
+    flags += ("--tier-policy", "sieve", "--on-tier-error", "fail", "--tier-timeout-s", "2.5")
+    assert call("run_dataset", tmp_path / "run", *flags, "--limit", 1) == 0
+    kept = resumed_argv(tmp_path / "run")
+    assert " ".join(map(str, flags)) in " ".join(kept)
+    assert (
+        json.loads((tmp_path / "run" / "manifest.json").read_text())["tiers"]["prefetch"] == "previous-step"
+    )

@@ -1,0 +1,227 @@
+"""A run with KV in tiers that is stopped: nothing of it stays in a store, and it can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import endless_letters
+from conftest import INFERENCE, ROOT
+from dsatrace.commands.generate import main as generate
+from dsatrace.commands.run_dataset import main
+from dsatrace.engine.engine import Engine
+from dsatrace.trace.reader import RunReader
+from dsatrace.trace.verify.run import verify
+from resume_samples import OF_THE_MOMENT, answers_of
+from stores import valkey
+
+RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 700, "--no-hub", "--max-new-tokens", 6)
+ROWS = ("--cache-block-size", 16, "--hbm-blocks", 3, "--granularity", "row", "--max-batch-size", 2)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """The flags of a model that selects 16 tokens."""
+    folder = tmp_path_factory.mktemp("tier_interrupts")
+    tiny = json.loads((INFERENCE / "config_tiny.json").read_text())
+    (folder / "config.json").write_text(json.dumps(tiny | {"dtype": "fp64", "index_topk": 16}))
+    checkpoint = endless_letters(tiny_checkpoint, folder / "mp1")
+    return ("--ckpt-path", checkpoint, "--config", folder / "config.json", "--device", "cpu")
+
+
+def run(*flags: object) -> int:
+    return main([str(flag) for flag in flags])
+
+
+def abort_after(monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
+    """Ctrl-C in the midst of a run in this process, once."""
+    step, done = Engine.step, iter(range(num_steps))
+
+    def counted(self: Engine, next_arrival_ns: int | None = None) -> Any:
+        if next(done, None) is None:
+            monkeypatch.setattr(Engine, "step", step)
+            signal.raise_signal(signal.SIGINT)
+        return step(self, next_arrival_ns)
+
+    monkeypatch.setattr(Engine, "step", counted)
+
+
+def records(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """By request, step and layer; without what depends on the moment, and on what lay in HBM then."""
+    found = {}
+    for record in RunReader(folder).steps():
+        key = record["request_id"], record["step_idx"], record["layer_id"]
+        left_out = (*OF_THE_MOMENT, "kv_fetch")
+        found[key] = {name: value for name, value in record.items() if name not in left_out}
+    return found
+
+
+# ---- resume
+
+
+@pytest.mark.parametrize("num_steps", [5, 14])
+def test_stopped_and_resumed_it_records_what_an_undisturbed_run_does(
+    model: tuple[object, ...],
+    num_steps: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The tiers of the second part are new and empty."""
+    flags = (*model, *RULER, "--limit", 4, "--save-text", *ROWS, "--local", f"mmap:{tmp_path}/units")
+    flags = (*flags, "--prefetch", "previous-layer", "--offload-index-keys")
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    assert run(*flags, "--trace-out", whole) == 0
+    abort_after(monkeypatch, num_steps)
+    assert run(*flags, "--trace-out", folder) == 130
+    stopped = RunReader(folder)
+    assert stopped.state == "incomplete"
+    assert stopped.summary()["tiers"]["local_pool"]["bytes_read"]["store"] > 0
+    assert verify(folder).state == "incomplete"
+    capsys.readouterr()
+    assert run("--resume", folder) == 0
+    assert "tiers: " in capsys.readouterr().out
+    assert verify(folder).state == "complete"
+    assert answers_of(folder) == answers_of(whole)
+    texts = [{line["request_id"]: line["text"] for line in RunReader(f).requests()} for f in (folder, whole)]
+    assert texts[0] == texts[1]
+    assert records(folder) == records(whole)
+    assert RunReader(folder).manifest["tiers"] == RunReader(whole).manifest["tiers"]
+    (seam,) = RunReader(folder).manifest["resumed_at_forward"]
+    assert RunReader(folder).summary()["tiers"]["since_forward"] == seam > 0
+
+
+def test_a_password_is_asked_for_again(
+    model: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with valkey("--requirepass", "hunter2") as server:
+        folder, remote = tmp_path / "run", server.tcp.replace("://", "://default:hunter2@")
+        abort_after(monkeypatch, 7)
+        flags = (*model, *RULER, "--limit", 3, *ROWS, "--remote", remote)
+        assert run(*flags, "--trace-out", folder) == 130
+        written = b"".join(file.read_bytes() for file in folder.iterdir())
+        assert b"hunter2" not in written
+        capsys.readouterr()
+        assert run("--resume", folder) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert "does not keep the value of --remote; give it again beside --resume" in error
+        assert RunReader(folder).state == "incomplete"
+        assert run("--resume", folder, "--remote", remote) == 0
+    assert verify(folder).state == "complete"
+
+
+def test_other_tiers_cannot_go_on(
+    model: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    abort_after(monkeypatch, 7)
+    folder = tmp_path / "run"
+    assert run(*model, *RULER, "--limit", 3, *ROWS, "--trace-out", folder) == 130
+    capsys.readouterr()
+    assert run("--resume", folder, "--hbm-blocks", 4) == 2
+    assert "tiers.hbm.blocks was 3 and is 4 now; give the same tiers" in capsys.readouterr().err
+    assert run("--resume", folder) == 0
+
+
+# ---- signals
+
+
+def test_ctrl_c_ends_generate_with_what_tiers_did(
+    model: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("The lighthouse keeper counted 41 ships. " * 10)
+    abort_after(monkeypatch, 6)
+    flags = (*model, "--input-file", prompts, "--max-new-tokens", 20, *ROWS, "--trace-out", folder)
+    assert generate([str(flag) for flag in flags]) == 130
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].startswith("tiers: ")
+    assert err.splitlines()[-1] == "interrupted"
+    assert RunReader(folder).state == "incomplete"
+    assert RunReader(folder).summary()["tiers"]["local_pool"]["stored_units"] > 0
+
+
+@contextlib.contextmanager
+def started(folder: Path, *flags: object) -> Iterator[subprocess.Popen[str]]:
+    """A process of `run_dataset.py` that has recorded a few steps."""
+    process = subprocess.Popen(
+        [sys.executable, "inference/run_dataset.py", *map(str, flags), "--trace-out", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        steps, deadline = folder / "trace_steps.jsonl", time.monotonic() + 120
+        while not (steps.exists() and steps.read_bytes().count(b"\n") >= 8):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+MANY = ("--limit", 40, "--max-new-tokens", 200)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_leaves_no_key_and_a_whole_summary(
+    model: tuple[object, ...], number: signal.Signals, tmp_path: Path
+) -> None:
+    redis = pytest.importorskip("redis", reason="redis-py counts the server's keys")
+    folder = tmp_path / "run"
+    with valkey() as server, redis.Redis.from_url(server.tcp) as client:
+        with started(folder, *model, *RULER, *MANY, *ROWS, "--remote", server.tcp) as process:
+            assert client.dbsize() > 0
+            process.send_signal(number)
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 130, (out, err)
+        assert client.dbsize() == 0
+    assert "tiers: " in out
+    assert f"interrupted; go on with --resume {folder}" in err
+    assert "Traceback" not in err
+    assert RunReader(folder).state == "incomplete"
+    assert verify(folder).state == "incomplete"
+    assert RunReader(folder).summary()["tiers"]["remote_pool"]["bytes_read"]["store"] > 0
+
+
+@pytest.mark.parametrize("store", ["mmap", "file"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_no_file_is_left_behind(
+    model: tuple[object, ...], number: signal.Signals, store: str, tmp_path: Path
+) -> None:
+    """Nor is there one to be seen while the run goes on: it has lost its name."""
+    units = tmp_path / "units"
+    units.mkdir()
+    folder = tmp_path / "run"
+    with started(folder, *model, *RULER, *MANY, *ROWS, "--local", f"{store}:{units}/kv") as process:
+        assert list(units.iterdir()) == []
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGTERM else -number)
+    assert list(units.iterdir()) == []
+    assert RunReader(folder).state == "incomplete"
+    assert verify(folder).state == "incomplete"

@@ -1,0 +1,174 @@
+"""Two ranks over gloo with KV in tiers of their own: the same answers, and an end when one loses its KV."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch.distributed.run
+
+from conftest import INFERENCE, ROOT
+from dsatrace.commands import generate, run_burstgpt, run_dataset
+from dsatrace.engine.config import OffloadSetup
+from dsatrace.engine.tiers import open_tiers
+from dsatrace.kv.stores.memory import MemoryStore
+from dsatrace.model.convert import convert_checkpoint
+from dsatrace.trace.reader import RunReader
+from dsatrace.trace.verify.run import verify
+from stores import valkey
+
+PROMPTS = "A ferry left the quay with hardly anyone on deck. " * 8 + "\n\nWhere to?\n"
+COMPARED = ("request_id", "layer_id", "step_idx", "seq_len_current", "selected_token_pos")
+ROWS = ("--cache-block-size", 16, "--hbm-blocks", 3, "--granularity", "row", "--max-batch-size", 2)
+NAMESPACE_BYTES = 16
+
+
+@pytest.fixture(scope="module")
+def model(tiny_hf: Path, tiny_args, tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+    """The flags of two ranks that select 16 tokens."""
+    folder = tmp_path_factory.mktemp("tier_ranks")
+    convert_checkpoint(tiny_hf, folder / "mp2", tiny_args.n_routed_experts, model_parallel=2)
+    tiny = json.loads((INFERENCE / "config_tiny.json").read_text())
+    (folder / "config.json").write_text(json.dumps(tiny | {"dtype": "fp64", "index_topk": 16}))
+    (folder / "prompts.txt").write_text(PROMPTS)
+    flags = ("--ckpt-path", folder / "mp2", "--config", folder / "config.json", "--device", "cpu")
+    return (*flags, "--input-file", folder / "prompts.txt", "--temperature", 0)
+
+
+def start(*flags: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*command, str(INFERENCE / "generate.py"), *map(str, flags)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@contextlib.contextmanager
+def under_way(folder: Path, *flags: object) -> Iterator[subprocess.Popen[str]]:
+    """A run of many tokens, of which a few are recorded."""
+    process = start(*flags, "--max-new-tokens", 3000, "--max-seq-len", 4096, "--trace-out", folder)
+    try:
+        steps, deadline = folder / "trace_steps.jsonl", time.monotonic() + 120
+        while not (steps.exists() and steps.read_bytes().count(b"\n") >= 8):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def answers(*flags: object) -> list[str]:
+    process = start(*flags)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    return [line for line in out.splitlines() if line.startswith("[r")]
+
+
+def records(run: Path) -> list[dict]:
+    return [{key: record[key] for key in COMPARED} for record in RunReader(run).steps()]
+
+
+def test_two_ranks_with_tiers_answer_and_select_the_same(model: tuple[object, ...], tmp_path: Path) -> None:
+    """A file of units each, under names of their own."""
+    flags = (*model, "--max-new-tokens", 10)
+    whole = answers(*flags, "--cache-block-size", 16, "--trace-out", tmp_path / "whole")
+    tiers = (*ROWS, "--local-pool", f"mmap:{tmp_path}/units", "--prefetch", "previous-layer")
+    assert answers(*flags, *tiers, "--offload-index-keys", "--trace-out", tmp_path / "tiers") == whole
+    assert len(whole) == 2
+    assert records(tmp_path / "tiers") == records(tmp_path / "whole")
+    assert verify(tmp_path / "tiers").state == "complete"
+    assert not list(tmp_path.glob("units*"))
+
+
+@pytest.mark.parametrize(
+    ("local", "remote", "opened"),
+    [
+        ("mmap:/x/kv", None, ["mmap:/x/kv.rank1"]),
+        ("file:/x/kv", "sim:rdma-400g+mmap:/y/a+b", ["file:/x/kv.rank1", "sim:rdma-400g+mmap:/y/a+b.rank1"]),
+        ("ram", "redis://10.0.0.7", ["ram", "redis://10.0.0.7"]),
+    ],
+)
+def test_ranks_have_files_of_their_own(
+    local: str, remote: str | None, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs: list[str] = []
+
+    def open_memory(spec: str, unit_bytes: int, units: int | None, **unused: object) -> MemoryStore:
+        specs.append(spec)
+        return MemoryStore(unit_bytes, units)
+
+    monkeypatch.setattr("dsatrace.engine.tiers.open_store", open_memory)
+    offload = OffloadSetup(hbm_blocks=1, local=local, remote=remote)
+    shape = {"num_layers": 2, "num_blocks": 4, "units_per_block": 1}
+    open_tiers(offload, 64, **shape, suffix=".rank1").close()
+    assert specs == opened
+
+
+@pytest.mark.parametrize("lost", ["of one rank", "of both"])
+def test_kv_that_is_lost_ends_all_ranks(model: tuple[object, ...], lost: str, tmp_path: Path) -> None:
+    """The rank that lost it says so; the other does not wait for it forever."""
+    redis = pytest.importorskip("redis", reason="redis-py plays the stranger at the server")
+    folder = tmp_path / "run"
+    with (
+        valkey() as server,
+        redis.Redis.from_url(server.tcp) as client,
+        under_way(folder, *model, *ROWS, "--remote", server.tcp) as process,
+    ):
+        if lost == "of both":
+            server.kill()
+        else:
+            one = client.randomkey()[:NAMESPACE_BYTES]
+            for key in client.keys("*"):
+                if key[:NAMESPACE_BYTES] == one:
+                    client.delete(key)
+        _, err = process.communicate(timeout=90)
+    assert process.returncode != 0
+    told = [line for line in err.splitlines() if line.startswith("error: rank ")]
+    assert told, err
+    for line in told:
+        assert "several ranks cannot compute it again: mend the store, then start again" in line
+    assert RunReader(folder).state == "incomplete"
+    assert verify(folder).state == "incomplete"
+
+
+def test_sigterm_ends_all_ranks_and_leaves_no_key(model: tuple[object, ...], tmp_path: Path) -> None:
+    """As a batch system ends a job: torchrun hands it on to its ranks."""
+    redis = pytest.importorskip("redis", reason="redis-py counts the server's keys")
+    folder = tmp_path / "run"
+    with valkey() as server, redis.Redis.from_url(server.tcp) as client:
+        with under_way(folder, *model, *ROWS, "--remote", server.tcp) as process:
+            assert client.dbsize() > 0
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=90)
+        assert process.returncode != 0
+        assert client.dbsize() == 0, err
+    assert RunReader(folder).state == "incomplete"
+    assert verify(folder).state == "incomplete"
+
+
+@pytest.mark.parametrize("command", [generate, run_dataset, run_burstgpt], ids=lambda module: module.__name__)
+def test_torchrun_takes_no_flag_of_ours_for_its_own(command: ModuleType) -> None:
+    """It looks for abbreviations of its flags behind the script's name, too."""
+    launcher, refused = torch.distributed.run.get_args_parser(), set()
+    for flag in command._parser()._option_string_actions:
+        try:
+            assert launcher.parse_args(["script.py", flag]).training_script_args == [flag]
+        except SystemExit:
+            refused.add(flag)
+    assert refused == {"--local"}, "which has another name: --local-pool"
