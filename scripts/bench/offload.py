@@ -1,13 +1,18 @@
 """What it costs to keep the latents elsewhere: decode speed and bytes moved against the share in HBM.
 
-The trained needle-2k model answers a long needle-in-a-haystack prompt; its selections are those of
-a model that looks things up, not random ones. The prompt is computed once, with everything in HBM.
-Every setup starts from a copy of that cache and decodes the same tokens, the setups taking turns of
-a few steps, so that whatever else the machine does falls on all. Logits are compared bit for bit.
-HBM is host memory here, as is the RAM pool: what is measured is the software's cost, the bytes and
-the hits; what those bytes cost on a link is modelled with `--store sim:pcie5-x16+ram`, say.
+The trained needle-2k model is told some hundred numbers and asked for one after another, turn by
+turn, as it was trained to be: what it selects moves as it does when something looks things up. The
+first prompt is computed once, with everything in HBM. Every setup starts from a copy of that cache
+and decodes the same tokens, questions and right answers alike, one token a step. In each round
+every setup does one step, in rotating order, so that whatever else the machine does falls on all;
+a ratio is that of a setup's step to the all-HBM step of the same round. Logits are compared bit for
+bit. Every fourth round is reported by the engine, for the hit rate, instead of timed.
 
-    python3 scripts/bench/offload.py                       # 8K tokens, some minutes
+HBM is host memory here, and so is the RAM pool: the hits, bytes and operations are what this model
+asks for, the times are what software costs. What those bytes would take on a link is modelled by
+`--store sim:pcie5-x16+ram`, say: nothing waits for it, the column `store ms` holds it.
+
+    python3 scripts/bench/offload.py                       # 8K tokens, two minutes
     python3 scripts/bench/offload.py --context 2048 --shares 50 --policies lru --store mmap:/tmp/units
 """
 
@@ -16,100 +21,248 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
+import os
 import platform
+import random
+import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
-from dsatrace.engine.config import GRANULARITIES, PREFETCH_KINDS, OffloadSetup
+from dsatrace.engine.config import PREFETCH_KINDS, Granularity, OffloadSetup, PrefetchKind
 from dsatrace.engine.offload import OffloadedCache, tokens_of_unit, unit_bytes
 from dsatrace.engine.tiers import open_tiers
 from dsatrace.errors import UserError, exits_cleanly
-from dsatrace.kv.fetches import NUM_TIERS, FetchCounters
+from dsatrace.kv.fetches import HBM, LOCAL, FetchCounters, LayerFetch
+from dsatrace.kv.residency import TIER_POLICIES
+from dsatrace.kv.stores.interface import StoreStats
 from dsatrace.model.batch import Batch, Span
 from dsatrace.model.cache import KVCache
 from dsatrace.model.checkpoint import load_checkpoint
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.convert import convert_checkpoint
+from dsatrace.model.selection import Selection
 from dsatrace.model.transformer import Transformer
-from dsatrace.workloads.needle import needle_prompt
+from dsatrace.training.samples import Talk
+from dsatrace.workloads.ruler import texts
+from dsatrace.workloads.ruler.generator import generate
 from dsatrace.workloads.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "data" / "models" / "needle-2k"
+MODEL = Path(__file__).resolve().parents[2] / "data" / "models" / "needle-2k"
+TASK = "niah_multikey_2"  # every line of the prompt is a number that may be asked for
+TOLD = re.compile(r"One of the special magic numbers for (\S+) is: (\d+)\.")
 CHUNK = 256  # tokens of a prefill step
-TURN = 8  # decode steps of one setup before it is the next one's turn
-WARM_UP = 8  # steps that are not timed: what a prefill leaves in HBM is not what decode reads
-BOX = Console(width=132, highlight=False)
+WARM_UP = 16  # rounds that count for nothing: what a prefill leaves in HBM is not what decode reads
+REPORTED = 4  # every so many rounds the engine reports what it fetched, which takes time
+ROWS = "row"
+ROW_BLOCK = 16  # tokens of a block where rows move: a unit of allocation only
+MARKERS = "osD^v*P"
+CONSOLE = Console(width=150, highlight=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialogue:
+    """A prompt and what comes after it."""
+
+    prompt: list[int]
+    then: list[int]  # of the answer and the turns that follow, a token a step
+    is_answer: list[bool]  # of each of `then`: the model's to say
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One setup beside all-HBM."""
 
-    granularity: str
+    unit: str  # moved as one: `row`, or the tokens of a block
     policy: str
-    prefetch: str
+    prefetch: PrefetchKind
     share: int  # percent of the blocks that HBM holds
 
+    @property
+    def granularity(self) -> Granularity:
+        return "row" if self.unit == ROWS else "block"
 
-@dataclasses.dataclass
+    @property
+    def block_size(self) -> int:
+        return ROW_BLOCK if self.unit == ROWS else int(self.unit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """What an offloaded cache and its pool have counted; a stretch is the difference of two."""
+
+    counters: FetchCounters
+    bytes_read: int  # from the pool, latents alone
+    bytes_written: int  # into it
+    store: StoreStats
+
+    @classmethod
+    def so_far(cls, cache: OffloadedCache) -> Moved:
+        tiers, store = cache.tiers, cache.tiers.stats()[LOCAL]
+        assert store is not None
+        read, written = (int(x[LOCAL]) * cache.unit_bytes for x in (tiers.read_units, tiers.written_units))
+        return cls(cache.total, read, written, store)
+
+    def __sub__(self, earlier: Moved) -> Moved:
+        return Moved(
+            self.counters - earlier.counters,
+            self.bytes_read - earlier.bytes_read,
+            self.bytes_written - earlier.bytes_written,
+            self.store - earlier.store,
+        )
+
+
+@dataclasses.dataclass(kw_only=True)
 class Side:
-    """A cache and what its steps took; `case` None: everything in HBM."""
+    """A cache and what its rounds took."""
 
-    case: Case | None
     cache: KVCache
-    step_s: list[float] = dataclasses.field(default_factory=list)
-    before: FetchCounters | None = None  # when the timed steps began
-    before_bytes: int = 0
-    error: str | None = None  # why it cannot run at this share
+    step_s: dict[int, float] = dataclasses.field(default_factory=dict)  # by round, timed ones only
 
-    def counted(self) -> tuple[FetchCounters, int]:
-        """Counters of all layers, and bytes read from and written to the pool."""
-        assert isinstance(self.cache, OffloadedCache)
-        tiers = self.cache.tiers
-        units = sum(int(tiers.read_units[t] + tiers.written_units[t]) for t in range(NUM_TIERS))
-        return self.cache.total, units * self.cache.unit_bytes
+
+@dataclasses.dataclass(kw_only=True)
+class Offloaded(Side):
+    """One that has most of it in the pool."""
+
+    case: Case
+    cache: OffloadedCache
+    before: Moved | None = None  # when the warm-up ended
+    requested_tokens: int = 0  # of the rounds that were reported
+    hit_tokens: int = 0
+
+    def note(self, fetch: LayerFetch) -> None:
+        self.requested_tokens += int((fetch.served_by >= HBM).sum())
+        self.hit_tokens += int((fetch.served_by == HBM).sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Of one case. Bytes, operations and the pool's time are means a step, all layers together."""
+
+    tokens_per_s: float  # of the median step
+    ratio: float  # to all-HBM: median over the rounds
+    ratio_quartiles: tuple[float, float]
+    hit_rate: float  # of selected tokens
+    read_bytes: float  # from the pool
+    written_bytes: float  # into it
+    read_over_selected: float  # bytes read over those of all selected tokens, hits included
+    read_ops: float
+    store_ms: float  # reads and writes
+    recall: float | None  # of the prefetch, see `Prefetcher`
+    precision: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One of the table."""
+
+    case: Case
+    hbm_blocks: int  # that the share comes to, a layer
+    needs_blocks: int  # most that one layer selected in one step
+    num_blocks: int
+    measured: Measured | None  # None: HBM does not hold one step
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What was run, on what, and what came of it; as it goes to `--json`."""
+
+    machine: dict[str, Any]
+    prompt_tokens: int
+    steps: int
+    store: str
+    latency_kind: str  # of the store's times
+    answers: tuple[int, int]  # tokens of answers that the model says by itself, and all of them
+    selected_bytes: int  # of all tokens that one step selects
+    all_hbm_tokens_per_s: float
+    lines: list[Line]
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    if args.context < 512 or args.steps < 1 or not all(1 <= share <= 100 for share in args.shares):
-        raise UserError("--context from 512 on, --steps from 1 on, --shares from 1 to 100 percent")
+    _check(args)
+    torch.set_num_threads(args.threads)
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="offload-")))
-        model, tokens = load_model(folder), prompt_tokens(args.context)
-        num_blocks = -(-(len(tokens) + WARM_UP + args.steps) // args.block_size)
-        whole = Side(None, model.new_cache(num_blocks, args.block_size))
-        answer = decode_all(model, whole, tokens, WARM_UP + args.steps)
-        cases = [
-            Case(granularity, policy, prefetch, share)
-            for granularity in args.granularities
-            for policy in args.policies
-            for prefetch in args.prefetch
-            for share in args.shares
-        ]
-        sides = [whole, *(offloaded(model, whole.cache, case, args, stack) for case in cases)]
-        race(model, sides, tokens, answer, args.steps)
-    rows = results(sides, args)
-    show(rows, len(tokens), args)
+        model = load_model(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="offload-"))))
+        outcome = run(model, args, stack)
+    show(outcome)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        args.json.write_text(json.dumps(dataclasses.asdict(outcome), indent=1) + "\n", encoding="utf-8")
     if args.plot:
-        plot(rows, args)
+        plot(outcome, args.plot)
     return 0
+
+
+def run(model: Transformer, args: argparse.Namespace, stack: contextlib.ExitStack) -> Outcome:
+    talk = dialogue(args.context, WARM_UP + args.steps)
+    num_tokens = len(talk.prompt) + len(talk.then)
+    whole = Side(cache=model.new_cache(-(-num_tokens // ROW_BLOCK), ROW_BLOCK))
+    needed = dict.fromkeys(args.units, 0)
+    logits = decode_all(model, whole.cache, talk, needed)
+    lines, sides = list[Line](), list[Offloaded]()
+    for case in cases_of(args):
+        num_blocks = -(-num_tokens // case.block_size)
+        hbm_blocks = max(1, num_blocks * case.share // 100)
+        needs = -(-needed[case.unit] // (case.block_size if case.unit == ROWS else 1))
+        lines.append(Line(case, hbm_blocks, needs, num_blocks, None))
+        if hbm_blocks >= needs:
+            sides.append(offloaded(model, whole.cache, case, num_blocks, hbm_blocks, args.store, stack))
+    race(model, [whole, *sides], talk, logits)
+    selected = model.args.n_layers * model.args.index_topk * whole.cache.latent_bytes_per_token
+    measured = {side.case: measure(side, whole, args.steps, selected) for side in sides}
+    kinds = [Moved.so_far(side.cache).store.latency_kind for side in sides]
+    said = [int(row[0].argmax()) == token for row, token in zip(logits, talk.then, strict=False)]
+    right = [told for told, due in zip(said, talk.is_answer, strict=True) if due]
+    return Outcome(
+        machine(),
+        len(talk.prompt),
+        args.steps,
+        args.store,
+        kinds[0] if kinds else "none",
+        (sum(right), len(right)),
+        selected,
+        1 / statistics.median(whole.step_s.values()),
+        [dataclasses.replace(line, measured=measured.get(line.case)) for line in lines],
+    )
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises `UserError` for what argparse lets through."""
+    if args.context < 512 or args.steps < REPORTED or args.threads < 1:
+        raise UserError(f"use --context from 512, --steps from {REPORTED} and --threads from 1 on")
+    if not all(1 <= share <= 100 for share in args.shares):
+        raise UserError(f"--shares {' '.join(map(str, args.shares))}: they are percent, from 1 to 100")
+    for unit in args.units:
+        if unit != ROWS and not (unit.isdecimal() and int(unit)):
+            raise UserError(f"--units {unit}: use row, or the tokens of a block")
+
+
+def cases_of(args: argparse.Namespace) -> Iterator[Case]:
+    """With all blocks in HBM nobody leaves it and nothing is fetched: policies and prefetch are one there."""
+    for unit in args.units:
+        for share in args.shares:
+            if share == 100:
+                yield Case(unit, args.policies[0], "none", share)
+            else:
+                yield from (
+                    Case(unit, *how, share) for how in itertools.product(args.policies, args.prefetch)
+                )
 
 
 def load_model(folder: Path) -> Transformer:
@@ -121,10 +274,21 @@ def load_model(folder: Path) -> Transformer:
     return model.eval()
 
 
-def prompt_tokens(context: int) -> list[int]:
-    tokenizer = load_tokenizer(MODEL)
-    prompt = needle_prompt(context, lambda text: len(tokenizer.encode(text)), depth=0.5, seed=0)
-    return list(tokenizer.encode(prompt.text))
+def dialogue(context: int, num_steps: int) -> Dialogue:
+    """A prompt of `context` tokens with its answer, and as many more questions as `num_steps` take."""
+    tokenizer, draw = load_tokenizer(MODEL), random.Random(0)
+    example = next(generate(TASK, context, tokenizer, num_examples=1, seed=0))
+    told = TOLD.findall(example.prompt)
+    talk = Talk(tokenizer)
+    talk.ask(example.prompt, example.answer_prefix, f" {example.references[0]}.")
+    start = talk.answers[0][0]
+    while len(talk.ids) < start + num_steps:
+        key, value = draw.choice(told)
+        text, prefix = texts.niah("number", "", key, plural=False)
+        talk.ask(text.rpartition("\n")[2], prefix, f" {value}.")
+    due = {token for first, end in talk.answers for token in range(first, end)}
+    end = start + num_steps
+    return Dialogue(talk.ids[:start], talk.ids[start:end], [token in due for token in range(start, end)])
 
 
 def forward(model: Transformer, cache: KVCache, first: int, tokens: Sequence[int]) -> torch.Tensor:
@@ -133,38 +297,49 @@ def forward(model: Transformer, cache: KVCache, first: int, tokens: Sequence[int
 
 
 def decode_all(
-    model: Transformer, whole: Side, tokens: Sequence[int], num_steps: int
-) -> list[tuple[int, torch.Tensor]]:
-    """Prefills, and decodes greedily once: each step's input token and the logits it gives."""
-    for first in track(range(0, len(tokens), CHUNK), "prefill", console=BOX, transient=True):
-        logits = forward(model, whole.cache, first, tokens[first : first + CHUNK])
-    answer = []
-    for position in range(len(tokens), len(tokens) + num_steps):
-        token = int(logits[0].argmax())
-        logits = forward(model, whole.cache, position, [token])
-        answer.append((token, logits))
-    return answer
+    model: Transformer, cache: KVCache, talk: Dialogue, needed: dict[str, int]
+) -> list[torch.Tensor]:
+    """Prefills, then decodes what follows: the logits before each step, and after the last.
+
+    Raises each of `needed`, by unit, to the most units that a layer selected in a step.
+    """
+    logits = []
+    for first in track(range(0, len(talk.prompt), CHUNK), "prefill", console=CONSOLE, transient=True):
+        before = forward(model, cache, first, talk.prompt[first : first + CHUNK])
+    logits.append(before)
+
+    def count(layer_id: int, selection: Selection) -> None:
+        positions = selection.positions[selection.positions >= 0].numpy()
+        for unit, most in needed.items():
+            needed[unit] = max(most, len(np.unique(positions // (1 if unit == ROWS else int(unit)))))
+
+    for indexer in model.indexers:
+        indexer.on_select = count
+    logits += [forward(model, cache, len(talk.prompt) + at, [token]) for at, token in enumerate(talk.then)]
+    for indexer in model.indexers:
+        indexer.on_select = None
+    return logits
 
 
 def offloaded(
-    model: Transformer, whole: KVCache, case: Case, args: argparse.Namespace, stack: contextlib.ExitStack
-) -> Side:
-    """A cache that holds what `whole` holds, most of it in the pool."""
-    size, num_blocks = whole.block_size, whole.num_blocks
-    setup = OffloadSetup(
-        hbm_blocks=max(1, num_blocks * case.share // 100),
-        local=args.store,
-        granularity=case.granularity,
-        tier_policy=case.policy,
-        prefetch=case.prefetch,
-    )
+    model: Transformer,
+    whole: KVCache,
+    case: Case,
+    num_blocks: int,
+    hbm_blocks: int,
+    store: str,
+    stack: contextlib.ExitStack,
+) -> Offloaded:
+    """A cache that holds what `whole` holds, most of it in a pool of its own."""
+    size = case.block_size
+    setup = OffloadSetup(hbm_blocks, local=store, granularity=case.granularity, tier_policy=case.policy)
     tiers = open_tiers(
         setup,
-        unit_bytes(model.setup, size, setup.granularity),
+        unit_bytes(model.setup, size, case.granularity),
         num_layers=model.args.n_layers,
         num_blocks=num_blocks,
-        units_per_block=size // tokens_of_unit(setup.granularity, size),
-        suffix=f".{case.granularity}.{case.policy}.{case.prefetch}.{case.share}",
+        units_per_block=size // tokens_of_unit(case.granularity, size),
+        suffix=f".{case.unit}.{case.policy}.{case.prefetch}.{case.share}",
     )
     stack.callback(tiers.close)
     cache = OffloadedCache(
@@ -172,177 +347,209 @@ def offloaded(
         num_blocks,
         size,
         tiers=tiers,
-        hbm_blocks=setup.hbm_blocks,
-        granularity=setup.granularity,
+        hbm_blocks=hbm_blocks,
+        granularity=case.granularity,
         policy=case.policy,
-        prefetch=setup.prefetch,
+        prefetch=case.prefetch,
     )
     stack.callback(cache.prefetcher.close)
-    num_tokens = num_blocks * size
+    num_tokens = min(num_blocks * size, whole.num_blocks * whole.block_size)
     for first in range(0, num_tokens, CHUNK):
         here = slice(first, min(first + CHUNK, num_tokens))
         batch = Batch.build([Span(range(num_blocks), first, range(here.stop - first))], size)
         for layer_id, latent in enumerate(whole.latent):
             cache.write_latent(layer_id, batch, latent.flatten(0, 1)[here])
-    for mine, theirs in zip(cache.index_k, whole.index_k, strict=True):
-        mine.copy_(theirs)
-    for mine, theirs in zip(cache.index_scale or [], whole.index_scale or [], strict=True):
-        mine.copy_(theirs)
-    return Side(case, cache)
+    for mine, theirs in (
+        *zip(cache.index_k, whole.index_k, strict=True),
+        *zip(cache.index_scale or [], whole.index_scale or [], strict=True),
+    ):
+        mine.flatten(0, 1)[:num_tokens] = theirs.flatten(0, 1)[:num_tokens]
+    return Offloaded(case=case, cache=cache)
 
 
-def race(
-    model: Transformer,
-    sides: Sequence[Side],
-    tokens: Sequence[int],
-    answer: Sequence[tuple[int, torch.Tensor]],
-    num_steps: int,
-) -> None:
-    """Every side decodes the same tokens, in turns; a side whose logits differ ends the run."""
-    firsts = range(0, WARM_UP + num_steps, TURN)
-    for first in track(firsts, "decode", console=BOX, transient=True):
-        for side in sides:
-            if side.error is None:
-                _turn(model, side, len(tokens), answer, range(first, min(first + TURN, WARM_UP + num_steps)))
+def race(model: Transformer, sides: Sequence[Side], talk: Dialogue, logits: Sequence[torch.Tensor]) -> None:
+    """Every side decodes the same tokens; one whose logits differ ends the run."""
+    for at in track(range(len(talk.then)), "decode", console=CONSOLE, transient=True):
+        for turn in range(len(sides)):
+            side = sides[(at + turn) % len(sides)]
+            if not torch.equal(_step(model, side, talk, at), logits[at + 1]):
+                raise UserError(f"{side}: step {at} gives other logits than with everything in HBM")
 
 
-def _turn(
-    model: Transformer,
-    side: Side,
-    prompt_len: int,
-    answer: Sequence[tuple[int, torch.Tensor]],
-    steps: range,
-) -> None:
-    for step in steps:
-        if step == WARM_UP and side.case is not None:
-            side.before, side.before_bytes = side.counted()
-        token, expected = answer[step]
+def _step(model: Transformer, side: Side, talk: Dialogue, at: int) -> torch.Tensor:
+    reported: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    is_reported = at >= WARM_UP and at % REPORTED == 0
+    if isinstance(side, Offloaded):
+        if at == WARM_UP:
+            side.before = Moved.so_far(side.cache)
+        if is_reported:
+            reported = side.cache.reporting(side.note)
+    with reported:
         started = time.perf_counter()
-        try:
-            logits = forward(model, side.cache, prompt_len + step, [token])
-        except UserError as error:  # HBM does not hold what a step selects
-            side.error = str(error)
-            return
-        if step >= WARM_UP:
-            side.step_s.append(time.perf_counter() - started)
-        if not torch.equal(logits, expected):
-            raise UserError(f"{side.case}: step {step} gives other logits than with everything in HBM")
+        logits = forward(model, side.cache, len(talk.prompt) + at, [talk.then[at]])
+        took = time.perf_counter() - started
+    if at >= WARM_UP and not is_reported:
+        side.step_s[at] = took
+    return logits
 
 
-def results(sides: Sequence[Side], args: argparse.Namespace) -> list[dict[str, object]]:
-    """A row a side: medians and means over the timed steps."""
-    base_s = statistics.median(sides[0].step_s)
-    rows: list[dict[str, object]] = [{"share": 100, "tokens_per_s": 1 / base_s, "ratio": 1.0}]
-    for side in sides[1:]:
-        assert side.case is not None
-        row: dict[str, object] = dataclasses.asdict(side.case)
-        if side.error is not None or side.before is None:
-            rows.append(row | {"error": side.error})
-            continue
-        now, num_bytes = side.counted()
-        change = now - side.before
-        step_s = statistics.median(side.step_s)
-        guessed = change.used_units + change.missed_units
-        rows.append(
-            row
-            | {
-                "tokens_per_s": 1 / step_s,
-                "ratio": base_s / step_s,
-                "hit_rate": change.hit_units / change.requested_units,
-                "fetched_units_per_step": change.fetched_units / args.steps,
-                "bytes_per_step": (num_bytes - side.before_bytes) / args.steps,
-                "recall": change.used_units / guessed if guessed else None,
-                "precision": change.used_units / change.prefetched_units if change.prefetched_units else None,
-            }
-        )
-    return rows
-
-
-def show(rows: Sequence[dict[str, object]], context: int, args: argparse.Namespace) -> None:
-    title = (
-        f"needle-2k, context {context}, blocks of {args.block_size} tokens, pool {args.store}; "
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"medians of {args.steps} steps, logits equal bit for bit"
+def measure(side: Offloaded, whole: Side, num_steps: int, selected_bytes: int) -> Measured:
+    assert side.before is not None
+    moved = Moved.so_far(side.cache) - side.before
+    ratios = [whole.step_s[at] / took for at, took in side.step_s.items()]
+    low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    counters = moved.counters
+    guessed = counters.used_units + counters.missed_units
+    prefetches = side.case.prefetch != "none"
+    return Measured(
+        tokens_per_s=1 / statistics.median(side.step_s.values()),
+        ratio=ratio,
+        ratio_quartiles=(low, high),
+        hit_rate=side.hit_tokens / side.requested_tokens,
+        read_bytes=moved.bytes_read / num_steps,
+        written_bytes=moved.bytes_written / num_steps,
+        read_over_selected=moved.bytes_read / num_steps / selected_bytes,
+        read_ops=moved.store.read_ops / num_steps,
+        store_ms=(moved.store.read_us + moved.store.write_us) / num_steps / 1e3,
+        recall=counters.used_units / guessed if prefetches and guessed else None,
+        precision=counters.used_units / counters.prefetched_units if counters.prefetched_units else None,
     )
-    table = Table(title=title, title_justify="left")
-    for name in ("moved as", "policy", "prefetch"):
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def show(outcome: Outcome) -> None:
+    right, said = outcome.answers
+    CONSOLE.print(
+        f"needle-2k, {outcome.prompt_tokens:,} tokens, then {outcome.steps} steps a setup; "
+        f"pool {outcome.store}\n"
+        f"everything in HBM: {outcome.all_hbm_tokens_per_s:.1f} tokens/s; a step selects "
+        f"{outcome.selected_bytes / 1024:.0f} KiB; {right} of {said} tokens of answers are the model's own\n"
+        + ", ".join(f"{name} {value}" for name, value in outcome.machine.items())
+    )
+    prefetches = any(line.case.prefetch != "none" for line in outcome.lines)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
+    for name in ("moved as", "in HBM", "policy", *(["prefetch"] if prefetches else [])):
         table.add_column(name)
     for name in (
-        "in HBM",
-        "tokens/s",
-        "of all-HBM",
-        "hit rate",
-        "units/step",
-        "KiB/step",
-        "recall",
-        "precision",
+        *("tokens/s", "of all\nHBM", "quartiles", "hit\nrate", "KiB\nread", "KiB\nwritten"),
+        *("read /\nselected", "reads", f"store ms\n{outcome.latency_kind}"),
+        *(["recall", "precision"] if prefetches else []),
     ):
         table.add_column(name, justify="right")
-    for row in rows:
-        cells = [str(row.get(name, "-")) for name in ("granularity", "policy", "prefetch")]
-        cells.append(f"{row['share']} %")
-        if row.get("error"):
-            table.add_row(*cells, "does not hold one step")
-            continue
-        cells += [f"{row['tokens_per_s']:.1f}", f"{row['ratio']:.2f}x"]
-        cells += [_shown(row.get("hit_rate"), "{:.1%}"), _shown(row.get("fetched_units_per_step"), "{:.1f}")]
-        bytes_per_step = row.get("bytes_per_step")
-        cells.append("-" if bytes_per_step is None else f"{bytes_per_step / 1024:.1f}")
-        table.add_row(*cells, _shown(row.get("recall"), "{:.0%}"), _shown(row.get("precision"), "{:.0%}"))
-    BOX.print(table)
+    rows = dict.fromkeys(tuple(_cells(line, prefetches)) for line in outcome.lines)
+    for cells in rows:  # what does not fit, does not under any policy: said once
+        table.add_row(*cells)
+    table.caption = "KiB, reads and the store's ms are of one step, all layers; logits equal bit for bit"
+    CONSOLE.print(table)
 
 
-def _shown(value: object, form: str) -> str:
-    return "-" if value is None else form.format(value)
+def _cells(line: Line, prefetches: bool) -> Iterator[str]:
+    case, measured = line.case, line.measured
+    yield from (unit_name(case.unit), f"{case.share} %")
+    yield "any" if case.share == 100 or measured is None else case.policy
+    if prefetches:
+        yield "any" if measured is None else case.prefetch
+    if measured is None:
+        yield f"needs {line.needs_blocks / line.num_blocks:.0%}"
+        return
+    low, high = measured.ratio_quartiles
+    yield from (f"{measured.tokens_per_s:.1f}", f"{measured.ratio:.2f}x", f"{low:.2f}-{high:.2f}")
+    yield from (f"{measured.hit_rate:.1%}", f"{measured.read_bytes / 1024:,.0f}")
+    yield from (f"{measured.written_bytes / 1024:,.0f}", f"{measured.read_over_selected:.2f}x")
+    yield from (f"{measured.read_ops:.0f}", f"{measured.store_ms:.2f}")
+    if prefetches:
+        yield from ("-" if x is None else f"{x:.0%}" for x in (measured.recall, measured.precision))
 
 
-def plot(rows: Sequence[dict[str, object]], args: argparse.Namespace) -> None:
-    """Speed and bytes against the share in HBM, a line a granularity and policy; without prefetch."""
+def unit_name(unit: str) -> str:
+    return "row" if unit == ROWS else f"block of {unit}"
+
+
+def plot(outcome: Outcome, path: Path) -> None:
+    """Speed, hits and bytes against the share in HBM; without prefetch. Colours are units, marks policies."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
-    figure, (speed, moved) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for granularity, policy in _lines(rows):
-        points = [
-            row
-            for row in rows
-            if (row.get("granularity"), row.get("policy")) == (granularity, policy)
-            and row.get("prefetch") == "none"
-            and not row.get("error")
-        ]
-        shares = [row["share"] for row in points]
-        style = "-" if granularity == "block" else "--"
-        label = f"{granularity}, {policy}"
-        speed.plot(shares, [row["ratio"] for row in points], style, marker="o", label=label)
-        moved.plot(shares, [row["bytes_per_step"] / 1024 for row in points], style, marker="o", label=label)
-    speed.set(xlabel="blocks in HBM (%)", ylabel="tokens/s, all-HBM = 1", ylim=(0, None))
-    moved.set(xlabel="blocks in HBM (%)", ylabel="KiB moved a decode step", ylim=(0, None))
-    speed.legend()
-    figure.suptitle(f"needle-2k at {args.context} tokens, latents in {args.store}: what a smaller HBM costs")
-    figure.savefig(args.plot, dpi=110)
+    selected = outcome.selected_bytes / 1024
+    panels: list[tuple[str, Callable[[Measured], float], float]] = [
+        ("tokens/s, everything in HBM = 1", lambda m: m.ratio, 1.0),
+        ("selected tokens found in HBM, %", lambda m: 100 * m.hit_rate, 100.0),
+        (f"KiB read a step (dotted: selected, {selected:.0f})", lambda m: m.read_bytes / 1024, selected),
+    ]
+    lines = [line for line in outcome.lines if line.case.prefetch == "none"]
+    needs = {line.case.unit: line.needs_blocks / line.num_blocks for line in lines}
+    policies = list(dict.fromkeys(line.case.policy for line in lines))
+    color = {unit: f"C{at}" for at, unit in enumerate(needs)}
+    marker = {policy: MARKERS[at % len(MARKERS)] for at, policy in enumerate(policies)}
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4.8), layout="constrained")
+    for axis, (what, value, reference) in zip(axes, panels, strict=True):
+        axis.axhline(reference, color="grey", linestyle=":", zorder=0)
+        for unit, policy in itertools.product(needs, policies):
+            points = sorted(
+                (line.case.share, value(line.measured))
+                for line in lines
+                if line.measured and line.case.unit == unit
+                if line.case.policy == policy or line.case.share == 100
+            )
+            axis.plot(
+                [share for share, _ in points],
+                [height for _, height in points],
+                color=color[unit],
+                marker=marker[policy],
+                markersize=5,
+                linewidth=1,
+                alpha=0.8,
+            )
+        axis.set(xlabel="blocks in HBM, %", title=what, ylim=(0, None))
+        axis.set_xticks(sorted({line.case.share for line in lines}))
+        axis.grid(alpha=0.3)
+    handles = [
+        Line2D([], [], color=color[unit], label=f"{unit_name(unit)} (one step needs {share:.0%} in HBM)")
+        for unit, share in needs.items()
+    ] + [
+        Line2D([], [], color="grey", linestyle="", marker=marker[policy], label=policy) for policy in policies
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(len(needs), len(policies)))
+    figure.suptitle(
+        f"What a smaller HBM costs: needle-2k at {outcome.prompt_tokens:,} tokens, pool {outcome.store}"
+    )
+    figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _lines(rows: Sequence[dict[str, object]]) -> Iterator[tuple[object, object]]:
-    yield from dict.fromkeys((row["granularity"], row["policy"]) for row in rows if "granularity" in row)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--context", type=int, default=8192, help="tokens of the prompt (%(default)s)")
-    parser.add_argument("--steps", type=int, default=64, help="timed decode steps (%(default)s)")
-    parser.add_argument("--block-size", type=int, default=16, help="tokens of a block (%(default)s)")
-    parser.add_argument("--store", default="ram", help="the pool (%(default)s)")
-    parser.add_argument("--shares", type=int, nargs="+", default=[100, 50, 25, 10], help="percent in HBM")
-    parser.add_argument("--policies", nargs="+", default=["lru", "fifo", "lfu"], help="who leaves HBM")
-    parser.add_argument("--granularities", nargs="+", default=list(GRANULARITIES), choices=GRANULARITIES)
-    parser.add_argument("--prefetch", nargs="+", default=["none"], choices=PREFETCH_KINDS)
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    parser.add_argument("--plot", type=Path, help="draw them there (PNG)")
+    add = parser.add_argument
+    add("--context", type=int, default=8192, help="tokens of the prompt and its answer (%(default)s)")
+    add("--steps", type=int, default=128, help="decode steps after the warm-up (%(default)s)")
+    add("--units", nargs="+", default=[ROWS, "4", "16", "64"], help="row, or tokens of a block (row 4 16 64)")
+    add("--shares", type=int, nargs="+", default=[100, 50, 25, 10], help="percent in HBM (100 50 25 10)")
+    add(
+        "--policies",
+        nargs="+",
+        default=["lru", "fifo", "lfu", "s3-fifo", "arc"],
+        choices=TIER_POLICIES,
+        help="who leaves HBM (lru fifo lfu s3-fifo arc)",
+    )
+    add("--prefetch", nargs="+", default=["none"], choices=PREFETCH_KINDS, help="(none)")
+    add("--store", default="ram", help="the pool: ram, mmap:PATH, redis://HOST:PORT, sim:... (%(default)s)")
+    add("--threads", type=int, default=1, help="torch's (%(default)s)")
+    add("--json", type=Path, help="write everything there")
+    add("--plot", type=Path, help="draw it there (PNG)")
     return parser
 
 
