@@ -290,6 +290,7 @@ def test_secrets_on_the_command_line_are_hidden() -> None:
             "1",
         ),
         "redis://me:abc@host/0",
+        "redis://:x@abc@host/0",
     ]
     shown = redact_argv(argv)
     assert not any("abc" in argument for argument in shown)
@@ -305,5 +306,6 @@ def test_secrets_on_the_command_line_are_hidden() -> None:
             "--seed",
             "1",
         ),
+        "redis://***@host/0",
         "redis://***@host/0",
     ]

@@ -198,7 +198,8 @@ def _counted(stats: StoreStats) -> dict[str, Any]:
 
 
 def _is_file(spec: str) -> bool:
-    return spec.rsplit("+", maxsplit=1)[-1].startswith(_IN_FILES)
+    inner = spec.partition("+")[2] if spec.startswith("sim:") else spec
+    return inner.startswith(_IN_FILES)
 
 
 def _moved(stats: StoreStats) -> str:

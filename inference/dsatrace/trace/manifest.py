@@ -39,7 +39,7 @@ _TIER_CHOICES = {
 
 REDACTED = "***"
 _SECRET_WORDS = ("token", "key", "secret", "password", "system-prompt")  # the last: no prompt text in a run
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s]+(?=@)")  # up to the last @: a password may hold one
 
 
 @dataclasses.dataclass(frozen=True)
