@@ -28,14 +28,16 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
 }
 MODEL_SIDE = "serves a model; the loop, the scheduler and the simulator need no torch"
 EXCEPTIONS = {
+    ("engine/cache_size.py", "torch"): MODEL_SIDE,
     ("engine/distributed.py", "torch"): MODEL_SIDE,
-    ("engine/layer_units.py", "torch"): MODEL_SIDE,
     ("engine/model_runner.py", "torch"): MODEL_SIDE,
-    ("engine/offload.py", "torch"): MODEL_SIDE,
-    ("engine/offload_index.py", "torch"): MODEL_SIDE,
+    ("engine/offload/cache.py", "torch"): MODEL_SIDE,
+    ("engine/offload/index_keys.py", "torch"): MODEL_SIDE,
+    ("engine/offload/layer_units.py", "torch"): MODEL_SIDE,
+    ("engine/offload/opening.py", "torch"): MODEL_SIDE,
+    ("engine/offload/unit_buffer.py", "torch"): MODEL_SIDE,
     ("engine/sampler.py", "torch"): MODEL_SIDE,
     ("engine/setup.py", "torch"): MODEL_SIDE,
-    ("engine/unit_buffer.py", "torch"): MODEL_SIDE,
     ("trace/observe.py", "torch"): "the tensor side of the tracer",
     ("model/kernels/tilelang_kernels.py", "tilelang"): "itself imported only when asked for",
 }

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from dsatrace.engine.block_tables import new_pool
 from dsatrace.engine.config import PREFETCH_KINDS, Granularity, PrefetchKind
 from dsatrace.engine.engine import Engine
-from dsatrace.engine.losses import UnitsLost
 from dsatrace.engine.model_runner import ModelRunner
-from dsatrace.engine.offload import OffloadedCache, unit_bytes
+from dsatrace.engine.offload.cache import OffloadedCache, unit_bytes
+from dsatrace.engine.offload.losses import UnitsLost
 from dsatrace.engine.sampler import Sampler
 from dsatrace.engine.scheduler import Scheduler
 from dsatrace.errors import UserError

@@ -13,7 +13,7 @@ from dsatrace.engine.config import GRANULARITIES, PREFETCH_KINDS, Granularity, P
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.model_runner import ModelRunner
-from dsatrace.engine.offload import OffloadedCache, tokens_of_unit, unit_bytes
+from dsatrace.engine.offload.cache import OffloadedCache, tokens_of_unit, unit_bytes
 from dsatrace.engine.sampler import Sampler
 from dsatrace.engine.scheduler import Scheduler
 from dsatrace.kv.stores.stack import TierStack

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dsatrace.engine.config import PrefetchKind
-from dsatrace.engine.offload import OffloadedCache, unit_bytes
-from dsatrace.engine.prefetch import Prefetcher
+from dsatrace.engine.offload.cache import OffloadedCache, unit_bytes
+from dsatrace.engine.offload.prefetch import Prefetcher
 from dsatrace.kv.fetches import FetchCounters
 from dsatrace.kv.stores.memory import MemoryStore
 from dsatrace.kv.stores.stack import TierStack

@@ -45,8 +45,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
 from dsatrace.engine.config import PREFETCH_KINDS, Granularity, OffloadSetup, PrefetchKind
-from dsatrace.engine.offload import OffloadedCache, tokens_of_unit, unit_bytes
-from dsatrace.engine.tiers import open_tiers
+from dsatrace.engine.offload.cache import OffloadedCache, tokens_of_unit, unit_bytes
+from dsatrace.engine.offload.opening import open_tiers
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.kv.fetches import HBM, LOCAL, FetchCounters, LayerFetch
 from dsatrace.kv.residency import TIER_POLICIES

@@ -21,11 +21,11 @@ from ..trace.capture import StepCapture
 from ..trace.observe import OnSelect, Recording, SelectionDigest, SelectionRing, hooked
 from ..trace.tracer import Tracer
 from .live import LiveRequest
-from .losses import UnitsLost
-from .offload import OffloadedCache
+from .offload.cache import OffloadedCache
+from .offload.losses import UnitsLost
+from .offload.totals import TierTotals
 from .sampler import Sampler
 from .step import Step, Work
-from .tiers import TierTotals
 
 
 class ModelRunner:

@@ -22,7 +22,6 @@ import torch
 from ..errors import UserError
 from ..kv.blocks import blocks_needed
 from ..kv.layout import CacheLayout, named_layouts
-from ..kv.stores.stack import TierStack
 from ..model.cache import KVCache
 from ..model.checkpoint import load_checkpoint
 from ..model.config import ModelArgs
@@ -35,16 +34,17 @@ from ..trace.manifest import RunInfo, Selections
 from ..trace.resume import Resumed
 from ..trace.tracer import Tracer
 from .block_tables import new_pool
+from .cache_size import cache_budget_bytes, num_cache_blocks
 from .clock import Clock
 from .config import EngineSetup, user_errors
 from .distributed import choose_ranks
 from .engine import Engine, Judge
 from .live import LiveRequest
 from .model_runner import ModelRunner
-from .offload import OffloadedCache, tokens_of_unit
+from .offload.opening import offloaded_cache, tier_setup
+from .offload.totals import TierTotals
 from .sampler import Sampler
 from .scheduler import Admission, Scheduler
-from .tiers import TierTotals, open_tiers, tier_setup
 
 __all__ = ["EngineSetup", "load_model", "open_engine"]
 
@@ -82,89 +82,6 @@ def cache_layouts(cache: KVCache, args: ModelArgs) -> list[CacheLayout]:
     own = CacheLayout("this_run", cache.latent_bytes_per_token, cache.index_bytes_per_token)
     others = named_layouts(args.kv_lora_rank, args.qk_rope_head_dim, args.index_head_dim)
     return [own, *others.values()]
-
-
-def num_cache_blocks(
-    setup: EngineSetup, max_seq_len: int, longest: int | None, batch_size: int, budget_blocks: int
-) -> int:
-    """Blocks of the KV cache: `--cache-blocks` when given, else room for `batch_size` of the longest.
-
-    Where `longest` is not known, any request may have `max_seq_len` tokens: there is room for as
-    many of those as fit `budget_blocks`, and for one at least. Raises `UserError` when the
-    longest, where it is known, could never be served.
-    """
-    if longest is not None and longest > max_seq_len:
-        raise UserError(
-            f"a prompt and its answer need {longest} tokens of KV, --max-seq-len is {max_seq_len}; "
-            "shorten the prompt, lower --max-new-tokens or raise --max-seq-len"
-        )
-    a_request = blocks_needed(longest or max_seq_len, setup.cache_block_size)
-    if setup.cache_blocks is None:
-        everyone = batch_size * a_request
-        return everyone if longest is not None else min(everyone, max(a_request, budget_blocks))
-    if longest is not None and a_request > setup.cache_blocks:
-        raise UserError(
-            f"--cache-blocks {setup.cache_blocks}: a prompt and its answer need {longest} tokens of KV, "
-            f"{a_request} blocks of {setup.cache_block_size}; use at least that many"
-        )
-    return setup.cache_blocks
-
-
-def cache_budget_bytes(device: torch.device) -> int:
-    """What a cache may take that is not sized for known requests: 2 GiB, or an eighth of a GPU's memory.
-
-    A share of the whole and not of what is free, so that all ranks find the same.
-    """
-    if device.type != "cuda":
-        return 2 << 30
-    return torch.cuda.get_device_properties(device).total_memory // 8
-
-
-def _new_cache(
-    model: Transformer,
-    setup: EngineSetup,
-    num_blocks: int,
-    device: torch.device,
-    one_block: KVCache,
-    stack: contextlib.ExitStack,
-) -> KVCache:
-    """All in HBM, or with latents in the tiers, which `stack` closes."""
-    offload, block_size, group = setup.offload, setup.cache_block_size, model.setup.group
-    if offload is None:
-        return model.new_cache(num_blocks, block_size, device)
-    rank = f".rank{group.rank}" if group.size > 1 else ""
-
-    def tiers(unit_bytes: int, units_per_block: int, suffix: str) -> TierStack:
-        opened = open_tiers(
-            offload,
-            unit_bytes,
-            num_layers=model.args.n_layers,
-            num_blocks=num_blocks,
-            units_per_block=units_per_block,
-            suffix=suffix,
-            pin_memory=device.type == "cuda",
-        )
-        stack.callback(opened.close)
-        return opened
-
-    unit_tokens = tokens_of_unit(offload.granularity, block_size)
-    index_tiers = None
-    if offload.offload_index_keys:
-        index_tiers = tiers(block_size * one_block.index_bytes_per_token, 1, f".index{rank}")
-    cache = OffloadedCache(
-        model.setup,
-        num_blocks,
-        block_size,
-        device,
-        tiers=tiers(unit_tokens * one_block.latent_bytes_per_token, block_size // unit_tokens, rank),
-        hbm_blocks=offload.hbm_blocks,
-        granularity=offload.granularity,
-        policy=offload.tier_policy,
-        prefetch=offload.prefetch,
-        index_tiers=index_tiers,
-    )
-    stack.callback(cache.prefetcher.close)
-    return cache
 
 
 def _told_of_tiers(totals: TierTotals, scheduler: Scheduler) -> Mapping[str, Any]:
@@ -208,13 +125,16 @@ def open_engine(
     args = model.args
     batch_size = setup.max_batch_size if num_requests is None else min(setup.max_batch_size, num_requests)
     block_size = setup.cache_block_size
-    one_block = model.new_cache(1, block_size, device)
-    block_bytes = block_size * args.n_layers * one_block.bytes_per_token
-    budget_blocks = cache_budget_bytes(device) // block_bytes
+    bytes_per_token = args.n_layers * model.new_cache(1, block_size, device).bytes_per_token
+    budget_blocks = cache_budget_bytes(device) // (block_size * bytes_per_token)
     num_blocks = num_cache_blocks(setup, args.max_seq_len, longest, batch_size, budget_blocks)
     with contextlib.ExitStack() as stack:
-        cache = _new_cache(model, setup, num_blocks, device, one_block, stack)
-        offloaded = cache if isinstance(cache, OffloadedCache) else None
+        offloaded = None
+        if setup.offload is not None:
+            offloaded = stack.enter_context(
+                offloaded_cache(model, setup.offload, num_blocks, block_size, device)
+            )
+        cache = offloaded or model.new_cache(num_blocks, block_size, device)
         tracer = None
         if trace is not None:
             on_cuda = device.type == "cuda"

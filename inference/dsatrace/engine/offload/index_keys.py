@@ -14,8 +14,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..kv.stores.stack import LOST, TierStack
-from ..model.batch import Batch
+from ...kv.stores.stack import LOST, TierStack
+from ...model.batch import Batch
 from .losses import UnitsLost
 
 

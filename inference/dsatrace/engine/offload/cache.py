@@ -24,15 +24,15 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from ..errors import UserError
-from ..kv.fetches import HBM, FetchCounters, LayerFetch, TierCounts, first_touches, layer_fetch
-from ..kv.stores.stack import TierStack
-from ..model.batch import Batch
-from ..model.cache import KVCache
-from ..model.layers import ModelSetup
-from .config import Granularity, PrefetchKind
+from ...errors import UserError
+from ...kv.fetches import HBM, FetchCounters, LayerFetch, TierCounts, first_touches, layer_fetch
+from ...kv.stores.stack import TierStack
+from ...model.batch import Batch
+from ...model.cache import KVCache
+from ...model.layers import ModelSetup
+from ..config import Granularity, PrefetchKind
+from .index_keys import OffloadedIndex
 from .layer_units import LayerUnits
-from .offload_index import OffloadedIndex
 from .prefetch import Prefetcher
 
 OnFetch = Callable[[LayerFetch], None]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import PrefetchKind
+from ..config import PrefetchKind
 
 Fetch = Callable[[int, np.ndarray], np.ndarray]
 """`(layer_id, units) -> units that were fetched`; called in a thread of the prefetcher's."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..kv.stores.stack import TierStack
+from ...kv.stores.stack import TierStack
 
 
 class UnitBuffer:

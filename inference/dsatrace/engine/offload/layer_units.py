@@ -15,9 +15,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..kv.fetches import FetchCounters
-from ..kv.residency import Residency
-from ..kv.stores.stack import LOST, TierStack
+from ...kv.fetches import FetchCounters
+from ...kv.residency import Residency
+from ...kv.stores.stack import LOST, TierStack
 from .losses import UnitsLost
 from .unit_buffer import UnitBuffer
 

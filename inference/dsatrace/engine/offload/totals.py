@@ -1,6 +1,5 @@
-"""Opens the tiers below HBM, and says what they are and what they did: for the manifest and the summary.
+"""What the tiers of a run did, and how much of it the records tell: for the summary and for users.
 
-tiers = open_tiers(offload, unit_bytes, num_layers=61, num_blocks=512, units_per_block=1)
 totals = TierTotals(cache, since_forward=0)
 totals.record(fetches)                        # what went into a capture
 totals.to_json(num_recomputes=0, failed_requests=0)
@@ -10,100 +9,23 @@ totals.to_text()                              # "tiers: 93.1 % of the selected b
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from ..kv.fetches import LOCAL, NUM_TIERS, REMOTE, StepFetches
-from ..kv.stores.interface import Store, StoreStats
-from ..kv.stores.opening import open_store
-from ..kv.stores.stack import TierStack
-from ..schema import TIER_NAMES
-from ..trace.manifest import PoolSetup, TierSetup, redact_credentials
-from .config import OffloadSetup
+from ...kv.fetches import LOCAL, NUM_TIERS, REMOTE, StepFetches
+from ...kv.stores.interface import StoreStats
+from ...kv.stores.stack import TierStack
+from ...schema import TIER_NAMES
+from ..runner import BlocksLost
+from .cache import OffloadedCache
 from .losses import UnitsLost
-from .offload import OffloadedCache
-from .runner import BlocksLost
 
 _TOLD = (
     *("requested_units", "hit_units", "missed_units", "corrupt_units", "read_batches", "read_ops", "read_us"),
     *("write_batches", "write_us", "stored_units", "evicted_units", "errors", "timeouts"),
 )
 """Of a store's stats, in the summary."""
-
-_IN_FILES = ("mmap:", "file:", "nixl:")
-"""Stores that take a file each."""
-
-
-def open_tiers(
-    offload: OffloadSetup,
-    unit_bytes: int,
-    *,
-    num_layers: int,
-    num_blocks: int,
-    units_per_block: int,
-    suffix: str = "",
-    pin_memory: bool = False,
-) -> TierStack:
-    """The pools of one rank, empty; `suffix` keeps its files apart from others of the run.
-
-    Raises `UserError` where the user can mend it: a server that is down, a file that cannot be, a
-    local pool without room for the whole cache and nothing behind it.
-
-    `pin_memory`: the local pool in RAM lies where a GPU reads it directly.
-    """
-    local, remote = offload.local_pool, offload.remote
-    local_blocks = min(offload.local_blocks or num_blocks, num_blocks)
-    if remote is None and local_blocks < num_blocks:
-        raise UserError(
-            f"--local-blocks {local_blocks}: the cache has {num_blocks} blocks, and behind the local pool "
-            f"there is none; use --local-blocks {num_blocks}, or add --remote"
-        )
-    opened: list[Store] = []
-    try:
-        for spec, blocks in ((local, local_blocks), (remote, num_blocks)):
-            if spec is not None:
-                units, timeout_s = blocks * units_per_block * num_layers, offload.tier_timeout_s
-                memory = _pinned(units, unit_bytes) if pin_memory and spec == "ram" else None
-                name = spec + suffix if _is_file(spec) else spec
-                opened.append(open_store(name, unit_bytes, units, timeout_s=timeout_s, memory=memory))
-        return TierStack(
-            opened[0] if local is not None else None,
-            opened[-1] if remote is not None else None,
-            num_layers=num_layers,
-            units_per_layer=num_blocks * units_per_block,
-            policy=offload.tier_policy,
-        )
-    except BaseException:
-        for store in opened:
-            store.close()
-        raise
-
-
-def tier_setup(offload: OffloadSetup, cache: OffloadedCache) -> TierSetup:
-    """What the manifest says of the tiers."""
-    stats = cache.tiers.stats()
-
-    def pool(tier: int, spec: str | None, blocks: int | None) -> PoolSetup | None:
-        if spec is None or (its := stats[tier]) is None:
-            return None
-        kind: Literal["measured", "modelled"] = "modelled" if its.latency_kind == "modelled" else "measured"
-        return PoolSetup(redact_credentials(spec), blocks, kind)
-
-    local_blocks = min(offload.local_blocks or cache.num_blocks, cache.num_blocks)
-    return TierSetup(
-        granularity=offload.granularity,
-        unit_tokens=cache.unit_tokens,
-        unit_bytes=cache.unit_bytes,
-        policy=offload.tier_policy,
-        prefetch=offload.prefetch,
-        on_error=offload.on_tier_error,
-        index_keys="offloaded" if offload.offload_index_keys else "hbm",
-        hbm_blocks=cache.hbm_blocks,
-        local_pool=pool(LOCAL, offload.local_pool, local_blocks),
-        remote_pool=pool(REMOTE, offload.remote, None),
-    )
 
 
 @dataclasses.dataclass
@@ -197,11 +119,6 @@ def _counted(stats: StoreStats) -> dict[str, Any]:
     }
 
 
-def _is_file(spec: str) -> bool:
-    inner = spec.partition("+")[2] if spec.startswith("sim:") else spec
-    return inner.startswith(_IN_FILES)
-
-
 def _moved(stats: StoreStats) -> str:
     seconds = (stats.read_us + stats.write_us) / 1e6
     line = f"{_size(stats.bytes_read)} read, {_size(stats.bytes_written)} written in {seconds:.2g} s"
@@ -213,10 +130,3 @@ def _size(num_bytes: int) -> str:
     """`1.2 MiB`; binary, as memory is counted."""
     scale, unit = next(x for x in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if num_bytes >> x[0] or x[0] == 10)
     return f"{num_bytes / (1 << scale):.1f} {unit}"
-
-
-def _pinned(units: int, unit_bytes: int) -> np.ndarray:
-    import torch
-
-    memory: np.ndarray = torch.empty((units, unit_bytes), dtype=torch.uint8, pin_memory=True).numpy()
-    return memory

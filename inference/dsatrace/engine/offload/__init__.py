@@ -1,0 +1,1 @@
+"""Decoding with latents outside HBM: the cache, what fetches ahead for it, and what it has moved."""
