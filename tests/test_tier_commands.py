@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,17 @@ def test_a_mistake_is_one_clear_line(mistake: str, call: Call, tmp_path: Path, c
         assert not (tmp_path / "run").exists()
     if mistake == "a file that exists":
         assert (tmp_path / "taken").read_bytes() == b"precious"
+
+
+def test_a_server_that_is_down_is_found_before_the_weights_are_read(
+    call: Call, checkpoint: Path, tmp_path: Path, capsys: Any
+) -> None:
+    weightless = tmp_path / "weightless"
+    shutil.copytree(checkpoint, weightless, ignore=shutil.ignore_patterns("*.safetensors"))
+    run = ("generate", tmp_path / "run", *TIERS, "--ckpt-path", weightless)
+    assert "safetensors" in told_error(capsys, lambda: call(*run))
+    told = told_error(capsys, lambda: call(*run, *nobody_listens(tmp_path)))
+    assert "start a server with" in told
 
 
 GIVEN = (

@@ -41,7 +41,7 @@ from .distributed import choose_ranks
 from .engine import Engine, Judge
 from .live import LiveRequest
 from .model_runner import ModelRunner
-from .offload.opening import offloaded_cache, tier_setup
+from .offload.opening import offloaded_cache, tier_setup, try_tiers
 from .offload.totals import TierTotals
 from .sampler import Sampler
 from .scheduler import Admission, Scheduler
@@ -50,10 +50,12 @@ __all__ = ["EngineSetup", "load_model", "open_engine"]
 
 
 def load_model(setup: EngineSetup, device: torch.device) -> Transformer:
-    """This rank's shard of the model on `device`, loaded and checked."""
+    """This rank's shard of the model on `device`, loaded and checked; its tiers are tried before."""
     assert setup.ckpt_path is not None, "a model needs a checkpoint"
     args = setup.model_args()
     group = ParallelGroup.current()
+    if setup.offload is not None:
+        try_tiers(setup.offload, group)
     with user_errors():
         kernels = get_kernels(setup.kernel_backend, device)
         with torch.device("meta"):

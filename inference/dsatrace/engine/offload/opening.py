@@ -18,6 +18,7 @@ from ...kv.fetches import LOCAL, REMOTE
 from ...kv.stores.interface import Store
 from ...kv.stores.opening import open_store
 from ...kv.stores.stack import TierStack
+from ...model.parallel import ParallelGroup
 from ...model.transformer import Transformer
 from ...trace.manifest import PoolSetup, TierSetup, redact_credentials
 from ..config import OffloadSetup
@@ -32,8 +33,7 @@ def offloaded_cache(
     model: Transformer, offload: OffloadSetup, num_blocks: int, block_size: int, device: torch.device
 ) -> Iterator[OffloadedCache]:
     """A cache of this rank's; leaving the block closes its tiers. Raises as `open_tiers` does."""
-    group = model.setup.group
-    rank = f".rank{group.rank}" if group.size > 1 else ""
+    rank = _suffix(model.setup.group)
     one_block = model.new_cache(1, block_size, device)
     unit_tokens = tokens_of_unit(offload.granularity, block_size)
     with contextlib.ExitStack() as stack:
@@ -68,6 +68,11 @@ def offloaded_cache(
         )
         stack.callback(cache.prefetcher.close)
         yield cache
+
+
+def try_tiers(offload: OffloadSetup, group: ParallelGroup) -> None:
+    """Opens every pool and closes it again: what is down is known before minutes go into weights."""
+    open_tiers(offload, 8, num_layers=1, num_blocks=1, units_per_block=1, suffix=_suffix(group)).close()
 
 
 def open_tiers(
@@ -138,6 +143,10 @@ def tier_setup(offload: OffloadSetup, cache: OffloadedCache) -> TierSetup:
         local_pool=pool(LOCAL, offload.local_pool, local_blocks),
         remote_pool=pool(REMOTE, offload.remote, None),
     )
+
+
+def _suffix(group: ParallelGroup) -> str:
+    return f".rank{group.rank}" if group.size > 1 else ""
 
 
 def _is_file(spec: str) -> bool:
