@@ -117,10 +117,15 @@ def _serve(
             if step == request.num_output_tokens - 2:
                 for sink in sinks:
                     line = _line(request, requests.index(request))
-                    sink.write_request(line | ({"num_recomputes": len(line["request_id"])} if tiers else {}))
+                    sink.write_request(line | ({"num_recomputes": _recomputes(request)} if tiers else {}))
     if tiers is not None:
+        ended = [request for request in requests if request.num_output_tokens > 1]
         for sink in sinks:
-            sink.write_tiers(tiers.described())
+            sink.write_tiers(tiers.described(sum(map(_recomputes, ended))))
+
+
+def _recomputes(request: GoldenRequest) -> int:
+    return len(request.request_id)
 
 
 def _line(request: GoldenRequest, i: int) -> dict[str, Any]:

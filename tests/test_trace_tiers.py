@@ -184,16 +184,17 @@ def test_the_tracer_writes_what_it_is_told(tmp_path: Path) -> None:
             requests[0], num_output_tokens=1, state="failed", error="remote_pool", num_recomputes=2
         )
         tracer.finish_request(requests[1], num_output_tokens=0, state="aborted")
+        told = engine.described(num_recomputes=2) | {"failed_requests": 1}
         with pytest.raises(ValueError, match=r"not of the schema: tiers.lost_units: 1.5 is not int"):
-            tracer.describe_tiers(engine.described() | {"lost_units": 1.5})
-        tracer.describe_tiers(engine.described())
+            tracer.describe_tiers(told | {"lost_units": 1.5})
+        tracer.describe_tiers(told)
     run = RunReader(tmp_path)
     assert run.manifest["tiers"]["remote_pool"] == {
         "store": "redis://***@10.0.0.7:6379",
         "blocks": None,
         "latency_kind": "modelled",
     }
-    assert run.summary()["tiers"] == engine.described()
+    assert run.summary()["tiers"] == told
     failed, aborted, unfinished = run.requests()
     assert (failed["state"], failed["error"], failed["num_recomputes"]) == ("failed", "remote_pool", 2)
     assert (aborted["num_recomputes"], unfinished["num_recomputes"]) == (0, 0)

@@ -130,7 +130,7 @@ class SimulatedTiers:
         """The pool that keeps it."""
         return self._homes.setdefault((layer, unit), int(self._rng.choice(self._pools)))
 
-    def described(self) -> dict[str, Any]:
+    def described(self, num_recomputes: int = 0) -> dict[str, Any]:
         """What the run says at its end: some of everything was moved for what has no record."""
         pools = {TIER_NAMES[pool]: self._described(pool) for pool in self._pools}
         return {
@@ -140,7 +140,7 @@ class SimulatedTiers:
             "prefetch": {"units": 9, "used_units": 6, "missed_units": 3, "recall": 2 / 3, "precision": 2 / 3},
             "index_keys": self._index_keys(),
             "lost_units": 2,
-            "num_recomputes": 1,
+            "num_recomputes": num_recomputes,
             "failed_requests": 0,
         }
 

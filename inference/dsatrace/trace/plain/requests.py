@@ -30,6 +30,8 @@ class PlainRequests:
 
     def __init__(self, serving: Mapping[str, Any] | None = None) -> None:
         self.num_requests = 0
+        self.num_failed = 0  # with a tier
+        self.num_recomputes = 0
         self._serving = serving
         self._scores: list[float] = []
         self._groups: dict[str, dict[str, list[float]]] = {}  # label -> value -> scores
@@ -38,6 +40,8 @@ class PlainRequests:
 
     def add(self, line: Line) -> None:
         self.num_requests += 1
+        self.num_failed += line.get("state") == "failed"
+        self.num_recomputes += line.get("num_recomputes") or 0
         if line["score"] is not None:
             self._scores.append(line["score"])
             for label, value in line.get("labels", {}).items():

@@ -111,7 +111,7 @@ def verify(folder: Path, on_bytes: Callable[[int], object] | None = None) -> Ver
     notes = _named(SUMMARY_FILE, lambda: _check_totals(run, summary, totals, lines, order))
     if summary is not None:
         whole = state == "complete" and not dropped_steps
-        note = _named(SUMMARY_FILE, lambda: check_tier_totals(said, rules, moved, whole))
+        note = _named(SUMMARY_FILE, lambda: check_tier_totals(said, rules, moved, lines, whole))
         notes += [note] if note else []
     if offloaded and totals.num_records:
         notes.append("which tier held a token: the engine's word, of which the accounts must add up")

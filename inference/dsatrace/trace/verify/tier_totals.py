@@ -5,7 +5,7 @@ a part of the first. Standard library only.
 
     totals = TierTotals(rules, since_forward=0)
     for record in records: totals.add(record)
-    check_tier_totals(summary["tiers"], rules, totals, whole=True)   # a note, or None
+    check_tier_totals(summary["tiers"], rules, totals, requests, whole=True)   # a note, or None
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsatrace.schema import SUMMARY_FIELDS, TIER_NAMES, Field
-from dsatrace.trace.verify.mismatch import compare, differs, require
+from dsatrace.trace.plain.requests import PlainRequests
+from dsatrace.trace.verify.mismatch import compare, differs, require, require_range
 from dsatrace.trace.verify.rules import Rules
 
 Record = Mapping[str, Any]
@@ -39,7 +40,9 @@ class TierTotals:
                     totals[name] += record["kv_fetch"][pool][name]
 
 
-def check_tier_totals(said: Record | None, rules: Rules, records: TierTotals, whole: bool) -> str | None:
+def check_tier_totals(
+    said: Record | None, rules: Rules, records: TierTotals, requests: PlainRequests, whole: bool
+) -> str | None:
     """`said` is of the schema. Raises `Mismatch`; returns what could not be compared.
 
     `whole`: no step was lost, so that the records are those which the engine counted.
@@ -59,6 +62,8 @@ def check_tier_totals(said: Record | None, rules: Rules, records: TierTotals, wh
         (index_keys is not None) == rules.tiers.offloads_index, "tiers.index_keys", index_keys, _AS_MANIFEST
     )
     _check_prefetch(said["prefetch"])
+    if whole:
+        _check_losses(said, requests)
     for name in _POOLS:
         pool, is_there = said[name], name in rules.tiers.kinds
         require((pool is not None) == is_there, f"tiers.{name}", pool, _AS_MANIFEST)
@@ -95,6 +100,14 @@ def _check_pool(pool: Record, path: str, unit_bytes: int) -> None:
     units = sum(pool[name]["store"] for name in _BYTES)
     rule = f"less than the {units} of the units"
     require(pool["bytes_moved"] >= units, f"{path}.bytes_moved", pool["bytes_moved"], rule)
+
+
+def _check_losses(said: Record, requests: PlainRequests) -> None:
+    """A resumed run's requests tell of all its parts, its stores of the last alone."""
+    told = {"num_recomputes": requests.num_recomputes, "failed_requests": requests.num_failed}
+    for name, most in told.items():
+        least = 0 if said["since_forward"] else most
+        require_range(f"tiers.{name}", said[name], least, most)
 
 
 def _check_prefetch(said: Record | None) -> None:
