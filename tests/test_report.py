@@ -7,14 +7,17 @@ import json
 import struct
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from conftest import INFERENCE
 from dsatrace import cli
 from dsatrace.commands.generate import main as generate
+from dsatrace.report.figure import draw_tiers
 from dsatrace.report.places import places
 from dsatrace.report.tier_tables import tier_tables
 from dsatrace.report.workload_tables import workload_tables
+from dsatrace.trace.reader import RunReader
 from golden_run import SERVING, write_golden
 from test_trace_requests import serve_without_steps
 from tier_samples import SETUPS
@@ -192,7 +195,24 @@ def test_where_the_selected_kv_was(tmp_path, capsys, name):
         assert f"{said['read_us'] / said['read_batches']:,.1f} us, {pool.latency_kind}" in out
     assert "secret" not in out
     assert "latents read, all tiers" in out
-    assert "66.7% of them used" in " ".join(out.split())
+    assert "66.7% of them selected, which were 66.7% of what HBM lacked" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_the_bars_of_tiers_are_their_shares(tmp_path, name):
+    run = RunReader(write_golden(tmp_path / "run", tiers=SETUPS[name]))
+    fetched = run.summary()["kv_fetch"]
+    axes = Figure().subplots()
+    draw_tiers(axes, run.manifest["tiers"], fetched)
+    bars = axes.containers
+    assert [bar.get_label() for bar in bars] == [
+        "HBM",
+        *(pool.replace("_", " ") for pool in SETUPS[name].pools),
+    ]
+    tokens = [tier["hit_tokens"] for tier in fetched.values() if tier["requested_tokens"]]
+    assert [bar[0].get_width() for bar in bars] == pytest.approx([n / sum(tokens) for n in tokens])
+    for measure in zip(*bars, strict=True):
+        assert sum(part.get_width() for part in measure) == pytest.approx(1)
 
 
 def test_a_run_in_hbm_has_no_table_of_tiers(tmp_path, capsys):

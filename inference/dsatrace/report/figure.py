@@ -1,4 +1,4 @@
-"""One picture of a run: blocks touched, where they lie over time, overlap and age; how it was served.
+"""One picture of a run: blocks touched, where they lie over time, overlap and age; who served it, and how.
 
 A panel is there only where the run has something to show in it.
 
@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..schema import TIER_NAMES
 from ..trace.reader import RunReader
 from .tables import Summary, caveat
+from .tier_tables import TIER_TITLES
 
 FIGURE_FILE = "report.png"
 MAX_STEPS = 1000
@@ -78,6 +80,8 @@ def _panels(run: RunReader, summary: Summary, layer_id: int | None) -> list[Call
         ]
     if recall := summary.get("needle_recall"):
         panels.append(lambda axes: _needle_recall(axes, recall))
+    if (setup := run.manifest.get("tiers")) and summary["counts"]["records"]:
+        panels.append(lambda axes: draw_tiers(axes, setup, summary["kv_fetch"]))
     return panels
 
 
@@ -191,6 +195,35 @@ def _needle_recall(axes: Any, recall: Summary) -> None:
     axes.set(title="Share of the answer's tokens selected", xlabel="layer", ylabel="share", ylim=(0, 1.02))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
+
+
+def draw_tiers(axes: Any, setup: Summary, fetched: Summary) -> None:
+    """What each tier served and moved; every bar's parts add up to all of the recorded steps."""
+    there = [name for name in TIER_NAMES if setup[name] is not None]
+    measures = {
+        "hit_tokens": "selected tokens",
+        "hit_blocks": "touched blocks",
+        "bytes_read": "bytes read",
+        "read_ops": "reads",
+        "bytes_written": "bytes written",
+    }
+    place, begins = np.arange(len(measures)), np.zeros(len(measures))
+    totals = [sum(fetched[name][measure] for name in there) for measure in measures]
+    for name in there:
+        shares = [
+            fetched[name][measure] / total if total else 0
+            for measure, total in zip(measures, totals, strict=True)
+        ]
+        axes.barh(place, shares, 0.6, begins, label=TIER_TITLES[name])
+        begins += shares
+    axes.set_yticks(place, list(measures.values()))
+    axes.set(
+        title="Where the selected KV was",
+        xlabel="share of all tiers",
+        xlim=(0, 1),
+        ylim=(len(measures) - 0.5, -1.4),
+    )
+    axes.legend(loc="upper center", ncols=len(there))
 
 
 def _latencies(axes: Any, histograms: Summary, clock: str) -> None:

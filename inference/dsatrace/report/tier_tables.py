@@ -17,7 +17,7 @@ from ..schema import TIER_NAMES
 from .workload_tables import new_table
 
 Record = Mapping[str, Any]
-_NAMES = {"hbm": "HBM", "local_pool": "local pool", "remote_pool": "remote pool"}
+TIER_TITLES = {"hbm": "HBM", "local_pool": "local pool", "remote_pool": "remote pool"}
 
 
 def tier_tables(manifest: Record, summary: Record) -> Iterator[RenderableType]:
@@ -34,7 +34,9 @@ def _served(setup: Record, summary: Record) -> Table:
     """Shares are of all selected tokens and touched blocks, so each column adds up."""
     said = summary.get("tiers") or {}
     there = [name for name in TIER_NAMES if setup[name] is not None]
-    table = new_table("Where the selected KV was (recorded steps)", "", *(_NAMES[name] for name in there))
+    table = new_table(
+        "Where the selected KV was (recorded steps)", "", *(TIER_TITLES[name] for name in there)
+    )
     fetched = [summary["kv_fetch"][name] for name in there]
     tokens, blocks = (sum(one[name] for one in fetched) for name in ("hit_tokens", "hit_blocks"))
     rows = (
@@ -59,7 +61,7 @@ def _stores(said: Record) -> Table:
     pools = {name: said[name] for name in TIER_NAMES[1:] if said[name] is not None}
     since = f", since forward {said['since_forward']}" if said["since_forward"] else ""
     title = f"What the pools did (whole run{since})"
-    table = new_table(title, "", *(_NAMES[name] for name in pools))
+    table = new_table(title, "", *(TIER_TITLES[name] for name in pools))
     rows = (
         ("batches of reads", [f"{pool['read_batches']:,}" for pool in pools.values()]),
         ("read, for recorded steps", [_mb(pool["bytes_read"]["in_records"]) for pool in pools.values()]),
@@ -78,11 +80,12 @@ def _stores(said: Record) -> Table:
     notes = [f"{name}: {said[key]}" for name, key in counted if said[key]]
     prefetch = said["prefetch"]
     if prefetch is not None and prefetch["precision"] is not None:
-        notes.append(f"prefetch: {prefetch['units']} units, {prefetch['precision']:.1%} of them used")
+        brought = f"{prefetch['units']:,} units, {prefetch['precision']:.1%} of them selected"
+        notes.append(f"prefetch: {brought}, which were {prefetch['recall'] or 0:.1%} of what HBM lacked")
     for name, index in (said["index_keys"] or {}).items():
         if index is not None:
             read, written = _mb(index["bytes_read"]), _mb(index["bytes_written"])
-            notes.append(f"indexer keys: {read} from the {_NAMES[name]}, {written} to it")
+            notes.append(f"indexer keys: {read} from the {TIER_TITLES[name]}, {written} to it")
     if notes:
         table.caption, table.caption_justify = ", ".join(notes), "left"
     return table
@@ -91,7 +94,9 @@ def _stores(said: Record) -> Table:
 def _setup(setup: Record) -> str:
     """One line: how much HBM holds, what moves, and where the rest lies."""
     moved = "rows" if setup["granularity"] == "row" else f"blocks of {setup['unit_tokens']} tokens"
-    pools = [f"{_NAMES[name]} {setup[name]['store']}" for name in TIER_NAMES[1:] if setup[name] is not None]
+    pools = [
+        f"{TIER_TITLES[name]} {setup[name]['store']}" for name in TIER_NAMES[1:] if setup[name] is not None
+    ]
     return f"{setup['hbm']['blocks']} blocks a layer in HBM ({setup['policy']}), {moved}; {', '.join(pools)}"
 
 
