@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import endless_letters
+from command_runs import told_error
 from conftest import INFERENCE, ROOT
 from dsatrace.commands.generate import main, read_prompts
 from dsatrace.engine.engine import Engine
@@ -357,18 +358,7 @@ def test_trace_flags_without_tracing_are_a_mistake(
 
 def assert_error(capsys: pytest.CaptureFixture[str], run: Callable[[], int], expected: str) -> None:
     """Exit code 2, and on stderr one `error:` line that says what is expected; argparse adds its usage."""
-    capsys.readouterr()
-    try:
-        code = run()
-    except SystemExit as exit_:  # argparse's own
-        code = exit_.code
-    err = capsys.readouterr().err
-    assert code == 2
-    errors = [line for line in err.splitlines() if "error:" in line]
-    assert len(errors) == 1, err
-    assert expected in errors[0]
-    assert "Traceback" not in err
-    assert errors[0] == err.splitlines()[-1]
+    assert expected in told_error(capsys, run)
 
 
 def test_blank_lines_separate_prompts(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from checkpoints import endless_letters
+from command_runs import told_error
 from conftest import INFERENCE
 from dsatrace.commands.generate import main as generate
 from dsatrace.commands.run_burstgpt import main as run_burstgpt
@@ -243,22 +244,6 @@ def test_the_simulator_and_hbm_alone_have_no_tiers(
         alone = told_error(capsys, lambda: call("run_dataset", out, *given))
         assert alone == f"error: {flag} does nothing without --hbm-blocks; add it"
     assert not out.exists()
-
-
-def told_error(capsys: Any, run: Callable[[], int]) -> str:
-    """The one error line of a run that exits with 2; argparse adds its usage before it."""
-    capsys.readouterr()
-    try:
-        code = run()
-    except SystemExit as exit_:  # argparse's own
-        code = exit_.code
-    err = capsys.readouterr().err
-    assert code == 2, err
-    assert "Traceback" not in err
-    errors = [line for line in err.splitlines() if "error:" in line]
-    assert len(errors) == 1, err
-    assert errors[0] == err.splitlines()[-1]
-    return errors[0]
 
 
 # ---- resume

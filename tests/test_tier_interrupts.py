@@ -8,14 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from checkpoints import endless_letters
+from command_runs import recording
 from conftest import INFERENCE, ROOT
 from dsatrace.commands.generate import main as generate
 from dsatrace.commands.run_dataset import main
@@ -161,8 +160,7 @@ def test_ctrl_c_ends_generate_with_what_tiers_did(
     assert RunReader(folder).summary()["tiers"]["local_pool"]["stored_units"] > 0
 
 
-@contextlib.contextmanager
-def started(folder: Path, *flags: object) -> Iterator[subprocess.Popen[str]]:
+def started(folder: Path, *flags: object) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
     """A process of `run_dataset.py` that has recorded a few steps."""
     process = subprocess.Popen(
         [sys.executable, "inference/run_dataset.py", *map(str, flags), "--trace-out", str(folder)],
@@ -172,16 +170,7 @@ def started(folder: Path, *flags: object) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    try:
-        steps, deadline = folder / "trace_steps.jsonl", time.monotonic() + 120
-        while not (steps.exists() and steps.read_bytes().count(b"\n") >= 8):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    return recording(process, folder)
 
 
 MANY = ("--limit", 40, "--max-new-tokens", 200)

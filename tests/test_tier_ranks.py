@@ -8,14 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch.distributed.run
 
+from command_runs import recording
 from conftest import INFERENCE, ROOT
 from dsatrace.commands import generate, run_burstgpt, run_dataset
 from dsatrace.engine.config import OffloadSetup
@@ -56,20 +55,10 @@ def start(*flags: object) -> subprocess.Popen[str]:
     )
 
 
-@contextlib.contextmanager
-def under_way(folder: Path, *flags: object) -> Iterator[subprocess.Popen[str]]:
+def under_way(folder: Path, *flags: object) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
     """A run of many tokens, of which a few are recorded."""
     process = start(*flags, "--max-new-tokens", 3000, "--max-seq-len", 4096, "--trace-out", folder)
-    try:
-        steps, deadline = folder / "trace_steps.jsonl", time.monotonic() + 120
-        while not (steps.exists() and steps.read_bytes().count(b"\n") >= 8):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    return recording(process, folder)
 
 
 def answers(*flags: object) -> list[str]:

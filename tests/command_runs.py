@@ -1,0 +1,42 @@
+"""Commands under test: the one line that a mistake comes to, and a process caught while it records."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+
+def told_error(capsys: pytest.CaptureFixture[str], run: Callable[[], int]) -> str:
+    """The one error line of a run that exits with 2; argparse adds its usage before it."""
+    capsys.readouterr()
+    try:
+        code = run()
+    except SystemExit as exit_:  # argparse's own
+        code = exit_.code
+    err = capsys.readouterr().err
+    assert code == 2, err
+    assert "Traceback" not in err
+    errors = [line for line in err.splitlines() if "error:" in line]
+    assert len(errors) == 1, err
+    assert errors[0] == err.splitlines()[-1]
+    return errors[0]
+
+
+@contextlib.contextmanager
+def recording(process: subprocess.Popen[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has recorded a few steps into `folder`; it does not outlive the block."""
+    try:
+        steps, deadline = folder / "trace_steps.jsonl", time.monotonic() + 120
+        while not (steps.exists() and steps.read_bytes().count(b"\n") >= 8):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
