@@ -121,7 +121,7 @@ def _serve(
     if tiers is not None:
         ended = [request for request in requests if request.num_output_tokens > 1]
         for sink in sinks:
-            sink.write_tiers(tiers.described(sum(map(_recomputes, ended))))
+            sink.write_said("tiers", tiers.described(sum(map(_recomputes, ended))))
 
 
 def _recomputes(request: GoldenRequest) -> int:

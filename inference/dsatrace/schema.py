@@ -21,6 +21,12 @@ SCHEMA_VERSION = 1
 Level = Literal["full", "blocks", "stats"]
 LEVELS: tuple[Level, ...] = ("full", "blocks", "stats")
 TIER_NAMES = ("hbm", "local_pool", "remote_pool")
+TIER_CHOICES = {
+    "granularity": ("block", "row"),
+    "on_error": ("recompute", "fail"),
+    "index_keys": ("hbm", "offloaded"),
+}
+"""What the manifest's `tiers` may say in these fields."""
 STEPS_FILE = "trace_steps.jsonl"
 STEPS_PARQUET_FILE = "trace_steps.parquet"  # the same records as columns, in an exported run
 REQUESTS_FILE = "requests.jsonl"

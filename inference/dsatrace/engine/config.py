@@ -45,10 +45,7 @@ class OffloadSetup:
     tier_timeout_s: float = 5.0  # of one batch
 
     def __post_init__(self) -> None:
-        for field in ("hbm_blocks", "local_blocks"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise UserError(f"--{field.replace('_', '-')} {value}: use at least 1")
+        _require_at_least_1(self, "hbm_blocks", "local_blocks")
         for field, choices in (
             ("granularity", GRANULARITIES),
             ("tier_policy", TIER_POLICIES),
@@ -90,10 +87,9 @@ class EngineSetup:
     offload: OffloadSetup | None = None  # None: HBM holds everything; the one field that is many flags
 
     def __post_init__(self) -> None:
-        for field in ("max_batch_size", "max_seq_len", "prefill_chunk", "cache_block_size", "cache_blocks"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise UserError(f"--{field.replace('_', '-')} {value}: use at least 1")
+        _require_at_least_1(
+            self, "max_batch_size", "max_seq_len", "prefill_chunk", "cache_block_size", "cache_blocks"
+        )
 
     def model_args(self) -> ModelArgs:
         config = self.config
@@ -105,6 +101,13 @@ class EngineSetup:
         overrides = {} if self.max_seq_len is None else {"max_seq_len": self.max_seq_len}
         with user_errors():
             return ModelArgs.from_json(config, **overrides)
+
+
+def _require_at_least_1(setup: OffloadSetup | EngineSetup, *fields: str) -> None:
+    for field in fields:
+        value = getattr(setup, field)
+        if value is not None and value < 1:
+            raise UserError(f"--{field.replace('_', '-')} {value}: use at least 1")
 
 
 @contextlib.contextmanager

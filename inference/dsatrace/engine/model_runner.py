@@ -189,7 +189,7 @@ class ModelRunner:
         assert self.tracer is not None
         fetches = None
         if self.tier_totals is not None:
-            rows = [0] if step.is_prefill else [i for i, work in enumerate(step.work) if work in recorded]
+            rows = [0] if step.is_prefill else _last_rows(step, recorded)
             fetches = StepFetches.of(layers, rows, self.model.args.index_topk)
             self.tier_totals.record(fetches)
         positions, stats, scores = recording.arrays()

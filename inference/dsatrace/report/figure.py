@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..schema import TIER_NAMES
 from ..trace.reader import RunReader
 from .tables import Summary, caveat
-from .tier_tables import TIER_TITLES
+from .tier_tables import TIER_TITLES, tiers_of
 
 FIGURE_FILE = "report.png"
 MAX_STEPS = 1000
@@ -199,7 +198,7 @@ def _needle_recall(axes: Any, recall: Summary) -> None:
 
 def draw_tiers(axes: Any, setup: Summary, fetched: Summary) -> None:
     """What each tier served and moved; every bar's parts add up to all of the recorded steps."""
-    there = [name for name in TIER_NAMES if setup[name] is not None]
+    there = tiers_of(setup)
     measures = {
         "hit_tokens": "selected tokens",
         "hit_blocks": "touched blocks",

@@ -30,10 +30,15 @@ def tier_tables(manifest: Record, summary: Record) -> Iterator[RenderableType]:
         yield _stores(said)
 
 
+def tiers_of(setup: Record) -> list[str]:
+    """The tiers that the manifest's `tiers`, or the summary's, has; nearest first."""
+    return [name for name in TIER_NAMES if setup[name] is not None]
+
+
 def _served(setup: Record, summary: Record) -> Table:
     """Shares are of all selected tokens and touched blocks, so each column adds up."""
     said = summary.get("tiers") or {}
-    there = [name for name in TIER_NAMES if setup[name] is not None]
+    there = tiers_of(setup)
     table = new_table(
         "Where the selected KV was (recorded steps)", "", *(TIER_TITLES[name] for name in there)
     )

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from dsatrace import __version__
 from dsatrace.kv.layout import CacheLayout
-from dsatrace.schema import QUANTILE_DEFINITION, SCHEMA_VERSION
+from dsatrace.schema import QUANTILE_DEFINITION, SCHEMA_VERSION, TIER_CHOICES
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.files import write_atomically
 
@@ -30,12 +30,6 @@ PrefixSource = Literal["analysis", "cache"]
 """What a record calls shared: equal to an earlier prompt's beginning, or found in the engine's cache."""
 
 CLOCKS = ("real", "virtual")
-
-_TIER_CHOICES = {
-    "granularity": ("block", "row"),
-    "on_error": ("recompute", "fail"),
-    "index_keys": ("hbm", "offloaded"),
-}
 
 REDACTED = "***"
 _SECRET_WORDS = ("token", "key", "secret", "password", "system-prompt")  # the last: no prompt text in a run
@@ -76,7 +70,7 @@ class TierSetup:
     remote_pool: PoolSetup | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in _TIER_CHOICES.items():
+        for name, choices in TIER_CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)}: not one of {', '.join(choices)}")
         if self.hbm_blocks < 1 or self.unit_tokens < 1:

@@ -34,7 +34,7 @@ from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
 from dsatrace.trace.config import TraceConfig, is_sampled
 from dsatrace.trace.files import LineFile
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.summarize import summarize_run
+from dsatrace.trace.summarize import is_offloaded, summarize_run
 from dsatrace.trace.summary import Summary
 
 _ENDED = ("stop", "length", "rejected")
@@ -214,14 +214,14 @@ def _summary(folder: Path, found: _Found, on_records: Callable[[int], object]) -
     if not (folder / SUMMARY_FILE).exists() and next(run.steps(), None) is None:
         # Killed before there was a step: nothing that only a summary could tell.
         selections, serving = run.manifest["selections"], run.manifest.get("serving")
-        offloaded = run.manifest.get("tiers") is not None
-        summary = Summary(TraceConfig.compared_block_sizes, selections, serving, offloaded=offloaded)
+        sizes = TraceConfig.compared_block_sizes
+        summary = Summary(sizes, selections, serving, offloaded=is_offloaded(run))
         for line in run.requests():
             summary.finish_request(line)
         return summary
     summary = summarize_run(run, on_records)
     summary.dropped_steps = max(summary.dropped_steps, found.most_missing) if found.may_lose else 0
-    summary.tiers = None  # it counted records that are cut; the part to come speaks for itself
+    summary.said["tiers"] = None  # it counted records that are cut; the part to come speaks for itself
     return summary
 
 

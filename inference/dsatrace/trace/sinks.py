@@ -23,7 +23,7 @@ from dsatrace.trace.files import LineFile, write_atomically
 from dsatrace.trace.lines import StepLines
 from dsatrace.trace.records import StepRecords
 from dsatrace.trace.resume import Resumed
-from dsatrace.trace.summary import Summary, TracingCost
+from dsatrace.trace.summary import SaidOf, Summary, TracingCost
 
 
 class Sink(Protocol):
@@ -38,9 +38,7 @@ class Sink(Protocol):
 
     def write_request(self, record: Mapping[str, Any]) -> None: ...
 
-    def write_workload(self, record: Mapping[str, Any]) -> None: ...
-
-    def write_tiers(self, record: Mapping[str, Any]) -> None: ...
+    def write_said(self, name: SaidOf, record: Mapping[str, Any]) -> None: ...
 
     def close(self, state: str) -> None: ...
 
@@ -69,11 +67,8 @@ class JsonlSink:
     def write_request(self, record: Mapping[str, Any]) -> None:
         self._requests.append(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
-    def write_workload(self, record: Mapping[str, Any]) -> None:
-        """The summary's to say."""
-
-    def write_tiers(self, record: Mapping[str, Any]) -> None:
-        """The summary's to say."""
+    def write_said(self, name: SaidOf, record: Mapping[str, Any]) -> None:
+        """The summary's to keep."""
 
     def close(self, state: str) -> None:
         try:
@@ -106,11 +101,8 @@ class SummarySink:
     def write_request(self, record: Mapping[str, Any]) -> None:
         self._summary.finish_request(record)
 
-    def write_workload(self, record: Mapping[str, Any]) -> None:
-        self._summary.workload = record
-
-    def write_tiers(self, record: Mapping[str, Any]) -> None:
-        self._summary.tiers = record
+    def write_said(self, name: SaidOf, record: Mapping[str, Any]) -> None:
+        self._summary.said[name] = record
 
     def close(self, state: str) -> None:
         self._write(state)

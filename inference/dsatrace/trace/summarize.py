@@ -75,8 +75,8 @@ def summarize_run(run: RunReader, on_records: Told = _nobody, on_note: Told = _n
         _compared_sizes(stored), run.manifest["selections"], _shape(run), run.manifest.get("serving")
     )
     summary.dropped_steps = stored["dropped_steps"] if stored else 0
-    summary.workload = stored.get("workload") if stored else None
-    summary.tiers = stored.get("tiers") if stored else None
+    for said_of in summary.said:
+        summary.said[said_of] = stored.get(said_of) if stored else None
     if level == "full":
         _add_forwards(run, summary, on_records)
     else:
@@ -120,7 +120,7 @@ def _add_thin_records(run: RunReader, summary: RecordSummary, level: str, on_rec
 
 def _columns(run: RunReader, level: str) -> Iterator[Mapping[str, Any]]:
     """The records below level full, chunk by chunk, as columns."""
-    of_tiers = TIER_FIELDS if _is_offloaded(run) else ()
+    of_tiers = TIER_FIELDS if is_offloaded(run) else ()
     if run.is_parquet and level == "stats":
         # pyarrow takes long to import, and most runs are not read with it.
         from dsatrace.trace.parquet.file import read_numbers
@@ -193,18 +193,19 @@ def _shape(run: RunReader) -> RunShape:
     manifest = run.manifest
     if manifest["selections"] == "none":  # no model, no selection, no record
         return RunShape(
-            manifest["trace"]["block_size_tokens"], top_k=0, index_bytes=0, offloaded=_is_offloaded(run)
+            manifest["trace"]["block_size_tokens"], top_k=0, index_bytes=0, offloaded=is_offloaded(run)
         )
     layout = next(x for x in manifest["cache_layouts"] if x["name"] == manifest["cache_layout"])
     top_k = manifest["model_config"].get("index_topk")
     if not isinstance(top_k, int):
         raise UserError(f"{run.folder}: the manifest's model_config has no index_topk, the k of its top-k")
     return RunShape(
-        manifest["trace"]["block_size_tokens"], top_k, layout["index_bytes_per_token"], _is_offloaded(run)
+        manifest["trace"]["block_size_tokens"], top_k, layout["index_bytes_per_token"], is_offloaded(run)
     )
 
 
-def _is_offloaded(run: RunReader) -> bool:
+def is_offloaded(run: RunReader) -> bool:
+    """Whether its latents lay in tiers."""
     return run.manifest.get("tiers") is not None
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from dsatrace.trace.request_totals import RequestTotals
 from dsatrace.trace.statistics import StepStatistics, count_blocks
 
 NUM_HOT_BLOCKS = 20
+SaidOf = Literal["tiers", "workload"]
+"""What is not counted here but said once: by the run of its tiers' stores, by the workload of itself."""
+
 _COUNTS = ("steps", "prefills", "records", "sparse_records", "requests")
 
 
@@ -115,8 +118,7 @@ class Summary:
         `tiers`."""
         compile_kernels()
         self.selections = selections
-        self.workload: Mapping[str, Any] | None = None  # what it said of itself
-        self.tiers: Mapping[str, Any] | None = None  # what the run said of their stores
+        self.said: dict[SaidOf, Mapping[str, Any] | None] = {"tiers": None, "workload": None}
         self.counts = dict.fromkeys(_COUNTS, 0)
         self.dropped_steps = 0
         self.dense = {name: Histogram() for name in ("unique_blocks", "tokens_per_touched_block", "offsets")}
@@ -178,9 +180,9 @@ class Summary:
         self.overlap.layer.merge(other.overlap.layer)
         self.recall.merge(other.recall)
         self.requests.merge(other.requests)
-        if self.workload != other.workload:
-            self.workload = None  # two workloads are none
-        self.tiers = None  # said of one run as a whole
+        if self.said["workload"] != other.said["workload"]:
+            self.said["workload"] = None  # two workloads are none
+        self.said["tiers"] = None  # said of one run as a whole
         for name, totals in self.fetch.items():
             for total in totals:
                 totals[total] += other.fetch[name][total]
@@ -220,8 +222,8 @@ class Summary:
                 "with_indexer_scan": latents + self.scan_bytes,
             },
             **of_requests,
-            "tiers": self.tiers,
-            "workload": self.workload,
+            "tiers": self.said["tiers"],
+            "workload": self.said["workload"],
             "tracing_cost": cost.to_json() if cost else None,
             "histograms": {
                 **{name: histogram.to_json() for name, histogram in self.dense.items()},

@@ -251,7 +251,7 @@ class Tracer:
 
         JSON-ready and without prompt text; may be called at any time before the run ends.
         """
-        self._writer.describe_workload(record)
+        self._writer.describe("workload", record)
 
     def describe_tiers(self, record: Mapping[str, Any]) -> None:
         """What the summary says of the tiers' stores: `tiers` of `schema.SUMMARY_FIELDS`, JSON-ready.
@@ -262,7 +262,7 @@ class Tracer:
             raise ValueError("the run has no tiers to describe: RunInfo.tiers")
         if found := problems({"tiers": record}, fields=_TIERS_FIELD):
             raise ValueError(f"what is said of the tiers is not of the schema: {found[0]}")
-        self._writer.describe_tiers(record)
+        self._writer.describe("tiers", record)
 
     def close(self, state: str = "complete") -> None:
         """Ends the run; requests that did not finish get a line that says so. Reports what failed."""

@@ -26,25 +26,19 @@ from dsatrace.errors import UserError
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.sinks import Sink
-from dsatrace.trace.summary import TracingCost
+from dsatrace.trace.summary import SaidOf, TracingCost
 
 
 @dataclasses.dataclass(frozen=True)
-class _Workload:
-    """What the workload says of itself."""
+class _Said:
+    """What stands as `name` in the summary."""
 
-    record: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tiers:
-    """What the tiers' stores did so far."""
-
+    name: SaidOf
     record: Mapping[str, Any]
 
 
 # A step, a finished request, a word for the summary, or the end.
-_Item = StepCapture | Mapping[str, Any] | _Workload | _Tiers | None
+_Item = StepCapture | Mapping[str, Any] | _Said | None
 
 
 class TraceWriterError(RuntimeError):
@@ -114,13 +108,9 @@ class TraceWriter:
         """Hands a requests.jsonl record over, after every step of that request; never waits."""
         self._queue.put(record)
 
-    def describe_workload(self, record: Mapping[str, Any]) -> None:
-        """Hands over what stands as `workload` in the summary; the last one counts."""
-        self._queue.put(_Workload(record))
-
-    def describe_tiers(self, record: Mapping[str, Any]) -> None:
-        """Hands over what stands as `tiers` in the summary; the last one counts."""
-        self._queue.put(_Tiers(record))
+    def describe(self, name: SaidOf, record: Mapping[str, Any]) -> None:
+        """Hands over what stands as `name` in the summary; the last one counts."""
+        self._queue.put(_Said(name, record))
 
     def close(self, state: str = "complete") -> None:
         """Writes out what waits, closes the sinks and reports the writer's error, if it had one."""
@@ -177,10 +167,8 @@ class TraceWriter:
                 self._places.release()
                 self._guard(self._write_step, item)
                 item.release()  # after a failure too, so that nobody waits for ever
-            elif self.error is None and isinstance(item, _Workload):
-                self._guard(self._write_workload, item)
-            elif self.error is None and isinstance(item, _Tiers):
-                self._guard(self._write_tiers, item)
+            elif self.error is None and isinstance(item, _Said):
+                self._guard(self._write_said, item)
             elif self.error is None:
                 self._guard(self._write_request, item)
         for sink in self._sinks:
@@ -205,13 +193,9 @@ class TraceWriter:
             sink.write_request(record)
         self.cost.busy_us += (time.perf_counter() - start) * 1e6
 
-    def _write_workload(self, workload: _Workload) -> None:
+    def _write_said(self, said: _Said) -> None:
         for sink in self._sinks:
-            sink.write_workload(workload.record)
-
-    def _write_tiers(self, tiers: _Tiers) -> None:
-        for sink in self._sinks:
-            sink.write_tiers(tiers.record)
+            sink.write_said(said.name, said.record)
 
     def _guard(self, work: Callable[[Any], None], argument: object) -> None:
         """Keeps the first exception for the model thread."""

@@ -42,10 +42,7 @@ class OffloadedIndex:
         if not len(blocks):
             return
         served_by = self.tiers.fetch(layer_id, blocks, self._rows, np.arange(len(blocks)))
-        lost = blocks[served_by == LOST]
-        if len(lost):
-            what = self.tiers.explain("the tiers have lost indexer keys")
-            raise UnitsLost(layer_id, lost, frozenset(lost.tolist()), what)
+        self._require(layer_id, blocks, served_by != LOST, "the tiers have lost indexer keys")
         where = torch.from_numpy(blocks)
         pieces = self._host[: len(blocks)].split(self._widths, dim=1)
         for part, piece in zip(self._parts, pieces, strict=True):
@@ -58,7 +55,12 @@ class OffloadedIndex:
         pieces = [part.index_select(0, where.to(part.device)).cpu() for part in self._parts]
         torch.cat(pieces, dim=1, out=self._host[: len(blocks)])
         stored = self.tiers.put(layer_id, blocks, self._rows, np.arange(len(blocks)))
-        lost = blocks[~stored]
+        self._require(layer_id, blocks, stored, "the tiers do not take indexer keys", "they are full")
+
+    def _require(
+        self, layer_id: int, blocks: np.ndarray, moved: np.ndarray, what: str, otherwise: str = ""
+    ) -> None:
+        """Raises `UnitsLost` unless all `blocks (N,)` were `moved (N,)`."""
+        lost = blocks[~moved]
         if len(lost):
-            what = self.tiers.explain("the tiers do not take indexer keys", "they are full")
-            raise UnitsLost(layer_id, lost, frozenset(lost.tolist()), what)
+            raise UnitsLost(layer_id, lost, frozenset(lost.tolist()), self.tiers.explain(what, otherwise))

@@ -22,7 +22,7 @@ from ...model.parallel import ParallelGroup
 from ...model.transformer import Transformer
 from ...trace.manifest import PoolSetup, TierSetup, redact_credentials
 from ..config import OffloadSetup
-from .cache import OffloadedCache, tokens_of_unit
+from .cache import OffloadedCache, tokens_of_unit, unit_bytes
 
 _IN_FILES = ("mmap:", "file:", "nixl:")
 """Stores that take a file each."""
@@ -34,14 +34,12 @@ def offloaded_cache(
 ) -> Iterator[OffloadedCache]:
     """A cache of this rank's; leaving the block closes its tiers. Raises as `open_tiers` does."""
     rank = _suffix(model.setup.group)
-    one_block = model.new_cache(1, block_size, device)
-    unit_tokens = tokens_of_unit(offload.granularity, block_size)
     with contextlib.ExitStack() as stack:
 
-        def tiers(unit_bytes: int, units_per_block: int, suffix: str) -> TierStack:
+        def tiers(num_bytes: int, units_per_block: int, suffix: str) -> TierStack:
             opened = open_tiers(
                 offload,
-                unit_bytes,
+                num_bytes,
                 num_layers=model.args.n_layers,
                 num_blocks=num_blocks,
                 units_per_block=units_per_block,
@@ -53,13 +51,15 @@ def offloaded_cache(
 
         index_tiers = None
         if offload.offload_index_keys:
-            index_tiers = tiers(block_size * one_block.index_bytes_per_token, 1, f".index{rank}")
+            index_bytes = model.new_cache(1, block_size, device).index_bytes_per_token
+            index_tiers = tiers(block_size * index_bytes, 1, f".index{rank}")
+        units_per_block = block_size // tokens_of_unit(offload.granularity, block_size)
         cache = OffloadedCache(
             model.setup,
             num_blocks,
             block_size,
             device,
-            tiers=tiers(unit_tokens * one_block.latent_bytes_per_token, block_size // unit_tokens, rank),
+            tiers=tiers(unit_bytes(model.setup, block_size, offload.granularity), units_per_block, rank),
             hbm_blocks=offload.hbm_blocks,
             granularity=offload.granularity,
             policy=offload.tier_policy,

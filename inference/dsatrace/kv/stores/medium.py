@@ -10,6 +10,7 @@ non-empty batches whose arrays are right, and reads only keys it has stored.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -57,6 +58,12 @@ class Medium(Protocol):
 
     def close(self, keys: np.ndarray) -> None:
         """Lets go of the medium; where others share it, drops `keys` first: all that is left."""
+
+
+def parts(num_units: int, at_most: int) -> Iterator[slice]:
+    """A batch in stretches of `at_most` units."""
+    for begin in range(0, num_units, at_most):
+        yield slice(begin, min(begin + at_most, num_units))
 
 
 def num_runs(slots: np.ndarray) -> int:

@@ -21,12 +21,12 @@ import threading
 
 import numpy as np
 
+from dsatrace.kv.fetches import LOCAL, REMOTE
 from dsatrace.kv.residency import Residency
 from dsatrace.kv.stores.arguments import are_distinct, check_batch
 from dsatrace.kv.stores.interface import UNIT_ID_BITS, Store, StoreError, StoreStats
 from dsatrace.schema import TIER_NAMES
 
-LOCAL, REMOTE = TIER_NAMES.index("local_pool"), TIER_NAMES.index("remote_pool")
 LOST = -1
 """Instead of a tier: nobody gives this unit."""
 

@@ -9,11 +9,12 @@ call still uses the staging memory when the next one begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from dsatrace.kv.stores.checksums import copy_units, sum_units
+from dsatrace.kv.stores.medium import parts
 
 STAGING_BYTES = 16 << 20
 
@@ -54,10 +55,10 @@ class StagedMemory:
         codes = np.empty(len(keys), dtype=np.int64)
         if self._is_registered(data):
             sum_units(data, rows, keys, sums)
-            for part in _parts(len(keys), self._max_units):
+            for part in parts(len(keys), self._max_units):
                 codes[part] = write(keys[part], slots[part], self._addresses(data, rows[part]), True)
             return codes
-        for part in _parts(len(keys), len(self._staging)):
+        for part in parts(len(keys), len(self._staging)):
             staged = np.arange(len(keys[part]), dtype=np.int64)
             copy_units(data, rows[part], self._staging, staged, keys[part], sums[part])
             codes[part] = write(keys[part], slots[part], self._addresses(self._staging, staged), False)
@@ -75,11 +76,11 @@ class StagedMemory:
         """Reads into `out[rows]`; the codes, (N,) int64, and the checksum of what arrived into `sums`."""
         codes = np.empty(len(keys), dtype=np.int64)
         if self._is_registered(out):
-            for part in _parts(len(keys), self._max_units):
+            for part in parts(len(keys), self._max_units):
                 codes[part] = read(keys[part], slots[part], self._addresses(out, rows[part]), True)
             sum_units(out, rows, keys, sums)
             return codes
-        for part in _parts(len(keys), len(self._staging)):
+        for part in parts(len(keys), len(self._staging)):
             staged = np.arange(len(keys[part]), dtype=np.int64)
             codes[part] = read(keys[part], slots[part], self._addresses(self._staging, staged), False)
             copy_units(self._staging, staged, out, rows[part], keys[part], sums[part])
@@ -97,8 +98,3 @@ class StagedMemory:
 
 def _span(buffer: np.ndarray) -> tuple[int, int]:
     return buffer.ctypes.data, buffer.ctypes.data + buffer.nbytes
-
-
-def _parts(num_units: int, most: int) -> Iterator[slice]:
-    for begin in range(0, num_units, most):
-        yield slice(begin, min(begin + most, num_units))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import urllib.parse
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from dsatrace.errors import UserError
 from dsatrace.kv.stores.checked import CheckedStore
 from dsatrace.kv.stores.checksums import sum_units
 from dsatrace.kv.stores.interface import NAMESPACE_BYTES, StoreError, new_namespace
-from dsatrace.kv.stores.medium import ABSENT, DAMAGED, FOUND, Medium, Moved
+from dsatrace.kv.stores.medium import ABSENT, DAMAGED, FOUND, Medium, Moved, parts
 from dsatrace.kv.stores.resp import NIL, Address, Connection, command
 from dsatrace.kv.stores.resp_frames import Frames, unpack
 
@@ -46,7 +45,7 @@ class ValkeyMedium(Medium):
     ) -> Moved:
         sum_units(data, rows, keys, sums)
         stored = np.empty(len(keys), dtype=bool)
-        for part in self._parts(len(keys)):
+        for part in parts(len(keys), self._batch):
             request = self._set.filled(self._wire_keys(keys[part]), data, rows[part])
             replies = self._connection.lines(request, len(request))
             stored[part] = [self._was_stored(reply) for reply in replies]
@@ -66,7 +65,7 @@ class ValkeyMedium(Medium):
     ) -> Moved:
         outcome = np.full(len(keys), ABSENT, dtype=np.uint8)
         num_bytes = 0
-        for part in self._parts(len(keys)):
+        for part in parts(len(keys), self._batch):
             frames = self._get.filled(self._wire_keys(keys[part]))
             head = b"*%d\r\n$4\r\nMGET\r\n" % (len(frames) + 1)
             request = np.frombuffer(head + frames.tobytes(), dtype=np.uint8)
@@ -97,10 +96,6 @@ class ValkeyMedium(Medium):
     def _refused(self, reply: bytes) -> StoreError:
         return StoreError("refused", f"the server refuses: {reply[1:].decode(errors='replace')}")
 
-    def _parts(self, num_units: int) -> Iterator[slice]:
-        for begin in range(0, num_units, self._batch):
-            yield slice(begin, min(begin + self._batch, num_units))
-
     def _wire_keys(self, keys: np.ndarray) -> np.ndarray:
         """(N, KEY_BYTES) uint8."""
         wire = np.empty((len(keys), KEY_BYTES), dtype=np.uint8)
@@ -113,8 +108,8 @@ class ValkeyMedium(Medium):
 
     def close(self, keys: np.ndarray) -> None:
         with contextlib.suppress(StoreError):  # a server that is gone has nothing left to drop
-            for begin in range(0, len(keys), 1024):
-                self.drop(keys[begin : begin + 1024])
+            for part in parts(len(keys), 1024):
+                self.drop(keys[part])
         self._connection.close()
 
 

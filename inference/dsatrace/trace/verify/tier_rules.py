@@ -12,14 +12,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dsatrace.schema import TIER_NAMES
+from dsatrace.schema import TIER_CHOICES, TIER_NAMES
 from dsatrace.trace.verify.mismatch import differs, require
-
-_CHOICES = {
-    "granularity": ("block", "row"),
-    "on_error": ("recompute", "fail"),
-    "index_keys": ("hbm", "offloaded"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +32,7 @@ class TierRules:
         tiers = manifest.get("tiers")
         if tiers is None:
             return None
-        for name, choices in _CHOICES.items():
+        for name, choices in TIER_CHOICES.items():
             require(tiers[name] in choices, f"tiers.{name}", tiers[name], f"not one of {', '.join(choices)}")
         by_row, unit_tokens = tiers["granularity"] == "row", tiers["unit_tokens"]
         is_size = unit_tokens == 1 if by_row else unit_tokens >= 1
