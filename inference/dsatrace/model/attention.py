@@ -13,9 +13,10 @@ from torch import nn
 from .batch import Batch
 from .cache import KVCache
 from .config import FP8_GROUP
-from .indexer import Indexer
+from .indexer import Indexer, SharedIndexer
 from .layers import ColumnParallelLinear, Linear, ModelSetup, RMSNorm, RowParallelLinear
-from .rotary import rotate_interleaved, softmax_scale
+from .rotary import Rope, rotate_interleaved, softmax_scale
+from .selection import Selection
 
 GATHER_BYTES = 16 << 20
 """Bound on the latents gathered at a time: rows of a long prefill chunk attend in slices."""
@@ -31,14 +32,15 @@ class MLA(nn.Module):
         self.layer_id = layer_id
         self.num_heads = args.n_heads // setup.group.size
         self.wq_a = Linear(setup, args.dim, args.q_lora_rank)
-        self.q_norm = RMSNorm(setup, args.q_lora_rank)
+        self.q_norm = RMSNorm(setup, args.q_lora_rank, args.latent_norm_eps)
         self.wq_b = ColumnParallelLinear(setup, args.q_lora_rank, args.n_heads * args.qk_head_dim)
         self.wkv_a = Linear(setup, args.dim, args.latent_dim)
-        self.kv_norm = RMSNorm(setup, args.kv_lora_rank)
+        self.kv_norm = RMSNorm(setup, args.kv_lora_rank, args.latent_norm_eps)
         per_head = args.qk_nope_head_dim + args.v_head_dim
         self.wkv_b = ColumnParallelLinear(setup, args.kv_lora_rank, args.n_heads * per_head)
         self.wo = RowParallelLinear(setup, args.n_heads * args.v_head_dim, args.dim)
-        self.indexer = Indexer(setup, layer_id)
+        source = args.source_layers[layer_id]
+        self.indexer = Indexer(setup, layer_id) if source == layer_id else SharedIndexer(layer_id, source)
         self.scale = softmax_scale(args)
         self._absorbed: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -54,13 +56,18 @@ class MLA(nn.Module):
     def forward(
         self,
         x: torch.Tensor,  # (N, dim), normed
-        rope: tuple[torch.Tensor, torch.Tensor],  # 2 x (N, R/2)
+        rope: Rope,
         batch: Batch,
         cache: KVCache,
-    ) -> torch.Tensor:
+        previous: Selection | None = None,
+    ) -> tuple[torch.Tensor, Selection]:
+        """The rows' output, and what was selected for them; `previous` is what the layer before selected."""
         q_latent = self.q_norm(self.wq_a(x))
         cache.write_latent(self.layer_id, batch, self._latent(x, rope))
-        selection = self.indexer(x, q_latent, rope, batch, cache)
+        if isinstance(self.indexer, SharedIndexer):
+            selection = self.indexer(previous)
+        else:
+            selection = self.indexer(x, q_latent, rope, batch, cache)
         slots = cache.resolve(self.layer_id, batch, selection.positions)  # (N, K)
         query = self._absorbed_query(q_latent, rope)  # (N, H, C + R)
 
@@ -72,9 +79,9 @@ class MLA(nn.Module):
         _, value_up = self.absorbed()
         attended = torch.cat(pieces).transpose(0, 1)  # (H, N, C)
         out = torch.bmm(attended, value_up).transpose(0, 1)  # (N, H, v)
-        return self.wo(out.flatten(1))
+        return self.wo(out.flatten(1)), selection
 
-    def _latent(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def _latent(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """The row to cache: normed (and, as the released model does, fp8-rounded) KV, then the rope key."""
         args = self.setup.args
         kv, k_rope = self.wkv_a(x).split((args.kv_lora_rank, args.qk_rope_head_dim), dim=-1)
@@ -85,9 +92,7 @@ class MLA(nn.Module):
             kv = (values * scale).to(kv.dtype)
         return torch.cat((kv, rotate_interleaved(k_rope, *rope)), dim=-1)
 
-    def _absorbed_query(
-        self, q_latent: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
-    ) -> torch.Tensor:
+    def _absorbed_query(self, q_latent: torch.Tensor, rope: Rope) -> torch.Tensor:
         args = self.setup.args
         query = self.wq_b(q_latent).view(-1, self.num_heads, args.qk_head_dim)
         q_nope, q_rope = query.split((args.qk_nope_head_dim, args.qk_rope_head_dim), dim=-1)

@@ -45,22 +45,28 @@ class KVCache:
         on_cuda = torch.device(device).type == "cuda"
         key_dtype = torch.float8_e4m3fn if args.index_fp8 and on_cuda else setup.compute_dtype
 
-        def per_layer(
-            *width: int, dtype: torch.dtype, blocks: int | None = None, layers: int | None = None
-        ) -> list[torch.Tensor]:
-            shape = (num_blocks if blocks is None else blocks, block_size, *width)
-            count = args.n_layers if layers is None else layers
-            tensors = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(count)]
-            return [tensors[i % count] for i in range(args.n_layers)]
+        def tensors(count: int, blocks: int, *width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+            shape = (blocks, block_size, *width)
+            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(count)]
 
-        self.latent = per_layer(  # L x (num_blocks, block, C + R)
-            args.latent_dim, dtype=setup.compute_dtype, blocks=latent_blocks
+        def of_indexers(*width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+            """A tensor per layer; one without blocks where another layer's indexer chooses."""
+            own = [layer for layer, source in enumerate(args.source_layers) if source == layer]
+            made = tensors(index_layers or len(own), num_blocks, *width, dtype=dtype)
+            by_layer = tensors(1, 0, *width, dtype=dtype) * args.n_layers
+            for i, layer in enumerate(own):
+                by_layer[layer] = made[i % len(made)]
+            return by_layer
+
+        self.latent = tensors(  # L x (num_blocks, block, C + R)
+            args.n_layers,
+            num_blocks if latent_blocks is None else latent_blocks,
+            args.latent_dim,
+            dtype=setup.compute_dtype,
         )
-        self.index_k = per_layer(  # L x (num_blocks, block, D)
-            args.index_head_dim, dtype=key_dtype, layers=index_layers
-        )
+        self.index_k = of_indexers(args.index_head_dim, dtype=key_dtype)  # L x (num_blocks, block, D)
         self.index_scale = (  # L x (num_blocks, block)
-            per_layer(dtype=setup.precise_dtype, layers=index_layers) if args.index_fp8 else None
+            of_indexers(dtype=setup.precise_dtype) if args.index_fp8 else None
         )
 
     @property

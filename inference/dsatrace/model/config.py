@@ -9,18 +9,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 FP8_GROUP = 128
 """Channels that share one fp8 scale, and the side of a weight's scale block."""
 
 WeightDtype = Literal["fp8", "bf16", "fp32", "fp64"]
+ModelType = Literal["deepseek_v32", "glm_moe_dsa"]
+IndexerType = Literal["full", "shared"]
+"""Whether a layer has an indexer, or uses the selection of the layer before it."""
+
+PLAIN_NUMERICS = {"index_fp8": False, "index_hadamard": False, "latent_fp8": False}
+"""Overrides that turn the released model's roundings off; transformers has none of them."""
+
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "dtype": get_args(WeightDtype),
+    "scale_fmt": ("ue8m0", None),
+    "score_func": ("sigmoid", "softmax"),
+    "index_rope": ("half_split", "interleaved"),
+    "model_type": get_args(ModelType),
+    "norm_topk_prob": (True, False, None),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelArgs:
-    """Shape and numerics of one DeepSeek-V3.2 model.
+    """Shape and numerics of one model with DeepSeek-V3.2's indexer.
 
     The first group is what `config_671B_v3.2.json` holds; the demo's dataclass
     defaults complete it. `max_seq_len` bounds the KV cache and nothing else: YaRN
@@ -57,10 +73,18 @@ class ModelArgs:
     original_seq_len: int = 4096
     rope_theta: float = 10000.0
     rope_factor: float = 40.0
-    beta_fast: int = 32
-    beta_slow: int = 1
-    mscale: float = 1.0
+    beta_fast: float = 32
+    beta_slow: float = 1
+    mscale: float = 1.0  # YaRN's temperature of attention's scores
+    rope_attention_factor: float = 1.0  # multiplies cos and sin under YaRN
     norm_eps: float = 1e-6
+    latent_norm_eps: float = 1e-6  # of the norms within attention: of the query's and the KV's latent
+
+    model_type: ModelType = "deepseek_v32"
+    norm_topk_prob: bool | None = None  # weights of the chosen experts add up to 1; None: with sigmoid only
+    tie_word_embeddings: bool = False  # the head is the embedding; a converted checkpoint holds both
+    indexer_types: tuple[IndexerType, ...] | None = None  # a layer each; None: every layer has an indexer
+    ignored_config_keys: tuple[str, ...] = ()  # of the config file, though not understood
 
     # Numerics that the released model has on, and an oracle without them needs off.
     index_fp8: bool = True
@@ -70,18 +94,10 @@ class ModelArgs:
     index_rope: Literal["half_split", "interleaved"] = "half_split"
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (type(value) is not int or value < 0):
-                raise ValueError(f"{field.name} must be an integer >= 0, not {value!r}")
-        if self.dtype not in ("fp8", "bf16", "fp32", "fp64"):
-            raise ValueError(f"dtype must be fp8, bf16, fp32 or fp64, not {self.dtype!r}")
-        if self.scale_fmt not in ("ue8m0", None):
-            raise ValueError(f"scale_fmt must be 'ue8m0' or null, not {self.scale_fmt!r}")
-        if self.score_func not in ("sigmoid", "softmax"):
-            raise ValueError(f"score_func must be sigmoid or softmax, not {self.score_func!r}")
-        if self.index_rope not in ("half_split", "interleaved"):
-            raise ValueError(f"index_rope must be half_split or interleaved, not {self.index_rope!r}")
+        for name in ("indexer_types", "ignored_config_keys"):  # JSON has lists
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_types()
         if self.n_layers < 1 or self.index_topk < 1 or self.max_seq_len < 1:
             raise ValueError("n_layers, index_topk and max_seq_len must be at least 1")
         if self.n_dense_layers > self.n_layers:
@@ -95,6 +111,34 @@ class ModelArgs:
             raise ValueError(f"index_head_dim {self.index_head_dim} must be a power of two for the Hadamard")
         if self.n_layers > self.n_dense_layers:
             self._check_experts()
+        self._check_indexers()
+
+    def _check_types(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (type(value) is not int or value < 0):
+                raise ValueError(f"{field.name} must be an integer >= 0, not {value!r}")
+            if field.type == "float" and (type(value) not in (int, float) or not 0 <= value < math.inf):
+                raise ValueError(f"{field.name} must be a number >= 0, not {value!r}")
+            if field.type == "bool" and type(value) is not bool:
+                raise ValueError(f"{field.name} must be true or false, not {value!r}")
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, not {value!r}")
+
+    def _check_indexers(self) -> None:
+        if self.indexer_types is None:
+            return
+        if len(self.indexer_types) != self.n_layers:
+            raise ValueError(
+                f"indexer_types names {len(self.indexer_types)} layers, n_layers is {self.n_layers}"
+            )
+        for layer, kind in enumerate(self.indexer_types):
+            if kind not in ("full", "shared"):
+                raise ValueError(f"indexer_types must hold full and shared, not {kind!r} (layer {layer})")
+        if self.indexer_types[0] != "full":
+            raise ValueError("indexer_types: layer 0 is shared, but there is no layer before it")
 
     def _check_experts(self) -> None:
         if self.n_expert_groups < 1 or self.n_routed_experts % self.n_expert_groups:
@@ -148,6 +192,20 @@ class ModelArgs:
     def latent_dim(self) -> int:
         """Width of one cached latent row: the compressed KV and the shared rope key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def source_layers(self) -> tuple[int, ...]:
+        """Per layer the one whose indexer chooses for it: itself, or the last before it that has one."""
+        sources: list[int] = []
+        for layer in range(self.n_layers):
+            shared = self.indexer_types is not None and self.indexer_types[layer] == "shared"
+            sources.append(sources[-1] if shared else layer)
+        return tuple(sources)
+
+    @property
+    def normalises_experts(self) -> bool:
+        """Whether the weights of a row's chosen experts are made to add up to 1."""
+        return self.score_func == "sigmoid" if self.norm_topk_prob is None else self.norm_topk_prob
 
     @property
     def uses_yarn(self) -> bool:

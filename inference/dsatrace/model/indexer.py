@@ -15,11 +15,29 @@ from torch import nn
 from .batch import Batch
 from .cache import KVCache
 from .layers import LayerNorm, Linear, ModelSetup
-from .rotary import rotate_half_split, rotate_interleaved
+from .rotary import Rope, rotate_half_split, rotate_interleaved
 from .selection import Selection, mask_future, select_topk
 
 OnSelect = Callable[[int, Selection], None]
 """Called with `(layer_id, selection)` once a layer and forward, before attention reads anything."""
+
+
+class SharedIndexer(nn.Module):
+    """Stands in a layer without an indexer: the layer uses what `source_layer`'s indexer chose.
+
+    It has no weights; an observer sets its `on_select` as it does an `Indexer`'s.
+    """
+
+    def __init__(self, layer_id: int, source_layer: int):
+        super().__init__()
+        self.layer_id = layer_id
+        self.source_layer = source_layer
+        self.on_select: OnSelect | None = None
+
+    def forward(self, selection: Selection) -> Selection:
+        if self.on_select is not None:
+            self.on_select(self.layer_id, selection)
+        return selection
 
 
 class Indexer(nn.Module):
@@ -45,7 +63,7 @@ class Indexer(nn.Module):
         self,
         x: torch.Tensor,  # (N, dim), normed
         q_latent: torch.Tensor,  # (N, q_lora_rank), normed
-        rope: tuple[torch.Tensor, torch.Tensor],  # 2 x (N, R/2)
+        rope: Rope,
         batch: Batch,
         cache: KVCache,
     ) -> Selection:
@@ -64,9 +82,7 @@ class Indexer(nn.Module):
             self.on_select(self.layer_id, selection)
         return selection
 
-    def _rotate_and_quantise(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _rotate_and_quantise(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor | None]:
         """RoPE on the first R channels, Hadamard, fp8: `(..., D)` and its scale `(..., 1)`, or None."""
         args, kernels = self.setup.args, self.setup.kernels
         rotated = self.rotate(x[..., : args.qk_rope_head_dim], *rope)

@@ -105,9 +105,9 @@ class RowParallelLinear(Linear):
 class RMSNorm(nn.Module):
     """Root-mean-square norm, computed in the precise dtype."""
 
-    def __init__(self, setup: ModelSetup, dim: int):
+    def __init__(self, setup: ModelSetup, dim: int, eps: float):
         super().__init__()
-        self.eps = setup.args.norm_eps
+        self.eps = eps
         self.weight = new_weight(dim, dtype=setup.precise_dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

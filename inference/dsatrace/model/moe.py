@@ -1,7 +1,7 @@
 """Feed-forward layers: the dense MLP, and the mixture of experts with its gate.
 
 Sigmoid gate with a correction bias that steers the choice but not the weight, experts
-limited to the best groups, one shared expert (DeepSeek-V3, section 2.1.2).
+limited to the best groups, shared experts as one MLP (DeepSeek-V3, section 2.1.2).
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class Gate(nn.Module):
             choice = grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
         experts = choice.topk(args.n_activated_experts, dim=-1).indices
         weights = scores.gather(1, experts)
-        if args.score_func == "sigmoid":
+        if args.normalises_experts:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return weights * args.route_scale, experts
 
 
 class MoE(nn.Module):
-    """Routed experts, split over the ranks by id range, beside the shared expert."""
+    """Routed experts, split over the ranks by id range, beside the shared experts, if there are any."""
 
     def __init__(self, setup: ModelSetup):
         super().__init__()
@@ -81,11 +81,12 @@ class MoE(nn.Module):
         self.experts = nn.ModuleDict(
             {str(i): Expert(setup) for i in setup.group.shard(args.n_routed_experts)}
         )
-        self.shared_experts = MLP(setup, args.n_shared_experts * args.moe_inter_dim, reduce=False)
+        shared_dim = args.n_shared_experts * args.moe_inter_dim
+        self.shared_experts = MLP(setup, shared_dim, reduce=False) if shared_dim else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, dim) -> (N, dim)
         weights, chosen = self.gate(x)
-        y = self.shared_experts(x)
+        y = torch.zeros_like(x) if self.shared_experts is None else self.shared_experts(x)
         rows_per_expert = torch.bincount(chosen.flatten(), minlength=self.num_experts).tolist()
         for expert_id, expert in self.experts.items():
             if rows_per_expert[int(expert_id)] == 0:

@@ -13,6 +13,9 @@ import torch
 
 from .config import ModelArgs
 
+Rope = tuple[torch.Tensor, torch.Tensor]
+"""Cosine and sine `(N, R/2)` of N rows' positions."""
+
 
 def rope_frequencies(args: ModelArgs, dtype: torch.dtype) -> torch.Tensor:
     """Angle per position of each rotated pair, YaRN-stretched by the model's own limits. `(R/2,)`."""
@@ -34,6 +37,15 @@ def rope_frequencies(args: ModelArgs, dtype: torch.dtype) -> torch.Tensor:
     ramp = (torch.arange(dim // 2, dtype=dtype, device="cpu") - low) / max(high - low, 0.001)
     interpolated = ramp.clamp(0, 1)  # 0: a fast pair, kept; 1: a slow pair, slowed by the factor
     return freqs * (1 - interpolated) + freqs / args.rope_factor * interpolated
+
+
+def rope_angles(args: ModelArgs, positions: torch.Tensor, frequencies: torch.Tensor) -> Rope:
+    """Cosine and sine of every position's angles, each `(..., R/2)`, in the frequencies' dtype."""
+    angles = positions.unsqueeze(-1).to(frequencies.dtype) * frequencies
+    factor = args.rope_attention_factor
+    if factor == 1.0 or not args.uses_yarn:
+        return angles.cos(), angles.sin()
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def softmax_scale(args: ModelArgs) -> float:

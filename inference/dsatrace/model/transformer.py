@@ -13,12 +13,13 @@ from .attention import MLA
 from .batch import Batch
 from .cache import KVCache
 from .config import ModelArgs
-from .indexer import Indexer
+from .indexer import Indexer, SharedIndexer
 from .kernels import Kernels, get_kernels
 from .layers import ColumnParallelLinear, ModelSetup, ParallelEmbedding, RMSNorm
 from .moe import MLP, MoE
 from .parallel import ParallelGroup
-from .rotary import rope_frequencies
+from .rotary import Rope, rope_angles, rope_frequencies
+from .selection import Selection
 
 
 class Block(nn.Module):
@@ -27,22 +28,25 @@ class Block(nn.Module):
     def __init__(self, setup: ModelSetup, layer_id: int):
         super().__init__()
         args = setup.args
-        self.attn_norm = RMSNorm(setup, args.dim)
+        self.attn_norm = RMSNorm(setup, args.dim, args.norm_eps)
         self.attn = MLA(setup, layer_id)
-        self.ffn_norm = RMSNorm(setup, args.dim)
+        self.ffn_norm = RMSNorm(setup, args.dim, args.norm_eps)
         self.ffn = MLP(setup, args.inter_dim) if layer_id < args.n_dense_layers else MoE(setup)
 
     def forward(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], batch: Batch, cache: KVCache
-    ) -> torch.Tensor:
-        x = x + self.attn(self.attn_norm(x), rope, batch, cache)
-        return x + self.ffn(self.ffn_norm(x))
+        self, x: torch.Tensor, rope: Rope, batch: Batch, cache: KVCache, previous: Selection | None
+    ) -> tuple[torch.Tensor, Selection]:
+        """The rows `(N, dim)` behind this layer, and its selection, which the next may share."""
+        attended, selection = self.attn(self.attn_norm(x), rope, batch, cache, previous)
+        x = x + attended
+        return x + self.ffn(self.ffn_norm(x)), selection
 
 
 class Transformer(nn.Module):
-    """DeepSeek-V3.2, or this rank's shard of it. `state_dict()` names exactly a checkpoint's tensors.
+    """DeepSeek-V3.2 or GLM-5, or this rank's shard of it.
 
-    `indexers`, a layer each, is where an observer sets its `on_select`.
+    `state_dict()` names exactly a converted checkpoint's tensors.
+    `indexers`, one per layer, is where an observer sets its `on_select`.
     """
 
     def __init__(self, args: ModelArgs, kernels: Kernels | None = None, group: ParallelGroup | None = None):
@@ -54,8 +58,8 @@ class Transformer(nn.Module):
         self.embed = ParallelEmbedding(setup)
         blocks = [Block(setup, layer_id) for layer_id in range(args.n_layers)]
         self.layers = nn.ModuleList(blocks)
-        self.indexers: tuple[Indexer, ...] = tuple(block.attn.indexer for block in blocks)
-        self.norm = RMSNorm(setup, args.dim)
+        self.indexers: tuple[Indexer | SharedIndexer, ...] = tuple(block.attn.indexer for block in blocks)
+        self.norm = RMSNorm(setup, args.dim, args.norm_eps)
         self.head = ColumnParallelLinear(setup, args.dim, args.vocab_size, precise=True)
         self.frequencies = rope_frequencies(args, setup.precise_dtype)
 
@@ -65,13 +69,12 @@ class Transformer(nn.Module):
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Writes the batch's KV into `cache` and returns logits `(M, vocabulary)` of `batch.logit_rows`."""
-        angles = torch.outer(
-            batch.positions.to(self.setup.precise_dtype), self.frequencies.to(batch.positions.device)
-        )
-        rope = angles.cos(), angles.sin()  # computed once a step, for every layer and both rotations
+        # Computed once per step, for every layer and both rotations.
+        rope = rope_angles(self.args, batch.positions, self.frequencies.to(batch.positions.device))
         x = self.embed(batch.tokens)
+        selection: Selection | None = None
         for layer in self.layers:
-            x = layer(x, rope, batch, cache)
+            x, selection = layer(x, rope, batch, cache, selection)
         if batch.logit_rows.numel() == 0:
             return x.new_empty(0, self.args.vocab_size)
         return self.setup.group.all_gather(self.head(self.norm(x[batch.logit_rows])))

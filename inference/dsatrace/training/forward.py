@@ -18,11 +18,10 @@ import torch.nn.functional as F
 
 from dsatrace.model.attention import MLA
 from dsatrace.model.config import FP8_GROUP
-from dsatrace.model.rotary import rotate_interleaved
+from dsatrace.model.indexer import Indexer
+from dsatrace.model.rotary import Rope, rope_angles, rotate_interleaved
 from dsatrace.model.selection import mask_future, select_topk
 from dsatrace.model.transformer import Block, Transformer
-
-Rope = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each (B, T, R/2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +59,7 @@ def forward(
 ) -> torch.Tensor:
     """Logits `(B, M, vocabulary)` at `batch.rows`, with gradients wherever the weights want them."""
     frequencies = model.frequencies.to(batch.positions.device)
-    angles = batch.positions.unsqueeze(-1).to(frequencies.dtype) * frequencies
-    rope = angles.cos(), angles.sin()
+    rope = rope_angles(model.args, batch.positions, frequencies)
     x = F.embedding(batch.tokens, model.embed.weight)
     last = len(model.layers) - 1
     for layer_id, layer in enumerate(model.layers):
@@ -194,6 +192,7 @@ def index_parts(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The indexer's queries (..., T, H, D), head weights (..., T, H) and keys (..., T, D), not rounded."""
     indexer, args = attn.indexer, attn.setup.args
+    assert isinstance(indexer, Indexer), "every layer that is trained has its own indexer"
 
     def rotated(part: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         width = args.qk_rope_head_dim
