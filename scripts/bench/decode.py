@@ -40,7 +40,7 @@ from dsatrace.engine.setup import EngineSetup
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.model.batch import Batch, Span
 from dsatrace.model.checkpoint import load_checkpoint
-from dsatrace.model.config import ModelArgs
+from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.tiny import write_checkpoint
 from dsatrace.model.transformer import Transformer
@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(flags.threads)
     if min(flags.contexts) < 1 or flags.decode_steps < 1:
         raise UserError("--contexts and --decode-steps: use at least 1")
-    plain = {"index_fp8": False, "index_hadamard": False, "latent_fp8": False, "dtype": "fp32"}
+    plain: dict[str, Any] = {**PLAIN_NUMERICS, "dtype": "fp32"}
     try:
         args = ModelArgs.from_json(flags.config, **plain)
     except ValueError as error:

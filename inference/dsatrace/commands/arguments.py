@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from dsatrace.engine.config import (
     GRANULARITIES,
+    NUMERICS,
     ON_TIER_ERROR,
     PREFETCH_KINDS,
     EngineSetup,
@@ -52,8 +54,28 @@ def add_engine_arguments(parser: argparse.ArgumentParser, required: bool = True)
         action="store_true",
         help="do not compute a prompt's prefix again that an earlier request has left in the KV cache",
     )
+    add(
+        "--numerics",
+        choices=NUMERICS,
+        default=default["numerics"],
+        help="released: fp8 indexer keys, Hadamard, fp8-rounded latents; plain: none of them, as in "
+        "transformers (default: %(default)s)",
+    )
+    add_ignore_config_key(add)
     add("--seed", type=int, default=default["seed"], help="of sampling (%(default)s)")
     _add_offload_arguments(parser)
+
+
+def add_ignore_config_key(add: Callable[..., argparse.Action]) -> None:
+    """The flag that `convert.py` and every run of a model share; `dest` is `EngineSetup`'s field."""
+    add(
+        "--ignore-config-key",
+        dest="ignore_config_keys",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="read the model's config as if it did not hold this key; may be repeated",
+    )
 
 
 def _add_offload_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +132,9 @@ def _add_offload_arguments(parser: argparse.ArgumentParser) -> None:
 def engine_setup_from_args(args: argparse.Namespace) -> EngineSetup:
     """The setup the flags describe; raises `UserError` for a bad value."""
     names = {field.name for field in dataclasses.fields(EngineSetup)} - {"offload"}
-    return EngineSetup(**{name: getattr(args, name) for name in names}, offload=_offload_from_args(args))
+    values = {name: getattr(args, name) for name in names}
+    values["ignore_config_keys"] = tuple(values["ignore_config_keys"])
+    return EngineSetup(**values, offload=_offload_from_args(args))
 
 
 def _offload_from_args(args: argparse.Namespace) -> OffloadSetup | None:

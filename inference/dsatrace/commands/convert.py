@@ -2,7 +2,7 @@
 
 Parses flags and shows progress; `dsatrace.model.convert` does the work.
 
-    python3 convert.py --hf-ckpt-path DeepSeek-V3.2 --save-path converted --n-experts 256 --model-parallel 8
+    python3 convert.py --hf-ckpt-path DeepSeek-V3.2 --save-path converted --model-parallel 8
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsatrace.commands.arguments import add_ignore_config_key
 from dsatrace.errors import UserError, exits_cleanly
 
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.n_experts,
                 args.model_parallel,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
+                ignore_keys=args.ignore_config_keys,
             )
     except CheckpointError as error:
         raise UserError(str(error)) from error
@@ -51,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="convert.py", description="Convert a Hugging Face checkpoint.")
     parser.add_argument("--hf-ckpt-path", type=Path, required=True, help="folder of the safetensors files")
     parser.add_argument("--save-path", type=Path, required=True, help="folder to write into")
-    parser.add_argument("--n-experts", type=int, required=True, help="routed experts a layer (256)")
+    parser.add_argument("--n-experts", type=int, help="routed experts per layer (default: the config's)")
     parser.add_argument("--model-parallel", type=int, required=True, help="ranks the model will run on")
+    add_ignore_config_key(parser.add_argument)
     return parser

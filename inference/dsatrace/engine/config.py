@@ -10,12 +10,12 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import UserError
 from ..kv.residency import TIER_POLICIES
 from ..kv.stores.opening import check_spec
-from ..model.config import ModelArgs
+from ..model.config import PLAIN_NUMERICS, ModelArgs
 from .runner import OnTierError
 
 Granularity = Literal["block", "row"]
@@ -24,6 +24,10 @@ Granularity = Literal["block", "row"]
 PrefetchKind = Literal["none", "previous-step", "previous-layer"]
 """What a layer is guessed to select: what it did in the step before, or what the layer before it does."""
 
+Numerics = Literal["released", "plain"]
+"""The released model's roundings (fp8 indexer keys, Hadamard, fp8 latents), or none of them."""
+
+NUMERICS: tuple[Numerics, ...] = ("released", "plain")
 GRANULARITIES: tuple[Granularity, ...] = ("block", "row")
 PREFETCH_KINDS: tuple[PrefetchKind, ...] = ("none", "previous-step", "previous-layer")
 ON_TIER_ERROR: tuple[OnTierError, ...] = ("recompute", "fail")
@@ -84,6 +88,8 @@ class EngineSetup:
     cache_blocks: int | None = None  # physical blocks of the KV cache; None: see `open_engine`
     prefix_caching: bool = False  # a prompt's prefix that is still in the cache is not computed again
     seed: int = 0
+    numerics: Numerics = "released"
+    ignore_config_keys: tuple[str, ...] = ()  # of the model's config, though not understood
     offload: OffloadSetup | None = None  # None: HBM holds everything; the one field that is many flags
 
     def __post_init__(self) -> None:
@@ -98,9 +104,11 @@ class EngineSetup:
             config = self.ckpt_path / "config.json"
             if not config.exists():
                 raise UserError(f"{self.ckpt_path}: holds no config.json; name the model's with --config")
-        overrides = {} if self.max_seq_len is None else {"max_seq_len": self.max_seq_len}
+        overrides: dict[str, Any] = {} if self.max_seq_len is None else {"max_seq_len": self.max_seq_len}
+        if self.numerics == "plain":
+            overrides |= PLAIN_NUMERICS
         with user_errors():
-            return ModelArgs.from_json(config, **overrides)
+            return ModelArgs.from_json(config, self.ignore_config_keys, **overrides)
 
 
 def _require_at_least_1(setup: OffloadSetup | EngineSetup, *fields: str) -> None:

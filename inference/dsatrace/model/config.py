@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -30,7 +31,6 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "score_func": ("sigmoid", "softmax"),
     "index_rope": ("half_split", "interleaved"),
     "model_type": get_args(ModelType),
-    "norm_topk_prob": (True, False, None),
 }
 
 
@@ -81,7 +81,7 @@ class ModelArgs:
     latent_norm_eps: float = 1e-6  # of the norms within attention: of the query's and the KV's latent
 
     model_type: ModelType = "deepseek_v32"
-    norm_topk_prob: bool | None = None  # weights of the chosen experts add up to 1; None: with sigmoid only
+    norm_topk_prob: bool = True  # weights of the chosen experts add up to 1; with softmax they never do
     tie_word_embeddings: bool = False  # the head is the embedding; a converted checkpoint holds both
     indexer_types: tuple[IndexerType, ...] | None = None  # a layer each; None: every layer has an indexer
     ignored_config_keys: tuple[str, ...] = ()  # of the config file, though not understood
@@ -108,7 +108,10 @@ class ModelArgs:
                 f"index_head_dim {self.index_head_dim}"
             )
         if self.index_hadamard and self.index_head_dim & (self.index_head_dim - 1):
-            raise ValueError(f"index_head_dim {self.index_head_dim} must be a power of two for the Hadamard")
+            raise ValueError(
+                f"index_head_dim {self.index_head_dim} must be a power of two for the Hadamard; "
+                "without it: --numerics plain"
+            )
         if self.n_layers > self.n_dense_layers:
             self._check_experts()
         self._check_indexers()
@@ -158,29 +161,31 @@ class ModelArgs:
             )
 
     @classmethod
-    def from_json(cls, path: str | Path, **overrides: object) -> ModelArgs:
-        """Reads a config file, the demo's or a Hugging Face `config.json`; what is wrong with it
-        raises `ValueError` naming the file, unknown keys of the demo's included."""
-        from .hf_config import fields_of, is_hf_config
+    def from_json(cls, path: str | Path, ignore_keys: Sequence[str] = (), **overrides: object) -> ModelArgs:
+        """Reads a config file, the demo's or a Hugging Face `config.json`.
+
+        `overrides` are fields that win over the file's, such as `**PLAIN_NUMERICS`. What is wrong
+        with the file raises `ValueError` naming it, and a key that is not understood too, unless
+        `ignore_keys` names it.
+        """
+        from .hf_config import fields_of, is_hf_config, without_keys
 
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"{path}: cannot read the model config: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a JSON file: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path}: a model config is a JSON object, not {type(values).__name__}")
-        if is_hf_config(values):
-            try:
-                values = fields_of(values)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"{path}: unknown model config keys {', '.join(unknown)}; remove them")
         try:
-            return cls(**{**values, **overrides})
+            values = without_keys(values, ignore_keys)
+            if is_hf_config(values):
+                values = fields_of(values)
+            unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+            if unknown:
+                raise ValueError(f"unknown model config keys {', '.join(unknown)}; remove them")
+            return cls(**{**values, "ignored_config_keys": tuple(ignore_keys), **overrides})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -201,11 +206,6 @@ class ModelArgs:
             shared = self.indexer_types is not None and self.indexer_types[layer] == "shared"
             sources.append(sources[-1] if shared else layer)
         return tuple(sources)
-
-    @property
-    def normalises_experts(self) -> bool:
-        """Whether the weights of a row's chosen experts are made to add up to 1."""
-        return self.score_func == "sigmoid" if self.norm_topk_prob is None else self.norm_topk_prob
 
     @property
     def uses_yarn(self) -> bool:

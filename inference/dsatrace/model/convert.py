@@ -2,26 +2,30 @@
 
 `plan` has laid out every output file before a byte of data moves; then each source tensor is
 streamed once, in file order, and each block of rows goes to its ranks. Types are copied bit
-for bit. Knows no model and no tokenizer: it copies `*token*` files.
+for bit. Knows no tokenizer: it copies its files (`COPIED`).
 
     convert_checkpoint("DeepSeek-V3.2", "converted", n_experts=256, model_parallel=8)
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
-from .plan import Piece, plan, read_source
+from .plan import Piece, has_leftover_quantisation, plan, read_config, read_source
 from .shards import CheckpointError, Layout, ShardWriter, StoredTensor, num_bytes
 
 Progress = Callable[[int, int], None]
 """Told (bytes done, bytes in all)."""
+
+COPIED = ("*token*", "config.json", "generation_config.json", "chat_template.jinja")
+"""What a run needs beside the weights."""
 
 _BLOCK_BYTES = 4 << 20
 
@@ -29,20 +33,28 @@ _BLOCK_BYTES = 4 << 20
 def convert_checkpoint(
     hf_path: str | Path,
     save_path: str | Path,
-    n_experts: int,
+    n_experts: int | None,
     model_parallel: int,
     progress: Progress | None = None,
+    *,
+    ignore_keys: Sequence[str] = (),
 ) -> list[Path]:
-    """Converts a whole checkpoint; returns the files written, one a rank.
+    """Converts a whole checkpoint; returns the files written, one per rank.
 
-    Nothing appears under `save_path` before all of it is on disk; an earlier conversion
-    there is replaced only then. Every mistake raises `CheckpointError`.
+    `n_experts` is the number of routed experts that the caller expects; None: the config's.
+    `ignore_keys` are read as if `config.json` did not hold them. Nothing appears under
+    `save_path` before all of it is on disk; an earlier conversion there is replaced only
+    then. Every mistake raises `CheckpointError`.
     """
     hf_path, save_path = Path(hf_path), Path(save_path)
-    if model_parallel < 1 or n_experts % model_parallel:
-        raise CheckpointError(f"model parallel {model_parallel} does not divide the {n_experts} experts")
     source = read_source(hf_path)
-    pieces = plan(hf_path, source, n_experts, model_parallel)
+    args = read_config(hf_path, ignore_keys)
+    if n_experts not in (None, args.n_routed_experts):
+        raise CheckpointError(
+            f"{hf_path}: holds {args.n_routed_experts} routed experts per layer, not the {n_experts} asked "
+            "for; leave --n-experts out"
+        )
+    pieces = plan(hf_path, source, args, model_parallel)
     layouts: dict[str, Layout] = {shard_name(rank, model_parallel): {} for rank in range(model_parallel)}
     for name, parts in pieces.items():
         for piece in parts:
@@ -53,15 +65,25 @@ def convert_checkpoint(
             with ExitStack() as stack:
                 writers = [stack.enter_context(ShardWriter(folder / file, layouts[file])) for file in layouts]
                 _stream(source, pieces, writers, progress)
-            for file in sorted({*hf_path.glob("*token*"), *hf_path.glob("config.json")}):
+            for file in sorted({file for pattern in COPIED for file in hf_path.glob(pattern)}):
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)
                     _sync(folder / file.name)
+            if has_leftover_quantisation(source, args):
+                _write_without_quantisation(hf_path / "config.json", folder / "config.json")
     except OSError as error:
         raise CheckpointError(
             f"{save_path}: cannot convert into it: {error.strerror} ({error.filename})"
         ) from error
     return [save_path / file for file in layouts]
+
+
+def _write_without_quantisation(source: Path, target: Path) -> None:
+    """A checkpoint that was cast from fp8 often keeps the config it had: its weights are what they are."""
+    config = json.loads(source.read_bytes())
+    del config["quantization_config"]
+    target.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _sync(target)
 
 
 def shard_name(rank: int, world_size: int) -> str:

@@ -1,114 +1,500 @@
 """`config.json` of a Hugging Face checkpoint and `ModelArgs`, each from the other.
 
+A setting that is not understood is refused. Every key that may stand in the file is a row of
+`KEYS`: the field it sets, or the only values it may have, or why it cannot matter. A key
+without a row, or with another value, ends the load naming both.
+Reads the spellings of transformers 4 (`rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`,
+`dtype`). Knows no tensor and no file.
+
     ModelArgs.from_json("DeepSeek-V3.2/config.json")      # comes here by itself
     hf_config(args, weights="bf16")
-
-Only what both name; numerics that `config.json` does not speak of keep their defaults.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from .config import FP8_GROUP, ModelArgs, WeightDtype
+from .config import FP8_GROUP, ModelArgs, ModelType, WeightDtype
 
 Weights = Literal["bf16", "fp8", "fp32"]
+Values = Mapping[str, Any]
 
-_NAMES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "dim",
-    "intermediate_size": "inter_dim",
-    "moe_intermediate_size": "moe_inter_dim",
-    "num_hidden_layers": "n_layers",
-    "first_k_dense_replace": "n_dense_layers",
-    "num_attention_heads": "n_heads",
-    "n_routed_experts": "n_routed_experts",
-    "n_shared_experts": "n_shared_experts",
-    "num_experts_per_tok": "n_activated_experts",
-    "n_group": "n_expert_groups",
-    "topk_group": "n_limited_groups",
-    "routed_scaling_factor": "route_scale",
-    "scoring_func": "score_func",
-    "q_lora_rank": "q_lora_rank",
-    "kv_lora_rank": "kv_lora_rank",
-    "qk_nope_head_dim": "qk_nope_head_dim",
-    "qk_rope_head_dim": "qk_rope_head_dim",
-    "v_head_dim": "v_head_dim",
-    "index_n_heads": "index_n_heads",
-    "index_head_dim": "index_head_dim",
-    "index_topk": "index_topk",
-    "rope_theta": "rope_theta",
-    "rms_norm_eps": "norm_eps",
-}
-"""Hugging Face's name of each field, in the order of its own files."""
+IGNORE_FLAG = "--ignore-config-key"
 
-_ROPE_NAMES = {
-    "factor": "rope_factor",
-    "original_max_position_embeddings": "original_seq_len",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "mscale": "mscale",
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What a model type fixes that its `config.json` does not say."""
+
+    architecture: str
+    index_rope: Literal["half_split", "interleaved"]
+    latent_norm_eps: float = 1e-6
+    """DeepSeek's published code gives every norm 1e-6, and transformers the latent norms of both families."""
+
+
+FAMILIES: dict[ModelType, Family] = {
+    "deepseek_v32": Family("DeepseekV32ForCausalLM", "half_split"),
+    "glm_moe_dsa": Family("GlmMoeDsaForCausalLM", "interleaved"),
 }
+
+NO_INDEXER = ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite")
+OTHER_INDEXER = (
+    *("axk2", "deepseek_v4", "dots3_note", "dots3_note_text", "glm5_next", "glm5_next_text", "hy_v4"),
+    *("minimax_m3_vl", "minimax_m3_vl_text", "mistral_large4", "mistral_large4_text"),
+    *("qwen4_exp", "qwen4_exp_text"),
+)
+"""Families whose indexer is another one: they can be observed, not run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """How one key is understood. Exactly one of the first four is set, but for `optional` fields."""
+
+    field: str | None = None  # of ModelArgs, which takes the value
+    only: tuple[object, ...] = ()  # the values it may have
+    must_be: Callable[[Values], object] | None = None  # the one value it may have, by the other keys
+    read_by: str | None = None  # the function here that reads it, with others
+    why: str = ""  # why only those values; or why it cannot matter
+    optional: bool = False  # a field whose default stands where the key does not
+
+    def kind(self) -> str:
+        """In a word or two, for the table in docs/config.md."""
+        if self.field:
+            return f"sets `{self.field}`"
+        if self.only:
+            return "must be " + " or ".join(f"`{json.dumps(value)}`" for value in self.only)
+        return "must agree" if self.must_be else "read" if self.read_by else "cannot matter"
+
+
+def _to(field: str, optional: bool = False) -> Row:
+    return Row(field=field, optional=optional)
+
+
+def _only(*values: object, why: str) -> Row:
+    return Row(only=values, why=why)
+
+
+def _must_be(value: Callable[[Values], object], why: str) -> Row:
+    return Row(must_be=value, why=why)
+
+
+def _read(function: str, why: str) -> Row:
+    return Row(read_by=function, why=why)
+
+
+def _harmless(why: str) -> Row:
+    return Row(why=why)
+
+
+_TRAINING = _harmless("training only")
+_OUTPUTS = _harmless("what transformers returns beside the logits")
+_METADATA = _harmless("metadata")
+_LAYER_KINDS = "one of several spellings; the first that stands counts"
+
+KEYS: dict[str, Row] = {
+    "model_type": _read("family_of", "names the family"),
+    "architectures": _must_be(lambda v: [FAMILIES[v["model_type"]].architecture], "the family's own"),
+    # Shape
+    "vocab_size": _to("vocab_size"),
+    "hidden_size": _to("dim"),
+    "intermediate_size": _to("inter_dim"),
+    "moe_intermediate_size": _to("moe_inter_dim"),
+    "num_hidden_layers": _to("n_layers"),
+    "num_attention_heads": _to("n_heads"),
+    "q_lora_rank": _to("q_lora_rank"),
+    "kv_lora_rank": _to("kv_lora_rank"),
+    "qk_nope_head_dim": _to("qk_nope_head_dim"),
+    "qk_rope_head_dim": _to("qk_rope_head_dim"),
+    "v_head_dim": _to("v_head_dim"),
+    "num_key_value_heads": _must_be(lambda v: v["num_attention_heads"], "MLA has a key per query head"),
+    "qk_head_dim": _must_be(lambda v: v["qk_nope_head_dim"] + v["qk_rope_head_dim"], "the sum of both parts"),
+    "head_dim": _harmless("transformers sets it to qk_rope_head_dim, whatever the file says"),
+    "max_position_embeddings": _to("max_seq_len", optional=True),
+    "rms_norm_eps": _to("norm_eps"),
+    "latent_norm_eps": _to("latent_norm_eps", optional=True),
+    "hidden_act": _only("silu", why="every feed-forward layer is a SwiGLU"),
+    "attention_bias": _only(False, why="the projections have no biases here"),
+    "mlp_bias": _only(False, why="the projections have no biases here"),
+    "tie_word_embeddings": _to("tie_word_embeddings", optional=True),
+    # Experts
+    "n_routed_experts": _to("n_routed_experts"),
+    "num_local_experts": _must_be(lambda v: v["n_routed_experts"], "another name of n_routed_experts"),
+    "num_experts": _must_be(lambda v: v["n_routed_experts"], "another name of n_routed_experts"),
+    "n_shared_experts": _to("n_shared_experts"),
+    "num_experts_per_tok": _to("n_activated_experts"),
+    "n_group": _to("n_expert_groups"),
+    "topk_group": _to("n_limited_groups"),
+    "routed_scaling_factor": _to("route_scale"),
+    "norm_topk_prob": _to("norm_topk_prob"),
+    "scoring_func": _only("sigmoid", why="the gate that V3.2 and GLM-5 have in every engine"),
+    "topk_method": _only("noaux_tc", why="the choice by sigmoid score and correction bias"),
+    "moe_layer_freq": _only(1, why="every layer past the dense ones is a MoE"),
+    "first_k_dense_replace": _read("_num_dense_layers", "sets `n_dense_layers`"),
+    "mlp_layer_types": _read("_num_dense_layers", "sets `n_dense_layers`: dense ones first, then sparse"),
+    # Indexer
+    "index_n_heads": _to("index_n_heads"),
+    "index_head_dim": _to("index_head_dim"),
+    "index_topk": _to("index_topk"),
+    "indexer_types": _read("_indexer_types", _LAYER_KINDS),
+    "index_topk_pattern": _read("_indexer_types", _LAYER_KINDS),
+    "index_topk_freq": _read("_indexer_types", _LAYER_KINDS),
+    "index_skip_topk_offset": _read("_indexer_types", "the first layer that index_topk_freq may skip"),
+    "layer_types": _must_be(
+        lambda v: ["indexed_attention"] * v["num_hidden_layers"], "every layer's attention is sparse"
+    ),
+    "indexer_rope_interleave": _must_be(
+        lambda v: FAMILIES[v["model_type"]].index_rope == "interleaved", "engines disagree on another one"
+    ),
+    "index_share_for_mtp_iteration": _harmless("of the next-token module, which is left out"),
+    # Rotary embedding
+    "rope_theta": _read("_rope_fields", "transformers 4: beside rope_scaling"),
+    "rope_scaling": _read("_rope_fields", "transformers 4"),
+    "rope_parameters": _read("_rope_fields", "transformers 5: both in one; where both stand they must agree"),
+    "rope_interleave": _only(True, why="attention rotates interleaved pairs"),
+    # Number format
+    "torch_dtype": _read("_dtype_fields", "transformers 4"),
+    "dtype": _read("_dtype_fields", "transformers 5; where both stand they must agree"),
+    "quantization_config": _read("_dtype_fields", "fp8 in blocks of 128 x 128, as released"),
+    # Left out, or of no effect on a forward
+    "num_nextn_predict_layers": _harmless("next-token modules are left out"),
+    "ep_size": _harmless("how DeepSeek's code split experts"),
+    "pretraining_tp": _harmless("how the model was trained"),
+    "attention_dropout": _TRAINING,
+    "initializer_range": _TRAINING,
+    "aux_loss_alpha": _TRAINING,
+    "seq_aux": _TRAINING,
+    "router_aux_loss_coef": _TRAINING,
+    "use_cache": _harmless("this engine always has a cache"),
+    "output_router_logits": _OUTPUTS,
+    "output_attentions": _OUTPUTS,
+    "output_hidden_states": _OUTPUTS,
+    "return_dict": _OUTPUTS,
+    "bos_token_id": _harmless("the tokenizer says it"),
+    "eos_token_id": _harmless("of no effect on a forward; where an answer ends is the tokenizer's"),
+    "pad_token_id": _harmless("nothing is padded here"),
+    "is_encoder_decoder": _only(False, why="this is a decoder"),
+    "is_decoder": _harmless("of no effect on a model that is one"),
+    "add_cross_attention": _only(False, why="this is a decoder"),
+    "chunk_size_feed_forward": _harmless("a memory setting of transformers"),
+    "problem_type": _METADATA,
+    "id2label": _METADATA,
+    "label2id": _METADATA,
+    "num_labels": _METADATA,
+    "auto_map": _harmless("code in the checkpoint is never run"),
+    "transformers_version": _METADATA,
+    "_name_or_path": _METADATA,
+    "name_or_path": _METADATA,
+    "tokenizer_class": _METADATA,
+    "_attn_implementation": _METADATA,
+    "attn_implementation": _METADATA,
+    "random_weights": _harmless("our own: says that the weights mean nothing"),
+}
+"""Every key that is understood."""
+
+ROPE_KEYS: dict[str, Row] = {
+    "rope_theta": _to("rope_theta"),
+    "rope_type": _read("_rope_fields", "default or yarn"),
+    "factor": _to("rope_factor"),
+    "original_max_position_embeddings": _to("original_seq_len"),
+    "beta_fast": _to("beta_fast", optional=True),
+    "beta_slow": _to("beta_slow", optional=True),
+    "mscale": _read("_rope_fields", "with mscale_all_dim: sets `rope_attention_factor`"),
+    "mscale_all_dim": _read("_rope_fields", "sets `mscale`, attention's temperature; absent: none"),
+    "attention_factor": _read("_rope_fields", "sets `rope_attention_factor`"),
+    "truncate": _only(True, why="the ramp's ends are whole pairs"),
+    "partial_rotary_factor": _only(1.0, why="all of qk_rope_head_dim is rotated"),
+}
+"""Keys of `rope_parameters` and `rope_scaling`; `type` is another name of rope_type."""
+
+_PLAIN_ROPE_KEYS = {key: ROPE_KEYS[key] for key in ("rope_theta", "rope_type", "partial_rotary_factor")}
+
+QUANTIZATION_KEYS: dict[str, Row] = {
+    "quant_method": _only("fp8", why="the released format"),
+    "fmt": _only("e4m3", why="the released format"),
+    "activation_scheme": _only("dynamic", why="activations are quantised as they come"),
+    "weight_block_size": _only([FP8_GROUP, FP8_GROUP], why="a scale serves one such block"),
+    "scale_fmt": _to("scale_fmt", optional=True),
+    "modules_to_not_convert": _harmless("each tensor's own type says whether it is fp8"),
+    "ignored_layers": _harmless("each tensor's own type says whether it is fp8"),
+}
+"""Keys of `quantization_config`."""
+
 _DTYPES: dict[str, WeightDtype] = {"bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
 
 
-def is_hf_config(values: Mapping[str, Any]) -> bool:
+def is_hf_config(values: Values) -> bool:
     """Whether a JSON object is Hugging Face's config and not the demo's."""
-    return "model_type" in values or "hidden_size" in values
+    return "dim" not in values and not {"model_type", "hidden_size", "num_hidden_layers"}.isdisjoint(values)
 
 
-def fields_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`ModelArgs` fields of a DeepseekV32 `config.json`; raises `ValueError` for another model's."""
+def fields_of(values: Values) -> dict[str, Any]:
+    """`ModelArgs` fields of a `config.json`.
+
+    Raises `ValueError` for another model's, and for a key or value that is not understood.
+    """
+    model_type = family_of(values)
+    family = FAMILIES[model_type]
+    fields: dict[str, Any] = {
+        "model_type": model_type,
+        "index_rope": family.index_rope,
+        "latent_norm_eps": family.latent_norm_eps,
+    }
+    fields |= _understood(KEYS, values, "")
+    fields |= {"n_dense_layers": _num_dense_layers(values), "indexer_types": _indexer_types(values)}
+    return fields | _rope_fields(values) | _dtype_fields(values)
+
+
+def family_of(values: Values) -> ModelType:
+    """The family that `model_type` names; raises `ValueError` for one that does not run here."""
     model_type = values.get("model_type")
-    if model_type != "deepseek_v32":
-        raise ValueError(f"model_type {model_type!r} is not deepseek_v32: a model without this indexer")
-    missing = sorted(set(_NAMES) - set(values))
+    if model_type in FAMILIES:
+        return model_type
+    if model_type is None:
+        raise ValueError(f"no model_type; one of {', '.join(FAMILIES)} runs here")
+    if model_type in NO_INDEXER:
+        why = "this model has no indexer, so it selects nothing"
+    elif model_type in OTHER_INDEXER:
+        why = "its indexer is another one; `attach`, once it is there, can observe it in transformers"
+    else:
+        why = "not a model that is known here"
+    raise ValueError(f"model_type {model_type}: {why}; what runs here is {' and '.join(FAMILIES)}")
+
+
+def without_keys(values: Values, ignored: Sequence[str]) -> dict[str, Any]:
+    """`values` less the `ignored` keys, `outer.inner` for a nested one; `ValueError` where one is missing."""
+    kept = dict(values)
+    for name in ignored:
+        outer, _, inner = name.partition(".")
+        holder = kept if not inner else kept.get(outer)
+        if not isinstance(holder, dict) or (inner or outer) not in holder:
+            raise ValueError(f"{IGNORE_FLAG} {name}: the config has no such key; leave the flag out")
+        if inner:
+            kept[outer] = {key: value for key, value in holder.items() if key != inner}
+        else:
+            del kept[outer]
+    return kept
+
+
+def _understood(
+    rows: Mapping[str, Row], values: Values, prefix: str = "", unknown: str = "this key is not understood"
+) -> dict[str, Any]:
+    """The fields that `values` set; raises `ValueError` unless each key has a row that takes its value.
+
+    Null says nothing, as a missing key does; but `n_shared_experts` null is none.
+    """
+    fields: dict[str, Any] = {}
+    missing = []
+    for key, row in rows.items():
+        if row.field is not None:
+            value = values.get(key)
+            if value is None and key == "n_shared_experts" and key in values:
+                value = 0
+            if value is not None:
+                fields[row.field] = value
+                _check_type(prefix + key, value, _FIELD_TYPES[row.field])
+            elif not row.optional:
+                missing.append(prefix + key)
     if missing:
-        raise ValueError(f"no {', '.join(missing)}; restore the checkpoint's own config.json")
-    fields = {ours: values[theirs] for theirs, ours in _NAMES.items()}
+        raise ValueError(f"no {', '.join(missing)}; restore the model's own config.json")
+    for key, value in values.items():
+        if key not in rows:
+            raise ValueError(_refused(prefix + key, value, unknown))
+        row = rows[key]
+        allowed = (row.must_be(values),) if row.must_be else row.only
+        if value is not None and allowed and not any(_same(value, other) for other in allowed):
+            wanted = " or ".join(_shown(other) for other in allowed)
+            raise ValueError(_refused(prefix + key, value, f"must be {wanted} here ({row.why})"))
+    return fields
+
+
+_FIELD_TYPES = {field.name: str(field.type) for field in dataclasses.fields(ModelArgs)}
+_TYPE_CHECKS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "an integer"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+}
+
+
+def _check_type(key: str, value: object, field_type: str) -> None:
+    types, words = _TYPE_CHECKS.get(field_type.removesuffix(" | None"), ((object,), ""))
+    if types != (object,) and type(value) not in types:
+        raise ValueError(f"{key} must be {words}, not {_shown(value)}")
+
+
+def _same(value: object, other: object) -> bool:
+    """Equal, and neither a boolean that stands for a number."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _refused(key: str, value: object, why: str) -> str:
+    return f"{key} {_shown(value)}: {why}; to run all the same, as if it were not there: {IGNORE_FLAG} {key}"
+
+
+def _num_dense_layers(values: Values) -> int:
+    """Leading layers with a dense feed-forward, by either spelling."""
+    num_layers, first = values["num_hidden_layers"], values.get("first_k_dense_replace")
+    kinds = values.get("mlp_layer_types")
+    if kinds is None:
+        if type(first) is not int:
+            raise ValueError(f"first_k_dense_replace must be an integer, not {_shown(first)}")
+        return min(first, num_layers)
+    num_dense = kinds.count("dense") if isinstance(kinds, list) else 0
+    if kinds != ["dense"] * num_dense + ["sparse"] * (num_layers - num_dense):
+        raise ValueError(
+            f"mlp_layer_types {_shown(kinds)}: must name {num_layers} layers, dense ones before sparse ones"
+        )
+    if first is not None and min(first, num_layers) != num_dense:
+        raise ValueError(
+            f"first_k_dense_replace {first} and mlp_layer_types, with {num_dense} dense layers, differ; "
+            "restore the model's own config.json"
+        )
+    return num_dense
+
+
+def _indexer_types(values: Values) -> list[str] | None:
+    """full or shared per layer: from a list, a pattern, or every n-th. None: every layer is full."""
+    num_layers = values["num_hidden_layers"]
+    kinds = values.get("indexer_types")
+    pattern = values.get("index_topk_pattern")
+    if kinds is None and pattern is not None:
+        kinds = [{"F": "full", "S": "shared"}.get(kind, kind) for kind in pattern]
+    if kinds is None:
+        freq, offset = values.get("index_topk_freq"), values.get("index_skip_topk_offset")
+        freq, offset = 1 if freq is None else freq, 2 if offset is None else offset
+        if type(freq) is not int or type(offset) is not int or freq < 1:
+            raise ValueError(
+                f"index_topk_freq {_shown(freq)}, index_skip_topk_offset {_shown(offset)}: "
+                "must be integers, the first at least 1"
+            )
+        kinds = [
+            "full" if max(layer - offset + 1, 0) % freq == 0 else "shared" for layer in range(num_layers)
+        ]
+    if not isinstance(kinds, list):
+        raise ValueError(f"indexer_types {_shown(kinds)}: must be a list, full or shared per layer")
+    return kinds if "shared" in kinds or len(kinds) != num_layers else None
+
+
+def _rope_fields(values: Values) -> dict[str, Any]:
+    """YaRN's, or those of plain rotary embeddings, by either spelling."""
+    rope = _one_rope(values)
+    kind = rope.get("rope_type")
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"rope_type {_shown(kind)}: default and yarn are known")
+    if kind == "default":
+        fields = _understood(_PLAIN_ROPE_KEYS, rope, "rope_parameters.", "goes with rope_type yarn only")
+        return fields | {"rope_factor": 1.0, "original_seq_len": values.get("max_position_embeddings") or 0}
+    fields = _understood(ROPE_KEYS, rope, "rope_parameters.")
+    for key in ("mscale", "mscale_all_dim", "attention_factor"):
+        _check_type(f"rope_parameters.{key}", rope.get(key, 0.0), "float")
+    factor, mscale, of_all_dims = rope["factor"], rope.get("mscale"), rope.get("mscale_all_dim")
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is None and mscale and of_all_dims:
+        attention_factor = _temperature(factor, mscale) / _temperature(factor, of_all_dims)
+    elif attention_factor is None:
+        attention_factor = _temperature(factor, 1.0)
+    return fields | {"mscale": of_all_dims or 0.0, "rope_attention_factor": attention_factor}
+
+
+def _temperature(factor: float, mscale: float) -> float:
+    """YaRN's scale of attention for a context stretched by `factor` (arXiv 2309.00071, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _one_rope(values: Values) -> dict[str, Any]:
+    """What the spellings say, as one object with transformers 5's names, without nulls."""
+    spellings = [
+        _named_rope("rope_parameters", values.get("rope_parameters")),
+        _named_rope("rope_scaling", values.get("rope_scaling")),
+        {} if values.get("rope_theta") is None else {"rope_theta": values["rope_theta"]},
+    ]
+    if spellings[0] and spellings[1] and spellings[0] != (spellings[2] | spellings[1]):
+        raise ValueError("rope_parameters and rope_scaling differ; restore the model's own config.json")
+    rope: dict[str, Any] = {}
+    for spelling in spellings:
+        for key, value in spelling.items():
+            if not _same(rope.setdefault(key, value), value):
+                raise ValueError(
+                    f"{key} is {_shown(rope[key])} in one place and {_shown(value)} in another; "
+                    "restore the model's own config.json"
+                )
+    if set(rope) <= {"rope_theta"}:
+        rope["rope_type"] = "default"
+    return rope
+
+
+def _named_rope(name: str, spelling: object) -> dict[str, Any]:
+    if spelling is None:
+        return {}
+    if not isinstance(spelling, dict):
+        raise ValueError(f"{name} must be an object, not {_shown(spelling)}")
+    rope = {key: value for key, value in spelling.items() if value is not None}
+    kind = rope.pop("type", None)
+    if kind is not None and not _same(rope.setdefault("rope_type", kind), kind):
+        raise ValueError(f"{name}: type {_shown(kind)} and rope_type {_shown(rope['rope_type'])} differ")
+    return rope
+
+
+def _dtype_fields(values: Values) -> dict[str, Any]:
+    """What the weights are stored as."""
+    old, new = values.get("torch_dtype"), values.get("dtype")
+    if old is not None and new is not None and old != new:
+        raise ValueError(f"torch_dtype {_shown(old)} and dtype {_shown(new)} differ; remove the wrong one")
+    dtype = new if new is not None else old if old is not None else "bfloat16"
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"dtype {_shown(dtype)}: use one of {', '.join(_DTYPES)}")
     quantisation = values.get("quantization_config")
     if quantisation is None:
-        dtype = values.get("torch_dtype", values.get("dtype", "bfloat16"))
-        if dtype not in _DTYPES:
-            raise ValueError(f"torch_dtype {dtype!r}: use one of {', '.join(_DTYPES)}")
-        fields["dtype"] = _DTYPES[dtype]
-    else:
-        fields["dtype"], fields["scale_fmt"] = "fp8", quantisation.get("scale_fmt")
-    fields["max_seq_len"] = values.get("max_position_embeddings", ModelArgs.max_seq_len)
-    return fields | _rope_fields(values)
-
-
-def _rope_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """YaRN's, or those of plain rotary embeddings."""
-    scaling = values.get("rope_scaling")
-    if scaling is None:
-        return {"rope_factor": 1.0, "original_seq_len": values.get("max_position_embeddings", 0)}
-    kind = scaling.get("type", scaling.get("rope_type"))
-    if kind != "yarn":
-        raise ValueError(f"rope_scaling of type {kind!r}: only yarn is known")
-    return {ours: scaling[theirs] for theirs, ours in _ROPE_NAMES.items() if theirs in scaling}
+        return {"dtype": _DTYPES[dtype]}
+    if not isinstance(quantisation, dict):
+        raise ValueError(f"quantization_config must be an object, not {_shown(quantisation)}")
+    method = quantisation.get("quant_method")
+    if method != "fp8" or quantisation.get("weight_block_size") is None:
+        what = _shown(method) if method != "fp8" else '"fp8" without weight_block_size'
+        raise ValueError(
+            f"quantization_config.quant_method {what}: weights run here as bf16, fp32, or fp8 in blocks of "
+            f"{FP8_GROUP} x {FP8_GROUP}; take such a checkpoint of the model"
+        )
+    scale_fmt = {"scale_fmt": None} | _understood(QUANTIZATION_KEYS, quantisation, "quantization_config.")
+    return {"dtype": "fp8"} | scale_fmt
 
 
 def hf_config(args: ModelArgs, weights: Weights) -> dict[str, object]:
-    """`config.json` of the same model, with the field names of Hugging Face's DeepseekV32."""
+    """`config.json` of the same model, in transformers 4's spelling; `ValueError` where there is none."""
+    family = FAMILIES[args.model_type]
+    if args.score_func != "sigmoid" or args.index_rope != family.index_rope:
+        raise ValueError(f"no config.json of {args.model_type} has this score_func and index_rope")
     config: dict[str, object] = {
-        "architectures": ["DeepseekV32ForCausalLM"],
-        "model_type": "deepseek_v32",
-        **{theirs: getattr(args, ours) for theirs, ours in _NAMES.items()},
+        "architectures": [family.architecture],
+        "model_type": args.model_type,
+        **{key: getattr(args, row.field) for key, row in KEYS.items() if row.field and not row.optional},
+        "first_k_dense_replace": args.n_dense_layers,
+        "scoring_func": args.score_func,
         "moe_layer_freq": 1,
         "num_key_value_heads": args.n_heads,
         "topk_method": "noaux_tc",
-        "norm_topk_prob": True,
         "max_position_embeddings": int(args.original_seq_len * args.rope_factor),
+        "rope_theta": args.rope_theta,
         "rope_scaling": _rope_scaling(args),
         "hidden_act": "silu",
         "attention_bias": False,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": args.tie_word_embeddings,
         "bos_token_id": 0,
         "eos_token_id": 1,
         "torch_dtype": "float32" if weights == "fp32" else "bfloat16",
     }
+    if args.indexer_types is not None:
+        config["indexer_types"] = list(args.indexer_types)
+    if args.latent_norm_eps != family.latent_norm_eps:
+        config["latent_norm_eps"] = args.latent_norm_eps
     if weights == "fp8":
         config["quantization_config"] = {
             "quant_method": "fp8",
@@ -123,8 +509,13 @@ def hf_config(args: ModelArgs, weights: Weights) -> dict[str, object]:
 def _rope_scaling(args: ModelArgs) -> dict[str, object] | None:
     if not args.uses_yarn:
         return None
-    return {
+    scaling: dict[str, object] = {
         "type": "yarn",
-        **{theirs: getattr(args, ours) for theirs, ours in _ROPE_NAMES.items()},
+        **{key: getattr(args, row.field) for key, row in ROPE_KEYS.items() if row.field},
+        "mscale": args.mscale,
         "mscale_all_dim": args.mscale,
     }
+    del scaling["rope_theta"]
+    if args.rope_attention_factor != 1.0 or not args.mscale:
+        scaling["attention_factor"] = args.rope_attention_factor
+    return scaling

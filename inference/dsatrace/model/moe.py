@@ -64,7 +64,7 @@ class Gate(nn.Module):
             choice = grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
         experts = choice.topk(args.n_activated_experts, dim=-1).indices
         weights = scores.gather(1, experts)
-        if args.normalises_experts:
+        if args.norm_topk_prob and args.score_func == "sigmoid":
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return weights * args.route_scale, experts
 

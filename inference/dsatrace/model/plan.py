@@ -1,10 +1,12 @@
-"""What a conversion will do: read a Hugging Face checkpoint's headers, check them, assign the pieces.
+"""What a conversion will do: read a Hugging Face checkpoint's config and headers, check, assign the pieces.
 
-Reads headers only and writes nothing. A checkpoint that is not whole, or does not divide over
-the ranks, raises `CheckpointError` here, before a byte is converted.
+Reads headers only and writes nothing. A config that is not understood, and a checkpoint that is not
+the whole of what it describes or does not divide over the ranks, raise `CheckpointError` here,
+before a byte is converted.
 
-    source = read_source(Path("DeepSeek-V3.2"))
-    pieces = plan(Path("DeepSeek-V3.2"), source, n_experts=256, model_parallel=8)
+    folder = Path("DeepSeek-V3.2")
+    source = read_source(folder)
+    pieces = plan(folder, source, read_config(folder), model_parallel=8)
     pieces["lm_head.weight"][3].rows    # (48480, 64640): rank 3 of 8 holds these rows
 """
 
@@ -13,16 +15,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from .config import FP8_GROUP
-from .names import Target, checkpoint_tensors, scale_of
+from .config import FP8_GROUP, PLAIN_NUMERICS, ModelArgs
+from .names import HEAD, Target, checkpoint_tensors, scale_of
 from .shards import CheckpointError, StoredTensor, read_header
 
-DEFAULT_NUM_LAYERS = 61
-"""Layers of the released model; layer 61 is the multi-token-prediction module, which is left out."""
-
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(mlp\.(?:gate|experts|shared_experts)\.)?")
+FP8 = "F8_E4M3"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 
 
@@ -65,79 +66,135 @@ def read_source(hf_path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def read_config(hf_path: Path, ignore_keys: Sequence[str] = ()) -> ModelArgs:
+    """The model that a Hugging Face folder's `config.json` describes, every key of it understood."""
+    config = hf_path / "config.json"
+    if not config.is_file():
+        raise CheckpointError(f"{hf_path}: no config.json, which says what model this is; fetch it")
+    try:  # what is converted does not depend on the numerics it will run with
+        return ModelArgs.from_json(config, ignore_keys, **PLAIN_NUMERICS)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
 def plan(
-    hf_path: Path, source: dict[str, StoredTensor], n_experts: int, model_parallel: int
+    hf_path: Path, source: dict[str, StoredTensor], args: ModelArgs, model_parallel: int
 ) -> dict[str, list[Piece]]:
     """Where each source tensor goes, in source order; the checkpoint must be whole and hold nothing else."""
     if "model.embed_tokens.weight" not in source:
         raise CheckpointError(
             f"{hf_path}: lacks model.embed_tokens.weight; give a whole checkpoint in Hugging Face layout"
         )
-    num_layers = _num_layers(hf_path)
-    kept = {name: stored for name, stored in source.items() if not _is_left_out(name, num_layers)}
-    _check_expert_count(hf_path, kept, n_experts)
-    moe_layers = {int(match[1]) for name in kept if (match := _LAYER.match(name)) and match[2]}
+    if model_parallel < 1 or (_has_experts(args) and args.n_routed_experts % model_parallel):
+        raise CheckpointError(
+            f"model parallel {model_parallel} does not divide the {args.n_routed_experts} experts"
+        )
+    _check_quantisation(hf_path, source, args)
+    kept = {name: stored for name, stored in source.items() if not _is_left_out(name, stored, source, args)}
+    _check_expert_count(hf_path, kept, args)
     targets: dict[str, Target] = {}
-    for name, target in checkpoint_tensors(num_layers, moe_layers, n_experts).items():
+    for name, target in checkpoint_tensors(args).items():
         targets[name] = target
-        if name in kept and kept[name].dtype == "F8_E4M3":
+        if name in kept and kept[name].dtype == FP8:
             targets.update([scale_of(name, target)])
     if missing := [name for name in targets if name not in kept]:
         raise CheckpointError(
-            f"{hf_path}: lacks {missing[0]}{_and_more(missing)} of the {num_layers} layers expected; "
-            "fetch the checkpoint again"
+            f"{hf_path}: lacks {missing[0]}{_and_more(missing)} of the {args.n_layers} layers expected; "
+            + _why_missing(missing, kept)
         )
     if unknown := [name for name in kept if name not in targets]:
         raise CheckpointError(
             f"{kept[unknown[0]].path}: unknown tensor {unknown[0]}{_and_more(unknown)}; "
-            "a DeepSeek-V3.2 checkpoint has none of that name"
+            f"a {args.model_type} checkpoint with this config.json has none of that name"
         )
     for name in kept:
+        _check_shape(name, kept, targets[name])
         _check_scale(name, kept, targets[name], model_parallel)
-    return {name: _pieces(name, kept[name], targets[name], n_experts, model_parallel) for name in kept}
+    pieces = {name: _pieces(name, kept[name], targets[name], args, model_parallel) for name in kept}
+    if args.tie_word_embeddings:
+        embedding = pieces["model.embed_tokens.weight"]
+        embedding += [dataclasses.replace(piece, name=HEAD) for piece in embedding]
+    return pieces
 
 
-def _num_layers(hf_path: Path) -> int:
-    config = hf_path / "config.json"
-    if not config.is_file():
-        return DEFAULT_NUM_LAYERS
-    try:
-        num_layers = json.loads(config.read_bytes()).get("num_hidden_layers", DEFAULT_NUM_LAYERS)
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{config}: not a JSON object: {error}") from error
-    if type(num_layers) is not int or num_layers < 1:
-        raise CheckpointError(f"{config}: num_hidden_layers must be a positive integer, not {num_layers!r}")
-    return num_layers
+def has_leftover_quantisation(source: dict[str, StoredTensor], args: ModelArgs) -> bool:
+    """Whether `config.json` speaks of fp8, but no tensor is: the weights were cast, the config was not."""
+    return args.dtype == "fp8" and all(stored.dtype != FP8 for stored in source.values())
 
 
-def _is_left_out(name: str, num_layers: int) -> bool:
-    """Layers past the model's own, and rotary tables that some exports store: the model computes them."""
+def _check_quantisation(hf_path: Path, source: dict[str, StoredTensor], args: ModelArgs) -> None:
+    fp8 = [name for name, stored in source.items() if stored.dtype == FP8]
+    if fp8 and args.dtype != "fp8":
+        raise CheckpointError(
+            f"{hf_path / 'config.json'}: has no quantization_config, but {fp8[0]}{_and_more(fp8)} are fp8; "
+            "restore the model's own config.json"
+        )
+
+
+def _has_experts(args: ModelArgs) -> bool:
+    return args.n_layers > args.n_dense_layers
+
+
+def _is_left_out(name: str, stored: StoredTensor, source: dict[str, StoredTensor], args: ModelArgs) -> bool:
+    """What the model computes, or has no use for; raises for a layer that `config.json` does not know."""
     if name.endswith(".rotary_emb.inv_freq"):
         return True
+    if name == "lm_head.weight":
+        return args.tie_word_embeddings
     match = _LAYER.match(name)
-    return match is not None and int(match[1]) >= num_layers
+    if match is None:
+        return False
+    layer = int(match[1])
+    if layer >= args.n_layers:
+        if f"model.layers.{layer}.eh_proj.weight" not in source:  # which a next-token module has
+            raise CheckpointError(
+                f"{stored.path}: holds {name}, but config.json says num_hidden_layers {args.n_layers}; "
+                "restore the model's own config.json"
+            )
+        return True
+    if ".self_attn.indexer." in name:
+        return args.source_layers[layer] != layer
+    return 0 in stored.shape  # transformers stores shared experts of no width
 
 
-def _check_expert_count(hf_path: Path, tensors: dict[str, StoredTensor], n_experts: int) -> None:
+def _check_expert_count(hf_path: Path, tensors: dict[str, StoredTensor], args: ModelArgs) -> None:
     ids = {int(match[1]) for name in tensors if (match := _EXPERT.search(name))}
-    found = max(ids, default=-1) + 1
-    if found != n_experts:
+    found, expected = max(ids, default=-1) + 1, args.n_routed_experts if _has_experts(args) else 0
+    if found != expected:
         raise CheckpointError(
-            f"{hf_path}: holds {found} routed experts a layer, not the {n_experts} asked for"
+            f"{hf_path}: holds {found} routed experts per layer, but config.json says {expected}; "
+            "restore the model's own config.json, or fetch what is missing"
+        )
+
+
+def _why_missing(missing: list[str], kept: dict[str, StoredTensor]) -> str:
+    if all(name.endswith("_scale_inv") for name in missing):
+        return "an fp8 weight needs its scales; fetch the checkpoint again"
+    if any(".indexer." in name for name in missing) and not any(".indexer." in name for name in kept):
+        return "these are the weights of a model without an indexer, beside a config.json of one that has it"
+    return "fetch the checkpoint again, or restore its own config.json"
+
+
+def _check_shape(name: str, tensors: dict[str, StoredTensor], target: Target) -> None:
+    shape = tensors[name].shape
+    if shape != target.shape and not name.endswith("_scale_inv"):
+        raise CheckpointError(
+            f"{tensors[name].path}: {name} has shape {list(shape)}, but config.json makes it "
+            f"{list(target.shape)}; restore the model's own config.json"
         )
 
 
 def _check_scale(name: str, tensors: dict[str, StoredTensor], target: Target, model_parallel: int) -> None:
     """An fp8 weight and its scale must fit, also after the split: a scale serves whole 128-blocks."""
     weight = tensors[name]
-    if weight.dtype != "F8_E4M3":
+    if weight.dtype != FP8:
         return
-    scale_name, _ = scale_of(name, target)
+    scale_name, wanted = scale_of(name, target)
     scale = tensors[scale_name]
-    blocks = tuple(-(-length // FP8_GROUP) for length in weight.shape)
-    if scale.dtype != "F32" or scale.shape != blocks:
+    if scale.dtype != "F32" or scale.shape != wanted.shape:
         raise CheckpointError(
-            f"{scale_name}: is {scale.dtype} {list(scale.shape)}, but its weight needs F32 {list(blocks)}"
+            f"{scale_name}: is {scale.dtype} {list(scale.shape)}, "
+            f"but its weight needs F32 {list(wanted.shape)}"
         )
     if (
         target.dim is not None
@@ -155,13 +212,13 @@ def _and_more(names: list[str]) -> str:
 
 
 def _pieces(
-    name: str, stored: StoredTensor, target: Target, n_experts: int, model_parallel: int
+    name: str, stored: StoredTensor, target: Target, args: ModelArgs, model_parallel: int
 ) -> list[Piece]:
     num_rows = stored.shape[0] if stored.shape else 1
     row_bytes = stored.num_bytes // max(num_rows, 1)
     whole = Piece(0, target.name, stored.shape, (0, num_rows), (0, row_bytes))
     if target.expert is not None:
-        return [dataclasses.replace(whole, rank=target.expert // (n_experts // model_parallel))]
+        return [dataclasses.replace(whole, rank=target.expert // (args.n_routed_experts // model_parallel))]
     if target.dim is None:
         return [dataclasses.replace(whole, rank=rank) for rank in range(model_parallel)]
     length = stored.shape[target.dim] if target.dim < len(stored.shape) else 0

@@ -63,62 +63,16 @@ def write_checkpoint(
 
 def _layout(args: ModelArgs, weights: Weights) -> Layout:
     """Container type and shape of every tensor, by Hugging Face name; a scale follows its weight."""
-    shapes = _shapes(args)
     plain = "F32" if weights == "fp32" else "BF16"
     layout: Layout = {}
-    targets = checkpoint_tensors(
-        args.n_layers, range(args.n_dense_layers, args.n_layers), args.n_routed_experts
-    )
-    for name, target in targets.items():
-        local = _without_ids(target.name)
-        shape = shapes[local]
-        if weights == "fp8" and len(shape) == 2 and local not in UNQUANTISED:
-            layout[name] = ("F8_E4M3", shape)
-            layout[scale_of(name, target)[0]] = ("F32", tuple(-(-n // FP8_GROUP) for n in shape))
+    for name, target in checkpoint_tensors(args).items():
+        if weights == "fp8" and len(target.shape) == 2 and not target.name.endswith(UNQUANTISED):
+            layout[name] = ("F8_E4M3", target.shape)
+            scale_name, scale = scale_of(name, target)
+            layout[scale_name] = ("F32", scale.shape)
         else:
-            layout[name] = ("F32" if local == "ffn.gate.bias" else plain, shape)
+            layout[name] = ("F32" if target.name.endswith("ffn.gate.bias") else plain, target.shape)
     return layout
-
-
-def _without_ids(name: str) -> str:
-    """`layers.2.ffn.experts.5.w1.weight` -> `ffn.experts.w1.weight`."""
-    parts = name.split(".")
-    if parts[0] == "layers":
-        parts = parts[2:]
-    return ".".join(part for part in parts if not part.isdigit())
-
-
-def _shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    shared_dim = args.n_shared_experts * args.moe_inter_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "embed.weight": (args.vocab_size, args.dim),
-        "norm.weight": (args.dim,),
-        "head.weight": (args.vocab_size, args.dim),
-        "attn_norm.weight": (args.dim,),
-        "ffn_norm.weight": (args.dim,),
-        "attn.wq_a.weight": (args.q_lora_rank, args.dim),
-        "attn.q_norm.weight": (args.q_lora_rank,),
-        "attn.wq_b.weight": (args.n_heads * args.qk_head_dim, args.q_lora_rank),
-        "attn.wkv_a.weight": (args.latent_dim, args.dim),
-        "attn.kv_norm.weight": (args.kv_lora_rank,),
-        "attn.wkv_b.weight": (args.n_heads * (args.qk_nope_head_dim + args.v_head_dim), args.kv_lora_rank),
-        "attn.wo.weight": (args.dim, args.n_heads * args.v_head_dim),
-        "attn.indexer.wq_b.weight": (args.index_n_heads * args.index_head_dim, args.q_lora_rank),
-        "attn.indexer.wk.weight": (args.index_head_dim, args.dim),
-        "attn.indexer.k_norm.weight": (args.index_head_dim,),
-        "attn.indexer.k_norm.bias": (args.index_head_dim,),
-        "attn.indexer.weights_proj.weight": (args.index_n_heads, args.dim),
-        "ffn.gate.weight": (args.n_routed_experts, args.dim),
-        "ffn.gate.bias": (args.n_routed_experts,),
-    }
-    for mlp, inter_dim in (
-        ("ffn", args.inter_dim),
-        ("ffn.experts", args.moe_inter_dim),
-        ("ffn.shared_experts", shared_dim),
-    ):
-        shapes[f"{mlp}.w1.weight"] = shapes[f"{mlp}.w3.weight"] = (inter_dim, args.dim)
-        shapes[f"{mlp}.w2.weight"] = (args.dim, inter_dim)
-    return shapes
 
 
 def _split(layout: Layout, num_shards: int) -> list[Layout]:

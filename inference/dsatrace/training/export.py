@@ -35,12 +35,9 @@ def export_model(model: Transformer, tokenizer: dict[str, Any], folder: Path) ->
     folder.mkdir(parents=True, exist_ok=True)
     args = model.args
     state = model.state_dict()
-    targets = checkpoint_tensors(
-        args.n_layers, range(args.n_dense_layers, args.n_layers), args.n_routed_experts
-    )
     tensors = {
         name: state[target.name].detach().cpu().to(stored_dtype(target.name)).clone()
-        for name, target in targets.items()
+        for name, target in checkpoint_tensors(args).items()
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)  # the library makes it private
