@@ -192,8 +192,27 @@ def spoil_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("[]")
 
 
-def spoil_config(folder: Path) -> None:
-    (folder / "config.json").write_text('{"num_hidden_layers": "four"}')
+def with_config(**changes: object) -> Callable[[Path], None]:
+    """Sets keys of config.json, or takes them out where the value is `...`."""
+
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        config = json.loads(file.read_text()) | changes
+        file.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+    return change
+
+
+def without_indexers(folder: Path) -> None:
+    def drop(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".indexer." in name]:
+            del tensors[name]
+
+    edit(folder, drop)
+
+
+def without_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
 
 
 EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
@@ -202,8 +221,8 @@ EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
 @pytest.mark.parametrize(
     ("damage", "n_experts", "num_ranks", "message"),
     [
-        (None, 16, 2, "holds 8 routed experts a layer, not the 16 asked for"),
-        (None, 4, 2, "holds 8 routed experts a layer, not the 4 asked for"),
+        (None, 16, 2, "holds 8 routed experts per layer, not the 16 asked for"),
+        (None, 4, 2, "holds 8 routed experts per layer, not the 4 asked for"),
         (None, 8, 3, "model parallel 3 does not divide the 8 experts"),
         (None, 8, 0, "model parallel 0 does not divide"),
         (drop_last_shard, 8, 2, r"model-00003-of-00003.safetensors: this shard is missing, though model.saf"),
@@ -214,19 +233,28 @@ EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
         (spoil_header, 8, 2, "model-00002-of-00003.safetensors: not a safetensors file, or damaged"),
         (misplace_in_index, 8, 2, "model-00003-of-00003.safetensors: lacks model.norm.weight, which"),
         (spoil_index, 8, 2, "model.safetensors.index.json: not a safetensors index"),
-        (spoil_config, 8, 2, "config.json: num_hidden_layers must be a positive integer, not 'four'"),
+        (without_config, 8, 2, "hf: no config.json, which says what model this is; fetch it"),
+        (with_config(num_hidden_layers="four"), 8, 2, 'num_hidden_layers must be an integer, not "f'),
+        (with_config(num_hidden_layers=3), 8, 2, r"holds model.layers.3.*says num_hidden_layers 3"),
+        (with_config(num_hidden_layers=5), 8, 2, r"lacks model.layers.4.* \d+ more tensors of the 5"),
+        (with_config(model_type="deepseek_v3"), 8, 2, "model_type deepseek_v3: this model has no indexer"),
+        (with_config(hidden_act="gelu"), 8, 2, 'config.json: hidden_act "gelu": must be "silu" here'),
+        (with_config(hidden_size=128), 8, 2, r"but config.json makes it \[.*128.*\]; restore"),
+        (with_config(n_routed_experts=16), None, 2, "holds 8 routed experts per layer, but .* says 16"),
+        (with_config(quantization_config={"quant_method": "awq"}), 8, 2, 'quant_method "awq": weights'),
+        (without_indexers, 8, 2, "the weights of a model without an indexer, beside"),
         (without("model.embed_tokens.weight"), 8, 2, "hf: lacks model.embed_tokens.weight; give a whole"),
         (without(EXPERT), 8, 2, f"lacks {EXPERT} of the 4 layers expected"),
         (without("model.layers.0.mlp.up_proj.weight"), 8, 2, r"lacks model.layers.0.mlp.up_proj.weight of"),
         (without("model.layers.3.self_attn.indexer.k_norm.bias"), 8, 2, "lacks .*3.self_attn.indexer"),
         (with_tensor("model.layers.1.self_attn.q_proj.weight", 4, 4), 8, 2, "unknown tensor .*q_proj"),
-        (with_tensor("lm_head.weight", 385, 4), 8, 2, r"lm_head.weight: .* dimension 0 of .* \[385, 4\]"),
-        (with_tensor("model.layers.1.self_attn.o_proj.weight", 7), 8, 2, r"o_proj.* dimension 1 of .* \[7\]"),
+        (with_tensor("lm_head.weight", 385, 4), 8, 2, r"lm_head.weight has shape \[385, 4\], but config"),
+        (with_tensor("model.layers.1.self_attn.o_proj.weight", 7), 8, 2, r"o_proj.weight has shape \[7\]"),
     ],
 )  # fmt: skip
 def test_a_fault_is_one_line_and_leaves_nothing(
     damage: Callable[[Path], None] | None,
-    n_experts: int,
+    n_experts: int | None,
     num_ranks: int,
     message: str,
     tiny_hf: Path,
@@ -247,13 +275,64 @@ def test_a_converted_checkpoint_is_no_source(tiny_checkpoint: Path, tmp_path: Pa
         convert_checkpoint(tiny_checkpoint, tmp_path / "out", 8, 1)
 
 
-def test_missing_layers_are_counted(tiny_hf: Path, tmp_path: Path) -> None:
+def test_ranks_that_do_not_divide_a_dimension(tiny_args: ModelArgs, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "hf", dataclasses.replace(tiny_args, vocab_size=385))
+    message = r"lm_head.weight: model parallel 2 does not divide dimension 0 of its shape \[385, 256\]"
+    with pytest.raises(CheckpointError, match=message):
+        convert_checkpoint(tmp_path / "hf", tmp_path / "out", 8, 2)
+
+
+def test_an_ignored_key_is_read_as_if_it_were_not_there(tiny_hf: Path, tmp_path: Path) -> None:
     folder = copy(tiny_hf, tmp_path)
-    (folder / "config.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"lacks model.layers.4.* and \d+ more tensors of the 61 layers"
-    ):
-        convert_checkpoint(folder, tmp_path / "out", 8, 1)
+    with_config(hidden_act="gelu", unheard_of=[1, 2])(folder)
+    with pytest.raises(CheckpointError, match="--ignore-config-key hidden_act"):
+        convert_checkpoint(folder, tmp_path / "out", None, 1, ignore_keys=["unheard_of"])
+    with pytest.raises(CheckpointError, match=r"unheard_of \[1, 2\]: this key is not understood"):
+        convert_checkpoint(folder, tmp_path / "out", None, 1, ignore_keys=["hidden_act"])
+    with pytest.raises(CheckpointError, match="--ignore-config-key no_such: the config has no such key"):
+        convert_checkpoint(folder, tmp_path / "out", None, 1, ignore_keys=["no_such"])
+    both = ["--ignore-config-key", "unheard_of", "--ignore-config-key", "hidden_act"]
+    command = ["--hf-ckpt-path", str(folder), "--save-path", str(tmp_path / "out"), "--model-parallel", "1"]
+    assert main([*command, *both]) == 0
+    args = ModelArgs.from_json(tmp_path / "out" / "config.json", ["unheard_of", "hidden_act"])
+    assert args.ignored_config_keys == ("unheard_of", "hidden_act")  # and so the manifest
+
+
+def test_weights_cast_from_fp8_leave_their_old_config_behind(fp8_args: ModelArgs, tmp_path: Path) -> None:
+    """bf16 weights beside a config that still speaks of fp8: the weights are what they are."""
+    folder = tmp_path / "hf"
+    write_checkpoint(folder, fp8_args, weights="fp8")
+    config = json.loads((folder / "config.json").read_text())
+    write_checkpoint(folder, fp8_args, weights="bf16")
+    (folder / "config.json").write_text(json.dumps(config))
+    convert_checkpoint(folder, tmp_path / "out", None, 1)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == {key: value for key, value in config.items() if key != "quantization_config"}
+    assert ModelArgs.from_json(tmp_path / "out" / "config.json").dtype == "bf16"
+
+
+def test_fp8_weights_need_a_config_that_says_so(fp8_hf: Path, tmp_path: Path) -> None:
+    folder = copy(fp8_hf, tmp_path)
+    with_config(quantization_config=...)(folder)
+    with pytest.raises(CheckpointError, match=r"has no quantization_config, but model\.layers.* are fp8"):
+        convert_checkpoint(folder, tmp_path / "out", None, 1)
+
+
+def test_tied_embeddings_become_a_head_on_every_rank(tiny_args: ModelArgs, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "hf", dataclasses.replace(tiny_args, tie_word_embeddings=True))
+    assert "lm_head.weight" not in load_hf(tmp_path / "hf")
+    for file in convert_checkpoint(tmp_path / "hf", tmp_path / "out", None, 2):
+        shard = load_file(file)
+        assert torch.equal(shard["head.weight"], shard["embed.weight"])
+
+
+def test_what_a_shared_layer_has_no_use_for_is_left_out(tiny_hf: Path, tmp_path: Path) -> None:
+    """Weights with an indexer in every layer, under a config whose layers share selections."""
+    folder = copy(tiny_hf, tmp_path)
+    with_config(index_topk_freq=2)(folder)
+    (file,) = convert_checkpoint(folder, tmp_path / "out", None, 1)
+    indexers = {name.split(".")[1] for name in read_header(file) if ".indexer." in name}
+    assert indexers == {"0", "1", "3"}
 
 
 FP8_PROJ = "model.layers.1.mlp.shared_experts.down_proj.weight"

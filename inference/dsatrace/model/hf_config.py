@@ -251,7 +251,7 @@ def fields_of(values: Values) -> dict[str, Any]:
 def family_of(values: Values) -> ModelType:
     """The family that `model_type` names; raises `ValueError` for one that does not run here."""
     model_type = values.get("model_type")
-    if model_type in FAMILIES:
+    if isinstance(model_type, str) and model_type in FAMILIES:
         return model_type
     if model_type is None:
         raise ValueError(f"no model_type; one of {', '.join(FAMILIES)} runs here")
