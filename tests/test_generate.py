@@ -320,7 +320,11 @@ MISTAKES: dict[str, tuple[Callable[[Command], list[object]], str]] = {
     "checkpoint without weights": (checkpoint_without_weights, "holds no model0-mp1.safetensors"),
     "checkpoint of another mp": (other_mp, "run with 2 ranks or convert again"),
     "missing config": (flags("--config", "nowhere.json"), "nowhere.json: cannot read"),
-    "config of another model": (flags("--config", INFERENCE / "config_671B_v3.2.json"), "model wants"),
+    "config of another model": (
+        flags("--config", INFERENCE / "config_671B_v3.2.json"),
+        "vocab_size is 129280, but",
+    ),
+    "config key that is not there": (flags("--ignore-config-key", "no"), "--ignore-config-key no:"),
     "unknown config key": (unknown_key, "unknown model config keys n_heds"),
     "tilelang on CPU": (flags("--device", "cpu", "--kernel-backend", "tilelang"), "tilelang"),
     "no new tokens": (flags("--max-new-tokens", 0), "--max-new-tokens 0"),

@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import INFERENCE, ROOT
+from dsatrace.engine.config import EngineSetup
+from dsatrace.errors import UserError
 from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs
 from dsatrace.model.hf_config import KEYS, QUANTIZATION_KEYS, ROPE_KEYS, hf_config
 from real_data import real_file
@@ -285,6 +287,40 @@ def test_every_row_is_in_the_documentation():
     text = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     for key in (*KEYS, *ROPE_KEYS, *QUANTIZATION_KEYS):
         assert f"| `{key}` |" in text, f"{key}: run scripts/config_keys.py --write"
+
+
+def checkpoint_folder(tmp_path: Path, config: dict[str, Any]) -> Path:
+    folder = tmp_path / "converted"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_config_beside_the_weights_must_be_the_same_model(tmp_path, tiny_args, v32):
+    """Else a run would record one model and describe another."""
+    folder = checkpoint_folder(tmp_path, v32 | {"norm_topk_prob": False})
+    with pytest.raises(UserError, match="norm_topk_prob is True, but .*converted/config.json .* says False"):
+        EngineSetup(folder, INFERENCE / "config_tiny.json").model_args()
+    assert EngineSetup(folder).model_args().norm_topk_prob is False
+
+
+def test_what_a_run_may_choose_may_differ(tmp_path, tiny_args, v32):
+    demo = tmp_path / "demo.json"
+    chosen = dataclasses.replace(tiny_args, dtype="fp64", index_topk=16, max_seq_len=512, index_fp8=False)
+    demo.write_text(json.dumps(dataclasses.asdict(chosen)))
+    assert EngineSetup(checkpoint_folder(tmp_path, v32), demo).model_args() == chosen
+
+
+def test_numerics_and_ignored_keys_reach_the_model(tmp_path, v32):
+    folder = checkpoint_folder(tmp_path, v32 | {"new": 1})
+    setup = EngineSetup(folder, INFERENCE / "config_tiny.json", numerics="plain", ignore_config_keys=("new",))
+    args = setup.model_args()
+    assert not (args.index_fp8 or args.index_hadamard or args.latent_fp8)
+    assert args.ignored_config_keys == ("new",)
+    with pytest.raises(UserError, match="--ignore-config-key old: .* has no such key"):
+        dataclasses.replace(setup, ignore_config_keys=("new", "old")).model_args()
+    with pytest.raises(UserError, match="new 1: this key is not understood"):
+        dataclasses.replace(setup, ignore_config_keys=()).model_args()
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3.2.json", "glm-5.2-fp8.json"])

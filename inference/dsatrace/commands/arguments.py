@@ -17,6 +17,7 @@ from dsatrace.engine.config import (
     OffloadSetup,
 )
 from dsatrace.errors import UserError
+from dsatrace.model.config import IGNORE_FLAG
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -69,7 +70,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, required: bool = True)
 def add_ignore_config_key(add: Callable[..., argparse.Action]) -> None:
     """The flag that `convert.py` and every run of a model share; `dest` is `EngineSetup`'s field."""
     add(
-        "--ignore-config-key",
+        IGNORE_FLAG,
         dest="ignore_config_keys",
         action="append",
         default=[],

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ..errors import UserError
 from ..kv.residency import TIER_POLICIES
 from ..kv.stores.opening import check_spec
-from ..model.config import PLAIN_NUMERICS, ModelArgs
+from ..model.config import IGNORE_FLAG, PLAIN_NUMERICS, ModelArgs, holds_key, read_config
 from .runner import OnTierError
 
 Granularity = Literal["block", "row"]
@@ -98,17 +98,33 @@ class EngineSetup:
         )
 
     def model_args(self) -> ModelArgs:
-        config = self.config
-        if config is None:
-            assert self.ckpt_path is not None, "the simulator has no model"
-            config = self.ckpt_path / "config.json"
-            if not config.exists():
-                raise UserError(f"{self.ckpt_path}: holds no config.json; name the model's with --config")
+        """The model, from `config` or the checkpoint's own `config.json`; where both are, they must agree."""
+        assert self.ckpt_path is not None, "the simulator has no model"
+        own = self.ckpt_path / "config.json"
+        files = [] if self.config is None else [self.config]
+        files += [own] if own.exists() else []
+        if not files:
+            raise UserError(f"{self.ckpt_path}: holds no config.json; name the model's with --config")
         overrides: dict[str, Any] = {} if self.max_seq_len is None else {"max_seq_len": self.max_seq_len}
         if self.numerics == "plain":
             overrides |= PLAIN_NUMERICS
         with user_errors():
-            return ModelArgs.from_json(config, self.ignore_config_keys, **overrides)
+            ignored = {file: self._ignored_in(file) for file in files}
+            unheard = set(self.ignore_config_keys).difference(*ignored.values())
+            if unheard:
+                name = min(unheard)
+                raise UserError(f"{IGNORE_FLAG} {name}: {files[0]} has no such key; leave the flag out")
+            read = [ModelArgs.from_json(file, keys, **overrides) for file, keys in ignored.items()]
+        for name, (given, of_weights) in read[0].differences(read[-1]).items():
+            raise UserError(
+                f"{files[0]}: {name} is {given!r}, but {own} beside the weights says {of_weights!r}; "
+                "leave --config out, or give the config of these weights"
+            )
+        return dataclasses.replace(read[0], ignored_config_keys=self.ignore_config_keys)
+
+    def _ignored_in(self, file: Path) -> list[str]:
+        values = read_config(file) if self.ignore_config_keys else {}
+        return [name for name in self.ignore_config_keys if holds_key(values, name)]
 
 
 def _require_at_least_1(setup: OffloadSetup | EngineSetup, *fields: str) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 FP8_GROUP = 128
 """Channels that share one fp8 scale, and the side of a weight's scale block."""
@@ -21,6 +21,8 @@ WeightDtype = Literal["fp8", "bf16", "fp32", "fp64"]
 ModelType = Literal["deepseek_v32", "glm_moe_dsa"]
 IndexerType = Literal["full", "shared"]
 """Whether a layer has an indexer, or uses the selection of the layer before it."""
+
+IGNORE_FLAG = "--ignore-config-key"
 
 PLAIN_NUMERICS = {"index_fp8": False, "index_hadamard": False, "latent_fp8": False}
 """Overrides that turn the released model's roundings off; transformers has none of them."""
@@ -168,16 +170,9 @@ class ModelArgs:
         with the file raises `ValueError` naming it, and a key that is not understood too, unless
         `ignore_keys` names it.
         """
-        from .hf_config import fields_of, is_hf_config, without_keys
+        from .hf_config import fields_of, is_hf_config
 
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"{path}: cannot read the model config: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not a JSON file: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: a model config is a JSON object, not {type(values).__name__}")
+        values = read_config(path)
         try:
             values = without_keys(values, ignore_keys)
             if is_hf_config(values):
@@ -188,6 +183,21 @@ class ModelArgs:
             return cls(**{**values, "ignored_config_keys": tuple(ignore_keys), **overrides})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
+
+    def differences(self, other: ModelArgs) -> dict[str, tuple[object, object]]:
+        """What makes the other one another model: fields, each with both values.
+
+        Number formats, the roundings of `PLAIN_NUMERICS`, how many tokens are selected and the size of
+        the cache are a run's to choose.
+        """
+        free = {"dtype", "scale_fmt", "max_batch_size", "max_seq_len", "ignored_config_keys", *PLAIN_NUMERICS}
+        free |= {"index_topk", "tie_word_embeddings"}  # the second: a converted checkpoint holds both
+        if not self.uses_yarn and not other.uses_yarn:
+            free |= {"rope_factor", "original_seq_len", "beta_fast", "beta_slow", "mscale"}
+        if self.source_layers == other.source_layers:  # said in two ways
+            free |= {"indexer_types"}
+        both = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self)}
+        return {name: (a, b) for name, (a, b) in both.items() if a != b and name not in free}
 
     @property
     def qk_head_dim(self) -> int:
@@ -210,3 +220,38 @@ class ModelArgs:
     @property
     def uses_yarn(self) -> bool:
         return self.rope_factor > 1.0
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The JSON object of a config file; raises `ValueError` naming the file."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the model config: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a model config is a JSON object, not {type(values).__name__}")
+    return values
+
+
+def without_keys(values: Mapping[str, Any], ignored: Sequence[str]) -> dict[str, Any]:
+    """`values` less the `ignored` keys, `outer.inner` for a nested one; `ValueError` where one is missing."""
+    kept = dict(values)
+    for name in ignored:
+        if not holds_key(kept, name):
+            raise ValueError(f"{IGNORE_FLAG} {name}: the config has no such key; leave the flag out")
+        outer, _, inner = name.partition(".")
+        if inner:
+            kept[outer] = {key: value for key, value in kept[outer].items() if key != inner}
+        else:
+            del kept[outer]
+    return kept
+
+
+def holds_key(values: Mapping[str, Any], name: str) -> bool:
+    """Whether a config has the key `name`, `outer.inner` for a nested one."""
+    outer, _, inner = name.partition(".")
+    if not inner:
+        return outer in values
+    return isinstance(values.get(outer), dict) and inner in values[outer]

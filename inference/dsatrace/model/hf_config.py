@@ -15,15 +15,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from .config import FP8_GROUP, ModelArgs, ModelType, WeightDtype
+from .config import FP8_GROUP, IGNORE_FLAG, ModelArgs, ModelType, WeightDtype
 
 Weights = Literal["bf16", "fp8", "fp32"]
 Values = Mapping[str, Any]
-
-IGNORE_FLAG = "--ignore-config-key"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,21 +260,6 @@ def family_of(values: Values) -> ModelType:
     else:
         why = "not a model that is known here"
     raise ValueError(f"model_type {model_type}: {why}; what runs here is {' and '.join(FAMILIES)}")
-
-
-def without_keys(values: Values, ignored: Sequence[str]) -> dict[str, Any]:
-    """`values` less the `ignored` keys, `outer.inner` for a nested one; `ValueError` where one is missing."""
-    kept = dict(values)
-    for name in ignored:
-        outer, _, inner = name.partition(".")
-        holder = kept if not inner else kept.get(outer)
-        if not isinstance(holder, dict) or (inner or outer) not in holder:
-            raise ValueError(f"{IGNORE_FLAG} {name}: the config has no such key; leave the flag out")
-        if inner:
-            kept[outer] = {key: value for key, value in holder.items() if key != inner}
-        else:
-            del kept[outer]
-    return kept
 
 
 def _understood(
