@@ -140,7 +140,7 @@ def manifest(
     error: str | None = None,
 ) -> dict[str, Any]:
     """The record of manifest.json, in the schema's field order."""
-    model_config = dict(run.model_config)
+    model_config = json.loads(json.dumps(dict(run.model_config)))  # as it is read back: no tuples
     return {
         "schema_version": SCHEMA_VERSION,
         "tool": "dsatrace",
