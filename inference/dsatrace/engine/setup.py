@@ -127,7 +127,7 @@ def open_engine(
     args = model.args
     batch_size = setup.max_batch_size if num_requests is None else min(setup.max_batch_size, num_requests)
     block_size = setup.cache_block_size
-    bytes_per_token = args.n_layers * model.new_cache(1, block_size, device).bytes_per_token
+    bytes_per_token = model.new_cache(1, block_size, device).bytes_per_token
     budget_blocks = cache_budget_bytes(device) // (block_size * bytes_per_token)
     num_blocks = num_cache_blocks(setup, args.max_seq_len, longest, batch_size, budget_blocks)
     with contextlib.ExitStack() as stack:
