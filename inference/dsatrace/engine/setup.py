@@ -30,7 +30,7 @@ from ..model.parallel import ParallelGroup
 from ..model.tiny import RANDOM_WEIGHTS
 from ..model.transformer import Transformer
 from ..trace.config import TraceConfig
-from ..trace.manifest import RunInfo, Selections
+from ..trace.manifest import RunInfo, Selections, shared_layers
 from ..trace.resume import Resumed
 from ..trace.tracer import Tracer
 from .block_tables import new_pool
@@ -154,6 +154,7 @@ def open_engine(
                 serving=serving,
                 prefix_source="cache" if setup.prefix_caching else "analysis",
                 tiers=tier_setup(setup.offload, offloaded) if setup.offload and offloaded else None,
+                shared_layers=shared_layers(args.source_layers),
             )
             tracer = stack.enter_context(Tracer(trace, run, resumed=resumed))
         sampler = Sampler(setup.seed)
