@@ -22,7 +22,7 @@ from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.sinks import Sink, open_sinks
 from dsatrace.trace.tracer import tiers_of
 from tier_samples import SimulatedTiers
-from trace_samples import sample_capture
+from trace_samples import sample_capture, with_shared_layers
 
 LAYOUTS = (CacheLayout("demo", 1152, 132), CacheLayout("serving_fp8", 656, 132))
 NUM_LAYERS, TOP_K, BLOCK_SIZE = 3, 8, 4
@@ -53,6 +53,7 @@ def write_golden(
     num_layers: int = NUM_LAYERS,
     serving: Mapping[str, Any] | None = None,
     tiers: TierSetup | None = None,
+    shared_layers: Mapping[int, int] | None = None,
     **changes: Any,
 ) -> Path:
     """Writes the run and returns its folder; `changes` are `TraceConfig`'s."""
@@ -65,6 +66,7 @@ def write_golden(
         seed=config.seed,
         serving=serving,
         tiers=tiers,
+        shared_layers=shared_layers or {},
     )
     folder.mkdir(parents=True)
     write_json(folder / MANIFEST_FILE, manifest(info, config, "running", key_id="00000000"))
@@ -84,7 +86,7 @@ def _serve(
     num_layers: int,
 ) -> None:
     """All prefills, one a forward, then decode together; a request leaves after its last step."""
-    deriver = RecordDeriver(config, LAYOUTS[0], tiers_of(info))
+    deriver = RecordDeriver(config, LAYOUTS[0], tiers_of(info), shared_layers=info.shared_layers)
     tiers = SimulatedTiers(info.tiers, config.seed) if info.tiers else None
     rng = np.random.default_rng(config.seed)
     plan = [(i, -1, [request]) for i, request in enumerate(requests) if config.prefill == "last"]
@@ -109,6 +111,7 @@ def _serve(
                 forward_idx=forward_idx,
                 needles=tuple(request.needle_positions for request in running),
             )
+            capture = with_shared_layers(capture, info.shared_layers)
             if tiers is not None:
                 capture = tiers.fetched(capture)
             for sink in sinks:

@@ -44,13 +44,17 @@ HOWS: list[dict[str, Any]] = [
     {"keep_order": True},
     {"store_scores": True, "keep_order": True},
     {"tiers": SETUPS["half a block"]},
+    {"shared_layers": {1: 0}},
     {"tiers": SETUPS["row"], "level": "stats"},
 ]
 ORDINARY: dict[str, Any] = {"level": "full"}
 
 
-def lines_of(capture: Any, tiers: TierSetup | None = None, **how: Any) -> list[bytes]:
-    deriver = RecordDeriver(config_for(**how), LAYOUT, tiers_of(dataclasses.replace(RUN, tiers=tiers)))
+def lines_of(
+    capture: Any, tiers: TierSetup | None = None, shared_layers: dict[int, int] | None = None, **how: Any
+) -> list[bytes]:
+    accounts = tiers_of(dataclasses.replace(RUN, tiers=tiers))
+    deriver = RecordDeriver(config_for(**how), LAYOUT, accounts, shared_layers=shared_layers)
     if tiers is not None:
         capture = SimulatedTiers(tiers).fetched(capture)
     return step_lines(deriver.derive(capture)).splitlines()
@@ -186,13 +190,13 @@ def test_whatever_is_in_a_record_comes_back(
 
 @pytest.mark.parametrize("path", LEAF_PATHS)
 def test_a_missing_field_stays_missing(scratch: Path, path: str) -> None:
-    line, *others = sample_lines(tiers=SETUPS["half a block"])
+    first, line, *others = sample_lines(tiers=SETUPS["half a block"], shared_layers={1: 0})
     record = json.loads(line)
     inner, *keys = record, *path.split(".")
     for key in keys[:-1]:
         inner = inner[key]
     del inner[keys[-1]]
-    there_and_back([orjson.dumps(record), *others], scratch)
+    there_and_back([first, orjson.dumps(record), *others], scratch)
 
 
 def test_unknown_keys_and_unusual_texts_come_back(scratch: Path) -> None:

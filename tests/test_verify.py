@@ -26,6 +26,7 @@ from dsatrace.trace.verify.run import verify
 from golden_run import REQUESTS, SERVING, read_lines, write_golden, write_lines
 
 WITH_SCORES = {"store_scores": True, "keep_order": True}
+SHARED = {1: 0, 3: 2}
 VARIANTS = [*({"level": level} for level in LEVELS), WITH_SCORES]
 
 # What comes from the model can be held against its own kind only: a score that stays between
@@ -125,6 +126,69 @@ def test_every_spoilt_field_is_found_and_its_record_named(tmp_path: Path, varian
     assert missed <= UNDERIVABLE[kind]
     present = {path for path in leaves(variant.get("level", "full")) if any(spoilt(records[-1], path))}
     assert caught == present  # those too of which some values pass, such as a score out of order
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda changes: changes.get("level", "with scores"))
+def test_a_shared_layers_record_is_held_against_its_sources(tmp_path: Path, variant: dict[str, Any]) -> None:
+    """What comes from the model is found there too, at any level; in the source the next layer shows it."""
+    folder = write_golden(tmp_path / "run", num_layers=4, shared_layers=SHARED, **variant)
+    verify(folder)
+    records = read_lines(folder)
+    source, shared = len(records) // 2, len(records) // 2 + 1
+    assert (records[source]["layer_id"], records[shared]["source_layer"]) == (0, 0)
+    level = variant.get("level", "full")
+    for i in (source, shared):
+        for path in leaves(level):
+            for record in spoilt(records[i], path):
+                write_lines(folder, [*records[:i], record, *records[i + 1 :]])
+                with pytest.raises(Mismatch) as found:
+                    verify(folder)
+                lines = [shared + 1] if i == shared else [source + 1, shared + 1]
+                assert any(f"{STEPS_FILE} line {line} " in str(found.value) for line in lines), path
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_whose_selection_it_is_stands_exactly_where_the_manifest_says(tmp_path: Path, level: str) -> None:
+    folder = write_golden(tmp_path / "run", num_layers=4, shared_layers=SHARED, level=level)
+    records = read_lines(folder)
+    whole = (folder / "manifest.json").read_bytes()
+    for i, change in ((1, None), (1, 1), (3, 0), (0, 0), (2, 0)):
+        record = {name: value for name, value in records[i].items() if name != "source_layer"}
+        if change is not None:
+            needle = {"needle": record.pop("needle")} if "needle" in record else {}
+            record |= {"source_layer": change, **needle}
+        write_lines(folder, [*records[:i], record, *records[i + 1 :]])
+        with pytest.raises(Mismatch, match=f"line {i + 1} .*source_layer"):
+            verify(folder)
+    # Another layer's selection, whole and sound, and an index scan that nobody made.
+    other = records[2] | {"layer_id": 1, "source_layer": 0, "indexer_scan": records[1]["indexer_scan"]}
+    scanned = records[1] | {"indexer_scan": records[0]["indexer_scan"]}
+    for record, said in ((other, "as in layer 0, whose selection layer 1 uses"), (scanned, "indexer_scan")):
+        write_lines(folder, [records[0], {name: record[name] for name in records[1]}, *records[2:]])
+        with pytest.raises(Mismatch, match=f"line 2 .*{said}"):
+            verify(folder)
+    write_lines(folder, records)
+    verify(folder)
+    for path, value in (
+        (("selection",), None),
+        (("selection", "layers", 1, "source_layer"), None),
+        (("selection", "layers", 1, "source_layer"), 1),
+        (("selection", "layers", 2, "source_layer"), 1),
+        (("selection", "layers", 2, "source_layer"), 0),
+        (("selection", "layers", 3, "source_layer"), 0),
+        (("selection", "layers", 3, "top_k"), 9),
+        (("selection", "layers", 3, "heads"), 2),
+        (("selection", "layers"), []),
+        (("selection", "unit"), "block"),
+    ):
+        manifest = json.loads(whole)
+        holder: Any = manifest
+        for key in path[:-1]:
+            holder = holder[key]
+        holder[path[-1]] = value
+        write_json(folder / "manifest.json", manifest)
+        with pytest.raises(Mismatch, match=r"source_layer|selection\.(layers|unit)"):
+            verify(folder)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -251,7 +315,8 @@ def test_nothing_broken_makes_a_traceback(tmp_path: Path, name: str, level: str)
     allowed = {
         "manifest.json": {"tool", "tool_version", "error", "started_utc", "argv", "model_config", "tokenizer"}
         | {"data_source", "device", "hbm_stand_in", "world_size", "seed", "trace", "cache_layouts"}
-        | {"serving", "resumed_at_forward", "prefix_source", "tiers"},  # absent as well as null, or analysis
+        | {"serving", "resumed_at_forward", "prefix_source", "tiers"}  # absent as well as null, or analysis
+        | {"selection"},  # without it every layer has an indexer, and so they have
         "summary.json": {"tracing_cost", "workload", *({"prefix_hot_blocks"} if level == "stats" else ())}
         | {"serving", "prefix_cache", "tiers"}
         | ({"step_overlap", "layer_overlap"} if level != "full" else set()),
@@ -375,6 +440,7 @@ def test_a_run_from_before_the_added_fields_is_as_good(tmp_path: Path, level: st
             "serving",
             "prefix_cache",
             "prefix_source",
+            "selection",
             "tiers",
             "workload",
         ):
@@ -469,6 +535,7 @@ def test_it_shares_nothing_with_the_writer_but_the_schema() -> None:
         "verify.rules",
         "verify.run",
         "verify.seams",
+        "verify.sharing",
         "verify.tier_rules",
         "verify.tier_totals",
         "verify.tiers",

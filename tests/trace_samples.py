@@ -86,6 +86,18 @@ def sample_capture(
     return StepCapture(**(fields | changes))
 
 
+def with_shared_layers(capture: StepCapture, shared_layers: Mapping[int, int]) -> StepCapture:
+    """The capture, but some layers use another's selection (see `manifest.shared_layers`)."""
+    sources = [shared_layers.get(layer, layer) for layer in range(len(capture.positions))]
+    scores = None if capture.scores is None else capture.scores[sources]
+    return dataclasses.replace(
+        capture,
+        positions=capture.positions[sources],
+        score_stats=capture.score_stats[sources],
+        scores=scores,
+    )
+
+
 def sample_needles(rng: np.random.Generator, seq_lens: Sequence[int], share: float = 0.7) -> Any:
     """For some of the requests up to five positions of the prompt, ascending."""
     return tuple(
@@ -96,7 +108,9 @@ def sample_needles(rng: np.random.Generator, seq_lens: Sequence[int], share: flo
     )
 
 
-def plain_selections(capture: StepCapture, tiers: TierSetup | None = None) -> Iterator[PlainSelection]:
+def plain_selections(
+    capture: StepCapture, tiers: TierSetup | None = None, shared_layers: Mapping[int, int] | None = None
+) -> Iterator[PlainSelection]:
     """The capture's records' inputs, as plain lists, in the order of the file."""
     num_layers, batch, k = capture.positions.shape
     for b in range(batch):
@@ -121,6 +135,7 @@ def plain_selections(capture: StepCapture, tiers: TierSetup | None = None) -> It
                 step_synced=capture.step_synced,
                 needle_positions=capture.needles[b] if capture.needles else (),
                 fetches=_plain_fetches(capture, tiers, b, layer, count) if tiers else None,
+                source_layer=(shared_layers or {}).get(layer),
             )
 
 
@@ -141,7 +156,10 @@ def _plain_fetches(capture: StepCapture, tiers: TierSetup, b: int, layer: int, c
 
 
 def plain_records(
-    capture: StepCapture, config: TraceConfig, tiers: TierSetup | None = None
+    capture: StepCapture,
+    config: TraceConfig,
+    tiers: TierSetup | None = None,
+    shared_layers: Mapping[int, int] | None = None,
 ) -> list[dict[str, Any]]:
     return [
         step_record(
@@ -153,7 +171,7 @@ def plain_records(
             store_scores=config.store_scores,
             keep_order=config.keep_order,
         )
-        for selection in plain_selections(capture, tiers)
+        for selection in plain_selections(capture, tiers, shared_layers)
     ]
 
 

@@ -225,9 +225,22 @@ STEP_FIELDS = (
         "",
         "what the indexer read to choose",
         children=(
-            Field("tokens", "int", "tokens", "keys scanned: every visible position"),
+            Field(
+                "tokens",
+                "int",
+                "tokens",
+                "keys scanned: every visible position; 0 where `source_layer` stands",
+            ),
             Field("bytes_read", "int", "bytes", "tokens x indexer bytes a token and layer"),
         ),
+    ),
+    Field(
+        "source_layer",
+        "int",
+        "",
+        "the layer before it whose selection this one uses; only where it has no indexer. All that follows "
+        "from a selection is as in that layer's record",
+        optional=True,
     ),
     Field(
         "needle",
@@ -325,6 +338,18 @@ _TIER_SETUP = (
     Field("remote_pool", "object | null", "", "null: there is none", children=_POOL),
 )
 
+LAYER_FIELDS = (
+    Field("top_k", "int", "", "most ids that a record selects"),
+    Field("heads", "int", "", "selections per step"),
+    Field(
+        "source_layer",
+        "int | null",
+        "",
+        "the layer before it whose selection it uses; null: it has an indexer",
+    ),
+)
+"""What the manifest says of each layer's selections."""
+
 MANIFEST_FIELDS = (
     Field("schema_version", "int", "", "of the records; fields are only ever added"),
     Field("tool", "string", "", '`"dsatrace"`'),
@@ -374,6 +399,20 @@ MANIFEST_FIELDS = (
         "",
         "where latents lay that HBM did not hold; null or absent: everything was in HBM",
         children=_TIER_SETUP,
+        optional=True,
+    ),
+    Field(
+        "selection",
+        "object | null",
+        "",
+        "what a selection is; null where no model ran. Absent: every layer has an indexer",
+        children=(
+            Field("unit", "string", "", "what an id stands for: token"),
+            Field("unit_tokens", "int", "tokens", "tokens that an id covers"),
+            Field("id_kind", "string", "", "position: ids are absolute logical positions"),
+            Field("layers", "object[]", "", "a layer each", children=LAYER_FIELDS),
+            Field("door", "string", "", "where the selections come from: serve, this tool's engine"),
+        ),
         optional=True,
     ),
     Field(
@@ -542,9 +581,9 @@ _POOL_TOTALS = (
 _INDEX_TOTALS = (
     Field("bytes_read", "int", "bytes", "keys and scales given back"),
     Field("bytes_written", "int", "bytes", "keys and scales taken"),
-    Field("read_batches", "int", "", "fetches: one a layer and forward"),
+    Field("read_batches", "int", "", "fetches: one an indexer and forward"),
     Field("read_us", "float", "us", "they took"),
-    Field("write_batches", "int", "", "puts: one a layer and forward"),
+    Field("write_batches", "int", "", "puts: one an indexer and forward"),
     Field("write_us", "float", "us", "they took"),
     Field("errors", "int", "", "batches that failed and units that came back corrupt"),
 )
@@ -670,7 +709,8 @@ SUMMARY_FIELDS = (
         "layer_overlap",
         "object",
         "",
-        "share of a selection already in the layer before, same step, sparse path",
+        "share of a selection already in the layer before, same step, sparse path; a layer without an "
+        "indexer is not compared",
         children=_OVERLAP,
     ),
     Field(

@@ -56,6 +56,7 @@ def _load(args: argparse.Namespace) -> TraceLoad:
     from dsatrace.kv.layout import named_layouts
     from dsatrace.model.config import ModelArgs
     from dsatrace.trace.estimate import TraceLoad
+    from dsatrace.trace.manifest import shared_layers
 
     for flag in ("steps", "batch", "requests", "context", "kv_block_size", "trace_queue_steps"):
         value = getattr(args, flag)
@@ -80,6 +81,7 @@ def _load(args: argparse.Namespace) -> TraceLoad:
         store_scores=args.trace_store_scores,
         sample_rate=args.trace_sample_rate,
         layout=named_layouts(model.kv_lora_rank, model.qk_rope_head_dim, model.index_head_dim)["demo"],
+        shared_layers=shared_layers(model.source_layers),
     )
 
 

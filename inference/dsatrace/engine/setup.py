@@ -30,7 +30,7 @@ from ..model.parallel import ParallelGroup
 from ..model.tiny import RANDOM_WEIGHTS
 from ..model.transformer import Transformer
 from ..trace.config import TraceConfig
-from ..trace.manifest import RunInfo, Selections
+from ..trace.manifest import RunInfo, Selections, shared_layers
 from ..trace.resume import Resumed
 from ..trace.tracer import Tracer
 from .block_tables import new_pool
@@ -127,7 +127,7 @@ def open_engine(
     args = model.args
     batch_size = setup.max_batch_size if num_requests is None else min(setup.max_batch_size, num_requests)
     block_size = setup.cache_block_size
-    bytes_per_token = args.n_layers * model.new_cache(1, block_size, device).bytes_per_token
+    bytes_per_token = model.new_cache(1, block_size, device).bytes_per_token
     budget_blocks = cache_budget_bytes(device) // (block_size * bytes_per_token)
     num_blocks = num_cache_blocks(setup, args.max_seq_len, longest, batch_size, budget_blocks)
     with contextlib.ExitStack() as stack:
@@ -154,6 +154,7 @@ def open_engine(
                 serving=serving,
                 prefix_source="cache" if setup.prefix_caching else "analysis",
                 tiers=tier_setup(setup.offload, offloaded) if setup.offload and offloaded else None,
+                shared_layers=shared_layers(args.source_layers),
             )
             tracer = stack.enter_context(Tracer(trace, run, resumed=resumed))
         sampler = Sampler(setup.seed)

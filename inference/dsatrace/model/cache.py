@@ -49,12 +49,13 @@ class KVCache:
             shape = (blocks, block_size, *width)
             return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(count)]
 
+        self.indexer_layers = [layer for layer, source in enumerate(args.source_layers) if source == layer]
+
         def of_indexers(*width: int, dtype: torch.dtype) -> list[torch.Tensor]:
             """A tensor per layer; one without blocks where another layer's indexer chooses."""
-            own = [layer for layer, source in enumerate(args.source_layers) if source == layer]
-            made = tensors(index_layers or len(own), num_blocks, *width, dtype=dtype)
+            made = tensors(index_layers or len(self.indexer_layers), num_blocks, *width, dtype=dtype)
             by_layer = tensors(1, 0, *width, dtype=dtype) * args.n_layers
-            for i, layer in enumerate(own):
+            for i, layer in enumerate(self.indexer_layers):
                 by_layer[layer] = made[i % len(made)]
             return by_layer
 
@@ -82,8 +83,9 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token in one layer, as stored."""
-        return self.latent_bytes_per_token + self.index_bytes_per_token
+        """Bytes of one token in all layers: a latent in each, an indexer key where there is an indexer."""
+        latents = len(self.latent) * self.latent_bytes_per_token
+        return latents + len(self.indexer_layers) * self.index_bytes_per_token
 
     def write_latent(self, layer_id: int, batch: Batch, latent: torch.Tensor) -> None:  # (N, C + R)
         self.latent[layer_id].view(-1, latent.shape[-1]).index_copy_(0, batch.slots, latent)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
+from ..trace.manifest import shared_layers_of
 from ..trace.reader import RunReader
 from .places import NUM_SINKS, RECENT, places
 from .tier_tables import tier_tables
@@ -44,6 +45,12 @@ def run_tables(run: RunReader) -> Iterator[RenderableType]:
     if counts["records"] == 0:
         yield "No step was recorded: there are no selections to show."
         return
+    if num_shared := len(shared_layers_of(run.manifest)):
+        num_layers = run.manifest["model_config"]["n_layers"]
+        yield (
+            f"{num_layers - num_shared} of {num_layers} layers have an indexer; each of the others uses the "
+            "selection of the last one before it, and is not compared with the layer before."
+        )
     if counts["sparse_records"] == 0:
         yield "No step saw more tokens than top-k: everything was selected, there is nothing sparse to show."
     else:

@@ -14,7 +14,7 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import orjson
@@ -49,6 +49,7 @@ class TraceLoad:
     store_scores: bool = False  # at level full
     sample_rate: float = 1.0
     layout: CacheLayout = DEMO_LAYOUT  # of which only the digits matter
+    shared_layers: Mapping[int, int] = dataclasses.field(default_factory=dict)  # see `manifest.shared_layers`
 
     @property
     def requests(self) -> int:
@@ -118,9 +119,10 @@ def draw_sample(load: TraceLoad, level: Level, kind: Kind, num_records: int = SA
         level=level,
         store_scores=load.store_scores and level == "full",
     )
-    deriver = RecordDeriver(config, load.layout, default_tiers(load.layout))
+    tiers = default_tiers(load.layout)
+    deriver = RecordDeriver(config, load.layout, tiers, shared_layers=load.shared_layers)
     encoder = StepLines()
-    source = SyntheticSelections(kind, load.num_layers, load.top_k)
+    source = SyntheticSelections(kind, load.num_layers, load.top_k, shared_layers=load.shared_layers)
     num_steps = max(2, min(load.num_steps, -(-num_records // load.num_layers)))
     lines: list[bytes] = []
     seconds = 0.0

@@ -34,7 +34,7 @@ def record_layout(step: StepRecords) -> Layout:
     request, layer = np.divmod(np.arange(step.num_records), step.num_layers)  # (R,) each
     seq_len = np.asarray(capture.seq_len, dtype=np.int64)[request]
     with_positions, with_blocks = step.level == "full", step.level != "stats"
-    num_tokens, num_blocks = stats.num_tokens, stats.num_blocks
+    num_tokens, num_blocks, num_scanned = stats.num_tokens, stats.num_blocks, step.num_scanned
     first_block, end_block = stats.block_ptr[:-1], stats.block_ptr[1:]
     return {
         "event": "dsa_topk",
@@ -66,7 +66,8 @@ def record_layout(step: StepRecords) -> Layout:
         "kth_margin": np.where(
             step.sparse[request], capture.score_stats[layer, request, 3], np.float32("nan")
         ),
-        "indexer_scan": {"tokens": seq_len, "bytes_read": seq_len * step.index_bytes_per_token},
+        "indexer_scan": {"tokens": num_scanned, "bytes_read": num_scanned * step.index_bytes_per_token},
+        **_source(step, layer),
         **_needle(step),
     }
 
@@ -94,6 +95,12 @@ def _scores(step: StepRecords, request: np.ndarray, layer: np.ndarray) -> dict[s
         return {"scores_topk": _of_tokens(step, step.scores)}
     low, mean, high = step.capture.score_stats[layer, request, :3].T
     return {"scores_stats": {"min": low, "mean": mean, "max": high}}
+
+
+def _source(step: StepRecords, layer: np.ndarray) -> dict[str, Any]:
+    if not step.shared_layers:
+        return {}
+    return {"source_layer": Optional([step.shared_layers.get(i) for i in range(step.num_layers)], layer)}
 
 
 def _needle(step: StepRecords) -> dict[str, Any]:

@@ -114,6 +114,7 @@ class RunInfo:
     serving: Mapping[str, Any] | None = None  # mode, clock and such, where requests arrived over time
     prefix_source: PrefixSource = "analysis"
     tiers: TierSetup | None = None  # None: everything in HBM
+    shared_layers: Mapping[int, int] = dataclasses.field(default_factory=dict)  # see `shared_layers`
 
     def __post_init__(self) -> None:
         if not self.layouts:
@@ -140,7 +141,7 @@ def manifest(
     error: str | None = None,
 ) -> dict[str, Any]:
     """The record of manifest.json, in the schema's field order."""
-    model_config = dict(run.model_config)
+    model_config = json.loads(json.dumps(dict(run.model_config)))  # as it is read back: no tuples
     return {
         "schema_version": SCHEMA_VERSION,
         "tool": "dsatrace",
@@ -163,6 +164,7 @@ def manifest(
         "serving": None if run.serving is None else dict(run.serving),
         "prefix_source": run.prefix_source,
         "tiers": None if run.tiers is None else run.tiers.to_json(),
+        "selection": _selection(run),
         "trace": {
             "level": config.level,
             "block_size_tokens": config.block_size,
@@ -179,6 +181,39 @@ def manifest(
         },
         "quantile": QUANTILE_DEFINITION,
         "resumed_at_forward": [],
+    }
+
+
+def shared_layers(source_layers: Sequence[int | None]) -> dict[int, int]:
+    """Of each layer without an indexer, the layer before it whose selection it uses.
+
+    `source_layers` names each layer's; one that has an indexer names itself, or None.
+    """
+    return {
+        layer: source for layer, source in enumerate(source_layers) if source is not None and source != layer
+    }
+
+
+def shared_layers_of(manifest: Mapping[str, Any]) -> dict[int, int]:
+    """The same of a run; every layer has an indexer where the manifest does not say."""
+    selection = manifest.get("selection")
+    return shared_layers([layer["source_layer"] for layer in selection["layers"]]) if selection else {}
+
+
+def _selection(run: RunInfo) -> dict[str, Any] | None:
+    """What a selection is; None where no model ran, or its config does not say how many layers it has."""
+    top_k, num_layers = (run.model_config.get(name) for name in ("index_topk", "n_layers"))
+    if run.selections == "none" or top_k is None or num_layers is None:
+        return None
+    return {
+        "unit": "token",
+        "unit_tokens": 1,
+        "id_kind": "position",
+        "layers": [
+            {"top_k": top_k, "heads": 1, "source_layer": run.shared_layers.get(layer)}
+            for layer in range(num_layers)
+        ],
+        "door": "serve",
     }
 
 

@@ -1,10 +1,11 @@
 """How much of a selection was selected in the step before, and in the layer before.
 
 Keeps each running request's last selection and nothing older; forget a request when it
-finishes. Compares sparse selections only: a dense one holds everything.
+finishes. Compares sparse selections only: a dense one holds everything. A layer that uses an
+earlier one's selection is not compared with the layer before it, which has the very same.
 
     overlap = SelectionOverlap()
-    overlap.add("r0", step_idx=3, seq_len=4096, tokens=tokens)     # (L, K) ascending
+    overlap.add("r0", step_idx=3, seq_len=4096, tokens=tokens, has_indexer=own)   # (L, K) ascending, (L,)
     overlap.step.to_json()     # {"pairs": ..., "mean": ..., "random_mean": ..., "per_layer": [...]}
 """
 
@@ -81,8 +82,10 @@ class SelectionOverlap:
         self._last: dict[str, _Selection] = {}
         self._seen = np.zeros(0, dtype=np.uint64)
 
-    def add(self, request_id: str, step_idx: int, seq_len: int, tokens: np.ndarray) -> None:
-        """One request's selections in one step, (L, K) int32, ascending in each layer."""
+    def add(
+        self, request_id: str, step_idx: int, seq_len: int, tokens: np.ndarray, has_indexer: np.ndarray
+    ) -> None:
+        """One request's selections in one step, (L, K) int32, ascending in each layer; `has_indexer` (L,)."""
         num_layers, k = tokens.shape
         if len(self._seen) * 64 < seq_len:
             self._seen = np.zeros(2 * (seq_len // 64 + 1), dtype=np.uint64)
@@ -91,11 +94,11 @@ class SelectionOverlap:
         before = last.tokens if last is not None and follows else tokens[:0]
         with_before, with_layer = np.zeros((2, num_layers), dtype=np.int64)
         count_shared(tokens, before, self._seen, with_before, with_layer)
-        compared = np.full(num_layers, k)
         if follows:
-            self.step.add(with_before, compared, k / seq_len)
-        if num_layers > 1:
-            self.layer.add(with_layer, np.where(np.arange(num_layers) > 0, k, 0), k / seq_len)
+            self.step.add(with_before, np.full(num_layers, k), k / seq_len)
+        compared = has_indexer & (np.arange(num_layers) > 0)
+        if compared.any():
+            self.layer.add(with_layer * compared, k * compared, k / seq_len)
         # A copy: the caller's array may be the next step's too.
         kept = (
             last.tokens if last is not None and last.tokens.shape == tokens.shape else np.empty_like(tokens)

@@ -67,6 +67,7 @@ class RunShape:
     top_k: int
     index_bytes: int  # a token and layer
     offloaded: bool = False  # it has `tiers`
+    shared_layers: Mapping[int, int] = dataclasses.field(default_factory=dict)  # see `manifest.shared_layers`
 
 
 class RecordSummary(Summary):
@@ -120,6 +121,7 @@ class RecordSummary(Summary):
                 positions=stats.tokens,
                 scores=None,
                 needles=_needles(records),
+                shared_layers=self._shape.shared_layers,
             )
         )
 

@@ -41,6 +41,7 @@ class StepRecords:
     positions: np.ndarray  # (N,) int32, as recorded: ascending, or in canonical score order
     scores: np.ndarray | None  # (N,) float32, scores[i] belongs to positions[i]; None unless recorded
     needles: NeedleCounts | None = None  # None: no request's answer is known
+    shared_layers: Mapping[int, int] = dataclasses.field(default_factory=dict)  # see `manifest.shared_layers`
 
     @property
     def num_layers(self) -> int:
@@ -59,19 +60,38 @@ class StepRecords:
         """(B,) bool: the request holds more positions than are selected."""
         return np.asarray(self.capture.seq_len) > self.top_k
 
+    @property
+    def has_indexer(self) -> np.ndarray:
+        """(L,) bool: the layer chose by itself."""
+        return ~np.isin(np.arange(self.num_layers), list(self.shared_layers))
+
+    @property
+    def num_scanned(self) -> np.ndarray:
+        """(R,) int64: keys that the record's indexer read, one per visible position; 0 where it has none."""
+        return np.outer(np.asarray(self.capture.seq_len, dtype=np.int64), self.has_indexer).ravel()
+
 
 class RecordDeriver:
-    """Derives steps with one configuration: block size, level, layout, tiers.
+    """Derives steps with one configuration: block size, level, layout, tiers, layers without an indexer.
 
     With `reuse` a step's arrays are good until the next `derive`, and no step pays for memory.
     """
 
-    def __init__(self, config: TraceConfig, layout: CacheLayout, tiers: Tiers, reuse: bool = False) -> None:
+    def __init__(
+        self,
+        config: TraceConfig,
+        layout: CacheLayout,
+        tiers: Tiers,
+        reuse: bool = False,
+        shared_layers: Mapping[int, int] | None = None,
+    ) -> None:
+        """`shared_layers`: see `manifest.shared_layers`; None: there are none."""
         compile_kernels()  # now, not during the first step
         self._scratch = Scratch() if reuse else None
         self._config = config
         self._layout = layout
         self._tiers = tiers
+        self._shared_layers = shared_layers or {}
 
     def derive(self, capture: StepCapture) -> StepRecords:
         """Raises `ValueError` for a capture that no model can have produced."""
@@ -91,6 +111,7 @@ class RecordDeriver:
             positions=positions,
             scores=scores,
             needles=count_needles(capture.needles, stats, capture.positions.shape[0]),
+            shared_layers=self._shared_layers,
         )
 
     def _accounts(self, capture: StepCapture, stats: StepStatistics) -> Mapping[str, FetchAccount]:
@@ -151,6 +172,7 @@ def step_records(step: StepRecords) -> Iterator[dict[str, Any]]:
     tokens_p50, tokens_p95 = stats.tokens_p50.tolist(), stats.tokens_p95.tolist()
     fetches = _fetch_rows(step.fetches)
     seq_lens = np.asarray(capture.seq_len).tolist()
+    num_scanned = step.num_scanned.tolist()
 
     for r in range(step.num_records):
         b, layer = divmod(r, step.num_layers)
@@ -183,6 +205,11 @@ def step_records(step: StepRecords) -> Iterator[dict[str, Any]]:
             ),
             **_scores_field(step, r),
             **_clock_and_path(step, r),
+            "indexer_scan": {
+                "tokens": num_scanned[r],
+                "bytes_read": num_scanned[r] * step.index_bytes_per_token,
+            },
+            **({"source_layer": step.shared_layers[layer]} if layer in step.shared_layers else {}),
             **_needle_field(step, r),
         }
 
@@ -211,8 +238,7 @@ def _scores_field(step: StepRecords, r: int) -> dict[str, Any]:
 def _clock_and_path(step: StepRecords, r: int) -> dict[str, Any]:
     capture = step.capture
     b, layer = divmod(r, step.num_layers)
-    seq_len = int(capture.seq_len[b])
-    sparse = seq_len > step.top_k
+    sparse = int(capture.seq_len[b]) > step.top_k
     return {
         "forward_idx": capture.forward_idx,
         "step_wall_us": capture.step_wall_us,
@@ -220,7 +246,6 @@ def _clock_and_path(step: StepRecords, r: int) -> dict[str, Any]:
         "phase": capture.phase,
         "path": "sparse" if sparse else "dense",
         "kth_margin": capture.score_stats[layer, b, 3] if sparse else None,
-        "indexer_scan": {"tokens": seq_len, "bytes_read": seq_len * step.index_bytes_per_token},
     }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from dsatrace.errors import UserError
 from dsatrace.schema import STEPS_PARQUET_FILE, SUMMARY_FILE
 from dsatrace.trace.config import TraceConfig, is_sampled
+from dsatrace.trace.manifest import shared_layers_of
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.record_summary import (
     BLOCK_FIELDS,
@@ -200,7 +201,11 @@ def _shape(run: RunReader) -> RunShape:
     if not isinstance(top_k, int):
         raise UserError(f"{run.folder}: the manifest's model_config has no index_topk, the k of its top-k")
     return RunShape(
-        manifest["trace"]["block_size_tokens"], top_k, layout["index_bytes_per_token"], is_offloaded(run)
+        manifest["trace"]["block_size_tokens"],
+        top_k,
+        layout["index_bytes_per_token"],
+        is_offloaded(run),
+        shared_layers_of(manifest),
     )
 
 
@@ -240,6 +245,7 @@ def _check_alike(runs: Sequence[RunReader]) -> None:
         for what, left, right in (
             ("blocks", _shape(runs[0]).block_size, _shape(run).block_size),
             ("top-k", _shape(runs[0]).top_k, _shape(run).top_k),
+            ("shared layers", _shape(runs[0]).shared_layers, _shape(run).shared_layers),
             ("selections", runs[0].manifest["selections"], run.manifest["selections"]),
             ("serving", _serving(runs[0]), _serving(run)),
             ("prefix source", _prefix_source(runs[0]), _prefix_source(run)),

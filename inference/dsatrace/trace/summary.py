@@ -151,7 +151,7 @@ class Summary:
             totals = self.fetch[name]
             for total in totals:
                 totals[total] += int(getattr(account, total).sum())
-        self.scan_bytes += int((query + 1).sum()) * step.index_bytes_per_token
+        self.scan_bytes += int(step.num_scanned.sum()) * step.index_bytes_per_token
         self._add_prefix_blocks(step)
         self._add_sparse(step)
 
@@ -260,11 +260,10 @@ class Summary:
         if step.needles is not None and step.capture.phase == "decode":
             layer = np.tile(np.arange(step.num_layers), len(seq_len))
             self.recall.add(step.needles, layer, np.repeat(seq_len, step.num_layers), step.top_k, records)
+        request_ids, step_idx, has_indexer = step.capture.request_ids, step.capture.step_idx, step.has_indexer
         for b in np.flatnonzero(sparse).tolist():
             tokens = _selections(step.stats, b, step.num_layers)
-            self.overlap.add(
-                step.capture.request_ids[b], int(step.capture.step_idx[b]), int(seq_len[b]), tokens
-            )
+            self.overlap.add(request_ids[b], int(step_idx[b]), int(seq_len[b]), tokens, has_indexer)
 
 
 def _of_request(values: np.ndarray, pointers: np.ndarray, request: int, num_layers: int) -> np.ndarray:

@@ -12,7 +12,7 @@ Knows numpy and captures; no file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -30,12 +30,23 @@ NOISE_SHARE = 0.03
 
 
 class SyntheticSelections:
-    """Selections of `num_layers` layers over successive steps; the same seed gives the same ones."""
+    """Selections of `num_layers` layers over successive steps; the same seed gives the same ones.
 
-    def __init__(self, kind: Kind, num_layers: int, top_k: int, seed: int = 0) -> None:
+    `shared_layers` use another layer's (see `manifest.shared_layers`).
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        num_layers: int,
+        top_k: int,
+        seed: int = 0,
+        shared_layers: Mapping[int, int] | None = None,
+    ) -> None:
         self._kind = kind
         self._num_layers = num_layers
         self._top_k = top_k
+        self._shared_layers = shared_layers or {}
         self._rng = np.random.default_rng(seed)
         self._spots: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # by layer and request
 
@@ -56,12 +67,13 @@ class SyntheticSelections:
                 chosen = self._choose(layer, b, visible)
                 positions[layer, b, : len(chosen)] = self._rng.permutation(chosen)
         scores = -np.sort(-self._rng.normal(2, 1, (layers, batch, top_k)).astype(np.float32))
-        stats = [
-            scores.min(-1),
-            scores.mean(-1),
-            scores.max(-1),
-            self._rng.exponential(0.01, (layers, batch)),
-        ]
+        stats = np.stack(
+            [scores.min(-1), scores.mean(-1), scores.max(-1), self._rng.exponential(0.01, (layers, batch))],
+            axis=-1,
+        ).astype(np.float32)
+        for layer, source in self._shared_layers.items():
+            for of_layers in (positions, scores, stats):
+                of_layers[layer] = of_layers[source]
         return StepCapture(
             phase="decode",
             request_ids=tuple(request_ids) or tuple(f"r{b}" for b in range(batch)),
@@ -69,7 +81,7 @@ class SyntheticSelections:
             seq_len=np.array(seq_len, dtype=np.int32),
             batch_size=batch if batch_size is None else batch_size,
             positions=positions,
-            score_stats=np.stack(stats, axis=-1).astype(np.float32),
+            score_stats=stats,
             scores=scores,
             prefixes=tuple(RequestPrefix(0, f"{self._rng.integers(1 << 62):016x}") for _ in range(batch)),
             forward_idx=step_idx if forward_idx is None else forward_idx,

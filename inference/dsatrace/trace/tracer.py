@@ -90,7 +90,7 @@ class Tracer:
         self._key_id = key_id(secret)
         self._analyzer = PrefixCacheAnalyzer(config.block_size, config.prefix_key_tokens, secret=secret)
         # Compiles what the writer runs, if this machine has not yet: before the run, not in its first step.
-        deriver = RecordDeriver(config, run.layouts[0], tiers_of(run), reuse=True)
+        deriver = RecordDeriver(config, run.layouts[0], tiers_of(run), True, run.shared_layers)
         cost = TracingCost()
         sinks = self._open_folder(cost, sinks)
         self._writer = TraceWriter(

@@ -97,7 +97,7 @@ class OffloadedCache(KVCache):
         self.index: OffloadedIndex | None = None
         if index_tiers is not None:
             scales = None if self.index_scale is None else self.index_scale[0]
-            self.index = OffloadedIndex(index_tiers, self.index_k[0], scales)
+            self.index = OffloadedIndex(index_tiers, self.index_k[0], scales, self.indexer_layers)
         self.prefetcher = Prefetcher(prefetch, len(self.latent), lambda i, units: self.layers[i].guess(units))
         self.peak_units = 0  # most units that one layer of a decode step has selected
         self._on_fetch: OnFetch | None = None
@@ -180,10 +180,10 @@ class OffloadedCache(KVCache):
         self.prefetcher.wait()
         blocks, units_a_block = np.asarray(block_ids, dtype=np.int64), self.block_size // self.unit_tokens
         units = (blocks[:, None] * units_a_block + np.arange(units_a_block)).ravel()
-        for layer_id, layer in enumerate(self.layers):
+        for layer in self.layers:
             layer.drop(units)
-            if self.index is not None:
-                self.index.tiers.drop(layer_id, blocks)
+        if self.index is not None:
+            self.index.drop(blocks)
 
     @contextlib.contextmanager
     def reporting(self, on_fetch: OnFetch) -> Iterator[None]:

@@ -5,11 +5,13 @@ holds one layer's keys at a time, in a tensor that all layers share, and every l
 forward fetches its requests' blocks and puts those that were written to. A unit is a block's
 keys, then its scales. Knows no request and nothing of where a store keeps its units.
 
-    index = OffloadedIndex(tiers, keys, scales)
+    index = OffloadedIndex(tiers, keys, scales, layers=range(61))
     index.fetch(layer_id, batch); ...; index.save(layer_id, batch)      # around the write of new keys
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -20,10 +22,16 @@ from .losses import UnitsLost
 
 
 class OffloadedIndex:
-    """`keys (num_blocks, block, D)` and, with fp8, `scales (num_blocks, block)` hold one layer at a time."""
+    """`keys (num_blocks, block, D)` and, with fp8, `scales (num_blocks, block)` hold one layer at a time.
 
-    def __init__(self, tiers: TierStack, keys: torch.Tensor, scales: torch.Tensor | None) -> None:
+    `layers` are those that have an indexer; the tiers need room for no others.
+    """
+
+    def __init__(
+        self, tiers: TierStack, keys: torch.Tensor, scales: torch.Tensor | None, layers: Iterable[int]
+    ) -> None:
         self.tiers = tiers
+        self._number = {layer: i for i, layer in enumerate(layers)}  # what the tiers call a layer
         num_blocks, self._block_size = keys.shape[:2]
         self._parts = [x.view(num_blocks, -1).view(torch.uint8) for x in (keys, scales) if x is not None]
         self._widths = [part.shape[1] for part in self._parts]
@@ -41,7 +49,7 @@ class OffloadedIndex:
         blocks = np.unique(np.concatenate(tables))
         if not len(blocks):
             return
-        served_by = self.tiers.fetch(layer_id, blocks, self._rows, np.arange(len(blocks)))
+        served_by = self.tiers.fetch(self._number[layer_id], blocks, self._rows, np.arange(len(blocks)))
         self._require(layer_id, blocks, served_by != LOST, "the tiers have lost indexer keys")
         where = torch.from_numpy(blocks)
         pieces = self._host[: len(blocks)].split(self._widths, dim=1)
@@ -54,8 +62,13 @@ class OffloadedIndex:
         where = torch.from_numpy(blocks)
         pieces = [part.index_select(0, where.to(part.device)).cpu() for part in self._parts]
         torch.cat(pieces, dim=1, out=self._host[: len(blocks)])
-        stored = self.tiers.put(layer_id, blocks, self._rows, np.arange(len(blocks)))
+        stored = self.tiers.put(self._number[layer_id], blocks, self._rows, np.arange(len(blocks)))
         self._require(layer_id, blocks, stored, "the tiers do not take indexer keys", "they are full")
+
+    def drop(self, blocks: np.ndarray) -> None:
+        """What they hold is void, in every layer."""
+        for number in self._number.values():
+            self.tiers.drop(number, blocks)
 
     def _require(
         self, layer_id: int, blocks: np.ndarray, moved: np.ndarray, what: str, otherwise: str = ""

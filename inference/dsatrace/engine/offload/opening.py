@@ -36,11 +36,11 @@ def offloaded_cache(
     rank = _suffix(model.setup.group)
     with contextlib.ExitStack() as stack:
 
-        def tiers(num_bytes: int, units_per_block: int, suffix: str) -> TierStack:
+        def tiers(num_bytes: int, num_layers: int, units_per_block: int, suffix: str) -> TierStack:
             opened = open_tiers(
                 offload,
                 num_bytes,
-                num_layers=model.args.n_layers,
+                num_layers=num_layers,
                 num_blocks=num_blocks,
                 units_per_block=units_per_block,
                 suffix=suffix,
@@ -51,15 +51,17 @@ def offloaded_cache(
 
         index_tiers = None
         if offload.offload_index_keys:
-            index_bytes = model.new_cache(1, block_size, device).index_bytes_per_token
-            index_tiers = tiers(block_size * index_bytes, 1, f".index{rank}")
+            one = model.new_cache(1, block_size, device)
+            num_bytes = block_size * one.index_bytes_per_token
+            index_tiers = tiers(num_bytes, len(one.indexer_layers), 1, f".index{rank}")
         units_per_block = block_size // tokens_of_unit(offload.granularity, block_size)
+        num_bytes = unit_bytes(model.setup, block_size, offload.granularity)
         cache = OffloadedCache(
             model.setup,
             num_blocks,
             block_size,
             device,
-            tiers=tiers(unit_bytes(model.setup, block_size, offload.granularity), units_per_block, rank),
+            tiers=tiers(num_bytes, model.args.n_layers, units_per_block, rank),
             hbm_blocks=offload.hbm_blocks,
             granularity=offload.granularity,
             policy=offload.tier_policy,

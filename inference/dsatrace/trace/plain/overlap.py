@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Record = Mapping[str, Any]
@@ -24,17 +24,21 @@ class Overlaps:
 
     def __init__(self, with_tokens: bool) -> None:
         self._with_tokens = with_tokens
-        self._by_step = _Shares(counted_at=0)
-        self._by_layer = _Shares(counted_at=1)
+        self._by_step = _Shares()
+        self._by_layer = _Shares()
+        self._layers: set[int] = set()
         self._last: dict[str, dict[int, tuple[int, array[int]]]] = {}  # request -> layer -> step, selection
 
     def add(self, record: Record) -> None:
         step, layer = record["step_idx"], record["layer_id"]
+        self._layers.add(layer)
         last = self._last.setdefault(record["request_id"], {})
         selected = array("i", record["selected_token_pos"] if self._with_tokens else ())
-        for shares, before in ((self._by_step, (step - 1, layer)), (self._by_layer, (step, layer - 1))):
+        neighbours = [(self._by_step, (step - 1, layer))]
+        if "source_layer" not in record:  # else it is the very selection of the layer before
+            neighbours.append((self._by_layer, (step, layer - 1)))
+        for shares, before in neighbours:
             step_there, tokens = last.get(before[1], (None, ()))
-            shares.layers.add(layer)
             if step_there == before[0]:
                 shares.add(record, len(set(selected).intersection(tokens)))
         last[layer] = (step, selected)
@@ -44,29 +48,30 @@ class Overlaps:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "step_overlap": self._by_step.to_json(self._with_tokens),
-            "layer_overlap": self._by_layer.to_json(self._with_tokens),
+            "step_overlap": self._by_step.to_json(self._layers, self._with_tokens),
+            "layer_overlap": self._by_layer.to_json(self._layers, self._with_tokens),
         }
 
 
 class _Shares:
-    """Sums over compared selections; `counted_at`: the layer at which a step counts as one pair."""
+    """Sums over compared selections; a step counts as one pair, at the first layer that is compared."""
 
-    def __init__(self, counted_at: int) -> None:
-        self.layers: set[int] = set()
-        self._counted_at = counted_at
+    def __init__(self) -> None:
+        self._counted_at: int | None = None
         self._tokens = Counter[int]()  # by layer
         self._shared = Counter[int]()
         self._pairs = Counter[float]()  # share that a random selector would have -> pairs
 
     def add(self, record: Record, num_shared: int) -> None:
         layer, selected = record["layer_id"], record["unique_token_pos_count"]
+        if self._counted_at is None:
+            self._counted_at = layer
         self._tokens[layer] += selected
         self._shared[layer] += num_shared
         if layer == self._counted_at:
             self._pairs[selected / record["seq_len_current"]] += 1
 
-    def to_json(self, with_tokens: bool) -> dict[str, Any]:
+    def to_json(self, layers: Iterable[int], with_tokens: bool) -> dict[str, Any]:
         pairs, tokens = self._pairs.total(), self._tokens.total()
         random = math.fsum(share * n for share, n in self._pairs.items()) / pairs if pairs else None
         if not tokens:
@@ -75,7 +80,7 @@ class _Shares:
             return {"pairs": pairs, "random_mean": random}
         shares = [
             self._shared[layer] / self._tokens[layer] if self._tokens[layer] else None
-            for layer in sorted(self.layers)
+            for layer in sorted(layers)
         ]
         mean = self._shared.total() / tokens
         return {"pairs": pairs, "mean": mean, "random_mean": random, "per_layer": shares}

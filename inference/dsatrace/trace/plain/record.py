@@ -38,6 +38,7 @@ class PlainSelection:
     step_synced: bool
     needle_positions: Sequence[int] = ()  # of the prompt; empty where they are not known
     fetches: tiers.PlainFetches | None = None  # None: everything is in HBM
+    source_layer: int | None = None  # whose selection this is; None: the layer's own
 
 
 def step_record(
@@ -60,6 +61,7 @@ def step_record(
     counts = sorted(tokens_in_block.values())
     prefix_blocks = [block for block in blocks if block < selection.num_cached_blocks]
     sparse = selection.seq_len > selection.top_k
+    num_scanned = selection.seq_len if selection.source_layer is None else 0
     record: dict[str, Any] = {
         "event": "dsa_topk",
         "request_id": selection.request_id,
@@ -94,7 +96,8 @@ def step_record(
         "phase": selection.phase,
         "path": "sparse" if sparse else "dense",
         "kth_margin": finite(selection.score_stats[3]) if sparse else None,
-        "indexer_scan": {"tokens": selection.seq_len, "bytes_read": selection.seq_len * index_bytes},
+        "indexer_scan": {"tokens": num_scanned, "bytes_read": num_scanned * index_bytes},
+        **({} if selection.source_layer is None else {"source_layer": selection.source_layer}),
         **needle_field(selection.positions, selection.needle_positions),
     }
     return at_level(record, level)

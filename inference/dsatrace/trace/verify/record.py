@@ -58,6 +58,7 @@ def check_record(record: Record, rules: Rules, needles: Mapping[str, Sequence[in
         _check_positions(record["selected_token_pos"], seq_len, rules)
     else:  # the dense path selects everything, so nothing is lost
         positions = range(seq_len) if seq_len <= rules.top_k else None
+    compare(record.get("source_layer"), rules.source_layers.get(record["layer_id"]), "source_layer")
     _check_scores(record, rules)
     _check_needle(record, positions, rules, needles.get(record["request_id"]))
     if positions is None:
@@ -106,6 +107,7 @@ def _derived(record: Record, positions: Sequence[int], rules: Rules) -> dict[str
         forward_idx=record["forward_idx"],
         step_wall_us=record["step_wall_us"],
         step_synced=record["step_synced"],
+        source_layer=rules.source_layers.get(record["layer_id"]),
     )
     derived = step_record(
         selection,
@@ -201,6 +203,7 @@ def _check_without_positions(record: Record, rules: Rules) -> None:
     _check_tokens_per_block(record["tokens_per_touched_block"], num_blocks, rules)
     if rules.tiers is None:
         _check_resident(record, blocks, num_blocks, first, last, rules)
+    num_scanned = 0 if record["layer_id"] in rules.source_layers else seq_len
     compare(
         record,
         {
@@ -211,7 +214,7 @@ def _check_without_positions(record: Record, rules: Rules) -> None:
             "tokens_per_touched_block": {"mean": k / num_blocks},
             "prefix": _prefix(record["prefix"], blocks, num_blocks, first, last),
             "path": "sparse",
-            "indexer_scan": {"tokens": seq_len, "bytes_read": seq_len * rules.index_bytes},
+            "indexer_scan": {"tokens": num_scanned, "bytes_read": num_scanned * rules.index_bytes},
         },
     )
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsatrace.schema import (
+    LAYER_FIELDS,
     LEVELS,
     MANIFEST_FIELDS,
     QUANTILE_DEFINITION,
@@ -48,6 +49,7 @@ class Rules:
     resumed_at_forward: tuple[int, ...]  # ascending
     prefix_cache: bool  # the records' prefixes are what a cache held
     tiers: TierRules | None  # None: everything was in HBM
+    source_layers: Mapping[int, int]  # of a layer without an indexer, the layer whose selection it uses
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Rules:
@@ -95,6 +97,7 @@ class Rules:
             resumed_at_forward=tuple(seams),
             prefix_cache=source == "cache",
             tiers=TierRules.of(manifest, layout["latent_bytes_per_token"]),
+            source_layers=_source_layers(manifest) if has_model else {},
         )
 
     def is_sampled(self, step_idx: int) -> bool:
@@ -103,6 +106,29 @@ class Rules:
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
         return self.sample_rate >= 1 or (z ^ z >> 31) < self.sample_rate * 2**64
+
+
+def _source_layers(manifest: Mapping[str, Any]) -> dict[int, int]:
+    """By layer, where it has no indexer; none of them in a manifest from before it said so."""
+    selection, model = manifest.get("selection"), manifest["model_config"]
+    if selection is None:
+        return {}
+    compare(
+        selection, {"unit": "token", "unit_tokens": 1, "id_kind": "position", "door": "serve"}, "selection"
+    )
+    layers, num_layers = selection["layers"], model["n_layers"]
+    require(len(layers) == num_layers, "selection.layers", layers, f"{num_layers} layers in model_config")
+    sources: dict[int, int] = {}
+    for i, layer in enumerate(layers):
+        path = f"selection.layers[{i}]"
+        require_schema(problems(layer, "full", LAYER_FIELDS, f"{path}."))
+        compare(layer, {"top_k": model["index_topk"], "heads": 1}, path)
+        source = layer["source_layer"]
+        if source is not None:
+            chose = 0 <= source < i and source not in sources
+            require(chose, f"{path}.source_layer", source, "no layer before it that has an indexer")
+            sources[i] = source
+    return sources
 
 
 def require_schema(found: Sequence[str]) -> None:

@@ -36,6 +36,7 @@ from dsatrace.trace.verify.mismatch import Mismatch, compare, differs, require, 
 from dsatrace.trace.verify.order import RequestLine, RunOrder
 from dsatrace.trace.verify.record import check_record
 from dsatrace.trace.verify.rules import Rules, require_schema
+from dsatrace.trace.verify.sharing import Sharing
 from dsatrace.trace.verify.tier_totals import TierTotals, check_tier_totals
 from dsatrace.trace.verify.tiers import BatchTimes
 
@@ -95,6 +96,7 @@ def verify(folder: Path, on_bytes: Callable[[int], object] | None = None) -> Ver
     totals = PlainSummary(top_k=rules.top_k, block_sizes=sizes, level=rules.level, offloaded=offloaded)
     said = summary.get("tiers") if summary else None
     moved, times = TierTotals(rules, said["since_forward"] if said else 0), BatchTimes()
+    sharing = Sharing(rules)
     for line, record in run.lines(STEPS_FILE, on_bytes):
         try:
             check_record(record, rules, needles)
@@ -102,7 +104,11 @@ def verify(folder: Path, on_bytes: Callable[[int], object] | None = None) -> Ver
         except Mismatch as mismatch:
             order.check_row()  # an earlier record of the same step may be the first bad one
             raise mismatch.at(STEPS_FILE, line, record) from None
-        ended = order.add(line, record)
+        try:
+            ended = order.add(line, record)  # names the place itself, which may be an earlier line
+            sharing.add(record)
+        except Mismatch as mismatch:
+            raise mismatch.at(STEPS_FILE, line, record) from None
         totals.add(record)
         moved.add(record)
         if ended is not None:
