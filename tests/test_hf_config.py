@@ -299,7 +299,7 @@ def checkpoint_folder(tmp_path: Path, config: dict[str, Any]) -> Path:
 def test_a_config_beside_the_weights_must_be_the_same_model(tmp_path, tiny_args, v32):
     """Else a run would record one model and describe another."""
     folder = checkpoint_folder(tmp_path, v32 | {"norm_topk_prob": False})
-    with pytest.raises(UserError, match="norm_topk_prob is True, but .*converted/config.json .* says False"):
+    with pytest.raises(UserError, match=r"norm_topk_prob is True, but .*converted/config.json .* says False"):
         EngineSetup(folder, INFERENCE / "config_tiny.json").model_args()
     assert EngineSetup(folder).model_args().norm_topk_prob is False
 
@@ -317,7 +317,7 @@ def test_numerics_and_ignored_keys_reach_the_model(tmp_path, v32):
     args = setup.model_args()
     assert not (args.index_fp8 or args.index_hadamard or args.latent_fp8)
     assert args.ignored_config_keys == ("new",)
-    with pytest.raises(UserError, match="--ignore-config-key old: .* has no such key"):
+    with pytest.raises(UserError, match=r"--ignore-config-key old: .* has no such key"):
         dataclasses.replace(setup, ignore_config_keys=("new", "old")).model_args()
     with pytest.raises(UserError, match="new 1: this key is not understood"):
         dataclasses.replace(setup, ignore_config_keys=()).model_args()
