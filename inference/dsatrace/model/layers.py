@@ -44,7 +44,8 @@ class ModelSetup:
 
     @property
     def precise_dtype(self) -> torch.dtype:
-        """Dtype of what is never rounded to bf16: norms, gates, head weights, logits, softmax."""
+        """Dtype of what is never rounded to bf16: norms, gates, head weights, logits, scores, softmax,
+        and every sum, of experts, of ranks and into the residual."""
         return torch.float64 if self.args.dtype == "fp64" else torch.float32
 
 
@@ -69,18 +70,24 @@ class Linear(nn.Module):
         else:
             self.scale = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, in) -> (N, out)
+    def forward(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """`x (N, in)` to `(N, out)`, in `out_dtype` where that is given.
+
+        Asked for more than its weight's precision, an fp8 product comes unrounded; a bf16
+        one is rounded all the same, as the released code's is.
+        """
         if self.scale is None:
-            return F.linear(x.to(self.weight.dtype), self.weight)
+            y = F.linear(x.to(self.weight.dtype), self.weight)
+            return y if out_dtype is None else y.to(out_dtype)
         kernels = self.setup.kernels
         quantised, x_scale = kernels.act_quant(x, self.setup.args.scale_fmt)
-        return kernels.fp8_gemm(quantised, x_scale, self.weight, self.scale, x.dtype)
+        return kernels.fp8_gemm(quantised, x_scale, self.weight, self.scale, out_dtype or x.dtype)
 
-    def dequantised(self) -> torch.Tensor:
-        """The weight in the compute dtype, for the products that absorb it."""
+    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight in `dtype`, for the products that absorb it."""
         if self.scale is None:
-            return self.weight
-        return self.setup.kernels.dequantise_weight(self.weight, self.scale, self.setup.compute_dtype)
+            return self.weight.to(dtype)
+        return self.setup.kernels.dequantise_weight(self.weight, self.scale, dtype)
 
 
 class ColumnParallelLinear(Linear):
@@ -91,28 +98,32 @@ class ColumnParallelLinear(Linear):
 
 
 class RowParallelLinear(Linear):
-    """Each rank holds a share of the inputs; the partial outputs are summed unless the caller sums later."""
+    """Each rank holds a share of the inputs; the partial outputs are summed unless the caller sums later.
+
+    Gives the precise dtype: what comes out is summed, over the ranks and into the residual.
+    """
 
     def __init__(self, setup: ModelSetup, in_features: int, out_features: int, reduce: bool = True):
         super().__init__(setup, in_features // setup.group.size, out_features)
         self.reduce = reduce
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = super().forward(x)
+    def forward(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        y = super().forward(x, out_dtype or self.setup.precise_dtype)
         return self.setup.group.all_reduce(y) if self.reduce else y
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in the precise dtype."""
+    """Root-mean-square norm, computed in the precise dtype and rounded to the compute dtype."""
 
     def __init__(self, setup: ModelSetup, dim: int, eps: float):
         super().__init__()
         self.eps = eps
+        self.out_dtype = setup.compute_dtype
         self.weight = new_weight(dim, dtype=setup.precise_dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
-        return y.to(x.dtype)
+        return y.to(self.out_dtype)
 
 
 class LayerNorm(nn.Module):

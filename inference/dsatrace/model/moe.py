@@ -13,18 +13,27 @@ from torch import nn
 from .layers import ColumnParallelLinear, Linear, ModelSetup, RowParallelLinear, new_weight
 
 
+def swiglu(gate: torch.Tensor, up: torch.Tensor, precise_dtype: torch.dtype) -> torch.Tensor:
+    """`silu(gate) * up`, in `precise_dtype` and rounded once, to the operands' dtype."""
+    return (F.silu(gate.to(precise_dtype)) * up.to(precise_dtype)).to(gate.dtype)
+
+
 class MLP(nn.Module):
-    """`w2(silu(w1 x) * w3 x)`, split over the ranks; `reduce=False` leaves the sum to the caller."""
+    """`w2(silu(w1 x) * w3 x)`, split over the ranks; `reduce=False` leaves the sum to the caller.
+
+    Gives the precise dtype, as an `Expert` does: its output is a term of a sum.
+    """
 
     def __init__(self, setup: ModelSetup, inter_dim: int, reduce: bool = True):
         super().__init__()
+        self.precise_dtype = setup.precise_dtype
         dim = setup.args.dim
         self.w1 = ColumnParallelLinear(setup, dim, inter_dim)
         self.w2 = RowParallelLinear(setup, inter_dim, dim, reduce)
         self.w3 = ColumnParallelLinear(setup, dim, inter_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x), self.precise_dtype))
 
 
 class Expert(nn.Module):
@@ -33,12 +42,13 @@ class Expert(nn.Module):
     def __init__(self, setup: ModelSetup):
         super().__init__()
         args = setup.args
+        self.precise_dtype = setup.precise_dtype
         self.w1 = Linear(setup, args.dim, args.moe_inter_dim)
         self.w2 = Linear(setup, args.moe_inter_dim, args.dim)
         self.w3 = Linear(setup, args.dim, args.moe_inter_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x), self.precise_dtype), self.precise_dtype)
 
 
 class Gate(nn.Module):
@@ -70,12 +80,16 @@ class Gate(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts, split over the ranks by id range, beside the shared experts, if there are any."""
+    """Routed experts, split over the ranks by id range, beside the shared experts, if there are any.
+
+    Their outputs are summed in the precise dtype, which is what comes out.
+    """
 
     def __init__(self, setup: ModelSetup):
         super().__init__()
         args = setup.args
         self.group = setup.group
+        self.precise_dtype = setup.precise_dtype
         self.num_experts = args.n_routed_experts
         self.gate = Gate(setup)
         self.experts = nn.ModuleDict(
@@ -86,11 +100,14 @@ class MoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, dim) -> (N, dim)
         weights, chosen = self.gate(x)
-        y = torch.zeros_like(x) if self.shared_experts is None else self.shared_experts(x)
+        if self.shared_experts is None:
+            y = torch.zeros_like(x, dtype=self.precise_dtype)
+        else:
+            y = self.shared_experts(x)
         rows_per_expert = torch.bincount(chosen.flatten(), minlength=self.num_experts).tolist()
         for expert_id, expert in self.experts.items():
             if rows_per_expert[int(expert_id)] == 0:
                 continue
             rows, slot = (chosen == int(expert_id)).nonzero(as_tuple=True)
-            y.index_add_(0, rows, (expert(x[rows]) * weights[rows, slot, None]).to(y.dtype))
+            y.index_add_(0, rows, expert(x[rows]) * weights[rows, slot, None])
         return self.group.all_reduce(y)

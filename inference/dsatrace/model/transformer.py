@@ -23,11 +23,16 @@ from .selection import Selection
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind its norm and beside its residual."""
+    """Attention and feed-forward, each behind its norm and beside its residual.
+
+    The residual is added to in the precise dtype. The norm that follows sees that sum; the
+    residual itself goes on rounded to the compute dtype, which is how it is served.
+    """
 
     def __init__(self, setup: ModelSetup, layer_id: int):
         super().__init__()
         args = setup.args
+        self.residual_dtype = setup.compute_dtype
         self.attn_norm = RMSNorm(setup, args.dim, args.norm_eps)
         self.attn = MLA(setup, layer_id)
         self.ffn_norm = RMSNorm(setup, args.dim, args.norm_eps)
@@ -36,10 +41,11 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, rope: Rope, batch: Batch, cache: KVCache, previous: Selection | None
     ) -> tuple[torch.Tensor, Selection]:
-        """The rows `(N, dim)` behind this layer, and its selection, which the next may share."""
+        """The rows `(N, dim)` behind this layer, their sum not yet rounded, and the layer's selection,
+        which the next may share."""
         attended, selection = self.attn(self.attn_norm(x), rope, batch, cache, previous)
-        x = x + attended
-        return x + self.ffn(self.ffn_norm(x)), selection
+        x = x.to(self.residual_dtype) + attended
+        return x.to(self.residual_dtype) + self.ffn(self.ffn_norm(x)), selection
 
 
 class Transformer(nn.Module):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,11 @@ AMAX_FLOOR = 1e-4
 # so that both sides of the matrix product are long; on a GPU it only has to bound the memory (256 MiB).
 _TILE_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 _TILE_HEAD_ROWS = {"cpu": 1024, "cuda": 2**14}
+
+# Weights dequantised at a time, at least 128 rows. On a CPU a band (1 MiB of fp32) is still in the cache when
+# it is multiplied, and its memory is used again for the next: that of a whole weight comes from the system
+# page by page, which costs more than all the rest. On a GPU, where each band starts some kernels, 256 MiB.
+_BAND_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 
 
 class TorchKernels:
@@ -54,18 +60,9 @@ class TorchKernels:
         return _widen(ratio.to(FP8), x.dtype), scale
 
     def dequantise_weight(self, b: torch.Tensor, b_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        rows, columns = b.shape
-        expected = (-(-rows // BLOCK), -(-columns // BLOCK))
-        if tuple(b_scale.shape) != expected:
-            raise ValueError(
-                f"a weight of shape ({rows}, {columns}) has scales of shape {expected}, not "
-                f"{tuple(b_scale.shape)}"
-            )
-        wide = torch.promote_types(dtype, torch.float32)
-        out = torch.empty(rows, columns, dtype=dtype, device=b.device)
-        for row, scale in zip(range(0, rows, BLOCK), b_scale.to(wide), strict=True):
-            block = _widen(b[row : row + BLOCK], wide)  # (128, K): the only temporary
-            out[row : row + BLOCK] = block * scale.repeat_interleave(BLOCK)[:columns]
+        out = torch.empty(b.shape, dtype=dtype, device=b.device)
+        for rows, band in _dequantised_bands(b, b_scale, torch.promote_types(dtype, torch.float32)):
+            out[rows] = band
         return out
 
     def fp8_gemm(
@@ -78,8 +75,11 @@ class TorchKernels:
     ) -> torch.Tensor:
         dtype = _compute_dtype(a, b)
         spread = a_scale.to(dtype).repeat_interleave(BLOCK, dim=-1)[..., : a.shape[-1]]  # (..., K)
-        weight = self.dequantise_weight(b, b_scale, dtype)
-        return F.linear(_widen(a, dtype) * spread, weight).to(out_dtype)
+        a = _widen(a, dtype) * spread
+        out = torch.empty(*a.shape[:-1], b.shape[0], dtype=out_dtype, device=a.device)
+        for rows, band in _dequantised_bands(b, b_scale, dtype):
+            out[..., rows] = F.linear(a, band)
+        return out
 
     def index_scores(
         self,
@@ -123,6 +123,25 @@ class TorchKernels:
 
 def _compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _dequantised_bands(
+    b: torch.Tensor, b_scale: torch.Tensor, dtype: torch.dtype
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The weight b (N, K) with its scales in `dtype`, some of its rows at a time: which, and (rows, K)."""
+    num_rows, columns = b.shape
+    expected = (-(-num_rows // BLOCK), -(-columns // BLOCK))
+    if tuple(b_scale.shape) != expected:
+        raise ValueError(
+            f"a weight of shape ({num_rows}, {columns}) has scales of shape {expected}, not "
+            f"{tuple(b_scale.shape)}"
+        )
+    by_column = b_scale.to(dtype).repeat_interleave(BLOCK, dim=1)[:, :columns]  # (ceil(N / 128), K)
+    blocks = max(1, _BAND_ELEMENTS["cuda" if b.is_cuda else "cpu"] // (BLOCK * columns))
+    for first in range(0, len(by_column), blocks):
+        rows = slice(first * BLOCK, min((first + blocks) * BLOCK, num_rows))
+        scale = by_column[first : first + blocks].unsqueeze(1).expand(-1, BLOCK, -1).flatten(0, 1)
+        yield rows, _widen(b[rows], dtype) * scale[: rows.stop - rows.start]
 
 
 def _tile_shape(num_rows: int, num_heads: int, num_keys: int, device: torch.device) -> tuple[int, int]:
