@@ -95,6 +95,29 @@ def test_fp8_is_dequantised_where_the_model_has_none(
         )
 
 
+def test_a_matrix_that_is_left_unquantised_stays_so(
+    fp8_args: ModelArgs, fp8_checkpoint: Path, tmp_path: Path
+) -> None:
+    """As some fp8 checkpoints leave some: the model computes with the same values as with all dequantised."""
+    left = [NAME, "layers.0.attn.wkv_b.weight", "layers.0.attn.indexer.wk.weight"]
+    tensors = load_file(fp8_checkpoint / "model0-mp1.safetensors")
+    for name in left:
+        scale = tensors.pop(name.replace("weight", "scale"))
+        tensors[name] = dequantise(tensors[name], scale).bfloat16()
+    save_file(tensors, tmp_path / "model0-mp1.safetensors")
+    model = build(fp8_args)
+    load_checkpoint(model, tmp_path)
+    state = model.state_dict()
+    assert state.keys() == tensors.keys()
+    for name in left:
+        assert state[name].dtype is torch.bfloat16 and torch.equal(state[name], tensors[name])
+    wide = build(dataclasses.replace(fp8_args, dtype="bf16"))
+    load_checkpoint(wide, tmp_path)
+    x = torch.randn(5, fp8_args.dim, dtype=torch.bfloat16)
+    for each in (model, wide):
+        assert torch.equal(each.layers[1].ffn.experts["2"].w1(x), x @ tensors[NAME].T)
+
+
 def test_dequantise_follows_partial_blocks() -> None:
     weight = torch.ones(130, 200).to(torch.float8_e4m3fn)
     values = dequantise(weight, torch.tensor([[1.0, 2.0], [4.0, 8.0]]))

@@ -20,6 +20,7 @@ from torch import nn
 
 from .config import FP8_GROUP
 from .convert import shard_name
+from .kernels.torch_kernels import TorchKernels
 from .shards import DTYPES, CheckpointError, StoredTensor, read_header
 
 Progress = Callable[[int, int], None]
@@ -40,8 +41,9 @@ def load_checkpoint(
 
     Parameters on the meta device are created on `device`; real ones are written in place, so
     views into fused tensors stay views. bf16, fp16, fp32 and fp64 convert into each other, and
-    an fp8 weight with its scale is dequantised where the model holds no fp8. Anything else
-    that differs raises `CheckpointError` and leaves the model as it was.
+    an fp8 weight with its scale is dequantised where the model holds no fp8. Where an fp8
+    checkpoint leaves a matrix unquantised, so does the model. Anything else that differs
+    raises `CheckpointError` and leaves the model as it was.
     """
     file = _find(Path(path), rank, world_size)
     _load(model, file, "", progress, device)
@@ -87,7 +89,15 @@ def _load(
     }
     if not targets:
         raise CheckpointError(f"{file}: the model has no {prefix.rstrip('.')} to load")
+    unquantised = _left_unquantised(stored, targets)
+    for name in unquantised:
+        del targets[_scale_name(name)]
+        targets[name] = torch.empty(targets[name].shape, dtype=torch.bfloat16, device="meta")
     _check(file, stored, targets)
+    for name in unquantised:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        layer.leave_unquantised()  # type: ignore[operator]
+        targets[name] = layer.get_parameter("weight")
     total = sum(stored[name].num_bytes for name in targets)
     done = 0
     # Opened anew for each layer: a mapped page counts as the process's memory until the file is closed.
@@ -98,6 +108,14 @@ def _load(
                 done += stored[name].num_bytes
                 if progress is not None:
                     progress(done, total)
+
+
+def _left_unquantised(stored: dict[str, StoredTensor], targets: dict[str, torch.Tensor]) -> list[str]:
+    """The model's fp8 weights that a file of fp8 weights holds in a wider type."""
+    types = {name: DTYPES[tensor.dtype] for name, tensor in stored.items()}
+    if torch.float8_e4m3fn not in types.values():
+        return []
+    return [n for n, t in targets.items() if t.dtype is torch.float8_e4m3fn and types.get(n) in _FLOATS]
 
 
 def _layer_of(name: str) -> str:
@@ -163,13 +181,7 @@ def _read(
 
 def dequantise(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """fp32 `(out, in)` of an fp8 weight and its fp32 scales `(ceil(out/128), ceil(in/128))`."""
-    rows, cols = weight.shape
-    values = weight.float()
-    for row, scales in enumerate(scale):  # a band of 128 rows at a time: no full-size scale matrix
-        band = values[row * FP8_GROUP : (row + 1) * FP8_GROUP]
-        band.mul_(scales.repeat_interleave(FP8_GROUP)[:cols])
-    assert scale.shape[0] == -(-rows // FP8_GROUP)
-    return values
+    return TorchKernels().dequantise_weight(weight, scale, torch.float32)
 
 
 def _fill(

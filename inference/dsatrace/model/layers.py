@@ -83,6 +83,11 @@ class Linear(nn.Module):
         quantised, x_scale = kernels.act_quant(x, self.setup.args.scale_fmt)
         return kernels.fp8_gemm(quantised, x_scale, self.weight, self.scale, out_dtype or x.dtype)
 
+    def leave_unquantised(self) -> None:
+        """Holds the weight in the compute dtype, without scales: a checkpoint may leave some so."""
+        weight = torch.empty_like(self.weight, dtype=self.setup.compute_dtype)
+        self.weight, self.scale = nn.Parameter(weight, requires_grad=False), None
+
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight in `dtype`, for the products that absorb it."""
         if self.scale is None:
