@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsatrace.commands.arguments import add_ignore_config_key
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.schema import LEVELS
 from dsatrace.trace.config import TraceConfig
@@ -67,7 +68,7 @@ def _load(args: argparse.Namespace) -> TraceLoad:
     if args.trace_store_scores and args.level not in (None, "full"):
         raise UserError(f"--trace-store-scores needs the positions; use --trace-level full, not {args.level}")
     try:
-        model = ModelArgs.from_json(args.config)
+        model = ModelArgs.from_json(args.config, args.ignore_config_keys)
     except ValueError as error:
         raise UserError(str(error)) from error
     return TraceLoad(
@@ -120,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", type=Path, required=True, help="model config, such as config_671B_v3.2.json")
+    add_ignore_config_key(add)
     add("--steps", type=int, required=True, help="decode steps a request: generated tokens but the first")
     add("--batch", type=int, required=True, help="requests at a time")
     add("--requests", type=int, help="requests in all (one batch)")
