@@ -2,7 +2,8 @@
 
     <bos>{system}<User>{user}<Assistant></think>{answer}<eos><User>{user}<Assistant></think>
 
-Text and special tokens meet as ids, so nothing a user writes can become a special token.
+Text and special tokens meet as ids, so nothing that anybody wrote can become a special token,
+and an answer of before stands as it was recorded: `</think>` in it is text like any other.
 Knows no tool calls and no tokenizer of its own.
 
     encode_chat([Message("user", "Where is the needle?")], tokenizer, thinking=False)
@@ -45,8 +46,7 @@ def encode_chat(
 ) -> list[int]:
     """Ids of a conversation up to where the model's answer begins; the last message is the user's.
 
-    `thinking` opens the answer with `<think>`, else thinking is closed at once. Earlier
-    answers keep only what follows their thinking. `answer_prefix`
+    `thinking` opens the answer with `<think>`, else thinking is closed at once. `answer_prefix`
     is put into the model's mouth, as RULER asks, and goes with `thinking=False` only.
     """
     check_prompt(messages, thinking, answer_prefix)
@@ -64,8 +64,7 @@ def deepseek_parts(messages: Sequence[Message], vocabulary: Vocabulary, thinking
         elif message.role == "user":
             parts += ((special(USER),), message.content, (special(ASSISTANT),))
         else:
-            thoughts, closed, answer = message.content.partition(END_THINK)
-            parts += ((special(END_THINK),), answer if closed else thoughts, (special(EOS),))
+            parts += ((special(END_THINK),), message.content, (special(EOS),))
     parts.append((special(THINK if thinking else END_THINK),))
     return parts
 
