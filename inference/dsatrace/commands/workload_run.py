@@ -322,9 +322,7 @@ def _say_what_came(folder: Path, tally: _Tally, tiers: str | None) -> None:
     console = Console(width=100)
     print(tally.text())
     if tally.num_only_thoughts:
-        print(
-            f"{tally.num_only_thoughts} answers are empty: their thoughts had not ended at --max-new-tokens"
-        )
+        print(f"answers of thoughts alone, which never ended: {tally.num_only_thoughts}, judged as empty")
     if tiers is not None:
         print(tiers)
     if tally.first_failure is not None:
