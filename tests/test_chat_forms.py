@@ -244,8 +244,8 @@ def test_thoughts_end_at_their_token_and_at_nothing_else(byte_tokenizer: Tokeniz
     assert thinks.answer([*text("hm </think> A"), eos]) is None
     assert answers.answer(generated) == generated[:-1]
     assert thinks.text(generated) == "hm </think> no</think>yes </think></think>!"
-    assert thinks.answer(thinks.generated("b")) == text("b")
-    assert answers.generated("b") == tuple(text("b"))
+    assert thinks.answer(thinks.as_generated("b")) == text("b")
+    assert answers.as_generated("b") == tuple(text("b"))
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_what_follows_the_thoughts_is_judged(
     dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A model that gets it wrong, then right, in its thoughts; once they end, once they do not."""
-    say = Chat.generated
+    say = Chat.as_generated
     written: list[str] = []
 
     def think_first(chat: Chat, answer: str) -> tuple[int, ...]:
@@ -121,7 +121,7 @@ def test_what_follows_the_thoughts_is_judged(
         said = (*chat.tokenizer.encode(thoughts), *say(chat, answer))
         return said if number < 3 else said[:-1]  # the third thinks to the end
 
-    monkeypatch.setattr(Chat, "generated", think_first)
+    monkeypatch.setattr(Chat, "as_generated", think_first)
     flags = ["--dataset", dataset, "--runner", "simulator", "--thinking", "--limit", "3", "--no-hub"]
     flags += ["--max-new-tokens", "200", "--save-text", "--trace-out", str(tmp_path / "run")]
     assert main([*flags, *(["--ruler-generate"] if dataset == "ruler" else [])]) == 0

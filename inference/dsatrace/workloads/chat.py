@@ -99,7 +99,7 @@ class Chat:
         """All that was generated, thoughts written out, without end tokens."""
         return self.tokenizer.decode(self._without_stops(generated))
 
-    def generated(self, answer: str) -> tuple[int, ...]:
+    def as_generated(self, answer: str) -> tuple[int, ...]:
         """The ids of a model that thinks nothing and says `answer`, for runs without a model."""
         ids = self.tokenizer.encode(answer)
         return (self._end_think, *ids) if self.thinking and self._end_think is not None else tuple(ids)

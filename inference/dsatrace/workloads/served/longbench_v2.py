@@ -48,7 +48,7 @@ class LongBenchV2Workload:
 
     def recorded(self, request: Request) -> tuple[int, ...]:
         right = self._open[request.request_id]
-        return self._asking.chat.generated(f"The correct answer is ({right})")
+        return self._asking.chat.as_generated(f"The correct answer is ({right})")
 
     def forget(self, request_id: str) -> None:
         del self._open[request_id]

@@ -60,7 +60,7 @@ class RulerWorkload:
     def recorded(self, request: Request) -> tuple[int, ...]:
         """The references: what a perfect answer says."""
         references = self._open[request.request_id].references
-        return self._asking.chat.generated(" " + ", ".join(references))
+        return self._asking.chat.as_generated(" " + ", ".join(references))
 
     def forget(self, request_id: str) -> None:
         del self._open[request_id]

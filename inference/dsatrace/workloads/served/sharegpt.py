@@ -47,7 +47,7 @@ class ShareGPTWorkload:
     def recorded(self, request: Request) -> tuple[int, ...] | None:
         """None where the conversation ends with the user's turn."""
         answer = self._answers[request.request_id]
-        return self._asking.chat.generated(answer) if answer else None
+        return self._asking.chat.as_generated(answer) if answer else None
 
     def forget(self, request_id: str) -> None:
         del self._answers[request_id]

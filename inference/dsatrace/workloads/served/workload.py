@@ -55,7 +55,7 @@ class Workload(Protocol):
         """The score of an answer's text, its thoughts cut off; None where there is none."""
 
     def recorded(self, request: Request) -> tuple[int, ...] | None:
-        """The answer that the data set records, as `Chat.generated` has it, for runs without a model."""
+        """The answer that the data set records, as `Chat.as_generated` has it, for runs without a model."""
 
     def forget(self, request_id: str) -> None:
         """Drops what is kept of a request (references, a recorded answer): it has ended."""
