@@ -56,16 +56,6 @@ def add_engine_arguments(parser: argparse.ArgumentParser, required: bool = True)
     _add_offload_arguments(parser)
 
 
-def add_chat_template_argument(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--chat-template",
-        type=Path,
-        metavar="FILE",
-        help="Jinja template of the prompts (default: DeepSeek's form for its vocabulary; for another the "
-        "template beside the tokenizer, else plain text)",
-    )
-
-
 def _add_offload_arguments(parser: argparse.ArgumentParser) -> None:
     default = {field.name: field.default for field in dataclasses.fields(OffloadSetup)}
     group = parser.add_argument_group("tiers", "KV latents outside HBM; all of them need --hbm-blocks")
@@ -150,3 +140,13 @@ def _given_offload_flags(args: argparse.Namespace) -> list[str]:
 def check_temperature(temperature: float) -> None:
     if not 0 <= temperature < math.inf:  # so written, it catches nan too
         raise UserError(f"--temperature {temperature}: use 0 (greedy) or a number above it")
+
+
+def add_chat_template_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja template of the prompts (default: DeepSeek's form for its vocabulary; for another the "
+        "template beside the tokenizer, else plain text)",
+    )
