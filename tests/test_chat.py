@@ -122,6 +122,21 @@ def test_a_conversation_grows_until_clear(terminal: Terminal, run: Path) -> None
     assert cached[1] > 0
 
 
+def test_thoughts_that_never_ended_are_shown_and_not_told_again(checkpoint: Path, run: Path) -> None:
+    opening, followup = "What does </think> mean?", "And <think>?"
+    terminal = Terminal(checkpoint, run, NEW_TOKENS, "--thinking")
+    try:
+        for line in (opening, followup):
+            assert re.fullmatch(rf"[a-z ]{{{NEW_TOKENS}}}", terminal.say(line))
+        terminal.child.sendline("/exit")
+        assert terminal.exit_code() == 0
+    finally:
+        terminal.child.close(force=True)
+    first_len = CHAT_TOKENS + len(opening)
+    second_len = first_len + 1 + (CHAT_TOKENS - 1) + len(followup)  # an empty answer, and its end
+    assert [turn["num_prompt_tokens"] for turn in RunReader(run).requests()] == [first_len, second_len]
+
+
 @pytest.mark.parametrize("terminal", [NEW_TOKENS], indirect=True)
 def test_bytes_that_are_no_text_end_nothing(terminal: Terminal) -> None:
     os.write(terminal.child.child_fd, "Grüße\n".encode("latin-1"))

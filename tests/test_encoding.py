@@ -63,10 +63,11 @@ def test_earlier_answers_are_closed_and_end_with_eos(thinking: bool, last: int) 
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("answer", "kept"), [("hm</think>b", "b"), ("hm</think>", ""), ("b", "b"), ("", "")])
-def test_earlier_thoughts_are_dropped(answer: str, kept: str) -> None:
-    ids = encode_chat(chat("a", answer, "c"), DeepSeekIds())
-    assert ids[4:-4] == [128799, *map(ord, kept), 1]
+@pytest.mark.parametrize("answer", ["hm</think>b", "</think>", "<think>a</think>b", "b", ""])
+@pytest.mark.parametrize("thinking", [False, True])
+def test_earlier_answers_stand_as_they_were_recorded(answer: str, thinking: bool) -> None:
+    ids = encode_chat(chat("a", answer, "c"), DeepSeekIds(), thinking)
+    assert ids[4:-4] == [128799, *map(ord, answer), 1]
 
 
 def test_answer_prefix_starts_the_answer() -> None:

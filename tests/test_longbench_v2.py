@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
 from dsatrace.workloads import truncation
+from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.encoding import Message, encode_chat
 from dsatrace.workloads.longbench_v2 import (
     CHANCE,
@@ -125,7 +126,7 @@ def test_the_prompt_has_text_question_choices_and_closing_form(rows: list[LongBe
 
 def test_a_prompt_that_fits_is_whole(rows: list[LongBenchV2Row], byte_tokenizer: Tokenizer) -> None:
     whole = encode_chat([Message("user", prompt_text(rows[0]))], byte_tokenizer)
-    prompt = build_prompt(rows[0], byte_tokenizer, len(whole))
+    prompt = build_prompt(rows[0], Chat.deepseek(byte_tokenizer), len(whole))
     assert list(prompt.token_ids) == whole and not prompt.truncated and not prompt.question_cut
 
 
@@ -134,7 +135,7 @@ def test_a_prompt_that_fits_is_whole(rows: list[LongBenchV2Row], byte_tokenizer:
 def test_a_long_prompt_keeps_template_halves_and_limit(
     rows: list[LongBenchV2Row], byte_tokenizer: Tokenizer, num_tokens: int, thinking: bool
 ) -> None:
-    prompt = build_prompt(rows[0], byte_tokenizer, num_tokens, thinking)
+    prompt = build_prompt(rows[0], Chat.deepseek(byte_tokenizer, thinking), num_tokens)
     ids = list(prompt.token_ids)
     assert len(ids) == num_tokens and prompt.truncated and not prompt.question_cut
     special = [byte_tokenizer.special_id(name) for name in (BOS, USER, ASSISTANT)]
@@ -152,9 +153,9 @@ def words_of_bytes(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def test_too_little_room_is_told(rows: list[LongBenchV2Row], byte_tokenizer: Tokenizer) -> None:
-    assert build_prompt(rows[0], byte_tokenizer, 200).question_cut
+    assert build_prompt(rows[0], Chat.deepseek(byte_tokenizer), 200).question_cut
     with pytest.raises(UserError, match="max_prompt_tokens 5 leaves no room"):
-        build_prompt(rows[0], byte_tokenizer, 5)
+        build_prompt(rows[0], Chat.deepseek(byte_tokenizer), 5)
 
 
 @given(

@@ -21,6 +21,7 @@ from dsatrace.model.convert import convert_checkpoint
 from dsatrace.schema import TABLES, problems
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.verify.run import verify
+from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.samples import sample_file
 from real_data import real_file
 
@@ -102,6 +103,35 @@ def test_longbench_v2_from_the_embedded_sample(run: Run) -> None:
     assert set(said["scores"]["by"]) == {"difficulty", "length"}
     assert said["workload"]["counts"]["truncated"] == 3
     assert {r["num_prompt_tokens"] for r in lines(folder, "requests.jsonl")} == {600}
+
+
+@pytest.mark.parametrize("dataset", ["longbenchv2", "ruler"])
+def test_what_follows_the_thoughts_is_judged(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that gets it wrong, then right, in its thoughts; once they end, once they do not."""
+    say = Chat.as_generated
+    written: list[str] = []
+
+    def think_first(chat: Chat, answer: str) -> tuple[int, ...]:
+        written.append(answer)
+        number = len(written)
+        thoughts = {1: "The correct answer is (A) or 12345. ", 2: answer, 3: answer}[number]
+        answer = {1: answer, 2: "I do not know", 3: ""}[number]
+        said = (*chat.tokenizer.encode(thoughts), *say(chat, answer))
+        return said if number < 3 else said[:-1]  # the third thinks to the end
+
+    monkeypatch.setattr(Chat, "as_generated", think_first)
+    flags = ["--dataset", dataset, "--runner", "simulator", "--thinking", "--limit", "3", "--no-hub"]
+    flags += ["--max-new-tokens", "200", "--save-text", "--trace-out", str(tmp_path / "run")]
+    assert main([*flags, *(["--ruler-generate"] if dataset == "ruler" else [])]) == 0
+    full = 100 if dataset == "ruler" else 1
+    requests = {r["request_id"]: r for r in lines(tmp_path / "run", "requests.jsonl")}
+    assert [r["score"] for _, r in sorted(requests.items())] == [full, 0, 0]
+    said = summary(tmp_path / "run")
+    assert said["workload"]["counts"]["only_thoughts"] == 1
+    assert "answers of thoughts alone, which never ended: 1, judged as empty" in capsys.readouterr().out
+    assert verify(tmp_path / "run").state == "complete"
 
 
 def test_sharegpt_turns_find_their_prefix_again(run: Run) -> None:

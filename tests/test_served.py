@@ -9,6 +9,7 @@ import pytest
 from dsatrace.errors import UserError
 from dsatrace.workloads.burstgpt import Replay, read_burstgpt
 from dsatrace.workloads.burstgpt_synthetic import SyntheticPrompts
+from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.longbench_v2 import LongBenchV2Loader
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.ruler.generator import generate
@@ -16,7 +17,7 @@ from dsatrace.workloads.ruler.reader import read_examples
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.served.burstgpt import BurstGPTWorkload
 from dsatrace.workloads.served.longbench_v2 import LongBenchV2Workload
-from dsatrace.workloads.served.ruler import TEMPLATE_TOKENS, RulerWorkload
+from dsatrace.workloads.served.ruler import RulerWorkload
 from dsatrace.workloads.served.sharegpt import ShareGPTWorkload
 from dsatrace.workloads.served.workload import Asking
 from dsatrace.workloads.sharegpt import ShareGPTLoader
@@ -25,11 +26,11 @@ from real_data import real_file
 
 @pytest.fixture
 def asking(byte_tokenizer):
-    return Asking(byte_tokenizer)
+    return Asking(Chat.deepseek(byte_tokenizer))
 
 
 def ruler(asking, task="niah_single_1", length=1500, n=3, **options):
-    examples = generate(task, length, asking.tokenizer, n, overhead_tokens=TEMPLATE_TOKENS)
+    examples = generate(task, length, asking.chat.tokenizer, n, overhead_tokens=4)  # 2 before, 2 behind
     return RulerWorkload(examples, asking, **options)
 
 
@@ -83,7 +84,7 @@ class TestRuler:
 class TestLongBenchV2:
     def test_a_prompt_is_cut_to_its_limit(self, byte_tokenizer):
         loader = LongBenchV2Loader(sample_file("longbench_v2"))
-        workload = LongBenchV2Workload(loader, Asking(byte_tokenizer, max_prompt_tokens=900))
+        workload = LongBenchV2Workload(loader, Asking(Chat.deepseek(byte_tokenizer), max_prompt_tokens=900))
         requests = list(workload.requests())
         assert [len(r.prompt_token_ids) for r in requests] == [900] * 3
         assert workload.describe()["counts"]["truncated"] == 3
@@ -146,7 +147,7 @@ class TestBurstGPT:
 @pytest.mark.parametrize("bad", [{"max_new_tokens": 0}, {"max_prompt_tokens": -1}])
 def test_impossible_counts_are_refused(byte_tokenizer, bad):
     with pytest.raises(UserError, match="use at least 1"):
-        Asking(byte_tokenizer, **bad)
+        Asking(Chat.deepseek(byte_tokenizer), **bad)
 
 
 def sample_loader():

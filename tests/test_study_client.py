@@ -89,6 +89,11 @@ def test_the_chat_form_is_deepseeks() -> None:
     )
 
 
+def test_a_recorded_answer_that_names_a_special_token_stands_whole() -> None:
+    text = ChatTemplateFormatter(BYTES).format_conversation(chat("c", "Hi", "One </think> two", "And?"))
+    assert f"{END_THINK}One < /think> two{EOS}" in text
+
+
 def test_a_template_of_ones_own_is_used() -> None:
     class Template:
         chat_template = "{{ messages }}"

@@ -14,7 +14,7 @@ from conftest import ROOT
 from dsatrace.model.batch import Batch as ServedBatch
 from dsatrace.model.batch import Span
 from dsatrace.training.batches import make_batch
-from dsatrace.training.evaluate import HELD_OUT_SEED, answer, measure, would_say
+from dsatrace.training.evaluate import HELD_OUT_SEED, Measured, answer, measure, would_say
 from dsatrace.training.export import load_exported
 from dsatrace.training.forward import Attention, Sequences, forward
 from dsatrace.training.losses import index_loss
@@ -243,6 +243,19 @@ def test_the_served_model_says_what_the_training_forward_expects(tokenizer):
     assert said == tokenizer.decode(expected)
     assert would_say(model, ids, expected, sparse=True)
     assert not would_say(model, ids, [*expected[:4], expected[4] ^ 1], sparse=True)
+
+
+@pytest.mark.parametrize(("right", "num"), [(0, 16), (3, 16), (55, 60), (198, 200), (200, 200)])
+def test_an_accuracy_comes_with_its_interval(right, num):
+    """Its ends are the true shares of which the measured one is 1.96 standard errors off."""
+    measured = Measured("niah_single_1", 2048, "sparse", num, 100 * right / num, 1901.0)
+    low, high = measured.interval
+    for true in (low / 100, high / 100):
+        errors_off = 1.96**2 * true * (1 - true)
+        assert num * (right / num - true) ** 2 == pytest.approx(errors_off, abs=2e-3)
+    assert low <= measured.accuracy <= high and 0 <= low < high <= 100
+    assert measured.to_json()["interval_95"] == measured.interval
+    assert f"({low:.1f} to {high:.1f} at 95 %, {num} prompts)" in measured.line()
 
 
 def test_a_shuffled_indexer_selects_as_many_but_others(tokenizer):

@@ -314,7 +314,7 @@ def test_nothing_broken_makes_a_traceback(tmp_path: Path, name: str, level: str)
     # Free text, measurements, and what the level does not let one derive.
     allowed = {
         "manifest.json": {"tool", "tool_version", "error", "started_utc", "argv", "model_config", "tokenizer"}
-        | {"data_source", "device", "hbm_stand_in", "world_size", "seed", "trace", "cache_layouts"}
+        | {"chat", "data_source", "device", "hbm_stand_in", "world_size", "seed", "trace", "cache_layouts"}
         | {"serving", "resumed_at_forward", "prefix_source", "tiers"}  # absent as well as null, or analysis
         | {"selection"},  # without it every layer has an indexer, and so they have
         "summary.json": {"tracing_cost", "workload", *({"prefix_hot_blocks"} if level == "stats" else ())}

@@ -369,6 +369,14 @@ MANIFEST_FIELDS = (
     Field("cache_layout", "string", "", "the layout that bytes are counted with"),
     Field("cache_layouts", "object[]", "", "bytes a token and layer of each layout", children=_LAYOUT),
     Field("tokenizer", "string | null", "", "tokenizer file or name"),
+    Field(
+        "chat",
+        "string | null",
+        "",
+        "how messages became prompts: deepseek_v32, a Jinja template by name and digest, or plain text; "
+        "null where none were",
+        optional=True,
+    ),
     Field("data_source", "string | null", "", "embedded, file or hub revision"),
     Field("device", "string", "", "device the model ran on"),
     Field("hbm_stand_in", "string | null", "", "what stands in for HBM where there is none"),

@@ -165,3 +165,13 @@ def _given_offload_flags(args: argparse.Namespace) -> list[str]:
 def check_temperature(temperature: float) -> None:
     if not 0 <= temperature < math.inf:  # so written, it catches nan too
         raise UserError(f"--temperature {temperature}: use 0 (greedy) or a number above it")
+
+
+def add_chat_template_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja template of the prompts (default: DeepSeek's form for its vocabulary; for another the "
+        "template beside the tokenizer, else plain text)",
+    )

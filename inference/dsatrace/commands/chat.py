@@ -1,6 +1,7 @@
 """The interactive mode: streamed answers, `/clear`, `/exit`, and Ctrl-C that ends one answer only.
 
-SIGTERM is an `/exit` behind the answer that it ends.
+SIGTERM is an `/exit` behind the answer that it ends. An answer's thoughts are shown, and are
+no part of the conversation that the next turn continues.
 
 Under tensor parallel rank 0 talks and sends each turn's tokens to the other ranks.
 """
@@ -73,7 +74,9 @@ def _talk(serving: Serving, engine: Engine, leave: _Leave) -> None:
             if live.state == "failed":
                 print(f"error: {live.error}; ask again", file=sys.stderr)
             else:
-                turns += [Message("user", line), Message("assistant", serving.text(live))]
+                answer = serving.chat.answer(live.answer) or []
+                said = serving.chat.tokenizer.decode(answer)
+                turns += [Message("user", line), Message("assistant", said)]
     _send(serving, [])
 
 
@@ -88,9 +91,9 @@ def _answer(serving: Serving, engine: Engine, ids: list[int], number: int) -> Li
     """Streams one answer to rank 0's terminal."""
     max_new_tokens = min(serving.max_new_tokens, engine.scheduler.max_tokens - len(ids) + 1)
     live = engine.submit(Request(f"r{number}", tuple(ids), max_new_tokens, serving.temperature))
-    stream, eos = serving.tokenizer.stream(), serving.tokenizer.eos_id
+    stream, stop_tokens = serving.chat.tokenizer.stream(), serving.chat.stop_tokens
     for _, token in engine.run():
-        if serving.is_rank_0 and token != eos:
+        if serving.is_rank_0 and token not in stop_tokens:
             print(stream.push(token), end="", flush=True)
     if serving.is_rank_0:
         print(stream.flush() + _ENDS.get(live.state, ""), flush=True)

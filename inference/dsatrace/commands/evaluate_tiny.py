@@ -1,6 +1,7 @@
 """`evaluate_tiny.py`: what a trained small model finds, on prompts held out from its training by seed.
 
-Converts the checkpoint and serves it as generate.py does; writes the figures as JSON.
+Converts the checkpoint and serves it as generate.py does; writes the figures as JSON, each with
+its number of prompts and a 95 % interval.
 
     python3 scripts/evaluate_tiny.py --model data/models/needle-2k --examples 100 --out figures.json
 """
@@ -8,7 +9,6 @@ Converts the checkpoint and serves it as generate.py does; writes the figures as
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import tempfile
 import time
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 else:
                     shuffled = kind == "shuffled"
                     measured = measure(model, tokenizer, task, length, args.examples, shuffled, seed)
-                figures.append(dataclasses.asdict(measured))
+                figures.append(measured.to_json())
                 print(f"{measured.line()}  ({time.monotonic() - started:.0f} s)", flush=True)
                 if args.out is not None:
                     args.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -65,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="RULER tasks (%(default)s)")
     parser.add_argument("--lengths", nargs="+", type=int, default=(2048, 4096, 8192), help="(%(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="(%(default)s)")
-    parser.add_argument("--examples", type=int, default=100, help="a figure (%(default)s)")
+    parser.add_argument(
+        "--examples", type=int, default=100, help="prompts of each figure (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, help="of the prompts (one training never draws from)")
     parser.add_argument("--threads", type=int, default=0, help="of torch (torch's default)")
     parser.add_argument("--out", type=Path, help="JSON file of the figures")

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsatrace.commands.arguments import (
+    add_chat_template_argument,
     add_engine_arguments,
     check_temperature,
     engine_setup_from_args,
@@ -28,11 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
 
-    from dsatrace.commands.chat import chat
+    from dsatrace.commands.chat import chat as converse
     from dsatrace.commands.serving import Serving, answer_prompts
     from dsatrace.engine.distributed import process_group
     from dsatrace.engine.setup import load_model
     from dsatrace.model.parallel import ParallelGroup
+    from dsatrace.workloads.chat import PLAIN_TEXT, SAID_OF_PLAIN_TEXT, choose_chat
     from dsatrace.workloads.tokenizer import check_vocabulary, load_tokenizer
 
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -43,19 +45,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_temperature(args.temperature)
     prompts = [] if args.interactive else read_prompts(args.input_file)
     tokenizer = load_tokenizer(args.tokenizer or args.ckpt_path)
+    chat = choose_chat(tokenizer, args.ckpt_path, template=args.chat_template, thinking=args.thinking)
     check_vocabulary(tokenizer, setup.model_args().vocab_size)
     with process_group(setup.device) as device:
         # Rank 0 alone owns the run's folder; the others only compare digests.
         is_writer = ParallelGroup.current().rank == 0
+        if is_writer and chat.form.name == PLAIN_TEXT:
+            print(SAID_OF_PLAIN_TEXT, file=sys.stderr)
         trace = trace_config_from_args(args, "generate", setup.seed) if is_writer else None
         serving = Serving(
             setup=setup,
             model=load_model(setup, device),
             device=device,
-            tokenizer=tokenizer,
+            chat=chat,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
-            thinking=args.thinking,
             system_prompt=args.system_prompt,
             trace=trace,
             traced=bool(args.trace_enable or args.trace_out),
@@ -63,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             argv=tuple(argv),
         )
         if args.interactive:
-            chat(serving)
+            converse(serving)
             return 0
         return answer_prompts(serving, prompts, source=args.input_file)
 
@@ -99,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--thinking", action="store_true", help="let the model think before it answers")
     group.add_argument("--system-prompt", default="", help="text before the first turn")
     group.add_argument("--tokenizer", type=Path, help="tokenizer.json or its folder (--ckpt-path)")
+    add_chat_template_argument(group)
     group.add_argument("--save-text", action="store_true", help="keep the answers' text in requests.jsonl")
     add_trace_arguments(parser)
     return parser

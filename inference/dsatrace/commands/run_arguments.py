@@ -10,14 +10,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dsatrace.commands.arguments import add_engine_arguments, check_temperature, refuse_tiers
+from dsatrace.commands.arguments import (
+    add_chat_template_argument,
+    add_engine_arguments,
+    check_temperature,
+    refuse_tiers,
+)
 from dsatrace.engine.ranks import from_rank_0
 from dsatrace.errors import UserError
 from dsatrace.trace.resumable import resumed_argv
+from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.rows import check_limit
 from dsatrace.workloads.served.workload import Asking
 from dsatrace.workloads.sources import Source, find_source
-from dsatrace.workloads.tokenizer import Tokenizer
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +37,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--resume", type=Path, metavar="RUN", help="go on with an incomplete run, its own flags first")
     add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
-    add("--thinking", action="store_true", help="let the model think before it answers")
     add("--tokenizer", metavar="NAME|PATH", help="hub name, tokenizer.json or its folder (the checkpoint's)")
     add("--save-text", action="store_true", help="keep the answers' text in requests.jsonl")
+
+
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a data set's messages become prompts."""
+    group = parser.add_argument_group("chat")
+    group.add_argument("--thinking", action="store_true", help="let the model think; what follows is judged")
+    add_chat_template_argument(group)
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,8 +74,8 @@ def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpars
     return args, argv
 
 
-def asking_from_args(args: argparse.Namespace, tokenizer: Tokenizer) -> Asking:
-    return Asking(tokenizer, args.max_new_tokens, args.temperature, args.max_prompt_tokens, args.thinking)
+def asking_from_args(args: argparse.Namespace, chat: Chat) -> Asking:
+    return Asking(chat, args.max_new_tokens, args.temperature, args.max_prompt_tokens)
 
 
 def find(args: argparse.Namespace, name: str, explicit: Path | None, repo: str | None = None) -> Source:

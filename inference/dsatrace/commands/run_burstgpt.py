@@ -22,9 +22,9 @@ from dsatrace.errors import exits_cleanly
 from dsatrace.trace.config import add_trace_arguments
 from dsatrace.workloads.burstgpt import Replay, read_burstgpt
 from dsatrace.workloads.burstgpt_synthetic import BurstSettings, SyntheticPrompts, generate_burstgpt
+from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.served.burstgpt import BurstGPTWorkload
-from dsatrace.workloads.tokenizer import Tokenizer
 
 _GENERATOR_FLAGS = {
     "gap_shape": "shape of the Gamma distributed gaps; below 1 makes bursts",
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_workload(args, argv, "burstgpt", open_burstgpt, Served(args.serving, args.clock))
 
 
-def open_burstgpt(args: argparse.Namespace, tokenizer: Tokenizer) -> Opened:
+def open_burstgpt(args: argparse.Namespace, chat: Chat) -> Opened:
     """The log's arrivals, or generated ones, with prompts made up to their lengths."""
     bad_rows = BadRows(args.bad_rows)
     if args.burstgpt_generate:
@@ -54,7 +54,7 @@ def open_burstgpt(args: argparse.Namespace, tokenizer: Tokenizer) -> Opened:
     else:
         source = find(args, "burstgpt", args.burstgpt_csv)
         rows, description, said = read_burstgpt(source.file, bad_rows), source.description, source.text()
-    ordinary = tokenizer.ordinary_ids
+    ordinary = chat.tokenizer.ordinary_ids
     workload = BurstGPTWorkload(
         Replay(rows, args.limit, keep_failures=args.keep_failures, time_scale=args.time_scale),
         SyntheticPrompts(ordinary.start, len(ordinary), args.shared_prefix_share, args.seed),
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,  # the manifest hides the values of some flags, which it knows by name
     )
     add_run_arguments(parser)
+    parser.set_defaults(thinking=False, chat_template=None)  # prompts are made up: nobody is talked to
     add = parser.add_argument_group("arrivals").add_argument
     add("--burstgpt-csv", type=Path, help="a BurstGPT file, of either layout")
     add("--limit", type=int, help="requests (all)")

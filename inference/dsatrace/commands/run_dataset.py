@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dsatrace.commands.run_arguments import (
+    add_chat_arguments,
     add_run_arguments,
     add_source_arguments,
     asking_from_args,
@@ -21,16 +22,16 @@ from dsatrace.commands.run_arguments import (
 from dsatrace.commands.workload_run import Opened, run_workload
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.trace.config import add_trace_arguments
+from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.longbench_v2 import LongBenchV2Loader
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.ruler.example import TASKS, Example, task_named
 from dsatrace.workloads.ruler.generator import Sources, generate
 from dsatrace.workloads.ruler.reader import read_examples
 from dsatrace.workloads.served.longbench_v2 import LongBenchV2Workload
-from dsatrace.workloads.served.ruler import TEMPLATE_TOKENS, RulerWorkload
+from dsatrace.workloads.served.ruler import RulerWorkload
 from dsatrace.workloads.served.sharegpt import ShareGPTWorkload
 from dsatrace.workloads.sharegpt import ShareGPTLoader
-from dsatrace.workloads.tokenizer import Tokenizer
 
 SPLITS = {"ruler": ("train", "validation"), "longbenchv2": ("train",), "sharegpt": ("train",)}
 """What the hub calls the only split each has; RULER's files call it validation."""
@@ -50,54 +51,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_workload(args, argv, args.dataset, _OPENERS[args.dataset])
 
 
-def open_ruler(args: argparse.Namespace, tokenizer: Tokenizer) -> Opened:
+def open_ruler(args: argparse.Namespace, chat: Chat) -> Opened:
     """Files where there are some; else, or when a text to generate from is named, the generator."""
     tasks = _ruler_tasks(args.ruler_task)
     bad_rows = BadRows(args.bad_rows)
-    asking = asking_from_args(args, tokenizer)
+    asking = asking_from_args(args, chat)
     generated = args.ruler_generate or args.haystack or args.squad or args.hotpotqa
     source = None if generated else find(args, "ruler", args.ruler_path)
     if source is not None and source.path is not None:
         examples = read_examples(source.path, tasks or (), args.ruler_length, bad_rows)
         workload = RulerWorkload(examples, asking, args.limit, bad_rows)
-        return Opened(workload, source.description, source.text())
+        return Opened(workload, source.description, source.text(), chat_form=chat.form.name)
     haystack = f"haystack {args.haystack.name}" if args.haystack else "built-in texts"
     description = f"generator, seed {args.seed}, {haystack}"
     reason = "as asked" if source is None else source.reason
     tasks = tasks or (GENERATED_TASK,)
-    workload = RulerWorkload(_generated(args, tasks, tokenizer), asking, None, bad_rows)
+    workload = RulerWorkload(_generated(args, tasks, chat), asking, None, bad_rows)
     num_requests = len(tasks) * (args.limit or GENERATED_EXAMPLES)
-    return Opened(workload, description, f"ruler: {description} ({reason})", num_requests)
+    return Opened(workload, description, f"ruler: {description} ({reason})", num_requests, chat.form.name)
 
 
-def _generated(args: argparse.Namespace, tasks: Sequence[str], tokenizer: Tokenizer) -> Iterator[Example]:
+def _generated(args: argparse.Namespace, tasks: Sequence[str], chat: Chat) -> Iterator[Example]:
     sources = Sources(_text(args.haystack) if args.haystack else None, args.squad, args.hotpotqa)
     for task in tasks:
         yield from generate(
             task,
             args.ruler_length or GENERATED_LENGTH,
-            tokenizer,
+            chat.tokenizer,
             args.limit or GENERATED_EXAMPLES,
             args.seed,
             sources,
-            overhead_tokens=TEMPLATE_TOKENS,
+            overhead_tokens=sum(chat.frame()),
         )
 
 
-def open_longbench_v2(args: argparse.Namespace, tokenizer: Tokenizer) -> Opened:
+def open_longbench_v2(args: argparse.Namespace, chat: Chat) -> Opened:
     source = find(args, "longbenchv2", args.longbenchv2_json)
     loader = LongBenchV2Loader(source.file, args.limit, bad_rows=BadRows(args.bad_rows))
-    workload = LongBenchV2Workload(loader, asking_from_args(args, tokenizer))
-    return Opened(workload, source.description, source.text(), args.limit)
+    workload = LongBenchV2Workload(loader, asking_from_args(args, chat))
+    return Opened(workload, source.description, source.text(), args.limit, chat.form.name)
 
 
-def open_sharegpt(args: argparse.Namespace, tokenizer: Tokenizer) -> Opened:
+def open_sharegpt(args: argparse.Namespace, chat: Chat) -> Opened:
     source = find(args, "sharegpt", args.sharegpt_json, args.sharegpt_dataset)
     loader = ShareGPTLoader(source.file, bad_rows=BadRows(args.bad_rows))
-    workload = ShareGPTWorkload(
-        loader, asking_from_args(args, tokenizer), args.sharegpt_turn_mode, args.limit
-    )
-    return Opened(workload, source.description, source.text(), args.limit)
+    workload = ShareGPTWorkload(loader, asking_from_args(args, chat), args.sharegpt_turn_mode, args.limit)
+    return Opened(workload, source.description, source.text(), args.limit, chat.form.name)
 
 
 _OPENERS = {"ruler": open_ruler, "longbenchv2": open_longbench_v2, "sharegpt": open_sharegpt}
@@ -142,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,  # the manifest hides the values of some flags, which it knows by name
     )
     add_run_arguments(parser)
+    add_chat_arguments(parser)
     add = parser.add_argument_group("data set").add_argument
     add("--dataset", choices=tuple(_OPENERS), required=True)
     add("--split", help="each data set has one; for RULER train and validation both mean it")

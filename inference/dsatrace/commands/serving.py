@@ -20,9 +20,9 @@ from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.setup import open_engine
 from dsatrace.model.transformer import Transformer
 from dsatrace.trace.config import TraceConfig
-from dsatrace.workloads.encoding import Message, encode_chat
+from dsatrace.workloads.chat import Chat
+from dsatrace.workloads.encoding import Message
 from dsatrace.workloads.request import Request
-from dsatrace.workloads.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +32,9 @@ class Serving:
     setup: EngineSetup
     model: Transformer
     device: torch.device
-    tokenizer: Tokenizer
+    chat: Chat
     max_new_tokens: int
     temperature: float
-    thinking: bool = False
     system_prompt: str = ""
     trace: TraceConfig | None = None
     traced: bool = False
@@ -49,11 +48,11 @@ class Serving:
     def encode(self, turns: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, behind the system prompt when there is one."""
         system = [Message("system", self.system_prompt)] if self.system_prompt else []
-        return encode_chat([*system, *turns], self.tokenizer, self.thinking)
+        return self.chat.encode([*system, *turns])
 
     def text(self, live: LiveRequest) -> str:
-        """The answer so far, without its end token."""
-        return self.tokenizer.decode_answer(live.answer)
+        """What was generated so far, without end tokens."""
+        return self.chat.text(live.answer)
 
     def open(
         self, longest: int | None, source: str, num_requests: int | None = None
@@ -67,9 +66,10 @@ class Serving:
             self.trace,
             traced=self.traced,
             argv=self.argv,
-            tokenizer=f"sha256:{self.tokenizer.digest}",
+            tokenizer=f"sha256:{self.chat.tokenizer.digest}",
+            chat=self.chat.form.name,
             data_source=source,
-            stop_tokens=frozenset({self.tokenizer.eos_id}),
+            stop_tokens=self.chat.stop_tokens,
             num_requests=num_requests,
             answer_text=self.text if self.save_text else None,
         )

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from dsatrace.commands.arguments import engine_setup_from_args
 from dsatrace.commands.interrupt import on_interrupt
@@ -28,9 +29,10 @@ from dsatrace.engine.scheduler import Admission
 from dsatrace.engine.serve import serve
 from dsatrace.trace.config import TraceConfig, trace_config_from_args
 from dsatrace.trace.resume import Resumed, prepare_resume
+from dsatrace.workloads.chat import PLAIN_TEXT, SAID_OF_PLAIN_TEXT, Chat, choose_chat
 from dsatrace.workloads.request import Request
 from dsatrace.workloads.served.workload import Workload
-from dsatrace.workloads.tokenizer import Tokenizer, check_vocabulary
+from dsatrace.workloads.tokenizer import check_vocabulary
 from dsatrace.workloads.tokenizer_choice import choose_tokenizer
 
 SIMULATED_MAX_SEQ_LEN = 163_840
@@ -40,12 +42,14 @@ SIMULATED_MAX_SEQ_LEN = 163_840
 @dataclasses.dataclass(frozen=True)
 class Opened:
     """A workload, what the manifest says of its source, what the terminal does, and how many
-    requests it is, where that is known before they have been read."""
+    requests it is, where that is known before they have been read. `chat_form` is that of its
+    prompts; None where no messages are put together."""
 
     workload: Workload
     description: str
     said: str
     num_requests: int | None = None
+    chat_form: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Served:
         return VirtualClock(start_s) if self.clock == "virtual" else RealClock(start_s)
 
 
-Opener = Callable[[argparse.Namespace, Tokenizer], Opened]
+Opener = Callable[[argparse.Namespace, Chat], Opened]
 
 
 def run_workload(
@@ -69,12 +73,13 @@ def run_workload(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # names in a data set may be what a terminal cannot show
     tokenizer = choose_tokenizer(args.tokenizer, args.ckpt_path)
-    run = _Run(args, tuple(argv), name, tokenizer, served, open_workload)
+    chat = choose_chat(tokenizer, args.ckpt_path, template=args.chat_template, thinking=args.thinking)
+    run = _Run(args, tuple(argv), name, chat, served, open_workload)
     with run.on_model() if args.runner == "model" else run.on_simulator() as (engine, opened, done):
-        tally = _serve(engine, opened, done)
+        tally = _serve(engine, opened, done, chat)
         interrupted = tally.states["aborted"] > 0 or tally.stopped
         if engine.tracer is not None:
-            engine.tracer.describe_workload(opened.workload.describe())
+            engine.tracer.describe_workload(_described(opened.workload, chat, tally))
         if interrupted:
             engine.mark_incomplete()
         folder = None if engine.tracer is None else engine.tracer.config.out
@@ -93,7 +98,7 @@ class _Run:
     args: argparse.Namespace
     argv: tuple[str, ...]
     name: str
-    tokenizer: Tokenizer
+    chat: Chat
     served: Served
     open_workload: Opener
 
@@ -104,7 +109,7 @@ class _Run:
         from dsatrace.engine.setup import load_model, open_engine
 
         setup = engine_setup_from_args(self.args)
-        check_vocabulary(self.tokenizer, setup.model_args().vocab_size)
+        check_vocabulary(self.chat.tokenizer, setup.model_args().vocab_size)
         with process_group(setup.device) as device:
             opened, resumed, seam = self._begin()
             trace = self._trace_config(resumed) if is_rank_0() else None
@@ -116,10 +121,11 @@ class _Run:
                 trace,
                 traced=not self.args.no_trace,
                 argv=self.argv,
-                tokenizer=self.tokenizer.name,
+                tokenizer=self.chat.tokenizer.name,
+                chat=opened.chat_form,
                 data_source=opened.description,
                 serving=self._serving("measured"),
-                stop_tokens=frozenset({self.tokenizer.eos_id}),
+                stop_tokens=self.chat.stop_tokens,
                 admission=self.served.admission,
                 clock=self.served.new_clock(seam.elapsed_s),
                 judge=self._judge(opened.workload) if is_rank_0() else None,
@@ -146,7 +152,8 @@ class _Run:
                 layouts=[CacheLayout("none", 0, 0)],
                 device="none: token simulator",
                 argv=self.argv,
-                tokenizer=self.tokenizer.name,
+                tokenizer=self.chat.tokenizer.name,
+                chat=opened.chat_form,
                 data_source=opened.description,
                 seed=setup.seed,
                 selections="none",
@@ -157,7 +164,7 @@ class _Run:
         )
         with open_simulator(
             max_seq_len=setup.max_seq_len or SIMULATED_MAX_SEQ_LEN,
-            end_token=self.tokenizer.eos_id,
+            end_token=min(self.chat.stop_tokens),
             respond=lambda request: opened.workload.recorded(request) or echo(request),
             max_batch_size=setup.max_batch_size,
             prefill_chunk=setup.prefill_chunk,
@@ -176,9 +183,11 @@ class _Run:
         """The workload, and where a resumed run goes on; its folder is rank 0's to change."""
         resumed = prepare_resume(self.args.resume) if self.args.resume and is_rank_0() else None
         seam = from_rank_0(lambda: Seam() if resumed is None else Seam.of(resumed))
-        opened = self.open_workload(self.args, self.tokenizer)
+        opened = self.open_workload(self.args, self.chat)
         if is_rank_0():
             print(opened.said)
+            if opened.chat_form == PLAIN_TEXT:
+                print(SAID_OF_PLAIN_TEXT, file=sys.stderr)
         return opened, resumed, seam
 
     def _trace_config(self, resumed: Resumed | None) -> TraceConfig:
@@ -198,11 +207,14 @@ class _Run:
         }
 
     def _judge(self, workload: Workload) -> Callable[[LiveRequest], float | None]:
-        return lambda live: workload.judge(live.request_id, self._text(live))
+        def judge(live: LiveRequest) -> float | None:
+            answer = self.chat.answer(live.answer) or []  # one that only thinks has not answered
+            return workload.judge(live.request_id, self.chat.tokenizer.decode(answer))
+
+        return judge
 
     def _text(self, live: LiveRequest) -> str:
-        """The answer without its end token."""
-        return self.tokenizer.decode_answer(live.answer)
+        return self.chat.text(live.answer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +239,7 @@ class _Tally:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     new_tokens: int = 0
+    num_only_thoughts: int = 0  # answers whose thoughts never ended
     seconds: float = 0.0
     stopped: bool = False
     first_failure: str | None = None
@@ -239,7 +252,15 @@ class _Tally:
         return line + (f"; {self.num_skipped} served before" if self.num_skipped else "")
 
 
-def _serve(engine: Engine, opened: Opened, done: frozenset[str]) -> _Tally:
+def _described(workload: Workload, chat: Chat, tally: _Tally) -> dict[str, Any]:
+    """What the workload says of itself; with thinking, also how many answers never came."""
+    described = workload.describe()
+    if chat.thinking:
+        described["counts"] = {**described["counts"], "only_thoughts": tally.num_only_thoughts}
+    return described
+
+
+def _serve(engine: Engine, opened: Opened, done: frozenset[str], chat: Chat) -> _Tally:
     """Serves what is not done yet, under a progress bar and until Ctrl-C."""
     tally, workload = _Tally(Counter()), opened.workload
 
@@ -262,6 +283,7 @@ def _serve(engine: Engine, opened: Opened, done: frozenset[str]) -> _Tally:
         for live in serve(engine, still_to_do()):
             workload.forget(live.request_id)
             tally.states[live.state] += 1
+            tally.num_only_thoughts += live.state in ("stop", "length") and chat.answer(live.answer) is None
             if live.state == "failed" and tally.first_failure is None:
                 tally.first_failure = live.error
             tally.prompt_tokens += live.prompt_len
@@ -299,6 +321,8 @@ def _say_what_came(folder: Path, tally: _Tally, tiers: str | None) -> None:
 
     console = Console(width=100)
     print(tally.text())
+    if tally.num_only_thoughts:
+        print(f"answers of thoughts alone, which never ended: {tally.num_only_thoughts}, judged as empty")
     if tiers is not None:
         print(tiers)
     if tally.first_failure is not None:

@@ -106,6 +106,7 @@ class RunInfo:
     device: str
     argv: Sequence[str] = ()
     tokenizer: str | None = None
+    chat: str | None = None  # how messages became prompts
     data_source: str | None = None  # embedded, a file, or a hub revision
     hbm_stand_in: str | None = None  # what plays HBM, where the device has none
     world_size: int = 1
@@ -156,6 +157,7 @@ def manifest(
         "cache_layout": run.layouts[0].name,
         "cache_layouts": [dataclasses.asdict(layout) for layout in run.layouts],
         "tokenizer": run.tokenizer,
+        "chat": run.chat,
         "data_source": None if run.data_source is None else redact_credentials(run.data_source),
         "device": run.device,
         "hbm_stand_in": run.hbm_stand_in,

@@ -24,6 +24,7 @@ _REMEDIES = {
     "model_config": "give the same --config",
     "cache_layout": "give the same --config",
     "tokenizer": "give the same --tokenizer",
+    "chat": "give the same --chat-template",
     "data_source": "give the same data",
     "device": "resume it on the same kind of device",
     "world_size": "start as many ranks as then",

@@ -12,7 +12,9 @@ tokens. Knows no training.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -51,13 +53,33 @@ class Measured:
     recall_due: tuple[float, ...] = ()  # a layer each
     chance: float | None = None  # k / N
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of `accuracy`, at 95 %."""
+        low, high = wilson_interval(self.accuracy / 100, self.num_examples)
+        return round(100 * low, 2), round(100 * high, 2)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "interval_95": self.interval}
+
     def line(self) -> str:
         """All of it for a person."""
+        low, high = self.interval
         text = f"{self.task:16} {self.length:6} {self.attention:9} {self.accuracy:6.1f} %"
+        text += f" ({low:.1f} to {high:.1f} at 95 %, {self.num_examples} prompts)"
         if self.chance is not None:
             whole, due = (" ".join(f"{r:.3f}" for r in each) for each in (self.recall, self.recall_due))
             text += f"  recall by layer {whole}, of the token due {due}, k/N {self.chance:.3f}"
         return text
+
+
+def wilson_interval(share: float, num: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `num` trials, by Wilson's score: true to 0 and to 1 as well."""
+    z = 1.959964  # the normal distribution's 97.5 % quantile
+    middle = share + z * z / (2 * num)
+    half = z * math.sqrt(share * (1 - share) / num + (z / (2 * num)) ** 2)
+    whole = 1 + z * z / num
+    return max(0.0, middle - half) / whole, (middle + half) / whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,8 +113,7 @@ def _deepseek(messages: Sequence[Message]) -> str:
         elif message.role == "user":
             parts += (USER, _defused(message.content), ASSISTANT)
         else:
-            thoughts, closed, answer = message.content.partition(END_THINK)
-            parts += (END_THINK, _defused(answer if closed else thoughts), EOS)
+            parts += (END_THINK, _defused(message.content), EOS)
     if messages[-1].role == "user":
         parts.append(END_THINK)
     return "".join(parts)

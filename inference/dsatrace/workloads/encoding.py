@@ -2,7 +2,8 @@
 
     <bos>{system}<User>{user}<Assistant></think>{answer}<eos><User>{user}<Assistant></think>
 
-Text and special tokens meet as ids, so nothing a user writes can become a special token.
+Text and special tokens meet as ids, so nothing that anybody wrote can become a special token,
+and an answer of before stands as it was recorded: `</think>` in it is text like any other.
 Knows no tool calls and no tokenizer of its own.
 
     encode_chat([Message("user", "Where is the needle?")], tokenizer, thinking=False)
@@ -11,13 +12,17 @@ Knows no tool calls and no tokenizer of its own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 from dsatrace.errors import UserError
 from dsatrace.workloads.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER
 
 Role = Literal["system", "user", "assistant"]
+
+
+Part = tuple[int, ...] | str
+"""A piece of a prompt: the form's own markup as ids, or a message's text."""
 
 
 class Vocabulary(Protocol):
@@ -41,31 +46,42 @@ def encode_chat(
 ) -> list[int]:
     """Ids of a conversation up to where the model's answer begins; the last message is the user's.
 
-    `thinking` opens the answer with `<think>`, else thinking is closed at once. Earlier
-    answers keep only what follows their thinking. `answer_prefix` is put into the model's
-    mouth, as RULER asks, and goes with `thinking=False` only.
+    `thinking` opens the answer with `<think>`, else thinking is closed at once. `answer_prefix`
+    is put into the model's mouth, as RULER asks, and goes with `thinking=False` only.
     """
-    _check(messages)
-    if thinking and answer_prefix:
-        raise UserError("an answer prefix needs thinking off: the answer would start inside the thoughts")
+    check_prompt(messages, thinking, answer_prefix)
+    parts = deepseek_parts(messages, vocabulary, thinking)
+    return join_parts([*parts, answer_prefix], vocabulary.encode)
+
+
+def deepseek_parts(messages: Sequence[Message], vocabulary: Vocabulary, thinking: bool) -> list[Part]:
+    """The conversation in DeepSeek's form, open where the answer begins."""
     special = vocabulary.special_id
-    ids = [special(BOS)]
+    parts: list[Part] = [(special(BOS),)]
     for message in messages:
         if message.role == "system":
-            ids += vocabulary.encode(message.content)
+            parts.append(message.content)
         elif message.role == "user":
-            ids += [special(USER), *vocabulary.encode(message.content), special(ASSISTANT)]
+            parts += ((special(USER),), message.content, (special(ASSISTANT),))
         else:
-            thoughts, closed, answer = message.content.partition(END_THINK)
-            answer = answer if closed else thoughts
-            ids += [special(END_THINK), *vocabulary.encode(answer), special(EOS)]
-    ids.append(special(THINK if thinking else END_THINK))
-    if answer_prefix:
-        ids += vocabulary.encode(answer_prefix)
-    return ids
+            parts += ((special(END_THINK),), message.content, (special(EOS),))
+    parts.append((special(THINK if thinking else END_THINK),))
+    return parts
 
 
-def _check(messages: Sequence[Message]) -> None:
+def join_parts(parts: Sequence[Part], encode_text: Callable[[str], list[int]]) -> list[int]:
+    """The ids of all parts; each message's text is encoded by itself."""
+    return [token for part in parts for token in (encode_text(part) if isinstance(part, str) else part)]
+
+
+def check_prompt(messages: Sequence[Message], thinking: bool, answer_prefix: str) -> None:
+    """Raises `UserError` unless a model can be asked for the next message."""
+    _check_order(messages)
+    if thinking and answer_prefix:
+        raise UserError("an answer prefix needs thinking off: the answer would start inside the thoughts")
+
+
+def _check_order(messages: Sequence[Message]) -> None:
     expected = "user"
     for i, message in enumerate(messages):
         if message.role not in ("system", "user", "assistant"):

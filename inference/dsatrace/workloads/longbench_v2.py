@@ -4,7 +4,7 @@ Rows are those of `zai-org/LongBench-v2`, from `data.json` or JSON lines. Knows 
 no hub.
 
     for row in LongBenchV2Loader("data.json"):
-        prompt = build_prompt(row, tokenizer, max_prompt_tokens=32_768)
+        prompt = build_prompt(row, chat, max_prompt_tokens=32_768)
         scores.add(row, answer_text)
 """
 
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.encoding import Message, Vocabulary, encode_chat
+from dsatrace.workloads.chat import Chat
+from dsatrace.workloads.encoding import Message
 from dsatrace.workloads.json_rows import read_json_rows
 from dsatrace.workloads.rows import BadRows, check_limit, choice_column, text_column
 from dsatrace.workloads.truncation import middle_cut
@@ -110,17 +111,16 @@ class LongBenchV2Prompt:
     question_cut: bool
 
 
-def build_prompt(
-    row: LongBenchV2Row, vocabulary: Vocabulary, max_prompt_tokens: int, thinking: bool = False
-) -> LongBenchV2Prompt:
+def build_prompt(row: LongBenchV2Row, chat: Chat, max_prompt_tokens: int) -> LongBenchV2Prompt:
     """The chat prompt of a row, at most `max_prompt_tokens` long, the template's own tokens included."""
-    room = max_prompt_tokens - len(encode_chat([Message("user", "")], vocabulary, thinking))
+    room = max_prompt_tokens - sum(chat.frame())
     if room < 2:
         raise UserError(f"max_prompt_tokens {max_prompt_tokens} leaves no room for a prompt; give more")
-    cutter = _MiddleCut(vocabulary, room)
-    ids = encode_chat([Message("user", prompt_text(row))], cutter, thinking)
-    question_cut = cutter.cut and len(vocabulary.encode(_question_text(row))) > room // 2
-    return LongBenchV2Prompt(tuple(ids), cutter.cut, question_cut)
+    text, encode = prompt_text(row), chat.tokenizer.encode
+    kept, cut = middle_cut(text, encode, room)
+    ids = chat.encode([Message("user", text)], encode_text=lambda _: kept)
+    question_cut = cut and len(encode(_question_text(row))) > room // 2
+    return LongBenchV2Prompt(tuple(ids), cut, question_cut)
 
 
 def prompt_text(row: LongBenchV2Row) -> str:
@@ -131,22 +131,6 @@ def prompt_text(row: LongBenchV2Row) -> str:
 def _question_text(row: LongBenchV2Row) -> str:
     choices = "\n".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, row.choices, strict=True))
     return _QUESTION.format(question=row.question, choices=choices)
-
-
-class _MiddleCut:
-    """A vocabulary whose text loses its middle, so that the chat template around it stays whole."""
-
-    def __init__(self, vocabulary: Vocabulary, num_tokens: int) -> None:
-        self._vocabulary = vocabulary
-        self._num_tokens = num_tokens
-        self.cut = False
-
-    def encode(self, text: str) -> list[int]:
-        ids, self.cut = middle_cut(text, self._vocabulary.encode, self._num_tokens)
-        return ids
-
-    def special_id(self, name: str) -> int:
-        return self._vocabulary.special_id(name)
 
 
 def extract_answer(text: str) -> str | None:

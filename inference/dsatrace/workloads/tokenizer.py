@@ -76,14 +76,17 @@ class Tokenizer:
         text = text.encode("utf-8", "replace").decode("utf-8")
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
+    def encode_markup(self, text: str) -> list[int]:
+        """Token ids of a chat template's own text: a special token's name in it is that token."""
+        self._backend.encode_special_tokens = False
+        try:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        finally:
+            self._backend.encode_special_tokens = True
+
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of the ids, special tokens written out; what is no UTF-8 becomes U+FFFD."""
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
-
-    def decode_answer(self, token_ids: Iterable[int]) -> str:
-        """The text of a model's answer: of the ids without the end token."""
-        eos = self.eos_id
-        return self.decode(token_id for token_id in token_ids if token_id != eos)
 
     def stream(self) -> StreamDecoder:
         return StreamDecoder(self)
@@ -95,11 +98,16 @@ class Tokenizer:
         token = self._backend.id_to_token(token_id)
         return _REPLACEMENT if token is None else bytes(_BYTE_OF[symbol] for symbol in token)
 
+    def added_id(self, name: str) -> int | None:
+        """The id of a special token by its text; None if the vocabulary has none."""
+        return self._ids.get(name)
+
     def special_id(self, name: str) -> int:
-        """The id of a special token such as `EOS`."""
-        if name not in self._ids:
+        """The id of a special token of DeepSeek's such as `EOS`."""
+        token_id = self.added_id(name)
+        if token_id is None:
             raise UserError(f"{self.source}: has no token {name}; use a DeepSeek-V3.1 or V3.2 tokenizer")
-        return self._ids[name]
+        return token_id
 
     def text(self) -> str:
         """For the manifest: its name and its digest."""

@@ -1,6 +1,6 @@
 """LongBench v2 as requests: zero-shot prompts cut in the middle, and 1 for the right letter.
 
-workload = LongBenchV2Workload(LongBenchV2Loader("data.json"), Asking(tokenizer, max_prompt_tokens=32_768))
+workload = LongBenchV2Workload(LongBenchV2Loader("data.json"), Asking(chat, max_prompt_tokens=32_768))
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class LongBenchV2Workload:
 
     def recorded(self, request: Request) -> tuple[int, ...]:
         right = self._open[request.request_id]
-        return tuple(self._asking.tokenizer.encode(f"The correct answer is ({right})"))
+        return self._asking.chat.as_generated(f"The correct answer is ({right})")
 
     def forget(self, request_id: str) -> None:
         del self._open[request_id]
@@ -67,9 +67,7 @@ class LongBenchV2Workload:
 
     def _request(self, row: LongBenchV2Row) -> Request:
         asking = self._asking
-        prompt = build_prompt(
-            row, asking.tokenizer, asking.max_prompt_tokens or MAX_PROMPT_TOKENS, asking.thinking
-        )
+        prompt = build_prompt(row, asking.chat, asking.max_prompt_tokens or MAX_PROMPT_TOKENS)
         self._counts["truncated"] += prompt.truncated
         self._counts["question_cut"] += prompt.question_cut
         return Request(

@@ -1,6 +1,8 @@
 """RULER as requests: the prompt as the user's turn, the answer prefix in the model's mouth.
 
-    workload = RulerWorkload(generate("niah_single_1", 2048, tokenizer, 10), Asking(tokenizer))
+A model that thinks is asked without the prefix: its answer would begin inside the thoughts.
+
+    workload = RulerWorkload(generate("niah_single_1", 2048, tokenizer, 10), Asking(chat))
 
 An answer's score is 0 to 100 by its task's metric; its tokens' places in the prompt go with the request.
 """
@@ -11,17 +13,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dsatrace.workloads.encoding import Message, encode_chat
+from dsatrace.workloads.encoding import Message
 from dsatrace.workloads.request import Request
 from dsatrace.workloads.rows import BadRows, check_limit
 from dsatrace.workloads.ruler.example import Example
 from dsatrace.workloads.ruler.positions import locate
 from dsatrace.workloads.ruler.score import score
 from dsatrace.workloads.served.workload import Asking
-
-TEMPLATE_TOKENS = 4
-"""What the chat form puts around prompt and prefix: <bos><User> ... <Assistant></think> ..."""
-_BEFORE_PROMPT = 2
 
 
 class RulerWorkload:
@@ -40,6 +38,7 @@ class RulerWorkload:
         check_limit("--limit", limit)
         self._examples = examples
         self._asking = asking
+        self._before_prompt, _ = asking.chat.frame()
         self._limit = limit
         self._bad_rows = bad_rows or BadRows()
         self._counts: Counter[tuple[str, int | None]] = Counter()
@@ -61,7 +60,7 @@ class RulerWorkload:
     def recorded(self, request: Request) -> tuple[int, ...]:
         """The references: what a perfect answer says."""
         references = self._open[request.request_id].references
-        return tuple(self._asking.tokenizer.encode(" " + ", ".join(references)))
+        return self._asking.chat.as_generated(" " + ", ".join(references))
 
     def forget(self, request_id: str) -> None:
         del self._open[request_id]
@@ -79,10 +78,11 @@ class RulerWorkload:
         }
 
     def _request(self, example: Example) -> Request:
-        tokenizer = self._asking.tokenizer
+        chat = self._asking.chat
         if example.answer_positions is None:
-            example = locate(example, tokenizer)
-        ids = encode_chat([Message("user", example.prompt)], tokenizer, answer_prefix=example.answer_prefix)
+            example = locate(example, chat.tokenizer)
+        prefix = "" if chat.thinking else example.answer_prefix
+        ids = chat.encode([Message("user", example.prompt)], prefix)
         places = sorted({p for place in example.answer_positions or () for p in place})
         length = "" if example.max_length is None else f".{example.max_length}"
         return Request(
@@ -92,5 +92,5 @@ class RulerWorkload:
             temperature=self._asking.temperature,
             source_row=example.row,
             labels={"task": example.task, **({"length": length[1:]} if length else {})},
-            needle_positions=tuple(p + _BEFORE_PROMPT for p in places),
+            needle_positions=tuple(p + self._before_prompt for p in places),
         )

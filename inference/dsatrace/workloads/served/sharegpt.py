@@ -1,6 +1,6 @@
 """ShareGPT as requests: a conversation up to its last user turn, or one request a user turn.
 
-    workload = ShareGPTWorkload(ShareGPTLoader("chats.json"), Asking(tokenizer), "per_user_turn")
+    workload = ShareGPTWorkload(ShareGPTLoader("chats.json"), Asking(chat), "per_user_turn")
 
 The history is the recorded one. Nobody judges the answers.
 """
@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from dsatrace.workloads.encoding import encode_chat
 from dsatrace.workloads.request import Request
 from dsatrace.workloads.rows import check_limit
 from dsatrace.workloads.served.workload import Asking
@@ -48,7 +47,7 @@ class ShareGPTWorkload:
     def recorded(self, request: Request) -> tuple[int, ...] | None:
         """None where the conversation ends with the user's turn."""
         answer = self._answers[request.request_id]
-        return tuple(self._asking.tokenizer.encode(answer)) or None
+        return self._asking.chat.as_generated(answer) if answer else None
 
     def forget(self, request_id: str) -> None:
         del self._answers[request_id]
@@ -66,7 +65,7 @@ class ShareGPTWorkload:
         asking = self._asking
         return Request(
             request_id=prompt.prompt_id,
-            prompt_token_ids=tuple(encode_chat(prompt.messages, asking.tokenizer, asking.thinking)),
+            prompt_token_ids=tuple(asking.chat.encode(prompt.messages)),
             max_new_tokens=asking.max_new_tokens or MAX_NEW_TOKENS,
             temperature=asking.temperature,
             source_row=prompt.source_row,

@@ -13,19 +13,18 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from dsatrace.errors import UserError
+from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.request import Request
-from dsatrace.workloads.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Asking:
     """How every row of a data set is asked. None leaves the choice to the data set."""
 
-    tokenizer: Tokenizer
+    chat: Chat
     max_new_tokens: int | None = None
     temperature: float = 0.0
     max_prompt_tokens: int | None = None  # template included; only data sets that cut prompts look at it
-    thinking: bool = False
 
     def __post_init__(self) -> None:
         for flag, value in (
@@ -53,10 +52,10 @@ class Workload(Protocol):
     def requests(self) -> Iterator[Request]: ...
 
     def judge(self, request_id: str, answer: str) -> float | None:
-        """The score of an answer's text; None where there is none."""
+        """The score of an answer's text, its thoughts cut off; None where there is none."""
 
     def recorded(self, request: Request) -> tuple[int, ...] | None:
-        """The answer that the data set records, in tokens, for runs without a model."""
+        """The answer that the data set records, as `Chat.as_generated` has it, for runs without a model."""
 
     def forget(self, request_id: str) -> None:
         """Drops what is kept of a request (references, a recorded answer): it has ended."""
