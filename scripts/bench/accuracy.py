@@ -132,6 +132,7 @@ class Comparison:
     def overall(self) -> list[str]:
         return [
             f"{float(self.difference.max() / self.logits.max()):.2%}",
+            f"{float(self.difference.amax(-1).median() / self.logits.max()):.2%}",
             f"{float(self.difference.mean() / self.logits.mean()):.2%}",
             f"{float(self.same_best.double().mean()):.1%}",
             *self.selections(self.same_set, self.common, self.margin),
@@ -149,7 +150,7 @@ class Comparison:
 
 
 SELECTIONS = ("same set", "common positions", "margin where they differ", "where they agree")
-OVERALL = ("against fp32", "logits, max", "mean", "same best token", *SELECTIONS)
+OVERALL = ("against fp32", "logits, max", "max of the median row", "mean", "same best token", *SELECTIONS)
 
 
 def models(checkpoint: Path, args: ModelArgs) -> Iterator[tuple[str, Transformer]]:
