@@ -4,6 +4,8 @@ The same prompts go through one model in each dtype, every row compared: logits 
 selections of every row that has more tokens behind it than it may select. fp8 weights are
 made from the checkpoint's as a released one's are, in blocks of 128 x 128. "fp8 weights" is fp32
 arithmetic on those, which tells what the weights' rounding changes from what the arithmetic does.
+Two more are fp32 with another choice: without the released model's roundings, and with another eps
+of the latent norms.
 Prints the tables of docs/accuracy.md.
 
     python3 scripts/bench/accuracy.py                   # needle-2k, which is trained
@@ -27,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.model.batch import Batch, Span
 from dsatrace.model.checkpoint import load_checkpoint
-from dsatrace.model.config import ModelArgs, WeightDtype
+from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs, WeightDtype
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.selection import Selection
 from dsatrace.model.tiny import quantise, write_checkpoint
@@ -161,6 +163,9 @@ def models(checkpoint: Path, args: ModelArgs) -> Iterator[tuple[str, Transformer
     fp8 = quantised(exact)
     yield "fp8", fp8
     yield "fp8 weights, fp32 arithmetic", dequantised(fp8)
+    yield "fp32, --numerics plain", loaded(checkpoint, dataclasses.replace(args, **PLAIN_NUMERICS), "fp32")
+    other_eps = dataclasses.replace(args, latent_norm_eps=1e-5)
+    yield "fp32, latent norms' eps 1e-5", loaded(checkpoint, other_eps, "fp32")
 
 
 def loaded(checkpoint: Path, args: ModelArgs, dtype: WeightDtype) -> Transformer:

@@ -24,7 +24,7 @@ IndexerType = Literal["full", "shared"]
 
 IGNORE_FLAG = "--ignore-config-key"
 
-PLAIN_NUMERICS = {"index_fp8": False, "index_hadamard": False, "latent_fp8": False}
+PLAIN_NUMERICS: dict[str, Any] = {"index_fp8": False, "index_hadamard": False, "latent_fp8": False}
 """Overrides that turn the released model's roundings off; transformers has none of them."""
 
 _CHOICES: dict[str, tuple[object, ...]] = {
