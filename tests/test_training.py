@@ -282,7 +282,7 @@ def test_the_shipped_checkpoint_answers_ten_held_out_needles(shipped):
     measured = [measure(shipped, tokenizer, task, 2048, 5) for task in ("niah_single_1", "niah_multikey_2")]
     assert shipped.args.index_topk <= 2048 // 8
     assert sum(each.accuracy for each in measured) / 2 >= 90
-    for each in measured:  # 15 steps each; the card's 0.98 and 0.97 are of 180
+    for each in measured:  # 15 steps each; the card's 0.97 and 0.96 are of 600
         assert each.chance <= 0.125
         assert max(each.recall_due) >= 0.85, each.line()
         assert max(each.recall) >= 0.6, each.line()
