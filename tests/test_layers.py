@@ -20,7 +20,7 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "kv": (BASE, {"numpy", "numba"}, {"memcache_hybrid", "mooncake"}),
     "model": (set(), {"torch", "safetensors"}, {"tilelang"}),
     "trace": (BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}, set()),
-    "workloads": (BASE, set(), {"tokenizers", "datasets", "huggingface_hub"}),
+    "workloads": (BASE, set(), {"tokenizers", "transformers", "datasets", "huggingface_hub"}),
     "training": (BASE | {"model", "workloads"}, {"torch", "safetensors"}, {"tokenizers"}),
     "engine": (BASE | {"model", "kv", "trace", "workloads"}, {"numpy"}, {"torch"}),
     "study": (BASE | {"kv", "trace", "workloads", "engine"}, {"numpy", "numba", "orjson"}, set()),
