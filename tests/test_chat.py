@@ -15,7 +15,7 @@ import pytest
 from checkpoints import endless_letters
 from conftest import INFERENCE
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.verify.run import verify
+from dsatrace.verify.run import verify
 from stores import valkey
 
 pexpect = pytest.importorskip("pexpect")

@@ -11,16 +11,15 @@ import torch
 
 from conftest import INFERENCE
 from dsatrace.engine.block_tables import new_pool
-from dsatrace.engine.cache_size import num_cache_blocks
 from dsatrace.engine.clock import VirtualClock
-from dsatrace.engine.config import EngineSetup
 from dsatrace.engine.engine import Engine
-from dsatrace.engine.model_runner import ModelRunner
-from dsatrace.engine.sampler import Sampler
+from dsatrace.engine.engine import serve as serve_arrivals
 from dsatrace.engine.scheduler import Scheduler
-from dsatrace.engine.serve import serve as serve_arrivals
-from dsatrace.engine.setup import load_model, open_engine
 from dsatrace.errors import UserError
+from dsatrace.runner.config import EngineSetup
+from dsatrace.runner.model_runner import ModelRunner
+from dsatrace.runner.sampler import Sampler
+from dsatrace.runner.setup import load_model, num_cache_blocks, open_engine
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.tracer import Tracer
 from dsatrace.workloads.request import Request

@@ -13,8 +13,8 @@ import pytest
 from conftest import INFERENCE
 from dsatrace import cli
 from dsatrace.commands.generate import main as generate
-from dsatrace.engine.model_runner import ModelRunner
-from dsatrace.engine.sampler import Sampler
+from dsatrace.runner.model_runner import ModelRunner
+from dsatrace.runner.sampler import Sampler
 from dsatrace.schema import LEVELS, Level
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.estimate import TraceLoad, draw_sample, estimate_sizes

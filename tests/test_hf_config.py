@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import INFERENCE, ROOT
-from dsatrace.engine.config import EngineSetup
 from dsatrace.errors import UserError
 from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs
 from dsatrace.model.hf_config import KEYS, QUANTIZATION_KEYS, ROPE_KEYS, hf_config
+from dsatrace.runner.config import EngineSetup
 from real_data import real_file
 
 PINNED_TRANSFORMERS = "5.24.0"

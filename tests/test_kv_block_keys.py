@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.kv.block_keys import KeyChain
-from dsatrace.kv.block_trace import BlockTrace
+from dsatrace.kv.simulation.block_trace import BlockTrace
 from trace_samples import SECRET
 
 PROMPTS = st.lists(

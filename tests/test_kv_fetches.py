@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsatrace.kv.fetches import (
+from dsatrace.kv.stores.interface import StoreStats
+from dsatrace.kv.tiers.fetches import (
     HBM,
     LOCAL,
     NUM_TIERS,
@@ -14,12 +15,11 @@ from dsatrace.kv.fetches import (
     FetchCounters,
     LayerFetch,
     StepFetches,
-    TierCounts,
     first_touches,
     layer_fetch,
     share_out,
 )
-from dsatrace.kv.stores.interface import StoreStats
+from dsatrace.kv.tiers.stack import tier_counts
 
 NUM_TOKENS = 32
 TOKEN_BYTES = 10
@@ -139,7 +139,7 @@ def test_a_step_keeps_the_recorded_rows_and_pads_to_the_top_k() -> None:
 
 def test_counts_of_tiers_and_of_layers_are_subtracted() -> None:
     stats = StoreStats(read_ops=5, stored_units=3, errors=1, corrupt_units=2, read_us=7.0, write_us=1.0)
-    after, before = TierCounts.of(9, 8, (None, stats, None)), TierCounts.of(4, 2, (None, StoreStats(), None))
+    after, before = tier_counts(9, 8, (None, stats, None)), tier_counts(4, 2, (None, StoreStats(), None))
     moved = after - before
     assert moved.evicted_units.tolist() == [5, 0, 0]
     assert moved.written_units.tolist() == [6, 3, 0]

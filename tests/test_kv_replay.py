@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsatrace.kv.block_trace import BlockTrace
 from dsatrace.kv.blocks import HIT, MISS
 from dsatrace.kv.policies.registry import make_policy
-from dsatrace.kv.replay import ReplayConfig, ReplayResult, replay
-from dsatrace.kv.replay_plain import replay_plain
+from dsatrace.kv.simulation.block_trace import BlockTrace
+from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, replay
+from dsatrace.kv.simulation.replay_plain import replay_plain
 
 TOKENS = st.lists(st.integers(0, 1), max_size=14)
 TRACES = st.builds(

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsatrace.kv.fetches import StepFetches
-from dsatrace.kv.offloaded_account import OffloadedTiers, in_token_order
-from dsatrace.kv.tiers import ResidentTiers, StepReads
+from dsatrace.kv.tiers.account import OffloadedTiers, ResidentTiers, StepReads, in_token_order
+from dsatrace.kv.tiers.fetches import StepFetches
 from trace_samples import LAYOUT
 
 RECORDS = st.lists(

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from dsatrace.schema import LEVELS
 from dsatrace.trace.summarize import summarize_runs
-from dsatrace.trace.verify.run import verify
+from dsatrace.verify.run import verify
 
 SLACK_BYTES = 200_000
 

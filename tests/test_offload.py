@@ -12,20 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.engine.block_tables import new_pool
-from dsatrace.engine.config import PREFETCH_KINDS, Granularity, PrefetchKind
 from dsatrace.engine.engine import Engine
-from dsatrace.engine.model_runner import ModelRunner
-from dsatrace.engine.offload.cache import OffloadedCache, unit_bytes
-from dsatrace.engine.offload.losses import UnitsLost
-from dsatrace.engine.sampler import Sampler
 from dsatrace.engine.scheduler import Scheduler
 from dsatrace.errors import UserError
-from dsatrace.kv.fetches import HBM, LOCAL, LayerFetch
 from dsatrace.kv.stores.memory import MemoryStore
-from dsatrace.kv.stores.stack import TierStack
+from dsatrace.kv.tiers.fetches import HBM, LOCAL, LayerFetch
+from dsatrace.kv.tiers.stack import TierStack
 from dsatrace.model.batch import Batch, Span
 from dsatrace.model.cache import KVCache
 from dsatrace.model.transformer import Transformer
+from dsatrace.runner.config import PREFETCH_KINDS, Granularity, PrefetchKind
+from dsatrace.runner.model_runner import ModelRunner
+from dsatrace.runner.offload.cache import OffloadedCache, unit_bytes
+from dsatrace.runner.offload.layer_units import UnitsLost
+from dsatrace.runner.sampler import Sampler
 from dsatrace.workloads.request import Request
 from models import SMALL, SelectionLog, prefill, random_model, random_tokens
 

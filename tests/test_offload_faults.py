@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.engine.block_tables import new_pool
-from dsatrace.engine.config import GRANULARITIES, PREFETCH_KINDS, Granularity, PrefetchKind
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.live import LiveRequest
-from dsatrace.engine.model_runner import ModelRunner
-from dsatrace.engine.offload.cache import OffloadedCache, tokens_of_unit, unit_bytes
-from dsatrace.engine.sampler import Sampler
 from dsatrace.engine.scheduler import Scheduler
-from dsatrace.kv.stores.stack import TierStack
+from dsatrace.kv.tiers.stack import TierStack
 from dsatrace.model.cache import KVCache
+from dsatrace.runner.config import GRANULARITIES, PREFETCH_KINDS, Granularity, PrefetchKind
+from dsatrace.runner.model_runner import ModelRunner
+from dsatrace.runner.offload.cache import OffloadedCache, tokens_of_unit, unit_bytes
+from dsatrace.runner.sampler import Sampler
 from dsatrace.workloads.request import Request
 from flaky_store import FlakyStore
 from models import SMALL, random_model, random_tokens

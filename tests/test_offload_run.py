@@ -19,14 +19,14 @@ import torch
 
 from checkpoints import endless_letters
 from conftest import INFERENCE
-from dsatrace.engine.config import EngineSetup, OffloadSetup
 from dsatrace.engine.live import LiveRequest
-from dsatrace.engine.setup import load_model, open_engine
 from dsatrace.errors import UserError
 from dsatrace.model.transformer import Transformer
+from dsatrace.runner.config import EngineSetup, OffloadSetup
+from dsatrace.runner.setup import load_model, open_engine
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.verify.run import verify
+from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
 from models import random_tokens
 from stores import mooncake, valkey

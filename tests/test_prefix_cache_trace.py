@@ -18,12 +18,12 @@ from dsatrace.commands.run_dataset import main as run_dataset
 from dsatrace.engine.block_tables import new_pool
 from dsatrace.engine.clock import VirtualClock
 from dsatrace.engine.engine import Engine
-from dsatrace.engine.model_runner import ModelRunner
-from dsatrace.engine.sampler import Sampler
 from dsatrace.engine.scheduler import Scheduler
 from dsatrace.errors import UserError
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.model.transformer import Transformer
+from dsatrace.runner.model_runner import ModelRunner
+from dsatrace.runner.sampler import Sampler
 from dsatrace.schema import (
     MANIFEST_FILE,
     REQUEST_FIELDS,
@@ -38,8 +38,8 @@ from dsatrace.trace.manifest import PrefixSource, RunInfo, write_json
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.tracer import Tracer
-from dsatrace.trace.verify.mismatch import Mismatch
-from dsatrace.trace.verify.run import verify
+from dsatrace.verify.mismatch import Mismatch
+from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
 from golden_run import read_lines, write_lines
 from models import SMALL, random_model, random_tokens

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 
 from dsatrace.engine.block_tables import new_pool
 from dsatrace.engine.clock import VirtualClock
-from dsatrace.engine.engine import Engine
+from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.live import LiveRequest
+from dsatrace.engine.runner import Step
 from dsatrace.engine.scheduler import Admission, Scheduler
-from dsatrace.engine.serve import serve
 from dsatrace.engine.simulator import StepTime, TokenSimulator, replay
-from dsatrace.engine.step import Step
 from dsatrace.workloads.request import Request
 
 END = 9

@@ -23,9 +23,9 @@ from dsatrace.trace.files import LineFile
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.resume import prepare_resume
 from dsatrace.trace.tracer import Tracer
-from dsatrace.trace.verify.mismatch import Mismatch
-from dsatrace.trace.verify.run import verify
 from dsatrace.trace.writer import TraceWriterError
+from dsatrace.verify.mismatch import Mismatch
+from dsatrace.verify.run import verify
 from resume_samples import (
     INFO,
     OUTPUTS,

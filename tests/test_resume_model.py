@@ -15,12 +15,12 @@ import torch
 
 from conftest import INFERENCE, ROOT
 from dsatrace.engine.engine import Engine
-from dsatrace.engine.setup import EngineSetup, load_model, open_engine
+from dsatrace.runner.setup import EngineSetup, load_model, open_engine
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.trace.summarize import summarize_runs
-from dsatrace.trace.verify.run import verify
+from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
 from resume_samples import answers_of, check_summary, records_of
 

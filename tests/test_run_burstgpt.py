@@ -16,7 +16,7 @@ from conftest import INFERENCE, ROOT
 from dsatrace.commands.run_burstgpt import main
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.verify.run import verify
+from dsatrace.verify.run import verify
 from real_data import real_file
 
 CONFIG = INFERENCE / "config_tiny.json"

@@ -20,7 +20,7 @@ from dsatrace.commands.run_dataset import main
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.schema import TABLES, problems
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.verify.run import verify
+from dsatrace.verify.run import verify
 from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.samples import sample_file
 from real_data import real_file

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.verify.run import verify
+from dsatrace.verify.run import verify
 
 CONFIG = "inference/config_tiny.json"
 SCRIPTS = {

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from dsatrace.engine.block_tables import new_pool
 from dsatrace.engine.clock import VirtualClock
+from dsatrace.engine.engine import serve
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.scheduler import Admission, Scheduler
-from dsatrace.engine.serve import serve
 from dsatrace.engine.simulator import StepTime, open_simulator, replay
 from dsatrace.workloads.request import Request
 

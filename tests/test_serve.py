@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from dsatrace.engine.clock import MAX_SLEEP_NS, RealClock, VirtualClock, to_ns
-from dsatrace.engine.engine import Engine
+from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.ranks import Word
-from dsatrace.engine.serve import serve
 from dsatrace.engine.simulator import StepTime, open_simulator
 from dsatrace.errors import UserError
 from dsatrace.workloads.request import Request

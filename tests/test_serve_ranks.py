@@ -10,11 +10,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dsatrace.engine.clock import RealClock, to_ns
-from dsatrace.engine.distributed import BroadcastRanks, choose_ranks
+from dsatrace.engine.engine import serve
 from dsatrace.engine.ranks import SingleProcess, Word
-from dsatrace.engine.serve import serve
 from dsatrace.engine.simulator import StepTime, open_simulator
 from dsatrace.model.parallel import ParallelGroup
+from dsatrace.runner.distributed import BroadcastRanks, choose_ranks
 from dsatrace.workloads.request import Request
 
 ARRIVALS = (0.0, 0.01, 0.02, 0.3, 1000.0)

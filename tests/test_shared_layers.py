@@ -22,13 +22,13 @@ import torch.multiprocessing as mp
 from conftest import INFERENCE
 from dsatrace import cli
 from dsatrace.commands.report import main as report
-from dsatrace.engine.config import EngineSetup, OffloadSetup
 from dsatrace.engine.engine import Engine
-from dsatrace.engine.setup import open_engine
 from dsatrace.errors import UserError
-from dsatrace.kv.tiers import default_tiers
+from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.transformer import Transformer
+from dsatrace.runner.config import EngineSetup, OffloadSetup
+from dsatrace.runner.setup import open_engine
 from dsatrace.schema import LEVELS, problems
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.estimate import TraceLoad, draw_sample
@@ -39,7 +39,7 @@ from dsatrace.trace.reader import RunReader
 from dsatrace.trace.records import RecordDeriver, step_lines
 from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.trace.summarize import summarize_runs
-from dsatrace.trace.verify.run import verify
+from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
 from golden_run import write_golden
 from models import SMALL, random_model, random_tokens

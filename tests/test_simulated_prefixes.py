@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from dsatrace.engine.simulated_prefixes import NO_TOKEN, PrefixHits, simulate_prefixes
 from dsatrace.errors import UserError
-from dsatrace.kv.block_trace import BlockTrace
-from dsatrace.kv.replay import ReplayConfig, ReplayResult, replay
+from dsatrace.kv.simulation.block_trace import BlockTrace
+from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, replay
 from real_data import oracle_file, real_file
 
 TOKENS = st.lists(st.integers(0, 1), max_size=14)

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import INFERENCE
 from dsatrace.engine.clock import VirtualClock
-from dsatrace.engine.serve import serve
+from dsatrace.engine.engine import serve
 from dsatrace.engine.simulator import StepTime, open_simulator, replay
 from dsatrace.errors import UserError
 from dsatrace.workloads.request import Request
@@ -96,7 +96,7 @@ NO_TORCH = """
 import sys
 sys.modules["torch"] = None  # importing it raises
 from dsatrace.commands.arguments import add_engine_arguments
-from dsatrace.engine.serve import serve
+from dsatrace.engine.engine import serve
 from dsatrace.engine.simulator import open_simulator
 from dsatrace.workloads.request import Request
 

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.kv.block_trace import BlockTrace
 from dsatrace.kv.policies.simulate import simulate
-from dsatrace.kv.replay import ReplayConfig, ReplayResult
+from dsatrace.kv.simulation.block_trace import BlockTrace
+from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult
 from dsatrace.study.accesses import ACCESSES_FILE, REQUESTS_FILE, Accesses, read_accesses, write_accesses
 from dsatrace.study.block_traces import block_trace
 from dsatrace.study.output_folder import check_output, file_labels, open_study

@@ -16,7 +16,7 @@ from dsatrace.commands.study.sweep import main
 from dsatrace.errors import UserError
 from dsatrace.kv.policies.registry import POLICIES
 from dsatrace.kv.policies.simulate import simulate
-from dsatrace.kv.replay import ReplayConfig, replay
+from dsatrace.kv.simulation.replay import ReplayConfig, replay
 from dsatrace.study.accesses import Accesses, write_accesses
 from dsatrace.study.block_traces import block_trace
 from dsatrace.study.requests import StudyRequests

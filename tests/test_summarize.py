@@ -15,7 +15,7 @@ from dsatrace.schema import LEVELS, STEPS_FILE, SUMMARY_FIELDS, problems
 from dsatrace.trace import summarize
 from dsatrace.trace.overlap import SelectionOverlap
 from dsatrace.trace.summarize import summarize_runs
-from dsatrace.trace.verify.run import verify
+from dsatrace.verify.run import verify
 from golden_run import SERVING, GoldenRequest, write_golden
 from test_trace_summary import close
 

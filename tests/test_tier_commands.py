@@ -18,7 +18,7 @@ from dsatrace.commands.generate import main as generate
 from dsatrace.commands.run_burstgpt import main as run_burstgpt
 from dsatrace.commands.run_dataset import main as run_dataset
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.verify.run import verify
+from dsatrace.verify.run import verify
 from stores import free_port, valkey
 
 PROMPTS = ("The lighthouse keeper counted 41 ships. " * 10, "Which ship was the last?")

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from dsatrace.engine.block_tables import new_pool
 from dsatrace.engine.clock import NS_PER_S, VirtualClock
 from dsatrace.engine.engine import Engine
-from dsatrace.engine.runner import BlocksLost, OnTierError
+from dsatrace.engine.runner import BlocksLost, OnTierError, Step
 from dsatrace.engine.scheduler import MAX_RECOMPUTES, Scheduler
-from dsatrace.engine.step import Step
 from dsatrace.workloads.request import Request
 from test_prefix_caching import TIMES, Case, SlotKeeper, answers, cases, checked
 

@@ -20,7 +20,7 @@ from dsatrace.commands.generate import main as generate
 from dsatrace.commands.run_dataset import main
 from dsatrace.engine.engine import Engine
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.verify.run import verify
+from dsatrace.verify.run import verify
 from resume_samples import OF_THE_MOMENT, answers_of
 from stores import valkey
 

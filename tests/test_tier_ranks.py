@@ -17,12 +17,12 @@ import torch.distributed.run
 from command_runs import recording
 from conftest import INFERENCE, ROOT
 from dsatrace.commands import generate, run_burstgpt, run_dataset
-from dsatrace.engine.config import OffloadSetup
-from dsatrace.engine.offload.opening import open_tiers
 from dsatrace.kv.stores.memory import MemoryStore
 from dsatrace.model.convert import convert_checkpoint
+from dsatrace.runner.config import OffloadSetup
+from dsatrace.runner.offload.opening import open_tiers
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.verify.run import verify
+from dsatrace.verify.run import verify
 from stores import valkey
 
 PROMPTS = "A ferry left the quay with hardly anyone on deck. " * 8 + "\n\nWhere to?\n"
@@ -102,7 +102,7 @@ def test_ranks_have_files_of_their_own(
         specs.append(spec)
         return MemoryStore(unit_bytes, units)
 
-    monkeypatch.setattr("dsatrace.engine.offload.opening.open_store", open_memory)
+    monkeypatch.setattr("dsatrace.runner.offload.opening.open_store", open_memory)
     offload = OffloadSetup(hbm_blocks=1, local=local, remote=remote)
     shape = {"num_layers": 2, "num_blocks": 4, "units_per_block": 1}
     open_tiers(offload, 64, **shape, suffix=".rank1").close()

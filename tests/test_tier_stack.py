@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.kv.residency import TIER_POLICIES
 from dsatrace.kv.stores.interface import Store, unit_keys
 from dsatrace.kv.stores.memory import MemoryStore
-from dsatrace.kv.stores.stack import LOCAL, LOST, REMOTE, TierStack
+from dsatrace.kv.tiers.residency import TIER_POLICIES
+from dsatrace.kv.tiers.stack import LOCAL, LOST, REMOTE, TierStack
 from dsatrace.schema import TIER_NAMES
 from flaky_store import FlakyStore
 from stores import opener_of, valkey, valkey_server

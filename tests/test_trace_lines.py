@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsatrace.kv.tiers import default_tiers
+from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.trace import kernels as kernels_module
 from dsatrace.trace.json_lines import Choice, LineEncoder, Runs
 from dsatrace.trace.kernels import compile_kernels

@@ -15,10 +15,10 @@ import pytest
 
 from dsatrace.engine.block_tables import new_pool
 from dsatrace.engine.engine import Engine
-from dsatrace.engine.model_runner import ModelRunner
-from dsatrace.engine.sampler import Sampler
 from dsatrace.engine.scheduler import Scheduler
 from dsatrace.errors import UserError
+from dsatrace.runner.model_runner import ModelRunner
+from dsatrace.runner.sampler import Sampler
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.sinks import open_sinks
 from dsatrace.trace.tracer import Tracer

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from dsatrace.schema import REQUESTS_FILE, SUMMARY_FIELDS, SUMMARY_FILE, Field, problems
 from dsatrace.trace.manifest import RunInfo
-from dsatrace.trace.plain.requests import PlainRequests
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.request_totals import RequestTotals
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.tracer import Tracer
-from dsatrace.trace.verify.mismatch import Mismatch
-from dsatrace.trace.verify.run import verify
+from dsatrace.verify.mismatch import Mismatch
+from dsatrace.verify.requests import PlainRequests
+from dsatrace.verify.run import verify
 from golden_run import SERVING, read_lines, write_lines
 from trace_samples import LAYOUT, SECRET, SampleRequest, config_for
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsatrace.kv.tiers import default_tiers
+from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.schema import SUMMARY_FIELDS, problems
 from dsatrace.trace.baselines import uniform_blocks
 from dsatrace.trace.histogram import Histogram, ValueCounts
-from dsatrace.trace.plain.summary import summarize
 from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.summary import Summary, TracingCost
+from dsatrace.verify.plain_summary import summarize
 from trace_samples import LAYOUT, config_for, plain_records, sample_capture, sample_needles
 
 SIZES = (16, 24, 64)

@@ -20,9 +20,9 @@ from dsatrace.schema import LEVELS, REQUESTS_FILE, STEP_FIELDS, STEPS_FILE, Fiel
 from dsatrace.trace.config import is_sampled
 from dsatrace.trace.manifest import write_json
 from dsatrace.trace.summarize import summarize_runs
-from dsatrace.trace.verify.mismatch import Mismatch
-from dsatrace.trace.verify.rules import Rules
-from dsatrace.trace.verify.run import verify
+from dsatrace.verify.mismatch import Mismatch
+from dsatrace.verify.rules import Rules
+from dsatrace.verify.run import verify
 from golden_run import REQUESTS, SERVING, read_lines, write_golden, write_lines
 
 WITH_SCORES = {"store_scores": True, "keep_order": True}
@@ -517,7 +517,7 @@ def test_it_needs_nothing_installed(tmp_path: Path) -> None:
 
 
 def test_it_shares_nothing_with_the_writer_but_the_schema() -> None:
-    program = "import sys, dsatrace.trace.verify.run; print(*(m for m in sys.modules if m[:8] == 'dsatrace'))"
+    program = "import sys, dsatrace.verify.run; print(*(m for m in sys.modules if m[:8] == 'dsatrace'))"
     command = [sys.executable, "-S", "-c", program]
     done = subprocess.run(command, cwd=INFERENCE, capture_output=True, text=True, check=True)
     plain = (

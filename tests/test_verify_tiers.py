@@ -14,8 +14,8 @@ from dsatrace.errors import UserError
 from dsatrace.schema import LEVELS, OFFLOADED_FETCH, REQUESTS_FILE, STEPS_FILE, TIER_NAMES
 from dsatrace.trace.manifest import write_json
 from dsatrace.trace.summarize import summarize_runs
-from dsatrace.trace.verify.mismatch import Mismatch
-from dsatrace.trace.verify.run import verify
+from dsatrace.verify.mismatch import Mismatch
+from dsatrace.verify.run import verify
 from golden_run import REQUESTS, read_lines, write_golden, write_lines
 from test_verify import key_paths, leaves, number_paths, spoilt
 from tier_samples import LATENT, SETUPS

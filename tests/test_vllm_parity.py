@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsatrace.kv.block_trace import BlockTrace
-from dsatrace.kv.replay import ReplayConfig, ReplayResult, replay
-from dsatrace.kv.replay_plain import replay_plain
+from dsatrace.kv.simulation.block_trace import BlockTrace
+from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, replay
+from dsatrace.kv.simulation.replay_plain import replay_plain
 from real_data import oracle_file, real_file
 from vllm_manager import RealManager
 

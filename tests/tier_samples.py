@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dsatrace.kv.fetches import StepFetches
+from dsatrace.kv.tiers.fetches import StepFetches
 from dsatrace.schema import TIER_NAMES
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.manifest import PoolSetup, TierSetup

@@ -15,8 +15,8 @@ from dsatrace.schema import LEVELS, TIER_NAMES
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.manifest import RunInfo, TierSetup
-from dsatrace.trace.plain.record import PlainSelection, step_record
-from dsatrace.trace.plain.tiers import PlainFetches
+from dsatrace.verify.plain_record import PlainSelection, step_record
+from dsatrace.verify.plain_tiers import PlainFetches
 
 LAYOUT = CacheLayout("demo", 1152, 132)
 WAYS: list[dict[str, Any]] = [

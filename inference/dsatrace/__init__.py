@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dsatrace.version import __version__
+
 if TYPE_CHECKING:
     from dsatrace.kv.prefix import PrefixCacheAnalyzer
     from dsatrace.model.attention import MLA
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from dsatrace.workloads.request_generator import RequestGenerator
     from dsatrace.workloads.sharegpt import ShareGPTLoader
 
-__version__ = "0.1.0"
 __all__ = [
     "MLA",
     "ChatTemplateFormatter",

@@ -20,6 +20,9 @@ SCHEMA_VERSION = 1
 
 Level = Literal["full", "blocks", "stats"]
 LEVELS: tuple[Level, ...] = ("full", "blocks", "stats")
+LatencyKind = Literal["none", "measured", "modelled"]
+"""How a tier's time was had: it has none of its own, a clock, or a model."""
+
 TIER_NAMES = ("hbm", "local_pool", "remote_pool")
 TIER_CHOICES = {
     "granularity": ("block", "row"),

@@ -36,7 +36,6 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
-from dsatrace.engine.setup import EngineSetup
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.model.batch import Batch, Span
 from dsatrace.model.checkpoint import load_checkpoint
@@ -44,6 +43,7 @@ from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.tiny import write_checkpoint
 from dsatrace.model.transformer import Transformer
+from dsatrace.runner.setup import EngineSetup
 
 CONFIG = Path(__file__).resolve().parents[2] / "inference" / "config_tiny.json"
 THEIRS_UP_TO = 8192  # tokens; at 32K transformers would need some 50 GB

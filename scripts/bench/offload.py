@@ -44,13 +44,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
-from dsatrace.engine.config import PREFETCH_KINDS, Granularity, OffloadSetup, PrefetchKind
-from dsatrace.engine.offload.cache import OffloadedCache, tokens_of_unit, unit_bytes
-from dsatrace.engine.offload.opening import open_tiers
 from dsatrace.errors import UserError, exits_cleanly
-from dsatrace.kv.fetches import HBM, LOCAL, FetchCounters, LayerFetch
-from dsatrace.kv.residency import TIER_POLICIES
 from dsatrace.kv.stores.interface import StoreStats
+from dsatrace.kv.tiers.fetches import HBM, LOCAL, FetchCounters, LayerFetch
+from dsatrace.kv.tiers.residency import TIER_POLICIES
 from dsatrace.model.batch import Batch, Span
 from dsatrace.model.cache import KVCache
 from dsatrace.model.checkpoint import load_checkpoint
@@ -58,6 +55,9 @@ from dsatrace.model.config import ModelArgs
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.selection import Selection
 from dsatrace.model.transformer import Transformer
+from dsatrace.runner.config import PREFETCH_KINDS, Granularity, OffloadSetup, PrefetchKind
+from dsatrace.runner.offload.cache import OffloadedCache, tokens_of_unit, unit_bytes
+from dsatrace.runner.offload.opening import open_tiers
 from dsatrace.training.samples import Talk
 from dsatrace.workloads.ruler import texts
 from dsatrace.workloads.ruler.generator import generate

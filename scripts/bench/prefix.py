@@ -39,10 +39,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from dsatrace.kv.block_keys import KeyChain
-from dsatrace.kv.block_trace import BlockTrace
 from dsatrace.kv.blocks import BlockPool, OutOfBlocks
 from dsatrace.kv.prefix_pool import HeldBlocks, PrefixPool
-from dsatrace.kv.replay import ReplayConfig, replay
+from dsatrace.kv.simulation.block_trace import BlockTrace
+from dsatrace.kv.simulation.replay import ReplayConfig, replay
 
 SECRET = b"a benchmark has no secrets......"
 VOCABULARY = 128_000

@@ -32,9 +32,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
-from dsatrace.engine.engine import Engine
+from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.scheduler import Admission
-from dsatrace.engine.serve import serve
 from dsatrace.engine.simulator import StepTime, open_simulator
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.workloads.burstgpt import Replay
@@ -137,10 +136,10 @@ class ModelServer:
     def __init__(self, config: Path) -> None:
         import torch
 
-        from dsatrace.engine.config import EngineSetup
-        from dsatrace.engine.setup import load_model
         from dsatrace.model.convert import convert_checkpoint
         from dsatrace.model.tiny import write_checkpoint
+        from dsatrace.runner.config import EngineSetup
+        from dsatrace.runner.setup import load_model
 
         self.device = torch.device("cpu")
         with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +160,7 @@ class ModelServer:
 
     def serve(self, requests: Sequence[Request], batch_size: int | None) -> tuple[Served, list[list[int]]]:
         """All at once, `batch_size` at a time; for None each one when the last has ended."""
-        from dsatrace.engine.setup import open_engine
+        from dsatrace.runner.setup import open_engine
 
         longest = max(len(r.prompt_token_ids) + r.max_new_tokens for r in requests)
         setup = dataclasses.replace(self.setup, max_batch_size=batch_size or 1)

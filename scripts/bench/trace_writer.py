@@ -37,7 +37,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
 from dsatrace.kv.layout import CacheLayout
-from dsatrace.kv.tiers import default_tiers
+from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.model.batch import Batch, Span
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.selection import Selection

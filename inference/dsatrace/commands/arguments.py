@@ -8,7 +8,9 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from dsatrace.engine.config import (
+from dsatrace.errors import UserError
+from dsatrace.model.config import IGNORE_FLAG
+from dsatrace.runner.config import (
     GRANULARITIES,
     NUMERICS,
     ON_TIER_ERROR,
@@ -16,8 +18,6 @@ from dsatrace.engine.config import (
     EngineSetup,
     OffloadSetup,
 )
-from dsatrace.errors import UserError
-from dsatrace.model.config import IGNORE_FLAG
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:

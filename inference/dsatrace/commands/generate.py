@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from dsatrace.commands.chat import chat as converse
     from dsatrace.commands.serving import Serving, answer_prompts
-    from dsatrace.engine.distributed import process_group
-    from dsatrace.engine.setup import load_model
     from dsatrace.model.parallel import ParallelGroup
+    from dsatrace.runner.distributed import process_group
+    from dsatrace.runner.setup import load_model
     from dsatrace.workloads.chat import PLAIN_TEXT, SAID_OF_PLAIN_TEXT, choose_chat
     from dsatrace.workloads.tokenizer import check_vocabulary, load_tokenizer
 

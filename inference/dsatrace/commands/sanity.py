@@ -22,8 +22,8 @@ from dsatrace.kv.layout import CacheLayout
 from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE, encode
 from dsatrace.trace.config import TraceConfig, check_run_folder, default_run_folder
 from dsatrace.trace.manifest import RunInfo, manifest, write_json
-from dsatrace.trace.plain.record import PlainSelection, step_record
-from dsatrace.trace.plain.summary import summarize
+from dsatrace.verify.plain_record import PlainSelection, step_record
+from dsatrace.verify.plain_summary import summarize
 
 TOP_K = 64
 NUM_LAYERS = 4

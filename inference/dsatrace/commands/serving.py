@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dsatrace.commands.interrupt import on_interrupt
-from dsatrace.engine.config import EngineSetup
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.live import LiveRequest
-from dsatrace.engine.setup import open_engine
 from dsatrace.model.transformer import Transformer
+from dsatrace.runner.config import EngineSetup
+from dsatrace.runner.setup import open_engine
 from dsatrace.trace.config import TraceConfig
 from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.encoding import Message

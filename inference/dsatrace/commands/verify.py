@@ -13,8 +13,8 @@ from pathlib import Path
 from dsatrace.commands.progress import bytes_bar
 from dsatrace.errors import exits_cleanly
 from dsatrace.schema import STEPS_FILE
-from dsatrace.trace.verify.mismatch import Mismatch
-from dsatrace.trace.verify.run import verify
+from dsatrace.verify.mismatch import Mismatch
+from dsatrace.verify.run import verify
 
 
 @exits_cleanly

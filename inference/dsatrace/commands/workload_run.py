@@ -22,11 +22,10 @@ from dsatrace.commands.arguments import engine_setup_from_args
 from dsatrace.commands.interrupt import on_interrupt
 from dsatrace.commands.progress import Advance, requests_bar
 from dsatrace.engine.clock import Clock, RealClock, VirtualClock
-from dsatrace.engine.engine import Engine
+from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.ranks import from_rank_0, is_rank_0
 from dsatrace.engine.scheduler import Admission
-from dsatrace.engine.serve import serve
 from dsatrace.trace.config import TraceConfig, trace_config_from_args
 from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.workloads.chat import PLAIN_TEXT, SAID_OF_PLAIN_TEXT, Chat, choose_chat
@@ -105,8 +104,8 @@ class _Run:
     @contextlib.contextmanager
     def on_model(self) -> Iterator[tuple[Engine, Opened, frozenset[str]]]:
         """Engine, workload and the requests that are done, in the process group of all ranks."""
-        from dsatrace.engine.distributed import process_group
-        from dsatrace.engine.setup import load_model, open_engine
+        from dsatrace.runner.distributed import process_group
+        from dsatrace.runner.setup import load_model, open_engine
 
         setup = engine_setup_from_args(self.args)
         check_vocabulary(self.chat.tokenizer, setup.model_args().vocab_size)

@@ -22,10 +22,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 
-from ..kv.block_keys import KeyChain
-from ..kv.blocks import BlockPool, blocks_needed
-from ..kv.prefix_pool import PrefixPool
-from .live import LiveRequest
+from dsatrace.engine.live import LiveRequest
+from dsatrace.kv.block_keys import KeyChain
+from dsatrace.kv.blocks import BlockPool, blocks_needed
+from dsatrace.kv.prefix_pool import PrefixPool
 
 
 def new_pool(num_blocks: int, block_size: int, prefix_caching: bool) -> PrefixPool:

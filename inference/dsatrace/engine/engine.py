@@ -14,16 +14,21 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..workloads.request import Request
-from .clock import NS_PER_S, Clock, RealClock
-from .live import LiveRequest
-from .ranks import Ranks, SingleProcess, Word
-from .runner import BlocksLost, OnTierError, Runner
-from .scheduler import Scheduler
-from .step import Step
+from dsatrace.engine.clock import NS_PER_S, Clock, RealClock
+from dsatrace.engine.live import LiveRequest
+from dsatrace.engine.ranks import Ranks, SingleProcess, Word
+from dsatrace.engine.runner import BlocksLost, OnTierError, Runner, Step
+from dsatrace.engine.scheduler import Scheduler
+from dsatrace.workloads.request import Request
 
 if TYPE_CHECKING:
-    from ..trace.tracer import Tracer
+    from dsatrace.trace.tracer import Tracer
+
+
+from collections.abc import Iterable
+
+from dsatrace.engine.clock import to_ns
+from dsatrace.errors import UserError
 
 Judge = Callable[[LiveRequest], float | None]
 """The task's score of a served request; None where it has none."""
@@ -221,3 +226,72 @@ class Engine:
             score=live.score,
             text=self.answer_text(live) if self.answer_text else None,
         )
+
+
+BATCHES_AHEAD = 2
+"""Requests that have arrived are pulled until so many batches wait; the source keeps the others."""
+
+
+def serve(engine: Engine, requests: Iterable[Request]) -> Iterator[LiveRequest]:
+    """Yields every request when it has ended, rejected ones too, in the order of their ends.
+
+    `requests` must be sorted by `arrival_s`; under tensor parallel every rank is given the
+    same. After `engine.request_abort()` what was running and waiting comes as `aborted`, and
+    no more requests are pulled.
+    """
+    arrivals = _Arrivals(requests)
+    max_waiting = BATCHES_AHEAD * engine.scheduler.max_batch_size
+    engine.wait_until(0)  # agrees on the time before anything is decided by it
+    while True:
+        while len(engine.scheduler.waiting) < max_waiting and arrivals.next_is_here(engine.clock.now_ns):
+            live = engine.submit(arrivals.pull())
+            if live.ended:
+                yield live
+        if engine.scheduler.has_work:
+            progress = engine.step(arrivals.next_ns)
+        elif arrivals.next_ns is not None:
+            progress = engine.wait_until(arrivals.next_ns)
+        else:
+            return
+        yield from progress.ended
+        if progress.aborted:
+            return
+
+
+class _Arrivals:
+    """The requests still to come. The source is asked for one more only when somebody looks."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self._source = iter(requests)
+        self._next: Request | None = None
+        self._next_ns: int | None = None
+        self._last: Request | None = None
+        self._exhausted = False
+
+    @property
+    def next_ns(self) -> int | None:
+        """When the next request arrives; None when there is none."""
+        if self._next is None and not self._exhausted:
+            self._next = next(self._source, None)
+            self._exhausted = self._next is None
+            self._next_ns = None if self._next is None else to_ns(self._next.arrival_s)
+            self._check_order()
+        return self._next_ns
+
+    def next_is_here(self, now_ns: int) -> bool:
+        next_ns = self.next_ns
+        return next_ns is not None and next_ns <= now_ns
+
+    def pull(self) -> Request:
+        """The request that `next_ns` told of."""
+        assert self._next is not None
+        self._last, self._next = self._next, None
+        return self._last
+
+    def _check_order(self) -> None:
+        last, new = self._last, self._next
+        if last is not None and new is not None and new.arrival_s < last.arrival_s:
+            raise UserError(
+                f"request {new.request_id} arrives at {new.arrival_s} s, before request "
+                f"{last.request_id} at {last.arrival_s} s; sort the requests by arrival"
+            )

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from ..kv.block_keys import KeyChain
-from ..kv.prefix_pool import HeldBlocks
-from ..workloads.request import Request
+from dsatrace.kv.block_keys import KeyChain
+from dsatrace.kv.prefix_pool import HeldBlocks
+from dsatrace.workloads.request import Request
 
 State = Literal["waiting", "running", "stop", "length", "aborted", "rejected", "failed"]
 

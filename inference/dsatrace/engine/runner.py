@@ -5,11 +5,39 @@ Knows no tensor; `model_runner.py` has the model, `simulator.py` none.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
-from .live import LiveRequest
-from .step import Step
+from dsatrace.engine.live import LiveRequest
+
+
+class Work(NamedTuple):
+    """Tokens `first_pos .. first_pos + num_tokens` of one request."""
+
+    live: LiveRequest
+    first_pos: int
+    num_tokens: int
+    wants_logits: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One forward. In a decode step every work is one token; a prefill step holds one chunk.
+
+    `num_steps` above 1 stands for so many decode steps of the same requests, of which `work`
+    describes the first.
+    """
+
+    is_prefill: bool
+    work: tuple[Work, ...]
+    num_steps: int = 1
+
+    @property
+    def sampled(self) -> list[LiveRequest]:
+        """The requests that get a token from this step, in the order of the logits."""
+        return [work.live for work in self.work if work.wants_logits]
+
 
 OnTierError = Literal["recompute", "fail"]
 """What becomes of a request whose KV a tier has lost: it is computed again, or ends `failed`."""

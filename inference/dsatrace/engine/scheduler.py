@@ -25,12 +25,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Literal
 
-from ..kv.blocks import OutOfBlocks, blocks_needed
-from ..kv.prefix_pool import PrefixPool
-from ..workloads.request import Request
-from .block_tables import BlockTables
-from .live import LiveRequest, State
-from .step import Step, Work
+from dsatrace.engine.block_tables import BlockTables
+from dsatrace.engine.live import LiveRequest, State
+from dsatrace.engine.runner import Step, Work
+from dsatrace.kv.blocks import OutOfBlocks, blocks_needed
+from dsatrace.kv.prefix_pool import PrefixPool
+from dsatrace.workloads.request import Request
 
 Admission = Literal["continuous", "fifo-batch"]
 """When a request may start: as soon as a slot is free, or with the next batch.

@@ -14,14 +14,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
-from ..workloads.request import Request
-from .block_tables import new_pool
-from .clock import VirtualClock
-from .engine import Engine
-from .live import LiveRequest
-from .scheduler import Admission, Scheduler
-from .serve import serve
-from .simulator import StepTime, TokenSimulator
+from dsatrace.engine.block_tables import new_pool
+from dsatrace.engine.clock import VirtualClock
+from dsatrace.engine.engine import Engine, serve
+from dsatrace.engine.live import LiveRequest
+from dsatrace.engine.scheduler import Admission, Scheduler
+from dsatrace.engine.simulator import StepTime, TokenSimulator
+from dsatrace.workloads.request import Request
 
 NO_TOKEN = -1
 """Ends answers: no vocabulary has it."""

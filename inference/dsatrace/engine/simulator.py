@@ -15,16 +15,16 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from ..errors import UserError
-from ..kv.blocks import blocks_needed
-from ..trace.tracer import Tracer
-from ..workloads.request import Request
-from .block_tables import new_pool
-from .clock import Clock, VirtualClock
-from .engine import Engine, Judge
-from .live import LiveRequest
-from .scheduler import Admission, Scheduler
-from .step import Step
+from dsatrace.engine.block_tables import new_pool
+from dsatrace.engine.clock import Clock, VirtualClock
+from dsatrace.engine.engine import Engine, Judge
+from dsatrace.engine.live import LiveRequest
+from dsatrace.engine.runner import Step
+from dsatrace.engine.scheduler import Admission, Scheduler
+from dsatrace.errors import UserError
+from dsatrace.kv.blocks import blocks_needed
+from dsatrace.trace.tracer import Tracer
+from dsatrace.workloads.request import Request
 
 Respond = Callable[[Request], Sequence[int]]
 """The tokens a request is answered with. Behind them comes the end token, or, for a request that

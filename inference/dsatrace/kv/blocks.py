@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from .policies.policy import Access, Policy
+    from dsatrace.kv.policies.policy import Access, Policy
 
 Key: TypeAlias = "int | bytes"
 """Names a block's content and its whole prefix: an id of a `BlockTrace`, a digest of a `KeyChain`."""

@@ -21,8 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from dsatrace.errors import UserError
-
-from .block_keys import MIN_SECRET_BYTES, TOKEN_DTYPE, BlockHasher
+from dsatrace.kv.block_keys import MIN_SECRET_BYTES, TOKEN_DTYPE, BlockHasher
 
 SECRET_VARIABLE = "DSATRACE_PREFIX_KEY"
 _SECRET_BYTES = 32

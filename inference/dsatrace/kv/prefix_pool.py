@@ -28,8 +28,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from .blocks import BlockPool, Key, OutOfBlocks, blocks_needed, policy_name
-from .policies.policy import NO_PARENT, Access
+from dsatrace.kv.blocks import BlockPool, Key, OutOfBlocks, blocks_needed, policy_name
+from dsatrace.kv.policies.policy import NO_PARENT, Access
 
 _NO_ACCESS = Access()
 

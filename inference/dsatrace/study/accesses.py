@@ -26,8 +26,8 @@ import orjson
 from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
-from dsatrace.kv.block_trace import BlockTrace
 from dsatrace.kv.policies.stream import AccessStream, release_by_concurrency
+from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.study.requests import UNKNOWN, StudyRequests, offsets_of
 from dsatrace.workloads.json_rows import read_json_rows
 from dsatrace.workloads.private_file import private_file

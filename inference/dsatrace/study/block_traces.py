@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.kv.block_trace import BlockTrace
+from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.study.requests import StudyRequests
 
 

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterator
 
 import numpy as np
 
-from dsatrace.kv.replay import ReplayResult, replay
+from dsatrace.kv.simulation.replay import ReplayResult, replay
 from dsatrace.study.measure import Mask, ratio, recounted_by_chunk, sharing_fractions
 from dsatrace.study.run import Replayed
 

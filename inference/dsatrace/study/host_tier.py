@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
-from dsatrace.kv.block_trace import BlockTrace
 from dsatrace.kv.blocks import EVICT, MISS
-from dsatrace.kv.replay import ReplayResult
+from dsatrace.kv.simulation.block_trace import BlockTrace
+from dsatrace.kv.simulation.replay import ReplayResult
 
 
 def host_hit_blocks(trace: BlockTrace, result: ReplayResult, num_blocks: int) -> NDArray[np.int64]:

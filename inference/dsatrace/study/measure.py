@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.kv.blocks import HIT
-from dsatrace.kv.replay import STATUS_NAMES
+from dsatrace.kv.simulation.replay import STATUS_NAMES
 from dsatrace.study.metrics import SHARING, SPREAD, check_values
 from dsatrace.study.requests import UNKNOWN
 from dsatrace.study.run import Replayed

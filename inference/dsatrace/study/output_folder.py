@@ -20,9 +20,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsatrace import __version__
 from dsatrace.errors import UserError
 from dsatrace.trace.manifest import write_json
+from dsatrace.version import __version__
 from dsatrace.workloads.private_file import private_file
 
 MANIFEST_FILE = "manifest.json"

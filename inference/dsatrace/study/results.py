@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.kv.blocks import HIT
-from dsatrace.kv.replay import STATUS_NAMES
+from dsatrace.kv.simulation.replay import STATUS_NAMES
 from dsatrace.study.measure import measure, of_workload, per_turn, rejections, workloads_in
 from dsatrace.study.output_folder import OutputFolder
 from dsatrace.study.run import Replayed

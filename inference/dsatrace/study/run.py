@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
-from dsatrace.kv.block_trace import BlockTrace
 from dsatrace.kv.blocks import EVICT, FreeOrder
-from dsatrace.kv.replay import ReplayConfig, ReplayResult, Schedule, replay
+from dsatrace.kv.simulation.block_trace import BlockTrace
+from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, Schedule, replay
 from dsatrace.study.block_traces import block_trace
 from dsatrace.study.host_tier import host_hit_blocks
 from dsatrace.study.requests import StudyRequests

@@ -36,7 +36,7 @@ from dsatrace.kv.policies.registry import policy_info
 from dsatrace.kv.policies.simulate import Oversize, simulate
 from dsatrace.kv.policies.stack_distance import lru_hits_at
 from dsatrace.kv.policies.stream import AccessStream
-from dsatrace.kv.replay import ReplayConfig, replay
+from dsatrace.kv.simulation.replay import ReplayConfig, replay
 from dsatrace.study.sweep_streams import CacheInput
 
 OVERALL = "overall"

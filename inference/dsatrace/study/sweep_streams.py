@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
-from dsatrace.kv.block_trace import BlockTrace
 from dsatrace.kv.policies.stream import AccessStream, release_by_concurrency
+from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.study.accesses import Accesses
 from dsatrace.study.requests import offsets_of
 

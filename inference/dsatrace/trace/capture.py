@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from dsatrace.kv.fetches import StepFetches
 from dsatrace.kv.prefix import RequestPrefix
+from dsatrace.kv.tiers.fetches import StepFetches
 
 __all__ = ["Phase", "RequestPrefix", "StepCapture"]
 

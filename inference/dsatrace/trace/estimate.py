@@ -20,7 +20,7 @@ from pathlib import Path
 import orjson
 
 from dsatrace.kv.layout import CacheLayout
-from dsatrace.kv.tiers import default_tiers
+from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.schema import Level
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.lines import StepLines

@@ -17,11 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dsatrace import __version__
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.schema import QUANTILE_DEFINITION, SCHEMA_VERSION, TIER_CHOICES
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.files import write_atomically
+from dsatrace.version import __version__
 
 Selections = Literal["model", "random_weights", "synthetic", "none"]
 """What chose the tokens; only a trained model's choice says anything about locality. "none": no model ran."""

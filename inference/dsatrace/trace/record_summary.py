@@ -20,9 +20,8 @@ from typing import Any, Literal
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.kv.offloaded_account import OffloadedAccount
 from dsatrace.kv.prefix import RequestPrefix
-from dsatrace.kv.tiers import FetchAccount
+from dsatrace.kv.tiers.account import FetchAccount, OffloadedAccount
 from dsatrace.schema import FETCH_TOTALS, OFFLOADED_FETCH, TIER_NAMES
 from dsatrace.trace.baselines import context_blocks, recency_blocks, uniform_blocks
 from dsatrace.trace.capture import StepCapture

@@ -19,7 +19,7 @@ import orjson
 
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.kv.prefix import RequestPrefix
-from dsatrace.kv.tiers import FetchAccount, StepReads, Tiers
+from dsatrace.kv.tiers.account import FetchAccount, StepReads, Tiers
 from dsatrace.schema import Level
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig

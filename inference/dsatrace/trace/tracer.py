@@ -20,9 +20,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from dsatrace.errors import UserError
-from dsatrace.kv.offloaded_account import OffloadedTiers
 from dsatrace.kv.prefix import PrefixCacheAnalyzer, RequestPrefix, key_id, load_prefix_secret
-from dsatrace.kv.tiers import Tiers, default_tiers
+from dsatrace.kv.tiers.account import OffloadedTiers, Tiers, default_tiers
 from dsatrace.schema import MANIFEST_FILE, SUMMARY_FIELDS, problems
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig, check_run_folder, is_sampled

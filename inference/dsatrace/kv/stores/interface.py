@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from dsatrace.kv.tiers import LatencyKind
+from dsatrace.schema import LatencyKind
 
 UNIT_ID_BITS = 48
 NAMESPACE_BYTES = 16

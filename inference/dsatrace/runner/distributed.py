@@ -1,0 +1,72 @@
+"""Joins the ranks that `torchrun` started, or stays a single process; carries rank 0's word.
+
+with process_group("auto") as device:
+    engine = Engine(scheduler, runner, ranks=choose_ranks(ParallelGroup.current(), device))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from dsatrace.engine.clock import NS_PER_S
+from dsatrace.engine.ranks import Ranks, SingleProcess, Word
+from dsatrace.errors import UserError
+from dsatrace.model.parallel import ParallelGroup
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` takes CUDA when there is one; asking for a device that is missing is a `UserError`."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: choose auto, cpu or cuda")
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {local_rank} has no GPU of its own; start at most {torch.cuda.device_count()} ranks"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def process_group(device_name: str) -> Iterator[torch.device]:
+    """The rank's device, inside a process group (NCCL or gloo) when `WORLD_SIZE` exceeds 1."""
+    device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+class BroadcastRanks:
+    """The ranks of a group: one broadcast of whole numbers a step."""
+
+    def __init__(self, group: ParallelGroup, device: torch.device) -> None:
+        self.group = group
+        self.device = device
+
+    def agree(self, word: Word) -> Word:
+        """For steps that sample one token a request, as the model's do."""
+        seconds, ns = divmod(word.now_ns, NS_PER_S)  # a log's arrivals, in ns, can exceed an int64
+        own = [int(word.abort), seconds, ns, *(token for (token,) in word.tokens)]
+        wire = torch.tensor(own, dtype=torch.int64, device=self.device)
+        abort, seconds, ns, *tokens = self.group.broadcast(wire).tolist()
+        return Word(bool(abort), seconds * NS_PER_S + ns, [[token] for token in tokens])
+
+
+def choose_ranks(group: ParallelGroup, device: torch.device) -> Ranks:
+    return BroadcastRanks(group, device) if group.size > 1 else SingleProcess()

@@ -1,0 +1,331 @@
+"""Holds a record's `kv_fetch` against what can be known of it in a run whose latents lie in several tiers.
+
+Which token came from which tier is the engine's word. That nothing is lost or counted
+twice on the way from HBM to the last tier follows from the account itself, what was moved
+from the size of a unit, and how tokens, blocks and reads belong together from the
+selection. Standard library only; knows one record, and the times of the forward it is in.
+
+    check_fetches(record, tokens, rules.tiers)      # raises Mismatch naming the field
+    times = BatchTimes(); times.add(line, record)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from dsatrace.schema import OFFLOADED_FETCH, SUMMARY_FIELDS, TIER_NAMES, Field
+from dsatrace.verify.mismatch import Mismatch, compare, differs, require, require_range
+from dsatrace.verify.plain_tiers import NOTHING, NOTHING_MOVED, chain
+from dsatrace.verify.requests import PlainRequests
+from dsatrace.verify.rules import Rules, TierRules
+
+Record = Mapping[str, Any]
+_COUNTED = ("read_ops", "evicted_units", "errors", "bytes_read", "bytes_useful", "bytes_written")
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """What is known of a record's selection; None where its level does not say."""
+
+    num_tokens: int
+    num_blocks: int
+    block_size: int  # tokens
+    latent_bytes: int  # a token and layer
+    missing: int  # tokens that the last touched block does not hold: it is the request's last
+    positions: Sequence[int] | None  # in any order
+    blocks: Sequence[int] | None  # ascending
+
+
+def offloaded_field(record: Record) -> str | None:
+    """The first field of any tier's account that only a run with tiers writes."""
+    paths = ((tier, name) for tier in TIER_NAMES for name in OFFLOADED_FETCH)
+    return next((f"kv_fetch.{t}.{name}" for t, name in paths if name in record["kv_fetch"][t]), None)
+
+
+def check_fetches(record: Record, selected: Selected, rules: TierRules) -> None:
+    """Raises `Mismatch` at the first wrong field of any tier."""
+    fetched = record["kv_fetch"]
+    for name in TIER_NAMES:
+        for field in OFFLOADED_FETCH:
+            require(field in fetched[name], f"kv_fetch.{name}.{field}", None, "missing, the run has tiers")
+        for field in _COUNTED:
+            require(fetched[name][field] >= 0, f"kv_fetch.{name}.{field}", fetched[name][field], "below 0")
+    _check_chain(fetched, selected, rules)
+    _check_tokens_in_blocks(fetched, selected, rules)
+    _check_hbm(fetched["hbm"], selected, rules)
+    for name in list(rules.kinds)[1:]:
+        _check_pool(name, fetched[name], selected, rules, own=_is_alone(record))
+    # What is fetched from a pool is fetched into HBM.
+    fetched_bytes = sum(fetched[name]["bytes_read"] for name in TIER_NAMES[1:])
+    compare(fetched["hbm"]["bytes_written"], fetched_bytes, "kv_fetch.hbm.bytes_written")
+
+
+def _is_alone(record: Record) -> bool:
+    """No other request's selection shares the units, so all that it missed is charged to it."""
+    return record["phase"] == "decode" and record["kv_fetch"]["hbm"]["batch_size"] == 1
+
+
+def _check_chain(fetched: Record, selected: Selected, rules: TierRules) -> None:
+    """What a tier missed is requested of the next, and the last one misses nothing."""
+    hits: dict[str, dict[str, int]] = {}
+    for field, total in (("hit_tokens", selected.num_tokens), ("hit_blocks", selected.num_blocks)):
+        hits[field] = {name: fetched[name][field] for name in rules.kinds}
+        for name, count in hits[field].items():
+            require_range(f"kv_fetch.{name}.{field}", count, 0, total)
+        found = sum(hits[field].values())
+        rule = f"{found} in all tiers, {total} selected"
+        require(found == total, f"kv_fetch.{list(rules.kinds)[-1]}.{field}", found, rule)
+    asked = chain(hits["hit_tokens"], hits["hit_blocks"])
+    batch_size = fetched["hbm"]["batch_size"]
+    for name in TIER_NAMES:
+        derived: dict[str, Any] = dict(asked[name])
+        if name in rules.kinds:
+            derived |= {"batch_size": batch_size, "latency_kind": rules.kinds[name]}
+        else:  # a tier that the run does not have
+            derived |= NOTHING | NOTHING_MOVED
+        compare(fetched[name], derived, f"kv_fetch.{name}")
+
+
+def _check_tokens_in_blocks(fetched: Record, selected: Selected, rules: TierRules) -> None:
+    """A block is hit in the furthest tier of its tokens, so tokens and blocks bound each other."""
+    size, total, num_blocks = selected.block_size, selected.num_tokens, selected.num_blocks
+    counts = _tokens_in_blocks(selected)
+    # No unit ends inside a block: all its tokens come from one tier.
+    whole = not rules.by_row and rules.unit_tokens % size == 0
+    tokens_near = blocks_near = 0
+    for name in rules.kinds:
+        tokens, blocks = fetched[name]["hit_tokens"], fetched[name]["hit_blocks"]
+        tokens_near, blocks_near = tokens_near + tokens, blocks_near + blocks
+        fewest, most = _tokens_of(blocks, counts, total, num_blocks, size)
+        if whole:
+            require_range(f"kv_fetch.{name}.hit_tokens", tokens, fewest, most)
+        # Blocks hit up to this tier have all their tokens there, each of the others one at least beyond.
+        fewest, _ = _tokens_of(blocks_near, counts, total, num_blocks, size)
+        far = num_blocks - blocks_near
+        low, high = fewest - (tokens_near - tokens), total - far - (tokens_near - tokens)
+        require_range(f"kv_fetch.{name}.hit_tokens", tokens, max(low, blocks), high)
+
+
+def _tokens_in_blocks(selected: Selected) -> list[int] | None:
+    """Ascending; None where the record does not hold the positions."""
+    if selected.positions is None:
+        return None
+    counts: dict[int, int] = {}
+    for position in selected.positions:
+        block = position // selected.block_size
+        counts[block] = counts.get(block, 0) + 1
+    return sorted(counts.values())
+
+
+def _tokens_of(
+    blocks: int, counts: Sequence[int] | None, total: int, num_blocks: int, size: int
+) -> tuple[int, int]:
+    """The fewest and the most selected tokens in so many of the touched blocks."""
+    if counts is not None:
+        return sum(counts[:blocks]), sum(counts[len(counts) - blocks :])
+    others = num_blocks - blocks
+    return max(blocks, total - others * size), min(blocks * size, total - others)
+
+
+def _check_hbm(hbm: Record, selected: Selected, rules: TierRules) -> None:
+    """What was read where it lay, as it lies."""
+    hit_tokens, hit_blocks = hbm["hit_tokens"], hbm["hit_blocks"]
+    derived: dict[str, Any] = {
+        "bytes_useful": hit_tokens * selected.latent_bytes,
+        "latency_us": 0.0,
+        "errors": 0,
+    }
+    field, read = "kv_fetch.hbm.bytes_read", hbm["bytes_read"]
+    if rules.by_row:
+        derived["bytes_read"] = derived["bytes_useful"]
+        ids, num_hit, num_all = selected.positions, hit_tokens, selected.num_tokens
+    else:
+        ids, num_hit, num_all = selected.blocks, hit_blocks, selected.num_blocks
+        whole = hit_blocks * selected.block_size
+        # The request's last block, which holds fewer tokens, is among them or not.
+        possible = {whole - selected.missing} if hit_blocks == selected.num_blocks else {whole}
+        if 0 < hit_blocks < selected.num_blocks:
+            possible.add(whole - selected.missing)
+        in_bytes = sorted(tokens * selected.latent_bytes for tokens in possible)
+        require(read in in_bytes, field, read, f"derived {' or '.join(map(str, in_bytes))}")
+    compare(hbm, derived, "kv_fetch.hbm")
+    fewest, most = _possible_runs(ids, num_hit, num_all)
+    require_range("kv_fetch.hbm.read_ops", hbm["read_ops"], fewest, most)
+
+
+def _possible_runs(ids: Sequence[int] | None, num_hit: int, num_all: int) -> tuple[int, int]:
+    """The fewest and the most runs of adjacent ids among `num_hit` of them."""
+    if ids is None:
+        return min(num_hit, 1), num_hit
+    lengths = sorted(_run_lengths(sorted(ids)), reverse=True)
+    fewest, covered = 0, 0
+    while covered < num_hit:
+        covered += lengths[fewest]
+        fewest += 1
+    # Each one left out splits a run at most once.
+    return fewest, min(num_hit, len(lengths) + num_all - num_hit)
+
+
+def _run_lengths(ascending: Sequence[int]) -> Iterator[int]:
+    start = 0
+    for i in range(1, len(ascending) + 1):
+        if i == len(ascending) or ascending[i] != ascending[i - 1] + 1:
+            yield i - start
+            start = i
+
+
+def _check_pool(name: str, pool: Record, selected: Selected, rules: TierRules, own: bool) -> None:
+    """What its store moved: whole units, of which the record's own tokens are a part.
+
+    `own`: all that the record missed was charged to it.
+    """
+    where, latent = f"kv_fetch.{name}", selected.latent_bytes
+    latency = pool["latency_us"]
+    require(latency >= 0, f"{where}.latency_us", latency, "below 0")
+    for field, size in (
+        ("bytes_read", rules.unit_bytes),
+        ("bytes_written", rules.unit_bytes),
+        ("bytes_useful", latent),
+    ):
+        require(pool[field] % size == 0, f"{where}.{field}", pool[field], f"not a multiple of {size}")
+    units = pool["bytes_read"] // rules.unit_bytes
+    fewest, most = _possible_units(pool, selected, rules)
+    low, high = fewest * rules.unit_bytes if own else 0, most * rules.unit_bytes
+    require_range(f"{where}.bytes_read", pool["bytes_read"], low, high)
+    # A unit is fetched for a token of the record's at least, and holds no more of them than it has.
+    low = pool["hit_tokens"] if own else units
+    high = min(pool["hit_tokens"], units * rules.unit_tokens)
+    require_range(f"{where}.bytes_useful", pool["bytes_useful"], low * latent, high * latent)
+
+
+def _possible_units(pool: Record, selected: Selected, rules: TierRules) -> tuple[int, int]:
+    """The fewest and the most units that hold the tier's hit tokens; a row's are as many as those."""
+    fewest, most = -(-pool["hit_tokens"] // rules.unit_tokens), pool["hit_tokens"]
+    if not rules.by_row and rules.unit_tokens % selected.block_size == 0:  # a block lies within a unit
+        blocks_a_unit = rules.unit_tokens // selected.block_size
+        fewest, most = max(fewest, -(-pool["hit_blocks"] // blocks_a_unit)), min(most, pool["hit_blocks"])
+    if selected.positions is not None:
+        most = min(most, len({position // rules.unit_tokens for position in selected.positions}))
+    return fewest, most
+
+
+class BatchTimes:
+    """Of a layer's batch, for which all requests of the forward wait: the same in the records of each."""
+
+    def __init__(self) -> None:
+        self._forward_idx: int | None = None
+        self._seen: dict[int, tuple[int, list[float]]] = {}  # layer -> line, time of each tier
+
+    def add(self, line: int, record: Record) -> None:
+        """Takes the records in the order of the file."""
+        if record["forward_idx"] != self._forward_idx:
+            self._forward_idx, self._seen = record["forward_idx"], {}
+        times = [record["kv_fetch"][name]["latency_us"] for name in TIER_NAMES]
+        first, known = self._seen.setdefault(record["layer_id"], (line, times))
+        for name, stored, other in zip(TIER_NAMES, times, known, strict=True):
+            if stored != other:
+                what = f"stored {stored}, {other} in the same forward and layer, line {first}"
+                raise Mismatch(f"kv_fetch.{name}.latency_us", what)
+
+
+_BYTES = ("bytes_read", "bytes_written")
+_POOLS = TIER_NAMES[1:]
+_AS_MANIFEST = "as the manifest says what there is"
+_FIELDS = {field.name: field for field in next(f for f in SUMMARY_FIELDS if f.name == "tiers").children}
+
+
+class TierTotals:
+    """Bytes of the records from a forward on, by pool."""
+
+    def __init__(self, rules: Rules, since_forward: int) -> None:
+        self._since_forward = since_forward
+        pools = [pool for pool in _POOLS if rules.tiers is not None and pool in rules.tiers.kinds]
+        self.moved = {pool: dict.fromkeys(_BYTES, 0) for pool in pools}
+
+    def add(self, record: Record) -> None:
+        if record["forward_idx"] >= self._since_forward:
+            for pool, totals in self.moved.items():
+                for name in _BYTES:
+                    totals[name] += record["kv_fetch"][pool][name]
+
+
+def check_tier_totals(
+    said: Record | None, rules: Rules, records: TierTotals, requests: PlainRequests, whole: bool
+) -> str | None:
+    """`said` is of the schema. Raises `Mismatch`; returns what could not be compared.
+
+    `whole`: no step was lost, so that the records are those which the engine counted.
+    """
+    if rules.tiers is None:
+        require(said is None, "tiers", said, "but the manifest has none")
+        return None
+    if said is None:
+        return "tiers: the run did not say what their stores did"
+    last_part = max(rules.resumed_at_forward, default=0)
+    if whole and said["since_forward"] != last_part:
+        raise differs("tiers.since_forward", said["since_forward"], last_part)
+    for name, field in _FIELDS.items():
+        _check_counts(said[name], field, f"tiers.{name}")
+    index_keys = said["index_keys"]
+    require(
+        (index_keys is not None) == rules.tiers.offloads_index, "tiers.index_keys", index_keys, _AS_MANIFEST
+    )
+    _check_prefetch(said["prefetch"])
+    if whole:
+        _check_losses(said, requests)
+    for name in _POOLS:
+        pool, is_there = said[name], name in rules.tiers.kinds
+        require((pool is not None) == is_there, f"tiers.{name}", pool, _AS_MANIFEST)
+        if pool is not None:
+            _check_pool_totals(pool, f"tiers.{name}", rules.tiers.unit_bytes)
+            compare(pool["latency_kind"], rules.tiers.kinds[name], f"tiers.{name}.latency_kind")
+            for moved in _BYTES if whole else ():
+                path = f"tiers.{name}.{moved}.in_records"
+                compare(pool[moved]["in_records"], records.moved[name][moved], path)
+    return None if whole else "tiers: steps were lost, so what the records hold is not all that was counted"
+
+
+def _check_counts(value: Any, field: Field, path: str) -> None:
+    """Nothing that is counted or timed is below 0."""
+    for inner in field.children if value is not None else ():
+        _check_counts(value[inner.name], inner, f"{path}.{inner.name}")
+    if isinstance(value, (int, float)):
+        require(value >= 0, path, value, "below 0")
+
+
+def _check_pool_totals(pool: Record, path: str, unit_bytes: int) -> None:
+    """A pool's counts by themselves: every unit found or not, and every byte in somebody's books."""
+    asked = pool["hit_units"] + pool["missed_units"]
+    rule = f"but {pool['hit_units']} hit and {pool['missed_units']} missed"
+    require(pool["requested_units"] == asked, f"{path}.requested_units", pool["requested_units"], rule)
+    for name, units in (("bytes_read", "hit_units"), ("bytes_written", "stored_units")):
+        moved = pool[name]
+        if moved["store"] != pool[units] * unit_bytes:
+            raise differs(f"{path}.{name}.store", moved["store"], pool[units] * unit_bytes)
+        counted = moved["in_records"] + moved["elsewhere"]
+        rule = f"but {counted} in records and elsewhere"
+        require(moved["store"] == counted, f"{path}.{name}.store", moved["store"], rule)
+    require(pool["timeouts"] <= pool["errors"], f"{path}.timeouts", pool["timeouts"], "more than errors")
+    units = sum(pool[name]["store"] for name in _BYTES)
+    rule = f"less than the {units} of the units"
+    require(pool["bytes_moved"] >= units, f"{path}.bytes_moved", pool["bytes_moved"], rule)
+
+
+def _check_losses(said: Record, requests: PlainRequests) -> None:
+    """A resumed run's requests tell of all its parts, its stores of the last alone."""
+    told = {"num_recomputes": requests.num_recomputes, "failed_requests": requests.num_failed}
+    for name, most in told.items():
+        least = 0 if said["since_forward"] else most
+        require_range(f"tiers.{name}", said[name], least, most)
+
+
+def _check_prefetch(said: Record | None) -> None:
+    if said is None:
+        return
+    rule = f"of {said['units']} units"
+    require(said["used_units"] <= said["units"], "tiers.prefetch.used_units", said["used_units"], rule)
+    for name in ("recall", "precision"):
+        share = said[name]
+        require(share is None or share <= 1, f"tiers.prefetch.{name}", share, "no share")

@@ -1,0 +1,118 @@
+"""A run's files, read with the standard library: what the verifier reads with.
+
+Streams; a last line that was cut short is reported, a broken line anywhere else is a
+`Mismatch`. Derives nothing.
+
+    run = PlainRun(Path("outputs/mine"))
+    for number, record in run.lines("trace_steps.jsonl"): ...
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dsatrace.errors import UserError
+from dsatrace.schema import MANIFEST_FILE, SCHEMA_VERSION, STEPS_FILE, SUMMARY_FILE, decode
+from dsatrace.verify.mismatch import Mismatch
+
+_CHUNK_BYTES = 1 << 20
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+class PlainRun:
+    """One run's folder; raises `UserError` when it is not one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.torn_lines: dict[str, str] = {}
+        path = folder / MANIFEST_FILE
+        try:
+            manifest = decode(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path}: cannot read it: {error.strerror}; is this a run's folder?") from error
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; is this a run's folder?") from error
+        version = manifest.get("schema_version")
+        if type(version) is not int or version < 1:
+            raise UserError(f"{path}: no schema_version, so not a run of dsatrace")
+        if version > SCHEMA_VERSION:
+            raise UserError(
+                f"{folder}: schema {version} is newer than this one, {SCHEMA_VERSION}; update dsatrace"
+            )
+        self.manifest = manifest
+
+    @property
+    def state(self) -> str:
+        """What the manifest says, but a run that nobody writes any more is not `running`."""
+        state: str = self.manifest["state"]
+        return "incomplete" if state == "running" and not _is_written(self.folder / STEPS_FILE) else state
+
+    def summary(self) -> dict[str, Any] | None:
+        """summary.json, or None when there is none."""
+        path = self.folder / SUMMARY_FILE
+        try:
+            return decode(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise Mismatch("JSON", str(error)).at(SUMMARY_FILE) from error
+
+    def size(self, name: str) -> int:
+        """Bytes, 0 for a file that is not there."""
+        path = self.folder / name
+        return path.stat().st_size if path.exists() else 0
+
+    def lines(
+        self, name: str, on_bytes: Callable[[int], object] | None = None
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(line number from 1, record) of a file; `on_bytes` is told of every MiB or so.
+
+        A missing file has no lines if the run is incomplete, and is a `Mismatch` otherwise.
+        """
+        path = self.folder / name
+        if not path.exists():
+            if self.state == "incomplete":
+                return  # killed before the file was made
+            raise Mismatch("file", "missing").at(name)
+        pending = 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                pending += len(line)
+                if on_bytes and pending >= _CHUNK_BYTES:
+                    on_bytes(pending)
+                    pending = 0
+                try:
+                    record = json.loads(line, parse_constant=_refuse)
+                    if not isinstance(record, dict):
+                        raise ValueError("not a JSON object")
+                except ValueError as error:
+                    if line.endswith(b"\n"):
+                        raise Mismatch("JSON", str(error)).at(name, number) from error
+                    self.torn_lines[name] = f"line {number}: {len(line)} bytes, cut short"
+                    break
+                yield number, record
+        if on_bytes:
+            on_bytes(pending)
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _is_written(path: Path) -> bool:
+    """Whether a live process holds the writer's lock."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if isinstance(error, BlockingIOError) or error.errno in _NO_LOCKS:
+            return True
+        raise
+    return False

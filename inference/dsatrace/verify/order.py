@@ -1,0 +1,340 @@
+"""Holds the records of a run against each other: nothing missing, nothing twice, nothing out of place.
+
+A *row* is one request's records in one forward, layer 0 to the last, side by side in the
+file; a forward is one or more rows. Standard library only, knows no positions. Keeps one
+row, one forward, a little of each live request, and what requests.jsonl says of each.
+
+    order = RunOrder(rules, requests, may_miss=0)
+    for number, record in run.lines("trace_steps.jsonl"):
+        ended = order.add(number, record)     # the id of a request that this record ends, or None
+    order.close(whole=True)
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
+from dsatrace.verify.mismatch import Mismatch, differs, require
+from dsatrace.verify.rules import Rules
+
+
+class Seams:
+    """Fed in the order of the file."""
+
+    def __init__(self, resumed_at_forward: Sequence[int]) -> None:
+        self._forwards = resumed_at_forward
+        self._part = 0
+        self._num_cut: dict[int, tuple[int, int]] = {}  # part -> most requests cut from a forward, its line
+        self._num_seen: dict[int, int] = {}  # part -> requests with records when it had ended
+
+    @property
+    def last_part(self) -> int:
+        return len(self._forwards)
+
+    def part_of(self, forward_idx: int) -> int:
+        """0-based part of the run that the forward belongs to."""
+        return bisect.bisect_right(self._forwards, forward_idx)
+
+    def excuse(self, part: int, num_cut: int, line: int) -> bool:
+        """Whether so many requests may be missing from a forward; `worst` has the last word."""
+        if part == self.last_part:
+            return False
+        self._num_cut[part] = max(self._num_cut.get(part, (0, 0)), (num_cut, line))
+        return True
+
+    def enter(self, part: int, num_seen: int) -> None:
+        """The next record lies in `part`; `num_seen` requests have records by now."""
+        for ended in range(self._part, part):
+            self._num_seen[ended] = num_seen
+        self._part = max(self._part, part)
+
+    def worst(self, num_requests: int) -> tuple[int, int] | None:
+        """(line, requests missing) of a forward that misses more than were served later, of all the run's."""
+        for part, (num_cut, line) in self._num_cut.items():
+            if num_cut > num_requests - self._num_seen.get(part, num_requests):
+                return line, num_cut
+        return None
+
+
+class RequestLine(NamedTuple):
+    """What a line of requests.jsonl says about a request's records."""
+
+    line: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    state: str
+    needle_positions: tuple[int, ...] = ()
+    prefix_hit_tokens: int | None = None  # None: there is no cache, or its prefill never began
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state in ("stop", "length", "rejected")
+
+    @property
+    def last_step(self) -> int | None:
+        """The highest step there can be; None when it is not known.
+
+        The first token comes from prefill and the last is never fed back. A forward that
+        was under way when the request was aborted, or failed, may be recorded, though its
+        token is not kept.
+        """
+        if self.state == "unfinished":
+            return None
+        if self.state == "rejected":
+            return -2  # not even a prefill
+        return max(self.num_output_tokens - 2 + (self.state in ("aborted", "failed")), -1)
+
+
+class _Row(NamedTuple):
+    """What every record of a row holds alike."""
+
+    request_id: str
+    step_idx: int
+    seq_len_current: int
+    phase: str
+    cached_blocks: int
+    prefix_key: str
+    needle_tokens: int
+    forward_idx: int
+    batch_size: int
+    step_wall_us: float
+    step_synced: bool
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> _Row:
+        prefix = record["prefix"]
+        return cls(
+            record["request_id"],
+            record["step_idx"],
+            record["seq_len_current"],
+            record["phase"],
+            prefix["prefix_cached_blocks"],
+            prefix["prefix_key"],
+            record.get("needle", {}).get("tokens", 0),
+            record["forward_idx"],
+            record["kv_fetch"]["hbm"]["batch_size"],
+            record["step_wall_us"],
+            record["step_synced"],
+        )
+
+
+_PATHS = {
+    "cached_blocks": "prefix.prefix_cached_blocks",
+    "prefix_key": "prefix.prefix_key",
+    "needle_tokens": "needle.tokens",
+    "batch_size": "kv_fetch.hbm.batch_size",
+}
+_OF_A_FORWARD = ("phase", "batch_size", "step_wall_us", "step_synced")
+
+
+@dataclasses.dataclass
+class _Live:
+    """A request that has records and may get more."""
+
+    row: _Row
+    prompt_tokens: int
+    num_missing: int = 0
+
+
+class RunOrder:
+    """Fed with every record in the order of the file; raises `Mismatch` naming the line."""
+
+    def __init__(self, rules: Rules, requests: Mapping[str, RequestLine], may_miss: int | None) -> None:
+        """`may_miss`: steps of a request that were dropped and counted; None when that is not known."""
+        self._rules = rules
+        self._requests = requests
+        self._may_miss = may_miss
+        self._row: list[tuple[int, _Row]] = []  # the records of the row so far, by line
+        self._forward: tuple[int, _Row] | None = None  # its first line and row
+        self._forward_requests: set[str] = set()
+        self._seams = Seams(rules.resumed_at_forward)
+        self.num_forwards_in_last_part = 0  # since the run was last resumed
+        self._live: dict[str, _Live] = {}
+        self._ended: set[str] = set()
+        self._num_missing = 0
+        self._line = 0
+
+    def add(self, line: int, record: Mapping[str, Any]) -> str | None:
+        """Takes the next record; returns its request when no more of it is to come."""
+        self._line = line
+        if record["layer_id"] != len(self._row):
+            self.check_row()
+            what = f"stored {record['layer_id']}, derived {len(self._row)}: a record before it is missing, "
+            raise _named(Mismatch("layer_id", what + "stands twice or lies elsewhere"), line, record)
+        self._row.append((line, _Row.of(record)))
+        if len(self._row) < self._rules.num_layers:
+            return None
+        self.check_row()
+        first, row = self._row[0]
+        self._row = []
+        try:
+            self._add_to_forward(first, row)
+            return self._add_to_request(row)
+        except Mismatch as mismatch:
+            raise _named(mismatch, first, row._asdict() | {"layer_id": 0}) from None
+
+    def check_row(self) -> None:
+        """Names the first record of the row so far that most of the others contradict."""
+        rows = [row for _, row in self._row]
+        if len(set(rows)) <= 1:
+            return
+        usual = _Row(*(Counter(values).most_common(1)[0][0] for values in zip(*rows, strict=True)))
+        for layer, (line, row) in enumerate(self._row):
+            for name, stored, other in zip(_Row._fields, row, usual, strict=True):
+                if stored != other:
+                    what = f"stored {stored!r}, {other!r} in the other layers of its step"
+                    record = row._asdict() | {"layer_id": layer}
+                    raise _named(Mismatch(_PATHS.get(name, name), what), line, record)
+
+    def close(self, whole: bool) -> None:
+        """After the last record. `whole`: the run says it is complete, so everything must be there."""
+        self.check_row()
+        if not whole:
+            return
+        if self._row:
+            what = f"the file ends after layer {len(self._row) - 1} of {self._rules.num_layers}"
+            raise Mismatch("layer_id", what).at(STEPS_FILE, self._line, self._row[-1][1]._asdict())
+        self._check_forward_is_whole()
+        for request_id, live in self._live.items():
+            if request_id not in self._requests:
+                raise Mismatch("request_id", f"{request_id!r} has records and no line").at(REQUESTS_FILE)
+            self._check_nothing_is_left(request_id, live)
+        for request_id in self._requests.keys() - self._live.keys() - self._ended:
+            self._check_nothing_is_left(request_id, None)
+        self._seams.enter(self._seams.last_part, len(self._live) + len(self._ended))
+        if worst := self._seams.worst(len(self._requests)):
+            line, num_cut = worst
+            what = f"{num_cut} requests are missing from the forward, more than were served after the resume"
+            raise Mismatch(_PATHS["batch_size"], what).at(STEPS_FILE, line)
+        if self._seams.last_part:
+            return  # a dropped forward may have been of requests that were served again
+        everything_known = all(known.has_ended for known in self._requests.values())
+        if everything_known and self._may_miss is not None and self._may_miss > self._num_missing:
+            what = f"stored {self._may_miss}, but only {self._num_missing} steps of requests are missing"
+            raise Mismatch("dropped_steps", what).at(SUMMARY_FILE)
+
+    def _add_to_forward(self, line: int, row: _Row) -> None:
+        if self._forward is None or row.forward_idx != self._forward[1].forward_idx:
+            if self._forward is not None:
+                before = self._forward[1].forward_idx
+                require(row.forward_idx > before, "forward_idx", row.forward_idx, f"after {before}")
+                self._check_forward_is_whole()
+            part = self._seams.part_of(row.forward_idx)
+            self._seams.enter(part, len(self._live) + len(self._ended))
+            self.num_forwards_in_last_part += part == self._seams.last_part
+            self._forward = (line, row)
+            self._forward_requests = {row.request_id}
+            return
+        for name in _OF_A_FORWARD:
+            stored, other = getattr(row, name), getattr(self._forward[1], name)
+            rule = f"{other!r} in the same forward from line {self._forward[0]}"
+            require(stored == other, _PATHS.get(name, name), stored, rule)
+        require(row.request_id not in self._forward_requests, "request_id", row.request_id, "stands twice")
+        self._forward_requests.add(row.request_id)
+
+    def _check_forward_is_whole(self) -> None:
+        """Every request of a decode forward is recorded, unless some of its steps are not sampled.
+
+        One that a resume cut is missing.
+        """
+        if self._forward is None:
+            return
+        line, row = self._forward
+        found = len(self._forward_requests)
+        whole = row.phase == "decode" and self._rules.sample_rate >= 1
+        part, num_cut = self._seams.part_of(row.forward_idx), row.batch_size - found
+        if num_cut < 0 or (whole and num_cut and not self._seams.excuse(part, num_cut, line)):
+            mismatch = differs("kv_fetch.hbm.batch_size", row.batch_size, found)
+            raise _named(mismatch, line, row._asdict() | {"layer_id": 0})
+
+    def _add_to_request(self, row: _Row) -> str | None:
+        known = self._requests.get(row.request_id)
+        require(row.request_id not in self._ended, "step_idx", row.step_idx, "after the request's last step")
+        self._check_step(row)
+        live = self._live.get(row.request_id)
+        prompt_tokens = row.seq_len_current - row.step_idx - 1
+        if live is None:
+            expected = prompt_tokens if known is None else known.num_prompt_tokens
+            live = self._live[row.request_id] = _Live(row, expected)
+            num_missing = self._count_sampled(-1 if self._rules.prefill else 0, row.step_idx)
+        else:
+            before = live.row
+            require(row.step_idx > before.step_idx, "step_idx", row.step_idx, f"after {before.step_idx}")
+            in_one_part = self._seams.part_of(before.forward_idx) == self._seams.part_of(row.forward_idx)
+            rule = "but the request has records from before the resume in between"
+            require(in_one_part, "forward_idx", row.forward_idx, rule)
+            forwards = row.forward_idx - before.forward_idx
+            rule = f"{forwards} forwards after step {before.step_idx}"
+            require(row.step_idx - before.step_idx <= forwards, "step_idx", row.step_idx, rule)
+            for name in ("cached_blocks", "prefix_key", "needle_tokens"):
+                if getattr(row, name) != getattr(before, name):
+                    raise differs(_PATHS[name], getattr(row, name), getattr(before, name))
+            num_missing = self._count_sampled(before.step_idx + 1, row.step_idx)
+            live.row = row
+        if prompt_tokens != live.prompt_tokens:
+            raise differs("seq_len_current", row.seq_len_current, live.prompt_tokens + row.step_idx + 1)
+        most = live.prompt_tokens // self._rules.block_size
+        require(row.cached_blocks <= most, _PATHS["cached_blocks"], row.cached_blocks, f"at most {most}")
+        if self._rules.prefix_cache and known is not None and known.state != "unfinished":
+            num_hit = (known.prefix_hit_tokens or 0) // self._rules.block_size
+            if row.cached_blocks != num_hit:
+                raise differs(_PATHS["cached_blocks"], row.cached_blocks, num_hit)
+        live.num_missing += num_missing
+        self._num_missing += num_missing
+        self._check_missing("step_idx", row.step_idx, live.num_missing)
+        if known is not None and known.has_ended and not self._num_left(row.step_idx, known):
+            self._ended.add(row.request_id)
+            del self._live[row.request_id]
+            return row.request_id
+        return None
+
+    def _check_step(self, row: _Row) -> None:
+        """A request's step by itself: its phase, its sampling, its place before the request's end."""
+        if row.step_idx < 0:
+            require(self._rules.prefill, "step_idx", row.step_idx, "but the manifest records no prefill")
+        phase = "prefill" if row.step_idx < 0 else "decode"
+        if row.phase != phase:
+            raise differs("phase", row.phase, phase)
+        known = self._requests.get(row.request_id)
+        last = known.last_step if known else None
+        if last is not None:
+            require(row.step_idx <= last, "step_idx", row.step_idx, f"after the request's last step, {last}")
+        sampled = row.step_idx < 0 or self._rules.is_sampled(row.step_idx)
+        require(sampled, "step_idx", row.step_idx, "a step that the sampling leaves out")
+
+    def _count_sampled(self, start: int, end: int) -> int:
+        """Steps from `start` up to but without `end` that should be recorded; -1 is the prefill."""
+        if self._rules.sample_rate <= 0:
+            end = min(end, 0)
+        return sum(step < 0 or self._rules.is_sampled(step) for step in range(start, end))
+
+    def _num_left(self, step_idx: int, known: RequestLine) -> int:
+        assert known.last_step is not None
+        return self._count_sampled(step_idx + 1, known.last_step + 1)
+
+    def _check_missing(self, field: str, stored: object, num_missing: int) -> None:
+        if self._may_miss is not None and num_missing > self._may_miss:
+            what = f"{num_missing} sampled steps of the request are missing, {self._may_miss} were dropped"
+            raise Mismatch(field, f"stored {stored!r}: {what}")
+
+    def _check_nothing_is_left(self, request_id: str, live: _Live | None) -> None:
+        known = self._requests[request_id]
+        if not known.has_ended:
+            return
+        before = live.row.step_idx if live else (-2 if self._rules.prefill else -1)
+        num_left = self._num_left(before, known)
+        self._num_missing += num_left
+        try:
+            num_missing = num_left + (live.num_missing if live else 0)
+            self._check_missing("num_output_tokens", known.num_output_tokens, num_missing)
+        except Mismatch as mismatch:
+            raise mismatch.at(REQUESTS_FILE, known.line, {"request_id": request_id}) from None
+
+
+def _named(mismatch: Mismatch, line: int, record: Mapping[str, Any]) -> Mismatch:
+    return mismatch.at(STEPS_FILE, line, record)

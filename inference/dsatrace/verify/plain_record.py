@@ -1,0 +1,169 @@
+"""The second implementation: one record from plain lists, as the documentation says it.
+
+Standard library only, written for reading, and sharing nothing with the fast path but
+`schema.py`, so that each can catch the other's mistakes. Slow on purpose.
+
+    record = step_record(selection, block_size=16, latent_bytes=1152, index_bytes=132)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dsatrace.schema import TIER_NAMES, Level, at_level, quantile_sorted
+from dsatrace.verify import plain_tiers as tiers
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainSelection:
+    """One request's selection in one layer of one step."""
+
+    request_id: str
+    layer_id: int
+    step_idx: int
+    seq_len: int
+    top_k: int
+    positions: Sequence[int]  # in any order, without padding
+    scores: Sequence[float] | None  # scores[i] belongs to positions[i]
+    score_stats: Sequence[float]  # min, mean, max, k-th margin
+    num_cached_blocks: int
+    prefix_key: str
+    batch_size: int
+    phase: str
+    forward_idx: int
+    step_wall_us: float
+    step_synced: bool
+    needle_positions: Sequence[int] = ()  # of the prompt; empty where they are not known
+    fetches: tiers.PlainFetches | None = None  # None: everything is in HBM
+    source_layer: int | None = None  # whose selection this is; None: the layer's own
+
+
+def step_record(
+    selection: PlainSelection,
+    *,
+    block_size: int,
+    latent_bytes: int,  # a token and layer
+    index_bytes: int,  # a token and layer
+    level: Level = "full",
+    store_scores: bool = False,
+    keep_order: bool = False,
+) -> dict[str, Any]:
+    """The record, with every field of the level in the schema's order."""
+    ascending = sorted(selection.positions)
+    offsets = sorted(selection.seq_len - 1 - position for position in ascending)
+    blocks = sorted({position // block_size for position in ascending})
+    tokens_in_block = dict.fromkeys(blocks, 0)
+    for position in ascending:
+        tokens_in_block[position // block_size] += 1
+    counts = sorted(tokens_in_block.values())
+    prefix_blocks = [block for block in blocks if block < selection.num_cached_blocks]
+    sparse = selection.seq_len > selection.top_k
+    num_scanned = selection.seq_len if selection.source_layer is None else 0
+    record: dict[str, Any] = {
+        "event": "dsa_topk",
+        "request_id": selection.request_id,
+        "layer_id": selection.layer_id,
+        "step_idx": selection.step_idx,
+        "seq_len_current": selection.seq_len,
+        "selected_token_pos": recorded_positions(selection, keep_order),
+        "unique_token_pos_count": len(set(ascending)),
+        "offset_min": offsets[0],
+        "offset_p50": quantile_sorted(offsets, 50),
+        "offset_max": offsets[-1],
+        "block_size_tokens": block_size,
+        "selected_block_ids": blocks,
+        "unique_blocks": len(blocks),
+        "tokens_per_touched_block": {
+            "mean": len(ascending) / len(blocks),
+            "p50": quantile_sorted(counts, 50),
+            "p95": quantile_sorted(counts, 95),
+        },
+        "kv_fetch": kv_fetch(selection, blocks, block_size, latent_bytes),
+        "prefix": {
+            "prefix_cache_hit": selection.num_cached_blocks > 0,
+            "prefix_cached_blocks": selection.num_cached_blocks,
+            "prefix_key": selection.prefix_key,
+            "intersection_ratio": len(prefix_blocks) / len(blocks),
+            "intersection_blocks": prefix_blocks,
+        },
+        **scores_field(selection, level, store_scores, keep_order),
+        "forward_idx": selection.forward_idx,
+        "step_wall_us": selection.step_wall_us,
+        "step_synced": selection.step_synced,
+        "phase": selection.phase,
+        "path": "sparse" if sparse else "dense",
+        "kth_margin": finite(selection.score_stats[3]) if sparse else None,
+        "indexer_scan": {"tokens": num_scanned, "bytes_read": num_scanned * index_bytes},
+        **({} if selection.source_layer is None else {"source_layer": selection.source_layer}),
+        **needle_field(selection.positions, selection.needle_positions),
+    }
+    return at_level(record, level)
+
+
+def recorded_positions(selection: PlainSelection, keep_order: bool) -> list[int]:
+    """Ascending, or by score descending and then position ascending."""
+    if not keep_order:
+        return sorted(selection.positions)
+    if selection.scores is None:
+        raise ValueError("positions cannot be put in score order without scores")
+    pairs = zip(selection.scores, selection.positions, strict=True)
+    return [position for _, position in sorted(pairs, key=lambda pair: (-pair[0], pair[1]))]
+
+
+def scores_field(
+    selection: PlainSelection, level: Level, store_scores: bool, keep_order: bool
+) -> dict[str, Any]:
+    """`scores_topk` in the order of the positions, or `scores_stats`."""
+    if store_scores and level == "full":
+        if selection.scores is None:
+            raise ValueError("there are no scores to store")
+        score_of = dict(zip(selection.positions, selection.scores, strict=True))
+        return {"scores_topk": [finite(score_of[p]) for p in recorded_positions(selection, keep_order)]}
+    low, mean, high = (finite(value) for value in selection.score_stats[:3])
+    return {"scores_stats": {"min": low, "mean": mean, "max": high}}
+
+
+def needle_field(positions: Sequence[int], needle_positions: Sequence[int]) -> dict[str, Any]:
+    """How much of the answer is selected; nothing where it is not known."""
+    if not needle_positions:
+        return {}
+    held = set(needle_positions).intersection(positions)
+    return {"needle": {"tokens": len(needle_positions), "selected": len(held)}}
+
+
+def kv_fetch(
+    selection: PlainSelection, blocks: list[int], block_size: int, latent_bytes: int
+) -> dict[str, Any]:
+    """What each tier served: every block in HBM, none in the pools, unless the selection says otherwise."""
+    if selection.fetches is not None:
+        return tiers.kv_fetch(
+            selection.positions,
+            selection.fetches,
+            seq_len=selection.seq_len,
+            block_size=block_size,
+            latent_bytes=latent_bytes,
+            batch_size=selection.batch_size,
+        )
+    held = sum(min(block_size, selection.seq_len - block * block_size) for block in blocks)
+    touched = set(blocks)
+    return fetch_from_hbm(
+        hit_blocks=len(blocks),
+        bytes_read=held * latent_bytes,
+        read_ops=sum(block - 1 not in touched for block in blocks),
+        batch_size=selection.batch_size,
+        bytes_useful=len(selection.positions) * latent_bytes,
+    )
+
+
+def fetch_from_hbm(**counted: int) -> dict[str, Any]:
+    """The account of each tier when HBM serves what was `counted`, and the pools nothing."""
+    nothing = tiers.NOTHING
+    return {name: nothing | counted if name == "hbm" else nothing for name in TIER_NAMES}
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity: null stands for them."""
+    return value if math.isfinite(value) else None

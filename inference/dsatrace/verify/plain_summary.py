@@ -1,0 +1,259 @@
+"""The second implementation of `summary.json`, from a run's records, one by one.
+
+Standard library only, and like `record.py` it shares nothing with the fast path but
+`schema.py`. Says what the records of a level allow and leaves out the rest. Keeps the
+histograms, and of each live request its last selection.
+
+    totals = PlainSummary(top_k=2048, block_sizes=(16, 32, 64))
+    for record in records: totals.add(record)
+    summary = totals.to_json(requests)      # PlainRequests
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dsatrace.schema import (
+    FETCH_TOTALS,
+    OFFLOADED_FETCH,
+    SCHEMA_VERSION,
+    TIER_NAMES,
+    Level,
+    distribution,
+    quantile_histogram,
+)
+from dsatrace.verify.overlap import Overlaps, Recalls
+from dsatrace.verify.requests import PlainRequests
+
+Record = Mapping[str, Any]
+_STEP_QUANTILES = (("p50", 50), ("p95", 95), ("p99", 99), ("max", 100))
+_HISTOGRAMS = ("unique_blocks", "tokens_per_touched_block", "offsets")
+_OF_POSITIONS = ("tokens_per_touched_block", "offsets")
+_NUM_HOT = 20
+
+
+def summarize(
+    records: Iterable[Record],
+    *,
+    requests: Iterable[Record],
+    top_k: int,
+    block_sizes: Sequence[int],
+    state: str = "complete",
+    selections: str = "synthetic",
+    offloaded: bool = False,
+) -> dict[str, Any]:
+    """The record of summary.json of full-level records and the lines of requests.jsonl."""
+    totals, lines = PlainSummary(top_k=top_k, block_sizes=block_sizes, offloaded=offloaded), PlainRequests()
+    for record in records:
+        totals.add(record)
+    for request in requests:
+        lines.add(request)
+    return totals.to_json(lines, state=state, selections=selections)
+
+
+class PlainSummary:
+    """Takes records in the order of the file: layer by layer, request by request, forward by forward."""
+
+    def __init__(
+        self, *, top_k: int, block_sizes: Sequence[int], level: Level = "full", offloaded: bool = False
+    ) -> None:
+        """`offloaded`: the manifest has `tiers`."""
+        self.level = level
+        self.num_records = 0
+        self.num_tokens = 0
+        self._offsets: list[int] = []  # the smallest and the largest
+        self._counts = Counter[str]()
+        self._forward_idx: int | None = None
+        self._histograms: dict[str, Counter[Any]] = {
+            name: Counter()
+            for name in (*_HISTOGRAMS, "prefix_intersection_ratio", "step_us")
+            if level == "full" or name not in _OF_POSITIONS
+        }
+        fetched = FETCH_TOTALS + (OFFLOADED_FETCH if offloaded else ())
+        self._fetch = {tier: dict.fromkeys(fetched, 0) for tier in TIER_NAMES}
+        self._scan_bytes = 0
+        self._hot: dict[str, Counter[int]] = {}  # live requests with a prefix hit
+        self._hottest: dict[str, list[dict[str, int]]] = {}  # those that ended
+        self._blocks = [_BlocksTouched(size, top_k) for size in block_sizes]
+        self._overlaps = Overlaps(with_tokens=level == "full")
+        self._recalls = Recalls(top_k)
+
+    def add(self, record: Record) -> None:
+        self.num_records += 1
+        self.num_tokens += record["unique_token_pos_count"]
+        offsets = (*self._offsets, record["offset_min"], record["offset_max"])
+        self._offsets = [min(offsets), max(offsets)]
+        if record["forward_idx"] != self._forward_idx:
+            self._forward_idx = record["forward_idx"]
+            self._counts[record["phase"]] += 1
+            if record["phase"] == "decode":
+                self._histograms["step_us"][round(record["step_wall_us"])] += 1
+        self._histograms["unique_blocks"][record["unique_blocks"]] += 1
+        self._histograms["prefix_intersection_ratio"][record["prefix"]["intersection_ratio"]] += 1
+        positions: list[int] | None = record.get("selected_token_pos")
+        if positions is not None:
+            query, size = record["seq_len_current"] - 1, record["block_size_tokens"]
+            self._histograms["offsets"].update([query - position for position in positions])
+            in_block = Counter([position // size for position in positions])
+            self._histograms["tokens_per_touched_block"].update(in_block.values())
+        for tier, totals in self._fetch.items():
+            for name in totals:
+                totals[name] += record["kv_fetch"][tier][name]
+        self._scan_bytes += record["indexer_scan"]["bytes_read"]
+        if record["prefix"]["prefix_cache_hit"] and self.level != "stats":
+            counts = self._hot.setdefault(record["request_id"], Counter())
+            counts.update(record["prefix"]["intersection_blocks"])
+        if record["path"] == "sparse":
+            self._counts["sparse"] += 1
+            for at_size in self._blocks:
+                at_size.add(record)
+            self._overlaps.add(record)
+            if record["phase"] == "decode" and "needle" in record:
+                self._recalls.add(record)
+
+    def end_request(self, request_id: str) -> None:
+        """No record of it is to come: what is kept of it shrinks to its hot blocks."""
+        self._overlaps.forget(request_id)
+        counts = self._hot.pop(request_id, None)
+        if counts is not None:
+            self._hottest[request_id] = _hottest(counts)
+
+    def to_json(
+        self,
+        requests: PlainRequests,
+        *,
+        state: str = "complete",
+        selections: str = "synthetic",
+        dropped_steps: int = 0,
+    ) -> dict[str, Any]:
+        """What the files say of summary.json; at level full all but the cost of tracing and what the run
+        says of its workload and its tiers."""
+        latents = sum(totals["bytes_read"] for totals in self._fetch.values())
+        step_us = self._histograms["step_us"]
+        summary: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "state": state,
+            "selections": selections,
+            "counts": {
+                "steps": self._counts["decode"],
+                "prefills": self._counts["prefill"],
+                "records": self.num_records,
+                "sparse_records": self._counts["sparse"],
+                "requests": requests.num_requests,
+            },
+            "dropped_steps": dropped_steps,
+            **{name: described(counts) for name, counts in self._histograms.items() if name != "step_us"},
+            "prefix_hot_blocks": self._hottest | {name: _hottest(c) for name, c in self._hot.items()},
+            "step_ms": {name: _ms(_quantile(step_us, percent)) for name, percent in _STEP_QUANTILES},
+            "blocks_touched": [at_size.to_json() for at_size in self._blocks],
+            **self._overlaps.to_json(),
+            "needle_recall": self._recalls.to_json(),
+            "kv_fetch": {tier: dict(totals) for tier, totals in self._fetch.items()},
+            "bytes_read": {
+                "without_indexer_scan": latents,
+                "indexer_scan": self._scan_bytes,
+                "with_indexer_scan": latents + self._scan_bytes,
+            },
+            **requests.to_json(),
+            "tiers": None,
+            "workload": None,
+            "tracing_cost": None,
+            "histograms": {name: _json(counts) for name, counts in self._histograms.items()}
+            | {f"unique_blocks_at_{x.size}": _json(x.touched) for x in self._blocks if x.is_known}
+            | requests.histograms(),
+        }
+        if self.level != "full":
+            summary["offsets"] = dict(zip(("min", "max"), self._offsets, strict=False))
+        if self.level == "stats":
+            del summary["prefix_hot_blocks"]
+        return summary
+
+
+class _BlocksTouched:
+    """Touched blocks of sparse records at one block size, beside a uniform and a recency selector."""
+
+    def __init__(self, size: int, top_k: int) -> None:
+        self.size = size
+        self.is_known = True  # the records of this level tell how many there are
+        self.touched = Counter[int]()
+        self._top_k = top_k
+        self._contexts = Counter[int]()  # positions visible -> records
+
+    def add(self, record: Record) -> None:
+        self._contexts[record["seq_len_current"]] += 1
+        known = _num_blocks(record, self.size)
+        if known is None:
+            self.is_known = False
+        else:
+            self.touched[known] += 1
+
+    def to_json(self) -> dict[str, Any]:
+        k, size = self._top_k, self.size
+        measured = described(self.touched)
+        names = ("mean", "p50", "p95") if self.is_known else ()
+        return {
+            "block_size_tokens": size,
+            **{name: measured[name] for name in names},
+            "uniform_mean": self._mean({n: uniform_blocks(n, k, size) for n in self._contexts}),
+            "recency_mean": self._mean(
+                {n: len(range((n - k) // size * size, n, size)) for n in self._contexts}
+            ),
+            "context_mean": self._mean({n: math.ceil(n / size) for n in self._contexts}),
+        }
+
+    def _mean(self, blocks: Mapping[int, float]) -> float | None:
+        """Over the records, from the blocks at each context length."""
+        total = sum(self._contexts.values())
+        return math.fsum(blocks[n] * count for n, count in self._contexts.items()) / total if total else None
+
+
+def described(counts: Counter[Any]) -> dict[str, Any]:
+    """`{min, p50, p95, max, mean}`; the mean is an exact sum, rounded once."""
+    values = sorted(counts)
+    total = sum(counts.values())
+    mean = math.fsum(value * counts[value] for value in values) / total if total else None
+    return distribution(values, [counts[value] for value in values], mean)
+
+
+def uniform_blocks(seq_len: int, k: int, size: int) -> float:
+    """Expected blocks that k of N positions touch: a block of b is missed C(N-b, k) / C(N, k) often."""
+    full, rest = divmod(seq_len, size)
+    # C(N-b, k) / C(N, k) = (N-k)! (N-b)! / (N! (N-k-b)!), and Python divides integers of any size exactly.
+    expected = 1 - math.perm(seq_len - k, rest) / math.perm(seq_len, rest)
+    if full:
+        expected += full * (1 - math.perm(seq_len - k, size) / math.perm(seq_len, size))
+    return expected
+
+
+def _num_blocks(record: Record, size: int) -> int | None:
+    """Blocks of any size that a record touches; None where its level does not tell."""
+    if "selected_token_pos" in record:
+        return len({position // size for position in record["selected_token_pos"]})
+    own_size = record["block_size_tokens"]
+    if "selected_block_ids" in record and size % own_size == 0:
+        return len({block // (size // own_size) for block in record["selected_block_ids"]})
+    num_blocks: int = record["unique_blocks"]
+    return num_blocks if size == own_size else None
+
+
+def _hottest(counts: Counter[int]) -> list[dict[str, int]]:
+    """The most touched blocks, lower id first among equals."""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_NUM_HOT]
+    return [{"block_id": block, "touches": count} for block, count in ranked]
+
+
+def _json(counts: Counter[Any]) -> dict[str, list[Any]]:
+    values = sorted(counts)
+    return {"values": values, "counts": [counts[value] for value in values]}
+
+
+def _quantile(counts: Counter[float], percent: int) -> float | None:
+    values = sorted(counts)
+    return quantile_histogram(values, [counts[v] for v in values], percent) if values else None
+
+
+def _ms(us: float | None) -> float | None:
+    return None if us is None else us / 1000

@@ -1,0 +1,177 @@
+"""What a run's manifest says that its records must follow.
+
+Standard library only; a manifest that contradicts itself is a `Mismatch`.
+
+    rules = Rules.of(manifest)
+    rules.is_sampled(step_idx=17)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dsatrace.schema import (
+    LAYER_FIELDS,
+    LEVELS,
+    MANIFEST_FIELDS,
+    QUANTILE_DEFINITION,
+    RUN_STATES,
+    TIER_CHOICES,
+    TIER_NAMES,
+    Level,
+    problems,
+)
+from dsatrace.verify.mismatch import Mismatch, compare, differs, require
+
+
+@dataclasses.dataclass(frozen=True)
+class TierRules:
+    """What the records of an offloaded run follow."""
+
+    by_row: bool  # what moves is a token, else a block of the cache
+    unit_tokens: int
+    unit_bytes: int
+    offloads_index: bool  # the indexer's keys lie in the pools, too
+    kinds: Mapping[str, str]  # of the tiers that the run has, nearest first: how their times were had
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any], latent_bytes: int) -> TierRules | None:
+        """The manifest is of the schema; raises `Mismatch` where it contradicts itself."""
+        tiers = manifest.get("tiers")
+        if tiers is None:
+            return None
+        for name, choices in TIER_CHOICES.items():
+            require(tiers[name] in choices, f"tiers.{name}", tiers[name], f"not one of {', '.join(choices)}")
+        by_row, unit_tokens = tiers["granularity"] == "row", tiers["unit_tokens"]
+        is_size = unit_tokens == 1 if by_row else unit_tokens >= 1
+        require(is_size, "tiers.unit_tokens", unit_tokens, f"no size of a {tiers['granularity']}")
+        if tiers["unit_bytes"] != unit_tokens * latent_bytes:
+            raise differs("tiers.unit_bytes", tiers["unit_bytes"], unit_tokens * latent_bytes)
+        blocks = tiers["hbm"]["blocks"]
+        require(blocks >= 1, "tiers.hbm.blocks", blocks, "HBM holds nothing")
+        kinds = {"hbm": "none"}
+        for name in TIER_NAMES[1:]:
+            pool = tiers[name]
+            if pool is not None:
+                blocks, kinds[name] = pool["blocks"], pool["latency_kind"]
+                require(blocks is None or blocks >= 1, f"tiers.{name}.blocks", blocks, "it holds nothing")
+                is_kind = kinds[name] in ("measured", "modelled")
+                require(is_kind, f"tiers.{name}.latency_kind", kinds[name], "not measured or modelled")
+        require(len(kinds) > 1, "tiers.local_pool", None, "and no remote_pool either")
+        return cls(by_row, unit_tokens, tiers["unit_bytes"], tiers["index_keys"] == "offloaded", kinds)
+
+
+_LAYOUT_FIELDS = next(field for field in MANIFEST_FIELDS if field.name == "cache_layouts").children
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What the manifest says that the records follow."""
+
+    level: Level
+    has_model: bool  # without one there is no record
+    block_size: int
+    top_k: int
+    num_layers: int
+    latent_bytes: int  # a token and layer
+    index_bytes: int  # a token and layer
+    store_scores: bool
+    keep_order: bool
+    prefill: bool
+    sample_rate: float
+    seed: int
+    may_lose: bool  # steps may be missing, and are then counted
+    resumed_at_forward: tuple[int, ...]  # ascending
+    prefix_cache: bool  # the records' prefixes are what a cache held
+    tiers: TierRules | None  # None: everything was in HBM
+    source_layers: Mapping[int, int]  # of a layer without an indexer, the layer whose selection it uses
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> Rules:
+        """Raises `Mismatch` for a manifest that contradicts itself."""
+        require_schema(problems(manifest, "full", MANIFEST_FIELDS))
+        trace, model = manifest["trace"], manifest["model_config"]
+        require(trace["level"] in LEVELS, "trace.level", trace["level"], f"not one of {', '.join(LEVELS)}")
+        require(manifest["state"] in RUN_STATES, "state", manifest["state"], "no state of a run")
+        compare(manifest["quantile"], QUANTILE_DEFINITION, "quantile")
+        canonical = json.dumps(model, sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        compare(manifest["model_config_digest"], digest, "model_config_digest")
+        for i, layout in enumerate(manifest["cache_layouts"]):
+            require_schema(problems(layout, "full", _LAYOUT_FIELDS, f"cache_layouts[{i}]."))
+        named = [x for x in manifest["cache_layouts"] if x["name"] == manifest["cache_layout"]]
+        require(len(named) == 1, "cache_layout", manifest["cache_layout"], "not one of cache_layouts")
+        layout = named[0]
+        has_model = manifest["selections"] != "none"
+        for name in ("index_topk", "n_layers") if has_model else ():
+            count = model.get(name)
+            require(type(count) is int and count >= 1, f"model_config.{name}", count, "not a count")
+        rate = trace["sample_rate"]
+        require(has_model or rate == 0, "trace.sample_rate", rate, "but no model ran")
+        seams = manifest.get("resumed_at_forward", [])
+        ascend = seams == sorted(seams) and all(seam >= 0 for seam in seams)
+        require(ascend, "resumed_at_forward", seams, "not ascending counts")
+        source = manifest.get("prefix_source", "analysis")
+        require(source in ("analysis", "cache"), "prefix_source", source, "not analysis or cache")
+        block_size = trace["block_size_tokens"]
+        require(block_size >= 1, "trace.block_size_tokens", block_size, "not a count")
+        return cls(
+            level=trace["level"],
+            block_size=trace["block_size_tokens"],
+            has_model=has_model,
+            top_k=model["index_topk"] if has_model else 0,
+            num_layers=model["n_layers"] if has_model else 0,
+            latent_bytes=layout["latent_bytes_per_token"],
+            index_bytes=layout["index_bytes_per_token"],
+            store_scores=trace["store_scores"],
+            keep_order=trace["keep_order"],
+            prefill=trace["prefill"] == "last",
+            sample_rate=trace["sample_rate"],
+            seed=manifest["seed"],
+            may_lose=trace["queue_policy"] == "drop" or trace["on_error"] == "continue",
+            resumed_at_forward=tuple(seams),
+            prefix_cache=source == "cache",
+            tiers=TierRules.of(manifest, layout["latent_bytes_per_token"]),
+            source_layers=_source_layers(manifest) if has_model else {},
+        )
+
+    def is_sampled(self, step_idx: int) -> bool:
+        """Whether decode step `step_idx` of every request is recorded: splitmix64 of seed and step."""
+        z = (self.seed * 0x9E3779B97F4A7C15 + (step_idx + 1) * 0xBF58476D1CE4E5B9) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return self.sample_rate >= 1 or (z ^ z >> 31) < self.sample_rate * 2**64
+
+
+def _source_layers(manifest: Mapping[str, Any]) -> dict[int, int]:
+    """By layer, where it has no indexer; none of them in a manifest from before it said so."""
+    selection, model = manifest.get("selection"), manifest["model_config"]
+    if selection is None:
+        return {}
+    compare(
+        selection, {"unit": "token", "unit_tokens": 1, "id_kind": "position", "door": "serve"}, "selection"
+    )
+    layers, num_layers = selection["layers"], model["n_layers"]
+    require(len(layers) == num_layers, "selection.layers", layers, f"{num_layers} layers in model_config")
+    sources: dict[int, int] = {}
+    for i, layer in enumerate(layers):
+        path = f"selection.layers[{i}]"
+        require_schema(problems(layer, "full", LAYER_FIELDS, f"{path}."))
+        compare(layer, {"top_k": model["index_topk"], "heads": 1}, path)
+        source = layer["source_layer"]
+        if source is not None:
+            chose = 0 <= source < i and source not in sources
+            require(chose, f"{path}.source_layer", source, "no layer before it that has an indexer")
+            sources[i] = source
+    return sources
+
+
+def require_schema(found: Sequence[str]) -> None:
+    """The first of `schema.problems`, as a `Mismatch`."""
+    if found:
+        field, _, what = found[0].partition(": ")
+        raise Mismatch(field, what)
