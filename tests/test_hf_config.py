@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from conftest import INFERENCE, ROOT
 from dsatrace.errors import UserError
 from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs
-from dsatrace.model.hf_config import KEYS, QUANTIZATION_KEYS, ROPE_KEYS, hf_config
+from dsatrace.model.hf_config import KEYS, QUANTIZATION_KEYS, ROPE_KEYS
+from dsatrace.model.tiny import hf_config
 from dsatrace.runner.config import EngineSetup
 from real_data import real_file
 

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsatrace.model.kernels import ScaleFormat, get_kernels, torch_kernels
+from dsatrace.model.kernels import get_kernels, torch_kernels
+from dsatrace.model.kernels.interface import ScaleFormat
 
 FP8 = torch.float8_e4m3fn
 KERNELS = get_kernels("torch")

@@ -15,6 +15,7 @@ from dsatrace.kv.tiers.fetches import (
     FetchCounters,
     LayerFetch,
     StepFetches,
+    TierCounts,
     first_touches,
     layer_fetch,
     share_out,

@@ -1,90 +1,184 @@
-"""Who may import whom, as the design says: walked over the source, module by module."""
+"""Who may import whom: every import resolved to a module of ours, held against the table, and no circle.
+
+What counts as an import: absolute and relative ones, `from dsatrace import trace`, those inside
+functions and under TYPE_CHECKING, and `importlib.import_module` of a name that is written out.
+"""
 
 from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Iterator, Set
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from conftest import INFERENCE
 
 PACKAGE = INFERENCE / "dsatrace"
-BASE = {"schema", "errors"}  # may be imported by every layer but the model
+BASE = {"schema", "errors", "version"}
 
-# layer: (layers of ours, third parties at import time, third parties inside functions)
-RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
-    "schema": (set(), set(), set()),
-    "errors": (set(), set(), set()),
-    "kv": (BASE, {"numpy", "numba"}, {"memcache_hybrid", "mooncake"}),
-    "model": (set(), {"torch", "safetensors"}, {"tilelang"}),
-    "trace": (BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}, set()),
-    "workloads": (BASE, set(), {"tokenizers", "transformers", "datasets", "huggingface_hub"}),
-    "training": (BASE | {"model", "workloads"}, {"torch", "safetensors"}, {"tokenizers"}),
-    "engine": (BASE | {"model", "kv", "trace", "workloads"}, {"numpy"}, {"torch"}),
-    "study": (BASE | {"kv", "trace", "workloads", "engine"}, {"numpy", "numba", "orjson"}, set()),
-    "report": (BASE | {"trace", "study"}, {"numpy", "rich"}, {"matplotlib"}),
+
+class Rule(NamedTuple):
+    """What a layer may import: layers of ours, third parties, third parties inside functions only."""
+
+    ours: Set[str]
+    early: Set[str] = frozenset()
+    late: Set[str] = frozenset()
+
+
+RULES: dict[str, Rule] = {
+    "schema": Rule(set()),
+    "errors": Rule(set()),
+    "version": Rule(set()),
+    "verify": Rule({"schema", "errors"}, set(), {"numpy", "pyarrow"}),
+    "kv": Rule({"schema", "errors"}, {"numpy", "numba"}, {"memcache_hybrid", "mooncake", "nixl"}),
+    "model": Rule({"errors"}, {"torch", "safetensors"}, {"tilelang", "fast_hadamard_transform"}),
+    "trace": Rule(BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}),
+    "workloads": Rule(
+        {"schema", "errors"}, set(), {"tokenizers", "transformers", "datasets", "huggingface_hub"}
+    ),
+    "training": Rule({"errors", "model", "workloads"}, {"torch", "safetensors"}, {"tokenizers"}),
+    "engine": Rule({"schema", "errors", "kv", "trace", "workloads"}, {"numpy"}),
+    "runner": Rule({"schema", "errors", "engine", "model", "kv", "trace"}, {"numpy", "torch"}),
+    "study": Rule(BASE | {"kv", "trace", "workloads", "engine"}, {"numpy", "numba", "orjson"}),
+    "report": Rule({"schema", "errors", "trace", "study"}, {"numpy", "rich"}, {"matplotlib"}),
 }
-MODEL_SIDE = "serves a model; the loop, the scheduler and the simulator need no torch"
 EXCEPTIONS = {
-    ("engine/cache_size.py", "torch"): MODEL_SIDE,
-    ("engine/distributed.py", "torch"): MODEL_SIDE,
-    ("engine/model_runner.py", "torch"): MODEL_SIDE,
-    ("engine/offload/cache.py", "torch"): MODEL_SIDE,
-    ("engine/offload/index_keys.py", "torch"): MODEL_SIDE,
-    ("engine/offload/layer_units.py", "torch"): MODEL_SIDE,
-    ("engine/offload/opening.py", "torch"): MODEL_SIDE,
-    ("engine/offload/unit_buffer.py", "torch"): MODEL_SIDE,
-    ("engine/sampler.py", "torch"): MODEL_SIDE,
-    ("engine/setup.py", "torch"): MODEL_SIDE,
-    ("trace/observe.py", "torch"): "the tensor side of the tracer",
-    ("model/kernels/tilelang_kernels.py", "tilelang"): "itself imported only when asked for",
+    ("dsatrace.trace.observe", "torch"): "the tensor side of the tracer",
+    ("dsatrace.model.kernels.tilelang_kernels", "tilelang"): "itself imported only when asked for",
 }
-MODULES = sorted(
-    path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0].split(".")[0] in RULES
-)
+ABOVE_ALL = {"cli", "commands"}
+"""Import what they like; nobody imports them."""
 
 
-def imports(path: Path) -> list[tuple[str, bool]]:
-    """Every imported module, absolute, and whether that happens inside a function."""
-    package = ("dsatrace", *path.relative_to(PACKAGE).parent.parts)
-    found: list[tuple[str, bool]] = []
+class Import(NamedTuple):
+    """One import of a module: what it names, and whether it runs only inside a function or for types."""
 
-    def walk(node: ast.AST, late: bool) -> None:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            return
+    target: str
+    late: bool
+
+
+def module_name(path: Path, root: Path = INFERENCE) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(name: str, source: str, is_package: bool, known: set[str]) -> Iterator[Import]:
+    """Every import of the module `name`. Of `from a import b`, `a.b` where that is one of the `known`."""
+    package = name.split(".") if is_package else name.split(".")[:-1]
+
+    def walk(node: ast.AST, late: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
-            found.extend((alias.name, late) for alias in node.names)
+            yield from (Import(alias.name, late) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
-            found.append((".".join(filter(None, (base, node.module))), late))
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            inner = {f"{module}.{alias.name}" for alias in node.names}
+            yield from (Import(target, late) for target in sorted(inner & known))
+            if not inner <= known:
+                yield Import(module, late)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            written_out = [name for name in node.args[:1] if isinstance(name, ast.Constant)]
+            yield from (Import(str(name.value), late) for name in written_out)
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        is_for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         for child in ast.iter_child_nodes(node):
-            walk(child, late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+            yield from walk(child, late or is_function or is_for_types)
 
-    walk(ast.parse(path.read_text()), False)
-    return found
+    yield from walk(ast.parse(source), False)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_keep_to_the_layers(path):
-    name = str(path.relative_to(PACKAGE))
-    layer = name.split("/", maxsplit=1)[0].removesuffix(".py")
-    ours, early, lazy = RULES[layer]
-    for module, late in imports(path):
-        top, *rest = module.split(".")
+def graph() -> dict[str, list[Import]]:
+    known = set(MODULES)
+    return {
+        name: list(imports_of(name, path.read_text(), path.name == "__init__.py", known))
+        for name, path in MODULES.items()
+    }
+
+
+IMPORTS = graph()
+
+
+def layer_of(module: str) -> str:
+    """`dsatrace.kv.blocks` -> `kv`; the package itself -> ``."""
+    return ([*module.split("."), ""])[1]
+
+
+def objections(name: str, found: list[Import]) -> list[str]:
+    """What of a module's imports the table does not allow."""
+    rule, bad = RULES[layer_of(name)], []
+    for target, late in found:
+        top = target.split(".")[0]
         if top in sys.stdlib_module_names or (name, top) in EXCEPTIONS:
             continue
         if top == "dsatrace":
-            inner = rest[0] if rest else ""
-            assert inner in {"", layer} | ours, f"{name} imports {module}"
-        else:
-            assert top in early | (lazy if late else set()), f"{name} imports {module}"
+            if layer_of(target) not in rule.ours | {layer_of(name)}:
+                bad.append(f"{name} imports {target}")
+        elif top not in rule.early | (rule.late if late else set()):
+            bad.append(f"{name} imports {target}{'' if late else ' at its top'}")
+    return bad
+
+
+def circles(imports: dict[str, list[Import]]) -> list[list[str]]:
+    """Modules that reach themselves: the strongly connected parts with more than one, or a loop."""
+    edges = {
+        name: {i.target for i in found if i.target in imports and i.target != name}
+        for name, found in imports.items()
+    }
+    order: list[str] = []
+    seen: set[str] = set()
+
+    def visit(name: str) -> None:
+        seen.add(name)
+        for target in sorted(edges[name] - seen):
+            if target not in seen:
+                visit(target)
+        order.append(name)
+
+    for name in edges:
+        if name not in seen:
+            visit(name)
+    back: dict[str, set[str]] = {name: set() for name in edges}
+    for name, targets in edges.items():
+        for target in targets:
+            back[target].add(name)
+    found, placed = [], set[str]()
+    for name in reversed(order):
+        part, todo = [], [name]
+        while todo:
+            one = todo.pop()
+            if one not in placed:
+                placed.add(one)
+                part.append(one)
+                todo += back[one]
+        if len(part) > 1:
+            found.append(sorted(part))
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if layer_of(name) not in ABOVE_ALL | {""}])
+def test_imports_keep_to_the_layers(name):
+    assert objections(name, IMPORTS[name]) == []
+
+
+def test_there_is_no_circle():
+    inside = {name: found for name, found in IMPORTS.items() if name != "dsatrace"}
+    assert circles(inside) == []
 
 
 def test_every_layer_of_the_package_has_a_rule():
-    layers = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
-    assert layers - set(RULES) == {"__init__", "cli", "commands"}
+    assert {layer_of(name) for name in MODULES} - set(RULES) == ABOVE_ALL | {""}
+
+
+def test_nobody_imports_the_command_line():
+    for name, found in IMPORTS.items():
+        if layer_of(name) not in ABOVE_ALL:
+            assert not [i.target for i in found if layer_of(i.target) in ABOVE_ALL], name
 
 
 def test_nothing_under_inference_bears_a_standard_name():
@@ -92,8 +186,47 @@ def test_nothing_under_inference_bears_a_standard_name():
     assert not names & set(sys.stdlib_module_names)
 
 
-def test_nobody_imports_the_command_line():
-    for path in PACKAGE.rglob("*.py"):
-        if path.relative_to(PACKAGE).parts[0] in ("cli.py", "commands"):
-            continue
-        assert not [m for m, _ in imports(path) if m.startswith(("dsatrace.cli", "dsatrace.commands"))], path
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("dsatrace.kv.blocks", "from dsatrace import trace"),
+        ("dsatrace.kv.blocks", "from .. import engine"),
+        ("dsatrace.kv.blocks", "from ..engine import engine"),
+        ("dsatrace.kv.blocks", "import dsatrace"),
+        ("dsatrace.schema", "from dsatrace import kv"),
+        ("dsatrace.model.config", "from dsatrace import schema"),
+        ("dsatrace.kv.blocks", "import importlib\nimportlib.import_module('dsatrace.engine.engine')"),
+        (
+            "dsatrace.kv.blocks",
+            "def f():\n    from importlib import import_module\n    import_module('torch')",
+        ),
+        ("dsatrace.kv.blocks", "if TYPE_CHECKING:\n    from dsatrace.trace.tracer import Tracer"),
+        ("dsatrace.trace.records", "import torch"),
+        ("dsatrace.engine.engine", "def f():\n    import torch"),
+        ("dsatrace.verify.run", "import numpy"),
+        ("dsatrace.verify.run", "from dsatrace.trace import files"),
+    ],
+)
+def test_the_check_sees(name, line):
+    """Each line, added to a module that is sound, is found."""
+    path = MODULES[name]
+    found = list(imports_of(name, f"{path.read_text()}\n{line}\n", path.name == "__init__.py", set(MODULES)))
+    assert len(found) > len(IMPORTS[name])
+    assert len(objections(name, found)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("dsatrace.kv.blocks", "from dsatrace.kv.simulation.replay import replay"),
+        ("dsatrace.kv.blocks", "def f():\n    from .prefix_pool import PrefixPool"),
+        (
+            "dsatrace.schema",
+            "if TYPE_CHECKING:\n    from dsatrace import errors, schema\n    from .verify import run",
+        ),
+    ],
+)
+def test_a_circle_is_seen(name, line):
+    path = MODULES[name]
+    found = imports_of(name, f"{path.read_text()}\n{line}\n", path.name == "__init__.py", set(MODULES))
+    assert circles(IMPORTS | {name: list(found)})

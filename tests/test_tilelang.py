@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from dsatrace.model.kernels import Kernels, ScaleFormat, get_kernels
+from dsatrace.model.kernels import get_kernels
+from dsatrace.model.kernels.interface import Kernels, ScaleFormat
 
 pytest.importorskip("tilelang", reason="tilelang is not installed: pip install 'dsatrace[gpu]'")
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT
-from dsatrace.model.config import FP8_GROUP, ModelArgs
+from dsatrace.model.config import ModelArgs
+from dsatrace.model.hf_config import FP8_GROUP
 from dsatrace.model.tiny import quantise, random_tensor, write_checkpoint
 
 

@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.model.batch import Batch, Span
 from dsatrace.model.checkpoint import load_checkpoint
-from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs, WeightDtype
+from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs
 from dsatrace.model.convert import convert_checkpoint
+from dsatrace.model.hf_config import WeightDtype
 from dsatrace.model.selection import Selection
 from dsatrace.model.tiny import quantise, write_checkpoint
 from dsatrace.model.transformer import Transformer

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dsatrace.errors import UserError
-from dsatrace.model.config import IGNORE_FLAG
+from dsatrace.model.hf_config import IGNORE_FLAG
 from dsatrace.runner.config import (
     GRANULARITIES,
     NUMERICS,

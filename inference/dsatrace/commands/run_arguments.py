@@ -16,8 +16,8 @@ from dsatrace.commands.arguments import (
     check_temperature,
     refuse_tiers,
 )
-from dsatrace.engine.ranks import from_rank_0
 from dsatrace.errors import UserError
+from dsatrace.runner.rank0 import from_rank_0
 from dsatrace.trace.resumable import resumed_argv
 from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.rows import check_limit

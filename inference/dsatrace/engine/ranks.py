@@ -2,17 +2,14 @@
 
 Every rank runs the same loop over the same requests. Which tokens were sampled, what time it
 is and whether to stop is rank 0's to say, so that no two ranks ever schedule different
-steps. A single process agrees with itself; the broadcast is in `distributed.py`, which
-needs torch.
+steps. A single process agrees with itself; the broadcast is in
+`runner/distributed.py`, which needs torch.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeVar
-
-Made = TypeVar("Made")
+from typing import NamedTuple, Protocol
 
 
 class Word(NamedTuple):
@@ -40,14 +37,3 @@ class SingleProcess:
 def is_rank_0() -> bool:
     """Whether this process is the one that writes and speaks."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def from_rank_0(make: Callable[[], Made]) -> Made:
-    """What rank 0 makes, on every rank of the process group; where `make` raises, rank 0 takes all down."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return make()
-    import torch.distributed as dist
-
-    made = [make() if is_rank_0() else None]
-    dist.broadcast_object_list(made, src=0)
-    return made[0]  # type: ignore[return-value]

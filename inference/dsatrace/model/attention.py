@@ -14,7 +14,7 @@ from torch import nn
 
 from .batch import Batch
 from .cache import KVCache
-from .config import FP8_GROUP
+from .hf_config import FP8_GROUP
 from .indexer import Indexer, SharedIndexer
 from .layers import ColumnParallelLinear, Linear, ModelSetup, RMSNorm, RowParallelLinear
 from .rotary import Rope, rotate_interleaved, softmax_scale

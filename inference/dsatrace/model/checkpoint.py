@@ -18,8 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from .config import FP8_GROUP
 from .convert import shard_name
+from .hf_config import FP8_GROUP
 from .kernels.torch_kernels import TorchKernels
 from .shards import DTYPES, CheckpointError, StoredTensor, read_header
 

@@ -10,19 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-FP8_GROUP = 128
-"""Channels that share one fp8 scale, and the side of a weight's scale block."""
+from .hf_config import ModelType, WeightDtype, fields_of, is_hf_config, without_keys
 
-WeightDtype = Literal["fp8", "bf16", "fp32", "fp64"]
-ModelType = Literal["deepseek_v32", "glm_moe_dsa"]
 IndexerType = Literal["full", "shared"]
 """Whether a layer has an indexer, or uses the selection of the layer before it."""
-
-IGNORE_FLAG = "--ignore-config-key"
 
 PLAIN_NUMERICS: dict[str, Any] = {"index_fp8": False, "index_hadamard": False, "latent_fp8": False}
 """Overrides that turn the released model's roundings off; transformers has none of them."""
@@ -170,8 +165,6 @@ class ModelArgs:
         with the file raises `ValueError` naming it, and a key that is not understood too, unless
         `ignore_keys` names it.
         """
-        from .hf_config import fields_of, is_hf_config
-
         values = read_config(path)
         try:
             values = without_keys(values, ignore_keys)
@@ -233,25 +226,3 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a model config is a JSON object, not {type(values).__name__}")
     return values
-
-
-def without_keys(values: Mapping[str, Any], ignored: Sequence[str]) -> dict[str, Any]:
-    """`values` less the `ignored` keys, `outer.inner` for a nested one; `ValueError` where one is missing."""
-    kept = dict(values)
-    for name in ignored:
-        if not holds_key(kept, name):
-            raise ValueError(f"{IGNORE_FLAG} {name}: the config has no such key; leave the flag out")
-        outer, _, inner = name.partition(".")
-        if inner:
-            kept[outer] = {key: value for key, value in kept[outer].items() if key != inner}
-        else:
-            del kept[outer]
-    return kept
-
-
-def holds_key(values: Mapping[str, Any], name: str) -> bool:
-    """Whether a config has the key `name`, `outer.inner` for a nested one."""
-    outer, _, inner = name.partition(".")
-    if not inner:
-        return outer in values
-    return isinstance(values.get(outer), dict) and inner in values[outer]

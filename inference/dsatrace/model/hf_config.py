@@ -1,4 +1,4 @@
-"""`config.json` of a Hugging Face checkpoint and `ModelArgs`, each from the other.
+"""`config.json` of a Hugging Face checkpoint, as fields of `ModelArgs`.
 
 A setting that is not understood is refused. Every key that may stand in the file is a row of
 `KEYS`: the field it sets, or the only values it may have, or why it cannot matter. A key
@@ -7,7 +7,6 @@ Reads the spellings of transformers 4 (`rope_scaling`, `torch_dtype`) and 5 (`ro
 `dtype`). Knows no tensor and no file.
 
     ModelArgs.from_json("DeepSeek-V3.2/config.json")      # comes here by itself
-    hf_config(args, weights="bf16")
 """
 
 from __future__ import annotations
@@ -15,12 +14,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from .config import FP8_GROUP, IGNORE_FLAG, ModelArgs, ModelType, WeightDtype
+WeightDtype = Literal["fp8", "bf16", "fp32", "fp64"]
+ModelType = Literal["deepseek_v32", "glm_moe_dsa"]
 
-Weights = Literal["bf16", "fp8", "fp32"]
+FP8_GROUP = 128
+"""Channels that share one fp8 scale, and the side of a weight's scale block."""
+
+IGNORE_FLAG = "--ignore-config-key"
+
 Values = Mapping[str, Any]
 
 
@@ -53,6 +57,7 @@ class Row:
     """How one key is understood. Exactly one of the first four is set, but for `optional` fields."""
 
     field: str | None = None  # of ModelArgs, which takes the value
+    of: type = object  # the value's type: int, float or bool; object where the field itself checks it
     only: tuple[object, ...] = ()  # the values it may have
     must_be: Callable[[Values], object] | None = None  # the one value it may have, by the other keys
     read_by: str | None = None  # the function here that reads it, with others
@@ -68,8 +73,8 @@ class Row:
         return "must agree" if self.must_be else "read" if self.read_by else "cannot matter"
 
 
-def _to(field: str, optional: bool = False) -> Row:
-    return Row(field=field, optional=optional)
+def _to(field: str, of: type = int, optional: bool = False) -> Row:
+    return Row(field=field, of=of, optional=optional)
 
 
 def _only(*values: object, why: str) -> Row:
@@ -112,12 +117,12 @@ KEYS: dict[str, Row] = {
     "qk_head_dim": _must_be(lambda v: v["qk_nope_head_dim"] + v["qk_rope_head_dim"], "the sum of both parts"),
     "head_dim": _harmless("transformers sets it to qk_rope_head_dim, whatever the file says"),
     "max_position_embeddings": _to("max_seq_len", optional=True),
-    "rms_norm_eps": _to("norm_eps"),
-    "latent_norm_eps": _to("latent_norm_eps", optional=True),
+    "rms_norm_eps": _to("norm_eps", float),
+    "latent_norm_eps": _to("latent_norm_eps", float, optional=True),
     "hidden_act": _only("silu", why="every feed-forward layer is a SwiGLU"),
     "attention_bias": _only(False, why="the projections have no biases here"),
     "mlp_bias": _only(False, why="the projections have no biases here"),
-    "tie_word_embeddings": _to("tie_word_embeddings", optional=True),
+    "tie_word_embeddings": _to("tie_word_embeddings", bool, optional=True),
     # Experts
     "n_routed_experts": _to("n_routed_experts"),
     "num_local_experts": _must_be(lambda v: v["n_routed_experts"], "another name of n_routed_experts"),
@@ -126,8 +131,8 @@ KEYS: dict[str, Row] = {
     "num_experts_per_tok": _to("n_activated_experts"),
     "n_group": _to("n_expert_groups"),
     "topk_group": _to("n_limited_groups"),
-    "routed_scaling_factor": _to("route_scale"),
-    "norm_topk_prob": _to("norm_topk_prob"),
+    "routed_scaling_factor": _to("route_scale", float),
+    "norm_topk_prob": _to("norm_topk_prob", bool),
     "scoring_func": _only("sigmoid", why="the gate that V3.2 and GLM-5 have in every engine"),
     "topk_method": _only("noaux_tc", why="the choice by sigmoid score and correction bias"),
     "moe_layer_freq": _only(1, why="every layer past the dense ones is a MoE"),
@@ -194,12 +199,12 @@ KEYS: dict[str, Row] = {
 """Every key that is understood."""
 
 ROPE_KEYS: dict[str, Row] = {
-    "rope_theta": _to("rope_theta"),
+    "rope_theta": _to("rope_theta", float),
     "rope_type": _read("_rope_fields", "default or yarn"),
-    "factor": _to("rope_factor"),
+    "factor": _to("rope_factor", float),
     "original_max_position_embeddings": _to("original_seq_len"),
-    "beta_fast": _to("beta_fast", optional=True),
-    "beta_slow": _to("beta_slow", optional=True),
+    "beta_fast": _to("beta_fast", float, optional=True),
+    "beta_slow": _to("beta_slow", float, optional=True),
     "mscale": _read("_rope_fields", "with mscale_all_dim: sets `rope_attention_factor`"),
     "mscale_all_dim": _read("_rope_fields", "sets `mscale`, attention's temperature; absent: none"),
     "attention_factor": _read("_rope_fields", "sets `rope_attention_factor`"),
@@ -215,7 +220,7 @@ QUANTIZATION_KEYS: dict[str, Row] = {
     "fmt": _only("e4m3", why="the released format"),
     "activation_scheme": _only("dynamic", why="activations are quantised as they come"),
     "weight_block_size": _only([FP8_GROUP, FP8_GROUP], why="a scale serves one such block"),
-    "scale_fmt": _to("scale_fmt", optional=True),
+    "scale_fmt": _to("scale_fmt", object, optional=True),
     "modules_to_not_convert": _harmless("each tensor's own type says whether it is fp8"),
     "ignored_layers": _harmless("each tensor's own type says whether it is fp8"),
 }
@@ -278,7 +283,7 @@ def _understood(
                 value = 0
             if value is not None:
                 fields[row.field] = value
-                _check_type(prefix + key, value, _FIELD_TYPES[row.field])
+                _check_type(prefix + key, value, row.of)
             elif not row.optional:
                 missing.append(prefix + key)
     if missing:
@@ -294,17 +299,16 @@ def _understood(
     return fields
 
 
-_FIELD_TYPES = {field.name: str(field.type) for field in dataclasses.fields(ModelArgs)}
-_TYPE_CHECKS: dict[str, tuple[tuple[type, ...], str]] = {
-    "int": ((int,), "an integer"),
-    "float": ((int, float), "a number"),
-    "bool": ((bool,), "true or false"),
+_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
+    int: ((int,), "an integer"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "true or false"),
 }
 
 
-def _check_type(key: str, value: object, field_type: str) -> None:
-    types, words = _TYPE_CHECKS.get(field_type.removesuffix(" | None"), ((object,), ""))
-    if types != (object,) and type(value) not in types:
+def _check_type(key: str, value: object, of: type) -> None:
+    types, words = _TYPES.get(of, ((), ""))
+    if types and type(value) not in types:
         raise ValueError(f"{key} must be {words}, not {_shown(value)}")
 
 
@@ -377,7 +381,7 @@ def _rope_fields(values: Values) -> dict[str, Any]:
         return fields | {"rope_factor": 1.0, "original_seq_len": values.get("max_position_embeddings") or 0}
     fields = _understood(ROPE_KEYS, rope, "rope_parameters.")
     for key in ("mscale", "mscale_all_dim", "attention_factor"):
-        _check_type(f"rope_parameters.{key}", rope.get(key, 0.0), "float")
+        _check_type(f"rope_parameters.{key}", rope.get(key, 0.0), float)
     factor, mscale, of_all_dims = rope["factor"], rope.get("mscale"), rope.get("mscale_all_dim")
     attention_factor = rope.get("attention_factor")
     if attention_factor is None and mscale and of_all_dims:
@@ -450,55 +454,23 @@ def _dtype_fields(values: Values) -> dict[str, Any]:
     return {"dtype": "fp8"} | scale_fmt
 
 
-def hf_config(args: ModelArgs, weights: Weights) -> dict[str, object]:
-    """`config.json` of the same model, in transformers 4's spelling; `ValueError` where there is none."""
-    family = FAMILIES[args.model_type]
-    if args.score_func != "sigmoid" or args.index_rope != family.index_rope:
-        raise ValueError(f"no config.json of {args.model_type} has this score_func and index_rope")
-    config: dict[str, object] = {
-        "architectures": [family.architecture],
-        "model_type": args.model_type,
-        **{key: getattr(args, row.field) for key, row in KEYS.items() if row.field and not row.optional},
-        "first_k_dense_replace": args.n_dense_layers,
-        "scoring_func": args.score_func,
-        "moe_layer_freq": 1,
-        "num_key_value_heads": args.n_heads,
-        "topk_method": "noaux_tc",
-        "max_position_embeddings": int(args.original_seq_len * args.rope_factor),
-        "rope_theta": args.rope_theta,
-        "rope_scaling": _rope_scaling(args),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "tie_word_embeddings": args.tie_word_embeddings,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "torch_dtype": "float32" if weights == "fp32" else "bfloat16",
-    }
-    if args.indexer_types is not None:
-        config["indexer_types"] = list(args.indexer_types)
-    if args.latent_norm_eps != family.latent_norm_eps:
-        config["latent_norm_eps"] = args.latent_norm_eps
-    if weights == "fp8":
-        config["quantization_config"] = {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [FP8_GROUP, FP8_GROUP],
-            "scale_fmt": args.scale_fmt,
-        }
-    return config
+def without_keys(values: Mapping[str, Any], ignored: Sequence[str]) -> dict[str, Any]:
+    """`values` less the `ignored` keys, `outer.inner` for a nested one; `ValueError` where one is missing."""
+    kept = dict(values)
+    for name in ignored:
+        if not holds_key(kept, name):
+            raise ValueError(f"{IGNORE_FLAG} {name}: the config has no such key; leave the flag out")
+        outer, _, inner = name.partition(".")
+        if inner:
+            kept[outer] = {key: value for key, value in kept[outer].items() if key != inner}
+        else:
+            del kept[outer]
+    return kept
 
 
-def _rope_scaling(args: ModelArgs) -> dict[str, object] | None:
-    if not args.uses_yarn:
-        return None
-    scaling: dict[str, object] = {
-        "type": "yarn",
-        **{key: getattr(args, row.field) for key, row in ROPE_KEYS.items() if row.field},
-        "mscale": args.mscale,
-        "mscale_all_dim": args.mscale,
-    }
-    del scaling["rope_theta"]
-    if args.rope_attention_factor != 1.0 or not args.mscale:
-        scaling["attention_factor"] = args.rope_attention_factor
-    return scaling
+def holds_key(values: Mapping[str, Any], name: str) -> bool:
+    """Whether a config has the key `name`, `outer.inner` for a nested one."""
+    outer, _, inner = name.partition(".")
+    if not inner:
+        return outer in values
+    return isinstance(values.get(outer), dict) and inner in values[outer]

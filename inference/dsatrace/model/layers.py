@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .config import FP8_GROUP, ModelArgs
-from .kernels import Kernels
+from .config import ModelArgs
+from .hf_config import FP8_GROUP
+from .kernels.interface import Kernels
 from .parallel import ParallelGroup
 
 STORED_DTYPES = {

@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from .config import FP8_GROUP, ModelArgs
+from .config import ModelArgs
+from .hf_config import FP8_GROUP
 
 EMBEDDING, HEAD = "embed.weight", "head.weight"
 

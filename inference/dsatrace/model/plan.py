@@ -18,7 +18,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import FP8_GROUP, PLAIN_NUMERICS, ModelArgs
+from .config import PLAIN_NUMERICS, ModelArgs
+from .hf_config import FP8_GROUP
 from .names import HEAD, Target, checkpoint_tensors, scale_of
 from .shards import CheckpointError, StoredTensor, read_header
 

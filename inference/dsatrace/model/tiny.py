@@ -11,13 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from .config import FP8_GROUP, ModelArgs
-from .hf_config import Weights, hf_config
+from .config import ModelArgs
+from .hf_config import FAMILIES, FP8_GROUP, KEYS, ROPE_KEYS
 from .names import UNQUANTISED, checkpoint_tensors, scale_of
 from .shards import DTYPES, CheckpointError, Layout, ShardWriter, num_bytes
+
+Weights = Literal["bf16", "fp8", "fp32"]
 
 RANDOM_WEIGHTS = "random_weights"
 """Key of `config.json` that says so, for whoever reports on a run of this model."""
@@ -131,3 +134,57 @@ def quantise(weight: torch.Tensor, scale_fmt: str | None) -> tuple[torch.Tensor,
 
 def _write_json(path: Path, value: dict[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def hf_config(args: ModelArgs, weights: Weights) -> dict[str, object]:
+    """`config.json` of the same model, in transformers 4's spelling; `ValueError` where there is none."""
+    family = FAMILIES[args.model_type]
+    if args.score_func != "sigmoid" or args.index_rope != family.index_rope:
+        raise ValueError(f"no config.json of {args.model_type} has this score_func and index_rope")
+    config: dict[str, object] = {
+        "architectures": [family.architecture],
+        "model_type": args.model_type,
+        **{key: getattr(args, row.field) for key, row in KEYS.items() if row.field and not row.optional},
+        "first_k_dense_replace": args.n_dense_layers,
+        "scoring_func": args.score_func,
+        "moe_layer_freq": 1,
+        "num_key_value_heads": args.n_heads,
+        "topk_method": "noaux_tc",
+        "max_position_embeddings": int(args.original_seq_len * args.rope_factor),
+        "rope_theta": args.rope_theta,
+        "rope_scaling": _rope_scaling(args),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": args.tie_word_embeddings,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "torch_dtype": "float32" if weights == "fp32" else "bfloat16",
+    }
+    if args.indexer_types is not None:
+        config["indexer_types"] = list(args.indexer_types)
+    if args.latent_norm_eps != family.latent_norm_eps:
+        config["latent_norm_eps"] = args.latent_norm_eps
+    if weights == "fp8":
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [FP8_GROUP, FP8_GROUP],
+            "scale_fmt": args.scale_fmt,
+        }
+    return config
+
+
+def _rope_scaling(args: ModelArgs) -> dict[str, object] | None:
+    if not args.uses_yarn:
+        return None
+    scaling: dict[str, object] = {
+        "type": "yarn",
+        **{key: getattr(args, row.field) for key, row in ROPE_KEYS.items() if row.field},
+        "mscale": args.mscale,
+        "mscale_all_dim": args.mscale,
+    }
+    del scaling["rope_theta"]
+    if args.rope_attention_factor != 1.0 or not args.mscale:
+        scaling["attention_factor"] = args.rope_attention_factor
+    return scaling

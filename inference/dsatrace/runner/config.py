@@ -16,7 +16,8 @@ from dsatrace.engine.runner import OnTierError
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.opening import check_spec
 from dsatrace.kv.tiers.residency import TIER_POLICIES
-from dsatrace.model.config import IGNORE_FLAG, PLAIN_NUMERICS, ModelArgs, holds_key, read_config
+from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs, read_config
+from dsatrace.model.hf_config import IGNORE_FLAG, holds_key
 
 Granularity = Literal["block", "row"]
 """What moves as one: a block of one layer, or a row, one token of one layer."""

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from dsatrace.model.checkpoint import load_checkpoint
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.convert import convert_checkpoint
-from dsatrace.model.hf_config import hf_config
 from dsatrace.model.names import checkpoint_tensors
+from dsatrace.model.tiny import hf_config
 from dsatrace.model.transformer import Transformer
 from dsatrace.workloads.tokenizer import write_byte_tokenizer
 

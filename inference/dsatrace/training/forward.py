@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from dsatrace.model.attention import MLA
-from dsatrace.model.config import FP8_GROUP
+from dsatrace.model.hf_config import FP8_GROUP
 from dsatrace.model.indexer import Indexer
 from dsatrace.model.rotary import Rope, rope_angles, rotate_interleaved
 from dsatrace.model.selection import mask_future, select_topk

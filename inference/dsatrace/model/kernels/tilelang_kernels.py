@@ -25,7 +25,7 @@ import tilelang.language as T
 import torch
 import torch.nn.functional as F
 
-from dsatrace.model.kernels import ScaleFormat
+from dsatrace.model.kernels.interface import ScaleFormat
 from dsatrace.model.kernels.torch_kernels import AMAX_FLOOR, BLOCK, FP8, FP8_MAX, TorchKernels
 
 _FP8 = "float8_e4m3fn"

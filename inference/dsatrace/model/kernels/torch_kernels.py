@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from dsatrace.model.kernels import ScaleFormat
+from dsatrace.model.kernels.interface import ScaleFormat
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
