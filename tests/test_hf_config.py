@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from conftest import INFERENCE, ROOT
 from dsatrace.errors import UserError
+from dsatrace.model import hf_config as module
 from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs
 from dsatrace.model.hf_config import KEYS, QUANTIZATION_KEYS, ROPE_KEYS
 from dsatrace.model.tiny import hf_config
@@ -282,6 +283,14 @@ def test_the_recorded_attributes_are_those_of_transformers():
         pytest.skip(f"the attributes are those of {PINNED_TRANSFORMERS}, not {transformers.__version__}")
     both = transformers.DeepseekV32Config().to_dict() | transformers.GlmMoeDsaConfig().to_dict()
     assert set(both) == set(TRANSFORMERS_ATTRIBUTES.split())
+
+
+def test_what_reads_a_key_is_there():
+    for key, row in {**KEYS, **ROPE_KEYS}.items():
+        assert row.read_by is None or callable(getattr(module, row.read_by)), key
+        assert sum(map(bool, (row.field, row.only, row.must_be, row.read_by))) <= 1 and (
+            row.field or row.why
+        ), key
 
 
 def test_every_row_is_in_the_documentation():

@@ -54,7 +54,7 @@ OTHER_INDEXER = (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """How one key is understood. Exactly one of the first four is set, but for `optional` fields."""
+    """How one key is understood, by `field`, `only`, `must_be` or `read_by`; by none: it cannot matter."""
 
     field: str | None = None  # of ModelArgs, which takes the value
     of: type = object  # the value's type: int, float or bool; object where the field itself checks it
