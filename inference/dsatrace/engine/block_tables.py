@@ -1,10 +1,10 @@
 """Gives running requests their blocks: promised when they are admitted, taken when their prefill begins.
 
-A request's prefix is looked up as late as can be, so that it finds what those before it in
-the same batch have computed; until then the pool only keeps as many blocks free as it may
-need. A block gets its key behind the forward that fills it, never before: who is preempted or aborted
-in the middle of its prompt, or whose forward fails, leaves no key over content that was not computed.
-Knows no order among requests; that is the scheduler's.
+A request's prefix is looked up as late as possible, so that it finds what earlier requests of
+the same batch have computed; until then the pool only keeps as many blocks free as the request
+may need. A block is keyed only after the forward that fills it, so a request that is preempted,
+aborted or fails never leaves a key that points at garbage. Knows no order among requests; that
+is the scheduler's.
 
     tables = BlockTables(new_pool(num_blocks=64, block_size=16, prefix_caching=True))
     tables.welcome(live)                    # it will be looked up by its tokens' keys

@@ -175,9 +175,9 @@ class Scheduler:
     ) -> list[LiveRequest]:
         """The step did not happen: a tier has lost what these blocks held. Returns those that `failed`.
 
-        Whoever holds one of them starts over, if it may `recompute`, in its place if there is room.
-        A loss that nobody would notice is one of the step's own requests all the same, so that a
-        step that fails for nothing is not tried forever. Those that wait hold no blocks.
+        A running request that holds one of them starts over if it may `recompute`, in its place if there
+        is room. If no running request holds a lost block, the loss is charged to this step's requests:
+        otherwise the same step would be tried again forever. Waiting requests hold no blocks.
         """
         num_found = self.tables.lose(block_ids)
         affected = [live for live in self.running if not block_ids.isdisjoint(live.block_ids)]

@@ -46,7 +46,7 @@ class Runs:
 class Optional:
     """A field that a record may lack: it holds `values[which[r]]`, or is left out where that is None.
 
-    Never an object's first field.
+    Must not be the first field of an object: its text begins with a comma.
     """
 
     values: Sequence[Any]

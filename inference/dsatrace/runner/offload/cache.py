@@ -149,7 +149,7 @@ class OffloadedCache(KVCache):
             layer.counters.used_units = self.prefetcher.used_units[layer_id]
         self._fetch_selected(layer, units, unit_of if is_decode else unit_of[-1:])
         if self._in_waves:
-            layer.counters.refetched_units -= num_missed  # and on again as the waves fetch them
+            layer.counters.refetched_units -= num_missed  # the waves count these units again
             return self._on_device(slots)
         return self._on_device(np.where(slots < 0, -1, layer.places(slots, unit_of)))
 
