@@ -18,9 +18,8 @@ from huggingface_hub import file_download
 
 from dsatrace.errors import UserError
 from dsatrace.workloads import hub as hub_module
-from dsatrace.workloads.catalog import DATA_SETS, HubFile, data_set_named
-from dsatrace.workloads.downloads import fetch
-from dsatrace.workloads.hub import HubError, locate
+from dsatrace.workloads.catalog import DATA_SETS, data_set_named
+from dsatrace.workloads.hub import HubError, HubFile, fetch, locate
 from fake_hub import COMMIT, FakeHub, fake_hub
 
 CONTENT = bytes(range(256)) * 4000

@@ -20,10 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Downloads, checks and exports; returns the exit code."""
     from dsatrace.commands.progress import bytes_bar
     from dsatrace.workloads.catalog import DATA_SETS
-    from dsatrace.workloads.downloads import fetch, kept_copy
     from dsatrace.workloads.exports import SOURCE_FILE, export_data_set
-    from dsatrace.workloads.hub import ANSWER_S, locate
-    from dsatrace.workloads.sources import default_data_folder
+    from dsatrace.workloads.hub import ANSWER_S, default_data_folder, fetch, kept_copy, locate
 
     args = _parser(list(DATA_SETS)).parse_args(argv)
     data_set = DATA_SETS[args.name]

@@ -10,30 +10,9 @@ no network and no format.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 from dsatrace.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class HubFile:
-    """One file of a hub repository. `sha256` is what its bytes must be; None: they are taken as they come."""
-
-    repo: str
-    file: str
-    revision: str = "main"
-    sha256: str | None = None
-    repo_type: Literal["dataset", "model"] = "dataset"
-
-    def __post_init__(self) -> None:
-        parts = self.file.split("/")
-        if not self.file or self.file.startswith("/") or not {"", ".", ".."}.isdisjoint(parts):
-            raise UserError(f"{self.file!r} is no file of a hub repository; give its path there")
-
-    @property
-    def page(self) -> str:
-        """Path of the repository's page, where its terms are shown."""
-        return f"datasets/{self.repo}" if self.repo_type == "dataset" else self.repo
+from dsatrace.workloads.hub import HubFile
 
 
 @dataclasses.dataclass(frozen=True)

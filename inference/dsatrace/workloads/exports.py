@@ -25,7 +25,7 @@ from dsatrace.errors import UserError
 from dsatrace.workloads.burstgpt import read_burstgpt
 from dsatrace.workloads.catalog import DataSet
 from dsatrace.workloads.digests import Progress, file_sha256, folder_sha256, no_progress
-from dsatrace.workloads.downloads import Fetched
+from dsatrace.workloads.hub import Fetched
 from dsatrace.workloads.json_rows import read_json_rows
 from dsatrace.workloads.rows import BadRow, BadRows, check_limit, open_source, read_rows
 from dsatrace.workloads.ruler.example import TASKS

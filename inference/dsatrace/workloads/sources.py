@@ -13,17 +13,26 @@ the embedded sample. Whichever it is, it says what and why. Reads no rows.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.catalog import DataSet, HubFile, data_set_named
+from dsatrace.workloads.catalog import DataSet, data_set_named
 from dsatrace.workloads.digests import Progress, file_sha256, folder_sha256, no_progress
-from dsatrace.workloads.downloads import fetch, kept_copy
 from dsatrace.workloads.exports import SOURCE_FILE, read_export
-from dsatrace.workloads.hub import ANSWER_S, PROBE_S, HubError, Located, hub_is_off, locate
+from dsatrace.workloads.hub import (
+    ANSWER_S,
+    PROBE_S,
+    HubError,
+    HubFile,
+    Located,
+    default_data_folder,
+    fetch,
+    hub_is_off,
+    kept_copy,
+    locate,
+)
 from dsatrace.workloads.samples import sample_file
 
 Kind = Literal["file", "hub", "embedded", "generator"]
@@ -54,14 +63,6 @@ class Source:
     def text(self) -> str:
         """One line for the terminal."""
         return f"{self.name}: {self.description} ({self.reason})"
-
-
-def default_data_folder() -> Path:
-    """DSATRACE_DATA, or `data/` of the checkout, or that of the working directory where there is none."""
-    if os.environ.get("DSATRACE_DATA"):
-        return Path(os.environ["DSATRACE_DATA"])
-    root = Path(__file__).resolve().parents[3]
-    return (root if (root / "pyproject.toml").is_file() else Path.cwd()) / "data"
 
 
 def find_source(
