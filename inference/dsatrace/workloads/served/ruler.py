@@ -24,13 +24,10 @@ from dsatrace.workloads.exports import WholeFile, write_lines
 from dsatrace.workloads.hub import HubFile
 from dsatrace.workloads.request import Request
 from dsatrace.workloads.rows import BadRows, check_limit, read_rows
-from dsatrace.workloads.ruler.example import TASKS, Example, task_named
-from dsatrace.workloads.ruler.files import row_files
+from dsatrace.workloads.ruler.example import TASKS, Example, locate, score, task_named
+from dsatrace.workloads.ruler.files import decode, numbered_lines, row_files
 from dsatrace.workloads.ruler.generator import Sources, generate
-from dsatrace.workloads.ruler.lines import decode, numbered_lines
-from dsatrace.workloads.ruler.positions import locate
 from dsatrace.workloads.ruler.reader import read_examples
-from dsatrace.workloads.ruler.score import score
 from dsatrace.workloads.served.workload import Asking, Opened
 
 GENERATED_EXAMPLES = 10
