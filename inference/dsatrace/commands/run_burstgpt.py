@@ -52,8 +52,6 @@ def _parser() -> argparse.ArgumentParser:
         help="skip the gaps, or sleep through them (default: %(default)s)",
     )
     add_source_arguments(parser)
-    group = parser.add_argument_group(BURSTGPT.title)
-    for flag in BURSTGPT.flags:
-        flag.add_to(group)
+    BURSTGPT.add_flags(parser)
     add_trace_arguments(parser, always=True)
     return parser

@@ -21,25 +21,29 @@ from dsatrace.commands.workload_run import run_workload
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.trace.config import add_trace_arguments
 from dsatrace.workloads.catalog import DATA_SETS
-
-_SERVED = {name: data_set for name, data_set in DATA_SETS.items() if not data_set.arrivals}
+from dsatrace.workloads.data_set import DataSet
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the data set; returns the exit code."""
     args, argv = parse_run(_parser(), sys.argv[1:] if argv is None else list(argv))
-    data_set = _SERVED[args.dataset]
+    data_set = DATA_SETS[args.dataset]
     if args.split not in (None, *data_set.splits):
         raise UserError(f"--split {args.split}: {args.dataset} has {' or '.join(data_set.splits)} only")
     _refuse_flags_of_others(args)
     return run_workload(args, argv, args.dataset, opener(data_set))
 
 
+def _served() -> dict[str, DataSet]:
+    """All but those whose requests arrive over time."""
+    return {name: data_set for name, data_set in DATA_SETS.items() if not data_set.arrivals}
+
+
 def _refuse_flags_of_others(args: argparse.Namespace) -> None:
     """A flag of another data set would silently do nothing."""
     parser = _parser()
-    for name, data_set in _SERVED.items():
+    for name, data_set in _served().items():
         for flag in data_set.flags:
             given = getattr(args, flag.attribute) != parser.get_default(flag.attribute)
             if given and name != args.dataset:
@@ -55,14 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     add_run_arguments(parser)
     add_chat_arguments(parser)
     add = parser.add_argument_group("data set").add_argument
-    add("--dataset", choices=tuple(_SERVED), required=True)
+    add("--dataset", choices=tuple(_served()), required=True)
     add("--split", help="each data set has one; for RULER train and validation both mean it")
     add("--limit", type=int, help="requests; for RULER, of each task and length (default: all)")
     add("--max-new-tokens", type=int, help="tokens per answer (default: 128; for RULER the task's own)")
     add_source_arguments(parser)
-    for data_set in _SERVED.values():
-        group = parser.add_argument_group(data_set.title)
-        for flag in data_set.flags:
-            flag.add_to(group)
+    for data_set in _served().values():
+        data_set.add_flags(parser)
     add_trace_arguments(parser, always=True)
     return parser

@@ -82,6 +82,7 @@ class DataSet:
 
     name: str
     title: str
+    help: str  # in one line, what it is
     hub: HubFile
     licence: str
     flags: tuple[Flag, ...]
@@ -97,6 +98,12 @@ class DataSet:
     arrivals: bool = False  # requests arrive over time: served by run_burstgpt.py
     download_limit: int | None = None  # rows that are exported unless the user names a limit
     variable: str | None = None  # names the exported file to its script in scripts/
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        """Adds its flags, as a group of their own."""
+        group = parser.add_argument_group(self.title, self.help)
+        for flag in self.flags:
+            flag.add_to(group)
 
     def hub_file(
         self, repo: str | None = None, file: str | None = None, revision: str | None = None

@@ -6,8 +6,7 @@
 
 All text is drawn from word lists of our own: sentences that say nothing, the same for the same
 seed. These show how a cache reacts to a pattern of sharing, and support no claim about what
-people ask. Knows no arrival time: `RequestGenerator`
-gives them one.
+people ask. Knows no arrival time: `RequestGenerator` gives them one.
 
     conversations = qa_conversations(QaSettings(num_requests=100, num_contexts=5), seed=42)
 """

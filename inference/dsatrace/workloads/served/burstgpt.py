@@ -142,6 +142,7 @@ _GENERATOR_FLAGS = (
 BURSTGPT = DataSet(
     name="burstgpt",
     title="BurstGPT",
+    help="logged arrivals and lengths; the prompts are made up",
     # No revision of the mirror is known to be kept; the bytes are pinned as the v2.0 release's.
     hub=HubFile(
         repo="lzzmm/BurstGPT",

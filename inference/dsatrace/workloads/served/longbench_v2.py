@@ -98,6 +98,7 @@ def open_longbench_v2(args: argparse.Namespace, chat: Chat, find: Find) -> Opene
 LONGBENCH_V2 = DataSet(
     name="longbenchv2",
     title="LongBench v2",
+    help="multiple-choice questions about long texts",
     hub=HubFile(
         repo="zai-org/LongBench-v2",
         file="data.json",

@@ -185,6 +185,7 @@ def _json_line(row: int, line: bytes) -> bytes:
 RULER = DataSet(
     name="ruler",
     title="RULER",
+    help="13 synthetic tasks whose answer is hidden in a long context",
     hub=HubFile(
         repo="allenai/ruler_data",
         file="data_100_samples.tgz",

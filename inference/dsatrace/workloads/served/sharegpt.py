@@ -89,6 +89,7 @@ def open_sharegpt(args: argparse.Namespace, chat: Chat, find: Find) -> Opened:
 SHAREGPT = DataSet(
     name="sharegpt",
     title="ShareGPT",
+    help="recorded chats",
     hub=HubFile(
         repo="anon8231489123/ShareGPT_Vicuna_unfiltered",
         file="ShareGPT_V3_unfiltered_cleaned_split.json",
