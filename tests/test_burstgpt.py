@@ -281,7 +281,7 @@ def test_the_embedded_rows_are_the_generators(file: Path) -> None:
     rows = list(read_burstgpt(sample_file("burstgpt")))
     assert len(rows) == 40 and any(row.failed for row in rows)
     assert len({row.session_id for row in rows}) > 5
-    with pytest.raises(UserError, match="no embedded sample 'x'; there are sharegpt, longbench_v2, burstgpt"):
+    with pytest.raises(UserError, match="no embedded sample 'x'; there are burstgpt, longbench_v2, sharegpt"):
         sample_file("x")
 
 

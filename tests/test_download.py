@@ -21,8 +21,8 @@ from conftest import INFERENCE, ROOT
 from dsatrace import cli
 from dsatrace.errors import UserError
 from dsatrace.workloads.catalog import DATA_SETS
-from dsatrace.workloads.downloads import Fetched
 from dsatrace.workloads.exports import export_data_set, read_export
+from dsatrace.workloads.hub import Fetched
 from dsatrace.workloads.longbench_v2 import LongBenchV2Loader
 from dsatrace.workloads.ruler.reader import read_examples
 from dsatrace.workloads.samples import sample_file

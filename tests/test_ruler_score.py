@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dsatrace.workloads.ruler.example import TASKS, Example
+from dsatrace.workloads.ruler.example import TASKS, Example, score, string_match_all, string_match_part
 from dsatrace.workloads.ruler.reader import read_examples
-from dsatrace.workloads.ruler.score import score, string_match_all, string_match_part
 from real_data import real_file
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -21,8 +22,13 @@ from dsatrace.model.convert import convert_checkpoint
 from dsatrace.schema import TABLES, problems
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
+from dsatrace.workloads.catalog import DATA_SETS
 from dsatrace.workloads.chat import Chat
+from dsatrace.workloads.data_set import Find, Flag
 from dsatrace.workloads.samples import sample_file
+from dsatrace.workloads.served.sharegpt import SHAREGPT, ShareGPTWorkload
+from dsatrace.workloads.served.workload import Asking, Opened
+from dsatrace.workloads.sharegpt import ShareGPTLoader
 from real_data import real_file
 
 CONFIG = INFERENCE / "config_tiny.json"
@@ -232,6 +238,33 @@ def test_a_mistake_is_one_clear_line(run: Run, capsys: Any, flags: tuple[object,
     assert said in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_an_entry_in_the_table_is_all_that_a_data_set_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def open_talks(args: Any, chat: Chat, find: Find) -> Opened:
+        source = find()
+        loader = ShareGPTLoader(source.file, max_conversations=args.talks_rows)
+        return Opened(ShareGPTWorkload(loader, Asking.of(args, chat)), source.description, source.text())
+
+    flags = (
+        Flag("--talks-json", "rows", type=Path),
+        Flag("--talks-rows", "how many", type=int, default=2),
+    )
+    talks = dataclasses.replace(
+        SHAREGPT, name="talks", title="Talks", flags=flags, file_flag="--talks-json", open=open_talks
+    )
+    monkeypatch.setitem(DATA_SETS, "talks", talks)
+    run = ["--runner", "simulator", "--no-hub", "--trace-out", str(tmp_path / "run")]
+    assert main(["--dataset", "talks", "--talks-json", str(sample_file("sharegpt")), *run]) == 0
+    assert "talks: file sharegpt_sample.json sha256:" in capsys.readouterr().out
+    assert len(lines(tmp_path / "run", "requests.jsonl")) == 2
+    assert main(["--dataset", "ruler", "--talks-rows", "3", *run]) == 2
+    assert "--talks-rows belongs to --dataset talks, not ruler" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "how many (default: 2)" in capsys.readouterr().out
 
 
 # ---- processes

@@ -19,13 +19,15 @@ from dsatrace.errors import UserError
 from dsatrace.workloads import sources
 from dsatrace.workloads.burstgpt import read_burstgpt
 from dsatrace.workloads.catalog import DATA_SETS
+from dsatrace.workloads.data_set import Source
 from dsatrace.workloads.exports import read_export
+from dsatrace.workloads.hub import default_data_folder
 from dsatrace.workloads.longbench_v2 import LongBenchV2Loader
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.ruler.reader import read_examples
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import ShareGPTLoader
-from dsatrace.workloads.sources import Source, default_data_folder, find_source
+from dsatrace.workloads.sources import find_source
 from fake_hub import COMMIT, FakeHub, fake_hub
 from ruler_samples import ROW, pack, write_rows
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsatrace.errors import exits_cleanly
 
-BURSTGPT_LIMIT = 2000
+if TYPE_CHECKING:
+    from dsatrace.workloads.data_set import DataSet
 
 
 @exits_cleanly
@@ -20,14 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Downloads, checks and exports; returns the exit code."""
     from dsatrace.commands.progress import bytes_bar
     from dsatrace.workloads.catalog import DATA_SETS
-    from dsatrace.workloads.downloads import fetch, kept_copy
     from dsatrace.workloads.exports import SOURCE_FILE, export_data_set
-    from dsatrace.workloads.hub import ANSWER_S, locate
-    from dsatrace.workloads.sources import default_data_folder
+    from dsatrace.workloads.hub import ANSWER_S, default_data_folder, fetch, kept_copy, locate
 
-    args = _parser(list(DATA_SETS)).parse_args(argv)
+    args = _parser(DATA_SETS).parse_args(argv)
     data_set = DATA_SETS[args.name]
-    limit = BURSTGPT_LIMIT if args.limit is None and args.name == "burstgpt" else args.limit
+    limit = data_set.download_limit if args.limit is None else args.limit
     file = data_set.hub_file(file=args.file, revision=args.revision)
     downloads = default_data_folder() / ".hub"
     print(f"{args.name}: terms: {data_set.licence}")
@@ -41,24 +41,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     export = export_data_set(data_set, fetched, out, limit, progress=bytes_bar)
     print(f"{out / export.name}: {export.num_rows:,} rows of {export.text()}")
     print(f"{fetched.path}: kept, so that another export needs no download")
-    if args.name == "burstgpt":
-        print(f"export BURSTGPT_CSV={shlex.quote(str((out / export.name).absolute()))}")
+    if data_set.variable:
+        print(f"export {data_set.variable}={shlex.quote(str((out / export.name).absolute()))}")
     return 0
 
 
-def _parser(names: list[str]) -> argparse.ArgumentParser:
+def _parser(data_sets: Mapping[str, DataSet]) -> argparse.ArgumentParser:
+    limited = [data_set for data_set in data_sets.values() if data_set.download_limit]
+    limits = "".join(f"; of {data_set.name} {data_set.download_limit}" for data_set in limited)
     parser = argparse.ArgumentParser(
         prog="dsatrace download",
         description="Fetch a data set from the hub, check it, and export it to data/NAME/. "
         "Interrupted, it continues. HF_TOKEN or a cached login is used where it is needed.",
     )
-    parser.add_argument("name", choices=names, help="the data set")
+    parser.add_argument("name", choices=tuple(data_sets), help="the data set")
     parser.add_argument(
         "--limit",
         type=int,
-        help=f"rows to export, of ruler from each file (all; of burstgpt {BURSTGPT_LIMIT})",
+        help=f"rows to export, of ruler from each file (default: all{limits})",
     )
-    parser.add_argument("--revision", help="branch, tag or commit (pinned); its bytes are not checked")
+    parser.add_argument(
+        "--revision", help="branch, tag or commit, whose bytes are not checked (default: pinned)"
+    )
     parser.add_argument("--file", help="another file of the repository; its bytes are not checked")
-    parser.add_argument("--out", type=Path, help="folder of the export (data/NAME)")
+    parser.add_argument("--out", type=Path, help="folder of the export (default: data/NAME)")
     return parser

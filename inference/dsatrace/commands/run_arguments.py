@@ -2,7 +2,7 @@
 
 add_run_arguments(parser)
 args, argv = parse_run(parser, sys.argv[1:])
-source = find(args, "sharegpt", args.sharegpt_json)
+run_workload(args, argv, "sharegpt", opener(SHAREGPT))
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from dsatrace.commands.arguments import (
     check_temperature,
     refuse_tiers,
 )
+from dsatrace.commands.workload_run import Opener
 from dsatrace.errors import UserError
 from dsatrace.runner.rank0 import from_rank_0
 from dsatrace.trace.resumable import resumed_argv
 from dsatrace.workloads.chat import Chat
+from dsatrace.workloads.data_set import DataSet, Source, attribute_of
 from dsatrace.workloads.rows import check_limit
-from dsatrace.workloads.served.workload import Asking
-from dsatrace.workloads.sources import Source, find_source
+from dsatrace.workloads.served.workload import Opened
+from dsatrace.workloads.sources import find_source
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,11 +35,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--runner",
         choices=("model", "simulator"),
         default="model",
-        help="the simulator replays recorded answers through the same scheduler (%(default)s)",
+        help="the simulator replays recorded answers through the same scheduler (default: %(default)s)",
     )
     add("--resume", type=Path, metavar="RUN", help="go on with an incomplete run, its own flags first")
-    add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
-    add("--tokenizer", metavar="NAME|PATH", help="hub name, tokenizer.json or its folder (the checkpoint's)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    add(
+        "--tokenizer",
+        metavar="NAME|PATH",
+        help="hub name, tokenizer.json or its folder (default: the checkpoint's)",
+    )
     add("--save-text", action="store_true", help="keep the answers' text in requests.jsonl")
 
 
@@ -52,8 +58,13 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Where rows come from when no file is named, and what happens to bad ones."""
     add = parser.add_argument_group("source").add_argument
     add("--no-hub", action="store_true", help="do not ask the hub when data/<name>/ is empty")
-    add("--revision", help="of the hub's data set (pinned)")
-    add("--bad-rows", choices=("fail", "skip"), default="fail", help="(%(default)s)")
+    add("--revision", help="of the hub's data set (default: the pinned one)")
+    add(
+        "--bad-rows",
+        choices=("fail", "skip"),
+        default="fail",
+        help="(default: %(default)s)",
+    )
 
 
 def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -74,14 +85,25 @@ def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpars
     return args, argv
 
 
-def asking_from_args(args: argparse.Namespace, chat: Chat) -> Asking:
-    return Asking(chat, args.max_new_tokens, args.temperature, args.max_prompt_tokens)
+def opener(data_set: DataSet) -> Opener:
+    """Opens a data set as the flags say. Rank 0 finds the rows for all ranks.
 
+    If each rank asked, they might disagree about a slow hub.
+    """
 
-def find(args: argparse.Namespace, name: str, explicit: Path | None, repo: str | None = None) -> Source:
-    """The source of a data set, which rank 0 chooses for all: they must not disagree about a slow hub."""
-    return from_rank_0(
-        lambda: find_source(
-            name, explicit, repo=repo, revision=args.revision, use_hub=not args.no_hub, say=print
-        )
-    )
+    def open_data_set(args: argparse.Namespace, chat: Chat) -> Opened:
+        def find(repo: str | None = None) -> Source:
+            return from_rank_0(
+                lambda: find_source(
+                    data_set.name,
+                    getattr(args, attribute_of(data_set.file_flag)),
+                    repo=repo,
+                    revision=args.revision,
+                    use_hub=not args.no_hub,
+                    say=print,
+                )
+            )
+
+        return data_set.open(args, chat, find)
+
+    return open_data_set

@@ -2,7 +2,7 @@
 
 The runners differ in their flags and in how they open their workload; everything else is here.
 
-    return run_workload(args, argv, "ruler", open_ruler)
+    return run_workload(args, argv, "ruler", opener(RULER))
 """
 
 from __future__ import annotations
@@ -31,25 +31,12 @@ from dsatrace.trace.config import TraceConfig, trace_config_from_args
 from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.workloads.chat import PLAIN_TEXT, SAID_OF_PLAIN_TEXT, Chat, choose_chat
 from dsatrace.workloads.request import Request
-from dsatrace.workloads.served.workload import Workload
+from dsatrace.workloads.served.workload import Opened, Workload
 from dsatrace.workloads.tokenizer import check_vocabulary
 from dsatrace.workloads.tokenizer_choice import choose_tokenizer
 
 SIMULATED_MAX_SEQ_LEN = 163_840
 """Tokens a simulated request may hold unless `--max-seq-len` says otherwise: DeepSeek-V3.2's own limit."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A workload, what the manifest says of its source, what the terminal does, and how many
-    requests it is, where that is known before they have been read. `chat_form` is that of its
-    prompts; None where no messages are put together."""
-
-    workload: Workload
-    description: str
-    said: str
-    num_requests: int | None = None
-    chat_form: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,9 +22,8 @@ from dsatrace.model.batch import Batch, Span
 from dsatrace.model.transformer import Transformer
 from dsatrace.training.forward import Sequences, forward
 from dsatrace.workloads.encoding import Message, encode_chat
-from dsatrace.workloads.ruler.example import Example
+from dsatrace.workloads.ruler.example import Example, score
 from dsatrace.workloads.ruler.generator import generate
-from dsatrace.workloads.ruler.score import score
 from dsatrace.workloads.tokenizer import Tokenizer
 
 HELD_OUT_SEED = 900_000

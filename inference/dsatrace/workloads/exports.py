@@ -18,19 +18,15 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.burstgpt import read_burstgpt
-from dsatrace.workloads.catalog import DataSet
+from dsatrace.workloads.data_set import DataSet
 from dsatrace.workloads.digests import Progress, file_sha256, folder_sha256, no_progress
-from dsatrace.workloads.downloads import Fetched
+from dsatrace.workloads.hub import Fetched
 from dsatrace.workloads.json_rows import read_json_rows
-from dsatrace.workloads.rows import BadRow, BadRows, check_limit, open_source, read_rows
-from dsatrace.workloads.ruler.example import TASKS
-from dsatrace.workloads.ruler.files import row_files
-from dsatrace.workloads.ruler.lines import decode, numbered_lines
+from dsatrace.workloads.rows import BadRow, BadRows, check_limit
 
 SOURCE_FILE = "SOURCE.json"
 
@@ -53,7 +49,7 @@ class Export:
         return f"{self.repo}@{self.commit} {self.file} sha256:{self.file_sha256}"
 
 
-class _WholeFile(BadRows):
+class WholeFile(BadRows):
     """Of a file that is copied, every row must be one."""
 
     def reject(self, place: str, fault: BadRow) -> None:
@@ -93,14 +89,13 @@ def export_data_set(
     """
     check_limit("limit", limit)
     folder = folder.resolve()
-    name, write = _FORMS[data_set.name]
-    name = name.format("" if limit is None else f"_limit{limit}")
+    name = data_set.export.format("" if limit is None else f"_limit{limit}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _refuse_to_replace(folder, name)
+        _refuse_to_replace(folder, data_set.folders or (name,))
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             made = Path(temporary)
-            num_rows = write(fetched.path, made / name, limit)
+            num_rows = data_set.write(fetched.path, made / name, limit)
             digest = folder_sha256(made, progress) if name == "." else file_sha256(made / name, progress)
             export = Export(
                 name=name,
@@ -113,7 +108,7 @@ def export_data_set(
                 file_sha256=fetched.sha256,
                 licence=data_set.licence,
             )
-            _move(made, folder, export)
+            _move(made, folder, export, data_set.folders)
     except OSError as error:
         raise UserError(
             f"{folder}: cannot write the export: {error.strerror or error}; make room, or name another --out"
@@ -121,44 +116,12 @@ def export_data_set(
     return export
 
 
-def _write_json_lines(source: Path, target: Path, limit: int | None) -> int:
-    rows = read_json_rows(source, lambda number, row: json.dumps(row) + "\n", _WholeFile())
-    return _write_lines(target, (line.encode() for line in itertools.islice(rows, limit)))
+def write_json_lines(source: Path, target: Path, limit: int | None) -> int:
+    rows = read_json_rows(source, lambda number, row: json.dumps(row) + "\n", WholeFile())
+    return write_lines(target, (line.encode() for line in itertools.islice(rows, limit)))
 
 
-def _write_csv(source: Path, target: Path, limit: int | None) -> int:
-    """The lines as they stand, each looked at by the reader."""
-    with open_source(source) as file:
-        lines = (line for line in file if line.strip())
-        header = next(lines, b"")
-        rows = zip(read_burstgpt(source, _WholeFile()), lines, strict=True)
-        wanted = itertools.islice(rows, limit)
-        return _write_lines(target, itertools.chain([header], (line for _, line in wanted))) - 1
-
-
-def _write_ruler(archive: Path, folder: Path, limit: int | None) -> int:
-    """The archive's row files under the names that its reader knows; `row_files` refuses unsafe members."""
-    num_rows = 0
-    for file, stream in row_files(archive):
-        target = folder / file.task / f"validation_{file.max_length}.jsonl"
-        if file.max_length is None:
-            target = target.with_name("validation.jsonl")
-        if target.exists():
-            raise UserError(
-                f"{file.name}: the archive holds it twice; this is not RULER's archive, get another"
-            )
-        target.parent.mkdir(exist_ok=True)
-        rows = read_rows(file.name, numbered_lines(stream, file.name), _json_line, _WholeFile())
-        num_rows += _write_lines(target, itertools.islice(rows, limit))
-    return num_rows
-
-
-def _json_line(row: int, line: bytes) -> bytes:
-    decode(line)
-    return line.rstrip(b"\r\n") + b"\n"
-
-
-def _write_lines(target: Path, lines: Iterable[bytes]) -> int:
+def write_lines(target: Path, lines: Iterable[bytes]) -> int:
     """Returns how many there were."""
     num_lines = 0
     with target.open("xb") as out:
@@ -168,9 +131,8 @@ def _write_lines(target: Path, lines: Iterable[bytes]) -> int:
     return num_lines
 
 
-def _refuse_to_replace(folder: Path, name: str) -> None:
+def _refuse_to_replace(folder: Path, entries: Sequence[str]) -> None:
     """Only what an export wrote is overwritten."""
-    entries = TASKS if name == "." else (name,)
     there = [entry for entry in entries if (folder / entry).exists()]
     if there and read_export(folder) is None:
         raise UserError(
@@ -178,22 +140,13 @@ def _refuse_to_replace(folder: Path, name: str) -> None:
         )
 
 
-def _move(made: Path, folder: Path, export: Export) -> None:
+def _move(made: Path, folder: Path, export: Export, folders: Sequence[str]) -> None:
     """What was made to where it belongs; `SOURCE.json` first: its sha256 tells what is not there yet."""
     text = json.dumps(dataclasses.asdict(export), indent=1) + "\n"
     (made / SOURCE_FILE).write_text(text, encoding="utf-8")
     (made / SOURCE_FILE).replace(folder / SOURCE_FILE)
-    if export.name == ".":
-        for task in TASKS:
-            if (folder / task).exists():
-                shutil.rmtree(folder / task)
+    for name in folders:
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
     for entry in sorted(made.iterdir()):
         entry.replace(folder / entry.name)
-
-
-_FORMS: dict[str, tuple[str, Callable[[Path, Path, int | None], int]]] = {
-    "ruler": (".", _write_ruler),
-    "longbenchv2": ("longbenchv2_train{}.jsonl", _write_json_lines),
-    "sharegpt": ("sharegpt_train{}.jsonl", _write_json_lines),
-    "burstgpt": ("burstgpt_train{}.csv", _write_csv),
-}

@@ -4,9 +4,9 @@
     qa              short questions, each behind one of a few contexts, some asked for more often
     summarization   long documents behind one instruction; a few are asked for again
 
-All text is our own (`synthetic_text`), so these show how a cache reacts to a pattern of
-sharing and support no claim about what people ask. Knows no arrival time: `RequestGenerator`
-gives them one.
+All text is drawn from word lists of our own: sentences that say nothing, the same for the same
+seed. These show how a cache reacts to a pattern of sharing, and support no claim about what
+people ask. Knows no arrival time: `RequestGenerator` gives them one.
 
     conversations = qa_conversations(QaSettings(num_requests=100, num_contexts=5), seed=42)
 """
@@ -21,10 +21,33 @@ from collections.abc import Callable
 
 from dsatrace.errors import UserError
 from dsatrace.workloads.encoding import Message
+from dsatrace.workloads.ruler.words import ADJECTIVES, NOUNS
 from dsatrace.workloads.sharegpt import Conversation
-from dsatrace.workloads.synthetic_text import length, question, text
 
 INSTRUCTION = "Summarize the following document in one short paragraph. Keep names and order.\n\n"
+
+_VERBS = """\
+follows carries mends hides paints borrows counts forgets visits sketches lifts guards trades washes
+describes measures answers gathers repairs signals weighs crosses admires collects drops opens closes turns
+watches builds sells finds loses keeps sends reads stores cleans moves lights
+"""
+_LINKS = "near beside behind above under beyond inside around against towards before after"
+_PATTERNS = (
+    "The {a} {n} {v} the {b} {m}.",
+    "A {a} {n} {v} every {m} {l} the {o}.",
+    "{L} the {n}, one {a} {m} {v} the {o}.",
+    "Each {n} {l} the {a} {m} {v} some {b} {o}.",
+    "No {n} {v} the {m}, but the {a} {o} does.",
+    "When the {n} {v} the {a} {m}, the {b} {o} waits {l} it.",
+)
+_QUESTIONS = (
+    "Why does the {a} {n} stand {l} the {m}?",
+    "Which {n} {v} the {b} {m}?",
+    "How many of the {a} {n}s lie {l} the {b} {m}, and what {v} them?",
+    "What would change if the {n} were not {a}, given that it {v} the {m} {l} the {o}?",
+)
+VERBS, LINKS = tuple(_VERBS.split()), tuple(_LINKS.split())
+_SENTENCES_PER_PARAGRAPH = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +97,11 @@ def chat_conversations(settings: ChatSettings, seed: int) -> list[Conversation]:
     """Conversations `chat0`, `chat1`, ... of alternating turns, each one answered."""
 
     def turn(draw: random.Random) -> tuple[Message, Message]:
-        asked = f"{text(draw, length(draw, settings.question_words))} {question(draw)}"
-        return Message("user", asked), Message("assistant", text(draw, length(draw, settings.answer_words)))
+        asked = f"{_text(draw, _length(draw, settings.question_words))} {_question(draw)}"
+        return Message("user", asked), Message("assistant", _text(draw, _length(draw, settings.answer_words)))
 
     def messages(draw: random.Random) -> tuple[Message, ...]:
-        return tuple(itertools.chain.from_iterable(turn(draw) for _ in range(length(draw, settings.turns))))
+        return tuple(itertools.chain.from_iterable(turn(draw) for _ in range(_length(draw, settings.turns))))
 
     return _conversations("chat", settings.num_conversations, seed, messages)
 
@@ -89,12 +112,12 @@ def qa_conversations(settings: QaSettings, seed: int) -> list[Conversation]:
         itertools.accumulate((k + 1) ** -settings.zipf_exponent for k in range(settings.num_contexts))
     )
     library = random.Random(f"{seed} qa contexts")
-    contexts = [text(library, length(library, settings.context_words)) for _ in weights]
+    contexts = [_text(library, _length(library, settings.context_words)) for _ in weights]
 
     def messages(draw: random.Random) -> tuple[Message, ...]:
         (context,) = draw.choices(contexts, cum_weights=weights)
-        answer = text(draw, length(draw, settings.answer_words))
-        return Message("user", f"{context}\n\nQuestion: {question(draw)}"), Message("assistant", answer)
+        answer = _text(draw, _length(draw, settings.answer_words))
+        return Message("user", f"{context}\n\nQuestion: {_question(draw)}"), Message("assistant", answer)
 
     return _conversations("qa", settings.num_requests, seed, messages)
 
@@ -107,9 +130,9 @@ def summarization_conversations(settings: SummarizationSettings, seed: int) -> l
         if documents and draw.random() < settings.again_share:
             document = draw.choice(documents)
         else:
-            document = text(draw, length(draw, settings.document_words))
+            document = _text(draw, _length(draw, settings.document_words))
             documents.append(document)
-        summary = text(draw, length(draw, settings.summary_words))
+        summary = _text(draw, _length(draw, settings.summary_words))
         return Message("user", INSTRUCTION + document), Message("assistant", summary)
 
     return _conversations("summarization", settings.num_requests, seed, messages)
@@ -127,3 +150,39 @@ def _at_least(settings: object, least: int, *names: str) -> None:
         value = getattr(settings, name)
         if not least <= value < math.inf:
             raise UserError(f"{name} of a synthetic workload must be at least {least}, not {value}")
+
+
+def _sentence(draw: random.Random) -> str:
+    return _fill(draw, draw.choice(_PATTERNS))
+
+
+def _question(draw: random.Random) -> str:
+    return _fill(draw, draw.choice(_QUESTIONS))
+
+
+def _text(draw: random.Random, num_words: int) -> str:
+    """Whole sentences, in paragraphs, until they have at least `num_words` words; at least one."""
+    sentences, count = [_sentence(draw)], 0
+    while (count := count + sentences[-1].count(" ") + 1) < num_words:
+        sentences.append(_sentence(draw))
+    starts = range(0, len(sentences), _SENTENCES_PER_PARAGRAPH)
+    return "\n\n".join(" ".join(sentences[at : at + _SENTENCES_PER_PARAGRAPH]) for at in starts)
+
+
+def _length(draw: random.Random, mean: float, least: int = 1) -> int:
+    """A length with an exponential tail and the given mean, as prompts' lengths have; at least `least`."""
+    return least + round(draw.expovariate(1 / max(mean - least, 1e-9)))
+
+
+def _fill(draw: random.Random, pattern: str) -> str:
+    link = draw.choice(LINKS)
+    return pattern.format(
+        a=draw.choice(ADJECTIVES),
+        b=draw.choice(ADJECTIVES),
+        n=draw.choice(NOUNS),
+        m=draw.choice(NOUNS),
+        o=draw.choice(NOUNS),
+        v=draw.choice(VERBS),
+        l=link,
+        L=link.capitalize(),
+    )

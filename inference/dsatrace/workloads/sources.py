@@ -13,55 +13,27 @@ the embedded sample. Whichever it is, it says what and why. Reads no rows.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.catalog import DataSet, HubFile, data_set_named
+from dsatrace.workloads.catalog import data_set_named
+from dsatrace.workloads.data_set import DataSet, Source
 from dsatrace.workloads.digests import Progress, file_sha256, folder_sha256, no_progress
-from dsatrace.workloads.downloads import fetch, kept_copy
 from dsatrace.workloads.exports import SOURCE_FILE, read_export
-from dsatrace.workloads.hub import ANSWER_S, PROBE_S, HubError, Located, hub_is_off, locate
+from dsatrace.workloads.hub import (
+    ANSWER_S,
+    PROBE_S,
+    HubError,
+    HubFile,
+    Located,
+    default_data_folder,
+    fetch,
+    hub_is_off,
+    kept_copy,
+    locate,
+)
 from dsatrace.workloads.samples import sample_file
-
-Kind = Literal["file", "hub", "embedded", "generator"]
-
-_PATTERNS = {"longbenchv2": ("*.jsonl", "*.json"), "sharegpt": ("*.jsonl", "*.json"), "burstgpt": ("*.csv",)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One data set's rows. `path` is a file, RULER's also a folder or archive; None for the generator.
-
-    `description` goes into the manifest: it holds sha256 and names, no path of this machine.
-    `reason` says why it is this one.
-    """
-
-    name: str
-    kind: Kind
-    path: Path | None
-    description: str
-    reason: str
-
-    @property
-    def file(self) -> Path:
-        """The path of a source that is no generator."""
-        assert self.path is not None, f"{self.name} comes from a generator"
-        return self.path
-
-    def text(self) -> str:
-        """One line for the terminal."""
-        return f"{self.name}: {self.description} ({self.reason})"
-
-
-def default_data_folder() -> Path:
-    """DSATRACE_DATA, or `data/` of the checkout, or that of the working directory where there is none."""
-    if os.environ.get("DSATRACE_DATA"):
-        return Path(os.environ["DSATRACE_DATA"])
-    root = Path(__file__).resolve().parents[3]
-    return (root if (root / "pyproject.toml").is_file() else Path.cwd()) / "data"
 
 
 def find_source(
@@ -131,7 +103,7 @@ def _file_source(data_set: DataSet, path: Path, reason: str, progress: Progress)
     """A file, or for RULER a folder of them."""
     if not path.is_dir():
         description = f"file {path.name} sha256:{file_sha256(path, progress)}"
-    elif data_set.name == "ruler":
+    elif data_set.folders:
         description = f"folder {path.absolute().name} sha256:{folder_sha256(path, progress)}"
     else:
         raise UserError(f"{path}: is a folder; name the file in it with {data_set.file_flag}")
@@ -141,10 +113,11 @@ def _file_source(data_set: DataSet, path: Path, reason: str, progress: Progress)
 def _lying_source(data_set: DataSet, folder: Path, progress: Progress) -> Source | None:
     """What the download scripts or the user put into `data/<name>/`; the last export before other files."""
     export = read_export(folder)
-    if data_set.name == "ruler":
-        files = [folder] if any(path.is_file() for path in folder.rglob("*.jsonl")) else []
+    if data_set.folders:
+        there = (path for pattern in data_set.patterns for path in folder.rglob(pattern))
+        files = [folder] if any(path.is_file() for path in there) else []
     else:
-        files = [path for pattern in _PATTERNS[data_set.name] for path in sorted(folder.glob(pattern))]
+        files = [path for pattern in data_set.patterns for path in sorted(folder.glob(pattern))]
         files = [path for path in files if path.name[0] != "." and path.name != SOURCE_FILE]
         files = [path for path in files if export and path.name == export.name] or files
     if not files:

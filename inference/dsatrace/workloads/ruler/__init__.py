@@ -1,12 +1,9 @@
 """RULER (Hsieh et al. 2024): 13 synthetic long-context tasks, read from files or made on the spot.
 
-    example.py    the tasks, and the record that reader and generator both yield
-    reader.py     rows -> examples; files.py finds them in folders and archives, lines.py reads
-    generator.py  examples of a given length; plan.py and sizing.py find the size,
-                  niah.py, counting.py and qa.py build the prompts
+    example.py    the tasks; one example, its score, and which tokens of its prompt hold the answer
+    reader.py     rows -> examples; files.py finds them in folders and archives
+    generator.py  examples of a given length; plans.py and qa.py build the prompts
     texts.py      every sentence of a prompt; words.py and essay.py what the haystacks are made of
-    positions.py  which tokens of a prompt hold the answer
-    score.py      match-all, match-any
 
 Knows no model and no trace: a caller feeds the prompts and brings predictions.
 

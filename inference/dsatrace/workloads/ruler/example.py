@@ -1,16 +1,28 @@
-"""The thirteen tasks by their parameters, and one example of one of them.
+"""The thirteen tasks by their parameters; one example, its score, and where its answer stands.
 
-Tasks, parameters and budgets as NVIDIA's RULER defines them (`synthetic.yaml`,
-`constants.py`). Knows no text and no tokenizer.
+Tasks, parameters and budgets are NVIDIA's (`synthetic.yaml`, `constants.py`), and so are
+scores (`eval/synthetic/constants.py`): case-insensitive substrings, all references in equal
+parts (niah, vt, cwe, fwe), or any one is enough (qa). Control characters of the prediction
+become line breaks first, as there.
+
+Answers are found by the form of a needle (`is: VALUE`) or of an assignment (`VAR NAME =`), in
+NVIDIA's rows as in ours. A token belongs to the answer if any of its bytes does, so a leading
+space merged into it costs nothing. Byte-level vocabularies only. Knows no model.
 
     TASKS["niah_multikey_1"].num_keys        # 4
-    TASKS["vt"].tokens_to_generate          # 30
+    example = locate(example, tokenizer)
+    example.answer_positions                 # ((812, 813, 814),)
+    score(example, answer)                   # 0 to 100
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Literal, Protocol
 
 from dsatrace.errors import UserError
 
@@ -96,3 +108,81 @@ def task_named(name: str) -> Task:
     if name not in TASKS:
         raise UserError(f"unknown RULER task {name!r}; use one of {', '.join(TASKS)}")
     return TASKS[name]
+
+
+_CONTROL = re.compile(r"[\x00-\x1f]")
+
+
+def string_match_all(prediction: str, references: Sequence[str]) -> float:
+    """The share of the references that occur in the prediction, times 100."""
+    return 100.0 * sum(_occurrences(prediction, references)) / len(references)
+
+
+def string_match_part(prediction: str, references: Sequence[str]) -> float:
+    """100 if any of the references occurs in the prediction, else 0."""
+    return 100.0 * any(_occurrences(prediction, references))
+
+
+def score(example: Example, prediction: str) -> float:
+    """The example's score by its task's metric; the prediction is what follows `answer_prefix`."""
+    metric = string_match_part if example.metric == "match_part" else string_match_all
+    return metric(prediction, example.references)
+
+
+def _occurrences(prediction: str, references: Sequence[str]) -> list[bool]:
+    if not references:
+        raise ValueError("a prediction cannot be scored without references")
+    text = _CONTROL.sub("\n", prediction).strip().lower()
+    return [reference.lower() in text for reference in references]
+
+
+# {} stands for any of the references; the lookaheads keep 123 from being found in 1234.
+_FORMS = {"niah": r"is: ({})(?![\w-])", "vt": r"\bVAR ({}) ="}
+
+
+class Vocabulary(Protocol):
+    """What is asked of a tokenizer: ids whose bytes, joined, are the text's."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, without special tokens."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for."""
+
+
+def answer_spans(task: str, prompt: str, references: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Character ranges [start, end) of the answer in the prompt, in text order; () where it has no place."""
+    form = _FORMS.get(TASKS[task].family)
+    if form is None:
+        return ()
+    pattern = form.format("|".join(map(re.escape, references)))
+    return tuple(match.span(1) for match in re.finditer(pattern, prompt))
+
+
+def token_positions(
+    prompt: str, spans: Sequence[tuple[int, int]], token_ids: Sequence[int], vocabulary: Vocabulary
+) -> tuple[tuple[int, ...], ...]:
+    """For each span the positions in `token_ids` (those of `prompt`) that hold a byte of it."""
+    ends = list(accumulate(len(vocabulary.token_bytes(token)) for token in token_ids))
+    num_bytes = _num_bytes(prompt)
+    if (ends[-1] if ends else 0) != num_bytes:
+        raise ValueError(f"the tokens hold {ends[-1] if ends else 0} bytes, but the prompt {num_bytes}")
+    found = []
+    for start, end in spans:
+        first = _num_bytes(prompt[:start])
+        last = first + _num_bytes(prompt[start:end]) - 1
+        found.append(tuple(range(bisect_right(ends, first), bisect_left(ends, last + 1) + 1)))
+    return tuple(found)
+
+
+def locate(example: Example, vocabulary: Vocabulary) -> Example:
+    """The example with `answer_positions` by this tokenizer."""
+    if not example.answer_spans:
+        return dataclasses.replace(example, answer_positions=())
+    ids = vocabulary.encode(example.prompt)
+    positions = token_positions(example.prompt, example.answer_spans, ids, vocabulary)
+    return dataclasses.replace(example, answer_positions=positions)
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))  # half a surrogate pair is one "?", as tokenizers encode it

@@ -1,13 +1,15 @@
-"""Finds RULER's row files: in one file, in a folder, or in an archive that is never unpacked.
+"""RULER's row files, in one file, in a folder, or in an archive that is never unpacked; and their lines.
 
     <task>/validation_<length>.jsonl      NVIDIA's output (there often without the length)
     data/ruler/<task>/...                 allenai/ruler_data, unpacked or as its .tgz
 
 An archive is read once, from front to back, and every member is looked at before its
 bytes are: a name with `..`, an absolute one, a link or a device ends the run with one
-line. Knows no rows.
+line. One line is in memory; one of more than `MAX_LINE_BYTES` is passed over and reported,
+blank lines are no rows. Knows no columns.
 
-    for file, stream in row_files(Path("data_100_samples.tgz"), ["vt"], max_length=4096): ...
+    for file, stream in row_files(Path("data_100_samples.tgz"), ["vt"], max_length=4096):
+        read_rows(file.name, numbered_lines(stream, file.name), lambda row, line: decode(line), BadRows())
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import tarfile
 import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from dsatrace.errors import UserError
+from dsatrace.workloads.rows import UTF8_BOM, BadRow, json_object
 from dsatrace.workloads.ruler.example import TASKS, task_named
 
 _ARCHIVES = (".tgz", ".tar.gz", ".tar")
@@ -132,3 +135,32 @@ def _described(path: str, name: str) -> RowFile | None:
 
 def _order(file: RowFile) -> tuple[int, int, str]:
     return list(TASKS).index(file.task), file.max_length or 0, file.name
+
+
+MAX_LINE_BYTES = 64 << 20  # a prompt of a million tokens is about 5 MB
+
+
+def numbered_lines(stream: IO[bytes], source: str) -> Iterator[tuple[str, bytes]]:
+    """("line 3", its bytes) of every line that is not blank; of one too long only the beginning.
+
+    Raises `UserError` where `source` cannot be read on, as when an archive is cut off.
+    """
+    number = 0
+    try:
+        line = stream.readline(MAX_LINE_BYTES + 1).removeprefix(UTF8_BOM)
+        while line:
+            number += 1
+            if line.strip():
+                yield f"line {number}", line
+            while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                line = stream.readline(MAX_LINE_BYTES + 1)
+            line = stream.readline(MAX_LINE_BYTES + 1)
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise UserError(f"{source}: cannot read on after line {number}: {error}; fetch it again") from error
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """The JSON object of one line; raises `BadRow` for anything else."""
+    if len(line) > MAX_LINE_BYTES:
+        raise BadRow("too long", f"more than {MAX_LINE_BYTES >> 20} MiB")
+    return json_object(line)

@@ -22,14 +22,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.ruler.counting import cwe_plan, fwe_plan
 from dsatrace.workloads.ruler.essay import ESSAY
-from dsatrace.workloads.ruler.example import Example, Task, task_named
-from dsatrace.workloads.ruler.niah import niah_plan, vt_plan
-from dsatrace.workloads.ruler.plan import Plan, Prompt
-from dsatrace.workloads.ruler.positions import Vocabulary, answer_spans, locate
+from dsatrace.workloads.ruler.example import Example, Task, Vocabulary, answer_spans, locate, task_named
+from dsatrace.workloads.ruler.plans import Plan, Prompt, cwe_plan, fwe_plan, niah_plan, vt_plan
 from dsatrace.workloads.ruler.qa import QuestionSet, qa_plan, read_hotpotqa, read_squad
-from dsatrace.workloads.ruler.sizing import largest_fitting
 
 Planner = Callable[[random.Random, int], Plan]  # (draw, row)
 
@@ -139,3 +135,34 @@ def _example(task: Task, row: int, prompt: Prompt, max_length: int, length: int)
         length=length,
         answer_spans=answer_spans(task.name, prompt.text, prompt.references),
     )
+
+
+def largest_fitting(count: Callable[[int], int], minimum: int, limit: int, guess: int = 0) -> int:
+    """The largest size >= `minimum` with `count(size) <= limit`; `count` must not fall, and grow in the end.
+
+    A bracket as in binary search, probed where a straight line through its ends says: counts
+    grow nearly in proportion to the size, so a handful of probes is enough where halving takes
+    twenty. `guess` is probed first. Raises `UserError` with the numbers if not even `minimum` fits.
+    """
+    low, low_count = minimum, count(minimum)
+    if low_count > limit:
+        raise UserError(f"needs at least {low_count} tokens, not {limit}; ask for a larger length")
+    first, first_count = low, low_count
+    high, high_count = 0, 0  # high 0: no size is known yet that does not fit
+    probe, num_bracketed = max(guess, low + 1), 0
+    while not high or high - low > 1:
+        probed = count(probe)
+        if probed <= limit:
+            low, low_count = probe, probed
+        else:
+            high, high_count = probe, probed
+        if not high:
+            slope = max((low_count - first_count) / (low - first), 1e-3)
+            probe = min(low + 1 + int((limit - low_count) / slope), 64 * low + 64)
+            continue
+        num_bracketed += 1
+        probe = low + (limit - low_count) * (high - low) // (high_count - low_count)
+        if num_bracketed % 4 == 0:  # halve now and then, so that no curve can make this slow
+            probe = (low + high) // 2
+        probe = min(max(probe, low + 1), high - 1)
+    return low

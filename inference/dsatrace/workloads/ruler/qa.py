@@ -20,7 +20,7 @@ from typing import Any
 
 from dsatrace.errors import UserError
 from dsatrace.workloads.ruler import texts
-from dsatrace.workloads.ruler.plan import FirstOf, Plan, Prompt
+from dsatrace.workloads.ruler.plans import FirstOf, Plan, Prompt
 
 
 @dataclasses.dataclass(frozen=True)

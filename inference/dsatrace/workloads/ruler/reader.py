@@ -18,10 +18,8 @@ from typing import Any
 
 from dsatrace.workloads.rows import BadRow, BadRows, read_rows, unicode_text
 from dsatrace.workloads.ruler import texts
-from dsatrace.workloads.ruler.example import TASKS, Example, Task
-from dsatrace.workloads.ruler.files import RowFile, row_files
-from dsatrace.workloads.ruler.lines import decode, numbered_lines
-from dsatrace.workloads.ruler.positions import answer_spans
+from dsatrace.workloads.ruler.example import TASKS, Example, Task, answer_spans
+from dsatrace.workloads.ruler.files import RowFile, decode, numbered_lines, row_files
 
 
 def read_examples(

@@ -13,12 +13,6 @@ from pathlib import Path
 from dsatrace.errors import UserError
 from dsatrace.workloads.burstgpt_synthetic import BurstSettings
 
-_FILES = {
-    "sharegpt": "sharegpt_sample.json",
-    "longbench_v2": "longbench_v2_sample.json",
-    "burstgpt": "burstgpt_sample.csv",
-}
-
 # The BurstGPT sample is what the generator gives for these, lengths kept small for a laptop.
 BURSTGPT_SETTINGS = BurstSettings(
     num_rows=40,
@@ -31,7 +25,8 @@ BURSTGPT_SETTINGS = BurstSettings(
 
 
 def sample_file(name: str) -> Path:
-    """The embedded file of a data set."""
-    if name not in _FILES:
-        raise UserError(f"no embedded sample {name!r}; there are {', '.join(_FILES)}")
-    return Path(__file__).parent / _FILES[name]
+    """The embedded file of a data set, `<name>_sample.*`."""
+    found = {path.name.partition("_sample.")[0]: path for path in Path(__file__).parent.glob("*_sample.*")}
+    if name not in found:
+        raise UserError(f"no embedded sample {name!r}; there are {', '.join(sorted(found))}")
+    return found[name]

