@@ -1,11 +1,12 @@
-"""Every record a run writes, once: fields, order, types, units, meaning.
+"""Every record a run writes, told once as tables: fields, order, types, units, meaning.
 
-Standard library only, so that the fast path, the plain path and the docs agree on
-names without sharing code. Knows no model, no file and no numpy.
+Standard library only, so that the fast path, the plain path and the docs agree on names without
+sharing code. Knows no model and no numpy; opens no file. In order: names of files and tiers, `Field`,
+one table per file, quantiles, lines of JSON, the check of a record, the docs.
 
     line = encode(record)                # compact JSON, field order = table order
     problems(decode(line), "full")       # [] when the record is as the table says
-    python -m dsatrace.schema            # the tables of README.md
+    python -m dsatrace.schema            # prints the tables of docs/records.md
 """
 
 from __future__ import annotations
@@ -63,80 +64,74 @@ class Field:
 _FULL: tuple[Level, ...] = ("full",)
 _BLOCKS: tuple[Level, ...] = ("full", "blocks")
 
+# fmt: off
+# Shapes that stand in several tables.
+
+_BLOCK_SIZE = Field("block_size_tokens", "int", "tokens", "tokens in a block")
+_LATENCY_KIND = Field("latency_kind", "string", "", "measured or modelled")
+_RANDOM_MEAN = Field("random_mean", "float | null", "", "the same for a random selector: k / N")
+_SELECTIONS = Field("selections", "string", "", "who selected: model; random_weights or synthetic (no claim "
+                    "about locality); none (no model ran)")
+_STATE = Field("state", "string", "", "running, complete or incomplete")
+
+_STATISTICS = {
+    "min": "smallest", "max": "largest", "mean": "arithmetic mean", "p50": "median, nearest rank",
+    "p95": "95th percentile, nearest rank", "p99": "99th percentile, nearest rank",
+}
+
+
+def _statistics(names: str, type_: str, unit: str) -> tuple[Field, ...]:
+    """One field per name; a mean is a float, whatever it is the mean of."""
+    types = {"mean": "float | null"}
+    return tuple(Field(name, types.get(name, type_), unit, _STATISTICS[name]) for name in names.split())
+
+
+_DISTRIBUTION = _statistics("min p50 p95 max mean", "number | null", "")
+_LATENCY = _statistics("p50 p95 p99 max mean", "float | null", "ms")
+
+
+def _pools(children: tuple[Field, ...]) -> tuple[Field, ...]:
+    """The two tiers behind HBM, alike; either may be missing."""
+    names = ("local_pool", "remote_pool")
+    return tuple(Field(name, "object | null", "", "null: there is none", children=children) for name in names)
+
+
+# trace_steps.jsonl: one record per layer of a request's step.
 _OFFLOADED = (
-    Field(
-        "requested_tokens",
-        "int",
-        "tokens",
-        "selected tokens that no tier above it held. This and the fields after it stand where the "
-        "manifest has `tiers`",
-        optional=True,
-    ),
+    Field("requested_tokens", "int", "tokens", "selected tokens that no tier above it held. This field and "
+          "those after it stand where the manifest has `tiers`", optional=True),
     Field("hit_tokens", "int", "tokens", "of those, held here when they were selected", optional=True),
     Field("missed_tokens", "int", "tokens", "the others, asked of the next tier", optional=True),
-    Field(
-        "requested_blocks",
-        "int",
-        "blocks",
-        "touched blocks that lay not wholly in the tiers above it",
-        optional=True,
-    ),
-    Field("missed_blocks", "int", "blocks", "of those, the ones with a token that it missed", optional=True),
-    Field("evicted_units", "int", "units", "given up by the tier to make room", optional=True),
-    Field(
-        "bytes_written",
-        "int",
-        "bytes",
-        "written into the tier: what was fetched into HBM, written back or promoted to a pool",
-        optional=True,
-    ),
+    Field("requested_blocks", "int", "blocks", "touched blocks not whole in the tiers above it",
+          optional=True),
+    Field("missed_blocks", "int", "blocks", "of those, blocks with a token that it missed", optional=True),
+    Field("evicted_units", "int", "units", "units that the tier gave up to make room", optional=True),
+    Field("bytes_written", "int", "bytes", "written into the tier: fetched into HBM, written back or "
+          "promoted to a pool", optional=True),
     Field("errors", "int", "", "the store's failed batches and corrupt units", optional=True),
 )
 
 _FETCH = (
-    Field(
-        "hit_blocks",
-        "int",
-        "blocks",
-        "touched blocks this tier served: it is the furthest that any of their selected tokens came from",
-    ),
-    Field(
-        "bytes_read",
-        "int",
-        "bytes",
-        "hbm: tokens held by those blocks x latent bytes a token and layer (its hit tokens alone where "
-        "rows move); a pool: the units fetched, each charged to the first request of the batch that "
-        "selected it",
-    ),
-    Field(
-        "read_ops",
-        "int",
-        "reads",
-        "hbm: runs of adjacent block ids, or positions where rows move; a pool: its store's own, shared "
-        "out over the step's records",
-    ),
-    Field(
-        "latency_us",
-        "float",
-        "us",
-        "time of the layer's batch of reads, for which all requests in it wait; 0 where `latency_kind` "
-        "is none",
-    ),
+    Field("hit_blocks", "int", "blocks", "touched blocks whose furthest selected token came from this tier"),
+    Field("bytes_read", "int", "bytes", "hbm: tokens in those blocks x latent bytes per token and layer (its "
+          "hit tokens alone where rows move); a pool: the units fetched, each charged to the first request "
+          "of the batch that selected it"),
+    Field("read_ops", "int", "reads", "hbm: runs of adjacent block ids (of adjacent positions where rows "
+          "move); a pool: its store's own reads, shared out over the step's records"),
+    Field("latency_us", "float", "us", "time of the layer's batch of reads, which all its requests wait for; "
+          "0 where `latency_kind` is none"),
     Field("batch_size", "int", "requests", "requests in the step; 0 for a tier that the run does not have"),
-    Field(
-        "bytes_useful",
-        "int",
-        "bytes",
-        "of the tier's selected tokens, latent bytes a token and layer; a pool: of `bytes_read` the "
-        "record's selected tokens' own",
-    ),
+    Field("bytes_useful", "int", "bytes", "hbm: its selected tokens x latent bytes per token and layer; a "
+          "pool: the part of `bytes_read` that holds the record's selected tokens"),
     Field("latency_kind", "string", "", "none, measured or modelled"),
     *_OFFLOADED,
 )
+
 FETCH_TOTALS = ("hit_blocks", "bytes_read", "read_ops", "bytes_useful")
-"""Of `kv_fetch`, what summary.json adds up."""
+"""What summary.json adds up of `kv_fetch`."""
 OFFLOADED_FETCH = tuple(field.name for field in _OFFLOADED)
-"""And what else, in a run whose manifest has `tiers`."""
+"""What it adds up besides, in a run whose manifest has `tiers`."""
+_FETCH_TOTALS = tuple(field for field in _FETCH if field.name in FETCH_TOTALS + OFFLOADED_FETCH)
 
 STEP_FIELDS = (
     Field("event", "string", "", '`"dsa_topk"`'),
@@ -144,120 +139,57 @@ STEP_FIELDS = (
     Field("layer_id", "int", "", "layer, 0-based"),
     Field("step_idx", "int", "", "the request's own decode step, 0-based; -1 for a prefill record"),
     Field("seq_len_current", "int", "tokens", "positions visible to the query, itself included"),
-    Field(
-        "selected_token_pos",
-        "int[]",
-        "position",
-        "absolute logical positions, ascending; with `--trace-keep-order` by score descending, "
-        "then position ascending",
-        _FULL,
-    ),
+    Field("selected_token_pos", "int[]", "position", "absolute logical positions, ascending; with "
+          "`--trace-keep-order` by score descending, then position ascending", _FULL),
     Field("unique_token_pos_count", "int", "tokens", "selected positions"),
     Field("offset_min", "int", "tokens", "smallest offset; offset = query position - selected position"),
     Field("offset_p50", "int", "tokens", "median offset, nearest rank"),
     Field("offset_max", "int", "tokens", "largest offset"),
-    Field("block_size_tokens", "int", "tokens", "tokens in a block"),
-    Field(
-        "selected_block_ids",
-        "int[]",
-        "block",
-        "touched logical blocks (position // size), ascending",
-        _BLOCKS,
-    ),
+    _BLOCK_SIZE,
+    Field("selected_block_ids", "int[]", "block", "touched blocks (position // size), ascending", _BLOCKS),
     Field("unique_blocks", "int", "blocks", "touched blocks"),
-    Field(
-        "tokens_per_touched_block",
-        "object",
-        "",
-        "selected tokens in a touched block, over the record's blocks",
-        children=(
-            Field("mean", "float", "tokens", "selected tokens / touched blocks"),
-            Field("p50", "int", "tokens", "median, nearest rank"),
-            Field("p95", "int", "tokens", "95th percentile, nearest rank"),
-        ),
-    ),
-    Field("kv_fetch", "object", "", "what each tier served", children=_FETCH, keys=TIER_NAMES),
-    Field(
-        "prefix",
-        "object",
-        "",
-        "the request's shared prefix and how much of the selection lies in it",
-        children=(
-            Field("prefix_cache_hit", "bool", "", "at least one full leading block is shared"),
-            Field(
-                "prefix_cached_blocks",
-                "int",
-                "blocks",
-                "full leading blocks shared: equal to an earlier request's; where `prefix_source` is cache, "
-                "those that lie whole in its `prefix_hit_tokens`, whatever the cache's own block size",
-            ),
-            Field("prefix_key", "string", "hex", "keyed hash of the prompt's first tokens"),
-            Field("intersection_ratio", "float", "", "touched prefix blocks / touched blocks"),
-            Field("intersection_blocks", "int[]", "block", "touched prefix blocks, ascending", _BLOCKS),
-        ),
-    ),
-    Field(
-        "scores_stats",
-        "object",
-        "score",
-        "over the selection; absent where `scores_topk` stands",
-        children=(
-            Field("min", "float", "score", "lowest selected score"),
-            Field("mean", "float", "score", "mean selected score"),
-            Field("max", "float", "score", "highest selected score"),
-        ),
-        optional=True,
-    ),
-    Field(
-        "scores_topk",
-        "float[]",
-        "score",
-        "with `--trace-store-scores`: `scores_topk[i]` belongs to `selected_token_pos[i]`",
-        _FULL,
-        optional=True,
-    ),
-    Field("forward_idx", "int", "", "the run's forward pass, 0-based: the same for all records of one"),
-    Field("step_wall_us", "float", "us", "wall time around the forward"),
+    Field("tokens_per_touched_block", "object", "", "selected tokens per touched block", children=(
+        Field("mean", "float", "tokens", "selected tokens / touched blocks"),
+        Field("p50", "int", "tokens", "median, nearest rank"),
+        Field("p95", "int", "tokens", "95th percentile, nearest rank"),
+    )),
+    Field("kv_fetch", "object", "", "what each tier served", keys=TIER_NAMES, children=_FETCH),
+    Field("prefix", "object", "", "the shared prefix, and how much of the selection lies in it", children=(
+        Field("prefix_cache_hit", "bool", "", "at least one full leading block is shared"),
+        Field("prefix_cached_blocks", "int", "blocks", "full leading blocks that are shared: equal to an "
+              "earlier request's or, where `prefix_source` is cache, whole within the request's "
+              "`prefix_hit_tokens`, whatever block size the cache uses"),
+        Field("prefix_key", "string", "hex", "keyed hash of the prompt's first tokens"),
+        Field("intersection_ratio", "float", "", "touched prefix blocks / touched blocks"),
+        Field("intersection_blocks", "int[]", "block", "touched prefix blocks, ascending", _BLOCKS),
+    )),
+    Field("scores_stats", "object", "score", "absent where `scores_topk` stands", optional=True, children=(
+        Field("min", "float", "score", "lowest selected score"),
+        Field("mean", "float", "score", "mean selected score"),
+        Field("max", "float", "score", "highest selected score"),
+    )),
+    Field("scores_topk", "float[]", "score", "with `--trace-store-scores`: `scores_topk[i]` belongs to "
+          "`selected_token_pos[i]`", _FULL, optional=True),
+    Field("forward_idx", "int", "", "the run's forward pass, 0-based; all records of one pass share it"),
+    Field("step_wall_us", "float", "us", "wall time around the forward pass"),
     Field("step_synced", "bool", "", "the device was synchronised before the clock was read"),
     Field("phase", "string", "", "decode, or prefill (the prompt's last position)"),
     Field("path", "string", "", "dense while seq_len_current <= top-k, else sparse"),
     Field("kth_margin", "float | null", "score", "k-th minus (k+1)-th score; null on the dense path"),
-    Field(
-        "indexer_scan",
-        "object",
-        "",
-        "what the indexer read to choose",
-        children=(
-            Field(
-                "tokens",
-                "int",
-                "tokens",
-                "keys scanned: every visible position; 0 where `source_layer` stands",
-            ),
-            Field("bytes_read", "int", "bytes", "tokens x indexer bytes a token and layer"),
-        ),
-    ),
-    Field(
-        "source_layer",
-        "int",
-        "",
-        "the layer before it whose selection this one uses; only where it has no indexer. All that follows "
-        "from a selection is as in that layer's record",
-        optional=True,
-    ),
-    Field(
-        "needle",
-        "object",
-        "",
-        "the answer in the prompt; only where the workload knows where it stands",
-        children=(
-            Field("tokens", "int", "tokens", "prompt positions that hold the answer"),
-            Field("selected", "int", "tokens", "those of them that are selected"),
-        ),
-        optional=True,
-    ),
+    Field("indexer_scan", "object", "", "what the indexer read in order to select", children=(
+        Field("tokens", "int", "tokens", "keys scanned: all visible positions, or 0 with a `source_layer`"),
+        Field("bytes_read", "int", "bytes", "tokens x indexer bytes per token and layer"),
+    )),
+    Field("source_layer", "int", "", "the earlier layer whose selection this one uses; stands only where "
+          "this layer has no indexer. All that is derived from the selection is as in that layer's record",
+          optional=True),
+    Field("needle", "object", "", "the answer in the prompt, where it is known", optional=True, children=(
+        Field("tokens", "int", "tokens", "prompt positions that hold the answer"),
+        Field("selected", "int", "tokens", "of those, the selected ones"),
+    )),
 )
 
+# requests.jsonl: one record per request.
 REQUEST_FIELDS = (
     Field("request_id", "string", "", "unique in the run"),
     Field("source_row", "int | null", "row", "row of the data set the prompt came from"),
@@ -266,228 +198,121 @@ REQUEST_FIELDS = (
     Field("arrival_s", "float", "s", "from the run's start"),
     Field("first_token_s", "float | null", "s", "from the run's start; null when none came"),
     Field("finish_s", "float | null", "s", "from the run's start; null when it did not finish"),
-    Field(
-        "state",
-        "string",
-        "",
-        "how it ended: stop, length, rejected, aborted, unfinished, or failed: a tier lost its KV for good",
-    ),
+    Field("state", "string", "", "how it ended: stop, length, rejected, aborted, unfinished or failed (a "
+          "tier lost its KV for good)"),
     Field("score", "float | null", "", "the task's score, where the workload has one"),
-    Field(
-        "admitted_s",
-        "float | null",
-        "s",
-        "from the run's start: first taken up by the engine; null when it never was",
-        optional=True,
-    ),
+    Field("admitted_s", "float | null", "s", "from the run's start, when the engine first took it up; null "
+          "when it never did", optional=True),
     Field("num_preemptions", "int", "", "times it had to give its blocks back and start over", optional=True),
     Field("labels", "object", "", "the groups its score is averaged in: label -> value", optional=True),
-    Field(
-        "needle_positions",
-        "int[]",
-        "position",
-        "prompt positions that hold the answer, ascending; empty where they are not known",
-        optional=True,
-    ),
-    Field(
-        "prefix_hit_tokens",
-        "int | null",
-        "tokens",
-        "prompt tokens found in the prefix cache when its prefill first began, and not computed; null when "
-        "it never began. This and the next two stand where `prefix_source` is cache",
-        optional=True,
-    ),
-    Field(
-        "num_prefill_tokens",
-        "int",
-        "tokens",
-        "tokens computed in its prefill, with what a preemption made it compute again",
-        optional=True,
-    ),
-    Field("prefill_s", "float", "s", "time of the forwards that computed those", optional=True),
-    Field(
-        "num_recomputes",
-        "int",
-        "",
-        "times it was computed again because a tier lost its KV; stands where the manifest has `tiers`",
-        optional=True,
-    ),
+    Field("needle_positions", "int[]", "position", "prompt positions that hold the answer, ascending; empty "
+          "where unknown", optional=True),
+    Field("prefix_hit_tokens", "int | null", "tokens", "prompt tokens found in the prefix cache when its "
+          "prefill first began, and so not computed; null when it never began. This field and the next two "
+          "stand where `prefix_source` is cache", optional=True),
+    Field("num_prefill_tokens", "int", "tokens", "tokens that its prefill computed, those computed again "
+          "after a preemption included", optional=True),
+    Field("prefill_s", "float", "s", "time of the forward passes that computed those", optional=True),
+    Field("num_recomputes", "int", "", "times it was computed again because a tier lost its KV; stands where "
+          "the manifest has `tiers`", optional=True),
     Field("error", "string", "", "why it was rejected or failed", optional=True),
     Field("text", "string", "", "the answer; only with `--save-text`", optional=True),
 )
 
-_LAYOUT = (
-    Field("name", "string", "", "layout"),
-    Field("latent_bytes_per_token", "int", "bytes", "a token and layer: latent and rope key"),
-    Field("index_bytes_per_token", "int", "bytes", "a token and layer: indexer key and scales"),
-)
-
+# manifest.json: what the run was.
 _POOL = (
-    Field("store", "string", "", "what keeps its units, credentials redacted"),
-    Field("blocks", "int | null", "blocks", "of a layer it has room for; null: no limit of its own"),
-    Field("latency_kind", "string", "", "measured or modelled"),
+    Field("store", "string", "", "the store that keeps its units, credentials redacted"),
+    Field("blocks", "int | null", "blocks", "blocks per layer that it has room for; null: it sets no limit"),
+    _LATENCY_KIND,
 )
 
 _TIER_SETUP = (
-    Field("granularity", "string", "", "what moves as one: block, a block of one layer, or row, one token"),
+    Field("granularity", "string", "", "what moves as one: block (a block of one layer) or row (one token)"),
     Field("unit_tokens", "int", "tokens", "tokens in a unit"),
     Field("unit_bytes", "int", "bytes", "unit_tokens x latent bytes of the cache layout"),
-    Field("policy", "string", "", "which unit HBM gives up"),
+    Field("policy", "string", "", "how HBM chooses the unit it gives up"),
     Field("prefetch", "string", "", "what is fetched before it is selected"),
     Field("on_error", "string", "", "when a tier loses a request's KV: recompute, or fail the request"),
     Field("index_keys", "string", "", "where the indexer's keys lie: hbm or offloaded"),
-    Field("hbm", "object", "", "", children=(Field("blocks", "int", "blocks", "of a layer it holds"),)),
-    Field("local_pool", "object | null", "", "null: there is none", children=_POOL),
-    Field("remote_pool", "object | null", "", "null: there is none", children=_POOL),
+    Field("hbm", "object", "", "what HBM holds", children=(Field("blocks", "int", "blocks", "per layer"),)),
+    *_pools(_POOL),
 )
 
 LAYER_FIELDS = (
     Field("top_k", "int", "", "most ids that a record selects"),
     Field("heads", "int", "", "selections per step"),
-    Field(
-        "source_layer",
-        "int | null",
-        "",
-        "the layer before it whose selection it uses; null: it has an indexer",
-    ),
+    Field("source_layer", "int | null", "", "earlier layer whose selection it uses; null: it has an indexer"),
 )
 """What the manifest says of each layer's selections."""
 
 MANIFEST_FIELDS = (
-    Field("schema_version", "int", "", "of the records; fields are only ever added"),
+    Field("schema_version", "int", "", "version of the records; fields are only ever added"),
     Field("tool", "string", "", '`"dsatrace"`'),
     Field("tool_version", "string", "", "version of the package"),
-    Field("state", "string", "", "running, complete or incomplete"),
+    _STATE,
     Field("error", "string | null", "", "why the run is incomplete, where that is known"),
     Field("started_utc", "string", "", "ISO 8601"),
     Field("argv", "string[]", "", "command line, secrets redacted"),
-    Field(
-        "selections",
-        "string",
-        "",
-        "model; random_weights or synthetic support no claim about locality; none: no model ran",
-    ),
+    _SELECTIONS,
     Field("model_config", "object", "", "the model's hyperparameters"),
     Field("model_config_digest", "string", "hex", "hash of the canonical model_config"),
     Field("cache_layout", "string", "", "the layout that bytes are counted with"),
-    Field("cache_layouts", "object[]", "", "bytes a token and layer of each layout", children=_LAYOUT),
+    Field("cache_layouts", "object[]", "", "bytes per token and layer of each layout", children=(
+        Field("name", "string", "", "name of the layout"),
+        Field("latent_bytes_per_token", "int", "bytes", "per token and layer: latent and rope key"),
+        Field("index_bytes_per_token", "int", "bytes", "per token and layer: indexer key and scales"),
+    )),
     Field("tokenizer", "string | null", "", "tokenizer file or name"),
-    Field(
-        "chat",
-        "string | null",
-        "",
-        "how messages became prompts: deepseek_v32, a Jinja template by name and digest, or plain text; "
-        "null where none were",
-        optional=True,
-    ),
+    Field("chat", "string | null", "", "how messages became prompts: deepseek_v32, a Jinja template by name "
+          "and digest, or plain text; null where there were no messages", optional=True),
     Field("data_source", "string | null", "", "embedded, file or hub revision"),
     Field("device", "string", "", "device the model ran on"),
     Field("hbm_stand_in", "string | null", "", "what stands in for HBM where there is none"),
     Field("world_size", "int", "ranks", "tensor-parallel ranks"),
     Field("seed", "int", "", "seed of the run and of step sampling"),
-    Field(
-        "serving",
-        "object | null",
-        "",
-        "how requests that arrived over time were served, batch size and such; null where none did",
-        children=(
-            Field("mode", "string", "", "how the engine takes requests up"),
-            Field("clock", "string", "", "real, or virtual: measured steps, skipped gaps"),
-        ),
-        optional=True,
-    ),
-    Field(
-        "prefix_source",
-        "string",
-        "",
-        "what the records' `prefix` says: analysis (equal to an earlier prompt, it could be reused) or "
-        "cache (found in the engine's prefix cache, it was); absent means analysis",
-        optional=True,
-    ),
-    Field(
-        "tiers",
-        "object | null",
-        "",
-        "where latents lay that HBM did not hold; null or absent: everything was in HBM",
-        children=_TIER_SETUP,
-        optional=True,
-    ),
-    Field(
-        "selection",
-        "object | null",
-        "",
-        "what a selection is; null where no model ran. Absent: every layer has an indexer",
-        children=(
-            Field("unit", "string", "", "what an id stands for: token"),
-            Field("unit_tokens", "int", "tokens", "tokens that an id covers"),
-            Field("id_kind", "string", "", "position: ids are absolute logical positions"),
-            Field("layers", "object[]", "", "a layer each", children=LAYER_FIELDS),
-            Field("door", "string", "", "where the selections come from: serve, this tool's engine"),
-        ),
-        optional=True,
-    ),
-    Field(
-        "trace",
-        "object",
-        "",
-        "how the run was traced",
-        children=(
-            Field("level", "string", "", "full, blocks or stats"),
-            Field("block_size_tokens", "int", "tokens", "tokens in a block"),
-            Field("sample_rate", "float", "", "share of the steps that is recorded; 0: requests only"),
-            Field("store_scores", "bool", "", "scores are recorded"),
-            Field("keep_order", "bool", "", "positions stand in score order"),
-            Field("prefill", "string", "", "off, or last: the prompt's last position is recorded"),
-            Field("sync_cuda", "bool", "", "the device is synchronised once a step"),
-            Field("prefix_key_tokens", "int", "tokens", "tokens hashed into prefix_key"),
-            Field("prefix_key_id", "string", "hex", "names the secret of the keyed hashes"),
-            Field(
-                "queue_policy",
-                "string",
-                "",
-                "block: the model waits for a writer that is behind; drop: it loses the step",
-            ),
-            Field("queue_steps", "int", "steps", "steps that may wait for the writer"),
-            Field(
-                "on_error",
-                "string",
-                "",
-                "when the trace cannot be written: stop the run, or continue untraced",
-            ),
-        ),
-    ),
+    Field("serving", "object | null", "", "how requests that arrived over time were served, with the "
+          "engine's settings; null where none arrived so", optional=True, children=(
+        Field("mode", "string", "", "how the engine takes requests up"),
+        Field("clock", "string", "", "real, or virtual (measured steps, skipped gaps)"),
+    )),
+    Field("prefix_source", "string", "", "what the records' `prefix` tells: analysis (equal to an earlier "
+          "prompt: it could be reused) or cache (found in the engine's prefix cache: it was reused); absent "
+          "means analysis", optional=True),
+    Field("tiers", "object | null", "", "where latents lay that HBM did not hold; null or absent: HBM held "
+          "everything", optional=True, children=_TIER_SETUP),
+    Field("selection", "object | null", "", "what a selection is; null: no model ran; absent: every layer "
+          "has an indexer", optional=True, children=(
+        Field("unit", "string", "", "what an id stands for: token"),
+        Field("unit_tokens", "int", "tokens", "tokens that an id covers"),
+        Field("id_kind", "string", "", "position: ids are absolute logical positions"),
+        Field("layers", "object[]", "", "one entry per layer", children=LAYER_FIELDS),
+        Field("door", "string", "", "where the selections come from: serve (this tool's engine)"),
+    )),
+    Field("trace", "object", "", "how the run was traced", children=(
+        Field("level", "string", "", "full, blocks or stats"),
+        _BLOCK_SIZE,
+        Field("sample_rate", "float", "", "share of the steps that are recorded; 0: requests only"),
+        Field("store_scores", "bool", "", "scores are recorded"),
+        Field("keep_order", "bool", "", "positions stand in score order"),
+        Field("prefill", "string", "", "off, or last (the prompt's last position is recorded)"),
+        Field("sync_cuda", "bool", "", "the device is synchronised once per step"),
+        Field("prefix_key_tokens", "int", "tokens", "tokens hashed into prefix_key"),
+        Field("prefix_key_id", "string", "hex", "names the secret of the keyed hashes"),
+        Field("queue_policy", "string", "", "if the writer lags: block (the model waits) or drop (the step)"),
+        Field("queue_steps", "int", "steps", "steps that may wait for the writer"),
+        Field("on_error", "string", "", "when writing fails: stop the run, or continue untraced"),
+    )),
     Field("quantile", "string", "", "definition of every quantile"),
-    Field(
-        "resumed_at_forward",
-        "int[]",
-        "",
-        "`forward_idx` from which each resume of the run went on; step times are those of the parts "
-        "together, the tracing cost is the last part's",
-        optional=True,
-    ),
+    Field("resumed_at_forward", "int[]", "", "`forward_idx` at which each resume of the run went on. Step "
+          "times cover all parts, the tracing cost only the last one", optional=True),
 )
 
-_DISTRIBUTION = (
-    Field("min", "number | null", "", "smallest"),
-    Field("p50", "number | null", "", "median, nearest rank"),
-    Field("p95", "number | null", "", "95th percentile, nearest rank"),
-    Field("max", "number | null", "", "largest"),
-    Field("mean", "float | null", "", "arithmetic mean"),
-)
-
+# summary.json: what came of it.
 _OVERLAP = (
-    Field("pairs", "int", "", "pairs of selections compared, for each layer"),
+    Field("pairs", "int", "", "pairs of selections compared, in all layers together"),
     Field("mean", "float | null", "", "share of the selection that the other one held too, over all layers"),
-    Field("random_mean", "float | null", "", "the same for a random selector: k / N"),
+    _RANDOM_MEAN,
     Field("per_layer", "float[] | null", "", "mean of each layer; null where nothing was compared"),
-)
-
-_LATENCY = (
-    Field("p50", "float | null", "ms", "median, nearest rank"),
-    Field("p95", "float | null", "ms", "95th percentile, nearest rank"),
-    Field("p99", "float | null", "ms", "99th percentile, nearest rank"),
-    Field("max", "float | null", "ms", "largest"),
-    Field("mean", "float | null", "ms", "arithmetic mean"),
 )
 
 _SCORE = (
@@ -497,330 +322,170 @@ _SCORE = (
 
 _SERVING = (
     Field("mode", "string", "", "how the engine took requests up"),
-    Field("clock", "string", "", "of all times here: real, or virtual (measured steps, skipped gaps)"),
-    Field(
-        "counts",
-        "object",
-        "",
-        "what became of the requests",
-        children=(
-            Field("served", "int", "requests", "state stop or length"),
-            Field("rejected", "int", "requests", "could never fit"),
-            Field("aborted", "int", "requests", "dropped while waiting or running"),
-            Field("unfinished", "int", "requests", "the run ended first"),
-            Field("preemptions", "int", "", "times a request had to start over"),
-            Field(
-                "failed", "int", "requests", "a tier lost their KV; stands where there is one", optional=True
-            ),
-            Field(
-                "recomputes",
-                "int",
-                "",
-                "times a request was computed again because a tier lost its KV; stands where there is one",
-                optional=True,
-            ),
-        ),
-    ),
+    Field("clock", "string", "", "clock of all times here: real, or virtual (measured steps, skipped gaps)"),
+    Field("counts", "object", "", "what became of the requests", children=(
+        Field("served", "int", "requests", "state stop or length"),
+        Field("rejected", "int", "requests", "could never fit"),
+        Field("aborted", "int", "requests", "cancelled while waiting or running"),
+        Field("unfinished", "int", "requests", "the run ended first"),
+        Field("preemptions", "int", "", "times a request had to start over"),
+        Field("failed", "int", "requests", "a tier lost their KV; stands if there are any", optional=True),
+        Field("recomputes", "int", "", "times lost KV was recomputed; stands if any was", optional=True),
+    )),
     Field("latency_ms", "object", "ms", "finish - arrival, served requests", children=_LATENCY),
-    Field(
-        "time_to_first_token_ms",
-        "object",
-        "ms",
-        "first token - arrival, served requests",
-        children=_LATENCY,
-    ),
-    Field(
-        "time_per_output_token_ms",
-        "object",
-        "ms",
-        "(finish - first token) / (output tokens - 1), served requests with two or more",
-        children=_LATENCY,
-    ),
+    Field("time_to_first_token_ms", "object", "ms", "first token - arrival, served requests",
+          children=_LATENCY),
+    Field("time_per_output_token_ms", "object", "ms", "(finish - first token) / (output tokens - 1), served "
+          "requests with two or more", children=_LATENCY),
     Field("queue_ms", "object", "ms", "admitted - arrival, served requests", children=_LATENCY),
     Field("span_s", "float | null", "s", "first arrival to last finish, served requests"),
     Field("requests_per_s", "float | null", "1/s", "served requests over the span"),
     Field("output_tokens_per_s", "float | null", "tokens/s", "their output tokens over the span"),
-    Field(
-        "requests_over_time",
-        "object[]",
-        "",
-        "at most 64 equal buckets of 2^n seconds, from the run's start",
-        children=(
-            Field("start_s", "int", "s", "from the run's start"),
-            Field("arrived", "int", "requests", "arrivals"),
-            Field("finished", "int", "requests", "served requests that finished"),
-        ),
-    ),
-)
-
-_PREFIX_CACHE = (
-    Field("prompt_tokens", "int", "tokens", "of requests whose prefill began"),
-    Field("hit_tokens", "int", "tokens", "of those, found cached when it first began"),
-    Field("hit_rate", "float | null", "", "hit_tokens / prompt_tokens"),
-    Field("computed_tokens", "int", "tokens", "computed in prefill, again after preemptions"),
-    Field("prefill_s", "float", "s", "time of the prefill forwards, counted in whole us a request"),
-    Field("saved_s", "float | null", "s", "hit_tokens x prefill_s / computed_tokens"),
-    Field("saved_kind", "string", "", "modelled: nobody timed what was not computed"),
+    Field("requests_over_time", "object[]", "", "at most 64 equal buckets of 2^n seconds", children=(
+        Field("start_s", "int", "s", "from the run's start"),
+        Field("arrived", "int", "requests", "arrivals"),
+        Field("finished", "int", "requests", "served requests that finished"),
+    )),
 )
 
 _MOVED = (
-    Field("in_records", "int", "bytes", "that the records hold"),
+    Field("in_records", "int", "bytes", "counted in the records"),
     Field("elsewhere", "int", "bytes", "steps and rows without a record, prefill, refills, prefetch"),
-    Field("store", "int", "bytes", "as the store itself counts: its units x unit_bytes"),
+    Field("store", "int", "bytes", "counted by the store itself: its units x unit_bytes"),
 )
 
 _POOL_TOTALS = (
-    Field("bytes_read", "object", "bytes", "by who says so", children=_MOVED),
-    Field("bytes_written", "object", "bytes", "by who says so", children=_MOVED),
-    Field("requested_units", "int", "units", "asked of the store"),
-    Field("hit_units", "int", "units", "of those, given back"),
+    Field("bytes_read", "object", "bytes", "bytes read, by who counted them", children=_MOVED),
+    Field("bytes_written", "object", "bytes", "bytes written, by who counted them", children=_MOVED),
+    Field("requested_units", "int", "units", "units asked of the store"),
+    Field("hit_units", "int", "units", "of those, returned"),
     Field("missed_units", "int", "units", "the others"),
-    Field("corrupt_units", "int", "units", "came back, and were not what had been stored"),
+    Field("corrupt_units", "int", "units", "units that came back other than they were stored"),
     Field("read_batches", "int", "", "calls that read"),
-    Field("read_ops", "int", "reads", "operations of those, after coalescing"),
+    Field("read_ops", "int", "reads", "operations of those calls, after coalescing"),
     Field("read_us", "float", "us", "time of those calls"),
     Field("write_batches", "int", "", "calls that wrote"),
     Field("write_us", "float", "us", "time of those calls"),
-    Field("stored_units", "int", "units", "taken by the store"),
-    Field("evicted_units", "int", "units", "given up by it"),
+    Field("stored_units", "int", "units", "units that the store took"),
+    Field("evicted_units", "int", "units", "units that the store gave up"),
     Field("errors", "int", "", "failed batches"),
-    Field("timeouts", "int", "", "of those, for time"),
+    Field("timeouts", "int", "", "of those, batches that timed out"),
     Field("bytes_moved", "int", "bytes", "read and written, padding included"),
-    Field("latency_kind", "string", "", "measured or modelled"),
+    _LATENCY_KIND,
 )
 
 _INDEX_TOTALS = (
     Field("bytes_read", "int", "bytes", "keys and scales given back"),
     Field("bytes_written", "int", "bytes", "keys and scales taken"),
-    Field("read_batches", "int", "", "fetches: one an indexer and forward"),
-    Field("read_us", "float", "us", "they took"),
-    Field("write_batches", "int", "", "puts: one an indexer and forward"),
-    Field("write_us", "float", "us", "they took"),
+    Field("read_batches", "int", "", "fetches: one per indexer and forward"),
+    Field("read_us", "float", "us", "time of the fetches"),
+    Field("write_batches", "int", "", "puts: one per indexer and forward"),
+    Field("write_us", "float", "us", "time of the puts"),
     Field("errors", "int", "", "batches that failed and units that came back corrupt"),
 )
 
 _TIER_TOTALS = (
-    Field("since_forward", "int", "", "`forward_idx` counted from: where the run began or was last resumed"),
-    Field("local_pool", "object | null", "", "null: there is none", children=_POOL_TOTALS),
-    Field("remote_pool", "object | null", "", "null: there is none", children=_POOL_TOTALS),
-    Field(
-        "prefetch",
-        "object | null",
-        "",
-        "null where nothing is fetched ahead",
-        children=(
-            Field("units", "int", "units", "fetched ahead"),
-            Field("used_units", "int", "units", "of those, what the layer then selected"),
-            Field("missed_units", "int", "units", "selected, and not in HBM in time"),
-            Field("recall", "float | null", "", "used_units / (used_units + missed_units)"),
-            Field("precision", "float | null", "", "used_units / units"),
-        ),
-    ),
-    Field(
-        "index_keys",
-        "object | null",
-        "",
-        "the indexer's keys, which have stores of their own; null where HBM holds them all",
-        children=(
-            Field("local_pool", "object | null", "", "null: there is none", children=_INDEX_TOTALS),
-            Field("remote_pool", "object | null", "", "null: there is none", children=_INDEX_TOTALS),
-        ),
-    ),
-    Field("lost_units", "int", "units", "that no tier gave back"),
-    Field("num_recomputes", "int", "", "times a request was computed again for that"),
-    Field("failed_requests", "int", "requests", "ended for that"),
+    Field("since_forward", "int", "", "`forward_idx` that counting began at: the start or last resume"),
+    *_pools(_POOL_TOTALS),
+    Field("prefetch", "object | null", "", "what was fetched ahead; null where nothing is", children=(
+        Field("units", "int", "units", "units fetched ahead"),
+        Field("used_units", "int", "units", "of those, units that the layer then selected"),
+        Field("missed_units", "int", "units", "units selected that were not in HBM in time"),
+        Field("recall", "float | null", "", "used_units / (used_units + missed_units)"),
+        Field("precision", "float | null", "", "used_units / units"),
+    )),
+    Field("index_keys", "object | null", "", "the stores of the indexer's keys; null where HBM holds all "
+          "keys", children=_pools(_INDEX_TOTALS)),
+    Field("lost_units", "int", "units", "units that no tier gave back"),
+    Field("num_recomputes", "int", "", "times a request was computed again for lost units"),
+    Field("failed_requests", "int", "requests", "requests that lost units ended"),
 )
 
 SUMMARY_FIELDS = (
-    Field("schema_version", "int", "", "of the records"),
-    Field("state", "string", "", "running, complete or incomplete"),
-    Field(
-        "selections",
-        "string",
-        "",
-        "model; random_weights or synthetic support no claim about locality; none: no model ran",
-    ),
-    Field(
-        "counts",
-        "object",
-        "",
-        "what the run recorded",
-        children=(
-            Field("steps", "int", "steps", "traced decode forwards"),
-            Field("prefills", "int", "steps", "traced prefill forwards"),
-            Field("records", "int", "records", "lines of trace_steps.jsonl"),
-            Field("sparse_records", "int", "records", "those on the sparse path"),
-            Field("requests", "int", "requests", "lines of requests.jsonl"),
-        ),
-    ),
-    Field(
-        "dropped_steps",
-        "int",
-        "steps",
-        "sampled forwards that were not recorded: dropped from a full queue, or lost to an error",
-    ),
-    Field("unique_blocks", "object", "blocks", "touched blocks a record", children=_DISTRIBUTION),
-    Field(
-        "tokens_per_touched_block",
-        "object",
-        "tokens",
-        "selected tokens a touched block, every block pooled",
-        children=_DISTRIBUTION,
-    ),
-    Field("offsets", "object", "tokens", "every selected token pooled", children=_DISTRIBUTION),
-    Field("prefix_intersection_ratio", "object", "", "a record", children=_DISTRIBUTION),
-    Field(
-        "prefix_hot_blocks",
-        "object",
-        "",
-        "request id -> its most touched prefix blocks, at most 20; requests with a prefix hit only",
-        children=(
-            Field("block_id", "int", "block", "logical block"),
-            Field("touches", "int", "records", "records that touched it"),
-        ),
-        entry="<request>[]",
-    ),
-    Field(
-        "step_ms",
-        "object",
-        "ms",
-        "wall time of traced decode forwards, counted in whole us",
-        children=(
-            Field("p50", "float | null", "ms", "median, nearest rank"),
-            Field("p95", "float | null", "ms", "95th percentile, nearest rank"),
-            Field("p99", "float | null", "ms", "99th percentile, nearest rank"),
-            Field("max", "float | null", "ms", "largest"),
-        ),
-    ),
-    Field(
-        "blocks_touched",
-        "object[]",
-        "",
-        "touched blocks a sparse record, at several block sizes, beside two selectors of the same k",
-        children=(
-            Field("block_size_tokens", "int", "tokens", "tokens in a block"),
-            Field("mean", "float | null", "blocks", "measured"),
-            Field("p50", "int | null", "blocks", "measured, nearest rank"),
-            Field("p95", "int | null", "blocks", "measured, nearest rank"),
-            Field(
-                "uniform_mean", "float | null", "blocks", "modelled: exact expectation of a uniform selector"
-            ),
-            Field("recency_mean", "float | null", "blocks", "modelled: the last k tokens"),
-            Field("context_mean", "float | null", "blocks", "blocks of the whole context"),
-        ),
-    ),
-    Field(
-        "step_overlap",
-        "object",
-        "",
-        "share of a selection already in the step before; both on the sparse path",
-        children=_OVERLAP,
-    ),
-    Field(
-        "layer_overlap",
-        "object",
-        "",
-        "share of a selection already in the layer before, same step, sparse path; a layer without an "
-        "indexer is not compared",
-        children=_OVERLAP,
-    ),
-    Field(
-        "needle_recall",
-        "object | null",
-        "",
-        "share of the answer's tokens that a sparse decode record selected; null where no answer is known",
-        children=(
-            Field("records", "int", "records", "sparse decode records of requests with an answer"),
-            Field("mean", "float | null", "", "a record"),
-            Field("random_mean", "float | null", "", "the same for a random selector: k / N"),
-            Field("per_layer", "float[] | null", "", "mean of each layer; null where there was no record"),
-        ),
-        optional=True,
-    ),
-    Field(
-        "kv_fetch",
-        "object",
-        "",
-        "totals a tier",
-        children=tuple(f for f in _FETCH if f.name in FETCH_TOTALS + OFFLOADED_FETCH),
-        keys=TIER_NAMES,
-    ),
-    Field(
-        "bytes_read",
-        "object",
-        "bytes",
-        "totals over all records",
-        children=(
-            Field("without_indexer_scan", "int", "bytes", "latents of the touched blocks, all tiers"),
-            Field("indexer_scan", "int", "bytes", "indexer keys"),
-            Field("with_indexer_scan", "int", "bytes", "the sum of both"),
-        ),
-    ),
-    Field(
-        "scores",
-        "object | null",
-        "",
-        "the task's scores; null where no request has one",
-        children=(
-            *_SCORE,
-            Field("by", "object", "", "the same in each group", children=_SCORE, entry="<label>.<value>"),
-        ),
-        optional=True,
-    ),
-    Field(
-        "serving",
-        "object | null",
-        "",
-        "latencies, counted in whole us; null where no requests arrived over time",
-        children=_SERVING,
-        optional=True,
-    ),
-    Field(
-        "prefix_cache",
-        "object | null",
-        "",
-        "what the engine's prefix cache saved; null where there was none",
-        children=_PREFIX_CACHE,
-        optional=True,
-    ),
-    Field(
-        "tiers",
-        "object | null",
-        "",
-        "what the tiers' stores did, as the run itself counted; null where everything was in HBM, where "
-        "nothing was said yet, and in a summary of several runs",
-        children=_TIER_TOTALS,
-        optional=True,
-    ),
-    Field(
-        "workload",
-        "object | null",
-        "",
-        "what the workload says of itself: its name, its counts, the rows it left out",
-        optional=True,
-    ),
-    Field(
-        "tracing_cost",
-        "object | null",
-        "",
-        "what tracing took from the model thread; null where nothing was traced live",
-        children=(
-            Field("traced_steps", "int", "steps", "forwards handed to the writer"),
-            Field("handover_us_mean", "float | null", "us", "copy to the host, without the synchronisation"),
-            Field("blocked_us_mean", "float | null", "us", "waiting for a place in the writer's queue"),
-            Field("sync_us_mean", "float | null", "us", "synchronisation of the device"),
-            Field("without_sync_us_mean", "float | null", "us", "hand-over and waiting"),
-            Field("with_sync_us_mean", "float | null", "us", "hand-over, waiting and synchronisation"),
-            Field("writer_busy_ms", "float", "ms", "the writer thread's wall time at work, the whole run"),
-        ),
-    ),
-    Field(
-        "histograms",
-        "object",
-        "",
-        "name -> `{values, counts}`: what the distributions were computed from; they merge by addition",
-    ),
+    Field("schema_version", "int", "", "version of the records"),
+    _STATE,
+    _SELECTIONS,
+    Field("counts", "object", "", "what the run recorded", children=(
+        Field("steps", "int", "steps", "traced decode forwards"),
+        Field("prefills", "int", "steps", "traced prefill forwards"),
+        Field("records", "int", "records", "lines of trace_steps.jsonl"),
+        Field("sparse_records", "int", "records", "those on the sparse path"),
+        Field("requests", "int", "requests", "lines of requests.jsonl"),
+    )),
+    Field("dropped_steps", "int", "steps", "sampled forwards that a full queue or an error lost"),
+    Field("unique_blocks", "object", "blocks", "touched blocks per record", children=_DISTRIBUTION),
+    Field("tokens_per_touched_block", "object", "tokens", "selected tokens per touched block, all blocks "
+          "pooled", children=_DISTRIBUTION),
+    Field("offsets", "object", "tokens", "offsets of all selected tokens, pooled", children=_DISTRIBUTION),
+    Field("prefix_intersection_ratio", "object", "", "the records' ratios", children=_DISTRIBUTION),
+    Field("prefix_hot_blocks", "object", "", "request id -> its most touched prefix blocks, at most 20; only "
+          "requests with a prefix hit", entry="<request>[]", children=(
+        Field("block_id", "int", "block", "logical block"),
+        Field("touches", "int", "records", "records that touched it"),
+    )),
+    Field("step_ms", "object", "ms", "wall time of traced decode forwards, counted in whole us",
+          children=_statistics("p50 p95 p99 max", "float | null", "ms")),
+    Field("blocks_touched", "object[]", "", "touched blocks per sparse record, at several block sizes, "
+          "beside two selectors of the same k", children=(
+        _BLOCK_SIZE,
+        Field("mean", "float | null", "blocks", "measured"),
+        Field("p50", "int | null", "blocks", "measured, nearest rank"),
+        Field("p95", "int | null", "blocks", "measured, nearest rank"),
+        Field("uniform_mean", "float | null", "blocks", "modelled: exact expectation of a uniform selector"),
+        Field("recency_mean", "float | null", "blocks", "modelled: the last k tokens"),
+        Field("context_mean", "float | null", "blocks", "blocks of the whole context"),
+    )),
+    Field("step_overlap", "object", "", "share of a selection that the step before had too; both on the "
+          "sparse path", children=_OVERLAP),
+    Field("layer_overlap", "object", "", "share of a selection that the layer before had too, in the same "
+          "step, on the sparse path; layers without an indexer are not compared", children=_OVERLAP),
+    Field("needle_recall", "object | null", "", "share of the answer's tokens that a sparse decode record "
+          "selected; null where no answer is known", optional=True, children=(
+        Field("records", "int", "records", "sparse decode records of requests with an answer"),
+        Field("mean", "float | null", "", "mean share per record"),
+        _RANDOM_MEAN,
+        Field("per_layer", "float[] | null", "", "mean of each layer; null where there was no record"),
+    )),
+    Field("kv_fetch", "object", "", "totals per tier", keys=TIER_NAMES, children=_FETCH_TOTALS),
+    Field("bytes_read", "object", "bytes", "totals over all records", children=(
+        Field("without_indexer_scan", "int", "bytes", "latents of the touched blocks, all tiers"),
+        Field("indexer_scan", "int", "bytes", "indexer keys"),
+        Field("with_indexer_scan", "int", "bytes", "the sum of both"),
+    )),
+    Field("scores", "object | null", "", "the task's scores; null: there are none", optional=True, children=(
+        *_SCORE,
+        Field("by", "object", "", "the same in each group", entry="<label>.<value>", children=_SCORE),
+    )),
+    Field("serving", "object | null", "", "latencies, counted in whole us; null where no requests arrived "
+          "over time", optional=True, children=_SERVING),
+    Field("prefix_cache", "object | null", "", "what the engine's prefix cache saved; null where there was "
+          "none", optional=True, children=(
+        Field("prompt_tokens", "int", "tokens", "prompt tokens of requests whose prefill began"),
+        Field("hit_tokens", "int", "tokens", "of those, found cached when prefill first began"),
+        Field("hit_rate", "float | null", "", "hit_tokens / prompt_tokens"),
+        Field("computed_tokens", "int", "tokens", "tokens computed in prefill, again after preemptions too"),
+        Field("prefill_s", "float", "s", "time of the prefill forwards, counted in whole us per request"),
+        Field("saved_s", "float | null", "s", "hit_tokens x prefill_s / computed_tokens"),
+        Field("saved_kind", "string", "", "modelled: nobody timed what was not computed"),
+    )),
+    Field("tiers", "object | null", "", "what the tiers' stores did, as the run itself counted; null where "
+          "HBM held everything, where the run has not told yet, and in a summary of several runs",
+          optional=True, children=_TIER_TOTALS),
+    Field("workload", "object | null", "", "the workload's name, counts and rows it left out", optional=True),
+    Field("tracing_cost", "object | null", "", "what tracing took from the model thread; null where nothing "
+          "was traced live", children=(
+        Field("traced_steps", "int", "steps", "forward passes handed to the writer"),
+        Field("handover_us_mean", "float | null", "us", "copy to the host, without the synchronisation"),
+        Field("blocked_us_mean", "float | null", "us", "waiting for a place in the writer's queue"),
+        Field("sync_us_mean", "float | null", "us", "synchronisation of the device"),
+        Field("without_sync_us_mean", "float | null", "us", "hand-over and waiting"),
+        Field("with_sync_us_mean", "float | null", "us", "hand-over, waiting and synchronisation"),
+        Field("writer_busy_ms", "float", "ms", "the writer thread's wall time at work, the whole run"),
+    )),
+    Field("histograms", "object", "", "name -> `{values, counts}` of the distributions; merged by addition"),
 )
+
+# fmt: on
 
 TABLES: dict[str, tuple[Field, ...]] = {
     STEPS_FILE: STEP_FIELDS,
@@ -876,6 +541,7 @@ def decode(line: str | bytes) -> dict[str, Any]:
 
 
 def check_level(level: str) -> None:
+    """Raises `ValueError` naming the levels there are."""
     if level not in LEVELS:
         raise ValueError(f"trace level {level!r} is not one of {', '.join(LEVELS)}")
 
@@ -933,48 +599,45 @@ def _item_types(declared: str) -> frozenset[type]:
 
 
 def _has_type(value: object, declared: str) -> bool:
-    for option in declared.split(" | "):
-        if option.endswith("[]"):
-            if isinstance(value, list) and _item_types(option[:-2]).issuperset(map(type, value)):
-                return True
-        elif type(value) in _TYPES[option]:
-            return True
-    return False
+    """Whether the value has one of the types that `declared` names, as in `int[] | null`."""
+    return any(
+        isinstance(value, list) and _item_types(option[:-2]).issuperset(map(type, value))
+        if option.endswith("[]")
+        else type(value) in _TYPES[option]
+        for option in declared.split(" | ")
+    )
 
 
 def problems(
-    record: Mapping[str, Any],
-    level: Level = "full",
-    fields: tuple[Field, ...] = STEP_FIELDS,
-    where: str = "",
+    record: Mapping[str, Any], level: Level = "full", fields: tuple[Field, ...] = STEP_FIELDS, where: str = ""
 ) -> list[str]:
     """What differs from the table: missing fields, wrong types, wrong order. Unknown keys are ignored."""
     found: list[str] = []
-    expected = [field for field in fields if level in field.levels]
-    for field in expected:
-        name = where + field.name
-        if field.name not in record:
-            if not field.optional:
-                found.append(f"{name}: missing")
-            continue
-        value = record[field.name]
-        if not _has_type(value, field.type):
-            found.append(f"{name}: {value!r} is not {field.type}")
-        elif field.keys:
-            for key in field.keys:
-                inner = value.get(key)
-                if isinstance(inner, dict):
-                    found += problems(inner, level, field.children, f"{name}.{key}.")
-                else:
-                    found.append(f"{name}.{key}: {inner!r} is not object")
-        elif field.children and isinstance(value, dict) and not field.entry:
-            found += problems(value, level, field.children, f"{name}.")
+    expected = {field.name: field for field in fields if level in field.levels}
+    for name, field in expected.items():
+        if name in record:
+            found += _value_problems(record[name], level, field, where + name)
+        elif not field.optional:
+            found.append(f"{where}{name}: missing")
     if fields is STEP_FIELDS and ("scores_stats" in record) == ("scores_topk" in record):
         found.append("scores_stats, scores_topk: exactly one of them must stand")
-    known = [field.name for field in expected]
-    order = [name for name in record if name in known]
-    if order != [name for name in known if name in record]:
+    if [name for name in record if name in expected] != [name for name in expected if name in record]:
         found.append(f"{where or 'record'}: fields out of order")
+    return found
+
+
+def _value_problems(value: Any, level: Level, field: Field, path: str) -> list[str]:
+    """The same for one value: its type, and what an object holds. Objects in a list are not looked into."""
+    if not _has_type(value, field.type):
+        return [f"{path}: {value!r} is not {field.type}"]
+    found: list[str] = []
+    for key in field.keys:
+        if isinstance(inner := value.get(key), dict):
+            found += problems(inner, level, field.children, f"{path}.{key}.")
+        else:
+            found.append(f"{path}.{key}: {inner!r} is not object")
+    if field.children and isinstance(value, dict) and not (field.keys or field.entry):
+        found += problems(value, level, field.children, f"{path}.")
     return found
 
 
@@ -983,31 +646,24 @@ def field_paths(fields: tuple[Field, ...], prefix: str = "") -> Iterator[tuple[s
     for field in fields:
         path = prefix + field.name
         yield path, field
-        inner = f"{path}.<tier>." if field.keys else f"{path}.{field.entry}." if field.entry else f"{path}."
-        if field.type.startswith("object[]"):
-            inner = f"{path}[]."
-        yield from field_paths(field.children, inner)
+        key = ".<tier>" if field.keys else f".{field.entry}" if field.entry else ""
+        items = "[]" if field.type.startswith("object[]") else ""
+        yield from field_paths(field.children, f"{path}{items}{key}.")
 
 
 def records_markdown() -> str:
-    """The tables of every file, as README.md shows them."""
+    """The tables of every file, as docs/records.md shows them; only step records have levels."""
     lines: list[str] = []
     for file_name, fields in TABLES.items():
-        with_levels = file_name == STEPS_FILE
-        lines += [f"### `{file_name}`", ""]
-        lines += ["| field | type | unit | meaning |" + (" levels |" if with_levels else "")]
-        lines += ["|---|---|---|---|" + ("---|" if with_levels else "")]
+        last = ("levels",) if file_name == STEPS_FILE else ()
+        head = ("field", "type", "unit", "meaning", *last)
+        lines += [f"### `{file_name}`", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for path, field in field_paths(fields):
-            declared = field.type.replace("|", "or")
-            row = f"| `{path}` | {declared} | {field.unit} | {field.meaning} |"
-            lines.append(row + (f" {_levels_text(field.levels)} |" if with_levels else ""))
+            levels = "all" if field.levels == LEVELS else ", ".join(field.levels)
+            row = (f"`{path}`", field.type.replace("|", "or"), field.unit, field.meaning, levels)
+            lines.append(f"| {' | '.join(row[: len(head)])} |")
         lines.append("")
-    lines.append(f"Quantiles: {QUANTILE_DEFINITION}.")
-    return "\n".join(lines) + "\n"
-
-
-def _levels_text(levels: tuple[Level, ...]) -> str:
-    return "all" if levels == LEVELS else ", ".join(levels)
+    return "\n".join((*lines, f"Quantiles: {QUANTILE_DEFINITION}.")) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
 """What computes the scheduled steps: the interface of the model and of the token simulator.
 
-Knows no tensor; `model_runner.py` has the model, `simulator.py` none.
+In order: `Step` and the `Work` it is made of; `BlocksLost`, which a step raises when a tier has
+lost KV, and `OnTierError`, what becomes of the requests then; `Runner`, the interface. Knows no
+tensor; `runner/model_runner.py` has the model, `engine/simulator.py` none.
+
+    step = Step(is_prefill=False, work=(Work(live, first_pos=41, num_tokens=1, wants_logits=True),))
+    [[token]] = runner.run(step)
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """Puts an engine together: the model from its checkpoint, a cache of the right size, a tracer.
 
-setup = EngineSetup(ckpt_path="converted", config="config_tiny.json")
-with process_group(setup.device) as device:
-    model = load_model(setup, device)
-    with open_engine(model, setup, device, longest=2100, trace=None) as engine: ...
+`load_model` and `open_engine` are what commands call; behind them stands what an engine needs to
+know first: how large its cache is, what its selections stand for, how its bytes are counted.
+
+    setup = EngineSetup(ckpt_path="converted", config="config_tiny.json")
+    with process_group(setup.device) as device:
+        model = load_model(setup, device)
+        with open_engine(model, setup, device, longest=2100, trace=None) as engine: ...
 """
 
 from __future__ import annotations
@@ -45,43 +48,6 @@ from dsatrace.trace.manifest import RunInfo, Selections, shared_layers
 from dsatrace.trace.resume import Resumed
 from dsatrace.trace.tracer import Tracer
 
-
-def num_cache_blocks(
-    setup: EngineSetup, max_seq_len: int, longest: int | None, batch_size: int, budget_blocks: int
-) -> int:
-    """Blocks of the KV cache: `--cache-blocks` when given, else room for `batch_size` of the longest.
-
-    Where `longest` is not known, any request may have `max_seq_len` tokens: there is room for as
-    many of those as fit `budget_blocks`, and for one at least. Raises `UserError` when the
-    longest, where it is known, could never be served.
-    """
-    if longest is not None and longest > max_seq_len:
-        raise UserError(
-            f"a prompt and its answer need {longest} tokens of KV, --max-seq-len is {max_seq_len}; "
-            "shorten the prompt, lower --max-new-tokens or raise --max-seq-len"
-        )
-    a_request = blocks_needed(longest or max_seq_len, setup.cache_block_size)
-    if setup.cache_blocks is None:
-        everyone = batch_size * a_request
-        return everyone if longest is not None else min(everyone, max(a_request, budget_blocks))
-    if longest is not None and a_request > setup.cache_blocks:
-        raise UserError(
-            f"--cache-blocks {setup.cache_blocks}: a prompt and its answer need {longest} tokens of KV, "
-            f"{a_request} blocks of {setup.cache_block_size}; use at least that many"
-        )
-    return setup.cache_blocks
-
-
-def cache_budget_bytes(device: torch.device) -> int:
-    """What a cache may take that is not sized for known requests: 2 GiB, or an eighth of a GPU's memory.
-
-    A share of the whole and not of what is free, so that all ranks find the same.
-    """
-    if device.type != "cuda":
-        return 2 << 30
-    return torch.cuda.get_device_properties(device).total_memory // 8
-
-
 __all__ = ["EngineSetup", "load_model", "open_engine"]
 
 
@@ -98,32 +64,6 @@ def load_model(setup: EngineSetup, device: torch.device) -> Transformer:
             model = Transformer(args, kernels, group)
         load_checkpoint(model, setup.ckpt_path, group.rank, group.size, device=device)
     return model.eval()
-
-
-def selections_of(ckpt_path: Path | None) -> Selections:
-    """What a checkpoint's selections stand for: its `config.json` says when the weights are random."""
-    if ckpt_path is None:
-        return "model"  # built in memory, by someone who knows
-    try:
-        config = json.loads((ckpt_path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return "model"  # DeepSeek's own conversion keeps no config.json
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{ckpt_path / 'config.json'}: cannot read it: {error}; restore or remove it"
-        ) from error
-    return "random_weights" if config.get(RANDOM_WEIGHTS) else "model"
-
-
-def cache_layouts(cache: KVCache, args: ModelArgs) -> list[CacheLayout]:
-    """The layout this run's cache has, first, and those of other engines for comparison."""
-    own = CacheLayout("this_run", cache.latent_bytes_per_token, cache.index_bytes_per_token)
-    others = named_layouts(args.kv_lora_rank, args.qk_rope_head_dim, args.index_head_dim)
-    return [own, *others.values()]
-
-
-def _told_of_tiers(totals: TierTotals, scheduler: Scheduler) -> Mapping[str, Any]:
-    return totals.to_json(scheduler.num_recomputes, scheduler.num_failed)
 
 
 @contextlib.contextmanager
@@ -228,3 +168,65 @@ def open_engine(
         yield engine
         if runner.digest is not None:
             runner.digest.compare()
+
+
+def num_cache_blocks(
+    setup: EngineSetup, max_seq_len: int, longest: int | None, batch_size: int, budget_blocks: int
+) -> int:
+    """Blocks of the KV cache: `--cache-blocks` when given, else room for `batch_size` of the longest.
+
+    Where `longest` is not known, any request may have `max_seq_len` tokens: there is room for as
+    many of those as fit `budget_blocks`, and for one at least. Raises `UserError` when the
+    longest, where it is known, could never be served.
+    """
+    if longest is not None and longest > max_seq_len:
+        raise UserError(
+            f"a prompt and its answer need {longest} tokens of KV, --max-seq-len is {max_seq_len}; "
+            "shorten the prompt, lower --max-new-tokens or raise --max-seq-len"
+        )
+    a_request = blocks_needed(longest or max_seq_len, setup.cache_block_size)
+    if setup.cache_blocks is None:
+        everyone = batch_size * a_request
+        return everyone if longest is not None else min(everyone, max(a_request, budget_blocks))
+    if longest is not None and a_request > setup.cache_blocks:
+        raise UserError(
+            f"--cache-blocks {setup.cache_blocks}: a prompt and its answer need {longest} tokens of KV, "
+            f"{a_request} blocks of {setup.cache_block_size}; use at least that many"
+        )
+    return setup.cache_blocks
+
+
+def cache_budget_bytes(device: torch.device) -> int:
+    """What a cache may take that is not sized for known requests: 2 GiB, or an eighth of a GPU's memory.
+
+    A share of the whole and not of what is free, so that all ranks find the same.
+    """
+    if device.type != "cuda":
+        return 2 << 30
+    return torch.cuda.get_device_properties(device).total_memory // 8
+
+
+def selections_of(ckpt_path: Path | None) -> Selections:
+    """What a checkpoint's selections stand for: its `config.json` says when the weights are random."""
+    if ckpt_path is None:
+        return "model"  # built in memory, by someone who knows
+    try:
+        config = json.loads((ckpt_path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "model"  # DeepSeek's own conversion keeps no config.json
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{ckpt_path / 'config.json'}: cannot read it: {error}; restore or remove it"
+        ) from error
+    return "random_weights" if config.get(RANDOM_WEIGHTS) else "model"
+
+
+def cache_layouts(cache: KVCache, args: ModelArgs) -> list[CacheLayout]:
+    """The layout this run's cache has, first, and those of other engines for comparison."""
+    own = CacheLayout("this_run", cache.latent_bytes_per_token, cache.index_bytes_per_token)
+    others = named_layouts(args.kv_lora_rank, args.qk_rope_head_dim, args.index_head_dim)
+    return [own, *others.values()]
+
+
+def _told_of_tiers(totals: TierTotals, scheduler: Scheduler) -> Mapping[str, Any]:
+    return totals.to_json(scheduler.num_recomputes, scheduler.num_failed)

@@ -1,12 +1,16 @@
-"""Holds a record's `kv_fetch` against what can be known of it in a run whose latents lie in several tiers.
+"""Holds what a run with several tiers says of them against what can be known: its records, then its totals.
 
-Which token came from which tier is the engine's word. That nothing is lost or counted
-twice on the way from HBM to the last tier follows from the account itself, what was moved
-from the size of a unit, and how tokens, blocks and reads belong together from the
-selection. Standard library only; knows one record, and the times of the forward it is in.
+`check_fetches` takes one record's `kv_fetch`. Which token came from which tier is the engine's
+word. That nothing is lost or counted twice on the way from HBM to the last tier follows from the
+account itself, what was moved from the size of a unit, and how tokens, blocks and reads belong
+together from the selection. `BatchTimes` compares the times that the records of one forward tell.
+`TierTotals` adds up the records' bytes, and `check_tier_totals` holds `tiers` of summary.json
+against them, against requests.jsonl and against itself. Standard library only; keeps no record.
 
-    check_fetches(record, tokens, rules.tiers)      # raises Mismatch naming the field
+    check_fetches(record, selected, rules.tiers)    # raises Mismatch naming the field
     times = BatchTimes(); times.add(line, record)
+    moved = TierTotals(rules, since_forward=0); moved.add(record)
+    check_tier_totals(summary["tiers"], rules, moved, requests, whole=True)
 """
 
 from __future__ import annotations

@@ -1,12 +1,17 @@
-"""Holds the records of a run against each other: nothing missing, nothing twice, nothing out of place.
+"""Holds the records of a run against each other: nothing missing, twice, out of place, or unlike its twin.
 
 A *row* is one request's records in one forward, layer 0 to the last, side by side in the
-file; a forward is one or more rows. Standard library only, knows no positions. Keeps one
-row, one forward, a little of each live request, and what requests.jsonl says of each.
+file; a forward is one or more rows. Standard library only. In order: `RequestLine`, what
+requests.jsonl says of a request's records; `RunOrder`, the order and completeness of all
+records, which keeps one row, one forward and a little of each live request; `Seams`, the
+forwards at which the run was resumed; `Sharing`, the records of layers that use another
+layer's selection.
 
     order = RunOrder(rules, requests, may_miss=0)
+    sharing = Sharing(rules)
     for number, record in run.lines("trace_steps.jsonl"):
         ended = order.add(number, record)     # the id of a request that this record ends, or None
+        sharing.add(record)                   # both raise Mismatch
     order.close(whole=True)
 """
 
@@ -18,47 +23,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
-from dsatrace.verify.mismatch import Mismatch, differs, require
+from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE, value_at
+from dsatrace.verify.mismatch import Mismatch, compare, differs, require
 from dsatrace.verify.rules import Rules
-
-
-class Seams:
-    """Fed in the order of the file."""
-
-    def __init__(self, resumed_at_forward: Sequence[int]) -> None:
-        self._forwards = resumed_at_forward
-        self._part = 0
-        self._num_cut: dict[int, tuple[int, int]] = {}  # part -> most requests cut from a forward, its line
-        self._num_seen: dict[int, int] = {}  # part -> requests with records when it had ended
-
-    @property
-    def last_part(self) -> int:
-        return len(self._forwards)
-
-    def part_of(self, forward_idx: int) -> int:
-        """0-based part of the run that the forward belongs to."""
-        return bisect.bisect_right(self._forwards, forward_idx)
-
-    def excuse(self, part: int, num_cut: int, line: int) -> bool:
-        """Whether so many requests may be missing from a forward; `worst` has the last word."""
-        if part == self.last_part:
-            return False
-        self._num_cut[part] = max(self._num_cut.get(part, (0, 0)), (num_cut, line))
-        return True
-
-    def enter(self, part: int, num_seen: int) -> None:
-        """The next record lies in `part`; `num_seen` requests have records by now."""
-        for ended in range(self._part, part):
-            self._num_seen[ended] = num_seen
-        self._part = max(self._part, part)
-
-    def worst(self, num_requests: int) -> tuple[int, int] | None:
-        """(line, requests missing) of a forward that misses more than were served later, of all the run's."""
-        for part, (num_cut, line) in self._num_cut.items():
-            if num_cut > num_requests - self._num_seen.get(part, num_requests):
-                return line, num_cut
-        return None
 
 
 class RequestLine(NamedTuple):
@@ -88,57 +55,6 @@ class RequestLine(NamedTuple):
         if self.state == "rejected":
             return -2  # not even a prefill
         return max(self.num_output_tokens - 2 + (self.state in ("aborted", "failed")), -1)
-
-
-class _Row(NamedTuple):
-    """What every record of a row holds alike."""
-
-    request_id: str
-    step_idx: int
-    seq_len_current: int
-    phase: str
-    cached_blocks: int
-    prefix_key: str
-    needle_tokens: int
-    forward_idx: int
-    batch_size: int
-    step_wall_us: float
-    step_synced: bool
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> _Row:
-        prefix = record["prefix"]
-        return cls(
-            record["request_id"],
-            record["step_idx"],
-            record["seq_len_current"],
-            record["phase"],
-            prefix["prefix_cached_blocks"],
-            prefix["prefix_key"],
-            record.get("needle", {}).get("tokens", 0),
-            record["forward_idx"],
-            record["kv_fetch"]["hbm"]["batch_size"],
-            record["step_wall_us"],
-            record["step_synced"],
-        )
-
-
-_PATHS = {
-    "cached_blocks": "prefix.prefix_cached_blocks",
-    "prefix_key": "prefix.prefix_key",
-    "needle_tokens": "needle.tokens",
-    "batch_size": "kv_fetch.hbm.batch_size",
-}
-_OF_A_FORWARD = ("phase", "batch_size", "step_wall_us", "step_synced")
-
-
-@dataclasses.dataclass
-class _Live:
-    """A request that has records and may get more."""
-
-    row: _Row
-    prompt_tokens: int
-    num_missing: int = 0
 
 
 class RunOrder:
@@ -336,5 +252,135 @@ class RunOrder:
             raise mismatch.at(REQUESTS_FILE, known.line, {"request_id": request_id}) from None
 
 
+_PATHS = {
+    "cached_blocks": "prefix.prefix_cached_blocks",
+    "prefix_key": "prefix.prefix_key",
+    "needle_tokens": "needle.tokens",
+    "batch_size": "kv_fetch.hbm.batch_size",
+}
+_OF_A_FORWARD = ("phase", "batch_size", "step_wall_us", "step_synced")
+
+
+class _Row(NamedTuple):
+    """What every record of a row holds alike."""
+
+    request_id: str
+    step_idx: int
+    seq_len_current: int
+    phase: str
+    cached_blocks: int
+    prefix_key: str
+    needle_tokens: int
+    forward_idx: int
+    batch_size: int
+    step_wall_us: float
+    step_synced: bool
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> _Row:
+        prefix = record["prefix"]
+        return cls(
+            record["request_id"],
+            record["step_idx"],
+            record["seq_len_current"],
+            record["phase"],
+            prefix["prefix_cached_blocks"],
+            prefix["prefix_key"],
+            record.get("needle", {}).get("tokens", 0),
+            record["forward_idx"],
+            record["kv_fetch"]["hbm"]["batch_size"],
+            record["step_wall_us"],
+            record["step_synced"],
+        )
+
+
+@dataclasses.dataclass
+class _Live:
+    """A request that has records and may get more."""
+
+    row: _Row
+    prompt_tokens: int
+    num_missing: int = 0
+
+
 def _named(mismatch: Mismatch, line: int, record: Mapping[str, Any]) -> Mismatch:
     return mismatch.at(STEPS_FILE, line, record)
+
+
+class Seams:
+    """The forwards at which a run was resumed: what a killed run had begun there may be missing.
+
+    Fed in the order of the file.
+    """
+
+    def __init__(self, resumed_at_forward: Sequence[int]) -> None:
+        self._forwards = resumed_at_forward
+        self._part = 0
+        self._num_cut: dict[int, tuple[int, int]] = {}  # part -> most requests cut from a forward, its line
+        self._num_seen: dict[int, int] = {}  # part -> requests with records when it had ended
+
+    @property
+    def last_part(self) -> int:
+        return len(self._forwards)
+
+    def part_of(self, forward_idx: int) -> int:
+        """0-based part of the run that the forward belongs to."""
+        return bisect.bisect_right(self._forwards, forward_idx)
+
+    def excuse(self, part: int, num_cut: int, line: int) -> bool:
+        """Whether so many requests may be missing from a forward; `worst` has the last word."""
+        if part == self.last_part:
+            return False
+        self._num_cut[part] = max(self._num_cut.get(part, (0, 0)), (num_cut, line))
+        return True
+
+    def enter(self, part: int, num_seen: int) -> None:
+        """The next record lies in `part`; `num_seen` requests have records by now."""
+        for ended in range(self._part, part):
+            self._num_seen[ended] = num_seen
+        self._part = max(self._part, part)
+
+    def worst(self, num_requests: int) -> tuple[int, int] | None:
+        """(line, requests missing) of a forward that misses more than were served later, of all the run's."""
+        for part, (num_cut, line) in self._num_cut.items():
+            if num_cut > num_requests - self._num_seen.get(part, num_requests):
+                return line, num_cut
+        return None
+
+
+_OF_A_SELECTION = (
+    *("selected_token_pos", "unique_token_pos_count", "offset_min", "offset_p50", "offset_max"),
+    *("selected_block_ids", "unique_blocks", "tokens_per_touched_block"),
+    *("prefix.intersection_ratio", "prefix.intersection_blocks"),
+    *("scores_stats", "scores_topk", "kth_margin", "needle"),
+)
+"""What of a record is the same in all layers that use one selection; None at levels that lack it."""
+
+
+class Sharing:
+    """Holds the record of a layer without an indexer against that of the layer whose selection it uses.
+
+    Fed with every record that `RunOrder` has taken, so that a layer comes after its source.
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        reads = ("kv_fetch.hbm.read_ops",) if rules.tiers is None else ()  # tiers may serve layers otherwise
+        self._alike = (*_OF_A_SELECTION, *reads)
+        self._source_layers = rules.source_layers
+        self._sources = frozenset(rules.source_layers.values())
+        self._records: dict[int, Mapping[str, Any]] = {}  # of the sources, in the row under way
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Raises `Mismatch` naming the field that differs from the source's."""
+        layer = record["layer_id"]
+        if layer in self._sources:
+            self._records[layer] = record
+        source = self._source_layers.get(layer)
+        if source is None:
+            return
+        for path in self._alike:
+            try:
+                compare(value_at(record, path), value_at(self._records[source], path), path)
+            except Mismatch as mismatch:
+                what = f"as in layer {source}, whose selection layer {layer} uses"
+                raise Mismatch(mismatch.field, f"{mismatch.what} {what}") from None

@@ -1,6 +1,6 @@
 """The second implementation of `summary.json`, from a run's records, one by one.
 
-Standard library only, and like `record.py` it shares nothing with the fast path but
+Standard library only, and like `plain_record.py` it shares nothing with the fast path but
 `schema.py`. Says what the records of a level allow and leaves out the rest. Keeps the
 histograms, and of each live request its last selection.
 

@@ -1,7 +1,7 @@
 """Proves a run's records from the records themselves, with the plain implementation.
 
-Every derived field of every record (`record.py`), the order and completeness of
-the records (`order.py`), and the totals of summary.json (`plain/summary.py`), in
+Every derived field of every record (`check_record.py`), the order and completeness of
+the records (`order.py`), and the totals of summary.json (`plain_summary.py`), in
 one pass and bounded memory. Standard library only; shares `schema.py` with the writer
 and nothing else. What comes from the model or a clock (scores, times, the prefix hashes)
 is held against what it must be like; only its neighbours can say more.
@@ -33,11 +33,10 @@ from dsatrace.verify.check_record import check_record
 from dsatrace.verify.check_tiers import BatchTimes, TierTotals, check_tier_totals
 from dsatrace.verify.files import PlainRun
 from dsatrace.verify.mismatch import Mismatch, compare, differs, require, require_range
-from dsatrace.verify.order import RequestLine, RunOrder
+from dsatrace.verify.order import RequestLine, RunOrder, Sharing
 from dsatrace.verify.plain_summary import PlainSummary, described
 from dsatrace.verify.requests import PlainRequests
 from dsatrace.verify.rules import Rules, require_schema
-from dsatrace.verify.sharing import Sharing
 
 _REQUEST_STATES = ("stop", "length", "rejected", "aborted", "unfinished", "failed")
 _TIMES = ("arrival_s", "admitted_s", "first_token_s", "finish_s")

@@ -1,8 +1,9 @@
 """What each tier of the KV hierarchy served of one step, seen from outside.
 
-Records account for three tiers: HBM, a local pool and a remote pool. Here is what an
-account is, and the one of a run that holds everything in HBM; that of a run whose latents
-lie elsewhere too is `offloaded_account.py`. The tracer asks either the same question.
+Records account for three tiers: HBM, a local pool and a remote pool. In order: `StepReads`, what a
+step selects; `FetchAccount`, one tier's share of it; `Tiers`, the question that the tracer asks;
+`ResidentTiers`, the answer of a run that holds everything in HBM; `OffloadedTiers`, that of a run
+whose latents lie elsewhere too. Knows no store, no tensor of the model and no file.
 
     tiers = default_tiers(CacheLayout("demo", 1152, 132))
     account = tiers.accounts(reads)["hbm"]      # FetchAccount, one entry a record
@@ -83,6 +84,11 @@ class Tiers(Protocol):
         ...
 
 
+def default_tiers(layout: CacheLayout) -> Tiers:
+    """HBM holds everything; the pools hold nothing."""
+    return ResidentTiers(layout)
+
+
 class ResidentTiers:
     """HBM holds the whole cache: every block is read where it lies, and the pools hold nothing."""
 
@@ -125,11 +131,6 @@ def read_runs(reads: StepReads) -> np.ndarray:
     starts[1:] = np.diff(reads.block_ids) != 1
     starts[reads.block_ptr[:-1]] = True
     return reads.per_record(starts)
-
-
-def default_tiers(layout: CacheLayout) -> Tiers:
-    """HBM holds everything; the pools hold nothing."""
-    return ResidentTiers(layout)
 
 
 @dataclasses.dataclass(frozen=True)

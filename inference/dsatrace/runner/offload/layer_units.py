@@ -1,7 +1,9 @@
 """One layer's latents between HBM and the tiers: which units are in HBM, and bringing in those that are not.
 
-A residency map says who lies where and who goes, a buffer moves the bytes, and counters keep what
-was done. Knows no batch, no request and no other layer.
+`LayerUnits` has a residency map that says who lies where and who goes, counters of what was done,
+and a `UnitBuffer`, which moves the bytes between the layer's tensor and the tiers. `UnitsLost` is
+raised when no tier gives back, or takes, a unit that lies nowhere else. Knows no batch, no request
+and no other layer.
 
     units = LayerUnits(3, latent, 16, tiers, num_units=512, policy="lru")
     served_by = units.bring(np.array([7, 9]))     # they are in HBM now; who gave those that were not
