@@ -7,7 +7,7 @@ import random
 import numpy as np
 
 from dsatrace.kv.stores.interface import StoreError
-from dsatrace.kv.stores.memory import MemoryStore
+from helpers.memory_store import MemoryStore
 
 
 class FlakyStore(MemoryStore):

@@ -18,10 +18,10 @@ from dsatrace.workloads.burstgpt_synthetic import (
     BurstSettings,
     SyntheticPrompts,
     generate_burstgpt,
-    write_burstgpt,
 )
 from dsatrace.workloads.rows import BadRows
-from dsatrace.workloads.samples import BURSTGPT_SETTINGS, sample_file
+from dsatrace.workloads.samples import sample_file
+from helpers.burstgpt_file import BURSTGPT_SETTINGS, write_burstgpt
 from real_data import real_file
 
 OLD = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import INFERENCE
-from dsatrace.model.checkpoint import dequantise, load_checkpoint, load_layer
+from dsatrace.model.checkpoint import dequantise, load_checkpoint
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.parallel import ParallelGroup
@@ -128,17 +128,6 @@ def test_dequantise_follows_partial_blocks() -> None:
         4,
         8,
     ]
-
-
-def test_one_layer_at_a_time(tiny_args: ModelArgs, tiny_checkpoint: Path) -> None:
-    model = build(tiny_args)
-    load_layer(model, tiny_checkpoint, 1)
-    loaded = {name for name, value in model.state_dict().items() if not value.is_meta}
-    assert loaded == {name for name in model.state_dict() if name.startswith("layers.1.")}
-    stored = load_file(tiny_checkpoint / "model0-mp1.safetensors")
-    assert torch.equal(model.state_dict()[NAME], stored[NAME].float())
-    with pytest.raises(CheckpointError, match=r"the model has no layers\.4 to load"):
-        load_layer(model, tiny_checkpoint, 4)
 
 
 class Fused(nn.Module):

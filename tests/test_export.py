@@ -31,9 +31,10 @@ from dsatrace.trace.parquet import file as parquet
 from dsatrace.trace.parquet.columns import LEAVES
 from dsatrace.trace.parquet.file import read_lines, read_numbers, read_records, write_parquet
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.records import RecordDeriver, step_lines
+from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.synthetic import SyntheticSelections
 from dsatrace.trace.tracer import tiers_of
+from helpers.step_records import step_lines
 from tier_samples import SETUPS, SimulatedTiers
 from trace_samples import LAYOUT, RUN, config_for, sample_capture, sample_needles
 

@@ -17,7 +17,6 @@ from dsatrace.errors import UserError
 from dsatrace.study.hash_ids import hash_id_rows
 from dsatrace.study.read_requests import ORPHANS, read_requests, requests_from_hash_ids
 from dsatrace.study.requests_builder import RequestsBuilder
-from dsatrace.study.tokenization import byte_tokenizer
 from dsatrace.workloads.hash_id_traces import (
     BAILIAN,
     MOONCAKE,
@@ -28,6 +27,7 @@ from dsatrace.workloads.hash_id_traces import (
 )
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.token_id_traces import read_token_ids
+from helpers.byte_tokenizer import byte_tokenizer
 from real_data import real_file
 
 BYTES = byte_tokenizer()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsatrace.kv.blocks import BlockPool, OutOfBlocks, blocks_needed
+from dsatrace.kv.blocks import EVICT, BlockPool, Key, OutOfBlocks, blocks_needed
+from dsatrace.kv.policies.simulate import simulate
+from dsatrace.kv.policies.stream import AccessStream
 
 
 def test_blocks_needed_rounds_up() -> None:
@@ -69,3 +73,43 @@ def test_any_sequence_keeps_every_block_in_one_place(moves: list[tuple[int, int]
 def test_a_pool_has_at_least_one_block() -> None:
     with pytest.raises(ValueError, match="not 0 of 16"):
         BlockPool(0, 16)
+
+
+PREFIX_TREES = st.lists(st.lists(st.integers(0, 1), max_size=5), min_size=1, max_size=30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PREFIX_TREES, st.integers(6, 14), st.integers(1, 3), st.booleans())
+def test_the_pool_evicts_what_an_lru_policy_evicts(
+    words: list[list[int]], num_blocks: int, concurrency: int, leaf: bool
+) -> None:
+    """The same hits, and the same blocks given up in the same order: parents go after their children."""
+    chains = [[tuple(word[: end + 1]) for end in range(len(word))] for word in words]
+    stream = AccessStream.of(chains, concurrency=concurrency)
+    policy = simulate(stream, "lru", num_blocks, leaf=leaf, log_evictions=True)
+    hits: list[int] = []  # of each request so far
+    evicted: list[tuple[int, Key]] = []
+
+    def note(kind: int, key: Key, _block: int) -> None:
+        if kind == EVICT:
+            evicted.append((len(hits), key))
+
+    pool = BlockPool(num_blocks, 1, on_event=note)
+    live: deque[list[int]] = deque()
+    for begin, end in zip(stream.starts[:-1], stream.starts[1:], strict=True):
+        keys = stream.blocks[begin:end].tolist()
+        if len(live) == concurrency:
+            pool.free(live.popleft())
+        while True:
+            shared = pool.lookup(keys)
+            num_free = pool.num_free - sum(not pool.num_users(block) for block in shared)
+            if len(keys) - len(shared) <= num_free:
+                break
+            pool.free(live.popleft())
+        pool.share(shared)
+        new = pool.allocate(len(keys) - len(shared))
+        pool.set_keys(new, keys[len(shared) :])
+        live.append(shared + new)
+        hits.append(len(shared))
+    assert hits == policy.hits.tolist()
+    assert evicted == [tuple(one) for one in policy.evictions.tolist()]

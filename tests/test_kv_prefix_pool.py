@@ -9,11 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from dsatrace.kv.block_keys import KeyChain
 from dsatrace.kv.blocks import EVICT, HIT, MISS, BlockPool, FreeOrder, Key, OutOfBlocks
-from dsatrace.kv.policies.registry import POLICIES, make_policy
 from dsatrace.kv.prefix_pool import HeldBlocks, PrefixPool
 from trace_samples import SECRET
-
-POLICY_NAMES = sorted(POLICIES.keys() - {"opt", "wa-lru", "wa-prob"})  # those that need no trace
 
 
 def keys_of(tokens: list[int], block_size: int = 4, extra: tuple[str, ...] = ()) -> list[bytes]:
@@ -156,13 +153,9 @@ def test_a_listener_hears_of_hits_misses_and_evictions() -> None:
 
 
 @pytest.mark.parametrize("free_order", ["old", "new"])
-@pytest.mark.parametrize("policy", [None, "lru", "arc"])
-def test_what_is_lost_is_found_by_nobody_and_handed_out_first(
-    free_order: FreeOrder, policy: str | None
-) -> None:
+def test_what_is_lost_is_found_by_nobody_and_handed_out_first(free_order: FreeOrder) -> None:
     void: list[list[int]] = []
-    made = None if policy is None else make_policy(policy, capacity=4)
-    pool = PrefixPool(BlockPool(4, 2, free_order=free_order, policy=made, on_void=void.append))
+    pool = PrefixPool(BlockPool(4, 2, free_order=free_order, on_void=void.append))
     tokens = [1, 2, 3, 4, 5, 6, 7]
     held = admit(pool, tokens)
     pool.release(held)
@@ -180,11 +173,9 @@ def test_what_is_lost_is_found_by_nobody_and_handed_out_first(
     assert pool.match(keys_of(tokens, 2), 7) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("policy", [None, "lru"])
-def test_what_is_lost_in_use_is_void_when_its_last_user_is_gone(policy: str | None) -> None:
+def test_what_is_lost_in_use_is_void_when_its_last_user_is_gone() -> None:
     void: list[list[int]] = []
-    made = None if policy is None else make_policy(policy, capacity=4)
-    pool = PrefixPool(BlockPool(4, 2, policy=made, on_void=void.append))
+    pool = PrefixPool(BlockPool(4, 2, on_void=void.append))
     first, second = admit(pool, [1, 1, 2]), admit(pool, [1, 1, 3])
     assert (first.block_ids, second.block_ids) == ([0, 1], [0, 2])
     assert pool.lose([0]) == 1
@@ -228,36 +219,6 @@ def test_a_pool_with_a_null_block_has_one_more() -> None:
         BlockPool(1, 16, null_block=True)
 
 
-def test_a_policy_chooses_the_victim_and_has_each_content_once() -> None:
-    for name, left in (("lru", [2]), ("mru", [1])):
-        pool = PrefixPool(BlockPool(2, 2, policy=make_policy(name, capacity=2)))
-        pool.release(admit(pool, [1, 1]))
-        pool.release(admit(pool, [2, 2]))
-        admit(pool, [3])
-        cached = [token for token in (1, 2) if pool.blocks.is_cached(keys_of([token] * 2, 2)[0])]
-        assert cached == left, name
-    pool = PrefixPool(BlockPool(4, 2, policy=make_policy("lru", capacity=4)))
-    twice = [admit(pool, [1, 1]), admit(pool, [1, 1])]
-    assert [pool.blocks.key_of(held.block_ids[0]) is None for held in twice] == [False, True]
-    pool.check_integrity(twice)
-
-
-def test_a_leaf_policy_that_cannot_give_up_a_free_block_leaves_nothing_held() -> None:
-    pool = PrefixPool(BlockPool(5, 2, policy=make_policy("lru", capacity=5, leaf=True)))
-    pool.release(admit(pool, [1, 1]))
-    pool.release(admit(pool, [9, 9]))
-    live = admit(pool, [1, 1])  # computed again: its block gets no key
-    live.keys = keys_of([1, 1, 2, 2], 2)
-    pool.grow(live, 4)  # the cached block of [1, 1] is free, but the parent of one in use
-    assert pool.blocks.num_free == 3
-    with pytest.raises(OutOfBlocks, match="2 blocks asked for, the policy gives up 1 only"):
-        admit(pool, [9, 9, 3, 3, 3])
-    pool.check_integrity([live])
-    assert pool.blocks.num_free == 3
-    pool.release(live)
-    assert admit(pool, [9, 9, 3, 3, 3]).num_hit_tokens == 2
-
-
 class PoolMachine(RuleBasedStateMachine):
     """Admits, grows, finishes, preempts and takes back, in any order; few tokens, so that much is shared."""
 
@@ -266,21 +227,10 @@ class PoolMachine(RuleBasedStateMachine):
         block_size=st.integers(1, 3),
         null_block=st.booleans(),
         free_order=st.sampled_from(["old", "new"]),
-        policy=st.sampled_from([None, *POLICY_NAMES]),
-        leaf=st.booleans(),
     )
-    def start(
-        self,
-        num_blocks: int,
-        block_size: int,
-        null_block: bool,
-        free_order: FreeOrder,
-        policy: str | None,
-        leaf: bool,
-    ) -> None:
-        made = None if policy is None else make_policy(policy, capacity=num_blocks, leaf=leaf)
+    def start(self, num_blocks: int, block_size: int, null_block: bool, free_order: FreeOrder) -> None:
         self.pool = PrefixPool(
-            BlockPool(num_blocks, block_size, null_block=null_block, free_order=free_order, policy=made)
+            BlockPool(num_blocks, block_size, null_block=null_block, free_order=free_order)
         )
         self.pool.blocks.on_void = self._void
         self.void = set(range(int(null_block), num_blocks))  # nobody can read what they hold

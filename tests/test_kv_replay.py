@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.kv.blocks import HIT, MISS
-from dsatrace.kv.policies.registry import make_policy
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, replay
-from dsatrace.kv.simulation.replay_plain import replay_plain
+from helpers.replay_plain import replay_plain
 
 TOKENS = st.lists(st.integers(0, 1), max_size=14)
 TRACES = st.builds(
@@ -127,24 +126,6 @@ def test_schedules_agree_where_nothing_is_evicted_and_requests_are_apart() -> No
         # An engine never computes the last token, which may have filled a block.
         assert (one >= other).all() and (decode or (one == other).all())
         assert one.sum() > 0
-
-
-PREFIX_TREES = st.lists(st.lists(st.integers(0, 1), max_size=5), min_size=1, max_size=30)
-
-
-@settings(max_examples=60, deadline=None)
-@given(PREFIX_TREES, st.integers(6, 14), st.integers(1, 3), st.booleans())
-def test_an_lru_policy_does_what_the_pool_does_by_itself(
-    chains: list[list[int]], num_blocks: int, concurrency: int, leaf: bool
-) -> None:
-    """Where no block is computed twice: every prompt ends with a token outside its full blocks."""
-    trace = BlockTrace.from_tokens(
-        [[token for block in chain for token in (block, 7)] + [7] for chain in chains], block_size=2
-    )
-    config = ReplayConfig(num_blocks, concurrency)
-    policy = make_policy("lru", capacity=num_blocks, leaf=leaf)
-    result = replay_plain(trace, config, policy)
-    assert result.hit_tokens.tolist() == replay(trace, config).hit_tokens.tolist()
 
 
 @pytest.mark.parametrize(

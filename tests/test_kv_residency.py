@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.kv.policies.plain_replay import plain_replay
 from dsatrace.kv.policies.registry import POLICIES, make_policy
 from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.tiers.residency import ABSENT, TIER_POLICIES, Moves, PolicyOrder, Residency, StampOrder
+from helpers.plain_replay import plain_replay
 
 NUM_UNITS = 12
 

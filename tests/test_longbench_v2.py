@@ -17,10 +17,8 @@ from dsatrace.workloads import truncation
 from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.encoding import Message, encode_chat
 from dsatrace.workloads.longbench_v2 import (
-    CHANCE,
     LongBenchV2Loader,
     LongBenchV2Row,
-    LongBenchV2Scores,
     build_prompt,
     extract_answer,
     prompt_text,
@@ -236,27 +234,3 @@ def test_only_what_can_be_kept_is_tokenised() -> None:
 )
 def test_answers_are_found_as_the_benchmark_finds_them(text: str, letter: str | None) -> None:
     assert extract_answer(text) == letter
-
-
-def test_scores_overall_by_difficulty_and_by_length(rows: list[LongBenchV2Row]) -> None:
-    scores = LongBenchV2Scores()
-    answers = ["The correct answer is (B)", "The correct answer is (A)", "no idea"]
-    assert [scores.add(row, text) for row, text in zip(rows, answers, strict=True)] == [True, False, False]
-    third = {"num_rows": 3, "num_correct": 1, "num_unanswered": 1, "accuracy": pytest.approx(1 / 3)}
-    assert scores.summary() == {
-        "chance": 0.25,
-        "unanswered_counts_as": 0.0,
-        **third,
-        "by_difficulty": {
-            "easy": {"num_rows": 2, "num_correct": 1, "num_unanswered": 1, "accuracy": 0.5},
-            "hard": {"num_rows": 1, "num_correct": 0, "num_unanswered": 0, "accuracy": 0.0},
-        },
-        "by_length": {"short": third},
-    }
-
-
-def test_an_unanswered_row_may_count_as_a_guess(rows: list[LongBenchV2Row]) -> None:
-    scores = LongBenchV2Scores(unanswered=CHANCE)
-    scores.add(rows[0], "")
-    assert scores.summary()["accuracy"] == 0.25
-    assert LongBenchV2Scores().summary()["num_rows"] == 0

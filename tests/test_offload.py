@@ -15,7 +15,6 @@ from dsatrace.engine.block_tables import new_pool
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.scheduler import Scheduler
 from dsatrace.errors import UserError
-from dsatrace.kv.stores.memory import MemoryStore
 from dsatrace.kv.tiers.fetches import HBM, LOCAL, LayerFetch
 from dsatrace.kv.tiers.stack import TierStack
 from dsatrace.model.batch import Batch, Span
@@ -27,6 +26,7 @@ from dsatrace.runner.offload.cache import OffloadedCache, unit_bytes
 from dsatrace.runner.offload.layer_units import UnitsLost
 from dsatrace.runner.sampler import Sampler
 from dsatrace.workloads.request import Request
+from helpers.memory_store import MemoryStore
 from models import SMALL, SelectionLog, prefill, random_model, random_tokens
 
 BLOCK = 8

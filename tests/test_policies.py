@@ -7,11 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsatrace.kv.policies.plain_replay import plain_replay
 from dsatrace.kv.policies.policy import Access
 from dsatrace.kv.policies.registry import POLICIES, make_policy
 from dsatrace.kv.policies.simulate import Oversize, held_blocks, simulate
 from dsatrace.kv.policies.stream import AccessStream
+from helpers.plain_replay import plain_replay
 from policy_streams import NAMES, PARAMS, WORKLOADS, prefixes, streams
 
 LENIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

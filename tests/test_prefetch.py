@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from dsatrace.kv.stores.memory import MemoryStore
 from dsatrace.kv.tiers.fetches import FetchCounters
 from dsatrace.kv.tiers.stack import TierStack
 from dsatrace.model.batch import Batch, Span
 from dsatrace.runner.config import PrefetchKind
 from dsatrace.runner.offload.cache import OffloadedCache, unit_bytes
 from dsatrace.runner.offload.prefetch import Prefetcher
+from helpers.memory_store import MemoryStore
 from models import SMALL, prefill, random_model, random_tokens
 
 BLOCK, NUM_BLOCKS, HBM_BLOCKS = 8, 16, 6

@@ -33,15 +33,15 @@ from dsatrace.schema import LEVELS, problems
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.estimate import TraceLoad, draw_sample
 from dsatrace.trace.export import export_run
-from dsatrace.trace.lines import StepLines
 from dsatrace.trace.manifest import shared_layers
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.records import RecordDeriver, step_lines
+from dsatrace.trace.records import RecordDeriver, StepLines
 from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
 from golden_run import write_golden
+from helpers.step_records import step_lines
 from models import SMALL, random_model, random_tokens
 from trace_samples import (
     LAYOUT,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from dsatrace.kv.stores.interface import StoreStats, unit_keys
-from dsatrace.kv.stores.memory import MemoryStore
+from helpers.memory_store import MemoryStore
 from stores import (
     MEMBERS,
     REMOTE,

@@ -21,7 +21,7 @@ from dsatrace.study.prepare import (
     limit_requests,
     prepare_traces,
 )
-from dsatrace.study.tokenization import PieceEncoder, byte_tokenizer, tokenize_rows
+from dsatrace.study.tokenization import PieceEncoder, tokenize_rows
 from dsatrace.workloads.chat_format import SPECIAL_TOKENS, ChatTemplateFormatter, split_chat_text
 from dsatrace.workloads.encoding import Message, encode_chat
 from dsatrace.workloads.request_generator import RequestGenerator, num_turns
@@ -29,6 +29,7 @@ from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import Conversation, ShareGPTLoader
 from dsatrace.workloads.tokenizer import BOS, END_THINK, EOS, USER, Tokenizer, load_tokenizer
 from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN
+from helpers.byte_tokenizer import byte_tokenizer
 from real_data import real_file
 
 BYTES = byte_tokenizer()

@@ -12,11 +12,8 @@ from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
 from dsatrace.study.block_traces import block_trace
-from dsatrace.study.read_requests import BURSTGPT_SYNTHETIC, requests_from_arrivals
 from dsatrace.study.requests import StudyRequests
 from dsatrace.study.requests_builder import RequestsBuilder
-from dsatrace.workloads.burstgpt import Replay, read_burstgpt
-from dsatrace.workloads.burstgpt_synthetic import SyntheticPrompts
 from dsatrace.workloads.chat_format import ChatTemplateFormatter
 from dsatrace.workloads.mixed import (
     CHAT_MULTI,
@@ -28,7 +25,6 @@ from dsatrace.workloads.mixed import (
     workload_rows,
 )
 from dsatrace.workloads.request_generator import num_turns
-from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.shared_context import (
     INSTRUCTION,
     ChatSettings,
@@ -202,19 +198,6 @@ def test_a_mix_by_pattern_keeps_it_until_a_workload_ends() -> None:
         assert [row.prompt for row in rows if row.workload == name] == [row.prompt for row in trace]
     with pytest.raises(UserError, match="the pattern and the workloads differ in 'chat_multi', 'chess'"):
         list(interleave(traces, (QA, CHAT_SINGLE, SUMMARIZATION, "chess")))
-
-
-def test_burstgpt_has_its_arrivals_and_lengths_and_says_that_its_content_is_synthetic() -> None:
-    replay = Replay(list(read_burstgpt(sample_file("burstgpt"))))
-    requests = requests_from_arrivals(replay, SyntheticPrompts(3, 256))
-    arrivals = list(replay)
-    assert requests.num_prompt_tokens.tolist() == [max(1, a.row.request_tokens) for a in arrivals]
-    assert requests.num_response_tokens.tolist() == [a.row.response_tokens for a in arrivals]
-    assert requests.arrival_s.tolist() == [a.arrival_s for a in arrivals]
-    assert requests.workload_names == (BURSTGPT_SYNTHETIC,)
-    assert max(request.turn for request in requests) >= 1
-    with pytest.raises(UserError, match="no arrival is left"):
-        requests_from_arrivals(Replay([]), SyntheticPrompts(3, 256))
 
 
 @settings(deadline=None)  # the kernel is compiled or loaded on the first call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import stat
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
 from dsatrace.kv.policies.simulate import simulate
+from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult
 from dsatrace.study.accesses import ACCESSES_FILE, REQUESTS_FILE, Accesses, read_accesses, write_accesses
@@ -163,8 +165,10 @@ def test_accesses_are_read_as_written(tmp_path_factory: Any, rows: Any, block_si
 def test_the_policies_replay_what_a_run_wrote(tmp_path: Path) -> None:
     requests = three_turns()
     write_accesses(tmp_path, Accesses.of(requests, block_trace(requests, 4)))
-    stream = read_accesses(tmp_path).stream()
-    assert stream.workload_names == ("chat_multi",)
+    accesses = read_accesses(tmp_path)
+    assert set(accesses.workloads) == {"chat_multi"}
+    prompts = [accesses.blocks[low:high].tolist() for low, high in itertools.pairwise(accesses.starts)]
+    stream = AccessStream.of(prompts)
     assert simulate(stream, "lru", 16).hits.tolist() == [0, 1, 3]  # prompts alone: answers are not accesses
     for name in (REQUESTS_FILE, ACCESSES_FILE):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600

@@ -17,12 +17,12 @@ import torch.distributed.run
 from command_runs import recording
 from conftest import INFERENCE, ROOT
 from dsatrace.commands import generate, run_burstgpt, run_dataset
-from dsatrace.kv.stores.memory import MemoryStore
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.runner.config import OffloadSetup
 from dsatrace.runner.offload.opening import open_tiers
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
+from helpers.memory_store import MemoryStore
 from stores import valkey
 
 PROMPTS = "A ferry left the quay with hardly anyone on deck. " * 8 + "\n\nWhere to?\n"

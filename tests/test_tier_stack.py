@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.interface import Store, unit_keys
-from dsatrace.kv.stores.memory import MemoryStore
 from dsatrace.kv.tiers.residency import TIER_POLICIES
 from dsatrace.kv.tiers.stack import LOCAL, LOST, REMOTE, TierStack
 from dsatrace.schema import TIER_NAMES
 from flaky_store import FlakyStore
+from helpers.memory_store import MemoryStore
 from stores import opener_of, valkey, valkey_server
 
 __all__ = ["valkey_server"]

@@ -16,9 +16,10 @@ from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.trace import kernels as kernels_module
 from dsatrace.trace.json_lines import Choice, LineEncoder, Runs
 from dsatrace.trace.kernels import compile_kernels
-from dsatrace.trace.lines import StepLines
-from dsatrace.trace.records import RecordDeriver, step_lines
-from dsatrace.trace.statistics import fused_statistics, step_statistics
+from dsatrace.trace.records import RecordDeriver, StepLines
+from dsatrace.trace.statistics import fused_statistics
+from helpers.step_records import step_lines
+from helpers.step_statistics import step_statistics
 from trace_samples import LAYOUT, WAYS, config_for, sample_capture, sample_needles
 
 LINES = StepLines()  # one for all, so that what a step leaves in the buffer would show

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.schema import LEVELS, problems
-from dsatrace.trace.records import RecordDeriver, step_lines
+from dsatrace.trace.records import RecordDeriver
+from helpers.step_records import step_lines
 from trace_samples import LAYOUT, WAYS, config_for, plain_records, sample_capture, sample_needles
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
 from dsatrace.study.read_requests import read_requests
-from dsatrace.study.tokenization import byte_tokenizer
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.trace_rows import TraceRow, read_trace_rows, write_trace_rows
+from helpers.byte_tokenizer import byte_tokenizer
 
 GOOD: dict[str, Any] = {
     "prompt": "q", "response": "a", "conversation_id": "c", "turn_index": 0, "timestamp": 1.5,

@@ -18,10 +18,9 @@ import resume_samples
 from dsatrace.commands.export import main as export
 from dsatrace.errors import UserError
 from dsatrace.schema import LEVELS, MANIFEST_FIELDS, STEPS_FILE, SUMMARY_FIELDS, SUMMARY_FILE, problems
-from dsatrace.trace.lines import StepLines
 from dsatrace.trace.manifest import PoolSetup, RunInfo, TierSetup
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.records import RecordDeriver, step_lines
+from dsatrace.trace.records import RecordDeriver, StepLines
 from dsatrace.trace.resumable import check_resumable
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.summary import Summary
@@ -29,6 +28,7 @@ from dsatrace.trace.tracer import Tracer, tiers_of
 from dsatrace.verify.plain_summary import summarize
 from dsatrace.verify.run import verify
 from golden_run import SERVING, read_lines, write_golden
+from helpers.step_records import step_lines
 from tier_samples import LATENT, SETUPS, SimulatedTiers, setup
 from trace_samples import LAYOUT, RUN, SECRET, WAYS, SampleRequest, config_for, plain_records, sample_capture
 

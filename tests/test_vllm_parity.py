@@ -16,7 +16,7 @@ import pytest
 
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, replay
-from dsatrace.kv.simulation.replay_plain import replay_plain
+from helpers.replay_plain import replay_plain
 from real_data import oracle_file, real_file
 from vllm_manager import RealManager
 

@@ -29,15 +29,13 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
 from dsatrace.errors import UserError, exits_cleanly
-from dsatrace.kv.policies.plain_replay import plain_replay
-from dsatrace.kv.policies.registry import POLICIES, make_policy
+from dsatrace.kv.policies.registry import POLICIES
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.policies.stack_distance import lru_hits_at
 from dsatrace.kv.policies.stream import AccessStream, release_by_concurrency
 
 GOAL = 4e6  # accesses a second; a C++ simulator reaches 4.3e6 on one core
 WORKLOADS = ("chat", "qa", "summary", "agent")
-PLAIN_ACCESSES = 100_000
 GIVEN: dict[str, dict[str, Any]] = {
     "wa-lru": {"admit": ["chat", "qa"]},
     "wa-prob": {"reuse": {name: (0.5, 100.0 * (index + 1)) for index, name in enumerate(WORKLOADS)}},
@@ -90,18 +88,16 @@ def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
 
 def policies_table(stream: AccessStream, capacity: int, repeats: int) -> Table:
     table = Table(title=f"{stream.num_accesses:,} block accesses, capacity {capacity:,} blocks")
-    for column in ("policy", "flat M/s", "leaf M/s", "x goal", "plain M/s", "x plain", "hits", "of OPT's"):
+    for column in ("policy", "flat M/s", "leaf M/s", "x goal", "hits", "of OPT's"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     optimum = simulate(stream, "opt", capacity).hit_rate
     for name in POLICIES:
-        hit_rate, flat, leaf, plain = rates(stream, name, capacity, repeats)
+        hit_rate, flat, leaf = rates(stream, name, capacity, repeats)
         table.add_row(
             name,
             f"{flat / 1e6:.1f}",
             f"{leaf / 1e6:.1f}",
             f"{min(flat, leaf) / GOAL:.1f}",
-            f"{plain / 1e6:.2f}",
-            f"{flat / plain:.0f}",
             f"{hit_rate:.3f}",
             f"{hit_rate / optimum:.2f}",
         )
@@ -109,17 +105,14 @@ def policies_table(stream: AccessStream, capacity: int, repeats: int) -> Table:
 
 
 def rates(stream: AccessStream, name: str, capacity: int, repeats: int) -> tuple[float, ...]:
-    """Hit rate, and accesses a second: flat, leaf-constrained, and in plain Python on a part."""
+    """Hit rate, and accesses a second: flat and leaf-constrained."""
     params = GIVEN.get(name, {})
-    part = stream.head(PLAIN_ACCESSES / stream.num_accesses)
-    policy = make_policy(name, capacity, workload_names=WORKLOADS, **params)
     hit_rate = simulate(stream, name, capacity, **params).hit_rate
     flat, leaf = (
         cpu_seconds(partial(simulate, stream, name, capacity, leaf=leaf, **params), repeats)
         for leaf in (False, True)
     )
-    plain = cpu_seconds(partial(plain_replay, part, policy, part.lengths), 1)
-    return hit_rate, stream.num_accesses / flat, stream.num_accesses / leaf, part.num_accesses / plain
+    return hit_rate, stream.num_accesses / flat, stream.num_accesses / leaf
 
 
 def capacities_table(stream: AccessStream, largest: int, repeats: int) -> Table:

@@ -45,12 +45,10 @@ from dsatrace.model.transformer import Transformer
 from dsatrace.schema import LEVELS
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
-from dsatrace.trace.lines import StepLines
 from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.observe import Recording, SelectionRing, Slot, hooked
 from dsatrace.trace.parquet.file import write_parquet
-from dsatrace.trace.records import RecordDeriver, step_lines
-from dsatrace.trace.statistics import step_statistics
+from dsatrace.trace.records import RecordDeriver, StepLines
 from dsatrace.trace.summary import Summary
 from dsatrace.trace.synthetic import KINDS, SyntheticSelections
 from dsatrace.trace.tracer import Tracer
@@ -110,6 +108,63 @@ def naive_lines(capture: StepCapture) -> str:
     return "\n".join(lines) + "\n"
 
 
+def numpy_lines(capture: StepCapture) -> bytes:
+    """What one writes next: one numpy sort for the whole step, and orjson a record at a time."""
+    ordered = np.sort(capture.positions, axis=2)  # (L, B, K), all chosen: every context is longer than K
+    num_layers, batch, k = ordered.shape
+    block_of = ordered // BLOCK_SIZE
+    is_first = np.diff(block_of, axis=2, prepend=-1) != 0
+    starts = np.flatnonzero(is_first)
+    touched, counts = block_of.ravel()[starts], np.diff(starts, append=ordered.size)
+    new_runs = np.cumsum(np.diff(touched, prepend=-2) != 1)
+    ends = np.cumsum(is_first.sum(axis=2))  # (L * B,)
+    lines = []
+    for b, request_id in enumerate(capture.request_ids):
+        seq_len = int(capture.seq_len[b])
+        for layer in range(num_layers):
+            r = layer * batch + b
+            low, high = int(ends[r - 1]) if r else 0, int(ends[r])
+            positions, blocks, in_block = ordered[layer, b], touched[low:high], np.sort(counts[low:high])
+            shared = blocks[: np.searchsorted(blocks, capture.prefixes[b].num_cached_blocks)]
+            least, mean, most, margin = capture.score_stats[layer, b].tolist()
+            record = {
+                "event": "dsa_topk",
+                "request_id": request_id,
+                "layer_id": layer,
+                "step_idx": capture.step_idx[b],
+                "seq_len_current": seq_len,
+                "selected_token_pos": positions,
+                "unique_token_pos_count": k,
+                "offset_min": seq_len - 1 - positions[-1],
+                "offset_p50": seq_len - 1 - positions[k // 2],
+                "offset_max": seq_len - 1 - positions[0],
+                "block_size_tokens": BLOCK_SIZE,
+                "selected_block_ids": blocks,
+                "unique_blocks": len(blocks),
+                "tokens_per_touched_block": {
+                    "mean": k / len(blocks),
+                    "p50": in_block[len(blocks) // 2],
+                    "p95": in_block[len(blocks) * 95 // 100],
+                },
+                "kv_fetch": {
+                    "hbm": {
+                        "hit_blocks": len(blocks),
+                        "read_ops": 1 + new_runs[high - 1] - new_runs[low],
+                        "latency_us": 0.0,
+                    }
+                },
+                "prefix": {
+                    "prefix_key": capture.prefixes[b].key,
+                    "intersection_ratio": len(shared) / len(blocks),
+                    "intersection_blocks": shared,
+                },
+                "scores_stats": {"min": least, "mean": mean, "max": most},
+                "kth_margin": margin,
+            }
+            lines.append(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
+    return b"".join(lines)
+
+
 class Encoders:
     """Each way to turn a step into bytes, writing to a file of its own."""
 
@@ -120,18 +175,11 @@ class Encoders:
         self._summary = Summary(self._config.compared_block_sizes, "synthetic")
         self.ways: dict[str, Callable[[StepCapture], bytes | memoryview]] = {
             "naive": lambda capture: naive_lines(capture).encode(),
-            "numpy": self.numpy,
+            "numpy": numpy_lines,
             "ours": lambda capture: self._lines.encode(self._deriver.derive(capture)),
             "ours_with_summary": self.with_summary,
         }
         self._files = {name: (folder / name).open("wb", buffering=0) for name in self.ways}
-
-    def numpy(self, capture: StepCapture) -> bytes:
-        """One sort for the whole step, and orjson a record at a time; without the tiers' accounts."""
-        step = self._derived(capture)
-        cached = np.array([prefix.num_cached_blocks for prefix in capture.prefixes])
-        stats = step_statistics(capture.positions, capture.seq_len, cached, BLOCK_SIZE)
-        return step_lines(dataclasses.replace(step, stats=stats, positions=stats.tokens))
 
     def with_summary(self, capture: StepCapture) -> memoryview:
         """All that the writer's thread does."""
@@ -139,20 +187,14 @@ class Encoders:
         self._summary.add_step(step)
         return self._lines.encode(step)
 
-    def _derived(self, capture: StepCapture) -> Any:
-        if getattr(self, "_known", (None, None))[0] is not capture:
-            self._known = (capture, self._deriver.derive(capture))
-        return self._known[1]
-
     def check(self, capture: StepCapture) -> None:
-        """They write the same: numpy's bytes are ours, and the naive script found the same sets."""
-        ours = bytes(self.ways["ours"](capture))
-        assert ours == bytes(self.numpy(capture))
-        theirs = naive_lines(capture).splitlines()
-        for mine, line in zip(ours.splitlines(), theirs, strict=True):
-            left, right = json.loads(mine), json.loads(line)
-            for name in ("selected_token_pos", "selected_block_ids", "offset_min", "offset_max"):
-                assert left[name] == right[name], name
+        """All ways find the same sets."""
+        ours = bytes(self.ways["ours"](capture)).splitlines()
+        for way in ("naive", "numpy"):
+            for mine, theirs in zip(ours, bytes(self.ways[way](capture)).splitlines(), strict=True):
+                left, right = json.loads(mine), json.loads(theirs)
+                for name in ("selected_token_pos", "selected_block_ids", "offset_min", "offset_max"):
+                    assert left[name] == right[name], (way, name)
 
     def cpu_ms(self, captures: Sequence[StepCapture], rounds: int) -> dict[str, float]:
         """Median CPU milliseconds of a step, the ways taking turns; `write` is ours into its file.
@@ -162,7 +204,6 @@ class Encoders:
         spent: dict[str, list[float]] = {name: [] for name in (*self.ways, "write")}
         for i in range(rounds + 1):
             capture = captures[i % len(captures)]
-            self._derived(capture)  # not numpy's to pay for
             for name, way in self.ways.items():
                 start = time.thread_time()
                 encoded = way(capture)

@@ -16,10 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, TypeAlias
-
-if TYPE_CHECKING:
-    from dsatrace.kv.policies.policy import Access, Policy
+from typing import Literal, TypeAlias
 
 Key: TypeAlias = "int | bytes"
 """Names a block's content and its whole prefix: an id of a `BlockTrace`, a digest of a `KeyChain`."""
@@ -56,10 +53,6 @@ class BlockPool:
     The block that has been free longest is handed out first: least recently used, the tail of
     a request before its head. With `null_block`, block 0 is never handed out, as in vLLM,
     which points unused table entries at it.
-
-    With a `policy`, blocks without content go first, then the policy chooses among the cached
-    ones that nobody uses. It names blocks by what they hold, so that it can remember what it
-    gave up; therefore content is cached once only: a block that holds the same gets no key.
     """
 
     def __init__(
@@ -69,7 +62,6 @@ class BlockPool:
         *,
         null_block: bool = False,
         free_order: FreeOrder = "old",
-        policy: Policy | None = None,
         on_event: OnEvent | None = None,
         on_void: OnVoid | None = None,
     ) -> None:
@@ -83,12 +75,9 @@ class BlockPool:
         self.num_usable = num_blocks - null_block
         self.block_size = block_size
         self.free_order = free_order
-        self.policy = policy
         self.on_void = on_void
         self._on_event = on_event
         self._queue: OrderedDict[int, None] = OrderedDict.fromkeys(range(int(null_block), num_blocks))
-        self._evictable: dict[int, int] = {}  # free blocks that stand with the policy, by their name there
-        self._evicted: list[int] = []  # by the allocation under way, while somebody listens
         self._num_users = [0] * num_blocks
         self._key_of: dict[int, Key] = {}
         self._blocks_of: dict[Key, dict[int, None]] = {}  # oldest first; more than one: duplicates
@@ -96,29 +85,20 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks nobody uses, cached or not."""
-        return len(self._queue) + len(self._evictable)
+        return len(self._queue)
 
     def allocate(self, n: int) -> list[int]:
-        """Takes `n` blocks out of the pool, all or none: raises `OutOfBlocks`. Forgets what they held.
-
-        A leaf-constrained policy may be unable to give up every free block; what it gave up in
-        vain is forgotten all the same.
-        """
+        """Takes `n` blocks out of the pool, all or none: raises `OutOfBlocks`. Forgets what they held."""
         if n < 0:
             raise ValueError(f"cannot allocate {n} blocks")
         if n > self.num_free:
             raise OutOfBlocks(f"{n} blocks asked for, {self.num_free} of {self.num_usable} are free")
-        ids: list[int] = []
-        try:
-            while len(ids) < n:
-                ids.append(self._take())
-        except LookupError as error:
-            self._to_front(ids)
-            raise OutOfBlocks(f"{n} blocks asked for, the policy gives up {len(ids)} only") from error
-        finally:
-            if self._evicted:
-                evicted, self._evicted = self._evicted, []
-                self._void(evicted)
+        ids = [self._queue.popitem(last=False)[0] for _ in range(n)]
+        evicted = [block_id for block_id in ids if block_id in self._key_of]
+        for block_id in evicted:
+            self._drop_key(block_id)
+        if evicted:
+            self._void(evicted)
         for block_id in ids:
             self._num_users[block_id] = 1
         return ids
@@ -142,10 +122,7 @@ class BlockPool:
             key = self._key_of.get(block_id)
             if key is None:
                 void.append(block_id)
-            if key is not None and self.policy is not None:
-                self._evictable[policy_name(key)] = block_id
-                self.policy.unpin(policy_name(key))
-            elif key is not None or self.free_order == "old":
+            if key is not None or self.free_order == "old":
                 self._queue[block_id] = None
         if void:
             if self.free_order == "new":
@@ -164,13 +141,6 @@ class BlockPool:
             raise ValueError(f"blocks {ids[0]} to {ids[-1]}: the pool has 0 to {self.num_blocks - 1}")
         keyed = [block_id for block_id in ids if block_id in self._key_of]
         for block_id in keyed:
-            if self.policy is not None:
-                name = policy_name(self._key_of[block_id])
-                if self._num_users[block_id]:
-                    self.policy.unpin(name)
-                else:
-                    del self._evictable[name]
-                self.policy.forget(name)
             self._drop_key(block_id)
         void = [block_id for block_id in keyed if not self._num_users[block_id]]
         if void:
@@ -188,58 +158,21 @@ class BlockPool:
             found.append(next(iter(blocks)))
         return found
 
-    def share(self, ids: Sequence[int], accesses: Sequence[Access] = ()) -> None:
-        """Takes cached blocks into use, once more if they are already; given back by `free`.
-
-        A policy wants an `Access` for each.
-        """
+    def share(self, ids: Sequence[int]) -> None:
+        """Takes cached blocks into use, once more if they are already; given back by `free`."""
         for block_id in ids:
-            key = self._key_of[block_id]
             if not self._num_users[block_id]:
-                if self.policy is None:
-                    del self._queue[block_id]
-                else:
-                    del self._evictable[policy_name(key)]
-                    self.policy.pin(policy_name(key))
+                del self._queue[block_id]
             self._num_users[block_id] += 1
-            self._tell(HIT, key, block_id)
-        if self.policy is not None:
-            for block_id, access in reversed(list(zip(ids, accesses, strict=True))):
-                self.policy.hit(policy_name(self._key_of[block_id]), access)
+            self._tell(HIT, self._key_of[block_id], block_id)
 
-    def set_keys(self, ids: Sequence[int], keys: Sequence[Key], accesses: Sequence[Access] = ()) -> None:
-        """Makes blocks in use findable. Older blocks with the same key stay, and are found first.
-
-        A policy wants an `Access` for each, and has each content once.
-        """
+    def set_keys(self, ids: Sequence[int], keys: Sequence[Key]) -> None:
+        """Makes blocks in use findable. Older blocks with the same key stay, and are found first."""
         for block_id, key in zip(ids, keys, strict=True):
             assert self._num_users[block_id] == 1 and block_id not in self._key_of, f"block {block_id}"
             self._tell(MISS, key, block_id)
-            if self.policy is None:
-                self._key_of[block_id] = key
-                self._blocks_of.setdefault(key, {})[block_id] = None
-        if self.policy is not None:
-            for block_id, key, access in reversed(list(zip(ids, keys, accesses, strict=True))):
-                if key in self._blocks_of:
-                    self.policy.hit(policy_name(key), access)
-                    continue
-                self._key_of[block_id] = key
-                self._blocks_of[key] = {block_id: None}
-                self.policy.insert(policy_name(key), access)
-                self.policy.pin(policy_name(key))
-
-    def _take(self) -> int:
-        """The next free block, without a key; evicts one if need be. `LookupError`: the policy has none."""
-        if self._queue:
-            block_id, _ = self._queue.popitem(last=False)
-        else:
-            assert self.policy is not None
-            block_id = self._evictable.pop(self.policy.evict())
-        if block_id in self._key_of:
-            self._drop_key(block_id)
-            if self.on_void is not None:
-                self._evicted.append(block_id)
-        return block_id
+            self._key_of[block_id] = key
+            self._blocks_of.setdefault(key, {})[block_id] = None
 
     def _drop_key(self, block_id: int) -> None:
         key = self._key_of.pop(block_id)
@@ -275,14 +208,13 @@ class BlockPool:
         return self._num_users[block_id]
 
     def free_queue(self) -> list[int]:
-        """Free blocks in the order they will be handed out, less those a policy chooses among."""
+        """Free blocks in the order they will be handed out."""
         return list(self._queue)
 
     def check_integrity(self) -> None:
         """Asserts that every block is free exactly once or in use, and that keys and blocks name
         each other; for tests and idle moments."""
-        free = self._queue.keys() | set(self._evictable.values())
-        assert len(free) == self.num_free, "a block is free twice"
+        free = self._queue.keys()
         for block_id in range(self.num_blocks - self.num_usable, self.num_blocks):
             used = self._num_users[block_id]
             assert used >= 0 and (block_id in free) != bool(used), f"block {block_id} is both or neither"
@@ -291,15 +223,6 @@ class BlockPool:
         named = {block_id: key for key, blocks in self._blocks_of.items() for block_id in blocks}
         assert named == self._key_of, "keys and blocks disagree"
         assert all(self._blocks_of.values()), "a key without a block"
-        keyed = [block_id in self._key_of for block_id in self._queue]
-        if self.policy is not None:
-            assert not any(keyed), "a cached block waits where the policy cannot see it"
-            for name, block_id in self._evictable.items():
-                assert policy_name(self._key_of[block_id]) == name, f"block {block_id} has another's name"
-        elif self.free_order == "new":
+        if self.free_order == "new":
+            keyed = [block_id in self._key_of for block_id in self._queue]
             assert keyed == sorted(keyed), "a cached block would go before one without content"
-
-
-def policy_name(key: Key) -> int:
-    """What a policy calls the block that holds `key`."""
-    return key if isinstance(key, int) else int.from_bytes(key, "little")

@@ -28,10 +28,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from dsatrace.kv.blocks import BlockPool, Key, OutOfBlocks, blocks_needed, policy_name
-from dsatrace.kv.policies.policy import NO_PARENT, Access
-
-_NO_ACCESS = Access()
+from dsatrace.kv.blocks import BlockPool, Key, OutOfBlocks, blocks_needed
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,7 +40,6 @@ class HeldBlocks:
     num_hit_blocks: int
     num_hit_tokens: int
     num_keyed: int  # leading blocks whose key has been given to the pool
-    access: Access  # what a policy is told of the request: its time and workload
 
 
 class PrefixPool:
@@ -66,14 +62,12 @@ class PrefixPool:
         num_filled: int | None = None,
         *,
         num_slots: int | None = None,
-        access: Access = _NO_ACCESS,
     ) -> HeldBlocks:
         """Blocks for a request of `num_tokens` known tokens: shared ones, and new ones for the rest.
 
         `num_filled` tokens are filled by the coming step (a chunk of prefill; all by default),
         counted from the request's start and at least what was hit; their blocks get their keys.
-        `num_slots` reserves room for more. `access` tells a policy of the time and the workload.
-        Raises `OutOfBlocks` and holds nothing then.
+        `num_slots` reserves room for more. Raises `OutOfBlocks` and holds nothing then.
         """
         hits = self.match(keys, num_tokens)
         num_hit_tokens = len(hits) * self.blocks.block_size
@@ -85,13 +79,9 @@ class PrefixPool:
                 f"a request of {num_tokens} tokens needs {needed} blocks beside {len(hits)} cached ones, "
                 f"{num_free} of {self.blocks.num_usable} are free"
             )
-        held = HeldBlocks(keys, hits, len(hits), num_hit_tokens, len(hits), access)
-        self.blocks.share(hits, self._accesses(held, 0, len(hits)))
-        try:
-            held.block_ids = hits + self.blocks.allocate(needed)
-        except OutOfBlocks:  # a policy that cannot give up what is free
-            self.blocks.free(hits)
-            raise
+        self.blocks.share(hits)
+        block_ids = hits + self.blocks.allocate(needed)
+        held = HeldBlocks(keys, block_ids, len(hits), num_hit_tokens, num_keyed=len(hits))
         self._set_keys(held, num_filled)
         return held
 
@@ -127,19 +117,8 @@ class PrefixPool:
             return
         first, end = held.num_keyed, min(num_tokens // self.blocks.block_size, len(held.keys))
         if first < end:
-            accesses = self._accesses(held, first, end)
-            self.blocks.set_keys(held.block_ids[first:end], held.keys[first:end], accesses)
+            self.blocks.set_keys(held.block_ids[first:end], held.keys[first:end])
             held.num_keyed = end
-
-    def _accesses(self, held: HeldBlocks, first: int, end: int) -> list[Access]:
-        """What a policy is told of blocks `first` to `end` of a request; nothing without one."""
-        if self.blocks.policy is None:
-            return []
-        names = [NO_PARENT, *(policy_name(key) for key in held.keys[:end])]
-        return [
-            held.access._replace(parent=names[i], depth=i, from_end=len(held.keys) - 1 - i)
-            for i in range(first, end)
-        ]
 
     def check_integrity(self, live: Sequence[HeldBlocks]) -> None:
         """Asserts that exactly the live requests use blocks, under their own keys; for tests."""
@@ -148,9 +127,7 @@ class PrefixPool:
         for held in live:
             for i, block_id in enumerate(held.block_ids):
                 uses[block_id] = uses.get(block_id, 0) + 1
-                allowed = {held.keys[i] if i < held.num_keyed else None}
-                if self.blocks.policy is not None:
-                    allowed.add(None)  # another block has this content
-                assert self.blocks.key_of(block_id) in allowed, f"block {block_id} has another's key"
+                key = held.keys[i] if i < held.num_keyed else None
+                assert self.blocks.key_of(block_id) == key, f"block {block_id} has another's key"
         for block_id in range(self.blocks.num_blocks):
             assert self.blocks.num_users(block_id) == uses.get(block_id, 0), f"block {block_id}: users"

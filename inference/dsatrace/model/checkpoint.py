@@ -46,49 +46,7 @@ def load_checkpoint(
     raises `CheckpointError` and leaves the model as it was.
     """
     file = _find(Path(path), rank, world_size)
-    _load(model, file, "", progress, device)
-
-
-def load_layer(
-    model: nn.Module,
-    path: str | Path,
-    layer_id: int,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: Progress | None = None,
-    device: torch.device | str = "cpu",
-) -> None:
-    """Like `load_checkpoint`, for the parameters of one layer of the whole `model` only."""
-    file = _find(Path(path), rank, world_size)
-    _load(model, file, f"layers.{layer_id}.", progress, device)
-
-
-def _find(folder: Path, rank: int, world_size: int) -> Path:
-    file = folder / shard_name(rank, world_size)
-    if file.is_file():
-        return file
-    held = sorted(other.stem for other in folder.glob("model*-mp*.safetensors"))
-    if siblings := [name for name in held if name.endswith(f"-mp{world_size}")]:
-        raise CheckpointError(f"{folder}: lacks {file.name}, though it holds {siblings[0]}; convert again")
-    if held:
-        ranks = held[0].rpartition("mp")[2]
-        raise CheckpointError(
-            f"{folder}: holds {held[0]}, not {file.stem}; run with {ranks} ranks or convert again"
-        )
-    if any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder}: holds no {file.name}; convert the checkpoint first with convert.py")
-    raise CheckpointError(f"{folder}: holds no {file.name}; give the folder convert.py wrote")
-
-
-def _load(
-    model: nn.Module, file: Path, prefix: str, progress: Progress | None, device: torch.device | str
-) -> None:
-    stored = {name: tensor for name, tensor in read_header(file).items() if name.startswith(prefix)}
-    targets = {
-        name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name.startswith(prefix)
-    }
-    if not targets:
-        raise CheckpointError(f"{file}: the model has no {prefix.rstrip('.')} to load")
+    stored, targets = read_header(file), dict(model.state_dict(keep_vars=True))
     unquantised = _left_unquantised(stored, targets)
     for name in unquantised:
         del targets[_scale_name(name)]
@@ -108,6 +66,23 @@ def _load(
                 done += stored[name].num_bytes
                 if progress is not None:
                     progress(done, total)
+
+
+def _find(folder: Path, rank: int, world_size: int) -> Path:
+    file = folder / shard_name(rank, world_size)
+    if file.is_file():
+        return file
+    held = sorted(other.stem for other in folder.glob("model*-mp*.safetensors"))
+    if siblings := [name for name in held if name.endswith(f"-mp{world_size}")]:
+        raise CheckpointError(f"{folder}: lacks {file.name}, though it holds {siblings[0]}; convert again")
+    if held:
+        ranks = held[0].rpartition("mp")[2]
+        raise CheckpointError(
+            f"{folder}: holds {held[0]}, not {file.stem}; run with {ranks} ranks or convert again"
+        )
+    if any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder}: holds no {file.name}; convert the checkpoint first with convert.py")
+    raise CheckpointError(f"{folder}: holds no {file.name}; give the folder convert.py wrote")
 
 
 def _left_unquantised(stored: dict[str, StoredTensor], targets: dict[str, torch.Tensor]) -> list[str]:

@@ -183,10 +183,6 @@ def rejected_grid(rejected: Mapping[str, Mapping[str, int]]) -> Grid:
     )
 
 
-def counts_grid(title: str, counts: Mapping[str, int]) -> Grid:
-    return Grid(title, ("", "count"), [(name, f"{count:,}") for name, count in counts.items()])
-
-
 def cache_text(cache: Mapping[str, Any]) -> str:
     """One line on the cache."""
     size = "no limit" if cache["num_blocks"] is None else f"{cache['num_blocks']:,} blocks"

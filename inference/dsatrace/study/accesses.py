@@ -11,7 +11,7 @@ the output completes; an id stands for a block and everything before it, so equa
 prefixes. No token id and no text: ids tell which prefixes are equal and nothing else.
 
     write_accesses(folder, Accesses.of(requests, block_trace(requests, 16)))
-    read_accesses(folder).stream(concurrency=1)       # an AccessStream for kv.policies.simulate
+    accesses = read_accesses(folder)
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import orjson
 from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
-from dsatrace.kv.policies.stream import AccessStream, release_by_concurrency
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.study.requests import UNKNOWN, StudyRequests, offsets_of
 from dsatrace.workloads.json_rows import read_json_rows
@@ -76,19 +75,6 @@ class Accesses:
             starts=offsets_of(num_full),
             output_blocks=trace.keys[~in_prompt],
             output_starts=offsets_of(np.diff(trace.key_ptr) - num_full),
-        )
-
-    def stream(self, concurrency: int = 1) -> AccessStream:
-        """What the policies replay: the prompts' blocks; `concurrency` requests are in flight at a time."""
-        names = tuple(dict.fromkeys(self.workloads)) or ("",)
-        number = {name: i for i, name in enumerate(names)}
-        return AccessStream(
-            self.blocks,
-            self.starts,
-            self.arrival_s,
-            np.array([number[name] for name in self.workloads], np.int32),
-            release_by_concurrency(len(self), concurrency),
-            names,
         )
 
 

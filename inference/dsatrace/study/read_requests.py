@@ -1,11 +1,10 @@
-"""Any trace file as requests in memory, and BurstGPT's arrivals with content made up.
+"""Any trace file as requests in memory.
 
 Tells four kinds of file apart by the first usable row: text (`prompt`), token ids
 (`input_tok_ids`), block ids of Mooncake (`hash_ids`) and of Bailian (`chat_id` beside them).
 Knows no option of a study.
 
     requests = read_requests("conversation_trace.jsonl", tokenizer, BadRows("skip"), counts)
-    requests = requests_from_arrivals(Replay(read_burstgpt("BurstGPT_1.csv")), SyntheticPrompts(3, 256))
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from dsatrace.errors import UserError
 from dsatrace.study.requests import StudyRequests
 from dsatrace.study.requests_builder import RequestsBuilder
 from dsatrace.study.tokenization import Progress, tokenize_rows
-from dsatrace.workloads.burstgpt import Replay
-from dsatrace.workloads.burstgpt_synthetic import SyntheticPrompts
 from dsatrace.workloads.encoding import Vocabulary
 from dsatrace.workloads.hash_id_traces import HashIdFormat, HashIdRow, hash_id_format_of, read_hash_ids
 from dsatrace.workloads.json_rows import read_json_rows
@@ -27,7 +24,6 @@ from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.token_id_traces import TokenIdRow, read_token_ids
 from dsatrace.workloads.trace_rows import read_trace_rows
 
-BURSTGPT_SYNTHETIC = "burstgpt_synthetic"
 ORPHANS = "turns whose parent chat is not in the trace"
 
 
@@ -93,29 +89,4 @@ def requests_from_hash_ids(
             turn=row.turn,
             workload=row.workload,
         )
-    return builder.build()
-
-
-def requests_from_arrivals(replay: Replay, prompts: SyntheticPrompts) -> StudyRequests:
-    """BurstGPT's arrivals and lengths with random ids: the label says `burstgpt_synthetic`.
-
-    Sharing within a session is what `prompts` put there, so it supports no claim about the
-    service. Rows of a session are its turns; rows without one stand alone. A row that counts
-    no request token has a prompt of one.
-    """
-    builder = RequestsBuilder()
-    turns: Counter[str] = Counter()
-    for arrival in replay:
-        session = arrival.row.session_id or ""
-        builder.add(
-            arrival.arrival_s,
-            prompts.token_ids(arrival.row),
-            num_response_tokens=arrival.row.response_tokens,
-            conversation=(session,) if session else (),
-            turn=turns[session] if session else 0,
-            workload=BURSTGPT_SYNTHETIC,
-        )
-        turns[session] += 1
-    if not len(builder):
-        raise UserError("no arrival is left to replay; keep failures, or name a file with answered requests")
     return builder.build()

@@ -9,7 +9,6 @@ while the conversation goes on. The ids of a prompt in DeepSeek's chat form are 
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Callable, Iterable
 
@@ -18,17 +17,12 @@ from dsatrace.study.requests import StudyRequests
 from dsatrace.study.requests_builder import RequestsBuilder
 from dsatrace.workloads.chat_format import CUE, split_chat_text
 from dsatrace.workloads.encoding import Vocabulary
-from dsatrace.workloads.tokenizer import BOS, Tokenizer, byte_tokenizer_json
+from dsatrace.workloads.tokenizer import BOS
 from dsatrace.workloads.trace_rows import TraceRow
 
 Progress = Callable[[int, int], None]
 PROGRESS_EVERY_REQUESTS = 100
 _MAX_KEPT_CHARS = 1 << 24
-
-
-def byte_tokenizer() -> Tokenizer:
-    """One token a byte, for a study without a vocabulary. Say so: a block then holds fewer words."""
-    return Tokenizer(json.dumps(byte_tokenizer_json()).encode(), "the built-in byte vocabulary")
 
 
 class PieceEncoder:

@@ -23,9 +23,8 @@ from dsatrace.kv.layout import CacheLayout
 from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.schema import Level
 from dsatrace.trace.config import TraceConfig
-from dsatrace.trace.lines import StepLines
 from dsatrace.trace.parquet.file import GROUP_BYTES, GROUP_RECORDS, write_parquet
-from dsatrace.trace.records import RecordDeriver
+from dsatrace.trace.records import RecordDeriver, StepLines
 from dsatrace.trace.synthetic import KINDS, Kind, SyntheticSelections
 
 SAMPLE_RECORDS = 512

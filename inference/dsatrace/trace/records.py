@@ -1,28 +1,27 @@
 """Turns one step's capture into its records: the fast path's one place of derivation.
 
 `RecordDeriver` joins selection, blocks, prefix and tiers for a whole step at once.
-`step_lines` lays the result out as `trace_steps.jsonl` lines, a record at a time: the
-readable reference of `lines.py`, which the sinks use. Knows no thread, no file.
+`StepLines` lays the result out as `trace_steps.jsonl` lines, in columns and all at once.
+Knows no thread, no file.
 
     step = deriver.derive(capture)         # StepRecords, arrays of B x L records
-    data = step_lines(step)                # bytes, one line a record
+    data = StepLines().encode(step)        # one line per record
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import orjson
 
 from dsatrace.kv.layout import CacheLayout
-from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.kv.tiers.account import FetchAccount, StepReads, Tiers
 from dsatrace.schema import Level
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
+from dsatrace.trace.json_lines import Choice, Layout, LineEncoder, Optional, Runs
 from dsatrace.trace.kernels import compile_kernels
 from dsatrace.trace.needles import NeedleCounts, count_needles
 from dsatrace.trace.statistics import Scratch, StepStatistics, fused_statistics, request_major
@@ -155,115 +154,101 @@ def _as_recorded(
     return ordered, np.take_along_axis(scores, order, axis=1)[chosen].astype(np.float32, copy=False)
 
 
-def step_lines(step: StepRecords) -> bytes:
-    """Every record of the step as one JSON line each."""
-    options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
-    return b"".join(orjson.dumps(record, option=options) for record in step_records(step))
+class StepLines:
+    """Lays step after step out as lines of `trace_steps.jsonl`, into one buffer."""
+
+    def __init__(self) -> None:
+        self._encoder = LineEncoder()
+
+    def encode(self, step: StepRecords) -> memoryview:
+        """One line per record; good until the next call."""
+        return self._encoder.encode(record_layout(step), step.num_records)
 
 
-def step_records(step: StepRecords) -> Iterator[dict[str, Any]]:
-    """The step's records in the schema's field order; arrays are numpy slices."""
+def record_layout(step: StepRecords) -> Layout:
+    """The step's records in the schema's field order, a column where they differ."""
     capture, stats = step.capture, step.stats
+    request, layer = np.divmod(np.arange(step.num_records), step.num_layers)  # (R,) each
+    seq_len = np.asarray(capture.seq_len, dtype=np.int64)[request]
     with_positions, with_blocks = step.level == "full", step.level != "stats"
-    token_ptr, block_ptr = stats.token_ptr.tolist(), stats.block_ptr.tolist()
-    offset_min, offset_p50, offset_max = (
-        column.tolist() for column in (stats.offset_min, stats.offset_p50, stats.offset_max)
-    )
-    tokens_p50, tokens_p95 = stats.tokens_p50.tolist(), stats.tokens_p95.tolist()
-    fetches = _fetch_rows(step.fetches)
-    seq_lens = np.asarray(capture.seq_len).tolist()
-    num_scanned = step.num_scanned.tolist()
-
-    for r in range(step.num_records):
-        b, layer = divmod(r, step.num_layers)
-        low, high = token_ptr[r], token_ptr[r + 1]
-        first, end = block_ptr[r], block_ptr[r + 1]
-        num_tokens, num_blocks = high - low, end - first
-        blocks = stats.block_ids[first:end]
-        yield {
-            "event": "dsa_topk",
-            "request_id": capture.request_ids[b],
-            "layer_id": layer,
-            "step_idx": int(capture.step_idx[b]),
-            "seq_len_current": seq_lens[b],
-            **({"selected_token_pos": step.positions[low:high]} if with_positions else {}),
-            "unique_token_pos_count": num_tokens,
-            "offset_min": offset_min[r],
-            "offset_p50": offset_p50[r],
-            "offset_max": offset_max[r],
-            "block_size_tokens": step.block_size,
-            **({"selected_block_ids": blocks} if with_blocks else {}),
-            "unique_blocks": num_blocks,
-            "tokens_per_touched_block": {
-                "mean": num_tokens / num_blocks,
-                "p50": tokens_p50[r],
-                "p95": tokens_p95[r],
-            },
-            "kv_fetch": {name: rows[r] for name, rows in fetches.items()},
-            "prefix": _prefix_field(
-                capture.prefixes[b], blocks, int(stats.num_prefix_blocks[r]), with_blocks
-            ),
-            **_scores_field(step, r),
-            **_clock_and_path(step, r),
-            "indexer_scan": {
-                "tokens": num_scanned[r],
-                "bytes_read": num_scanned[r] * step.index_bytes_per_token,
-            },
-            **({"source_layer": step.shared_layers[layer]} if layer in step.shared_layers else {}),
-            **_needle_field(step, r),
-        }
-
-
-def _prefix_field(
-    prefix: RequestPrefix, blocks: np.ndarray, num_shared: int, with_blocks: bool
-) -> dict[str, Any]:
-    """Block ids ascend, so the touched prefix blocks are the first of them."""
+    num_tokens, num_blocks, num_scanned = stats.num_tokens, stats.num_blocks, step.num_scanned
+    first_block, end_block = stats.block_ptr[:-1], stats.block_ptr[1:]
     return {
-        "prefix_cache_hit": prefix.hit,
-        "prefix_cached_blocks": prefix.num_cached_blocks,
-        "prefix_key": prefix.key,
-        "intersection_ratio": num_shared / len(blocks),
-        **({"intersection_blocks": blocks[:num_shared]} if with_blocks else {}),
-    }
-
-
-def _scores_field(step: StepRecords, r: int) -> dict[str, Any]:
-    if step.scores is not None:
-        return {"scores_topk": step.scores[step.stats.token_ptr[r] : step.stats.token_ptr[r + 1]]}
-    b, layer = divmod(r, step.num_layers)
-    low, mean, high = step.capture.score_stats[layer, b, :3]
-    return {"scores_stats": {"min": low, "mean": mean, "max": high}}
-
-
-def _clock_and_path(step: StepRecords, r: int) -> dict[str, Any]:
-    capture = step.capture
-    b, layer = divmod(r, step.num_layers)
-    sparse = int(capture.seq_len[b]) > step.top_k
-    return {
+        "event": "dsa_topk",
+        "request_id": Choice(capture.request_ids, request),
+        "layer_id": layer,
+        "step_idx": np.asarray(capture.step_idx)[request],
+        "seq_len_current": seq_len,
+        **({"selected_token_pos": _of_tokens(step, step.positions)} if with_positions else {}),
+        "unique_token_pos_count": num_tokens,
+        "offset_min": stats.offset_min,
+        "offset_p50": stats.offset_p50,
+        "offset_max": stats.offset_max,
+        "block_size_tokens": step.block_size,
+        **({"selected_block_ids": Runs(stats.block_ids, first_block, end_block)} if with_blocks else {}),
+        "unique_blocks": num_blocks,
+        "tokens_per_touched_block": {
+            "mean": num_tokens / num_blocks,
+            "p50": stats.tokens_p50,
+            "p95": stats.tokens_p95,
+        },
+        "kv_fetch": _fetches(step),
+        "prefix": _prefix(step, request, with_blocks),
+        **_scores(step, request, layer),
         "forward_idx": capture.forward_idx,
         "step_wall_us": capture.step_wall_us,
         "step_synced": capture.step_synced,
         "phase": capture.phase,
-        "path": "sparse" if sparse else "dense",
-        "kth_margin": capture.score_stats[layer, b, 3] if sparse else None,
+        "path": Choice(("dense", "sparse"), step.sparse[request].astype(np.int64)),
+        "kth_margin": np.where(
+            step.sparse[request], capture.score_stats[layer, request, 3], np.float32("nan")
+        ),
+        "indexer_scan": {"tokens": num_scanned, "bytes_read": num_scanned * step.index_bytes_per_token},
+        **_source(step, layer),
+        **_needle(step),
     }
 
 
-def _needle_field(step: StepRecords, r: int) -> dict[str, Any]:
-    if step.needles is None or not step.needles.tokens[r]:
+def _of_tokens(step: StepRecords, values: np.ndarray) -> Runs:
+    """A value for each selected token."""
+    return Runs(values, step.stats.token_ptr[:-1], step.stats.token_ptr[1:])
+
+
+def _prefix(step: StepRecords, request: np.ndarray, with_blocks: bool) -> dict[str, Any]:
+    """Block ids ascend, so the touched prefix blocks are the first of them."""
+    stats, prefixes = step.stats, step.capture.prefixes
+    first, num_shared = stats.block_ptr[:-1], stats.num_prefix_blocks
+    return {
+        "prefix_cache_hit": Choice([prefix.hit for prefix in prefixes], request),
+        "prefix_cached_blocks": np.array([prefix.num_cached_blocks for prefix in prefixes])[request],
+        "prefix_key": Choice([prefix.key for prefix in prefixes], request),
+        "intersection_ratio": num_shared / stats.num_blocks,
+        **({"intersection_blocks": Runs(stats.block_ids, first, first + num_shared)} if with_blocks else {}),
+    }
+
+
+def _scores(step: StepRecords, request: np.ndarray, layer: np.ndarray) -> dict[str, Any]:
+    if step.scores is not None:
+        return {"scores_topk": _of_tokens(step, step.scores)}
+    low, mean, high = step.capture.score_stats[layer, request, :3].T
+    return {"scores_stats": {"min": low, "mean": mean, "max": high}}
+
+
+def _source(step: StepRecords, layer: np.ndarray) -> dict[str, Any]:
+    if not step.shared_layers:
         return {}
-    return {"needle": {"tokens": int(step.needles.tokens[r]), "selected": int(step.needles.selected[r])}}
+    return {"source_layer": Optional([step.shared_layers.get(i) for i in range(step.num_layers)], layer)}
 
 
-def _fetch_rows(fetches: Mapping[str, FetchAccount]) -> dict[str, list[dict[str, Any]]]:
-    """By tier name, each record's account in the schema's field order."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for name, account in fetches.items():
-        columns = account.columns()
-        num_records = len(account.hit_blocks)
-        values = [
-            column.tolist() if isinstance(column, np.ndarray) else [column] * num_records
-            for column in columns.values()
-        ]
-        rows[name] = [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
-    return rows
+def _needle(step: StepRecords) -> dict[str, Any]:
+    """Few pairs of counts are distinct."""
+    if step.needles is None:
+        return {}
+    tokens, selected = step.needles.tokens, step.needles.selected
+    pairs, which = np.unique(np.stack([tokens, selected], axis=1), axis=0, return_inverse=True)
+    values = [{"tokens": of, "selected": found} if of else None for of, found in pairs.tolist()]
+    return {"needle": Optional(values, which.reshape(-1))}
+
+
+def _fetches(step: StepRecords) -> dict[str, Any]:
+    return {name: account.columns() for name, account in step.fetches.items()}

@@ -20,8 +20,7 @@ import orjson
 from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.files import LineFile, write_atomically
-from dsatrace.trace.lines import StepLines
-from dsatrace.trace.records import StepRecords
+from dsatrace.trace.records import StepLines, StepRecords
 from dsatrace.trace.resume import Resumed
 from dsatrace.trace.summary import SaidOf, Summary, TracingCost
 

@@ -64,13 +64,6 @@ def stored_dtype(name: str) -> torch.dtype:
     return torch.float32 if name.endswith("gate.bias") else torch.bfloat16
 
 
-def round_as_stored(model: Transformer) -> None:
-    """Rounds the weights in place to what `export_model` would write: measure after this, not before."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(parameter.to(stored_dtype(name)))
-
-
 def serving_config(args: ModelArgs) -> dict[str, Any]:
     """What differs from the demo's defaults, with the field names of `inference/config_tiny.json`."""
     defaults, values = dataclasses.asdict(ModelArgs()), dataclasses.asdict(args)

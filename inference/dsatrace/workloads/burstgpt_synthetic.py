@@ -5,34 +5,23 @@ set's authors model them; the other shares are ours. All of it is synthetic: it 
 claim about what people ask or about locality. Knows no tokenizer.
 
     rows = list(generate_burstgpt(BurstSettings(num_rows=100, seed=7)))
-    write_burstgpt("burst.csv", rows)
     prompts = SyntheticPrompts(first_token_id=3, num_token_ids=256, shared_share=0.5)
     prompts.token_ids(rows[0])
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import itertools
 import math
 import random
 import uuid
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 from dsatrace.errors import UserError
 from dsatrace.workloads.burstgpt import (
     API_LOG,
     CONVERSATION_LOG,
-    ELAPSED,
-    LOG_TYPE,
-    MODEL,
-    REQUEST_TOKENS,
-    RESPONSE_TOKENS,
-    SESSION,
-    TIMESTAMP,
-    TOTAL_TOKENS,
     BurstRow,
 )
 
@@ -119,28 +108,6 @@ def _zipf(draw: random.Random, cumulative: list[float]) -> int:
 
 def _session_id(draw: random.Random) -> str:
     return str(uuid.UUID(int=draw.getrandbits(128), version=4))
-
-
-def write_burstgpt(path: str | Path, rows: Iterable[BurstRow], with_sessions: bool = True) -> None:
-    """Writes the published columns: the layout with sessions, or the older one without."""
-    optional = (SESSION, ELAPSED) if with_sessions else ()
-    header = (TIMESTAMP, *optional, MODEL, REQUEST_TOKENS, RESPONSE_TOKENS, TOTAL_TOKENS, LOG_TYPE)
-    with Path(path).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, header, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {
-                    TIMESTAMP: row.timestamp_s,
-                    SESSION: row.session_id or "",
-                    ELAPSED: "" if row.elapsed_s is None else row.elapsed_s,
-                    MODEL: row.model,
-                    REQUEST_TOKENS: row.request_tokens,
-                    RESPONSE_TOKENS: row.response_tokens,
-                    TOTAL_TOKENS: row.request_tokens + row.response_tokens,
-                    LOG_TYPE: row.log_type,
-                }
-            )
 
 
 @dataclasses.dataclass(frozen=True)

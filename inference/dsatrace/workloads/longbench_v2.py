@@ -1,11 +1,11 @@
-"""LongBench v2: its rows, its zero-shot prompt with the middle cut out, and its accuracy.
+"""LongBench v2: its rows, its zero-shot prompt with the middle cut out, and its answers.
 
 Rows are those of `zai-org/LongBench-v2`, from `data.json` or JSON lines. Knows no model and
 no hub.
 
     for row in LongBenchV2Loader("data.json"):
         prompt = build_prompt(row, chat, max_prompt_tokens=32_768)
-        scores.add(row, answer_text)
+        extract_answer(answer_text) == row.answer
 """
 
 from __future__ import annotations
@@ -138,48 +138,3 @@ def extract_answer(text: str) -> str | None:
     text = text.replace("*", "")
     match = _ANSWER.search(text) or _BARE_ANSWER.search(text)
     return match[1] if match else None
-
-
-@dataclasses.dataclass
-class _Tally:
-    num_rows: int = 0
-    num_correct: int = 0
-    num_unanswered: int = 0
-
-    def summary(self, unanswered: float) -> dict[str, int | float]:
-        points = self.num_correct + unanswered * self.num_unanswered
-        return {**dataclasses.asdict(self), "accuracy": points / self.num_rows}
-
-
-class LongBenchV2Scores:
-    """Accuracy overall, by difficulty and by length, with chance beside it. Shares, not percent."""
-
-    def __init__(self, unanswered: float = 0.0) -> None:
-        """`unanswered` is what an answer without a letter is worth: 0, or `CHANCE` for a guess."""
-        self._unanswered = unanswered
-        self._tallies: dict[tuple[str, str], _Tally] = {}
-
-    def add(self, row: LongBenchV2Row, text: str) -> bool:
-        """Counts the model's answer; True if it is right."""
-        letter = extract_answer(text)
-        for group in (("overall", ""), ("difficulty", row.difficulty), ("length", row.length)):
-            tally = self._tallies.setdefault(group, _Tally())
-            tally.num_rows += 1
-            tally.num_correct += letter == row.answer
-            tally.num_unanswered += letter is None
-        return letter == row.answer
-
-    def summary(self) -> dict[str, object]:
-        """For `summary.json`; a group without rows is left out."""
-
-        def group(kind: str, names: tuple[str, ...]) -> dict[str, dict[str, int | float]]:
-            found = ((name, self._tallies.get((kind, name))) for name in names)
-            return {name: tally.summary(self._unanswered) for name, tally in found if tally}
-
-        return {
-            "chance": CHANCE,
-            "unanswered_counts_as": self._unanswered,
-            **group("overall", ("",)).get("", {"num_rows": 0}),
-            "by_difficulty": group("difficulty", DIFFICULTIES),
-            "by_length": group("length", LENGTHS),
-        }

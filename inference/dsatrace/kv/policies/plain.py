@@ -1,9 +1,15 @@
 """Every policy's common part in plain Python: pins, children, and queues of evictable blocks.
 
-The block pool runs on it, and it is the reference that the compiled replay is tested
-against. A policy adds rules: in which queue a block stands, its value and its stamp
-(smallest value first, then smallest stamp), and which queue gives up a block. Without a
-rule of its own a policy is LRU. Knows no capacity limit and no request.
+A policy orders cached blocks for eviction. Whoever owns the cache decides when a block must
+go and calls `evict`. The tiers run on it (`kv.tiers.residency`), and it is the reference that
+the compiled replay is tested against. A policy adds rules: in which queue a block stands, its
+value and its stamp (smallest value first, then smallest stamp), and which queue gives up a
+block. Without a rule of its own a policy is LRU. Knows no token, no tensor and no request.
+
+    policy = make_policy("lru", capacity=2)          # from dsatrace.kv.policies.registry
+    policy.insert(7, Access(time=0.0, parent=NO_PARENT))
+    policy.insert(8, Access(time=0.0, parent=7))
+    policy.evict()                                    # 7; with leaf=True it would be 8
 
     class Lfu(PlainPolicy):
         def again(self, block, access):
@@ -19,7 +25,12 @@ from dsatrace.kv.policies.policy import Access
 
 
 class PlainPolicy:
-    """Implements `Policy`; subclasses override the rules `miss` to `left`."""
+    """The order in which cached blocks are given up; subclasses override the rules `miss` to `left`.
+
+    Blocks are named by ids of the caller's choice. Insert the blocks of a request tail
+    first and unpin them tail first: the head is then the more recent, which is what
+    keeps recency policies from evicting a parent before its child.
+    """
 
     def __init__(self, capacity: int, *, leaf: bool = False, num_queues: int = 1) -> None:
         self.capacity = capacity
@@ -107,6 +118,7 @@ class PlainPolicy:
         return block in self._pins
 
     def insert(self, block: int, access: Access) -> None:
+        """`block` became cached; it was not before."""
         assert block not in self._pins, f"block {block} is cached already"
         if self.leaf and self.is_evictable(access.parent):
             self.withdraw(access.parent)
@@ -119,27 +131,36 @@ class PlainPolicy:
             self.offer(block)
 
     def hit(self, block: int, access: Access) -> None:
+        """A cached block was used again."""
         if self.is_evictable(block):
             self.withdraw(block)
         self.again(block, access)
         self._refresh(block)
 
     def pin(self, block: int) -> None:
+        """A request holds the block: it is not evictable until as many `unpin` have come."""
         if self.is_evictable(block):
             self.withdraw(block)
         self._pins[block] += 1
 
     def unpin(self, block: int) -> None:
+        """A request lets go of the block; recency counts from the last of them."""
         assert self._pins[block] > 0, f"block {block} is not pinned"
         self._pins[block] -= 1
         self._refresh(block)
 
     def evict(self) -> int:
+        """Chooses an evictable block, forgets it and returns it.
+
+        Evictable is what no request pins and, with the leaf constraint, no cached child
+        hangs on. Raises `LookupError` when there is none.
+        """
         block = self.victim()
         self.forget(block)
         return block
 
     def forget(self, block: int) -> None:
+        """`block` is no longer cached, by the caller's decision; it must not be pinned."""
         assert self._pins[block] == 0, f"block {block} is pinned"
         if self.is_evictable(block):
             self.withdraw(block)

@@ -4,7 +4,7 @@ One loop for every policy, with that policy's rules compiled in. For each reques
 what is done by then is released, tail first; if the request does not fit beside those in
 flight, they are released early, as an engine would let it wait; all its cached blocks are
 looked up and pinned; then, tail first, each is used again or inserted. Knows no policy by
-name. The same in plain Python is `plain_replay`.
+name. The tests hold it equal to the same in plain Python, over `PlainPolicy`.
 """
 
 from __future__ import annotations

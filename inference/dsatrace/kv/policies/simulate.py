@@ -54,10 +54,6 @@ class SimResult:
         """Hits of all accesses, 0 where there are none."""
         return float(self.hits.sum() / max(self.accesses.sum(), 1))
 
-    @property
-    def hit_rate_any(self) -> float:
-        return float(self.hits_any.sum() / max(self.accesses.sum(), 1))
-
     def by_workload(self) -> dict[str, dict[str, int]]:
         """Of each workload: accesses, hits, misses, hits_any."""
         size = len(self.workload_names)

@@ -38,11 +38,6 @@ class LruHits:
     hits_any: np.ndarray  # (C, W) int64, cached blocks
     num_simulated: int  # capacities that one pass could not serve
 
-    @property
-    def hit_rates(self) -> np.ndarray:
-        """(C,) float64 over all workloads."""
-        return self.hits.sum(axis=1) / np.maximum(self.accesses.sum(axis=1), 1)
-
 
 def lru_hits_at(
     stream: AccessStream, capacities: Sequence[int], *, oversize: Oversize = "truncate"

@@ -197,12 +197,6 @@ def release_by_concurrency(num_requests: int, concurrency: int) -> np.ndarray:
     return np.arange(num_requests, dtype=np.int64) + concurrency
 
 
-def release_by_duration(times: np.ndarray, durations: np.ndarray) -> np.ndarray:
-    """`release` where request r ends `durations[r]` seconds after `times[r]`; times must not fall."""
-    done = np.searchsorted(times, np.asarray(times) + np.asarray(durations), "left")
-    return np.maximum(done, np.arange(len(times)) + 1).astype(np.int64)
-
-
 @njit(nogil=True, cache=True)
 def _repeated_block(blocks: np.ndarray, starts: np.ndarray, num_blocks: int) -> int:
     """The first request that names a block twice, or -1."""

@@ -10,8 +10,8 @@ chunk of its prompt or its next token computed. Who finds no block preempts the 
 possibly itself; a preempted request comes back first and looks its prefix up again.
 Requests are admitted as soon as there is room, so the trace's times order them and no more.
 
-`replay` runs in numba and takes some nanoseconds a block; `replay_plain.replay_plain` is
-the same over `PrefixPool`, the reference, and the one that takes an eviction policy.
+`replay` runs in numba and takes some nanoseconds per block; the tests hold it equal to
+the same schedules in plain Python over `PrefixPool`.
 
     result = replay(trace, ReplayConfig(num_blocks=1024, concurrency=8))
     result.hit_tokens[result.served].sum() / trace.prompt_tokens[result.served].sum()

@@ -2,8 +2,8 @@
 
 The free queue is a ring of links through one extra entry; the blocks of one key are a list
 of links, oldest first; a live request's blocks are a row of a table. Each move stands here
-and in `blocks` and `prefix_pool`, each schedule here and in `replay_plain`; a test holds
-them equal on random traces: hits, events, and the state they leave.
+and in `blocks` and `prefix_pool`, each schedule here and in the tests' `replay_plain`, which
+hold them equal on random traces: hits, events, and the state they leave.
 
 One file, because numba asks no other whether its cached code is stale; only
 `run_in_order` and `run_continuous` are cached, and they take plain tuples, because a cache that

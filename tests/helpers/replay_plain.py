@@ -1,4 +1,4 @@
-"""The two schedules of `replay`, plainly, over `PrefixPool`: the reference, and for any eviction policy.
+"""The two schedules of `kv.simulation.replay`, plainly, over `PrefixPool`: its reference.
 
 Statement by statement the same as `replay_kernels`; a hundred times slower or more.
 
@@ -13,7 +13,6 @@ from collections.abc import Callable
 import numpy as np
 
 from dsatrace.kv.blocks import EVICT, HIT, MISS, BlockPool, Key, OutOfBlocks
-from dsatrace.kv.policies.policy import Access, Policy
 from dsatrace.kv.prefix_pool import HeldBlocks, PrefixPool
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import WHOLE_PROMPT, PoolState, ReplayConfig, ReplayResult, columns_by_name
@@ -28,14 +27,9 @@ from dsatrace.kv.simulation.replay_kernels import (
 )
 
 
-def replay_plain(
-    trace: BlockTrace,
-    config: ReplayConfig,
-    policy: Policy | None = None,
-    workload: np.ndarray | None = None,
-) -> ReplayResult:
-    """Equal to `replay`, without `policy`; one is told each request's time and its `workload` (R,) int."""
-    run = _PlainReplay(trace, config, policy, workload)
+def replay_plain(trace: BlockTrace, config: ReplayConfig) -> ReplayResult:
+    """Equal to `replay`."""
+    run = _PlainReplay(trace, config)
     if config.schedule == "in_order":
         run.in_order()
     else:
@@ -46,15 +40,8 @@ def replay_plain(
 class _PlainReplay:
     """One replay under way."""
 
-    def __init__(
-        self,
-        trace: BlockTrace,
-        config: ReplayConfig,
-        policy: Policy | None,
-        workload: np.ndarray | None,
-    ) -> None:
+    def __init__(self, trace: BlockTrace, config: ReplayConfig) -> None:
         self.trace, self.config = trace, config
-        self.workload = np.zeros(trace.num_requests, np.int64) if workload is None else workload
         self.chunk = config.chunk_tokens or WHOLE_PROMPT
         self.prompt, self.output = trace.prompt_tokens.tolist(), config.outputs(trace).tolist()
         blocks = BlockPool(
@@ -62,7 +49,6 @@ class _PlainReplay:
             trace.block_size,
             null_block=config.null_block,
             free_order=config.free_order,
-            policy=policy,
             on_event=self._note,
         )
         self.pool = PrefixPool(blocks, prefix_caching=config.prefix_caching)
@@ -207,8 +193,7 @@ class _PlainReplay:
         keys = self.trace.keys_of(r)
         hit_tokens = len(self.pool.match(keys, num_tokens)) * self.trace.block_size
         filled = min(hit_tokens + self.chunk, num_tokens)
-        access = Access(float(self.trace.time_s[self.clock]), int(self.workload[r]))
-        held = self.pool.admit(keys, num_tokens, filled, access=access)
+        held = self.pool.admit(keys, num_tokens, filled)
         self.columns["blocks_allocated"][r] += len(held.block_ids) - held.num_hit_blocks
         return held
 

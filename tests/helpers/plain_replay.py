@@ -1,4 +1,4 @@
-"""The definition of a cache in plain Python: the reference for `replay`, and how a pool uses a policy.
+"""The definition of a cache in plain Python: the reference of `kv.policies.replay`.
 
 For each request, in order: what is done by then is released, tail first; if the request
 does not fit beside those in flight, they are released early; its cached blocks are looked

@@ -1,5 +1,5 @@
-"""The plain member: a dictionary. What the contract means, in the fewest words; the other
-members are tested against it. Slow, and not for runs.
+"""The plain store: a dictionary. What the contract means, in the fewest words; the stores
+are tested against it.
 
     store = MemoryStore(unit_bytes=656, capacity_units=100)
 """
