@@ -49,7 +49,7 @@ EXCEPTIONS = {
     ("dsatrace.trace.observe", "torch"): "the tensor side of the tracer",
     ("dsatrace.model.kernels.tilelang_kernels", "tilelang"): "itself imported only when asked for",
 }
-ABOVE_ALL = {"cli", "commands"}
+ABOVE_ALL = {"__main__", "cli", "commands"}
 """Import what they like; nobody imports them."""
 
 

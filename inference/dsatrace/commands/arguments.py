@@ -26,8 +26,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser, required: bool = True)
     group = parser.add_argument_group("model")
     add = group.add_argument
     add("--ckpt-path", type=Path, required=required, help="folder with model{rank}-mp{N}.safetensors")
-    add("--config", type=Path, help="config_671B_v3.2.json, say (the checkpoint's config.json)")
-    add("--device", choices=("auto", "cpu", "cuda"), default=default["device"], help="(%(default)s)")
+    add("--config", type=Path, help="config_671B_v3.2.json, say (default: the checkpoint's config.json)")
+    add("--device", choices=("auto", "cpu", "cuda"), default=default["device"])
     add(
         "--kernel-backend",
         choices=("torch", "tilelang"),
@@ -39,17 +39,17 @@ def add_engine_arguments(parser: argparse.ArgumentParser, required: bool = True)
         "--batch-size",
         type=int,
         default=default["max_batch_size"],
-        help="requests at a time (%(default)s)",
+        help="requests at a time",
     )
-    add("--max-seq-len", type=int, help="tokens of KV a request may hold (the config's)")
-    add("--prefill-chunk", type=int, default=default["prefill_chunk"], help="tokens (%(default)s)")
+    add("--max-seq-len", type=int, help="tokens of KV a request may hold (default: the config's)")
+    add("--prefill-chunk", type=int, default=default["prefill_chunk"], help="tokens")
     add(
         "--cache-block-size",
         type=int,
         default=default["cache_block_size"],
-        help="tokens of a physical block; statistics use --kv-block-size (%(default)s)",
+        help="tokens of a physical block; statistics use --kv-block-size",
     )
-    add("--cache-blocks", type=int, help="physical blocks of the KV cache (enough for a whole batch)")
+    add("--cache-blocks", type=int, help="physical blocks of the KV cache (default: a whole batch's)")
     add(
         "--prefix-caching",
         action="store_true",
@@ -60,10 +60,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser, required: bool = True)
         choices=NUMERICS,
         default=default["numerics"],
         help="released: fp8 indexer keys, Hadamard, fp8-rounded latents; plain: none of them, as in "
-        "transformers (default: %(default)s)",
+        "transformers",
     )
     add_ignore_config_key(add)
-    add("--seed", type=int, default=default["seed"], help="of sampling (%(default)s)")
+    add("--seed", type=int, default=default["seed"], help="of sampling")
     _add_offload_arguments(parser)
 
 
@@ -83,7 +83,11 @@ def _add_offload_arguments(parser: argparse.ArgumentParser) -> None:
     default = {field.name: field.default for field in dataclasses.fields(OffloadSetup)}
     group = parser.add_argument_group("tiers", "KV latents outside HBM; all of them need --hbm-blocks")
     add = group.add_argument
-    add("--hbm-blocks", type=int, help="physical blocks a layer that HBM holds (all of --cache-blocks)")
+    add(
+        "--hbm-blocks",
+        type=int,
+        help="physical blocks per layer in HBM (default: all of --cache-blocks)",
+    )
     add(
         "--local",
         "--local-pool",
@@ -91,7 +95,7 @@ def _add_offload_arguments(parser: argparse.ArgumentParser) -> None:
         help="local pool: ram, mmap:PATH or file:PATH (ram, without --remote); under torchrun write "
         "--local-pool, since it takes --local for a flag of its own",
     )
-    add("--local-blocks", type=int, help="physical blocks that the local pool holds (all)")
+    add("--local-blocks", type=int, help="physical blocks that the local pool holds (default: all)")
     add(
         "--remote",
         metavar="STORE",
@@ -101,18 +105,18 @@ def _add_offload_arguments(parser: argparse.ArgumentParser) -> None:
         "--granularity",
         choices=GRANULARITIES,
         default=default["granularity"],
-        help="moved as one (%(default)s)",
+        help="moved as one",
     )
     add(
         "--tier-policy",
         default=default["tier_policy"],
-        help="who leaves HBM and the local pool (%(default)s)",
+        help="who leaves HBM and the local pool",
     )
     add(
         "--prefetch",
         choices=PREFETCH_KINDS,
         default=default["prefetch"],
-        help="fetch what a layer is guessed to select while its indexer chooses (%(default)s)",
+        help="fetch what a layer is guessed to select while its indexer chooses",
     )
     add("--offload-index-keys", action="store_true", help="move the indexer's keys out of HBM, too")
     add(
@@ -120,13 +124,13 @@ def _add_offload_arguments(parser: argparse.ArgumentParser) -> None:
         choices=ON_TIER_ERROR,
         default=default["on_tier_error"],
         help="requests whose KV a tier has lost: compute it again, or let them fail; "
-        "a run of several ranks ends instead (%(default)s)",
+        "a run of several ranks ends instead",
     )
     add(
         "--tier-timeout-s",
         type=float,
         default=default["tier_timeout_s"],
-        help="a store has to answer a batch within (%(default)s)",
+        help="a store has to answer a batch within",
     )
 
 

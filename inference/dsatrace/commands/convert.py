@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsatrace.commands.arguments import add_ignore_config_key
+from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
 
 
@@ -50,7 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="convert.py", description="Convert a Hugging Face checkpoint.")
+    parser = CommandParser(
+        "convert",
+        "Convert a Hugging Face checkpoint to one safetensors file per rank.",
+        script="convert.py",
+        examples="""
+        %(prog)s --hf-ckpt-path DeepSeek-V3.2 --save-path converted --n-experts 256 --model-parallel 8
+        %(prog)s --hf-ckpt-path data/models/needle-2k --save-path converted --model-parallel 1
+        """,
+    )
     parser.add_argument("--hf-ckpt-path", type=Path, required=True, help="folder of the safetensors files")
     parser.add_argument("--save-path", type=Path, required=True, help="folder to write into")
     parser.add_argument("--n-experts", type=int, help="routed experts per layer (default: the config's)")

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import exits_cleanly
 
 BURSTGPT_LIMIT = 2000
@@ -47,18 +48,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser(names: list[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dsatrace download",
-        description="Fetch a data set from the hub, check it, and export it to data/NAME/. "
+    parser = CommandParser(
+        "download",
+        "Fetch a data set from the hub, check it, and export it to data/NAME/. "
         "Interrupted, it continues. HF_TOKEN or a cached login is used where it is needed.",
+        examples="""
+        %(prog)s longbenchv2 --limit 20
+        %(prog)s burstgpt --limit 2000 --out data/burstgpt
+        """,
     )
     parser.add_argument("name", choices=names, help="the data set")
     parser.add_argument(
         "--limit",
         type=int,
-        help=f"rows to export, of ruler from each file (all; of burstgpt {BURSTGPT_LIMIT})",
+        help=f"rows to export, of ruler from each file (default: all; of burstgpt {BURSTGPT_LIMIT})",
     )
     parser.add_argument("--revision", help="branch, tag or commit (pinned); its bytes are not checked")
     parser.add_argument("--file", help="another file of the repository; its bytes are not checked")
-    parser.add_argument("--out", type=Path, help="folder of the export (data/NAME)")
+    parser.add_argument("--out", type=Path, help="folder of the export (default: data/NAME)")
     return parser

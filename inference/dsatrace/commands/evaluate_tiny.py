@@ -62,13 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="evaluate_tiny.py", description="Measure a trained small model.")
     parser.add_argument("--model", type=Path, required=True, help="folder that train_tiny.py exported")
-    parser.add_argument("--tasks", nargs="+", default=TASKS, help="RULER tasks (%(default)s)")
-    parser.add_argument("--lengths", nargs="+", type=int, default=(2048, 4096, 8192), help="(%(default)s)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="(%(default)s)")
-    parser.add_argument(
-        "--examples", type=int, default=100, help="prompts of each figure (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, help="of the prompts (one training never draws from)")
-    parser.add_argument("--threads", type=int, default=0, help="of torch (torch's default)")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, help="RULER tasks")
+    parser.add_argument("--lengths", nargs="+", type=int, default=(2048, 4096, 8192))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--examples", type=int, default=100, help="prompts of each figure")
+    parser.add_argument("--seed", type=int, help="of the prompts (default: one training never draws from)")
+    parser.add_argument("--threads", type=int, default=0, help="of torch (default: torch's default)")
     parser.add_argument("--out", type=Path, help="JSON file of the figures")
     return parser

@@ -33,11 +33,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--runner",
         choices=("model", "simulator"),
         default="model",
-        help="the simulator replays recorded answers through the same scheduler (%(default)s)",
+        help="the simulator replays recorded answers through the same scheduler",
     )
     add("--resume", type=Path, metavar="RUN", help="go on with an incomplete run, its own flags first")
-    add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
-    add("--tokenizer", metavar="NAME|PATH", help="hub name, tokenizer.json or its folder (the checkpoint's)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add(
+        "--tokenizer",
+        metavar="NAME|PATH",
+        help="hub name, file or folder (default: the checkpoint's)",
+    )
     add("--save-text", action="store_true", help="keep the answers' text in requests.jsonl")
 
 
@@ -52,8 +56,8 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Where rows come from when no file is named, and what happens to bad ones."""
     add = parser.add_argument_group("source").add_argument
     add("--no-hub", action="store_true", help="do not ask the hub when data/<name>/ is empty")
-    add("--revision", help="of the hub's data set (pinned)")
-    add("--bad-rows", choices=("fail", "skip"), default="fail", help="(%(default)s)")
+    add("--revision", help="of the hub's data set (default: pinned)")
+    add("--bad-rows", choices=("fail", "skip"), default="fail")
 
 
 def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

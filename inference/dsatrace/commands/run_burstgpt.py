@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.run_arguments import (
     add_run_arguments,
     add_source_arguments,
@@ -73,46 +74,52 @@ def _settings(args: argparse.Namespace) -> BurstSettings:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="run_burstgpt.py",
-        description="Serve BurstGPT's arrivals, and trace what DSA reads.",
+    parser = CommandParser(
+        "run burstgpt",
+        "Serve BurstGPT's arrivals, and trace what DSA reads.",
+        script="run_burstgpt.py",
+        examples="""
+        %(prog)s --ckpt-path converted --burstgpt-csv BurstGPT_1.csv --limit 100
+        %(prog)s --ckpt-path converted --limit 100 --serving continuous --clock real
+        %(prog)s --runner simulator --burstgpt-generate --limit 1000
+        """,
         allow_abbrev=False,  # the manifest hides the values of some flags, which it knows by name
     )
     add_run_arguments(parser)
     parser.set_defaults(thinking=False, chat_template=None)  # prompts are made up: nobody is talked to
     add = parser.add_argument_group("arrivals").add_argument
     add("--burstgpt-csv", type=Path, help="a BurstGPT file, of either layout")
-    add("--limit", type=int, help="requests (all)")
-    add("--max-new-tokens-cap", type=int, help="most tokens of an answer (as many as the log's)")
+    add("--limit", type=int, help="requests (default: all)")
+    add("--max-new-tokens-cap", type=int, help="most tokens of an answer (default: as many as the log's)")
     add("--keep-failures", action="store_true", help="serve logged failures too, for one token")
-    add("--time-scale", type=float, default=1.0, help="times every gap; 0 sends all at once (%(default)s)")
+    add("--time-scale", type=float, default=1.0, help="times every gap; 0 sends all at once")
     add(
         "--shared-prefix-share",
         type=float,
         default=0.5,
-        help="share of a prompt that its session has in common (%(default)s)",
+        help="share of a prompt that its session has in common",
     )
     add(
         "--serving",
         choices=("fifo-batch", "continuous"),
         default="fifo-batch",
-        help="take a new batch when the last has ended, or a request as a place is free (%(default)s)",
+        help="take a new batch when the last has ended, or a request as a place is free",
     )
     add(
         "--clock",
         choices=("virtual", "real"),
         default="virtual",
-        help="skip the gaps, or sleep through them (%(default)s)",
+        help="skip the gaps, or sleep through them",
     )
     add_source_arguments(parser)
     group = parser.add_argument_group("generated arrivals")
-    group.add_argument("--burstgpt-generate", action="store_true", help="generate --limit arrivals (2000)")
+    group.add_argument(
+        "--burstgpt-generate", action="store_true", help="generate --limit arrivals, else 2000"
+    )
     default = {field.name: field.default for field in dataclasses.fields(BurstSettings)}
     default["failure_share"] = 0.0  # so that --limit is what is served
     for name, meaning in _GENERATOR_FLAGS.items():
         value = default[name]
-        group.add_argument(
-            f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"{meaning} (%(default)s)"
-        )
+        group.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"{meaning}")
     add_trace_arguments(parser, always=True)
     return parser

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.run_arguments import (
     add_chat_arguments,
     add_run_arguments,
@@ -135,19 +136,34 @@ def _refuse_flags_of_others(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="run_dataset.py",
-        description="Run a data set through the model, and trace what DSA reads.",
+    parser = CommandParser(
+        "run DATASET",
+        "Run a data set through the model, and trace what DSA reads.",
+        script="run_dataset.py",
+        examples="""
+        dsatrace run ruler --ckpt-path converted --limit 10
+        dsatrace run sharegpt --ckpt-path converted --limit 64 --sharegpt-turn-mode per_user_turn
+        python3 run_dataset.py --ckpt-path converted --dataset longbenchv2 --limit 20
+        """,
         allow_abbrev=False,  # the manifest hides the values of some flags, which it knows by name
     )
     add_run_arguments(parser)
     add_chat_arguments(parser)
     add = parser.add_argument_group("data set").add_argument
-    add("--dataset", choices=tuple(_OPENERS), required=True)
+    add(
+        "--dataset",
+        choices=tuple(_OPENERS),
+        required=True,
+        help="the data set; `dsatrace run` names it itself",
+    )
     add("--split", help="each data set has one; for RULER train and validation both mean it")
-    add("--limit", type=int, help="requests; for RULER, of each task and length (all)")
-    add("--max-new-tokens", type=int, help="an answer (RULER: the task's own; else 128)")
-    add("--max-prompt-tokens", type=int, help="LongBench v2: longer prompts lose their middle (120000)")
+    add("--limit", type=int, help="requests; for RULER, of each task and length (default: all)")
+    add("--max-new-tokens", type=int, help="new tokens per answer (default: RULER the task's own, else 128)")
+    add(
+        "--max-prompt-tokens",
+        type=int,
+        help="LongBench v2: longer ones lose their middle (default: 120000)",
+    )
     add_source_arguments(parser)
     add = parser.add_argument_group("RULER").add_argument
     add("--ruler-task", action="append", metavar="TASK", help="one or several, or all; may be repeated")
@@ -155,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ruler-length",
         type=int,
         metavar="TOKENS",
-        help=f"prompt and answer ({GENERATED_LENGTH} generated)",
+        help=f"prompt and answer (default: every length; {GENERATED_LENGTH} where generated)",
     )
     add("--ruler-path", type=Path, help="JSONL file, folder or archive, NVIDIA's or allenai's")
     add("--ruler-generate", action="store_true", help="make the examples, whatever files are there")
@@ -171,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sharegpt-turn-mode",
         choices=("full", "per_user_turn"),
         default="full",
-        help="one request a conversation, or one a user turn (%(default)s)",
+        help="one request a conversation, or one a user turn",
     )
     add_trace_arguments(parser, always=True)
     return parser

@@ -8,7 +8,6 @@ synthetic; they show what a record is, and nothing about what a model reads.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import random
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.verify import verify_run
 from dsatrace.errors import exits_cleanly
 from dsatrace.kv.layout import CacheLayout
@@ -35,9 +35,17 @@ LAYOUT = CacheLayout("demo", latent_bytes_per_token=1152, index_bytes_per_token=
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(
+        "sanity",
+        "Write and verify a small run of made-up selections, with nothing installed.",
+        script="sanity_trace_no_torch.py",
+        examples="""
+        %(prog)s
+        %(prog)s --trace-out outputs/sanity --seed 1
+        """,
+    )
     parser.add_argument("--trace-out", metavar="DIR", help="folder of the run, new or empty")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the selections")
     args = parser.parse_args(argv)
     out = Path(args.trace_out).absolute() if args.trace_out else default_run_folder("sanity_no_torch")
     check_run_folder(out)

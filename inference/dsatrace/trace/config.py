@@ -118,13 +118,13 @@ def add_trace_arguments(parser: argparse.ArgumentParser, always: bool = False) -
     else:
         add("--trace-enable", action="store_true", help="record what the indexer selects")
         add("--trace-out", metavar="DIR", help="folder of the run, new or empty; implies --trace-enable")
-    add("--kv-block-size", type=int, default=default["block_size"], help="tokens in a block (%(default)s)")
-    add("--trace-level", choices=LEVELS, default=default["level"], help="what a record holds (%(default)s)")
+    add("--kv-block-size", type=int, default=default["block_size"], help="tokens in a block")
+    add("--trace-level", choices=LEVELS, default=default["level"], help="what a record holds")
     add(
         "--trace-sample-rate",
         type=float,
         default=default["sample_rate"],
-        help="share of the steps (%(default)s)",
+        help="share of the steps",
     )
     add("--trace-store-scores", action="store_true", help="record every selected score")
     add("--trace-keep-order", action="store_true", help="positions by score instead of ascending")
@@ -132,32 +132,32 @@ def add_trace_arguments(parser: argparse.ArgumentParser, always: bool = False) -
         "--trace-prefix-key-tokens",
         type=int,
         default=default["prefix_key_tokens"],
-        help="tokens hashed into a prefix's key (%(default)s)",
+        help="tokens hashed into a prefix's key",
     )
     add("--trace-no-sync-cuda", action="store_true", help="do not synchronise the device once a step")
     add(
         "--trace-prefill",
         choices=PREFILL_CHOICES,
         default=default["prefill"],
-        help="record the prompt's last position too (%(default)s)",
+        help="record the prompt's last position too",
     )
     add(
         "--trace-queue-policy",
         choices=QUEUE_POLICIES,
         default=default["queue_policy"],
-        help="when the writer falls behind: wait for it, or drop the step and count it (%(default)s)",
+        help="when the writer falls behind: wait for it, or drop the step and count it",
     )
     add(
         "--trace-queue-steps",
         type=int,
         default=default["queue_steps"],
-        help="steps that may wait for the writer (%(default)s)",
+        help="steps that may wait for the writer",
     )
     add(
         "--trace-on-error",
         choices=ON_ERROR_CHOICES,
         default=default["on_error"],
-        help="when the trace cannot be written: end the run, or go on without (%(default)s)",
+        help="when the trace cannot be written: end the run, or go on without",
     )
 
 
