@@ -14,7 +14,8 @@ from pathlib import Path
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
 
-DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "config_tiny.json"
+DEFAULT_CONFIG = (Path(__file__).parents[1] / "model" / "config_tiny.json").resolve()
+"""`inference/config_tiny.json`, which the package links to; in a wheel the file itself."""
 
 
 @exits_cleanly
