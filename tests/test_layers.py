@@ -39,7 +39,6 @@ RULES: dict[str, Rule] = {
     "workloads": Rule(
         {"schema", "errors"}, set(), {"tokenizers", "transformers", "datasets", "huggingface_hub"}
     ),
-    "training": Rule({"errors", "model", "workloads"}, {"torch", "safetensors"}, {"tokenizers"}),
     "engine": Rule({"schema", "errors", "kv", "trace", "workloads"}, {"numpy"}),
     "runner": Rule({"schema", "errors", "engine", "model", "kv", "trace"}, {"numpy", "torch"}),
     "study": Rule(BASE | {"kv", "trace", "workloads", "engine"}, {"numpy", "numba", "orjson"}),

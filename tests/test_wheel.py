@@ -58,6 +58,7 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"dsatrace", f"dsatrace-{__version__}.dist-info"}
     assert "dsatrace/model/config_tiny.json" in names
+    assert not [name for name in names if "training" in name or "train_" in name]
 
 
 def test_the_verbs_run_outside_a_checkout(installed: Path, tmp_path: Path) -> None:

@@ -60,8 +60,9 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        has_default = action.default not in (None, False, argparse.SUPPRESS, [], ())
-        if not action.option_strings or not has_default or "default:" in text:
+        is_off = action.default is None or action.default is False  # 0 is a value
+        is_empty = action.default in (argparse.SUPPRESS, "", [], ())
+        if not action.option_strings or is_off or is_empty or "default:" in text:
             return text
         shown = "%(default)s"
         if isinstance(action.default, list | tuple):

@@ -76,9 +76,7 @@ def _find(folder: Path, rank: int, world_size: int) -> Path:
             f"{folder}: holds {held[0]}, not {file.stem}; run with {ranks} ranks or convert again"
         )
     if any(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{folder}: holds no {file.name}; convert it first with dsatrace convert"
-        )
+        raise CheckpointError(f"{folder}: holds no {file.name}; convert it first with dsatrace convert")
     raise CheckpointError(f"{folder}: holds no {file.name}; give the folder that dsatrace convert wrote")
 
 
