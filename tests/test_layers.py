@@ -17,7 +17,7 @@ import pytest
 from conftest import INFERENCE
 
 PACKAGE = INFERENCE / "dsatrace"
-BASE = {"schema", "errors", "version"}
+BASE = {"schema", "errors", "version", "flags"}
 
 
 class Rule(NamedTuple):
@@ -32,6 +32,7 @@ RULES: dict[str, Rule] = {
     "schema": Rule(set()),
     "errors": Rule(set()),
     "version": Rule(set()),
+    "flags": Rule(set()),
     "verify": Rule({"schema", "errors"}, set(), {"numpy", "pyarrow"}),
     "kv": Rule({"schema", "errors"}, {"numpy", "numba"}, {"memcache_hybrid", "mooncake", "nixl"}),
     "model": Rule({"errors"}, {"torch", "safetensors"}, {"tilelang", "fast_hadamard_transform"}),

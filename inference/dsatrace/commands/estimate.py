@@ -16,8 +16,9 @@ from dsatrace.commands.arguments import add_ignore_config_key
 from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.progress import size_text
 from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.flags import add_flags
 from dsatrace.schema import LEVELS, Level
-from dsatrace.trace.config import TraceConfig
+from dsatrace.trace.config import FLAGS, TraceConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -141,19 +142,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--requests", type=int, help="requests in all (default: one batch)")
     add("--context", type=int, help="tokens of a prompt (default: what the config's max_seq_len leaves)")
     add("--trace-level", "--level", dest="level", choices=LEVELS, help="this one only (default: every level)")
-    add("--trace-store-scores", action="store_true", help="with every selected score, at level full")
-    default = {field.name: field.default for field in dataclasses.fields(TraceConfig)}
-    add(
-        "--trace-sample-rate",
-        type=float,
-        default=default["sample_rate"],
-        help="share of the steps",
-    )
-    add("--kv-block-size", type=int, default=default["block_size"], help="tokens in a block")
-    add(
-        "--trace-queue-steps",
-        type=int,
-        default=default["queue_steps"],
-        help="steps that may wait for the writer",
-    )
+    of_trace = ("store_scores", "sample_rate", "block_size", "queue_steps")
+    add_flags(add, TraceConfig, {field: FLAGS[field] for field in of_trace})
     return parser

@@ -20,6 +20,7 @@ from dsatrace.commands.arguments import (
     engine_setup_from_args,
 )
 from dsatrace.commands.parser import CommandParser
+from dsatrace.engine.ranks import is_rank_0
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.trace.config import add_trace_arguments, trace_config_from_args
 
@@ -29,30 +30,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serves the prompts; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
+    setup = engine_setup_from_args(args)
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: use at least 1")
+    check_temperature(args.temperature)
+    prompts = [] if args.interactive else read_prompts(args.input_file)
+    # Rank 0 alone owns the run's folder; the others only compare digests.
+    trace = trace_config_from_args(args, "generate", setup.seed) if is_rank_0() else None
 
     from dsatrace.commands.chat import chat as converse
     from dsatrace.commands.serving import Serving, answer_prompts, load_model_shown
-    from dsatrace.model.parallel import ParallelGroup
     from dsatrace.runner.distributed import process_group
     from dsatrace.workloads.chat import PLAIN_TEXT, SAID_OF_PLAIN_TEXT, choose_chat
     from dsatrace.workloads.tokenizer import check_vocabulary, load_tokenizer
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show
-    setup = engine_setup_from_args(args)
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens}: use at least 1")
-    check_temperature(args.temperature)
-    prompts = [] if args.interactive else read_prompts(args.input_file)
     tokenizer = load_tokenizer(args.tokenizer or args.ckpt_path)
     chat = choose_chat(tokenizer, args.ckpt_path, template=args.chat_template, thinking=args.thinking)
     check_vocabulary(tokenizer, setup.model_args().vocab_size)
     with process_group(setup.device) as device:
-        # Rank 0 alone owns the run's folder; the others only compare digests.
-        is_writer = ParallelGroup.current().rank == 0
-        if is_writer and chat.form.name == PLAIN_TEXT:
+        if is_rank_0() and chat.form.name == PLAIN_TEXT:
             print(SAID_OF_PLAIN_TEXT, file=sys.stderr)
-        trace = trace_config_from_args(args, "generate", setup.seed) if is_writer else None
         serving = Serving(
             setup=setup,
             model=load_model_shown(setup, device),

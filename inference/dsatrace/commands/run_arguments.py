@@ -14,10 +14,13 @@ from dsatrace.commands.arguments import (
     add_chat_template_argument,
     add_engine_arguments,
     check_temperature,
+    engine_setup_from_args,
     refuse_tiers,
 )
+from dsatrace.engine.ranks import is_rank_0
 from dsatrace.errors import UserError
 from dsatrace.runner.rank0 import from_rank_0
+from dsatrace.trace.config import trace_config_from_args
 from dsatrace.trace.resumable import resumed_argv
 from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.rows import check_limit
@@ -75,6 +78,9 @@ def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpars
         raise UserError("--ckpt-path is missing: name a converted checkpoint, or use --runner simulator")
     if args.runner == "simulator":
         refuse_tiers(args)
+    engine_setup_from_args(args)  # a bad value is refused here, before torch is imported
+    if run.resume is None and is_rank_0():
+        trace_config_from_args(args, "run", always=True)
     return args, argv
 
 
