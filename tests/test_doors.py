@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from conftest import INFERENCE
 from dsatrace import __version__
 from dsatrace.cli import VERBS, main
+from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.progress import weights_bar
 from dsatrace.commands.run import DATA_SETS
 from dsatrace.commands.study import VERBS as STUDY_VERBS
@@ -43,6 +46,21 @@ def test_help_has_one_name_and_ends_on_examples(argv: list[str], capsys: pytest.
     assert 1 <= len(examples) <= 3
     assert all(line.startswith("  ") for line in examples)
     assert "%" not in "".join(examples)
+
+
+@pytest.mark.parametrize("argv", COMMANDS, ids=" ".join)
+def test_every_flag_is_explained(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers: list[argparse.ArgumentParser] = []
+
+    def keep(parser: argparse.ArgumentParser, _argv: list[str]) -> NoReturn:
+        parsers.append(parser)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", keep)
+    assert main(argv) == 130
+    (parser,) = parsers
+    assert isinstance(parser, CommandParser)
+    assert not [action.option_strings for action in parser._actions if not action.help]
 
 
 def test_a_default_is_told_in_one_way(capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,6 +109,16 @@ def _given_offload_flags(args: argparse.Namespace) -> list[str]:
     ]
 
 
+def add_bad_rows_argument(add: Callable[..., argparse.Action]) -> None:
+    """The flag of whatever reads a data set's rows."""
+    add(
+        "--bad-rows",
+        choices=("fail", "skip"),
+        default="fail",
+        help="end on a row that cannot be read, or leave it out and count it",
+    )
+
+
 def check_temperature(temperature: float) -> None:
     if not 0 <= temperature < math.inf:  # so written, it catches nan too
         raise UserError(f"--temperature {temperature}: use 0 (greedy) or a number above it")

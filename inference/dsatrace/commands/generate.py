@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--input-file", type=Path, help="prompts, separated by blank lines")
     source.add_argument("--interactive", action="store_true", help="chat; /clear forgets, /exit ends")
-    group.add_argument("--max-new-tokens", type=int, default=200, help="a prompt")
+    group.add_argument("--max-new-tokens", type=int, default=200, help="new tokens per answer")
     group.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
     group.add_argument("--thinking", action="store_true", help="let the model think before it answers")
     group.add_argument("--system-prompt", default="", help="text before the first turn")

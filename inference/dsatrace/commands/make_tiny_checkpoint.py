@@ -51,6 +51,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="model config")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
-    parser.add_argument("--weights", choices=("bf16", "fp8", "fp32"), default="bf16")
+    parser.add_argument("--weights", choices=("bf16", "fp8", "fp32"), default="bf16", help="stored type")
     parser.add_argument("--num-shards", type=int, default=3, help="files")
     return parser

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from dsatrace.commands.arguments import (
+    add_bad_rows_argument,
     add_chat_template_argument,
     add_engine_arguments,
     check_temperature,
@@ -60,7 +61,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("source").add_argument
     add("--no-hub", action="store_true", help="do not ask the hub when data/<name>/ is empty")
     add("--revision", help="of the hub's data set (default: pinned)")
-    add("--bad-rows", choices=("fail", "skip"), default="fail")
+    add_bad_rows_argument(add)
 
 
 def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsatrace.commands.arguments import add_bad_rows_argument
 from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.progress import records_counter
 from dsatrace.errors import UserError
@@ -57,13 +58,13 @@ def add_client_arguments(parser: argparse.ArgumentParser, *, min_turns: int = 1)
         default=None,
         help="as many single-turn requests as multi-turn",
     )
-    add("--order", choices=("arrival", "conversation"), default=default["order"])
+    add("--order", choices=("arrival", "conversation"), default=default["order"], help="of the requests")
     add("--arrival-rate", type=float, help=f"conversations a second (default: {default['arrival_rate']:g})")
     add("--fixed-arrivals", action="store_true", default=None, help="equal gaps instead of Poisson arrivals")
     add("--turn-delay", type=float, help=f"seconds from turn to turn (default: {default['turn_delay']:g})")
     add("--seed", type=int, help=f"of arrivals and generators (default: {default['seed']})")
     add("--tokenizer", "--model", type=Path, help="tokenizer.json or its folder (default: a token a word)")
-    add("--bad-rows", choices=("fail", "skip"), default="fail")
+    add_bad_rows_argument(add)
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:

@@ -68,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     options.add_client_arguments(parser)
     options.add_output_arguments(parser, "the trace, with --mode", pictures=False)
-    parser.add_argument("--mode", choices=(BOTH, SINGLE_TURN, MULTI_TURN), default=BOTH)
+    parser.add_argument(
+        "--mode", choices=(BOTH, SINGLE_TURN, MULTI_TURN), default=BOTH, help="traces to make"
+    )
     parser.add_argument(
         "--hash-ids", choices=("mooncake", "bailian"), help="write block ids too: what can be published"
     )

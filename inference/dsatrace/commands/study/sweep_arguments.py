@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from dsatrace.commands.arguments import add_bad_rows_argument
 from dsatrace.errors import UserError
 from dsatrace.study.output_folder import file_digest
 from dsatrace.study.requests import Order
@@ -59,9 +60,9 @@ def add_shared_arguments(parser: argparse.ArgumentParser, forms: Sequence[str]) 
     )
     add("--turn-delay", type=float, default=default["turn_delay"], help="seconds between turns")
     add("--order", choices=get_args(Order), default="arrival", help="of the replay")
-    add("--seed", type=int, default=default["seed"])
+    add("--seed", type=int, default=default["seed"], help="of arrivals and generators")
     add("--tokenizer", "--model", type=Path, help="tokenizer.json or its folder (default: a token a word)")
-    add("--bad-rows", choices=("fail", "skip"), default="fail")
+    add_bad_rows_argument(add)
     add = parser.add_argument_group("the cache").add_argument
     add(
         "--forms",
