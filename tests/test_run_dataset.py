@@ -230,7 +230,7 @@ def test_a_mistake_is_one_clear_line(run: Run, capsys: Any, flags: tuple[object,
     run("--no-hub", *flags, code=2)
     error = capsys.readouterr().err
     assert said in error
-    assert error.startswith("error: ")
+    assert "error: " in error
     assert error.count("\n") == 1
 
 

@@ -21,9 +21,8 @@ from dsatrace.errors import UserError, exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts; returns the exit code. A terminated conversion cleans up like an interrupted one."""
     args = _parser().parse_args(argv)
-    for flag, value in (("--n-experts", args.n_experts), ("--model-parallel", args.model_parallel)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} {value}: use at least 1")
+    if args.model_parallel < 1:
+        raise UserError(f"--model-parallel {args.model_parallel}: use at least 1")
     if not args.hf_ckpt_path.is_dir():
         raise UserError(f"--hf-ckpt-path {args.hf_ckpt_path}: no such folder; name the checkpoint's")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
