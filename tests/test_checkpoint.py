@@ -211,7 +211,7 @@ def test_folders_without_the_right_file_are_named(
     model = build(tiny_args)
     with pytest.raises(CheckpointError, match=r"missing: holds no model0-mp1.safetensors; give the folder"):
         load_checkpoint(model, tmp_path / "missing")
-    with pytest.raises(CheckpointError, match=r"convert the checkpoint first with convert\.py"):
+    with pytest.raises(CheckpointError, match="convert it first with dsatrace convert"):
         load_checkpoint(model, tiny_hf)
     convert_checkpoint(tiny_hf, tmp_path / "mp8", 8, 8)
     with pytest.raises(

@@ -17,7 +17,7 @@ import pytest
 from conftest import INFERENCE
 
 PACKAGE = INFERENCE / "dsatrace"
-BASE = {"schema", "errors", "version"}
+BASE = {"schema", "errors", "version", "flags"}
 
 
 class Rule(NamedTuple):
@@ -32,6 +32,7 @@ RULES: dict[str, Rule] = {
     "schema": Rule(set()),
     "errors": Rule(set()),
     "version": Rule(set()),
+    "flags": Rule(set()),
     "verify": Rule({"schema", "errors"}, set(), {"numpy", "pyarrow"}),
     "kv": Rule({"schema", "errors"}, {"numpy", "numba"}, {"memcache_hybrid", "mooncake", "nixl"}),
     "model": Rule({"errors"}, {"torch", "safetensors"}, {"tilelang", "fast_hadamard_transform"}),
@@ -39,7 +40,6 @@ RULES: dict[str, Rule] = {
     "workloads": Rule(
         {"schema", "errors"}, set(), {"tokenizers", "transformers", "datasets", "huggingface_hub"}
     ),
-    "training": Rule({"errors", "model", "workloads"}, {"torch", "safetensors"}, {"tokenizers"}),
     "engine": Rule({"schema", "errors", "kv", "trace", "workloads"}, {"numpy"}),
     "runner": Rule({"schema", "errors", "engine", "model", "kv", "trace"}, {"numpy", "torch"}),
     "study": Rule(BASE | {"kv", "trace", "workloads", "engine"}, {"numpy", "numba", "orjson"}),
@@ -49,7 +49,7 @@ EXCEPTIONS = {
     ("dsatrace.trace.observe", "torch"): "the tensor side of the tracer",
     ("dsatrace.model.kernels.tilelang_kernels", "tilelang"): "itself imported only when asked for",
 }
-ABOVE_ALL = {"cli", "commands"}
+ABOVE_ALL = {"__main__", "cli", "commands"}
 """Import what they like; nobody imports them."""
 
 

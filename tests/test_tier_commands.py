@@ -150,7 +150,7 @@ def test_a_workload_tells_its_first_failure_once(call: Call, tmp_path: Path, cap
     assert num_failed > 0
     assert f"{num_failed} failed" in out
     assert err.count("a tier lost its KV") == 1
-    assert err.startswith(f"error: {num_failed} failed, the first: request ")
+    assert f"\nerror: {num_failed} failed, the first: request " in err
     assert verify(tmp_path / "run").state == "complete"
 
 

@@ -13,20 +13,20 @@ import torch
 from conftest import ROOT
 from dsatrace.model.batch import Batch as ServedBatch
 from dsatrace.model.batch import Span
-from dsatrace.training.batches import make_batch
-from dsatrace.training.evaluate import HELD_OUT_SEED, Measured, answer, measure, would_say
-from dsatrace.training.export import load_exported
-from dsatrace.training.forward import Attention, Sequences, forward
-from dsatrace.training.losses import index_loss
-from dsatrace.training.recipe import Phase, Recipe
-from dsatrace.training.samples import SAMPLERS, Talk
-from dsatrace.training.tokenizer import word_tokenizer, word_tokenizer_json
-from dsatrace.training.trainer import Trainer, phase_loss
-from dsatrace.training.weights import new_model
 from dsatrace.workloads.encoding import Message, encode_chat
 from dsatrace.workloads.ruler.generator import generate
 from dsatrace.workloads.tokenizer import load_tokenizer
 from models import SMALL, new_cache, random_model, random_tokens
+from train_needle.batches import make_batch
+from train_needle.evaluate import HELD_OUT_SEED, Measured, answer, measure, would_say
+from train_needle.export import load_exported
+from train_needle.forward import Attention, Sequences, forward
+from train_needle.losses import index_loss
+from train_needle.recipe import Phase, Recipe
+from train_needle.samples import SAMPLERS, Talk
+from train_needle.tokenizer import word_tokenizer, word_tokenizer_json
+from train_needle.trainer import Trainer, phase_loss
+from train_needle.weights import new_model
 
 FP64 = dataclasses.replace(SMALL, dtype="fp64")
 LENGTH = 90

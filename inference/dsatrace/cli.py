@@ -8,28 +8,34 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dsatrace.commands.dispatch import dispatch
+from dsatrace.commands.dispatch import Verb, dispatch
+from dsatrace.version import __version__
 
 VERBS = {
-    "generate": ("dsatrace.commands.generate", "answer prompts, and trace what the indexer selects"),
-    "report": ("dsatrace.commands.report", "tables and a picture of a traced run"),
-    "export": ("dsatrace.commands.export", "a run's records to Parquet, or back to JSON lines"),
-    "estimate": ("dsatrace.commands.estimate", "how large a trace will be, before it is run"),
-    "verify": ("dsatrace.commands.verify", "re-derive a run's records, and name the first bad one"),
-    "summarize": ("dsatrace.commands.summarize", "recompute a summary from runs' files, and merge runs"),
-    "convert": ("dsatrace.commands.convert", "a Hugging Face checkpoint to one file a rank"),
-    "download": ("dsatrace.commands.download", "a data set from the hub to data/"),
-    "calibrate": ("dsatrace.commands.calibrate", "fit what reads from this machine's KV stores cost"),
-    "needle": ("dsatrace.commands.needle", "write a needle-in-a-haystack prompt"),
-    "make-tiny-checkpoint": ("dsatrace.commands.make_tiny_checkpoint", "a small random checkpoint"),
-    "study": ("dsatrace.commands.study", "how much conversations share, and what a cache makes of it"),
-    "sanity": ("dsatrace.commands.sanity", "synthetic records through the plain implementation"),
+    "generate": Verb("dsatrace.commands.generate", "answer prompts, and trace what the indexer selects"),
+    "run": Verb("dsatrace.commands.run", "serve RULER, LongBench v2, ShareGPT or BurstGPT, and trace"),
+    "report": Verb("dsatrace.commands.report", "tables and a picture of a traced run"),
+    "export": Verb("dsatrace.commands.export", "a run's records to Parquet, or back to JSON lines"),
+    "estimate": Verb("dsatrace.commands.estimate", "how large a trace will be, before it is run"),
+    "verify": Verb("dsatrace.commands.verify", "re-derive a run's records, and name the first bad one"),
+    "summarize": Verb("dsatrace.commands.summarize", "recompute a summary from runs' files, and merge runs"),
+    "convert": Verb("dsatrace.commands.convert", "a Hugging Face checkpoint to one file a rank"),
+    "download": Verb("dsatrace.commands.download", "a data set from the hub to data/"),
+    "calibrate": Verb("dsatrace.commands.calibrate", "fit what reads from this machine's KV stores cost"),
+    "needle": Verb("dsatrace.commands.needle", "write a needle-in-a-haystack prompt"),
+    "make-tiny-checkpoint": Verb("dsatrace.commands.make_tiny_checkpoint", "a small random checkpoint"),
+    "study": Verb("dsatrace.commands.study", "how much conversations share, and what a cache makes of it"),
+    "sanity": Verb("dsatrace.commands.sanity", "synthetic records through the plain implementation"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Calls the verb's `main`; without one, lists them. An unknown verb exits 2."""
-    return dispatch("dsatrace", VERBS, argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["--version"]:
+        print(f"dsatrace {__version__}")
+        return 0
+    return dispatch("dsatrace", VERBS, argv, note="\n\ndsatrace --version prints the version.")
 
 
 if __name__ == "__main__":

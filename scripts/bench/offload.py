@@ -43,6 +43,7 @@ from rich.progress import track
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.kv.stores.interface import StoreStats
@@ -58,10 +59,10 @@ from dsatrace.model.transformer import Transformer
 from dsatrace.runner.config import PREFETCH_KINDS, Granularity, OffloadSetup, PrefetchKind
 from dsatrace.runner.offload.cache import OffloadedCache, tokens_of_unit, unit_bytes
 from dsatrace.runner.offload.opening import open_tiers
-from dsatrace.training.samples import Talk
 from dsatrace.workloads.ruler import texts
 from dsatrace.workloads.ruler.generator import generate
 from dsatrace.workloads.tokenizer import load_tokenizer
+from train_needle.samples import Talk
 
 MODEL = Path(__file__).resolve().parents[2] / "data" / "models" / "needle-2k"
 TASK = "niah_multikey_2"  # every line of the prompt is a number that may be asked for

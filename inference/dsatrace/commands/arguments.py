@@ -9,62 +9,60 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dsatrace.errors import UserError
+from dsatrace.flags import Flag, add_flags, values_of
 from dsatrace.model.hf_config import IGNORE_FLAG
-from dsatrace.runner.config import (
-    GRANULARITIES,
-    NUMERICS,
-    ON_TIER_ERROR,
-    PREFETCH_KINDS,
-    EngineSetup,
-    OffloadSetup,
-)
+from dsatrace.runner.config import EngineSetup, OffloadSetup
+
+ENGINE_FLAGS = {
+    "ckpt_path": Flag("folder with model{rank}-mp{N}.safetensors"),
+    "config": Flag("config_671B_v3.2.json, say (default: the checkpoint's config.json)"),
+    "device": Flag("where the model runs; auto: on a GPU if there is one", choices=("auto", "cpu", "cuda")),
+    "kernel_backend": Flag("what the kernels are written in", choices=("torch", "tilelang")),
+    "max_batch_size": Flag("requests at a time", ("--max-batch-size", "--batch-size")),
+    "max_seq_len": Flag("tokens of KV a request may hold (default: the config's)"),
+    "prefill_chunk": Flag("prompt tokens computed in one step"),
+    "cache_block_size": Flag("tokens of a physical block; statistics use --kv-block-size"),
+    "cache_blocks": Flag("physical blocks of the KV cache (default: a whole batch's)"),
+    "prefix_caching": Flag(
+        "do not compute a prompt's prefix again that an earlier request has left in the KV cache"
+    ),
+    "numerics": Flag(
+        "released: fp8 indexer keys, Hadamard, fp8-rounded latents; plain: none of them, as in transformers"
+    ),
+    "seed": Flag("of sampling"),
+}
+"""The fields of `EngineSetup` that have a flag of a value; `ignore_config_keys` and `offload` have others."""
+
+OFFLOAD_FLAGS = {
+    "hbm_blocks": Flag("physical blocks per layer in HBM (default: all of --cache-blocks)"),
+    "local": Flag(
+        "local pool: ram, mmap:PATH or file:PATH (default: ram, without --remote); under torchrun write "
+        "--local-pool, since it takes --local for a flag of its own",
+        ("--local", "--local-pool"),
+        metavar="STORE",
+    ),
+    "local_blocks": Flag("physical blocks that the local pool holds (default: all)"),
+    "remote": Flag("remote pool: redis://HOST:PORT, unix://PATH or mooncake://HOST:PORT", metavar="STORE"),
+    "granularity": Flag("what moves as one: a block, or the row of one token"),
+    "tier_policy": Flag("which unit leaves HBM and the local pool"),
+    "prefetch": Flag("fetch what a layer is guessed to select while its indexer chooses"),
+    "offload_index_keys": Flag("move the indexer's keys out of HBM, too"),
+    "on_tier_error": Flag(
+        "requests whose KV a tier has lost: compute it again, or let them fail; "
+        "a run of several ranks ends instead"
+    ),
+    "tier_timeout_s": Flag("seconds in which a store has to answer a batch"),
+}
+"""The fields of `OffloadSetup`: all of them."""
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Adds the engine's flags; defaults come from `EngineSetup`. Not `required`: a run may have no model."""
-    default = {field.name: field.default for field in dataclasses.fields(EngineSetup)}
+    """Adds the engine's flags, which are `EngineSetup`'s fields. Not `required`: a run may have no model."""
     group = parser.add_argument_group("model")
-    add = group.add_argument
-    add("--ckpt-path", type=Path, required=required, help="folder with model{rank}-mp{N}.safetensors")
-    add("--config", type=Path, help="config_671B_v3.2.json, say (the checkpoint's config.json)")
-    add("--device", choices=("auto", "cpu", "cuda"), default=default["device"], help="(%(default)s)")
-    add(
-        "--kernel-backend",
-        choices=("torch", "tilelang"),
-        default=default["kernel_backend"],
-        help="(%(default)s)",
-    )
-    add(
-        "--max-batch-size",
-        "--batch-size",
-        type=int,
-        default=default["max_batch_size"],
-        help="requests at a time (%(default)s)",
-    )
-    add("--max-seq-len", type=int, help="tokens of KV a request may hold (the config's)")
-    add("--prefill-chunk", type=int, default=default["prefill_chunk"], help="tokens (%(default)s)")
-    add(
-        "--cache-block-size",
-        type=int,
-        default=default["cache_block_size"],
-        help="tokens of a physical block; statistics use --kv-block-size (%(default)s)",
-    )
-    add("--cache-blocks", type=int, help="physical blocks of the KV cache (enough for a whole batch)")
-    add(
-        "--prefix-caching",
-        action="store_true",
-        help="do not compute a prompt's prefix again that an earlier request has left in the KV cache",
-    )
-    add(
-        "--numerics",
-        choices=NUMERICS,
-        default=default["numerics"],
-        help="released: fp8 indexer keys, Hadamard, fp8-rounded latents; plain: none of them, as in "
-        "transformers (default: %(default)s)",
-    )
-    add_ignore_config_key(add)
-    add("--seed", type=int, default=default["seed"], help="of sampling (%(default)s)")
-    _add_offload_arguments(parser)
+    add_flags(group.add_argument, EngineSetup, ENGINE_FLAGS, ("ckpt_path",) if required else ())
+    add_ignore_config_key(group.add_argument)
+    group = parser.add_argument_group("tiers", "KV latents outside HBM; all of them need --hbm-blocks")
+    add_flags(group.add_argument, OffloadSetup, OFFLOAD_FLAGS)
 
 
 def add_ignore_config_key(add: Callable[..., argparse.Action]) -> None:
@@ -79,69 +77,18 @@ def add_ignore_config_key(add: Callable[..., argparse.Action]) -> None:
     )
 
 
-def _add_offload_arguments(parser: argparse.ArgumentParser) -> None:
-    default = {field.name: field.default for field in dataclasses.fields(OffloadSetup)}
-    group = parser.add_argument_group("tiers", "KV latents outside HBM; all of them need --hbm-blocks")
-    add = group.add_argument
-    add("--hbm-blocks", type=int, help="physical blocks a layer that HBM holds (all of --cache-blocks)")
-    add(
-        "--local",
-        "--local-pool",
-        metavar="STORE",
-        help="local pool: ram, mmap:PATH or file:PATH (ram, without --remote); under torchrun write "
-        "--local-pool, since it takes --local for a flag of its own",
-    )
-    add("--local-blocks", type=int, help="physical blocks that the local pool holds (all)")
-    add(
-        "--remote",
-        metavar="STORE",
-        help="remote pool: redis://HOST:PORT, unix://PATH or mooncake://HOST:PORT",
-    )
-    add(
-        "--granularity",
-        choices=GRANULARITIES,
-        default=default["granularity"],
-        help="moved as one (%(default)s)",
-    )
-    add(
-        "--tier-policy",
-        default=default["tier_policy"],
-        help="who leaves HBM and the local pool (%(default)s)",
-    )
-    add(
-        "--prefetch",
-        choices=PREFETCH_KINDS,
-        default=default["prefetch"],
-        help="fetch what a layer is guessed to select while its indexer chooses (%(default)s)",
-    )
-    add("--offload-index-keys", action="store_true", help="move the indexer's keys out of HBM, too")
-    add(
-        "--on-tier-error",
-        choices=ON_TIER_ERROR,
-        default=default["on_tier_error"],
-        help="requests whose KV a tier has lost: compute it again, or let them fail; "
-        "a run of several ranks ends instead (%(default)s)",
-    )
-    add(
-        "--tier-timeout-s",
-        type=float,
-        default=default["tier_timeout_s"],
-        help="a store has to answer a batch within (%(default)s)",
-    )
-
-
 def engine_setup_from_args(args: argparse.Namespace) -> EngineSetup:
     """The setup the flags describe; raises `UserError` for a bad value."""
-    names = {field.name for field in dataclasses.fields(EngineSetup)} - {"offload"}
-    values = {name: getattr(args, name) for name in names}
-    values["ignore_config_keys"] = tuple(values["ignore_config_keys"])
-    return EngineSetup(**values, offload=_offload_from_args(args))
+    return EngineSetup(
+        **values_of(args, ENGINE_FLAGS),
+        ignore_config_keys=tuple(args.ignore_config_keys),
+        offload=_offload_from_args(args),
+    )
 
 
 def _offload_from_args(args: argparse.Namespace) -> OffloadSetup | None:
-    fields = dataclasses.fields(OffloadSetup)
     if args.hbm_blocks is not None:
-        return OffloadSetup(**{field.name: getattr(args, field.name) for field in fields})
+        return OffloadSetup(**values_of(args, OFFLOAD_FLAGS))
     for flag in _given_offload_flags(args):
         raise UserError(f"{flag} does nothing without --hbm-blocks; add it")
     return None
@@ -160,6 +107,16 @@ def _given_offload_flags(args: argparse.Namespace) -> list[str]:
     return [
         f"--{name.replace('_', '-')}" for name, default in defaults.items() if getattr(args, name) != default
     ]
+
+
+def add_bad_rows_argument(add: Callable[..., argparse.Action]) -> None:
+    """The flag of whatever reads a data set's rows."""
+    add(
+        "--bad-rows",
+        choices=("fail", "skip"),
+        default="fail",
+        help="end on a row that cannot be read, or leave it out and count it",
+    )
 
 
 def check_temperature(temperature: float) -> None:

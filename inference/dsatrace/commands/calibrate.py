@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
 
 if TYPE_CHECKING:
@@ -82,8 +83,15 @@ def _table(fitted: Sequence[tuple[Preset, float]]) -> Table:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dsatrace calibrate", description="Fit this machine's stores.")
+    parser = CommandParser(
+        "calibrate",
+        "Measure this machine's KV stores, and fit what a read from each of them costs.",
+        examples="""
+        %(prog)s ram
+        %(prog)s ram mmap:/mnt/nvme/kv unix:///run/valkey.sock --out calibration.json
+        """,
+    )
     parser.add_argument("stores", nargs="+", metavar="STORE", help="ram, mmap:PATH, file:PATH, redis://...")
-    parser.add_argument("--repeats", type=int, default=9, help="batches of a kind (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=9, help="batches of a kind")
     parser.add_argument("--out", type=Path, help="write the presets to this file")
     return parser

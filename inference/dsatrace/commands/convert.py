@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsatrace.commands.arguments import add_ignore_config_key
+from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
 
 
@@ -20,6 +21,10 @@ from dsatrace.errors import UserError, exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Converts; returns the exit code. A terminated conversion cleans up like an interrupted one."""
     args = _parser().parse_args(argv)
+    if args.model_parallel < 1:
+        raise UserError(f"--model-parallel {args.model_parallel}: use at least 1")
+    if not args.hf_ckpt_path.is_dir():
+        raise UserError(f"--hf-ckpt-path {args.hf_ckpt_path}: no such folder; name the checkpoint's")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     from rich.console import Console
@@ -50,7 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="convert.py", description="Convert a Hugging Face checkpoint.")
+    parser = CommandParser(
+        "convert",
+        "Convert a Hugging Face checkpoint to one safetensors file per rank.",
+        script="convert.py",
+        examples="""
+        %(prog)s --hf-ckpt-path DeepSeek-V3.2 --save-path converted --n-experts 256 --model-parallel 8
+        %(prog)s --hf-ckpt-path data/models/needle-2k --save-path converted --model-parallel 1
+        """,
+    )
     parser.add_argument("--hf-ckpt-path", type=Path, required=True, help="folder of the safetensors files")
     parser.add_argument("--save-path", type=Path, required=True, help="folder to write into")
     parser.add_argument("--n-experts", type=int, help="routed experts per layer (default: the config's)")

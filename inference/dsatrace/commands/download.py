@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import exits_cleanly
 
 if TYPE_CHECKING:
@@ -49,10 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser(data_sets: Mapping[str, DataSet]) -> argparse.ArgumentParser:
     limited = [data_set for data_set in data_sets.values() if data_set.download_limit]
     limits = "".join(f"; of {data_set.name} {data_set.download_limit}" for data_set in limited)
-    parser = argparse.ArgumentParser(
-        prog="dsatrace download",
-        description="Fetch a data set from the hub, check it, and export it to data/NAME/. "
+    parser = CommandParser(
+        "download",
+        "Fetch a data set from the hub, check it, and export it to data/NAME/. "
         "Interrupted, it continues. HF_TOKEN or a cached login is used where it is needed.",
+        examples="""
+        %(prog)s longbenchv2 --limit 20
+        %(prog)s burstgpt --limit 2000 --out data/burstgpt
+        """,
     )
     parser.add_argument("name", choices=tuple(data_sets), help="the data set")
     parser.add_argument(

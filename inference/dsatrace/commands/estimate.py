@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsatrace.commands.arguments import add_ignore_config_key
+from dsatrace.commands.parser import CommandParser
+from dsatrace.commands.progress import size_text
 from dsatrace.errors import UserError, exits_cleanly
-from dsatrace.schema import LEVELS
-from dsatrace.trace.config import TraceConfig
+from dsatrace.flags import add_flags
+from dsatrace.schema import LEVELS, Level
+from dsatrace.trace.config import FLAGS, TraceConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dsatrace.trace.estimate import TraceLoad
+    from dsatrace.trace.estimate import Size, TraceLoad
 
 
 @exits_cleanly
@@ -28,23 +32,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     load = _load(args)
 
-    from rich.console import Console
+    from dsatrace.trace.estimate import estimate_sizes, records_per_second
 
-    from dsatrace.trace.estimate import records_per_second
-
-    console = Console(width=100)
-    levels = LEVELS if args.level is None else (args.level,)
-    console.print(_table(load, levels))
+    levels: Sequence[Level] = LEVELS if args.level is None else (args.level,)
+    sizes = {level: estimate_sizes(load, level) for level in levels}
     rate = records_per_second(load, levels[0])
     step_records = load.num_layers * min(load.batch_size, load.requests)
     queue_steps = args.trace_queue_steps
+    if args.json:
+        estimate = {
+            "num_records": load.num_records,
+            "sizes": [
+                {"level": level, **dataclasses.asdict(size)} for level in levels for size in sizes[level]
+            ],
+            "ring_bytes": load.ring_bytes(queue_steps),
+            "queue_bytes": queue_steps * load.queue_slot_bytes,
+            "measured_level": levels[0],
+            "measured_records_per_s": round(rate),
+            "records_per_step": step_records,
+        }
+        print(json.dumps(estimate, indent=1))
+        return 0
+
+    from rich.console import Console
+
+    console = Console(width=100)
+    console.print(_table(load, sizes))
     console.print(
         "Modelled: made-up selections through the real encoders, from clustered to uniform ones; "
         "requests.jsonl and summary.json are small beside this."
     )
     console.print(
-        f"Host memory: {_bytes(load.ring_bytes(queue_steps))} of ring, of which the queue's {queue_steps} "
-        f"waiting steps take {_bytes(queue_steps * load.queue_slot_bytes)}."
+        f"Host memory: {size_text(load.ring_bytes(queue_steps))} of ring, of which the queue's {queue_steps} "
+        f"waiting steps take {size_text(queue_steps * load.queue_slot_bytes)}."
     )
     console.print(
         f"Measured here, level {levels[0]}: {rate:,.0f} records/s from one writer thread, so tracing "
@@ -86,11 +106,8 @@ def _load(args: argparse.Namespace) -> TraceLoad:
     )
 
 
-def _table(load: TraceLoad, levels: Sequence[str]) -> Table:
+def _table(load: TraceLoad, sizes: Mapping[Level, Sequence[Size]]) -> Table:
     from rich.table import Table
-
-    from dsatrace.schema import check_level
-    from dsatrace.trace.estimate import estimate_sizes
 
     table = Table(
         title=f"Estimate: {load.num_records:,} records = {load.requests} requests x {load.num_steps} steps x "
@@ -99,47 +116,32 @@ def _table(load: TraceLoad, levels: Sequence[str]) -> Table:
     )
     for name in ("level", "format", "bytes a record", "total"):
         table.add_column(name, justify="right" if name in ("bytes a record", "total") else "left")
-    for level in levels:
-        check_level(level)
-        for size in estimate_sizes(load, level):  # type: ignore[arg-type]
+    for level, of_level in sizes.items():
+        for size in of_level:
             low, high = size.bytes_per_record
-            total = " - ".join(_bytes(n) for n in size.total_bytes)
+            total = " - ".join(size_text(n) for n in size.total_bytes)
             table.add_row(level, size.format, f"{low:,.0f} - {high:,.0f}", total)
     return table
 
 
-def _bytes(number: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number / 1e3:.1f} kB"
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dsatrace estimate", description="Say how large a trace will be, before one runs it."
+    parser = CommandParser(
+        "estimate",
+        "Say how large a trace will be, before one runs it.",
+        examples="""
+        %(prog)s --config inference/config_671B_v3.2.json --steps 1000 --batch 4 --context 32768
+        %(prog)s --config inference/config_tiny.json --steps 100 --batch 1 --level full --json
+        """,
     )
     add = parser.add_argument
     add("--config", type=Path, required=True, help="model config, such as config_671B_v3.2.json")
     add_ignore_config_key(add)
+    add("--json", action="store_true", help="print the numbers as JSON; sizes are in bytes")
     add("--steps", type=int, required=True, help="decode steps a request: generated tokens but the first")
     add("--batch", type=int, required=True, help="requests at a time")
-    add("--requests", type=int, help="requests in all (one batch)")
-    add("--context", type=int, help="tokens of a prompt (what the config's max_seq_len leaves)")
-    add("--trace-level", "--level", dest="level", choices=LEVELS, help="this one only (every level)")
-    add("--trace-store-scores", action="store_true", help="with every selected score, at level full")
-    default = {field.name: field.default for field in dataclasses.fields(TraceConfig)}
-    add(
-        "--trace-sample-rate",
-        type=float,
-        default=default["sample_rate"],
-        help="share of the steps (%(default)s)",
-    )
-    add("--kv-block-size", type=int, default=default["block_size"], help="tokens in a block (%(default)s)")
-    add(
-        "--trace-queue-steps",
-        type=int,
-        default=default["queue_steps"],
-        help="steps that may wait for the writer (%(default)s)",
-    )
+    add("--requests", type=int, help="requests in all (default: one batch)")
+    add("--context", type=int, help="tokens of a prompt (default: what the config's max_seq_len leaves)")
+    add("--trace-level", "--level", dest="level", choices=LEVELS, help="this one only (default: every level)")
+    of_trace = ("store_scores", "sample_rate", "block_size", "queue_steps")
+    add_flags(add, TraceConfig, {field: FLAGS[field] for field in of_trace})
     return parser

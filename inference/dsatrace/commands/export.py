@@ -5,23 +5,27 @@ dsatrace export outputs/mine --to parquet
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import exits_cleanly
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Exports, showing progress; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="dsatrace export",
-        description="Copy a run with its records in another format. Nothing is lost either way.",
+    parser = CommandParser(
+        "export",
+        "Copy a run with its records in another format. Nothing is lost either way.",
+        examples="""
+        %(prog)s outputs/mine --to parquet
+        %(prog)s outputs/mine_parquet --to jsonl --out outputs/mine_again
+        """,
     )
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--to", choices=("parquet", "jsonl"), required=True, help="format of the copy")
-    parser.add_argument("--out", type=Path, help="folder of the copy, new or empty (RUN_parquet, RUN_jsonl)")
+    parser.add_argument("--out", type=Path, help="new folder of the copy (default: RUN_parquet, RUN_jsonl)")
     args = parser.parse_args(argv)
 
     from rich.console import Console

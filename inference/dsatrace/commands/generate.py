@@ -19,6 +19,8 @@ from dsatrace.commands.arguments import (
     check_temperature,
     engine_setup_from_args,
 )
+from dsatrace.commands.parser import CommandParser
+from dsatrace.engine.ranks import is_rank_0
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.trace.config import add_trace_arguments, trace_config_from_args
 
@@ -28,34 +30,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serves the prompts; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
-
-    from dsatrace.commands.chat import chat as converse
-    from dsatrace.commands.serving import Serving, answer_prompts
-    from dsatrace.model.parallel import ParallelGroup
-    from dsatrace.runner.distributed import process_group
-    from dsatrace.runner.setup import load_model
-    from dsatrace.workloads.chat import PLAIN_TEXT, SAID_OF_PLAIN_TEXT, choose_chat
-    from dsatrace.workloads.tokenizer import check_vocabulary, load_tokenizer
-
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show
     setup = engine_setup_from_args(args)
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: use at least 1")
     check_temperature(args.temperature)
     prompts = [] if args.interactive else read_prompts(args.input_file)
+    # Rank 0 alone owns the run's folder; the others only compare digests.
+    trace = trace_config_from_args(args, "generate", setup.seed) if is_rank_0() else None
+
+    from dsatrace.commands.chat import chat as converse
+    from dsatrace.commands.serving import Serving, answer_prompts, load_model_shown
+    from dsatrace.runner.distributed import process_group
+    from dsatrace.workloads.chat import PLAIN_TEXT, SAID_OF_PLAIN_TEXT, choose_chat
+    from dsatrace.workloads.tokenizer import check_vocabulary, load_tokenizer
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show
     tokenizer = load_tokenizer(args.tokenizer or args.ckpt_path)
     chat = choose_chat(tokenizer, args.ckpt_path, template=args.chat_template, thinking=args.thinking)
     check_vocabulary(tokenizer, setup.model_args().vocab_size)
     with process_group(setup.device) as device:
-        # Rank 0 alone owns the run's folder; the others only compare digests.
-        is_writer = ParallelGroup.current().rank == 0
-        if is_writer and chat.form.name == PLAIN_TEXT:
+        if is_rank_0() and chat.form.name == PLAIN_TEXT:
             print(SAID_OF_PLAIN_TEXT, file=sys.stderr)
-        trace = trace_config_from_args(args, "generate", setup.seed) if is_writer else None
         serving = Serving(
             setup=setup,
-            model=load_model(setup, device),
+            model=load_model_shown(setup, device),
             device=device,
             chat=chat,
             max_new_tokens=args.max_new_tokens,
@@ -88,9 +87,15 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="generate.py",
-        description="Generate, and trace what DSA reads.",
+    parser = CommandParser(
+        "generate",
+        "Answer prompts, and trace what DeepSeek Sparse Attention reads.",
+        script="generate.py",
+        examples="""
+        %(prog)s --ckpt-path converted --input-file prompts.txt --trace-enable
+        %(prog)s --ckpt-path converted --interactive --trace-out outputs/chat
+        torchrun --nproc-per-node 8 generate.py --ckpt-path converted --interactive
+        """,
         allow_abbrev=False,  # the manifest hides the values of some flags, which it knows by name
     )
     add_engine_arguments(parser)
@@ -98,11 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--input-file", type=Path, help="prompts, separated by blank lines")
     source.add_argument("--interactive", action="store_true", help="chat; /clear forgets, /exit ends")
-    group.add_argument("--max-new-tokens", type=int, default=200, help="a prompt (%(default)s)")
-    group.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (%(default)s)")
+    group.add_argument("--max-new-tokens", type=int, default=200, help="new tokens per answer")
+    group.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
     group.add_argument("--thinking", action="store_true", help="let the model think before it answers")
     group.add_argument("--system-prompt", default="", help="text before the first turn")
-    group.add_argument("--tokenizer", type=Path, help="tokenizer.json or its folder (--ckpt-path)")
+    group.add_argument("--tokenizer", type=Path, help="tokenizer.json or its folder (default: --ckpt-path)")
     add_chat_template_argument(group)
     group.add_argument("--save-text", action="store_true", help="keep the answers' text in requests.jsonl")
     add_trace_arguments(parser)

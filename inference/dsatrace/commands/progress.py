@@ -1,4 +1,4 @@
-"""Progress over the bytes of files, a count of records or of requests.
+"""Progress over the bytes of files, weights, a count of records or of requests.
 
 Needs the standard library only. Without rich or off a terminal, bytes and records show
 nothing, and requests a line now and then, since a run of them may take days under nohup.
@@ -89,6 +89,40 @@ class _LinesOfRequests:
         if time.monotonic() >= self._said + self.INTERVAL_S:
             self._said = time.monotonic()
             print(f"{self._done}{self._of} requests, {self._status()}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def weights_bar(shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function to be told (bytes done, bytes in all) while weights load.
+
+    A bar on a terminal, one line elsewhere, nothing unless `shown`.
+    """
+    if not (shown and _is_watched()):
+        said = not shown
+
+        def say_once(_done: int, total: int) -> None:
+            nonlocal said
+            if not said:
+                print(f"loading {size_text(total)} of weights ...", file=sys.stderr, flush=True)
+                said = True
+
+        yield say_once
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading weights", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes for people: `671.0 MB`."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes / 1e3:.1f} kB"
 
 
 def _is_watched() -> bool:

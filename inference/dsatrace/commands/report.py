@@ -5,19 +5,26 @@ dsatrace report outputs/generate_20260101_120000
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import exits_cleanly
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the tables and draws the picture; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="dsatrace report", description="Show what a traced run found.")
+    parser = CommandParser(
+        "report",
+        "Show what a traced run found.",
+        examples="""
+        %(prog)s outputs/generate_20260101_120000
+        %(prog)s outputs/mine --layer 2
+        """,
+    )
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--layer", type=int, default=None, help="layer of the heat map (the last)")
+    parser.add_argument("--layer", type=int, default=None, help="layer of the heat map (default: the last)")
     parser.add_argument("--no-figure", action="store_true", help="tables only")
     args = parser.parse_args(argv)
 

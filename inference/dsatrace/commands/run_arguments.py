@@ -11,14 +11,18 @@ import argparse
 from pathlib import Path
 
 from dsatrace.commands.arguments import (
+    add_bad_rows_argument,
     add_chat_template_argument,
     add_engine_arguments,
     check_temperature,
+    engine_setup_from_args,
     refuse_tiers,
 )
 from dsatrace.commands.workload_run import Opener
+from dsatrace.engine.ranks import is_rank_0
 from dsatrace.errors import UserError
 from dsatrace.runner.rank0 import from_rank_0
+from dsatrace.trace.config import trace_config_from_args
 from dsatrace.trace.resumable import resumed_argv
 from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.data_set import DataSet, Source, attribute_of
@@ -35,14 +39,14 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--runner",
         choices=("model", "simulator"),
         default="model",
-        help="the simulator replays recorded answers through the same scheduler (default: %(default)s)",
+        help="the simulator replays recorded answers through the same scheduler",
     )
     add("--resume", type=Path, metavar="RUN", help="go on with an incomplete run, its own flags first")
-    add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
     add(
         "--tokenizer",
         metavar="NAME|PATH",
-        help="hub name, tokenizer.json or its folder (default: the checkpoint's)",
+        help="hub name, file or folder (default: the checkpoint's)",
     )
     add("--save-text", action="store_true", help="keep the answers' text in requests.jsonl")
 
@@ -58,13 +62,8 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """Where rows come from when no file is named, and what happens to bad ones."""
     add = parser.add_argument_group("source").add_argument
     add("--no-hub", action="store_true", help="do not ask the hub when data/<name>/ is empty")
-    add("--revision", help="of the hub's data set (default: the pinned one)")
-    add(
-        "--bad-rows",
-        choices=("fail", "skip"),
-        default="fail",
-        help="(default: %(default)s)",
-    )
+    add("--revision", help="of the hub's data set (default: pinned)")
+    add_bad_rows_argument(add)
 
 
 def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -82,6 +81,9 @@ def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpars
         raise UserError("--ckpt-path is missing: name a converted checkpoint, or use --runner simulator")
     if args.runner == "simulator":
         refuse_tiers(args)
+    engine_setup_from_args(args)  # a bad value is refused here, before torch is imported
+    if run.resume is None and is_rank_0():
+        trace_config_from_args(args, "run", always=True)
     return args, argv
 
 

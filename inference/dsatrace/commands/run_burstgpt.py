@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.run_arguments import (
     add_run_arguments,
     add_source_arguments,
@@ -29,9 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="run_burstgpt.py",
-        description="Serve BurstGPT's arrivals, and trace what DSA reads.",
+    parser = CommandParser(
+        "run burstgpt",
+        "Serve BurstGPT's arrivals, and trace what DSA reads.",
+        script="run_burstgpt.py",
+        examples="""
+        %(prog)s --ckpt-path converted --burstgpt-csv BurstGPT_1.csv --limit 100
+        %(prog)s --ckpt-path converted --limit 100 --serving continuous --clock real
+        %(prog)s --runner simulator --burstgpt-generate --limit 1000
+        """,
         allow_abbrev=False,  # the manifest hides the values of some flags, which it knows by name
     )
     add_run_arguments(parser)
@@ -42,14 +49,13 @@ def _parser() -> argparse.ArgumentParser:
         "--serving",
         choices=("fifo-batch", "continuous"),
         default="fifo-batch",
-        help="take a new batch when the last has ended, or a request as a place is free "
-        "(default: %(default)s)",
+        help="take a new batch when the last has ended, or a request as a place is free",
     )
     add(
         "--clock",
         choices=("virtual", "real"),
         default="virtual",
-        help="skip the gaps, or sleep through them (default: %(default)s)",
+        help="skip the gaps, or sleep through them",
     )
     add_source_arguments(parser)
     BURSTGPT.add_flags(parser)

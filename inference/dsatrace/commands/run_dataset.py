@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.run_arguments import (
     add_chat_arguments,
     add_run_arguments,
@@ -51,15 +52,26 @@ def _refuse_flags_of_others(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="run_dataset.py",
-        description="Run a data set through the model, and trace what DSA reads.",
+    parser = CommandParser(
+        "run DATASET",
+        "Run a data set through the model, and trace what DSA reads.",
+        script="run_dataset.py",
+        examples="""
+        dsatrace run ruler --ckpt-path converted --limit 10
+        dsatrace run sharegpt --ckpt-path converted --limit 64 --sharegpt-turn-mode per_user_turn
+        python3 run_dataset.py --ckpt-path converted --dataset longbenchv2 --limit 20
+        """,
         allow_abbrev=False,  # the manifest hides the values of some flags, which it knows by name
     )
     add_run_arguments(parser)
     add_chat_arguments(parser)
     add = parser.add_argument_group("data set").add_argument
-    add("--dataset", choices=tuple(_served()), required=True)
+    add(
+        "--dataset",
+        choices=tuple(_served()),
+        required=True,
+        help="the data set; `dsatrace run` names it itself",
+    )
     add("--split", help="each data set has one; for RULER train and validation both mean it")
     add("--limit", type=int, help="requests; for RULER, of each task and length (default: all)")
     add("--max-new-tokens", type=int, help="tokens per answer (default: 128; for RULER the task's own)")

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.verify import verify_run
 from dsatrace.errors import exits_cleanly
 from dsatrace.kv.layout import CacheLayout
@@ -35,10 +36,7 @@ LAYOUT = CacheLayout("demo", latent_bytes_per_token=1152, index_bytes_per_token=
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trace-out", metavar="DIR", help="folder of the run, new or empty")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     out = Path(args.trace_out).absolute() if args.trace_out else default_run_folder("sanity_no_torch")
     check_run_folder(out)
     config = TraceConfig(out=out, seed=args.seed)
@@ -149,3 +147,18 @@ def _request_line(name: str) -> dict[str, Any]:
 
 def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(encode(record) + "\n" for record in records), encoding="utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        "sanity",
+        "Write and verify a small run of made-up selections, with nothing installed.",
+        script="sanity_trace_no_torch.py",
+        examples="""
+        %(prog)s
+        %(prog)s --trace-out outputs/sanity --seed 1
+        """,
+    )
+    parser.add_argument("--trace-out", metavar="DIR", help="folder of the run, new or empty")
+    parser.add_argument("--seed", type=int, default=0, help="of the selections")
+    return parser

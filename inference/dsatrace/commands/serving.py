@@ -14,11 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dsatrace.commands.interrupt import on_interrupt
+from dsatrace.commands.progress import weights_bar
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.live import LiveRequest
+from dsatrace.engine.ranks import is_rank_0
 from dsatrace.model.transformer import Transformer
 from dsatrace.runner.config import EngineSetup
-from dsatrace.runner.setup import open_engine
+from dsatrace.runner.setup import load_model, open_engine
 from dsatrace.trace.config import TraceConfig
 from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.encoding import Message
@@ -73,6 +75,12 @@ class Serving:
             num_requests=num_requests,
             answer_text=self.text if self.save_text else None,
         )
+
+
+def load_model_shown(setup: EngineSetup, device: torch.device) -> Transformer:
+    """`load_model`, with a word on stderr while the weights load: rank 0's."""
+    with weights_bar(is_rank_0()) as progress:
+        return load_model(setup, device, progress)
 
 
 def answer_prompts(serving: Serving, prompts: Sequence[str], source: Path) -> int:

@@ -5,21 +5,25 @@ dsatrace summarize outputs/a outputs/b --out both.json
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the summary without its histograms, or writes the whole of it to a file."""
-    parser = argparse.ArgumentParser(
-        prog="dsatrace summarize",
-        description="Recompute summary.json from runs' records; several runs are merged into one.",
+    parser = CommandParser(
+        "summarize",
+        "Recompute summary.json from runs' records; several runs are merged into one.",
+        examples="""
+        %(prog)s outputs/killed
+        %(prog)s outputs/a outputs/b --out both.json
+        """,
     )
     parser.add_argument("run", type=Path, nargs="+", help="folder of a run; works on killed runs too")
     parser.add_argument("--out", type=Path, help="file for the whole summary, histograms included")

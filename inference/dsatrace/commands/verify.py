@@ -5,11 +5,11 @@ dsatrace verify outputs/generate_20260101_120000
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.progress import bytes_bar
 from dsatrace.errors import exits_cleanly
 from dsatrace.schema import STEPS_FILE
@@ -20,9 +20,13 @@ from dsatrace.verify.run import verify
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """0: everything holds. 1: the first bad record is named on stderr. 2: no run."""
-    parser = argparse.ArgumentParser(
-        prog="dsatrace verify",
-        description="Re-derive every record of a run from its positions, with a second implementation.",
+    parser = CommandParser(
+        "verify",
+        "Re-derive every record of a run from its positions, with a second implementation.",
+        examples="""
+        %(prog)s outputs/generate_20260101_120000
+        %(prog)s outputs/mine && echo sound
+        """,
     )
     parser.add_argument("run", type=Path, help="folder of the run")
     args = parser.parse_args(argv)

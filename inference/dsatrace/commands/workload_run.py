@@ -92,8 +92,9 @@ class _Run:
     @contextlib.contextmanager
     def on_model(self) -> Iterator[tuple[Engine, Opened, frozenset[str]]]:
         """Engine, workload and the requests that are done, in the process group of all ranks."""
+        from dsatrace.commands.serving import load_model_shown
         from dsatrace.runner.distributed import process_group
-        from dsatrace.runner.setup import load_model, open_engine
+        from dsatrace.runner.setup import open_engine
 
         setup = engine_setup_from_args(self.args)
         check_vocabulary(self.chat.tokenizer, setup.model_args().vocab_size)
@@ -101,7 +102,7 @@ class _Run:
             opened, resumed, seam = self._begin()
             trace = self._trace_config(resumed) if is_rank_0() else None
             with open_engine(
-                load_model(setup, device),
+                load_model_shown(setup, device),
                 setup,
                 device,
                 None,

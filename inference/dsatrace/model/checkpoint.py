@@ -81,8 +81,8 @@ def _find(folder: Path, rank: int, world_size: int) -> Path:
             f"{folder}: holds {held[0]}, not {file.stem}; run with {ranks} ranks or convert again"
         )
     if any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder}: holds no {file.name}; convert the checkpoint first with convert.py")
-    raise CheckpointError(f"{folder}: holds no {file.name}; give the folder convert.py wrote")
+        raise CheckpointError(f"{folder}: holds no {file.name}; convert it first with dsatrace convert")
+    raise CheckpointError(f"{folder}: holds no {file.name}; give the folder that dsatrace convert wrote")
 
 
 def _left_unquantised(stored: dict[str, StoredTensor], targets: dict[str, torch.Tensor]) -> list[str]:

@@ -28,7 +28,6 @@ PrefetchKind = Literal["none", "previous-step", "previous-layer"]
 Numerics = Literal["released", "plain"]
 """The released model's roundings (fp8 indexer keys, Hadamard, fp8 latents), or none of them."""
 
-NUMERICS: tuple[Numerics, ...] = ("released", "plain")
 GRANULARITIES: tuple[Granularity, ...] = ("block", "row")
 PREFETCH_KINDS: tuple[PrefetchKind, ...] = ("none", "previous-step", "previous-layer")
 ON_TIER_ERROR: tuple[OnTierError, ...] = ("recompute", "fail")

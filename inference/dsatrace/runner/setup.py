@@ -31,7 +31,7 @@ from dsatrace.errors import UserError
 from dsatrace.kv.blocks import blocks_needed
 from dsatrace.kv.layout import CacheLayout, named_layouts
 from dsatrace.model.cache import KVCache
-from dsatrace.model.checkpoint import load_checkpoint
+from dsatrace.model.checkpoint import Progress, load_checkpoint
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.kernels import get_kernels
 from dsatrace.model.parallel import ParallelGroup
@@ -51,7 +51,7 @@ from dsatrace.trace.tracer import Tracer
 __all__ = ["EngineSetup", "load_model", "open_engine"]
 
 
-def load_model(setup: EngineSetup, device: torch.device) -> Transformer:
+def load_model(setup: EngineSetup, device: torch.device, progress: Progress | None = None) -> Transformer:
     """This rank's shard of the model on `device`, loaded and checked; its tiers are tried before."""
     assert setup.ckpt_path is not None, "a model needs a checkpoint"
     args = setup.model_args()
@@ -62,7 +62,7 @@ def load_model(setup: EngineSetup, device: torch.device) -> Transformer:
         kernels = get_kernels(setup.kernel_backend, device)
         with torch.device("meta"):
             model = Transformer(args, kernels, group)
-        load_checkpoint(model, setup.ckpt_path, group.rank, group.size, device=device)
+        load_checkpoint(model, setup.ckpt_path, group.rank, group.size, progress, device)
     return model.eval()
 
 

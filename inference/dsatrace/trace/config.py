@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, overload
 
 from dsatrace.errors import UserError
+from dsatrace.flags import Flag, add_flags, values_of
 from dsatrace.schema import LEVELS, Level
 
 PREFILL_CHOICES = ("off", "last")
@@ -92,6 +93,26 @@ class TraceConfig:
         return self.store_scores or self.keep_order
 
 
+FLAGS = {
+    "block_size": Flag("tokens in a block", ("--kv-block-size",)),
+    "level": Flag("what a record holds", ("--trace-level",)),
+    "sample_rate": Flag("share of the steps", ("--trace-sample-rate",)),
+    "store_scores": Flag("record every selected score", ("--trace-store-scores",)),
+    "keep_order": Flag("positions by score instead of ascending", ("--trace-keep-order",)),
+    "prefix_key_tokens": Flag("tokens hashed into a prefix's key", ("--trace-prefix-key-tokens",)),
+    "sync_cuda": Flag("do not synchronise the device once a step", ("--trace-no-sync-cuda",), negated=True),
+    "prefill": Flag("record the prompt's last position too", ("--trace-prefill",)),
+    "queue_policy": Flag(
+        "when the writer falls behind: wait for it, or drop the step and count it", ("--trace-queue-policy",)
+    ),
+    "queue_steps": Flag("steps that may wait for the writer", ("--trace-queue-steps",)),
+    "on_error": Flag(
+        "when the trace cannot be written: end the run, or go on without", ("--trace-on-error",)
+    ),
+}
+"""The fields of `TraceConfig` that have a flag of a value."""
+
+
 def is_sampled(step_number: int, rate: float, seed: int) -> bool:
     """Whether a step of the run is recorded: the same answer for the same seed, in any order."""
     if rate >= 1:
@@ -109,56 +130,14 @@ def add_trace_arguments(parser: argparse.ArgumentParser, always: bool = False) -
 
     With `always` a run has a folder whatever the flags say, and `--no-trace` records no step in it.
     """
-    default = {field.name: field.default for field in dataclasses.fields(TraceConfig)}
-    group = parser.add_argument_group("trace")
-    add = group.add_argument
+    add = parser.add_argument_group("trace").add_argument
     if always:
         add("--no-trace", action="store_true", help="record no step: requests and summary only")
         add("--trace-out", metavar="DIR", help="folder of the run, new or empty")
     else:
         add("--trace-enable", action="store_true", help="record what the indexer selects")
         add("--trace-out", metavar="DIR", help="folder of the run, new or empty; implies --trace-enable")
-    add("--kv-block-size", type=int, default=default["block_size"], help="tokens in a block (%(default)s)")
-    add("--trace-level", choices=LEVELS, default=default["level"], help="what a record holds (%(default)s)")
-    add(
-        "--trace-sample-rate",
-        type=float,
-        default=default["sample_rate"],
-        help="share of the steps (%(default)s)",
-    )
-    add("--trace-store-scores", action="store_true", help="record every selected score")
-    add("--trace-keep-order", action="store_true", help="positions by score instead of ascending")
-    add(
-        "--trace-prefix-key-tokens",
-        type=int,
-        default=default["prefix_key_tokens"],
-        help="tokens hashed into a prefix's key (%(default)s)",
-    )
-    add("--trace-no-sync-cuda", action="store_true", help="do not synchronise the device once a step")
-    add(
-        "--trace-prefill",
-        choices=PREFILL_CHOICES,
-        default=default["prefill"],
-        help="record the prompt's last position too (%(default)s)",
-    )
-    add(
-        "--trace-queue-policy",
-        choices=QUEUE_POLICIES,
-        default=default["queue_policy"],
-        help="when the writer falls behind: wait for it, or drop the step and count it (%(default)s)",
-    )
-    add(
-        "--trace-queue-steps",
-        type=int,
-        default=default["queue_steps"],
-        help="steps that may wait for the writer (%(default)s)",
-    )
-    add(
-        "--trace-on-error",
-        choices=ON_ERROR_CHOICES,
-        default=default["on_error"],
-        help="when the trace cannot be written: end the run, or go on without (%(default)s)",
-    )
+    add_flags(add, TraceConfig, FLAGS)
 
 
 @overload
@@ -186,21 +165,10 @@ def trace_config_from_args(
         raise UserError(f"--trace-sample-rate {args.trace_sample_rate}: use a share above 0, at most 1")
     out = Path(args.trace_out).absolute() if args.trace_out else default_run_folder(name)
     check_run_folder(out)
-    return TraceConfig(
-        out=out,
-        block_size=args.kv_block_size,
-        level=args.trace_level,
-        sample_rate=0.0 if always and args.no_trace else args.trace_sample_rate,
-        store_scores=args.trace_store_scores,
-        keep_order=args.trace_keep_order,
-        prefix_key_tokens=args.trace_prefix_key_tokens,
-        sync_cuda=not args.trace_no_sync_cuda,
-        prefill=args.trace_prefill,
-        queue_policy=args.trace_queue_policy,
-        queue_steps=args.trace_queue_steps,
-        on_error=args.trace_on_error,
-        seed=seed,
-    )
+    values = values_of(args, FLAGS)
+    if always and args.no_trace:
+        values["sample_rate"] = 0.0
+    return TraceConfig(out, seed=seed, **values)
 
 
 def default_run_folder(name: str) -> Path:

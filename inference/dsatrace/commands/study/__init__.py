@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dsatrace.commands.dispatch import dispatch
+from dsatrace.commands.dispatch import Verb, dispatch
 
 VERBS = {
-    "prepare": ("dsatrace.commands.study.prepare", "conversations to single-turn and multi-turn traces"),
-    "run": ("dsatrace.commands.study.run", "replay one trace: sharing, hits, reuse gaps, per turn"),
-    "compare": ("dsatrace.commands.study.compare", "single-turn against multi-turn, same conversations"),
-    "explain": ("dsatrace.commands.study.explain", "one trace under every definition of a hit rate"),
-    "sweep": ("dsatrace.commands.study.sweep", "block sizes x capacities x policies x workloads"),
-    "mixed": ("dsatrace.commands.study.mixed", "several workloads in one cache, policy by policy"),
+    "prepare": Verb("dsatrace.commands.study.prepare", "conversations to single-turn and multi-turn traces"),
+    "run": Verb("dsatrace.commands.study.run", "replay one trace: sharing, hits, reuse gaps, per turn"),
+    "compare": Verb("dsatrace.commands.study.compare", "single-turn against multi-turn, same conversations"),
+    "explain": Verb("dsatrace.commands.study.explain", "one trace under every definition of a hit rate"),
+    "sweep": Verb("dsatrace.commands.study.sweep", "block sizes x capacities x policies x workloads"),
+    "mixed": Verb("dsatrace.commands.study.mixed", "several workloads in one cache, policy by policy"),
 }
 
 

@@ -73,7 +73,12 @@ def draw_compared(folder: OutputFolder, replayed: Mapping[str, Replayed], compar
 
 def _parser() -> argparse.ArgumentParser:
     parser = options.new_parser(
-        "compare", "Compare single-turn and multi-turn traces of the same conversations."
+        "compare",
+        "Compare single-turn and multi-turn traces of the same conversations.",
+        """
+        %(prog)s --data-path chats.json --tokenizer converted --num-blocks 1024
+        %(prog)s --workload chat_multi --match-requests
+        """,
     )
     options.add_client_arguments(parser, min_turns=2)
     options.add_cache_arguments(parser)

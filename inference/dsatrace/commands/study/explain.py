@@ -44,7 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = options.new_parser("explain", "Show one trace under every definition of a hit rate.")
+    parser = options.new_parser(
+        "explain",
+        "Show one trace under every definition of a hit rate.",
+        """
+        %(prog)s --trace-file trace.jsonl --num-blocks 1000
+        %(prog)s --data-path chats.json --tokenizer converted
+        """,
+    )
     options.add_client_arguments(parser)
     options.add_cache_arguments(parser)
     options.add_output_arguments(parser, "the definitions", pictures=False)
@@ -52,6 +59,6 @@ def _parser() -> argparse.ArgumentParser:
         "--mode",
         choices=(SINGLE_TURN, MULTI_TURN),
         default=MULTI_TURN,
-        help="which trace of the conversations (%(default)s); a trace file is taken whole",
+        help="which trace of the conversations; a trace file is taken whole",
     )
     return parser

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.study import sweep_arguments as shared
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.study.mixed import (
@@ -166,14 +167,23 @@ def _print(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dsatrace study mixed",
-        description="Hit rates of several workloads that share one cache, under every policy.",
+    parser = CommandParser(
+        "study mixed",
+        "Hit rates of several workloads that share one cache, under every policy.",
+        examples="""
+        %(prog)s --output-dir outputs/mixed
+        %(prog)s --pattern qa qa chat_multi chat_single summarization --output-dir outputs/rounds
+        """,
     )
     add = parser.add_argument_group("the mix").add_argument
-    add("--block-size", type=int, help=f"tokens ({BLOCK_SIZE}, or the trace's own)")
-    add("--num-blocks", type=int, default=CAPACITY_BLOCKS, help="of the cache (%(default)s)")
-    add("--pattern", nargs="+", metavar="NAME", help="round of workloads, each at least once (by arrival)")
+    add("--block-size", type=int, help=f"tokens (default: {BLOCK_SIZE}, or the trace's own)")
+    add("--num-blocks", type=int, default=CAPACITY_BLOCKS, help="of the cache")
+    add(
+        "--pattern",
+        nargs="+",
+        metavar="NAME",
+        help="round of workloads, each once at least (default: arrival)",
+    )
     add(
         "--policies", nargs="+", metavar="NAME", help=f"OPT runs always ({' '.join(default_policies(False))})"
     )
@@ -188,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
         "--warm-up",
         type=float,
         default=WARM_UP_SHARE,
-        help="share of the requests to profile on instead (%(default)s)",
+        help="share of the requests to profile on instead",
     )
     shared.add_shared_arguments(parser, ("leaf", "flat"))
     return parser

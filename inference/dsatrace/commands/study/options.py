@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsatrace.commands.arguments import add_bad_rows_argument
+from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.progress import records_counter
 from dsatrace.errors import UserError
 from dsatrace.study.output_folder import OutputFolder, check_output, open_study
@@ -31,8 +33,8 @@ ALL = "all"
 CONSOLE_WIDTH = 120
 
 
-def new_parser(verb: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"dsatrace study {verb}", description=description, allow_abbrev=False)
+def new_parser(verb: str, description: str, examples: str) -> argparse.ArgumentParser:
+    return CommandParser(f"study {verb}", description, examples=examples, allow_abbrev=False)
 
 
 def add_client_arguments(parser: argparse.ArgumentParser, *, min_turns: int = 1) -> None:
@@ -46,45 +48,45 @@ def add_client_arguments(parser: argparse.ArgumentParser, *, min_turns: int = 1)
     add(
         "--max-conversations",
         type=_count_or_all,
-        help=f"conversations to read, or {ALL} ({default['max_conversations']}; of a trace file {ALL})",
+        help=f"conversations, or {ALL} (default: {default['max_conversations']}; of a trace file {ALL})",
     )
     add("--max-tokens", type=int, help="drop conversations with a longer request, answer included")
-    add("--min-turns", type=int, default=min_turns, help="drop those with fewer turns (%(default)s)")
+    add("--min-turns", type=int, default=min_turns, help="drop those with fewer turns")
     add(
         "--match-requests",
         action="store_true",
         default=None,
         help="as many single-turn requests as multi-turn",
     )
-    add("--order", choices=("arrival", "conversation"), default=default["order"], help="(%(default)s)")
-    add("--arrival-rate", type=float, help=f"conversations a second ({default['arrival_rate']:g})")
+    add("--order", choices=("arrival", "conversation"), default=default["order"], help="of the requests")
+    add("--arrival-rate", type=float, help=f"conversations a second (default: {default['arrival_rate']:g})")
     add("--fixed-arrivals", action="store_true", default=None, help="equal gaps instead of Poisson arrivals")
-    add("--turn-delay", type=float, help=f"seconds from turn to turn ({default['turn_delay']:g})")
-    add("--seed", type=int, help=f"of arrivals and generators ({default['seed']})")
-    add("--tokenizer", "--model", type=Path, help="tokenizer.json or its folder (a token a word)")
-    add("--bad-rows", choices=("fail", "skip"), default="fail", help="(%(default)s)")
+    add("--turn-delay", type=float, help=f"seconds from turn to turn (default: {default['turn_delay']:g})")
+    add("--seed", type=int, help=f"of arrivals and generators (default: {default['seed']})")
+    add("--tokenizer", "--model", type=Path, help="tokenizer.json or its folder (default: a token a word)")
+    add_bad_rows_argument(add)
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     """The cache; defaults are those of `StudySettings`."""
     default = {field.name: field.default for field in dataclasses.fields(StudySettings)}
     add = parser.add_argument_group("cache").add_argument
-    add("--block-size", type=int, default=default["block_size"], help="tokens (%(default)s)")
-    add("--num-blocks", type=int, help="usable blocks: vLLM's number less one (never full)")
-    add("--concurrency", type=int, default=default["concurrency"], help="live requests (%(default)s)")
+    add("--block-size", type=int, default=default["block_size"], help="tokens")
+    add("--num-blocks", type=int, help="usable blocks: vLLM's number less one (default: never full)")
+    add("--concurrency", type=int, default=default["concurrency"], help="live requests")
     add("--no-prefix-caching", action="store_true", help="share nothing")
     add("--free-order", choices=("new", "old"), default=default["free_order"],
-        help="partial blocks first, as vLLM does since PR 42656, or by release (%(default)s)")  # fmt: skip
+        help="partial blocks first, as vLLM does since PR 42656, or by release")  # fmt: skip
     add("--schedule", choices=("in_order", "continuous"), default=default["schedule"],
-        help="one request after the other, or steps with preemption (%(default)s)")  # fmt: skip
-    add("--chunk-tokens", type=int, default=default["chunk_tokens"], help="prefill chunk (%(default)s)")
+        help="one request after the other, or steps with preemption")  # fmt: skip
+    add("--chunk-tokens", type=int, default=default["chunk_tokens"], help="prefill chunk")
     add("--no-decode", action="store_true", help="requests end with their prompt: answers are not cached")
-    add("--host-blocks", type=int, help="a host pool of so many blocks takes what is evicted (none)")
+    add("--host-blocks", type=int, help="a host pool of so many blocks takes what is evicted (default: none)")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, file_help: str, *, pictures: bool = True) -> None:
     add = parser.add_argument_group("output").add_argument
-    add("--output-dir", type=Path, help="a new or empty folder (outputs/study_<verb>_<time>)")
+    add("--output-dir", type=Path, help="a new or empty folder (default: outputs/study_<verb>_<time>)")
     add("--output-file", help=f"name of {file_help}, inside the folder")
     if pictures:
         add("--skip-visualization", action="store_true", help="no pictures")

@@ -58,10 +58,19 @@ def _write(folder: OutputFolder, client: Client, mode: str, args: argparse.Names
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = options.new_parser("prepare", "Make request traces of conversations.")
+    parser = options.new_parser(
+        "prepare",
+        "Make request traces of conversations.",
+        """
+        %(prog)s --data-path chats.json --tokenizer converted --output-dir outputs/traces
+        %(prog)s --workload qa --max-conversations 100
+        """,
+    )
     options.add_client_arguments(parser)
     options.add_output_arguments(parser, "the trace, with --mode", pictures=False)
-    parser.add_argument("--mode", choices=(BOTH, SINGLE_TURN, MULTI_TURN), default=BOTH, help="(%(default)s)")
+    parser.add_argument(
+        "--mode", choices=(BOTH, SINGLE_TURN, MULTI_TURN), default=BOTH, help="traces to make"
+    )
     parser.add_argument(
         "--hash-ids", choices=("mooncake", "bailian"), help="write block ids too: what can be published"
     )

@@ -98,7 +98,14 @@ def _drawn(workloads: Sequence[str]) -> Iterable[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = options.new_parser("run", "Replay one trace through one prefix cache.")
+    parser = options.new_parser(
+        "run",
+        "Replay one trace through one prefix cache.",
+        """
+        %(prog)s --trace-file conversation_trace.jsonl --block-size 512 --num-blocks 1000
+        %(prog)s --data-path chats.json --tokenizer converted --output-dir outputs/chats
+        """,
+    )
     options.add_client_arguments(parser)
     options.add_cache_arguments(parser)
     options.add_output_arguments(parser, "the statistics")
@@ -107,13 +114,13 @@ def _parser() -> argparse.ArgumentParser:
         "--mode",
         choices=(SINGLE_TURN, MULTI_TURN),
         default=MULTI_TURN,
-        help="which trace of the conversations (%(default)s); a trace file is taken whole",
+        help="which trace of the conversations; a trace file is taken whole",
     )
     add(
         "--runner",
         choices=("replay", "engine"),
         default="replay",
-        help="engine: through the engine's scheduler and the token simulator as well (%(default)s)",
+        help="engine: through the engine's scheduler and the token simulator as well",
     )
     add(
         "--write-accesses", action="store_true", help="write requests.jsonl and accesses.jsonl for the sweeps"

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.study import sweep_arguments as shared
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.study.output_folder import OutputFolder, check_output, file_labels, open_study
@@ -157,9 +158,13 @@ def _print(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dsatrace study sweep",
-        description="Hit rates by block size, capacity and policy; each workload has the cache for itself.",
+    parser = CommandParser(
+        "study sweep",
+        "Hit rates by block size, capacity and policy; each workload has the cache for itself.",
+        examples="""
+        %(prog)s --workloads qa chat_multi --output-dir outputs/sweep
+        %(prog)s --trace-file conversation_trace.jsonl --capacities 1000 5000 --output-dir outputs/conv
+        """,
     )
     add = parser.add_argument_group("the sweep").add_argument
     add("--block-sizes", type=int, nargs="+", metavar="TOKENS", help=f"({' '.join(map(str, BLOCK_SIZES))})")
@@ -170,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=CAPACITIES,
         metavar="BLOCKS",
-        help="(64 128 256 512)",
+        help="blocks (default: 64 128 256 512)",
     )
     add(
         "--policies",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from dsatrace.commands.arguments import add_bad_rows_argument
 from dsatrace.errors import UserError
 from dsatrace.study.output_folder import file_digest
 from dsatrace.study.requests import Order
@@ -29,8 +30,14 @@ def add_shared_arguments(parser: argparse.ArgumentParser, forms: Sequence[str]) 
     """Source, filters, cache and output; defaults come from the dataclasses."""
     default = {field.name: field.default for field in dataclasses.fields(SeededOptions)}
     add = parser.add_argument_group("what is replayed").add_argument
-    add("--workloads", nargs="+", choices=WORKLOADS, metavar="NAME", help=f"of {', '.join(WORKLOADS)} (all)")
-    add("--data-path", type=Path, help="ShareGPT conversations for the chat workloads (made up ones)")
+    add(
+        "--workloads",
+        nargs="+",
+        choices=WORKLOADS,
+        metavar="NAME",
+        help=f"{', '.join(WORKLOADS)} (default: all)",
+    )
+    add("--data-path", type=Path, help="ShareGPT conversations for the chat workloads (default: made up)")
     add(
         "--trace-file",
         type=Path,
@@ -40,22 +47,22 @@ def add_shared_arguments(parser: argparse.ArgumentParser, forms: Sequence[str]) 
         "--num-requests",
         type=int,
         default=default["num_requests"],
-        help="requests a seeded workload, conversations of chat_multi (%(default)s)",
+        help="requests a seeded workload, conversations of chat_multi",
     )
-    add("--max-conversations", type=int, default=1000, help="read from --data-path (%(default)s)")
+    add("--max-conversations", type=int, default=1000, help="read from --data-path")
     add("--max-tokens", type=int, help="drop conversations with a request of more, answer included")
-    add("--min-turns", type=int, default=1, help="drop conversations of fewer turns (%(default)s)")
+    add("--min-turns", type=int, default=1, help="drop conversations of fewer turns")
     add(
         "--arrival-rate",
         type=float,
         default=default["arrival_rate"],
-        help="conversations a second: of each workload alone, of all in a mix (%(default)s)",
+        help="conversations a second: of each workload alone, of all in a mix",
     )
-    add("--turn-delay", type=float, default=default["turn_delay"], help="seconds between turns (%(default)s)")
-    add("--order", choices=get_args(Order), default="arrival", help="of the replay (%(default)s)")
-    add("--seed", type=int, default=default["seed"], help="(%(default)s)")
-    add("--tokenizer", "--model", type=Path, help="tokenizer.json or its folder (a token a word)")
-    add("--bad-rows", choices=("fail", "skip"), default="fail", help="(%(default)s)")
+    add("--turn-delay", type=float, default=default["turn_delay"], help="seconds between turns")
+    add("--order", choices=get_args(Order), default="arrival", help="of the replay")
+    add("--seed", type=int, default=default["seed"], help="of arrivals and generators")
+    add("--tokenizer", "--model", type=Path, help="tokenizer.json or its folder (default: a token a word)")
+    add_bad_rows_argument(add)
     add = parser.add_argument_group("the cache").add_argument
     add(
         "--forms",
@@ -65,17 +72,15 @@ def add_shared_arguments(parser: argparse.ArgumentParser, forms: Sequence[str]) 
         metavar="FORM",
         help=f"leaf: evict no block that a cached one follows; flat: any ({' '.join(forms)})",
     )
-    add(
-        "--concurrency", type=int, default=1, help="requests in flight, which hold their blocks (%(default)s)"
-    )
+    add("--concurrency", type=int, default=1, help="requests in flight, which hold their blocks")
     add(
         "--oversize",
         choices=("reject", "truncate"),
         default="reject",
-        help="prompts longer than the cache (%(default)s)",
+        help="prompts longer than the cache",
     )
     add = parser.add_argument_group("running and output").add_argument
-    add("--workers", type=int, help="processes (as many as pay, at most one a core)")
+    add("--workers", type=int, help="processes (default: as many as pay, at most one a core)")
     add("--output-dir", type=Path, required=True, help="new or empty folder")
     add("--skip-visualization", action="store_true", help="no pictures")
 

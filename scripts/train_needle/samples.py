@@ -14,8 +14,6 @@ import random
 import re
 from collections.abc import Callable, Iterator
 
-from dsatrace.training import drills
-from dsatrace.training.drills import Sample
 from dsatrace.workloads.needle import needle_prompt
 from dsatrace.workloads.ruler import texts
 from dsatrace.workloads.ruler.essay import ESSAY
@@ -23,6 +21,8 @@ from dsatrace.workloads.ruler.example import Haystack, Task
 from dsatrace.workloads.ruler.plans import Plan, Prompt, niah_plan, vt_plan
 from dsatrace.workloads.ruler.words import word_pairs
 from dsatrace.workloads.tokenizer import ASSISTANT, BOS, END_THINK, EOS, USER, Tokenizer
+from train_needle import drills
+from train_needle.drills import Sample
 
 _NEEDLE = re.compile(r"One of the special magic numbers for (\S+) is: (\d+)\.")
 _SENTENCES = re.split(r"(?<=[.!?])\s+", " ".join(ESSAY.split()))

@@ -13,5 +13,5 @@
 
 Knows neither the engine nor the tracer.
 
-    Trainer(TINY, Recipe.tiny(), word_tokenizer(), Path("run")).run()    # scripts/train_tiny.py --out run
+    Trainer(TINY, Recipe.tiny(), word_tokenizer(), Path("run")).run()    # train_tiny.py --out run
 """

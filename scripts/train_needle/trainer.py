@@ -20,13 +20,13 @@ import torch
 
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.transformer import Transformer
-from dsatrace.training.batches import Batch, make_batch
-from dsatrace.training.forward import Attention, forward
-from dsatrace.training.losses import answer_loss, index_loss
-from dsatrace.training.recipe import Phase, Recipe
-from dsatrace.training.state import STATE, load_state, save_state
-from dsatrace.training.weights import new_model
 from dsatrace.workloads.tokenizer import Tokenizer
+from train_needle.batches import Batch, make_batch
+from train_needle.forward import Attention, forward
+from train_needle.losses import answer_loss, index_loss
+from train_needle.recipe import Phase, Recipe
+from train_needle.state import STATE, load_state, save_state
+from train_needle.weights import new_model
 
 LOG_STEPS = 20
 SAVE_S = 60.0

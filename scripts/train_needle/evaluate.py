@@ -20,11 +20,11 @@ import torch
 
 from dsatrace.model.batch import Batch, Span
 from dsatrace.model.transformer import Transformer
-from dsatrace.training.forward import Sequences, forward
 from dsatrace.workloads.encoding import Message, encode_chat
 from dsatrace.workloads.ruler.example import Example, score
 from dsatrace.workloads.ruler.generator import generate
 from dsatrace.workloads.tokenizer import Tokenizer
+from train_needle.forward import Sequences, forward
 
 HELD_OUT_SEED = 900_000
 """Evaluation draws from this seed on; training's draws are named otherwise (`batches.TRAINING`)."""

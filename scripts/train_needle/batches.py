@@ -13,11 +13,11 @@ import random
 
 import torch
 
-from dsatrace.training.drills import Sample
-from dsatrace.training.forward import Sequences
-from dsatrace.training.recipe import Phase
-from dsatrace.training.samples import SAMPLERS
 from dsatrace.workloads.tokenizer import PAD, Tokenizer
+from train_needle.drills import Sample
+from train_needle.forward import Sequences
+from train_needle.recipe import Phase
+from train_needle.samples import SAMPLERS
 
 TRAINING = "train"
 """How the names of all training draws begin."""

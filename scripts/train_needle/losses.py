@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dsatrace.training.forward import Attention, index_parts, take_rows, visible
+from train_needle.forward import Attention, index_parts, take_rows, visible
 
 
 def answer_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
