@@ -259,7 +259,8 @@ def test_an_entry_in_the_table_is_all_that_a_data_set_needs(
     assert main(["--dataset", "talks", "--talks-json", str(sample_file("sharegpt")), *run]) == 0
     assert "talks: file sharegpt_sample.json sha256:" in capsys.readouterr().out
     assert len(lines(tmp_path / "run", "requests.jsonl")) == 2
-    assert main(["--dataset", "ruler", "--talks-rows", "3", *run]) == 2
+    again = ["--runner", "simulator", "--trace-out", str(tmp_path / "again")]
+    assert main(["--dataset", "ruler", "--talks-rows", "3", *again]) == 2
     assert "--talks-rows belongs to --dataset talks, not ruler" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--help"])
