@@ -31,7 +31,7 @@ from dsatrace.trace.request_facts import RequestFacts, TracedRequest, request_li
 from dsatrace.trace.resumable import check_resumable
 from dsatrace.trace.resume import Resumed
 from dsatrace.trace.sinks import Sink, open_sinks
-from dsatrace.trace.summary import TracingCost
+from dsatrace.trace.summary import Sections, TracingCost
 from dsatrace.trace.writer import TraceWriter, cannot_write
 
 _TIERS_FIELD = tuple(field for field in SUMMARY_FIELDS if field.name == "tiers")
@@ -75,9 +75,10 @@ class Tracer:
         # Compiles what the writer runs, if this machine has not yet: before the run, not in its first step.
         deriver = RecordDeriver(config, run.layouts[0], tiers_of(run), True, run.shared_layers)
         cost = TracingCost()
-        sinks = self._open_folder(cost, sinks)
+        sections: Sections = {}
+        sinks = self._open_folder(cost, sections, sinks)
         self._writer = TraceWriter(
-            deriver, sinks, config.queue_steps, cost, config.queue_policy, config.on_error
+            deriver, sinks, config.queue_steps, cost, config.queue_policy, config.on_error, sections
         )
 
     def wants(self, step_number: int) -> bool:
@@ -229,7 +230,9 @@ class Tracer:
         line = request_line(request, facts, has_prefix_cache=has_prefix_cache, has_tiers=has_tiers)
         self._writer.finish_request(line)
 
-    def _open_folder(self, cost: TracingCost, sinks: Sequence[Sink] | None = None) -> Sequence[Sink]:
+    def _open_folder(
+        self, cost: TracingCost, sections: Sections, sinks: Sequence[Sink] | None = None
+    ) -> Sequence[Sink]:
         """Makes the run's folder and its files, or goes on with them; the manifest first."""
         folder, resumed = self.config.out, self._resumed
         if resumed is None:
@@ -245,9 +248,15 @@ class Tracer:
                 resumed.cut()
             if sinks is not None:
                 return sinks
-            offloaded = self._run.tiers is not None
             return open_sinks(
-                folder, self.config, self._run.selections, cost, self._run.serving, resumed, offloaded
+                folder,
+                self.config,
+                self._run.selections,
+                cost,
+                sections,
+                self._run.serving,
+                resumed,
+                offloaded=self._run.tiers is not None,
             )
         except OSError as error:
             remedy = (
