@@ -223,7 +223,7 @@ class TracedSteps:
         self.handover_ms: list[float] = []
 
     def step(self, forward: Callable[[], None]) -> float:
-        """Runs one step; milliseconds of wall time, hand-over included."""
+        """Runs one step; milliseconds of wall time, with the hand-over, which here includes the hooks."""
         began = time.perf_counter()
         rows = [ForwardRow(f"r{b}", b, self.seq_len, self.num_steps) for b in range(self.batch)]
         with self.recorder.recording("decode", rows, self.batch, self.batch):
