@@ -20,6 +20,7 @@ from dsatrace.trace.config import TraceConfig, is_sampled
 from dsatrace.trace.manifest import RunInfo, TierSetup, manifest, write_json
 from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.sinks import Sink, open_sinks
+from dsatrace.trace.summary import Sections
 from dsatrace.trace.tracer import tiers_of
 from tier_samples import SimulatedTiers
 from trace_samples import sample_capture, with_shared_layers
@@ -70,8 +71,11 @@ def write_golden(
     )
     folder.mkdir(parents=True)
     write_json(folder / MANIFEST_FILE, manifest(info, config, "running", key_id="00000000"))
-    sinks = open_sinks(folder, config, info.selections, serving=serving, offloaded=tiers is not None)
-    _serve(sinks, config, info, requests, num_layers)
+    sections: Sections = {}
+    sinks = open_sinks(
+        folder, config, info.selections, sections=sections, serving=serving, offloaded=tiers is not None
+    )
+    _serve(sinks, sections, config, info, requests, num_layers)
     for sink in sinks:
         sink.close(state)
     write_json(folder / MANIFEST_FILE, manifest(info, config, state, key_id="00000000"))
@@ -80,6 +84,7 @@ def write_golden(
 
 def _serve(
     sinks: Sequence[Sink],
+    sections: Sections,
     config: TraceConfig,
     info: RunInfo,
     requests: Sequence[GoldenRequest],
@@ -123,8 +128,7 @@ def _serve(
                     sink.write_request(line | ({"num_recomputes": _recomputes(request)} if tiers else {}))
     if tiers is not None:
         ended = [request for request in requests if request.num_output_tokens > 1]
-        for sink in sinks:
-            sink.write_said("tiers", tiers.described(sum(map(_recomputes, ended))))
+        sections["tiers"] = tiers.described(sum(map(_recomputes, ended)))
 
 
 def _recomputes(request: GoldenRequest) -> int:

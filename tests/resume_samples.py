@@ -18,6 +18,7 @@ from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.reader import RunReader
+from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.tracer import Tracer
@@ -116,10 +117,12 @@ class Server:
     def finish(self, request: SampleRequest) -> None:
         self.tracer.finish_request(
             request,
-            num_output_tokens=OUTPUTS[request.request_id],
-            state="length",
-            first_token_s=self.now_s,
-            finish_s=self.now_s,
+            RequestFacts(
+                num_output_tokens=OUTPUTS[request.request_id],
+                state="length",
+                first_token_s=self.now_s,
+                finish_s=self.now_s,
+            ),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,11 @@ import pytest
 from conftest import INFERENCE
 from dsatrace import cli
 from dsatrace.commands.generate import main as generate
-from dsatrace.runner.model_runner import ModelRunner
-from dsatrace.runner.sampler import Sampler
 from dsatrace.schema import LEVELS, Level
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.estimate import TraceLoad, draw_sample, estimate_sizes
 from dsatrace.trace.export import export_run
+from dsatrace.trace.observe import ForwardRecorder, hooked
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.synthetic import KINDS, Kind, SyntheticSelections
 
@@ -85,17 +85,15 @@ def test_levels_and_contexts_are_in_order() -> None:
     assert bytes_a_record(30_000, "full") > bytes_a_record(1_000, "full") > bytes_a_record(100, "full")
 
 
-def test_the_ring_is_the_runners(tmp_path: Path) -> None:
-    """Counted from the ring a runner makes: every buffer of every slot."""
+def test_the_ring_is_the_recorders(tmp_path: Path) -> None:
+    """Counted from the ring a recorder makes: every buffer of every slot."""
     for scores in (False, True):
         load = TraceLoad(
             num_layers=3, top_k=16, context=50, num_steps=5, batch_size=4, num_requests=9, store_scores=scores
         )
         config = TraceConfig(out=tmp_path, store_scores=scores, queue_steps=5)
-        model: Any = SimpleNamespace(args=SimpleNamespace(n_layers=3, index_topk=16))
         tracer: Any = SimpleNamespace(config=config)
-        runner = ModelRunner(model, None, Sampler(), tracer=tracer, max_batch_size=4)  # type: ignore[arg-type]
-        ring = runner.ring
+        ring = ForwardRecorder(partial(hooked, []), num_layers=3, max_rows=4, top_k=16, tracer=tracer).ring
         assert ring is not None
         slots = [ring._free.get() for _ in range(ring._free.qsize())]
         buffers = [b for slot in slots for b in (slot.positions, slot.stats, slot.scores) if b is not None]

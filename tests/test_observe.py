@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
 
+from dsatrace.kv.layout import CacheLayout
 from dsatrace.model.selection import Selection, select_topk
-from dsatrace.trace.observe import SelectionRing
+from dsatrace.trace.config import TraceConfig
+from dsatrace.trace.manifest import RunInfo
+from dsatrace.trace.observe import ForwardRecorder, ForwardRow, OnSelect, SelectionRing
+from dsatrace.trace.tracer import Tracer
+from dsatrace.workloads.request import Request
 
 LAYERS, TOP_K = 3, 8
 
@@ -72,3 +83,50 @@ def test_a_full_ring_waits_or_says_so() -> None:
     assert ring.record(1, wait=False) is None
     first.release()
     assert ring.record(1, wait=False) is not None
+
+
+class Foreign(NamedTuple):
+    """A selection of some other model, which has one rank and knows nothing of ranks."""
+
+    positions: torch.Tensor
+    scores: torch.Tensor
+    margin: torch.Tensor
+
+
+def test_any_model_can_be_recorded(tmp_path: Path) -> None:
+    """Two requests and three rows a forward; a forward that fails leaves no record, and its room is free."""
+    listening: list[OnSelect] = []
+
+    @contextlib.contextmanager
+    def hook(*callbacks: OnSelect) -> Iterator[None]:
+        listening.extend(callbacks)
+        try:
+            yield
+        finally:
+            listening.clear()
+
+    run = RunInfo(model_config={"n_layers": LAYERS}, layouts=(CacheLayout("other", 64, 20),), device="cpu")
+    rows = [ForwardRow("r0", row=0, seq_len=31, step_idx=0), ForwardRow("r1", row=2, seq_len=33, step_idx=4)]
+    made = selections(3, first_pos=30)
+    with Tracer(TraceConfig(out=tmp_path / "run", queue_steps=1), run, secret=bytes(32)) as tracer:
+        recorder = ForwardRecorder(hook, LAYERS, max_rows=2, top_k=TOP_K, tracer=tracer)
+        for row in rows:
+            tracer.add_request(Request(row.request_id, (1, 2, 3), 9))
+        for _ in range(4):  # more often than there is room for
+            with pytest.raises(ZeroDivisionError), recorder.recording("decode", rows, 3, batch_size=2):
+                raise ZeroDivisionError
+        with recorder.recording("prefill", rows, num_rows=3, batch_size=2):
+            assert not listening, "prefill is off"
+        with recorder.recording("decode", rows, num_rows=3, batch_size=2):
+            for layer, selection in enumerate(made):
+                for on_select in listening:
+                    on_select(layer, Foreign(*selection[:3]))
+    lines = (tmp_path / "run" / "trace_steps.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [(record["request_id"], record["layer_id"]) for record in records] == [
+        (row.request_id, layer) for row in rows for layer in range(LAYERS)
+    ]
+    for record, (row, selection) in zip(records, ((row, one) for row in rows for one in made), strict=True):
+        assert record["selected_token_pos"] == sorted(selection.positions[row.row].tolist())
+        assert (record["step_idx"], record["seq_len_current"]) == (row.step_idx, row.seq_len)
+        assert record["forward_idx"] == 1

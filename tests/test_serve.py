@@ -15,6 +15,7 @@ from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.ranks import Word
 from dsatrace.engine.simulator import StepTime, open_simulator
 from dsatrace.errors import UserError
+from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.workloads.request import Request
 
 END = 0
@@ -140,7 +141,7 @@ def test_nothing_is_pulled_before_it_is_needed():
         def skip_request(self, request: Request) -> None:
             log.append(f"skip {request.request_id}")
 
-        def finish_request(self, request: Request, **facts: Any) -> None:
+        def finish_request(self, request: Request, facts: RequestFacts) -> None:
             log.append(f"finish {request.request_id}")
 
     with simulator(batch_size=1) as engine:
@@ -231,8 +232,9 @@ def test_the_judge_and_the_tracer_hear_how_each_request_ended():
         def add_request(self, request: Request) -> None:
             lines[request.request_id] = {}
 
-        def finish_request(self, request: Request, **facts: Any) -> None:
-            lines[request.request_id] = facts
+        def finish_request(self, request: Request, facts: RequestFacts) -> None:
+            names = (field.name for field in dataclasses.fields(RequestFacts))
+            lines[request.request_id] = {name: getattr(facts, name) for name in names}
 
     arrivals = [request("a", 0.0, 3), request("long", 0.0, 10, prompt_len=500), request("b", 0.5, 3)]
     with simulator(batch_size=1, max_seq_len=100, judge=lambda live: live.num_answered / 4) as engine:

@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from dsatrace.trace.kernels import compile_kernels
+from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.tracer import Tracer
 from trace_samples import RUN, SECRET, SampleRequest, config_for, sample_capture
 
@@ -35,7 +36,7 @@ with Tracer(config, RUN, secret=SECRET) as tracer:
     for i in range(1_000_000):
         tracer.add_request(request := SampleRequest(f"r{i}", [i] * 40))
         tracer.put(sample_capture(rng, [400, 600], step_idx=i, k=64))
-        tracer.finish_request(request, num_output_tokens=1, state="stop")
+        tracer.finish_request(request, RequestFacts(num_output_tokens=1, state="stop"))
 """
 
 

@@ -15,6 +15,7 @@ import pytest
 from dsatrace.errors import UserError
 from dsatrace.trace import files
 from dsatrace.trace.reader import RunReader
+from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.tracer import Tracer
 from trace_samples import RUN, SECRET, SampleRequest, config_for, sample_capture
 
@@ -52,7 +53,7 @@ def write_a_run(folder: Path, **changes: Any) -> None:
         for i in range(NUM_STEPS):
             tracer.put(sample_capture(rng, [40 + i, 60 + i], step_idx=i))
         for request in requests:
-            tracer.finish_request(request, num_output_tokens=NUM_STEPS, state="stop")
+            tracer.finish_request(request, RequestFacts(num_output_tokens=NUM_STEPS, state="stop"))
 
 
 def check_what_is_left(folder: Path, all_steps_put: bool) -> None:

@@ -20,6 +20,7 @@ from dsatrace.errors import UserError
 from dsatrace.runner.model_runner import ModelRunner
 from dsatrace.runner.sampler import Sampler
 from dsatrace.trace.reader import RunReader
+from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.sinks import open_sinks
 from dsatrace.trace.tracer import Tracer
 from dsatrace.workloads.request import Request
@@ -151,7 +152,9 @@ def test_drop_never_waits_and_counts(tmp_path: Path) -> None:
             while i == 0 and tracer._writer._queue.qsize():
                 gate.wait(0.01)
         assert released == [3, 4, 5, 6, 7, 8]
-        tracer.finish_request(request, num_output_tokens=9, state="stop")  # a line is never dropped
+        tracer.finish_request(
+            request, RequestFacts(num_output_tokens=9, state="stop")
+        )  # a line is never dropped
         gate.set()
     run = RunReader(tmp_path)
     assert run.state == "complete"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dsatrace.schema import REQUESTS_FILE, SUMMARY_FIELDS, SUMMARY_FILE, Field, problems
 from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.reader import RunReader
+from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.request_totals import RequestTotals
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.tracer import Tracer
@@ -164,15 +165,14 @@ def serve_without_steps(folder: Path, **changes: Any) -> None:
             assert not tracer.add_request(request).hit
             assert not tracer.wants(i)
         tracer.finish_request(
-            request, num_output_tokens=0, state="rejected", error="needs 9 blocks, the pool has 8"
+            request,
+            RequestFacts(num_output_tokens=0, state="rejected", error="needs 9 blocks, the pool has 8"),
         )
         tracer.finish_request(
             SampleRequest("r0", [7] * 40),
-            num_output_tokens=300,
-            state="stop",
-            admitted_s=0.5,
-            first_token_s=1.0,
-            finish_s=2.5,
+            RequestFacts(
+                num_output_tokens=300, state="stop", admitted_s=0.5, first_token_s=1.0, finish_s=2.5
+            ),
         )
         tracer.describe_workload({"name": "demo", "counts": {"rows": 3}})
 

@@ -21,6 +21,7 @@ from dsatrace.schema import LEVELS, MANIFEST_FIELDS, STEPS_FILE, SUMMARY_FIELDS,
 from dsatrace.trace.manifest import PoolSetup, RunInfo, TierSetup
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.records import RecordDeriver, StepLines
+from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.resumable import check_resumable
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.summary import Summary
@@ -181,9 +182,10 @@ def test_the_tracer_writes_what_it_is_told(tmp_path: Path) -> None:
         capture = dataclasses.replace(capture, phase="prefill", prefixes=tracer.prefixes(("r0",)))
         tracer.put(engine.fetched(capture))
         tracer.finish_request(
-            requests[0], num_output_tokens=1, state="failed", error="remote_pool", num_recomputes=2
+            requests[0],
+            RequestFacts(num_output_tokens=1, state="failed", error="remote_pool", num_recomputes=2),
         )
-        tracer.finish_request(requests[1], num_output_tokens=0, state="aborted")
+        tracer.finish_request(requests[1], RequestFacts(num_output_tokens=0, state="aborted"))
         told = engine.described(num_recomputes=2) | {"failed_requests": 1}
         with pytest.raises(ValueError, match=r"not of the schema: tiers.lost_units: 1.5 is not int"):
             tracer.describe_tiers(told | {"lost_units": 1.5})
@@ -207,7 +209,7 @@ def test_tiers_are_not_described_where_there_are_none(tmp_path: Path) -> None:
         tracer.add_request(request)
         with pytest.raises(ValueError, match="no tiers to describe"):
             tracer.describe_tiers({})
-        tracer.finish_request(request, num_output_tokens=0, state="aborted", num_recomputes=0)
+        tracer.finish_request(request, RequestFacts(num_output_tokens=0, state="aborted", num_recomputes=0))
     run = RunReader(tmp_path)
     assert "num_recomputes" not in next(run.requests())
     assert (run.manifest["tiers"], run.summary()["tiers"]) == (None, None)

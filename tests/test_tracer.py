@@ -20,6 +20,7 @@ from dsatrace.schema import TABLES, problems
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.manifest import redact_argv
 from dsatrace.trace.reader import RunReader
+from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.tracer import Tracer
 from dsatrace.trace.writer import TraceWriterError
 from trace_samples import RUN, SECRET, SampleRequest, config_for, plain_records, sample_capture
@@ -51,7 +52,9 @@ def test_a_whole_run(tmp_path: Path) -> None:
         steps = captures(3, prefixes=(first, second))
         for capture in steps:
             tracer.put(capture, handover_us=10.0, sync_us=5.0)
-        tracer.finish_request(request(0), num_output_tokens=4, state="stop", first_token_s=0.1, finish_s=0.5)
+        tracer.finish_request(
+            request(0), RequestFacts(num_output_tokens=4, state="stop", first_token_s=0.1, finish_s=0.5)
+        )
 
     run = RunReader(folder)
     assert run.state == "complete"
@@ -107,7 +110,7 @@ def test_the_tracer_knows_each_requests_answer(tmp_path: Path) -> None:
         first, second = captures(2, prefixes=prefixes)
         first.positions[:, 0] = [7, 9, 11, 13, 15, 17, 19, 21]
         tracer.put(first)
-        tracer.finish_request(asked, num_output_tokens=2, state="stop", score=100.0)
+        tracer.finish_request(asked, RequestFacts(num_output_tokens=2, state="stop", score=100.0))
         tracer.put(dataclasses.replace(second, request_ids=("r1",), **one_row(second)))
     run = RunReader(tmp_path)
     needles = [record.get("needle") for record in run.steps()]

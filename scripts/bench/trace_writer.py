@@ -13,6 +13,7 @@ counts: absolute times move with the machine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ from dsatrace.schema import LEVELS
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.manifest import RunInfo
-from dsatrace.trace.observe import Recording, SelectionRing, Slot, hooked
+from dsatrace.trace.observe import ForwardRecorder, ForwardRow, Hook, OnSelect, Slot, hooked
 from dsatrace.trace.parquet.file import write_parquet
 from dsatrace.trace.records import RecordDeriver, StepLines
 from dsatrace.trace.summary import Summary
@@ -252,44 +254,23 @@ def bench_bytes(folder: Path) -> Iterator[dict[str, Any]]:
 class TracedSteps:
     """Steps that are traced as the runner traces them, with the real writer behind."""
 
-    def __init__(self, folder: Path, batch: int, seq_len: int) -> None:
+    def __init__(self, folder: Path, hook: Hook, batch: int, seq_len: int) -> None:
         run = RunInfo(model_config={}, layouts=(LAYOUT,), device="cpu", selections="synthetic")
         self.tracer = Tracer(TraceConfig(out=folder), run, secret=SECRET)
-        num_slots = self.tracer.config.queue_steps + 2
-        self.ring = SelectionRing(NUM_LAYERS, batch, TOP_K, num_slots=num_slots)
+        self.recorder = ForwardRecorder(hook, NUM_LAYERS, batch, TOP_K, tracer=self.tracer)
         self.batch, self.seq_len, self.num_steps = batch, seq_len, 0
         for b in range(batch):
             self.tracer.add_request(_Request(f"r{b}"))
         self.handover_ms: list[float] = []
 
-    def step(self, forward: Callable[[Recording | None], None]) -> float:
-        """Runs one step; milliseconds of wall time, hand-over included."""
+    def step(self, forward: Callable[[], None]) -> float:
+        """Runs one step; milliseconds of wall time, with the hand-over, which here includes the hooks."""
         began = time.perf_counter()
-        recording = self.ring.record(self.batch)
-        assert recording is not None
-        started = time.perf_counter()
-        forward(recording)
-        ended = time.perf_counter()
-        recording.finish()
-        positions, stats, _ = recording.arrays()
-        request_ids = tuple(f"r{b}" for b in range(self.batch))
-        capture = StepCapture(
-            phase="decode",
-            request_ids=request_ids,
-            step_idx=(self.num_steps,) * self.batch,
-            seq_len=np.full(self.batch, self.seq_len, dtype=np.int32),
-            batch_size=self.batch,
-            positions=positions,
-            score_stats=stats,
-            scores=None,
-            prefixes=self.tracer.prefixes(request_ids),
-            forward_idx=self.num_steps,
-            step_wall_us=(ended - started) * 1e6,
-            step_synced=True,
-            wait=recording.wait,
-            release=recording.release,
-        )
-        self.tracer.put(capture)
+        rows = [ForwardRow(f"r{b}", b, self.seq_len, self.num_steps) for b in range(self.batch)]
+        with self.recorder.recording("decode", rows, self.batch, self.batch):
+            started = time.perf_counter()
+            forward()
+            ended = time.perf_counter()
         self.num_steps += 1
         now = time.perf_counter()
         self.handover_ms.append((started - began + now - ended) * 1e3)
@@ -309,15 +290,23 @@ class _Request:
 def bench_waiting_step(batch: int, context: int, turns: int, folder: Path) -> dict[str, Any]:
     """A step that sleeps, as a thread does that waits for a GPU; then its layers report."""
     selections = [_as_tensors(batch, context, step) for step in range(4)]
-    traced = TracedSteps(folder, batch, context)
     reporting_ms: list[float] = []
+    listening: list[OnSelect] = []
 
-    def forward(recording: Recording | None) -> None:
+    @contextlib.contextmanager
+    def hook(*callbacks: OnSelect) -> Iterator[None]:
+        listening.extend(callbacks)
+        yield
+        listening.clear()
+
+    traced = TracedSteps(folder, hook, batch, context)
+
+    def forward() -> None:
         time.sleep(STEP_S)
-        if recording is not None:
+        for on_select in listening:
             start = time.perf_counter()
             for layer, selection in enumerate(selections[traced.num_steps % len(selections)]):
-                recording.on_select(layer, selection)
+                on_select(layer, selection)
             reporting_ms.append((time.perf_counter() - start) * 1e3)
 
     with traced.tracer:
@@ -359,14 +348,10 @@ def bench_eager_step(turns: int, folder: Path) -> dict[str, Any]:
     for rows in (*cache.latent, *cache.index_k):  # as if a prompt had been read
         rows.normal_(generator=generator)
     batch = Batch.build([Span(range(cache.num_blocks), EAGER_CONTEXT - 1, [1])], cache.block_size)
-    traced = TracedSteps(folder, 1, EAGER_CONTEXT)
+    traced = TracedSteps(folder, partial(hooked, model.indexers), 1, EAGER_CONTEXT)
 
-    def forward(recording: Recording | None) -> None:
-        if recording is None:
-            model(batch, cache)
-            return
-        with hooked(model.indexers, recording.on_select):
-            model(batch, cache)
+    def forward() -> None:
+        model(batch, cache)
 
     with traced.tracer:
         on, off = _in_turns(traced, forward, turns)
@@ -386,7 +371,7 @@ def _as_tensors(batch: int, context: int, step: int) -> list[Selection]:
 
 
 def _in_turns(
-    traced: TracedSteps, forward: Callable[[Recording | None], None], turns: int
+    traced: TracedSteps, forward: Callable[[], None], turns: int
 ) -> tuple[list[float], list[float]]:
     """Wall milliseconds of steps with and without tracing."""
     on: list[float] = []
@@ -398,7 +383,7 @@ def _in_turns(
         time.sleep(0.1)  # the writer empties its queue: not on the other's time
         for _ in range(TURN):
             start = time.perf_counter()
-            forward(None)
+            forward()
             off.append((time.perf_counter() - start) * 1e3)
     return on, off
 

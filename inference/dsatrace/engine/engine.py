@@ -208,24 +208,10 @@ class Engine:
         self.runner.forget(live.request_id)
         if self.judge is not None and live.state in ("stop", "length"):
             live.score = self.judge(live)
-        if self.tracer is None:
-            return
-        self.tracer.finish_request(
-            live.request,
-            num_output_tokens=live.num_answered,
-            admitted_s=live.admitted_s,
-            first_token_s=live.first_token_s,
-            finish_s=live.finish_s,
-            num_preemptions=live.num_preemptions,
-            num_recomputes=live.num_recomputes,
-            prefix_hit_tokens=live.prefix_hit_tokens,
-            num_prefill_tokens=live.num_prefill_tokens,
-            prefill_s=live.prefill_s,
-            state=live.state,
-            error=live.error,
-            score=live.score,
-            text=self.answer_text(live) if self.answer_text else None,
-        )
+        if self.tracer is not None:
+            live.num_output_tokens = live.num_answered
+            live.text = self.answer_text(live) if self.answer_text else None
+            self.tracer.finish_request(live.request, live)
 
 
 BATCHES_AHEAD = 2

@@ -1,7 +1,8 @@
 """A request while it is being served: its tokens so far, its blocks, its times.
 
-Knows no model and no pool. The scheduler is the only one that changes it, but for its score
-and the time of its prefill, which the engine adds.
+Knows no model and no pool. The scheduler is the only one that changes it, but for the time of
+its prefill and, when it has ended, its score and what its line in the trace says of its answer,
+which the engine adds.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from typing import Literal
 
 from dsatrace.kv.block_keys import KeyChain
 from dsatrace.kv.prefix_pool import HeldBlocks
+from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.workloads.request import Request
 
 State = Literal["waiting", "running", "stop", "length", "aborted", "rejected", "failed"]
 
 
 @dataclasses.dataclass(eq=False)
-class LiveRequest:
-    """`num_computed` tokens have their KV in the cache; `tokens` holds prompt and answer.
+class LiveRequest(RequestFacts):
+    """The facts of a request as they come about, and what it takes to serve it.
 
-    Times are seconds from the run's start; None: it has not come to that.
+    `num_computed` tokens have their KV in the cache; `tokens` holds prompt and answer.
     """
 
     request: Request
@@ -29,21 +31,11 @@ class LiveRequest:
     key_chain: KeyChain | None = None  # of `tokens`, where prefixes are cached
     num_promised_blocks: int = 0  # for its table, before it has one
     num_computed: int = 0
-    state: State = "waiting"
+    state: State = dataclasses.field(default="waiting", kw_only=True)
     num_decode_steps: int = 0  # what is computed again counts once
-    num_preemptions: int = 0
-    num_recomputes: int = 0  # times it is computed again because a tier lost its KV
-    recomputes_in_vain: int = 0  # of those, since its last token
-    prefix_hit_tokens: int | None = None  # found cached when its prefill first began
+    recomputes_in_vain: int = 0  # of `num_recomputes`, since its last token
     resumed_tokens: int = 0  # looked up when it was computed again: prompt and answer so far
     resumed_hit_tokens: int = 0  # found cached of those
-    num_prefill_tokens: int = 0  # computed in chunks, again after a preemption or a loss
-    prefill_s: float = 0.0  # what those chunks took
-    admitted_s: float | None = None  # for the first time
-    first_token_s: float | None = None
-    finish_s: float | None = None
-    error: str | None = None  # why it was rejected or failed, in a line without its text
-    score: float | None = None  # the task's, where there is a judge
     prompt_len: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:

@@ -136,9 +136,16 @@ def open_engine(
             )
             tracer = stack.enter_context(Tracer(trace, run, resumed=resumed))
         sampler = Sampler(setup.seed)
-        runner = ModelRunner(model, cache, sampler, device, tracer, batch_size, first_forward_idx)
-        if traced:
-            runner.compare_ranks()
+        runner = ModelRunner(
+            model,
+            cache,
+            sampler,
+            device,
+            tracer,
+            batch_size,
+            first_forward_idx,
+            compare_ranks=traced and model.setup.group.size > 1,
+        )
         pool = new_pool(num_blocks, block_size, setup.prefix_caching)
         pool.blocks.on_void = offloaded.void if offloaded else None
         scheduler = Scheduler(
@@ -166,8 +173,8 @@ def open_engine(
             if tracer is not None:
                 tracer.tell_tiers = partial(_told_of_tiers, runner.tier_totals, scheduler)
         yield engine
-        if runner.digest is not None:
-            runner.digest.compare()
+        if runner.recorder is not None:
+            runner.recorder.close()
 
 
 def num_cache_blocks(

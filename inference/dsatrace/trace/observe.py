@@ -1,34 +1,38 @@
-"""The tensor side of the tracer: catches every layer's selection, copies once a step.
+"""The tensor side of the tracer: catches what every layer selects, and records a forward at a time.
 
 Each layer's tensors are kept until the forward is over, then gathered into one slot of a
 ring: on CUDA through a device buffer that is copied to a pinned slot in one go, on a CPU
-by the writer's thread. Knows nothing of requests or files; the only file of `trace` that
-imports torch.
+by the writer's thread. Knows the rows of a forward and their requests' ids; no scheduler,
+no cache and no file. The only file of `trace` that imports torch.
 
-    ring = SelectionRing(num_layers=61, max_rows=8, topk=2048)
-    recording = ring.record(num_rows=2)
-    with hooked(model.indexers, recording.on_select):
+    hook = partial(hooked, model.indexers)
+    recorder = ForwardRecorder(hook, num_layers=61, max_rows=8, top_k=2048, tracer=tracer)
+    rows = [ForwardRow("r0", 0, seq_len=2001, step_idx=0), ForwardRow("r1", 1, seq_len=300, step_idx=7)]
+    with recorder.recording("decode", rows, num_rows=2, batch_size=2):
         model(batch, cache)
-    recording.finish()
-    recording.wait()          # in the writer's thread; then read recording.arrays()
 """
 
 from __future__ import annotations
 
 import contextlib
 import queue
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from dsatrace.kv.tiers.fetches import LayerFetch, StepFetches
+from dsatrace.trace.capture import Phase, StepCapture
+from dsatrace.trace.tracer import Tracer
+
 NUM_STATS = 4  # min, mean, max over the selection; k-th margin
 
 
 class Selected(Protocol):
-    """What is read of the model's `Selection`."""
+    """What is recorded of a layer's selection: N rows, up to K positions each."""
 
     @property
     def positions(self) -> torch.Tensor: ...  # (N, K) int64 in score order, -1 padded
@@ -36,11 +40,21 @@ class Selected(Protocol):
     def scores(self) -> torch.Tensor: ...  # (N, K) descending, -inf where positions is -1
     @property
     def margin(self) -> torch.Tensor: ...  # (N,)
+
+
+class OwnSelected(Protocol):
+    """What ranks compare of a layer's selection."""
+
     @property
-    def own_positions(self) -> torch.Tensor: ...  # (N, K)
+    def own_positions(self) -> torch.Tensor: ...  # (N, K) int64, chosen before rank 0's choice replaced it
 
 
-OnSelect = Callable[[int, Selected], None]
+OnSelect = Callable[[int, Any], None]
+"""Told of each layer, in order: its number and its selection."""
+
+Hook = Callable[..., contextlib.AbstractContextManager[None]]
+"""`hook(*callbacks)`: every layer of the forwards run inside tells each of the `OnSelect` callbacks."""
+
 HostArrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
@@ -48,7 +62,7 @@ HostArrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 def hooked(indexers: Sequence[torch.nn.Module], *callbacks: OnSelect) -> Iterator[None]:
     """Sets every indexer's `on_select` for the forwards run inside, and takes it off again."""
 
-    def on_select(layer_id: int, selection: Selected) -> None:
+    def on_select(layer_id: int, selection: Any) -> None:
         for callback in callbacks:
             callback(layer_id, selection)
 
@@ -210,7 +224,7 @@ class SelectionDigest:
         self.digests = torch.zeros(interval, num_layers, dtype=torch.int64, device=device)
         self.num_steps = 0
 
-    def on_select(self, layer_id: int, selection: Selected) -> None:
+    def on_select(self, layer_id: int, selection: OwnSelected) -> None:
         rows = torch.arange(1, selection.own_positions.shape[0] + 1, device=self.digests.device)
         mixed = (selection.own_positions + 2) * 0x1E3779B97F4A7C15 + rows.unsqueeze(1) * 0x3F58476D1CE4E5B9
         mixed = (mixed ^ (mixed >> 29)) * 0x14D049BB133111EB  # wraps: int64 arithmetic is modulo 2^64
@@ -238,3 +252,171 @@ class SelectionDigest:
                     f"rank {rank} selected other tokens than rank 0 in forward "
                     f"{self.num_steps - pending + step}, layer {layer}; the run ends here"
                 )
+
+
+class ForwardRow(NamedTuple):
+    """One request's row of a forward: that of its last token, from which the next one is sampled."""
+
+    request_id: str
+    row: int  # of the forward's N rows
+    seq_len: int  # positions visible to it, itself included
+    step_idx: int = -1  # the request's own decode step, 0-based; -1 in prefill
+    prefix_hit_tokens: int = 0  # found in the prefix cache, where the run has one
+
+
+class TierReports(Protocol):
+    """Tiers that say what each layer of a forward was served from."""
+
+    def reporting(self, on_fetch: Callable[[LayerFetch], None]) -> contextlib.AbstractContextManager[None]:
+        """Reports every layer of the forwards run inside; of a prefill, its last row only."""
+
+    def record(self, fetches: StepFetches) -> None:
+        """These go into a record."""
+
+
+class ForwardRecorder:
+    """Hands the tracer what every layer selected, for the rows it wants of each forward.
+
+    The forward itself is the caller's: any model will do whose layers can be hooked.
+    """
+
+    def __init__(
+        self,
+        hook: Hook,
+        num_layers: int,
+        max_rows: int,
+        top_k: int,
+        device: torch.device | str = "cpu",
+        tracer: Tracer | None = None,
+        *,
+        tiers: TierReports | None = None,
+        compare_ranks: bool = False,
+        first_forward_idx: int = 0,
+    ) -> None:
+        """Records at most `max_rows` rows of a forward; `top_k` is the most positions that a row selects.
+
+        `tracer` is rank 0's; with `compare_ranks` the others have a recorder too, for its digest only.
+        `first_forward_idx` is the number of forwards that a resumed run has behind it.
+        """
+        self.tracer = tracer
+        self.forward_idx = first_forward_idx
+        self.ring: SelectionRing | None = None
+        self._hook = hook
+        self._top_k = top_k
+        self._device = torch.device(device)
+        self._tiers = tiers
+        self._digest = SelectionDigest(num_layers, device) if compare_ranks else None
+        if tracer is not None and tracer.config.records_steps:
+            num_slots = tracer.config.queue_steps + 2  # beside those waiting: one written, one filled
+            scores = tracer.config.needs_scores
+            self.ring = SelectionRing(num_layers, max_rows, top_k, device, scores, num_slots)
+
+    @contextlib.contextmanager
+    def recording(
+        self, phase: Phase, rows: Sequence[ForwardRow], num_rows: int, batch_size: int
+    ) -> Iterator[None]:
+        """Records the forward run inside, which computes `num_rows` rows of `batch_size` requests.
+
+        `rows` are those that a record may be made of, each with a request of its own; the tracer
+        takes all or some of them, or none. Of a forward that raises nothing is recorded.
+        """
+        started = time.perf_counter()
+        wanted = [row for row in rows if self._wants(phase, row)]
+        recording = self._new_recording(wanted, num_rows) if wanted else None
+        if recording is None:
+            with self._hooked():
+                yield
+        else:
+            fetches: list[LayerFetch] = []
+            began = time.perf_counter()
+            try:
+                with self._hooked(recording.on_select), self._reporting(fetches):
+                    yield
+            except BaseException:
+                recording.release()
+                raise
+            computed = time.perf_counter()
+            synced = self._synchronise()
+            ended = time.perf_counter()
+            recording.finish()
+            capture = self._capture(phase, wanted, batch_size, recording, fetches, ended - began, synced)
+            handover_s = began - started + time.perf_counter() - ended
+            assert self.tracer is not None
+            self.tracer.put(capture, handover_us=handover_s * 1e6, sync_us=(ended - computed) * 1e6)
+        self.forward_idx += 1
+        if self._digest is not None:
+            self._digest.step_done()
+
+    def close(self) -> None:
+        """Compares the ranks' last forwards; every rank calls it at the end of the run."""
+        if self._digest is not None:
+            self._digest.compare()
+
+    def _wants(self, phase: Phase, row: ForwardRow) -> bool:
+        if self.tracer is None:
+            return False
+        return self.tracer.config.prefill == "last" if phase == "prefill" else self.tracer.wants(row.step_idx)
+
+    def _new_recording(self, wanted: Sequence[ForwardRow], num_rows: int) -> Recording | None:
+        """Room for these rows; None when the step is dropped."""
+        assert self.ring is not None and self.tracer is not None
+        rows = None if len(wanted) == num_rows else [row.row for row in wanted]
+        may_wait = self.tracer.config.queue_policy == "block"
+        recording = self.ring.record(len(wanted), rows, may_wait) if self.tracer.accepts else None
+        if recording is None:
+            self.tracer.drop_step()
+        return recording
+
+    def _hooked(self, *callbacks: OnSelect) -> contextlib.AbstractContextManager[None]:
+        if self._digest is not None:
+            callbacks = (self._digest.on_select, *callbacks)
+        return self._hook(*callbacks) if callbacks else contextlib.nullcontext()
+
+    def _reporting(self, fetches: list[LayerFetch]) -> contextlib.AbstractContextManager[None]:
+        """Appends what each layer is served, where there are tiers."""
+        return contextlib.nullcontext() if self._tiers is None else self._tiers.reporting(fetches.append)
+
+    def _synchronise(self) -> bool:
+        """Waits for the device unless told not to; True when the clock can be trusted."""
+        assert self.tracer is not None
+        if self._device.type != "cuda":
+            return True
+        if self.tracer.config.sync_cuda:
+            torch.cuda.synchronize(self._device)
+        return self.tracer.config.sync_cuda
+
+    def _capture(
+        self,
+        phase: Phase,
+        rows: Sequence[ForwardRow],
+        batch_size: int,
+        recording: Recording,
+        layers: Sequence[LayerFetch],
+        wall_s: float,
+        synced: bool,
+    ) -> StepCapture:
+        assert self.tracer is not None
+        fetches = None
+        if self._tiers is not None:
+            reported = [0] if phase == "prefill" else [row.row for row in rows]
+            fetches = StepFetches.of(layers, reported, self._top_k)
+            self._tiers.record(fetches)
+        positions, score_stats, scores = recording.arrays()
+        request_ids = tuple(row.request_id for row in rows)
+        return StepCapture(
+            phase=phase,
+            request_ids=request_ids,
+            step_idx=tuple(row.step_idx for row in rows),
+            seq_len=np.array([row.seq_len for row in rows], dtype=np.int32),
+            batch_size=batch_size,
+            positions=positions,
+            score_stats=score_stats,
+            scores=scores,
+            prefixes=self.tracer.prefixes(request_ids, [row.prefix_hit_tokens for row in rows]),
+            forward_idx=self.forward_idx,
+            step_wall_us=wall_s * 1e6,
+            step_synced=synced,
+            fetches=fetches,
+            wait=recording.wait,
+            release=recording.release,
+        )

@@ -221,7 +221,7 @@ def _summary(folder: Path, found: _Found, on_records: Callable[[int], object]) -
         return summary
     summary = summarize_run(run, on_records)
     summary.dropped_steps = max(summary.dropped_steps, found.most_missing) if found.may_lose else 0
-    summary.said["tiers"] = None  # it counted records that are cut; the part to come speaks for itself
+    summary.sections["tiers"] = None  # it counted records that are cut; the part to come speaks for itself
     return summary
 
 

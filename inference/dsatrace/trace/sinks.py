@@ -22,7 +22,7 @@ from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.files import LineFile, write_atomically
 from dsatrace.trace.records import StepLines, StepRecords
 from dsatrace.trace.resume import Resumed
-from dsatrace.trace.summary import SaidOf, Summary, TracingCost
+from dsatrace.trace.summary import Sections, Summary, TracingCost
 
 
 class Sink(Protocol):
@@ -36,8 +36,6 @@ class Sink(Protocol):
     def write_step(self, step: StepRecords) -> None: ...
 
     def write_request(self, record: Mapping[str, Any]) -> None: ...
-
-    def write_said(self, name: SaidOf, record: Mapping[str, Any]) -> None: ...
 
     def close(self, state: str) -> None: ...
 
@@ -66,9 +64,6 @@ class JsonlSink:
     def write_request(self, record: Mapping[str, Any]) -> None:
         self._requests.append(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
-    def write_said(self, name: SaidOf, record: Mapping[str, Any]) -> None:
-        """The summary's to keep."""
-
     def close(self, state: str) -> None:
         try:
             self._requests.close()
@@ -80,11 +75,18 @@ class SummarySink:
     """`summary.json`: there from the start, replaced whole every few seconds and at the end."""
 
     def __init__(
-        self, folder: Path, summary: Summary, interval_s: float, cost: TracingCost | None = None
+        self,
+        folder: Path,
+        summary: Summary,
+        interval_s: float,
+        cost: TracingCost | None = None,
+        sections: Sections | None = None,
     ) -> None:
+        """`cost` and `sections` are others' to fill in, and are read at each write."""
         self._path = folder / SUMMARY_FILE
         self._summary = summary
         self._cost = cost
+        self._sections: Sections = {} if sections is None else sections
         self._dropped_before = summary.dropped_steps  # by the part of the run that this one resumes
         self._interval_s = interval_s
         self._write("running")
@@ -100,9 +102,6 @@ class SummarySink:
     def write_request(self, record: Mapping[str, Any]) -> None:
         self._summary.finish_request(record)
 
-    def write_said(self, name: SaidOf, record: Mapping[str, Any]) -> None:
-        self._summary.said[name] = record
-
     def close(self, state: str) -> None:
         self._write(state)
 
@@ -110,6 +109,7 @@ class SummarySink:
         if self._cost is not None:
             dropped_steps = self._cost.dropped_steps + self._cost.lost_steps
             self._summary.dropped_steps = self._dropped_before + dropped_steps
+        self._summary.sections |= self._sections
         record = self._summary.to_json(state, self._cost)
         write_atomically(self._path, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
@@ -119,6 +119,7 @@ def open_sinks(
     config: TraceConfig,
     selections: str = "model",
     cost: TracingCost | None = None,
+    sections: Sections | None = None,
     serving: Mapping[str, Any] | None = None,
     resumed: Resumed | None = None,
     offloaded: bool = False,
@@ -134,7 +135,7 @@ def open_sinks(
     )
     lines = JsonlSink(folder, resumed)
     try:
-        return (lines, SummarySink(folder, summary, config.summary_interval_s, cost))
+        return (lines, SummarySink(folder, summary, config.summary_interval_s, cost, sections))
     except OSError:
         lines.close("incomplete")
         raise

@@ -76,8 +76,8 @@ def summarize_run(run: RunReader, on_records: Told = _nobody, on_note: Told = _n
         _compared_sizes(stored), run.manifest["selections"], _shape(run), run.manifest.get("serving")
     )
     summary.dropped_steps = stored["dropped_steps"] if stored else 0
-    for said_of in summary.said:
-        summary.said[said_of] = stored.get(said_of) if stored else None
+    for section in summary.sections:
+        summary.sections[section] = stored.get(section) if stored else None
     if level == "full":
         _add_forwards(run, summary, on_records)
     else:

@@ -27,8 +27,9 @@ from dsatrace.trace.request_totals import RequestTotals
 from dsatrace.trace.statistics import StepStatistics, count_blocks
 
 NUM_HOT_BLOCKS = 20
-SaidOf = Literal["tiers", "workload"]
-"""What is not counted here but said once: by the run of its tiers' stores, by the workload of itself."""
+SectionName = Literal["tiers", "workload"]
+Sections = dict[SectionName, Mapping[str, Any] | None]
+"""Sections that are supplied, not counted: "tiers" by the run's stores, "workload" by the data set."""
 
 _COUNTS = ("steps", "prefills", "records", "sparse_records", "requests")
 
@@ -118,7 +119,7 @@ class Summary:
         `tiers`."""
         compile_kernels()
         self.selections = selections
-        self.said: dict[SaidOf, Mapping[str, Any] | None] = {"tiers": None, "workload": None}
+        self.sections: Sections = {"tiers": None, "workload": None}
         self.counts = dict.fromkeys(_COUNTS, 0)
         self.dropped_steps = 0
         self.dense = {name: Histogram() for name in ("unique_blocks", "tokens_per_touched_block", "offsets")}
@@ -180,9 +181,9 @@ class Summary:
         self.overlap.layer.merge(other.overlap.layer)
         self.recall.merge(other.recall)
         self.requests.merge(other.requests)
-        if self.said["workload"] != other.said["workload"]:
-            self.said["workload"] = None  # two workloads are none
-        self.said["tiers"] = None  # said of one run as a whole
+        if self.sections["workload"] != other.sections["workload"]:
+            self.sections["workload"] = None  # two workloads are none
+        self.sections["tiers"] = None  # said of one run as a whole
         for name, totals in self.fetch.items():
             for total in totals:
                 totals[total] += other.fetch[name][total]
@@ -222,8 +223,8 @@ class Summary:
                 "with_indexer_scan": latents + self.scan_bytes,
             },
             **of_requests,
-            "tiers": self.said["tiers"],
-            "workload": self.said["workload"],
+            "tiers": self.sections["tiers"],
+            "workload": self.sections["workload"],
             "tracing_cost": cost.to_json() if cost else None,
             "histograms": {
                 **{name: histogram.to_json() for name, histogram in self.dense.items()},

@@ -7,7 +7,7 @@ tensor, no scheduler.
         prefix = tracer.add_request(request)
         if tracer.wants(step_number):
             tracer.put(capture, sync_us=35.0)
-        tracer.finish_request(request, num_output_tokens=64, state="stop", finish_s=1.9)
+        tracer.finish_request(request, RequestFacts(num_output_tokens=64, state="stop", finish_s=1.9))
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from dsatrace.errors import UserError
 from dsatrace.kv.prefix import PrefixCacheAnalyzer, RequestPrefix, key_id, load_prefix_secret
@@ -27,30 +27,14 @@ from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig, check_run_folder, is_sampled
 from dsatrace.trace.manifest import RunInfo, manifest, write_json
 from dsatrace.trace.records import RecordDeriver
+from dsatrace.trace.request_facts import RequestFacts, TracedRequest, request_line
 from dsatrace.trace.resumable import check_resumable
 from dsatrace.trace.resume import Resumed
 from dsatrace.trace.sinks import Sink, open_sinks
-from dsatrace.trace.summary import TracingCost
+from dsatrace.trace.summary import Sections, TracingCost
 from dsatrace.trace.writer import TraceWriter, cannot_write
 
 _TIERS_FIELD = tuple(field for field in SUMMARY_FIELDS if field.name == "tiers")
-
-
-class TracedRequest(Protocol):
-    """What the tracer reads of a request; token ids are hashed and not kept."""
-
-    @property
-    def request_id(self) -> str: ...
-    @property
-    def prompt_token_ids(self) -> Sequence[int]: ...
-    @property
-    def source_row(self) -> int | None: ...
-    @property
-    def arrival_s(self) -> float: ...
-    @property
-    def labels(self) -> Mapping[str, str]: ...
-    @property
-    def needle_positions(self) -> Sequence[int]: ...
 
 
 class Tracer:
@@ -78,7 +62,7 @@ class Tracer:
         self._run = run
         self._resumed = resumed
         self._started = time.time()
-        self._unfinished: dict[str, dict[str, Any]] = {}  # request id -> its line, as known so far
+        self._unfinished: dict[str, TracedRequest] = {}
         self._prefixes: dict[str, RequestPrefix] = {}
         self._needles: dict[str, tuple[int, ...]] = {}  # of the unfinished requests that have any
         self._ids: set[str] = set(resumed.done) if resumed else set()
@@ -91,9 +75,10 @@ class Tracer:
         # Compiles what the writer runs, if this machine has not yet: before the run, not in its first step.
         deriver = RecordDeriver(config, run.layouts[0], tiers_of(run), True, run.shared_layers)
         cost = TracingCost()
-        sinks = self._open_folder(cost, sinks)
+        sections: Sections = {}
+        sinks = self._open_folder(cost, sections, sinks)
         self._writer = TraceWriter(
-            deriver, sinks, config.queue_steps, cost, config.queue_policy, config.on_error
+            deriver, sinks, config.queue_steps, cost, config.queue_policy, config.on_error, sections
         )
 
     def wants(self, step_number: int) -> bool:
@@ -119,31 +104,9 @@ class Tracer:
         if request_id in self._ids:
             raise ValueError(f"request {request_id} was added already; ids are unique in a run")
         self._ids.add(request_id)
-        self._unfinished[request_id] = {
-            "request_id": request_id,
-            "source_row": request.source_row,
-            "num_prompt_tokens": len(request.prompt_token_ids),
-            "num_output_tokens": 0,
-            "arrival_s": request.arrival_s,
-            "first_token_s": None,
-            "finish_s": None,
-            "state": "unfinished",
-            "score": None,
-            "admitted_s": None,
-            "num_preemptions": 0,
-            "labels": dict(request.labels),
-            "needle_positions": sorted(set(request.needle_positions)),
-        }
-        if self._run.prefix_source == "cache":
-            self._unfinished[request_id] |= {
-                "prefix_hit_tokens": None,
-                "num_prefill_tokens": 0,
-                "prefill_s": 0.0,
-            }
-        if self._run.tiers is not None:
-            self._unfinished[request_id]["num_recomputes"] = 0
+        self._unfinished[request_id] = request
         if request.needle_positions:
-            self._needles[request_id] = tuple(self._unfinished[request_id]["needle_positions"])
+            self._needles[request_id] = tuple(sorted(set(request.needle_positions)))
         # Only step records say what is shared; a prompt is not hashed for nothing.
         prefix = RequestPrefix(0, "")
         if self.config.records_steps:
@@ -196,54 +159,12 @@ class Tracer:
             capture = dataclasses.replace(capture, needles=needles)
         self._writer.put(capture, handover_us, sync_us)
 
-    def finish_request(
-        self,
-        request: TracedRequest,
-        *,
-        num_output_tokens: int,
-        state: str,
-        admitted_s: float | None = None,
-        first_token_s: float | None = None,
-        finish_s: float | None = None,
-        num_preemptions: int = 0,
-        prefix_hit_tokens: int | None = None,
-        num_prefill_tokens: int = 0,
-        prefill_s: float = 0.0,
-        num_recomputes: int = 0,
-        score: float | None = None,
-        error: str | None = None,
-        text: str | None = None,
-    ) -> None:
-        """Writes the request's line; times are seconds from the run's start.
-
-        `error` says why a request was rejected or failed, without its text. `text` is the
-        answer's, only where the user asked for it (`--save-text`). What was found in the
-        prefix cache and left to prefill is written where the run has such a cache, and
-        `num_recomputes` (times a tier lost its KV) where it has tiers.
-        """
-        record = self._unfinished.pop(request.request_id)
-        del self._prefixes[request.request_id]
-        self._needles.pop(request.request_id, None)
-        record |= {
-            "num_output_tokens": num_output_tokens,
-            "first_token_s": first_token_s,
-            "finish_s": finish_s,
-            "state": state,
-            "score": score,
-            "admitted_s": admitted_s,
-            "num_preemptions": num_preemptions,
-        }
-        if self._run.prefix_source == "cache":
-            record |= {
-                "prefix_hit_tokens": prefix_hit_tokens,
-                "num_prefill_tokens": num_prefill_tokens,
-                "prefill_s": prefill_s,
-            }
-        if self._run.tiers is not None:
-            record["num_recomputes"] = num_recomputes
-        # Last in the line: they stand only where there is something to say.
-        record |= {name: value for name, value in (("error", error), ("text", text)) if value is not None}
-        self._writer.finish_request(record)
+    def finish_request(self, request: TracedRequest, facts: RequestFacts) -> None:
+        """Writes the request's line, as the facts are now."""
+        request_id = request.request_id
+        self._write_line(self._unfinished.pop(request_id), facts)
+        del self._prefixes[request_id]
+        self._needles.pop(request_id, None)
 
     def describe_workload(self, record: Mapping[str, Any]) -> None:
         """What the summary says of the workload: its name, its counts, the rows it left out.
@@ -290,8 +211,8 @@ class Tracer:
     def _end(self, state: str, reason: str | None = None) -> UserError | None:
         """Writes out what waits and gives the manifest its last state; returns why it could not."""
         self._closed = True
-        for record in self._unfinished.values():
-            self._writer.finish_request(record)
+        for request in self._unfinished.values():
+            self._write_line(request, RequestFacts())
         if self.tell_tiers is not None:
             self.describe_tiers(self.tell_tiers())
         self._writer.stop(state)
@@ -304,7 +225,14 @@ class Tracer:
             return cannot_write(refused)
         return None
 
-    def _open_folder(self, cost: TracingCost, sinks: Sequence[Sink] | None = None) -> Sequence[Sink]:
+    def _write_line(self, request: TracedRequest, facts: RequestFacts) -> None:
+        has_prefix_cache, has_tiers = self._run.prefix_source == "cache", self._run.tiers is not None
+        line = request_line(request, facts, has_prefix_cache=has_prefix_cache, has_tiers=has_tiers)
+        self._writer.finish_request(line)
+
+    def _open_folder(
+        self, cost: TracingCost, sections: Sections, sinks: Sequence[Sink] | None = None
+    ) -> Sequence[Sink]:
         """Makes the run's folder and its files, or goes on with them; the manifest first."""
         folder, resumed = self.config.out, self._resumed
         if resumed is None:
@@ -320,9 +248,15 @@ class Tracer:
                 resumed.cut()
             if sinks is not None:
                 return sinks
-            offloaded = self._run.tiers is not None
             return open_sinks(
-                folder, self.config, self._run.selections, cost, self._run.serving, resumed, offloaded
+                folder,
+                self.config,
+                self._run.selections,
+                cost,
+                sections,
+                self._run.serving,
+                resumed,
+                offloaded=self._run.tiers is not None,
             )
         except OSError as error:
             remedy = (

@@ -12,7 +12,6 @@ no format: `RecordDeriver` derives, the sinks write.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import queue
 import sys
@@ -20,25 +19,22 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from dsatrace.errors import UserError
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.sinks import Sink
-from dsatrace.trace.summary import SaidOf, TracingCost
+from dsatrace.trace.summary import SectionName, Sections, TracingCost
 
 
-@dataclasses.dataclass(frozen=True)
-class _Said:
-    """What stands as `name` in the summary."""
-
-    name: SaidOf
+class _Section(NamedTuple):
+    name: SectionName
     record: Mapping[str, Any]
 
 
-# A step, a finished request, a word for the summary, or the end.
-_Item = StepCapture | Mapping[str, Any] | _Said | None
+# A step, a finished request, a section of the summary, or the end.
+_Item = StepCapture | Mapping[str, Any] | _Section | None
 
 
 class TraceWriterError(RuntimeError):
@@ -62,11 +58,14 @@ class TraceWriter:
         cost: TracingCost | None = None,
         policy: Literal["block", "drop"] = "block",
         on_error: Literal["stop", "continue"] = "stop",
+        sections: Sections | None = None,
     ) -> None:
+        """`cost` and `sections` are shared with the sink of the summary, which reads them as it writes."""
         self.cost = cost or TracingCost()
         self.error: BaseException | None = None
         self._deriver = deriver
         self._sinks = sinks
+        self._sections: Sections = {} if sections is None else sections
         self._policy = policy
         self._on_error = on_error
         # Only steps are counted: a request's line is small, and must be neither lost nor waited for.
@@ -108,9 +107,9 @@ class TraceWriter:
         """Hands a requests.jsonl record over, after every step of that request; never waits."""
         self._queue.put(record)
 
-    def describe(self, name: SaidOf, record: Mapping[str, Any]) -> None:
-        """Hands over what stands as `name` in the summary; the last one counts."""
-        self._queue.put(_Said(name, record))
+    def describe(self, name: SectionName, record: Mapping[str, Any]) -> None:
+        """Hands over a section of the summary, which then counts what was put before; the last one stands."""
+        self._queue.put(_Section(name, record))
 
     def close(self, state: str = "complete") -> None:
         """Writes out what waits, closes the sinks and reports the writer's error, if it had one."""
@@ -167,8 +166,9 @@ class TraceWriter:
                 self._places.release()
                 self._guard(self._write_step, item)
                 item.release()  # after a failure too, so that nobody waits for ever
-            elif self.error is None and isinstance(item, _Said):
-                self._guard(self._write_said, item)
+            elif isinstance(item, _Section):
+                if self.error is None:
+                    self._sections[item.name] = item.record
             elif self.error is None:
                 self._guard(self._write_request, item)
         for sink in self._sinks:
@@ -192,10 +192,6 @@ class TraceWriter:
         for sink in self._sinks:
             sink.write_request(record)
         self.cost.busy_us += (time.perf_counter() - start) * 1e6
-
-    def _write_said(self, said: _Said) -> None:
-        for sink in self._sinks:
-            sink.write_said(said.name, said.record)
 
     def _guard(self, work: Callable[[Any], None], argument: object) -> None:
         """Keeps the first exception for the model thread."""

@@ -8,14 +8,16 @@ totals.to_text()                              # "tiers: 93.1 % of the selected b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from dsatrace.engine.runner import BlocksLost
 from dsatrace.kv.stores.interface import StoreStats
-from dsatrace.kv.tiers.fetches import LOCAL, NUM_TIERS, REMOTE, StepFetches
+from dsatrace.kv.tiers.fetches import LOCAL, NUM_TIERS, REMOTE, LayerFetch, StepFetches
 from dsatrace.kv.tiers.stack import TierStack
 from dsatrace.runner.offload.cache import OffloadedCache
 from dsatrace.runner.offload.layer_units import UnitsLost
@@ -39,6 +41,10 @@ class TierTotals:
     recorded_written: np.ndarray = dataclasses.field(
         default_factory=lambda: np.zeros(NUM_TIERS, dtype=np.int64)
     )
+
+    def reporting(self, on_fetch: Callable[[LayerFetch], None]) -> contextlib.AbstractContextManager[None]:
+        """Tells of every layer's fetch in the forwards run inside."""
+        return self.cache.reporting(on_fetch)
 
     def record(self, fetches: StepFetches) -> None:
         """These went into a capture."""
