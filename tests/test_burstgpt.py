@@ -22,7 +22,7 @@ from dsatrace.workloads.burstgpt_synthetic import (
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.samples import sample_file
 from helpers.burstgpt_file import BURSTGPT_SETTINGS, write_burstgpt
-from real_data import real_file
+from helpers.real_data import real_file
 
 OLD = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type"
 NEW = (

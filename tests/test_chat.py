@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import endless_letters
 from conftest import INFERENCE
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
-from stores import valkey
+from helpers.checkpoints import endless_letters
+from helpers.stores import valkey
 
 pexpect = pytest.importorskip("pexpect")
 

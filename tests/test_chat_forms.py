@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import endless_letters
-from command_runs import told_error
 from conftest import INFERENCE
 from dsatrace.commands.generate import main
 from dsatrace.errors import UserError
@@ -24,6 +22,8 @@ from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.served.ruler import RulerWorkload
 from dsatrace.workloads.served.workload import Asking
 from dsatrace.workloads.tokenizer import Tokenizer, byte_tokenizer_json, load_tokenizer
+from helpers.checkpoints import endless_letters
+from helpers.command_runs import told_error
 
 NAMES = {  # of another family, in the places of DeepSeek's
     specials.BOS: "[BEGIN]",

@@ -28,8 +28,8 @@ from dsatrace.workloads.ruler.reader import read_examples
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import ShareGPTLoader
 from dsatrace.workloads.sources import find_source
-from fake_hub import COMMIT, FakeHub, fake_hub
-from ruler_samples import ROW, pack
+from helpers.fake_hub import COMMIT, FakeHub, fake_hub
+from helpers.ruler_samples import ROW, pack
 
 ROWS = "".join(json.dumps({**ROW, "index": i}) + "\n" for i in range(3)).encode()
 

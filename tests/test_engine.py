@@ -23,8 +23,8 @@ from dsatrace.runner.setup import load_model, num_cache_blocks, open_engine
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.tracer import Tracer
 from dsatrace.workloads.request import Request
-from models import SMALL, SelectionLog, random_model, random_tokens, without_rounding
-from trace_samples import RUN, SECRET
+from helpers.models import SMALL, SelectionLog, random_model, random_tokens, without_rounding
+from helpers.trace_samples import RUN, SECRET
 
 BLOCK = 16
 NEW_TOKENS = 6

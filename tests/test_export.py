@@ -35,8 +35,8 @@ from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.synthetic import SyntheticSelections
 from dsatrace.trace.tracer import tiers_of
 from helpers.step_records import step_lines
-from tier_samples import SETUPS, SimulatedTiers
-from trace_samples import LAYOUT, RUN, config_for, sample_capture, sample_needles
+from helpers.tier_samples import SETUPS, SimulatedTiers
+from helpers.trace_samples import LAYOUT, RUN, config_for, sample_capture, sample_needles
 
 FILES = ("manifest.json", "requests.jsonl", "summary.json", "trace_steps.jsonl")
 HOWS: list[dict[str, Any]] = [

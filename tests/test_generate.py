@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import endless_letters
-from command_runs import told_error
 from conftest import INFERENCE, ROOT
 from dsatrace.commands.generate import main, read_prompts
 from dsatrace.engine.engine import Engine
@@ -26,6 +24,8 @@ from dsatrace.trace.reader import RunReader
 from dsatrace.workloads.encoding import Message, encode_chat
 from dsatrace.workloads.request import Request
 from dsatrace.workloads.tokenizer import Tokenizer
+from helpers.checkpoints import endless_letters
+from helpers.command_runs import told_error
 
 CONFIG = INFERENCE / "config_tiny.json"
 LONG = "The lighthouse keeper counted 41 ships. " * 10  # 400 tokens: two prefill chunks, sparse

@@ -28,7 +28,7 @@ from dsatrace.workloads.hash_id_traces import (
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.token_id_traces import read_token_ids
 from helpers.byte_tokenizer import byte_tokenizer
-from real_data import real_file
+from helpers.real_data import real_file
 
 BYTES = byte_tokenizer()
 MOONCAKE_ROW: dict[str, Any] = {

@@ -19,7 +19,7 @@ from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs
 from dsatrace.model.hf_config import KEYS, QUANTIZATION_KEYS, ROPE_KEYS
 from dsatrace.model.tiny import hf_config
 from dsatrace.runner.config import EngineSetup
-from real_data import real_file
+from helpers.real_data import real_file
 
 PINNED_TRANSFORMERS = "5.24.0"
 # Attributes of its two config classes, as `to_dict()` writes them, and the arguments that they read besides.

@@ -20,7 +20,7 @@ from dsatrace.errors import UserError
 from dsatrace.workloads import hub as hub_module
 from dsatrace.workloads.catalog import DATA_SETS, data_set_named
 from dsatrace.workloads.hub import HubError, HubFile, fetch, locate
-from fake_hub import COMMIT, FakeHub, fake_hub
+from helpers.fake_hub import COMMIT, FakeHub, fake_hub
 
 CONTENT = bytes(range(256)) * 4000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dsatrace.kv.block_keys import KeyChain
 from dsatrace.kv.simulation.block_trace import BlockTrace
-from trace_samples import SECRET
+from helpers.trace_samples import SECRET
 
 PROMPTS = st.lists(
     st.lists(st.integers(-(2**31), -(2**31) + 1) | st.integers(0, 1), min_size=1, max_size=12), max_size=8

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
 from dsatrace.kv.prefix import PrefixCacheAnalyzer, key_id, load_prefix_secret
-from trace_samples import SECRET
+from helpers.trace_samples import SECRET
 
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=8)
 

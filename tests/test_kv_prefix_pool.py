@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from dsatrace.kv.block_keys import KeyChain
 from dsatrace.kv.blocks import EVICT, HIT, MISS, BlockPool, FreeOrder, Key, OutOfBlocks
 from dsatrace.kv.prefix_pool import HeldBlocks, PrefixPool
-from trace_samples import SECRET
+from helpers.trace_samples import SECRET
 
 
 def keys_of(tokens: list[int], block_size: int = 4, extra: tuple[str, ...] = ()) -> list[bytes]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dsatrace.kv.tiers.account import OffloadedTiers, ResidentTiers, StepReads, in_token_order
 from dsatrace.kv.tiers.fetches import StepFetches
-from trace_samples import LAYOUT
+from helpers.trace_samples import LAYOUT
 
 RECORDS = st.lists(
     st.tuples(st.sets(st.integers(0, 9), min_size=1), st.integers(1, 7)), min_size=1, max_size=5

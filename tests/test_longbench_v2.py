@@ -27,7 +27,7 @@ from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.tokenizer import ASSISTANT, BOS, END_THINK, USER, Tokenizer
 from dsatrace.workloads.truncation import middle_cut
-from real_data import real_file
+from helpers.real_data import real_file
 
 
 @pytest.fixture(scope="module")

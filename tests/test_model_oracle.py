@@ -27,7 +27,7 @@ from dsatrace.model.checkpoint import dequantise, load_checkpoint
 from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs
 from dsatrace.model.tiny import quantise
 from dsatrace.model.transformer import Transformer
-from models import new_cache
+from helpers.models import new_cache
 
 transformers = pytest.importorskip("transformers")
 

@@ -27,7 +27,7 @@ from dsatrace.runner.offload.layer_units import UnitsLost
 from dsatrace.runner.sampler import Sampler
 from dsatrace.workloads.request import Request
 from helpers.memory_store import MemoryStore
-from models import SMALL, SelectionLog, prefill, random_model, random_tokens
+from helpers.models import SMALL, SelectionLog, prefill, random_model, random_tokens
 
 BLOCK = 8
 GRANULARITIES = ("block", "row")

@@ -19,8 +19,8 @@ from dsatrace.runner.model_runner import ModelRunner
 from dsatrace.runner.offload.cache import OffloadedCache, tokens_of_unit, unit_bytes
 from dsatrace.runner.sampler import Sampler
 from dsatrace.workloads.request import Request
-from flaky_store import FlakyStore
-from models import SMALL, random_model, random_tokens
+from helpers.flaky_store import FlakyStore
+from helpers.models import SMALL, random_model, random_tokens
 
 BLOCK, NUM_BLOCKS = 8, 24
 NEW_TOKENS = 6

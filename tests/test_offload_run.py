@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints import endless_letters
 from conftest import INFERENCE
 from dsatrace.engine.live import LiveRequest
 from dsatrace.errors import UserError
@@ -28,8 +27,9 @@ from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
-from models import random_tokens
-from stores import mooncake, valkey
+from helpers.checkpoints import endless_letters
+from helpers.models import random_tokens
+from helpers.stores import mooncake, valkey
 
 BLOCK = 16
 NEW_TOKENS = 10

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.model.batch import Batch, Span
-from models import SMALL, SelectionLog, new_cache, prefill, random_model, random_tokens
+from helpers.models import SMALL, SelectionLog, new_cache, prefill, random_model, random_tokens
 
 ARGS = dataclasses.replace(SMALL, dtype="fp64")
 

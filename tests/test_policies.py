@@ -12,7 +12,7 @@ from dsatrace.kv.policies.registry import POLICIES, make_policy
 from dsatrace.kv.policies.simulate import Oversize, held_blocks, simulate
 from dsatrace.kv.policies.stream import AccessStream
 from helpers.plain_replay import plain_replay
-from policy_streams import NAMES, PARAMS, WORKLOADS, prefixes, streams
+from helpers.policy_streams import NAMES, PARAMS, WORKLOADS, prefixes, streams
 
 LENIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

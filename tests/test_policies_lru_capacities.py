@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.policies.stack_distance import lru_hits_at
 from dsatrace.kv.policies.stream import AccessStream
-from policy_streams import streams
+from helpers.policy_streams import streams
 
 LENIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 CAPACITIES = [9, 1, 2, 3, 4, 6, 13, 1000]

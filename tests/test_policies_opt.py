@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.policies.stream import AccessStream
-from policy_streams import NAMES, PARAMS, streams
+from helpers.policy_streams import NAMES, PARAMS, streams
 
 LENIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

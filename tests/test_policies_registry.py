@@ -18,7 +18,7 @@ from dsatrace.kv.policies.reuse import reuse_profile
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.policies.stack_distance import lru_hits_at
 from dsatrace.kv.policies.stream import AccessStream, release_by_concurrency
-from policy_streams import release_by_duration
+from helpers.policy_streams import release_by_duration
 
 GIVEN = {"wa-lru": {"admit": ["all"]}, "wa-prob": {"reuse": {"all": (0.5, 1.0)}}}
 STREAM = AccessStream.of([["a", "b"], ["a", "c"], ["d"]])

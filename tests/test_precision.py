@@ -20,7 +20,7 @@ from dsatrace.model.layers import ModelSetup, RMSNorm, RowParallelLinear
 from dsatrace.model.moe import MoE, swiglu
 from dsatrace.model.parallel import ParallelGroup
 from dsatrace.model.transformer import Block
-from models import SMALL, random_model
+from helpers.models import SMALL, random_model
 
 MARGIN = 1.15
 CLEARLY = 1.3

@@ -17,7 +17,7 @@ from dsatrace.runner.config import PrefetchKind
 from dsatrace.runner.offload.cache import OffloadedCache, unit_bytes
 from dsatrace.runner.offload.prefetch import Prefetcher
 from helpers.memory_store import MemoryStore
-from models import SMALL, prefill, random_model, random_tokens
+from helpers.models import SMALL, prefill, random_model, random_tokens
 
 BLOCK, NUM_BLOCKS, HBM_BLOCKS = 8, 16, 6
 PROMPT = 100

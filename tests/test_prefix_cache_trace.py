@@ -41,9 +41,9 @@ from dsatrace.trace.tracer import Tracer
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
-from golden_run import read_lines, write_lines
-from models import SMALL, random_model, random_tokens
-from trace_samples import SECRET
+from helpers.golden_run import read_lines, write_lines
+from helpers.models import SMALL, random_model, random_tokens
+from helpers.trace_samples import SECRET
 
 STATISTICS_BLOCK = 8
 

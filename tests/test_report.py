@@ -18,9 +18,9 @@ from dsatrace.report.places import places
 from dsatrace.report.tier_tables import tier_tables
 from dsatrace.report.workload_tables import workload_tables
 from dsatrace.trace.reader import RunReader
-from golden_run import SERVING, write_golden
+from helpers.golden_run import SERVING, write_golden
+from helpers.tier_samples import SETUPS
 from test_trace_requests import serve_without_steps
-from tier_samples import SETUPS
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from dsatrace.errors import UserError
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.manifest import RunInfo, manifest, write_json
 from dsatrace.trace.resumable import check_resumable, resumed_argv
-from trace_samples import LAYOUT
+from helpers.trace_samples import LAYOUT
 
 INFO = RunInfo(
     model_config={"n_layers": 2, "index_topk": 8, "rope": {"factor": 40}},

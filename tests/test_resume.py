@@ -26,7 +26,7 @@ from dsatrace.trace.tracer import Tracer
 from dsatrace.trace.writer import TraceWriterError
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
-from resume_samples import (
+from helpers.resume_samples import (
     INFO,
     OUTPUTS,
     REQUESTS,
@@ -38,7 +38,7 @@ from resume_samples import (
     resume,
     serve,
 )
-from trace_samples import SECRET, SampleRequest
+from helpers.trace_samples import SECRET, SampleRequest
 
 NUM_FORWARDS = 10
 LEVELS_BELOW = ("blocks", "stats")

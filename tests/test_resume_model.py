@@ -22,7 +22,7 @@ from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
-from resume_samples import answers_of, check_summary, records_of
+from helpers.resume_samples import answers_of, check_summary, records_of
 
 LENGTHS = (40, 70, 33, 90, 61)
 SHARED = 32

@@ -22,8 +22,8 @@ from dsatrace.workloads.ruler.generator import Sources, generate, largest_fittin
 from dsatrace.workloads.ruler.reader import read_examples
 from dsatrace.workloads.ruler.words import ADJECTIVES, NOUNS
 from dsatrace.workloads.tokenizer import Tokenizer
-from real_data import real_file
-from ruler_samples import deepseek_tokenizer
+from helpers.real_data import real_file
+from helpers.ruler_samples import deepseek_tokenizer
 
 WITHOUT_FILES = [task for task in TASKS if TASKS[task].family != "qa"]
 LOCATED = [task for task in WITHOUT_FILES if TASKS[task].family in ("niah", "vt")]

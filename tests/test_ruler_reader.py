@@ -21,8 +21,8 @@ from dsatrace.workloads.ruler import files
 from dsatrace.workloads.ruler.example import TASKS, Example, locate, token_positions
 from dsatrace.workloads.ruler.reader import read_examples
 from dsatrace.workloads.tokenizer import Tokenizer
-from real_data import real_file
-from ruler_samples import ROW, deepseek_tokenizer, pack, write_rows
+from helpers.real_data import real_file
+from helpers.ruler_samples import ROW, deepseek_tokenizer, pack, write_rows
 
 
 def read_bytes(folder: Path, content: bytes, policy: str = "skip", task: str = "niah_single_1") -> Any:

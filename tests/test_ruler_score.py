@@ -6,7 +6,7 @@ import pytest
 
 from dsatrace.workloads.ruler.example import TASKS, Example, score, string_match_all, string_match_part
 from dsatrace.workloads.ruler.reader import read_examples
-from real_data import real_file
+from helpers.real_data import real_file
 
 
 @pytest.mark.parametrize(

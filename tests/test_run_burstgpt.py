@@ -17,7 +17,7 @@ from dsatrace.commands.run_burstgpt import main
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
-from real_data import real_file
+from helpers.real_data import real_file
 
 CONFIG = INFERENCE / "config_tiny.json"
 HEADER = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"

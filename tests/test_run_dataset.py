@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from checkpoints import endless_letters
 from conftest import INFERENCE, ROOT
 from dsatrace.commands.run_dataset import main
 from dsatrace.model.convert import convert_checkpoint
@@ -29,7 +28,8 @@ from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.served.sharegpt import SHAREGPT, ShareGPTWorkload
 from dsatrace.workloads.served.workload import Asking, Opened
 from dsatrace.workloads.sharegpt import ShareGPTLoader
-from real_data import real_file
+from helpers.checkpoints import endless_letters
+from helpers.real_data import real_file
 
 CONFIG = INFERENCE / "config_tiny.json"
 SMALL = ("--max-new-tokens", 4, "--no-hub")

@@ -26,7 +26,7 @@ from dsatrace.schema import (
     quantile_sorted,
     records_markdown,
 )
-from trace_samples import config_for, plain_records, sample_capture
+from helpers.trace_samples import config_for, plain_records, sample_capture
 
 
 def record() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from dsatrace.workloads.served.ruler import RulerWorkload
 from dsatrace.workloads.served.sharegpt import ShareGPTWorkload
 from dsatrace.workloads.served.workload import Asking
 from dsatrace.workloads.sharegpt import ShareGPTLoader
-from real_data import real_file
+from helpers.real_data import real_file
 
 
 @pytest.fixture

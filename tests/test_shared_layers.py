@@ -40,10 +40,10 @@ from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
-from golden_run import write_golden
+from helpers.golden_run import write_golden
+from helpers.models import SMALL, random_model, random_tokens
 from helpers.step_records import step_lines
-from models import SMALL, random_model, random_tokens
-from trace_samples import (
+from helpers.trace_samples import (
     LAYOUT,
     WAYS,
     config_for,

@@ -17,7 +17,7 @@ from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import HUGE_VALUE_CHARS, ODDITIES, ROLES, Conversation, ShareGPTLoader
 from dsatrace.workloads.tokenizer import Tokenizer
-from real_data import real_file
+from helpers.real_data import real_file
 
 EDGE_CASES = "sharegpt/ShareGPT_V3_edge_cases.json"
 

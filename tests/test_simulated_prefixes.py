@@ -15,7 +15,7 @@ from dsatrace.engine.simulated_prefixes import NO_TOKEN, PrefixHits, simulate_pr
 from dsatrace.errors import UserError
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, replay
-from real_data import oracle_file, real_file
+from helpers.real_data import oracle_file, real_file
 
 TOKENS = st.lists(st.integers(0, 1), max_size=14)
 ROWS = st.lists(st.tuples(TOKENS.map(lambda tokens: [0, *tokens]), TOKENS), max_size=14)

@@ -11,7 +11,7 @@ import torch
 
 from conftest import INFERENCE, ROOT
 from dsatrace.model.batch import Batch, Span
-from models import SMALL, SelectionLog, new_cache, prefill, random_model, random_tokens
+from helpers.models import SMALL, SelectionLog, new_cache, prefill, random_model, random_tokens
 
 CONTEXT = 400
 
@@ -49,7 +49,7 @@ def test_prefill_at_32k_stays_within_2_gb():
         import sys, torch
         from pathlib import Path
         sys.path[:0] = [{str(INFERENCE)!r}, {str(ROOT / "tests")!r}]
-        from models import ModelArgs, new_cache, random_model, random_tokens
+        from helpers.models import ModelArgs, new_cache, random_model, random_tokens
         from dsatrace.model.batch import Batch, Span
         torch.set_num_threads(2)
         args = ModelArgs.from_json({str(INFERENCE / "config_tiny.json")!r})

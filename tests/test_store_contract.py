@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from dsatrace.kv.stores.interface import StoreStats, unit_keys
 from helpers.memory_store import MemoryStore
-from stores import (
+from helpers.stores import (
     MEMBERS,
     REMOTE,
     evict_leased,

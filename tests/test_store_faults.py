@@ -24,7 +24,7 @@ from dsatrace.kv.stores.opening import open_store
 from dsatrace.kv.stores.ram import ram_store
 from dsatrace.kv.stores.resp import Connection, command
 from dsatrace.kv.stores.valkey import parse_address, valkey_store
-from stores import fake_memcache, free_port, has_nixl, mooncake, units, valkey
+from helpers.stores import fake_memcache, free_port, has_nixl, mooncake, units, valkey
 
 __all__ = ["fake_memcache"]
 

@@ -23,7 +23,7 @@ from dsatrace.kv.stores.presets import PRESETS, Figure, Preset, load_preset
 from dsatrace.kv.stores.ram import ram_store
 from dsatrace.kv.stores.resp import NIL, Address, Connection
 from dsatrace.kv.stores.valkey import parse_address
-from stores import units
+from helpers.stores import units
 
 UNIT_BYTES = st.sampled_from([1, 3, 8, 33, 132, 576, 656, 1152])
 

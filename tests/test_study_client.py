@@ -30,7 +30,7 @@ from dsatrace.workloads.sharegpt import Conversation, ShareGPTLoader
 from dsatrace.workloads.tokenizer import BOS, END_THINK, EOS, USER, Tokenizer, load_tokenizer
 from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN
 from helpers.byte_tokenizer import byte_tokenizer
-from real_data import real_file
+from helpers.real_data import real_file
 
 BYTES = byte_tokenizer()
 

@@ -17,8 +17,8 @@ from conftest import ROOT
 from dsatrace import cli
 from dsatrace.commands.study import VERBS
 from dsatrace.workloads.trace_rows import read_trace_rows
-from real_data import real_file
-from study_samples import write_three_turns
+from helpers.real_data import real_file
+from helpers.study_samples import write_three_turns
 
 TRACES = {"single_turn_trace.jsonl", "multi_turn_trace.jsonl"}
 OF_BOTH = {

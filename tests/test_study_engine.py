@@ -16,8 +16,8 @@ from dsatrace.study.read_requests import read_requests
 from dsatrace.study.run import StudySettings, run_study
 from dsatrace.study.words import WordVocabulary
 from dsatrace.workloads.rows import BadRows
-from real_data import real_file
-from study_samples import requests_of
+from helpers.real_data import real_file
+from helpers.study_samples import requests_of
 
 
 def of(turns):

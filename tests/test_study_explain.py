@@ -15,7 +15,7 @@ from dsatrace.study.measure import measure
 from dsatrace.study.requests import StudyRequests
 from dsatrace.study.requests_builder import RequestsBuilder
 from dsatrace.study.run import StudySettings, run_study
-from study_samples import ROWS, requests_of, three_turns
+from helpers.study_samples import ROWS, requests_of, three_turns
 
 
 def explained(requests: StudyRequests, settings: StudySettings) -> dict[str, Definition]:

@@ -29,7 +29,7 @@ from dsatrace.study.measure import (
 from dsatrace.study.metrics import METRICS, UNITS, check_values, markdown_table
 from dsatrace.study.results import BLOCK_COLUMNS, block_rows
 from dsatrace.study.run import StudySettings, run_study
-from study_samples import ROWS, requests_of, three_turns
+from helpers.study_samples import ROWS, requests_of, three_turns
 
 SETTINGS = st.builds(
     StudySettings,

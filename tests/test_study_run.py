@@ -26,7 +26,7 @@ from dsatrace.study.output_folder import check_output, file_labels, open_study
 from dsatrace.study.requests import StudyRequests
 from dsatrace.study.results import REQUEST_COLUMNS, statistics, write_results
 from dsatrace.study.run import StudySettings, offline_replay, run_study
-from study_samples import ROWS, requests_of, three_turns
+from helpers.study_samples import ROWS, requests_of, three_turns
 
 
 def test_another_runner_takes_the_same_requests() -> None:

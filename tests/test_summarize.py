@@ -16,7 +16,7 @@ from dsatrace.trace import summarize
 from dsatrace.trace.overlap import SelectionOverlap
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.run import verify
-from golden_run import SERVING, GoldenRequest, write_golden
+from helpers.golden_run import SERVING, GoldenRequest, write_golden
 from test_trace_summary import close
 
 

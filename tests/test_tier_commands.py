@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from checkpoints import endless_letters
-from command_runs import told_error
 from conftest import INFERENCE
 from dsatrace.commands.generate import main as generate
 from dsatrace.commands.run_burstgpt import main as run_burstgpt
 from dsatrace.commands.run_dataset import main as run_dataset
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
-from stores import free_port, valkey
+from helpers.checkpoints import endless_letters
+from helpers.command_runs import told_error
+from helpers.stores import free_port, valkey
 
 PROMPTS = ("The lighthouse keeper counted 41 ships. " * 10, "Which ship was the last?")
 TOP_K = 16

@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from checkpoints import endless_letters
-from command_runs import recording
 from conftest import INFERENCE, ROOT
 from dsatrace.commands.generate import main as generate
 from dsatrace.commands.run_dataset import main
 from dsatrace.engine.engine import Engine
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
-from resume_samples import OF_THE_MOMENT, answers_of
-from stores import valkey
+from helpers.checkpoints import endless_letters
+from helpers.command_runs import recording
+from helpers.resume_samples import OF_THE_MOMENT, answers_of
+from helpers.stores import valkey
 
 RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 700, "--no-hub", "--max-new-tokens", 6)
 ROWS = ("--cache-block-size", 16, "--hbm-blocks", 3, "--granularity", "row", "--max-batch-size", 2)

@@ -14,7 +14,6 @@ from types import ModuleType
 import pytest
 import torch.distributed.run
 
-from command_runs import recording
 from conftest import INFERENCE, ROOT
 from dsatrace.commands import generate, run_burstgpt, run_dataset
 from dsatrace.model.convert import convert_checkpoint
@@ -22,8 +21,9 @@ from dsatrace.runner.config import OffloadSetup
 from dsatrace.runner.offload.opening import open_tiers
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
+from helpers.command_runs import recording
 from helpers.memory_store import MemoryStore
-from stores import valkey
+from helpers.stores import valkey
 
 PROMPTS = "A ferry left the quay with hardly anyone on deck. " * 8 + "\n\nWhere to?\n"
 COMPARED = ("request_id", "layer_id", "step_idx", "seq_len_current", "selected_token_pos")

@@ -16,9 +16,9 @@ from dsatrace.kv.stores.interface import Store, unit_keys
 from dsatrace.kv.tiers.residency import TIER_POLICIES
 from dsatrace.kv.tiers.stack import LOCAL, LOST, REMOTE, TierStack
 from dsatrace.schema import TIER_NAMES
-from flaky_store import FlakyStore
+from helpers.flaky_store import FlakyStore
 from helpers.memory_store import MemoryStore
-from stores import opener_of, valkey, valkey_server
+from helpers.stores import opener_of, valkey, valkey_server
 
 __all__ = ["valkey_server"]
 

@@ -17,8 +17,8 @@ from dsatrace.errors import UserError
 from dsatrace.workloads import tokenizer as specials
 from dsatrace.workloads.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, write_byte_tokenizer
 from dsatrace.workloads.tokenizer_choice import choose_tokenizer
-from fake_hub import COMMIT, fake_hub
-from ruler_samples import deepseek_tokenizer
+from helpers.fake_hub import COMMIT, fake_hub
+from helpers.ruler_samples import deepseek_tokenizer
 
 SPECIALS = [
     specials.BOS,

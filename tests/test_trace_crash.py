@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.tracer import Tracer
-from trace_samples import RUN, SECRET, SampleRequest, config_for, sample_capture
+from helpers.trace_samples import RUN, SECRET, SampleRequest, config_for, sample_capture
 
 LINES_A_STEP = 4
 
@@ -26,7 +26,7 @@ import numpy as np
 from dsatrace.trace.kernels import compile_kernels
 from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.tracer import Tracer
-from trace_samples import RUN, SECRET, SampleRequest, config_for, sample_capture
+from helpers.trace_samples import RUN, SECRET, SampleRequest, config_for, sample_capture
 
 compile_kernels()
 rng = np.random.default_rng(0)

@@ -17,7 +17,7 @@ from dsatrace.trace import files
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.tracer import Tracer
-from trace_samples import RUN, SECRET, SampleRequest, config_for, sample_capture
+from helpers.trace_samples import RUN, SECRET, SampleRequest, config_for, sample_capture
 
 NUM_STEPS, LINES_A_STEP = 3, 4
 NUM_WRITES = 1 + 1 + 2 * NUM_STEPS + 2 + 1 + 1

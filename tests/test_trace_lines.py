@@ -20,7 +20,7 @@ from dsatrace.trace.records import RecordDeriver, StepLines
 from dsatrace.trace.statistics import fused_statistics
 from helpers.step_records import step_lines
 from helpers.step_statistics import step_statistics
-from trace_samples import LAYOUT, WAYS, config_for, sample_capture, sample_needles
+from helpers.trace_samples import LAYOUT, WAYS, config_for, sample_capture, sample_needles
 
 LINES = StepLines()  # one for all, so that what a step leaves in the buffer would show
 

@@ -24,8 +24,8 @@ from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.sinks import open_sinks
 from dsatrace.trace.tracer import Tracer
 from dsatrace.workloads.request import Request
-from models import SMALL, random_model, random_tokens
-from trace_samples import LAYOUT, RUN, SECRET, SampleRequest, config_for, sample_capture
+from helpers.models import SMALL, random_model, random_tokens
+from helpers.trace_samples import LAYOUT, RUN, SECRET, SampleRequest, config_for, sample_capture
 
 BLOCK, NEW_TOKENS = 16, 12
 

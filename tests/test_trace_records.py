@@ -14,7 +14,7 @@ from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.schema import LEVELS, problems
 from dsatrace.trace.records import RecordDeriver
 from helpers.step_records import step_lines
-from trace_samples import LAYOUT, WAYS, config_for, plain_records, sample_capture, sample_needles
+from helpers.trace_samples import LAYOUT, WAYS, config_for, plain_records, sample_capture, sample_needles
 
 
 def fast_records(capture: Any, config: Any) -> list[dict[str, Any]]:

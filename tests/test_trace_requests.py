@@ -20,8 +20,8 @@ from dsatrace.trace.tracer import Tracer
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.requests import PlainRequests
 from dsatrace.verify.run import verify
-from golden_run import SERVING, read_lines, write_lines
-from trace_samples import LAYOUT, SECRET, SampleRequest, config_for
+from helpers.golden_run import SERVING, read_lines, write_lines
+from helpers.trace_samples import LAYOUT, SECRET, SampleRequest, config_for
 
 SERVING_FIELDS: tuple[Field, ...] = next(f for f in SUMMARY_FIELDS if f.name == "serving").children
 

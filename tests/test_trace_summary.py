@@ -16,7 +16,7 @@ from dsatrace.trace.histogram import Histogram, ValueCounts
 from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.summary import Summary, TracingCost
 from dsatrace.verify.plain_summary import summarize
-from trace_samples import LAYOUT, config_for, plain_records, sample_capture, sample_needles
+from helpers.trace_samples import LAYOUT, config_for, plain_records, sample_capture, sample_needles
 
 SIZES = (16, 24, 64)
 

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import resume_samples
 from dsatrace.commands.export import main as export
 from dsatrace.errors import UserError
 from dsatrace.schema import LEVELS, MANIFEST_FIELDS, STEPS_FILE, SUMMARY_FIELDS, SUMMARY_FILE, problems
@@ -28,10 +27,20 @@ from dsatrace.trace.summary import Summary
 from dsatrace.trace.tracer import Tracer, tiers_of
 from dsatrace.verify.plain_summary import summarize
 from dsatrace.verify.run import verify
-from golden_run import SERVING, read_lines, write_golden
+from helpers import resume_samples
+from helpers.golden_run import SERVING, read_lines, write_golden
 from helpers.step_records import step_lines
-from tier_samples import LATENT, SETUPS, SimulatedTiers, setup
-from trace_samples import LAYOUT, RUN, SECRET, WAYS, SampleRequest, config_for, plain_records, sample_capture
+from helpers.tier_samples import LATENT, SETUPS, SimulatedTiers, setup
+from helpers.trace_samples import (
+    LAYOUT,
+    RUN,
+    SECRET,
+    WAYS,
+    SampleRequest,
+    config_for,
+    plain_records,
+    sample_capture,
+)
 
 LINES = StepLines()
 NOTE = "which tier held a token: the engine's word, of which the accounts must add up"

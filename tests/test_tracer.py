@@ -23,7 +23,7 @@ from dsatrace.trace.reader import RunReader
 from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.tracer import Tracer
 from dsatrace.trace.writer import TraceWriterError
-from trace_samples import RUN, SECRET, SampleRequest, config_for, plain_records, sample_capture
+from helpers.trace_samples import RUN, SECRET, SampleRequest, config_for, plain_records, sample_capture
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,7 +16,7 @@ from dsatrace.model.batch import Span
 from dsatrace.workloads.encoding import Message, encode_chat
 from dsatrace.workloads.ruler.generator import generate
 from dsatrace.workloads.tokenizer import load_tokenizer
-from models import SMALL, new_cache, random_model, random_tokens
+from helpers.models import SMALL, new_cache, random_model, random_tokens
 from train_needle.batches import make_batch
 from train_needle.evaluate import HELD_OUT_SEED, Measured, answer, measure, would_say
 from train_needle.export import load_exported

@@ -23,7 +23,7 @@ from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.rules import Rules
 from dsatrace.verify.run import verify
-from golden_run import REQUESTS, SERVING, read_lines, write_golden, write_lines
+from helpers.golden_run import REQUESTS, SERVING, read_lines, write_golden, write_lines
 
 WITH_SCORES = {"store_scores": True, "keep_order": True}
 SHARED = {1: 0, 3: 2}

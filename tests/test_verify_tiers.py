@@ -16,9 +16,9 @@ from dsatrace.trace.manifest import write_json
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
-from golden_run import REQUESTS, read_lines, write_golden, write_lines
+from helpers.golden_run import REQUESTS, read_lines, write_golden, write_lines
+from helpers.tier_samples import LATENT, SETUPS
 from test_verify import key_paths, leaves, number_paths, spoilt
-from tier_samples import LATENT, SETUPS
 
 VARIANTS = [("block", "full"), ("row", "full"), ("half a block", "blocks"), ("block of two", "stats")]
 POOLS = TIER_NAMES[1:]

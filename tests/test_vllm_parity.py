@@ -16,9 +16,9 @@ import pytest
 
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, replay
+from helpers.real_data import oracle_file, real_file
 from helpers.replay_plain import replay_plain
-from real_data import oracle_file, real_file
-from vllm_manager import RealManager
+from helpers.vllm_manager import RealManager
 
 Requests = tuple[list[list[int]], list[list[int]]]
 """Token ids of prompts and of outputs."""

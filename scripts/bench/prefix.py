@@ -210,7 +210,7 @@ def fast_replay(
 
 
 def vllm_manager(requests: Requests, decode: bool) -> list[int | None]:
-    from vllm_manager import RealManager
+    from helpers.vllm_manager import RealManager
 
     return RealManager(BLOCK_SIZE, NUM_BLOCKS).run(requests, CONCURRENCY, decode)
 

@@ -22,8 +22,8 @@ from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.tracer import Tracer
-from tier_samples import SimulatedTiers
-from trace_samples import LAYOUT, SECRET, SampleRequest, sample_capture
+from helpers.tier_samples import SimulatedTiers
+from helpers.trace_samples import LAYOUT, SECRET, SampleRequest, sample_capture
 
 NUM_LAYERS, TOP_K, BATCH = 2, 4, 2
 INFO = RunInfo(

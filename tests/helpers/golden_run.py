@@ -22,8 +22,8 @@ from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.sinks import Sink, open_sinks
 from dsatrace.trace.summary import Sections
 from dsatrace.trace.tracer import tiers_of
-from tier_samples import SimulatedTiers
-from trace_samples import sample_capture, with_shared_layers
+from helpers.tier_samples import SimulatedTiers
+from helpers.trace_samples import sample_capture, with_shared_layers
 
 LAYOUTS = (CacheLayout("demo", 1152, 132), CacheLayout("serving_fp8", 656, 132))
 NUM_LAYERS, TOP_K, BLOCK_SIZE = 3, 8, 4

@@ -23,7 +23,7 @@ from conftest import ROOT
 from dsatrace.kv.stores.interface import Store
 from dsatrace.kv.stores.nixl import PACKAGES as NIXL_PACKAGES
 from dsatrace.kv.stores.opening import open_store
-from fake_memcache import FakePool
+from helpers.fake_memcache import FakePool
 from helpers.memory_store import MemoryStore
 
 sys.path.insert(0, str(ROOT / "scripts" / "bench"))

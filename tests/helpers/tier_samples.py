@@ -16,7 +16,7 @@ from dsatrace.kv.tiers.fetches import StepFetches
 from dsatrace.schema import TIER_NAMES
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.manifest import PoolSetup, TierSetup
-from trace_samples import LAYOUT
+from helpers.trace_samples import LAYOUT
 
 LATENT = LAYOUT.latent_bytes_per_token
 RAM = PoolSetup("ram", 512, "measured")
