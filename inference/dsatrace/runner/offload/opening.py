@@ -15,7 +15,7 @@ import torch
 
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.interface import Store
-from dsatrace.kv.stores.opening import open_store
+from dsatrace.kv.stores.opening import lies_in_file, open_store
 from dsatrace.kv.tiers.fetches import LOCAL, REMOTE
 from dsatrace.kv.tiers.stack import TierStack
 from dsatrace.model.parallel import ParallelGroup
@@ -23,9 +23,6 @@ from dsatrace.model.transformer import Transformer
 from dsatrace.runner.config import OffloadSetup
 from dsatrace.runner.offload.cache import OffloadedCache, tokens_of_unit, unit_bytes
 from dsatrace.trace.manifest import PoolSetup, TierSetup, redact_credentials
-
-_IN_FILES = ("mmap:", "file:", "nixl:")
-"""Stores that take a file each."""
 
 
 @contextlib.contextmanager
@@ -107,7 +104,7 @@ def open_tiers(
             if spec is not None:
                 units, timeout_s = blocks * units_per_block * num_layers, offload.tier_timeout_s
                 memory = _pinned(units, unit_bytes) if pin_memory and spec == "ram" else None
-                name = spec + suffix if _is_file(spec) else spec
+                name = spec + suffix if lies_in_file(spec) else spec
                 opened.append(open_store(name, unit_bytes, units, timeout_s=timeout_s, memory=memory))
         return TierStack(
             opened[0] if local is not None else None,
@@ -149,11 +146,6 @@ def tier_setup(offload: OffloadSetup, cache: OffloadedCache) -> TierSetup:
 
 def _suffix(group: ParallelGroup) -> str:
     return f".rank{group.rank}" if group.size > 1 else ""
-
-
-def _is_file(spec: str) -> bool:
-    inner = spec.partition("+")[2] if spec.startswith("sim:") else spec
-    return inner.startswith(_IN_FILES)
 
 
 def _pinned(units: int, unit_bytes: int) -> np.ndarray:
