@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import io
 import re
 import time
@@ -114,19 +113,6 @@ def open_study(path: Path, manifest: Mapping[str, Any]) -> Iterator[OutputFolder
             ) from error
         raise
     write_json(path / MANIFEST_FILE, {**head, "state": "complete", "files": folder.names})
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot read the file: {reason}; give a regular, readable file") from error
-    return digest.hexdigest()
 
 
 def file_labels(names: Sequence[str]) -> dict[str, str]:

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.study.output_folder import file_digest
 from dsatrace.study.prepare import ClientOptions, PreparedTraces, limit_requests, prepare_traces
 from dsatrace.study.read_requests import read_requests
 from dsatrace.study.requests import UNKNOWN, StudyRequests, conversation_groups
 from dsatrace.study.tokenization import Progress, tokenize_rows
 from dsatrace.study.words import WordVocabulary
 from dsatrace.workloads.chat_format import SPECIAL_TOKENS, ChatTemplateFormatter
+from dsatrace.workloads.digests import file_sha256
 from dsatrace.workloads.encoding import Vocabulary
 from dsatrace.workloads.mixed import CHAT_MULTI, CHAT_SINGLE, QA, SUMMARIZATION, WORKLOADS
 from dsatrace.workloads.rows import BadRows
@@ -202,7 +202,7 @@ def trace_name(requests: StudyRequests) -> str:
 
 
 def _described(kind: str, path: Path) -> dict[str, str]:
-    return {"kind": kind, "path": str(path), "sha256": file_digest(path)}
+    return {"kind": kind, "path": str(path), "sha256": file_sha256(path)}
 
 
 def _labelled(rows: list[TraceRow], workload: str) -> list[TraceRow]:

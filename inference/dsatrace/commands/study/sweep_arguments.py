@@ -12,12 +12,12 @@ from typing import Any, get_args
 
 from dsatrace.commands.arguments import add_bad_rows_argument
 from dsatrace.errors import UserError
-from dsatrace.study.output_folder import file_digest
 from dsatrace.study.requests import Order
 from dsatrace.study.sources import NamedVocabulary
 from dsatrace.study.sweep import num_cores
 from dsatrace.study.sweep_cells import SEMANTICS
 from dsatrace.study.sweep_inputs import SeededOptions, Trace, first_conversations, limited
+from dsatrace.workloads.digests import file_sha256
 from dsatrace.workloads.mixed import WORKLOADS
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.sharegpt import Conversation, ShareGPTLoader
@@ -130,7 +130,7 @@ def manifest(
         "study": study,
         "argv": argv,
         "sources": [
-            {"path": str(path), **({"sha256": file_digest(path)} if path.is_file() else {})} for path in files
+            {"path": str(path), **({"sha256": file_sha256(path)} if path.is_file() else {})} for path in files
         ]
         or ["synthetic: seeded generators"],
         "tokenizer": vocabulary.label,
