@@ -17,7 +17,7 @@ import pytest
 from conftest import INFERENCE
 
 PACKAGE = INFERENCE / "dsatrace"
-BASE = {"schema", "errors", "version", "flags"}
+BASE = {"schema", "errors", "version", "flags", "units"}
 
 
 class Rule(NamedTuple):
@@ -33,6 +33,7 @@ RULES: dict[str, Rule] = {
     "errors": Rule(set()),
     "version": Rule(set()),
     "flags": Rule(set()),
+    "units": Rule(set()),
     "verify": Rule({"schema", "errors"}, set(), {"numpy", "pyarrow"}),
     "kv": Rule({"schema", "errors"}, {"numpy", "numba"}, {"memcache_hybrid", "mooncake", "nixl"}),
     "model": Rule({"errors"}, {"torch", "safetensors"}, {"tilelang", "fast_hadamard_transform"}),
@@ -41,7 +42,7 @@ RULES: dict[str, Rule] = {
         {"schema", "errors"}, set(), {"tokenizers", "transformers", "datasets", "huggingface_hub"}
     ),
     "engine": Rule({"schema", "errors", "kv", "trace", "workloads"}, {"numpy"}),
-    "runner": Rule({"schema", "errors", "engine", "model", "kv", "trace"}, {"numpy", "torch"}),
+    "runner": Rule(BASE | {"engine", "model", "kv", "trace"}, {"numpy", "torch"}),
     "study": Rule(BASE | {"kv", "trace", "workloads", "engine"}, {"numpy", "numba", "orjson"}),
     "report": Rule({"schema", "errors", "trace", "study"}, {"numpy", "rich"}, {"matplotlib"}),
 }

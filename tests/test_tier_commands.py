@@ -102,7 +102,7 @@ def test_the_same_answers_and_a_line_of_what_tiers_did(
         line for line in whole.splitlines() if line.startswith("[r")
     ]
     (told,) = [line for line in said.splitlines() if line.startswith("tiers:")]
-    assert re.match(SHARE + r"local pool \d+\.\d [KM]iB read, \d+\.\d [KM]iB written in [\d.e-]+ s$", told)
+    assert re.match(SHARE + r"local pool \d+\.\d [kM]B read, \d+\.\d [kM]B written in [\d.e-]+ s$", told)
     assert selections(tmp_path / "tiers") == selections(tmp_path / "whole")
     assert ends(tmp_path / "tiers") == ends(tmp_path / "whole")
     assert verify(tmp_path / "tiers").state == "complete"

@@ -15,6 +15,7 @@ from pathlib import Path
 from dsatrace.commands.arguments import add_ignore_config_key
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.units import size_text
 
 
 @exits_cleanly
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dsatrace.model.convert import convert_checkpoint
     from dsatrace.model.shards import CheckpointError
 
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("convert", total=None)
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         raise UserError(f"interrupted; nothing was written to {args.save_path}") from None
     for file in files:
-        print(f"{file}  {file.stat().st_size / 2**20:,.1f} MiB")
+        print(f"{file}  {size_text(file.stat().st_size)}")
     return 0
 
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from dsatrace.commands.arguments import add_ignore_config_key
 from dsatrace.commands.parser import CommandParser
-from dsatrace.commands.progress import size_text
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.flags import add_flags
 from dsatrace.schema import LEVELS, Level
 from dsatrace.trace.config import FLAGS, TraceConfig
+from dsatrace.units import size_text
 
 if TYPE_CHECKING:
     from rich.table import Table

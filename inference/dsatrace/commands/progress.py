@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsatrace.units import size_text
+
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn, Task
     from rich.text import Text
@@ -115,14 +117,6 @@ def weights_bar(shown: bool) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("loading weights", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def size_text(num_bytes: float) -> str:
-    """Bytes for people: `671.0 MB`."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes / 1e3:.1f} kB"
 
 
 def _is_watched() -> bool:

@@ -22,6 +22,7 @@ from dsatrace.kv.tiers.stack import TierStack
 from dsatrace.runner.offload.cache import OffloadedCache
 from dsatrace.runner.offload.layer_units import UnitsLost
 from dsatrace.schema import TIER_NAMES
+from dsatrace.units import size_text
 
 _TOLD = (
     *("requested_units", "hit_units", "missed_units", "corrupt_units", "read_batches", "read_ops", "read_us"),
@@ -127,12 +128,6 @@ def _counted(stats: StoreStats) -> dict[str, Any]:
 
 def _moved(stats: StoreStats) -> str:
     seconds = (stats.read_us + stats.write_us) / 1e6
-    line = f"{_size(stats.bytes_read)} read, {_size(stats.bytes_written)} written in {seconds:.2g} s"
+    line = f"{size_text(stats.bytes_read)} read, {size_text(stats.bytes_written)} written in {seconds:.2g} s"
     line += " (modelled)" if stats.latency_kind == "modelled" else ""
     return line + (f", {stats.errors} errors" if stats.errors else "")
-
-
-def _size(num_bytes: int) -> str:
-    """`1.2 MiB`; binary, as memory is counted."""
-    scale, unit = next(x for x in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if num_bytes >> x[0] or x[0] == 10)
-    return f"{num_bytes / (1 << scale):.1f} {unit}"
