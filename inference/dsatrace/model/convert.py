@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .plan import Piece, has_leftover_quantisation, plan, read_config, read_source
+from .plan import Piece, has_leftover_quantisation, plan, read_model, read_source
 from .shards import CheckpointError, Layout, ShardWriter, StoredTensor, num_bytes
 
 Progress = Callable[[int, int], None]
@@ -48,7 +48,7 @@ def convert_checkpoint(
     """
     hf_path, save_path = Path(hf_path), Path(save_path)
     source = read_source(hf_path)
-    args = read_config(hf_path, ignore_keys)
+    args = read_model(hf_path, ignore_keys)
     if n_experts not in (None, args.n_routed_experts):
         raise CheckpointError(
             f"{hf_path}: holds {args.n_routed_experts} routed experts per layer, not the {n_experts} asked "

@@ -353,7 +353,10 @@ def _indexer_types(values: Values) -> list[str] | None:
     kinds = values.get("indexer_types")
     pattern = values.get("index_topk_pattern")
     if kinds is None and pattern is not None:
-        kinds = [{"F": "full", "S": "shared"}.get(kind, kind) for kind in pattern]
+        if not isinstance(pattern, str | list):
+            raise ValueError(f"index_topk_pattern {_shown(pattern)}: must be F or S per layer, as in FSSF")
+        letters = {"F": "full", "S": "shared"}
+        kinds = [letters.get(kind, kind) if isinstance(kind, str) else kind for kind in pattern]
     if kinds is None:
         freq, offset = values.get("index_topk_freq"), values.get("index_skip_topk_offset")
         freq, offset = 1 if freq is None else freq, 2 if offset is None else offset
@@ -367,7 +370,7 @@ def _indexer_types(values: Values) -> list[str] | None:
         ]
     if not isinstance(kinds, list):
         raise ValueError(f"indexer_types {_shown(kinds)}: must be a list, full or shared per layer")
-    return kinds if "shared" in kinds or len(kinds) != num_layers else None
+    return None if kinds == ["full"] * num_layers else kinds
 
 
 def _rope_fields(values: Values) -> dict[str, Any]:

@@ -6,7 +6,7 @@ before a byte is converted.
 
     folder = Path("DeepSeek-V3.2")
     source = read_source(folder)
-    pieces = plan(folder, source, read_config(folder), model_parallel=8)
+    pieces = plan(folder, source, read_model(folder), model_parallel=8)
     pieces["lm_head.weight"][3].rows    # (48480, 64640): rank 3 of 8 holds these rows
 """
 
@@ -67,7 +67,7 @@ def read_source(hf_path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_config(hf_path: Path, ignore_keys: Sequence[str] = ()) -> ModelArgs:
+def read_model(hf_path: Path, ignore_keys: Sequence[str] = ()) -> ModelArgs:
     """The model that a Hugging Face folder's `config.json` describes, every key of it understood."""
     config = hf_path / "config.json"
     if not config.is_file():
