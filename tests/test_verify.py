@@ -517,9 +517,14 @@ def test_it_needs_nothing_installed(tmp_path: Path) -> None:
 
 
 def test_it_shares_nothing_with_the_writer_but_the_schema() -> None:
-    program = "import sys, dsatrace.verify.run; print(*(m for m in sys.modules if m[:8] == 'dsatrace'))"
-    command = [sys.executable, "-S", "-c", program]
-    done = subprocess.run(command, cwd=INFERENCE, capture_output=True, text=True, check=True)
     own = {f"dsatrace.verify.{path.stem}" for path in (INFERENCE / "dsatrace" / "verify").glob("[a-z]*.py")}
     allowed = {"dsatrace", "dsatrace.version", "dsatrace.errors", "dsatrace.schema", "dsatrace.verify"}
-    assert set(done.stdout.split()) == allowed | own
+    fast = "dsatrace.verify.fast"
+    for module, options, expected in (
+        ("dsatrace.verify.run", ["-S"], own - {fast}),  # without a single library
+        (fast, [], own - {"dsatrace.verify.run", "dsatrace.verify.files"}),
+    ):
+        program = f"import sys, {module}; print(*(m for m in sys.modules if m[:8] == 'dsatrace'))"
+        command = [sys.executable, *options, "-c", program]
+        done = subprocess.run(command, cwd=INFERENCE, capture_output=True, text=True, check=True)
+        assert set(done.stdout.split()) == allowed | expected

@@ -5,6 +5,7 @@ dsatrace verify outputs/generate_20260101_120000
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,15 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         """,
     )
     parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     args = parser.parse_args(argv)
-    return verify_run(args.run)
+    return verify_run(args.run, args.jobs)
 
 
-def verify_run(folder: Path) -> int:
+def verify_run(folder: Path, jobs: int = 1) -> int:
     """Verifies with progress, prints the outcome and returns the exit code."""
     try:
         with bytes_bar("verify", folder / STEPS_FILE) as advance:
-            print(verify(folder, advance).text())
+            print(verify(folder, advance, jobs).text())
     except Mismatch as mismatch:
         print(f"bad: {folder}: {mismatch}", file=sys.stderr)
         return 1

@@ -39,6 +39,24 @@ def check_record(record: Record, rules: Rules, needles: Mapping[str, Sequence[in
     `needles` are the needle positions of each request that is known.
     """
     require_schema(problems(record, rules.level))
+    check_given(record, rules)
+    seq_len = record["seq_len_current"]
+    if rules.level == "full":
+        positions: Sequence[int] | None = record["selected_token_pos"]
+        _check_positions(record["selected_token_pos"], seq_len, rules)
+    else:  # the dense path selects everything, so nothing is lost
+        positions = range(seq_len) if seq_len <= rules.top_k else None
+    _check_needle(record, positions, rules, needles.get(record["request_id"]))
+    if positions is None:
+        _check_without_positions(record, rules)
+    else:
+        compare(record, _derived(record, positions, rules))
+    if rules.tiers is not None:
+        check_fetches(record, _selected(record, positions, rules), rules.tiers)
+
+
+def check_given(record: Record, rules: Rules) -> None:
+    """What positions do not tell: scores, times, and what must hold before anything is derived."""
     require(rules.has_model, "event", record["event"], "a record, but no model ran")
     for path, parent, name in _dropped_fields(rules.level):
         require(name not in (record[parent] if parent else record), path, "a value", "the level drops it")
@@ -53,20 +71,8 @@ def check_record(record: Record, rules: Rules, needles: Mapping[str, Sequence[in
     require(seq_len >= 1 and seq_len > record["step_idx"], "seq_len_current", seq_len, "too few positions")
     cached = record["prefix"]["prefix_cached_blocks"]
     require_range("prefix.prefix_cached_blocks", cached, 0, seq_len // rules.block_size)
-    if rules.level == "full":
-        positions: Sequence[int] | None = record["selected_token_pos"]
-        _check_positions(record["selected_token_pos"], seq_len, rules)
-    else:  # the dense path selects everything, so nothing is lost
-        positions = range(seq_len) if seq_len <= rules.top_k else None
     compare(record.get("source_layer"), rules.source_layers.get(record["layer_id"]), "source_layer")
     _check_scores(record, rules)
-    _check_needle(record, positions, rules, needles.get(record["request_id"]))
-    if positions is None:
-        _check_without_positions(record, rules)
-    else:
-        compare(record, _derived(record, positions, rules))
-    if rules.tiers is not None:
-        check_fetches(record, _selected(record, positions, rules), rules.tiers)
 
 
 @functools.cache

@@ -254,6 +254,11 @@ class TierTotals:
                 for name in _BYTES:
                     totals[name] += record["kv_fetch"][pool][name]
 
+    def merge(self, later: TierTotals) -> None:
+        for pool, totals in later.moved.items():
+            for name, count in totals.items():
+                self.moved[pool][name] += count
+
 
 def check_tier_totals(
     said: Record | None, rules: Rules, records: TierTotals, requests: PlainRequests, whole: bool

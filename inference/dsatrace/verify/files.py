@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,13 @@ class PlainRun:
         return path.stat().st_size if path.exists() else 0
 
     def lines(
-        self, name: str, on_bytes: Callable[[int], object] | None = None
+        self,
+        name: str,
+        on_bytes: Callable[[int], object] | None = None,
+        part: tuple[int, int | None] = (0, None),  # bytes, from and to
+        first_line: int = 1,
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(line number from 1, record) of a file; `on_bytes` is told of every MiB or so.
+        """(line number, record) of a file or a part of it; `on_bytes` is told of every MiB or so.
 
         A missing file has no lines if the run is incomplete, and is a `Mismatch` otherwise.
         """
@@ -80,8 +85,14 @@ class PlainRun:
                 return  # killed before the file was made
             raise Mismatch("file", "missing").at(name)
         pending = 0
+        start, end = part
+        left = math.inf if end is None else end - start
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            file.seek(start)
+            for number, line in enumerate(file, first_line):
+                left -= len(line)
+                if left < 0:
+                    break
                 pending += len(line)
                 if on_bytes and pending >= _CHUNK_BYTES:
                     on_bytes(pending)
@@ -90,7 +101,7 @@ class PlainRun:
                     record = json.loads(line, parse_constant=_refuse)
                     if not isinstance(record, dict):
                         raise ValueError("not a JSON object")
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     if line.endswith(b"\n"):
                         raise Mismatch("JSON", str(error)).at(name, number) from error
                     self.torn_lines[name] = f"line {number}: {len(line)} bytes, cut short"

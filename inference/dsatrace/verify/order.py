@@ -65,8 +65,8 @@ class RunOrder:
         self._rules = rules
         self._requests = requests
         self._may_miss = may_miss
-        self._row: list[tuple[int, _Row]] = []  # the records of the row so far, by line
-        self._forward: tuple[int, _Row] | None = None  # its first line and row
+        self._row: list[tuple[int, Row]] = []  # the records of the row so far, by line
+        self._forward: tuple[int, Row] | None = None  # its first line and row
         self._forward_requests: set[str] = set()
         self._seams = Seams(rules.resumed_at_forward)
         self.num_forwards_in_last_part = 0  # since the run was last resumed
@@ -82,26 +82,36 @@ class RunOrder:
             self.check_row()
             what = f"stored {record['layer_id']}, derived {len(self._row)}: a record before it is missing, "
             raise _named(Mismatch("layer_id", what + "stands twice or lies elsewhere"), line, record)
-        self._row.append((line, _Row.of(record)))
+        self._row.append((line, Row.of(record)))
         if len(self._row) < self._rules.num_layers:
             return None
         self.check_row()
         first, row = self._row[0]
         self._row = []
+        return self.add_row(first, row)
+
+    def add_row(self, line: int, row: Row) -> str | None:
+        """The same for a whole row from `line` on, whose records agree with each other."""
+        self._line = line + self._rules.num_layers - 1
         try:
-            self._add_to_forward(first, row)
+            self._add_to_forward(line, row)
             return self._add_to_request(row)
         except Mismatch as mismatch:
-            raise _named(mismatch, first, row._asdict() | {"layer_id": 0}) from None
+            raise _named(mismatch, line, row._asdict() | {"layer_id": 0}) from None
+
+    @property
+    def is_within_row(self) -> bool:
+        """The last record added was not one of the last layer."""
+        return bool(self._row)
 
     def check_row(self) -> None:
         """Names the first record of the row so far that most of the others contradict."""
         rows = [row for _, row in self._row]
         if len(set(rows)) <= 1:
             return
-        usual = _Row(*(Counter(values).most_common(1)[0][0] for values in zip(*rows, strict=True)))
+        usual = Row(*(Counter(values).most_common(1)[0][0] for values in zip(*rows, strict=True)))
         for layer, (line, row) in enumerate(self._row):
-            for name, stored, other in zip(_Row._fields, row, usual, strict=True):
+            for name, stored, other in zip(Row._fields, row, usual, strict=True):
                 if stored != other:
                     what = f"stored {stored!r}, {other!r} in the other layers of its step"
                     record = row._asdict() | {"layer_id": layer}
@@ -134,7 +144,7 @@ class RunOrder:
             what = f"stored {self._may_miss}, but only {self._num_missing} steps of requests are missing"
             raise Mismatch("dropped_steps", what).at(SUMMARY_FILE)
 
-    def _add_to_forward(self, line: int, row: _Row) -> None:
+    def _add_to_forward(self, line: int, row: Row) -> None:
         if self._forward is None or row.forward_idx != self._forward[1].forward_idx:
             if self._forward is not None:
                 before = self._forward[1].forward_idx
@@ -168,7 +178,7 @@ class RunOrder:
             mismatch = differs("kv_fetch.hbm.batch_size", row.batch_size, found)
             raise _named(mismatch, line, row._asdict() | {"layer_id": 0})
 
-    def _add_to_request(self, row: _Row) -> str | None:
+    def _add_to_request(self, row: Row) -> str | None:
         known = self._requests.get(row.request_id)
         require(row.request_id not in self._ended, "step_idx", row.step_idx, "after the request's last step")
         self._check_step(row)
@@ -209,7 +219,7 @@ class RunOrder:
             return row.request_id
         return None
 
-    def _check_step(self, row: _Row) -> None:
+    def _check_step(self, row: Row) -> None:
         """A request's step by itself: its phase, its sampling, its place before the request's end."""
         if row.step_idx < 0:
             require(self._rules.prefill, "step_idx", row.step_idx, "but the manifest records no prefill")
@@ -261,7 +271,7 @@ _PATHS = {
 _OF_A_FORWARD = ("phase", "batch_size", "step_wall_us", "step_synced")
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """What every record of a row holds alike."""
 
     request_id: str
@@ -277,7 +287,7 @@ class _Row(NamedTuple):
     step_synced: bool
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> _Row:
+    def of(cls, record: Mapping[str, Any]) -> Row:
         prefix = record["prefix"]
         return cls(
             record["request_id"],
@@ -298,7 +308,7 @@ class _Row(NamedTuple):
 class _Live:
     """A request that has records and may get more."""
 
-    row: _Row
+    row: Row
     prompt_tokens: int
     num_missing: int = 0
 

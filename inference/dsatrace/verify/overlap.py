@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 Record = Mapping[str, Any]
+_OF_A_PAIR = ("request_id", "layer_id", "step_idx", "seq_len_current", "unique_token_pos_count")
 
 
 class Overlaps:
@@ -27,24 +28,50 @@ class Overlaps:
         self._by_step = _Shares()
         self._by_layer = _Shares()
         self._layers: set[int] = set()
-        self._last: dict[str, dict[int, tuple[int, array[int]]]] = {}  # request -> layer -> step, selection
+        self._last: dict[str, dict[int, tuple[int, Any]]] = {}  # request -> layer -> step, selection
+        self._first: dict[str, list[tuple[Record, Any]]] = {}  # request -> its first record of each layer
 
     def add(self, record: Record) -> None:
         step, layer = record["step_idx"], record["layer_id"]
         self._layers.add(layer)
         last = self._last.setdefault(record["request_id"], {})
-        selected = array("i", record["selected_token_pos"] if self._with_tokens else ())
+        selected = self.selection(record)
+        if layer not in last:
+            first = {name: record[name] for name in _OF_A_PAIR}
+            self._first.setdefault(record["request_id"], []).append((first, selected))
         neighbours = [(self._by_step, (step - 1, layer))]
         if "source_layer" not in record:  # else it is the very selection of the layer before
             neighbours.append((self._by_layer, (step, layer - 1)))
         for shares, before in neighbours:
             step_there, tokens = last.get(before[1], (None, ()))
             if step_there == before[0]:
-                shares.add(record, len(set(selected).intersection(tokens)))
+                shares.add(record, self.num_shared(selected, tokens))
         last[layer] = (step, selected)
+
+    def selection(self, record: Record) -> Any:
+        """What is kept of a record's positions."""
+        return array("i", record["selected_token_pos"] if self._with_tokens else ())
+
+    def num_shared(self, selected: Any, before: Any) -> int:
+        return len(set(selected).intersection(before))
+
+    def merge(self, later: Overlaps) -> None:
+        """Adds what the records that follow these were found to share."""
+        for request_id, firsts in later._first.items():
+            last = self._last.get(request_id, {})
+            for record, selected in firsts:
+                step, tokens = last.get(record["layer_id"], (None, ()))
+                if step == record["step_idx"] - 1:
+                    self._by_step.add(record, self.num_shared(selected, tokens))
+        self._by_step.merge(later._by_step)
+        self._by_layer.merge(later._by_layer)
+        self._layers |= later._layers
+        for request_id, layers in later._last.items():
+            self._last.setdefault(request_id, {}).update(layers)
 
     def forget(self, request_id: str) -> None:
         self._last.pop(request_id, None)
+        self._first.pop(request_id, None)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -57,23 +84,26 @@ class _Shares:
     """Sums over compared selections; a step counts as one pair, at the first layer that is compared."""
 
     def __init__(self) -> None:
-        self._counted_at: int | None = None
         self._tokens = Counter[int]()  # by layer
         self._shared = Counter[int]()
-        self._pairs = Counter[float]()  # share that a random selector would have -> pairs
+        self._pairs: dict[int, Counter[float]] = {}  # layer -> a random selector's share -> pairs
 
     def add(self, record: Record, num_shared: int) -> None:
         layer, selected = record["layer_id"], record["unique_token_pos_count"]
-        if self._counted_at is None:
-            self._counted_at = layer
         self._tokens[layer] += selected
         self._shared[layer] += num_shared
-        if layer == self._counted_at:
-            self._pairs[selected / record["seq_len_current"]] += 1
+        self._pairs.setdefault(layer, Counter())[selected / record["seq_len_current"]] += 1
+
+    def merge(self, other: _Shares) -> None:
+        self._tokens.update(other._tokens)
+        self._shared.update(other._shared)
+        for layer, pairs in other._pairs.items():
+            self._pairs.setdefault(layer, Counter()).update(pairs)
 
     def to_json(self, layers: Iterable[int], with_tokens: bool) -> dict[str, Any]:
-        pairs, tokens = self._pairs.total(), self._tokens.total()
-        random = math.fsum(share * n for share, n in self._pairs.items()) / pairs if pairs else None
+        at_first = self._pairs[min(self._pairs)] if self._pairs else Counter[float]()
+        pairs, tokens = at_first.total(), self._tokens.total()
+        random = math.fsum(share * n for share, n in at_first.items()) / pairs if pairs else None
         if not tokens:
             return {"pairs": pairs, "mean": None, "random_mean": random, "per_layer": None}
         if not with_tokens:
@@ -100,6 +130,12 @@ class Recalls:
         self._found.setdefault(layer, Counter())[needle["tokens"]] += needle["selected"]
         self._records[layer] += 1
         self._contexts[record["seq_len_current"]] += 1
+
+    def merge(self, other: Recalls) -> None:
+        for layer, found in other._found.items():
+            self._found.setdefault(layer, Counter()).update(found)
+        self._records.update(other._records)
+        self._contexts.update(other._contexts)
 
     def to_json(self) -> dict[str, Any] | None:
         if not self._found:

@@ -93,12 +93,8 @@ class PlainSummary:
                 self._histograms["step_us"][round(record["step_wall_us"])] += 1
         self._histograms["unique_blocks"][record["unique_blocks"]] += 1
         self._histograms["prefix_intersection_ratio"][record["prefix"]["intersection_ratio"]] += 1
-        positions: list[int] | None = record.get("selected_token_pos")
-        if positions is not None:
-            query, size = record["seq_len_current"] - 1, record["block_size_tokens"]
-            self._histograms["offsets"].update([query - position for position in positions])
-            in_block = Counter([position // size for position in positions])
-            self._histograms["tokens_per_touched_block"].update(in_block.values())
+        if self.level == "full":
+            self.add_positions(record)
         for tier, totals in self._fetch.items():
             for name in totals:
                 totals[name] += record["kv_fetch"][tier][name]
@@ -109,10 +105,48 @@ class PlainSummary:
         if record["path"] == "sparse":
             self._counts["sparse"] += 1
             for at_size in self._blocks:
-                at_size.add(record)
+                at_size.add(record, self.num_blocks(record, at_size.size))
             self._overlaps.add(record)
             if record["phase"] == "decode" and "needle" in record:
                 self._recalls.add(record)
+
+    def add_positions(self, record: Record) -> None:
+        """The distributions that a record's positions give."""
+        positions: list[int] = record["selected_token_pos"]
+        query, size = record["seq_len_current"] - 1, record["block_size_tokens"]
+        self._histograms["offsets"].update([query - position for position in positions])
+        in_block = Counter([position // size for position in positions])
+        self._histograms["tokens_per_touched_block"].update(in_block.values())
+
+    def num_blocks(self, record: Record, size: int) -> int | None:
+        """Blocks of any size that a record touches; None where its level does not tell."""
+        if self.level == "full":
+            return len({position // size for position in record["selected_token_pos"]})
+        own_size = record["block_size_tokens"]
+        if "selected_block_ids" in record and size % own_size == 0:
+            return len({block // (size // own_size) for block in record["selected_block_ids"]})
+        num_blocks: int = record["unique_blocks"]
+        return num_blocks if size == own_size else None
+
+    def merge(self, later: PlainSummary) -> None:
+        """Adds the records of whole forwards that follow these."""
+        self.num_records += later.num_records
+        self.num_tokens += later.num_tokens
+        offsets = self._offsets + later._offsets
+        self._offsets = [min(offsets), max(offsets)] if offsets else []
+        self._counts.update(later._counts)
+        for name, counts in later._histograms.items():
+            self._histograms[name].update(counts)
+        for tier, totals in later._fetch.items():
+            for name, count in totals.items():
+                self._fetch[tier][name] += count
+        self._scan_bytes += later._scan_bytes
+        for request_id, touches in later._hot.items():
+            self._hot.setdefault(request_id, Counter()).update(touches)
+        for mine, its in zip(self._blocks, later._blocks, strict=True):
+            mine.merge(its)
+        self._overlaps.merge(later._overlaps)
+        self._recalls.merge(later._recalls)
 
     def end_request(self, request_id: str) -> None:
         """No record of it is to come: what is kept of it shrinks to its hot blocks."""
@@ -182,13 +216,17 @@ class _BlocksTouched:
         self._top_k = top_k
         self._contexts = Counter[int]()  # positions visible -> records
 
-    def add(self, record: Record) -> None:
+    def add(self, record: Record, num_blocks: int | None) -> None:
         self._contexts[record["seq_len_current"]] += 1
-        known = _num_blocks(record, self.size)
-        if known is None:
+        if num_blocks is None:
             self.is_known = False
         else:
-            self.touched[known] += 1
+            self.touched[num_blocks] += 1
+
+    def merge(self, other: _BlocksTouched) -> None:
+        self.is_known &= other.is_known
+        self.touched.update(other.touched)
+        self._contexts.update(other._contexts)
 
     def to_json(self) -> dict[str, Any]:
         k, size = self._top_k, self.size
@@ -226,17 +264,6 @@ def uniform_blocks(seq_len: int, k: int, size: int) -> float:
     if full:
         expected += full * (1 - math.perm(seq_len - k, size) / math.perm(seq_len, size))
     return expected
-
-
-def _num_blocks(record: Record, size: int) -> int | None:
-    """Blocks of any size that a record touches; None where its level does not tell."""
-    if "selected_token_pos" in record:
-        return len({position // size for position in record["selected_token_pos"]})
-    own_size = record["block_size_tokens"]
-    if "selected_block_ids" in record and size % own_size == 0:
-        return len({block // (size // own_size) for block in record["selected_block_ids"]})
-    num_blocks: int = record["unique_blocks"]
-    return num_blocks if size == own_size else None
 
 
 def _hottest(counts: Counter[int]) -> list[dict[str, int]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -103,6 +104,13 @@ class Rules:
             tiers=TierRules.of(manifest, layout["latent_bytes_per_token"]),
             source_layers=_source_layers(manifest) if has_model else {},
         )
+
+    @property
+    def first_step(self) -> int | None:
+        """The first step that is recorded of a request that lives long enough; -1 is the prefill."""
+        if self.prefill:
+            return -1
+        return next(filter(self.is_sampled, itertools.count()), None) if self.sample_rate > 0 else None
 
     def is_sampled(self, step_idx: int) -> bool:
         """Whether decode step `step_idx` of every request is recorded: splitmix64 of seed and step."""

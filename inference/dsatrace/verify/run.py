@@ -12,8 +12,10 @@ is held against what it must be like; only its neighbours can say more.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +74,13 @@ class Verification:
         return "\n".join((line, *(f"not checked: {note}" for note in self.notes)))
 
 
-def verify(folder: Path, on_bytes: Callable[[int], object] | None = None) -> Verification:
+def verify(
+    folder: Path, on_bytes: Callable[[int], object] | None = None, jobs: int = 1, plain: bool = False
+) -> Verification:
     """Checks the run, or an incomplete run's readable prefix; `on_bytes` hears of progress.
+
+    `jobs` processes share the work. `plain`: with the standard library alone, every record by the plain
+    implementation; so it is done, too, where numpy is not installed.
 
     Raises `Mismatch` naming the first bad record, and `UserError` for a folder that is no run.
     """
@@ -84,42 +91,117 @@ def verify(folder: Path, on_bytes: Callable[[int], object] | None = None) -> Ver
     state = run.state
     lines = PlainRequests(run.manifest.get("serving"))
     requests = _requests(run, lines, rules)
-    needles = {name: known.needle_positions for name, known in requests.items()}
     summary = _named(SUMMARY_FILE, lambda: _summary(run, state))
     dropped_steps = summary["dropped_steps"] if summary else 0
     # A run that goes on or was killed may have lost more steps than its last summary says.
     order = RunOrder(rules, requests, None if rules.may_lose and state != "complete" else dropped_steps)
     sizes = [row["block_size_tokens"] for row in summary["blocks_touched"]] if summary else _BLOCK_SIZES
-    offloaded = rules.tiers is not None
-    totals = PlainSummary(top_k=rules.top_k, block_sizes=sizes, level=rules.level, offloaded=offloaded)
     said = summary.get("tiers") if summary else None
-    moved, times = TierTotals(rules, said["since_forward"] if said else 0), BatchTimes()
-    sharing = Sharing(rules)
-    for line, record in run.lines(STEPS_FILE, on_bytes):
-        try:
-            check_record(record, rules, needles)
-            times.add(line, record)
-        except Mismatch as mismatch:
-            order.check_row()  # an earlier record of the same step may be the first bad one
-            raise mismatch.at(STEPS_FILE, line, record) from None
-        try:
-            ended = order.add(line, record)  # names the place itself, which may be an earlier line
-            sharing.add(record)
-        except Mismatch as mismatch:
-            raise mismatch.at(STEPS_FILE, line, record) from None
-        totals.add(record)
-        moved.add(record)
-        if ended is not None:
-            totals.end_request(ended)
+    since_forward = said["since_forward"] if said else 0
+    steps = _Steps(run, rules, requests, order, sizes, since_forward)
+    if plain or not has_numpy():
+        steps.check_plainly(on_bytes)
+    else:
+        steps.check_in_chunks(jobs, on_bytes)
+    totals, moved = steps.totals, steps.moved
     order.close(whole=state == "complete")
     notes = _named(SUMMARY_FILE, lambda: _check_totals(run, summary, totals, lines, order))
     if summary is not None:
         whole = state == "complete" and not dropped_steps
         note = _named(SUMMARY_FILE, lambda: check_tier_totals(said, rules, moved, lines, whole))
         notes += [note] if note else []
-    if offloaded and totals.num_records:
+    if rules.tiers is not None and totals.num_records:
         notes.append("which tier held a token: the engine's word, of which the accounts must add up")
     return Verification(state, rules.level, totals.num_records, len(requests), tuple(notes))
+
+
+def has_numpy() -> bool:
+    """Whether the fast derivation can run."""
+    return all(importlib.util.find_spec(name) for name in ("numpy", "orjson"))
+
+
+class _Steps:
+    """The records of a run: each by itself, their order, and what they add up to."""
+
+    def __init__(
+        self,
+        run: PlainRun,
+        rules: Rules,
+        requests: Mapping[str, RequestLine],
+        order: RunOrder,
+        block_sizes: Sequence[int],
+        since_forward: int,
+    ) -> None:
+        self._run, self._rules, self._requests, self._order = run, rules, requests, order
+        self._needles = {name: known.needle_positions for name, known in requests.items()}
+        self._block_sizes, self._since_forward = block_sizes, since_forward
+        self._times, self._sharing = BatchTimes(), Sharing(rules)
+        self.moved = TierTotals(rules, since_forward)
+        self.totals = PlainSummary(
+            top_k=rules.top_k, block_sizes=block_sizes, level=rules.level, offloaded=rules.tiers is not None
+        )
+
+    def check_plainly(
+        self,
+        on_bytes: Callable[[int], object] | None,
+        part: tuple[int, int | None] = (0, None),
+        first_line: int = 1,
+    ) -> int:
+        """Record by record; returns the number of the line that follows."""
+        line = first_line - 1
+        for line, record in self._run.lines(STEPS_FILE, on_bytes, part, first_line):
+            try:
+                check_record(record, self._rules, self._needles)
+                self._times.add(line, record)
+            except Mismatch as mismatch:
+                self._order.check_row()  # an earlier record of the same step may be the first bad one
+                raise mismatch.at(STEPS_FILE, line, record) from None
+            try:
+                ended = self._order.add(line, record)  # names the place itself, which may be an earlier line
+                self._sharing.add(record)
+            except Mismatch as mismatch:
+                raise mismatch.at(STEPS_FILE, line, record) from None
+            self.totals.add(record)
+            self.moved.add(record)
+            if ended is not None:
+                self.totals.end_request(ended)
+        return line + 1
+
+    def check_in_chunks(self, jobs: int, on_bytes: Callable[[int], object] | None) -> None:
+        """Chunk by chunk, and plainly where one is not found right."""
+        from dsatrace.verify.fast import ChunkChecks, FastSummary, checked_chunks
+
+        path = self._run.folder / STEPS_FILE
+        if not path.exists():
+            self.check_plainly(on_bytes)
+            return
+        self.totals = FastSummary(self._rules, self._block_sizes)
+        checks = ChunkChecks(path, self._rules, self._requests, self._block_sizes, self._since_forward)
+        last_rows: dict[str, tuple[int, int]] = {}  # of live requests: line and byte
+        line = 1
+        for chunk, found in checked_chunks(checks, jobs):
+            if found is None or self._order.is_within_row:
+                line = self.check_plainly(on_bytes, chunk, line)
+                continue
+            self.totals.merge(found.totals)
+            self.moved.merge(found.moved)
+            for number, byte, row in found.rows:
+                last_rows[row.request_id] = (line + number, byte)
+                ended = self._order.add_row(line + number, row)
+                if ended is not None:
+                    self.totals.end_request(ended)
+                    del last_rows[ended]
+            line += found.num_lines
+            if on_bytes:
+                on_bytes(chunk.end - chunk.start)
+        # The last records of the others are known only now.
+        for number, byte in last_rows.values():
+            from_there = self._run.lines(STEPS_FILE, part=(byte, None), first_line=number)
+            for at, record in itertools.islice(from_there, self._rules.num_layers):
+                try:
+                    check_record(record, self._rules, self._needles)
+                except Mismatch as mismatch:
+                    raise mismatch.at(STEPS_FILE, at, record) from None
 
 
 def _requests(run: PlainRun, totals: PlainRequests, rules: Rules) -> dict[str, RequestLine]:
