@@ -11,10 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsatrace.errors import UserError
 from dsatrace.schema import LEVELS, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
+from dsatrace.trace.export import export_run
+from dsatrace.trace.parquet import file as parquet_file
+from dsatrace.trace.reader import RunReader
 from dsatrace.verify import fast, run
 from dsatrace.verify.check_record import check_record
-from dsatrace.verify.fast import Checked, ChunkChecks, FastSummary, checked_chunks, chunks
+from dsatrace.verify.fast import Checked, ChunkChecks, FastSummary, JsonSteps, checked_chunks
 from dsatrace.verify.files import PlainRun
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.order import RequestLine
@@ -51,11 +55,17 @@ def checks_of(folder: Path) -> ChunkChecks:
         )
         for number, line in PlainRun(folder).lines(REQUESTS_FILE)
     }
-    return ChunkChecks(folder / STEPS_FILE, rules, known, BLOCK_SIZES, since_forward=0)
+    return ChunkChecks(
+        PlainRun(folder).parquet_steps or JsonSteps(folder / STEPS_FILE),
+        rules,
+        known,
+        BLOCK_SIZES,
+        since_forward=0,
+    )
 
 
 def found_in(checks: ChunkChecks, size: int) -> Iterator[Checked]:
-    for chunk in chunks(checks.path, size):
+    for chunk in checks.steps.chunks(size):
         found = checks.check(chunk)
         assert found is not None, chunk
         yield found
@@ -81,8 +91,18 @@ def test_chunks_of_any_size_add_up_to_the_plain_totals(tmp_path: Path, kind: str
             assert len(found.rows) * rules.num_layers == found.num_lines
         assert num_lines == len(records)
         assert totals.to_json(PlainRequests()) == expected
-    assert len(list(chunks(checks.path, 1))) == len({record["forward_idx"] for record in records})
+    num_forwards = len({record["forward_idx"] for record in records})
+    assert len(list(checks.steps.chunks(1))) == num_forwards
     assert verify(folder) == verify(folder, plain=True)
+
+    in_parquet = tmp_path / "parquet"
+    export_run(RunReader(folder), "parquet", in_parquet)
+    totals = FastSummary(rules, BLOCK_SIZES)
+    for found in found_in(checks_of(in_parquet), 1):
+        totals.merge(found.totals)
+    assert totals.to_json(PlainRequests()) == expected
+    assert len(list(checks_of(in_parquet).steps.chunks(1))) == num_forwards
+    assert verify(in_parquet) == verify(in_parquet, plain=True) == verify(folder)
 
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[-1]], ids=["full", "scores in order"])
@@ -158,6 +178,30 @@ def test_the_last_records_of_unfinished_requests_go_the_plain_way(
     last = {record["request_id"]: record["step_idx"] for record in records[: -2 * 3]}
     assert {(record["request_id"], record["step_idx"]) for record in seen} == set(last.items())
     assert len(seen) == len(last) * checks_of(folder).rules.num_layers
+
+
+@pytest.mark.parametrize("group_records", [1 << 14, 5])
+def test_parquet_is_read_as_its_lines_and_named_by_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group_records: int
+) -> None:
+    monkeypatch.setattr(parquet_file, "GROUP_RECORDS", group_records)
+    folder = write_golden(tmp_path / "run", LONG, store_scores=True)
+    records = read_lines(folder)
+    for i in (0, 4, len(records) - 1):
+        bad = records[i] | {"unique_blocks": records[i]["unique_blocks"] + 1, "unknown": [1]}
+        write_lines(folder, [*records[:i], bad, *records[i + 1 :]])
+        out = tmp_path / f"parquet{i}"
+        export_run(RunReader(folder), "parquet", out)
+        steps = PlainRun(out).parquet_steps
+        assert steps is not None
+        assert [record for _, record in steps.records((0, steps.num_records))] == read_lines(folder)
+        assert [row for row, _ in steps.records((3, 9))] == list(range(3, 9))
+        for plain in (True, False):
+            with pytest.raises(Mismatch, match=f"trace_steps.parquet record {i + 1} .*unique_blocks: stored"):
+                verify(out, plain=plain)
+    (out / "trace_steps.parquet").write_bytes(b"PAR1" * 9)
+    with pytest.raises(UserError, match=r"not a whole Parquet file.*export the run again"):
+        verify(out)
 
 
 def test_processes_find_what_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

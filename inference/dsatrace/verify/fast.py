@@ -6,7 +6,7 @@ others, go through the plain implementation in any case. Takes a *chunk* at a ti
 the steps file that holds whole forwards, so that several processes can share a run; shares
 `schema.py` with the writer and nothing else.
 
-    checks = ChunkChecks(path, rules, requests, block_sizes=(16, 32, 64), since_forward=0)
+    checks = ChunkChecks(JsonSteps(path), rules, requests, block_sizes=(16, 32, 64), since_forward=0)
     for chunk, found in checked_chunks(checks, jobs=2):      # None: look again
         totals.merge(found.totals)
 """
@@ -22,7 +22,7 @@ import multiprocessing
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
@@ -37,6 +37,9 @@ from dsatrace.verify.plain_record import fetch_from_hbm
 from dsatrace.verify.plain_summary import PlainSummary
 from dsatrace.verify.rules import Rules
 
+if TYPE_CHECKING:
+    from dsatrace.verify.parquet_steps import ParquetSteps
+
 Record = Mapping[str, Any]
 CHUNK_BYTES = 32 << 20
 SAMPLE = 97
@@ -47,11 +50,8 @@ LOOK_AGAIN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueErro
 """What a malformed record makes the fast derivation raise; the plain one says it in words."""
 
 
-class Chunk(NamedTuple):
-    """Bytes `start` to `end` of the steps file: whole lines, whole forwards."""
-
-    start: int
-    end: int
+Chunk = tuple[int, int]
+"""From and up to but without, in bytes of JSON lines or rows of Parquet: whole forwards."""
 
 
 @dataclasses.dataclass
@@ -59,30 +59,51 @@ class Checked:
     """A chunk whose records are right, each by itself."""
 
     num_lines: int
-    rows: list[tuple[int, int, Row]]  # line from the chunk's first, byte in the file, row
+    rows: list[tuple[int, int, Row]]  # line from the chunk's first, place, row
     totals: FastSummary
     moved: TierTotals
 
 
-def chunks(path: Path, size: int) -> Iterator[Chunk]:
-    """Parts of about `size` bytes; the last ends with the file, even within a line."""
-    end_of_file = path.stat().st_size
-    start = 0
-    with path.open("rb") as file:
-        while start < end_of_file:
-            file.seek(start + size)
-            file.readline()  # the rest of a line
-            forward = None
-            end = file.tell()
-            while line := file.readline():
-                this = _forward_of(line)
-                if forward is not None and this is not None and this != forward:
-                    break
-                forward, end = this, file.tell()
-            else:
-                end = end_of_file
-            yield Chunk(start, min(end, end_of_file))
-            start = end
+class JsonSteps:
+    """`trace_steps.jsonl`: a place is a byte."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_bytes = path.stat().st_size
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        """Parts of about `size` bytes; the last ends with the file, even within a line."""
+        start = 0
+        with self.path.open("rb") as file:
+            while start < self.num_bytes:
+                file.seek(start + size)
+                file.readline()  # the rest of a line
+                forward = None
+                end = file.tell()
+                while line := file.readline():
+                    this = _forward_of(line)
+                    if forward is not None and this is not None and this != forward:
+                        break
+                    forward, end = this, file.tell()
+                else:
+                    end = self.num_bytes
+                yield start, min(end, self.num_bytes)
+                start = end
+
+    def records(self, chunk: Chunk) -> Iterator[tuple[int, Record]]:
+        """(place, record); raises what JSON that is none raises."""
+        at, end = chunk
+        with self.path.open("rb") as file:
+            file.seek(at)
+            while at < end:
+                line = file.readline()
+                yield at, orjson.loads(line)
+                at += len(line)
+        if at != end:
+            raise ValueError("the chunk ends within a line")
+
+    def bytes_of(self, chunk: Chunk) -> int:
+        return chunk[1] - chunk[0]
 
 
 def _forward_of(line: bytes) -> object:
@@ -97,13 +118,13 @@ class ChunkChecks:
 
     def __init__(
         self,
-        path: Path,
+        steps: JsonSteps | ParquetSteps,
         rules: Rules,
         requests: Mapping[str, RequestLine],
         block_sizes: Sequence[int],
         since_forward: int,
     ) -> None:
-        self.path = path
+        self.steps = steps
         self.rules, self._requests = rules, requests
         self._needles = {name: known.needle_positions for name, known in requests.items()}
         self._new_totals = functools.partial(FastSummary, rules, block_sizes)
@@ -122,26 +143,21 @@ class ChunkChecks:
         totals, moved = self._new_totals(), self._new_moved()
         times, sharing = BatchTimes(), Sharing(self.rules)
         rows: list[tuple[int, int, Row]] = []
-        num_lines, offset, layer = 0, chunk.start, 0
-        with self.path.open("rb") as file:
-            file.seek(chunk.start)
-            while offset < chunk.end:
-                line = file.readline()
-                record = orjson.loads(line)
-                row = Row.of(record)
-                if layer == 0:
-                    rows.append((num_lines, offset, row))
-                if record["layer_id"] != layer or row != rows[-1][2]:
-                    raise ValueError("not whole rows")
-                positions = self._ascending_positions(record, num_lines)
-                times.add(num_lines, record)
-                sharing.add(record)
-                totals.add(record, positions)
-                moved.add(record)
-                offset += len(line)
-                num_lines += 1
-                layer = (layer + 1) % self.rules.num_layers
-        if layer or offset != chunk.end:
+        num_lines = layer = 0
+        for place, record in self.steps.records(chunk):
+            row = Row.of(record)
+            if layer == 0:
+                rows.append((num_lines, place, row))
+            if record["layer_id"] != layer or row != rows[-1][2]:
+                raise ValueError("not whole rows")
+            positions = self._ascending_positions(record, num_lines)
+            times.add(num_lines, record)
+            sharing.add(record)
+            totals.add(record, positions)
+            moved.add(record)
+            num_lines += 1
+            layer = (layer + 1) % self.rules.num_layers
+        if layer:
             raise ValueError("not whole rows")
         totals.fold()
         return Checked(num_lines, rows, totals, moved)
@@ -347,8 +363,8 @@ class FastOverlaps(Overlaps):
 
 def checked_chunks(checks: ChunkChecks, jobs: int) -> Iterator[tuple[Chunk, Checked | None]]:
     """Every chunk in the order of the file, checked by `jobs` processes."""
-    parts = chunks(checks.path, CHUNK_BYTES)
-    if jobs <= 1 or checks.path.stat().st_size <= CHUNK_BYTES:
+    parts = checks.steps.chunks(CHUNK_BYTES)
+    if jobs <= 1 or checks.steps.num_bytes <= CHUNK_BYTES:
         for chunk in parts:
             yield chunk, checks.check(chunk)
         return
@@ -363,7 +379,7 @@ def checked_chunks(checks: ChunkChecks, jobs: int) -> Iterator[tuple[Chunk, Chec
                     chunk, found = under_way.popleft()
                     yield chunk, found.result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 _IN_WORKER: list[ChunkChecks] = []

@@ -11,15 +11,26 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsatrace.errors import UserError
-from dsatrace.schema import MANIFEST_FILE, SCHEMA_VERSION, STEPS_FILE, SUMMARY_FILE, decode
+from dsatrace.schema import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    STEPS_FILE,
+    STEPS_PARQUET_FILE,
+    SUMMARY_FILE,
+    decode,
+)
 from dsatrace.verify.mismatch import Mismatch
+
+if TYPE_CHECKING:
+    from dsatrace.verify.parquet_steps import ParquetSteps
 
 _CHUNK_BYTES = 1 << 20
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -67,6 +78,37 @@ class PlainRun:
         """Bytes, 0 for a file that is not there."""
         path = self.folder / name
         return path.stat().st_size if path.exists() else 0
+
+    @functools.cached_property
+    def parquet_steps(self) -> ParquetSteps | None:
+        """The step records, where they are Parquet."""
+        if not self.size(STEPS_PARQUET_FILE) or self.size(STEPS_FILE):
+            return None
+        try:
+            from dsatrace.verify.parquet_steps import ParquetSteps
+        except ImportError as error:
+            raise UserError(
+                f"{self.folder}: holds Parquet, which pyarrow and numpy read; install them"
+            ) from error
+        return ParquetSteps(self.folder / STEPS_PARQUET_FILE)
+
+    def steps(
+        self,
+        on_bytes: Callable[[int], object] | None = None,
+        part: tuple[int, int | None] = (0, None),
+        first_line: int = 1,
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(number, record) of the step records or a part of them: bytes of lines, or rows of Parquet."""
+        steps = self.parquet_steps
+        if steps is None:
+            yield from self.lines(STEPS_FILE, on_bytes, part, first_line)
+            return
+        start, end = part
+        chunk = (start, steps.num_records if end is None else end)
+        for row, record in steps.records(chunk):
+            yield first_line + row - start, record
+        if on_bytes:
+            on_bytes(steps.bytes_of(chunk))
 
     def lines(
         self,

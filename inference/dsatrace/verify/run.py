@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dsatrace.errors import UserError
 from dsatrace.schema import (
     MANIFEST_FILE,
     REQUEST_FIELDS,
@@ -85,8 +84,15 @@ def verify(
     Raises `Mismatch` naming the first bad record, and `UserError` for a folder that is no run.
     """
     run = PlainRun(folder)
-    if run.size(STEPS_PARQUET_FILE) and not run.size(STEPS_FILE):
-        raise UserError(f"{folder}: holds Parquet; verify what `dsatrace export --to jsonl` makes of it")
+    try:
+        return _verify(run, on_bytes, jobs, plain)
+    except Mismatch as mismatch:
+        if run.parquet_steps is not None:
+            mismatch.where = mismatch.where.replace(f"{STEPS_FILE} line", f"{STEPS_PARQUET_FILE} record")
+        raise
+
+
+def _verify(run: PlainRun, on_bytes: Callable[[int], object] | None, jobs: int, plain: bool) -> Verification:
     rules = _named(MANIFEST_FILE, lambda: Rules.of(run.manifest))
     state = run.state
     lines = PlainRequests(run.manifest.get("serving"))
@@ -149,7 +155,7 @@ class _Steps:
     ) -> int:
         """Record by record; returns the number of the line that follows."""
         line = first_line - 1
-        for line, record in self._run.lines(STEPS_FILE, on_bytes, part, first_line):
+        for line, record in self._run.steps(on_bytes, part, first_line):
             try:
                 check_record(record, self._rules, self._needles)
                 self._times.add(line, record)
@@ -169,14 +175,14 @@ class _Steps:
 
     def check_in_chunks(self, jobs: int, on_bytes: Callable[[int], object] | None) -> None:
         """Chunk by chunk, and plainly where one is not found right."""
-        from dsatrace.verify.fast import ChunkChecks, FastSummary, checked_chunks
+        from dsatrace.verify.fast import ChunkChecks, FastSummary, JsonSteps, checked_chunks
 
-        path = self._run.folder / STEPS_FILE
-        if not path.exists():
+        if self._run.parquet_steps is None and not self._run.size(STEPS_FILE):
             self.check_plainly(on_bytes)
             return
+        steps = self._run.parquet_steps or JsonSteps(self._run.folder / STEPS_FILE)
         self.totals = FastSummary(self._rules, self._block_sizes)
-        checks = ChunkChecks(path, self._rules, self._requests, self._block_sizes, self._since_forward)
+        checks = ChunkChecks(steps, self._rules, self._requests, self._block_sizes, self._since_forward)
         last_rows: dict[str, tuple[int, int]] = {}  # of live requests: line and byte
         line = 1
         for chunk, found in checked_chunks(checks, jobs):
@@ -185,18 +191,18 @@ class _Steps:
                 continue
             self.totals.merge(found.totals)
             self.moved.merge(found.moved)
-            for number, byte, row in found.rows:
-                last_rows[row.request_id] = (line + number, byte)
+            for number, place, row in found.rows:
+                last_rows[row.request_id] = (line + number, place)
                 ended = self._order.add_row(line + number, row)
                 if ended is not None:
                     self.totals.end_request(ended)
                     del last_rows[ended]
             line += found.num_lines
             if on_bytes:
-                on_bytes(chunk.end - chunk.start)
+                on_bytes(steps.bytes_of(chunk))
         # The last records of the others are known only now.
-        for number, byte in last_rows.values():
-            from_there = self._run.lines(STEPS_FILE, part=(byte, None), first_line=number)
+        for number, place in last_rows.values():
+            from_there = self._run.steps(part=(place, None), first_line=number)
             for at, record in itertools.islice(from_there, self._rules.num_layers):
                 try:
                     check_record(record, self._rules, self._needles)
