@@ -15,12 +15,12 @@ from dsatrace.errors import UserError
 from dsatrace.trace.reader import RunReader
 from dsatrace.workloads import tokenizer as specials
 from dsatrace.workloads.chat import SAID_OF_PLAIN_TEXT, Chat, choose_chat
+from dsatrace.workloads.data_set import Asking
 from dsatrace.workloads.encoding import Message, encode_chat
 from dsatrace.workloads.longbench_v2 import LongBenchV2Loader, build_prompt
 from dsatrace.workloads.ruler.generator import generate
+from dsatrace.workloads.ruler.workload import RulerWorkload
 from dsatrace.workloads.samples import sample_file
-from dsatrace.workloads.served.ruler import RulerWorkload
-from dsatrace.workloads.served.workload import Asking
 from dsatrace.workloads.tokenizer import Tokenizer, byte_tokenizer_json, load_tokenizer
 from helpers.checkpoints import endless_letters
 from helpers.command_runs import told_error

@@ -17,16 +17,16 @@ from dsatrace.errors import UserError
 from dsatrace.study.hash_ids import hash_id_rows
 from dsatrace.study.read_requests import ORPHANS, read_requests, requests_from_hash_ids
 from dsatrace.study.requests_builder import RequestsBuilder
-from dsatrace.workloads.hash_id_traces import (
+from dsatrace.workloads.id_logs import (
     BAILIAN,
     MOONCAKE,
     HashIdRow,
     hash_id_format,
     read_hash_ids,
+    read_token_ids,
     write_hash_ids,
 )
 from dsatrace.workloads.rows import BadRows
-from dsatrace.workloads.token_id_traces import read_token_ids
 from helpers.byte_tokenizer import byte_tokenizer
 from helpers.real_data import real_file
 

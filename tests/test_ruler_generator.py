@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
 from dsatrace.workloads.ruler import texts
-from dsatrace.workloads.ruler.essay import ESSAY
 from dsatrace.workloads.ruler.example import TASKS, Example, Vocabulary, locate
 from dsatrace.workloads.ruler.generator import Sources, generate, largest_fitting
 from dsatrace.workloads.ruler.reader import read_examples
-from dsatrace.workloads.ruler.words import ADJECTIVES, NOUNS
+from dsatrace.workloads.ruler.texts import ADJECTIVES, ESSAY, NOUNS
 from dsatrace.workloads.tokenizer import Tokenizer
 from helpers.real_data import real_file
 from helpers.ruler_samples import deepseek_tokenizer

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
 from dsatrace.workloads.rows import BadRows
-from dsatrace.workloads.ruler import files
+from dsatrace.workloads.ruler import reader
 from dsatrace.workloads.ruler.example import TASKS, Example, locate, token_positions
 from dsatrace.workloads.ruler.reader import read_examples
 from dsatrace.workloads.tokenizer import Tokenizer
@@ -219,7 +219,7 @@ def test_long_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = json.dumps({**ROW, "input": "x" * 10_000_000}).encode() + b"\n"
     examples, _ = read_bytes(tmp_path, good + long + good, "fail")
     assert [len(example.prompt) for example in examples] == [len(ROW["input"]), 10_000_000, len(ROW["input"])]
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(reader, "MAX_LINE_BYTES", 1 << 20)
     examples, bad_rows = read_bytes(tmp_path, good + long + good, "skip")
     assert [example.row for example in examples] == [0, 2]
     assert bad_rows.counts == {"too long": 1}

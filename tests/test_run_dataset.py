@@ -23,11 +23,9 @@ from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from dsatrace.workloads.catalog import DATA_SETS
 from dsatrace.workloads.chat import Chat
-from dsatrace.workloads.data_set import Find, Flag
+from dsatrace.workloads.data_set import Asking, Find, Flag, Opened
 from dsatrace.workloads.samples import sample_file
-from dsatrace.workloads.served.sharegpt import SHAREGPT, ShareGPTWorkload
-from dsatrace.workloads.served.workload import Asking, Opened
-from dsatrace.workloads.sharegpt import ShareGPTLoader
+from dsatrace.workloads.sharegpt import SHAREGPT, ShareGPTLoader, ShareGPTWorkload
 from helpers.checkpoints import endless_letters
 from helpers.real_data import real_file
 

@@ -7,20 +7,17 @@ import json
 import pytest
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.burstgpt import Replay, read_burstgpt
+from dsatrace.workloads.burstgpt import BurstGPTWorkload, Replay, read_burstgpt
 from dsatrace.workloads.burstgpt_synthetic import SyntheticPrompts
 from dsatrace.workloads.chat import Chat
-from dsatrace.workloads.longbench_v2 import LongBenchV2Loader
+from dsatrace.workloads.data_set import Asking
+from dsatrace.workloads.longbench_v2 import LongBenchV2Loader, LongBenchV2Workload
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.ruler.generator import generate
 from dsatrace.workloads.ruler.reader import read_examples
+from dsatrace.workloads.ruler.workload import RulerWorkload
 from dsatrace.workloads.samples import sample_file
-from dsatrace.workloads.served.burstgpt import BurstGPTWorkload
-from dsatrace.workloads.served.longbench_v2 import LongBenchV2Workload
-from dsatrace.workloads.served.ruler import RulerWorkload
-from dsatrace.workloads.served.sharegpt import ShareGPTWorkload
-from dsatrace.workloads.served.workload import Asking
-from dsatrace.workloads.sharegpt import ShareGPTLoader
+from dsatrace.workloads.sharegpt import ShareGPTLoader, ShareGPTWorkload
 from helpers.real_data import real_file
 
 

@@ -23,7 +23,7 @@ from dsatrace.study.mixed import (
 from dsatrace.study.sweep import SweepOptions, sweep
 from dsatrace.study.sweep_cells import OPT, OVERALL, POOL, Cell
 from dsatrace.study.sweep_inputs import SeededOptions, Trace, mixed_trace, vocabulary_or_words
-from dsatrace.workloads.mixed import WORKLOADS
+from dsatrace.workloads.synthetic import WORKLOADS
 
 OPTIONS = SeededOptions(num_requests=80)
 

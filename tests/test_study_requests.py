@@ -15,24 +15,22 @@ from dsatrace.study.block_traces import block_trace
 from dsatrace.study.requests import StudyRequests
 from dsatrace.study.requests_builder import RequestsBuilder
 from dsatrace.workloads.chat_format import ChatTemplateFormatter
-from dsatrace.workloads.mixed import (
+from dsatrace.workloads.request_generator import num_turns
+from dsatrace.workloads.synthetic import (
     CHAT_MULTI,
     CHAT_SINGLE,
+    INSTRUCTION,
     QA,
     SUMMARIZATION,
     WORKLOADS,
-    interleave,
-    workload_rows,
-)
-from dsatrace.workloads.request_generator import num_turns
-from dsatrace.workloads.shared_context import (
-    INSTRUCTION,
     ChatSettings,
     QaSettings,
     SummarizationSettings,
     chat_conversations,
+    interleave,
     qa_conversations,
     summarization_conversations,
+    workload_rows,
 )
 
 TRANSCRIPT = ChatTemplateFormatter()

@@ -15,8 +15,13 @@ from hypothesis import strategies as st
 from dsatrace import cli
 from dsatrace.errors import UserError
 from dsatrace.workloads import tokenizer as specials
-from dsatrace.workloads.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, write_byte_tokenizer
-from dsatrace.workloads.tokenizer_choice import choose_tokenizer
+from dsatrace.workloads.tokenizer import (
+    Tokenizer,
+    check_vocabulary,
+    choose_tokenizer,
+    load_tokenizer,
+    write_byte_tokenizer,
+)
 from helpers.fake_hub import COMMIT, fake_hub
 from helpers.ruler_samples import deepseek_tokenizer
 

@@ -15,7 +15,7 @@ import random
 from collections.abc import Iterator
 
 from dsatrace.workloads.ruler import texts
-from dsatrace.workloads.ruler.words import ADJECTIVES, NOUNS, word_pairs
+from dsatrace.workloads.ruler.texts import ADJECTIVES, NOUNS, word_pairs
 from dsatrace.workloads.tokenizer import BOS, Tokenizer
 
 NUM_SPECIAL_FIRST, NUM_SPECIAL_LAST = 3, 4

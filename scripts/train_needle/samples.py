@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator
 
 from dsatrace.workloads.needle import needle_prompt
 from dsatrace.workloads.ruler import texts
-from dsatrace.workloads.ruler.essay import ESSAY
 from dsatrace.workloads.ruler.example import Haystack, Task
 from dsatrace.workloads.ruler.plans import Plan, Prompt, niah_plan, vt_plan
-from dsatrace.workloads.ruler.words import word_pairs
+from dsatrace.workloads.ruler.texts import ESSAY, word_pairs
 from dsatrace.workloads.tokenizer import ASSISTANT, BOS, END_THINK, EOS, USER, Tokenizer
 from train_needle import drills
 from train_needle.drills import Sample

@@ -25,9 +25,8 @@ from dsatrace.runner.rank0 import from_rank_0
 from dsatrace.trace.config import trace_config_from_args
 from dsatrace.trace.resumable import resumed_argv
 from dsatrace.workloads.chat import Chat
-from dsatrace.workloads.data_set import DataSet, Source, attribute_of
+from dsatrace.workloads.data_set import DataSet, Opened, Source, attribute_of
 from dsatrace.workloads.rows import check_limit
-from dsatrace.workloads.served.workload import Opened
 from dsatrace.workloads.sources import find_source
 
 

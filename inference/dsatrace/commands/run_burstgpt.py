@@ -19,7 +19,7 @@ from dsatrace.commands.run_arguments import (
 from dsatrace.commands.workload_run import Served, run_workload
 from dsatrace.errors import exits_cleanly
 from dsatrace.trace.config import add_trace_arguments
-from dsatrace.workloads.served.burstgpt import BURSTGPT
+from dsatrace.workloads.burstgpt import BURSTGPT
 
 
 @exits_cleanly

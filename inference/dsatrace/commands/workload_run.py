@@ -30,10 +30,9 @@ from dsatrace.runner.rank0 import from_rank_0
 from dsatrace.trace.config import TraceConfig, trace_config_from_args
 from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.workloads.chat import PLAIN_TEXT, SAID_OF_PLAIN_TEXT, Chat, choose_chat
+from dsatrace.workloads.data_set import Opened, Workload
 from dsatrace.workloads.request import Request
-from dsatrace.workloads.served.workload import Opened, Workload
-from dsatrace.workloads.tokenizer import check_vocabulary
-from dsatrace.workloads.tokenizer_choice import choose_tokenizer
+from dsatrace.workloads.tokenizer import check_vocabulary, choose_tokenizer
 
 SIMULATED_MAX_SEQ_LEN = 163_840
 """Tokens a simulated request may hold unless `--max-seq-len` says otherwise: DeepSeek-V3.2's own limit."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from dsatrace.errors import UserError
 from dsatrace.study.requests import UNKNOWN, StudyRequest, StudyRequests
-from dsatrace.workloads.hash_id_traces import HashIdFormat, HashIdRow
+from dsatrace.workloads.id_logs import HashIdFormat, HashIdRow
 
 _ROOT = -1
 

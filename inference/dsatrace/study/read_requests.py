@@ -18,10 +18,16 @@ from dsatrace.study.requests import StudyRequests
 from dsatrace.study.requests_builder import RequestsBuilder
 from dsatrace.study.tokenization import Progress, tokenize_rows
 from dsatrace.workloads.encoding import Vocabulary
-from dsatrace.workloads.hash_id_traces import HashIdFormat, HashIdRow, hash_id_format_of, read_hash_ids
+from dsatrace.workloads.id_logs import (
+    HashIdFormat,
+    HashIdRow,
+    TokenIdRow,
+    hash_id_format_of,
+    read_hash_ids,
+    read_token_ids,
+)
 from dsatrace.workloads.json_rows import read_json_rows
 from dsatrace.workloads.rows import BadRows
-from dsatrace.workloads.token_id_traces import TokenIdRow, read_token_ids
 from dsatrace.workloads.trace_rows import read_trace_rows
 
 ORPHANS = "turns whose parent chat is not in the trace"

@@ -29,10 +29,15 @@ from dsatrace.study.words import WordVocabulary
 from dsatrace.workloads.chat_format import SPECIAL_TOKENS, ChatTemplateFormatter
 from dsatrace.workloads.digests import file_sha256
 from dsatrace.workloads.encoding import Vocabulary
-from dsatrace.workloads.mixed import CHAT_MULTI, CHAT_SINGLE, QA, SUMMARIZATION, WORKLOADS
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.samples import sample_file
-from dsatrace.workloads.shared_context import (
+from dsatrace.workloads.sharegpt import ODDITIES, Conversation, ShareGPTLoader
+from dsatrace.workloads.synthetic import (
+    CHAT_MULTI,
+    CHAT_SINGLE,
+    QA,
+    SUMMARIZATION,
+    WORKLOADS,
     ChatSettings,
     QaSettings,
     SummarizationSettings,
@@ -40,7 +45,6 @@ from dsatrace.workloads.shared_context import (
     qa_conversations,
     summarization_conversations,
 )
-from dsatrace.workloads.sharegpt import ODDITIES, Conversation, ShareGPTLoader
 from dsatrace.workloads.tokenizer import load_tokenizer
 from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN, TraceRow
 

@@ -28,7 +28,6 @@ from dsatrace.study.sweep_streams import CacheInput, take_rows
 from dsatrace.study.tokenization import tokenize_rows
 from dsatrace.study.words import WordVocabulary
 from dsatrace.workloads.chat_format import ChatTemplateFormatter
-from dsatrace.workloads.mixed import CHAT_MULTI, CHAT_SINGLE, WORKLOADS, interleave, workload_rows
 from dsatrace.workloads.request_generator import (
     DEFAULT_ARRIVAL_RATE,
     DEFAULT_SEED,
@@ -37,6 +36,7 @@ from dsatrace.workloads.request_generator import (
 )
 from dsatrace.workloads.rows import BadRows, check_limit
 from dsatrace.workloads.sharegpt import Conversation
+from dsatrace.workloads.synthetic import CHAT_MULTI, CHAT_SINGLE, WORKLOADS, interleave, workload_rows
 from dsatrace.workloads.trace_rows import TraceRow
 
 SYNTHETIC, UNLABELLED = "synthetic", "(unlabelled)"

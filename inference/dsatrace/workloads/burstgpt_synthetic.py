@@ -19,11 +19,30 @@ import uuid
 from collections.abc import Iterator
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.burstgpt import (
-    API_LOG,
-    CONVERSATION_LOG,
-    BurstRow,
-)
+
+API_LOG, CONVERSATION_LOG = "API log", "Conversation log"
+
+
+@dataclasses.dataclass(frozen=True)
+class BurstRow:
+    """One logged request. No response token means that it failed; only conversations have a session.
+
+    `timestamp_s` counts from the service's first midnight; `elapsed_s` is the time to the
+    whole response, as the service measured it.
+    """
+
+    source_row: int
+    timestamp_s: float
+    request_tokens: int
+    response_tokens: int
+    model: str = ""
+    log_type: str = ""
+    session_id: str | None = None
+    elapsed_s: float | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self.response_tokens == 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,11 @@ DATA_SETS["ruler"].hub_file(revision="main", file="data_debug.tgz")   # taken as
 from __future__ import annotations
 
 from dsatrace.errors import UserError
+from dsatrace.workloads.burstgpt import BURSTGPT
 from dsatrace.workloads.data_set import DataSet
-from dsatrace.workloads.served.burstgpt import BURSTGPT
-from dsatrace.workloads.served.longbench_v2 import LONGBENCH_V2
-from dsatrace.workloads.served.ruler import RULER
-from dsatrace.workloads.served.sharegpt import SHAREGPT
+from dsatrace.workloads.longbench_v2 import LONGBENCH_V2
+from dsatrace.workloads.ruler.workload import RULER
+from dsatrace.workloads.sharegpt import SHAREGPT
 
 DATA_SETS: dict[str, DataSet] = {
     data_set.name: data_set for data_set in (RULER, LONGBENCH_V2, SHAREGPT, BURSTGPT)

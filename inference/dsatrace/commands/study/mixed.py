@@ -33,8 +33,8 @@ from dsatrace.study.sweep import SweepOptions, sweep
 from dsatrace.study.sweep_cells import OVERALL, Cell
 from dsatrace.study.sweep_inputs import Trace, mixed_trace, read_trace, vocabulary_or_words
 from dsatrace.trace.manifest import redact_argv
-from dsatrace.workloads.mixed import WORKLOADS
 from dsatrace.workloads.rows import BadRows
+from dsatrace.workloads.synthetic import WORKLOADS
 
 
 @exits_cleanly

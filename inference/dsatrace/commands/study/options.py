@@ -22,8 +22,8 @@ from dsatrace.study.prepare import ClientOptions
 from dsatrace.study.run import StudySettings
 from dsatrace.study.sources import Client, Source, open_vocabulary
 from dsatrace.trace.manifest import redact_argv
-from dsatrace.workloads.mixed import WORKLOADS
 from dsatrace.workloads.rows import BadRows
+from dsatrace.workloads.synthetic import WORKLOADS
 
 if TYPE_CHECKING:
     from dsatrace.report.study_tables import Grid

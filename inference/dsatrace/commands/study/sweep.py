@@ -34,8 +34,8 @@ from dsatrace.study.sweep_inputs import (
     vocabulary_or_words,
 )
 from dsatrace.trace.manifest import redact_argv
-from dsatrace.workloads.mixed import WORKLOADS
 from dsatrace.workloads.rows import BadRows
+from dsatrace.workloads.synthetic import WORKLOADS
 
 if TYPE_CHECKING:
     from dsatrace.study.sources import NamedVocabulary

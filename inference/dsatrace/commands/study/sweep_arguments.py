@@ -18,9 +18,9 @@ from dsatrace.study.sweep import num_cores
 from dsatrace.study.sweep_cells import SEMANTICS
 from dsatrace.study.sweep_inputs import SeededOptions, Trace, first_conversations, limited
 from dsatrace.workloads.digests import file_sha256
-from dsatrace.workloads.mixed import WORKLOADS
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.sharegpt import Conversation, ShareGPTLoader
+from dsatrace.workloads.synthetic import WORKLOADS
 
 ACCESSES_A_WORKER = 10_000_000
 """Starting a worker takes as long as replaying this many block accesses."""

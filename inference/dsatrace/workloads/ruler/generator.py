@@ -22,10 +22,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.ruler.essay import ESSAY
 from dsatrace.workloads.ruler.example import Example, Task, Vocabulary, answer_spans, locate, task_named
-from dsatrace.workloads.ruler.plans import Plan, Prompt, cwe_plan, fwe_plan, niah_plan, vt_plan
-from dsatrace.workloads.ruler.qa import QuestionSet, qa_plan, read_hotpotqa, read_squad
+from dsatrace.workloads.ruler.plans import (
+    Plan,
+    Prompt,
+    QuestionSet,
+    cwe_plan,
+    fwe_plan,
+    niah_plan,
+    qa_plan,
+    read_hotpotqa,
+    read_squad,
+    vt_plan,
+)
+from dsatrace.workloads.ruler.texts import ESSAY
 
 Planner = Callable[[random.Random, int], Plan]  # (draw, row)
 

@@ -191,3 +191,39 @@ def id_array(row: Mapping[str, Any], column: str, typecode: str) -> array[int]:
     if ids and min(ids) < 0:
         raise BadRow("negative number", "in the list", column)
     return ids
+
+
+MAX_ARRIVAL_NS = 1e19  # three centuries
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenIdRow:
+    """One request by token ids; `conversation_id` is empty and `turn` -1 where a trace does not tell."""
+
+    arrival_s: float
+    prompt_ids: array[int]
+    response_ids: array[int]
+    conversation_id: str = ""
+    turn: int = -1
+
+
+def read_token_ids(path: str | Path, bad_rows: BadRows | None = None) -> Iterator[TokenIdRow]:
+    """Streams the rows.
+
+    Bad rows are those without a prompt, with a field missing, with an id that is none, with
+    counts that contradict the ids, with an arrival before the last good row's, and a line cut off.
+    """
+    clock = Clock("arrival_time_ns")
+
+    def parse(_: int, row: Mapping[str, Any]) -> TokenIdRow:
+        prompt_ids, response_ids = id_array(row, "input_tok_ids", "i"), id_array(row, "output_tok_ids", "i")
+        if not prompt_ids:
+            raise BadRow("empty prompt", column="input_tok_ids")
+        for column, ids in (("input_toks", prompt_ids), ("output_toks", response_ids)):
+            if column in row and count_column(row, column) != len(ids):
+                raise BadRow("ids contradict the length", f"there are {len(ids)} ids", column)
+        arrival_ns = number_column(row, "arrival_time_ns", MAX_ARRIVAL_NS)
+        clock.advance(arrival_ns)
+        return TokenIdRow(arrival_ns * 1e-9, prompt_ids, response_ids)
+
+    yield from read_json_rows(path, parse, bad_rows or BadRows())

@@ -18,17 +18,15 @@ from typing import Any
 
 from dsatrace.errors import UserError
 from dsatrace.workloads.chat import Chat
-from dsatrace.workloads.data_set import DataSet, Find, Flag
+from dsatrace.workloads.data_set import Asking, DataSet, Find, Flag, Opened
 from dsatrace.workloads.encoding import Message
 from dsatrace.workloads.exports import WholeFile, write_lines
 from dsatrace.workloads.hub import HubFile
 from dsatrace.workloads.request import Request
 from dsatrace.workloads.rows import BadRows, check_limit, read_rows
 from dsatrace.workloads.ruler.example import TASKS, Example, locate, score, task_named
-from dsatrace.workloads.ruler.files import decode, numbered_lines, row_files
 from dsatrace.workloads.ruler.generator import Sources, generate
-from dsatrace.workloads.ruler.reader import read_examples
-from dsatrace.workloads.served.workload import Asking, Opened
+from dsatrace.workloads.ruler.reader import decode, numbered_lines, read_examples, row_files
 
 GENERATED_EXAMPLES = 10
 GENERATED_LENGTH = 2048  # tokens
