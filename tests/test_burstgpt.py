@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.burstgpt import MAX_LINE_BYTES, BurstRow, Replay, read_burstgpt
+from dsatrace.workloads.burstgpt import MAX_LINE_BYTES, Arrivals, BurstRow, read_burstgpt
 from dsatrace.workloads.burstgpt_synthetic import (
     BurstSettings,
     SyntheticPrompts,
@@ -136,7 +136,7 @@ def test_any_bytes_give_rows_or_a_clear_line(
 
 def test_arrivals_start_at_the_first_row_kept() -> None:
     rows = rows_of(100.0, 103.0, 103.0, 110.0, failed=(0,))
-    replay = Replay(rows)
+    replay = Arrivals(rows)
     assert [(a.arrival_s, a.row.source_row) for a in replay] == [(0.0, 1), (0.0, 2), (7.0, 3)]
     assert replay.summary() == {
         "rows": 4,
@@ -146,13 +146,13 @@ def test_arrivals_start_at_the_first_row_kept() -> None:
         "api_log": 0,
         "without_session": 4,
     }
-    kept = Replay(rows, keep_failures=True, time_scale=0.1)
+    kept = Arrivals(rows, keep_failures=True, time_scale=0.1)
     assert [a.arrival_s for a in kept] == pytest.approx([0.0, 0.3, 0.3, 1.0])
-    assert [a.arrival_s for a in Replay(rows, time_scale=0)] == [0.0, 0.0, 0.0]
+    assert [a.arrival_s for a in Arrivals(rows, time_scale=0)] == [0.0, 0.0, 0.0]
 
 
 def test_a_limit_counts_requests_and_reads_no_further() -> None:
-    replay = Replay(rows_of(1.0, 2.0, 3.0, failed=(0,)), max_requests=1)
+    replay = Arrivals(rows_of(1.0, 2.0, 3.0, failed=(0,)), max_requests=1)
     assert [a.row.source_row for a in replay] == [1]
     assert replay.counts["rows"] == 2
 
@@ -168,12 +168,12 @@ def test_a_limit_counts_requests_and_reads_no_further() -> None:
 )
 def test_impossible_replays_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        Replay([], **options)
+        Arrivals([], **options)
 
 
 def test_the_real_head_of_the_old_layout() -> None:
     rows = list(read_burstgpt(real_file("burstgpt/BurstGPT_1_head400.csv")))
-    replay = Replay(rows)
+    replay = Arrivals(rows)
     arrivals = list(replay)
     assert replay.summary() == {
         "rows": 400,
@@ -187,12 +187,12 @@ def test_the_real_head_of_the_old_layout() -> None:
     requests = [row.request_tokens for row in rows]
     assert sum(tokens == 0 for tokens in requests) == 17
     assert round(statistics.mean(requests)) == 520 and max(requests) == 2126
-    assert len(list(Replay(rows, keep_failures=True))) == 400
+    assert len(list(Arrivals(rows, keep_failures=True))) == 400
 
 
 def test_the_real_head_of_the_new_layout() -> None:
     rows = list(read_burstgpt(real_file("burstgpt/BurstGPT_3_head105.csv")))
-    replay = Replay(rows)
+    replay = Arrivals(rows)
     arrivals = list(replay)
     assert replay.summary() == {
         "rows": 105,

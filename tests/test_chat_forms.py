@@ -15,7 +15,7 @@ from dsatrace.errors import UserError
 from dsatrace.trace.reader import RunReader
 from dsatrace.workloads import tokenizer as specials
 from dsatrace.workloads.chat import SAID_OF_PLAIN_TEXT, Chat, choose_chat
-from dsatrace.workloads.data_set import Asking
+from dsatrace.workloads.data_set import PromptSettings
 from dsatrace.workloads.encoding import Message, encode_chat
 from dsatrace.workloads.longbench_v2 import LongBenchV2Loader, build_prompt
 from dsatrace.workloads.ruler.generator import generate
@@ -226,7 +226,7 @@ def test_data_sets_ask_in_the_templates_form(folder: Path) -> None:
     assert prompt.truncated and len(prompt.token_ids) == 900
     assert prompt.token_ids[:2] == tuple(chat.tokenizer.encode_markup(f"[BEGIN]{USER}"))
     examples = list(generate("niah_single_1", 1500, chat.tokenizer, 1, overhead_tokens=sum(chat.frame())))
-    (request,) = RulerWorkload(examples, Asking(chat)).requests()
+    (request,) = RulerWorkload(examples, PromptSettings(chat)).requests()
     held = chat.tokenizer.decode(request.prompt_token_ids[p] for p in request.needle_positions)
     assert held == examples[0].references[0]
 

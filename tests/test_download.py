@@ -76,13 +76,15 @@ def test_ruler_keeps_its_layout(hub: FakeHub, tmp_path: Path, capsys: Any) -> No
     assert len(list(read_examples(folder, ["vt"], 4096))) == 3
     printed = capsys.readouterr().out
     assert "terms: the generator is Apache-2.0" in printed and "12 rows of allenai/ruler_data@" in printed
-    source = find_source("ruler")
+    source = find_source(DATA_SETS["ruler"])
     assert source.description.startswith("folder ruler sha256:")
     assert f", exported from allenai/ruler_data@{COMMIT} data_100_samples.tgz sha256:" in source.description
     assert download("ruler", "--revision", "main", "--limit", "1") == 0  # an export may be replaced
     assert len(list(read_examples(folder))) == 4
     (folder / "vt" / "validation_4096.jsonl").write_bytes(ROWS)
-    assert ", changed since its export from allenai/ruler_data@" in find_source("ruler").description
+    assert (
+        ", changed since its export from allenai/ruler_data@" in find_source(DATA_SETS["ruler"]).description
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_arrays_become_lines_with_the_same_rows(hub: FakeHub, tmp_path: Path, na
     assert download(name, "--revision", "main", "--limit", "2") == 0
     limited = tmp_path / "data" / name / f"{name}_train_limit2.jsonl"
     assert len(limited.read_bytes().splitlines()) == 2
-    assert find_source(name).path == limited  # the last export, not the only file
+    assert find_source(DATA_SETS[name]).path == limited  # the last export, not the only file
 
 
 def test_burstgpt_is_a_csv_and_a_line_to_export(hub: FakeHub, tmp_path: Path, capsys: Any) -> None:

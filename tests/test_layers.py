@@ -39,7 +39,7 @@ RULES: dict[str, Rule] = {
     "model": Rule({"errors"}, {"torch", "safetensors"}, {"tilelang", "fast_hadamard_transform"}),
     "trace": Rule(BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}),
     "workloads": Rule(
-        {"schema", "errors"}, set(), {"tokenizers", "transformers", "datasets", "huggingface_hub"}
+        {"schema", "errors", "units"}, set(), {"tokenizers", "transformers", "datasets", "huggingface_hub"}
     ),
     "engine": Rule({"schema", "errors", "kv", "trace", "workloads"}, {"numpy"}),
     "runner": Rule(BASE | {"engine", "model", "kv", "trace"}, {"numpy", "torch"}),

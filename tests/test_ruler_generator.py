@@ -47,7 +47,7 @@ def test_length_is_within_a_unit_of_what_was_asked(
             num_prefix = len(byte_tokenizer.encode(example.answer_prefix))
             length = num_prompt + num_prefix + TASKS[task].tokens_to_generate + overhead
             assert example.length == length and max_length - unit < length <= max_length
-            assert (example.max_length, example.metric) == (max_length, "match_all")
+            assert example.max_length == max_length
 
 
 @pytest.mark.parametrize("task", WITHOUT_FILES)
@@ -247,7 +247,7 @@ def test_qa_1_asks_squad_questions_among_other_paragraphs(tmp_path: Path, byte_t
     for row, example in enumerate(examples[:12]):
         name = f"{row // 4}-{row % 4}"
         assert example.prompt.endswith(f"\n\nQuestion: Who wrote {name}?")
-        assert example.references == (f"Author {name}", "A.") and example.metric == "match_part"
+        assert example.references == (f"Author {name}", "A.")
         given = documents(example.prompt)
         assert len(set(given)) == len(given) >= 5 and sum(f"text {name}." in text for text in given) == 1
         assert {f"text {row // 4}-{n}." in "".join(given) for n in range(4)} == {
@@ -343,7 +343,7 @@ def structure(example: Example) -> dict[str, Any]:
         else len(example.references),
         "spans": len(example.answer_spans),
         "prefix": example.answer_prefix[0] == " ",
-        "budget": (example.tokens_to_generate, example.metric, example.max_length),
+        "budget": (example.tokens_to_generate, example.max_length),
         "needles": len(NEEDLE.findall(example.prompt)) if task.haystack != "needles" else None,
         "chain": [bool(re.match(r"VAR \w+ = VAR", line)) for line in lines if line.startswith("VAR ")],
     }

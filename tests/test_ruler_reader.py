@@ -44,12 +44,10 @@ def test_nvidias_row_as_it_stands(tmp_path: Path) -> None:
         prompt=ROW["input"],
         answer_prefix=" It is",
         references=("1234567",),
-        tokens_to_generate=128,
-        metric="match_all",
         max_length=4096,
         length=900,
-        answer_spans=((start, start + 7),),
     )
+    assert first.tokens_to_generate == 128 and first.answer_spans == ((start, start + 7),)
     assert (second.row, second.length) == (1, None)  # `index` repeats, the row does not
 
 
@@ -57,7 +55,7 @@ def test_input_wins_over_a_short_question(tmp_path: Path) -> None:
     row = {"input": "Documents, long. Who?", "question": "Who?", "context": "x", "outputs": ["a", "b"]}
     (example,) = read_examples(write_rows(tmp_path, "qa_1", [row]))
     assert example.prompt == "Documents, long. Who?" and example.answer_prefix == ""
-    assert example.metric == "match_part" and example.references == ("a", "b")
+    assert example.references == ("a", "b")
 
 
 @pytest.mark.parametrize("tail", [" It is", " It is \n", "It is"])

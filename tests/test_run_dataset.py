@@ -23,7 +23,7 @@ from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from dsatrace.workloads.catalog import DATA_SETS
 from dsatrace.workloads.chat import Chat
-from dsatrace.workloads.data_set import Asking, Find, Flag, Opened
+from dsatrace.workloads.data_set import Find, Flag, OpenedWorkload, PromptSettings
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import SHAREGPT, ShareGPTLoader, ShareGPTWorkload
 from helpers.checkpoints import endless_letters
@@ -240,10 +240,12 @@ def test_a_mistake_is_one_clear_line(run: Run, capsys: Any, flags: tuple[object,
 def test_an_entry_in_the_table_is_all_that_a_data_set_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def open_talks(args: Any, chat: Chat, find: Find) -> Opened:
+    def open_talks(args: Any, chat: Chat, find: Find) -> OpenedWorkload:
         source = find()
         loader = ShareGPTLoader(source.file, max_conversations=args.talks_rows)
-        return Opened(ShareGPTWorkload(loader, Asking.of(args, chat)), source.description, source.text())
+        return OpenedWorkload(
+            ShareGPTWorkload(loader, PromptSettings.from_args(args, chat)), source.description, source.text()
+        )
 
     flags = (
         Flag("--talks-json", "rows", type=Path),

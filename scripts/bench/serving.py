@@ -36,7 +36,7 @@ from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.scheduler import Admission
 from dsatrace.engine.simulator import StepTime, open_simulator
 from dsatrace.errors import UserError, exits_cleanly
-from dsatrace.workloads.burstgpt import Replay
+from dsatrace.workloads.burstgpt import Arrivals
 from dsatrace.workloads.burstgpt_synthetic import BurstSettings, generate_burstgpt
 from dsatrace.workloads.request import Request
 
@@ -65,7 +65,7 @@ def burst_requests(settings: BurstSettings) -> list[Request]:
             arrival_s=arrival.arrival_s,
             stop_at_eos=False,
         )
-        for arrival in Replay(generate_burstgpt(settings))
+        for arrival in Arrivals(generate_burstgpt(settings))
     ]
 
 

@@ -38,12 +38,7 @@ from dsatrace.workloads.synthetic import (
     QA,
     SUMMARIZATION,
     WORKLOADS,
-    ChatSettings,
-    QaSettings,
-    SummarizationSettings,
-    chat_conversations,
-    qa_conversations,
-    summarization_conversations,
+    synthetic_conversations,
 )
 from dsatrace.workloads.tokenizer import load_tokenizer
 from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN, TraceRow
@@ -218,11 +213,7 @@ def _synthetic(workload: str, options: ClientOptions) -> list[Conversation]:
     if count is None:
         raise UserError(f"workload {workload} has no end; say how many with --max-conversations")
     count *= MATCHING_FACTOR if options.match_requests else 1
-    if workload == QA:
-        return qa_conversations(QaSettings(num_requests=count), options.seed)
-    if workload == SUMMARIZATION:
-        return summarization_conversations(SummarizationSettings(num_requests=count), options.seed)
-    return chat_conversations(ChatSettings(num_conversations=count), options.seed)
+    return synthetic_conversations(workload, count, options.seed)
 
 
 def _first_conversations(requests: StudyRequests, limit: int | None) -> StudyRequests:

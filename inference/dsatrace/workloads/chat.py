@@ -20,15 +20,21 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.encoding import Message, Part, check_prompt, deepseek_parts, join_parts
-from dsatrace.workloads.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
+from dsatrace.workloads.encoding import (
+    SPECIAL_TOKENS,
+    Message,
+    Part,
+    check_prompt,
+    deepseek_parts,
+    join_parts,
+)
+from dsatrace.workloads.tokenizer import END_THINK, Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
 PLAIN_TEXT = "plain text"
 SAID_OF_PLAIN_TEXT = (
     "prompts are plain text: the tokenizer brings no chat template; --chat-template names one"
 )
-_DEEPSEEK_TOKENS = (BOS, EOS, USER, ASSISTANT, THINK, END_THINK)
 
 
 class ChatForm(Protocol):
@@ -58,7 +64,7 @@ class Chat:
     @classmethod
     def deepseek(cls, tokenizer: Tokenizer, thinking: bool = False) -> Chat:
         """DeepSeek-V3.2's form; a `UserError` where the vocabulary lacks a token of it."""
-        for name in _DEEPSEEK_TOKENS:
+        for name in SPECIAL_TOKENS:
             tokenizer.special_id(name)
         return cls(tokenizer, DeepSeekForm(tokenizer), frozenset({tokenizer.eos_id}), thinking)
 
@@ -197,7 +203,7 @@ def choose_chat(
     own_file = Path(tokenizer.source)
     own = [own_file.parent] if own_file.is_file() else []
     of_checkpoint = [ckpt_path] if ckpt_path is not None else []
-    deepseek = all(tokenizer.added_id(name) is not None for name in _DEEPSEEK_TOKENS)
+    deepseek = all(tokenizer.added_id(name) is not None for name in SPECIAL_TOKENS)
     if deepseek and template is None:
         return Chat.deepseek(tokenizer, thinking)
     folders = [*own, *of_checkpoint]

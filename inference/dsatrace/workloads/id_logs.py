@@ -1,15 +1,22 @@
-"""Published traces without text: lengths, and an id for each block of the prompt.
+"""Published logs of requests without text: an id per block of the prompt, or an id per token.
 
-An id stands for a block together with everything before it, so equal ids are equal prefixes;
-the last id of a prompt may stand for a partial block. Two layouts:
+A block's id stands for the block and everything before it, so equal ids are equal prefixes;
+the last id of a prompt may stand for a partial block. Two layouts have ids of blocks:
 
-    mooncake   512 tokens a block, `timestamp` in ms:
+    mooncake   512 tokens per block, `timestamp` in ms:
                {"timestamp": 0, "input_length": 600, "output_length": 50, "hash_ids": [0, 1]}
-    bailian    16 tokens a block, `timestamp` in s, and `chat_id`, `parent_chat_id` (-1 for a
+    bailian    16 tokens per block, `timestamp` in s, and `chat_id`, `parent_chat_id` (-1 for a
                chat's first turn), `turn` (from 1) and `type`
+
+Serving simulators keep token ids. Their vocabulary is not recorded, and a cache does not need
+it. Such ids are as good as text, so keep the files private:
+
+    {"input_tok_ids": [...], "output_tok_ids": [...], "arrival_time_ns": 46926808}
 
     for row in read_hash_ids("conversation_trace.jsonl"):
         row.arrival_s, row.hash_ids
+    for row in read_token_ids("trace.jsonl"):
+        row.prompt_ids, row.response_ids
 """
 
 from __future__ import annotations
@@ -23,9 +30,8 @@ from typing import Any
 
 from dsatrace.errors import UserError
 from dsatrace.workloads.json_rows import read_json_rows
-from dsatrace.workloads.private_file import private_file
-from dsatrace.workloads.rows import BadRow, BadRows
-from dsatrace.workloads.trace_rows import Clock, count_column, id_column, number_column
+from dsatrace.workloads.rows import BadRow, BadRows, Clock
+from dsatrace.workloads.trace_rows import count_column, id_column, number_column, write_lines_by_time
 
 MAX_TIMESTAMP = 1e13  # in the file's unit; three centuries of milliseconds
 MAX_TOKENS = 100_000_000
@@ -49,10 +55,9 @@ FORMATS = {layout.name: layout for layout in (MOONCAKE, BAILIAN)}
 
 @dataclasses.dataclass(frozen=True)
 class HashIdRow:
-    """One request. `hash_ids` holds ceil(`num_prompt_tokens` / tokens a block) ids of at least 0.
+    """One request. `hash_ids` holds ceil(`num_prompt_tokens` / tokens per block) ids of at least 0.
 
-    `chat_id`, `parent_chat_id`, `turn` (from 0) and `workload` (the row's type) are those of
-    a Bailian trace, else empty and -1.
+    Only Bailian's rows have `chat_id`, `parent_chat_id`, `turn` (from 0) and `workload` (the type).
     """
 
     arrival_s: float
@@ -81,9 +86,9 @@ def read_hash_ids(
 ) -> Iterator[HashIdRow]:
     """Streams the rows; `layout` is that of the first usable row unless given.
 
-    Bad rows are those with a number of ids that contradicts the prompt's length, without a
-    prompt, with a field missing, negative or of another type, with a timestamp before the
-    last good row's, and a line cut off.
+    A row is bad if the number of ids contradicts the prompt's length, if the prompt is empty, a
+    field missing, negative or of another type, the timestamp before the last good row's, or the
+    line cut off.
     """
     clock = Clock("timestamp")
     kind = layout or next(read_json_rows(path, lambda _, row: hash_id_format_of(row), BadRows("skip")))
@@ -104,22 +109,16 @@ def read_hash_ids(
 
 def write_hash_ids(path: str | Path, rows: Iterable[HashIdRow], layout: HashIdFormat) -> int:
     """Writes the rows and returns their number; raises a `UserError` for one that could not be read back."""
-    latest, number = 0.0, 0
-    with private_file(path) as file:
-        for row in rows:
+
+    def lines() -> Iterator[tuple[float, bytes]]:
+        for number, row in enumerate(rows):
             try:
                 _check_length(row.num_prompt_tokens, len(row.hash_ids), layout)
             except BadRow as fault:
                 raise UserError(f"{path}: row {number}: {fault}; use ids of {layout.name} blocks") from fault
-            if not latest <= row.arrival_s <= MAX_TIMESTAMP * layout.timestamp_unit_s:
-                raise UserError(
-                    f"{path}: row {number} arrives at {row.arrival_s} s, the one before at {latest} s; "
-                    "give rows sorted by time, none negative"
-                )
-            latest = row.arrival_s
-            file.write(json.dumps(_fields(row, layout), ensure_ascii=False).encode() + b"\n")
-            number += 1
-    return number
+            yield row.arrival_s, json.dumps(_fields(row, layout), ensure_ascii=False).encode() + b"\n"
+
+    return write_lines_by_time(path, lines(), MAX_TIMESTAMP * layout.timestamp_unit_s)
 
 
 def _fields(row: HashIdRow, layout: HashIdFormat) -> dict[str, object]:
@@ -130,11 +129,10 @@ def _fields(row: HashIdRow, layout: HashIdFormat) -> dict[str, object]:
         "hash_ids": list(row.hash_ids),
     }
     if layout.has_chats:
-        parent = row.parent_chat_id or NO_PARENT
         fields |= {
             "type": row.workload,
             "chat_id": _number_if_one(row.chat_id),
-            "parent_chat_id": _number_if_one(parent),
+            "parent_chat_id": _number_if_one(row.parent_chat_id or NO_PARENT),
             "turn": row.turn + 1,
         }
     return fields
@@ -198,7 +196,7 @@ MAX_ARRIVAL_NS = 1e19  # three centuries
 
 @dataclasses.dataclass(frozen=True)
 class TokenIdRow:
-    """One request by token ids; `conversation_id` is empty and `turn` -1 where a trace does not tell."""
+    """One request by token ids; `conversation_id` is empty and `turn` -1 where the log does not tell."""
 
     arrival_s: float
     prompt_ids: array[int]
@@ -210,8 +208,8 @@ class TokenIdRow:
 def read_token_ids(path: str | Path, bad_rows: BadRows | None = None) -> Iterator[TokenIdRow]:
     """Streams the rows.
 
-    Bad rows are those without a prompt, with a field missing, with an id that is none, with
-    counts that contradict the ids, with an arrival before the last good row's, and a line cut off.
+    A row is bad if the prompt is empty, a field missing, an id none, `input_toks` or
+    `output_toks` not the number of ids, the arrival before the last good row's, or the line cut off.
     """
     clock = Clock("arrival_time_ns")
 

@@ -1,14 +1,19 @@
-"""Synthetic conversations that share context in the ways that matter to a prefix cache.
+"""The study's four workloads, made of synthetic conversations or real chats, and several logs as one.
 
-    chat            turns whose history grows; nothing shared between conversations
+    chat_single     the first turns of conversations
+    chat_multi      their turns with history, which grows; nothing shared between conversations
     qa              short questions, each behind one of a few contexts, some asked for more often
     summarization   long documents behind one instruction; a few are asked for again
 
-All text is drawn from word lists of our own: sentences that say nothing, the same for the same
-seed. These show how a cache reacts to a pattern of sharing, and support no claim about what
-people ask. Knows no arrival time: `RequestGenerator` gives them one.
+Synthetic text is drawn from word lists of our own: sentences that say nothing, the same for
+the same seed. They show how a cache reacts to a pattern of sharing, and support no claim about
+what people ask. Chats may be real; the other two are always synthetic. Knows no tokenizer and
+no cache.
 
     conversations = qa_conversations(QaSettings(num_requests=100, num_contexts=5), seed=42)
+    logs = [workload_rows(name, formatter, num_requests=500) for name in WORKLOADS]
+    rows = interleave(logs)                                      # by arrival
+    rows = interleave(logs, ("qa", "qa", "chat_multi", "chat_single", "summarization"))
 """
 
 from __future__ import annotations
@@ -62,7 +67,7 @@ _SENTENCES_PER_PARAGRAPH = 6
 
 @dataclasses.dataclass(frozen=True)
 class ChatSettings:
-    """Lengths are means, in words, with an exponential tail; so is the number of human turns."""
+    """Lengths, in words, and the number of human turns are means, with an exponential tail."""
 
     num_conversations: int = 1000
     turns: float = 4.0
@@ -75,7 +80,7 @@ class ChatSettings:
 
 @dataclasses.dataclass(frozen=True)
 class QaSettings:
-    """The k-th context is asked about with a probability proportional to k ** -zipf_exponent."""
+    """A question is about the k-th context with a probability proportional to k ** -zipf_exponent."""
 
     num_requests: int = 1000
     num_contexts: int = 20
@@ -90,7 +95,7 @@ class QaSettings:
 
 @dataclasses.dataclass(frozen=True)
 class SummarizationSettings:
-    """`again_share` of the requests ask for a document that an earlier one had, any with equal chance."""
+    """`again_share` of the requests ask for a document of an earlier one, each equally likely."""
 
     num_requests: int = 1000
     document_words: float = 800.0
@@ -107,7 +112,7 @@ def chat_conversations(settings: ChatSettings, seed: int) -> list[Conversation]:
     """Conversations `chat0`, `chat1`, ... of alternating turns, each one answered."""
 
     def turn(draw: random.Random) -> tuple[Message, Message]:
-        asked = f"{_text(draw, _length(draw, settings.question_words))} {_question(draw)}"
+        asked = f"{_text(draw, _length(draw, settings.question_words))} {_filled(draw, _QUESTIONS)}"
         return Message("user", asked), Message("assistant", _text(draw, _length(draw, settings.answer_words)))
 
     def messages(draw: random.Random) -> tuple[Message, ...]:
@@ -127,7 +132,9 @@ def qa_conversations(settings: QaSettings, seed: int) -> list[Conversation]:
     def messages(draw: random.Random) -> tuple[Message, ...]:
         (context,) = draw.choices(contexts, cum_weights=weights)
         answer = _text(draw, _length(draw, settings.answer_words))
-        return Message("user", f"{context}\n\nQuestion: {_question(draw)}"), Message("assistant", answer)
+        return Message("user", f"{context}\n\nQuestion: {_filled(draw, _QUESTIONS)}"), Message(
+            "assistant", answer
+        )
 
     return _conversations("qa", settings.num_requests, seed, messages)
 
@@ -162,30 +169,23 @@ def _at_least(settings: object, least: int, *names: str) -> None:
             raise UserError(f"{name} of a synthetic workload must be at least {least}, not {value}")
 
 
-def _sentence(draw: random.Random) -> str:
-    return _fill(draw, draw.choice(_PATTERNS))
-
-
-def _question(draw: random.Random) -> str:
-    return _fill(draw, draw.choice(_QUESTIONS))
-
-
 def _text(draw: random.Random, num_words: int) -> str:
-    """Whole sentences, in paragraphs, until they have at least `num_words` words; at least one."""
-    sentences, count = [_sentence(draw)], 0
+    """Whole sentences in paragraphs, until there are `num_words` words."""
+    sentences, count = [_filled(draw, _PATTERNS)], 0
     while (count := count + sentences[-1].count(" ") + 1) < num_words:
-        sentences.append(_sentence(draw))
+        sentences.append(_filled(draw, _PATTERNS))
     starts = range(0, len(sentences), _SENTENCES_PER_PARAGRAPH)
     return "\n\n".join(" ".join(sentences[at : at + _SENTENCES_PER_PARAGRAPH]) for at in starts)
 
 
 def _length(draw: random.Random, mean: float, least: int = 1) -> int:
-    """A length with an exponential tail and the given mean, as prompts' lengths have; at least `least`."""
+    """A length of at least `least` with an exponential tail, as prompts have, and the given mean."""
     return least + round(draw.expovariate(1 / max(mean - least, 1e-9)))
 
 
-def _fill(draw: random.Random, pattern: str) -> str:
-    link = draw.choice(LINKS)
+def _filled(draw: random.Random, patterns: Sequence[str]) -> str:
+    """One of the patterns with words in its gaps."""
+    pattern, link = draw.choice(patterns), draw.choice(LINKS)
     return pattern.format(
         a=draw.choice(ADJECTIVES),
         b=draw.choice(ADJECTIVES),
@@ -202,14 +202,14 @@ CHAT_SINGLE, CHAT_MULTI, QA, SUMMARIZATION = "chat_single", "chat_multi", "qa", 
 WORKLOADS = (CHAT_SINGLE, CHAT_MULTI, QA, SUMMARIZATION)
 DEFAULT_NUM_REQUESTS = 1000
 
-_SYNTHETIC: dict[str, Callable[[int, int], list[Conversation]]] = {
-    CHAT_SINGLE: lambda count, seed: chat_conversations(ChatSettings(num_conversations=count), seed),
-    CHAT_MULTI: lambda count, seed: chat_conversations(ChatSettings(num_conversations=count), seed),
-    QA: lambda count, seed: qa_conversations(QaSettings(num_requests=count), seed),
-    SUMMARIZATION: lambda count, seed: summarization_conversations(
-        SummarizationSettings(num_requests=count), seed
-    ),
-}
+
+def synthetic_conversations(workload: str, count: int, seed: int) -> list[Conversation]:
+    """As many conversations as one of `WORKLOADS` is made of, with the default settings."""
+    if workload == QA:
+        return qa_conversations(QaSettings(num_requests=count), seed)
+    if workload == SUMMARIZATION:
+        return summarization_conversations(SummarizationSettings(num_requests=count), seed)
+    return chat_conversations(ChatSettings(num_conversations=count), seed)
 
 
 def workload_rows(
@@ -224,16 +224,16 @@ def workload_rows(
 ) -> Iterator[TraceRow]:
     """The rows of one workload by arrival, labelled with its name.
 
-    From `conversations` if given (real ones, or those of `shared_context` with settings of
-    your own), else synthetic: `num_requests` of them, for `chat_multi` so many conversations.
-    Every workload draws texts and arrivals of its own from `seed`. In a mix, give `chat_single`
-    and `chat_multi` different conversations, or each hits what the other has cached.
+    They are made of `conversations`, else of `num_requests` synthetic ones (`chat_multi` has a
+    request per turn). Each workload draws other texts and arrivals from the same `seed`. In a
+    mix, give `chat_single` and `chat_multi` different conversations, or each hits what the
+    other has cached.
     """
     if name not in WORKLOADS:
         raise UserError(f"unknown workload {name!r}; use one of {', '.join(WORKLOADS)}")
-    own_seed = seed + WORKLOADS.index(name) * 1_000_003  # else all would arrive at the same times
+    own_seed = seed + WORKLOADS.index(name) * 1_000_003  # otherwise all arrive at the same times
     if conversations is None:
-        conversations = _SYNTHETIC[name](num_requests, own_seed)
+        conversations = synthetic_conversations(name, num_requests, own_seed)
     generator = RequestGenerator(conversations, arrival_rate, seed=own_seed, workload=name)
     if name == CHAT_MULTI:
         return generator.multi_turn_traces(formatter, turn_delay)
@@ -241,19 +241,19 @@ def workload_rows(
 
 
 def interleave(
-    traces: Sequence[Iterable[TraceRow]], pattern: Sequence[str] | None = None
+    logs: Sequence[Iterable[TraceRow]], pattern: Sequence[str] | None = None
 ) -> Iterator[TraceRow]:
-    """One trace of several, each sorted by time.
+    """One log of several, each sorted by time.
 
-    Without a pattern, by arrival; of two at the same time, the earlier trace's comes first.
-    With one, a fixed round of workload names: each takes its workload's next row, and one that
-    has run out is passed over. The rows then get the traces' arrival times in the new order,
-    so that time still runs forwards; a turn's delay is no longer what it was.
+    Without a pattern, by arrival; at the same time, the earlier log's row comes first. A pattern
+    is a round of workload names: each takes its workload's next row, if there is one. The rows
+    then get the logs' arrival times in the new order, so that time still runs forwards; the
+    delays between turns change.
     """
     if pattern is None:
-        yield from heapq.merge(*traces, key=lambda row: row.timestamp)
+        yield from heapq.merge(*logs, key=lambda row: row.timestamp)
         return
-    rows = [row for trace in traces for row in trace]
+    rows = [row for trace in logs for row in trace]
     waiting: dict[str, collections.deque[TraceRow]] = collections.defaultdict(collections.deque)
     for row in rows:
         waiting[row.workload].append(row)

@@ -1,19 +1,23 @@
-"""Prompts of any size for the tasks that need no data: needles, variable tracking, word counts.
+"""Prompts of any size for each family of tasks: needles, variables, word counts, questions.
 
 A task's plan has made its draws beforehand. Size counts the task's own unit: noise lines,
-sentences or needles (niah, vt), other words (cwe), draws (fwe). A bigger prompt repeats the
-draws of a smaller one and adds to them, so its token count never falls, and one seed gives
-one prompt. Knows no tokenizer.
+sentences or needles (niah, vt), other words (cwe), draws (fwe), documents (qa). A bigger
+prompt repeats the draws of a smaller one and adds to them, so its token count never falls,
+and one seed gives one prompt. Knows no tokenizer.
 
-    niah, vt   A noise or needle haystack has its needles on lines of their own, at any depth; an
-               essay has them at ends of sentences, at 40 depths from 0 to 100 %. In a needle
-               haystack every line is a needle, and one is asked for.
+    niah, vt   In noise or among needles, a needle has a line of its own at any depth; in an essay
+               it follows a sentence, at one of 40 depths from 0 to 100 %. In a haystack of
+               needles every line is a needle, and one is asked for.
     cwe        Ten words occur 30 times and all others 3 times (below 4096 tokens 6 and 1), in a
                numbered list, after a solved example of 3 and 1.
     fwe        Words of six letters whose counts follow a zeta law of exponent 2; the most
                frequent is shown as "...", and the next three are the answer.
+    qa         SQuAD 2.0 (qa_1) or HotpotQA (qa_2), from their own files, read whole (4 and 46 MB).
+               The documents a question needs come first, then others of its article or of its
+               own ten, then any, over and over if a long prompt needs more; all are shuffled.
 
     cwe_plan(random.Random(0), 4096).build(50).references       # ten words
+    qa_plan(random.Random(0), 0, read_squad(Path("dev-v2.0.json"))).build(20)
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from typing import Any, Generic, TypeVar
 
 from dsatrace.errors import UserError
 from dsatrace.workloads.ruler import texts
-from dsatrace.workloads.ruler.example import KeyKind, Task, ValueKind
+from dsatrace.workloads.ruler.example import Task
 from dsatrace.workloads.ruler.texts import NUM_WORDS, word_pairs, words
 
 T = TypeVar("T")
@@ -53,7 +57,7 @@ class Plan:
 
 
 class FirstOf(Generic[T]):
-    """The first so many things of an iterator, drawn once and kept."""
+    """The first `count` things of an iterator, drawn once and kept."""
 
     def __init__(self, items: Iterable[T]) -> None:
         self._items = iter(items)
@@ -84,9 +88,11 @@ _EXAMPLE_NOISE = 6  # lines of filler in the solved example of vt
 
 
 def niah_plan(task: Task, draw: random.Random, sentences: Iterable[str]) -> Plan:
-    """`sentences` are the essay's, without end; only the essay tasks take from them."""
+    """`sentences` are the essay's, without end; only the essay tasks use them."""
     kind = task.value_kind
-    keys, values = _keys(draw, task.key_kind), _values(draw, kind)
+    keys = word_pairs(draw) if task.key_kind == "words" else _uuids(draw)
+    numbers = _distinct(lambda: str(draw.randrange(1_000_000, 10_000_000)))
+    values = numbers if kind == "number" else _uuids(draw)
     hidden = [
         (key, next(values)) for key in itertools.islice(keys, task.num_keys) for _ in range(task.num_values)
     ]
@@ -134,22 +140,12 @@ def _names(draw: random.Random, length: int) -> list[str]:
     return list(itertools.islice(make, _NUM_HOPS + 1))
 
 
-def _keys(draw: random.Random, kind: KeyKind) -> Iterator[str]:
-    return word_pairs(draw) if kind == "words" else _uuids(draw)
-
-
-def _values(draw: random.Random, kind: ValueKind) -> Iterator[str]:
-    if kind == "uuid":
-        return _uuids(draw)
-    return _distinct(lambda: str(draw.randrange(1_000_000, 10_000_000)))
-
-
 def _uuids(draw: random.Random) -> Iterator[str]:
     return _distinct(lambda: str(uuid.UUID(int=draw.getrandbits(128), version=4)))
 
 
 def _distinct(make: Callable[[], str]) -> Iterator[str]:
-    """Draws without end, none twice: a value found in the prompt is found once."""
+    """Draws without end and never the same twice: a value occurs once in the prompt."""
     seen = set[str]()
     while True:
         item = make()
@@ -160,7 +156,7 @@ def _distinct(make: Callable[[], str]) -> Iterator[str]:
 
 _NUM_COMMON = 10
 _ZETA_2 = math.pi**2 / 6
-# From here on ranks 4 and 5 differ by a whole word, and so do the ranks before: the answer is one.
+# From here on ranks 4 and 5 differ by a whole word, and so do the ranks before, so the answer is unique.
 _MIN_DRAWS = math.ceil(_ZETA_2 / (1 / 4**2 - 1 / 5**2))
 
 
@@ -216,20 +212,16 @@ def _coded_words(draw: random.Random, count: int) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """`gold` holds the answer, `near` are documents that mislead better than any other."""
-
     text: str
     answers: tuple[str, ...]
-    gold: tuple[str, ...]
-    near: tuple[str, ...]
+    gold: tuple[str, ...]  # documents that hold the answer
+    near: tuple[str, ...]  # documents that mislead better than any other
 
 
 @dataclasses.dataclass(frozen=True)
 class QuestionSet:
-    """All questions of a file, and every document once."""
-
     questions: tuple[Question, ...]
-    documents: tuple[str, ...]
+    documents: tuple[str, ...]  # every document of the file, once
 
 
 def qa_plan(draw: random.Random, row: int, data: QuestionSet) -> Plan:

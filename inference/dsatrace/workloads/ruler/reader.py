@@ -1,4 +1,11 @@
-"""RULER rows to examples: NVIDIA's own, and the variants that allenai's archive carries.
+"""RULER rows to examples: files, folders and archives, NVIDIA's own rows and those of allenai's archive.
+
+    <task>/validation_<length>.jsonl      NVIDIA's output (there often without the length)
+    data/ruler/<task>/...                 allenai/ruler_data, unpacked or as its .tgz
+
+An archive is read from front to back and never unpacked. A member with `..` or an absolute
+path in its name, a link or a device ends the run with one line. Blank lines are no rows; a
+line of more than `MAX_LINE_BYTES` is a bad row.
 
 `input` is the prompt wherever it is there: the qa rows have a short `question` beside it,
 which alone would ask eight tokens of an empty context. Without it the prompt is made of
@@ -21,30 +28,37 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.rows import UTF8_BOM, BadRow, BadRows, json_object, read_rows, unicode_text
+from dsatrace.workloads.rows import (
+    UTF8_BOM,
+    BadRow,
+    BadRows,
+    json_object,
+    optional_text,
+    read_rows,
+    unicode_text,
+)
 from dsatrace.workloads.ruler import texts
-from dsatrace.workloads.ruler.example import TASKS, Example, Task, answer_spans, task_named
+from dsatrace.workloads.ruler.example import TASKS, Example, Task, task_named
 
+MAX_LINE_BYTES = 64 << 20  # a prompt of a million tokens is about 5 MB
 _ARCHIVES = (".tgz", ".tar.gz", ".tar")
 _LENGTH = re.compile(r"_(\d{1,9})$")
 
 
 @dataclasses.dataclass(frozen=True)
 class RowFile:
-    """One file of rows; `max_length` is None where its name gives none."""
-
     name: str
     task: str
-    max_length: int | None
+    max_length: int | None  # None: its name gives none
 
 
 def row_files(
     source: Path, tasks: Collection[str] = (), max_length: int | None = None
 ) -> Iterator[tuple[RowFile, IO[bytes]]]:
-    """Every wanted file with its bytes, to be read before the next is asked for.
+    """Every wanted file with its bytes, which must be read before the next is asked for.
 
-    No `tasks` means all that are there. A single file whose path names no task needs
-    exactly one. Files without a length in their name match every `max_length`.
+    Without `tasks` all are wanted. A single file whose path names no task needs exactly one.
+    Files without a length in their name match every `max_length`.
     """
     for task in tasks:
         task_named(task)
@@ -119,7 +133,7 @@ def _refuse_unsafe(archive: Path, member: tarfile.TarInfo) -> None:
 
 
 def _described(path: str, name: str) -> RowFile | None:
-    """Task and length by the path: the folder nearest to the file that is called like a task, or the file."""
+    """Task and length by the path: the task is the file's name or that of the nearest folder."""
     pure = PurePosixPath(path)
     if pure.suffix != ".jsonl" or pure.name.startswith("."):
         return None
@@ -136,13 +150,10 @@ def _order(file: RowFile) -> tuple[int, int, str]:
     return list(TASKS).index(file.task), file.max_length or 0, file.name
 
 
-MAX_LINE_BYTES = 64 << 20  # a prompt of a million tokens is about 5 MB
-
-
 def numbered_lines(stream: IO[bytes], source: str) -> Iterator[tuple[str, bytes]]:
-    """("line 3", its bytes) of every line that is not blank; of one too long only the beginning.
+    """("line 3", its bytes) of every line that is not blank; only the beginning of a line too long.
 
-    Raises `UserError` where `source` cannot be read on, as when an archive is cut off.
+    Raises `UserError` where `source` breaks off.
     """
     number = 0
     try:
@@ -173,8 +184,8 @@ def read_examples(
 ) -> Iterator[Example]:
     """Examples of a JSONL file, a folder or an archive, line by line.
 
-    Raises `UserError` where nothing fits, for a file without one usable row, and for any
-    bad row unless `bad_rows` skips them.
+    Raises `UserError` where nothing fits, for a file without a usable row, and for a bad row
+    unless `bad_rows` skips it.
     """
     for file, stream in row_files(source, tasks, max_length):
         parse = functools.partial(_example, file)
@@ -182,26 +193,22 @@ def read_examples(
 
 
 def _example(file: RowFile, row: int, line: bytes) -> Example:
-    record, task = decode(line), TASKS[file.task]
-    prompt, answer_prefix = _given_prompt(record) or _composed_prompt(record, task)
-    references = _references(record)
+    record = decode(line)
+    prompt, answer_prefix = _given_prompt(record) or _composed_prompt(record, TASKS[file.task])
     return Example(
-        task=task.name,
+        task=file.task,
         row=row,
         prompt=prompt,
         answer_prefix=answer_prefix,
-        references=references,
-        tokens_to_generate=task.tokens_to_generate,
-        metric=task.metric,
+        references=_references(record),
         max_length=file.max_length,
         length=_count(record, "length"),
-        answer_spans=answer_spans(task.name, prompt, references),
     )
 
 
 def _given_prompt(record: dict[str, Any]) -> texts.Parts | None:
-    """`input` and `answer_prefix`; a prefix that `input` already ends in is taken off it."""
-    prompt, answer_prefix = _text(record, "input"), _text(record, "answer_prefix")
+    """`input` without the prefix it may end in, and `answer_prefix`."""
+    prompt, answer_prefix = optional_text(record, "input"), optional_text(record, "answer_prefix")
     if not prompt.strip():
         return None
     if answer_prefix.strip() and prompt.rstrip().endswith(answer_prefix.strip()):
@@ -213,8 +220,8 @@ def _given_prompt(record: dict[str, Any]) -> texts.Parts | None:
 
 
 def _composed_prompt(record: dict[str, Any], task: Task) -> texts.Parts:
-    """The prompt of a row that brings its context and its question apart."""
-    context, query, question = (_text(record, column) for column in ("context", "query", "question"))
+    """The prompt of a row whose context and question stand apart."""
+    context, query, question = (optional_text(record, column) for column in ("context", "query", "question"))
     if not context.strip():
         raise BadRow("missing column", "and there is no input either", "context")
     if task.family in ("cwe", "fwe"):
@@ -224,14 +231,14 @@ def _composed_prompt(record: dict[str, Any], task: Task) -> texts.Parts:
     elif task.family == "vt" and query:
         prompt, answer_prefix = texts.vt(context, query)
     elif task.family == "niah" and query:
-        kind = _text(record, "type_needle_v").removesuffix("s") or task.value_kind
+        kind = optional_text(record, "type_needle_v").removesuffix("s") or task.value_kind
         plural = task.num_values * task.num_queries > 1
         prompt, answer_prefix = texts.niah(kind, context, query, plural)
     elif question:
         prompt, answer_prefix = f"{context}\n{question}", ""
     else:
         raise BadRow("missing column", "and there is no question either", "query")
-    return _text(record, "example") + prompt, _text(record, "answer_prefix") or answer_prefix
+    return optional_text(record, "example") + prompt, optional_text(record, "answer_prefix") or answer_prefix
 
 
 def _references(record: dict[str, Any]) -> tuple[str, ...]:
@@ -247,16 +254,6 @@ def _references(record: dict[str, Any]) -> tuple[str, ...]:
     if not all(references):
         raise BadRow("empty text", column=column)
     return references
-
-
-def _text(record: dict[str, Any], column: str) -> str:
-    """The column's text, "" where it is missing or null."""
-    value = record.get(column)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise BadRow("not a text", f"it is of type {type(value).__name__}", column)
-    return unicode_text(value, column)
 
 
 def _count(record: dict[str, Any], column: str) -> int | None:

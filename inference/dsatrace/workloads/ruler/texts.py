@@ -1,12 +1,15 @@
-"""Every sentence that a RULER prompt is made of, in our own words but of NVIDIA's structure.
+"""Every sentence and word that a RULER prompt is made of, in our own words but of NVIDIA's structure.
 
 Noise unit, needle and assignment are the benchmark's own forms, since they must be found in
-its files too. Instructions, questions and answer prefixes are ours: scores on generated
-prompts stand beside each other, not beside published ones; read NVIDIA's files for those.
-Also completes rows that bring only a context and a query. Every function gives the prompt
-and the answer prefix.
+its files too. Instructions, questions and answer prefixes are ours: compare scores on
+generated prompts with each other, not with published ones; for those read NVIDIA's files.
+A function of a family gives its prompt and its answer prefix; the reader uses them to
+complete rows that bring only a context and a query.
 
     prompt, answer_prefix = niah("number", context, "brisk-anchor", plural=False)
+    words(draw)          # all words, shuffled by a `random.Random`; none is part of another
+    word_pairs(draw)     # "adjective-noun", no pair twice, more than 126,000 of them
+    ESSAY                # a text to hide needles in, without a digit
 """
 
 from __future__ import annotations
@@ -161,6 +164,7 @@ def word_pairs(draw: random.Random) -> Iterator[str]:
         yield f"{ADJECTIVES[adjective]}-{NOUNS[noun]}"
 
 
+# Without a digit, so that no number in it can be taken for a needle.
 ESSAY = """\
 A workshop teaches patience before it teaches anything else. The bench is never quite level, the light is
 never quite right, and the wood always has an opinion of its own. People who begin with a grand plan tend
