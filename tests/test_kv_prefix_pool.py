@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dsatrace.kv.block_keys import KeyChain
 from dsatrace.kv.blocks import EVICT, HIT, MISS, BlockPool, FreeOrder, Key, OutOfBlocks
+from dsatrace.kv.prefix import KeyChain
 from dsatrace.kv.prefix_pool import HeldBlocks, PrefixPool
 from helpers.trace_samples import SECRET
 

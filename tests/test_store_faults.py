@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 from dsatrace.errors import UserError
+from dsatrace.kv.stores.array import ram_store
 from dsatrace.kv.stores.interface import NAMESPACE_BYTES, StoreError, unit_keys
 from dsatrace.kv.stores.opening import open_store
-from dsatrace.kv.stores.ram import ram_store
 from dsatrace.kv.stores.resp import Connection, command
 from dsatrace.kv.stores.valkey import parse_address, valkey_store
 from helpers.stores import fake_memcache, free_port, has_nixl, mooncake, units, valkey

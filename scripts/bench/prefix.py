@@ -38,8 +38,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from dsatrace.kv.block_keys import KeyChain
 from dsatrace.kv.blocks import BlockPool, OutOfBlocks
+from dsatrace.kv.prefix import KeyChain
 from dsatrace.kv.prefix_pool import HeldBlocks, PrefixPool
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, replay

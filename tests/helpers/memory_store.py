@@ -10,8 +10,7 @@ import threading
 
 import numpy as np
 
-from dsatrace.kv.stores.arguments import are_distinct, check_batch, check_keys
-from dsatrace.kv.stores.interface import StoreStats
+from dsatrace.kv.stores.interface import StoreStats, are_distinct, check_batch, check_keys
 
 
 class MemoryStore:

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dsatrace.kv.policies.plain import PlainPolicy
-from dsatrace.kv.policies.policy import NO_PARENT, Access
+from dsatrace.kv.policies.policy import NO_PARENT, Access, PlainPolicy
 from dsatrace.kv.policies.stream import AccessStream
 
 

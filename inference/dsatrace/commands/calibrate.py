@@ -20,7 +20,7 @@ from dsatrace.errors import UserError, exits_cleanly
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dsatrace.kv.stores.presets import Preset
+    from dsatrace.kv.stores.simulated import Preset
 
 
 @exits_cleanly

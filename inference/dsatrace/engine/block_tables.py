@@ -23,8 +23,8 @@ import os
 from collections.abc import Iterable, Sequence
 
 from dsatrace.engine.live import LiveRequest
-from dsatrace.kv.block_keys import KeyChain
 from dsatrace.kv.blocks import BlockPool, blocks_needed
+from dsatrace.kv.prefix import KeyChain
 from dsatrace.kv.prefix_pool import PrefixPool
 
 

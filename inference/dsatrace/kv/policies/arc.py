@@ -15,11 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from dsatrace.kv.policies.cache import Cache, Shape, pop
+from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, pop
 from dsatrace.kv.policies.lists import IN_NONE, Lists, append, empty_lists, oldest, take_out
-from dsatrace.kv.policies.plain import PlainPolicy
-from dsatrace.kv.policies.policy import Access
-from dsatrace.kv.policies.rules import RULES, Rules
+from dsatrace.kv.policies.policy import Access, PlainPolicy
 
 ONCE, OFTEN = 0, 1
 """T1 and T2; their ghosts B1 and B2."""

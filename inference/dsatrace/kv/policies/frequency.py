@@ -9,10 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsatrace.kv.policies.cache import Cache, Shape, offer, pop, tick
-from dsatrace.kv.policies.plain import PlainPolicy
-from dsatrace.kv.policies.policy import Access
-from dsatrace.kv.policies.rules import RULES, Rules
+from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, offer, pop, tick
+from dsatrace.kv.policies.policy import Access, PlainPolicy
 
 
 class Lfu(PlainPolicy):

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dsatrace.kv.policies.cache import Cache, Shape
-from dsatrace.kv.policies.plain import PlainPolicy
-from dsatrace.kv.policies.policy import Access
-from dsatrace.kv.policies.rules import RULES, Rules
+from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape
+from dsatrace.kv.policies.policy import Access, PlainPolicy
 
 
 class Optimal(PlainPolicy):

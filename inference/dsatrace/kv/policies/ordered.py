@@ -10,10 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from dsatrace.kv.policies.cache import Cache, Shape, tick, withdraw
-from dsatrace.kv.policies.plain import PlainPolicy
-from dsatrace.kv.policies.policy import Access
-from dsatrace.kv.policies.rules import RULES, Rules, same_stamp
+from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, same_stamp, tick, withdraw
+from dsatrace.kv.policies.policy import Access, PlainPolicy
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB

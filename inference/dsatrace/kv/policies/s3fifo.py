@@ -13,11 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from dsatrace.kv.policies.cache import Cache, Shape, offer, pop, tick
+from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, offer, pop, same_stamp, tick
 from dsatrace.kv.policies.lists import IN_NONE, Lists, append, empty_lists, oldest, take_out
-from dsatrace.kv.policies.plain import PlainPolicy
-from dsatrace.kv.policies.policy import Access
-from dsatrace.kv.policies.rules import RULES, Rules, same_stamp
+from dsatrace.kv.policies.policy import Access, PlainPolicy
 
 SMALL, MAIN = 0, 1
 MOST_USES = 3  # two bits

@@ -11,11 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsatrace.kv.policies.cache import Cache, Shape, is_evictable, withdraw
+from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, is_evictable, same_stamp, withdraw
 from dsatrace.kv.policies.lists import Lists, append, empty_lists, end, oldest, take_out
-from dsatrace.kv.policies.plain import PlainPolicy
-from dsatrace.kv.policies.policy import Access
-from dsatrace.kv.policies.rules import RULES, Rules, same_stamp
+from dsatrace.kv.policies.policy import Access, PlainPolicy
 
 
 class Sieve(PlainPolicy):

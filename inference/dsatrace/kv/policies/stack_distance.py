@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 from numba import njit
 
-from dsatrace.kv.policies.cache import compiled_whole
+from dsatrace.kv.policies.compiled import compiled_whole
 from dsatrace.kv.policies.simulate import Oversize, held_blocks, simulate
 from dsatrace.kv.policies.stream import AccessStream
 

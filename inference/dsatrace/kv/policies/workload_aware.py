@@ -14,10 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from dsatrace.kv.policies.cache import Cache, Shape, first, pop, tick
-from dsatrace.kv.policies.plain import PlainPolicy
-from dsatrace.kv.policies.policy import Access
-from dsatrace.kv.policies.rules import RULES, Rules, same_stamp
+from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, first, pop, same_stamp, tick
+from dsatrace.kv.policies.policy import Access, PlainPolicy
 
 
 class ByWorkload(PlainPolicy):

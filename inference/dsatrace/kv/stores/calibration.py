@@ -21,7 +21,7 @@ import numpy as np
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.interface import Store, unit_keys
 from dsatrace.kv.stores.opening import open_store
-from dsatrace.kv.stores.presets import Figure, Preset
+from dsatrace.kv.stores.simulated import Figure, Preset
 
 UNIT_BYTES = (656, 10_496, 41_984)
 """An fp8 row, and blocks of 16 and 64 of them."""

@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.kv.stores.checked import CheckedStore
+from dsatrace.kv.stores.checked import FOUND, CheckedStore, Medium, Moved
 from dsatrace.kv.stores.checksums import copy_units
 from dsatrace.kv.stores.files import open_private_file
 from dsatrace.kv.stores.interface import StoreError
-from dsatrace.kv.stores.medium import FOUND, Medium, Moved
 
 SECTORS = (512, 4096)  # bytes; the first that the disk takes
 STAGING_BYTES = 8 << 20

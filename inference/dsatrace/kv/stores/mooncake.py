@@ -22,9 +22,9 @@ from typing import Any
 
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.checked import CheckedStore
+from dsatrace.kv.stores.client_calls import STAGING_BYTES
 from dsatrace.kv.stores.interface import new_namespace
 from dsatrace.kv.stores.pooled import Codes, PoolClient, PooledMedium
-from dsatrace.kv.stores.staging import STAGING_BYTES
 
 DEFAULT_PORT = 50051
 DEFAULT_SEGMENT_MIB = 1024

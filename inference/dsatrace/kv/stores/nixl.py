@@ -28,12 +28,10 @@ from typing import Any
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.kv.stores.checked import CheckedStore
+from dsatrace.kv.stores.checked import FOUND, CheckedStore, Medium, Moved
+from dsatrace.kv.stores.client_calls import StagedMemory, TimedCaller
 from dsatrace.kv.stores.files import open_private_file
 from dsatrace.kv.stores.interface import StoreError
-from dsatrace.kv.stores.medium import FOUND, Medium, Moved
-from dsatrace.kv.stores.staging import StagedMemory
-from dsatrace.kv.stores.timed_calls import TimedCaller
 
 PACKAGES = ("nixl_cu12", "nixl_cu13", "nixl")  # the first needs no torch to be imported
 BACKEND = ["POSIX"]

@@ -19,7 +19,7 @@ from dsatrace.errors import UserError
 from dsatrace.kv.stores.interface import Store
 
 if TYPE_CHECKING:
-    from dsatrace.kv.stores.presets import Preset
+    from dsatrace.kv.stores.simulated import Preset
 
 DEFAULT_TIMEOUT_S = 5.0
 
@@ -43,13 +43,13 @@ class Asked(NamedTuple):
 
 
 def _ram(asked: Asked) -> Store:
-    from dsatrace.kv.stores.ram import ram_store
+    from dsatrace.kv.stores.array import ram_store
 
     return ram_store(asked.unit_bytes, asked.room, asked.memory)
 
 
 def _mmap(asked: Asked) -> Store:
-    from dsatrace.kv.stores.mmap_file import mmap_store
+    from dsatrace.kv.stores.array import mmap_store
 
     return mmap_store(asked.spec, asked.path, asked.unit_bytes, asked.room)
 
@@ -158,7 +158,7 @@ def open_store(
 
 def _simulated(spec: str) -> tuple[Preset, str]:
     """Whose times, and what keeps the bytes."""
-    from dsatrace.kv.stores.presets import load_preset
+    from dsatrace.kv.stores.simulated import load_preset
 
     name, plus, inner = spec.removeprefix("sim:").partition("+")
     if not plus or inner.startswith("sim:"):

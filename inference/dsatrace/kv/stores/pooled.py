@@ -18,12 +18,10 @@ from typing import Protocol
 
 import numpy as np
 
-from dsatrace.kv.stores.arguments import are_distinct
+from dsatrace.kv.stores.checked import ABSENT, DAMAGED, FOUND, Medium, Moved
 from dsatrace.kv.stores.checksums import copy_units
-from dsatrace.kv.stores.interface import StoreError
-from dsatrace.kv.stores.medium import ABSENT, DAMAGED, FOUND, Medium, Moved
-from dsatrace.kv.stores.staging import StagedMemory
-from dsatrace.kv.stores.timed_calls import TimedCaller
+from dsatrace.kv.stores.client_calls import StagedMemory, TimedCaller
+from dsatrace.kv.stores.interface import StoreError, are_distinct
 
 OK = 0
 

@@ -1,12 +1,16 @@
 """A connection to a Redis or Valkey server, for batches of values that are all equally long.
 
-Requests are arrays of bytes and replies are parsed where they were received, so a batch costs
-one copy each way and a few calls, however many values it has. A batch has one deadline. After
-a failure the connection is closed, so that no late answer is taken for a later question; the
-next batch connects anew. Knows no key's meaning.
+Requests are arrays of bytes (`Frames`) and replies are parsed where they were received, so a batch
+costs one copy each way and a few calls, however many values it has. A batch has one deadline. After
+a failure the connection is closed, so that no late answer is taken for a later question; the next
+batch connects anew. Knows no key's meaning.
 
     connection = Connection(Address("redis://127.0.0.1:6379", host="127.0.0.1", port=6379), timeout_s=5)
-    connection.lines(b"*1\r\n$4\r\nPING\r\n", 1)        # [b"+PONG"]
+    connection.lines(b"*1\\r\\n$4\\r\\nPING\\r\\n", 1)        # [b"+PONG"]
+
+    frames = Frames(b"*3\\r\\n$3\\r\\nSET\\r\\n", key_bytes=24, value_bytes=41984)
+    request = frames.filled(keys, data, rows)      # (N, frame bytes) uint8, N times SET
+    unpack(reply, begins, out, rows)               # the values found in a reply
 """
 
 from __future__ import annotations
@@ -190,3 +194,50 @@ def _find_values(reply, done, place, begins, lengths):  # type: ignore[no-untype
         place = end + 2 + (0 if missing else length + 2)
         done += 1
     return done, place
+
+
+class Frames:
+    """`start`, then a key and, if it has `value_bytes`, a value, as a server reads them."""
+
+    def __init__(self, start: bytes, key_bytes: int, value_bytes: int = 0) -> None:
+        key = b"$%d\r\n%s\r\n" % (key_bytes, bytes(key_bytes))
+        value = b"$%d\r\n%s\r\n" % (value_bytes, bytes(value_bytes)) if value_bytes else b""
+        self._template = np.frombuffer(start + key + value, dtype=np.uint8)
+        self._frames = np.empty((0, len(self._template)), dtype=np.uint8)
+        self._key_end = len(start + key) - 2
+        self._value_begin = len(self._template) - value_bytes - 2
+
+    def filled(
+        self, keys: np.ndarray, data: np.ndarray | None = None, rows: np.ndarray | None = None
+    ) -> np.ndarray:
+        """One frame for each of `keys`, (N, key_bytes) uint8, and of the values `data[rows]`.
+
+        Returns (N, frame bytes) uint8, valid until the next call.
+        """
+        if len(self._frames) < len(keys):
+            self._frames = np.tile(self._template, (len(keys), 1))
+        frames = self._frames[: len(keys)]
+        frames[:, self._key_end - keys.shape[1] : self._key_end] = keys
+        if data is not None and rows is not None:
+            _pack(data, rows, frames, self._value_begin)
+        return frames
+
+
+@njit("void(uint8[:,::1], int64[::1], uint8[:,::1], int64)", nogil=True, cache=True)
+def _pack(data, rows, frames, value_begin):  # type: ignore[no-untyped-def]
+    """`frames[i, value_begin:][:unit] = data[rows[i]]`."""
+    for i in range(len(rows)):
+        unit = data[rows[i]]
+        place = frames[i, value_begin : value_begin + len(unit)]
+        for j in range(len(unit)):
+            place[j] = unit[j]
+
+
+@njit("void(uint8[::1], int64[::1], uint8[:,::1], int64[::1])", nogil=True, cache=True)
+def unpack(reply, begins, out, rows):  # type: ignore[no-untyped-def]
+    """`out[rows[i]]` = the unit that begins at `reply[begins[i]]`."""
+    for i in range(len(rows)):
+        unit = out[rows[i]]
+        value = reply[begins[i] : begins[i] + len(unit)]
+        for j in range(len(unit)):
+            unit[j] = value[j]

@@ -16,12 +16,10 @@ import urllib.parse
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.kv.stores.checked import CheckedStore
+from dsatrace.kv.stores.checked import ABSENT, DAMAGED, FOUND, CheckedStore, Medium, Moved, parts
 from dsatrace.kv.stores.checksums import sum_units
 from dsatrace.kv.stores.interface import NAMESPACE_BYTES, StoreError, new_namespace
-from dsatrace.kv.stores.medium import ABSENT, DAMAGED, FOUND, Medium, Moved, parts
-from dsatrace.kv.stores.resp import NIL, Address, Connection, command
-from dsatrace.kv.stores.resp_frames import Frames, unpack
+from dsatrace.kv.stores.resp import NIL, Address, Connection, Frames, command, unpack
 
 KEY_BYTES = NAMESPACE_BYTES + 8
 REQUEST_BYTES = 4 << 20

@@ -22,8 +22,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dsatrace.kv.stores.arguments import are_distinct, check_batch
-from dsatrace.kv.stores.interface import UNIT_ID_BITS, Store, StoreError, StoreStats
+from dsatrace.kv.stores.interface import (
+    UNIT_ID_BITS,
+    Store,
+    StoreError,
+    StoreStats,
+    are_distinct,
+    check_batch,
+)
 from dsatrace.kv.tiers.fetches import HBM, LOCAL, REMOTE, TierCounts
 from dsatrace.kv.tiers.residency import Residency
 from dsatrace.schema import TIER_NAMES

@@ -1,17 +1,25 @@
-"""Units in an array of this process: host memory, or a file mapped into it.
+"""Units in an array of this process: host memory (`ram`), or a file mapped into it (`mmap`).
 
-store = ram_store(unit_bytes=41984, capacity_units=1024)
-store = ram_store(41984, 1024, memory=pinned)      # the caller's array, say pinned for CUDA
+A read of a mapped file is a copy where its pages are in the kernel's page cache, else page faults of
+unknown length. For reads that certainly reach the disk see `direct_file`.
+
+    store = ram_store(unit_bytes=41984, capacity_units=1024)
+    store = ram_store(41984, 1024, memory=pinned)      # the caller's array, such as pinned memory
+    store = mmap_store("mmap:/mnt/nvme/kv", Path("/mnt/nvme/kv"), unit_bytes=41984, capacity_units=1024)
 """
 
 from __future__ import annotations
 
+import mmap
+import os
+from pathlib import Path
+
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.kv.stores.checked import CheckedStore
+from dsatrace.kv.stores.checked import FOUND, CheckedStore, Medium, Moved
 from dsatrace.kv.stores.checksums import copy_units
-from dsatrace.kv.stores.medium import FOUND, Medium, Moved, num_runs
+from dsatrace.kv.stores.files import open_private_file
 
 
 class ArrayMedium(Medium):
@@ -24,13 +32,13 @@ class ArrayMedium(Medium):
         self, keys: np.ndarray, slots: np.ndarray, data: np.ndarray, rows: np.ndarray, sums: np.ndarray
     ) -> Moved:
         copy_units(data, rows, self.array, slots, keys, sums)
-        return Moved(np.ones(len(keys), dtype=bool), num_runs(slots), len(keys) * self.array.shape[1])
+        return Moved(np.ones(len(keys), dtype=bool), _num_runs(slots), len(keys) * self.array.shape[1])
 
     def read(
         self, keys: np.ndarray, slots: np.ndarray, out: np.ndarray, rows: np.ndarray, sums: np.ndarray
     ) -> Moved:
         copy_units(self.array, slots, out, rows, keys, sums)
-        return Moved(np.full(len(keys), FOUND, np.uint8), num_runs(slots), len(keys) * self.array.shape[1])
+        return Moved(np.full(len(keys), FOUND, np.uint8), _num_runs(slots), len(keys) * self.array.shape[1])
 
     def holds(self, keys: np.ndarray) -> np.ndarray:
         return np.ones(len(keys), dtype=bool)
@@ -57,3 +65,20 @@ def ram_store(unit_bytes: int, capacity_units: int, memory: np.ndarray | None = 
     elif memory.shape != shape or memory.dtype != np.uint8 or not memory.flags.c_contiguous:
         raise ValueError(f"ram: memory is {memory.shape} {memory.dtype}, not C-contiguous {shape} uint8")
     return CheckedStore(ArrayMedium(memory), unit_bytes, capacity_units)
+
+
+def mmap_store(spec: str, path: Path, unit_bytes: int, capacity_units: int) -> CheckedStore:
+    """A store in a new private file at `path`; the mapping, and with it the file, goes with the array."""
+    num_bytes = unit_bytes * capacity_units
+    fd = open_private_file(spec, path, num_bytes)
+    try:
+        mapping = mmap.mmap(fd, num_bytes)
+    finally:
+        os.close(fd)
+    array = np.frombuffer(mapping, dtype=np.uint8).reshape(capacity_units, unit_bytes)
+    return CheckedStore(ArrayMedium(array), unit_bytes, capacity_units)
+
+
+def _num_runs(slots: np.ndarray) -> int:
+    """Operations that read or write `slots` in this order, neighbours merged."""
+    return len(slots) - int(np.count_nonzero(slots[1:] == slots[:-1] + 1))

@@ -1,22 +1,31 @@
-"""Units in memory that a client library addresses: in place where it was announced, else through a copy.
+"""What stores on a client library share: memory that the library addresses, and calls that end in time.
 
     memory = StagedMemory(unit_bytes, announce=lambda buffer: register(buffer.ctypes.data, buffer.nbytes))
     codes = memory.send(write, keys, slots, data, rows, sums)      # `write` is a `Transfer`, see below
 
-Knows neither the library nor what its codes mean. Whoever owns the memory sees to it that no
-call still uses the staging memory when the next one begins.
+    caller = TimedCaller("mooncake", timeout_s=5.0)
+    codes = caller.in_time(client.batch_remove, names)      # or StoreError, kind timeout
+
+Registered memory is read and written in place, other memory through a copy of ours. A call that took
+too long goes on in its thread, with the memory it was given: until it ends, no other call may begin
+(`check_idle`). Knows neither the library nor what its codes mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any, TypeVar
 
 import numpy as np
 
+from dsatrace.kv.stores.checked import parts
 from dsatrace.kv.stores.checksums import copy_units, sum_units
-from dsatrace.kv.stores.medium import parts
+from dsatrace.kv.stores.interface import StoreError
 
 STAGING_BYTES = 16 << 20
+Answer = TypeVar("Answer")
 
 Transfer = Callable[[np.ndarray, np.ndarray, np.ndarray, bool], Sequence[int] | np.ndarray]
 """`transfer(keys, slots, addresses, direct)`: moves unit i from or to `addresses[i]`, one code a unit.
@@ -98,3 +107,35 @@ class StagedMemory:
 
 def _span(buffer: np.ndarray) -> tuple[int, int]:
     return buffer.ctypes.data, buffer.ctypes.data + buffer.nbytes
+
+
+class TimedCaller:
+    """One call at a time, in a thread of its own; `name` stands before every message."""
+
+    def __init__(self, name: str, timeout_s: float) -> None:
+        self._name = name
+        self._timeout_s = timeout_s
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._unfinished: Future[Any] | None = None
+
+    def in_time(self, call: Callable[..., Answer], *arguments: object) -> Answer:
+        """What the call returns or raises; `StoreError` if that takes longer than `timeout_s`."""
+        self.check_idle()
+        future = self._unfinished = self._thread.submit(call, *arguments)
+        try:
+            return future.result(self._timeout_s)
+        except FutureTimeout:
+            raise StoreError("timeout", f"{self._name}: no answer within {self._timeout_s:g} s") from None
+
+    def check_idle(self) -> None:
+        """Raises `StoreError` while a call that took too long still goes on."""
+        if not self.is_idle:
+            raise StoreError("timeout", f"{self._name}: still busy with a call that took too long")
+
+    @property
+    def is_idle(self) -> bool:
+        return self._unfinished is None or self._unfinished.done()
+
+    def close(self) -> None:
+        """No more calls; one that goes on is left to itself."""
+        self._thread.shutdown(wait=False)
