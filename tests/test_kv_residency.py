@@ -102,7 +102,9 @@ class Carried:
         residency = self.residency
         resident = np.flatnonzero(residency.slot_of != ABSENT)
         assert set(resident.tolist()) == self.dirty.keys()
-        assert residency.is_dirty(resident).tolist() == [self.dirty[unit] for unit in resident.tolist()]
+        assert residency._is_dirty[residency.slot_of[resident]].tolist() == [
+            self.dirty[unit] for unit in resident.tolist()
+        ]
         assert [self.memory[slot] for slot in residency.slot_of[resident].tolist()] == resident.tolist()
         assert (residency.unit_of[residency.slot_of[resident]] == resident).all()
         assert np.count_nonzero(residency.unit_of != ABSENT) == len(resident)

@@ -119,7 +119,7 @@ class BlockTables:
 
         Returns how many could have been found.
         """
-        return self.pool.lose(block_ids)
+        return self.pool.blocks.forget(block_ids)
 
     def _forget_promise(self, live: LiveRequest) -> None:
         self._num_promised -= live.num_promised_blocks

@@ -1,4 +1,4 @@
-"""LRU, MRU, FIFO, FILO: by last use or by entry, oldest or newest first. And a random choice.
+"""LRU, MRU, FIFO, FILO (by last use or by entry, oldest or newest first), and a random choice.
 
 Ordered(capacity, by_recency=True, newest_first=False)      # LRU
 """
@@ -19,7 +19,7 @@ _64_BITS = 2**64 - 1
 
 
 class Ordered(PlainPolicy):
-    """Evicts the block used (or else entered) the longest, or the shortest, time ago."""
+    """Evicts the block used (or else cached) the longest time ago, or with `newest_first` the shortest."""
 
     def __init__(self, capacity: int, *, by_recency: bool, newest_first: bool, leaf: bool = False) -> None:
         super().__init__(capacity, leaf=leaf)
@@ -56,7 +56,7 @@ RULES[OrderedState] = Rules(enter=_sign_stamp, released=_restamp)
 
 
 class Uniform(PlainPolicy):
-    """Evicts any evictable block, each as likely as the other; the same ones for the same seed."""
+    """Evicts any evictable block, each equally likely; a seed repeats its choices."""
 
     def __init__(self, capacity: int, *, seed: int, leaf: bool = False) -> None:
         super().__init__(capacity, leaf=leaf)

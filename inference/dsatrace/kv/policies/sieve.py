@@ -1,6 +1,6 @@
-"""SIEVE: one queue in order of entry, and a hand that spares what was used since it last came by.
+"""SIEVE: one queue in order of entry, and a hand that spares blocks used since it last passed.
 
-After Zhang et al. (NSDI 2024). Blocks that may not be evicted now are passed over as they are.
+After Zhang et al. (NSDI 2024). Blocks that are not evictable are passed over unchanged.
 
     Sieve(capacity)
 """
@@ -17,7 +17,7 @@ from dsatrace.kv.policies.policy import Access, PlainPolicy
 
 
 class Sieve(PlainPolicy):
-    """A hand goes from the oldest block to the newest and evicts the first unused since it last passed."""
+    """The hand moves from old to new and evicts the first block not used since it last passed."""
 
     def __init__(self, capacity: int, *, leaf: bool = False) -> None:
         super().__init__(capacity, leaf=leaf)
@@ -32,7 +32,7 @@ class Sieve(PlainPolicy):
         self._used.add(block)
 
     def victim(self) -> int:
-        for _ in range(2 * len(self._order)):  # the second time round nothing is marked as used
+        for _ in range(2 * len(self._order)):  # in the second round, none is marked as used
             block = self._order[self._hand]
             if self.is_evictable(block):
                 if block not in self._used:
