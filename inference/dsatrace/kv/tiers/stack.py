@@ -156,16 +156,17 @@ class TierStack:
 
     def counts(self, hbm_evicted: int, hbm_written: int) -> TierCounts:
         """The counts so far by tier; HBM's are the caller's."""
-        all_stats = self.stats()
+        stats = self.stats()
 
-        def column(*names: str) -> list[float]:
-            return [0 if s is None else sum(getattr(s, name) for name in names) for s in all_stats]
+        def column(dtype: type, *names: str) -> np.ndarray:
+            return np.array(
+                [0 if s is None else sum(getattr(s, name) for name in names) for s in stats], dtype
+            )
 
-        evicted, written = column("evicted_units"), column("stored_units")
+        read_ops, evicted = column(np.int64, "read_ops"), column(np.int64, "evicted_units")
+        written, errors = column(np.int64, "stored_units"), column(np.int64, "errors", "corrupt_units")
         evicted[HBM], written[HBM] = hbm_evicted, hbm_written
-        counts = (column("read_ops"), evicted, written, column("errors", "corrupt_units"))
-        whole = [np.array(values, dtype=np.int64) for values in counts]
-        return TierCounts(*whole, np.array(column("read_us", "write_us"), dtype=np.float64))
+        return TierCounts(read_ops, evicted, written, errors, column(np.float64, "read_us", "write_us"))
 
     def close(self) -> None:
         """Closes the stores, the second even if the first fails to close."""
