@@ -29,7 +29,7 @@ ABSENT = -1
 
 
 class Shape(NamedTuple):
-    """What the arrays are sized by."""
+    """Sizes of the arrays."""
 
     num_slots: int  # blocks that fit
     num_blocks: int  # ids of the stream are below it
@@ -62,7 +62,7 @@ allocates, and counting references to the state's arrays made the loops three to
 
 
 def empty_cache(shape: Shape, num_queues: int, parents: np.ndarray | None) -> Cache:
-    """A cache without blocks; leaf-constrained where `parents` (B,) are given."""
+    """A cache without blocks; leaf-constrained if `parents` (B,) are given."""
     slots, blocks = shape.num_slots, shape.num_blocks
     leaf = parents is not None
     return Cache(
@@ -136,7 +136,7 @@ def _sift_down(cache: Cache, queue: int, at: int, slot: int) -> None:
 
 @njit(nogil=True)
 def offer(cache: Cache, slot: int) -> None:
-    """Lines a slot up in its queue; its key must not change while it stands there."""
+    """Adds a slot to its queue; its value and stamp must not change while it is there."""
     queue = cache.queue[slot]
     cache.heap_size[queue] += 1
     _sift_up(cache, queue, cache.heap_size[queue] - 1, slot)
@@ -144,7 +144,7 @@ def offer(cache: Cache, slot: int) -> None:
 
 @njit(nogil=True)
 def withdraw(cache: Cache, slot: int) -> None:
-    """Takes a slot out of its queue, wherever it stands."""
+    """Takes a slot out of its queue."""
     queue, at = cache.queue[slot], cache.place[slot]
     cache.heap_size[queue] -= 1
     cache.place[slot] = ABSENT

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, same_stamp, tick, withdraw
-from dsatrace.kv.policies.policy import Access, PlainPolicy
+from dsatrace.kv.policies.policy import Access, NothingEvictable, PlainPolicy
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -76,7 +76,7 @@ class Uniform(PlainPolicy):
 
     def victim(self) -> int:
         if not self._bag:
-            raise LookupError("no cached block may be evicted: requests hold all of them")
+            raise NothingEvictable
         return self._bag[(self._random() >> 32) * len(self._bag) >> 32]
 
     def _random(self) -> int:

@@ -38,12 +38,18 @@ class Access(NamedTuple):
     next_use: int = NEVER  # position of its next access in the stream; OPT only
 
 
-class PlainPolicy:
-    """The order in which cached blocks are given up; subclasses override the rules `miss` to `left`.
+class NothingEvictable(LookupError):
+    """Requests hold all cached blocks, or hold a child of each."""
 
-    Blocks are named by ids of the caller's choice. Insert the blocks of a request tail
-    first and unpin them tail first: the head is then the more recent, which is what
-    keeps recency policies from evicting a parent before its child.
+    def __init__(self) -> None:
+        super().__init__("no cached block may be evicted: requests hold all of them")
+
+
+class PlainPolicy:
+    """The order in which cached blocks are evicted; subclasses override the rules `miss` to `left`.
+
+    Block ids are the caller's. Insert and unpin the blocks of a request tail first: its head is then
+    the most recent, which keeps recency policies from evicting a parent before its child.
     """
 
     def __init__(self, capacity: int, *, leaf: bool = False, num_queues: int = 1) -> None:
@@ -52,7 +58,7 @@ class PlainPolicy:
         self.value: dict[int, float] = {}
         self.stamp: dict[int, int] = {}
         self.queue: dict[int, int] = {}
-        self._pins: dict[int, int] = {}  # a key for each cached block
+        self._pins: dict[int, int] = {}  # its keys are the cached blocks
         self._parent: dict[int, int] = {}
         self._children: Counter[int] = Counter()  # cached children of a block, cached or not
         self._heaps: list[list[tuple[float, int, int]]] = [[] for _ in range(num_queues)]
@@ -65,17 +71,17 @@ class PlainPolicy:
         blocks look here. A caller that learns the block's id only later may skip this call."""
 
     def enter(self, block: int, access: Access) -> None:
-        """A new block: queue 0, value 0 and a fresh stamp, unless changed here."""
+        """A new block: in queue 0 with value 0 and a fresh stamp, unless changed here."""
 
     def again(self, block: int, access: Access) -> None:
         """A cached block was used again."""
 
     def released(self, block: int) -> None:
-        """No request holds the block any more."""
+        """The block's last pin is gone."""
         self.stamp[block] = self.tick()
 
     def victim(self) -> int:
-        """An evictable block, by `pop`; it is forgotten next."""
+        """Chooses an evictable block, usually by `pop`; it is forgotten next."""
         return self.pop(0)
 
     def left(self, block: int) -> None:
@@ -98,14 +104,14 @@ class PlainPolicy:
     def pop(self, queue: int) -> int:
         """Takes the first evictable block out of a queue."""
         if self.first(queue) is None:
-            raise LookupError("no cached block may be evicted: requests hold all of them")
+            raise NothingEvictable
         return heapq.heappop(self._heaps[queue])[2]
 
     def is_evictable(self, block: int) -> bool:
         return self._pins.get(block) == 0 and not (self.leaf and self._children[block])
 
     def offer(self, block: int) -> None:
-        """Lines an evictable block up in its queue, at its present value and stamp."""
+        """Adds an evictable block to its queue, with its present value and stamp."""
         heap = self._heaps[self.queue[block]]
         heapq.heappush(heap, (self.value[block], self.stamp[block], block))
         if len(heap) > 64 + 4 * len(self._pins):  # entries that are out of date
@@ -113,7 +119,7 @@ class PlainPolicy:
             heapq.heapify(heap)
 
     def withdraw(self, block: int) -> None:
-        """The block may no longer be evicted; its entry in the queue goes out of date."""
+        """The block is no longer evictable; its entry in the queue is now out of date."""
 
     def _is_current(self, queue: int, entry: tuple[float, int, int]) -> bool:
         value, stamp, block = entry
@@ -152,29 +158,28 @@ class PlainPolicy:
         self._refresh(block)
 
     def pin(self, block: int) -> None:
-        """A request holds the block: it is not evictable until as many `unpin` have come."""
+        """A request holds the block: it is not evictable until every `pin` has had its `unpin`."""
         if self.is_evictable(block):
             self.withdraw(block)
         self._pins[block] += 1
 
     def unpin(self, block: int) -> None:
-        """A request lets go of the block; recency counts from the last of them."""
+        """A request no longer holds the block; recency counts from the last unpin."""
         assert self._pins[block] > 0, f"block {block} is not pinned"
         self._pins[block] -= 1
         self._refresh(block)
 
     def evict(self) -> int:
-        """Chooses an evictable block, forgets it and returns it.
+        """Chooses an evictable block, forgets it and returns it; raises `NothingEvictable`.
 
-        Evictable is what no request pins and, with the leaf constraint, no cached child
-        hangs on. Raises `LookupError` when there is none.
+        A block is evictable if it is not pinned and, under the leaf constraint, has no cached child.
         """
         block = self.victim()
         self.forget(block)
         return block
 
     def forget(self, block: int) -> None:
-        """`block` is no longer cached, by the caller's decision; it must not be pinned."""
+        """`block`, which must not be pinned, is no longer cached."""
         assert self._pins[block] == 0, f"block {block} is pinned"
         if self.is_evictable(block):
             self.withdraw(block)

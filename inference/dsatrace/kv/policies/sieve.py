@@ -13,7 +13,7 @@ import numpy as np
 
 from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, is_evictable, same_stamp, withdraw
 from dsatrace.kv.policies.lists import Lists, append, empty_lists, end, oldest, take_out
-from dsatrace.kv.policies.policy import Access, PlainPolicy
+from dsatrace.kv.policies.policy import Access, NothingEvictable, PlainPolicy
 
 
 class Sieve(PlainPolicy):
@@ -39,7 +39,7 @@ class Sieve(PlainPolicy):
                     return block
                 self._used.discard(block)
             self._hand = (self._hand + 1) % len(self._order)
-        raise LookupError("no cached block may be evicted: requests hold all of them")
+        raise NothingEvictable
 
     def left(self, block: int) -> None:
         at = self._order.index(block)

@@ -51,7 +51,7 @@ Oversize = Literal["truncate", "reject"]
 
 
 class Requests(NamedTuple):
-    """The stream's arrays, R requests and N accesses; and what becomes of them."""
+    """The stream's arrays, with R requests and N accesses, and the result's."""
 
     blocks: np.ndarray  # (N,) int32
     starts: np.ndarray  # (R + 1,) int64
@@ -59,11 +59,11 @@ class Requests(NamedTuple):
     workloads: np.ndarray  # (R,) int32
     release: np.ndarray  # (R,) int64
     release_order: np.ndarray  # (R,) int64
-    next_use: np.ndarray  # (N,) int64, or (0,) where no policy asks for it
-    held: np.ndarray  # (R,) int64, in: how many of its first blocks a request shall hold; 0 once released
+    next_use: np.ndarray  # (N,) int64; (0,) if the policy does not need it
+    held: np.ndarray  # (R,) int64, in: how many of its first blocks each request holds; 0 once released
     hits: np.ndarray  # (R,) int32, out: cached blocks before the first that is not
     found: np.ndarray  # (R,) int32, out: cached blocks
-    evicted: np.ndarray  # (N, 2) int32, out: request and block of each eviction; (0, 2): not asked for
+    evicted: np.ndarray  # (N, 2) int32, out: request and block of each eviction; (0, 2): not recorded
 
 
 @njit(nogil=True)
@@ -136,7 +136,7 @@ def _fill(cache: Cache, slot: int, block: int) -> None:
 
 @njit(nogil=True)
 def _release(policy: Any, cache: Cache, requests: Requests, request: int) -> None:
-    """The request lets go of its blocks, the tail first."""
+    """Unpins the request's blocks, tail first."""
     begin = requests.starts[request]
     for at in range(begin + requests.held[request] - 1, begin - 1, -1):
         block = requests.blocks[at]
@@ -166,7 +166,7 @@ def _wait(policy: Any, cache: Cache, requests: Requests, request: int, num_relea
 
 @njit(nogil=True)
 def _slot_for_new(policy: Any, cache: Cache, requests: Requests, request: int, num_evictions: int) -> int:
-    """A slot that was never used, or else the one the policy gives up."""
+    """A slot that was never used, else the policy's victim's."""
     if cache.counts[CACHED] < len(cache.block_of):
         cache.counts[CACHED] += 1
         return cache.counts[CACHED] - 1
@@ -205,9 +205,8 @@ def _loop(policy: Any, cache: Cache, requests: Requests) -> tuple[int, int]:
     return num_evictions, num_waited
 
 
-# numba keeps compiled functions on disk by name and by the source file they stand in, while this
-# loop also contains the rules and heaps of other files. With a digest of all of them in its name,
-# no change to a policy can meet a loop, or an index of loops, from before it.
+# numba caches a compiled function by its name and source file, but this loop contains the rules and
+# heaps of other files, too. The digest of all of them in its name makes every change recompile it.
 _SOURCES = hashlib.sha256(
     b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
 ).hexdigest()
@@ -217,7 +216,7 @@ _compiled_loop = compiled_whole(_loop)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SimResult:
-    """What became of R requests in W workloads; a rejected request has no accesses."""
+    """Results of R requests in W workloads; a rejected request has no accesses."""
 
     policy: str
     capacity: int  # blocks
@@ -230,11 +229,11 @@ class SimResult:
     num_evictions: int
     num_oversize: int  # requests longer than the cache
     num_waited: int  # requests that had to wait until others in flight were done
-    evictions: np.ndarray | None  # (num_evictions, 2) int32, request and block, if asked for
+    evictions: np.ndarray | None  # (num_evictions, 2) int32, request and block, if recorded
 
     @property
     def misses(self) -> np.ndarray:
-        """(R,) int64, the other side of `hits`."""
+        """(R,) int64, accesses that are no `hits`."""
         return self.accesses - self.hits
 
     @property
@@ -243,7 +242,7 @@ class SimResult:
         return float(self.hits.sum() / max(self.accesses.sum(), 1))
 
     def by_workload(self) -> dict[str, dict[str, int]]:
-        """Of each workload: accesses, hits, misses, hits_any."""
+        """accesses, hits, misses and hits_any of each workload."""
         size = len(self.workload_names)
         counts = {
             field: np.bincount(self.workloads, getattr(self, field), size).astype(int).tolist()
@@ -267,10 +266,10 @@ def simulate(
 ) -> SimResult:
     """Replays the stream from an empty cache of `capacity` blocks.
 
-    With `leaf`, a block is evicted only once no cached child hangs on it, for which ids
-    must name whole prefixes. Of a request longer than the cache the first `capacity`
-    blocks are held and the rest are misses; or it is rejected whole. The first call for a
-    policy compiles it (seconds), later ones load it. Raises `UserError`.
+    With `leaf`, a block with a cached child is not evicted; ids must then stand for whole prefixes.
+    Of a request longer than the cache, the first `capacity` blocks are held and the rest are misses,
+    or it is rejected whole (`oversize`). The first call for a policy compiles it (seconds), later ones
+    load it. Raises `UserError`.
     """
     info = policy_info(policy)
     settings = info.settings(params, Workloads(stream.workload_names, stream))

@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, first, pop, same_stamp, tick
-from dsatrace.kv.policies.policy import Access, PlainPolicy
+from dsatrace.kv.policies.policy import Access, NothingEvictable, PlainPolicy
 
 
 class ByWorkload(PlainPolicy):
@@ -141,7 +141,7 @@ class ReuseProbability(PlainPolicy):
         heads = [(workload, self.first(workload)) for workload in range(len(self._probability))]
         candidates = [(workload, block) for workload, block in heads if block is not None]
         if not candidates:
-            raise LookupError("no cached block may be evicted: requests hold all of them")
+            raise NothingEvictable
         block = min(candidates, key=lambda c: (self._score(*c), -self._depth[c[1]]))[1]
         age = self._now - self._used_at[block]
         self._lifespan += (age - self._lifespan) * AGE_WEIGHT

@@ -47,14 +47,14 @@ class ArrayMedium(Medium):
         return np.ones(len(keys), dtype=bool)
 
     def register(self, buffer: np.ndarray) -> None:
-        """Memory is addressed as it is."""
+        """Not needed: all memory is addressed directly."""
 
     def close(self, keys: np.ndarray) -> None:
         self.array = np.empty((0, self.array.shape[1]), dtype=np.uint8)
 
 
 def ram_store(unit_bytes: int, capacity_units: int, memory: np.ndarray | None = None) -> CheckedStore:
-    """A store in host memory; `memory`, if given, is `(capacity_units, unit_bytes)` uint8."""
+    """A store in host memory; `memory`, if given, is (capacity_units, unit_bytes) uint8."""
     shape = (capacity_units, unit_bytes)
     if memory is None:
         try:
@@ -68,7 +68,7 @@ def ram_store(unit_bytes: int, capacity_units: int, memory: np.ndarray | None = 
 
 
 def mmap_store(spec: str, path: Path, unit_bytes: int, capacity_units: int) -> CheckedStore:
-    """A store in a new private file at `path`; the mapping, and with it the file, goes with the array."""
+    """A store in a new private file at `path`, which lives as long as the array that maps it."""
     num_bytes = unit_bytes * capacity_units
     fd = open_private_file(spec, path, num_bytes)
     try:
@@ -80,5 +80,5 @@ def mmap_store(spec: str, path: Path, unit_bytes: int, capacity_units: int) -> C
 
 
 def _num_runs(slots: np.ndarray) -> int:
-    """Operations that read or write `slots` in this order, neighbours merged."""
+    """Operations that move `slots` in this order, neighbours merged."""
     return len(slots) - int(np.count_nonzero(slots[1:] == slots[:-1] + 1))

@@ -24,11 +24,11 @@ from dsatrace.kv.stores.interface import StoreError, StoreStats, are_distinct, c
 from dsatrace.kv.stores.ledger import Ledger
 
 ABSENT, FOUND, DAMAGED = range(3)
-"""What became of a unit that was read: not there; read in full; there, but not `unit_bytes` long."""
+"""Outcome of reading a unit: not there; read in full; there, but not `unit_bytes` long."""
 
 
 class Moved(NamedTuple):
-    """What a batch moved: each unit's outcome, and the operations and bytes of the whole batch."""
+    """Each unit's outcome, and the operations and bytes of the whole batch."""
 
     outcome: np.ndarray  # (N,): bool for writes (stored), uint8 for reads (ABSENT, FOUND, DAMAGED)
     ops: int
@@ -36,40 +36,40 @@ class Moved(NamedTuple):
 
 
 class Medium(Protocol):
-    """A place for units. Failures of the medium raise `StoreError`.
+    """A place for units. Its failures raise `StoreError`.
 
-    `slots` are distinct numbers below the store's capacity, the same for a key as long as it
-    is stored; media that address by key ignore them. `rows` are the rows of the buffer.
+    `slots` are distinct numbers below the store's capacity, constant for a key while it is stored;
+    media that address by key ignore them. `rows` are the rows of the buffer.
     """
 
     def write(
         self, keys: np.ndarray, slots: np.ndarray, data: np.ndarray, rows: np.ndarray, sums: np.ndarray
     ) -> Moved:
-        """Keeps `data[rows[i]]` as unit i, over an older one, or says it has no room for it.
+        """Stores `data[rows[i]]` as unit i in place of an older version, or reports no room for it.
 
-        `sums[i]` becomes the checksum of what was given.
+        `sums[i]` becomes the checksum of the given bytes.
         """
 
     def read(
         self, keys: np.ndarray, slots: np.ndarray, out: np.ndarray, rows: np.ndarray, sums: np.ndarray
     ) -> Moved:
-        """Reads unit i into `out[rows[i]]`; `sums[i]` becomes the checksum of what arrived there."""
+        """Reads unit i into `out[rows[i]]`; `sums[i]` becomes the checksum of what arrived."""
 
     def holds(self, keys: np.ndarray) -> np.ndarray:
         """Which units are there, (N,) bool."""
 
     def drop(self, keys: np.ndarray) -> np.ndarray:
-        """Which units are gone now, (N,) bool: False where the medium insists on keeping one."""
+        """Which units are gone now, (N,) bool: False for those that the medium must keep."""
 
     def register(self, buffer: np.ndarray) -> None:
         """See `Store.register`."""
 
     def close(self, keys: np.ndarray) -> None:
-        """Lets go of the medium; where others share it, drops `keys` first: all that is left."""
+        """Releases the medium; in a shared one, drops `keys`, all units that are left, first."""
 
 
 def parts(num_units: int, at_most: int) -> Iterator[slice]:
-    """A batch in stretches of `at_most` units."""
+    """A batch in slices of `at_most` units."""
     for begin in range(0, num_units, at_most):
         yield slice(begin, min(begin + at_most, num_units))
 
@@ -114,7 +114,7 @@ class CheckedStore:
         try:
             moved = self._medium.write(keys, slots, data, rows, sums)
         except BaseException as error:
-            self._ledger.free(keys)  # nobody knows which of them hold the new version
+            self._ledger.free(keys)  # which of them hold the new version is unknown
             self._count_failure(error)
             raise
         self._ledger.sums[slots] = sums
@@ -156,7 +156,7 @@ class CheckedStore:
             counts["missed_units"] += len(keys)
             self._count_failure(error)
             raise
-        hits: np.ndarray = (moved.outcome == FOUND) & (sums == self._ledger.sums[slots])
+        hits = (moved.outcome == FOUND) & (sums == self._ledger.sums[slots])
         num_hits = int(np.count_nonzero(hits))
         if num_hits < len(keys):
             self._ledger.free(keys[~hits])
@@ -188,8 +188,8 @@ class CheckedStore:
             return gone
 
     def _ask(self, question: Callable[[np.ndarray], np.ndarray], keys: np.ndarray) -> np.ndarray:
-        """The medium's answer for the keys that were stored, False for the others."""
-        answer: np.ndarray = self._ledger.find(keys) >= 0
+        """The medium's answer for stored keys, False for the others."""
+        answer = self._ledger.find(keys) >= 0
         if answer.any():
             try:
                 answer[answer] = question(keys[answer])

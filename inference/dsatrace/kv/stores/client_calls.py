@@ -28,23 +28,23 @@ STAGING_BYTES = 16 << 20
 Answer = TypeVar("Answer")
 
 Transfer = Callable[[np.ndarray, np.ndarray, np.ndarray, bool], Sequence[int] | np.ndarray]
-"""`transfer(keys, slots, addresses, direct)`: moves unit i from or to `addresses[i]`, one code a unit.
-`direct`: the addresses are the caller's own memory, not the staging memory."""
+"""`transfer(keys, slots, addresses, direct)` moves unit i from or to `addresses[i]`; one code per unit.
+`direct`: the addresses are in the caller's registered memory, not the staging memory."""
 
 
 class StagedMemory:
-    """`buffers`: all memory that was announced, the staging memory first."""
+    """Units in registered memory, else through staging memory, which no unfinished call may still use."""
 
     def __init__(
         self, unit_bytes: int, announce: Callable[[np.ndarray], None], max_units: int = 1 << 14
     ) -> None:
-        """`max_units`: the most that the library takes in a call."""
+        """`max_units`: the most that the library takes per call."""
         self._unit_bytes = unit_bytes
         self._announce = announce
         self._max_units = max_units
         num_units = min(max_units, max(1, STAGING_BYTES // unit_bytes))
         self._staging = np.empty((num_units, unit_bytes), dtype=np.uint8)
-        self.buffers: list[np.ndarray] = []
+        self.buffers: list[np.ndarray] = []  # all that were announced, the staging memory first
         self.register(self._staging)
 
     def register(self, buffer: np.ndarray) -> None:
@@ -60,7 +60,7 @@ class StagedMemory:
         rows: np.ndarray,
         sums: np.ndarray,
     ) -> np.ndarray:
-        """Writes `data[rows]`; the codes, (N,) int64, and each unit's checksum into `sums`."""
+        """Writes `data[rows]`; returns the codes, (N,) int64, and fills `sums` with the checksums."""
         codes = np.empty(len(keys), dtype=np.int64)
         if self._is_registered(data):
             sum_units(data, rows, keys, sums)
@@ -82,7 +82,7 @@ class StagedMemory:
         rows: np.ndarray,
         sums: np.ndarray,
     ) -> np.ndarray:
-        """Reads into `out[rows]`; the codes, (N,) int64, and the checksum of what arrived into `sums`."""
+        """Reads into `out[rows]`; returns the codes, (N,) int64, and fills `sums` with the checksums."""
         codes = np.empty(len(keys), dtype=np.int64)
         if self._is_registered(out):
             for part in parts(len(keys), self._max_units):
@@ -100,9 +100,7 @@ class StagedMemory:
         return any(low <= begin and end <= high for low, high in map(_span, self.buffers[1:]))
 
     def _addresses(self, buffer: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """(N,) int64."""
-        addresses: np.ndarray = buffer.ctypes.data + rows * self._unit_bytes
-        return addresses
+        return buffer.ctypes.data + rows * self._unit_bytes  # (N,) int64
 
 
 def _span(buffer: np.ndarray) -> tuple[int, int]:
@@ -110,7 +108,7 @@ def _span(buffer: np.ndarray) -> tuple[int, int]:
 
 
 class TimedCaller:
-    """One call at a time, in a thread of its own; `name` stands before every message."""
+    """Makes one call at a time, in a separate thread; messages begin with `name`."""
 
     def __init__(self, name: str, timeout_s: float) -> None:
         self._name = name
@@ -119,7 +117,7 @@ class TimedCaller:
         self._unfinished: Future[Any] | None = None
 
     def in_time(self, call: Callable[..., Answer], *arguments: object) -> Answer:
-        """What the call returns or raises; `StoreError` if that takes longer than `timeout_s`."""
+        """Returns or raises what the call does; `StoreError` if it takes longer than `timeout_s`."""
         self.check_idle()
         future = self._unfinished = self._thread.submit(call, *arguments)
         try:
@@ -128,7 +126,7 @@ class TimedCaller:
             raise StoreError("timeout", f"{self._name}: no answer within {self._timeout_s:g} s") from None
 
     def check_idle(self) -> None:
-        """Raises `StoreError` while a call that took too long still goes on."""
+        """Raises `StoreError` while a call that took too long is still running."""
         if not self.is_idle:
             raise StoreError("timeout", f"{self._name}: still busy with a call that took too long")
 
@@ -137,5 +135,5 @@ class TimedCaller:
         return self._unfinished is None or self._unfinished.done()
 
     def close(self) -> None:
-        """No more calls; one that goes on is left to itself."""
+        """Ends the thread; a call that is still running is abandoned."""
         self._thread.shutdown(wait=False)

@@ -1,7 +1,7 @@
-"""Units in a file read with O_DIRECT: every read reaches the disk, past the page cache.
+"""Units in a file read with O_DIRECT: every read bypasses the page cache and reaches the disk.
 
-Units lie at multiples of the disk's sector, padded; the padding counts as bytes read. A
-batch is sorted by place and neighbours are read in one operation, several at a time.
+Units are padded to multiples of the disk's sector; the padding counts as bytes read. A batch is
+sorted by place, neighbours are read in one operation, and several operations run at a time.
 
     store = direct_file_store("file:/mnt/nvme/kv", Path("/mnt/nvme/kv"), 41984, capacity_units=1024)
 """
@@ -24,8 +24,7 @@ from dsatrace.kv.stores.interface import StoreError
 
 SECTORS = (512, 4096)  # bytes; the first that the disk takes
 STAGING_BYTES = 8 << 20
-PARALLEL = 8
-"""Operations under way at a time."""
+PARALLEL = 8  # operations at a time
 
 Transfer = Callable[[int, list[memoryview], int], int]  # os.preadv or os.pwritev
 
@@ -64,14 +63,14 @@ class DirectFileMedium(Medium):
         return Moved(np.full(len(keys), FOUND, np.uint8), ops, len(keys) * self._slot_bytes)
 
     def _parts(self, slots: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The units by ascending slot, as many at a time as can be staged, and their rows there."""
+        """The units by ascending slot, as many at a time as can be staged, and their staging rows."""
         order = np.argsort(slots, kind="stable")
         for begin in range(0, len(order), self._staged_units):
             part = order[begin : begin + self._staged_units]
             yield part, np.arange(len(part))
 
     def _transfer(self, move: Transfer, slots: np.ndarray) -> int:
-        """Moves staged units from or to ascending `slots`, runs of neighbours at once; returns how many."""
+        """Moves staged units from or to ascending `slots`, one operation per run; returns how many."""
         begins = np.flatnonzero(np.diff(slots, prepend=-2) != 1)
         ends = np.append(begins[1:], len(slots))
         places = (slots[begins] * self._slot_bytes).tolist()
@@ -101,7 +100,7 @@ class DirectFileMedium(Medium):
         return np.ones(len(keys), dtype=bool)
 
     def register(self, buffer: np.ndarray) -> None:
-        """Bytes come through the staging memory, which alone is aligned."""
+        """Not needed: bytes pass through the staging memory, because only that is aligned."""
 
     def close(self, keys: np.ndarray) -> None:
         self._pool.shutdown()
@@ -109,7 +108,7 @@ class DirectFileMedium(Medium):
 
 
 def direct_file_store(spec: str, path: Path, unit_bytes: int, capacity_units: int) -> CheckedStore:
-    """A store in a new private file at `path`, read and written past the page cache."""
+    """A store in a new private file at `path`."""
     room = padded(unit_bytes, SECTORS[-1]) * capacity_units
     fd = open_private_file(spec, path, room, os.O_DIRECT)
     return CheckedStore(DirectFileMedium(fd, unit_bytes, _sector(spec, fd)), unit_bytes, capacity_units)
@@ -120,7 +119,7 @@ def padded(unit_bytes: int, sector: int) -> int:
 
 
 def _sector(spec: str, fd: int) -> int:
-    """The smallest sector that the file takes at a place of its own size."""
+    """The smallest of `SECTORS` that the disk accepts."""
     page = mmap.mmap(-1, SECTORS[-1])
     for sector in SECTORS:
         try:

@@ -27,7 +27,7 @@ ErrorKind = Literal["timeout", "connection", "protocol", "io", "refused"]
 
 
 class StoreError(RuntimeError):
-    """A store failed while it was in use: the batch did not happen, as far as anyone can tell."""
+    """A store failed in use: as far as one can tell, the batch did not happen."""
 
     def __init__(self, kind: ErrorKind, message: str) -> None:
         super().__init__(message)
@@ -36,12 +36,12 @@ class StoreError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class StoreStats:
-    """What a store did since it was opened. Differences are taken with `-`.
+    """What a store has done since it was opened; subtract two with `-`.
 
-    `requested_units == hit_units + missed_units` and `bytes_useful == hit_units * unit_bytes`
-    always. An operation is a piece addressed on its own: a run of adjacent units where the
-    medium merges neighbours (memory, files), else one unit. A failed batch moved nothing
-    that is counted: its units are missed or not stored, and `errors` grew by one.
+    Always `requested_units == hit_units + missed_units`, `bytes_useful == hit_units * unit_bytes`. An
+    operation is a run of adjacent units where the medium merges neighbours (memory, files), else one
+    unit. Of a failed batch, units count as missed or not stored, no bytes count, and `errors` grows
+    by one.
     """
 
     read_batches: int = 0
@@ -59,7 +59,7 @@ class StoreStats:
     write_ops: int = 0
     bytes_written: int = 0
     write_us: float = 0.0
-    evicted_units: int = 0  # by `evict`; what a remote store drops on its own is a miss later
+    evicted_units: int = 0  # by `evict`; a unit that a remote store drops by itself is a later miss
     errors: int = 0  # batches that raised `StoreError`
     timeouts: int = 0  # of those, by time
     latency_kind: LatencyKind = "measured"
@@ -137,7 +137,7 @@ def unit_keys(layer_id: int, unit_ids: np.ndarray) -> np.ndarray:
 
 
 def new_namespace() -> bytes:
-    """What keeps one handle's units in a shared store apart from all others': 16 random bytes."""
+    """16 random bytes that keep one handle's units in a shared store apart from all others'."""
     return secrets.token_bytes(NAMESPACE_BYTES)
 
 

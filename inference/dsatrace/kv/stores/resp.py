@@ -42,13 +42,13 @@ class Address:
 
 
 def command(*words: bytes | str) -> bytes:
-    """A request as it goes over the wire."""
+    """A request in wire format."""
     parts = [word.encode() if isinstance(word, str) else word for word in words]
     return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
 
 
 class Connection:
-    """One socket, opened when it is needed. Used by one thread at a time."""
+    """One socket, opened on demand. Used by one thread at a time."""
 
     def __init__(self, address: Address, timeout_s: float) -> None:
         self._address = address
@@ -57,7 +57,7 @@ class Connection:
         self._reply = np.empty(1 << 20, dtype=np.uint8)
 
     def lines(self, request: bytes | np.ndarray, num_lines: int) -> list[bytes]:
-        """Sends, and returns as many one-line replies, errors (`-...`) included."""
+        """Sends, and returns `num_lines` one-line replies, errors (`-...`) included."""
         deadline = self._send(request)
         received = b""
         while received.count(b"\r\n") < num_lines:
@@ -72,10 +72,10 @@ class Connection:
     def values(
         self, request: np.ndarray, num_values: int, likely_bytes: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sends a request that is answered by a list of values.
+        """Sends a request whose reply is a list of values, usually of `likely_bytes` bytes.
 
-        Returns the raw reply, and where in it the values begin and how long they are, (N,) int64
-        each, NIL for a missing one. `likely_bytes`: a value's usual length.
+        Returns the raw reply, and the values' begins and lengths in it, (N,) int64; the length of a
+        missing value is NIL.
         """
         deadline = self._send(request)
         room = num_values * (likely_bytes + 16) + 32
@@ -106,7 +106,7 @@ class Connection:
             self._socket = None
 
     def _send(self, request: bytes | np.ndarray) -> float:
-        """Sends; returns when the answer must be there."""
+        """Sends; returns the deadline of the reply."""
         deadline = time.monotonic() + self._timeout_s
         if self._socket is None:
             self._connect()
@@ -119,7 +119,7 @@ class Connection:
         return deadline
 
     def _receive(self, memory: memoryview, deadline: float) -> memoryview:
-        """What has arrived, at the beginning of `memory`: one byte at least."""
+        """Reads what has arrived, at least one byte, into the beginning of `memory`."""
         assert self._socket is not None
         try:
             self._socket.settimeout(max(deadline - time.monotonic(), 1e-6))
@@ -170,10 +170,10 @@ class Connection:
 
 @njit("UniTuple(int64, 2)(uint8[::1], int64, int64, int64[::1], int64[::1])", nogil=True, cache=True)
 def _find_values(reply, done, place, begins, lengths):  # type: ignore[no-untyped-def]
-    """Goes on parsing `$<length>\\r\\n<value>\\r\\n` and `$-1\\r\\n`, from the `done`-th value at `place`.
+    """Continues to parse `$<length>\\r\\n<value>\\r\\n` and `$-1\\r\\n` with value `done` at `place`.
 
-    Returns how many values' heads are parsed and where the next begins, which may lie beyond what
-    has been received so far; place -1 for a malformed reply.
+    Returns how many values' heads are parsed and where the next one begins, which may be beyond
+    what has been received so far; place -1 for a malformed reply.
     """
     while done < len(begins) and place < len(reply):
         if reply[place] != ord("$"):
@@ -197,7 +197,7 @@ def _find_values(reply, done, place, begins, lengths):  # type: ignore[no-untype
 
 
 class Frames:
-    """`start`, then a key and, if it has `value_bytes`, a value, as a server reads them."""
+    """Requests of one kind: `start`, then a key and, with `value_bytes`, a value, in wire format."""
 
     def __init__(self, start: bytes, key_bytes: int, value_bytes: int = 0) -> None:
         key = b"$%d\r\n%s\r\n" % (key_bytes, bytes(key_bytes))
@@ -210,7 +210,7 @@ class Frames:
     def filled(
         self, keys: np.ndarray, data: np.ndarray | None = None, rows: np.ndarray | None = None
     ) -> np.ndarray:
-        """One frame for each of `keys`, (N, key_bytes) uint8, and of the values `data[rows]`.
+        """One frame per key of `keys`, (N, key_bytes) uint8, with the values `data[rows]`.
 
         Returns (N, frame bytes) uint8, valid until the next call.
         """

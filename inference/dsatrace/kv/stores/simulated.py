@@ -18,7 +18,7 @@ import dataclasses
 import json
 import threading
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -26,8 +26,8 @@ from dsatrace.errors import UserError
 from dsatrace.kv.stores.interface import Store, StoreStats
 
 Confidence = Literal["measured", "published", "unverified", "unknown"]
-"""`measured` by `dsatrace calibrate`; `published` in a source that was read; `unverified`: commonly
-quoted; `unknown`: no figure, the value stands for nothing."""
+"""`measured`: by `dsatrace calibrate`; `published`: in a source that we read; `unverified`: commonly
+quoted; `unknown`: no figure, the value means nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,49 +78,32 @@ def _preset(
     return Preset(name, what, UNKNOWN, alpha_op_us, read, write)
 
 
+# fmt: off
 _ALL = (
-    _preset(
-        "hbm-h200", "H200 memory, 141 GB", Figure(4800, "NVIDIA H200 data sheet, from memory", "unverified")
-    ),
+    _preset("hbm-h200", "H200 memory, 141 GB",
+            Figure(4800, "NVIDIA H200 data sheet, from memory", "unverified")),
     _preset("hbm-h100", "H100 SXM memory", Figure(3350, "NVIDIA H100 data sheet, from memory", "unverified")),
     _preset("hbm-h20", "H20 memory", Figure(4000, "NVIDIA H20 data sheet, from memory", "unverified")),
-    _preset(
-        "pcie5-x16",
-        "host memory to GPU, one copy call an operation",
-        Figure(55, "64 GB/s raw, usual share of it", "unverified"),
-        alpha_op_us=_COPY_CALL,
-    ),
-    _preset(
-        "pcie5-gather",
-        "host memory to GPU, rows gathered by a kernel",
-        Figure(37, _ESS, "unverified"),
-        Figure(43, _ESS, "unverified"),
-    ),
-    _preset(
-        "pcie4-x16",
-        "host memory to GPU, one copy call an operation",
-        Figure(25, "32 GB/s raw, rule of thumb", "unverified"),
-        alpha_op_us=_COPY_CALL,
-    ),
-    _preset(
-        "rdma-400g",
-        "one 400 Gb/s link, 50 GB/s raw",
-        Figure(23.75, "Mooncake README: 190 GB/s over 8 x 400 Gb/s RoCE", "published"),
-    ),
-    _preset(
-        "rdma-200g",
-        "one 200 Gb/s link, 25 GB/s raw",
-        Figure(21.75, "Mooncake README: 87 GB/s over 4 x 200 Gb/s RoCE", "published"),
-    ),
+    _preset("pcie5-x16", "host memory to GPU, one copy call an operation",
+            Figure(55, "64 GB/s raw, usual share of it", "unverified"), alpha_op_us=_COPY_CALL),
+    _preset("pcie5-gather", "host memory to GPU, rows gathered by a kernel",
+            Figure(37, _ESS, "unverified"), Figure(43, _ESS, "unverified")),
+    _preset("pcie4-x16", "host memory to GPU, one copy call an operation",
+            Figure(25, "32 GB/s raw, rule of thumb", "unverified"), alpha_op_us=_COPY_CALL),
+    _preset("rdma-400g", "one 400 Gb/s link, 50 GB/s raw",
+            Figure(23.75, "Mooncake README: 190 GB/s over 8 x 400 Gb/s RoCE", "published")),
+    _preset("rdma-200g", "one 200 Gb/s link, 25 GB/s raw",
+            Figure(21.75, "Mooncake README: 87 GB/s over 4 x 200 Gb/s RoCE", "published")),
     _preset("nvme-gen4", "one drive", Figure(7.0, "Mooncake's SSD benchmark", "published")),
     _preset("nvme-gen3", "one drive", Figure(3.0, "Mooncake's SSD benchmark", "published")),
 )
+# fmt: on
 PRESETS = {preset.name: preset for preset in _ALL}
 
 
 def load_preset(name: str) -> Preset:
-    """One of `PRESETS`, or `FILE.json#NAME` as `dsatrace calibrate` wrote it; `#NAME` may be left out
-    if the file has one only."""
+    """One of `PRESETS`, or `FILE.json#NAME` from `dsatrace calibrate`; `#NAME` is optional if the file has
+    one preset only."""
     if name in PRESETS:
         return PRESETS[name]
     path, _, entry = name.partition("#")
@@ -132,23 +115,19 @@ def load_preset(name: str) -> Preset:
             entry = next(iter(entries))
         if entry not in entries:
             raise UserError(f"sim:{name}: {path} has {', '.join(entries)}; name one after a #")
-        return preset_from_json(entries[entry])
+        values: dict[str, Any] = {
+            key: Figure(**value) if isinstance(value, dict) else value
+            for key, value in entries[entry].items()
+        }
+        return Preset(**values)
     except OSError as error:
         raise UserError(f"sim:{name}: {error.strerror}; write it with `dsatrace calibrate`") from error
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"sim:{name}: not a file that `dsatrace calibrate` wrote ({error!r})") from error
 
 
-def preset_from_json(fields: dict[str, Any]) -> Preset:
-    """The inverse of `dataclasses.asdict`; a missing or unknown field raises `TypeError`."""
-    values: dict[str, Any] = {
-        key: Figure(**value) if isinstance(value, dict) else value for key, value in fields.items()
-    }
-    return Preset(**values)
-
-
 class SimulatedStore:
-    """See `Store`; calls go to `store`, which nobody else may use meanwhile."""
+    """See `Store`; calls go to `store`, which must have no other user."""
 
     def __init__(self, store: Store, preset: Preset) -> None:
         self.unit_bytes = store.unit_bytes
