@@ -18,7 +18,7 @@ import dataclasses
 import json
 import threading
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
