@@ -315,8 +315,8 @@ SECTIONS = {
         "one long trace, a cache of a quarter of its blocks",
         {"accesses": ("accesses", ""), "recorded": ("recorded", ""),
          "Maccesses/s": ("maccesses_per_s", ".1f"),
-         "bytes/access recorded": ("event_bytes_per_access", ".1f"), "trace": ("trace_bytes_per_access", ".1f"),
-         "peak RSS MB": ("peak_rss_mb", ".0f")},
+         "bytes/access recorded": ("event_bytes_per_access", ".1f"),
+         "trace": ("trace_bytes_per_access", ".1f"), "peak RSS MB": ("peak_rss_mb", ".0f")},
     ),
 }  # fmt: skip
 

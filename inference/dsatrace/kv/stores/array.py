@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.kv.stores.checked import FOUND, CheckedStore, Medium, Moved
+from dsatrace.kv.stores.checked import FOUND, Batch, CheckedStore, Medium, Moved
 from dsatrace.kv.stores.checksums import copy_units
 from dsatrace.kv.stores.files import open_private_file
 
@@ -28,26 +28,19 @@ class ArrayMedium(Medium):
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
 
-    def write(
-        self, keys: np.ndarray, slots: np.ndarray, data: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
-        copy_units(data, rows, self.array, slots, keys, sums)
-        return Moved(np.ones(len(keys), dtype=bool), _num_runs(slots), len(keys) * self.array.shape[1])
+    def write(self, batch: Batch) -> Moved:
+        copy_units(batch.buffer, batch.rows, self.array, batch.slots, batch.keys, batch.sums)
+        return self._moved(batch, np.ones(len(batch.keys), dtype=bool))
 
-    def read(
-        self, keys: np.ndarray, slots: np.ndarray, out: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
-        copy_units(self.array, slots, out, rows, keys, sums)
-        return Moved(np.full(len(keys), FOUND, np.uint8), _num_runs(slots), len(keys) * self.array.shape[1])
+    def read(self, batch: Batch) -> Moved:
+        copy_units(self.array, batch.slots, batch.buffer, batch.rows, batch.keys, batch.sums)
+        return self._moved(batch, np.full(len(batch.keys), FOUND, np.uint8))
 
-    def holds(self, keys: np.ndarray) -> np.ndarray:
-        return np.ones(len(keys), dtype=bool)
-
-    def drop(self, keys: np.ndarray) -> np.ndarray:
-        return np.ones(len(keys), dtype=bool)
-
-    def register(self, buffer: np.ndarray) -> None:
-        """Not needed: all memory is addressed directly."""
+    def _moved(self, batch: Batch, outcome: np.ndarray) -> Moved:
+        """Neighbouring slots are one operation."""
+        slots = batch.slots
+        num_ops = len(slots) - int(np.count_nonzero(slots[1:] == slots[:-1] + 1))
+        return Moved(outcome, num_ops, len(slots) * self.array.shape[1])
 
     def close(self, keys: np.ndarray) -> None:
         self.array = np.empty((0, self.array.shape[1]), dtype=np.uint8)
@@ -77,8 +70,3 @@ def mmap_store(spec: str, path: Path, unit_bytes: int, capacity_units: int) -> C
         os.close(fd)
     array = np.frombuffer(mapping, dtype=np.uint8).reshape(capacity_units, unit_bytes)
     return CheckedStore(ArrayMedium(array), unit_bytes, capacity_units)
-
-
-def _num_runs(slots: np.ndarray) -> int:
-    """Operations that move `slots` in this order, neighbours merged."""
-    return len(slots) - int(np.count_nonzero(slots[1:] == slots[:-1] + 1))

@@ -6,17 +6,18 @@ one thread at a time, with non-empty batches whose arrays are right, and reads o
 
     store = CheckedStore(ArrayMedium(array), unit_bytes=41984, capacity_units=1024)
 
-    def read(self, keys, slots, out, rows, sums):              # of a medium that lost everything
-        return Moved(np.full(len(keys), ABSENT, np.uint8), ops=0, num_bytes=0)
+    def read(self, batch):              # of a medium that lost everything
+        return Moved(np.full(len(batch.keys), ABSENT, np.uint8), ops=0, num_bytes=0)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from time import perf_counter
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,16 @@ ABSENT, FOUND, DAMAGED = range(3)
 """Outcome of reading a unit: not there; read in full; there, but not `unit_bytes` long."""
 
 
+class Batch(NamedTuple):
+    """N units to move, none of them twice in a write: unit i is row `rows[i]` of `buffer`."""
+
+    keys: np.ndarray  # (N,) uint64
+    slots: np.ndarray  # (N,) int64, distinct numbers below the capacity, constant while a key is stored
+    buffer: np.ndarray  # (M, unit_bytes) uint8
+    rows: np.ndarray  # (N,) int64
+    sums: np.ndarray  # (N,) uint64, out: the checksum of the bytes that were given, or that arrived
+
+
 class Moved(NamedTuple):
     """Each unit's outcome, and the operations and bytes of the whole batch."""
 
@@ -35,35 +46,29 @@ class Moved(NamedTuple):
     num_bytes: int
 
 
-class Medium(Protocol):
-    """A place for units. Its failures raise `StoreError`.
+class Medium(ABC):
+    """A place for units, addressed by slot or by key. Its failures raise `StoreError`."""
 
-    `slots` are distinct numbers below the store's capacity, constant for a key while it is stored;
-    media that address by key ignore them. `rows` are the rows of the buffer.
-    """
+    @abstractmethod
+    def write(self, batch: Batch) -> Moved:
+        """Stores units in place of older versions, or reports no room for them."""
 
-    def write(
-        self, keys: np.ndarray, slots: np.ndarray, data: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
-        """Stores `data[rows[i]]` as unit i in place of an older version, or reports no room for it.
-
-        `sums[i]` becomes the checksum of the given bytes.
-        """
-
-    def read(
-        self, keys: np.ndarray, slots: np.ndarray, out: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
-        """Reads unit i into `out[rows[i]]`; `sums[i]` becomes the checksum of what arrived."""
+    @abstractmethod
+    def read(self, batch: Batch) -> Moved:
+        """Reads units into the buffer."""
 
     def holds(self, keys: np.ndarray) -> np.ndarray:
-        """Which units are there, (N,) bool."""
+        """Which units are there, (N,) bool; unless overridden, all that were stored."""
+        return np.ones(len(keys), dtype=bool)
 
     def drop(self, keys: np.ndarray) -> np.ndarray:
         """Which units are gone now, (N,) bool: False for those that the medium must keep."""
+        return np.ones(len(keys), dtype=bool)
 
-    def register(self, buffer: np.ndarray) -> None:
-        """See `Store.register`."""
+    def register(self, buffer: np.ndarray) -> None:  # noqa: B027
+        """See `Store.register`; not every medium needs it."""
 
+    @abstractmethod
     def close(self, keys: np.ndarray) -> None:
         """Releases the medium; in a shared one, drops `keys`, all units that are left, first."""
 
@@ -112,7 +117,7 @@ class CheckedStore:
         sums = np.empty(len(keys), dtype=np.uint64)
         begin = perf_counter()
         try:
-            moved = self._medium.write(keys, slots, data, rows, sums)
+            moved = self._medium.write(Batch(keys, slots, data, rows, sums))
         except BaseException as error:
             self._ledger.free(keys)  # which of them hold the new version is unknown
             self._count_failure(error)
@@ -151,7 +156,7 @@ class CheckedStore:
         sums = np.empty(len(keys), dtype=np.uint64)
         begin = perf_counter()
         try:
-            moved = self._medium.read(keys, slots, out, rows, sums)
+            moved = self._medium.read(Batch(keys, slots, out, rows, sums))
         except BaseException as error:
             counts["missed_units"] += len(keys)
             self._count_failure(error)

@@ -1,7 +1,7 @@
 """What stores on a client library share: memory that the library addresses, and calls that end in time.
 
     memory = StagedMemory(unit_bytes, announce=lambda buffer: register(buffer.ctypes.data, buffer.nbytes))
-    codes = memory.send(write, keys, slots, data, rows, sums)      # `write` is a `Transfer`, see below
+    codes = memory.send(write, batch)      # `write` is a `Transfer`, see below
 
     caller = TimedCaller("mooncake", timeout_s=5.0)
     codes = caller.in_time(client.batch_remove, names)      # or StoreError, kind timeout
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dsatrace.kv.stores.checked import parts
+from dsatrace.kv.stores.checked import Batch, parts
 from dsatrace.kv.stores.checksums import copy_units, sum_units
 from dsatrace.kv.stores.interface import StoreError
 
@@ -51,48 +51,38 @@ class StagedMemory:
         self._announce(buffer)
         self.buffers.append(buffer)
 
-    def send(
-        self,
-        write: Transfer,
-        keys: np.ndarray,
-        slots: np.ndarray,
-        data: np.ndarray,
-        rows: np.ndarray,
-        sums: np.ndarray,
-    ) -> np.ndarray:
-        """Writes `data[rows]`; returns the codes, (N,) int64, and fills `sums` with the checksums."""
-        codes = np.empty(len(keys), dtype=np.int64)
+    def send(self, write: Transfer, batch: Batch) -> np.ndarray:
+        """Writes the batch; returns the codes, (N,) int64."""
+        keys, slots, data, rows, sums = batch
         if self._is_registered(data):
             sum_units(data, rows, keys, sums)
-            for part in parts(len(keys), self._max_units):
-                codes[part] = write(keys[part], slots[part], self._addresses(data, rows[part]), True)
-            return codes
+            return self._in_place(write, batch)
+        codes = np.empty(len(keys), dtype=np.int64)
         for part in parts(len(keys), len(self._staging)):
             staged = np.arange(len(keys[part]), dtype=np.int64)
             copy_units(data, rows[part], self._staging, staged, keys[part], sums[part])
             codes[part] = write(keys[part], slots[part], self._addresses(self._staging, staged), False)
         return codes
 
-    def receive(
-        self,
-        read: Transfer,
-        keys: np.ndarray,
-        slots: np.ndarray,
-        out: np.ndarray,
-        rows: np.ndarray,
-        sums: np.ndarray,
-    ) -> np.ndarray:
-        """Reads into `out[rows]`; returns the codes, (N,) int64, and fills `sums` with the checksums."""
-        codes = np.empty(len(keys), dtype=np.int64)
+    def receive(self, read: Transfer, batch: Batch) -> np.ndarray:
+        """Reads the batch; returns the codes, (N,) int64."""
+        keys, slots, out, rows, sums = batch
         if self._is_registered(out):
-            for part in parts(len(keys), self._max_units):
-                codes[part] = read(keys[part], slots[part], self._addresses(out, rows[part]), True)
+            codes = self._in_place(read, batch)
             sum_units(out, rows, keys, sums)
             return codes
+        codes = np.empty(len(keys), dtype=np.int64)
         for part in parts(len(keys), len(self._staging)):
             staged = np.arange(len(keys[part]), dtype=np.int64)
             codes[part] = read(keys[part], slots[part], self._addresses(self._staging, staged), False)
             copy_units(self._staging, staged, out, rows[part], keys[part], sums[part])
+        return codes
+
+    def _in_place(self, transfer: Transfer, batch: Batch) -> np.ndarray:
+        codes = np.empty(len(batch.keys), dtype=np.int64)
+        for part in parts(len(codes), self._max_units):
+            addresses = self._addresses(batch.buffer, batch.rows[part])
+            codes[part] = transfer(batch.keys[part], batch.slots[part], addresses, True)
         return codes
 
     def _is_registered(self, buffer: np.ndarray) -> bool:

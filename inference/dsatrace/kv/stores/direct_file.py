@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.kv.stores.checked import FOUND, CheckedStore, Medium, Moved
+from dsatrace.kv.stores.checked import FOUND, Batch, CheckedStore, Medium, Moved
 from dsatrace.kv.stores.checksums import copy_units
 from dsatrace.kv.stores.files import open_private_file
 from dsatrace.kv.stores.interface import StoreError
@@ -40,34 +40,28 @@ class DirectFileMedium(Medium):
         self._staging = np.frombuffer(memory, dtype=np.uint8).reshape(self._staged_units, self._slot_bytes)
         self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="direct-file")
 
-    def write(
-        self, keys: np.ndarray, slots: np.ndarray, data: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
+    def write(self, batch: Batch) -> Moved:
         ops = 0
-        for part, staged in self._parts(slots):
-            part_sums = np.empty(len(part), dtype=np.uint64)
-            copy_units(data, rows[part], self._staging, staged, keys[part], part_sums)
-            sums[part] = part_sums
-            ops += self._transfer(os.pwritev, slots[part])
-        return Moved(np.ones(len(keys), dtype=bool), ops, len(keys) * self._slot_bytes)
+        for part, staged, sums in self._parts(batch):
+            copy_units(batch.buffer, batch.rows[part], self._staging, staged, batch.keys[part], sums)
+            batch.sums[part] = sums
+            ops += self._transfer(os.pwritev, batch.slots[part])
+        return Moved(np.ones(len(batch.keys), dtype=bool), ops, len(batch.keys) * self._slot_bytes)
 
-    def read(
-        self, keys: np.ndarray, slots: np.ndarray, out: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
+    def read(self, batch: Batch) -> Moved:
         ops = 0
-        for part, staged in self._parts(slots):
-            part_sums = np.empty(len(part), dtype=np.uint64)
-            ops += self._transfer(os.preadv, slots[part])
-            copy_units(self._staging, staged, out, rows[part], keys[part], part_sums)
-            sums[part] = part_sums
-        return Moved(np.full(len(keys), FOUND, np.uint8), ops, len(keys) * self._slot_bytes)
+        for part, staged, sums in self._parts(batch):
+            ops += self._transfer(os.preadv, batch.slots[part])
+            copy_units(self._staging, staged, batch.buffer, batch.rows[part], batch.keys[part], sums)
+            batch.sums[part] = sums
+        return Moved(np.full(len(batch.keys), FOUND, np.uint8), ops, len(batch.keys) * self._slot_bytes)
 
-    def _parts(self, slots: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The units by ascending slot, as many at a time as can be staged, and their staging rows."""
-        order = np.argsort(slots, kind="stable")
+    def _parts(self, batch: Batch) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The units by ascending slot, as many at a time as can be staged; their staging rows and sums."""
+        order = np.argsort(batch.slots, kind="stable")
         for begin in range(0, len(order), self._staged_units):
             part = order[begin : begin + self._staged_units]
-            yield part, np.arange(len(part))
+            yield part, np.arange(len(part)), np.empty(len(part), dtype=np.uint64)
 
     def _transfer(self, move: Transfer, slots: np.ndarray) -> int:
         """Moves staged units from or to ascending `slots`, one operation per run; returns how many."""
@@ -92,15 +86,6 @@ class DirectFileMedium(Medium):
                 raise StoreError("io", f"{len(memory)} bytes at {place} of the file: {error}") from error
             if moved != len(memory):
                 raise StoreError("io", f"{moved} of {len(memory)} bytes at {place} of the file")
-
-    def holds(self, keys: np.ndarray) -> np.ndarray:
-        return np.ones(len(keys), dtype=bool)
-
-    def drop(self, keys: np.ndarray) -> np.ndarray:
-        return np.ones(len(keys), dtype=bool)
-
-    def register(self, buffer: np.ndarray) -> None:
-        """Not needed: bytes pass through the staging memory, because only that is aligned."""
 
     def close(self, keys: np.ndarray) -> None:
         self._pool.shutdown()

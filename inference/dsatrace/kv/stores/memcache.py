@@ -24,8 +24,7 @@ from typing import Any
 
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.checked import CheckedStore
-from dsatrace.kv.stores.interface import new_namespace
-from dsatrace.kv.stores.pooled import OK, Codes, PoolClient, PooledMedium
+from dsatrace.kv.stores.pooled import OK, Codes, PoolClient, pooled_store
 
 CONFIG_VARIABLE = "MMC_LOCAL_CONFIG_PATH"
 META_SERVICE_KEY = "ock.mmc.meta_service_url"
@@ -120,8 +119,7 @@ def memcache_store(
         raise UserError(
             f"{spec}: MemCache does not start (code {code}); it needs an Ascend driver, and {UNTESTED}"
         )
-    medium = PooledMedium(MemcacheClient(store), unit_bytes, namespace or new_namespace(), timeout_s)
-    return CheckedStore(medium, unit_bytes, capacity_units)
+    return pooled_store(MemcacheClient(store), unit_bytes, capacity_units, timeout_s, namespace)
 
 
 def _parse(spec: str) -> tuple[Path, int]:

@@ -23,8 +23,7 @@ from typing import Any
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.checked import CheckedStore
 from dsatrace.kv.stores.client_calls import STAGING_BYTES
-from dsatrace.kv.stores.interface import new_namespace
-from dsatrace.kv.stores.pooled import Codes, PoolClient, PooledMedium
+from dsatrace.kv.stores.pooled import Codes, PoolClient, pooled_store
 
 DEFAULT_PORT = 50051
 DEFAULT_SEGMENT_MIB = 1024
@@ -100,8 +99,7 @@ def mooncake_store(
     )
     if code:
         raise UserError(f"{spec}: what listens there is not a Mooncake master (code {code}); {start}")
-    medium = PooledMedium(MooncakeClient(store), unit_bytes, namespace or new_namespace(), timeout_s)
-    return CheckedStore(medium, unit_bytes, capacity_units)
+    return pooled_store(MooncakeClient(store), unit_bytes, capacity_units, timeout_s, namespace)
 
 
 def _parse(spec: str) -> tuple[str, int, int]:

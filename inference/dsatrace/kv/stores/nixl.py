@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.kv.stores.checked import FOUND, CheckedStore, Medium, Moved
+from dsatrace.kv.stores.checked import FOUND, Batch, CheckedStore, Medium, Moved
 from dsatrace.kv.stores.client_calls import StagedMemory, TimedCaller
 from dsatrace.kv.stores.files import open_private_file
 from dsatrace.kv.stores.interface import StoreError
@@ -53,25 +53,16 @@ class NixlMedium(Medium):
             unit_bytes, lambda buffer: self._register("DRAM", buffer.ctypes.data, buffer.nbytes, 0)
         )
 
-    def write(
-        self, keys: np.ndarray, slots: np.ndarray, data: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
+    def write(self, batch: Batch) -> Moved:
         self._caller.check_idle()
-        self._memory.send(partial(self._move, "WRITE"), keys, slots, data, rows, sums)
-        return Moved(np.ones(len(keys), dtype=bool), len(keys), len(keys) * self._unit_bytes)
+        self._memory.send(partial(self._move, "WRITE"), batch)
+        return Moved(np.ones(len(batch.keys), bool), len(batch.keys), len(batch.keys) * self._unit_bytes)
 
-    def read(
-        self, keys: np.ndarray, slots: np.ndarray, out: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
+    def read(self, batch: Batch) -> Moved:
         self._caller.check_idle()
-        self._memory.receive(partial(self._move, "READ"), keys, slots, out, rows, sums)
-        return Moved(np.full(len(keys), FOUND, np.uint8), len(keys), len(keys) * self._unit_bytes)
-
-    def holds(self, keys: np.ndarray) -> np.ndarray:
-        return np.ones(len(keys), dtype=bool)
-
-    def drop(self, keys: np.ndarray) -> np.ndarray:
-        return np.ones(len(keys), dtype=bool)
+        self._memory.receive(partial(self._move, "READ"), batch)
+        outcome = np.full(len(batch.keys), FOUND, np.uint8)
+        return Moved(outcome, len(batch.keys), len(batch.keys) * self._unit_bytes)
 
     def register(self, buffer: np.ndarray) -> None:
         self._memory.register(buffer)

@@ -4,7 +4,7 @@ A `PoolClient` is one package's calls under common names, and `Codes` the meanin
 `PooledMedium` makes a medium of it. An object's name is the handle's 16 random bytes and the unit's
 number.
 
-    medium = PooledMedium(MooncakeClient(store), unit_bytes, new_namespace(), timeout_s=5.0)
+    store = pooled_store(MooncakeClient(client), unit_bytes, None, timeout_s=5.0, namespace=None)
 
 Registered memory is read and written in place, by calls that end by the package's own limits. Other
 memory goes through a copy of ours, and its calls end within `timeout_s`.
@@ -19,10 +19,10 @@ from typing import Protocol
 
 import numpy as np
 
-from dsatrace.kv.stores.checked import ABSENT, DAMAGED, FOUND, Medium, Moved
+from dsatrace.kv.stores.checked import ABSENT, DAMAGED, FOUND, Batch, CheckedStore, Medium, Moved
 from dsatrace.kv.stores.checksums import copy_units
 from dsatrace.kv.stores.client_calls import StagedMemory, TimedCaller
-from dsatrace.kv.stores.interface import StoreError, are_distinct
+from dsatrace.kv.stores.interface import StoreError, are_distinct, new_namespace
 
 OK = 0
 MoveCall = Callable[[list[str], list[int], list[int]], Sequence[int]]  # PoolClient.store or .load
@@ -78,27 +78,25 @@ class PooledMedium(Medium):
         self._caller = TimedCaller(client.name, timeout_s)
         self._memory = StagedMemory(unit_bytes, self._announce)
 
-    def write(
-        self, keys: np.ndarray, slots: np.ndarray, data: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
+    def write(self, batch: Batch) -> Moved:
         self._caller.check_idle()
-        codes = self._memory.send(partial(self._move, self._client.store), keys, slots, data, rows, sums)
+        codes = self._memory.send(partial(self._move, self._client.store), batch)
         stored = codes == OK
         if not stored.all():
             self._fail_on(codes, (OK, *self._codes.no_room))
-            self.drop(keys[~stored])  # an older version may have stayed
-        return Moved(stored, len(keys), int(np.count_nonzero(stored)) * self._unit_bytes)
+            self.drop(batch.keys[~stored])  # an older version may have stayed
+        return Moved(stored, len(stored), int(np.count_nonzero(stored)) * self._unit_bytes)
 
-    def read(
-        self, keys: np.ndarray, slots: np.ndarray, out: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
+    def read(self, batch: Batch) -> Moved:
         self._caller.check_idle()
+        keys, slots, out, rows, sums = batch
         if not are_distinct(keys):  # Mooncake serves a key only once per batch
             _, first, again = np.unique(keys, return_index=True, return_inverse=True)
-            once = self.read(keys[first], slots[first], out, rows[first], np.empty(len(first), np.uint64))
+            no_sums = np.empty(len(first), np.uint64)
+            once = self.read(Batch(keys[first], slots[first], out, rows[first], no_sums))
             copy_units(out, rows[first][again], out, rows, keys, sums)
             return once._replace(outcome=once.outcome[again])
-        codes = self._memory.receive(partial(self._move, self._client.load), keys, slots, out, rows, sums)
+        codes = self._memory.receive(partial(self._move, self._client.load), batch)
         self._fail_on(codes[codes < 0], (*self._codes.absent, *self._codes.damaged))
         outcome = np.full(len(keys), DAMAGED, dtype=np.uint8)
         outcome[np.isin(codes, self._codes.absent)] = ABSENT
@@ -149,3 +147,10 @@ class PooledMedium(Medium):
 
     def _names(self, keys: np.ndarray) -> list[str]:
         return [f"{self._namespace}{key:016x}" for key in keys.tolist()]
+
+
+def pooled_store(
+    client: PoolClient, unit_bytes: int, capacity_units: int | None, timeout_s: float, namespace: bytes | None
+) -> CheckedStore:
+    medium = PooledMedium(client, unit_bytes, namespace or new_namespace(), timeout_s)
+    return CheckedStore(medium, unit_bytes, capacity_units)

@@ -19,7 +19,7 @@ import urllib.parse
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.kv.stores.checked import ABSENT, DAMAGED, FOUND, CheckedStore, Medium, Moved, parts
+from dsatrace.kv.stores.checked import ABSENT, DAMAGED, FOUND, Batch, CheckedStore, Medium, Moved, parts
 from dsatrace.kv.stores.checksums import sum_units
 from dsatrace.kv.stores.interface import NAMESPACE_BYTES, StoreError, new_namespace
 from dsatrace.kv.stores.resp import NIL, Address, Connection, Frames, command, unpack
@@ -41,9 +41,8 @@ class ValkeyMedium(Medium):
         self._get = Frames(b"", KEY_BYTES)
         self._connection.lines(command("PING"), 1)
 
-    def write(
-        self, keys: np.ndarray, slots: np.ndarray, data: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
+    def write(self, batch: Batch) -> Moved:
+        keys, _, data, rows, sums = batch
         sum_units(data, rows, keys, sums)
         stored = np.empty(len(keys), dtype=bool)
         for part in parts(len(keys), self._batch):
@@ -61,9 +60,8 @@ class ValkeyMedium(Medium):
             return False
         raise self._refused(reply)
 
-    def read(
-        self, keys: np.ndarray, slots: np.ndarray, out: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
+    def read(self, batch: Batch) -> Moved:
+        keys, _, out, rows, sums = batch
         outcome = np.full(len(keys), ABSENT, dtype=np.uint8)
         num_bytes = 0
         for part in parts(len(keys), self._batch):
@@ -103,9 +101,6 @@ class ValkeyMedium(Medium):
         wire[:, :NAMESPACE_BYTES] = self._namespace
         wire[:, NAMESPACE_BYTES:] = keys.astype(">u8").view(np.uint8).reshape(len(keys), 8)
         return wire
-
-    def register(self, buffer: np.ndarray) -> None:
-        """Not needed: a socket addresses no memory."""
 
     def close(self, keys: np.ndarray) -> None:
         with contextlib.suppress(StoreError):  # a server that is gone has no units to drop
