@@ -90,7 +90,7 @@ def test_each_fetched_unit_is_charged_once(
     assert fetch.latency_us is moved.latency_us
 
 
-def test_without_a_batch_of_its_own_a_row_is_charged_nothing() -> None:
+def test_without_a_batch_a_row_is_charged_nothing() -> None:
     fetch = layer_fetch(
         np.array([[0, 1, -1]]),
         np.array([HBM, REMOTE], dtype=np.int8),
@@ -120,7 +120,7 @@ def test_shares_are_whole_and_near_their_weights(totals: list[int], weights: lis
             assert shares[:, tier].sum() == total
 
 
-def test_a_step_keeps_the_recorded_rows_and_pads_to_the_top_k() -> None:
+def test_a_step_keeps_the_recorded_rows() -> None:
     rng = np.random.default_rng(0)
 
     def layer() -> LayerFetch:

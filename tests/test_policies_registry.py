@@ -145,7 +145,7 @@ def test_the_reuse_profile_by_hand():
     assert profile.mean_s.tolist() == [2.0, 4.0]
 
 
-def test_the_compiled_loop_is_cached_by_the_sources_of_all_rules():
+def test_the_loop_is_cached_by_all_rules_sources():
     """Else an edited policy would run as compiled before, and a renamed one would break the cache."""
     folder = Path(simulate_module.__file__).parent
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
