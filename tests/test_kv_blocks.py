@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dsatrace.kv.blocks import EVICT, BlockPool, Key, OutOfBlocks, blocks_needed
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.policies.stream import AccessStream
+from helpers.policy_streams import prefixes
 
 
 def test_blocks_needed_rounds_up() -> None:
@@ -84,8 +85,7 @@ def test_the_pool_evicts_what_an_lru_policy_evicts(
     words: list[list[int]], num_blocks: int, concurrency: int, leaf: bool
 ) -> None:
     """The same hits, and the same blocks given up in the same order: parents go after their children."""
-    chains = [[tuple(word[: end + 1]) for end in range(len(word))] for word in words]
-    stream = AccessStream.of(chains, concurrency=concurrency)
+    stream = AccessStream.of(prefixes(words), concurrency=concurrency)
     policy = simulate(stream, "lru", num_blocks, leaf=leaf, log_evictions=True)
     hits: list[int] = []  # of each request so far
     evicted: list[tuple[int, Key]] = []

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 from dsatrace.errors import UserError
+from dsatrace.kv.stores.array import ram_store
 from dsatrace.kv.stores.interface import NAMESPACE_BYTES, StoreError, unit_keys
 from dsatrace.kv.stores.opening import open_store
-from dsatrace.kv.stores.ram import ram_store
 from dsatrace.kv.stores.resp import Connection, command
 from dsatrace.kv.stores.valkey import parse_address, valkey_store
 from helpers.stores import fake_memcache, free_port, has_nixl, mooncake, units, valkey
@@ -150,7 +150,7 @@ def test_a_full_server_stores_what_fits():
         store.close()
 
 
-def test_a_server_that_evicts_on_its_own_only_causes_misses():
+def test_a_server_that_evicts_causes_only_misses():
     with valkey("--maxmemory", "4mb", "--maxmemory-policy", "allkeys-lru") as server:
         store = valkey_store(server.unix, 41_984)
         keys, data = unit_keys(0, np.arange(200)), units(200, 41_984)
@@ -164,7 +164,7 @@ def test_a_server_that_evicts_on_its_own_only_causes_misses():
 
 
 @pytest.mark.parametrize("call", ["fetch", "put", "contains", "evict"])
-def test_a_killed_server_is_an_error_with_its_cause_and_may_come_back(call):
+def test_a_killed_server_is_an_error_and_may_come_back(call):
     with valkey() as server:
         store = valkey_store(server.tcp, U, timeout_s=5)
         store.put(KEYS, DATA)
@@ -188,7 +188,7 @@ def test_a_killed_server_is_an_error_with_its_cause_and_may_come_back(call):
         store.close()
 
 
-def test_a_paused_server_times_out_and_late_answers_are_not_taken():
+def test_late_answers_of_a_paused_server_are_dropped():
     with valkey() as server:
         store = valkey_store(server.unix, U, timeout_s=0.3)
         store.put(KEYS, DATA)

@@ -266,7 +266,7 @@ def test_a_victim_that_cannot_be_written_back_stays() -> None:
     assert sorted(checked.fetch(0, [0, 1, 2]).tolist()) == [LOCAL, LOCAL, REMOTE]
 
 
-def test_only_the_newcomer_of_a_victim_that_stays_gets_no_room() -> None:
+def test_a_victim_that_stays_costs_one_newcomer() -> None:
     a, b, c, d = range(4)
     checked = Checked(stack_of(MemoryStore(U, 2), MemoryStore(U, 3)))
     for unit in (c, d, a, b):
@@ -291,7 +291,7 @@ def test_an_older_version_is_never_given() -> None:
     assert checked.fetch(1, [3]).tolist() == [LOCAL]
 
 
-def test_a_clean_unit_the_local_pool_lost_comes_from_the_remote_one() -> None:
+def test_a_lost_clean_unit_comes_from_the_remote_pool() -> None:
     local, remote = MemoryStore(U, 1), MemoryStore(U)
     checked = Checked(stack_of(local, remote))
     checked.put(0, [0])
@@ -365,7 +365,7 @@ def test_real_members(local: str, remote: str, request: pytest.FixtureRequest, t
     stack.close()
 
 
-def test_a_server_that_goes_away_costs_only_its_own_units(tmp_path) -> None:
+def test_a_server_that_goes_away_costs_its_own_units(tmp_path) -> None:
     from dsatrace.kv.stores.opening import open_store
 
     with valkey() as server:

@@ -23,8 +23,8 @@ import os
 from collections.abc import Iterable, Sequence
 
 from dsatrace.engine.live import LiveRequest
-from dsatrace.kv.block_keys import KeyChain
 from dsatrace.kv.blocks import BlockPool, blocks_needed
+from dsatrace.kv.prefix import KeyChain
 from dsatrace.kv.prefix_pool import PrefixPool
 
 
@@ -119,7 +119,7 @@ class BlockTables:
 
         Returns how many could have been found.
         """
-        return self.pool.lose(block_ids)
+        return self.pool.blocks.forget(block_ids)
 
     def _forget_promise(self, live: LiveRequest) -> None:
         self._num_promised -= live.num_promised_blocks

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from dsatrace.kv.block_keys import KeyChain
+from dsatrace.kv.prefix import KeyChain
 from dsatrace.kv.prefix_pool import HeldBlocks
 from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.workloads.request import Request

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
+from dsatrace.kv.simulation.block_trace import offsets_of
 
 Order = Literal["arrival", "conversation"]
 UNKNOWN = -1
@@ -159,11 +160,6 @@ def conversation_groups(requests: StudyRequests) -> NDArray[np.int64]:
         requests.conversation,
     )
     return np.unique(keys, return_inverse=True)[1].astype(np.int64)
-
-
-def offsets_of(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
-    """(R + 1,) where each of R ragged rows begins, and where the last one ends."""
-    return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
 
 
 def _take_ragged(

@@ -1,9 +1,9 @@
-"""From what a user writes to a store: `ram`, `mmap:PATH`, `file:PATH`, `redis://...`, and the others.
+"""Opens the store that a user's spec names: `ram`, `mmap:PATH`, `file:PATH`, `redis://...` and others.
 
-`STORES` is the one table of them: a new store is a row, and the function that opens it.
+`STORES` is the one table of them: a new store is one row and the function that opens it.
 
-store = open_store("unix:///run/valkey.sock", unit_bytes=41984)
-store = open_store("sim:pcie5-x16+ram", unit_bytes=41984, capacity_units=4096)
+    store = open_store("unix:///run/valkey.sock", unit_bytes=41984)
+    store = open_store("sim:pcie5-x16+ram", unit_bytes=41984, capacity_units=4096)
 """
 
 from __future__ import annotations
@@ -19,78 +19,78 @@ from dsatrace.errors import UserError
 from dsatrace.kv.stores.interface import Store
 
 if TYPE_CHECKING:
-    from dsatrace.kv.stores.presets import Preset
+    from dsatrace.kv.stores.simulated import Preset
 
 DEFAULT_TIMEOUT_S = 5.0
 
 
-class Asked(NamedTuple):
+class StoreSettings(NamedTuple):
     """What a store is opened with."""
 
     spec: str
-    path: Path  # what follows the scheme, for a store in a file
+    path: Path  # the spec without its scheme, for a store in a file
     unit_bytes: int
     capacity_units: int | None
     timeout_s: float
-    memory: np.ndarray | None  # for `ram` alone
+    memory: np.ndarray | None  # for `ram` only
 
     @property
     def room(self) -> int:
-        """Units that it may hold; a store on this machine cannot do without."""
+        """`capacity_units`, which a store on this machine needs."""
         if self.capacity_units is None:
             raise ValueError(f"{self.spec}: say how many units it may hold")
         return self.capacity_units
 
 
-def _ram(asked: Asked) -> Store:
-    from dsatrace.kv.stores.ram import ram_store
+def _ram(settings: StoreSettings) -> Store:
+    from dsatrace.kv.stores.array import ram_store
 
-    return ram_store(asked.unit_bytes, asked.room, asked.memory)
-
-
-def _mmap(asked: Asked) -> Store:
-    from dsatrace.kv.stores.mmap_file import mmap_store
-
-    return mmap_store(asked.spec, asked.path, asked.unit_bytes, asked.room)
+    return ram_store(settings.unit_bytes, settings.room, settings.memory)
 
 
-def _file(asked: Asked) -> Store:
+def _mmap(settings: StoreSettings) -> Store:
+    from dsatrace.kv.stores.array import mmap_store
+
+    return mmap_store(settings.spec, settings.path, settings.unit_bytes, settings.room)
+
+
+def _file(settings: StoreSettings) -> Store:
     from dsatrace.kv.stores.direct_file import direct_file_store
 
-    return direct_file_store(asked.spec, asked.path, asked.unit_bytes, asked.room)
+    return direct_file_store(settings.spec, settings.path, settings.unit_bytes, settings.room)
 
 
-def _nixl(asked: Asked) -> Store:
+def _nixl(settings: StoreSettings) -> Store:
     from dsatrace.kv.stores.nixl import nixl_store
 
-    return nixl_store(asked.spec, asked.path, asked.unit_bytes, asked.room, asked.timeout_s)
+    return nixl_store(settings.spec, settings.path, settings.unit_bytes, settings.room, settings.timeout_s)
 
 
-def _valkey(asked: Asked) -> Store:
+def _valkey(settings: StoreSettings) -> Store:
     from dsatrace.kv.stores.valkey import valkey_store
 
-    return valkey_store(asked.spec, asked.unit_bytes, asked.capacity_units, asked.timeout_s)
+    return valkey_store(settings.spec, settings.unit_bytes, settings.capacity_units, settings.timeout_s)
 
 
-def _mooncake(asked: Asked) -> Store:
+def _mooncake(settings: StoreSettings) -> Store:
     from dsatrace.kv.stores.mooncake import mooncake_store
 
-    return mooncake_store(asked.spec, asked.unit_bytes, asked.capacity_units, asked.timeout_s)
+    return mooncake_store(settings.spec, settings.unit_bytes, settings.capacity_units, settings.timeout_s)
 
 
-def _memcache(asked: Asked) -> Store:
+def _memcache(settings: StoreSettings) -> Store:
     from dsatrace.kv.stores.memcache import memcache_store
 
-    return memcache_store(asked.spec, asked.unit_bytes, asked.capacity_units, asked.timeout_s)
+    return memcache_store(settings.spec, settings.unit_bytes, settings.capacity_units, settings.timeout_s)
 
 
 @dataclasses.dataclass(frozen=True)
 class StoreKind:
     """One kind of store."""
 
-    usage: str  # how a user writes it, as a refused spec is told
-    needs: Literal["nothing", "file", "address"]  # what stands behind its scheme
-    open: Callable[[Asked], Store]
+    usage: str  # how a spec is written, for the message that refuses one
+    needs: Literal["nothing", "file", "address"]  # after the scheme
+    open: Callable[[StoreSettings], Store]
 
 
 STORES: dict[str, StoreKind] = {
@@ -104,11 +104,11 @@ STORES: dict[str, StoreKind] = {
     "nixl": StoreKind("nixl:PATH (experimental)", "file", _nixl),
     "memcache": StoreKind("memcache:FILE (untested on hardware)", "address", _memcache),
 }
-"""By scheme. `sim:PRESET+SPEC` stands around any of them and models its times."""
+"""By scheme. `sim:PRESET+SPEC` wraps any of them and models its times."""
 
 
 def check_spec(spec: str) -> None:
-    """Raises `UserError` where `spec` names no store; whether the store opens, only `open_store` tells."""
+    """Raises `UserError` if `spec` names no store; whether it can be opened, only `open_store` finds out."""
     scheme, separator, rest = spec.partition(":")
     if scheme == "sim" and separator:
         check_spec(_simulated(spec)[1])
@@ -120,7 +120,7 @@ def check_spec(spec: str) -> None:
 
 
 def lies_in_file(spec: str) -> bool:
-    """Whether the store keeps its units in a file of its own, which no other may share."""
+    """Whether the store keeps its units in a file, which no two stores may share."""
     inner = spec.partition("+")[2] if spec.startswith("sim:") else spec
     kind = STORES.get(inner.partition(":")[0])
     return kind is not None and kind.needs == "file"
@@ -134,11 +134,11 @@ def open_store(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     memory: np.ndarray | None = None,
 ) -> Store:
-    """An empty store of units of `unit_bytes`, by what `spec` names.
+    """An empty store of units of `unit_bytes`, as `spec` names it.
 
-    Local ones need `capacity_units`; `memory` is for `ram` alone: the array to keep the units in,
-    such as pinned memory. Raises `UserError` where the user can mend it: a spec that is none, a
-    server that is down, a file that cannot be.
+    Stores on this machine need `capacity_units`. `memory` is for `ram` only: the array for the units,
+    such as pinned memory. Raises `UserError` for what the user can mend: a bad spec, a server that is
+    down, a file that cannot be opened.
     """
     if unit_bytes < 1 or (capacity_units is not None and capacity_units < 1):
         raise ValueError(f"a store holds at least 1 unit of 1 byte, not {capacity_units} of {unit_bytes}")
@@ -152,13 +152,13 @@ def open_store(
         return SimulatedStore(store, preset)
     if memory is not None and spec != "ram":
         raise ValueError(f"{spec}: only `ram` takes memory")
-    asked = Asked(spec, Path(rest), unit_bytes, capacity_units, timeout_s, memory)
-    return STORES[scheme].open(asked)
+    settings = StoreSettings(spec, Path(rest), unit_bytes, capacity_units, timeout_s, memory)
+    return STORES[scheme].open(settings)
 
 
 def _simulated(spec: str) -> tuple[Preset, str]:
-    """Whose times, and what keeps the bytes."""
-    from dsatrace.kv.stores.presets import load_preset
+    """The preset and the inner spec."""
+    from dsatrace.kv.stores.simulated import load_preset
 
     name, plus, inner = spec.removeprefix("sim:").partition("+")
     if not plus or inner.startswith("sim:"):

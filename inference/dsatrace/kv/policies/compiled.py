@@ -1,24 +1,35 @@
-"""The compiled cache: which slot holds which block, and heaps of the slots that may be evicted.
+"""The compiled cache that policies run in, and how the loop finds a policy's rules.
 
-State is an array a field, indexed by slot where it can be, so that it stays as small as
-the cache is, however many blocks the stream has. Exactly the evictable slots stand in a
-heap, each queue having its own; the smallest value is first, then the smallest stamp.
-Slots with equal keys never move, so a heap of them is a bag (`uniform`, `sieve`).
-Knows no policy and no request.
+`Cache`: which slot holds which block, and heaps of the slots that may be evicted. State is one array
+per field, indexed by slot where it can be, so it stays as small as the cache however many blocks the
+stream has. Exactly the evictable slots stand in heaps, one heap per queue: smallest value first, then
+smallest stamp. Slots with equal keys never move, so a heap of them is a bag (`uniform`, `sieve`).
+
+`Rules`: a policy is a NamedTuple of arrays and up to five plain functions over it and the `Cache`,
+registered under the NamedTuple's type. The loop calls `enter`, `victim` and the rest by name, and
+numba compiles the rules of that one policy into it: policies that are not used are not compiled, and
+nothing is looked up while the loop runs. Knows no policy by name and no request.
+
+    RULES[LfuState] = Rules(again=count_use)
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
+from numba.extending import overload
+
+from dsatrace.kv.policies.policy import Access
 
 ABSENT = -1
 
 
 class Shape(NamedTuple):
-    """What the arrays are sized by."""
+    """Sizes of the arrays."""
 
     num_slots: int  # blocks that fit
     num_blocks: int  # ids of the stream are below it
@@ -46,13 +57,12 @@ class Cache(NamedTuple):
 CLOCK, CACHED, IN_USE = range(3)
 
 compiled_whole = njit(nogil=True, cache=True, _nrt=False)  # type: ignore[call-overload]
-"""For a loop over a stream, with all it calls. `_nrt=False`, which the called inherit: nothing there
-allocates, and counting references to the state's arrays, with an atomic instruction each, made the
-loops three to six times slower."""
+"""For a loop over a stream and all it calls. `_nrt=False` applies to the callees too: nothing there
+allocates, and counting references to the state's arrays made the loops three to six times slower."""
 
 
 def empty_cache(shape: Shape, num_queues: int, parents: np.ndarray | None) -> Cache:
-    """A cache without blocks; leaf-constrained where `parents` (B,) are given."""
+    """A cache without blocks; leaf-constrained if `parents` (B,) are given."""
     slots, blocks = shape.num_slots, shape.num_blocks
     leaf = parents is not None
     return Cache(
@@ -126,7 +136,7 @@ def _sift_down(cache: Cache, queue: int, at: int, slot: int) -> None:
 
 @njit(nogil=True)
 def offer(cache: Cache, slot: int) -> None:
-    """Lines a slot up in its queue; its key must not change while it stands there."""
+    """Adds a slot to its queue; its value and stamp must not change while it is there."""
     queue = cache.queue[slot]
     cache.heap_size[queue] += 1
     _sift_up(cache, queue, cache.heap_size[queue] - 1, slot)
@@ -134,7 +144,7 @@ def offer(cache: Cache, slot: int) -> None:
 
 @njit(nogil=True)
 def withdraw(cache: Cache, slot: int) -> None:
-    """Takes a slot out of its queue, wherever it stands."""
+    """Takes a slot out of its queue."""
     queue, at = cache.queue[slot], cache.place[slot]
     cache.heap_size[queue] -= 1
     cache.place[slot] = ABSENT
@@ -159,3 +169,60 @@ def pop(cache: Cache, queue: int) -> int:
     slot = cache.heap[queue, 0]
     withdraw(cache, slot)
     return slot
+
+
+Rule = Callable[..., Any]
+
+
+def nothing_on_miss(policy: Any, cache: Cache, block: int, access: Access) -> None:
+    """For policies that do not remember evicted blocks."""
+
+
+def nothing_to_do(policy: Any, cache: Cache, slot: int, access: Access) -> None:
+    """For policies that do not count this."""
+
+
+def fresh_stamp(policy: Any, cache: Cache, slot: int) -> None:
+    """Recency: in use until now."""
+    cache.stamp[slot] = tick(cache)
+
+
+def same_stamp(policy: Any, cache: Cache, slot: int) -> None:
+    """The stamp stays that of entry, or whatever the policy's other rules set."""
+
+
+def first_of_queue_0(policy: Any, cache: Cache) -> int:
+    return pop(cache, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """One policy's compiled rules; their meaning is `PlainPolicy`'s. Without any, LRU."""
+
+    miss: Rule = nothing_on_miss
+    enter: Rule = nothing_to_do
+    again: Rule = nothing_to_do
+    released: Rule = fresh_stamp
+    victim: Rule = first_of_queue_0
+
+
+RULES: dict[type, Rules] = {}
+"""By the type of the policy's state."""
+
+
+# The loop calls these five; numba replaces each by the rule of the policy whose state it is given.
+
+
+def miss(policy: Any, cache: Cache, block: int, access: Access) -> None: ...
+def enter(policy: Any, cache: Cache, slot: int, access: Access) -> None: ...
+def again(policy: Any, cache: Cache, slot: int, access: Access) -> None: ...
+def released(policy: Any, cache: Cache, slot: int) -> None: ...
+def victim(policy: Any, cache: Cache) -> int: ...  # type: ignore[empty-body]
+
+
+# strict=False: numba would compare annotations as well, and rules annotate their own state.
+overload(miss, strict=False)(lambda policy, cache, block, access: RULES[policy.instance_class].miss)
+overload(enter, strict=False)(lambda policy, cache, slot, access: RULES[policy.instance_class].enter)
+overload(again, strict=False)(lambda policy, cache, slot, access: RULES[policy.instance_class].again)
+overload(released, strict=False)(lambda policy, cache, slot: RULES[policy.instance_class].released)
+overload(victim, strict=False)(lambda policy, cache: RULES[policy.instance_class].victim)

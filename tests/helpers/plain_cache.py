@@ -1,10 +1,10 @@
-"""The definition of a cache in plain Python: the reference of `kv.policies.replay`.
+"""The definition of a cache in plain Python: the reference of `kv.policies.simulate`.
 
 For each request, in order: what is done by then is released, tail first; if the request
 does not fit beside those in flight, they are released early; its cached blocks are looked
 up and pinned; then, tail first, each is used again or inserted, after evictions.
 
-    hits, found, evicted = plain_replay(stream, make_policy("lru", 100), stream.lengths)
+    hits, found, evicted = plain_simulate(stream, make_policy("lru", 100), stream.lengths)
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dsatrace.kv.policies.plain import PlainPolicy
-from dsatrace.kv.policies.policy import NO_PARENT, Access
+from dsatrace.kv.policies.policy import NO_PARENT, Access, PlainPolicy
 from dsatrace.kv.policies.stream import AccessStream
 
 
-def plain_replay(
+def plain_simulate(
     stream: AccessStream, policy: PlainPolicy, held: np.ndarray
 ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
     """Request r holds its first `held[r]` blocks, at most `policy.capacity`.
