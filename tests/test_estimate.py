@@ -16,11 +16,10 @@ from dsatrace import cli
 from dsatrace.commands.generate import main as generate
 from dsatrace.schema import LEVELS, Level
 from dsatrace.trace.config import TraceConfig
-from dsatrace.trace.estimate import TraceLoad, draw_sample, estimate_sizes
+from dsatrace.trace.estimate import KINDS, Kind, SyntheticSelections, TraceLoad, draw_sample, estimate_sizes
 from dsatrace.trace.export import export_run
 from dsatrace.trace.observe import ForwardRecorder, hooked
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.synthetic import KINDS, Kind, SyntheticSelections
 
 NEW_TOKENS = 12
 CONFIG = INFERENCE / "config_tiny.json"

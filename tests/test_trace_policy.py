@@ -20,9 +20,9 @@ from dsatrace.errors import UserError
 from dsatrace.runner.model_runner import ModelRunner
 from dsatrace.runner.sampler import Sampler
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.request_facts import RequestFacts
-from dsatrace.trace.sinks import open_sinks
+from dsatrace.trace.requests import RequestFacts
 from dsatrace.trace.tracer import Tracer
+from dsatrace.trace.writer import open_sinks
 from dsatrace.workloads.request import Request
 from helpers.models import SMALL, random_model, random_tokens
 from helpers.trace_samples import LAYOUT, RUN, SECRET, SampleRequest, config_for, sample_capture

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.schema import SUMMARY_FIELDS, problems
-from dsatrace.trace.baselines import uniform_blocks
 from dsatrace.trace.histogram import Histogram, ValueCounts
 from dsatrace.trace.records import RecordDeriver
-from dsatrace.trace.summary import Summary, TracingCost
+from dsatrace.trace.summary import Summary, TracingCost, uniform_blocks
 from dsatrace.verify.plain_summary import summarize
 from helpers.trace_samples import LAYOUT, config_for, plain_records, sample_capture, sample_needles
 

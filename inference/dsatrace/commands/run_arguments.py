@@ -23,7 +23,7 @@ from dsatrace.engine.ranks import is_rank_0
 from dsatrace.errors import UserError
 from dsatrace.runner.rank0 import from_rank_0
 from dsatrace.trace.config import trace_config_from_args
-from dsatrace.trace.resumable import resumed_argv
+from dsatrace.trace.resume import resumed_argv
 from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.data_set import DataSet, Source, attribute_of
 from dsatrace.workloads.rows import check_limit

@@ -20,19 +20,18 @@ from types import TracebackType
 from typing import Any
 
 from dsatrace.errors import UserError
+from dsatrace.files import write_json
 from dsatrace.kv.prefix import PrefixCacheAnalyzer, RequestPrefix, key_id, load_prefix_secret
 from dsatrace.kv.tiers.account import OffloadedTiers, Tiers, default_tiers
 from dsatrace.schema import MANIFEST_FILE, SUMMARY_FIELDS, problems
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig, check_run_folder, is_sampled
-from dsatrace.trace.manifest import RunInfo, manifest, write_json
+from dsatrace.trace.manifest import RunInfo, manifest
 from dsatrace.trace.records import RecordDeriver
-from dsatrace.trace.request_facts import RequestFacts, TracedRequest, request_line
-from dsatrace.trace.resumable import check_resumable
-from dsatrace.trace.resume import Resumed
-from dsatrace.trace.sinks import Sink, open_sinks
+from dsatrace.trace.requests import RequestFacts, TracedRequest, request_line
+from dsatrace.trace.resume import Resumed, check_resumable
 from dsatrace.trace.summary import Sections, TracingCost
-from dsatrace.trace.writer import TraceWriter, cannot_write
+from dsatrace.trace.writer import Sink, TraceWriter, cannot_write, open_sinks
 
 _TIERS_FIELD = tuple(field for field in SUMMARY_FIELDS if field.name == "tiers")
 
