@@ -22,7 +22,7 @@ from dsatrace.commands.workload_run import Opener
 from dsatrace.engine.ranks import is_rank_0
 from dsatrace.errors import UserError
 from dsatrace.runner.rank0 import from_rank_0
-from dsatrace.trace.config import trace_config_from_args
+from dsatrace.trace.config import run_config_from_args
 from dsatrace.trace.resume import resumed_argv
 from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.data_set import DataSet, Source, attribute_of
@@ -83,7 +83,7 @@ def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpars
         refuse_tiers(args)
     engine_setup_from_args(args)  # a bad value is refused here, before torch is imported
     if run.resume is None and is_rank_0():
-        trace_config_from_args(args, "run", always=True)
+        run_config_from_args(args, "run")
     return args, argv
 
 
