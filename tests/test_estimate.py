@@ -94,7 +94,7 @@ def test_the_ring_is_the_recorders(tmp_path: Path) -> None:
         tracer: Any = SimpleNamespace(config=config)
         ring = ForwardRecorder(partial(hooked, []), num_layers=3, max_rows=4, top_k=16, tracer=tracer).ring
         assert ring is not None
-        slots = [ring._free.get() for _ in range(ring._free.qsize())]
+        slots = [ring.free.get() for _ in range(ring.free.qsize())]
         buffers = [b for slot in slots for b in (slot.positions, slot.stats, slot.scores) if b is not None]
         assert load.ring_bytes(queue_steps=5) == sum(b.numel() * b.element_size() for b in buffers)
 

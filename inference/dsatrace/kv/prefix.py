@@ -54,20 +54,23 @@ class PrefixCacheAnalyzer:
         if key_tokens < 1:
             raise ValueError(f"key_tokens {key_tokens} must be at least 1")
         self._hasher = BlockHasher(block_size, secret)
-        self._key_bytes = key_tokens * TOKEN_DTYPE.itemsize
+        self._key_tokens = key_tokens
         self._secret = secret
         self._seen: set[bytes] = set()
 
     def add(self, token_ids: Sequence[int]) -> RequestPrefix:
         """The prompt's shared prefix with earlier prompts; later prompts are compared with it too."""
-        tokens = np.asarray(token_ids, dtype=TOKEN_DTYPE).tobytes()
-        keys = self._hasher.chain(b"", tokens)
+        keys = self._hasher.chain(b"", np.asarray(token_ids, dtype=TOKEN_DTYPE).tobytes())
         num_cached = next((i for i, key in enumerate(keys) if key not in self._seen), len(keys))
         self._seen.update(keys[num_cached:])
-        head = hashlib.blake2b(
-            tokens[: self._key_bytes], digest_size=_KEY_DIGEST_BYTES, key=self._secret, person=b"prefix-key"
-        )
-        return RequestPrefix(num_cached, head.hexdigest())
+        return RequestPrefix(num_cached, self.key(token_ids))
+
+    def key(self, token_ids: Sequence[int]) -> str:
+        """The keyed hash of the prompt's first tokens, without a comparison."""
+        head = np.asarray(token_ids[: self._key_tokens], dtype=TOKEN_DTYPE).tobytes()
+        return hashlib.blake2b(
+            head, digest_size=_KEY_DIGEST_BYTES, key=self._secret, person=b"prefix-key"
+        ).hexdigest()
 
 
 def load_prefix_secret(config_folder: Path | None = None) -> bytes:

@@ -65,6 +65,8 @@ class Tracer:
         self._prefixes: dict[str, RequestPrefix] = {}
         self._needles: dict[str, tuple[int, ...]] = {}  # of the unfinished requests that have any
         self._ids: set[str] = set(resumed.done) if resumed else set()
+        # Only step records say what is shared, and a prefix cache knows better than a comparison.
+        self._compares_prompts = config.records_steps and run.prefix_source == "analysis"
         self._closed = False
         self.tell_tiers: Callable[[], Mapping[str, Any]] | None = None
         """What `describe_tiers` is told at the run's end; for whoever owns the tiers to set."""
@@ -97,7 +99,8 @@ class Tracer:
     def add_request(self, request: TracedRequest) -> RequestPrefix:
         """Announces a request and says how much of its prompt earlier ones began with.
 
-        Where no step is recorded nothing is compared, and the answer is nothing.
+        Nothing is compared, and the answer is nothing, where no step is recorded or where a prefix
+        cache says what is shared (see `prefixes`).
         """
         request_id = request.request_id
         if request_id in self._ids:
@@ -106,11 +109,9 @@ class Tracer:
         self._unfinished[request_id] = request
         if request.needle_positions:
             self._needles[request_id] = tuple(sorted(set(request.needle_positions)))
-        # Only step records say what is shared; a prompt is not hashed for nothing.
-        prefix = RequestPrefix(0, "")
-        if self.config.records_steps:
-            prefix = self._analyzer.add(request.prompt_token_ids)
-        self._prefixes[request_id] = prefix
+        if not self._compares_prompts:
+            return RequestPrefix(0, "")
+        self._prefixes[request_id] = prefix = self._analyzer.add(request.prompt_token_ids)
         return prefix
 
     def skip_request(self, request: TracedRequest) -> None:
@@ -127,7 +128,7 @@ class Tracer:
                 f"request {request_id}: its prompt has {num_tokens} tokens, {known} when {self.config.out} "
                 "began; resume with the data and the flags of the first start"
             )
-        if self.config.records_steps:
+        if self._compares_prompts:
             self._analyzer.add(request.prompt_token_ids)
 
     def prefixes(
@@ -135,34 +136,36 @@ class Tracer:
     ) -> tuple[RequestPrefix, ...]:
         """The shared prefixes of running requests, for a capture of them.
 
-        What `add_request` said; or, where the run has a prefix cache, what each of them really
-        found there: the blocks of the statistics that lie whole in its `hit_tokens`.
+        Those that `add_request` found; or, where the run has a prefix cache, the statistics' blocks
+        that lie whole in the request's `hit_tokens`, which stay as they are when it is first captured.
         """
-        prefixes = tuple(self._prefixes[request_id] for request_id in request_ids)
-        if self._run.prefix_source == "analysis":
-            return prefixes
-        return tuple(
-            dataclasses.replace(prefix, num_cached_blocks=num_tokens // self.config.block_size)
-            for prefix, num_tokens in zip(prefixes, hit_tokens, strict=True)
-        )
+        if self._run.prefix_source == "cache":
+            for request_id, num_tokens in zip(request_ids, hit_tokens, strict=True):
+                if request_id not in self._prefixes:
+                    key = self._analyzer.key(self._unfinished[request_id].prompt_token_ids)
+                    num_blocks = num_tokens // self.config.block_size
+                    self._prefixes[request_id] = RequestPrefix(num_blocks, key)
+        return tuple(self._prefixes[request_id] for request_id in request_ids)
+
+    def needles(self, request_ids: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The positions of running requests' answers, for a capture of them; () where none is known."""
+        if not self._needles:
+            return ()
+        return tuple(self._needles.get(request_id, ()) for request_id in request_ids)
 
     def put(self, capture: StepCapture, handover_us: float = 0.0, sync_us: float = 0.0) -> None:
         """Hands one traced step to the writer.
 
-        `handover_us`: what the caller spent on copies, `sync_us`: on waiting for the
-        device. Raises what the writer met since the last call, or drops the step (see
-        `TraceWriter`).
+        `handover_us`: what the caller spent on copies, `sync_us`: on waiting for the device. Raises
+        the writer's error since the last call, or drops the step (see `TraceWriter`).
         """
-        if self._needles:
-            needles = tuple(self._needles.get(request_id, ()) for request_id in capture.request_ids)
-            capture = dataclasses.replace(capture, needles=needles)
         self._writer.put(capture, handover_us, sync_us)
 
     def finish_request(self, request: TracedRequest, facts: RequestFacts) -> None:
         """Writes the request's line, as the facts are now."""
         request_id = request.request_id
         self._write_line(self._unfinished.pop(request_id), facts)
-        del self._prefixes[request_id]
+        self._prefixes.pop(request_id, None)
         self._needles.pop(request_id, None)
 
     def describe_workload(self, record: Mapping[str, Any]) -> None:
