@@ -168,7 +168,9 @@ def test_memory_of_a_request_ends_with_it() -> None:
 
 
 def test_an_empty_run_has_a_summary() -> None:
-    record = Summary((16,)).to_json("complete", TracingCost())
+    summary = Summary((16,))
+    summary.cost = TracingCost()
+    record = summary.to_json("complete")
     assert problems(record, "full", SUMMARY_FIELDS) == []
     assert record["offsets"]["mean"] is None
 

@@ -38,6 +38,7 @@ from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.manifest import RunInfo, manifest
 from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.summarize import summarize_runs
+from dsatrace.trace.summary import Summary
 from dsatrace.trace.writer import open_sinks
 from dsatrace.verify.run import verify
 
@@ -109,7 +110,7 @@ def write_run(
     folder.mkdir(parents=True)
     write_json(folder / MANIFEST_FILE, manifest(info, config, "running", key_id="00000000"))
     deriver = RecordDeriver(config, LAYOUT, default_tiers(LAYOUT), reuse=True)
-    sinks = open_sinks(folder, config, info.selections)
+    sinks = open_sinks(folder, config, Summary(config.compared_block_sizes, info.selections))
     written = 0
     for capture in captures(num_records, shape):
         step = deriver.derive(capture)

@@ -118,6 +118,7 @@ class Summary:
         compile_kernels()
         self.selections = selections
         self.sections: Sections = {"tiers": None, "workload": None}
+        self.cost: TracingCost | None = None  # None: nothing was traced live
         self.counts = dict.fromkeys(_COUNTS, 0)
         self.dropped_steps = 0
         self.dense = {name: Histogram() for name in ("unique_blocks", "tokens_per_touched_block", "offsets")}
@@ -190,7 +191,7 @@ class Summary:
             self._touch(request_id, touches)
         self._hot.update(other._hot)
 
-    def to_json(self, state: str, cost: TracingCost | None = None) -> dict[str, Any]:
+    def to_json(self, state: str) -> dict[str, Any]:
         """The record of summary.json, in the schema's field order."""
         latents = sum(totals["bytes_read"] for totals in self.fetch.values())
         hot = {
@@ -223,7 +224,7 @@ class Summary:
             **of_requests,
             "tiers": self.sections["tiers"],
             "workload": self.sections["workload"],
-            "tracing_cost": cost.to_json() if cost else None,
+            "tracing_cost": self.cost.to_json() if self.cost else None,
             "histograms": {
                 **{name: histogram.to_json() for name, histogram in self.dense.items()},
                 "prefix_intersection_ratio": self.ratios.to_json(),
