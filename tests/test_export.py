@@ -25,6 +25,7 @@ from dsatrace.commands.generate import main as generate
 from dsatrace.errors import UserError
 from dsatrace.schema import LEVELS, STEP_FIELDS, field_paths, project, value_at
 from dsatrace.trace import export
+from dsatrace.trace.estimate import SyntheticSelections
 from dsatrace.trace.export import export_run
 from dsatrace.trace.manifest import TierSetup
 from dsatrace.trace.parquet import file as parquet
@@ -32,7 +33,6 @@ from dsatrace.trace.parquet.columns import LEAVES
 from dsatrace.trace.parquet.file import read_lines, read_numbers, read_records, write_parquet
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.records import RecordDeriver
-from dsatrace.trace.synthetic import SyntheticSelections
 from dsatrace.trace.tracer import tiers_of
 from helpers.step_records import step_lines
 from helpers.tier_samples import SETUPS, SimulatedTiers

@@ -17,7 +17,7 @@ import pytest
 from conftest import INFERENCE
 
 PACKAGE = INFERENCE / "dsatrace"
-BASE = {"schema", "errors", "version", "flags", "units"}
+BASE = {"schema", "errors", "version", "files", "flags", "units"}
 
 
 class Rule(NamedTuple):
@@ -32,14 +32,15 @@ RULES: dict[str, Rule] = {
     "schema": Rule(set()),
     "errors": Rule(set()),
     "version": Rule(set()),
+    "files": Rule({"errors"}),
     "flags": Rule(set()),
     "units": Rule(set()),
     "verify": Rule({"schema", "errors"}, set(), {"numpy", "pyarrow"}),
     "kv": Rule({"schema", "errors"}, {"numpy", "numba"}, {"memcache_hybrid", "mooncake", "nixl"}),
-    "model": Rule({"errors"}, {"torch", "safetensors"}, {"tilelang", "fast_hadamard_transform"}),
+    "model": Rule({"errors", "files"}, {"torch", "safetensors"}, {"tilelang", "fast_hadamard_transform"}),
     "trace": Rule(BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}),
     "workloads": Rule(
-        {"schema", "errors", "units"}, set(), {"tokenizers", "transformers", "datasets", "huggingface_hub"}
+        {"schema", "errors", "files", "units"}, set(), {"tokenizers", "transformers", "datasets", "huggingface_hub"}
     ),
     "engine": Rule({"schema", "errors", "kv", "trace", "workloads"}, {"numpy"}),
     "runner": Rule(BASE | {"engine", "model", "kv", "trace"}, {"numpy", "torch"}),
@@ -205,7 +206,7 @@ def test_nothing_under_inference_bears_a_standard_name():
         ("dsatrace.trace.records", "import torch"),
         ("dsatrace.engine.engine", "def f():\n    import torch"),
         ("dsatrace.verify.run", "import numpy"),
-        ("dsatrace.verify.run", "from dsatrace.trace import files"),
+        ("dsatrace.verify.run", "from dsatrace.trace import reader"),
     ],
 )
 def test_the_check_sees(name, line):

@@ -20,6 +20,7 @@ from dsatrace.engine.clock import VirtualClock
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.scheduler import Scheduler
 from dsatrace.errors import UserError
+from dsatrace.files import write_json
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.model.transformer import Transformer
 from dsatrace.runner.model_runner import ModelRunner
@@ -34,7 +35,7 @@ from dsatrace.schema import (
 )
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.export import export_run
-from dsatrace.trace.manifest import PrefixSource, RunInfo, write_json
+from dsatrace.trace.manifest import PrefixSource, RunInfo
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.tracer import Tracer

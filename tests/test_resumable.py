@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from dsatrace.errors import UserError
+from dsatrace.files import write_json
 from dsatrace.trace.config import TraceConfig
-from dsatrace.trace.manifest import RunInfo, manifest, write_json
-from dsatrace.trace.resumable import check_resumable, resumed_argv
+from dsatrace.trace.manifest import RunInfo, manifest
+from dsatrace.trace.resume import check_resumable, resumed_argv
 from helpers.trace_samples import LAYOUT
 
 INFO = RunInfo(

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
+from dsatrace import files
 from dsatrace.errors import UserError
+from dsatrace.files import LineFile
 from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
-from dsatrace.trace import files
 from dsatrace.trace.export import export_run
-from dsatrace.trace.files import LineFile
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.resume import prepare_resume
 from dsatrace.trace.tracer import Tracer

@@ -20,8 +20,8 @@ from dsatrace.schema import LEVELS, MANIFEST_FIELDS, STEPS_FILE, SUMMARY_FIELDS,
 from dsatrace.trace.manifest import PoolSetup, RunInfo, TierSetup
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.records import RecordDeriver, StepLines
-from dsatrace.trace.request_facts import RequestFacts
-from dsatrace.trace.resumable import check_resumable
+from dsatrace.trace.requests import RequestFacts
+from dsatrace.trace.resume import check_resumable
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.summary import Summary
 from dsatrace.trace.tracer import Tracer, tiers_of

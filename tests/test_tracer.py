@@ -20,7 +20,7 @@ from dsatrace.schema import TABLES, problems
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.manifest import redact_argv
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.request_facts import RequestFacts
+from dsatrace.trace.requests import RequestFacts
 from dsatrace.trace.tracer import Tracer
 from dsatrace.trace.writer import TraceWriterError
 from helpers.trace_samples import RUN, SECRET, SampleRequest, config_for, plain_records, sample_capture
@@ -107,10 +107,11 @@ def test_the_tracer_knows_each_requests_answer(tmp_path: Path) -> None:
     asked = dataclasses.replace(request(0), needle_positions=(7, 5, 5), labels={"task": "vt"})
     with open_tracer(tmp_path) as tracer:
         prefixes = (tracer.add_request(asked), tracer.add_request(request(1)))
-        first, second = captures(2, prefixes=prefixes)
+        first, second = captures(2, prefixes=prefixes, needles=tracer.needles(["r0", "r1"]))
         first.positions[:, 0] = [7, 9, 11, 13, 15, 17, 19, 21]
         tracer.put(first)
         tracer.finish_request(asked, RequestFacts(num_output_tokens=2, state="stop", score=100.0))
+        assert tracer.needles(["r1"]) == ()
         tracer.put(dataclasses.replace(second, request_ids=("r1",), **one_row(second)))
     run = RunReader(tmp_path)
     needles = [record.get("needle") for record in run.steps()]
@@ -130,6 +131,7 @@ def one_row(capture: StepCapture) -> dict[str, Any]:
         "seq_len": capture.seq_len[1:],
         "step_idx": capture.step_idx[1:],
         "prefixes": capture.prefixes[1:],
+        "needles": (),
     }
 
 

@@ -16,9 +16,9 @@ import pytest
 from conftest import INFERENCE
 from dsatrace.commands.verify import main
 from dsatrace.errors import UserError
+from dsatrace.files import write_json
 from dsatrace.schema import LEVELS, REQUESTS_FILE, STEP_FIELDS, STEPS_FILE, Field
 from dsatrace.trace.config import is_sampled
-from dsatrace.trace.manifest import write_json
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.rules import Rules

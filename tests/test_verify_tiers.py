@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from dsatrace.errors import UserError
+from dsatrace.files import write_json
 from dsatrace.schema import LEVELS, OFFLOADED_FETCH, REQUESTS_FILE, STEPS_FILE, TIER_NAMES
-from dsatrace.trace.manifest import write_json
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify

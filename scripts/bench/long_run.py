@@ -28,16 +28,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
 from dsatrace.commands.progress import bytes_bar, records_counter
 from dsatrace.errors import exits_cleanly
+from dsatrace.files import write_json
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.schema import LEVELS, MANIFEST_FILE, STEPS_FILE, Level
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
-from dsatrace.trace.manifest import RunInfo, manifest, write_json
+from dsatrace.trace.manifest import RunInfo, manifest
 from dsatrace.trace.records import RecordDeriver
-from dsatrace.trace.sinks import open_sinks
 from dsatrace.trace.summarize import summarize_runs
+from dsatrace.trace.summary import Summary
+from dsatrace.trace.writer import open_sinks
 from dsatrace.verify.run import verify
 
 LAYOUT = CacheLayout("demo", 1152, 132)
@@ -108,7 +110,7 @@ def write_run(
     folder.mkdir(parents=True)
     write_json(folder / MANIFEST_FILE, manifest(info, config, "running", key_id="00000000"))
     deriver = RecordDeriver(config, LAYOUT, default_tiers(LAYOUT), reuse=True)
-    sinks = open_sinks(folder, config, info.selections)
+    sinks = open_sinks(folder, config, Summary(config.compared_block_sizes, info.selections))
     written = 0
     for capture in captures(num_records, shape):
         step = deriver.derive(capture)

@@ -47,12 +47,12 @@ from dsatrace.model.transformer import Transformer
 from dsatrace.schema import LEVELS
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
+from dsatrace.trace.estimate import KINDS, SyntheticSelections
 from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.observe import ForwardRecorder, ForwardRow, Hook, OnSelect, Slot, hooked
 from dsatrace.trace.parquet.file import write_parquet
 from dsatrace.trace.records import RecordDeriver, StepLines
 from dsatrace.trace.summary import Summary
-from dsatrace.trace.synthetic import KINDS, SyntheticSelections
 from dsatrace.trace.tracer import Tracer
 
 NUM_LAYERS, TOP_K, BLOCK_SIZE = 61, 2048, 16

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from dsatrace.files import write_json
 from dsatrace.model.checkpoint import load_checkpoint
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.convert import convert_checkpoint
@@ -43,10 +43,10 @@ def export_model(model: Transformer, tokenizer: dict[str, Any], folder: Path) ->
     (folder / WEIGHTS).chmod(0o644)  # the library makes it private
     config = hf_config(args, "bf16")
     config["max_position_embeddings"] = args.max_seq_len
-    _write_json(folder / "config.json", config)
-    _write_json(folder / SERVING_CONFIG, serving_config(args))
+    write_json(folder / "config.json", config)
+    write_json(folder / SERVING_CONFIG, serving_config(args))
     write_byte_tokenizer(folder)  # for tokenizer_config.json, which is the same
-    _write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "tokenizer.json", tokenizer)
 
 
 def load_exported(folder: Path, scratch: Path) -> Transformer:
@@ -78,7 +78,3 @@ def write_checksums(folder: Path) -> None:
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != CHECKSUMS)
     lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dsatrace.files import write_json
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.schema import MANIFEST_FILE, STEPS_FILE
 from dsatrace.trace.config import TraceConfig, is_sampled
-from dsatrace.trace.manifest import RunInfo, TierSetup, manifest, write_json
+from dsatrace.trace.manifest import RunInfo, TierSetup, manifest
 from dsatrace.trace.records import RecordDeriver
-from dsatrace.trace.sinks import Sink, open_sinks
-from dsatrace.trace.summary import Sections
+from dsatrace.trace.summary import Sections, Summary
 from dsatrace.trace.tracer import tiers_of
+from dsatrace.trace.writer import Sink, open_sinks
 from helpers.tier_samples import SimulatedTiers
 from helpers.trace_samples import sample_capture, with_shared_layers
 
@@ -71,11 +72,9 @@ def write_golden(
     )
     folder.mkdir(parents=True)
     write_json(folder / MANIFEST_FILE, manifest(info, config, "running", key_id="00000000"))
-    sections: Sections = {}
-    sinks = open_sinks(
-        folder, config, info.selections, sections=sections, serving=serving, offloaded=tiers is not None
-    )
-    _serve(sinks, sections, config, info, requests, num_layers)
+    summary = Summary(config.compared_block_sizes, info.selections, serving, offloaded=tiers is not None)
+    sinks = open_sinks(folder, config, summary)
+    _serve(sinks, summary.sections, config, info, requests, num_layers)
     for sink in sinks:
         sink.close(state)
     write_json(folder / MANIFEST_FILE, manifest(info, config, state, key_id="00000000"))

@@ -15,8 +15,7 @@ from dsatrace.schema import LEVELS, TIER_NAMES
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.manifest import RunInfo, TierSetup
-from dsatrace.verify.plain_record import PlainSelection, step_record
-from dsatrace.verify.plain_tiers import PlainFetches
+from dsatrace.verify.plain_record import PlainFetches, PlainSelection, step_record
 
 LAYOUT = CacheLayout("demo", 1152, 132)
 WAYS: list[dict[str, Any]] = [

@@ -20,8 +20,8 @@ from dsatrace.commands.arguments import (
 )
 from dsatrace.engine.ranks import is_rank_0
 from dsatrace.errors import UserError
-from dsatrace.trace.config import trace_config_from_args
-from dsatrace.trace.resumable import resumed_argv
+from dsatrace.trace.config import run_config_from_args
+from dsatrace.trace.resume import resumed_argv
 from dsatrace.workloads.rows import check_limit
 
 
@@ -79,5 +79,5 @@ def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpars
         refuse_tiers(args)
     engine_setup_from_args(args)  # a bad value is refused here, before torch is imported
     if run.resume is None and is_rank_0():
-        trace_config_from_args(args, "run", always=True)
+        run_config_from_args(args, "run")
     return args, argv

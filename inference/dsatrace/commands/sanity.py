@@ -19,10 +19,11 @@ from typing import Any
 from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.verify import verify_run
 from dsatrace.errors import exits_cleanly
+from dsatrace.files import write_json
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE, encode
 from dsatrace.trace.config import TraceConfig, check_run_folder, default_run_folder
-from dsatrace.trace.manifest import RunInfo, manifest, write_json
+from dsatrace.trace.manifest import RunInfo, manifest
 from dsatrace.verify.plain_record import PlainSelection, step_record
 from dsatrace.verify.plain_summary import summarize
 

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     from dsatrace.commands.progress import records_counter
-    from dsatrace.trace.manifest import write_json
+    from dsatrace.files import write_json
     from dsatrace.trace.summarize import summarize_runs
 
     def note(text: str) -> None:

@@ -26,7 +26,7 @@ from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.ranks import is_rank_0
 from dsatrace.engine.scheduler import Admission
 from dsatrace.runner.rank0 import from_rank_0
-from dsatrace.trace.config import TraceConfig, trace_config_from_args
+from dsatrace.trace.config import TraceConfig, run_config_from_args
 from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.workloads.chat import PLAIN_TEXT, SAID_OF_PLAIN_TEXT, Chat, choose_chat
 from dsatrace.workloads.data_set import DataSet, OpenedWorkload, Source, Workload, attribute_of
@@ -195,7 +195,7 @@ class _Run:
     def _trace_config(self, resumed: Resumed | None) -> TraceConfig:
         if resumed is not None:
             self.args.trace_out = None
-        config = trace_config_from_args(self.args, self.data_set.name, self.args.seed, always=True)
+        config = run_config_from_args(self.args, self.data_set.name, self.args.seed)
         return config if resumed is None else dataclasses.replace(config, out=resumed.folder)
 
     def _serving_facts(self, step_time: str) -> dict[str, object] | None:

@@ -110,13 +110,14 @@ class PrefixCacheAnalyzer:
         keys = chain.keys
         num_cached = next((i for i, key in enumerate(keys) if key not in self._seen), len(keys))
         self._seen.update(keys[num_cached:])
-        head = hashlib.blake2b(
-            np.asarray(token_ids[: self._key_tokens], dtype=_TOKEN_DTYPE).tobytes(),
-            digest_size=_KEY_DIGEST_BYTES,
-            key=self._secret,
-            person=b"prefix-key",
-        )
-        return RequestPrefix(num_cached, head.hexdigest())
+        return RequestPrefix(num_cached, self.key(token_ids))
+
+    def key(self, token_ids: Sequence[int]) -> str:
+        """The keyed hash of the prompt's first tokens, without a comparison."""
+        head = np.asarray(token_ids[: self._key_tokens], dtype=_TOKEN_DTYPE).tobytes()
+        return hashlib.blake2b(
+            head, digest_size=_KEY_DIGEST_BYTES, key=self._secret, person=b"prefix-key"
+        ).hexdigest()
 
 
 def load_prefix_secret(config_folder: Path | None = None) -> bytes:

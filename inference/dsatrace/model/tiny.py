@@ -9,11 +9,12 @@ and one is in memory at a time. The weights mean nothing: no locality can be rea
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Literal
 
 import torch
+
+from dsatrace.files import write_json
 
 from .config import ModelArgs
 from .hf_config import FAMILIES, FP8_GROUP, KEYS, ROPE_KEYS
@@ -54,11 +55,12 @@ def write_checkpoint(
                     _write_random(writer, tensor_name, tensor, seed, args)
         weight_map = {tensor: name for name, layout in zip(names, shards, strict=True) for tensor in layout}
         total = sum(num_bytes(*tensor) for layout in shards for tensor in layout.values())
-        _write_json(
+        write_json(
             folder / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+            indent=2,
         )
-        _write_json(folder / "config.json", {**hf_config(args, weights), RANDOM_WEIGHTS: True})
+        write_json(folder / "config.json", {**hf_config(args, weights), RANDOM_WEIGHTS: True}, indent=2)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot write the checkpoint: {error.strerror}") from error
     return [folder / name for name in names]
@@ -130,10 +132,6 @@ def quantise(weight: torch.Tensor, scale_fmt: str | None) -> tuple[torch.Tensor,
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
     scaled = (blocks / scale[:, None, :, None]).view(padded.shape)
     return scaled[: weight.shape[0], : weight.shape[1]].to(torch.float8_e4m3fn), scale
-
-
-def _write_json(path: Path, value: dict[str, object]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def hf_config(args: ModelArgs, weights: Weights) -> dict[str, object]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dsatrace.errors import UserError
-from dsatrace.trace.manifest import write_json
+from dsatrace.files import write_json
 from dsatrace.version import __version__
 from dsatrace.workloads.private_file import private_file
 

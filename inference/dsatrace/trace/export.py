@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from dsatrace.errors import UserError
+from dsatrace.files import NO_LOCKS
 from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, STEPS_PARQUET_FILE, SUMMARY_FILE
-from dsatrace.trace.files import NO_LOCKS
 from dsatrace.trace.parquet.file import Line, count_records, read_lines, write_parquet
 from dsatrace.trace.reader import RunReader
 

@@ -3,7 +3,7 @@
 Standard library only. The manifest is written before anything else, so that a run that
 dies at once still says what it was. Holds no secret, no prompt text and no token id.
 
-    write_json(folder / "manifest.json", manifest(run, config, "running", key_id="1f0a9c22"))
+    record = manifest(run, config, "running", key_id="1f0a9c22")
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.schema import QUANTILE_DEFINITION, SCHEMA_VERSION, TIER_CHOICES
 from dsatrace.trace.config import TraceConfig
-from dsatrace.trace.files import write_atomically
 from dsatrace.version import __version__
 
 Selections = Literal["model", "random_weights", "synthetic", "none"]
@@ -247,11 +245,6 @@ def redact_argv(argv: Iterable[str]) -> list[str]:
 def redact_credentials(text: str) -> str:
     """Hides `user:password` in URLs."""
     return _CREDENTIALS.sub(REDACTED, text)
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Replaces the file whole: a reader sees the old contents or the new, never a part."""
-    write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def _names_secret(name: str) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 import orjson
 
 from dsatrace.errors import UserError
+from dsatrace.files import NO_LOCKS
 from dsatrace.schema import (
     MANIFEST_FILE,
     REQUESTS_FILE,
@@ -28,7 +29,6 @@ from dsatrace.schema import (
     SUMMARY_FILE,
     project,
 )
-from dsatrace.trace.files import NO_LOCKS
 
 
 class RunReader:

@@ -23,13 +23,12 @@ from dsatrace.errors import UserError
 from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.kv.tiers.account import FetchAccount, OffloadedAccount
 from dsatrace.schema import FETCH_TOTALS, OFFLOADED_FETCH, TIER_NAMES
-from dsatrace.trace.baselines import context_blocks, recency_blocks, uniform_blocks
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.histogram import Histogram
-from dsatrace.trace.needles import NeedleCounts
+from dsatrace.trace.overlap import NeedleCounts
 from dsatrace.trace.records import StepRecords
 from dsatrace.trace.statistics import count_blocks, fused_statistics
-from dsatrace.trace.summary import Summary
+from dsatrace.trace.summary import Summary, context_blocks, recency_blocks, uniform_blocks
 
 NUMBER_FIELDS = (
     *("layer_id", "seq_len_current", "step_idx", "forward_idx", "step_wall_us", "unique_blocks"),

@@ -23,7 +23,7 @@ from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.json_lines import Choice, Layout, LineEncoder, Optional, Runs
 from dsatrace.trace.kernels import compile_kernels
-from dsatrace.trace.needles import NeedleCounts, count_needles
+from dsatrace.trace.overlap import NeedleCounts, count_needles
 from dsatrace.trace.statistics import Scratch, StepStatistics, fused_statistics, request_major
 
 

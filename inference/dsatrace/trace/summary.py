@@ -17,13 +17,11 @@ from typing import Any, Literal
 import numpy as np
 
 from dsatrace.schema import FETCH_TOTALS, OFFLOADED_FETCH, SCHEMA_VERSION, TIER_NAMES
-from dsatrace.trace.baselines import context_blocks, recency_blocks, uniform_blocks
 from dsatrace.trace.histogram import Histogram, ValueCounts
 from dsatrace.trace.kernels import compile_kernels, count_offsets
-from dsatrace.trace.needles import RecallTotals
-from dsatrace.trace.overlap import SelectionOverlap
+from dsatrace.trace.overlap import RecallTotals, SelectionOverlap
 from dsatrace.trace.records import StepRecords
-from dsatrace.trace.request_totals import RequestTotals
+from dsatrace.trace.requests import RequestTotals
 from dsatrace.trace.statistics import StepStatistics, count_blocks
 
 NUM_HOT_BLOCKS = 20
@@ -120,6 +118,7 @@ class Summary:
         compile_kernels()
         self.selections = selections
         self.sections: Sections = {"tiers": None, "workload": None}
+        self.cost: TracingCost | None = None  # None: nothing was traced live
         self.counts = dict.fromkeys(_COUNTS, 0)
         self.dropped_steps = 0
         self.dense = {name: Histogram() for name in ("unique_blocks", "tokens_per_touched_block", "offsets")}
@@ -192,7 +191,7 @@ class Summary:
             self._touch(request_id, touches)
         self._hot.update(other._hot)
 
-    def to_json(self, state: str, cost: TracingCost | None = None) -> dict[str, Any]:
+    def to_json(self, state: str) -> dict[str, Any]:
         """The record of summary.json, in the schema's field order."""
         latents = sum(totals["bytes_read"] for totals in self.fetch.values())
         hot = {
@@ -225,7 +224,7 @@ class Summary:
             **of_requests,
             "tiers": self.sections["tiers"],
             "workload": self.sections["workload"],
-            "tracing_cost": cost.to_json() if cost else None,
+            "tracing_cost": self.cost.to_json() if self.cost else None,
             "histograms": {
                 **{name: histogram.to_json() for name, histogram in self.dense.items()},
                 "prefix_intersection_ratio": self.ratios.to_json(),
@@ -285,3 +284,31 @@ def _hottest(touches: np.ndarray) -> list[dict[str, int]]:
 
 def _ms(us: float | None) -> float | None:
     return None if us is None else us / 1000
+
+
+def context_blocks(seq_len: np.ndarray, block_size: int) -> np.ndarray:
+    """Blocks of the whole context."""
+    return -(-seq_len // block_size)
+
+
+def recency_blocks(seq_len: np.ndarray, k: np.ndarray | int, block_size: int) -> np.ndarray:
+    """Blocks that the last k tokens lie in."""
+    return (seq_len - 1) // block_size - (seq_len - k) // block_size + 1
+
+
+def uniform_blocks(seq_len: np.ndarray, k: np.ndarray | int, block_size: int) -> np.ndarray:
+    """Expected blocks touched by k tokens drawn without replacement from `seq_len`, exactly.
+
+    A block of b tokens is missed with probability C(N - b, k) / C(N, k) (hypergeometric);
+    the last block counts its valid tokens.
+    """
+    seq_len = np.asarray(seq_len, dtype=np.int64)
+    full, rest = seq_len // block_size, seq_len % block_size
+    i = np.arange(block_size)
+    # P(miss b tokens) = product over i < b of (N - k - i) / (N - i), zero once it is negative.
+    factors = np.clip(seq_len[:, None] - np.asarray(k).reshape(-1, 1) - i, 0, None) / np.maximum(
+        seq_len[:, None] - i, 1
+    )
+    missed = factors.cumprod(axis=1)  # (B, block_size)
+    last = np.where(rest > 0, 1 - missed[np.arange(len(seq_len)), rest - 1], 0.0)
+    return full * (1 - missed[:, -1]) + last

@@ -21,7 +21,7 @@ from typing import Any
 
 from dsatrace.schema import OFFLOADED_FETCH, SUMMARY_FIELDS, TIER_NAMES, Field
 from dsatrace.verify.mismatch import Mismatch, compare, differs, require, require_range
-from dsatrace.verify.plain_tiers import NOTHING, NOTHING_MOVED, chain
+from dsatrace.verify.plain_record import NOTHING, NOTHING_MOVED, chain
 from dsatrace.verify.requests import PlainRequests
 from dsatrace.verify.rules import Rules, TierRules
 

@@ -12,6 +12,7 @@ histograms, and of each live request its last selection.
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -25,7 +26,6 @@ from dsatrace.schema import (
     distribution,
     quantile_histogram,
 )
-from dsatrace.verify.overlap import Overlaps, Recalls
 from dsatrace.verify.requests import PlainRequests
 
 Record = Mapping[str, Any]
@@ -257,3 +257,106 @@ def _quantile(counts: Counter[float], percent: int) -> float | None:
 
 def _ms(us: float | None) -> float | None:
     return None if us is None else us / 1000
+
+
+class Overlaps:
+    """Share of a selection that the step before, and the layer before, held too."""
+
+    def __init__(self, with_tokens: bool) -> None:
+        self._with_tokens = with_tokens
+        self._by_step = _Shares()
+        self._by_layer = _Shares()
+        self._layers: set[int] = set()
+        self._last: dict[str, dict[int, tuple[int, array[int]]]] = {}  # request -> layer -> step, selection
+
+    def add(self, record: Record) -> None:
+        step, layer = record["step_idx"], record["layer_id"]
+        self._layers.add(layer)
+        last = self._last.setdefault(record["request_id"], {})
+        selected = array("i", record["selected_token_pos"] if self._with_tokens else ())
+        neighbours = [(self._by_step, (step - 1, layer))]
+        if "source_layer" not in record:  # else it is the very selection of the layer before
+            neighbours.append((self._by_layer, (step, layer - 1)))
+        for shares, before in neighbours:
+            step_there, tokens = last.get(before[1], (None, ()))
+            if step_there == before[0]:
+                shares.add(record, len(set(selected).intersection(tokens)))
+        last[layer] = (step, selected)
+
+    def forget(self, request_id: str) -> None:
+        self._last.pop(request_id, None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "step_overlap": self._by_step.to_json(self._layers, self._with_tokens),
+            "layer_overlap": self._by_layer.to_json(self._layers, self._with_tokens),
+        }
+
+
+class _Shares:
+    """Sums over compared selections; a step counts as one pair, at the first layer that is compared."""
+
+    def __init__(self) -> None:
+        self._counted_at: int | None = None
+        self._tokens = Counter[int]()  # by layer
+        self._shared = Counter[int]()
+        self._pairs = Counter[float]()  # share that a random selector would have -> pairs
+
+    def add(self, record: Record, num_shared: int) -> None:
+        layer, selected = record["layer_id"], record["unique_token_pos_count"]
+        if self._counted_at is None:
+            self._counted_at = layer
+        self._tokens[layer] += selected
+        self._shared[layer] += num_shared
+        if layer == self._counted_at:
+            self._pairs[selected / record["seq_len_current"]] += 1
+
+    def to_json(self, layers: Iterable[int], with_tokens: bool) -> dict[str, Any]:
+        pairs, tokens = self._pairs.total(), self._tokens.total()
+        random = math.fsum(share * n for share, n in self._pairs.items()) / pairs if pairs else None
+        if not tokens:
+            return {"pairs": pairs, "mean": None, "random_mean": random, "per_layer": None}
+        if not with_tokens:
+            return {"pairs": pairs, "random_mean": random}
+        shares = [
+            self._shared[layer] / self._tokens[layer] if self._tokens[layer] else None
+            for layer in sorted(layers)
+        ]
+        mean = self._shared.total() / tokens
+        return {"pairs": pairs, "mean": mean, "random_mean": random, "per_layer": shares}
+
+
+class Recalls:
+    """Share of the answer's tokens that was selected, over sparse decode records."""
+
+    def __init__(self, top_k: int) -> None:
+        self._top_k = top_k
+        self._found: dict[int, Counter[int]] = {}  # layer -> needle tokens -> selected ones, summed
+        self._records = Counter[int]()  # by layer
+        self._contexts = Counter[int]()  # positions visible -> records
+
+    def add(self, record: Record) -> None:
+        layer, needle = record["layer_id"], record["needle"]
+        self._found.setdefault(layer, Counter())[needle["tokens"]] += needle["selected"]
+        self._records[layer] += 1
+        self._contexts[record["seq_len_current"]] += 1
+
+    def to_json(self) -> dict[str, Any] | None:
+        if not self._found:
+            return None
+        total = self._records.total()
+        random = math.fsum(self._top_k * count / visible for visible, count in self._contexts.items())
+        layers = range(max(self._found) + 1)
+        return {
+            "records": total,
+            "mean": _recall(sum(self._found.values(), Counter()), total),
+            "random_mean": random / total,
+            "per_layer": [
+                _recall(self._found[i], self._records[i]) if i in self._found else None for i in layers
+            ],
+        }
+
+
+def _recall(found: Counter[int], num_records: int) -> float:
+    """Mean of selected / tokens over the records, from the selected ones summed at each size of answer."""
+    return math.fsum(selected / tokens for tokens, selected in found.items()) / num_records

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsatrace.errors import UserError
+from dsatrace.files import write_json
 from dsatrace.workloads.hub import HubFile, default_data_folder, fetch
 
 if TYPE_CHECKING:
@@ -177,8 +178,8 @@ def write_byte_tokenizer(folder: str | Path) -> Path:
         "add_bos_token": False,
         "clean_up_tokenization_spaces": False,
     }
-    _write_json(folder / "tokenizer_config.json", config)
-    _write_json(folder / "tokenizer.json", byte_tokenizer_json())
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer.json", byte_tokenizer_json())
     return folder / "tokenizer.json"
 
 
@@ -232,10 +233,6 @@ def _byte_symbols() -> dict[str, int]:
     others = [byte for byte in range(256) if byte not in printable]
     symbols = {chr(byte): byte for byte in printable}
     return symbols | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 _BYTE_OF = _byte_symbols()

@@ -33,8 +33,9 @@ from dsatrace.trace.parquet.columns import (
     arrow_schema,
     columns_for,
     to_batch,
+    to_lines,
+    to_records,
 )
-from dsatrace.trace.parquet.rows import to_lines, to_records
 
 GROUP_BYTES = 8 << 20
 """Text of one row group, at most: about 600 records of 2,048 positions, some 60 MB while it is built."""

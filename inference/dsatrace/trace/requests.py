@@ -1,22 +1,26 @@
-"""What the lines of requests.jsonl add up to: scores, how requests were served, what a prefix cache saved.
+"""A request in the trace: what became of it, its line in requests.jsonl, and what the lines add up to.
 
-Every number comes from exact counts (whole microseconds, whole seconds, distinct scores),
-so parts merge by addition; merged runs lie over each other on one time axis. Knows no step.
+The totals (scores, how requests were served, what a prefix cache saved) come from exact counts
+(whole microseconds, whole seconds, distinct scores), so parts merge by addition; merged runs lie
+over each other on one time axis. Knows no tensor, no step and no file.
 
+    facts = RequestFacts(num_output_tokens=64, state="stop", finish_s=1.9)
+    line = request_line(request, facts, has_prefix_cache=False, has_tiers=False)
     totals = RequestTotals(serving={"mode": "continuous", "clock": "virtual"})
-    totals.add(line)                   # of requests.jsonl
+    totals.add(line)
     fields, histograms = totals.to_json()     # fields["scores"], fields["serving"]
 """
 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import itertools
 import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from dsatrace.schema import nearest_rank
 from dsatrace.trace.histogram import ValueCounts
@@ -27,6 +31,78 @@ MAX_BUCKETS = 64
 SERVED = ("stop", "length")
 _OTHERS = ("rejected", "aborted", "unfinished")
 _QUANTILES = (("p50", 50), ("p95", 95), ("p99", 99), ("max", 100))
+
+
+class TracedRequest(Protocol):
+    """What the trace tells of a request itself; token ids are hashed and counted, never written."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def prompt_token_ids(self) -> Sequence[int]: ...
+    @property
+    def source_row(self) -> int | None: ...
+    @property
+    def arrival_s(self) -> float: ...
+    @property
+    def labels(self) -> Mapping[str, str]: ...
+    @property
+    def needle_positions(self) -> Sequence[int]: ...
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class RequestFacts:
+    """What became of a request. Times are seconds from the run's start; None until the event happens."""
+
+    num_output_tokens: int = 0
+    first_token_s: float | None = None
+    finish_s: float | None = None
+    state: str = "unfinished"  # how it ended
+    score: float | None = None  # the task's, where there is a judge
+    admitted_s: float | None = None  # for the first time
+    num_preemptions: int = 0
+    prefix_hit_tokens: int | None = None  # found in the prefix cache when its prefill first began
+    num_prefill_tokens: int = 0  # computed in chunks, again after a preemption or a loss
+    prefill_s: float = 0.0  # what those chunks took
+    num_recomputes: int = 0  # times it was computed again because a tier lost its KV
+    error: str | None = None  # why it was rejected or failed, in a line without its text
+    text: str | None = None  # the answer's, only where the user asked for it (`--save-text`)
+
+
+def request_line(
+    request: TracedRequest, facts: RequestFacts, *, has_prefix_cache: bool, has_tiers: bool
+) -> dict[str, Any]:
+    """The fields of `schema.REQUEST_FIELDS`, in the order in which they are written.
+
+    What was found in the prefix cache, and left to prefill, stands there where the run has such a
+    cache; `num_recomputes` where it has tiers; `error` and `text` where there is something to say.
+    """
+    line = {
+        "request_id": request.request_id,
+        "source_row": request.source_row,
+        "num_prompt_tokens": len(request.prompt_token_ids),
+        "num_output_tokens": facts.num_output_tokens,
+        "arrival_s": request.arrival_s,
+        "first_token_s": facts.first_token_s,
+        "finish_s": facts.finish_s,
+        "state": facts.state,
+        "score": facts.score,
+        "admitted_s": facts.admitted_s,
+        "num_preemptions": facts.num_preemptions,
+        "labels": dict(request.labels),
+        "needle_positions": sorted(set(request.needle_positions)),
+    }
+    if has_prefix_cache:
+        line["prefix_hit_tokens"] = facts.prefix_hit_tokens
+        line["num_prefill_tokens"] = facts.num_prefill_tokens
+        line["prefill_s"] = facts.prefill_s
+    if has_tiers:
+        line["num_recomputes"] = facts.num_recomputes
+    if facts.error is not None:
+        line["error"] = facts.error
+    if facts.text is not None:
+        line["text"] = facts.text
+    return line
 
 
 def _time_per_output_token(request: Request) -> int | None:

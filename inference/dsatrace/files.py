@@ -1,12 +1,11 @@
-"""A run's files: lines that are appended whole, records that are replaced whole.
+"""Files that a full disk or a kill leaves whole: lines that are appended, records that are replaced.
 
-Standard library only. Knows what a full disk and a killed process leave behind, and no
-record. Every `OSError` that leaves here names its file.
+Standard library only. Knows no record. Every `OSError` that leaves here names its file.
 
     steps = LineFile(folder / "trace_steps.jsonl")            # or, to go on: LineFile.reopen(...)
     steps.lock()                          # held until the process ends, in whatever way
     steps.append(b'{"event":"dsa_topk"}\\n')
-    write_atomically(folder / "summary.json", b"{}\\n")
+    write_json(folder / "manifest.json", {"state": "running"})
 """
 
 from __future__ import annotations
@@ -14,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from dsatrace.errors import UserError
 
@@ -136,6 +137,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         with FileIO(temporary, "wb") as file:
             write_all(file, data)
         temporary.replace(path)
+
+
+def write_json(path: Path, record: Mapping[str, Any], indent: int = 1) -> None:
+    """Replaces the file with the record as JSON for people to read."""
+    write_atomically(path, json.dumps(record, indent=indent, ensure_ascii=False).encode() + b"\n")
 
 
 def write_all(file: FileIO, data: bytes | memoryview) -> None:
