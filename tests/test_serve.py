@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from dsatrace.engine.clock import MAX_SLEEP_NS, RealClock, VirtualClock, to_ns
-from dsatrace.engine.engine import Engine, serve
-from dsatrace.engine.ranks import Word
+from dsatrace.engine.engine import Engine, Word, serve
 from dsatrace.engine.simulator import StepTime, open_simulator
 from dsatrace.errors import UserError
 from dsatrace.trace.request_facts import RequestFacts

@@ -10,8 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dsatrace.engine.clock import RealClock, to_ns
-from dsatrace.engine.engine import serve
-from dsatrace.engine.ranks import SingleProcess, Word
+from dsatrace.engine.engine import SingleProcess, Word, serve
 from dsatrace.engine.simulator import StepTime, open_simulator
 from dsatrace.model.parallel import ParallelGroup
 from dsatrace.runner.distributed import BroadcastRanks, choose_ranks

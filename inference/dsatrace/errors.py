@@ -15,6 +15,11 @@ class UserError(ValueError):
     """Something the user can mend: the message names the file, row or flag, and the remedy."""
 
 
+def is_rank_0() -> bool:
+    """Whether this process is the one that writes and speaks; the only one, unless torchrun started more."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wraps a `main()`: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C 130."""
 

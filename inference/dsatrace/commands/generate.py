@@ -20,8 +20,7 @@ from dsatrace.commands.arguments import (
     engine_setup_from_args,
 )
 from dsatrace.commands.parser import CommandParser
-from dsatrace.engine.ranks import is_rank_0
-from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.errors import UserError, exits_cleanly, is_rank_0
 from dsatrace.trace.config import add_trace_arguments, trace_config_from_args
 
 

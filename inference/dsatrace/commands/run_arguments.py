@@ -19,9 +19,8 @@ from dsatrace.commands.arguments import (
     refuse_tiers,
 )
 from dsatrace.commands.workload_run import Opener
-from dsatrace.engine.ranks import is_rank_0
-from dsatrace.errors import UserError
-from dsatrace.runner.rank0 import from_rank_0
+from dsatrace.errors import UserError, is_rank_0
+from dsatrace.runner.distributed import from_rank_0
 from dsatrace.trace.config import trace_config_from_args
 from dsatrace.trace.resumable import resumed_argv
 from dsatrace.workloads.chat import Chat

@@ -17,7 +17,7 @@ from dsatrace.commands.interrupt import on_interrupt
 from dsatrace.commands.progress import weights_bar
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.live import LiveRequest
-from dsatrace.engine.ranks import is_rank_0
+from dsatrace.errors import is_rank_0
 from dsatrace.model.transformer import Transformer
 from dsatrace.runner.config import EngineSetup
 from dsatrace.runner.setup import load_model, open_engine

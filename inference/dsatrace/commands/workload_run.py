@@ -24,9 +24,9 @@ from dsatrace.commands.progress import Advance, requests_bar
 from dsatrace.engine.clock import Clock, RealClock, VirtualClock
 from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.live import LiveRequest
-from dsatrace.engine.ranks import is_rank_0
 from dsatrace.engine.scheduler import Admission
-from dsatrace.runner.rank0 import from_rank_0
+from dsatrace.errors import is_rank_0
+from dsatrace.runner.distributed import from_rank_0
 from dsatrace.trace.config import TraceConfig, trace_config_from_args
 from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.workloads.chat import PLAIN_TEXT, SAID_OF_PLAIN_TEXT, Chat, choose_chat

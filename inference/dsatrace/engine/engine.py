@@ -11,27 +11,47 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from dsatrace.engine.clock import NS_PER_S, Clock, RealClock
+from dsatrace.engine.clock import NS_PER_S, Clock, RealClock, to_ns
 from dsatrace.engine.live import LiveRequest
-from dsatrace.engine.ranks import Ranks, SingleProcess, Word
 from dsatrace.engine.runner import BlocksLost, OnTierError, Runner, Step
 from dsatrace.engine.scheduler import Scheduler
+from dsatrace.errors import UserError
 from dsatrace.workloads.request import Request
 
 if TYPE_CHECKING:
     from dsatrace.trace.tracer import Tracer
 
-
-from collections.abc import Iterable
-
-from dsatrace.engine.clock import to_ns
-from dsatrace.errors import UserError
-
 Judge = Callable[[LiveRequest], float | None]
 """The task's score of a served request; None where it has none."""
+
+
+class Word(NamedTuple):
+    """One rank's view after a step: `tokens` holds those sampled, by request."""
+
+    abort: bool
+    now_ns: int
+    tokens: list[list[int]]
+
+
+class Ranks(Protocol):
+    """The processes that share one model: every rank runs the same loop over the same requests.
+
+    Rank 0 decides which tokens were sampled, what time it is and whether to stop, so that no two ranks
+    ever schedule different steps. `runner/distributed.py` has the broadcast, which needs torch.
+    """
+
+    def agree(self, word: Word) -> Word:
+        """Rank 0's word, on every rank. All of them call it, with equally many tokens."""
+
+
+class SingleProcess:
+    """Nobody to agree with."""
+
+    def agree(self, word: Word) -> Word:
+        return word
 
 
 class Progress(NamedTuple):
