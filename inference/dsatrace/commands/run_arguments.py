@@ -15,8 +15,8 @@ from dsatrace.commands.arguments import (
     add_chat_template_argument,
     add_engine_arguments,
     check_temperature,
-    engine_setup_from_args,
     refuse_tiers,
+    settings_from_args,
 )
 from dsatrace.commands.workload_run import Opener
 from dsatrace.errors import UserError, is_rank_0
@@ -80,7 +80,7 @@ def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpars
         raise UserError("--ckpt-path is missing: name a converted checkpoint, or use --runner simulator")
     if args.runner == "simulator":
         refuse_tiers(args)
-    engine_setup_from_args(args)  # a bad value is refused here, before torch is imported
+    settings_from_args(args)  # a bad value is refused here, before torch is imported
     if run.resume is None and is_rank_0():
         trace_config_from_args(args, "run", always=True)
     return args, argv

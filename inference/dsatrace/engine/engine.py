@@ -18,14 +18,12 @@ from dsatrace.engine.clock import NS_PER_S, Clock, RealClock, to_ns
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.runner import BlocksLost, OnTierError, Runner, Step
 from dsatrace.engine.scheduler import Scheduler
+from dsatrace.engine.settings import RunSettings
 from dsatrace.errors import UserError
 from dsatrace.workloads.request import Request
 
 if TYPE_CHECKING:
     from dsatrace.trace.tracer import Tracer
-
-Judge = Callable[[LiveRequest], float | None]
-"""The task's score of a served request; None where it has none."""
 
 
 class Word(NamedTuple):
@@ -70,25 +68,20 @@ class Engine:
         scheduler: Scheduler,
         runner: Runner,
         tracer: Tracer | None = None,
+        run: RunSettings | None = None,
         *,
-        clock: Clock | None = None,
         ranks: Ranks | None = None,
-        judge: Judge | None = None,
-        answer_text: Callable[[LiveRequest], str] | None = None,
         on_tier_error: OnTierError = "recompute",
     ) -> None:
-        """Time starts now, on the wall clock unless `clock` is another one.
-
-        `judge` scores what was answered. `answer_text` puts an answer's text into the trace;
-        only for users who asked for it. `on_tier_error` is for a runner that may lose blocks.
-        """
+        """Time starts now. `on_tier_error` is for a runner that may lose blocks."""
+        run = run or RunSettings()
         self.scheduler = scheduler
         self.runner = runner
         self.tracer = tracer
-        self.clock: Clock = clock or RealClock()
+        self.clock: Clock = run.clock or RealClock()
         self.ranks: Ranks = ranks or SingleProcess()
-        self.judge = judge
-        self.answer_text = answer_text
+        self.judge = run.judge
+        self.answer_text = run.answer_text
         self.on_tier_error = on_tier_error
         self.abort_requested = False
         self.tell_tiers: Callable[[], str] | None = None

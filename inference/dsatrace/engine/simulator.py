@@ -4,7 +4,7 @@ It echoes the prompt or replays recorded responses, and its steps take a modelle
 day of requests is served in seconds without weights and without torch. Its tokens say
 nothing about a model, its times nothing about a machine.
 
-    with open_simulator(max_seq_len=4096, end_token=1) as engine:
+    with open_simulator(EngineSettings(), RunSettings(stop_tokens=frozenset({1}))) as engine:
         for live in serve(engine, requests):
             live.answer      # the prompt again, and the end token
 """
@@ -16,15 +16,20 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from dsatrace.engine.block_tables import new_pool
-from dsatrace.engine.clock import Clock, VirtualClock
-from dsatrace.engine.engine import Engine, Judge, serve
+from dsatrace.engine.clock import VirtualClock
+from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.runner import Step
 from dsatrace.engine.scheduler import Admission, Scheduler
+from dsatrace.engine.settings import EngineSettings, RunSettings
 from dsatrace.errors import UserError
 from dsatrace.kv.blocks import blocks_needed
+from dsatrace.kv.layout import CacheLayout
 from dsatrace.trace.tracer import Tracer
 from dsatrace.workloads.request import Request
+
+MAX_SEQ_LEN = 163_840
+"""Tokens a simulated request may hold unless `--max-seq-len` says otherwise: DeepSeek-V3.2's own limit."""
 
 Respond = Callable[[Request], Sequence[int]]
 """The tokens a request is answered with. Behind them comes the end token, or, for a request that
@@ -125,46 +130,42 @@ class TokenSimulator:
 
 @contextlib.contextmanager
 def open_simulator(
-    *,
-    max_seq_len: int,
-    end_token: int,
+    settings: EngineSettings,
+    run: RunSettings,
     respond: Respond = echo,
     step_time: StepTime | None = None,
-    max_batch_size: int = 8,
-    prefill_chunk: int = 256,
-    cache_block_size: int = 64,
-    cache_blocks: int | None = None,
-    prefix_caching: bool = False,
-    admission: Admission = "continuous",
-    clock: Clock | None = None,
-    tracer: Tracer | None = None,
-    judge: Judge | None = None,
-    answer_text: Callable[[LiveRequest], str] | None = None,
 ) -> Iterator[Engine]:
-    """An engine without a model, on a virtual clock unless told otherwise; `open_engine`'s counterpart.
+    """An engine without a model, `open_engine`'s counterpart; an answer ends with the least stop token.
 
-    The pool has room for a batch of `max_seq_len` tokens each, or `cache_blocks`. A `tracer` gets the
-    requests, never a selection; leaving the block ends its run.
+    The pool has room for a batch of the longest requests, or `cache_blocks`. Leaving the block ends the
+    trace, which holds the requests and never a selection.
     """
-    num_blocks = cache_blocks or max_batch_size * blocks_needed(max_seq_len, cache_block_size)
+    max_seq_len = settings.max_seq_len or MAX_SEQ_LEN
+    block_size = settings.cache_block_size
+    num_blocks = settings.cache_blocks or settings.max_batch_size * blocks_needed(max_seq_len, block_size)
+    end_token = min(run.stop_tokens)
     scheduler = Scheduler(
-        new_pool(num_blocks, cache_block_size, prefix_caching),
-        max_batch_size,
-        prefill_chunk,
+        new_pool(num_blocks, block_size, settings.prefix_caching),
+        settings.max_batch_size,
+        settings.prefill_chunk,
         frozenset({end_token}),
         max_seq_len=max_seq_len,
-        admission=admission,
+        admission=run.admission,
     )
-    runner = TokenSimulator(end_token, respond, step_time)
-    with tracer or contextlib.nullcontext():
-        yield Engine(
-            scheduler,
-            runner,
-            tracer,
-            clock=clock or VirtualClock(),
-            judge=judge,
-            answer_text=answer_text,
-        )
+    run = dataclasses.replace(run, clock=run.clock or VirtualClock())
+    with contextlib.ExitStack() as stack:
+        tracer = None
+        if run.trace is not None:
+            info = run.info(
+                model_config={},
+                layouts=[CacheLayout("none", 0, 0)],
+                device="none: token simulator",
+                seed=settings.seed,
+                selections="none",
+                prefix_source="cache" if settings.prefix_caching else "analysis",
+            )
+            tracer = stack.enter_context(Tracer(run.trace, info, resumed=run.resumed))
+        yield Engine(scheduler, TokenSimulator(end_token, respond, step_time), tracer, run)
 
 
 NO_TOKEN = -1
@@ -226,7 +227,9 @@ def simulate_prefixes(
 
     pool = new_pool(num_blocks, block_size, prefix_caching)
     runner = TokenSimulator(NO_TOKEN, lambda request: answers[request.request_id], step_time)
-    engine = Engine(Scheduler(pool, max_batch_size, prefill_chunk), runner, clock=VirtualClock())
+    engine = Engine(
+        Scheduler(pool, max_batch_size, prefill_chunk), runner, run=RunSettings(clock=VirtualClock())
+    )
     hits: dict[int, PrefixHits] = {}
     for live in serve(engine, requests()):
         hits[int(live.request_id)] = PrefixHits.of(live)
