@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsatrace.engine.clock import NS_PER_S
 from dsatrace.engine.engine import Ranks, SingleProcess, Word
-from dsatrace.errors import UserError, is_rank_0
+from dsatrace.errors import RankError, UserError, is_rank_0
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is visible; use --device cpu")
     if local_rank >= torch.cuda.device_count():
-        raise UserError(
+        raise RankError(
             f"rank {local_rank} has no GPU of its own; start at most {torch.cuda.device_count()} ranks"
         )
     return torch.device("cuda", local_rank)
@@ -58,7 +58,10 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 @contextlib.contextmanager
 def process_group(device_name: str) -> Iterator[torch.device]:
-    """The rank's device, inside a process group (NCCL or gloo) when `WORLD_SIZE` exceeds 1."""
+    """The rank's device, inside a process group (NCCL or gloo) when `WORLD_SIZE` exceeds 1.
+
+    From here on ranks may fail apart: their `UserError`s become `RankError`s.
+    """
     import torch
     import torch.distributed as dist
 
@@ -71,6 +74,8 @@ def process_group(device_name: str) -> Iterator[torch.device]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
+    except UserError as error:
+        raise RankError(str(error)) from error
     finally:
         dist.destroy_process_group()
 
