@@ -33,7 +33,7 @@ RULES: dict[str, Rule] = {
     "errors": Rule(set()),
     "version": Rule(set()),
     "files": Rule({"errors"}),
-    "flags": Rule(set()),
+    "flags": Rule({"errors"}),
     "units": Rule(set()),
     "verify": Rule({"schema", "errors"}, set(), {"numpy", "pyarrow"}),
     "kv": Rule({"schema", "errors"}, {"numpy", "numba"}, {"memcache_hybrid", "mooncake", "nixl"}),
@@ -42,7 +42,7 @@ RULES: dict[str, Rule] = {
     "workloads": Rule(
         {"schema", "errors", "files", "units"}, set(), {"tokenizers", "transformers", "datasets", "huggingface_hub"}
     ),
-    "engine": Rule({"schema", "errors", "kv", "trace", "workloads"}, {"numpy"}),
+    "engine": Rule(BASE | {"kv", "trace", "workloads"}, {"numpy"}),
     "runner": Rule(BASE | {"engine", "model", "kv", "trace"}, {"numpy", "torch"}),
     "study": Rule(BASE | {"kv", "trace", "workloads", "engine"}, {"numpy", "numba", "orjson"}),
     "report": Rule({"schema", "errors", "trace", "study"}, {"numpy", "rich"}, {"matplotlib"}),

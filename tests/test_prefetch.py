@@ -13,9 +13,9 @@ import torch
 from dsatrace.kv.tiers.fetches import FetchCounters
 from dsatrace.kv.tiers.stack import TierStack
 from dsatrace.model.batch import Batch, Span
-from dsatrace.runner.config import PrefetchKind
 from dsatrace.runner.offload.cache import OffloadedCache, unit_bytes
 from dsatrace.runner.offload.prefetch import Prefetcher
+from dsatrace.runner.settings import PrefetchKind
 from helpers.memory_store import MemoryStore
 from helpers.models import SMALL, prefill, random_model, random_tokens
 

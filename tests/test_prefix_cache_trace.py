@@ -19,6 +19,7 @@ from dsatrace.engine.block_tables import new_pool
 from dsatrace.engine.clock import VirtualClock
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.scheduler import Scheduler
+from dsatrace.engine.settings import RunSettings
 from dsatrace.errors import UserError
 from dsatrace.files import write_json
 from dsatrace.kv.layout import CacheLayout
@@ -79,7 +80,7 @@ class Setting:
             cache = model.new_cache(pool.blocks.num_blocks, self.block_size)
             runner = ModelRunner(model, cache, Sampler(seed=3), tracer=tracer)
             scheduler = Scheduler(pool, self.batch_size, self.chunk)
-            engine = Engine(scheduler, runner, tracer, clock=VirtualClock())
+            engine = Engine(scheduler, runner, tracer, RunSettings(clock=VirtualClock()))
             live = [engine.submit(request) for request in requests]
             for _ in engine.run():
                 pool.check_integrity([live.held for live in scheduler.running if live.held])

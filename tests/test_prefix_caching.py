@@ -19,6 +19,7 @@ from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.runner import Step
 from dsatrace.engine.scheduler import Admission, Scheduler
+from dsatrace.engine.settings import RunSettings
 from dsatrace.engine.simulator import StepTime, TokenSimulator, replay
 from dsatrace.workloads.request import Request
 
@@ -80,7 +81,7 @@ class Case:
             admission=self.admission,
         )
         runner = SlotKeeper(self.block_size, self.responses)
-        return Engine(scheduler, runner, clock=clock or VirtualClock())
+        return Engine(scheduler, runner, run=RunSettings(clock=clock or VirtualClock()))
 
 
 TOKENS = st.lists(st.integers(0, 1), max_size=12)

@@ -14,6 +14,7 @@ from dsatrace.engine.clock import VirtualClock
 from dsatrace.engine.engine import serve
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.scheduler import Admission, Scheduler
+from dsatrace.engine.settings import EngineSettings, RunSettings
 from dsatrace.engine.simulator import StepTime, open_simulator, replay
 from dsatrace.workloads.request import Request
 
@@ -76,18 +77,15 @@ def cases(draw: st.DrawFn) -> Case:
 
 def run(case: Case, clock: VirtualClock) -> list[LiveRequest]:
     """Serves the case and checks what must hold at every step."""
-    with open_simulator(
+    engine_settings = EngineSettings(
         max_seq_len=case.max_seq_len,
-        end_token=END,
-        respond=replay(case.responses),
-        step_time=TIMES,
         max_batch_size=case.max_batch_size,
         prefill_chunk=case.prefill_chunk,
         cache_block_size=case.block_size,
         cache_blocks=case.num_blocks,
-        admission=case.admission,
-        clock=clock,
-    ) as engine:
+    )
+    run_settings = RunSettings(stop_tokens=frozenset({END}), admission=case.admission, clock=clock)
+    with open_simulator(engine_settings, run_settings, replay(case.responses), TIMES) as engine:
         scheduler, step = engine.scheduler, engine.step
         order = {request.request_id: i for i, request in enumerate(case.requests)}
 

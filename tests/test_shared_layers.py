@@ -23,11 +23,12 @@ from conftest import INFERENCE
 from dsatrace import cli
 from dsatrace.commands.report import main as report
 from dsatrace.engine.engine import Engine
+from dsatrace.engine.settings import RunSettings
 from dsatrace.errors import UserError
 from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.transformer import Transformer
-from dsatrace.runner.config import EngineSetup, OffloadSetup
+from dsatrace.runner.settings import ModelSettings, OffloadSettings
 from dsatrace.runner.setup import open_engine
 from dsatrace.schema import LEVELS, problems
 from dsatrace.trace.config import TraceConfig
@@ -68,29 +69,24 @@ OF_A_LAYER = ("layer_id", "indexer_scan", "source_layer")
 def engine_of(
     model: Transformer,
     out: Path | None,
-    offload: OffloadSetup | None = None,
+    offload: OffloadSettings | None = None,
     *,
     traced: bool = False,
     resumed: Resumed | None = None,
     **changes: Any,
 ) -> Iterator[Engine]:
     """Two requests at a time, prompts in chunks of 32."""
-    setup = EngineSetup(
+    settings = ModelSettings(
         Path("built in memory"), max_batch_size=2, prefill_chunk=32, cache_block_size=BLOCK, offload=offload
     )
-    trace = None if out is None else TraceConfig(out=out, block_size=BLOCK, prefill="last", **changes)
-    first_forward_idx = resumed.next_forward_idx if resumed else 0
-    longest = max(LENGTHS) + NEW_TOKENS
-    with open_engine(
-        model,
-        setup,
-        CPU,
-        longest,
-        trace,
+    run = RunSettings(
+        longest=max(LENGTHS) + NEW_TOKENS,
+        trace=None if out is None else TraceConfig(out=out, block_size=BLOCK, prefill="last", **changes),
         traced=traced,
         resumed=resumed,
-        first_forward_idx=first_forward_idx,
-    ) as engine:
+        first_forward_idx=resumed.next_forward_idx if resumed else 0,
+    )
+    with open_engine(model, settings, CPU, run) as engine:
         yield engine
 
 
@@ -238,14 +234,14 @@ def close(left: Any, right: Any) -> bool:
 @pytest.mark.parametrize(
     "offload",
     [
-        OffloadSetup(hbm_blocks=24, offload_index_keys=True),
-        OffloadSetup(hbm_blocks=4, granularity="row", prefetch="previous-layer", offload_index_keys=True),
-        OffloadSetup(hbm_blocks=4, granularity="row", prefetch="previous-step"),
+        OffloadSettings(hbm_blocks=24, offload_index_keys=True),
+        OffloadSettings(hbm_blocks=4, granularity="row", prefetch="previous-layer", offload_index_keys=True),
+        OffloadSettings(hbm_blocks=4, granularity="row", prefetch="previous-step"),
     ],
     ids=["blocks", "rows, previous layer", "rows, previous step"],
 )
 def test_offloaded_it_answers_and_selects_the_same(
-    model: Transformer, answers: list[list[int]], run: Path, offload: OffloadSetup, tmp_path: Path
+    model: Transformer, answers: list[list[int]], run: Path, offload: OffloadSettings, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     assert serve(model, out, offload) == answers

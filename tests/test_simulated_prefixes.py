@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsatrace.engine.simulated_prefixes import NO_TOKEN, PrefixHits, simulate_prefixes
+from dsatrace.engine.simulator import NO_TOKEN, PrefixHits, simulate_prefixes
 from dsatrace.errors import UserError
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, replay

@@ -17,8 +17,8 @@ import torch.distributed.run
 from conftest import INFERENCE, ROOT
 from dsatrace.commands import generate, run_burstgpt, run_dataset
 from dsatrace.model.convert import convert_checkpoint
-from dsatrace.runner.config import OffloadSetup
 from dsatrace.runner.offload.opening import open_tiers
+from dsatrace.runner.settings import OffloadSettings
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from helpers.command_runs import recording
@@ -103,7 +103,7 @@ def test_ranks_have_files_of_their_own(
         return MemoryStore(unit_bytes, units)
 
     monkeypatch.setattr("dsatrace.runner.offload.opening.open_store", open_memory)
-    offload = OffloadSetup(hbm_blocks=1, local=local, remote=remote)
+    offload = OffloadSettings(hbm_blocks=1, local=local, remote=remote)
     shape = {"num_layers": 2, "num_blocks": 4, "units_per_block": 1}
     open_tiers(offload, 64, **shape, suffix=".rank1").close()
     assert specs == opened

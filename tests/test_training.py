@@ -25,8 +25,7 @@ from train_needle.losses import index_loss
 from train_needle.recipe import Phase, Recipe
 from train_needle.samples import SAMPLERS, Talk
 from train_needle.tokenizer import word_tokenizer, word_tokenizer_json
-from train_needle.trainer import Trainer, phase_loss
-from train_needle.weights import new_model
+from train_needle.trainer import Trainer, new_model, phase_loss
 
 FP64 = dataclasses.replace(SMALL, dtype="fp64")
 LENGTH = 90

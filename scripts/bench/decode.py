@@ -36,6 +36,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
+from dsatrace.engine.settings import EngineSettings
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.model.batch import Batch, Span
 from dsatrace.model.checkpoint import load_checkpoint
@@ -43,7 +44,6 @@ from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.tiny import write_checkpoint
 from dsatrace.model.transformer import Transformer
-from dsatrace.runner.setup import EngineSetup
 
 CONFIG = Path(__file__).resolve().parents[2] / "inference" / "config_tiny.json"
 THEIRS_UP_TO = 8192  # tokens; at 32K transformers would need some 50 GB
@@ -78,7 +78,7 @@ class Ours:
         self.model.eval()
 
     def prefill(self, tokens: Sequence[int], room: int) -> torch.Tensor:
-        block_size, chunk = EngineSetup.cache_block_size, EngineSetup.prefill_chunk
+        block_size, chunk = EngineSettings.cache_block_size, EngineSettings.prefill_chunk
         self.cache = self.model.new_cache(-(-(len(tokens) + room) // block_size), block_size)
         self.blocks = list(range(self.cache.num_blocks))
         for start in range(0, len(tokens), chunk):

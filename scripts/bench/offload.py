@@ -33,7 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -56,9 +56,9 @@ from dsatrace.model.config import ModelArgs
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.selection import Selection
 from dsatrace.model.transformer import Transformer
-from dsatrace.runner.config import PREFETCH_KINDS, Granularity, OffloadSetup, PrefetchKind
 from dsatrace.runner.offload.cache import OffloadedCache, tokens_of_unit, unit_bytes
 from dsatrace.runner.offload.opening import open_tiers
+from dsatrace.runner.settings import Granularity, OffloadSettings, PrefetchKind
 from dsatrace.workloads.ruler import texts
 from dsatrace.workloads.ruler.generator import generate
 from dsatrace.workloads.tokenizer import load_tokenizer
@@ -333,7 +333,7 @@ def offloaded(
 ) -> Offloaded:
     """A cache that holds what `whole` holds, most of it in a pool of its own."""
     size = case.block_size
-    setup = OffloadSetup(hbm_blocks, local=store, granularity=case.granularity, tier_policy=case.policy)
+    setup = OffloadSettings(hbm_blocks, local=store, granularity=case.granularity, tier_policy=case.policy)
     tiers = open_tiers(
         setup,
         unit_bytes(model.setup, size, case.granularity),
@@ -546,7 +546,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=TIER_POLICIES,
         help="who leaves HBM (lru fifo lfu s3-fifo arc)",
     )
-    add("--prefetch", nargs="+", default=["none"], choices=PREFETCH_KINDS, help="(none)")
+    add("--prefetch", nargs="+", default=["none"], choices=get_args(PrefetchKind), help="(none)")
     add("--store", default="ram", help="the pool: ram, mmap:PATH, redis://HOST:PORT, sim:... (%(default)s)")
     add("--threads", type=int, default=1, help="torch's (%(default)s)")
     add("--json", type=Path, help="write everything there")

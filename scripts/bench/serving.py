@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
 from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.scheduler import Admission
+from dsatrace.engine.settings import EngineSettings, RunSettings
 from dsatrace.engine.simulator import StepTime, open_simulator
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.workloads.burstgpt import Arrivals
@@ -90,13 +91,10 @@ def simulate(
     latencies: list[float] = []
     num_tokens = num_preemptions = 0
     started, cpu_started = time.perf_counter(), time.process_time()
-    with open_simulator(
-        max_seq_len=settings.max_request_tokens + settings.max_response_tokens,
-        end_token=END_TOKEN,
-        admission=admission,
-        max_batch_size=batch_size,
-        cache_blocks=blocks,
-    ) as engine:
+    max_seq_len = settings.max_request_tokens + settings.max_response_tokens
+    of_engine = EngineSettings(max_seq_len=max_seq_len, max_batch_size=batch_size, cache_blocks=blocks)
+    run = RunSettings(stop_tokens=frozenset({END_TOKEN}), admission=admission)
+    with open_simulator(of_engine, run) as engine:
         for live in serve(engine, requests):
             assert live.state == "length" and live.finish_s is not None
             latencies.append(live.finish_s - live.request.arrival_s)
@@ -138,17 +136,17 @@ class ModelServer:
 
         from dsatrace.model.convert import convert_checkpoint
         from dsatrace.model.tiny import write_checkpoint
-        from dsatrace.runner.config import EngineSetup
+        from dsatrace.runner.settings import ModelSettings
         from dsatrace.runner.setup import load_model
 
         self.device = torch.device("cpu")
         with tempfile.TemporaryDirectory() as folder:
             hf, converted = Path(folder, "hf"), Path(folder, "mp1")
-            args = EngineSetup(converted, config).model_args()
+            args = ModelSettings(converted, config).model_args()
             write_checkpoint(hf, args, weights="fp32")
             convert_checkpoint(hf, converted, args.n_routed_experts, 1)
-            self.setup = EngineSetup(converted, config, device="cpu")
-            self.model = load_model(self.setup, self.device)
+            self.settings = ModelSettings(converted, config, device="cpu")
+            self.model = load_model(self.settings, self.device)
 
     def requests(self, num_requests: int, prompt_len: int, new_tokens: int) -> list[Request]:
         import torch
@@ -163,8 +161,8 @@ class ModelServer:
         from dsatrace.runner.setup import open_engine
 
         longest = max(len(r.prompt_token_ids) + r.max_new_tokens for r in requests)
-        setup = dataclasses.replace(self.setup, max_batch_size=batch_size or 1)
-        with open_engine(self.model, setup, self.device, longest, trace=None) as engine:
+        settings = dataclasses.replace(self.settings, max_batch_size=batch_size or 1)
+        with open_engine(self.model, settings, self.device, RunSettings(longest=longest)) as engine:
             started = time.perf_counter()
             answers = {live.request_id: live.answer for live in self._ended(engine, requests, batch_size)}
             wall_s = time.perf_counter() - started

@@ -27,7 +27,7 @@ _ENDS = {"aborted": " [stopped]", "failed": " [failed]"}
 
 def chat(serving: Serving) -> None:
     """Talks until `/exit` or the end of input."""
-    with serving.open(None, "interactive", num_requests=1) as engine:
+    with serving.open(num_requests=1) as engine:
         if serving.is_rank_0:
             leave = _Leave(engine)
             with on_interrupt(engine.request_abort), on_signal(signal.SIGTERM, leave):

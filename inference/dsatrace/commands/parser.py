@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from dsatrace.errors import leave_to_rank_0
+
 _EXAMPLES = "examples:\n"
 
 
@@ -48,6 +50,7 @@ class CommandParser(argparse.ArgumentParser):
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
+        leave_to_rank_0()
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 

@@ -15,11 +15,10 @@ from dsatrace.commands.arguments import (
     add_chat_template_argument,
     add_engine_arguments,
     check_temperature,
-    engine_setup_from_args,
     refuse_tiers,
+    settings_from_args,
 )
-from dsatrace.engine.ranks import is_rank_0
-from dsatrace.errors import UserError
+from dsatrace.errors import UserError, is_rank_0
 from dsatrace.trace.config import run_config_from_args
 from dsatrace.trace.resume import resumed_argv
 from dsatrace.workloads.rows import check_limit
@@ -77,7 +76,7 @@ def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpars
         raise UserError("--ckpt-path is missing: name a converted checkpoint, or use --runner simulator")
     if args.runner == "simulator":
         refuse_tiers(args)
-    engine_setup_from_args(args)  # a bad value is refused here, before torch is imported
+    settings_from_args(args)  # a bad value is refused here, before torch is imported
     if run.resume is None and is_rank_0():
         run_config_from_args(args, "run")
     return args, argv

@@ -15,27 +15,27 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from dsatrace.commands.arguments import engine_setup_from_args
+from dsatrace.commands.arguments import settings_from_args
 from dsatrace.commands.interrupt import on_interrupt
 from dsatrace.commands.progress import Advance, requests_bar
 from dsatrace.engine.clock import Clock, RealClock, VirtualClock
 from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.live import LiveRequest
-from dsatrace.engine.ranks import is_rank_0
 from dsatrace.engine.scheduler import Admission
-from dsatrace.runner.rank0 import from_rank_0
+from dsatrace.engine.settings import RunSettings
+from dsatrace.errors import is_rank_0
+from dsatrace.runner.distributed import from_rank_0
 from dsatrace.trace.config import TraceConfig, run_config_from_args
+from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.workloads.chat import PLAIN_TEXT, SAID_OF_PLAIN_TEXT, Chat, choose_chat
 from dsatrace.workloads.data_set import DataSet, OpenedWorkload, Source, Workload, attribute_of
 from dsatrace.workloads.request import Request
 from dsatrace.workloads.sources import find_source
 from dsatrace.workloads.tokenizer import check_vocabulary, choose_tokenizer
-
-SIMULATED_MAX_SEQ_LEN = 163_840
-"""Tokens a simulated request may hold unless `--max-seq-len` says otherwise: DeepSeek-V3.2's own limit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,76 +97,51 @@ class _Run:
         from dsatrace.runner.distributed import process_group
         from dsatrace.runner.setup import open_engine
 
-        setup = engine_setup_from_args(self.args)
-        check_vocabulary(self.chat.tokenizer, setup.model_args().vocab_size)
-        with process_group(setup.device) as device:
+        settings = settings_from_args(self.args)
+        check_vocabulary(self.chat.tokenizer, settings.model_args().vocab_size)
+        with process_group(settings.device) as device:
             opened, resumed, resume_point = self._begin()
-            trace = self._trace_config(resumed) if is_rank_0() else None
-            with open_engine(
-                load_model_shown(setup, device),
-                setup,
-                device,
-                None,
-                trace,
-                traced=not self.args.no_trace,
-                argv=self.argv,
-                tokenizer=self.chat.tokenizer.name,
-                chat=opened.chat_form,
-                data_source=opened.description,
-                serving=self._serving_facts("measured"),
-                stop_tokens=self.chat.stop_tokens,
-                admission=self.serving.admission,
-                clock=self.serving.new_clock(resume_point.elapsed_s),
-                judge=self._judge(opened.workload) if is_rank_0() else None,
-                answer_text=self._text if self.args.save_text else None,
-                resumed=resumed,
-                first_forward_idx=resume_point.next_forward_idx,
-            ) as engine:
+            run = self._run_settings(opened, resumed, resume_point, step_time="measured")
+            model = load_model_shown(settings, device)
+            with open_engine(model, settings, device, run) as engine:
                 yield engine, opened, resume_point.done
 
     @contextlib.contextmanager
     def on_simulator(self) -> Iterator[tuple[Engine, OpenedWorkload, frozenset[str]]]:
         """The same without model and torch; answers are the recorded ones."""
         from dsatrace.engine.simulator import echo, open_simulator
-        from dsatrace.kv.layout import CacheLayout
-        from dsatrace.trace.manifest import RunInfo
-        from dsatrace.trace.tracer import Tracer
 
-        setup = engine_setup_from_args(self.args)
         opened, resumed, resume_point = self._begin()
-        tracer = Tracer(
-            self._trace_config(resumed),
-            RunInfo(
-                model_config={},
-                layouts=[CacheLayout("none", 0, 0)],
-                device="none: token simulator",
+
+        def respond(request: Request) -> Sequence[int]:
+            return opened.workload.recorded(request) or echo(request)
+
+        run = self._run_settings(opened, resumed, resume_point, step_time="modelled")
+        with open_simulator(settings_from_args(self.args), run, respond) as engine:
+            yield engine, opened, resume_point.done
+
+    def _run_settings(
+        self, opened: OpenedWorkload, resumed: Resumed | None, resume_point: ResumePoint, step_time: str
+    ) -> RunSettings:
+        return RunSettings(
+            stop_tokens=self.chat.stop_tokens,
+            admission=self.serving.admission,
+            clock=self.serving.new_clock(resume_point.elapsed_s),
+            judge=self._judge(opened.workload) if is_rank_0() else None,
+            answer_text=self._text if self.args.save_text else None,
+            trace=self._trace_config(resumed) if is_rank_0() else None,
+            traced=not self.args.no_trace,
+            info=partial(
+                RunInfo,
                 argv=self.argv,
                 tokenizer=self.chat.tokenizer.name,
                 chat=opened.chat_form,
                 data_source=opened.description,
-                seed=setup.seed,
-                selections="none",
-                serving=self._serving_facts("modelled"),
-                prefix_source="cache" if setup.prefix_caching else "analysis",
+                serving=self._serving_facts(step_time),
             ),
             resumed=resumed,
+            first_forward_idx=resume_point.next_forward_idx,
         )
-        with open_simulator(
-            max_seq_len=setup.max_seq_len or SIMULATED_MAX_SEQ_LEN,
-            end_token=min(self.chat.stop_tokens),
-            respond=lambda request: opened.workload.recorded(request) or echo(request),
-            max_batch_size=setup.max_batch_size,
-            prefill_chunk=setup.prefill_chunk,
-            cache_block_size=setup.cache_block_size,
-            cache_blocks=setup.cache_blocks,
-            prefix_caching=setup.prefix_caching,
-            admission=self.serving.admission,
-            clock=self.serving.new_clock(resume_point.elapsed_s),
-            tracer=tracer,
-            judge=self._judge(opened.workload),
-            answer_text=self._text if self.args.save_text else None,
-        ) as engine:
-            yield engine, opened, resume_point.done
 
     def _begin(self) -> tuple[OpenedWorkload, Resumed | None, ResumePoint]:
         """The workload, and where a resumed run goes on; its folder is rank 0's to change."""

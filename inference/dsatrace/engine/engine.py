@@ -11,27 +11,45 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from dsatrace.engine.clock import NS_PER_S, Clock, RealClock
+from dsatrace.engine.clock import NS_PER_S, Clock, RealClock, to_ns
 from dsatrace.engine.live import LiveRequest
-from dsatrace.engine.ranks import Ranks, SingleProcess, Word
 from dsatrace.engine.runner import BlocksLost, OnTierError, Runner, Step
 from dsatrace.engine.scheduler import Scheduler
+from dsatrace.engine.settings import RunSettings
+from dsatrace.errors import UserError
 from dsatrace.workloads.request import Request
 
 if TYPE_CHECKING:
     from dsatrace.trace.tracer import Tracer
 
 
-from collections.abc import Iterable
+class Word(NamedTuple):
+    """One rank's view after a step: `tokens` holds those sampled, by request."""
 
-from dsatrace.engine.clock import to_ns
-from dsatrace.errors import UserError
+    abort: bool
+    now_ns: int
+    tokens: list[list[int]]
 
-Judge = Callable[[LiveRequest], float | None]
-"""The task's score of a served request; None where it has none."""
+
+class Ranks(Protocol):
+    """The processes that share one model: every rank runs the same loop over the same requests.
+
+    Rank 0 decides which tokens were sampled, what time it is and whether to stop, so that no two ranks
+    ever schedule different steps. `runner/distributed.py` has the broadcast, which needs torch.
+    """
+
+    def agree(self, word: Word) -> Word:
+        """Rank 0's word, on every rank. All of them call it, with equally many tokens."""
+
+
+class SingleProcess:
+    """Nobody to agree with."""
+
+    def agree(self, word: Word) -> Word:
+        return word
 
 
 class Progress(NamedTuple):
@@ -50,25 +68,20 @@ class Engine:
         scheduler: Scheduler,
         runner: Runner,
         tracer: Tracer | None = None,
+        run: RunSettings | None = None,
         *,
-        clock: Clock | None = None,
         ranks: Ranks | None = None,
-        judge: Judge | None = None,
-        answer_text: Callable[[LiveRequest], str] | None = None,
         on_tier_error: OnTierError = "recompute",
     ) -> None:
-        """Time starts now, on the wall clock unless `clock` is another one.
-
-        `judge` scores what was answered. `answer_text` puts an answer's text into the trace;
-        only for users who asked for it. `on_tier_error` is for a runner that may lose blocks.
-        """
+        """Time starts now. `on_tier_error` is for a runner that may lose blocks."""
+        run = run or RunSettings()
         self.scheduler = scheduler
         self.runner = runner
         self.tracer = tracer
-        self.clock: Clock = clock or RealClock()
+        self.clock: Clock = run.clock or RealClock()
         self.ranks: Ranks = ranks or SingleProcess()
-        self.judge = judge
-        self.answer_text = answer_text
+        self.judge = run.judge
+        self.answer_text = run.answer_text
         self.on_tier_error = on_tier_error
         self.abort_requested = False
         self.tell_tiers: Callable[[], str] | None = None

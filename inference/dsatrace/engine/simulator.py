@@ -4,7 +4,7 @@ It echoes the prompt or replays recorded responses, and its steps take a modelle
 day of requests is served in seconds without weights and without torch. Its tokens say
 nothing about a model, its times nothing about a machine.
 
-    with open_simulator(max_seq_len=4096, end_token=1) as engine:
+    with open_simulator(EngineSettings(), RunSettings(stop_tokens=frozenset({1}))) as engine:
         for live in serve(engine, requests):
             live.answer      # the prompt again, and the end token
 """
@@ -13,18 +13,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from dsatrace.engine.block_tables import new_pool
-from dsatrace.engine.clock import Clock, VirtualClock
-from dsatrace.engine.engine import Engine, Judge
+from dsatrace.engine.clock import VirtualClock
+from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.runner import Step
 from dsatrace.engine.scheduler import Admission, Scheduler
+from dsatrace.engine.settings import EngineSettings, RunSettings
 from dsatrace.errors import UserError
 from dsatrace.kv.blocks import blocks_needed
+from dsatrace.kv.layout import CacheLayout
 from dsatrace.trace.tracer import Tracer
 from dsatrace.workloads.request import Request
+
+MAX_SEQ_LEN = 163_840
+"""Tokens a simulated request may hold unless `--max-seq-len` says otherwise: DeepSeek-V3.2's own limit."""
 
 Respond = Callable[[Request], Sequence[int]]
 """The tokens a request is answered with. Behind them comes the end token, or, for a request that
@@ -125,43 +130,108 @@ class TokenSimulator:
 
 @contextlib.contextmanager
 def open_simulator(
-    *,
-    max_seq_len: int,
-    end_token: int,
+    settings: EngineSettings,
+    run: RunSettings,
     respond: Respond = echo,
     step_time: StepTime | None = None,
-    max_batch_size: int = 8,
-    prefill_chunk: int = 256,
-    cache_block_size: int = 64,
-    cache_blocks: int | None = None,
-    prefix_caching: bool = False,
-    admission: Admission = "continuous",
-    clock: Clock | None = None,
-    tracer: Tracer | None = None,
-    judge: Judge | None = None,
-    answer_text: Callable[[LiveRequest], str] | None = None,
 ) -> Iterator[Engine]:
-    """An engine without a model, on a virtual clock unless told otherwise; `open_engine`'s counterpart.
+    """An engine without a model, `open_engine`'s counterpart; an answer ends with the least stop token.
 
-    The pool has room for a batch of `max_seq_len` tokens each, or `cache_blocks`. A `tracer` gets the
-    requests, never a selection; leaving the block ends its run.
+    The pool has room for a batch of the longest requests, or `cache_blocks`. Leaving the block ends the
+    trace, which holds the requests and never a selection.
     """
-    num_blocks = cache_blocks or max_batch_size * blocks_needed(max_seq_len, cache_block_size)
+    max_seq_len = settings.max_seq_len or MAX_SEQ_LEN
+    block_size = settings.cache_block_size
+    num_blocks = settings.cache_blocks or settings.max_batch_size * blocks_needed(max_seq_len, block_size)
+    end_token = min(run.stop_tokens)
     scheduler = Scheduler(
-        new_pool(num_blocks, cache_block_size, prefix_caching),
-        max_batch_size,
-        prefill_chunk,
+        new_pool(num_blocks, block_size, settings.prefix_caching),
+        settings.max_batch_size,
+        settings.prefill_chunk,
         frozenset({end_token}),
         max_seq_len=max_seq_len,
-        admission=admission,
+        admission=run.admission,
     )
-    runner = TokenSimulator(end_token, respond, step_time)
-    with tracer or contextlib.nullcontext():
-        yield Engine(
-            scheduler,
-            runner,
-            tracer,
-            clock=clock or VirtualClock(),
-            judge=judge,
-            answer_text=answer_text,
+    run = dataclasses.replace(run, clock=run.clock or VirtualClock())
+    with contextlib.ExitStack() as stack:
+        tracer = None
+        if run.trace is not None:
+            info = run.info(
+                model_config={},
+                layouts=[CacheLayout("none", 0, 0)],
+                device="none: token simulator",
+                seed=settings.seed,
+                selections="none",
+                prefix_source="cache" if settings.prefix_caching else "analysis",
+            )
+            tracer = stack.enter_context(Tracer(run.trace, info, resumed=run.resumed))
+        yield Engine(scheduler, TokenSimulator(end_token, respond, step_time), tracer, run)
+
+
+NO_TOKEN = -1
+"""Ends answers: no vocabulary has it."""
+
+Turn = tuple[float, Sequence[int], Sequence[int]]
+"""Arrival in seconds from the start, token ids of the prompt, token ids of the answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixHits:
+    """One request. A hit counts where its prefill first begins; what it finds when it comes back
+    from a preemption stands apart."""
+
+    rejected: bool  # not even an empty cache holds it
+    prompt_tokens: int
+    hit_tokens: int
+    num_prefill_tokens: int  # computed by prefill, with what preemptions made it compute again
+    num_preemptions: int
+    resumed_tokens: int  # looked up when it came back: prompt and answer so far
+    resumed_hit_tokens: int  # of those
+
+    @classmethod
+    def of(cls, live: LiveRequest) -> PrefixHits:
+        return cls(
+            rejected=live.state == "rejected",
+            prompt_tokens=live.prompt_len,
+            hit_tokens=live.prefix_hit_tokens or 0,
+            num_prefill_tokens=live.num_prefill_tokens,
+            num_preemptions=live.num_preemptions,
+            resumed_tokens=live.resumed_tokens,
+            resumed_hit_tokens=live.resumed_hit_tokens,
         )
+
+
+def simulate_prefixes(
+    turns: Iterable[Turn],
+    *,
+    block_size: int,
+    num_blocks: int,
+    max_batch_size: int = 1,
+    prefill_chunk: int = 256,
+    prefix_caching: bool = True,
+    admission: Admission = "continuous",
+    step_time: StepTime | None = None,
+) -> list[PrefixHits]:
+    """The hits of each request, in the order of `turns`, which are sorted by arrival.
+
+    `step_time` says how long a request stays, and so who is served together. A request whose
+    answer is empty ends with its prompt.
+    """
+    answers: dict[str, Sequence[int]] = {}
+
+    def requests() -> Iterator[Request]:
+        for i, (arrival_s, prompt, answer) in enumerate(turns):
+            answers[f"{i}"] = answer
+            num_tokens = max(1, len(answer))  # the first token comes with the prompt and costs no slot
+            yield Request(f"{i}", tuple(prompt), num_tokens, arrival_s=arrival_s, stop_at_eos=False)
+
+    pool = new_pool(num_blocks, block_size, prefix_caching)
+    runner = TokenSimulator(NO_TOKEN, lambda request: answers[request.request_id], step_time)
+    engine = Engine(
+        Scheduler(pool, max_batch_size, prefill_chunk), runner, run=RunSettings(clock=VirtualClock())
+    )
+    hits: dict[int, PrefixHits] = {}
+    for live in serve(engine, requests()):
+        hits[int(live.request_id)] = PrefixHits.of(live)
+        del answers[live.request_id]
+    return [hits[i] for i in range(len(hits))]

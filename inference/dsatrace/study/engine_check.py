@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dsatrace.engine.simulated_prefixes import NO_TOKEN, Turn, simulate_prefixes
+from dsatrace.engine.simulator import NO_TOKEN, Turn, simulate_prefixes
 from dsatrace.study.requests import StudyRequests
 from dsatrace.study.run import Replayed
 

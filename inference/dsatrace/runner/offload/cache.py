@@ -30,10 +30,10 @@ from dsatrace.kv.tiers.stack import TierStack
 from dsatrace.model.batch import Batch
 from dsatrace.model.cache import KVCache
 from dsatrace.model.layers import ModelSetup
-from dsatrace.runner.config import Granularity, PrefetchKind
 from dsatrace.runner.offload.index_keys import OffloadedIndex
 from dsatrace.runner.offload.layer_units import LayerUnits
 from dsatrace.runner.offload.prefetch import Prefetcher
+from dsatrace.runner.settings import Granularity, PrefetchKind
 
 OnFetch = Callable[[LayerFetch], None]
 """Is told each layer's fetch, layers in order."""

@@ -20,14 +20,14 @@ from dsatrace.kv.tiers.fetches import LOCAL, REMOTE
 from dsatrace.kv.tiers.stack import TierStack
 from dsatrace.model.parallel import ParallelGroup
 from dsatrace.model.transformer import Transformer
-from dsatrace.runner.config import OffloadSetup
 from dsatrace.runner.offload.cache import OffloadedCache, tokens_of_unit, unit_bytes
+from dsatrace.runner.settings import OffloadSettings
 from dsatrace.trace.manifest import PoolSetup, TierSetup, redact_credentials
 
 
 @contextlib.contextmanager
 def offloaded_cache(
-    model: Transformer, offload: OffloadSetup, num_blocks: int, block_size: int, device: torch.device
+    model: Transformer, offload: OffloadSettings, num_blocks: int, block_size: int, device: torch.device
 ) -> Iterator[OffloadedCache]:
     """A cache of this rank's; leaving the block closes its tiers. Raises as `open_tiers` does."""
     rank = _suffix(model.setup.group)
@@ -69,13 +69,13 @@ def offloaded_cache(
         yield cache
 
 
-def try_tiers(offload: OffloadSetup, group: ParallelGroup) -> None:
+def try_tiers(offload: OffloadSettings, group: ParallelGroup) -> None:
     """Opens every pool and closes it again: what is down is known before minutes go into weights."""
     open_tiers(offload, 8, num_layers=1, num_blocks=1, units_per_block=1, suffix=_suffix(group)).close()
 
 
 def open_tiers(
-    offload: OffloadSetup,
+    offload: OffloadSettings,
     unit_bytes: int,
     *,
     num_layers: int,
@@ -119,7 +119,7 @@ def open_tiers(
         raise
 
 
-def tier_setup(offload: OffloadSetup, cache: OffloadedCache) -> TierSetup:
+def tier_setup(offload: OffloadSettings, cache: OffloadedCache) -> TierSetup:
     """What the manifest says of the tiers."""
     stats = cache.tiers.stats()
 

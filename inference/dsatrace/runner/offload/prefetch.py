@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dsatrace.runner.config import PrefetchKind
+from dsatrace.runner.settings import PrefetchKind
 
 Fetch = Callable[[int, np.ndarray], np.ndarray]
 """`(layer_id, units) -> units that were fetched`; called in a thread of the prefetcher's."""

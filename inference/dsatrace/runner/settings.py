@@ -1,6 +1,6 @@
-"""How the engine is set up: the settings behind the runners' flags. Needs no torch.
+"""Which model is served, and where its latents lie: the settings behind the runners' flags. Needs no torch.
 
-setup = EngineSetup(ckpt_path="converted", config="config_tiny.json", max_batch_size=4)
+settings = ModelSettings("converted", "config_tiny.json", max_batch_size=4)
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from dsatrace.engine.runner import OnTierError
+from dsatrace.engine.settings import EngineSettings
 from dsatrace.errors import UserError
+from dsatrace.flags import Flag, check
 from dsatrace.kv.stores.opening import check_spec
 from dsatrace.kv.tiers.residency import TIER_POLICIES
 from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs, read_config
@@ -25,40 +27,49 @@ Granularity = Literal["block", "row"]
 PrefetchKind = Literal["none", "previous-step", "previous-layer"]
 """What a layer is guessed to select: what it did in the step before, or what the layer before it does."""
 
-Numerics = Literal["released", "plain"]
-"""The released model's roundings (fp8 indexer keys, Hadamard, fp8 latents), or none of them."""
-
-GRANULARITIES: tuple[Granularity, ...] = ("block", "row")
-PREFETCH_KINDS: tuple[PrefetchKind, ...] = ("none", "previous-step", "previous-layer")
-ON_TIER_ERROR: tuple[OnTierError, ...] = ("recompute", "fail")
-
 
 @dataclasses.dataclass(frozen=True)
-class OffloadSetup:
-    """Where latents lie that are not in HBM; every field has a command-line flag of the same name."""
+class OffloadSettings:
+    """Where latents lie that are not in HBM; every field is a flag."""
 
-    hbm_blocks: int  # physical blocks a layer whose latents are in HBM
-    local: str | None = None  # ram, mmap:PATH, file:PATH
-    local_blocks: int | None = None  # physical blocks of all layers; None: as many as the cache has
-    remote: str | None = None  # redis://..., mooncake://...
-    granularity: Granularity = "block"
-    tier_policy: str = "lru"  # who leaves HBM, and the local pool
-    prefetch: PrefetchKind = "none"
-    offload_index_keys: bool = False  # else the indexer's keys stay in HBM
-    on_tier_error: OnTierError = "recompute"
-    tier_timeout_s: float = 5.0  # of one batch
+    hbm_blocks: Annotated[
+        int, Flag("physical blocks per layer in HBM (default: all of --cache-blocks)", at_least=1)
+    ]
+    local: Annotated[
+        str | None,
+        Flag(
+            "local pool: ram, mmap:PATH or file:PATH (default: ram, without --remote); under torchrun write "
+            "--local-pool, since it takes --local for a flag of its own",
+            ("--local", "--local-pool"),
+            metavar="STORE",
+        ),
+    ] = None
+    local_blocks: Annotated[
+        int | None, Flag("physical blocks that the local pool holds (default: all)", at_least=1)
+    ] = None
+    remote: Annotated[
+        str | None,
+        Flag("remote pool: redis://HOST:PORT, unix://PATH or mooncake://HOST:PORT", metavar="STORE"),
+    ] = None
+    granularity: Annotated[Granularity, Flag("unit of transfer: a block, or the row of one token")] = "block"
+    tier_policy: Annotated[str, Flag("eviction policy of HBM and of the local pool")] = "lru"
+    prefetch: Annotated[
+        PrefetchKind, Flag("fetch what a layer is guessed to select while its indexer chooses")
+    ] = "none"
+    offload_index_keys: Annotated[bool, Flag("move the indexer's keys out of HBM, too")] = False
+    on_tier_error: Annotated[
+        OnTierError,
+        Flag(
+            "requests whose KV a tier has lost: compute it again, or let them fail; "
+            "a run of several ranks ends instead"
+        ),
+    ] = "recompute"
+    tier_timeout_s: Annotated[float, Flag("seconds in which a store has to answer a batch")] = 5.0
 
     def __post_init__(self) -> None:
-        _require_at_least_1(self, "hbm_blocks", "local_blocks")
-        for field, choices in (
-            ("granularity", GRANULARITIES),
-            ("tier_policy", TIER_POLICIES),
-            ("prefetch", PREFETCH_KINDS),
-            ("on_tier_error", ON_TIER_ERROR),
-        ):
-            value = getattr(self, field)
-            if value not in choices:
-                raise UserError(f"--{field.replace('_', '-')} {value}: use one of {', '.join(choices)}")
+        check(self)
+        if self.tier_policy not in TIER_POLICIES:
+            raise UserError(f"--tier-policy {self.tier_policy}: use one of {', '.join(TIER_POLICIES)}")
         if not 0 < self.tier_timeout_s < math.inf:  # so written, it catches nan too
             raise UserError(f"--tier-timeout-s {self.tier_timeout_s}: use a time above 0")
         for spec in (self.local, self.remote):
@@ -74,28 +85,23 @@ class OffloadSetup:
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineSetup:
-    """What is served and how; every field has a command-line flag of the same name."""
+class ModelSettings(EngineSettings):
+    """Which model is served, and how; `ignore_config_keys` and `offload` are built from several flags."""
 
-    ckpt_path: Path | None  # None: no model, but the token simulator
-    config: Path | None = None  # None: the checkpoint's own config.json
-    device: str = "auto"
-    kernel_backend: str = "torch"
-    max_batch_size: int = 8
-    max_seq_len: int | None = None  # tokens of KV one request may hold; None: the model config's
-    prefill_chunk: int = 256  # tokens
-    cache_block_size: int = 64  # tokens of a physical block; statistics have their own block size
-    cache_blocks: int | None = None  # physical blocks of the KV cache; None: see `open_engine`
-    prefix_caching: bool = False  # a prompt's prefix that is still in the cache is not computed again
-    seed: int = 0
-    numerics: Numerics = "released"
+    ckpt_path: Annotated[Path | None, Flag("folder with model{rank}-mp{N}.safetensors")]  # None: no model
+    config: Annotated[
+        Path | None, Flag("config_671B_v3.2.json, say (default: the checkpoint's config.json)")
+    ] = None
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Flag("where the model runs; auto: on a GPU if there is one")
+    ] = "auto"
+    kernel_backend: Annotated[Literal["torch", "tilelang"], Flag("what the kernels are written in")] = "torch"
+    numerics: Annotated[
+        Literal["released", "plain"],
+        Flag("released: fp8 indexer keys, Hadamard, fp8-rounded latents; plain: none, as in transformers"),
+    ] = "released"
     ignore_config_keys: tuple[str, ...] = ()  # of the model's config, though not understood
-    offload: OffloadSetup | None = None  # None: HBM holds everything; the one field that is many flags
-
-    def __post_init__(self) -> None:
-        _require_at_least_1(
-            self, "max_batch_size", "max_seq_len", "prefill_chunk", "cache_block_size", "cache_blocks"
-        )
+    offload: OffloadSettings | None = None  # None: HBM holds everything
 
     def model_args(self) -> ModelArgs:
         """The model, from `config` or the checkpoint's own `config.json`; where both are, they must agree."""
@@ -125,13 +131,6 @@ class EngineSetup:
     def _ignored_in(self, file: Path) -> list[str]:
         values = read_config(file) if self.ignore_config_keys else {}
         return [name for name in self.ignore_config_keys if holds_key(values, name)]
-
-
-def _require_at_least_1(setup: OffloadSetup | EngineSetup, *fields: str) -> None:
-    for field in fields:
-        value = getattr(setup, field)
-        if value is not None and value < 1:
-            raise UserError(f"--{field.replace('_', '-')} {value}: use at least 1")
 
 
 @contextlib.contextmanager
