@@ -40,7 +40,9 @@ RULES: dict[str, Rule] = {
     "model": Rule({"errors", "files"}, {"torch", "safetensors"}, {"tilelang", "fast_hadamard_transform"}),
     "trace": Rule(BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}),
     "workloads": Rule(
-        {"schema", "errors", "files", "units"}, set(), {"tokenizers", "transformers", "datasets", "huggingface_hub"}
+        {"schema", "errors", "files", "units"},
+        set(),
+        {"tokenizers", "transformers", "datasets", "huggingface_hub"},
     ),
     "engine": Rule(BASE | {"kv", "trace", "workloads"}, {"numpy"}),
     "runner": Rule(BASE | {"engine", "model", "kv", "trace"}, {"numpy", "torch"}),
