@@ -18,7 +18,8 @@ from dsatrace.study.metrics import UNITS
 from dsatrace.study.prepare import ClientOptions
 from dsatrace.study.results import settings_record, statistics
 from dsatrace.study.run import StudySettings, run_study
-from dsatrace.study.sources import Client, Source, open_vocabulary
+from dsatrace.study.sources import Client, Source
+from dsatrace.study.tokenization import open_vocabulary
 from helpers.study_samples import ROWS, requests_of, three_turns
 
 SETTINGS = StudySettings(block_size=4)

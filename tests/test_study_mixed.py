@@ -22,7 +22,8 @@ from dsatrace.study.mixed import (
 )
 from dsatrace.study.sweep import SweepOptions, sweep
 from dsatrace.study.sweep_cells import OPT, OVERALL, POOL, Cell
-from dsatrace.study.sweep_inputs import SeededOptions, Trace, mixed_trace, vocabulary_or_words
+from dsatrace.study.sweep_inputs import SeededOptions, Trace, mixed_trace
+from dsatrace.study.tokenization import open_vocabulary
 from dsatrace.workloads.mixed import WORKLOADS
 
 OPTIONS = SeededOptions(num_requests=80)
@@ -30,7 +31,7 @@ OPTIONS = SeededOptions(num_requests=80)
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
-    return mixed_trace(WORKLOADS, OPTIONS, vocabulary_or_words(None))
+    return mixed_trace(WORKLOADS, OPTIONS, open_vocabulary(None))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_what_comes_later_changes_nothing_before(trace):
 
 def test_a_pattern_sets_the_order(trace):
     pattern = ("qa", "chat_multi", "qa", "summarization", "chat_single")
-    rounds = mixed_trace(WORKLOADS, OPTIONS, vocabulary_or_words(None), pattern=pattern)
+    rounds = mixed_trace(WORKLOADS, OPTIONS, open_vocabulary(None), pattern=pattern)
     assert rounds.labels[:10] == pattern * 2
     assert sorted(rounds.labels) == sorted(trace.labels)
 
@@ -101,7 +102,7 @@ def test_both_chats_of_a_mix_get_conversations_of_their_own():
 
     turns = (Message("user", "question " * 40), Message("assistant", "answer " * 40))
     real = [Conversation(f"c{i}", i, (Message("user", f"{i} " * 40), *turns[1:], *turns)) for i in range(6)]
-    mixed = mixed_trace(("chat_single", "chat_multi"), OPTIONS, vocabulary_or_words(None), real, "chats.json")
+    mixed = mixed_trace(("chat_single", "chat_multi"), OPTIONS, open_vocabulary(None), real, "chats.json")
     assert mixed.labels.count("chat_single") == 3
     assert mixed.labels.count("chat_multi") == 6
     assert "chats.json" in mixed.origin

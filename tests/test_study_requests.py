@@ -11,9 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.study.block_traces import block_trace
-from dsatrace.study.requests import StudyRequests
-from dsatrace.study.requests_builder import RequestsBuilder
+from dsatrace.study.requests import RequestsBuilder, StudyRequests, block_trace
 from dsatrace.workloads.chat_format import ChatTemplateFormatter
 from dsatrace.workloads.mixed import (
     CHAT_MULTI,

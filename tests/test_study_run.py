@@ -21,9 +21,8 @@ from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult
 from dsatrace.study.accesses import ACCESSES_FILE, REQUESTS_FILE, Accesses, read_accesses, write_accesses
-from dsatrace.study.block_traces import block_trace
 from dsatrace.study.output_folder import check_output, file_labels, open_study
-from dsatrace.study.requests import StudyRequests
+from dsatrace.study.requests import StudyRequests, block_trace
 from dsatrace.study.results import REQUEST_COLUMNS, statistics, write_results
 from dsatrace.study.run import StudySettings, offline_replay, run_study
 from helpers.study_samples import ROWS, requests_of, three_turns

@@ -18,9 +18,7 @@ from dsatrace.kv.policies.registry import POLICIES
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.simulation.replay import ReplayConfig, replay
 from dsatrace.study.accesses import Accesses, write_accesses
-from dsatrace.study.block_traces import block_trace
-from dsatrace.study.requests import StudyRequests
-from dsatrace.study.requests_builder import RequestsBuilder
+from dsatrace.study.requests import RequestsBuilder, StudyRequests, block_trace
 from dsatrace.study.sweep import (
     BY_WORKLOAD,
     SweepOptions,
@@ -36,10 +34,9 @@ from dsatrace.study.sweep_inputs import (
     read_trace,
     seeded_traces,
     split_by_workload,
-    vocabulary_or_words,
 )
 from dsatrace.study.sweep_streams import CacheInput, take_rows
-from dsatrace.study.words import WordVocabulary
+from dsatrace.study.tokenization import WordVocabulary, open_vocabulary
 from dsatrace.workloads.tokenizer import BOS
 
 BLOCK = 4
@@ -187,7 +184,7 @@ def test_a_trace_that_contradicts_itself_is_named():
 
 
 def test_any_number_of_workers_gives_the_same_cells():
-    words = vocabulary_or_words(None)
+    words = open_vocabulary(None)
     traces = seeded_traces(("qa", "chat_multi"), SMALL, words)
     inputs = {(trace.name, size): trace.at(size) for trace in traces for size in (16, 32)}
     options = SweepOptions((32, 64), policy_runs(["fifo", "random", "lru"], ("flat", "leaf")))
@@ -331,7 +328,7 @@ def test_the_command_writes_tables_pictures_and_what_they_mean(tmp_path, capsys)
     for cell in result["cells"]:
         assert cell["accesses"] == cell["hits"] + cell["misses"]
         assert cell["hit_rate"] == round(cell["hits"] / cell["accesses"], 6)
-    (trace,) = seeded_traces(["qa"], SeededOptions(num_requests=60), vocabulary_or_words(None))
+    (trace,) = seeded_traces(["qa"], SeededOptions(num_requests=60), open_vocabulary(None))
     stream = trace.at(16).stream
     (cell,) = (
         cell
@@ -356,7 +353,7 @@ def test_the_command_reads_recorded_accesses_and_conversations(tmp_path, capsys)
     result = json.loads((tmp_path / "b" / "sweep.json").read_text())
     assert [trace["requests"] for trace in result["traces"]] == [3, 6]
     assert result["sources"][0]["path"] == str(sample)
-    assert read_trace(recorded, vocabulary_or_words(None)).block_size == BLOCK
+    assert read_trace(recorded, open_vocabulary(None)).block_size == BLOCK
     capsys.readouterr()
 
 

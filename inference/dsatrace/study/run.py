@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
-from dsatrace.kv.blocks import EVICT, FreeOrder
+from dsatrace.kv.blocks import EVICT, MISS, FreeOrder
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, Schedule, replay
-from dsatrace.study.block_traces import block_trace
-from dsatrace.study.host_tier import host_hit_blocks
-from dsatrace.study.requests import StudyRequests
+from dsatrace.study.requests import StudyRequests, block_trace
 
 Runner = Callable[[StudyRequests, BlockTrace, ReplayConfig], ReplayResult]
 """Replays requests; events must be recorded where the config asks for them."""
@@ -118,3 +117,51 @@ def run_study(requests: StudyRequests, settings: StudySettings, runner: Runner =
     if settings.host_blocks is not None:
         host_hits = host_hit_blocks(trace, result, settings.host_blocks)
     return Replayed(requests, trace, settings, result, replay(trace, unlimited), host_hits)
+
+
+def host_hit_blocks(trace: BlockTrace, result: ReplayResult, num_blocks: int) -> NDArray[np.int64]:
+    """(R,) blocks that each request found in a host pool of `num_blocks` at its first prefill.
+
+    The pool takes the blocks that the device evicts. It is LRU over insertions and lookups, and
+    a block that is loaded back stays in it. It is read off a finished replay: a block loaded
+    from the host takes the place of one that is computed, so the device's own hits do not change.
+
+    The lookup begins where the device's prefix ends. A block that the device holds continues the
+    chain and is not counted. The last token is always computed. Needs a result with events.
+    """
+    if num_blocks < 1:
+        raise UserError(f"a host pool holds at least 1 block, not {num_blocks}")
+    assert result.events is not None, "the host tier is read off a replay that records events"
+    hits = np.zeros(trace.num_requests, np.int64)
+    seen = np.zeros(trace.num_requests, bool)
+    copies = [0] * trace.num_keys  # of each block, in the device's cache
+    host: OrderedDict[int, None] = OrderedDict()
+    events = result.events
+    kinds, keys, requests = (events[name].tolist() for name in ("kind", "key", "request"))
+    for kind, key, request in zip(kinds, keys, requests, strict=True):
+        if not seen[request]:  # its first event follows its lookup at once
+            seen[request] = True
+            hits[request] = _host_lookup(trace, result, request, copies, host)
+        if kind == EVICT:
+            copies[key] -= 1
+            host[key] = None
+            host.move_to_end(key)
+            if len(host) > num_blocks:
+                host.popitem(last=False)
+        elif kind == MISS:
+            copies[key] += 1
+    return hits
+
+
+def _host_lookup(
+    trace: BlockTrace, result: ReplayResult, request: int, copies: list[int], host: OrderedDict[int, None]
+) -> int:
+    most = int(trace.prompt_tokens[request] - 1) // trace.block_size
+    num_hits = 0
+    for key in trace.keys_of(request)[int(result.hit_tokens[request]) // trace.block_size : most]:
+        if key in host and not copies[key]:
+            host.move_to_end(key)
+            num_hits += 1
+        elif not copies[key]:
+            break
+    return num_hits

@@ -22,13 +22,10 @@ import numpy as np
 
 from dsatrace.errors import UserError
 from dsatrace.study.prepare import ClientOptions, PreparedTraces, limit_requests, prepare_traces
-from dsatrace.study.read_requests import read_requests
+from dsatrace.study.request_files import read_requests
 from dsatrace.study.requests import UNKNOWN, StudyRequests, conversation_groups
-from dsatrace.study.tokenization import Progress, tokenize_rows
-from dsatrace.study.words import WordVocabulary
-from dsatrace.workloads.chat_format import SPECIAL_TOKENS, ChatTemplateFormatter
+from dsatrace.study.tokenization import NamedVocabulary, Progress, tokenize_rows
 from dsatrace.workloads.digests import file_sha256
-from dsatrace.workloads.encoding import Vocabulary
 from dsatrace.workloads.mixed import CHAT_MULTI, CHAT_SINGLE, QA, SUMMARIZATION, WORKLOADS
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.samples import sample_file
@@ -41,7 +38,6 @@ from dsatrace.workloads.shared_context import (
     summarization_conversations,
 )
 from dsatrace.workloads.sharegpt import ODDITIES, Conversation, ShareGPTLoader
-from dsatrace.workloads.tokenizer import load_tokenizer
 from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN, TraceRow
 
 MATCHING_FACTOR = 8  # synthetic conversations for a single-turn trace as long as the multi-turn one
@@ -71,36 +67,6 @@ class Source:
         if self.data_path is not None:
             return _described("conversations", self.data_path)
         return _described("embedded sample", sample_file("sharegpt"))
-
-
-@dataclasses.dataclass(frozen=True)
-class NamedVocabulary:
-    """A tokenizer, the form of its prompts, and what the manifest says of it."""
-
-    vocabulary: Vocabulary
-    formatter: ChatTemplateFormatter
-    label: dict[str, str]
-
-
-def open_vocabulary(path: Path | None) -> NamedVocabulary:
-    """A `tokenizer.json` or its folder; without one, whole words stand in for tokens.
-
-    One without DeepSeek's special tokens gets plain transcripts.
-    """
-    if path is None:
-        words = WordVocabulary()
-        label = {"name": "built-in words: a token a word or mark"}
-        return NamedVocabulary(words, ChatTemplateFormatter(words), label)
-    tokenizer = load_tokenizer(path)
-    try:
-        for name in SPECIAL_TOKENS:
-            tokenizer.special_id(name)
-        formatter, form = ChatTemplateFormatter(tokenizer), "DeepSeek's chat form"
-    except UserError:  # a vocabulary of another family, which has no chat form of its own here
-        formatter, form = ChatTemplateFormatter(), "plain transcript"
-    return NamedVocabulary(
-        tokenizer, formatter, {"name": str(path), "sha256": tokenizer.digest, "form": form}
-    )
 
 
 class Client:

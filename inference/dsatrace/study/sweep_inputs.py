@@ -1,6 +1,6 @@
 """What a sweep is run on: seeded workloads, conversations, a trace file, or recorded block accesses.
 
-    words = vocabulary_or_words(None)
+    words = open_vocabulary(None)
     traces = seeded_traces(("qa", "chat_multi"), SeededOptions(num_requests=500), words)
     traces = split_by_workload(read_trace("outputs/study_run", words))
     traces[0].at(block_size=16, concurrency=1)           # a CacheInput
@@ -19,15 +19,11 @@ from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
 from dsatrace.study.accesses import ACCESSES_FILE, Accesses, read_accesses
-from dsatrace.study.block_traces import block_trace
 from dsatrace.study.prepare import limit_requests
-from dsatrace.study.read_requests import read_requests
-from dsatrace.study.requests import Order, StudyRequests
-from dsatrace.study.sources import NamedVocabulary, open_vocabulary
+from dsatrace.study.request_files import read_requests
+from dsatrace.study.requests import Order, StudyRequests, block_trace
 from dsatrace.study.sweep_streams import CacheInput, take_rows
-from dsatrace.study.tokenization import tokenize_rows
-from dsatrace.study.words import WordVocabulary
-from dsatrace.workloads.chat_format import ChatTemplateFormatter
+from dsatrace.study.tokenization import NamedVocabulary, tokenize_rows
 from dsatrace.workloads.mixed import CHAT_MULTI, CHAT_SINGLE, WORKLOADS, interleave, workload_rows
 from dsatrace.workloads.request_generator import (
     DEFAULT_ARRIVAL_RATE,
@@ -99,16 +95,6 @@ class Trace:
         if isinstance(content, StudyRequests):
             content = Accesses.of(content, block_trace(content, block_size))
         return CacheInput.of(content, block_size, concurrency)
-
-
-def vocabulary_or_words(path: Path | None) -> NamedVocabulary:
-    """A `tokenizer.json` or its folder; without one, a token a word."""
-    if path is not None:
-        return open_vocabulary(path)
-    words = WordVocabulary()
-    return NamedVocabulary(
-        words, ChatTemplateFormatter(words), {"name": "built-in words: a token a word or mark"}
-    )
 
 
 def read_trace(path: str | Path, vocabulary: NamedVocabulary, bad_rows: BadRows | None = None) -> Trace:

@@ -28,10 +28,10 @@ from dsatrace.study.mixed import (
     warm_up,
 )
 from dsatrace.study.output_folder import OutputFolder, check_output, open_study
-from dsatrace.study.sources import NamedVocabulary
 from dsatrace.study.sweep import SweepOptions, sweep
 from dsatrace.study.sweep_cells import OVERALL, Cell
-from dsatrace.study.sweep_inputs import Trace, mixed_trace, read_trace, vocabulary_or_words
+from dsatrace.study.sweep_inputs import Trace, mixed_trace, read_trace
+from dsatrace.study.tokenization import NamedVocabulary, open_vocabulary
 from dsatrace.trace.manifest import redact_argv
 from dsatrace.workloads.mixed import WORKLOADS
 from dsatrace.workloads.rows import BadRows
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = args.policies = args.policies or default_policies(priorities is not None)
     given_profile = None if args.profile is None else read_profile(args.profile)
     check_output(args.output_dir)
-    vocabulary = vocabulary_or_words(args.tokenizer)
+    vocabulary = open_vocabulary(args.tokenizer)
     about = shared.manifest(args, ["dsatrace", "study", "mixed", *redact_argv(argv)], "mixed", vocabulary)
     with open_study(args.output_dir, about) as folder:
         bad_rows = BadRows(args.bad_rows)

@@ -20,7 +20,8 @@ from dsatrace.errors import UserError
 from dsatrace.study.output_folder import OutputFolder, check_output, open_study
 from dsatrace.study.prepare import ClientOptions
 from dsatrace.study.run import StudySettings
-from dsatrace.study.sources import Client, Source, open_vocabulary
+from dsatrace.study.sources import Client, Source
+from dsatrace.study.tokenization import open_vocabulary
 from dsatrace.trace.manifest import redact_argv
 from dsatrace.workloads.mixed import WORKLOADS
 from dsatrace.workloads.rows import BadRows

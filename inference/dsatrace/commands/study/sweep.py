@@ -31,14 +31,14 @@ from dsatrace.study.sweep_inputs import (
     read_trace,
     seeded_traces,
     split_by_workload,
-    vocabulary_or_words,
 )
+from dsatrace.study.tokenization import open_vocabulary
 from dsatrace.trace.manifest import redact_argv
 from dsatrace.workloads.mixed import WORKLOADS
 from dsatrace.workloads.rows import BadRows
 
 if TYPE_CHECKING:
-    from dsatrace.study.sources import NamedVocabulary
+    from dsatrace.study.tokenization import NamedVocabulary
 
 
 @exits_cleanly
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(args)
     shared.check_source(args)
     check_output(args.output_dir)
-    vocabulary = vocabulary_or_words(args.tokenizer)
+    vocabulary = open_vocabulary(args.tokenizer)
     about = shared.manifest(args, ["dsatrace", "study", "sweep", *redact_argv(argv)], "sweep", vocabulary)
     with open_study(args.output_dir, about) as folder:
         bad_rows = BadRows(args.bad_rows)

@@ -13,10 +13,10 @@ from typing import Any, get_args
 from dsatrace.commands.arguments import add_bad_rows_argument
 from dsatrace.errors import UserError
 from dsatrace.study.requests import Order
-from dsatrace.study.sources import NamedVocabulary
 from dsatrace.study.sweep import num_cores
 from dsatrace.study.sweep_cells import SEMANTICS
 from dsatrace.study.sweep_inputs import SeededOptions, Trace, first_conversations, limited
+from dsatrace.study.tokenization import NamedVocabulary
 from dsatrace.workloads.digests import file_sha256
 from dsatrace.workloads.mixed import WORKLOADS
 from dsatrace.workloads.rows import BadRows
