@@ -142,7 +142,7 @@ def _write(
     if profile is not None:
         folder.write_json("profile.json", profile_record(profile))
     if not no_picture:
-        from dsatrace.report.study_sweep_figures import draw_mixed
+        from dsatrace.report.study_figures import draw_mixed
 
         draw_mixed(folder.file("mixed_hit_rates.png"), cells)
 
@@ -152,11 +152,10 @@ def _print(
 ) -> None:
     from rich.console import Console
 
-    from dsatrace.report.study_sweep_tables import mixed_grid
-    from dsatrace.report.study_tables import rich_table
+    from dsatrace.report.study_tables import mixed_grid
 
     console = Console(width=120)
-    console.print(rich_table(mixed_grid(cells)), "")
+    console.print(mixed_grid(cells), "")
     for line in (
         f"{trace.name}: {trace.origin}",
         f"profile of the workloads: {how}",

@@ -27,7 +27,7 @@ from dsatrace.workloads.mixed import WORKLOADS
 from dsatrace.workloads.rows import BadRows
 
 if TYPE_CHECKING:
-    from dsatrace.report.study_tables import Grid
+    from dsatrace.report.grid import Grid
 
 NOT_FOR_TRACES = ("arrival_rate", "turn_delay", "seed", "match_requests", "fixed_arrivals")
 ALL = "all"
@@ -153,14 +153,12 @@ def show(grids: Iterable[Grid], as_markdown: bool) -> None:
     """Prints tables, for a terminal or as markdown."""
     from rich.console import Console
 
-    from dsatrace.report.study_tables import markdown, rich_table
-
     console = Console(width=CONSOLE_WIDTH)
     for grid in grids:
         if as_markdown:
-            print(markdown(grid))
+            print(grid.markdown())
         else:
-            console.print(rich_table(grid))
+            console.print(grid)
 
 
 def say_what_was_read(client: Client) -> None:

@@ -130,7 +130,7 @@ def _write(folder: OutputFolder, cells: Sequence[Cell], record: dict[str, Any], 
     folder.write_csv("sweep.csv", list(rows[0]), (list(row.values()) for row in rows))
     if no_pictures:
         return
-    from dsatrace.report.study_sweep_figures import draw_capacities
+    from dsatrace.report.study_figures import draw_capacities
 
     labels = file_labels(list(dict.fromkeys(cell.workload for cell in cells)))
     for workload, label in labels.items():
@@ -143,12 +143,11 @@ def _print(
 ) -> None:
     from rich.console import Console
 
-    from dsatrace.report.study_sweep_tables import sweep_grids
-    from dsatrace.report.study_tables import rich_table
+    from dsatrace.report.study_tables import sweep_grids
 
     console = Console(width=120)
     for grid in sweep_grids(cells):
-        console.print(rich_table(grid), "")
+        console.print(grid, "")
     for trace in traces:
         console.print(f"{trace.name}: {trace.origin}", markup=False, highlight=False)
     console.print(
