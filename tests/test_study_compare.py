@@ -16,7 +16,7 @@ from dsatrace.report.study_tables import compare_grids, run_grids, shown
 from dsatrace.study.compare import Difference, compare
 from dsatrace.study.measure import measure
 from dsatrace.study.metrics import UNITS
-from dsatrace.study.prepare import ClientOptions
+from dsatrace.study.prepare import ClientSettings
 from dsatrace.study.results import settings_record, statistics
 from dsatrace.study.run import StudySettings, run_study
 from dsatrace.study.sources import Client, Source
@@ -65,7 +65,7 @@ def test_different_caches_are_not_compared() -> None:
 
 def test_both_traces_are_of_the_same_conversations() -> None:
     """Of the embedded sample: those of two turns or more; single-turn has each one's first prompt."""
-    client = Client(Source(), ClientOptions(min_turns=2), open_vocabulary(None))
+    client = Client(Source(), ClientSettings(min_turns=2), open_vocabulary(None))
     single, multi = client.requests("single_turn"), client.requests("multi_turn")
     turns = Counter(multi.conversation_ids[i] for i in multi.conversation)
     assert Counter(single.conversation_ids[i] for i in single.conversation) == dict.fromkeys(turns, 1)

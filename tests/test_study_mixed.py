@@ -20,13 +20,13 @@ from dsatrace.study.mixed import (
     read_profile,
     warm_up,
 )
-from dsatrace.study.sweep import SweepOptions, sweep
+from dsatrace.study.sweep import SweepSettings, sweep
 from dsatrace.study.sweep_cells import OPT, OVERALL, POOL, Cell
-from dsatrace.study.sweep_inputs import SeededOptions, Trace, mixed_trace
+from dsatrace.study.sweep_inputs import SeededSettings, Trace, mixed_trace
 from dsatrace.study.tokenization import open_vocabulary
 from dsatrace.workloads.mixed import WORKLOADS
 
-OPTIONS = SeededOptions(num_requests=80)
+OPTIONS = SeededSettings(num_requests=80)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def trace() -> Trace:
 def cells(trace: Trace) -> list[Cell]:
     rest, profile = warm_up(trace, 16, 0.2)
     runs = mixed_runs(default_policies(True), profile, priorities={"qa": 2.0, "chat_multi": 1.0}, seed=3)
-    return sweep({(OVERALL, 16): rest.at(16)}, SweepOptions((128,), runs))
+    return sweep({(OVERALL, 16): rest.at(16)}, SweepSettings((128,), runs))
 
 
 def test_the_workloads_of_a_mix_add_up_under_every_policy(cells):
@@ -188,7 +188,7 @@ def test_the_command_writes_table_picture_and_profile(tmp_path, capsys):
         (["--warm-up", "2"], "share of the requests lies between 0 and 1, not 2.0"),
         (["--profile", "none.json"], "none.json: cannot read the profile"),
         (["--trace-file", "none.jsonl"], "none.jsonl"),
-        (["--block-size", "-1"], "block_size must be at least 1, not -1"),
+        (["--block-size", "-1"], "a block holds at least 1 token, not -1"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(flags, message, tmp_path, capsys):

@@ -47,7 +47,8 @@ def test_another_runner_takes_the_same_requests() -> None:
 @pytest.mark.parametrize("name", ["block_size", "num_blocks", "concurrency", "chunk_tokens", "host_blocks"])
 @pytest.mark.parametrize("value", [0, -3, 2**31])
 def test_a_bad_setting_is_named(name: str, value: int) -> None:
-    with pytest.raises(UserError, match=rf"{name} must lie between 1 and \d+, not {value}"):
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(UserError, match=rf"{flag} must lie between 1 and \d+, not {value}"):
         StudySettings(**{name: value})
 
 

@@ -244,7 +244,7 @@ def block_trace(requests: StudyRequests, block_size: int) -> BlockTrace:
     size below 1, and for block ids that do not name their prefix.
     """
     if block_size < 1:
-        raise UserError(f"block_size must be at least 1, not {block_size}")
+        raise UserError(f"a block holds at least 1 token, not {block_size}")
     if requests.tokens_per_id == block_size != 1:
         try:
             return BlockTrace.from_block_ids(

@@ -1,8 +1,8 @@
-"""One trace through one cache: the replay that every number of the study is read off.
+"""One trace through one cache: the replay from which every number of the study is read.
 
-Who replays is a parameter: `run_study(requests, settings, runner=...)` takes any function
-from the requests, their blocks and a `ReplayConfig` to a `ReplayResult`; the offline replay
-is the default. Knows no file and prints nothing.
+`run_study(requests, settings, runner=...)` takes any function from the requests, their blocks
+and a `ReplayConfig` to a `ReplayResult`; the default is the offline replay. Knows no file and
+prints nothing.
 
     replayed = run_study(requests, StudySettings(num_blocks=1024))
     measure(replayed)["hit_rate_first_prefill"]         # measure.py
@@ -25,19 +25,17 @@ from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, Schedule, 
 from dsatrace.study.requests import StudyRequests, block_trace
 
 Runner = Callable[[StudyRequests, BlockTrace, ReplayConfig], ReplayResult]
-"""Replays requests; events must be recorded where the config asks for them."""
-
-
+"""Replays requests; it must record events if the config asks for them."""
 LARGEST = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class StudySettings:
-    """The cache and how requests meet it.
+    """The cache, and how requests are scheduled on it.
 
-    `num_blocks` are usable blocks (vLLM's number less its null block); None never evicts.
-    `chunk_tokens` is the prefill chunk of the `continuous` schedule and of the metric that
-    recounts chunks. Without `decode`, requests end with their prompt and answers are not
+    `num_blocks` are usable blocks (vLLM's number less its null block); with None nothing is
+    evicted. `chunk_tokens` is the prefill chunk, of the `continuous` schedule and of the metric
+    that recounts chunks. Without `decode`, requests end with their prompt and answers are not
     cached. `host_blocks` is the size of a host pool for evicted blocks.
     """
 
@@ -55,10 +53,10 @@ class StudySettings:
         for name in ("block_size", "num_blocks", "concurrency", "chunk_tokens", "host_blocks"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= LARGEST:
-                raise UserError(f"{name} must lie between 1 and {LARGEST}, not {value}")
+                raise UserError(f"--{name.replace('_', '-')} must lie between 1 and {LARGEST}, not {value}")
 
     def config(self, num_blocks_at_most: int = LARGEST) -> ReplayConfig:
-        """`num_blocks_at_most` of the trace: more would lie idle and take memory."""
+        """Blocks beyond `num_blocks_at_most`, the most that the trace can use, are not allocated."""
         return ReplayConfig(
             num_blocks=None if self.num_blocks is None else min(self.num_blocks, max(1, num_blocks_at_most)),
             concurrency=self.concurrency,
@@ -73,7 +71,7 @@ class StudySettings:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Replayed:
-    """R requests, their blocks, and what became of them in the cache and in one that never evicts."""
+    """R requests, their blocks, and the results of the cache and of one that never evicts."""
 
     requests: StudyRequests
     trace: BlockTrace
@@ -84,7 +82,7 @@ class Replayed:
 
     @functools.cached_property
     def accesses(self) -> np.ndarray:
-        """Events that are no evictions, in order."""
+        """Events other than evictions, in order."""
         assert self.result.events is not None, "a study records events"
         return self.result.events[self.result.events["kind"] != EVICT]
 
@@ -106,7 +104,7 @@ def offline_replay(_requests: StudyRequests, trace: BlockTrace, config: ReplayCo
 
 
 def run_study(requests: StudyRequests, settings: StudySettings, runner: Runner = offline_replay) -> Replayed:
-    """Replays the requests in their order; the cache without a limit is always replayed offline."""
+    """Replays the requests in order. The cache without a limit is always replayed offline."""
     if not len(requests):
         raise UserError("the trace holds no request; check what its filters left")
     trace = block_trace(requests, settings.block_size)

@@ -4,7 +4,7 @@ Conversations become two traces (`prepare`), whose rows hold text and can be wri
 file is taken as it is, filtered. Knows no cache and writes nothing.
 
     source = Source(data_path=Path("chats.json"))
-    client = Client(source, ClientOptions(min_turns=2), open_vocabulary(None))
+    client = Client(source, ClientSettings(min_turns=2), open_vocabulary(None))
     client.prepared().multi               # rows of text
     client.requests("multi_turn")         # the same as StudyRequests
 """
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.study.prepare import ClientOptions, PreparedTraces, limit_requests, prepare_traces
+from dsatrace.study.prepare import ClientSettings, PreparedTraces, limit_requests, prepare_traces
 from dsatrace.study.request_files import read_requests
 from dsatrace.study.requests import UNKNOWN, StudyRequests, conversation_groups
 from dsatrace.study.tokenization import NamedVocabulary, Progress, tokenize_rows
@@ -52,7 +52,8 @@ class Source:
     workload: str | None = None  # a seeded generator's name
 
     def __post_init__(self) -> None:
-        given = [name for name in ("data_path", "trace_file", "workload") if getattr(self, name) is not None]
+        flags = {"--data-path": self.data_path, "--trace-file": self.trace_file, "--workload": self.workload}
+        given = [flag for flag, value in flags.items() if value is not None]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} exclude each other; give one source")
         if self.workload is not None and self.workload not in WORKLOADS:
@@ -75,7 +76,7 @@ class Client:
     def __init__(
         self,
         source: Source,
-        options: ClientOptions,
+        options: ClientSettings,
         vocabulary: NamedVocabulary,
         bad_rows: BadRows | None = None,
         progress: Progress | None = None,
@@ -175,7 +176,7 @@ def _labelled(rows: list[TraceRow], workload: str) -> list[TraceRow]:
     return [dataclasses.replace(row, workload=workload) for row in rows]
 
 
-def _synthetic(workload: str, options: ClientOptions) -> list[Conversation]:
+def _synthetic(workload: str, options: ClientSettings) -> list[Conversation]:
     count = options.max_conversations
     if count is None:
         raise UserError(f"workload {workload} has no end; say how many with --max-conversations")

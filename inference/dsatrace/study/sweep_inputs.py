@@ -1,7 +1,7 @@
 """What a sweep is run on: seeded workloads, conversations, a trace file, or recorded block accesses.
 
     words = open_vocabulary(None)
-    traces = seeded_traces(("qa", "chat_multi"), SeededOptions(num_requests=500), words)
+    traces = seeded_traces(("qa", "chat_multi"), SeededSettings(num_requests=500), words)
     traces = split_by_workload(read_trace("outputs/study_run", words))
     traces[0].at(block_size=16, concurrency=1)           # a CacheInput
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
 from dsatrace.study.accesses import ACCESSES_FILE, Accesses, read_accesses
-from dsatrace.study.prepare import limit_requests
+from dsatrace.study.prepare import check_arrivals, limit_requests
 from dsatrace.study.request_files import read_requests
 from dsatrace.study.requests import Order, StudyRequests, block_trace
 from dsatrace.study.sweep_streams import CacheInput, take_rows
@@ -31,7 +31,7 @@ from dsatrace.workloads.request_generator import (
     DEFAULT_TURN_DELAY_S,
     num_turns,
 )
-from dsatrace.workloads.rows import BadRows, check_limit
+from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.sharegpt import Conversation
 from dsatrace.workloads.trace_rows import TraceRow
 
@@ -40,7 +40,7 @@ CHATS = (CHAT_SINGLE, CHAT_MULTI)
 
 
 @dataclasses.dataclass(frozen=True)
-class SeededOptions:
+class SeededSettings:
     """`num_requests` of each workload, of `chat_multi` so many conversations; real ones are all taken."""
 
     num_requests: int = 1000
@@ -50,7 +50,8 @@ class SeededOptions:
 
     def __post_init__(self) -> None:
         if self.num_requests < 1:
-            raise UserError(f"a workload has at least 1 request, not {self.num_requests}")
+            raise UserError(f"--num-requests must be at least 1, not {self.num_requests}")
+        check_arrivals(self.arrival_rate, self.turn_delay)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,7 +121,7 @@ def split_by_workload(trace: Trace) -> list[Trace]:
 
 def seeded_traces(
     names: Sequence[str],
-    options: SeededOptions,
+    settings: SeededSettings,
     vocabulary: NamedVocabulary,
     conversations: Sequence[Conversation] | None = None,
     origin: str = SYNTHETIC,
@@ -130,7 +131,7 @@ def seeded_traces(
     traces = []
     for name in names:
         real = conversations if name in CHATS else None
-        rows = _rows(name, options, vocabulary, real)
+        rows = _rows(name, settings, vocabulary, real)
         traces.append(Trace(name, origin if real else SYNTHETIC, tokenize_rows(rows, vocabulary.vocabulary)))
         if on_done:
             on_done()
@@ -139,7 +140,7 @@ def seeded_traces(
 
 def mixed_trace(
     names: Sequence[str],
-    options: SeededOptions,
+    settings: SeededSettings,
     vocabulary: NamedVocabulary,
     conversations: Sequence[Conversation] | None = None,
     origin: str = SYNTHETIC,
@@ -153,7 +154,7 @@ def mixed_trace(
     if len(set(names)) < 2 or len(set(names)) != len(names):
         raise UserError(f"a mix needs two different workloads or more, each once: {', '.join(names)}")
     both = conversations is not None and set(CHATS) <= set(names)
-    shared = dataclasses.replace(options, arrival_rate=options.arrival_rate / len(names))
+    shared = dataclasses.replace(settings, arrival_rate=settings.arrival_rate / len(names))
     rows = []
     for name in names:
         real = conversations if name in CHATS else None
@@ -166,7 +167,7 @@ def mixed_trace(
 
 
 def _rows(
-    name: str, options: SeededOptions, vocabulary: NamedVocabulary, real: Sequence[Conversation] | None
+    name: str, settings: SeededSettings, vocabulary: NamedVocabulary, real: Sequence[Conversation] | None
 ) -> list[TraceRow]:
     if name not in WORKLOADS:
         raise UserError(f"unknown workload {name!r}; use one of {', '.join(WORKLOADS)}")
@@ -175,18 +176,16 @@ def _rows(
             name,
             vocabulary.formatter,
             real,
-            num_requests=options.num_requests,
-            arrival_rate=options.arrival_rate,
-            turn_delay=options.turn_delay,
-            seed=options.seed,
+            num_requests=settings.num_requests,
+            arrival_rate=settings.arrival_rate,
+            turn_delay=settings.turn_delay,
+            seed=settings.seed,
         )
     )
 
 
 def first_conversations(loader: Iterable[Conversation], min_turns: int, origin: str) -> list[Conversation]:
     """Those with at least `min_turns` human turns; raises a `UserError` if none is left."""
-    if min_turns < 1:
-        raise UserError(f"min_turns must be at least 1, not {min_turns}")
     kept = [conversation for conversation in loader if num_turns(conversation) >= min_turns]
     if not kept:
         raise UserError(f"{origin}: no conversation has {min_turns} human turns; lower --min-turns")
@@ -206,6 +205,5 @@ def limited(
                 f"{trace.origin}: recorded accesses are replayed as they are; filter and order in `study run`"
             )
         return trace, {}
-    check_limit("max_tokens", max_tokens)
     kept, counts = limit_requests(trace.content, max_tokens, min_turns)
     return dataclasses.replace(trace, content=kept.ordered(order)), counts
