@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.study.hash_ids import hash_id_rows
-from dsatrace.study.read_requests import ORPHANS, read_requests, requests_from_hash_ids
-from dsatrace.study.requests_builder import RequestsBuilder
+from dsatrace.study.request_files import ORPHANS, hash_id_rows, read_requests, requests_from_hash_ids
+from dsatrace.study.requests import RequestsBuilder
 from dsatrace.workloads.id_logs import (
     BAILIAN,
     MOONCAKE,

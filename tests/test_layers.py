@@ -47,7 +47,7 @@ RULES: dict[str, Rule] = {
     "engine": Rule(BASE | {"kv", "trace", "workloads"}, {"numpy"}),
     "runner": Rule(BASE | {"engine", "model", "kv", "trace"}, {"numpy", "torch"}),
     "study": Rule(BASE | {"kv", "trace", "workloads", "engine"}, {"numpy", "numba", "orjson"}),
-    "report": Rule({"schema", "errors", "trace", "study"}, {"numpy", "rich"}, {"matplotlib"}),
+    "report": Rule(BASE | {"trace", "study"}, {"numpy", "rich"}, {"matplotlib"}),
 }
 EXCEPTIONS = {
     ("dsatrace.trace.observe", "torch"): "the tensor side of the tracer",

@@ -14,10 +14,11 @@ from conftest import INFERENCE
 from dsatrace import cli
 from dsatrace.commands.generate import main as generate
 from dsatrace.report.figure import draw_tiers
-from dsatrace.report.places import places
+from dsatrace.report.tables import sink_shares
 from dsatrace.report.tier_tables import tier_tables
 from dsatrace.report.workload_tables import workload_tables
 from dsatrace.trace.reader import RunReader
+from dsatrace.units import size_text
 from helpers.golden_run import SERVING, write_golden
 from helpers.tier_samples import SETUPS
 from test_trace_requests import serve_without_steps
@@ -57,7 +58,7 @@ def test_tables_say_what_the_summary_says(run, capsys):
     assert "weights are random" in out
     hottest = summary["prefix_hot_blocks"]["r1"][0]
     assert f"{hottest['block_id']} ({hottest['touches']}x)" in out
-    assert f"{summary['bytes_read']['indexer_scan'] / 1e6:,.2f}" in out
+    assert size_text(summary["bytes_read"]["indexer_scan"]) in out
     assert not (run / "report.png").exists()
 
 
@@ -169,10 +170,10 @@ def test_sinks_and_the_recent_window_are_counted_by_layer(tmp_path):
         def steps(self, fields):
             return iter(records)
 
-    first, second = places(Run())
-    assert (first.layer_id, first.num_records, first.sinks, first.recent) == (0, 1, 0, 1)
-    assert (second.sinks, second.recent) == (2 / 6, 2 / 6)
-    assert (second.uniform_sinks, second.uniform_recent, second.recency_recent) == (16 / 400, 64 / 400, 1)
+    assert sink_shares(Run()) == {
+        0: [0, 16 / 100, 1, 64 / 100, 1],
+        1: [2 / 6, 16 / 400, 2 / 6, 64 / 400, 1],
+    }
 
 
 @pytest.mark.parametrize("name", SETUPS)

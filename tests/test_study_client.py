@@ -17,7 +17,7 @@ from dsatrace.study.prepare import (
     SHORT,
     TOO_FEW_TURNS,
     TOO_LONG,
-    ClientOptions,
+    ClientSettings,
     limit_requests,
     prepare_traces,
 )
@@ -256,7 +256,7 @@ def test_a_study_has_the_same_conversations_in_both_traces_and_counts_what_it_dr
         chat("y", "q", "a", "r"),
         chat("z", "q", "a", "r"),
     ]
-    options = ClientOptions(max_conversations=4, max_tokens=100, min_turns=2)
+    options = ClientSettings(max_conversations=4, max_tokens=100, min_turns=2)
     prepared = prepare_traces(chats, options, BYTES)
     assert [row.conversation_id for row in prepared.single] == ["x", "y"]
     assert sorted({row.conversation_id for row in prepared.multi}) == ["x", "y"]
@@ -265,7 +265,7 @@ def test_a_study_has_the_same_conversations_in_both_traces_and_counts_what_it_dr
 
 def test_matched_requests_come_from_the_conversations_that_follow() -> None:
     chats = [chat("a", *"qaqaq"), chat("b", "q"), chat("c", *"qaq"), chat("d", *"qaq")]
-    options = ClientOptions(max_conversations=1, min_turns=2, match_requests=True)
+    options = ClientSettings(max_conversations=1, min_turns=2, match_requests=True)
     prepared = prepare_traces(iter(chats), options, BYTES)
     assert [row.conversation_id for row in prepared.single] == ["a", "c", "d"]
     assert len(prepared.multi) == 3 and prepared.counts[SHORT] == 0
@@ -277,18 +277,18 @@ def test_filters_that_leave_nothing_say_so() -> None:
     with pytest.raises(
         UserError, match=r"no conversation is left.*1 conversations dropped: fewer than min_turns"
     ):
-        prepare_traces([chat("a", "q")], ClientOptions(min_turns=2), BYTES)
-    with pytest.raises(UserError, match="max_tokens must be at least 1"):
-        ClientOptions(max_tokens=0)
+        prepare_traces([chat("a", "q")], ClientSettings(min_turns=2), BYTES)
+    with pytest.raises(UserError, match="--max-tokens must be at least 1"):
+        ClientSettings(max_tokens=0)
 
 
 @given(st.lists(conversations, min_size=1, max_size=5), st.integers(1, 300), st.integers(1, 3))
 def test_both_filters_agree(chats: list[Conversation], max_tokens: int, min_turns: int) -> None:
     """On conversations before they arrive, and on the requests of a trace."""
-    everything = prepare_traces(chats, ClientOptions(), BYTES)
+    everything = prepare_traces(chats, ClientSettings(), BYTES)
     requests = tokenize_rows(everything.multi, BYTES)
     try:
-        prepared = prepare_traces(chats, ClientOptions(max_tokens=max_tokens, min_turns=min_turns), BYTES)
+        prepared = prepare_traces(chats, ClientSettings(max_tokens=max_tokens, min_turns=min_turns), BYTES)
     except UserError:
         with pytest.raises(UserError, match="no request is left"):
             limit_requests(requests, max_tokens, min_turns)
@@ -312,7 +312,7 @@ def test_progress_is_told_and_an_empty_trace_refused() -> None:
 
 def test_real_conversations_become_traces() -> None:
     loader = ShareGPTLoader(real_file("sharegpt/ShareGPT_V3_tiny40.json"))
-    prepared = prepare_traces(loader, ClientOptions(min_turns=2), BYTES)
+    prepared = prepare_traces(loader, ClientSettings(min_turns=2), BYTES)
     requests = tokenize_rows(prepared.multi, BYTES)
     assert prepared.counts[CONVERSATIONS] == len(prepared.single) > 10
     for i, row in enumerate(prepared.multi):

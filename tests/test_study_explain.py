@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from dsatrace.study.explain import Definition, explain
 from dsatrace.study.measure import measure
-from dsatrace.study.requests import StudyRequests
-from dsatrace.study.requests_builder import RequestsBuilder
+from dsatrace.study.requests import RequestsBuilder, StudyRequests
 from dsatrace.study.run import StudySettings, run_study
 from helpers.study_samples import ROWS, requests_of, three_turns
 

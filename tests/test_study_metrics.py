@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from conftest import INFERENCE
 from dsatrace.kv.blocks import EVICT, HIT, MISS
-from dsatrace.study.host_tier import host_hit_blocks
 from dsatrace.study.measure import (
     block_counts,
     measure,
@@ -28,7 +27,7 @@ from dsatrace.study.measure import (
 )
 from dsatrace.study.metrics import METRICS, UNITS, check_values, markdown_table
 from dsatrace.study.results import BLOCK_COLUMNS, block_rows
-from dsatrace.study.run import StudySettings, run_study
+from dsatrace.study.run import StudySettings, host_hit_blocks, run_study
 from helpers.study_samples import ROWS, requests_of, three_turns
 
 SETTINGS = st.builds(

@@ -20,24 +20,25 @@ from dsatrace.study.mixed import (
     read_profile,
     warm_up,
 )
-from dsatrace.study.sweep import SweepOptions, sweep
+from dsatrace.study.sweep import SweepSettings, sweep
 from dsatrace.study.sweep_cells import OPT, OVERALL, POOL, Cell
-from dsatrace.study.sweep_inputs import SeededOptions, Trace, mixed_trace, vocabulary_or_words
+from dsatrace.study.sweep_inputs import SeededSettings, Trace, mixed_trace
+from dsatrace.study.tokenization import open_vocabulary
 from dsatrace.workloads.synthetic import WORKLOADS
 
-OPTIONS = SeededOptions(num_requests=80)
+OPTIONS = SeededSettings(num_requests=80)
 
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
-    return mixed_trace(WORKLOADS, OPTIONS, vocabulary_or_words(None))
+    return mixed_trace(WORKLOADS, OPTIONS, open_vocabulary(None))
 
 
 @pytest.fixture(scope="module")
 def cells(trace: Trace) -> list[Cell]:
     rest, profile = warm_up(trace, 16, 0.2)
     runs = mixed_runs(default_policies(True), profile, priorities={"qa": 2.0, "chat_multi": 1.0}, seed=3)
-    return sweep({(OVERALL, 16): rest.at(16)}, SweepOptions((128,), runs))
+    return sweep({(OVERALL, 16): rest.at(16)}, SweepSettings((128,), runs))
 
 
 def test_the_workloads_of_a_mix_add_up_under_every_policy(cells):
@@ -90,7 +91,7 @@ def test_what_comes_later_changes_nothing_before(trace):
 
 def test_a_pattern_sets_the_order(trace):
     pattern = ("qa", "chat_multi", "qa", "summarization", "chat_single")
-    rounds = mixed_trace(WORKLOADS, OPTIONS, vocabulary_or_words(None), pattern=pattern)
+    rounds = mixed_trace(WORKLOADS, OPTIONS, open_vocabulary(None), pattern=pattern)
     assert rounds.labels[:10] == pattern * 2
     assert sorted(rounds.labels) == sorted(trace.labels)
 
@@ -101,7 +102,7 @@ def test_both_chats_of_a_mix_get_conversations_of_their_own():
 
     turns = (Message("user", "question " * 40), Message("assistant", "answer " * 40))
     real = [Conversation(f"c{i}", i, (Message("user", f"{i} " * 40), *turns[1:], *turns)) for i in range(6)]
-    mixed = mixed_trace(("chat_single", "chat_multi"), OPTIONS, vocabulary_or_words(None), real, "chats.json")
+    mixed = mixed_trace(("chat_single", "chat_multi"), OPTIONS, open_vocabulary(None), real, "chats.json")
     assert mixed.labels.count("chat_single") == 3
     assert mixed.labels.count("chat_multi") == 6
     assert "chats.json" in mixed.origin
@@ -187,7 +188,7 @@ def test_the_command_writes_table_picture_and_profile(tmp_path, capsys):
         (["--warm-up", "2"], "share of the requests lies between 0 and 1, not 2.0"),
         (["--profile", "none.json"], "none.json: cannot read the profile"),
         (["--trace-file", "none.jsonl"], "none.jsonl"),
-        (["--block-size", "-1"], "block_size must be at least 1, not -1"),
+        (["--block-size", "-1"], "a block holds at least 1 token, not -1"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(flags, message, tmp_path, capsys):

@@ -11,9 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.study.block_traces import block_trace
-from dsatrace.study.requests import StudyRequests
-from dsatrace.study.requests_builder import RequestsBuilder
+from dsatrace.study.requests import RequestsBuilder, StudyRequests, block_trace
 from dsatrace.workloads.chat_format import ChatTemplateFormatter
 from dsatrace.workloads.request_generator import num_turns
 from dsatrace.workloads.synthetic import (
@@ -225,7 +223,7 @@ def test_blocks_of_a_trace_without_tokens_are_its_ids_or_parts_of_them() -> None
 
 
 def test_blocks_that_cannot_be_made_are_refused() -> None:
-    with pytest.raises(UserError, match="block_size must be at least 1, not 0"):
+    with pytest.raises(UserError, match="a block holds at least 1 token, not 0"):
         block_trace(build([([1], "")]), 0)
     builder = RequestsBuilder(tokens_per_id=16)
     builder.add(0.0, [1, 3], num_prompt_tokens=32)

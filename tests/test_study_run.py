@@ -21,9 +21,8 @@ from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult
 from dsatrace.study.accesses import ACCESSES_FILE, REQUESTS_FILE, Accesses, read_accesses, write_accesses
-from dsatrace.study.block_traces import block_trace
 from dsatrace.study.output_folder import check_output, file_labels, open_study
-from dsatrace.study.requests import StudyRequests
+from dsatrace.study.requests import StudyRequests, block_trace
 from dsatrace.study.results import REQUEST_COLUMNS, statistics, write_results
 from dsatrace.study.run import StudySettings, offline_replay, run_study
 from helpers.study_samples import ROWS, requests_of, three_turns
@@ -48,7 +47,8 @@ def test_another_runner_takes_the_same_requests() -> None:
 @pytest.mark.parametrize("name", ["block_size", "num_blocks", "concurrency", "chunk_tokens", "host_blocks"])
 @pytest.mark.parametrize("value", [0, -3, 2**31])
 def test_a_bad_setting_is_named(name: str, value: int) -> None:
-    with pytest.raises(UserError, match=rf"{name} must lie between 1 and \d+, not {value}"):
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(UserError, match=rf"{flag} must lie between 1 and \d+, not {value}"):
         StudySettings(**{name: value})
 
 

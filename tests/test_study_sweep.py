@@ -18,32 +18,29 @@ from dsatrace.kv.policies.registry import POLICIES
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.simulation.replay import ReplayConfig, replay
 from dsatrace.study.accesses import Accesses, write_accesses
-from dsatrace.study.block_traces import block_trace
-from dsatrace.study.requests import StudyRequests
-from dsatrace.study.requests_builder import RequestsBuilder
+from dsatrace.study.requests import RequestsBuilder, StudyRequests, block_trace
 from dsatrace.study.sweep import (
     BY_WORKLOAD,
-    SweepOptions,
+    SweepSettings,
     policy_runs,
     single_workload_policies,
     sweep,
 )
 from dsatrace.study.sweep_cells import OPT, OVERALL, POOL, PolicyRun, lru_cells, pool_cells, simulated_cells
 from dsatrace.study.sweep_inputs import (
-    SeededOptions,
+    SeededSettings,
     Trace,
     limited,
     read_trace,
     seeded_traces,
     split_by_workload,
-    vocabulary_or_words,
 )
 from dsatrace.study.sweep_streams import CacheInput, take_rows
-from dsatrace.study.words import WordVocabulary
+from dsatrace.study.tokenization import WordVocabulary, open_vocabulary
 from dsatrace.workloads.tokenizer import BOS
 
 BLOCK = 4
-SMALL = SeededOptions(num_requests=40)
+SMALL = SeededSettings(num_requests=40)
 
 
 def chats(num_requests: int, seed: int, *, partial: bool = False) -> StudyRequests:
@@ -138,7 +135,7 @@ def test_no_policy_in_either_form_beats_opt(concurrency):
     inputs = {
         (OVERALL, size): CacheInput.of(accesses_of(chats(150, 9), size), size, concurrency) for size in (2, 4)
     }
-    options = SweepOptions((8, 16, 40), policy_runs(single_workload_policies(), ("leaf", "flat")))
+    options = SweepSettings((8, 16, 40), policy_runs(single_workload_policies(), ("leaf", "flat")))
     cells = [cell for cell in sweep(inputs, options) if cell.workload == OVERALL]
     bound = {(cell.block_size, cell.capacity_blocks): cell for cell in cells if cell.policy == OPT}
     assert len({cell.policy for cell in cells}) > 18
@@ -152,7 +149,7 @@ def test_no_policy_in_either_form_beats_opt(concurrency):
 
 def test_a_policy_above_the_bound_is_our_mistake(monkeypatch):
     given_ = one_workload(CacheInput.of(accesses_of(chats(80, 5)), BLOCK))
-    options = SweepOptions((20,), policy_runs(["lru"]))
+    options = SweepSettings((20,), policy_runs(["lru"]))
     monkeypatch.setattr(
         "dsatrace.study.sweep.simulated_cells",
         lambda trace, given, run, capacity, oversize: simulated_cells(
@@ -166,7 +163,7 @@ def test_a_policy_above_the_bound_is_our_mistake(monkeypatch):
 
 def test_several_workloads_must_be_the_only_trace():
     given_ = CacheInput.of(accesses_of(chats(30, 5)), BLOCK)
-    options = SweepOptions((20,), policy_runs(["lru"]))
+    options = SweepSettings((20,), policy_runs(["lru"]))
     with pytest.raises(UserError, match="t has several workloads"):
         sweep({("t", BLOCK): given_}, options)
     stream = dataclasses.replace(given_.stream, workload_names=("a", OVERALL, "c"))
@@ -187,10 +184,10 @@ def test_a_trace_that_contradicts_itself_is_named():
 
 
 def test_any_number_of_workers_gives_the_same_cells():
-    words = vocabulary_or_words(None)
+    words = open_vocabulary(None)
     traces = seeded_traces(("qa", "chat_multi"), SMALL, words)
     inputs = {(trace.name, size): trace.at(size) for trace in traces for size in (16, 32)}
-    options = SweepOptions((32, 64), policy_runs(["fifo", "random", "lru"], ("flat", "leaf")))
+    options = SweepSettings((32, 64), policy_runs(["fifo", "random", "lru"], ("flat", "leaf")))
     told: list[tuple[int, int]] = []
     alone = sweep(inputs, options, 1, lambda done, total: told.append((done, total)))
     assert alone == sweep(inputs, options, 2)
@@ -331,7 +328,7 @@ def test_the_command_writes_tables_pictures_and_what_they_mean(tmp_path, capsys)
     for cell in result["cells"]:
         assert cell["accesses"] == cell["hits"] + cell["misses"]
         assert cell["hit_rate"] == round(cell["hits"] / cell["accesses"], 6)
-    (trace,) = seeded_traces(["qa"], SeededOptions(num_requests=60), vocabulary_or_words(None))
+    (trace,) = seeded_traces(["qa"], SeededSettings(num_requests=60), open_vocabulary(None))
     stream = trace.at(16).stream
     (cell,) = (
         cell
@@ -356,7 +353,7 @@ def test_the_command_reads_recorded_accesses_and_conversations(tmp_path, capsys)
     result = json.loads((tmp_path / "b" / "sweep.json").read_text())
     assert [trace["requests"] for trace in result["traces"]] == [3, 6]
     assert result["sources"][0]["path"] == str(sample)
-    assert read_trace(recorded, vocabulary_or_words(None)).block_size == BLOCK
+    assert read_trace(recorded, open_vocabulary(None)).block_size == BLOCK
     capsys.readouterr()
 
 
@@ -368,12 +365,12 @@ def test_the_command_reads_recorded_accesses_and_conversations(tmp_path, capsys)
         (["--policies", "lru", "lru"], "name each policy once"),
         (["--capacities", "0"], "a cache holds at least 1 block, not 0"),
         (["--capacities", "8", "8"], "name each capacity once"),
-        (["--block-sizes", "0"], "block_size must be at least 1, not 0"),
+        (["--block-sizes", "0"], "a block holds at least 1 token, not 0"),
         (["--block-sizes", "16", "16"], "name each block size once"),
-        (["--num-requests", "0"], "a workload has at least 1 request, not 0"),
-        (["--concurrency", "0"], "concurrency must be at least 1, not 0"),
-        (["--workers", "0"], "a sweep needs at least 1 worker, not 0"),
-        (["--arrival-rate", "nan"], "arrival_rate must be a number"),
+        (["--num-requests", "0"], "--num-requests must be at least 1, not 0"),
+        (["--concurrency", "0"], "--concurrency must be at least 1, not 0"),
+        (["--workers", "0"], "--workers must be at least 1, not 0"),
+        (["--arrival-rate", "nan"], "--arrival-rate must be"),
         (["--trace-file", "none.jsonl"], "none.jsonl"),
         (["--trace-file", "none.jsonl", "--data-path", "x"], "--trace-file is a source by itself"),
         (["--max-tokens", "1"], "no request is left"),

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.study.read_requests import read_requests
+from dsatrace.study.request_files import read_requests
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.trace_rows import TraceRow, read_trace_rows, write_trace_rows
 from helpers.byte_tokenizer import byte_tokenizer

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from dsatrace.study.requests import StudyRequests
-from dsatrace.study.requests_builder import RequestsBuilder
+from dsatrace.study.requests import RequestsBuilder, StudyRequests
 
 THREE_TURNS = (
     (0.0, range(1, 7), range(7, 10)),  # 6 tokens asked, 3 answered

@@ -8,7 +8,7 @@ more from a policy that neglects the others. Knows no file.
 
     rest, profile = warm_up(trace, block_size=16, share=0.2)
     runs = mixed_runs(["lru", "fifo", "wa-lru"], profile)
-    cells = sweep({(OVERALL, 16): rest.at(16)}, SweepOptions((256,), runs))
+    cells = sweep({(OVERALL, 16): rest.at(16)}, SweepSettings((256,), runs))
 """
 
 from __future__ import annotations

@@ -1,29 +1,32 @@
-"""A trace in memory: every request's ids in two flat arrays, so that millions of tokens stay small.
+"""Requests in memory, in flat arrays, so that millions of tokens stay small; and their blocks.
 
-A request's ids are its tokens, or the blocks of a trace that has no tokens (`tokens_per_id`
-above 1: each id then stands for that many tokens together with everything before them, and
-the last one perhaps for fewer). Knows no file, tokenizer or cache.
+A request's ids are its tokens, or the blocks of a file that has no tokens (`tokens_per_id`
+above 1: each id then stands for that many tokens together with everything before them; the
+last id of a prompt may stand for fewer). Knows no file, tokenizer or cache.
 
-    requests = builder.build()    # a RequestsBuilder, which the readers fill
-    requests.prompt(3)            # int32 ids of request 3
-    for request in requests:
-        request.arrival_s, request.prompt_ids, request.num_response_tokens
+    builder = RequestsBuilder()
+    builder.add(0.5, prompt_ids=[5, 6, 7], response_ids=[8], conversation=("c0",), turn=0)
+    requests = builder.build()
+    requests.prompt(0)                          # int32 ids of request 0
+    block_trace(requests, block_size=16).keys_of(0)
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Literal, get_args
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
-from dsatrace.kv.simulation.block_trace import offsets_of
+from dsatrace.kv.simulation.block_trace import BlockTrace, offsets_of
 
 Order = Literal["arrival", "conversation"]
 UNKNOWN = -1
+MAX_ID = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,6 +155,117 @@ class StudyRequests:
         )
 
 
+class RequestsBuilder:
+    """Collects requests one by one, in the order of their arrivals; 4 bytes an id (8 for block ids)."""
+
+    def __init__(self, tokens_per_id: int = 1) -> None:
+        self._tokens_per_id = tokens_per_id
+        self._arrival_s = array("d")
+        self._columns = {
+            name: array("i")
+            for name in (
+                "conversation", "turn", "workload", "mode", "num_prompt_tokens", "num_response_tokens"
+            )
+        }  # fmt: skip
+        self._num_prompt_ids, self._num_response_ids = array("q"), array("q")
+        self._prompt_ids, self._response_ids = array("i" if tokens_per_id == 1 else "q"), array("i")
+        self._conversations: dict[tuple[str, ...], int] = {}
+        self._workloads: dict[str, int] = {}
+        self._modes: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._arrival_s)
+
+    @property
+    def num_prompt_ids(self) -> int:
+        return len(self._prompt_ids)
+
+    def add(
+        self,
+        arrival_s: float,
+        prompt_ids: array[int] | Sequence[int],
+        response_ids: array[int] | Sequence[int] = (),
+        *,
+        num_prompt_tokens: int | None = None,
+        num_response_tokens: int | None = None,
+        conversation: tuple[str, ...] = (),
+        turn: int = UNKNOWN,
+        workload: str = "",
+        mode: str = "",
+    ) -> None:
+        """Numbers of tokens are those of the ids unless given.
+
+        `conversation` is whatever tells one from another, its name last; empty if not known.
+        Raises a `UserError` for an empty prompt or an arrival before the last one's.
+        """
+        if not len(prompt_ids):
+            raise UserError(f"request {len(self)} has an empty prompt; leave it out of the trace")
+        if self._arrival_s and arrival_s < self._arrival_s[-1]:
+            raise UserError(f"request {len(self)} arrives before the one above it; sort the trace by time")
+        number = UNKNOWN
+        if conversation:
+            number = self._conversations.setdefault(conversation, len(self._conversations))
+        self._arrival_s.append(arrival_s)
+        self._num_prompt_ids.append(len(prompt_ids))
+        self._num_response_ids.append(len(response_ids))
+        self._prompt_ids.extend(prompt_ids)
+        self._response_ids.extend(response_ids)
+        row = {
+            "conversation": number,
+            "turn": turn,
+            "workload": self._workloads.setdefault(workload, len(self._workloads)),
+            "mode": self._modes.setdefault(mode, len(self._modes)),
+            "num_prompt_tokens": len(prompt_ids) if num_prompt_tokens is None else num_prompt_tokens,
+            "num_response_tokens": len(response_ids) if num_response_tokens is None else num_response_tokens,
+        }
+        for name, value in row.items():
+            self._columns[name].append(value)
+
+    def build(self) -> StudyRequests:
+        return StudyRequests(
+            arrival_s=np.array(self._arrival_s, dtype=np.float64),
+            prompt_offsets=offsets_of(np.array(self._num_prompt_ids, dtype=np.int64)),
+            prompt_ids=_narrow(np.array(self._prompt_ids)),
+            response_offsets=offsets_of(np.array(self._num_response_ids, dtype=np.int64)),
+            response_ids=np.array(self._response_ids, dtype=np.int32),
+            conversation_ids=tuple(key[-1] for key in self._conversations),
+            workload_names=tuple(self._workloads),
+            mode_names=tuple(self._modes),
+            tokens_per_id=self._tokens_per_id,
+            **{name: np.array(column, dtype=np.int32) for name, column in self._columns.items()},
+        )
+
+
+def block_trace(requests: StudyRequests, block_size: int) -> BlockTrace:
+    """Prompts and, as far as their ids are known, responses in blocks of `block_size` tokens.
+
+    A trace of block ids keeps them at its own block size; at another one they are expanded to
+    tokens, and sharing finer than its blocks stays unseen. Raises a `UserError` for a block
+    size below 1, and for block ids that do not name their prefix.
+    """
+    if block_size < 1:
+        raise UserError(f"a block holds at least 1 token, not {block_size}")
+    if requests.tokens_per_id == block_size != 1:
+        try:
+            return BlockTrace.from_block_ids(
+                cast(Sequence[Sequence[int]], [requests.prompt(i) for i in range(len(requests))]),
+                requests.num_prompt_tokens.tolist(),
+                requests.num_response_tokens.tolist(),
+                block_size=block_size,
+                time_s=requests.arrival_s.tolist(),
+            )
+        except ValueError as error:
+            raise UserError(f"{error}; give ids that stand for a block and all before it") from error
+    tokens = requests.as_tokens()
+    trace = BlockTrace.from_tokens(
+        [tokens.prompt(i) for i in range(len(tokens))],
+        [tokens.response(i) for i in range(len(tokens))],
+        block_size=block_size,
+        time_s=tokens.arrival_s.tolist(),
+    )
+    return dataclasses.replace(trace, output_tokens=tokens.num_response_tokens.astype(np.int64))
+
+
 def conversation_groups(requests: StudyRequests) -> NDArray[np.int64]:
     """(R,) a number below R for each request: its conversation's, or its own if it has none."""
     keys = np.where(
@@ -170,3 +284,10 @@ def _take_ragged(
     taken = offsets_of(lengths)
     source = np.arange(taken[-1]) + np.repeat(offsets[rows] - taken[:-1], lengths)
     return taken, values[source]
+
+
+def _narrow(ids: NDArray[np.integer]) -> NDArray[np.int32]:
+    """The same ids, or where one needs more than 31 bits, their ranks: a cache asks only which are equal."""
+    if len(ids) and ids.max() > MAX_ID:
+        ids = np.unique(ids, return_inverse=True)[1]
+    return ids.astype(np.int32, copy=False)

@@ -4,7 +4,7 @@ Conversations become two traces (`prepare`), whose rows hold text and can be wri
 file is taken as it is, filtered. Knows no cache and writes nothing.
 
     source = Source(data_path=Path("chats.json"))
-    client = Client(source, ClientOptions(min_turns=2), open_vocabulary(None))
+    client = Client(source, ClientSettings(min_turns=2), open_vocabulary(None))
     client.prepared().multi               # rows of text
     client.requests("multi_turn")         # the same as StudyRequests
 """
@@ -21,14 +21,11 @@ from typing import Any
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.study.prepare import ClientOptions, PreparedTraces, limit_requests, prepare_traces
-from dsatrace.study.read_requests import read_requests
+from dsatrace.study.prepare import ClientSettings, PreparedTraces, limit_requests, prepare_traces
+from dsatrace.study.request_files import read_requests
 from dsatrace.study.requests import UNKNOWN, StudyRequests, conversation_groups
-from dsatrace.study.tokenization import Progress, tokenize_rows
-from dsatrace.study.words import WordVocabulary
-from dsatrace.workloads.chat_format import SPECIAL_TOKENS, ChatTemplateFormatter
+from dsatrace.study.tokenization import NamedVocabulary, Progress, tokenize_rows
 from dsatrace.workloads.digests import file_sha256
-from dsatrace.workloads.encoding import Vocabulary
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import ODDITIES, Conversation, ShareGPTLoader
@@ -40,7 +37,6 @@ from dsatrace.workloads.synthetic import (
     WORKLOADS,
     synthetic_conversations,
 )
-from dsatrace.workloads.tokenizer import load_tokenizer
 from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN, TraceRow
 
 MATCHING_FACTOR = 8  # synthetic conversations for a single-turn trace as long as the multi-turn one
@@ -55,7 +51,8 @@ class Source:
     workload: str | None = None  # a seeded generator's name
 
     def __post_init__(self) -> None:
-        given = [name for name in ("data_path", "trace_file", "workload") if getattr(self, name) is not None]
+        flags = {"--data-path": self.data_path, "--trace-file": self.trace_file, "--workload": self.workload}
+        given = [flag for flag, value in flags.items() if value is not None]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} exclude each other; give one source")
         if self.workload is not None and self.workload not in WORKLOADS:
@@ -72,43 +69,13 @@ class Source:
         return _described("embedded sample", sample_file("sharegpt"))
 
 
-@dataclasses.dataclass(frozen=True)
-class NamedVocabulary:
-    """A tokenizer, the form of its prompts, and what the manifest says of it."""
-
-    vocabulary: Vocabulary
-    formatter: ChatTemplateFormatter
-    label: dict[str, str]
-
-
-def open_vocabulary(path: Path | None) -> NamedVocabulary:
-    """A `tokenizer.json` or its folder; without one, whole words stand in for tokens.
-
-    One without DeepSeek's special tokens gets plain transcripts.
-    """
-    if path is None:
-        words = WordVocabulary()
-        label = {"name": "built-in words: a token a word or mark"}
-        return NamedVocabulary(words, ChatTemplateFormatter(words), label)
-    tokenizer = load_tokenizer(path)
-    try:
-        for name in SPECIAL_TOKENS:
-            tokenizer.special_id(name)
-        formatter, form = ChatTemplateFormatter(tokenizer), "DeepSeek's chat form"
-    except UserError:  # a vocabulary of another family, which has no chat form of its own here
-        formatter, form = ChatTemplateFormatter(), "plain transcript"
-    return NamedVocabulary(
-        tokenizer, formatter, {"name": str(path), "sha256": tokenizer.digest, "form": form}
-    )
-
-
 class Client:
     """Reads a source once and gives its traces; `counts` then says what was read and dropped."""
 
     def __init__(
         self,
         source: Source,
-        options: ClientOptions,
+        options: ClientSettings,
         vocabulary: NamedVocabulary,
         bad_rows: BadRows | None = None,
         progress: Progress | None = None,
@@ -208,7 +175,7 @@ def _labelled(rows: list[TraceRow], workload: str) -> list[TraceRow]:
     return [dataclasses.replace(row, workload=workload) for row in rows]
 
 
-def _synthetic(workload: str, options: ClientOptions) -> list[Conversation]:
+def _synthetic(workload: str, options: ClientSettings) -> list[Conversation]:
     count = options.max_conversations
     if count is None:
         raise UserError(f"workload {workload} has no end; say how many with --max-conversations")

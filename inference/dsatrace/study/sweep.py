@@ -4,7 +4,7 @@ LRU's capacities come out of one pass; every other policy is a job a capacity. O
 along: no policy may hit more, and that is checked. Knows no file.
 
     inputs = {("qa", 16): CacheInput.of(accesses, 16)}
-    cells = sweep(inputs, SweepOptions(capacities=(64, 128), runs=policy_runs(["lru", "fifo"])), workers=2)
+    cells = sweep(inputs, SweepSettings(capacities=(64, 128), runs=policy_runs(["lru", "fifo"])), workers=2)
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Inputs = Mapping[tuple[str, int], CacheInput]
 
 
 @dataclasses.dataclass(frozen=True)
-class SweepOptions:
+class SweepSettings:
     """What is run on every trace; see `sweep_cells` for what the words mean."""
 
     capacities: tuple[int, ...]  # blocks
@@ -64,6 +64,8 @@ class SweepOptions:
             raise UserError(f"name each capacity once, and at least one: {list(self.capacities)}")
         if OPT not in (run.policy for run in self.runs):
             raise UserError("a sweep always runs OPT, to check the others; take its runs from policy_runs")
+        if self.concurrency < 1:
+            raise UserError(f"--concurrency must be at least 1, not {self.concurrency}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,7 @@ def single_workload_policies() -> list[str]:
 
 def sweep(
     inputs: Inputs,
-    options: SweepOptions,
+    settings: SweepSettings,
     workers: int = 1,
     on_done: Callable[[int, int], None] | None = None,
 ) -> Cells:
@@ -114,16 +116,14 @@ def sweep(
     `workers` processes, at most one a job; 1 is this process. They are started afresh, so a
     script that calls this with more must be importable. `on_done` is told the jobs done and all.
     """
-    if workers < 1:
-        raise UserError(f"a sweep needs at least 1 worker, not {workers}")
     _check_names(inputs)
-    jobs = list(_jobs(inputs, options))
+    jobs = list(_jobs(inputs, settings))
     cells: Cells = []
-    for number, of_job in enumerate(_results(jobs, inputs, options, min(workers, len(jobs))), start=1):
+    for number, of_job in enumerate(_results(jobs, inputs, settings, min(workers, len(jobs))), start=1):
         cells += of_job
         if on_done is not None:
             on_done(number, len(jobs))
-    order = {run.name: i for i, run in enumerate(options.runs)}
+    order = {run.name: i for i, run in enumerate(settings.runs)}
     traces = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in inputs))}
     cells.sort(
         key=lambda cell: (
@@ -150,36 +150,36 @@ def _check_names(inputs: Inputs) -> None:
         raise UserError(f"a workload is named {OVERALL!r}, as is the sum of all; name it otherwise")
 
 
-def _jobs(inputs: Inputs, options: SweepOptions) -> Iterator[_Job]:
-    for (trace, block_size), run in itertools.product(inputs, options.runs):
+def _jobs(inputs: Inputs, settings: SweepSettings) -> Iterator[_Job]:
+    for (trace, block_size), run in itertools.product(inputs, settings.runs):
         if run.policy == LRU:
-            yield _Job(trace, block_size, run, options.capacities)
+            yield _Job(trace, block_size, run, settings.capacities)
             continue
-        for capacity in options.capacities:
+        for capacity in settings.capacities:
             yield _Job(trace, block_size, run, (capacity,))
-    if options.oversize == "reject":
+    if settings.oversize == "reject":
         for trace, block_size in inputs:
-            yield _Job(trace, block_size, None, options.capacities)
+            yield _Job(trace, block_size, None, settings.capacities)
 
 
-def _run_job(job: _Job, inputs: Inputs, options: SweepOptions) -> Cells:
+def _run_job(job: _Job, inputs: Inputs, settings: SweepSettings) -> Cells:
     given = inputs[job.trace, job.block_size]
     if job.run is None:
-        each = (pool_cells(job.trace, given, size, options.concurrency) for size in job.capacities)
+        each = (pool_cells(job.trace, given, size, settings.concurrency) for size in job.capacities)
         return list(itertools.chain.from_iterable(each))
     if job.run.policy == LRU:
-        return lru_cells(job.trace, given, job.capacities, options.oversize)
-    return simulated_cells(job.trace, given, job.run, job.capacities[0], options.oversize)
+        return lru_cells(job.trace, given, job.capacities, settings.oversize)
+    return simulated_cells(job.trace, given, job.run, job.capacities[0], settings.oversize)
 
 
-def _results(jobs: list[_Job], inputs: Inputs, options: SweepOptions, workers: int) -> Iterator[Cells]:
+def _results(jobs: list[_Job], inputs: Inputs, settings: SweepSettings, workers: int) -> Iterator[Cells]:
     if workers <= 1:
-        yield from (_run_job(job, inputs, options) for job in jobs)
+        yield from (_run_job(job, inputs, settings) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # forking a process with a bar's thread may hang
     try:
-        with ProcessPoolExecutor(workers, context, _start, (inputs, options)) as pool:
-            policies = [run.policy for run in options.runs if run.policy != LRU]
+        with ProcessPoolExecutor(workers, context, _start, (inputs, settings)) as pool:
+            policies = [run.policy for run in settings.runs if run.policy != LRU]
             list(pool.map(_compile, policies))  # each by one worker; the others load what it wrote
             yield from pool.map(_run_in_worker, jobs, chunksize=max(1, len(jobs) // (8 * workers)))
     except BrokenProcessPool as error:
@@ -188,14 +188,14 @@ def _results(jobs: list[_Job], inputs: Inputs, options: SweepOptions, workers: i
         ) from error
 
 
-_given: tuple[Inputs, SweepOptions] | None = None
+_given: tuple[Inputs, SweepSettings] | None = None
 """A worker's own copy."""
 
 
-def _start(inputs: Inputs, options: SweepOptions) -> None:
+def _start(inputs: Inputs, settings: SweepSettings) -> None:
     global _given  # noqa: PLW0603
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
-    _given = (inputs, options)
+    _given = (inputs, settings)
 
 
 def _run_in_worker(job: _Job) -> Cells:

@@ -1,7 +1,7 @@
 """What a sweep is run on: seeded workloads, conversations, a trace file, or recorded block accesses.
 
-    words = vocabulary_or_words(None)
-    traces = seeded_traces(("qa", "chat_multi"), SeededOptions(num_requests=500), words)
+    words = open_vocabulary(None)
+    traces = seeded_traces(("qa", "chat_multi"), SeededSettings(num_requests=500), words)
     traces = split_by_workload(read_trace("outputs/study_run", words))
     traces[0].at(block_size=16, concurrency=1)           # a CacheInput
 
@@ -19,22 +19,18 @@ from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
 from dsatrace.study.accesses import ACCESSES_FILE, Accesses, read_accesses
-from dsatrace.study.block_traces import block_trace
-from dsatrace.study.prepare import limit_requests
-from dsatrace.study.read_requests import read_requests
-from dsatrace.study.requests import Order, StudyRequests
-from dsatrace.study.sources import NamedVocabulary, open_vocabulary
+from dsatrace.study.prepare import check_arrivals, limit_requests
+from dsatrace.study.request_files import read_requests
+from dsatrace.study.requests import Order, StudyRequests, block_trace
 from dsatrace.study.sweep_streams import CacheInput, take_rows
-from dsatrace.study.tokenization import tokenize_rows
-from dsatrace.study.words import WordVocabulary
-from dsatrace.workloads.chat_format import ChatTemplateFormatter
+from dsatrace.study.tokenization import NamedVocabulary, tokenize_rows
 from dsatrace.workloads.request_generator import (
     DEFAULT_ARRIVAL_RATE,
     DEFAULT_SEED,
     DEFAULT_TURN_DELAY_S,
     num_turns,
 )
-from dsatrace.workloads.rows import BadRows, check_limit
+from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.sharegpt import Conversation
 from dsatrace.workloads.synthetic import CHAT_MULTI, CHAT_SINGLE, WORKLOADS, interleave, workload_rows
 from dsatrace.workloads.trace_rows import TraceRow
@@ -44,7 +40,7 @@ CHATS = (CHAT_SINGLE, CHAT_MULTI)
 
 
 @dataclasses.dataclass(frozen=True)
-class SeededOptions:
+class SeededSettings:
     """`num_requests` of each workload, of `chat_multi` so many conversations; real ones are all taken."""
 
     num_requests: int = 1000
@@ -54,7 +50,8 @@ class SeededOptions:
 
     def __post_init__(self) -> None:
         if self.num_requests < 1:
-            raise UserError(f"a workload has at least 1 request, not {self.num_requests}")
+            raise UserError(f"--num-requests must be at least 1, not {self.num_requests}")
+        check_arrivals(self.arrival_rate, self.turn_delay)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,16 +98,6 @@ class Trace:
         return CacheInput.of(content, block_size, concurrency)
 
 
-def vocabulary_or_words(path: Path | None) -> NamedVocabulary:
-    """A `tokenizer.json` or its folder; without one, a token a word."""
-    if path is not None:
-        return open_vocabulary(path)
-    words = WordVocabulary()
-    return NamedVocabulary(
-        words, ChatTemplateFormatter(words), {"name": "built-in words: a token a word or mark"}
-    )
-
-
 def read_trace(path: str | Path, vocabulary: NamedVocabulary, bad_rows: BadRows | None = None) -> Trace:
     """A trace file of any known kind, or the folder (or its accesses.jsonl) of a recorded study run."""
     path = Path(path)
@@ -134,7 +121,7 @@ def split_by_workload(trace: Trace) -> list[Trace]:
 
 def seeded_traces(
     names: Sequence[str],
-    options: SeededOptions,
+    settings: SeededSettings,
     vocabulary: NamedVocabulary,
     conversations: Sequence[Conversation] | None = None,
     origin: str = SYNTHETIC,
@@ -144,7 +131,7 @@ def seeded_traces(
     traces = []
     for name in names:
         real = conversations if name in CHATS else None
-        rows = _rows(name, options, vocabulary, real)
+        rows = _rows(name, settings, vocabulary, real)
         traces.append(Trace(name, origin if real else SYNTHETIC, tokenize_rows(rows, vocabulary.vocabulary)))
         if on_done:
             on_done()
@@ -153,7 +140,7 @@ def seeded_traces(
 
 def mixed_trace(
     names: Sequence[str],
-    options: SeededOptions,
+    settings: SeededSettings,
     vocabulary: NamedVocabulary,
     conversations: Sequence[Conversation] | None = None,
     origin: str = SYNTHETIC,
@@ -167,7 +154,7 @@ def mixed_trace(
     if len(set(names)) < 2 or len(set(names)) != len(names):
         raise UserError(f"a mix needs two different workloads or more, each once: {', '.join(names)}")
     both = conversations is not None and set(CHATS) <= set(names)
-    shared = dataclasses.replace(options, arrival_rate=options.arrival_rate / len(names))
+    shared = dataclasses.replace(settings, arrival_rate=settings.arrival_rate / len(names))
     rows = []
     for name in names:
         real = conversations if name in CHATS else None
@@ -180,7 +167,7 @@ def mixed_trace(
 
 
 def _rows(
-    name: str, options: SeededOptions, vocabulary: NamedVocabulary, real: Sequence[Conversation] | None
+    name: str, settings: SeededSettings, vocabulary: NamedVocabulary, real: Sequence[Conversation] | None
 ) -> list[TraceRow]:
     if name not in WORKLOADS:
         raise UserError(f"unknown workload {name!r}; use one of {', '.join(WORKLOADS)}")
@@ -189,18 +176,16 @@ def _rows(
             name,
             vocabulary.formatter,
             real,
-            num_requests=options.num_requests,
-            arrival_rate=options.arrival_rate,
-            turn_delay=options.turn_delay,
-            seed=options.seed,
+            num_requests=settings.num_requests,
+            arrival_rate=settings.arrival_rate,
+            turn_delay=settings.turn_delay,
+            seed=settings.seed,
         )
     )
 
 
 def first_conversations(loader: Iterable[Conversation], min_turns: int, origin: str) -> list[Conversation]:
     """Those with at least `min_turns` human turns; raises a `UserError` if none is left."""
-    if min_turns < 1:
-        raise UserError(f"min_turns must be at least 1, not {min_turns}")
     kept = [conversation for conversation in loader if num_turns(conversation) >= min_turns]
     if not kept:
         raise UserError(f"{origin}: no conversation has {min_turns} human turns; lower --min-turns")
@@ -220,6 +205,5 @@ def limited(
                 f"{trace.origin}: recorded accesses are replayed as they are; filter and order in `study run`"
             )
         return trace, {}
-    check_limit("max_tokens", max_tokens)
     kept, counts = limit_requests(trace.content, max_tokens, min_turns)
     return dataclasses.replace(trace, content=kept.ordered(order)), counts

@@ -1,28 +1,86 @@
-"""Trace rows to token ids: each message is encoded once, however many prompts repeat it.
+"""Rows of text to token ids, with a tokenizer or with the built-in vocabulary of whole words.
 
-A prompt is cut where cutting changes no id (`split_chat_text`), and the pieces' ids are kept
-while the conversation goes on. The ids of a prompt in DeepSeek's chat form are those of
-`encode_chat`. Knows no cache.
+A message is encoded once, even if many prompts repeat it: a prompt is cut where cutting changes
+no id (`split_chat_text`), and the ids of the pieces are kept while the conversation goes on.
+The ids of a prompt in DeepSeek's chat form are those of `encode_chat`. Knows no cache.
 
-    requests = tokenize_rows(read_trace_rows("trace.jsonl"), load_tokenizer("tokenizer.json"))
+    vocabulary = open_vocabulary(Path("tokenizer.json")).vocabulary
+    requests = tokenize_rows(read_trace_rows("trace.jsonl"), vocabulary)
 """
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from array import array
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from dsatrace.errors import UserError
-from dsatrace.study.requests import StudyRequests
-from dsatrace.study.requests_builder import RequestsBuilder
-from dsatrace.workloads.chat_format import CUE, split_chat_text
+from dsatrace.study.requests import RequestsBuilder, StudyRequests
+from dsatrace.workloads.chat_format import CUE, SPECIAL_TOKENS, ChatTemplateFormatter, split_chat_text
 from dsatrace.workloads.encoding import Vocabulary
-from dsatrace.workloads.tokenizer import BOS
+from dsatrace.workloads.tokenizer import BOS, load_tokenizer
 from dsatrace.workloads.trace_rows import TraceRow
 
 Progress = Callable[[int, int], None]
 PROGRESS_EVERY_REQUESTS = 100
 _MAX_KEPT_CHARS = 1 << 24
+_WORD = re.compile(r" ?\w+|\s+(?!\w)|[^\w\s]|\s")
+
+
+class WordVocabulary:
+    """A token per word or mark, where there is no tokenizer. It grows with what it encodes.
+
+    Ids are given in order of first use, so they mean nothing outside one process. On the English
+    of the seeded workloads it counts as many tokens as DeepSeek's vocabulary, within a few per
+    cent; on code or Chinese it is far off. (One byte per token would count five times as many.)
+    """
+
+    source = "the built-in vocabulary of whole words"
+
+    def __init__(self) -> None:
+        self._special = {name: token_id for token_id, name in enumerate(SPECIAL_TOKENS)}
+        self._words: dict[str, int] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; names of special tokens in it are text like any other."""
+        words, first = self._words, len(self._special)
+        return [first + words.setdefault(word, len(words)) for word in _WORD.findall(text)]
+
+    def special_id(self, name: str) -> int:
+        """The id of a special token of DeepSeek's chat form, by its text."""
+        return self._special[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedVocabulary:
+    """A tokenizer, the form of its prompts, and what the manifest says of it."""
+
+    vocabulary: Vocabulary
+    formatter: ChatTemplateFormatter
+    label: dict[str, str]
+
+
+def open_vocabulary(path: Path | None) -> NamedVocabulary:
+    """A `tokenizer.json` or its folder; without one, whole words stand in for tokens.
+
+    One without DeepSeek's special tokens gets plain transcripts.
+    """
+    if path is None:
+        words = WordVocabulary()
+        label = {"name": "built-in words: a token a word or mark"}
+        return NamedVocabulary(words, ChatTemplateFormatter(words), label)
+    tokenizer = load_tokenizer(path)
+    try:
+        for name in SPECIAL_TOKENS:
+            tokenizer.special_id(name)
+        formatter, form = ChatTemplateFormatter(tokenizer), "DeepSeek's chat form"
+    except UserError:  # a vocabulary of another family, which has no chat form of its own here
+        formatter, form = ChatTemplateFormatter(), "plain transcript"
+    return NamedVocabulary(
+        tokenizer, formatter, {"name": str(path), "sha256": tokenizer.digest, "form": form}
+    )
 
 
 class PieceEncoder:

@@ -21,7 +21,7 @@ MODES = (SINGLE_TURN, MULTI_TURN)
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
-    """Replays both traces, writes what each gave and what lies between them; returns the exit code."""
+    """Replays both traces, writes the results of each and their comparison; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
     settings = options.settings_from_args(args)
@@ -80,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         %(prog)s --workload chat_multi --match-requests
         """,
     )
-    options.add_client_arguments(parser, min_turns=2)
+    options.add_client_arguments(parser)
+    parser.set_defaults(min_turns=2)
     options.add_cache_arguments(parser)
     options.add_output_arguments(parser, "the comparison")
     return parser

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from dsatrace.commands.study import options
 from dsatrace.errors import exits_cleanly
-from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN
+from dsatrace.workloads.trace_rows import MULTI_TURN
 
 
 @exits_cleanly
@@ -55,10 +55,5 @@ def _parser() -> argparse.ArgumentParser:
     options.add_client_arguments(parser)
     options.add_cache_arguments(parser)
     options.add_output_arguments(parser, "the definitions", pictures=False)
-    parser.add_argument(
-        "--mode",
-        choices=(SINGLE_TURN, MULTI_TURN),
-        default=MULTI_TURN,
-        help="which trace of the conversations; a trace file is taken whole",
-    )
+    options.add_mode_argument(parser)
     return parser

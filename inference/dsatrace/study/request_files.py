@@ -1,21 +1,22 @@
-"""Any trace file as requests in memory.
+"""Files of requests: any known kind is read, and requests by tokens are turned into block ids.
 
-Tells four kinds of file apart by the first usable row: text (`prompt`), token ids
-(`input_tok_ids`), block ids of Mooncake (`hash_ids`) and of Bailian (`chat_id` beside them).
-Knows no option of a study.
+Four kinds are told apart by the first usable row: text (`prompt`), token ids (`input_tok_ids`),
+block ids of Mooncake (`hash_ids`) and of Bailian (`chat_id` beside them). Block ids can be
+published where text cannot: they tell which prefixes are equal, and nothing else.
 
     requests = read_requests("conversation_trace.jsonl", tokenizer, BadRows("skip"), counts)
+    write_hash_ids("ids.jsonl", hash_id_rows(requests, MOONCAKE), MOONCAKE)
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dsatrace.errors import UserError
-from dsatrace.study.requests import StudyRequests
-from dsatrace.study.requests_builder import RequestsBuilder
+from dsatrace.study.requests import UNKNOWN, RequestsBuilder, StudyRequest, StudyRequests
 from dsatrace.study.tokenization import Progress, tokenize_rows
 from dsatrace.workloads.encoding import Vocabulary
 from dsatrace.workloads.id_logs import (
@@ -31,6 +32,7 @@ from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.trace_rows import read_trace_rows
 
 ORPHANS = "turns whose parent chat is not in the trace"
+_ROOT = -1
 
 
 def read_requests(
@@ -96,3 +98,51 @@ def requests_from_hash_ids(
             workload=row.workload,
         )
     return builder.build()
+
+
+def hash_id_rows(requests: StudyRequests, layout: HashIdFormat) -> Iterator[HashIdRow]:
+    """The rows in order. In a layout with chats, a request of no known conversation is a chat of its own.
+
+    Each row is a chat; its parent is the conversation's row before it, and `turn` its place
+    there, so that turns stay consecutive where a filter dropped some.
+    Raises a `UserError` for requests that are block ids already, unless of the same size.
+    """
+    if requests.tokens_per_id not in (1, layout.tokens_per_block):
+        raise UserError(
+            f"a trace of {requests.tokens_per_id}-token blocks cannot become one of "
+            f"{layout.tokens_per_block}; write the layout it came from"
+        )
+    interned: dict[tuple[int, bytes], int] = {}
+    latest: dict[int, tuple[str, int]] = {}
+    for request in requests:
+        chat: dict[str, object] = {}
+        if layout.has_chats:
+            parent, turn = latest.get(request.conversation, ("", 0))
+            chat = {
+                "chat_id": str(request.index),
+                "parent_chat_id": parent,
+                "turn": turn,
+                "workload": request.workload,
+            }
+            if request.conversation != UNKNOWN:
+                latest[request.conversation] = (str(request.index), turn + 1)
+        yield HashIdRow(
+            arrival_s=request.arrival_s,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_response_tokens=request.num_response_tokens,
+            hash_ids=_block_ids(request, requests.tokens_per_id, layout, interned),
+            **chat,  # type: ignore[arg-type]
+        )
+
+
+def _block_ids(
+    request: StudyRequest, tokens_per_id: int, layout: HashIdFormat, interned: dict[tuple[int, bytes], int]
+) -> array[int]:
+    if tokens_per_id != 1:
+        return array("q", request.prompt_ids.tolist())
+    data, width = request.prompt_ids.tobytes(), layout.tokens_per_block * request.prompt_ids.itemsize
+    ids, parent = array("q"), _ROOT
+    for at in range(0, len(data), width):
+        parent = interned.setdefault((parent, data[at : at + width]), len(interned))
+        ids.append(parent)
+    return ids
