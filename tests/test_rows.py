@@ -75,30 +75,8 @@ def test_streamed_rows_are_those_of_the_standard_library(
 junk = st.one_of(
     st.binary(max_size=60),
     st.lists(
-        st.sampled_from(
-            [
-                b"[",
-                b"]",
-                b"{",
-                b"}",
-                b'"',
-                b",",
-                b":",
-                b"\\",
-                b"\n",
-                b"\r",
-                b" ",
-                b"\0",
-                b"\xff",
-                b"\xef\xbb\xbf",
-                b'"a"',
-                b"NaN",
-                b"1",
-                b'"\\ud800"',
-                b"\xed\xa0\x80",
-                b'{"a": "b"}',
-            ]
-        ),
+        st.sampled_from([*b'[]{}",:\\\n\r \0\xff1']).map(lambda byte: bytes([byte]))
+        | st.sampled_from([b"\xef\xbb\xbf", b'"a"', b"NaN", b'"\\ud800"', b"\xed\xa0\x80", b'{"a": "b"}']),
         max_size=20,
     ).map(b"".join),
 )

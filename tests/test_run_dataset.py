@@ -27,6 +27,8 @@ from dsatrace.workloads.data_set import Find, Flag, OpenedWorkload, PromptSettin
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import SHAREGPT, ShareGPTLoader, ShareGPTWorkload
 from helpers.checkpoints import endless_letters
+from helpers.command_runs import runs_below
+from helpers.json_lines import read_json_lines
 from helpers.real_data import real_file
 
 CONFIG = INFERENCE / "config_tiny.json"
@@ -44,20 +46,11 @@ Run = Callable[..., Path]
 
 @pytest.fixture
 def run(checkpoint: Path, tmp_path: Path) -> Run:
-    """Runs `main` with the tiny model into a new folder, which it returns; the exit code must be 0."""
-    count = iter(range(99))
-
-    def run(*flags: object, code: int = 0) -> Path:
-        folder = tmp_path / f"run{next(count)}"
-        argv = ["--ckpt-path", checkpoint, "--config", CONFIG, "--trace-out", folder, *flags]
-        assert main([str(argument) for argument in argv]) == code
-        return folder
-
-    return run
+    return runs_below(tmp_path, main, "--ckpt-path", checkpoint, "--config", CONFIG)
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return read_json_lines(folder / name)
 
 
 def summary(folder: Path) -> dict[str, Any]:
