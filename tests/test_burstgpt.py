@@ -273,9 +273,7 @@ def row_of(source_row: int, num_tokens: int, session: str | None = "s") -> Burst
 
 @settings(deadline=None)
 @given(st.integers(0, 300), st.integers(0, 300), st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.integers(0, 5))
-def test_prompts_of_a_session_begin_alike_for_the_stated_share(
-    a: int, b: int, share: float, seed: int
-) -> None:
+def test_prompts_of_a_session_share_a_beginning(a: int, b: int, share: float, seed: int) -> None:
     prompts = SyntheticPrompts(first_token_id=1000, num_token_ids=1_000_000, shared_share=share, seed=seed)
     one, two, other, alone = (
         prompts.token_ids(row) for row in (row_of(0, a), row_of(1, b), row_of(2, a, "t"), row_of(3, a, None))

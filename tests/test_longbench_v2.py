@@ -110,7 +110,7 @@ def test_a_limit_reads_no_further(tmp_path: Path) -> None:
         LongBenchV2Loader(file, max_rows=0)
 
 
-def test_the_prompt_has_text_question_choices_and_closing_form(rows: list[LongBenchV2Row]) -> None:
+def test_what_a_prompt_consists_of(rows: list[LongBenchV2Row]) -> None:
     text = prompt_text(rows[0])
     assert f"<text>\n{rows[0].context}\n</text>" in text
     assert f"What is the correct answer to this question: {rows[0].question}\nChoices:\n(A) " in text

@@ -102,9 +102,7 @@ def test_any_bytes_give_rows_or_a_clear_line(
 
 
 @given(st.integers(1, len(json.dumps(ROWS)) - 1))
-def test_an_array_cut_anywhere_gives_its_whole_rows_and_names_the_byte(
-    tmp_path_factory: pytest.TempPathFactory, length: int
-) -> None:
+def test_an_array_cut_off_gives_its_whole_rows(tmp_path_factory: pytest.TempPathFactory, length: int) -> None:
     content = json.dumps(ROWS).encode()[:length]
     file = tmp_path_factory.getbasetemp() / "cut.json"
     file.write_bytes(content)
@@ -112,9 +110,7 @@ def test_an_array_cut_anywhere_gives_its_whole_rows_and_names_the_byte(
     with pytest.raises(UserError, match=rf"cut off: the file ends at byte {length}[ ,]"):
         for row in read_json_rows(file, lambda number, row: row, BadRows()):
             seen.append(row)
-    ends = [
-        len(json.dumps(ROWS[: n + 1])) for n in range(len(ROWS))
-    ]  # where a comma or bracket follows row n
+    ends = [len(json.dumps(ROWS[: n + 1])) for n in range(len(ROWS))]  # a comma or bracket follows row n
     assert seen == ROWS[: sum(length >= end for end in ends)]
 
 

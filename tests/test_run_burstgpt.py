@@ -68,7 +68,7 @@ def test_lengths_are_the_logs_and_the_cap_holds(run: Run, tmp_path: Path) -> Non
     assert kept["row2"]["num_output_tokens"] == 1
 
 
-def test_a_days_gap_is_skipped_on_the_virtual_clock_and_counted(run: Run, tmp_path: Path) -> None:
+def test_the_virtual_clock_skips_a_gap(run: Run, tmp_path: Path) -> None:
     served = requests(run("--burstgpt-csv", log(tmp_path, (100, 20, 2), (86_500, 20, 2))))
     assert served["row1"]["arrival_s"] == 86_400
     assert 86_400 < served["row1"]["finish_s"] < 86_460
@@ -82,7 +82,7 @@ def test_the_real_clock_waits(run: Run, tmp_path: Path) -> None:
     assert served["row1"]["admitted_s"] >= 1
 
 
-def test_fifo_batch_waits_for_the_batch_and_continuous_does_not(run: Run, tmp_path: Path) -> None:
+def test_only_fifo_batch_waits_for_the_batch(run: Run, tmp_path: Path) -> None:
     file = log(tmp_path, (0, 20, 2), (0, 20, 60), (0, 20, 2))
     flags = ("--burstgpt-csv", file, "--batch-size", 2)
     fifo = requests(run(*flags, "--serving", "fifo-batch"))

@@ -160,7 +160,7 @@ def test_real_files_of_each_data_set(run: Run) -> None:
         assert RunReader(folder).manifest["data_source"].startswith(("file ", "folder "))
 
 
-def test_no_trace_leaves_requests_and_scores_and_the_same_answers(run: Run) -> None:
+def test_no_trace_changes_no_answer(run: Run) -> None:
     traced, untraced = (run(*RULER, "--limit", 2, "--save-text", *flags) for flags in ((), ("--no-trace",)))
     assert (untraced / "trace_steps.jsonl").read_bytes() == b""
     assert summary(untraced)["scores"] == summary(traced)["scores"]
@@ -178,7 +178,7 @@ def test_no_prompt_text_reaches_the_folder_unasked(run: Run, tmp_path: Path) -> 
         assert b"canary" not in file.read_bytes(), file
 
 
-def test_a_prompt_that_cannot_fit_is_rejected_and_the_run_goes_on(run: Run) -> None:
+def test_a_prompt_that_cannot_fit_is_rejected(run: Run) -> None:
     folder = run("--dataset", "sharegpt", "--max-seq-len", 420, *SMALL)
     states = {r["request_id"]: (r["state"], r.get("error")) for r in lines(folder, "requests.jsonl")}
     rejected = {error for state, error in states.values() if state == "rejected"}

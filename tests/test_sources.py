@@ -145,7 +145,7 @@ def test_a_hub_that_does_not_give_it_is_told(
     assert reason.replace("0.3", "0.4") in str(caught.value)
 
 
-def test_the_hub_with_other_bytes_than_the_pinned_ones_is_an_error(
+def test_other_bytes_than_the_pinned_are_an_error(
     hub: FakeHub, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = dataclasses.replace(DATA_SETS["sharegpt"].hub, sha256="0" * 64)
@@ -228,9 +228,7 @@ def test_a_broken_description_of_an_export_is_named(data: Path, text: str) -> No
         read_export(data / "sharegpt")
 
 
-def test_the_data_folder_is_the_checkouts_or_the_environments(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("DSATRACE_DATA", raising=False)
     assert default_data_folder() == Path(__file__).resolve().parents[1] / "data"
     monkeypatch.setenv("DSATRACE_DATA", str(tmp_path))

@@ -60,7 +60,7 @@ def test_a_trace_is_its_owners_and_appears_whole(tmp_path: Path) -> None:
         write_trace_rows(tmp_path / "missing" / "trace.jsonl", [row])
 
 
-def test_time_is_read_as_timestamp_and_unknown_fields_are_ignored(tmp_path: Path) -> None:
+def test_time_is_read_as_timestamp(tmp_path: Path) -> None:
     row = {**GOOD, "time": 2, "conversation_id": 7, "color": "red", "workload": "qa"}
     del row["timestamp"]
     (read,) = read_trace_rows(write_json_lines(tmp_path / "t.jsonl", row))
