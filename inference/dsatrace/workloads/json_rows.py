@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from dsatrace.errors import UserError
+from dsatrace.units import size_text
 from dsatrace.workloads.rows import BadRow, BadRows, json_object, open_source, read_rows
 
 MAX_ROW_BYTES = 256 << 20  # the longest row of LongBench v2 is 16 million characters
@@ -176,6 +177,6 @@ def _decode(piece: _Piece) -> dict[str, Any]:
 
 def _refuse_length(source: str, offset: int) -> NoReturn:
     raise UserError(
-        f"{source}: the row at byte {offset} is longer than {MAX_ROW_BYTES >> 20} MiB; "
+        f"{source}: the row at byte {offset} is longer than {size_text(MAX_ROW_BYTES)}; "
         "is a bracket or a line's end missing?"
     )
