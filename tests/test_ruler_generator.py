@@ -110,21 +110,15 @@ def test_needles_as_many_as_the_task_says(byte_tokenizer: Tokenizer, task: str) 
         asked = [key for key in per_key if key in question]
         assert len(asked) == parameters.num_queries and all(key in example.answer_prefix for key in asked)
         assert Counter(value for _, key, value in found if key in asked) == Counter(example.references)
-        form = (
-            r"[1-9]\d{6}"
-            if parameters.value_kind == "number"
-            else r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-        )
-        assert all(re.fullmatch(form, value) for value in values)
+        forms = {"number": r"[1-9]\d{6}", "uuid": r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"}
+        assert all(re.fullmatch(forms[parameters.value_kind], value) for value in values)
         assert ("What are all" in question) == (len(example.references) > 1)
 
 
 def test_needles_lie_at_every_depth(byte_tokenizer: Tokenizer) -> None:
     for task in ("niah_single_1", "niah_single_2", "niah_multikey_2"):
-        starts = [
-            example.answer_spans[0][0] / len(example.prompt)
-            for example in make(task, 6000, byte_tokenizer, 40)
-        ]
+        examples = make(task, 6000, byte_tokenizer, 40)
+        starts = [example.answer_spans[0][0] / len(example.prompt) for example in examples]
         assert min(starts) < 0.2 and max(starts) > 0.8 and 0.3 < sum(starts) / len(starts) < 0.7
 
 
@@ -250,9 +244,8 @@ def test_qa_1_asks_squad_questions_among_other_paragraphs(tmp_path: Path, byte_t
         assert example.references == (f"Author {name}", "A.")
         given = documents(example.prompt)
         assert len(set(given)) == len(given) >= 5 and sum(f"text {name}." in text for text in given) == 1
-        assert {f"text {row // 4}-{n}." in "".join(given) for n in range(4)} == {
-            True
-        }  # its own article first
+        its_article = [f"text {row // 4}-{n}." for n in range(4)]
+        assert all(text in "".join(given) for text in its_article)
         assert 1300 - 130 < (example.length or 0) <= 1300
     places = {[e.references[0] in text for text in documents(e.prompt)].index(True) for e in examples}
     assert len(places) > 2
@@ -337,10 +330,9 @@ def structure(example: Example) -> dict[str, Any]:
     """What must agree between their rows and ours of one length: counts, not words."""
     task = TASKS[example.task]
     lines = example.prompt.splitlines()
+    lengths = sorted(map(len, example.references))
     facts: dict[str, Any] = {
-        "references": sorted(map(len, example.references))
-        if task.family != "cwe"
-        else len(example.references),
+        "references": len(lengths) if task.family == "cwe" else lengths,
         "spans": len(example.answer_spans),
         "prefix": example.answer_prefix[0] == " ",
         "budget": (example.tokens_to_generate, example.max_length),

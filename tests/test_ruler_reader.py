@@ -141,7 +141,7 @@ def test_an_unsafe_member_ends_it(tmp_path: Path, member: tarfile.TarInfo | str,
     assert str(error.value).startswith(f"{archive}: member {name!r} ")
 
 
-def test_half_an_archive_gives_its_whole_rows_and_then_one_line(tmp_path: Path) -> None:
+def test_half_an_archive_gives_its_whole_rows(tmp_path: Path) -> None:
     content = "".join(json.dumps({**ROW, "index": i * 7919}) + "\n" for i in range(5000)).encode()
     archive = pack(tmp_path / "half.tgz", [("vt/validation_4096.jsonl", content)])
     archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
@@ -330,7 +330,7 @@ def test_real_rows() -> None:
         assert found == (list(example.references) if task.family in ("niah", "vt") else [])
 
 
-def test_real_lengths_and_needle_positions_by_the_real_tokenizer() -> None:
+def test_real_lengths_and_positions() -> None:
     tokenizer = deepseek_tokenizer()
     for path in sorted(real_file("ruler").rglob("*.jsonl")):
         records = [json.loads(line) for line in path.read_text().splitlines()]

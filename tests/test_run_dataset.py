@@ -27,6 +27,8 @@ from dsatrace.workloads.data_set import Find, Flag, OpenedWorkload, PromptSettin
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import SHAREGPT, ShareGPTLoader, ShareGPTWorkload
 from helpers.checkpoints import endless_letters
+from helpers.command_runs import runs_below
+from helpers.json_lines import read_json_lines
 from helpers.real_data import real_file
 
 CONFIG = INFERENCE / "config_tiny.json"
@@ -44,20 +46,11 @@ Run = Callable[..., Path]
 
 @pytest.fixture
 def run(checkpoint: Path, tmp_path: Path) -> Run:
-    """Runs `main` with the tiny model into a new folder, which it returns; the exit code must be 0."""
-    count = iter(range(99))
-
-    def run(*flags: object, code: int = 0) -> Path:
-        folder = tmp_path / f"run{next(count)}"
-        argv = ["--ckpt-path", checkpoint, "--config", CONFIG, "--trace-out", folder, *flags]
-        assert main([str(argument) for argument in argv]) == code
-        return folder
-
-    return run
+    return runs_below(tmp_path, main, "--ckpt-path", checkpoint, "--config", CONFIG)
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return read_json_lines(folder / name)
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -167,7 +160,7 @@ def test_real_files_of_each_data_set(run: Run) -> None:
         assert RunReader(folder).manifest["data_source"].startswith(("file ", "folder "))
 
 
-def test_no_trace_leaves_requests_and_scores_and_the_same_answers(run: Run) -> None:
+def test_no_trace_changes_no_answer(run: Run) -> None:
     traced, untraced = (run(*RULER, "--limit", 2, "--save-text", *flags) for flags in ((), ("--no-trace",)))
     assert (untraced / "trace_steps.jsonl").read_bytes() == b""
     assert summary(untraced)["scores"] == summary(traced)["scores"]
@@ -185,7 +178,7 @@ def test_no_prompt_text_reaches_the_folder_unasked(run: Run, tmp_path: Path) -> 
         assert b"canary" not in file.read_bytes(), file
 
 
-def test_a_prompt_that_cannot_fit_is_rejected_and_the_run_goes_on(run: Run) -> None:
+def test_a_prompt_that_cannot_fit_is_rejected(run: Run) -> None:
     folder = run("--dataset", "sharegpt", "--max-seq-len", 420, *SMALL)
     states = {r["request_id"]: (r["state"], r.get("error")) for r in lines(folder, "requests.jsonl")}
     rejected = {error for state, error in states.values() if state == "rejected"}

@@ -106,7 +106,7 @@ class TestShareGPT:
         first, second = requests["row0.turn0"], requests["row0.turn1"]
         shared_tokens = first.prompt_token_ids[
             :-1
-        ]  # its last token closes the thinking; so does the answer's first
+        ]  # the last closes the thinking, as the answer's first does
         assert second.prompt_token_ids[: len(shared_tokens)] == shared_tokens
         assert len(second.prompt_token_ids) > len(first.prompt_token_ids)
 

@@ -94,11 +94,11 @@ def test_switched_off_and_nothing_there_means_embedded(
     )
     assert DATA_SETS[name].file_flag in source.reason
     if name == "ruler":
-        assert (source.kind, source.path, source.description) == ("generator", None, "generator")
+        assert (source.path, source.description) == (None, "generator")
     else:
         assert source.path == sample_file(DATA_SETS[name].sample or "")
         assert source.description == f"embedded {source.path.name} sha256:{sha256(source.path)}"
-        assert source.kind == "embedded" and num_rows(name, source.path) > 0
+        assert num_rows(name, source.path) > 0
     assert source.text() == f"{name}: {source.description} ({source.reason})"
 
 
@@ -110,7 +110,7 @@ def test_the_hub_comes_before_the_sample(
     source = find_source(DATA_SETS[name], data=data, say=lines.append)
     pinned = DATA_SETS[name].hub
     what = f"{pinned.repo}@{COMMIT} {pinned.file}"
-    assert (source.kind, source.description) == ("hub", f"hub {what} sha256:{pinned.sha256}")
+    assert source.description == f"hub {what} sha256:{pinned.sha256}"
     assert source.path is not None and source.path.read_bytes() == contents[name]
     assert num_rows(name, source.path) > 0
     assert [line.rpartition(",")[0] for line in lines] == [f"{name}: from the hub: {what}"]
@@ -138,14 +138,14 @@ def test_a_hub_that_does_not_give_it_is_told(
     began = time.monotonic()
     source = find_source(DATA_SETS["sharegpt"], data=data)
     assert time.monotonic() - began < 3
-    assert source.kind == "embedded"
+    assert source.description.startswith("embedded ")
     assert source.reason.startswith("nothing lies in data/sharegpt, and ") and reason in source.reason
     with pytest.raises(UserError) as caught:  # asked for by name, it does not fall back
         find_source(DATA_SETS["sharegpt"], repo=DATA_SETS["sharegpt"].hub.repo, data=data)
     assert reason.replace("0.3", "0.4") in str(caught.value)
 
 
-def test_the_hub_with_other_bytes_than_the_pinned_ones_is_an_error(
+def test_other_bytes_than_the_pinned_are_an_error(
     hub: FakeHub, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = dataclasses.replace(DATA_SETS["sharegpt"].hub, sha256="0" * 64)
@@ -190,7 +190,7 @@ def test_a_file_is_described_without_its_path(tmp_path: Path, data: Path) -> Non
     file.write_bytes(b"[]")
     source = find_source(DATA_SETS["longbenchv2"], file, data=data)
     description = f"file mine.json sha256:{sha256(file)}"
-    assert source == Source("longbenchv2", "file", file, description, "as named")
+    assert source == Source("longbenchv2", file, description, "as named")
     write_rows(tmp_path / "rows", "vt", [ROW])
     folder = find_source(DATA_SETS["ruler"], tmp_path / "rows", data=data)
     assert re.fullmatch("folder rows sha256:[0-9a-f]{64}", folder.description)
@@ -204,13 +204,14 @@ def test_what_lies_in_the_data_folder_comes_first(
 ) -> None:
     folder = data / name
     folder.mkdir(parents=True)
-    assert find_source(DATA_SETS[name], use_hub=False, data=data).kind in ("embedded", "generator")
+    assert find_source(DATA_SETS[name], use_hub=False, data=data).reason.startswith("nothing lies in data/")
     if name == "ruler":
         write_rows(folder, "vt", [ROW])
     else:
         (folder / ("mine.csv" if name == "burstgpt" else "mine.jsonl")).write_bytes(contents[name])
     source = find_source(DATA_SETS[name], data=data)
-    assert (source.kind, source.reason) == ("file", f"found in data/{name}")
+    assert source.reason == f"found in data/{name}"
+    assert source.description.startswith("folder " if name == "ruler" else "file ")
     assert source.path is not None and num_rows(name, source.path) > 0
     if name != "ruler":
         (folder / ("other.csv" if name == "burstgpt" else "other.json")).write_bytes(b"")
@@ -227,9 +228,7 @@ def test_a_broken_description_of_an_export_is_named(data: Path, text: str) -> No
         read_export(data / "sharegpt")
 
 
-def test_the_data_folder_is_the_checkouts_or_the_environments(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("DSATRACE_DATA", raising=False)
     assert default_data_folder() == Path(__file__).resolve().parents[1] / "data"
     monkeypatch.setenv("DSATRACE_DATA", str(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,18 @@ def told_error(capsys: pytest.CaptureFixture[str], run: Callable[[], int]) -> st
     assert len(errors) == 1, err
     assert errors[0] == err.splitlines()[-1]
     return errors[0]
+
+
+def runs_below(folder: Path, main: Callable[[list[str]], int], *fixed: object) -> Callable[..., Path]:
+    """Runs `main` with the fixed flags and more into a new folder below `folder`, which it returns."""
+    numbers = itertools.count()
+
+    def run(*flags: object, code: int = 0) -> Path:
+        out = folder / f"run{next(numbers)}"
+        assert main([str(flag) for flag in (*fixed, "--trace-out", out, *flags)]) == code
+        return out
+
+    return run
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from dsatrace.commands.arguments import settings_from_args
 from dsatrace.commands.interrupt import on_interrupt
@@ -78,6 +79,14 @@ def run_workload(
         if interrupted:
             print(f"interrupted; go on with --resume {folder}", file=sys.stderr)
     return 130 if interrupted else 0
+
+
+class ResumePoint(NamedTuple):
+    """Where a resumed run continues; all ranks must agree on it."""
+
+    done: frozenset[str] = frozenset()
+    next_forward_idx: int = 0
+    elapsed_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +155,10 @@ class _Run:
     def _begin(self) -> tuple[OpenedWorkload, Resumed | None, ResumePoint]:
         """The workload, and where a resumed run goes on; its folder is rank 0's to change."""
         resumed = prepare_resume(self.args.resume) if self.args.resume and is_rank_0() else None
-        resume_point = from_rank_0(lambda: ResumePoint() if resumed is None else ResumePoint.of(resumed))
+        resume_point = ResumePoint()
+        if resumed is not None:
+            resume_point = ResumePoint(resumed.done, resumed.next_forward_idx, resumed.elapsed_s)
+        resume_point = from_rank_0(lambda: resume_point)
         opened = self.data_set.open(self.args, self.chat, self._find)
         if is_rank_0():
             print(opened.terminal_line)
@@ -194,19 +206,6 @@ class _Run:
         return self.chat.text(live.answer)
 
 
-@dataclasses.dataclass(frozen=True)
-class ResumePoint:
-    """Where a resumed run continues; all ranks must agree on it."""
-
-    done: frozenset[str] = frozenset()
-    next_forward_idx: int = 0
-    elapsed_s: float = 0.0
-
-    @classmethod
-    def of(cls, resumed: Resumed) -> ResumePoint:
-        return cls(resumed.done, resumed.next_forward_idx, resumed.elapsed_s)
-
-
 @dataclasses.dataclass
 class _Tally:
     """The results of the requests served now."""
@@ -247,8 +246,11 @@ def _serve(engine: Engine, opened: OpenedWorkload, done: frozenset[str], chat: C
         tally.stopped = True
         engine.request_abort()
 
+    bar: contextlib.AbstractContextManager[Advance] = contextlib.nullcontext(lambda amount: None)
+    if is_rank_0():
+        bar = requests_bar(opened.num_requests, lambda: _status(engine))
     started = time.perf_counter()
-    with on_interrupt(stop), _requests_bar(engine, opened) as advance:
+    with on_interrupt(stop), bar as advance:
         for live in serve(engine, still_to_do()):
             workload.forget(live.request_id)
             tally.states[live.state] += 1
@@ -261,12 +263,6 @@ def _serve(engine: Engine, opened: OpenedWorkload, done: frozenset[str], chat: C
             advance(1)
     tally.seconds = time.perf_counter() - started
     return tally
-
-
-def _requests_bar(engine: Engine, opened: OpenedWorkload) -> contextlib.AbstractContextManager[Advance]:
-    if not is_rank_0():
-        return contextlib.nullcontext(lambda amount: None)
-    return requests_bar(opened.num_requests, lambda: _status(engine))
 
 
 def _status(engine: Engine) -> str:

@@ -23,7 +23,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dsatrace.errors import UserError
 from dsatrace.workloads.burstgpt_synthetic import (
@@ -38,7 +38,16 @@ from dsatrace.workloads.data_set import DataSet, Find, Flag, OpenedWorkload, Wor
 from dsatrace.workloads.exports import WholeFile, write_lines
 from dsatrace.workloads.hub import HubFile
 from dsatrace.workloads.request import Request
-from dsatrace.workloads.rows import BadRow, BadRows, Clock, check_limit, open_source, read_rows
+from dsatrace.workloads.rows import (
+    BadRow,
+    BadRows,
+    Clock,
+    check_limit,
+    numbered_lines,
+    open_source,
+    read_line,
+    read_rows,
+)
 
 MAX_LINE_BYTES = 1 << 20
 MAX_TIMESTAMP_S = 1e10  # three centuries: room for dates counted from 1970
@@ -61,7 +70,7 @@ def read_burstgpt(path: str | Path, bad_rows: BadRows | None = None) -> Iterator
     clock = Clock(TIMESTAMP)
     with open_source(path) as file:
         try:
-            header = _fields(_line(file))
+            header = _fields(read_line(file, MAX_LINE_BYTES))
         except BadRow as fault:
             raise UserError(f"{path}: line 1: {fault}; the header must name the columns") from fault
         columns = {name.strip(): i for i, name in enumerate(header)}
@@ -88,25 +97,8 @@ def read_burstgpt(path: str | Path, bad_rows: BadRows | None = None) -> Iterator
             clock.advance(parsed.timestamp_s)
             return parsed
 
-        yield from read_rows(str(path), _lines(file), parse, bad_rows or BadRows())
-
-
-def _lines(file: BinaryIO) -> Iterator[tuple[str, bytes | None]]:
-    number = 1
-    while (line := _line(file)) != b"":
-        number += 1
-        if line is None or line.strip():
-            yield f"line {number}", line
-
-
-def _line(file: BinaryIO) -> bytes | None:
-    """The next line, empty at the file's end; None instead of a line that is too long."""
-    line = file.readline(MAX_LINE_BYTES)
-    if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
-        return line
-    while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-        pass
-    return None
+        lines = numbered_lines(file, MAX_LINE_BYTES, first=2)
+        yield from read_rows(str(path), lines, parse, bad_rows or BadRows())
 
 
 def _fields(line: bytes | None) -> list[str]:

@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from dsatrace.errors import UserError
 from dsatrace.workloads.chat import Chat
@@ -116,7 +116,6 @@ class Source:
     """
 
     name: str
-    kind: Literal["file", "hub", "embedded", "generator"]
     path: Path | None
     description: str
     reason: str

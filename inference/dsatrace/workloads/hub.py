@@ -144,7 +144,7 @@ def locate(file: HubFile, folder: Path, remedy: str, within_s: float = ANSWER_S)
     if hub_is_off():
         raise HubError("the hub is switched off by HF_HUB_OFFLINE", f"unset it, {remedy}")
     with _errors_in_one_line(file, remedy):
-        try:  # the library's own limit ends the thread; ours, which is the shorter, is told
+        try:  # the library's longer limit only ends the thread
             found = _within(within_s, lambda: get_hf_file_metadata(url, timeout=2 * within_s, endpoint=host))
         except concurrent.futures.TimeoutError as error:
             raise HubError(f"the hub did not answer within {within_s:g} s", remedy) from error

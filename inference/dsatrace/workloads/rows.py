@@ -15,7 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NoReturn, TypeVar, get_args
+from typing import IO, Any, BinaryIO, Literal, NoReturn, TypeVar, get_args
 
 from dsatrace.errors import UserError
 
@@ -109,6 +109,27 @@ def open_source(path: str | Path) -> BinaryIO:
             file.close()
             raise UserError(f"{path}: the file is {encoding}; convert it to UTF-8")
     return file
+
+
+def numbered_lines(stream: IO[bytes], max_bytes: int, first: int = 1) -> Iterator[tuple[str, bytes | None]]:
+    """("line 3", its bytes) of every line that is not blank; None for the bytes of a line too long."""
+    number = first
+    while (line := read_line(stream, max_bytes)) != b"":
+        if number == 1 and line is not None:
+            line = line.removeprefix(UTF8_BOM)
+        if line is None or line.strip():
+            yield f"line {number}", line
+        number += 1
+
+
+def read_line(stream: IO[bytes], max_bytes: int) -> bytes | None:
+    """The next line, empty at the end of the stream; a line of more than `max_bytes` is skipped: None."""
+    line = stream.readline(max_bytes + 1)
+    if len(line) <= max_bytes:
+        return line
+    while line and not line.endswith(b"\n"):
+        line = stream.readline(max_bytes)
+    return None
 
 
 def text_column(row: Mapping[str, object], column: str) -> str:

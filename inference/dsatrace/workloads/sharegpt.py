@@ -30,7 +30,7 @@ from dsatrace.workloads.exports import write_json_lines
 from dsatrace.workloads.hub import HubFile
 from dsatrace.workloads.json_rows import read_json_rows
 from dsatrace.workloads.request import Request
-from dsatrace.workloads.rows import BadRow, BadRows, check_limit, text_column, unicode_text
+from dsatrace.workloads.rows import BadRow, BadRows, check_limit, text_column, text_value
 
 MAX_NEW_TOKENS = 128
 
@@ -170,9 +170,7 @@ def _parse(number: int, row: Mapping[str, Any]) -> tuple[int, str, list[Entry], 
 def _id(row: Mapping[str, Any], number: int) -> str:
     """The row's id, which some copies give as a number and some leave out."""
     value = row.get("id", number)
-    if not isinstance(value, str | int):
-        raise BadRow("not a text", f"it is of type {type(value).__name__}", "id")
-    return unicode_text(str(value), "id")
+    return str(value) if isinstance(value, int) else text_value(value, "id")
 
 
 def _oddities(entries: list[Entry]) -> set[str]:

@@ -55,7 +55,7 @@ def find_source(
         if located.url is not None:
             say(f"{data_set.name}: from the hub: {located.text()}")
         fetched = download(located, data_set.remedy())
-        return Source(data_set.name, "hub", fetched.path, f"hub {fetched.text()}", reason)
+        return Source(data_set.name, fetched.path, f"hub {fetched.text()}", reason)
 
     if explicit is not None and (repo or revision):
         raise UserError(f"{data_set.name}: {explicit} and the hub are both asked for; name one of them")
@@ -84,7 +84,7 @@ def _file_source(data_set: DataSet, path: Path, reason: str) -> Source:
         description = f"folder {path.absolute().name} sha256:{folder_sha256(path)}"
     else:
         raise UserError(f"{path}: is a folder; name the file in it with {data_set.file_flag}")
-    return Source(data_set.name, "file", path, description, reason)
+    return Source(data_set.name, path, description, reason)
 
 
 def _found_in(folder: Path, data_set: DataSet) -> Source | None:
@@ -112,7 +112,7 @@ def _found_in(folder: Path, data_set: DataSet) -> Source | None:
 def _stand_in(data_set: DataSet, reason: str) -> Source:
     reason = f"{reason}; {data_set.remedy()}"
     if data_set.sample is None:
-        return Source(data_set.name, "generator", None, "generator", reason)
+        return Source(data_set.name, None, "generator", reason)
     path = sample_file(data_set.sample)
     description = f"embedded {path.name} sha256:{file_sha256(path)}"
-    return Source(data_set.name, "embedded", path, description, reason)
+    return Source(data_set.name, path, description, reason)

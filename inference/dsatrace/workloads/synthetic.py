@@ -221,7 +221,7 @@ def workload_rows(
     arrival_rate: float = DEFAULT_ARRIVAL_RATE,
     turn_delay: float = DEFAULT_TURN_DELAY_S,
     seed: int = DEFAULT_SEED,
-) -> Iterator[TraceRow]:
+) -> list[TraceRow]:
     """The rows of one workload by arrival, labelled with its name.
 
     They are made of `conversations`, else of `num_requests` synthetic ones (`chat_multi` has a
@@ -236,8 +236,8 @@ def workload_rows(
         conversations = synthetic_conversations(name, num_requests, own_seed)
     generator = RequestGenerator(conversations, arrival_rate, seed=own_seed, workload=name)
     if name == CHAT_MULTI:
-        return generator.multi_turn_traces(formatter, turn_delay)
-    return generator.single_turn_traces(formatter)
+        return generator.generate_multi_turn_traces(formatter, turn_delay)
+    return generator.generate_single_turn_traces(formatter)
 
 
 def interleave(

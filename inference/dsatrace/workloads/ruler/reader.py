@@ -28,11 +28,12 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from dsatrace.errors import UserError
+from dsatrace.units import size_text
 from dsatrace.workloads.rows import (
-    UTF8_BOM,
     BadRow,
     BadRows,
     json_object,
+    numbered_lines,
     optional_text,
     read_rows,
     unicode_text,
@@ -150,29 +151,20 @@ def _order(file: RowFile) -> tuple[int, int, str]:
     return list(TASKS).index(file.task), file.max_length or 0, file.name
 
 
-def numbered_lines(stream: IO[bytes], source: str) -> Iterator[tuple[str, bytes]]:
-    """("line 3", its bytes) of every line that is not blank; only the beginning of a line too long.
-
-    Raises `UserError` where `source` breaks off.
-    """
-    number = 0
+def lines_of(stream: IO[bytes], source: str) -> Iterator[tuple[str, bytes | None]]:
+    """Its numbered lines. Raises `UserError` if `source` breaks off."""
+    place = "line 0"
     try:
-        line = stream.readline(MAX_LINE_BYTES + 1).removeprefix(UTF8_BOM)
-        while line:
-            number += 1
-            if line.strip():
-                yield f"line {number}", line
-            while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-                line = stream.readline(MAX_LINE_BYTES + 1)
-            line = stream.readline(MAX_LINE_BYTES + 1)
+        for place, line in numbered_lines(stream, MAX_LINE_BYTES):
+            yield place, line
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise UserError(f"{source}: cannot read on after line {number}: {error}; fetch it again") from error
+        raise UserError(f"{source}: cannot read on after {place}: {error}; fetch it again") from error
 
 
-def decode(line: bytes) -> dict[str, Any]:
+def decode(line: bytes | None) -> dict[str, Any]:
     """The JSON object of one line; raises `BadRow` for anything else."""
-    if len(line) > MAX_LINE_BYTES:
-        raise BadRow("too long", f"more than {MAX_LINE_BYTES >> 20} MiB")
+    if line is None:
+        raise BadRow("too long", f"more than {size_text(MAX_LINE_BYTES)}")
     return json_object(line)
 
 
@@ -189,10 +181,10 @@ def read_examples(
     """
     for file, stream in row_files(source, tasks, max_length):
         parse = functools.partial(_example, file)
-        yield from read_rows(file.name, numbered_lines(stream, file.name), parse, bad_rows or BadRows())
+        yield from read_rows(file.name, lines_of(stream, file.name), parse, bad_rows or BadRows())
 
 
-def _example(file: RowFile, row: int, line: bytes) -> Example:
+def _example(file: RowFile, row: int, line: bytes | None) -> Example:
     record = decode(line)
     prompt, answer_prefix = _given_prompt(record) or _composed_prompt(record, TASKS[file.task])
     return Example(

@@ -24,7 +24,7 @@ from dsatrace.workloads.request import Request
 from dsatrace.workloads.rows import BadRows, check_limit, read_rows
 from dsatrace.workloads.ruler.example import TASKS, Example, locate, score, task_named
 from dsatrace.workloads.ruler.generator import Sources, generate
-from dsatrace.workloads.ruler.reader import decode, numbered_lines, read_examples, row_files
+from dsatrace.workloads.ruler.reader import decode, lines_of, read_examples, row_files
 
 GENERATED_EXAMPLES, GENERATED_LENGTH, GENERATED_TASK = 10, 2048, "niah_single_1"
 
@@ -157,14 +157,14 @@ def _write_archive(archive: Path, folder: Path, limit: int | None) -> int:
                 f"{file.name}: the archive holds it twice; this is not RULER's archive, get another"
             )
         target.parent.mkdir(exist_ok=True)
-        rows = read_rows(file.name, numbered_lines(stream, file.name), _json_line, WholeFile())
+        rows = read_rows(file.name, lines_of(stream, file.name), _json_line, WholeFile())
         num_rows += write_lines(target, itertools.islice(rows, limit))
     return num_rows
 
 
-def _json_line(row: int, line: bytes) -> bytes:
+def _json_line(row: int, line: bytes | None) -> bytes:
     decode(line)
-    return line.rstrip(b"\r\n") + b"\n"
+    return (line or b"").rstrip(b"\r\n") + b"\n"
 
 
 RULER = DataSet(
