@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from dsatrace.errors import UserError
-from dsatrace.kv.stores.array import ram_store
 from dsatrace.kv.stores.interface import NAMESPACE_BYTES, StoreError, unit_keys
+from dsatrace.kv.stores.memory import ram_store
 from dsatrace.kv.stores.opening import open_store
 from dsatrace.kv.stores.resp import Connection, command
 from dsatrace.kv.stores.valkey import parse_address, valkey_store

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from dsatrace.cli import main
 from dsatrace.errors import UserError
-from dsatrace.kv.stores.array import ram_store
 from dsatrace.kv.stores.calibration import Sample, fit
 from dsatrace.kv.stores.checksums import copy_units, sum_units
 from dsatrace.kv.stores.interface import StoreStats, unit_keys
 from dsatrace.kv.stores.ledger import FIRST_SLOTS, Ledger
+from dsatrace.kv.stores.memory import ram_store
 from dsatrace.kv.stores.opening import open_store
 from dsatrace.kv.stores.resp import NIL, Address, Connection
 from dsatrace.kv.stores.simulated import PRESETS, Figure, Preset, load_preset

@@ -43,13 +43,13 @@ class StoreSettings(NamedTuple):
 
 
 def _ram(settings: StoreSettings) -> Store:
-    from dsatrace.kv.stores.array import ram_store
+    from dsatrace.kv.stores.memory import ram_store
 
     return ram_store(settings.unit_bytes, settings.room, settings.memory)
 
 
 def _mmap(settings: StoreSettings) -> Store:
-    from dsatrace.kv.stores.array import mmap_store
+    from dsatrace.kv.stores.memory import mmap_store
 
     return mmap_store(settings.spec, settings.path, settings.unit_bytes, settings.room)
 

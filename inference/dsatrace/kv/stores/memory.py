@@ -1,4 +1,4 @@
-"""Units in an array of this process: host memory (`ram`), or a file mapped into it (`mmap`).
+"""Units in memory of this process: host memory (`ram`), or a file mapped into it (`mmap`).
 
 A read of a mapped file is a copy where its pages are in the kernel's page cache, else page faults of
 unknown length. For reads that certainly reach the disk see `direct_file`.
