@@ -19,8 +19,7 @@ import numpy as np
 import pytest
 
 from dsatrace.errors import UserError
-from dsatrace.kv.stores.interface import NAMESPACE_BYTES, StoreError, unit_keys
-from dsatrace.kv.stores.memory import ram_store
+from dsatrace.kv.stores.interface import NAMESPACE_BYTES, StoreError, StoreSettings, unit_keys
 from dsatrace.kv.stores.opening import open_store
 from dsatrace.kv.stores.resp import Connection, command
 from dsatrace.kv.stores.valkey import parse_address, valkey_store
@@ -47,7 +46,7 @@ def server():
 @pytest.fixture
 def store(server):
     """Ten units under known names, so that a test can lay hands on them."""
-    opened = valkey_store(server.unix, U, namespace=NAMESPACE, timeout_s=5)
+    opened = valkey_store(StoreSettings(server.unix, U, namespace=NAMESPACE))
     assert opened.put(KEYS, DATA).all()
     yield opened
     opened.close()
@@ -115,7 +114,7 @@ def test_evicted_and_replaced_units_are_plain_misses(store, tell):
 
 
 def test_keys_are_numbers_and_go_with_their_run(server, tell):
-    mine = valkey_store(server.tcp, U)
+    mine = open_store(server.tcp, U)
     mine.put(KEYS, DATA)
     assert tell("DBSIZE") == b":10"
     cursor = Connection(parse_address(server.tcp), timeout_s=5)
@@ -135,7 +134,7 @@ def test_keys_are_numbers_and_go_with_their_run(server, tell):
 
 def test_a_full_server_stores_what_fits():
     with valkey("--maxmemory", "4mb", "--maxmemory-policy", "noeviction") as server:
-        store = valkey_store(server.unix, 41_984)
+        store = open_store(server.unix, 41_984)
         keys, data = unit_keys(0, np.arange(200)), units(200, 41_984)
         stored = store.put(keys, data)
         assert 0 < stored.sum() < 200
@@ -152,7 +151,7 @@ def test_a_full_server_stores_what_fits():
 
 def test_a_server_that_evicts_causes_only_misses():
     with valkey("--maxmemory", "4mb", "--maxmemory-policy", "allkeys-lru") as server:
-        store = valkey_store(server.unix, 41_984)
+        store = open_store(server.unix, 41_984)
         keys, data = unit_keys(0, np.arange(200)), units(200, 41_984)
         assert store.put(keys, data).all()
         out = np.zeros_like(data)
@@ -166,7 +165,7 @@ def test_a_server_that_evicts_causes_only_misses():
 @pytest.mark.parametrize("call", ["fetch", "put", "contains", "evict"])
 def test_a_killed_server_is_an_error_and_may_come_back(call):
     with valkey() as server:
-        store = valkey_store(server.tcp, U, timeout_s=5)
+        store = open_store(server.tcp, U, timeout_s=5)
         store.put(KEYS, DATA)
         server.kill()
         arguments = (KEYS, DATA.copy()) if call in ("fetch", "put") else (KEYS,)
@@ -190,7 +189,7 @@ def test_a_killed_server_is_an_error_and_may_come_back(call):
 
 def test_late_answers_of_a_paused_server_are_dropped():
     with valkey() as server:
-        store = valkey_store(server.unix, U, timeout_s=0.3)
+        store = open_store(server.unix, U, timeout_s=0.3)
         store.put(KEYS, DATA)
         server.pause()
         for call in (lambda: fetched(store), lambda: store.evict(KEYS)):
@@ -210,7 +209,7 @@ def test_late_answers_of_a_paused_server_are_dropped():
 
 def test_a_store_closes_without_its_server():
     with valkey() as server:
-        store = valkey_store(server.unix, U)
+        store = open_store(server.unix, U)
         store.put(KEYS, DATA)
         server.kill()
         store.close()
@@ -302,7 +301,7 @@ def test_answers_that_are_none(answer, cause, kind):
 
 def test_memory_that_somebody_else_wrote_into():
     memory = np.zeros((10, U), dtype=np.uint8)
-    store = ram_store(U, 10, memory)
+    store = open_store("ram", U, 10, memory=memory)
     store.put(KEYS, DATA)
     memory[(memory == DATA[6]).all(axis=1), 100] ^= 4
     assert np.flatnonzero(~fetched(store)).tolist() == [6]
@@ -409,7 +408,7 @@ def test_mooncake_units_that_somebody_else_wrote():
     from dsatrace.kv.stores.mooncake import mooncake_store
 
     with mooncake() as master:
-        mine, other = (mooncake_store(master.spec, U, namespace=NAMESPACE) for _ in range(2))
+        mine, other = (mooncake_store(StoreSettings(master.spec, U, namespace=NAMESPACE)) for _ in range(2))
         mine.put(KEYS, DATA)
         other.put(KEYS[3:4], DATA[4:5])
         assert fetched(mine).tolist() == [key != 3 for key in range(10)]

@@ -18,7 +18,6 @@ from dsatrace.kv.stores.calibration import Sample, fit
 from dsatrace.kv.stores.checksums import copy_units, sum_units
 from dsatrace.kv.stores.interface import StoreStats, unit_keys
 from dsatrace.kv.stores.ledger import FIRST_SLOTS, Ledger
-from dsatrace.kv.stores.memory import ram_store
 from dsatrace.kv.stores.opening import open_store
 from dsatrace.kv.stores.resp import NIL, Address, Connection
 from dsatrace.kv.stores.simulated import PRESETS, Figure, Preset, load_preset
@@ -217,7 +216,7 @@ def test_what_only_a_caller_can_get_wrong():
     with pytest.raises(ValueError, match="only `ram`"):
         open_store("mmap:/tmp/x", 656, 10, memory=np.zeros((10, 656), np.uint8))
     with pytest.raises(ValueError, match="C-contiguous"):
-        ram_store(656, 10, np.zeros((9, 656), np.uint8))
+        open_store("ram", 656, 10, memory=np.zeros((9, 656), np.uint8))
 
 
 def test_neighbours_are_one_operation(tmp_path):
