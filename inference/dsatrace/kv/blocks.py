@@ -43,7 +43,6 @@ class OutOfBlocks(RuntimeError):
 
 
 def blocks_needed(num_tokens: int, block_size: int) -> int:
-    """Blocks that hold `num_tokens` tokens."""
     return -(-num_tokens // block_size)
 
 

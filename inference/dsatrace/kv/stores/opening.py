@@ -65,8 +65,6 @@ def _memcache(settings: StoreSettings) -> Store:
 
 @dataclasses.dataclass(frozen=True)
 class StoreKind:
-    """One kind of store."""
-
     usage: str  # how a spec is written, for the message that refuses one
     needs: Literal["nothing", "file", "address"]  # after the scheme
     open: Callable[[StoreSettings], Store]

@@ -43,10 +43,8 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """One kind of hardware, and how it is used."""
-
     name: str
-    what: str
+    what: str  # the hardware, and how it is used
     alpha_batch_us: Figure
     alpha_op_us: Figure
     read_gb_per_s: Figure
