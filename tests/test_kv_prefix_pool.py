@@ -214,11 +214,6 @@ def test_a_block_that_is_still_being_computed_has_no_key() -> None:
     assert (len(held.block_ids), held.num_keyed) == (2, 1)
 
 
-def test_a_pool_with_a_null_block_has_one_more() -> None:
-    with pytest.raises(ValueError, match="not 1 of 16, block 0 kept back"):
-        BlockPool(1, 16, null_block=True)
-
-
 class PoolMachine(RuleBasedStateMachine):
     """Admits, grows, finishes, preempts and takes back, in any order; few tokens, so that much is shared."""
 
