@@ -138,7 +138,7 @@ def test_without_caching_nothing_is_shared() -> None:
     pool = PrefixPool(BlockPool(8, 4), prefix_caching=False)
     held = [admit(pool, [1] * 9), admit(pool, [1] * 9)]
     assert [h.num_hit_tokens for h in held] == [0, 0]
-    assert not any(pool.blocks.is_cached(key) for key in held[0].keys)
+    assert not any(pool.blocks.lookup([key]) for key in held[0].keys)
     pool.blocks.check_integrity()
 
 
@@ -163,7 +163,7 @@ def test_a_forgotten_block_is_not_found_and_goes_first(free_order: FreeOrder) ->
     assert pool.blocks.forget([1, 3]) == 1
     assert void == [[3], [1]]
     assert pool.match(keys_of(tokens, 2), 7) == [0]
-    assert not pool.blocks.is_cached(keys_of(tokens, 2)[1]) and pool.blocks.is_cached(keys_of(tokens, 2)[2])
+    assert [pool.blocks.lookup([key]) for key in keys_of(tokens, 2)] == [[0], [], [2]]
     assert pool.blocks.free_queue()[0] == 1
     again = admit(pool, tokens[:4])
     assert again.block_ids == [0, 1]

@@ -197,9 +197,6 @@ class BlockPool:
 
     # What tests and schedulers look at.
 
-    def is_cached(self, key: Key) -> bool:
-        return key in self._blocks_of
-
     def key_of(self, block_id: int) -> Key | None:
         return self._key_of.get(block_id)
 
