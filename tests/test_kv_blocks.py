@@ -71,9 +71,11 @@ def test_any_sequence_keeps_every_block_in_one_place(moves: list[tuple[int, int]
         pool.check_integrity()
 
 
-def test_a_pool_has_at_least_one_block() -> None:
+def test_a_pool_has_at_least_one_usable_block() -> None:
     with pytest.raises(ValueError, match="not 0 of 16"):
         BlockPool(0, 16)
+    with pytest.raises(ValueError, match="not 1 of 16, block 0 kept back"):
+        BlockPool(1, 16, null_block=True)
 
 
 PREFIX_TREES = st.lists(st.lists(st.integers(0, 1), max_size=5), min_size=1, max_size=30)

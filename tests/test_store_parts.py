@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from dsatrace.cli import main
 from dsatrace.errors import UserError
-from dsatrace.kv.stores.array import ram_store
 from dsatrace.kv.stores.calibration import Sample, fit
 from dsatrace.kv.stores.checksums import copy_units, sum_units
 from dsatrace.kv.stores.interface import StoreStats, unit_keys
@@ -163,25 +162,21 @@ def test_a_reply_is_parsed_however_it_arrives(values, chunk_sizes):
 
 def test_addresses():
     full = parse_address("redis://me:p%40ss@host:7000/4")
-    assert (full.host, full.port, full.database, full.username, full.password) == (
-        "host",
-        7000,
-        4,
-        "me",
-        "p@ss",
-    )
+    assert (full.host, full.port, full.database) == ("host", 7000, 4)
+    assert (full.username, full.password) == ("me", "p@ss")
     assert full.label == "redis://host:7000/4"
     assert "p@ss" not in repr(full)
     assert parse_address("valkey://h").port == 6379
     assert parse_address("unix:///run/v.sock?db=2").path == "/run/v.sock"
-    for wrong in (
+    wrongs = (
         "redis://h:port",
         "rediss://h",
         "redis://h/x",
         "unix://",
         "unix:///s?color=red",
         "redis://h?db=1",
-    ):
+    )
+    for wrong in wrongs:
         with pytest.raises(UserError, match="not an address"):
             parse_address(wrong)
 
@@ -217,7 +212,7 @@ def test_what_only_a_caller_can_get_wrong():
     with pytest.raises(ValueError, match="only `ram`"):
         open_store("mmap:/tmp/x", 656, 10, memory=np.zeros((10, 656), np.uint8))
     with pytest.raises(ValueError, match="C-contiguous"):
-        ram_store(656, 10, np.zeros((9, 656), np.uint8))
+        open_store("ram", 656, 10, memory=np.zeros((9, 656), np.uint8))
 
 
 def test_neighbours_are_one_operation(tmp_path):
@@ -264,12 +259,8 @@ def test_a_simulated_store_has_its_presets_times():
 def test_presets_say_where_they_come_from():
     assert {"hbm-h200", "pcie5-x16", "rdma-400g", "nvme-gen4"} <= set(PRESETS)
     for preset in PRESETS.values():
-        for figure in (
-            preset.alpha_batch_us,
-            preset.alpha_op_us,
-            preset.read_gb_per_s,
-            preset.write_gb_per_s,
-        ):
+        alphas = (preset.alpha_batch_us, preset.alpha_op_us)
+        for figure in (*alphas, preset.read_gb_per_s, preset.write_gb_per_s):
             assert figure.source
             assert (figure.confidence == "unknown") == (figure.value == 0)
     with pytest.raises(ValueError, match="no time"):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.interface import Store, unit_keys
+from dsatrace.kv.stores.opening import open_store
 from dsatrace.kv.tiers.residency import TIER_POLICIES
 from dsatrace.kv.tiers.stack import LOCAL, LOST, REMOTE, TierStack
 from dsatrace.schema import TIER_NAMES
@@ -80,6 +81,11 @@ class Checked:
         for unit in units:
             self.truth.pop((layer_id, unit), None)
 
+    def is_held_by(self, store: MemoryStore, layer_id: int, unit: int) -> bool:
+        """Whether the store has the unit's current version."""
+        key = int(unit_keys(layer_id, np.array([unit]))[0])
+        return store._open_units().get(key) == self.truth[layer_id, unit]
+
 
 def members(local_capacity: int | None, remote_capacity: int | None) -> tuple[MemoryStore | None, ...]:
     """0 units: no such store."""
@@ -120,10 +126,6 @@ def check_room(stack: TierStack) -> None:
         assert here.tolist() == stack._is_current[LOCAL].tolist()
 
 
-def holds_current(store: Store | None, key: int, unit: bytes) -> bool:
-    return isinstance(store, MemoryStore) and store._open_units().get(key) == unit
-
-
 @settings(max_examples=600, deadline=None)
 @given(
     st.sampled_from([(c, r) for c in (0, 1, 2, 4, None) for r in (0, 3, None) if (c, r) != (0, 0)]),
@@ -152,19 +154,14 @@ def test_whatever_the_stores_do_no_byte_is_wrong(capacities, policy, history, se
             failed = sum(store.num_errors for store in stores) > errors_before
             for unit in np.array(units, dtype=np.int64)[tiers == LOST].tolist():
                 if (layer_id, unit) in checked.truth and not failed:
-                    key, current = (
-                        int(unit_keys(layer_id, np.array([unit]))[0]),
-                        checked.truth[layer_id, unit],
-                    )
-                    assert not any(holds_current(store, key, current) for store in stores)
+                    assert not any(checked.is_held_by(store, layer_id, unit) for store in stores)
         check_room(stack)
         num_errors = sum(store.num_errors for store in stores)
         assert (stack.last_error is None) == (num_errors == errors_before)
     for store in stores:
         store.rate = 0.0  # they have recovered: what any of them holds is given
-    for (layer_id, unit), current in list(checked.truth.items()):
-        key = int(unit_keys(layer_id, np.array([unit]))[0])
-        held = any(holds_current(store, key, current) for store in stores)
+    for layer_id, unit in list(checked.truth):
+        held = any(checked.is_held_by(store, layer_id, unit) for store in stores)
         assert (checked.fetch(layer_id, [unit])[0] != LOST) == held
 
 
@@ -366,8 +363,6 @@ def test_real_members(local: str, remote: str, request: pytest.FixtureRequest, t
 
 
 def test_a_server_that_goes_away_costs_its_own_units(tmp_path) -> None:
-    from dsatrace.kv.stores.opening import open_store
-
     with valkey() as server:
         stack = stack_of(open_store("ram", 656, 3), open_store(server.unix, 656, timeout_s=2))
         checked = Checked(stack)

@@ -185,9 +185,8 @@ class _PlainReplay:
 
     def _count_cached(self, r: int) -> None:
         num_full = self.prompt[r] // self.trace.block_size
-        self.columns["cached_blocks"][r] = sum(
-            self.pool.blocks.is_cached(key) for key in self.trace.keys_of(r)[:num_full]
-        )
+        cached = [self.pool.blocks.lookup([key]) for key in self.trace.keys_of(r)[:num_full]]
+        self.columns["cached_blocks"][r] = sum(map(len, cached))
 
     def _admit(self, r: int, num_tokens: int) -> HeldBlocks:
         keys = self.trace.keys_of(r)

@@ -43,7 +43,6 @@ class OutOfBlocks(RuntimeError):
 
 
 def blocks_needed(num_tokens: int, block_size: int) -> int:
-    """Blocks that hold `num_tokens` tokens."""
     return -(-num_tokens // block_size)
 
 
@@ -197,9 +196,6 @@ class BlockPool:
             self.on_void(ids)
 
     # What tests and schedulers look at.
-
-    def is_cached(self, key: Key) -> bool:
-        return key in self._blocks_of
 
     def key_of(self, block_id: int) -> Key | None:
         return self._key_of.get(block_id)

@@ -144,7 +144,6 @@ def offer(cache: Cache, slot: int) -> None:
 
 @njit(nogil=True)
 def withdraw(cache: Cache, slot: int) -> None:
-    """Takes a slot out of its queue."""
     queue, at = cache.queue[slot], cache.place[slot]
     cache.heap_size[queue] -= 1
     cache.place[slot] = ABSENT

@@ -24,8 +24,7 @@ class Optimal(PlainPolicy):
     def enter(self, block: int, access: Access) -> None:
         self.value[block] = -float(access.next_use)
 
-    def again(self, block: int, access: Access) -> None:
-        self.value[block] = -float(access.next_use)
+    again = enter
 
 
 class OptimalState(NamedTuple):

@@ -61,31 +61,6 @@ class Workloads:
         return reuse_profile(self.stream.head(share))
 
 
-def as_given(settings: Settings, workloads: Workloads) -> Settings:
-    return settings
-
-
-def check_share(name: str) -> Callable[[Settings, Workloads], Settings]:
-    """That parameter lies between 0 and 1."""
-
-    def resolve(settings: Settings, workloads: Workloads) -> Settings:
-        _check_share(settings, name)
-        return settings
-
-    return resolve
-
-
-def check_natural(name: str) -> Callable[[Settings, Workloads], Settings]:
-    """That parameter is at least 0."""
-
-    def resolve(settings: Settings, workloads: Workloads) -> Settings:
-        if settings[name] < 0:
-            raise UserError(f"{name} must not be negative, but is {settings[name]}")
-        return settings
-
-    return resolve
-
-
 def resolve_priorities(settings: Settings, workloads: Workloads) -> Settings:
     """`priorities`: a number for each workload by name, 0 where not named."""
     return {"worth": workloads.by_index(settings["priorities"], "priorities", 0.0)}
@@ -95,8 +70,6 @@ def resolve_admission(settings: Settings, workloads: Workloads) -> Settings:
     """`admit`: the workloads to keep by name, or None to measure which are reused."""
     if settings["admit"] is not None:
         return {"worth": workloads.by_index(dict.fromkeys(settings["admit"], 1.0), "admit", 0.0)}
-    _check_share(settings, "profile_share")
-    _check_share(settings, "min_relative_reuse")
     profile = workloads.profile(settings["profile_share"], "admit=[...]")
     return {"worth": admitted_workloads(profile, settings["min_relative_reuse"])}
 
@@ -104,7 +77,6 @@ def resolve_admission(settings: Settings, workloads: Workloads) -> Settings:
 def resolve_reuse(settings: Settings, workloads: Workloads) -> Settings:
     """`reuse`: (probability, mean seconds to it) of each workload by name, or None to measure."""
     if settings["reuse"] is None:
-        _check_share(settings, "profile_share")
         profile = workloads.profile(settings["profile_share"], "reuse={name: (probability, mean_s)}")
         return {"reuse_probability": profile.probability.tolist(), "mean_reuse_s": profile.mean_s.tolist()}
     pairs = workloads.by_index(settings["reuse"], "reuse")
@@ -119,18 +91,13 @@ def resolve_reuse(settings: Settings, workloads: Workloads) -> Settings:
     }
 
 
-def _check_share(settings: Settings, name: str) -> None:
-    if not 0 <= settings[name] <= 1:
-        raise UserError(f"{name} is a share, between 0 and 1, not {settings[name]}")
-
-
 @dataclasses.dataclass(frozen=True)
 class PolicyInfo:
     """One policy.
 
     `leaf_first`: its flat form never evicts a parent whose child is of use, so flat and
-    leaf-constrained give the same hits on prefix trees. `resolve` checks the user's parameters and
-    turns them into those of `plain` and `state`.
+    leaf-constrained give the same hits on prefix trees. `resolve` turns the user's parameters into
+    those of `plain` and `state`.
     """
 
     name: str
@@ -139,7 +106,9 @@ class PolicyInfo:
     plain: Callable[..., PlainPolicy]
     state: Callable[..., NamedTuple]
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    resolve: Callable[[Settings, Workloads], Settings] = as_given
+    shares: tuple[str, ...] = ()  # parameters between 0 and 1
+    naturals: tuple[str, ...] = ()  # parameters of at least 0
+    resolve: Callable[[Settings, Workloads], Settings] | None = None
     num_queues: int | None = 1  # None: one per workload
     leaf_first: bool = False
     needs_future: bool = False
@@ -150,7 +119,14 @@ class PolicyInfo:
         if unknown:
             takes = ", ".join(self.params) or "none"
             raise UserError(f"policy {self.name} has no parameter {', '.join(unknown)}; it takes {takes}")
-        return self.resolve({**self.params, **params}, workloads)
+        settings = {**self.params, **params}
+        for parameter in self.shares:
+            if not 0 <= settings[parameter] <= 1:
+                raise UserError(f"{parameter} is a share, between 0 and 1, not {settings[parameter]}")
+        for parameter in self.naturals:
+            if settings[parameter] < 0:
+                raise UserError(f"{parameter} must not be negative, but is {settings[parameter]}")
+        return settings if self.resolve is None else self.resolve(settings, workloads)
 
 
 def _ordered(name: str, meaning: str, source: str, by_recency: bool, newest_first: bool) -> PolicyInfo:
@@ -171,11 +147,12 @@ _INFOS = (
                Lfu, lfu_state, leaf_first=True),
     PolicyInfo("slru", "blocks used once before those used again, each group by recency",
                "Karedla, Love and Wherry 1994",
-               Slru, slru_state, {"protected": 0.8}, check_share("protected"), num_queues=2),
+               Slru, slru_state, {"protected": 0.8}, shares=("protected",), num_queues=2),
     PolicyInfo("priority", "the lowest priority of a workload, then LRU", "SGLang, TensorRT-LLM",
-               ByWorkload, by_workload_state, {"priorities": {}}, resolve_priorities, leaf_first=True),
+               ByWorkload, by_workload_state, {"priorities": {}}, resolve=resolve_priorities,
+               leaf_first=True),
     PolicyInfo("s3-fifo", "unused blocks of a small queue, then of the main one", "Yang et al., SOSP 2023",
-               S3Fifo, s3fifo_state, {"small": 0.1, "ghost": 0.9, "threshold": 2}, check_share("small"),
+               S3Fifo, s3fifo_state, {"small": 0.1, "ghost": 0.9, "threshold": 2}, shares=("small",),
                num_queues=2),
     PolicyInfo("sieve", "the first block unused since a hand last passed it", "Zhang et al., NSDI 2024",
                Sieve, sieve_state),
@@ -183,22 +160,22 @@ _INFOS = (
                "Megiddo and Modha, FAST 2003", Arc, arc_state, num_queues=2),
     PolicyInfo("gdsf", "the least uses x cost of recomputing, with ageing",
                "Cherkasova, HPL-98-69, 1998; Cao and Irani 1997",
-               Gdsf, gdsf_state, {"depth_cost": 0.0}, check_natural("depth_cost")),
+               Gdsf, gdsf_state, {"depth_cost": 0.0}, naturals=("depth_cost",)),
     PolicyInfo("t-lru", "ends of requests that a next turn can spare, then LRU",
                "Zhang et al., Tail-Optimized Caching, arXiv 2510.15152, 2025; SGLang",
-               TailFirst, tail_first_state, {"slack_blocks": 8}, check_natural("slack_blocks")),
+               TailFirst, tail_first_state, {"slack_blocks": 8}, naturals=("slack_blocks",)),
     PolicyInfo("wa-lru", "blocks of workloads that are not admitted, then LRU",
                "admission by workload, given or by measured reuse",
                ByWorkload, by_workload_state,
-               {"admit": None, "min_relative_reuse": 0.5, "profile_share": 0.2}, resolve_admission,
-               leaf_first=True),
+               {"admit": None, "min_relative_reuse": 0.5, "profile_share": 0.2},
+               shares=("min_relative_reuse", "profile_share"), resolve=resolve_admission, leaf_first=True),
     PolicyInfo("wa-prob", "the least probability of reuse within a block's expected stay",
                "after Wang et al., KVCache Cache in the Wild, USENIX ATC 2025",
                ReuseProbability, reuse_probability_state, {"reuse": None, "profile_share": 0.2},
-               resolve_reuse, num_queues=None),
+               shares=("profile_share",), resolve=resolve_reuse, num_queues=None),
     PolicyInfo("random", "any block, each as likely as the other",
                "libCacheSim's Random; arXiv 2601.18999 for leaves",
-               Uniform, uniform_state, {"seed": 42}, check_natural("seed")),
+               Uniform, uniform_state, {"seed": 42}, naturals=("seed",)),
     PolicyInfo("opt", "the block whose next use is farthest: the bound", "Belady 1966, on whole requests",
                Optimal, optimal_state, leaf_first=True, needs_future=True),
 )

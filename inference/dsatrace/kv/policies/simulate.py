@@ -216,42 +216,19 @@ _compiled_loop = compiled_whole(_loop)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SimResult:
-    """Results of R requests in W workloads; a rejected request has no accesses."""
+    """Results of R requests; a rejected request has no accesses."""
 
-    policy: str
-    capacity: int  # blocks
-    leaf: bool
     accesses: np.ndarray  # (R,) int64, blocks asked for
     hits: np.ndarray  # (R,) int32, cached blocks before the first that was not
     hits_any: np.ndarray  # (R,) int32, cached blocks
-    workloads: np.ndarray  # (R,) int32, index of workload_names
-    workload_names: tuple[str, ...]
     num_evictions: int
-    num_oversize: int  # requests longer than the cache
     num_waited: int  # requests that had to wait until others in flight were done
     evictions: np.ndarray | None  # (num_evictions, 2) int32, request and block, if recorded
-
-    @property
-    def misses(self) -> np.ndarray:
-        """(R,) int64, accesses that are no `hits`."""
-        return self.accesses - self.hits
 
     @property
     def hit_rate(self) -> float:
         """Hits of all accesses, 0 where there are none."""
         return float(self.hits.sum() / max(self.accesses.sum(), 1))
-
-    def by_workload(self) -> dict[str, dict[str, int]]:
-        """accesses, hits, misses and hits_any of each workload."""
-        size = len(self.workload_names)
-        counts = {
-            field: np.bincount(self.workloads, getattr(self, field), size).astype(int).tolist()
-            for field in ("accesses", "hits", "misses", "hits_any")
-        }
-        return {
-            name: {field: of_each[index] for field, of_each in counts.items()}
-            for index, name in enumerate(self.workload_names)
-        }
 
 
 def simulate(
@@ -292,18 +269,12 @@ def simulate(
     cache = empty_cache(shape, num_queues, stream.parents if leaf else None)
     num_evictions, num_waited = _compiled_loop(info.state(shape, **settings), cache, requests)
     return SimResult(
-        policy,
-        capacity,
-        leaf,
-        np.where((held == 0) & (oversize == "reject"), 0, stream.lengths),
-        requests.hits,
-        requests.found,
-        stream.workloads,
-        stream.workload_names,
-        num_evictions,
-        int(np.count_nonzero(stream.lengths > capacity)),
-        num_waited,
-        requests.evicted[:num_evictions].copy() if log_evictions else None,
+        accesses=np.where((held == 0) & (oversize == "reject"), 0, stream.lengths),
+        hits=requests.hits,
+        hits_any=requests.found,
+        num_evictions=num_evictions,
+        num_waited=num_waited,
+        evictions=requests.evicted[:num_evictions].copy() if log_evictions else None,
     )
 
 

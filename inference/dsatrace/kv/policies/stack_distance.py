@@ -60,7 +60,7 @@ def lru_hits_at(
             result = simulate(part, "lru", int(sizes[index]))
             num_simulated += 1
             for row, field in enumerate((result.accesses, result.hits, result.hits_any)):
-                counts[row, index] = np.bincount(part.workloads, field, stream.num_workloads)
+                counts[row, index] = part.by_workload(field)
     return LruHits(sizes, counts[0], counts[1], counts[2], num_simulated)
 
 
@@ -83,10 +83,9 @@ def _one_pass(stream: AccessStream, sizes: np.ndarray) -> tuple[np.ndarray, int]
         by_farthest,
         by_own,
     )
-    accesses = np.bincount(stream.workloads, stream.lengths, stream.num_workloads).astype(np.int64)
     up_to = np.minimum(sizes, widest) - 1  # a hit where distance < capacity
     hits, hits_any = (histogram.cumsum(axis=1)[:, up_to].T for histogram in (by_farthest, by_own))
-    counts = np.stack([np.broadcast_to(accesses, hits.shape), hits, hits_any])
+    counts = np.stack([np.broadcast_to(stream.by_workload(stream.lengths), hits.shape), hits, hits_any])
     one_at_a_time = bool(np.all(stream.release == np.arange(stream.num_requests) + 1))
     return counts, 0 if one_at_a_time else most_in_use
 

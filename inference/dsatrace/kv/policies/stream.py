@@ -147,6 +147,10 @@ class AccessStream:
         """
         return _next_use(self.blocks, self.starts, held, self.num_blocks)
 
+    def by_workload(self, of_requests: np.ndarray) -> np.ndarray:
+        """Sums of (R,) counts over each workload's requests, (W,) int64."""
+        return np.bincount(self.workloads, of_requests, self.num_workloads).astype(np.int64)
+
     def head(self, share: float) -> AccessStream:
         """The first requests: this share of them, at least one."""
         return self.select(np.arange(self.num_requests) < max(1, round(share * self.num_requests)))

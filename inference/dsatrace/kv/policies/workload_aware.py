@@ -71,8 +71,7 @@ class TailFirst(PlainPolicy):
     def enter(self, block: int, access: Access) -> None:
         self.value[block] = float(access.from_end >= self._slack)
 
-    def again(self, block: int, access: Access) -> None:
-        self.enter(block, access)
+    again = enter
 
 
 class TailFirstState(NamedTuple):
@@ -131,8 +130,7 @@ class ReuseProbability(PlainPolicy):
         self._depth[block] = access.depth
         self.stamp[block] = self.tick()
 
-    def again(self, block: int, access: Access) -> None:
-        self.enter(block, access)
+    again = enter
 
     def released(self, block: int) -> None:
         pass  # the stamp stays that of the last use, like the age

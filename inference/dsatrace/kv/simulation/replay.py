@@ -78,7 +78,6 @@ class ReplayConfig:
         return trace.output_tokens if self.decode else np.zeros_like(trace.output_tokens)
 
     def pool_blocks(self, trace: BlockTrace) -> int:
-        """Blocks of the pool for this trace."""
         if self.num_blocks is None:
             return max(1, trace.num_blocks_at_most) + self.null_block
         return self.num_blocks

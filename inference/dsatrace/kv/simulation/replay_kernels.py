@@ -123,7 +123,6 @@ def link(pool, block, after):  # type: ignore[no-untyped-def]
 
 @_inner
 def unlink(pool, block):  # type: ignore[no-untyped-def]
-    """Takes a block out of the free queue."""
     after, before = pool.blocks[block].prev_free, pool.blocks[block].next_free
     pool.blocks[after].next_free, pool.blocks[before].prev_free = before, after
     pool.counts[FREE] -= 1

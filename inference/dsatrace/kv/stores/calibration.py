@@ -106,7 +106,7 @@ def _batches(rng: np.random.Generator) -> Iterator[np.ndarray]:
 
 
 def _timed(store: Store, repeats: int, batch: Callable[[], np.ndarray], counted: tuple[str, str]) -> Sample:
-    """`counted`: the fields of `StoreStats` for the batch's operations and bytes."""
+    """`counted`: which fields of `StoreStats` hold the batch's operations and bytes."""
     batch()
     times, before = [], store.stats()
     for _ in range(repeats):

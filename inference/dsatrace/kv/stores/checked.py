@@ -4,7 +4,7 @@
 that a unit counts only if it is, byte for byte, what this handle put last. A `Medium` is called by
 one thread at a time, with non-empty batches whose arrays are right, and reads only keys it has stored.
 
-    store = CheckedStore(ArrayMedium(array), unit_bytes=41984, capacity_units=1024)
+    store = CheckedStore(ArrayMedium(array), StoreSettings("ram", unit_bytes=41984, capacity_units=1024))
 
     def read(self, batch):              # of a medium that lost everything
         return Moved(np.full(len(batch.keys), ABSENT, np.uint8), ops=0, num_bytes=0)
@@ -21,7 +21,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsatrace.kv.stores.interface import StoreError, StoreStats, are_distinct, check_batch, check_keys
+from dsatrace.kv.stores.interface import (
+    StoreError,
+    StoreSettings,
+    StoreStats,
+    are_distinct,
+    check_batch,
+    check_keys,
+)
 from dsatrace.kv.stores.ledger import Ledger
 
 ABSENT, FOUND, DAMAGED = range(3)
@@ -85,11 +92,11 @@ COUNTED = tuple(field.name for field in dataclasses.fields(StoreStats) if field.
 class CheckedStore:
     """See `Store` for the contract."""
 
-    def __init__(self, medium: Medium, unit_bytes: int, capacity_units: int | None) -> None:
-        self.unit_bytes = unit_bytes
-        self.capacity_units = capacity_units
+    def __init__(self, medium: Medium, settings: StoreSettings) -> None:
+        self.unit_bytes = settings.unit_bytes
+        self.capacity_units = settings.capacity_units
         self._medium = medium
-        self._ledger = Ledger(capacity_units)
+        self._ledger = Ledger(settings.capacity_units)
         self._counts: dict[str, float] = dict.fromkeys(COUNTED, 0)
         self._lock = threading.Lock()
         self._closed = False

@@ -25,6 +25,7 @@ from dsatrace.kv.stores.checksums import copy_units, sum_units
 from dsatrace.kv.stores.interface import StoreError
 
 STAGING_BYTES = 16 << 20
+MAX_UNITS = 1 << 14  # per call
 Answer = TypeVar("Answer")
 
 Transfer = Callable[[np.ndarray, np.ndarray, np.ndarray, bool], Sequence[int] | np.ndarray]
@@ -35,14 +36,10 @@ Transfer = Callable[[np.ndarray, np.ndarray, np.ndarray, bool], Sequence[int] | 
 class StagedMemory:
     """Units in registered memory, else through staging memory, which no unfinished call may still use."""
 
-    def __init__(
-        self, unit_bytes: int, announce: Callable[[np.ndarray], None], max_units: int = 1 << 14
-    ) -> None:
-        """`max_units`: the most that the library takes per call."""
+    def __init__(self, unit_bytes: int, announce: Callable[[np.ndarray], None]) -> None:
         self._unit_bytes = unit_bytes
         self._announce = announce
-        self._max_units = max_units
-        num_units = min(max_units, max(1, STAGING_BYTES // unit_bytes))
+        num_units = min(MAX_UNITS, max(1, STAGING_BYTES // unit_bytes))
         self._staging = np.empty((num_units, unit_bytes), dtype=np.uint8)
         self.buffers: list[np.ndarray] = []  # all that were announced, the staging memory first
         self.register(self._staging)
@@ -80,7 +77,7 @@ class StagedMemory:
 
     def _in_place(self, transfer: Transfer, batch: Batch) -> np.ndarray:
         codes = np.empty(len(batch.keys), dtype=np.int64)
-        for part in parts(len(codes), self._max_units):
+        for part in parts(len(codes), MAX_UNITS):
             addresses = self._addresses(batch.buffer, batch.rows[part])
             codes[part] = transfer(batch.keys[part], batch.slots[part], addresses, True)
         return codes

@@ -3,7 +3,7 @@
 Units are padded to multiples of the disk's sector; the padding counts as bytes read. A batch is
 sorted by place, neighbours are read in one operation, and several operations run at a time.
 
-    store = direct_file_store("file:/mnt/nvme/kv", Path("/mnt/nvme/kv"), 41984, capacity_units=1024)
+    store = direct_file_store(StoreSettings("file:/mnt/nvme/kv", unit_bytes=41984, capacity_units=1024))
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import mmap
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from dsatrace.errors import UserError
 from dsatrace.kv.stores.checked import FOUND, Batch, CheckedStore, Medium, Moved
 from dsatrace.kv.stores.checksums import copy_units
 from dsatrace.kv.stores.files import open_private_file
-from dsatrace.kv.stores.interface import StoreError
+from dsatrace.kv.stores.interface import StoreError, StoreSettings
 
 SECTORS = (512, 4096)  # bytes; the first that the disk takes
 STAGING_BYTES = 8 << 20
@@ -92,11 +91,12 @@ class DirectFileMedium(Medium):
         os.close(self._fd)
 
 
-def direct_file_store(spec: str, path: Path, unit_bytes: int, capacity_units: int) -> CheckedStore:
-    """A store in a new private file at `path`."""
-    room = padded(unit_bytes, SECTORS[-1]) * capacity_units
-    fd = open_private_file(spec, path, room, os.O_DIRECT)
-    return CheckedStore(DirectFileMedium(fd, unit_bytes, _sector(spec, fd)), unit_bytes, capacity_units)
+def direct_file_store(settings: StoreSettings) -> CheckedStore:
+    """A store in a new private file."""
+    num_bytes = padded(settings.unit_bytes, SECTORS[-1]) * settings.room
+    fd = open_private_file(settings, num_bytes, os.O_DIRECT)
+    medium = DirectFileMedium(fd, settings.unit_bytes, _sector(settings.spec, fd))
+    return CheckedStore(medium, settings)
 
 
 def padded(unit_bytes: int, sector: int) -> int:

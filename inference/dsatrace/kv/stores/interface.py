@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from dsatrace.schema import LatencyKind
 
 UNIT_ID_BITS = 48
 NAMESPACE_BYTES = 16
+DEFAULT_TIMEOUT_S = 5.0
 ALIGNMENT = 8  # bytes; units are copied and summed as words
 
 ErrorKind = Literal["timeout", "connection", "protocol", "io", "refused"]
@@ -71,6 +73,31 @@ class StoreStats:
             if field.name != "latency_kind"
         }
         return StoreStats(**changes, latency_kind=self.latency_kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreSettings:
+    """What a store is opened with."""
+
+    spec: str  # as the user wrote it, `SCHEME` or `SCHEME:REST`
+    unit_bytes: int
+    capacity_units: int | None = None
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    memory: np.ndarray | None = None  # for `ram` only
+    # Keeps one handle's units in a shared store apart from all others'.
+    namespace: bytes = dataclasses.field(default_factory=lambda: secrets.token_bytes(NAMESPACE_BYTES))
+
+    @property
+    def path(self) -> Path:
+        """The spec without its scheme, for a store in a file."""
+        return Path(self.spec.partition(":")[2])
+
+    @property
+    def room(self) -> int:
+        """`capacity_units`, which a store on this machine needs."""
+        if self.capacity_units is None:
+            raise ValueError(f"{self.spec}: say how many units it may hold")
+        return self.capacity_units
 
 
 class Store(Protocol):
@@ -134,11 +161,6 @@ def unit_keys(layer_id: int, unit_ids: np.ndarray) -> np.ndarray:
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << UNIT_ID_BITS:
         raise ValueError(f"unit ids {ids.min()}..{ids.max()} do not fit a key's {UNIT_ID_BITS} bits")
     return ids.astype(np.uint64) | np.uint64(layer_id << UNIT_ID_BITS)
-
-
-def new_namespace() -> bytes:
-    """16 random bytes that keep one handle's units in a shared store apart from all others'."""
-    return secrets.token_bytes(NAMESPACE_BYTES)
 
 
 def check_keys(keys: np.ndarray) -> None:

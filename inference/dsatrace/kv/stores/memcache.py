@@ -5,7 +5,7 @@ tried only that it loads, and that a client that does not start gives one clear 
 its signatures, the return values in its Python API's documentation, and the codes in its published
 headers; the tests run against a fake made from these.
 
-    store = memcache_store("memcache:/etc/mmc-local.conf?device=0", unit_bytes=41984)
+    store = open_store("memcache:/etc/mmc-local.conf?device=0", unit_bytes=41984)
 
 `mmc-local.conf` is MemCache's own file (addresses, protocol, memory that this process lends); plain
 `memcache:` takes the one that `MMC_LOCAL_CONFIG_PATH` names. A MetaService must run: `python -c "from
@@ -24,7 +24,8 @@ from typing import Any
 
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.checked import CheckedStore
-from dsatrace.kv.stores.pooled import OK, Codes, PoolClient, pooled_store
+from dsatrace.kv.stores.interface import StoreSettings
+from dsatrace.kv.stores.pooled import OK, Codes, PoolClient, PooledMedium
 
 CONFIG_VARIABLE = "MMC_LOCAL_CONFIG_PATH"
 META_SERVICE_KEY = "ock.mmc.meta_service_url"
@@ -93,14 +94,9 @@ class MemcacheClient(PoolClient):
         return [self._versions.get(name, name) for name in names]
 
 
-def memcache_store(
-    spec: str,
-    unit_bytes: int,
-    capacity_units: int | None = None,
-    timeout_s: float = 5.0,
-    namespace: bytes | None = None,
-) -> CheckedStore:
+def memcache_store(settings: StoreSettings) -> CheckedStore:
     """A store in the pool of MemCache's configuration file; raises `UserError` if it cannot be joined."""
+    spec, timeout_s = settings.spec, settings.timeout_s
     path, device = _parse(spec)
     host, port = _meta_service(spec, path)
     os.environ[CONFIG_VARIABLE] = str(path)  # read when its client starts
@@ -119,7 +115,7 @@ def memcache_store(
         raise UserError(
             f"{spec}: MemCache does not start (code {code}); it needs an Ascend driver, and {UNTESTED}"
         )
-    return pooled_store(MemcacheClient(store), unit_bytes, capacity_units, timeout_s, namespace)
+    return CheckedStore(PooledMedium(MemcacheClient(store), settings), settings)
 
 
 def _parse(spec: str) -> tuple[Path, int]:

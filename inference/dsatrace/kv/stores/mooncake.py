@@ -1,6 +1,6 @@
 """Units in Mooncake Store, the distributed pool that vLLM and SGLang use; one batch call each way.
 
-    store = mooncake_store("mooncake://127.0.0.1:50051?segment_mib=1024", unit_bytes=41984)
+    store = open_store("mooncake://127.0.0.1:50051?segment_mib=1024", unit_bytes=41984)
 
 Needs the package `mooncake-transfer-engine-non-cuda` (or the CUDA one) and a master:
 `mooncake_master --rpc_address=127.0.0.1 --rpc_port=50051`. This process adds a segment of `segment_mib`
@@ -23,7 +23,8 @@ from typing import Any
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.checked import CheckedStore
 from dsatrace.kv.stores.client_calls import STAGING_BYTES
-from dsatrace.kv.stores.pooled import Codes, PoolClient, pooled_store
+from dsatrace.kv.stores.interface import StoreSettings
+from dsatrace.kv.stores.pooled import Codes, PoolClient, PooledMedium
 
 DEFAULT_PORT = 50051
 DEFAULT_SEGMENT_MIB = 1024
@@ -67,14 +68,9 @@ class MooncakeClient(PoolClient):
         self._store.close()
 
 
-def mooncake_store(
-    spec: str,
-    unit_bytes: int,
-    capacity_units: int | None = None,
-    timeout_s: float = 5.0,
-    namespace: bytes | None = None,
-) -> CheckedStore:
-    """A store in the pool of the master that `spec` names; raises `UserError` if there is none."""
+def mooncake_store(settings: StoreSettings) -> CheckedStore:
+    """A store in the pool of the master that the spec names; raises `UserError` if there is none."""
+    spec, timeout_s = settings.spec, settings.timeout_s
     host, port, segment_mib = _parse(spec)
     os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
     os.environ.setdefault("MC_RPC_TIMEOUT_MS", str(int(timeout_s * 1000)))
@@ -99,7 +95,7 @@ def mooncake_store(
     )
     if code:
         raise UserError(f"{spec}: what listens there is not a Mooncake master (code {code}); {start}")
-    return pooled_store(MooncakeClient(store), unit_bytes, capacity_units, timeout_s, namespace)
+    return CheckedStore(PooledMedium(MooncakeClient(store), settings), settings)
 
 
 def _parse(spec: str) -> tuple[str, int, int]:

@@ -1,6 +1,6 @@
 """Units in a file that NIXL reads and writes: its POSIX backend, host memory to file. *Experimental.*
 
-    store = nixl_store("nixl:/mnt/nvme/kv", Path("/mnt/nvme/kv"), unit_bytes=41984, capacity_units=1024)
+    store = nixl_store(StoreSettings("nixl:/mnt/nvme/kv", unit_bytes=41984, capacity_units=1024))
 
 NIXL is the transfer library with which vLLM, SGLang and Dynamo move KV. A batch is one transfer of two
 descriptor lists, memory and file, by Linux's asynchronous I/O, through the page cache as with `mmap`.
@@ -21,7 +21,6 @@ import secrets
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,7 +30,7 @@ from dsatrace.errors import UserError
 from dsatrace.kv.stores.checked import FOUND, Batch, CheckedStore, Medium, Moved
 from dsatrace.kv.stores.client_calls import StagedMemory, TimedCaller
 from dsatrace.kv.stores.files import open_private_file
-from dsatrace.kv.stores.interface import StoreError
+from dsatrace.kv.stores.interface import StoreError, StoreSettings
 
 PACKAGES = ("nixl_cu12", "nixl_cu13", "nixl")  # the first needs no torch to be imported
 BACKEND = ["POSIX"]
@@ -41,14 +40,14 @@ SPIN_S, POLL_S = 0.005, 0.0005
 class NixlMedium(Medium):
     """Unit = `unit_bytes` at slot x `unit_bytes` of the file; one descriptor and operation each."""
 
-    def __init__(self, agent: Any, fd: int, unit_bytes: int, capacity_units: int, timeout_s: float) -> None:
-        """`agent`: a `nixl_agent` with the POSIX backend; `fd`: a file of `capacity_units` units."""
+    def __init__(self, agent: Any, fd: int, settings: StoreSettings) -> None:
+        """`agent`: a `nixl_agent` with the POSIX backend; `fd`: a file with room for all units."""
         self._agent = agent
         self._fd = fd
-        self._unit_bytes = unit_bytes
+        self._unit_bytes = unit_bytes = settings.unit_bytes
         self._registered: list[Any] = []
-        self._caller = TimedCaller("nixl", timeout_s)
-        self._register("FILE", 0, unit_bytes * capacity_units, fd)
+        self._caller = TimedCaller("nixl", settings.timeout_s)
+        self._register("FILE", 0, unit_bytes * settings.room, fd)
         self._memory = StagedMemory(
             unit_bytes, lambda buffer: self._register("DRAM", buffer.ctypes.data, buffer.nbytes, 0)
         )
@@ -142,14 +141,11 @@ def _end(operation: str, handle: Any, state: str) -> None:
         raise StoreError("io", f"nixl: {operation}: state {state}")
 
 
-def nixl_store(
-    spec: str, path: Path, unit_bytes: int, capacity_units: int, timeout_s: float = 5.0
-) -> CheckedStore:
-    """A store in a new private file at `path`; raises `UserError` if NIXL or the file cannot be opened."""
-    agent = _open_agent(spec, _import_nixl(spec))
-    fd = open_private_file(spec, path, unit_bytes * capacity_units)
-    medium = NixlMedium(agent, fd, unit_bytes, capacity_units, timeout_s)
-    return CheckedStore(medium, unit_bytes, capacity_units)
+def nixl_store(settings: StoreSettings) -> CheckedStore:
+    """A store in a new private file; raises `UserError` if NIXL or the file cannot be opened."""
+    agent = _open_agent(settings.spec, _import_nixl(settings.spec))
+    fd = open_private_file(settings, settings.unit_bytes * settings.room)
+    return CheckedStore(NixlMedium(agent, fd, settings), settings)
 
 
 def _import_nixl(spec: str) -> ModuleType:

@@ -10,84 +10,61 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.kv.stores.interface import Store
+from dsatrace.kv.stores.interface import DEFAULT_TIMEOUT_S, Store, StoreSettings
 
 if TYPE_CHECKING:
     from dsatrace.kv.stores.simulated import Preset
 
-DEFAULT_TIMEOUT_S = 5.0
-
-
-class StoreSettings(NamedTuple):
-    """What a store is opened with."""
-
-    spec: str
-    path: Path  # the spec without its scheme, for a store in a file
-    unit_bytes: int
-    capacity_units: int | None
-    timeout_s: float
-    memory: np.ndarray | None  # for `ram` only
-
-    @property
-    def room(self) -> int:
-        """`capacity_units`, which a store on this machine needs."""
-        if self.capacity_units is None:
-            raise ValueError(f"{self.spec}: say how many units it may hold")
-        return self.capacity_units
-
 
 def _ram(settings: StoreSettings) -> Store:
-    from dsatrace.kv.stores.array import ram_store
+    from dsatrace.kv.stores.memory import ram_store
 
-    return ram_store(settings.unit_bytes, settings.room, settings.memory)
+    return ram_store(settings)
 
 
 def _mmap(settings: StoreSettings) -> Store:
-    from dsatrace.kv.stores.array import mmap_store
+    from dsatrace.kv.stores.memory import mmap_store
 
-    return mmap_store(settings.spec, settings.path, settings.unit_bytes, settings.room)
+    return mmap_store(settings)
 
 
 def _file(settings: StoreSettings) -> Store:
     from dsatrace.kv.stores.direct_file import direct_file_store
 
-    return direct_file_store(settings.spec, settings.path, settings.unit_bytes, settings.room)
+    return direct_file_store(settings)
 
 
 def _nixl(settings: StoreSettings) -> Store:
     from dsatrace.kv.stores.nixl import nixl_store
 
-    return nixl_store(settings.spec, settings.path, settings.unit_bytes, settings.room, settings.timeout_s)
+    return nixl_store(settings)
 
 
 def _valkey(settings: StoreSettings) -> Store:
     from dsatrace.kv.stores.valkey import valkey_store
 
-    return valkey_store(settings.spec, settings.unit_bytes, settings.capacity_units, settings.timeout_s)
+    return valkey_store(settings)
 
 
 def _mooncake(settings: StoreSettings) -> Store:
     from dsatrace.kv.stores.mooncake import mooncake_store
 
-    return mooncake_store(settings.spec, settings.unit_bytes, settings.capacity_units, settings.timeout_s)
+    return mooncake_store(settings)
 
 
 def _memcache(settings: StoreSettings) -> Store:
     from dsatrace.kv.stores.memcache import memcache_store
 
-    return memcache_store(settings.spec, settings.unit_bytes, settings.capacity_units, settings.timeout_s)
+    return memcache_store(settings)
 
 
 @dataclasses.dataclass(frozen=True)
 class StoreKind:
-    """One kind of store."""
-
     usage: str  # how a spec is written, for the message that refuses one
     needs: Literal["nothing", "file", "address"]  # after the scheme
     open: Callable[[StoreSettings], Store]
@@ -143,7 +120,7 @@ def open_store(
     if unit_bytes < 1 or (capacity_units is not None and capacity_units < 1):
         raise ValueError(f"a store holds at least 1 unit of 1 byte, not {capacity_units} of {unit_bytes}")
     check_spec(spec)
-    scheme, _, rest = spec.partition(":")
+    scheme = spec.partition(":")[0]
     if scheme == "sim":
         from dsatrace.kv.stores.simulated import SimulatedStore
 
@@ -152,8 +129,7 @@ def open_store(
         return SimulatedStore(store, preset)
     if memory is not None and spec != "ram":
         raise ValueError(f"{spec}: only `ram` takes memory")
-    settings = StoreSettings(spec, Path(rest), unit_bytes, capacity_units, timeout_s, memory)
-    return STORES[scheme].open(settings)
+    return STORES[scheme].open(StoreSettings(spec, unit_bytes, capacity_units, timeout_s, memory))
 
 
 def _simulated(spec: str) -> tuple[Preset, str]:

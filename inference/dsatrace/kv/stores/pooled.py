@@ -4,7 +4,7 @@ A `PoolClient` is one package's calls under common names, and `Codes` the meanin
 `PooledMedium` makes a medium of it. An object's name is the handle's 16 random bytes and the unit's
 number.
 
-    store = pooled_store(MooncakeClient(client), unit_bytes, None, timeout_s=5.0, namespace=None)
+    medium = PooledMedium(MooncakeClient(store), settings)
 
 Registered memory is read and written in place, by calls that end by the package's own limits. Other
 memory goes through a copy of ours, and its calls end within `timeout_s`.
@@ -19,10 +19,10 @@ from typing import Protocol
 
 import numpy as np
 
-from dsatrace.kv.stores.checked import ABSENT, DAMAGED, FOUND, Batch, CheckedStore, Medium, Moved
+from dsatrace.kv.stores.checked import ABSENT, DAMAGED, FOUND, Batch, Medium, Moved
 from dsatrace.kv.stores.checksums import copy_units
 from dsatrace.kv.stores.client_calls import StagedMemory, TimedCaller
-from dsatrace.kv.stores.interface import StoreError, are_distinct, new_namespace
+from dsatrace.kv.stores.interface import StoreError, StoreSettings, are_distinct
 
 OK = 0
 MoveCall = Callable[[list[str], list[int], list[int]], Sequence[int]]  # PoolClient.store or .load
@@ -70,13 +70,13 @@ class PoolClient(Protocol):
 class PooledMedium(Medium):
     """Unit = one object. One operation per unit."""
 
-    def __init__(self, client: PoolClient, unit_bytes: int, namespace: bytes, timeout_s: float) -> None:
+    def __init__(self, client: PoolClient, settings: StoreSettings) -> None:
         self._client = client
         self._codes = client.codes
-        self._unit_bytes = unit_bytes
-        self._namespace = namespace.hex()
-        self._caller = TimedCaller(client.name, timeout_s)
-        self._memory = StagedMemory(unit_bytes, self._announce)
+        self._unit_bytes = settings.unit_bytes
+        self._namespace = settings.namespace.hex()
+        self._caller = TimedCaller(client.name, settings.timeout_s)
+        self._memory = StagedMemory(settings.unit_bytes, self._announce)
 
     def write(self, batch: Batch) -> Moved:
         self._caller.check_idle()
@@ -147,10 +147,3 @@ class PooledMedium(Medium):
 
     def _names(self, keys: np.ndarray) -> list[str]:
         return [f"{self._namespace}{key:016x}" for key in keys.tolist()]
-
-
-def pooled_store(
-    client: PoolClient, unit_bytes: int, capacity_units: int | None, timeout_s: float, namespace: bytes | None
-) -> CheckedStore:
-    medium = PooledMedium(client, unit_bytes, namespace or new_namespace(), timeout_s)
-    return CheckedStore(medium, unit_bytes, capacity_units)

@@ -42,7 +42,6 @@ class Address:
 
 
 def command(*words: bytes | str) -> bytes:
-    """A request in wire format."""
     parts = [word.encode() if isinstance(word, str) else word for word in words]
     return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
 

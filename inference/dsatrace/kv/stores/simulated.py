@@ -9,7 +9,7 @@ about small operations. `dsatrace calibrate` fits all four on the machine it run
 
     load_preset("pcie5-x16").read_us(ops=64, num_bytes=64 * 41984)
     load_preset("calibration.json#ram")
-    store = SimulatedStore(ram_store(41984, 1024), load_preset("pcie5-x16"))
+    store = SimulatedStore(open_store("ram", 41984, 1024), load_preset("pcie5-x16"))
 """
 
 from __future__ import annotations
@@ -43,10 +43,8 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """One kind of hardware, and how it is used."""
-
     name: str
-    what: str
+    what: str  # the hardware, and how it is used
     alpha_batch_us: Figure
     alpha_op_us: Figure
     read_gb_per_s: Figure

@@ -1,7 +1,7 @@
 """Units in a Valkey or Redis server, over TCP or a unix socket, many per request.
 
-    store = valkey_store("redis://127.0.0.1:6379", unit_bytes=41984)
-    store = valkey_store("unix:///run/valkey.sock?db=1", unit_bytes=41984, capacity_units=10_000)
+    store = open_store("redis://127.0.0.1:6379", unit_bytes=41984)
+    store = open_store("unix:///run/valkey.sock?db=1", unit_bytes=41984, capacity_units=10_000)
 
 A server for a run: `valkey-server --port 6379 --save '' --maxmemory 8gb`. A key is the handle's 16
 random bytes and the unit's number. A unit that the server evicts or expires is a miss; under
@@ -21,7 +21,7 @@ import numpy as np
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.checked import ABSENT, DAMAGED, FOUND, Batch, CheckedStore, Medium, Moved, parts
 from dsatrace.kv.stores.checksums import sum_units
-from dsatrace.kv.stores.interface import NAMESPACE_BYTES, StoreError, new_namespace
+from dsatrace.kv.stores.interface import NAMESPACE_BYTES, StoreError, StoreSettings
 from dsatrace.kv.stores.resp import NIL, Address, Connection, Frames, command, unpack
 
 KEY_BYTES = NAMESPACE_BYTES + 8
@@ -32,10 +32,10 @@ REQUEST_BYTES = 4 << 20
 class ValkeyMedium(Medium):
     """Unit = one string value. One operation per unit, also if several share a request."""
 
-    def __init__(self, address: Address, unit_bytes: int, namespace: bytes, timeout_s: float) -> None:
-        self._connection = Connection(address, timeout_s)
-        self._unit_bytes = unit_bytes
-        self._namespace = np.frombuffer(namespace, dtype=np.uint8)
+    def __init__(self, address: Address, settings: StoreSettings) -> None:
+        self._connection = Connection(address, settings.timeout_s)
+        self._unit_bytes = unit_bytes = settings.unit_bytes
+        self._namespace = np.frombuffer(settings.namespace, dtype=np.uint8)
         self._batch = max(1, REQUEST_BYTES // unit_bytes)
         self._set = Frames(b"*3\r\n$3\r\nSET\r\n", KEY_BYTES, unit_bytes)
         self._get = Frames(b"", KEY_BYTES)
@@ -109,23 +109,17 @@ class ValkeyMedium(Medium):
         self._connection.close()
 
 
-def valkey_store(
-    spec: str,
-    unit_bytes: int,
-    capacity_units: int | None = None,
-    timeout_s: float = 5.0,
-    namespace: bytes | None = None,
-) -> CheckedStore:
-    """A store on the server that `spec` names; `UserError` if there is none that answers."""
-    address = parse_address(spec)
+def valkey_store(settings: StoreSettings) -> CheckedStore:
+    """A store on the server that the spec names; raises `UserError` if it does not answer."""
+    address = parse_address(settings.spec)
     try:
-        medium = ValkeyMedium(address, unit_bytes, namespace or new_namespace(), timeout_s)
+        medium = ValkeyMedium(address, settings)
     except StoreError as error:
         if error.kind == "refused":
             raise UserError(f"{error}; a password goes into redis://:PASSWORD@HOST:PORT") from error
         where = f"--port {address.port}" if address.path is None else f"--port 0 --unixsocket {address.path}"
         raise UserError(f"{error}; start a server with `valkey-server {where} --save ''`") from error
-    return CheckedStore(medium, unit_bytes, capacity_units)
+    return CheckedStore(medium, settings)
 
 
 def parse_address(spec: str) -> Address:

@@ -10,7 +10,7 @@ costs its units, never a wrong byte and never the run: a `StoreError` becomes a 
 not stored; it is counted by the store and kept in `last_error`. Knows no tensor, no token and no
 request.
 
-    stack = TierStack(ram_store(73728, 512), remote, num_layers=61, units_per_layer=4096)
+    stack = TierStack(open_store("ram", 73728, 512), remote, num_layers=61, units_per_layer=4096)
     stored = stack.put(layer_id, units, pool, rows)       # (N,) bool
     tiers = stack.fetch(layer_id, units, pool, rows)      # (N,) int8: LOCAL, REMOTE or LOST
 """
