@@ -27,7 +27,7 @@ from dsatrace.schema import LEVELS, STEP_FIELDS, field_paths, project, value_at
 from dsatrace.trace import export
 from dsatrace.trace.estimate import SyntheticSelections
 from dsatrace.trace.export import export_run
-from dsatrace.trace.manifest import TierSetup
+from dsatrace.trace.manifest import TierSettings
 from dsatrace.trace.parquet import file as parquet
 from dsatrace.trace.parquet.columns import LEAVES
 from dsatrace.trace.parquet.file import read_lines, read_numbers, read_records, write_parquet
@@ -52,7 +52,7 @@ ORDINARY: dict[str, Any] = {"level": "full"}
 
 
 def lines_of(
-    capture: Any, tiers: TierSetup | None = None, shared_layers: dict[int, int] | None = None, **how: Any
+    capture: Any, tiers: TierSettings | None = None, shared_layers: dict[int, int] | None = None, **how: Any
 ) -> list[bytes]:
     accounts = tiers_of(dataclasses.replace(RUN, tiers=tiers))
     deriver = RecordDeriver(config_for(**how), LAYOUT, accounts, shared_layers=shared_layers)

@@ -151,7 +151,7 @@ class RecallTotals:
     def add(
         self, counts: NeedleCounts, layer: np.ndarray, seq_len: np.ndarray, k: int, counted: np.ndarray
     ) -> None:
-        """Arrays are (R,); `counted` marks the sparse decode records. Records without a needle add nothing."""
+        """Arrays are (R,); `counted` marks the sparse decode records; those without a needle add nothing."""
         counted = counted & (counts.tokens > 0)
         columns = (layer, counts.tokens, counts.selected, seq_len)
         for one_layer, tokens, selected, visible in zip(*(x[counted].tolist() for x in columns), strict=True):

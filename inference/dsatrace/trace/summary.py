@@ -35,7 +35,7 @@ _COUNTS = ("steps", "prefills", "records", "sparse_records", "requests")
 
 @dataclasses.dataclass
 class TracingCost:
-    """What tracing took, in microseconds, and the steps it lost. Only the writer's thread adds to the last two."""
+    """What tracing took, in microseconds, and what it lost. The writer's thread adds to the last two."""
 
     traced_steps: int = 0
     dropped_steps: int = 0  # not handed over: the queue was full, or the writer had failed
