@@ -1,8 +1,8 @@
 """Writes columns as JSON lines, byte for byte as orjson writes the same records as dicts.
 
 A layout is a dict whose values are columns where lines differ and plain values where they do not.
-It becomes a program (a few hundred instructions, 0.2 ms) that a compiled loop runs for every line,
-without the GIL. orjson writes the floats, a column at a time. Knows JSON, not traces.
+It becomes a program, in about 0.2 ms, that a compiled loop runs for every line, without the GIL.
+orjson writes the floats, a column at a time. Knows JSON, not traces.
 
     encoder = LineEncoder()
     encoder.encode({"kind": "demo", "n": np.array([3, 4]), "who": Choice(["a"], np.array([0, 0]))}, 2)

@@ -105,7 +105,7 @@ def derive_step(  # type: ignore[no-untyped-def]
         offsets[1, r] = query - selected[count - max(1, (count * 50 + 99) // 100)]
         offsets[2, r] = query - selected[0]
 
-        # Where a block begins is unpredictable, so there is no branch: a new block moves the place written to.
+        # Where a block begins is unpredictable, so no branch asks: a new block moves the place written to.
         first_block, before, block_before = num_blocks, np.int64(-1), _NO_BLOCK
         num_blocks -= 1
         for i in range(count):

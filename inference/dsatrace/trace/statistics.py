@@ -30,9 +30,7 @@ class StepStatistics:
     tokens_in_block: np.ndarray  # (U,) int64, selected tokens of each touched block
     tokens_p50: np.ndarray  # (R,) int64, over the record's touched blocks
     tokens_p95: np.ndarray  # (R,) int64
-    num_prefix_blocks: (
-        np.ndarray
-    )  # (R,) int64, touched blocks of the shared prefix: the first of the record's
+    num_prefix_blocks: np.ndarray  # (R,) int64, those of the shared prefix: the record's first ones
 
     @property
     def num_tokens(self) -> np.ndarray:
