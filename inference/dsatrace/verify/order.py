@@ -320,9 +320,8 @@ class Sharing:
     """
 
     def __init__(self, rules: Rules) -> None:
-        reads = (
-            ("kv_fetch.hbm.read_ops",) if rules.tiers is None else ()
-        )  # tiers may serve each layer differently
+        # With tiers, each layer may be served differently.
+        reads = ("kv_fetch.hbm.read_ops",) if rules.tiers is None else ()
         self._alike = (*_OF_A_SELECTION, *reads)
         self._source_layers = rules.source_layers
         self._sources = frozenset(rules.source_layers.values())
