@@ -15,6 +15,7 @@ from dsatrace.files import write_json
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.manifest import RunInfo, manifest
 from dsatrace.trace.resume import check_resumable, resumed_argv
+from helpers.json_edits import at, changed
 from helpers.trace_samples import LAYOUT
 
 INFO = RunInfo(
@@ -68,14 +69,10 @@ CHANGES = [
 
 @pytest.mark.parametrize(("path", "now", "remedy"), CHANGES)
 def test_what_must_be_the_same(path: str, now: object, remedy: str) -> None:
-    old, new = new_manifest(), copy.deepcopy(new_manifest())
-    *parents, name = path.split(".")
-    inside = new
-    for parent in parents:
-        inside = inside[parent]
-    was, inside[name] = inside[name], now
+    old, where = new_manifest(), path.split(".")
+    was = at(old, where)
     with pytest.raises(UserError) as caught:
-        check_resumable(old, new)
+        check_resumable(old, changed(old, where, now))
     assert str(caught.value).startswith(f"cannot resume: {path} was {was!r} and is {now!r} now; {remedy}")
     assert "\n" not in str(caught.value)
 

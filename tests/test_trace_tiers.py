@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dsatrace.commands.export import main as export
 from dsatrace.errors import UserError
 from dsatrace.schema import LEVELS, MANIFEST_FIELDS, STEPS_FILE, SUMMARY_FIELDS, SUMMARY_FILE, problems
-from dsatrace.trace.manifest import PoolSetup, RunInfo, TierSetup
+from dsatrace.trace.manifest import PoolSettings, RunInfo, TierSettings
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.records import RecordDeriver, StepLines
 from dsatrace.trace.requests import RequestFacts
@@ -98,7 +98,7 @@ def test_fast_equals_plain(
         assert summary.to_json("complete")["kv_fetch"] == again["kv_fetch"]
 
 
-def of(tiers: TierSetup | None, **changes: Any) -> RunInfo:
+def of(tiers: TierSettings | None, **changes: Any) -> RunInfo:
     return dataclasses.replace(RUN, tiers=tiers, **changes)
 
 
@@ -246,9 +246,9 @@ def test_a_unit_is_of_the_layout_that_bytes_are_counted_with() -> None:
     assert of(setup()).tiers == setup()
     assert setup().unit_bytes == 4 * LATENT
     with pytest.raises(ValueError, match="latency_kind none"):
-        PoolSetup("ram", 4, "none")  # type: ignore[arg-type]
+        PoolSettings("ram", 4, "none")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="0 blocks"):
-        PoolSetup("ram", 0, "measured")
+        PoolSettings("ram", 0, "measured")
 
 
 def test_a_broken_capture_names_its_forward() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fcntl
 import json
 import subprocess
@@ -24,6 +23,7 @@ from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.rules import Rules
 from dsatrace.verify.run import verify
 from helpers.golden_run import REQUESTS, SERVING, read_lines, write_golden, write_lines
+from helpers.json_edits import at, changed, key_paths, number_paths
 
 WITH_SCORES = {"store_scores": True, "keep_order": True}
 SHARED = {1: 0, 3: 2}
@@ -98,12 +98,7 @@ def spoilt(record: dict[str, Any], path: str) -> Iterator[dict[str, Any]]:
         return
     for value in wrong_values(holder[name]):
         if value != holder[name] or type(value) is not type(holder[name]):
-            changed = copy.deepcopy(record)
-            inner = changed
-            for parent in parents:
-                inner = inner[parent]
-            inner[name] = value
-            yield changed
+            yield changed(record, (*parents, name), value)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda changes: changes.get("level", "with scores"))
@@ -181,12 +176,7 @@ def test_whose_selection_it_is_stands_exactly_where_the_manifest_says(tmp_path: 
         (("selection", "layers"), []),
         (("selection", "unit"), "block"),
     ):
-        manifest = json.loads(whole)
-        holder: Any = manifest
-        for key in path[:-1]:
-            holder = holder[key]
-        holder[path[-1]] = value
-        write_json(folder / "manifest.json", manifest)
+        write_json(folder / "manifest.json", changed(json.loads(whole), path, value))
         with pytest.raises(Mismatch, match=r"source_layer|selection\.(layers|unit)"):
             verify(folder)
 
@@ -268,12 +258,7 @@ def test_every_number_of_the_summary_is_held(tmp_path: Path, level: str) -> None
     whole = json.loads(path.read_text())
     missed = []
     for where in number_paths(whole):
-        changed = copy.deepcopy(whole)
-        holder = changed
-        for key in where[:-1]:
-            holder = holder[key]
-        holder[where[-1]] += 1
-        path.write_text(json.dumps(changed))
+        path.write_text(json.dumps(changed(whole, where, at(whole, where) + 1)))
         try:
             verify(folder)
             missed.append(where)
@@ -294,17 +279,9 @@ def test_nothing_broken_makes_a_traceback(tmp_path: Path, name: str, level: str)
     harmless = set()
     for where in key_paths(whole):
         for value in (..., None, [], {}, -1, 1.5, "x", [None]):
-            changed = copy.deepcopy(whole)
-            holder = changed
-            for key in where[:-1]:
-                holder = holder[key]
-            if value == holder[where[-1]]:
+            if value == at(whole, where):
                 continue
-            if value is ...:
-                del holder[where[-1]]
-            else:
-                holder[where[-1]] = value
-            line = json.dumps(changed).encode() + b"\n"
+            line = json.dumps(changed(whole, where, value)).encode() + b"\n"
             (folder / name).write_bytes(line if name.endswith(".json") else b"".join([line, *rest]))
             try:
                 verify(folder)
@@ -325,29 +302,6 @@ def test_nothing_broken_makes_a_traceback(tmp_path: Path, name: str, level: str)
         STEPS_FILE: {"scores_stats", "kth_margin"},
     }[name]
     assert harmless <= allowed
-
-
-def key_paths(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every key of every object, and the first place of every list."""
-    items: list[tuple[Any, Any]] = []
-    if isinstance(value, dict):
-        items = list(value.items())
-    elif isinstance(value, list):
-        items = list(enumerate(value))[:1]
-    for key, inner in items:
-        yield (*above, key)
-        yield from key_paths(inner, (*above, key))
-
-
-def number_paths(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from number_paths(inner, (*above, key))
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from number_paths(inner, (*above, i))
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield above
 
 
 @pytest.mark.parametrize(
@@ -402,11 +356,7 @@ def test_an_edited_request_is_found(tmp_path: Path, change: dict[str, Any], said
 def test_an_edited_manifest_is_found(tmp_path: Path, path: tuple[str, ...], value: Any, said: str) -> None:
     folder = write_golden(tmp_path / "run")
     manifest = json.loads((folder / "manifest.json").read_text())
-    holder = manifest
-    for key in path[:-1]:
-        holder = holder[key]
-    holder[path[-1]] = value
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", changed(manifest, path, value))
     with pytest.raises(Mismatch, match=said):
         verify(folder)
 

@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake, and how a program ends on it.
+"""The exception for a user's mistake, and how a program ends on it.
 
 raise UserError("prompts.txt: the file is empty; write one prompt per paragraph")
 """
@@ -16,7 +16,7 @@ GRACE_S = 5.0
 
 
 class UserError(ValueError):
-    """Something the user can mend: the message names the file, row or flag, and the remedy."""
+    """A mistake that the user can fix: the message names the file, row or flag, and the remedy."""
 
 
 class RankError(UserError):
@@ -56,7 +56,7 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
             if is_rank_0():
                 print("interrupted", file=sys.stderr)
             return 130
-        except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
+        except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
 

@@ -24,14 +24,14 @@ from typing import Any
 from dsatrace.errors import UserError
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""What file systems without locks answer; there a killed run goes on saying `running`."""
+"""Errors of file systems without locks; there a killed run stays `running`."""
 
 SYNC_INTERVAL_S = 1.0
-"""How much a power cut may take; a kill takes at most the line being written."""
+"""A power cut loses at most this much; a kill loses at most the line being written."""
 
 
 class LineFile:
-    """A new file of lines. Unbuffered: what `append` wrote survives the process."""
+    """A new file of lines, unbuffered: what `append` wrote survives the process."""
 
     def __init__(self, path: Path) -> None:
         with _naming(path):
@@ -44,7 +44,7 @@ class LineFile:
 
     @classmethod
     def reopen(cls, path: Path) -> LineFile:
-        """The file as it stands, to go on with; an empty one where there is none."""
+        """Opens the file to append to it; makes it if there is none."""
         lines = cls.__new__(cls)
         with _naming(path):
             lines._take(path, FileIO(path, "ab"))
@@ -58,10 +58,10 @@ class LineFile:
         self._is_locked = False
 
     def lock(self) -> None:
-        """Marks the file as being written; the kernel takes the mark away when the process ends.
+        """Marks the file as being written until it is closed or the process ends.
 
-        Raises `BlockingIOError` where another process holds it, or held it and put another
-        file in its place since this one was opened.
+        Raises `BlockingIOError` if another process holds the lock, or has replaced the file since it was
+        opened here.
         """
         with _naming(self.path):
             try:
@@ -74,12 +74,12 @@ class LineFile:
         self._is_locked = True
 
     def append(self, data: bytes | memoryview) -> None:
-        """All of `data`, or on failure none: the file then ends where it ended before."""
+        """Writes all of `data`; on failure the file ends where it ended before."""
         with _naming(self.path):
             try:
                 write_all(self._file, data)
             except OSError:
-                # Giving space back works on a full disk; where it does not, the reader skips a torn line.
+                # Truncating works on a full disk; if it fails, the reader skips the torn line.
                 with contextlib.suppress(OSError):
                     self._file.truncate(self._size)
                     self._file.seek(self._size)
@@ -89,7 +89,7 @@ class LineFile:
                 self._sync()
 
     def truncate(self, size: int) -> None:
-        """Drops what follows the first `size` bytes; takes no space."""
+        """Drops what follows the first `size` bytes."""
         with _naming(self.path):
             self._file.truncate(size)
             self._file.seek(size)
@@ -97,22 +97,22 @@ class LineFile:
             self._sync()
 
     def replace(self, chunks: Iterable[bytes]) -> None:
-        """Puts a file of these bytes in the place of this one, and goes on with it; a lock is kept.
+        """Replaces the file with one of these bytes, and goes on with that; a lock is kept.
 
-        Killed or refused at any moment, the old contents stand. `chunks` may be read from them.
+        After a kill or an error the old contents stand. `chunks` may be read from them.
         """
         temporary = _temporary(self.path)
         with _naming(self.path), _removed_on_failure(temporary), contextlib.ExitStack() as on_failure:
-            temporary.unlink(missing_ok=True)  # what a kill left there
+            temporary.unlink(missing_ok=True)  # left by a kill
             new = LineFile(temporary)
             on_failure.callback(new.close)
             if self._is_locked:
-                new.lock()  # before anybody finds it under its name
+                new.lock()  # before it gets the name
             for chunk in chunks:
                 new.append(chunk)
             new._sync()
             temporary.replace(self.path)
-            _sync_folder(self.path.parent)
+            sync(self.path.parent)
             on_failure.pop_all()
         self._file.close()
         self._file, self._size, self._is_locked = new._file, new._size, new._is_locked
@@ -131,7 +131,7 @@ class LineFile:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces the file whole: a reader sees the old contents or the new, never a part."""
+    """Replaces the file whole: a reader sees the old contents or the new ones, never a part."""
     temporary = _temporary(path)
     with _naming(path), _removed_on_failure(temporary):
         with FileIO(temporary, "wb") as file:
@@ -165,9 +165,9 @@ def _removed_on_failure(path: Path) -> Iterator[None]:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Writes a file, or the names in a folder, through to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -176,7 +176,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """The system names a file only when opening it."""
+    """Puts the name in an `OSError`: the system does so only when it opens a file."""
     try:
         yield
     except OSError as error:

@@ -40,6 +40,7 @@ from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.summary import Summary
 from dsatrace.trace.writer import open_sinks
+from dsatrace.units import size_text
 from dsatrace.verify.run import verify
 
 LAYOUT = CacheLayout("demo", 1152, 132)
@@ -65,8 +66,8 @@ class Shape:
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", type=int, default=1_000_000, help="at least so many (%(default)s)")
-    parser.add_argument("--level", choices=LEVELS, default="stats", help="(%(default)s)")
+    parser.add_argument("--records", type=int, default=1_000_000, help="at least (default: %(default)s)")
+    parser.add_argument("--level", choices=LEVELS, default="stats", help="default: %(default)s")
     parser.add_argument("--keep", type=Path, help="folder for the run, kept; a temporary one otherwise")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="dsatrace-long-") as temporary:
@@ -82,7 +83,7 @@ def write_stage(folder: Path, num_records: int, level: Level) -> str:
     with records_counter("write") as advance:
         written = write_run(folder, num_records, level, Shape(), advance)
     size = (folder / STEPS_FILE).stat().st_size
-    return f"{written} records of level {level}, {size / 1e6:.0f} MB, {size / written:.0f} bytes a record"
+    return f"{written} records of level {level}, {size_text(size)}, {size / written:.0f} bytes per record"
 
 
 def verify_stage(folder: Path, num_records: int, level: Level) -> str:

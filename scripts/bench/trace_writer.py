@@ -54,6 +54,7 @@ from dsatrace.trace.parquet.file import write_parquet
 from dsatrace.trace.records import RecordDeriver, StepLines
 from dsatrace.trace.summary import Summary
 from dsatrace.trace.tracer import Tracer
+from dsatrace.units import size_text
 
 NUM_LAYERS, TOP_K, BLOCK_SIZE = 61, 2048, 16
 BATCHES, CONTEXTS = (1, 4), (32_768, 131_072)
@@ -311,9 +312,8 @@ def bench_waiting_step(batch: int, context: int, turns: int, folder: Path) -> di
 
     with traced.tracer:
         on, off = _in_turns(traced, forward, turns)
-    blocked = [
-        a + b for a, b in zip(reporting_ms[1:], traced.handover_ms, strict=True)
-    ]  # without the first, as there
+    # The first step is not in `handover_ms` either.
+    blocked = [a + b for a, b in zip(reporting_ms[1:], traced.handover_ms, strict=True)]
     return {"batch": batch, "context": context, **_stretch(on, off), **_spread("handover_ms", blocked)}
 
 
@@ -484,10 +484,8 @@ def main() -> int:
     for table in (encoders_table(encoders), bytes_table(sizes), steps_table(waiting, eager)):
         console.print(table)
     for queue in queues:
-        sizes_mb = (
-            f"{queue['ring'] / 1e6:.1f} MB of ring, at most {queue['kept_tensors'] / 1e6:.1f} MB of tensors"
-        )
-        console.print(f"queue at batch {queue['batch']}: {sizes_mb}")
+        ring, tensors = size_text(queue["ring"]), size_text(queue["kept_tensors"])
+        console.print(f"queue at batch {queue['batch']}: {ring} of ring, at most {tensors} of tensors")
     about = before | {"load_after": [round(load, 1) for load in os.getloadavg()]}
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     record = {"machine": about, "encoders": encoders, "bytes": sizes, "waiting": waiting, "eager": eager}

@@ -18,7 +18,7 @@ from dsatrace.kv.layout import CacheLayout
 from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.schema import MANIFEST_FILE, STEPS_FILE
 from dsatrace.trace.config import TraceConfig, is_sampled
-from dsatrace.trace.manifest import RunInfo, TierSetup, manifest
+from dsatrace.trace.manifest import RunInfo, TierSettings, manifest
 from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.summary import Sections, Summary
 from dsatrace.trace.tracer import tiers_of
@@ -54,7 +54,7 @@ def write_golden(
     state: str = "complete",
     num_layers: int = NUM_LAYERS,
     serving: Mapping[str, Any] | None = None,
-    tiers: TierSetup | None = None,
+    tiers: TierSettings | None = None,
     shared_layers: Mapping[int, int] | None = None,
     **changes: Any,
 ) -> Path:

@@ -14,7 +14,7 @@ from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.schema import LEVELS, TIER_NAMES
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
-from dsatrace.trace.manifest import RunInfo, TierSetup
+from dsatrace.trace.manifest import RunInfo, TierSettings
 from dsatrace.verify.plain_record import PlainFetches, PlainSelection, step_record
 
 LAYOUT = CacheLayout("demo", 1152, 132)
@@ -108,7 +108,7 @@ def sample_needles(rng: np.random.Generator, seq_lens: Sequence[int], share: flo
 
 
 def plain_selections(
-    capture: StepCapture, tiers: TierSetup | None = None, shared_layers: Mapping[int, int] | None = None
+    capture: StepCapture, tiers: TierSettings | None = None, shared_layers: Mapping[int, int] | None = None
 ) -> Iterator[PlainSelection]:
     """The capture's records' inputs, as plain lists, in the order of the file."""
     num_layers, batch, k = capture.positions.shape
@@ -138,7 +138,7 @@ def plain_selections(
             )
 
 
-def _plain_fetches(capture: StepCapture, tiers: TierSetup, b: int, layer: int, count: int) -> PlainFetches:
+def _plain_fetches(capture: StepCapture, tiers: TierSettings, b: int, layer: int, count: int) -> PlainFetches:
     fetches = capture.fetches
     assert fetches is not None
     counted = ("bytes_read", "bytes_useful", "read_ops", "evicted_units", "bytes_written", "errors")
@@ -157,7 +157,7 @@ def _plain_fetches(capture: StepCapture, tiers: TierSetup, b: int, layer: int, c
 def plain_records(
     capture: StepCapture,
     config: TraceConfig,
-    tiers: TierSetup | None = None,
+    tiers: TierSettings | None = None,
     shared_layers: Mapping[int, int] | None = None,
 ) -> list[dict[str, Any]]:
     return [

@@ -27,7 +27,7 @@ from dsatrace.trace.statistics import StepStatistics
 
 
 class OverlapTotals:
-    """Sums over compared pairs, one place a layer; they merge by addition."""
+    """Sums over compared pairs, by layer; they merge by addition."""
 
     def __init__(self) -> None:
         self.pairs = 0
@@ -49,7 +49,7 @@ class OverlapTotals:
         self.add(other._shared, other._tokens, other._random, other.pairs)
 
     def add_json(self, stored: Mapping[str, Any], k: int) -> None:
-        """Adds what `to_json` gave of selections of `k` tokens."""
+        """Adds what `to_json` gave, for selections of `k` tokens."""
         shares, pairs = stored["per_layer"], stored["pairs"]
         if shares is not None:
             # A share is a quotient of integers far below 2^53, so rounding gives them back.
@@ -77,8 +77,8 @@ class _Selection:
 class SelectionOverlap:
     """Compares every sparse selection with its neighbours in time and depth.
 
-    Membership is one bit a position, wiped by unmarking: its cost follows the selection,
-    not the context.
+    Keeps each running request's last selection; `forget` a request when it finishes. Membership is
+    one bit per position, cleared by unmarking, so the cost follows the selection, not the context.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class SelectionOverlap:
             self._seen = np.zeros(2 * (seq_len // 64 + 1), dtype=np.uint64)
         last = self._last.get(request_id)
         follows = last is not None and last.step_idx == step_idx - 1
-        before = last.tokens if last is not None and follows else tokens[:0]
+        before = last.tokens if last and follows else tokens[:0]
         with_before, with_layer = np.zeros((2, num_layers), dtype=np.int64)
         count_shared(tokens, before, self._seen, with_before, with_layer)
         if follows:
@@ -105,10 +105,8 @@ class SelectionOverlap:
         compared = has_indexer & (np.arange(num_layers) > 0)
         if compared.any():
             self.layer.add(with_layer * compared, k * compared, k / seq_len)
-        # A copy: the caller's array may be the next step's too.
-        kept = (
-            last.tokens if last is not None and last.tokens.shape == tokens.shape else np.empty_like(tokens)
-        )
+        # A copy: the caller may use its array for the next step too.
+        kept = last.tokens if last and last.tokens.shape == tokens.shape else np.empty_like(tokens)
         np.copyto(kept, tokens)
         self._last[request_id] = _Selection(step_idx, kept)
 
@@ -119,10 +117,10 @@ class SelectionOverlap:
 
 @dataclasses.dataclass(frozen=True)
 class NeedleCounts:
-    """Of R records."""
+    """Of R records, the answer's tokens and those of them that are selected."""
 
-    tokens: np.ndarray  # (R,) int64, needle positions of the record's request; 0 where none is known
-    selected: np.ndarray  # (R,) int64, those of them that are selected
+    tokens: np.ndarray  # (R,) int64; 0 where the request's answer is not known
+    selected: np.ndarray  # (R,) int64
 
 
 def count_needles(
@@ -130,7 +128,7 @@ def count_needles(
     stats: StepStatistics,
     num_layers: int,
 ) -> NeedleCounts | None:
-    """None when no request of the step has any."""
+    """None when no request of the step has a needle."""
     if not any(needles):
         return None
     lengths = np.array([len(positions) for positions in needles], dtype=np.int64)
@@ -153,7 +151,7 @@ class RecallTotals:
     def add(
         self, counts: NeedleCounts, layer: np.ndarray, seq_len: np.ndarray, k: int, counted: np.ndarray
     ) -> None:
-        """(R,) of everything; `counted` marks the sparse decode records; only those with a needle add."""
+        """Arrays are (R,); `counted` marks the sparse decode records; those without a needle add nothing."""
         counted = counted & (counts.tokens > 0)
         columns = (layer, counts.tokens, counts.selected, seq_len)
         for one_layer, tokens, selected, visible in zip(*(x[counted].tolist() for x in columns), strict=True):
@@ -184,7 +182,7 @@ class RecallTotals:
         }
 
     def _sum(self, layer: int | None) -> float:
-        """Of selected / tokens over a layer's records, or over all; fsum rounds once."""
+        """Sum of selected / tokens over a layer's records, or over all; fsum rounds once."""
         parts: Counter[int] = Counter()
         for (of_layer, tokens), selected in self._selected.items():
             if layer in (of_layer, None):

@@ -34,7 +34,7 @@ _QUANTILES = (("p50", 50), ("p95", 95), ("p99", 99), ("max", 100))
 
 
 class TracedRequest(Protocol):
-    """What the trace tells of a request itself; token ids are hashed and counted, never written."""
+    """What the trace reads of a request; token ids are hashed and counted, never written."""
 
     @property
     def request_id(self) -> str: ...
@@ -58,25 +58,21 @@ class RequestFacts:
     first_token_s: float | None = None
     finish_s: float | None = None
     state: str = "unfinished"  # how it ended
-    score: float | None = None  # the task's, where there is a judge
+    score: float | None = None  # the task's, where it has one
     admitted_s: float | None = None  # for the first time
     num_preemptions: int = 0
     prefix_hit_tokens: int | None = None  # found in the prefix cache when its prefill first began
-    num_prefill_tokens: int = 0  # computed in chunks, again after a preemption or a loss
+    num_prefill_tokens: int = 0  # computed in chunks; counts what is computed again
     prefill_s: float = 0.0  # what those chunks took
     num_recomputes: int = 0  # times it was computed again because a tier lost its KV
-    error: str | None = None  # why it was rejected or failed, in a line without its text
-    text: str | None = None  # the answer's, only where the user asked for it (`--save-text`)
+    error: str | None = None  # one line without prompt text: why it was rejected or failed
+    text: str | None = None  # the answer, with `--save-text`
 
 
 def request_line(
     request: TracedRequest, facts: RequestFacts, *, has_prefix_cache: bool, has_tiers: bool
 ) -> dict[str, Any]:
-    """The fields of `schema.REQUEST_FIELDS`, in the order in which they are written.
-
-    What was found in the prefix cache, and left to prefill, stands there where the run has such a
-    cache; `num_recomputes` where it has tiers; `error` and `text` where there is something to say.
-    """
+    """The fields of `schema.REQUEST_FIELDS`, in their order; `error` and `text` only where there is one."""
     line = {
         "request_id": request.request_id,
         "source_row": request.source_row,
@@ -111,7 +107,7 @@ def _time_per_output_token(request: Request) -> int | None:
 
 
 def _us(start_s: float | None, end_s: float | None, parts: int = 1) -> int | None:
-    """Whole microseconds from start to end, or of each of so many parts; None where a time is missing."""
+    """Whole microseconds from start to end, per part; None where a time is missing."""
     return None if start_s is None or end_s is None else round((end_s - start_s) * 1e6 / parts)
 
 
@@ -121,14 +117,14 @@ DURATIONS: dict[str, Callable[[Request], int | None]] = {
     "time_per_output_token": _time_per_output_token,
     "queue": lambda request: _us(request["arrival_s"], request.get("admitted_s")),
 }
-"""Of a served request, by name: the summary's `<name>_ms`, its histogram's `<name>_us`."""
+"""Durations of a served request: the summary's `<name>_ms`, from the histogram `<name>_us`."""
 
 
 class RequestTotals:
-    """Of a run, or of a part of one."""
+    """Totals of a run, or of a part of one."""
 
     def __init__(self, serving: Mapping[str, Any] | None = None) -> None:
-        """`serving` is the manifest's: null where no requests arrived over time."""
+        """`serving` is the manifest's; None where no requests arrived over time."""
         self._serving = serving
         self._scores: dict[tuple[str, str] | None, ValueCounts] = {}  # (label, value); None: all
         self._states = Counter[str]()
@@ -166,8 +162,7 @@ class RequestTotals:
         self._prefix_cache.update(other._prefix_cache)
 
     def to_json(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The summary's `scores`, `serving` and `prefix_cache`, and by name the histograms that latencies
-        come from."""
+        """The summary's `scores`, `serving` and `prefix_cache`; and the latencies' histograms, by name."""
         histograms: dict[str, Any] = {}
         if self._serving is not None:
             histograms = {f"{name}_us": counted.to_json() for name, counted in self._durations.items()}
@@ -179,7 +174,7 @@ class RequestTotals:
         return fields, histograms
 
     def _scores_json(self) -> dict[str, Any] | None:
-        """`{mean, num_scored, by}`, labels and their values in order; None where no request has a score."""
+        """`{mean, num_scored, by}`, labels and values in order; None where no request has a score."""
         if None not in self._scores:
             return None
         by: dict[str, dict[str, Any]] = {}
@@ -274,7 +269,7 @@ def _mean_score(counts: ValueCounts) -> dict[str, Any]:
 
 
 def _latency(values: Sequence[int], counts: Sequence[int]) -> dict[str, float | None]:
-    """Of ascending microseconds; a run has about as many distinct ones as requests."""
+    """`values` are ascending microseconds; a run has about as many distinct ones as requests."""
     if not counts:
         return dict.fromkeys([*(name for name, _ in _QUANTILES), "mean"])
     seen = list(itertools.accumulate(counts))

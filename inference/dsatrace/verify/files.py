@@ -1,7 +1,7 @@
-"""A run's files, read with the standard library: what the verifier reads with.
+"""A run's files, read with the standard library.
 
-Streams; a last line that was cut short is reported, a broken line anywhere else is a
-`Mismatch`. Derives nothing.
+Streams; a last line that was cut short is noted, any other broken line is a `Mismatch`. Derives
+nothing.
 
     run = PlainRun(Path("outputs/mine"))
     for number, record in run.lines("trace_steps.jsonl"): ...
@@ -48,7 +48,7 @@ class PlainRun:
 
     @property
     def state(self) -> str:
-        """What the manifest says, but a run that nobody writes any more is not `running`."""
+        """The manifest's state, but `incomplete` for a running run that no process writes any more."""
         state: str = self.manifest["state"]
         return "incomplete" if state == "running" and not _is_written(self.folder / STEPS_FILE) else state
 
@@ -63,14 +63,14 @@ class PlainRun:
             raise Mismatch("JSON", str(error)).at(SUMMARY_FILE) from error
 
     def size(self, name: str) -> int:
-        """Bytes, 0 for a file that is not there."""
+        """Bytes; 0 for a file that is missing."""
         path = self.folder / name
         return path.stat().st_size if path.exists() else 0
 
     def lines(
         self, name: str, on_bytes: Callable[[int], object] | None = None
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(line number from 1, record) of a file; `on_bytes` is told of every MiB or so.
+        """(1-based line number, record) of a file; `on_bytes` gets the bytes read, about every MiB.
 
         A missing file has no lines if the run is incomplete, and is a `Mismatch` otherwise.
         """
@@ -105,7 +105,7 @@ def _refuse(constant: str) -> float:
 
 
 def _is_written(path: Path) -> bool:
-    """Whether a live process holds the writer's lock."""
+    """Whether a live process holds the writer's lock on the file."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

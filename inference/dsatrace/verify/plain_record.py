@@ -1,7 +1,7 @@
 """The second implementation: one record from plain lists, as the documentation says it.
 
-Standard library only, written for reading, and sharing nothing with the fast path but
-`schema.py`, so that each can catch the other's mistakes. Slow on purpose.
+Standard library only and written for reading; shares nothing with the fast path but `schema.py`, so
+that each can catch the other's mistakes.
 
     record = step_record(selection, block_size=16, latent_bytes=1152, index_bytes=132)
 """
@@ -38,15 +38,15 @@ class PlainSelection:
     step_synced: bool
     needle_positions: Sequence[int] = ()  # of the prompt; empty where they are not known
     fetches: PlainFetches | None = None  # None: everything is in HBM
-    source_layer: int | None = None  # whose selection this is; None: the layer's own
+    source_layer: int | None = None  # the layer whose selection this is; None: its own
 
 
 def step_record(
     selection: PlainSelection,
     *,
     block_size: int,
-    latent_bytes: int,  # a token and layer
-    index_bytes: int,  # a token and layer
+    latent_bytes: int,  # per token and layer
+    index_bytes: int,  # per token and layer
     level: Level = "full",
     store_scores: bool = False,
     keep_order: bool = False,
@@ -127,7 +127,7 @@ def scores_field(
 
 
 def needle_field(positions: Sequence[int], needle_positions: Sequence[int]) -> dict[str, Any]:
-    """How much of the answer is selected; nothing where it is not known."""
+    """How much of the answer is selected; {} where the answer is not known."""
     if not needle_positions:
         return {}
     held = set(needle_positions).intersection(positions)
@@ -137,7 +137,7 @@ def needle_field(positions: Sequence[int], needle_positions: Sequence[int]) -> d
 def kv_fetch(
     selection: PlainSelection, blocks: list[int], block_size: int, latent_bytes: int
 ) -> dict[str, Any]:
-    """What each tier served: every block in HBM, none in the pools, unless the selection says otherwise."""
+    """What each tier served; HBM holds everything unless the selection has `fetches`."""
     if selection.fetches is not None:
         return tiered_fetch(
             selection.positions,
@@ -160,12 +160,11 @@ def kv_fetch(
 
 def fetch_from_hbm(**counted: int) -> dict[str, Any]:
     """The account of each tier when HBM serves what was `counted`, and the pools nothing."""
-    nothing = NOTHING
-    return {name: nothing | counted if name == "hbm" else nothing for name in TIER_NAMES}
+    return {name: NOTHING | counted if name == "hbm" else NOTHING for name in TIER_NAMES}
 
 
 def finite(value: float) -> float | None:
-    """JSON has no NaN and no infinity: null stands for them."""
+    """None for NaN and infinity, which JSON lacks."""
     return value if math.isfinite(value) else None
 
 
@@ -180,16 +179,16 @@ NOTHING: dict[str, Any] = {
 }
 """The account of a tier that serves nothing, in the record's order."""
 NOTHING_MOVED = {"evicted_units": 0, "bytes_written": 0, "errors": 0}
-"""And what else it says where there are several tiers."""
+"""Further fields of that account where there are several tiers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PlainFetches:
-    """Where one record's positions were found, and what was moved for it."""
+    """Which tier held each of a record's positions, and what was moved for it."""
 
     served_by: Sequence[int]  # served_by[i] is the tier that held positions[i]
-    moved: Mapping[str, Mapping[str, Any]]  # by tier, what its store did: bytes_read, errors, ...
-    latency_kinds: Mapping[str, str]  # of each pool that the run has
+    moved: Mapping[str, Mapping[str, Any]]  # by tier, what its store counted: bytes_read, errors, ...
+    latency_kinds: Mapping[str, str]  # by pool that the run has
     granularity: Literal["block", "row"] = "block"
 
 
@@ -202,7 +201,7 @@ def tiered_fetch(
     latent_bytes: int,  # a token and layer
     batch_size: int,
 ) -> dict[str, dict[str, Any]]:
-    """Every tier's account, with every field in the schema's order."""
+    """Every tier's account, token by token, with every field in the schema's order."""
     furthest: dict[int, int] = {}  # touched block -> tier
     for position, tier in zip(positions, found.served_by, strict=True):
         block = position // block_size
@@ -235,9 +234,9 @@ def tiered_fetch(
 
 
 def chain(hit_tokens: Mapping[str, int], hit_blocks: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """By tier, what was requested of it, hit and missed; a tier that the hits do not name is not there.
+    """By tier, what was requested of it, hit and missed; a tier that the hits do not name does not exist.
 
-    All that was hit anywhere was requested of HBM, and what a tier missed of the next.
+    HBM is asked for all that was hit anywhere, each further tier for what the one before it missed.
     """
     tokens, blocks = sum(hit_tokens.values()), sum(hit_blocks.values())
     asked: dict[str, dict[str, int]] = {}

@@ -1,8 +1,7 @@
 """The second implementation of `summary.json`, from a run's records, one by one.
 
-Standard library only, and like `plain_record.py` it shares nothing with the fast path but
-`schema.py`. Says what the records of a level allow and leaves out the rest. Keeps the
-histograms, and of each live request its last selection.
+Standard library only; shares nothing with the fast path but `schema.py`. Leaves out what the level's
+records do not tell. Keeps the histograms, and each live request's last selection.
 
     totals = PlainSummary(top_k=2048, block_sizes=(16, 32, 64))
     for record in records: totals.add(record)
@@ -115,7 +114,7 @@ class PlainSummary:
                 self._recalls.add(record)
 
     def end_request(self, request_id: str) -> None:
-        """No record of it is to come: what is kept of it shrinks to its hot blocks."""
+        """Call after the request's last record: only its hot blocks are kept."""
         self._overlaps.forget(request_id)
         counts = self._hot.pop(request_id, None)
         if counts is not None:
@@ -129,8 +128,8 @@ class PlainSummary:
         selections: str = "synthetic",
         dropped_steps: int = 0,
     ) -> dict[str, Any]:
-        """What the files say of summary.json; at level full all but the cost of tracing and what the run
-        says of its workload and its tiers."""
+        """The fields of summary.json that the files tell; at level full all but `tracing_cost`, `workload`
+        and `tiers`."""
         latents = sum(totals["bytes_read"] for totals in self._fetch.values())
         step_us = self._histograms["step_us"]
         summary: dict[str, Any] = {
@@ -177,7 +176,7 @@ class _BlocksTouched:
 
     def __init__(self, size: int, top_k: int) -> None:
         self.size = size
-        self.is_known = True  # the records of this level tell how many there are
+        self.is_known = True  # the level's records tell how many there are
         self.touched = Counter[int]()
         self._top_k = top_k
         self._contexts = Counter[int]()  # positions visible -> records
@@ -205,7 +204,7 @@ class _BlocksTouched:
         }
 
     def _mean(self, blocks: Mapping[int, float]) -> float | None:
-        """Over the records, from the blocks at each context length."""
+        """Mean over the records, from the blocks at each context length."""
         total = sum(self._contexts.values())
         return math.fsum(blocks[n] * count for n, count in self._contexts.items()) / total if total else None
 
@@ -219,9 +218,9 @@ def described(counts: Counter[Any]) -> dict[str, Any]:
 
 
 def uniform_blocks(seq_len: int, k: int, size: int) -> float:
-    """Expected blocks that k of N positions touch: a block of b is missed C(N-b, k) / C(N, k) often."""
+    """Expected blocks that k of N positions touch; a block of b is missed with C(N-b, k) / C(N, k)."""
     full, rest = divmod(seq_len, size)
-    # C(N-b, k) / C(N, k) = (N-k)! (N-b)! / (N! (N-k-b)!), and Python divides integers of any size exactly.
+    # That is (N-k)! (N-b)! / (N! (N-k-b)!), and Python divides integers of any size exactly.
     expected = 1 - math.perm(seq_len - k, rest) / math.perm(seq_len, rest)
     if full:
         expected += full * (1 - math.perm(seq_len - k, size) / math.perm(seq_len, size))
@@ -229,7 +228,7 @@ def uniform_blocks(seq_len: int, k: int, size: int) -> float:
 
 
 def _num_blocks(record: Record, size: int) -> int | None:
-    """Blocks of any size that a record touches; None where its level does not tell."""
+    """Blocks of `size` that a record touches; None where its level does not tell."""
     if "selected_token_pos" in record:
         return len({position // size for position in record["selected_token_pos"]})
     own_size = record["block_size_tokens"]
@@ -260,7 +259,7 @@ def _ms(us: float | None) -> float | None:
 
 
 class Overlaps:
-    """Share of a selection that the step before, and the layer before, held too."""
+    """Share of a selection that the step before, and the layer before, held too; sparse records only."""
 
     def __init__(self, with_tokens: bool) -> None:
         self._with_tokens = with_tokens
@@ -275,7 +274,7 @@ class Overlaps:
         last = self._last.setdefault(record["request_id"], {})
         selected = array("i", record["selected_token_pos"] if self._with_tokens else ())
         neighbours = [(self._by_step, (step - 1, layer))]
-        if "source_layer" not in record:  # else it is the very selection of the layer before
+        if "source_layer" not in record:  # else the selection is another layer's
             neighbours.append((self._by_layer, (step, layer - 1)))
         for shares, before in neighbours:
             step_there, tokens = last.get(before[1], (None, ()))
@@ -294,13 +293,13 @@ class Overlaps:
 
 
 class _Shares:
-    """Sums over compared selections; a step counts as one pair, at the first layer that is compared."""
+    """Sums over compared selections; a step is one pair, counted at the first layer compared."""
 
     def __init__(self) -> None:
         self._counted_at: int | None = None
         self._tokens = Counter[int]()  # by layer
         self._shared = Counter[int]()
-        self._pairs = Counter[float]()  # share that a random selector would have -> pairs
+        self._pairs = Counter[float]()  # a random selector's share -> pairs
 
     def add(self, record: Record, num_shared: int) -> None:
         layer, selected = record["layer_id"], record["unique_token_pos_count"]
@@ -358,5 +357,5 @@ class Recalls:
 
 
 def _recall(found: Counter[int], num_records: int) -> float:
-    """Mean of selected / tokens over the records, from the selected ones summed at each size of answer."""
+    """Mean of selected / tokens; `found` is selected tokens, summed by the answer's number of tokens."""
     return math.fsum(selected / tokens for tokens, selected in found.items()) / num_records

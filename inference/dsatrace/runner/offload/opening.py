@@ -22,7 +22,7 @@ from dsatrace.model.parallel import ParallelGroup
 from dsatrace.model.transformer import Transformer
 from dsatrace.runner.offload.cache import OffloadedCache, tokens_of_unit, unit_bytes
 from dsatrace.runner.settings import OffloadSettings
-from dsatrace.trace.manifest import PoolSetup, TierSetup, redact_credentials
+from dsatrace.trace.manifest import PoolSettings, TierSettings, redact_credentials
 
 
 @contextlib.contextmanager
@@ -119,18 +119,18 @@ def open_tiers(
         raise
 
 
-def tier_setup(offload: OffloadSettings, cache: OffloadedCache) -> TierSetup:
+def tier_setup(offload: OffloadSettings, cache: OffloadedCache) -> TierSettings:
     """What the manifest says of the tiers."""
     stats = cache.tiers.stats()
 
-    def pool(tier: int, spec: str | None, blocks: int | None) -> PoolSetup | None:
+    def pool(tier: int, spec: str | None, blocks: int | None) -> PoolSettings | None:
         if spec is None or (its := stats[tier]) is None:
             return None
         kind: Literal["measured", "modelled"] = "modelled" if its.latency_kind == "modelled" else "measured"
-        return PoolSetup(redact_credentials(spec), blocks, kind)
+        return PoolSettings(redact_credentials(spec), blocks, kind)
 
     local_blocks = min(offload.local_blocks or cache.num_blocks, cache.num_blocks)
-    return TierSetup(
+    return TierSettings(
         granularity=offload.granularity,
         unit_tokens=cache.unit_tokens,
         unit_bytes=cache.unit_bytes,

@@ -1,4 +1,4 @@
-"""A step record as flat, typed columns: what `trace_steps.parquet` holds.
+"""A step record as flat, typed columns, and back: what `trace_steps.parquet` holds.
 
 One column a leaf of `schema.STEP_FIELDS`, named by its path with underscores:
 `layer_id`, `unique_blocks`, `kv_fetch_hbm_bytes_read`, `tokens_per_touched_block_p95`,
@@ -12,10 +12,11 @@ null where the schema says so. What can be derived is not stored:
 - `extra`: keys the schema does not know, as JSON; `line`: the whole record as JSON, only
   where the columns would not give it back byte for byte (see `file.py`).
 
-`rows.py` goes the other way. Knows no file.
+On the way back objects are filled column by column, from the leaves up. Knows no file.
 
     batch = to_batch(records, pa.float32())
-    columns_for(("layer_id", "prefix.intersection_ratio"))
+    to_records(batch, fields=("layer_id", "prefix.intersection_ratio"))
+    to_lines(batch)              # as the tracer wrote them, byte for byte
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ BLOCK_SIZE = "block_size_tokens"
 _NAMES = {INTERSECTION: "num_prefix_intersection_blocks"}
 
 NOT_REPRESENTABLE = (pa.ArrowException, TypeError, ValueError, OverflowError)
-"""What pyarrow raises for a value that its column's type cannot hold."""
+"""Errors of pyarrow for a value that its column's type cannot hold."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """A field of the schema: an object of `children`, or a leaf that is a column."""
+    """A field of the schema: an object with `children`, or a leaf, which is a column."""
 
     name: str
     path: str  # dotted
@@ -137,31 +138,27 @@ def _extra(record: Mapping[str, Any]) -> str | None:
 
 def columns_for(fields: Collection[str]) -> list[str]:
     """The columns that give back `fields`; a name the schema does not know raises `ValueError`."""
-    wanted = list(_leaves(chosen_nodes(TREE, fields)))
-    known = {node.path for node in _all_nodes(TREE)}
-    if unknown := sorted(set(fields) - known):
+    if unknown := sorted(set(fields) - set(_paths(TREE))):
         raise ValueError(f"no field {', '.join(unknown)} in a step record; see schema.STEP_FIELDS")
-    names = {leaf.column for leaf in wanted} | {LINE}
+    names = {leaf.column for leaf in _leaves(_chosen(TREE, fields))} | {LINE}
     if not names.isdisjoint((BLOCKS, _NAMES[INTERSECTION])):
         names |= {POSITIONS, BLOCKS, BLOCK_SIZE}
     return sorted(names)
 
 
-def _all_nodes(nodes: Sequence[Node]) -> Iterator[Node]:
+def _paths(nodes: Sequence[Node]) -> Iterator[str]:
     for node in nodes:
-        yield node
-        yield from _all_nodes(node.children)
+        yield node.path
+        yield from _paths(node.children)
 
 
-def chosen_nodes(nodes: Sequence[Node], fields: Collection[str] | None) -> tuple[Node, ...]:
+def _chosen(nodes: Sequence[Node], fields: Collection[str]) -> tuple[Node, ...]:
     """The part of the tree that `fields` name."""
-    if fields is None:
-        return tuple(nodes)
     chosen: list[Node] = []
     for node in nodes:
         if node.path in fields:
             chosen.append(node)
-        elif children := chosen_nodes(node.children, fields):
+        elif children := _chosen(node.children, fields):
             chosen.append(dataclasses.replace(node, children=children))
     return tuple(chosen)
 
@@ -170,7 +167,7 @@ _ABSENT: Any = object()
 
 
 class _Values(NamedTuple):
-    """One value a row; `holes`: some of them are `_ABSENT`."""
+    """One value per row; `holes`: some of them are `_ABSENT`."""
 
     rows: list[Any]
     holes: bool = False
@@ -183,12 +180,13 @@ def to_lines(batch: pa.RecordBatch) -> list[bytes]:
 
 
 def to_records(batch: pa.RecordBatch, fields: Collection[str] | None = None) -> list[dict[str, Any]]:
-    """The batch's records as parsing their lines would give them; `line` is the caller's to look at."""
+    """The batch's records as parsing their lines would give them, without regard to `line`."""
     return _records(_Columns(batch), fields)
 
 
 def _records(columns: _Columns, fields: Collection[str] | None = None) -> list[dict[str, Any]]:
-    values = _objects(chosen_nodes(TREE, fields), columns) or _Values([_ABSENT] * columns.num_rows, True)
+    nodes = TREE if fields is None else _chosen(TREE, fields)
+    values = _objects(nodes, columns) or _Values([_ABSENT] * columns.num_rows, True)
     records = [{} if row is _ABSENT else row for row in values.rows] if values.holes else values.rows
     if fields is None and (extra := columns.plain(EXTRA)) is not None:
         for record, text in zip(records, extra.rows, strict=True):
@@ -198,7 +196,7 @@ def _records(columns: _Columns, fields: Collection[str] | None = None) -> list[d
 
 
 def _objects(nodes: Sequence[Node], columns: _Columns) -> _Values | None:
-    """One object a row, filled column by column (the quickest way); None when no row has any of it."""
+    """One object per row, filled column by column (the fastest way); None if no row has any of the nodes."""
     found = {
         node.name: values
         for node in nodes
@@ -208,12 +206,8 @@ def _objects(nodes: Sequence[Node], columns: _Columns) -> _Values | None:
         return None
     objects: list[Any] = [{} for _ in range(columns.num_rows)]
     for name, values in found.items():
-        if values.holes:
-            for target, value in zip(objects, values.rows, strict=True):
-                if value is not _ABSENT:
-                    target[name] = value
-        else:
-            for target, value in zip(objects, values.rows, strict=True):
+        for target, value in zip(objects, values.rows, strict=True):
+            if value is not _ABSENT:
                 target[name] = value
     if all(values.holes for values in found.values()):
         objects = [target or _ABSENT for target in objects]
@@ -222,7 +216,7 @@ def _objects(nodes: Sequence[Node], columns: _Columns) -> _Values | None:
 
 
 class _Columns:
-    """A batch's columns as lists of Python values; the touched blocks are derived once."""
+    """A batch's columns as lists of Python values; touched blocks are derived once."""
 
     def __init__(self, batch: pa.RecordBatch, keep_float32: bool = False) -> None:
         self.num_rows = len(batch)
@@ -244,7 +238,7 @@ class _Columns:
         )
 
     def plain(self, name: str, keep_null: bool = False) -> _Values | None:
-        """The stored values; None for a column that the file lacks or that is all absent."""
+        """The stored values; None for a column that the file lacks or that holds no value."""
         if name not in self._batch.schema.names:
             return None
         array = self._batch.column(name)
@@ -256,7 +250,7 @@ class _Columns:
         return _Values([_ABSENT if value is None else value for value in values], True)
 
     def _touched(self) -> list[list[int] | None]:
-        """Touched blocks of every record: stored, or derived from its positions."""
+        """Every record's touched blocks, as stored or derived from its positions."""
         if self._blocks is None:
             names = self._batch.schema.names
             stored = _python_values(self._batch.column(BLOCKS)) if BLOCKS in names else None
@@ -277,10 +271,10 @@ def _or_none(rows: list[Any]) -> _Values | None:
 
 
 def _derive_blocks(positions: pa.ListArray, block_sizes: pa.Array) -> list[list[int] | None] | None:
-    """`position // block size`, each once, ascending; None for a record without positions."""
+    """Distinct `position // block size`, ascending; None for a record without positions."""
     if positions.null_count == len(positions):
         return None
-    values, offsets = _list_parts(positions)
+    values, offsets = positions.values.to_numpy(zero_copy_only=False), positions.offsets.to_numpy()
     sizes = np.maximum(block_sizes.fill_null(1).to_numpy(), 1)
     record = np.repeat(np.arange(len(positions)), np.diff(offsets))
     blocks = values // sizes[record]
@@ -295,13 +289,8 @@ def _derive_blocks(positions: pa.ListArray, block_sizes: pa.Array) -> list[list[
     return [flat[ends[i] : ends[i + 1]] if valid[i] else None for i in range(len(positions))]
 
 
-def _list_parts(array: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    """Values (N,) and offsets (rows + 1,) into them; a null row is an empty one."""
-    return array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy()
-
-
 def _python_values(array: pa.Array, keep_float32: bool = False) -> list[Any]:
-    """What JSON would have given; null is None."""
+    """The values as parsed JSON; null is None."""
     if pa.types.is_list(array.type):
         ends, valid = array.offsets.to_pylist(), array.is_valid().to_pylist()
         keep_array = keep_float32 and pa.types.is_float32(array.type.value_type)
