@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.model.batch import Batch, Span
-from dsatrace.model.checkpoint import load_checkpoint
+from dsatrace.model.checkpoint import load_transformer
 from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.hf_config import WeightDtype
@@ -170,10 +170,7 @@ def models(checkpoint: Path, args: ModelArgs) -> Iterator[tuple[str, Transformer
 
 
 def loaded(checkpoint: Path, args: ModelArgs, dtype: WeightDtype) -> Transformer:
-    with torch.device("meta"):
-        model = Transformer(dataclasses.replace(args, dtype=dtype))
-    load_checkpoint(model, checkpoint)
-    return model
+    return load_transformer(dataclasses.replace(args, dtype=dtype), checkpoint)
 
 
 def quantised(exact: Transformer) -> Transformer:

@@ -39,11 +39,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 from dsatrace.engine.settings import EngineSettings
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.model.batch import Batch, Span
-from dsatrace.model.checkpoint import load_checkpoint
+from dsatrace.model.checkpoint import load_transformer
 from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.tiny import write_checkpoint
-from dsatrace.model.transformer import Transformer
 
 CONFIG = Path(__file__).resolve().parents[2] / "inference" / "config_tiny.json"
 THEIRS_UP_TO = 8192  # tokens; at 32K transformers would need some 50 GB
@@ -72,10 +71,7 @@ class Ours:
     name = "dsatrace"
 
     def __init__(self, args: ModelArgs, checkpoint: Path) -> None:
-        with torch.device("meta"):
-            self.model = Transformer(args)
-        load_checkpoint(self.model, checkpoint)
-        self.model.eval()
+        self.model = load_transformer(args, checkpoint)
 
     def prefill(self, tokens: Sequence[int], room: int) -> torch.Tensor:
         block_size, chunk = EngineSettings.cache_block_size, EngineSettings.prefill_chunk

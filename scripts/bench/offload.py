@@ -51,9 +51,6 @@ from dsatrace.kv.tiers.fetches import HBM, LOCAL, FetchCounters, LayerFetch
 from dsatrace.kv.tiers.residency import TIER_POLICIES
 from dsatrace.model.batch import Batch, Span
 from dsatrace.model.cache import KVCache
-from dsatrace.model.checkpoint import load_checkpoint
-from dsatrace.model.config import ModelArgs
-from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.selection import Selection
 from dsatrace.model.transformer import Transformer
 from dsatrace.runner.offload.cache import OffloadedCache, tokens_of_unit, unit_bytes
@@ -62,6 +59,7 @@ from dsatrace.runner.settings import Granularity, OffloadSettings, PrefetchKind
 from dsatrace.workloads.ruler import texts
 from dsatrace.workloads.ruler.generator import generate
 from dsatrace.workloads.tokenizer import load_tokenizer
+from train_needle.export import load_exported
 from train_needle.samples import Talk
 
 MODEL = Path(__file__).resolve().parents[2] / "data" / "models" / "needle-2k"
@@ -200,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(args)
     torch.set_num_threads(args.threads)
     with contextlib.ExitStack() as stack:
-        model = load_model(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="offload-"))))
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="offload-"))
+        model = load_exported(MODEL, Path(scratch))
         outcome = run(model, args, stack)
     show(outcome)
     if args.json:
@@ -264,15 +263,6 @@ def cases_of(args: argparse.Namespace) -> Iterator[Case]:
                 yield from (
                     Case(unit, *how, share) for how in itertools.product(args.policies, args.prefetch)
                 )
-
-
-def load_model(folder: Path) -> Transformer:
-    args = ModelArgs.from_json(MODEL / "serving_config.json")
-    convert_checkpoint(MODEL, folder, args.n_routed_experts, model_parallel=1)
-    with torch.device("meta"):
-        model = Transformer(args)
-    load_checkpoint(model, folder)
-    return model.eval()
 
 
 def dialogue(context: int, num_steps: int) -> Dialogue:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dsatrace.model.checkpoint import load_checkpoint
+from dsatrace.model.checkpoint import load_transformer
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.names import checkpoint_tensors
@@ -53,10 +53,7 @@ def load_exported(folder: Path, scratch: Path) -> Transformer:
     """The model of an exported folder, by way of the conversion that serves it, into `scratch`."""
     args = ModelArgs.from_json(folder / SERVING_CONFIG)
     convert_checkpoint(folder, scratch / "mp1", args.n_routed_experts, model_parallel=1)
-    with torch.device("meta"):
-        model = Transformer(args)
-    load_checkpoint(model, scratch / "mp1")
-    return model.eval()
+    return load_transformer(args, scratch / "mp1")
 
 
 def stored_dtype(name: str) -> torch.dtype:

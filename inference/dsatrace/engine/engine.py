@@ -85,7 +85,7 @@ class Engine:
         self.on_tier_error = on_tier_error
         self.abort_requested = False
         self.tell_tiers: Callable[[], str] | None = None
-        """What the runner's tiers did so far, in a line for users; for whoever owns them to set."""
+        """What the runner's tiers did so far, in a line for users; set by their owner."""
         self.prefill_s = self.decode_s = 0.0
         self.num_prefill_tokens = 0  # computed, not what was found cached
         self.num_decode_tokens = 0
@@ -112,7 +112,7 @@ class Engine:
 
     def run(self) -> Iterator[tuple[LiveRequest, int]]:
         """Yields `(request, token)` as tokens are sampled, until every request is served."""
-        self.wait_until(0)  # brings the clock up to date, however long nothing was asked
+        self.wait_until(0)  # brings the clock up to date
         while self.scheduler.has_work:
             for live, tokens in self.step().tokens:
                 yield from ((live, token) for token in tokens)
@@ -120,31 +120,23 @@ class Engine:
     def step(self, next_arrival_ns: int | None = None) -> Progress:
         """One forward, or several decode steps at once where nothing can happen in between.
 
-        `next_arrival_ns` is when the next request comes, as far as it is known. A forward in which
-        blocks were lost takes its time and brings nothing.
+        `next_arrival_ns` is when the next request comes, if it is known. A forward that loses blocks
+        takes its time and brings nothing.
         """
         step = self._lengthen(self.scheduler.schedule(self.now_s), next_arrival_ns)
         sampled, lost = self._run(step)
         word = self._agree(sampled)
         if lost is None:
             tokens = self.scheduler.commit(step, word.tokens, self.now_s)
-            ended = [live for live, _ in tokens if live.ended]
-        else:
-            tokens, ended = [], self._lose(step, lost)
-        if word.abort:
-            ended += self._abort_all()
-        for live in ended:
-            self._end(live)
-        return Progress(tokens, ended, word.abort)
+            return self._progress(tokens, [live for live, _ in tokens if live.ended], word.abort)
+        recompute = self.on_tier_error == "recompute"
+        failed = self.scheduler.lose(step, lost.block_ids, self.now_s, recompute=recompute, cause=lost.cause)
+        return self._progress([], failed, word.abort)
 
     def wait_until(self, time_ns: int) -> Progress:
         """Lets time pass while there is nothing to do, at most until `time_ns`."""
         self.clock.wait_until(time_ns)
-        word = self._agree([])
-        ended = self._abort_all() if word.abort else []
-        for live in ended:
-            self._end(live)
-        return Progress([], ended, word.abort)
+        return self._progress([], [], self._agree([]).abort)
 
     def request_abort(self) -> None:
         """Drops everything running and waiting after the current step; safe in a signal handler."""
@@ -156,7 +148,7 @@ class Engine:
             self.tracer.close("incomplete")
 
     def _lengthen(self, step: Step, next_arrival_ns: int | None) -> Step:
-        """The same decode step as often as the runner can look ahead and nobody arrives."""
+        """The same decode step, as often as the runner can look ahead and no request arrives."""
         if step.is_prefill or not self.clock.jumps:
             return step
         num_steps = min(self.runner.lookahead(work.live) for work in step.work)
@@ -198,26 +190,27 @@ class Engine:
             self.num_decode_tokens += 0 if lost else len(step.work) * step.num_steps
         return sampled, lost
 
-    def _lose(self, step: Step, lost: BlocksLost) -> list[LiveRequest]:
-        """Those that fail because of it; the others that it concerns are computed again."""
-        recompute = self.on_tier_error == "recompute"
-        return self.scheduler.lose(step, lost.block_ids, self.now_s, recompute=recompute, cause=lost.cause)
-
     def _agree(self, sampled: list[list[int]]) -> Word:
         """Rank 0's tokens, time and wish to abort, on every rank."""
         word = self.ranks.agree(Word(self.abort_requested, self.clock.now_ns, sampled))
         self.clock.now_ns = word.now_ns
         return word
 
-    def _abort_all(self) -> list[LiveRequest]:
-        self.abort_requested = False
-        dropped = [*self.scheduler.running, *self.scheduler.waiting]
-        for live in dropped:
-            self.scheduler.abort(live, self.now_s)
-        return dropped
+    def _progress(
+        self, tokens: list[tuple[LiveRequest, list[int]]], ended: list[LiveRequest], aborted: bool
+    ) -> Progress:
+        """Takes leave of the requests that have ended: all of them, if the run is aborted."""
+        if aborted:
+            self.abort_requested = False
+            for live in [*self.scheduler.running, *self.scheduler.waiting]:
+                self.scheduler.abort(live, self.now_s)
+                ended.append(live)
+        for live in ended:
+            self._end(live)
+        return Progress(tokens, ended, aborted)
 
     def _end(self, live: LiveRequest) -> None:
-        """The last word on a request: its score, and its line in the trace."""
+        """Scores a request and writes its line in the trace."""
         self.runner.forget(live.request_id)
         if self.judge is not None and live.state in ("stop", "length"):
             live.score = self.judge(live)
@@ -228,11 +221,11 @@ class Engine:
 
 
 BATCHES_AHEAD = 2
-"""Requests that have arrived are pulled until so many batches wait; the source keeps the others."""
+"""Batches of arrived requests that may wait; the source keeps the others."""
 
 
 def serve(engine: Engine, requests: Iterable[Request]) -> Iterator[LiveRequest]:
-    """Yields every request when it has ended, rejected ones too, in the order of their ends.
+    """Yields every request when it has ended, rejected ones too, in the order in which they end.
 
     `requests` must be sorted by `arrival_s`; under tensor parallel every rank is given the
     same. After `engine.request_abort()` what was running and waiting comes as `aborted`, and
@@ -258,7 +251,7 @@ def serve(engine: Engine, requests: Iterable[Request]) -> Iterator[LiveRequest]:
 
 
 class _Arrivals:
-    """The requests still to come. The source is asked for one more only when somebody looks."""
+    """The requests still to come. The source is asked for the next one only when it is looked at."""
 
     def __init__(self, requests: Iterable[Request]) -> None:
         self._source = iter(requests)

@@ -28,7 +28,7 @@ from dsatrace.errors import UserError
 from dsatrace.kv.blocks import blocks_needed
 from dsatrace.kv.layout import CacheLayout, named_layouts
 from dsatrace.model.cache import KVCache
-from dsatrace.model.checkpoint import Progress, load_checkpoint
+from dsatrace.model.checkpoint import Progress, load_transformer
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.kernels import get_kernels
 from dsatrace.model.parallel import ParallelGroup
@@ -55,10 +55,7 @@ def load_model(
         try_tiers(settings.offload, group)
     with user_errors():
         kernels = get_kernels(settings.kernel_backend, device)
-        with torch.device("meta"):
-            model = Transformer(args, kernels, group)
-        load_checkpoint(model, settings.ckpt_path, group.rank, group.size, progress, device)
-    return model.eval()
+        return load_transformer(args, settings.ckpt_path, kernels, group, progress, device)
 
 
 @contextlib.contextmanager
