@@ -14,6 +14,7 @@ from dsatrace.engine.clock import NS_PER_S, VirtualClock
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.runner import BlocksLost, OnTierError, Step
 from dsatrace.engine.scheduler import MAX_RECOMPUTES, Scheduler
+from dsatrace.engine.settings import RunSettings
 from dsatrace.workloads.request import Request
 from test_prefix_caching import TIMES, Case, SlotKeeper, answers, cases, checked
 
@@ -71,7 +72,7 @@ def lossy_engine(
     plain = case.engine(prefix_caching)
     runner = LossyKeeper(case.block_size, case.responses, losses)
     engine = runner.engine = Engine(
-        plain.scheduler, runner, clock=VirtualClock(), on_tier_error=on_tier_error
+        plain.scheduler, runner, run=RunSettings(clock=VirtualClock()), on_tier_error=on_tier_error
     )
     engine.scheduler.pool.on_void = runner.on_void
     commit = engine.scheduler.commit
