@@ -18,7 +18,6 @@ import dataclasses
 import gc
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
+
+from machine import machine
 
 from dsatrace.engine.settings import EngineSettings
 from dsatrace.errors import UserError, exits_cleanly
@@ -251,19 +253,6 @@ def results_table(results: dict[int, dict[str, Measurement]]) -> Table:
     return table
 
 
-def machine() -> dict[str, Any]:
-    from transformers import __version__ as transformers_version
-
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers_version,
-        "python": platform.python_version(),
-    }
-
-
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks, measures, prints the table and one line of JSON."""
@@ -298,7 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(results_table(results))
     if (grown := growth(results)) is not None:
         console.print(f"our decode step at 32K takes {grown:.2f}x that at 2K")
-    about = machine() | {"load_before": load_before, "load_after": os.getloadavg()}
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    about = machine() | versions | {"torch_threads": torch.get_num_threads(), "load_before": load_before}
     console.print(", ".join(f"{name} {value}" for name, value in about.items()))
     if flags.profile:
         context = max(flags.contexts)

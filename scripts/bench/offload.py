@@ -23,8 +23,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
-import platform
 import random
 import re
 import statistics
@@ -44,6 +42,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from machine import machine
 
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.kv.stores.interface import StoreStats
@@ -230,7 +230,7 @@ def run(model: Transformer, args: argparse.Namespace, stack: contextlib.ExitStac
     said = [int(row[0].argmax()) == token for row, token in zip(logits, talk.then, strict=False)]
     right = [told for told, due in zip(said, talk.is_answer, strict=True) if due]
     return Outcome(
-        machine(),
+        machine() | {"threads": torch.get_num_threads(), "torch": torch.__version__},
         len(talk.prompt),
         args.steps,
         args.store,
@@ -405,16 +405,6 @@ def measure(side: Offloaded, whole: Side, num_steps: int, selected_bytes: int) -
         recall=counters.used_units / guessed if prefetches and guessed else None,
         precision=counters.used_units / counters.prefetched_units if counters.prefetched_units else None,
     )
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 def show(outcome: Outcome) -> None:

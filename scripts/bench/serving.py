@@ -16,8 +16,6 @@ import argparse
 import cProfile
 import dataclasses
 import json
-import os
-import platform
 import pstats
 import statistics
 import sys
@@ -31,6 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
+
+from machine import machine
 
 from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.scheduler import Admission
@@ -219,22 +219,6 @@ def model_table(results: dict[str, Served], same: dict[str, int], what: str) -> 
         decode = f"{r.decode_tokens_per_s:.1f}", f"{r.decode_tokens_per_s / alone.decode_tokens_per_s:.2f}x"
         table.add_row(name, f"{r.wall_s:.2f}", *whole, *decode, str(same[name]))
     return table
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cpu": _cpu_model() or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(),
-        "load": os.getloadavg(),
-    }
-
-
-def _cpu_model() -> str | None:
-    """Linux says it in a file, other systems do not."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def bench_simulator(flags: argparse.Namespace, console: Console) -> dict[str, Any]:

@@ -388,13 +388,13 @@ def _rope_fields(values: Values) -> dict[str, Any]:
     factor, mscale, of_all_dims = rope["factor"], rope.get("mscale"), rope.get("mscale_all_dim")
     attention_factor = rope.get("attention_factor")
     if attention_factor is None and mscale and of_all_dims:
-        attention_factor = _temperature(factor, mscale) / _temperature(factor, of_all_dims)
+        attention_factor = yarn_temperature(factor, mscale) / yarn_temperature(factor, of_all_dims)
     elif attention_factor is None:
-        attention_factor = _temperature(factor, 1.0)
+        attention_factor = yarn_temperature(factor, 1.0)
     return fields | {"mscale": of_all_dims or 0.0, "rope_attention_factor": attention_factor}
 
 
-def _temperature(factor: float, mscale: float) -> float:
+def yarn_temperature(factor: float, mscale: float) -> float:
     """YaRN's scale of attention for a context stretched by `factor` (arXiv 2309.00071, section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
