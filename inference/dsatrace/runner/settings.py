@@ -104,7 +104,7 @@ class ModelSettings(EngineSettings):
     offload: OffloadSettings | None = None  # None: HBM holds everything
 
     def model_args(self) -> ModelArgs:
-        """The model, from `config` or the checkpoint's own `config.json`; where both are, they must agree."""
+        """The model by `config` or the checkpoint's `config.json`; if both exist, they must agree."""
         assert self.ckpt_path is not None, "the simulator has no model"
         own = self.ckpt_path / "config.json"
         files = [] if self.config is None else [self.config]
@@ -135,7 +135,7 @@ class ModelSettings(EngineSettings):
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """The model's `ValueError`s, about configs, checkpoints and backends, are the user's to mend."""
+    """Turns the model's `ValueError`s, about configs, checkpoints and backends, into `UserError`s."""
     try:
         yield
     except UserError:
