@@ -28,17 +28,11 @@ from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.served.sharegpt import SHAREGPT, ShareGPTWorkload
 from dsatrace.workloads.served.workload import Asking, Opened
 from dsatrace.workloads.sharegpt import ShareGPTLoader
-from helpers.checkpoints import endless_letters
 from helpers.real_data import real_file
 
 CONFIG = INFERENCE / "config_tiny.json"
 SMALL = ("--max-new-tokens", 4, "--no-hub")
 RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 700, *SMALL)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return endless_letters(tiny_checkpoint, tmp_path_factory.mktemp("dataset") / "mp1")
 
 
 Run = Callable[..., Path]

@@ -1,8 +1,7 @@
 """`config.json` of a Hugging Face checkpoint, as fields of `ModelArgs`.
 
-A setting that is not understood is refused. Every key that may stand in the file is a row of
-`KEYS`: the field it sets, or the only values it may have, or why it cannot matter. A key
-without a row, or with another value, ends the load naming both.
+Every key that the file may hold is a row of `KEYS`: the field it sets, or the only values it may
+have, or why it cannot matter. A key without a row, or with another value, is refused by name.
 Reads the spellings of transformers 4 (`rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`,
 `dtype`). Knows no tensor and no file.
 
@@ -35,7 +34,7 @@ class Family:
     architecture: str
     index_rope: Literal["half_split", "interleaved"]
     latent_norm_eps: float = 1e-6
-    """DeepSeek's published code gives every norm 1e-6, and transformers the latent norms of both families."""
+    """DeepSeek's code gives 1e-6 to every norm, transformers to the latent norms of both families."""
 
 
 FAMILIES: dict[ModelType, Family] = {
@@ -54,15 +53,15 @@ OTHER_INDEXER = (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """How one key is understood, by `field`, `only`, `must_be` or `read_by`; by none: it cannot matter."""
+    """How one key is understood: by `field`, `only`, `must_be` or `read_by`; else it cannot matter."""
 
     field: str | None = None  # of ModelArgs, which takes the value
     of: type = object  # the value's type: int, float or bool; object where the field itself checks it
     only: tuple[object, ...] = ()  # the values it may have
-    must_be: Callable[[Values], object] | None = None  # the one value it may have, by the other keys
-    read_by: str | None = None  # the function here that reads it, with others
-    why: str = ""  # why only those values; or why it cannot matter
-    optional: bool = False  # a field whose default stands where the key does not
+    must_be: Callable[[Values], object] | None = None  # the value it must have, by the other keys
+    read_by: str | None = None  # the function here that reads it
+    why: str = ""  # why only those values, or why it cannot matter
+    optional: bool = False  # without the key, the field's default holds
 
     def kind(self) -> str:
         """In a word or two, for the table in docs/config.md."""
@@ -313,7 +312,7 @@ def _check_type(key: str, value: object, of: type) -> None:
 
 
 def _same(value: object, other: object) -> bool:
-    """Equal, and neither a boolean that stands for a number."""
+    """Equal, and not a boolean beside a number."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
