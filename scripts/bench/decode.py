@@ -1,10 +1,9 @@
 """Prefill and decode against transformers' DeepseekV32: same random weights, same tokens, one process.
 
-Both sides compute in fp32 with fp8 and Hadamard off, which is what transformers computes, each as
-it comes out of the box. They take turns, so that whatever else the machine does falls on both;
-ratios are what counts. A decode turn is a few steps long, since in real use a step finds the
-caches as its like has left them. Peak extra memory is that of the prefill, KV cache included.
-Says nothing about answers: the weights are random. Not part of CI (8K takes transformers 25 s).
+Both sides compute in fp32 with fp8 and Hadamard off, as transformers does, each out of the box. They
+take turns, so that other load falls on both; the ratios count. A decode turn is a few steps long,
+since in real use a step finds the CPU caches as another step has left them. Peak extra memory is that
+of the prefill, KV cache included. Says nothing about answers: the weights are random.
 
     python3 scripts/bench/decode.py                        # 0.5K, 2K, 8K; ours alone at 32K
     python3 scripts/bench/decode.py --contexts 2048 --profile
@@ -38,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
 from machine import machine
 
+from dsatrace.commands.parser import HelpFormatter
 from dsatrace.engine.settings import EngineSettings
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.model.batch import Batch, Span
@@ -301,12 +301,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=HelpFormatter
+    )
     contexts = [512, 2048, 8192, 32768]
-    parser.add_argument("--contexts", type=int, nargs="+", default=contexts, help="tokens (%(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads (torch's own choice)")
-    parser.add_argument("--decode-steps", type=int, default=64, help="timed at each context (%(default)s)")
-    parser.add_argument("--config", type=Path, default=CONFIG, help="model config (%(default)s)")
+    parser.add_argument("--contexts", type=int, nargs="+", default=contexts, help="tokens")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's choice)")
+    parser.add_argument("--decode-steps", type=int, default=64, help="timed at each context")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="model config")
     parser.add_argument("--profile", action="store_true", help="where a decode step of ours goes")
     return parser
 

@@ -1,7 +1,7 @@
 """Writes a trained model as a checkpoint folder in Hugging Face layout, as convert.py reads it.
 
-Weights, `config.json`, our tokenizer, the config that serves it, and the sha256 of them all.
-Knows no figures: the model card is its caller's.
+Weights, `config.json`, our tokenizer, the config that serves it, and the sha256 of all of them. The
+caller writes the model card.
 
     export_model(model, word_tokenizer_json(), Path("data/models/tiny"))
 """

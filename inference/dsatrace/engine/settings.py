@@ -44,7 +44,7 @@ class EngineSettings:
     prefix_caching: Annotated[
         bool, Flag("skip the part of a prompt that an earlier request has left in the KV cache")
     ] = False
-    seed: Annotated[int, Flag("of sampling")] = 0
+    seed: Annotated[int, Flag("seed of the sampling")] = 0
 
     def __post_init__(self) -> None:
         check(self)

@@ -92,9 +92,10 @@ def _harmless(why: str) -> Row:
     return Row(why=why)
 
 
-_TRAINING = _harmless("training only")
-_OUTPUTS = _harmless("what transformers returns beside the logits")
-_METADATA = _harmless("metadata")
+def _all_harmless(why: str, *keys: str) -> dict[str, Row]:
+    return dict.fromkeys(keys, Row(why=why))
+
+
 _LAYER_KINDS = "one of several spellings; the first that stands counts"
 
 KEYS: dict[str, Row] = {
@@ -165,16 +166,15 @@ KEYS: dict[str, Row] = {
     "num_nextn_predict_layers": _harmless("next-token modules are left out"),
     "ep_size": _harmless("how DeepSeek's code split experts"),
     "pretraining_tp": _harmless("how the model was trained"),
-    "attention_dropout": _TRAINING,
-    "initializer_range": _TRAINING,
-    "aux_loss_alpha": _TRAINING,
-    "seq_aux": _TRAINING,
-    "router_aux_loss_coef": _TRAINING,
+    **_all_harmless(
+        "training only",
+        *("attention_dropout", "initializer_range", "aux_loss_alpha", "seq_aux", "router_aux_loss_coef"),
+    ),
     "use_cache": _harmless("this engine always has a cache"),
-    "output_router_logits": _OUTPUTS,
-    "output_attentions": _OUTPUTS,
-    "output_hidden_states": _OUTPUTS,
-    "return_dict": _OUTPUTS,
+    **_all_harmless(
+        "what transformers returns beside the logits",
+        *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict"),
+    ),
     "bos_token_id": _harmless("the tokenizer says it"),
     "eos_token_id": _harmless("of no effect on a forward; where an answer ends is the tokenizer's"),
     "pad_token_id": _harmless("nothing is padded here"),
@@ -182,17 +182,12 @@ KEYS: dict[str, Row] = {
     "is_decoder": _harmless("of no effect on a model that is one"),
     "add_cross_attention": _only(False, why="this is a decoder"),
     "chunk_size_feed_forward": _harmless("a memory setting of transformers"),
-    "problem_type": _METADATA,
-    "id2label": _METADATA,
-    "label2id": _METADATA,
-    "num_labels": _METADATA,
     "auto_map": _harmless("code in the checkpoint is never run"),
-    "transformers_version": _METADATA,
-    "_name_or_path": _METADATA,
-    "name_or_path": _METADATA,
-    "tokenizer_class": _METADATA,
-    "_attn_implementation": _METADATA,
-    "attn_implementation": _METADATA,
+    **_all_harmless(
+        "metadata",
+        *("problem_type", "id2label", "label2id", "num_labels", "transformers_version", "_name_or_path"),
+        *("name_or_path", "tokenizer_class", "_attn_implementation", "attn_implementation"),
+    ),
     "random_weights": _harmless("our own: says that the weights mean nothing"),
 }
 """Every key that is understood."""
