@@ -231,18 +231,23 @@ def serve(engine: Engine, requests: Iterable[Request]) -> Iterator[LiveRequest]:
     same. After `engine.request_abort()` what was running and waiting comes as `aborted`, and
     no more requests are pulled.
     """
-    arrivals = _Arrivals(requests)
+    source = _in_order(requests)
     max_waiting = BATCHES_AHEAD * engine.scheduler.max_batch_size
     engine.wait_until(0)  # agrees on the time before anything is decided by it
+    coming = next(source, None)
     while True:
-        while len(engine.scheduler.waiting) < max_waiting and arrivals.next_is_here(engine.clock.now_ns):
-            live = engine.submit(arrivals.pull())
+        next_ns = None if coming is None else to_ns(coming.arrival_s)
+        is_here = next_ns is not None and next_ns <= engine.clock.now_ns
+        if coming is not None and is_here and len(engine.scheduler.waiting) < max_waiting:
+            live = engine.submit(coming)
             if live.ended:
                 yield live
+            coming = next(source, None)
+            continue
         if engine.scheduler.has_work:
-            progress = engine.step(arrivals.next_ns)
-        elif arrivals.next_ns is not None:
-            progress = engine.wait_until(arrivals.next_ns)
+            progress = engine.step(next_ns)
+        elif next_ns is not None:
+            progress = engine.wait_until(next_ns)
         else:
             return
         yield from progress.ended
@@ -250,40 +255,14 @@ def serve(engine: Engine, requests: Iterable[Request]) -> Iterator[LiveRequest]:
             return
 
 
-class _Arrivals:
-    """The requests still to come. The source is asked for the next one only when it is looked at."""
-
-    def __init__(self, requests: Iterable[Request]) -> None:
-        self._source = iter(requests)
-        self._next: Request | None = None
-        self._next_ns: int | None = None
-        self._last: Request | None = None
-        self._exhausted = False
-
-    @property
-    def next_ns(self) -> int | None:
-        """When the next request arrives; None when there is none."""
-        if self._next is None and not self._exhausted:
-            self._next = next(self._source, None)
-            self._exhausted = self._next is None
-            self._next_ns = None if self._next is None else to_ns(self._next.arrival_s)
-            self._check_order()
-        return self._next_ns
-
-    def next_is_here(self, now_ns: int) -> bool:
-        next_ns = self.next_ns
-        return next_ns is not None and next_ns <= now_ns
-
-    def pull(self) -> Request:
-        """The request that `next_ns` told of."""
-        assert self._next is not None
-        self._last, self._next = self._next, None
-        return self._last
-
-    def _check_order(self) -> None:
-        last, new = self._last, self._next
-        if last is not None and new is not None and new.arrival_s < last.arrival_s:
+def _in_order(requests: Iterable[Request]) -> Iterator[Request]:
+    """The same; raises `UserError` for one that arrives before the last."""
+    last: Request | None = None
+    for request in requests:
+        if last is not None and request.arrival_s < last.arrival_s:
             raise UserError(
-                f"request {new.request_id} arrives at {new.arrival_s} s, before request "
+                f"request {request.request_id} arrives at {request.arrival_s} s, before request "
                 f"{last.request_id} at {last.arrival_s} s; sort the requests by arrival"
             )
+        last = request
+        yield request
