@@ -176,31 +176,6 @@ Turn = tuple[float, Sequence[int], Sequence[int]]
 """Arrival in seconds since the start, token ids of the prompt, token ids of the answer."""
 
 
-@dataclasses.dataclass(frozen=True)
-class PrefixHits:
-    """What one request finds cached, when its prefill first begins and after preemptions."""
-
-    rejected: bool  # not even an empty cache holds it
-    prompt_tokens: int
-    hit_tokens: int
-    num_prefill_tokens: int  # computed by prefill, with what preemptions made it compute again
-    num_preemptions: int
-    resumed_tokens: int  # looked up after preemptions: prompt and answer so far
-    resumed_hit_tokens: int  # of those
-
-    @classmethod
-    def of(cls, live: LiveRequest) -> PrefixHits:
-        return cls(
-            rejected=live.state == "rejected",
-            prompt_tokens=live.prompt_len,
-            hit_tokens=live.prefix_hit_tokens or 0,
-            num_prefill_tokens=live.num_prefill_tokens,
-            num_preemptions=live.num_preemptions,
-            resumed_tokens=live.resumed_tokens,
-            resumed_hit_tokens=live.resumed_hit_tokens,
-        )
-
-
 def simulate_prefixes(
     turns: Iterable[Turn],
     *,
@@ -211,8 +186,11 @@ def simulate_prefixes(
     prefix_caching: bool = True,
     admission: Admission = "continuous",
     step_time: StepTime | None = None,
-) -> list[PrefixHits]:
-    """The hits of each request, in the order of `turns`, which are sorted by arrival.
+) -> Iterator[LiveRequest]:
+    """The requests as they end; `request_id` is the number in `turns`, which are sorted by arrival.
+
+    `prefix_hit_tokens` is what a request found cached when its prefill first began, `resumed_hit_tokens`
+    what it found after preemptions.
 
     Chunked prefill, decode, growth and preemption are the engine's own; only tokens and times are made
     up. `kv.simulation.replay` asks the block pool alone and is much faster. One request at a time the
@@ -234,8 +212,6 @@ def simulate_prefixes(
     engine = Engine(
         Scheduler(pool, max_batch_size, prefill_chunk), runner, run=RunSettings(clock=VirtualClock())
     )
-    hits: dict[int, PrefixHits] = {}
     for live in serve(engine, requests()):
-        hits[int(live.request_id)] = PrefixHits.of(live)
         del answers[live.request_id]
-    return [hits[i] for i in range(len(hits))]
+        yield live
