@@ -19,6 +19,9 @@ from .hf_config import ModelType, WeightDtype, fields_of, is_hf_config, without_
 IndexerType = Literal["full", "shared"]
 """Whether a layer has an indexer, or uses the selection of the layer before it."""
 
+KernelBackend = Literal["torch", "tilelang"]
+"""What the kernels are written in; `torch` is the reference and runs everywhere."""
+
 PLAIN_NUMERICS: dict[str, Any] = {"index_fp8": False, "index_hadamard": False, "latent_fp8": False}
 """Overrides that turn the released model's roundings off; transformers has none of them."""
 

@@ -18,7 +18,7 @@ from dsatrace.errors import UserError
 from dsatrace.flags import Flag, check
 from dsatrace.kv.stores.opening import check_spec
 from dsatrace.kv.tiers.residency import TIER_POLICIES
-from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs, read_config
+from dsatrace.model.config import PLAIN_NUMERICS, KernelBackend, ModelArgs, read_config
 from dsatrace.model.hf_config import IGNORE_FLAG, holds_key
 
 Granularity = Literal["block", "row"]
@@ -95,7 +95,7 @@ class ModelSettings(EngineSettings):
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Flag("where the model runs; auto: on a GPU if there is one")
     ] = "auto"
-    kernel_backend: Annotated[Literal["torch", "tilelang"], Flag("what the kernels are written in")] = "torch"
+    kernel_backend: Annotated[KernelBackend, Flag("what the kernels are written in")] = "torch"
     numerics: Annotated[
         Literal["released", "plain"],
         Flag("released: fp8 indexer keys, Hadamard, fp8-rounded latents; plain: none, as in transformers"),

@@ -1,7 +1,7 @@
 """Opens an offloaded cache with the tiers below it, and says what they are: for the manifest.
 
-with offloaded_cache(model, setup.offload, num_blocks, 64, device) as cache:
-    tier_setup(setup.offload, cache)
+with offloaded_cache(model, settings.offload, num_blocks, 64, device) as cache:
+    tier_setup(settings.offload, cache)
 """
 
 from __future__ import annotations
