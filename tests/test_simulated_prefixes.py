@@ -123,7 +123,7 @@ def test_a_conversation_by_hand() -> None:
     assert found(without) == [0, 0, 0, 0]
 
 
-def test_what_fits_no_cache_is_rejected_and_arrivals_out_of_order_are_a_mistake() -> None:
+def test_what_never_fits_is_rejected_and_order_is_checked() -> None:
     hits = simulate([(0.0, [1] * 9, [2]), (0.0, [1] * 8, [])], block_size=2, num_blocks=4)
     assert [one.state for one in hits] == ["rejected", "length"]
     with pytest.raises(UserError, match="sort the requests by arrival"):

@@ -65,7 +65,7 @@ def records(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("num_steps", [5, 14])
-def test_stopped_and_resumed_it_records_what_an_undisturbed_run_does(
+def test_a_resumed_run_records_what_an_undisturbed_one_does(
     model: tuple[object, ...],
     num_steps: int,
     tmp_path: Path,
