@@ -15,7 +15,7 @@ from conftest import INFERENCE
 from dsatrace import __version__
 from dsatrace.cli import VERBS, main
 from dsatrace.commands.parser import CommandParser
-from dsatrace.commands.progress import weights_bar
+from dsatrace.commands.progress import totals_bar
 from dsatrace.commands.run import DATA_SETS
 from dsatrace.commands.study import VERBS as STUDY_VERBS
 from dsatrace.trace.reader import RunReader
@@ -148,7 +148,7 @@ def test_estimate_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_loading_is_one_line_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     for shown in (True, False):
-        with weights_bar(shown) as progress:
+        with totals_bar("load", shown=shown, elsewhere="loading {} of weights ...") as progress:
             progress(1, 671_000_000)
             progress(671_000_000, 671_000_000)
     assert capsys.readouterr().err == "loading 671.0 MB of weights ...\n"

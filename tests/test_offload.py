@@ -260,7 +260,7 @@ def test_a_unit_evicted_between_two_writes_keeps_both(granularity: Granularity, 
     check_conservation(cache)
 
 
-def test_one_batch_a_layer_and_decode_step_and_requests_are_told_apart() -> None:
+def test_one_batch_per_layer_and_decode_step() -> None:
     model = model_of("fp32")
     cache = offloaded(model, 24, 14)
     tables = [list(range(10)), list(range(10, 20))]

@@ -113,7 +113,7 @@ def test_never_a_wrong_token(recompute: bool, **changes) -> None:
     assert recompute or scheduler.num_recomputes == 0
 
 
-def test_the_cases_hold_losses_that_are_survived_and_losses_that_are_not() -> None:
+def test_the_cases_hold_losses_of_both_kinds() -> None:
     """So that the property above is not one of idle stores."""
     runs = [serve_with_flaky_stores(seed, granularity="row", rates=(0.003, 0.0)) for seed in range(8)]
     survived = [scheduler for live, scheduler in runs if all(one.state == "length" for one in live)]

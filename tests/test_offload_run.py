@@ -10,14 +10,12 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import INFERENCE
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.settings import RunSettings
 from dsatrace.errors import UserError
@@ -28,7 +26,8 @@ from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
-from helpers.checkpoints import endless_letters
+from helpers.checkpoints import tiny_config
+from helpers.command_runs import selections
 from helpers.models import random_tokens
 from helpers.stores import mooncake, valkey
 
@@ -56,11 +55,7 @@ class Served:
 
     @property
     def selections(self) -> dict[tuple[str, int, int], list[int]]:
-        """By request, step and layer."""
-        return {
-            (record["request_id"], record["step_idx"], record["layer_id"]): record["selected_token_pos"]
-            for record in RunReader(self.out).steps()
-        }
+        return selections(self.out)
 
     @property
     def summary(self) -> dict:
@@ -119,14 +114,11 @@ def prompts(model: Transformer) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def model_and_settings(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
+def model_and_settings(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("offload")
-    config = folder / "config.json"
-    tiny = json.loads((INFERENCE / "config_tiny.json").read_text())
-    config.write_text(json.dumps(tiny | {"dtype": "fp64", "index_topk": 16}))
     settings = ModelSettings(
-        endless_letters(tiny_checkpoint, folder / "mp1"),
-        config,
+        checkpoint,
+        tiny_config(folder, dtype="fp64", index_topk=16),
         device="cpu",
         max_batch_size=2,
         prefill_chunk=64,

@@ -90,7 +90,7 @@ def test_the_step_before_is_no_guess_where_it_is_still_in_hbm() -> None:
     assert guessed == plain
 
 
-def test_a_guess_is_fetched_beside_the_caller_and_its_failure_is_raised_where_it_joins() -> None:
+def test_a_guess_is_fetched_in_a_thread_and_join_raises_its_error() -> None:
     threads = []
 
     def fetch(layer_id: int, units: np.ndarray) -> np.ndarray:

@@ -268,7 +268,7 @@ def test_the_next_turn_hits_the_answer_but_its_last_token() -> None:
     assert third.prefix_hit_tokens == 12
 
 
-def test_who_is_aborted_in_its_prompt_leaves_what_was_computed_and_no_more() -> None:
+def test_an_abort_in_the_prompt_leaves_what_was_computed() -> None:
     engine = new_engine()
     ask(engine, "gone", range(40))
     engine.step()  # one chunk of 8

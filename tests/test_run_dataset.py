@@ -26,7 +26,6 @@ from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.data_set import Find, Flag, OpenedWorkload, PromptSettings
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import SHAREGPT, ShareGPTLoader, ShareGPTWorkload
-from helpers.checkpoints import endless_letters
 from helpers.command_runs import runs_below
 from helpers.json_lines import read_json_lines
 from helpers.real_data import real_file
@@ -34,11 +33,6 @@ from helpers.real_data import real_file
 CONFIG = INFERENCE / "config_tiny.json"
 SMALL = ("--max-new-tokens", 4, "--no-hub")
 RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 700, *SMALL)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return endless_letters(tiny_checkpoint, tmp_path_factory.mktemp("dataset") / "mp1")
 
 
 Run = Callable[..., Path]

@@ -101,7 +101,7 @@ def test_a_real_clock_sleeps_for_arrivals_and_for_modelled_steps():
     assert elapsed < 2
 
 
-def test_a_real_clock_sleeps_a_little_at_a_time_and_goes_on_from_where_a_resumed_run_stood():
+def test_a_real_clock_sleeps_briefly_and_resumes():
     clock = RealClock(start_s=100.0)
     started = time.perf_counter()
     clock.wait_until(to_ns(1e6))

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from conftest import INFERENCE
 from dsatrace import cli
 from dsatrace.commands.report import main as report
 from dsatrace.engine.engine import Engine
@@ -41,6 +40,8 @@ from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
+from helpers.checkpoints import tiny_config
+from helpers.command_runs import selections
 from helpers.golden_run import write_golden
 from helpers.models import SMALL, random_model, random_tokens
 from helpers.step_records import step_lines
@@ -114,14 +115,6 @@ def by_row(folder: Path) -> list[list[dict[str, Any]]]:
     """Each request's records of a step, a layer each."""
     records = records_of(folder)
     return [records[i : i + ARGS.n_layers] for i in range(0, len(records), ARGS.n_layers)]
-
-
-def chosen(folder: Path) -> dict[tuple[str, int, int], list[int]]:
-    """By request, step and layer."""
-    return {
-        (record["request_id"], record["step_idx"], record["layer_id"]): record["selected_token_pos"]
-        for record in records_of(folder)
-    }
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +239,7 @@ def test_offloaded_it_answers_and_selects_the_same(
     out = tmp_path / "run"
     assert serve(model, out, offload) == answers
     assert verify(out).state == "complete"
-    assert chosen(out) == chosen(run)
+    assert selections(out) == selections(run)
     tiers = RunReader(out).summary()["tiers"]
     if offload.offload_index_keys:
         # One put per indexer and forward, and none for a layer without one.
@@ -276,7 +269,7 @@ def test_a_run_that_broke_off_goes_on(model: Transformer, run: Path, tmp_path: P
         while engine.scheduler.has_work:
             engine.step()
     assert verify(out).state == "complete"
-    assert chosen(out) == chosen(run)
+    assert selections(out) == selections(run)
 
 
 def test_another_sharing_is_another_run(run: Path, tmp_path: Path) -> None:
@@ -334,9 +327,7 @@ def test_the_estimate_knows_of_them(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert [record.get("source_layer") for record in row] == [None, 0, None, None, 3]
         assert [record["indexer_scan"]["tokens"] > 0 for record in row] == [True, False, True, True, False]
         assert row[4]["selected_token_pos"] == row[3]["selected_token_pos"]
-    config = tmp_path / "config.json"
-    tiny = json.loads((INFERENCE / "config_tiny.json").read_text())
-    config.write_text(json.dumps(tiny | {"indexer_types": ["full", "shared", "full", "shared"]}))
+    config = tiny_config(tmp_path, indexer_types=["full", "shared", "full", "shared"])
     command = ["estimate", "--config", str(config), "--steps", "4", "--batch", "1", "--context", "64"]
     assert cli.main(command) == 0
     assert "4 layers" in capsys.readouterr().out

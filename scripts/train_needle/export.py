@@ -1,7 +1,7 @@
 """Writes a trained model as a checkpoint folder in Hugging Face layout, as convert.py reads it.
 
-Weights, `config.json`, our tokenizer, the config that serves it, and the sha256 of them all.
-Knows no figures: the model card is its caller's.
+Weights, `config.json`, our tokenizer, the config that serves it, and the sha256 of all of them. The
+caller writes the model card.
 
     export_model(model, word_tokenizer_json(), Path("data/models/tiny"))
 """
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from dsatrace.files import write_json
-from dsatrace.model.checkpoint import load_checkpoint
+from dsatrace.model.checkpoint import load_transformer
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.names import checkpoint_tensors
@@ -53,10 +53,7 @@ def load_exported(folder: Path, scratch: Path) -> Transformer:
     """The model of an exported folder, by way of the conversion that serves it, into `scratch`."""
     args = ModelArgs.from_json(folder / SERVING_CONFIG)
     convert_checkpoint(folder, scratch / "mp1", args.n_routed_experts, model_parallel=1)
-    with torch.device("meta"):
-        model = Transformer(args)
-    load_checkpoint(model, scratch / "mp1")
-    return model.eval()
+    return load_transformer(args, scratch / "mp1")
 
 
 def stored_dtype(name: str) -> torch.dtype:

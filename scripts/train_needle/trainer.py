@@ -1,6 +1,6 @@
 """The training loop: phase after phase, seeded, saved every minute, resumed where it stood.
 
-One line of JSON a log interval goes to `log.jsonl`. Knows no text: `batches` brings it.
+One line of JSON per log interval goes to `log.jsonl`. Knows no text; `batches` makes it.
 
     trainer = Trainer(args, Recipe.tiny(), word_tokenizer(), Path("run"))
     trainer.run(minutes=60)            # True once every phase is done

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dsatrace.workloads.tokenizer import check_vocabulary, load_tokenizer
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
     tokenizer = load_tokenizer(args.tokenizer or args.ckpt_path)
     chat = choose_chat(tokenizer, args.ckpt_path, template=args.chat_template, thinking=args.thinking)
     check_vocabulary(tokenizer, settings.model_args().vocab_size)
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The file's prompts, which blank lines separate."""
+    """The file's prompts, separated by blank lines."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dsatrace.commands.interrupt import on_interrupt
-from dsatrace.commands.progress import weights_bar
+from dsatrace.commands.progress import totals_bar
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.settings import RunSettings
@@ -55,14 +55,15 @@ class Serving:
 
 
 def load_model_shown(settings: ModelSettings, device: torch.device) -> Transformer:
-    """`load_model`, with a word on stderr while the weights load: rank 0's."""
-    with weights_bar(is_rank_0()) as progress:
+    """`load_model`, with progress on rank 0's stderr."""
+    elsewhere = "loading {} of weights ..."
+    with totals_bar("loading weights", shown=is_rank_0(), elsewhere=elsewhere) as progress:
         return load_model(settings, device, progress)
 
 
 def answer_prompts(serving: Serving, prompts: Sequence[str]) -> int:
-    """Answers every prompt on its own and prints the answers in order; 130 when interrupted, 1 when
-    a prompt has no answer because a tier lost its KV."""
+    """Answers each prompt by itself and prints the answers in order. Returns 130 when interrupted, 1 when
+    a prompt failed because a tier lost its KV."""
     encoded = [serving.encode([Message("user", prompt)]) for prompt in prompts]
     longest = max(map(len, encoded)) + serving.max_new_tokens
     with serving.open(len(prompts), longest) as engine:
@@ -90,26 +91,24 @@ def answer_prompts(serving: Serving, prompts: Sequence[str]) -> int:
         print(f"trace: {serving.run.trace.out}")
     num_failed = sum(request.state == "failed" for request in live)
     if num_failed and serving.is_rank_0:
-        said = f"{num_failed} of {len(live)} prompts failed; each says why where its answer would stand"
-        print(f"error: {said}", file=sys.stderr)
+        why = "each says why where its answer would stand"
+        print(f"error: {num_failed} of {len(live)} prompts failed; {why}", file=sys.stderr)
     return 1 if num_failed else 0
 
 
 def _run_with_progress(engine: Engine, live: Sequence[LiveRequest], shown: bool) -> str:
     """Runs to the end under a progress bar of tokens; returns a line of what it took."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
     prompt_tokens = sum(request.prompt_len for request in live)
     started = time.perf_counter()
-    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as progress:
         bar = progress.add_task("prefill", total=prompt_tokens + sum(r.request.max_new_tokens for r in live))
         while engine.scheduler.has_work:
             engine.step()
-            in_prefill = any(request.in_prefill for request in live if not request.ended)
-            done = sum(
-                request.request.max_new_tokens + request.prompt_len for request in live if request.ended
-            )
-            done += sum(request.num_computed for request in live if not request.ended)
+            under_way = [request for request in live if not request.ended]
+            in_prefill = any(request.in_prefill for request in under_way)
+            done = sum(r.prompt_len + r.request.max_new_tokens for r in live if r.ended)
+            done += sum(request.num_computed for request in under_way)
             progress.update(bar, completed=done, description="prefill" if in_prefill else "decode")
     seconds = time.perf_counter() - started
     generated = sum(len(request.answer) for request in live)

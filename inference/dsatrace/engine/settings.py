@@ -44,7 +44,7 @@ class EngineSettings:
     prefix_caching: Annotated[
         bool, Flag("skip the part of a prompt that an earlier request has left in the KV cache")
     ] = False
-    seed: Annotated[int, Flag("of sampling")] = 0
+    seed: Annotated[int, Flag("seed of the sampling")] = 0
 
     def __post_init__(self) -> None:
         check(self)
@@ -52,7 +52,12 @@ class EngineSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """One run: what is known of its requests, how they are served, and what is kept of them."""
+    """One run: what is known of its requests, how they are served, and what is kept of them.
+
+    `answer_text` gives the text for the trace, if the user asked for it. Under tensor parallel only rank 0
+    has a `trace` and what is `resumed`; `traced` tells the others to compare selections. `info` makes
+    the manifest's facts: `partial(RunInfo, ...)` with those that the command knows.
+    """
 
     longest: int | None = None  # tokens of the longest request with its answer; None: not known
     num_requests: int | None = None  # None: not known
@@ -60,13 +65,9 @@ class RunSettings:
     admission: Admission = "continuous"
     clock: Clock | None = None  # None: wall time; the simulator's is virtual
     judge: Judge | None = None
-    answer_text: Callable[[LiveRequest], str] | None = (
-        None  # an answer in the trace, if the user asked for it
-    )
-    trace: TraceConfig | None = None  # only on rank 0, as `resumed`
-    traced: bool = False  # on every rank, so that all compare what they select
-    info: Callable[..., RunInfo] = (
-        RunInfo  # partial(RunInfo, argv=...): what the command knows of the manifest
-    )
-    resumed: Resumed | None = None  # the run goes on behind this one
+    answer_text: Callable[[LiveRequest], str] | None = None
+    trace: TraceConfig | None = None
+    traced: bool = False
+    info: Callable[..., RunInfo] = RunInfo
+    resumed: Resumed | None = None
     first_forward_idx: int = 0  # forwards that the resumed run has behind it

@@ -2,7 +2,8 @@
 
 It echoes the prompt or replays recorded responses, and its steps take a modelled time, so a
 day of requests is served in seconds without weights and without torch. Its tokens say
-nothing about a model, its times nothing about a machine.
+nothing about a model, its times nothing about a machine. `simulate_prefixes` asks the same
+scheduler which prefixes it would find cached.
 
     with open_simulator(EngineSettings(), RunSettings(stop_tokens=frozenset({1}))) as engine:
         for live in serve(engine, requests):
@@ -32,8 +33,8 @@ MAX_SEQ_LEN = 163_840
 """Tokens a simulated request may hold unless `--max-seq-len` says otherwise: DeepSeek-V3.2's own limit."""
 
 Respond = Callable[[Request], Sequence[int]]
-"""The tokens a request is answered with. Behind them comes the end token, or, for a request that
-does not stop there, the same again."""
+"""The tokens that answer a request. The end token follows or, for a request that does not stop there,
+the same tokens again."""
 
 
 def echo(request: Request) -> Sequence[int]:
@@ -57,15 +58,15 @@ def replay(responses: Mapping[str, Sequence[int]]) -> Respond:
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """The modelled time of a step: a line in what it computes and reads. Nanoseconds.
+    """The modelled time of a step: linear in what it computes and reads. Nanoseconds.
 
-    The defaults are of the order of one large server's; no machine was measured for them.
+    The defaults have the order of magnitude of one large server; no machine was measured for them.
     """
 
     step_ns: int = 20_000_000  # any step
     prefill_token_ns: int = 100_000  # a prompt token computed
     decode_token_ns: int = 500_000  # a request in a decode step
-    context_token_ns: int = 50  # a token that a decode step sees, its own included
+    context_token_ns: int = 50  # a token that a decode step sees
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -87,7 +88,7 @@ class StepTime:
 class TokenSimulator:
     """Answers with what `respond` says, up to its first `end_token`, which is added where it has none.
 
-    A request that does not stop there gets it over and over, as many tokens as it asks for.
+    A request that does not stop there gets the answer over and over, as many tokens as it asks for.
     """
 
     def __init__(self, end_token: int, respond: Respond = echo, step_time: StepTime | None = None) -> None:
@@ -172,33 +173,7 @@ NO_TOKEN = -1
 """Ends answers: no vocabulary has it."""
 
 Turn = tuple[float, Sequence[int], Sequence[int]]
-"""Arrival in seconds from the start, token ids of the prompt, token ids of the answer."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefixHits:
-    """One request. A hit counts where its prefill first begins; what it finds when it comes back
-    from a preemption stands apart."""
-
-    rejected: bool  # not even an empty cache holds it
-    prompt_tokens: int
-    hit_tokens: int
-    num_prefill_tokens: int  # computed by prefill, with what preemptions made it compute again
-    num_preemptions: int
-    resumed_tokens: int  # looked up when it came back: prompt and answer so far
-    resumed_hit_tokens: int  # of those
-
-    @classmethod
-    def of(cls, live: LiveRequest) -> PrefixHits:
-        return cls(
-            rejected=live.state == "rejected",
-            prompt_tokens=live.prompt_len,
-            hit_tokens=live.prefix_hit_tokens or 0,
-            num_prefill_tokens=live.num_prefill_tokens,
-            num_preemptions=live.num_preemptions,
-            resumed_tokens=live.resumed_tokens,
-            resumed_hit_tokens=live.resumed_hit_tokens,
-        )
+"""Arrival in seconds since the start, token ids of the prompt, token ids of the answer."""
 
 
 def simulate_prefixes(
@@ -211,10 +186,17 @@ def simulate_prefixes(
     prefix_caching: bool = True,
     admission: Admission = "continuous",
     step_time: StepTime | None = None,
-) -> list[PrefixHits]:
-    """The hits of each request, in the order of `turns`, which are sorted by arrival.
+) -> Iterator[LiveRequest]:
+    """The requests as they end; `request_id` is the number in `turns`, which are sorted by arrival.
 
-    `step_time` says how long a request stays, and so who is served together. A request whose
+    `prefix_hit_tokens` is what a request found cached when its prefill first began, `resumed_hit_tokens`
+    what it found after preemptions.
+
+    Chunked prefill, decode, growth and preemption are the engine's own; only tokens and times are made
+    up. `kv.simulation.replay` asks the block pool alone and is much faster. One request at a time the
+    two agree: the engine never computes its last token, as under `schedule="continuous"`.
+
+    `step_time` says how long a request stays, and so which requests are served together. A request whose
     answer is empty ends with its prompt.
     """
     answers: dict[str, Sequence[int]] = {}
@@ -230,8 +212,6 @@ def simulate_prefixes(
     engine = Engine(
         Scheduler(pool, max_batch_size, prefill_chunk), runner, run=RunSettings(clock=VirtualClock())
     )
-    hits: dict[int, PrefixHits] = {}
     for live in serve(engine, requests()):
-        hits[int(live.request_id)] = PrefixHits.of(live)
         del answers[live.request_id]
-    return [hits[i] for i in range(len(hits))]
+        yield live

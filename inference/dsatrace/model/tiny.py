@@ -1,7 +1,7 @@
 """Random checkpoints in Hugging Face layout, for tests and the demo: the same seed, the same bytes.
 
-Each tensor is drawn from a seed of its own name, so neither shard count nor order changes it,
-and one is in memory at a time. The weights mean nothing: no locality can be read off them.
+Each tensor is drawn from its name, so neither shard count nor order changes it, and only one is in
+memory at a time. The weights mean nothing: their selections say nothing about locality.
 
     write_checkpoint("tiny", ModelArgs.from_json("config_tiny.json"), seed=0)
 """
@@ -24,7 +24,7 @@ from .shards import DTYPES, CheckpointError, Layout, ShardWriter, num_bytes
 Weights = Literal["bf16", "fp8", "fp32"]
 
 RANDOM_WEIGHTS = "random_weights"
-"""Key of `config.json` that says so, for whoever reports on a run of this model."""
+"""Key of `config.json` that says so, for reports on a run of this model."""
 
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 

@@ -38,14 +38,10 @@ def from_rank_0(make: Callable[[], Made]) -> Made:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` takes CUDA when there is one; asking for a device that is missing is a `UserError`."""
+    """`cpu`, `cuda`, or `auto`: CUDA when there is one. Raises `UserError` for a device that is missing."""
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: choose auto, cpu or cuda")
-    if name == "cpu":
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is visible; use --device cpu")

@@ -18,7 +18,7 @@ from dsatrace.errors import UserError
 from dsatrace.flags import Flag, check
 from dsatrace.kv.stores.opening import check_spec
 from dsatrace.kv.tiers.residency import TIER_POLICIES
-from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs, read_config
+from dsatrace.model.config import PLAIN_NUMERICS, KernelBackend, ModelArgs, read_config
 from dsatrace.model.hf_config import IGNORE_FLAG, holds_key
 
 Granularity = Literal["block", "row"]
@@ -95,7 +95,7 @@ class ModelSettings(EngineSettings):
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Flag("where the model runs; auto: on a GPU if there is one")
     ] = "auto"
-    kernel_backend: Annotated[Literal["torch", "tilelang"], Flag("what the kernels are written in")] = "torch"
+    kernel_backend: Annotated[KernelBackend, Flag("what the kernels are written in")] = "torch"
     numerics: Annotated[
         Literal["released", "plain"],
         Flag("released: fp8 indexer keys, Hadamard, fp8-rounded latents; plain: none, as in transformers"),
@@ -104,7 +104,7 @@ class ModelSettings(EngineSettings):
     offload: OffloadSettings | None = None  # None: HBM holds everything
 
     def model_args(self) -> ModelArgs:
-        """The model, from `config` or the checkpoint's own `config.json`; where both are, they must agree."""
+        """The model by `config` or the checkpoint's `config.json`; if both exist, they must agree."""
         assert self.ckpt_path is not None, "the simulator has no model"
         own = self.ckpt_path / "config.json"
         files = [] if self.config is None else [self.config]
@@ -135,7 +135,7 @@ class ModelSettings(EngineSettings):
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """The model's `ValueError`s, about configs, checkpoints and backends, are the user's to mend."""
+    """Turns the model's `ValueError`s, about configs, checkpoints and backends, into `UserError`s."""
     try:
         yield
     except UserError:

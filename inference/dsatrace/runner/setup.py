@@ -1,12 +1,9 @@
 """Puts an engine together: the model from its checkpoint, a cache of the right size, a tracer.
 
-`load_model` and `open_engine` are what commands call; behind them stands what an engine needs to
-know first: how large its cache is, what its selections stand for, how its bytes are counted.
-
-    settings = ModelSettings("converted", "config_tiny.json")
-    with process_group(settings.device) as device:
-        model = load_model(settings, device)
-        with open_engine(model, settings, device, RunSettings(longest=2100)) as engine: ...
+settings = ModelSettings("converted", "config_tiny.json")
+with process_group(settings.device) as device:
+    model = load_model(settings, device)
+    with open_engine(model, settings, device, RunSettings(longest=2100)) as engine: ...
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ from dsatrace.errors import UserError
 from dsatrace.kv.blocks import blocks_needed
 from dsatrace.kv.layout import CacheLayout, named_layouts
 from dsatrace.model.cache import KVCache
-from dsatrace.model.checkpoint import Progress, load_checkpoint
+from dsatrace.model.checkpoint import Progress, load_transformer
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.kernels import get_kernels
 from dsatrace.model.parallel import ParallelGroup
@@ -55,10 +52,7 @@ def load_model(
         try_tiers(settings.offload, group)
     with user_errors():
         kernels = get_kernels(settings.kernel_backend, device)
-        with torch.device("meta"):
-            model = Transformer(args, kernels, group)
-        load_checkpoint(model, settings.ckpt_path, group.rank, group.size, progress, device)
-    return model.eval()
+        return load_transformer(args, settings.ckpt_path, kernels, group, progress, device)
 
 
 @contextlib.contextmanager
@@ -151,9 +145,8 @@ def num_cache_blocks(
 ) -> int:
     """Blocks of the KV cache: `--cache-blocks` when given, else room for `batch_size` of the longest.
 
-    Where `longest` is not known, any request may have `max_seq_len` tokens: there is room for as
-    many of those as fit `budget_blocks`, and for one at least. Raises `UserError` when the
-    longest, where it is known, could never be served.
+    If `longest` is not known, any request may have `max_seq_len` tokens: there is room for as many of
+    those as fit `budget_blocks`, at least one. Raises `UserError` if the longest could never be served.
     """
     if longest is not None and longest > max_seq_len:
         raise UserError(
@@ -173,9 +166,9 @@ def num_cache_blocks(
 
 
 def cache_budget_bytes(device: torch.device) -> int:
-    """What a cache may take that is not sized for known requests: 2 GiB, or an eighth of a GPU's memory.
+    """Room for a cache that is not sized for known requests: 2 GiB, or an eighth of a GPU's memory.
 
-    A share of the whole and not of what is free, so that all ranks find the same.
+    It is a share of all memory, not of the free memory, so that all ranks compute the same.
     """
     if device.type != "cuda":
         return 2 << 30
@@ -185,7 +178,7 @@ def cache_budget_bytes(device: torch.device) -> int:
 def selections_of(ckpt_path: Path | None) -> Selections:
     """What a checkpoint's selections stand for: its `config.json` says when the weights are random."""
     if ckpt_path is None:
-        return "model"  # built in memory, by someone who knows
+        return "model"  # built in memory
     try:
         config = json.loads((ckpt_path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

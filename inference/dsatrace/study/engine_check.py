@@ -47,25 +47,32 @@ class EngineCheck:
 def through_the_engine(replayed: Replayed) -> EngineCheck:
     """Serves the replay's requests by its settings: block size, blocks, live requests, prefill chunk."""
     settings = replayed.settings
-    hits = simulate_prefixes(
+    hit_tokens = np.zeros(len(replayed.result.hit_tokens), dtype=np.int64)
+    num_rejected = prompt_tokens = num_prefill_tokens = num_preemptions = 0
+    for live in simulate_prefixes(
         _turns(replayed.requests.as_tokens(), settings.decode, settings.schedule == "in_order"),
         block_size=settings.block_size,
         num_blocks=settings.num_blocks or replayed.trace.num_blocks_at_most,
         max_batch_size=settings.concurrency,
         prefill_chunk=settings.chunk_tokens,
         prefix_caching=settings.prefix_caching,
-    )
-    served = [found for found in hits if not found.rejected]
-    found_tokens = np.array([found.hit_tokens for found in hits])
+    ):
+        if live.state == "rejected":
+            num_rejected += 1
+            continue
+        hit_tokens[int(live.request_id)] = live.prefix_hit_tokens or 0
+        prompt_tokens += live.prompt_len
+        num_prefill_tokens += live.num_prefill_tokens
+        num_preemptions += live.num_preemptions
     return EngineCheck(
-        num_requests=len(hits),
-        num_equal=int((found_tokens == replayed.result.hit_tokens).sum()),
-        num_rejected=len(hits) - len(served),
-        prompt_tokens=sum(found.prompt_tokens for found in served),
-        hit_tokens=int(found_tokens.sum()),
+        num_requests=len(hit_tokens),
+        num_equal=int((hit_tokens == replayed.result.hit_tokens).sum()),
+        num_rejected=num_rejected,
+        prompt_tokens=prompt_tokens,
+        hit_tokens=int(hit_tokens.sum()),
         replay_hit_tokens=int(replayed.result.hit_tokens.sum()),
-        num_prefill_tokens=sum(found.num_prefill_tokens for found in served),
-        num_preemptions=sum(found.num_preemptions for found in served),
+        num_prefill_tokens=num_prefill_tokens,
+        num_preemptions=num_preemptions,
     )
 
 

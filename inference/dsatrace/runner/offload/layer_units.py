@@ -1,12 +1,11 @@
 """One layer's latents between HBM and the tiers: which units are in HBM, and bringing in those that are not.
 
-`LayerUnits` has a residency map that says who lies where and who goes, counters of what was done,
-and a `UnitBuffer`, which moves the bytes between the layer's tensor and the tiers. `UnitsLost` is
-raised when no tier gives back, or takes, a unit that lies nowhere else. Knows no batch, no request
-and no other layer.
+`LayerUnits` has a residency map, which says where units lie and which are evicted, counters of what
+was done, and a `UnitBuffer`, which moves bytes between the layer's tensor and the tiers. Knows no
+batch, no request and no other layer.
 
     units = LayerUnits(3, latent, 16, tiers, num_units=512, policy="lru")
-    served_by = units.bring(np.array([7, 9]))     # they are in HBM now; who gave those that were not
+    served_by = units.bring(np.array([7, 9]))     # in HBM now; the tiers that gave those that were not
     units.places(slots, slots // 16)              # rows of the layer's tensor
 """
 
@@ -23,7 +22,7 @@ from dsatrace.kv.tiers.stack import LOST, TierStack
 
 
 class UnitsLost(RuntimeError):
-    """No tier gives back, or took, units that lie nowhere else; their blocks are void."""
+    """No tier gives back, or takes, units that lie nowhere else; their blocks are void."""
 
     def __init__(self, layer_id: int, units: np.ndarray, block_ids: frozenset[int], what: str) -> None:
         super().__init__(f"layer {layer_id}: {what} ({len(units)} units)")
@@ -82,8 +81,8 @@ class LayerUnits:
     ) -> np.ndarray:
         """Makes distinct `units` resident, those in `blank` without bytes.
 
-        Returns the tier that gave each of those that were fetched, in the order of `units`. One that
-        no tier has stays away and is `LOST` if it is `optional`; else `UnitsLost` is raised.
+        Returns the tier that gave each fetched unit, in the order of `units`. A unit that no tier has is
+        `LOST` and stays away if `optional`; else `UnitsLost` is raised.
         """
         moves = self._residency.admit(units)
         if not len(moves.units):
@@ -104,7 +103,7 @@ class LayerUnits:
         return served_by
 
     def guess(self, units: np.ndarray) -> np.ndarray:
-        """Brings what may be selected, as far as a tier has it; returns the units that came."""
+        """Brings those `units` that a tier has; returns the units that came."""
         units = units[: self.num_slots]
         missing = units[~self.is_here(units)]
         came = missing[self.bring(units, optional=True) != LOST]
@@ -112,11 +111,11 @@ class LayerUnits:
         return came
 
     def written(self, units: np.ndarray) -> None:
-        """Units that are here were written to: HBM alone has them as they are now."""
+        """Units that are here were written to, so the tiers' copies are stale."""
         self._residency.mark_dirty(units)
 
     def drop(self, units: np.ndarray) -> None:
-        """What they hold is void, wherever it lies."""
+        """Forgets what they hold, in HBM and the tiers."""
         self._residency.drop(units)
         self._tiers.drop(self._layer_id, units)
 

@@ -1,7 +1,7 @@
 """Opens an offloaded cache with the tiers below it, and says what they are: for the manifest.
 
-with offloaded_cache(model, setup.offload, num_blocks, 64, device) as cache:
-    tier_setup(setup.offload, cache)
+with offloaded_cache(model, settings.offload, num_blocks, 64, device) as cache:
+    tier_setup(settings.offload, cache)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dsatrace.trace.manifest import PoolSettings, TierSettings, redact_credentia
 def offloaded_cache(
     model: Transformer, offload: OffloadSettings, num_blocks: int, block_size: int, device: torch.device
 ) -> Iterator[OffloadedCache]:
-    """A cache of this rank's; leaving the block closes its tiers. Raises as `open_tiers` does."""
+    """This rank's cache; leaving the block closes its tiers. Raises as `open_tiers` does."""
     rank = _suffix(model.setup.group)
     with contextlib.ExitStack() as stack:
 
@@ -70,7 +70,7 @@ def offloaded_cache(
 
 
 def try_tiers(offload: OffloadSettings, group: ParallelGroup) -> None:
-    """Opens every pool and closes it again: what is down is known before minutes go into weights."""
+    """Opens every pool and closes it again, so that one that is down is known before weights load."""
     open_tiers(offload, 8, num_layers=1, num_blocks=1, units_per_block=1, suffix=_suffix(group)).close()
 
 
@@ -84,12 +84,10 @@ def open_tiers(
     suffix: str = "",
     pin_memory: bool = False,
 ) -> TierStack:
-    """The pools of one rank, empty; `suffix` keeps its files apart from others of the run.
+    """The empty pools of one rank; `suffix` keeps its files apart from those of other ranks.
 
-    Raises `UserError` where the user can mend it: a server that is down, a file that cannot be, a
-    local pool without room for the whole cache and nothing behind it.
-
-    `pin_memory`: the local pool in RAM lies where a GPU reads it directly.
+    `pin_memory`: a GPU reads the local pool in RAM directly. Raises `UserError` for a server that is
+    down, a file that cannot be made, a local pool too small for the cache with no remote pool behind it.
     """
     local, remote = offload.local_pool, offload.remote
     local_blocks = min(offload.local_blocks or num_blocks, num_blocks)
