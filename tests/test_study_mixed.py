@@ -146,7 +146,7 @@ def test_a_warm_up_must_have_seen_every_workload(trace):
     with pytest.raises(UserError, match="the warm-up of 1 requests has none of"):
         warm_up(trace, 16, 1.2 / len(trace))
     for share in (0.0, 1.0, float("nan")):
-        with pytest.raises(UserError, match="share of the requests lies between 0 and 1"):
+        with pytest.raises(UserError, match="--warm-up must be a share between 0 and 1"):
             warm_up(trace, 16, share)
 
 
@@ -185,7 +185,7 @@ def test_the_command_writes_table_picture_and_profile(tmp_path, capsys):
         (["--priorities", "qa=nan"], "write a workload and a number"),
         (["--priorities", "aq=1"], "priorities names workloads, unknown: aq"),
         (["--num-blocks", "0"], "a cache holds at least 1 block, not 0"),
-        (["--warm-up", "2"], "share of the requests lies between 0 and 1, not 2.0"),
+        (["--warm-up", "2"], "--warm-up must be a share between 0 and 1, not 2.0"),
         (["--profile", "none.json"], "none.json: cannot read the profile"),
         (["--trace-file", "none.jsonl"], "none.jsonl"),
         (["--block-size", "-1"], "a block holds at least 1 token, not -1"),

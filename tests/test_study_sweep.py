@@ -35,7 +35,7 @@ from dsatrace.study.sweep_inputs import (
     seeded_traces,
     split_by_workload,
 )
-from dsatrace.study.sweep_streams import CacheInput, take_rows
+from dsatrace.study.sweep_streams import CacheInput
 from dsatrace.study.tokenization import WordVocabulary, open_vocabulary
 from dsatrace.workloads.tokenizer import BOS
 
@@ -247,7 +247,7 @@ def test_recorded_accesses_at_a_multiple_of_their_block_size_are_those_of_the_to
 def test_rows_taken_from_accesses_are_those_of_the_requests():
     requests = chats(30, 8)
     rows = np.array([3, 4, 17, 29])
-    taken, direct = take_rows(accesses_of(requests), rows), accesses_of(requests.take(rows))
+    taken, direct = accesses_of(requests).take(rows), accesses_of(requests.take(rows))
     capacities = [4, 12, 40]
     assert taken.workloads == direct.workloads
     assert lru_cells("t", CacheInput.of(taken, BLOCK), capacities, "truncate") == lru_cells(

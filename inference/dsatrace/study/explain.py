@@ -1,9 +1,8 @@
-"""One trace under every definition of a hit rate in use, to see which one another tool's answer is.
+"""One trace under every definition of a hit rate in use, to see which one another tool's number is.
 
-Each line has its numerator and denominator. Definitions differ in what they count (tokens,
-blocks, requests), in what they count it over, in the cache they suppose, and in what they
-take for equal. That two published numbers fit two definitions says nothing of how they were
-obtained.
+Each line has its numerator and denominator. The definitions differ in what they count (tokens,
+blocks, requests), in the denominator, in the cache, and in what counts as equal. A published
+number that fits a definition is no proof that it was obtained so.
 
     for line in explain(replayed):
         line.name, line.value, line.numerator, line.denominator
@@ -25,7 +24,7 @@ CHUNK_SIZES = (256, 512, 2048, 8192)
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-    """One hit rate: `numerator / denominator`, None where the trace cannot tell (`formula` says why)."""
+    """One hit rate, `numerator / denominator`; None if the trace cannot tell, and `formula` says why."""
 
     name: str
     formula: str
@@ -45,7 +44,7 @@ class Definition:
 
 
 def explain(replayed: Replayed) -> list[Definition]:
-    """Every definition, those of the replayed cache first; raises `ValueError` for a rate past 1."""
+    """Every definition, those of the replayed cache first; raises `ValueError` for a rate above 1."""
     lines = [
         *_over_tokens(replayed, replayed.result),
         *_over_requests(replayed),
@@ -176,10 +175,10 @@ def _other_caches(replayed: Replayed) -> Iterator[Definition]:
 
 
 def _sets_of_hashes(replayed: Replayed) -> Iterator[Definition]:
-    """A set that only grows, of prompts alone: what a few lines of Python over hashes count.
+    """A set of the prompts' block hashes that only grows: the count of a few lines of Python.
 
-    A request's own earlier blocks are in the set too. Unchained, a block equals any with the
-    same tokens; a trace of block ids does not tell those.
+    A request's own earlier blocks are in the set too. Unchained, blocks of the same tokens are
+    equal, which a trace of block ids does not tell.
     """
     by_token = replayed.requests.tokens_per_id == 1
     for suffix, partial in (("", False), ("_with_partial", True)):
@@ -195,7 +194,7 @@ def _sets_of_hashes(replayed: Replayed) -> Iterator[Definition]:
 
 
 def _num_seen(names: Iterator[Hashable]) -> tuple[int, int]:
-    """How many names came before already, and how many there are."""
+    """How many of the names occurred before, and how many there are."""
     seen: set[Hashable] = set()
     num_names = 0
     for name in names:
@@ -205,7 +204,7 @@ def _num_seen(names: Iterator[Hashable]) -> tuple[int, int]:
 
 
 def _prefix_names(replayed: Replayed, partial: bool) -> Iterator[Hashable]:
-    """A name for each prompt block that stands for it and all before it."""
+    """For each prompt block a name that stands for it and all before it."""
     trace, requests = replayed.trace, replayed.requests
     in_blocks = requests.tokens_per_id == trace.block_size != 1
     tokens = requests if in_blocks else requests.as_tokens()
@@ -228,7 +227,7 @@ def _content_names(replayed: Replayed, partial: bool) -> Iterator[Hashable]:
 
 
 def _chunks(replayed: Replayed) -> Iterator[Definition]:
-    """What a counter would show that looks up before every prefill chunk; no engine saves work by it."""
+    """A counter that looks up before every prefill chunk. No engine saves work by these hits."""
     served = replayed.result.served
     for size in CHUNK_SIZES:
         found, prompts, ends = recounted_by_chunk(replayed, size, served)

@@ -1,8 +1,8 @@
-"""What every number of the study means: name, unit, formula, denominator. The only such list.
+"""What every number of the study means: name, unit, formula, denominator. This is the only such list.
 
-Knows no trace; `measure` computes the values, and whatever it returns is checked here. Rates
-are shares of 1. A quantile is the nearest rank: the smallest value whose cumulative count
-reaches q; a median is the 0.5 quantile. A rate without anything in its denominator is None.
+`measure` computes the values and checks them here. Rates are shares of 1; a rate with a
+denominator of 0 is None. A quantile is the nearest rank: the smallest value whose cumulative
+count reaches q; a median is the 0.5 quantile.
 
     python -m dsatrace.study.metrics        # prints the list as a markdown table
     check_values({"hit_rate_first_prefill": 1.2})       # raises ValueError
@@ -27,7 +27,7 @@ SPREAD = ("mean", "median", "p90", "p99", "max")
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """One number, or with `statistics` one a statistic, named `<name>_<statistic>`."""
+    """One number, or with `statistics` one for each of them, named `<name>_<statistic>`."""
 
     name: str
     unit: Unit
@@ -96,7 +96,7 @@ ROUNDING = 1e-9
 
 
 def check_values(values: Values) -> None:
-    """Raises `ValueError` for an unknown name, a share outside 0..1, or a negative or endless number."""
+    """Raises `ValueError` for an unknown name, a share outside 0..1, or a negative or infinite number."""
     for name, value in values.items():
         if name not in UNITS:
             raise ValueError(f"{name} is no metric of the study")
@@ -109,7 +109,7 @@ def check_values(values: Values) -> None:
 
 
 def markdown_table() -> str:
-    """The list, a line a metric."""
+    """The list, with a line per metric."""
     lines = ["| metric | unit | meaning | formula | denominator |", "|---|---|---|---|---|"]
     for metric in METRICS:
         name = f"`{metric.name}`"

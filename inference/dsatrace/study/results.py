@@ -1,9 +1,7 @@
-"""What a replay leaves on disk: its statistics, a row a request, a row a block.
+"""The files of a replay: its statistics, a table of requests, a table of blocks. No text, no token id.
 
-    write_results(folder, "multi_turn", replayed)
-    # multi_turn_stats.json, multi_turn_request_metrics.csv, multi_turn_block_metrics.csv
-
-No text and no token id is in them.
+write_results(folder, "multi_turn", replayed)
+# multi_turn_stats.json, multi_turn_request_metrics.csv, multi_turn_block_metrics.csv
 """
 
 from __future__ import annotations
@@ -33,10 +31,10 @@ BLOCK_COLUMNS = (
 
 
 def statistics(replayed: Replayed) -> dict[str, Any]:
-    """Everything in a stats file; workloads stand apart where there are several."""
+    """The content of a stats file; workloads also apart, if there are several."""
     names = workloads_in(replayed)
     record: dict[str, Any] = {
-        "cache": settings_record(replayed),
+        "cache": dataclasses.asdict(replayed.settings),
         "metrics": measure(replayed),
         "rejected": rejections(replayed),
         "per_turn": per_turn(replayed),
@@ -48,11 +46,6 @@ def statistics(replayed: Replayed) -> dict[str, Any]:
             for name, mask in masks.items()
         }
     return record
-
-
-def settings_record(replayed: Replayed) -> dict[str, Any]:
-    """The cache that a number belongs to."""
-    return dataclasses.asdict(replayed.settings)
 
 
 def write_results(
@@ -68,7 +61,7 @@ def write_results(
 
 def _request_rows(replayed: Replayed) -> Iterator[tuple[object, ...]]:
     requests, trace, result = replayed.requests, replayed.trace, replayed.result
-    names = [*requests.conversation_ids, ""]  # a request of none has -1: the last one
+    names = [*requests.conversation_ids, ""]  # UNKNOWN is -1: the last one
     columns = [
         np.arange(len(requests)),
         trace.time_s,
@@ -94,7 +87,7 @@ def _request_rows(replayed: Replayed) -> Iterator[tuple[object, ...]]:
 
 
 def block_rows(replayed: Replayed) -> Iterator[tuple[object, ...]]:
-    """A row of each block that was cached at some time: ids are the trace's, parents -1 for a first block."""
+    """A row per block that was ever cached, with the trace's ids; the parent of a first block is -1."""
     trace, events = replayed.trace, replayed.accesses
     if not len(events):
         return iter(())
@@ -122,7 +115,7 @@ def block_rows(replayed: Replayed) -> Iterator[tuple[object, ...]]:
 
 
 def _where(known: NDArray[np.bool_], values: NDArray[np.float64]) -> list[float | None]:
-    """The values, None where they are not known."""
+    """The values, and None where they are unknown."""
     return [value if is_known else None for is_known, value in zip(known, values.tolist(), strict=True)]
 
 
