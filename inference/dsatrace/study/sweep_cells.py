@@ -135,7 +135,7 @@ class _Served:
         return [np.bincount(self.part.workloads, column, self.part.num_workloads) for column in columns]
 
     def cells(self, trace: str, capacity: int, policy: str, counts: Sequence[NDArray[Any]]) -> Cells:
-        """From hits, block hits and output hits, (W,) each. Several workloads have a cell each, and `overall`."""
+        """From hits, block hits and output hits, (W,) each: a cell per workload, and `overall` of several."""
         stream = self.given.stream
         size = stream.num_workloads
         requests = np.bincount(stream.workloads, minlength=size)

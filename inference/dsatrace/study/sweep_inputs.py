@@ -24,7 +24,7 @@ from dsatrace.study.request_files import read_requests
 from dsatrace.study.requests import Order, StudyRequests, block_trace
 from dsatrace.study.sweep_streams import CacheInput
 from dsatrace.study.tokenization import NamedVocabulary, tokenize_rows
-from dsatrace.workloads.mixed import CHAT_MULTI, CHAT_SINGLE, WORKLOADS, interleave, workload_rows
+from dsatrace.workloads.mixed import CHAT_MULTI, CHAT_SINGLE, interleave, workload_rows
 from dsatrace.workloads.request_generator import (
     DEFAULT_ARRIVAL_RATE,
     DEFAULT_SEED,
@@ -164,8 +164,6 @@ def mixed_trace(
 def _rows(
     name: str, settings: SeededSettings, vocabulary: NamedVocabulary, real: Sequence[Conversation] | None
 ) -> list[TraceRow]:
-    if name not in WORKLOADS:
-        raise UserError(f"unknown workload {name!r}; use one of {', '.join(WORKLOADS)}")
     return list(
         workload_rows(
             name,
