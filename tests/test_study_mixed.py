@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-from dsatrace.commands.study.mixed import main
 from dsatrace.errors import UserError
 from dsatrace.kv.policies.reuse import reuse_profile
 from dsatrace.kv.policies.simulate import simulate
@@ -25,6 +24,7 @@ from dsatrace.study.sweep_cells import OPT, OVERALL, POOL, Cell
 from dsatrace.study.sweep_inputs import SeededSettings, Trace, mixed_trace
 from dsatrace.study.tokenization import open_vocabulary
 from dsatrace.workloads.mixed import WORKLOADS
+from helpers.study_samples import check_mistake, study, study_json
 
 OPTIONS = SeededSettings(num_requests=80)
 
@@ -151,7 +151,7 @@ def test_a_warm_up_must_have_seen_every_workload(trace):
 
 
 def run(*argv: object) -> int:
-    return main([str(argument) for argument in argv])
+    return study("mixed", *argv)
 
 
 def test_the_command_writes_table_picture_and_profile(tmp_path, capsys):
@@ -168,8 +168,7 @@ def test_the_command_writes_table_picture_and_profile(tmp_path, capsys):
     assert len(result["cells"]) == 5 * len(policies)
     assert result["trace"]["replayed"] < result["trace"]["requests"]
     again = ("--policies", "wa-lru", "--profile", tmp_path / "a" / "profile.json")
-    assert run(*small, *again, "--skip-visualization", "--output-dir", tmp_path / "b") == 0
-    second = json.loads((tmp_path / "b" / "mixed.json").read_text())
+    second = study_json(tmp_path / "b", "mixed.json", "mixed", *small, *again)
     assert second["trace"]["replayed"] == second["trace"]["requests"]
     assert second["profile"]["workloads"] == result["profile"]["workloads"]
     assert not (tmp_path / "b" / "mixed_hit_rates.png").exists()
@@ -192,8 +191,5 @@ def test_the_command_writes_table_picture_and_profile(tmp_path, capsys):
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(flags, message, tmp_path, capsys):
-    assert run("--num-requests", 20, "--skip-visualization", "--output-dir", tmp_path / "out", *flags) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    code = run("--num-requests", 20, "--skip-visualization", "--output-dir", tmp_path / "out", *flags)
+    check_mistake(capsys, code, message)

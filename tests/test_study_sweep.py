@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsatrace.commands.study.sweep import main
 from dsatrace.errors import UserError
 from dsatrace.kv.policies.registry import POLICIES
 from dsatrace.kv.policies.simulate import simulate
@@ -38,6 +37,7 @@ from dsatrace.study.sweep_inputs import (
 from dsatrace.study.sweep_streams import CacheInput
 from dsatrace.study.tokenization import WordVocabulary, open_vocabulary
 from dsatrace.workloads.tokenizer import BOS
+from helpers.study_samples import check_mistake, study, study_json
 
 BLOCK = 4
 SMALL = SeededSettings(num_requests=40)
@@ -284,24 +284,14 @@ def test_a_trace_is_split_by_its_labels():
     assert counts["conversations dropped: a request over max_tokens"] > 0
 
 
-def run(*argv: str) -> int:
-    return main([str(argument) for argument in argv])
+def run(*argv: object) -> int:
+    return study("sweep", *argv)
 
 
 def test_the_command_writes_tables_pictures_and_what_they_mean(tmp_path, capsys):
     out = tmp_path / "out"
-    command = [
-        "--workloads",
-        "qa",
-        "--num-requests",
-        60,
-        "--policies",
-        "lru",
-        "s3-fifo",
-        "--block-sizes",
-        16,
-        32,
-    ]
+    command = ["--workloads", "qa", "--num-requests", 60, "--policies", "lru", "s3-fifo"]
+    command += ["--block-sizes", 16, 32]
     assert run(*command, "--capacities", 64, 16, "--output-dir", out) == 0
     shown = capsys.readouterr().out
     assert "qa, blocks of 16 tokens" in shown
@@ -338,23 +328,20 @@ def test_the_command_writes_tables_pictures_and_what_they_mean(tmp_path, capsys)
     assert cell["hits"] == int(simulate(stream, "s3-fifo", 64, leaf=True).hits.sum())
 
 
-def test_the_command_reads_recorded_accesses_and_conversations(tmp_path, capsys):
+def test_the_command_reads_recorded_accesses_and_conversations(tmp_path):
     recorded, sample = tmp_path / "recorded", tmp_path / "chats.json"
     recorded.mkdir()
     write_accesses(recorded, accesses_of(chats(60, 1)))
-    quick = ("--capacities", 20, "--policies", "lru", "--skip-visualization")
-    assert run("--trace-file", recorded, *quick, "--output-dir", tmp_path / "a") == 0
-    cells = json.loads((tmp_path / "a" / "sweep.json").read_text())["cells"]
+    quick = ("--capacities", 20, "--policies", "lru")
+    cells = study_json(tmp_path / "a", "sweep.json", "sweep", "--trace-file", recorded, *quick)["cells"]
     assert {(cell["workload"], cell["block_size"]) for cell in cells} == {("a", 4), ("b", 4), ("c", 4)}
     turns = [{"from": speaker, "value": "word " * 60} for speaker in ("human", "gpt", "human", "gpt")]
     sample.write_text(json.dumps([{"id": str(i), "conversations": turns} for i in range(3)]))
     command = ("--data-path", sample, "--workloads", "chat_single", "chat_multi", "--min-turns", 2)
-    assert run(*command, *quick, "--output-dir", tmp_path / "b") == 0
-    result = json.loads((tmp_path / "b" / "sweep.json").read_text())
+    result = study_json(tmp_path / "b", "sweep.json", "sweep", *command, *quick)
     assert [trace["requests"] for trace in result["traces"]] == [3, 6]
     assert result["sources"][0]["path"] == str(sample)
     assert read_trace(recorded, open_vocabulary(None)).block_size == BLOCK
-    capsys.readouterr()
 
 
 @pytest.mark.parametrize(
@@ -379,11 +366,7 @@ def test_the_command_reads_recorded_accesses_and_conversations(tmp_path, capsys)
 def test_a_mistake_is_one_line_and_exit_2(flags, message, tmp_path, capsys):
     source = [] if "--trace-file" in flags else ["--workloads", "qa"]
     base = ["--num-requests", "20", "--skip-visualization", "--output-dir", str(tmp_path / "out")]
-    assert run(*base, *source, *flags) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    check_mistake(capsys, run(*base, *source, *flags), message)
 
 
 def test_results_are_never_overwritten(tmp_path, capsys):
