@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +70,11 @@ def study_json(out: Path, name: str, *argv: object) -> Any:
     """Runs a verb without pictures into the folder `out`; the JSON file `name` that it wrote there."""
     assert study(*argv, "--output-dir", out, "--skip-visualization") == 0
     return json.loads((out / name).read_text())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 def check_mistake(capsys: Any, code: int, message: str) -> None:
