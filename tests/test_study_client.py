@@ -91,7 +91,7 @@ def test_the_chat_form_is_deepseeks() -> None:
     )
 
 
-def test_a_recorded_answer_that_names_a_special_token_stands_whole() -> None:
+def test_an_answer_that_names_a_special_token_stands_whole() -> None:
     text = ChatTemplateFormatter(BYTES).format_conversation(chat("c", "Hi", "One </think> two", "And?"))
     assert f"{END_THINK}One < /think> two{EOS}" in text
 
@@ -146,9 +146,7 @@ def test_a_prompts_text_gives_the_ids_of_the_chat_encoder(conversation: Conversa
 
 
 @given(conversation=conversations)
-def test_a_prompts_text_gives_the_ids_of_the_chat_encoder_with_real_merges(
-    deepseek_tokenizer: Tokenizer, conversation: Conversation
-) -> None:
+def test_the_same_with_real_merges(deepseek_tokenizer: Tokenizer, conversation: Conversation) -> None:
     check_ids_are_those_of_encode_chat(conversation, deepseek_tokenizer)
 
 
@@ -177,7 +175,7 @@ def test_the_next_prompt_continues_this_one_and_its_answer(conversation: Convers
 
 
 @given(conversations)
-def test_in_a_transcript_only_the_answers_last_tokens_may_differ(conversation: Conversation) -> None:
+def test_the_next_prompt_of_a_transcript_continues_too(conversation: Conversation) -> None:
     rows = RequestGenerator([conversation]).generate_multi_turn_traces(TRANSCRIPT)
     requests = tokenize_rows(rows, BYTES)  # no merges, so none differs
     for i in range(len(requests) - 1):
@@ -185,7 +183,7 @@ def test_in_a_transcript_only_the_answers_last_tokens_may_differ(conversation: C
         assert requests.prompt(i + 1)[: len(sofar)].tolist() == sofar
 
 
-def test_single_turn_takes_the_first_human_turn_of_each_conversation() -> None:
+def test_single_turn_takes_each_first_human_turn() -> None:
     chats = [chat("a", "q0", "a0", "q1", "a1"), chat("b", "q2")]
     rows = RequestGenerator(
         chats, arrival_rate=4, use_poisson=False, workload="w"
@@ -225,7 +223,7 @@ def test_every_turn_arrives_once_and_in_order(chats: list[Conversation], delay: 
     assert {row.conversation_id: row.timestamp for row in single} == begins
 
 
-def test_poisson_gaps_have_the_mean_and_the_spread_of_their_rate() -> None:
+def test_poisson_gaps_have_the_mean_and_spread_of_their_rate() -> None:
     chats = [chat(str(i), "q") for i in range(4000)]
     rows = RequestGenerator(chats, arrival_rate=2.0).generate_single_turn_traces(TRANSCRIPT)
     gaps = [b.timestamp - a.timestamp for a, b in itertools.pairwise(rows)]
@@ -251,7 +249,7 @@ def test_a_bad_delay_is_refused(delay: float) -> None:
         ClientSettings(turn_delay=delay)
 
 
-def test_a_study_has_the_same_conversations_in_both_traces_and_counts_what_it_drops() -> None:
+def test_both_traces_have_the_same_conversations() -> None:
     chats = [
         chat("long", "q" * 200, "a", "r"),
         chat("one", "q", "a"),
@@ -266,7 +264,7 @@ def test_a_study_has_the_same_conversations_in_both_traces_and_counts_what_it_dr
     assert prepared.counts == {CONVERSATIONS: 2, TOO_FEW_TURNS: 1, TOO_LONG: 1}
 
 
-def test_matched_requests_come_from_the_conversations_that_follow() -> None:
+def test_matched_requests_come_from_later_conversations() -> None:
     chats = [chat("a", *"qaqaq"), chat("b", "q"), chat("c", *"qaq"), chat("d", *"qaq")]
     options = ClientSettings(max_conversations=1, min_turns=2, match_requests=True)
     prepared = prepare_traces(iter(chats), options, BYTES)

@@ -60,7 +60,7 @@ def test_no_policy_beats_opt_overall(cells):
     assert max(c.block_hits for c in overall.values() if c.policy != POOL) == overall[OPT].block_hits
 
 
-def test_the_profile_is_of_the_warm_up_and_the_warm_up_is_not_replayed(trace):
+def test_the_profile_is_of_the_warm_up(trace):
     rest, profile = warm_up(trace, 16, 0.25)
     num_first = round(0.25 * len(trace))
     assert len(rest) == len(trace) - num_first

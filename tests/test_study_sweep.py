@@ -225,7 +225,7 @@ def test_a_repeated_answer_is_cached_again_once_it_was_evicted():
     assert lru.hits == pool.hits == 10
 
 
-def test_recorded_accesses_at_a_multiple_of_their_block_size_are_those_of_the_tokens():
+def test_accesses_at_a_multiple_of_their_block_size():
     requests = chats(60, 4)
     fine, coarse = accesses_of(requests, 2), accesses_of(requests, 6)
     derived, direct = CacheInput.of(fine, 6), CacheInput.of(coarse, 6)
@@ -321,7 +321,8 @@ def test_the_command_reads_recorded_accesses_and_conversations(tmp_path):
     turns = [{"from": speaker, "value": "word " * 60} for speaker in ("human", "gpt", "human", "gpt")]
     sample.write_text(json.dumps([{"id": str(i), "conversations": turns} for i in range(3)]))
     command = ("--data-path", sample, "--workloads", "chat_single", "chat_multi", "--min-turns", 2)
-    result = study_json(tmp_path / "b", "sweep.json", "sweep", *command, *quick)
+    every = ("--max-conversations", "all")
+    result = study_json(tmp_path / "b", "sweep.json", "sweep", *command, *every, *quick)
     assert [trace["requests"] for trace in result["traces"]] == [3, 6]
     assert result["sources"][0]["path"] == str(sample)
     assert read_trace(recorded, open_vocabulary(None)).block_size == BLOCK
