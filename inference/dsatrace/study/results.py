@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsatrace.kv.blocks import HIT
 from dsatrace.kv.simulation.replay import STATUS_NAMES
-from dsatrace.study.measure import measure, of_workload, per_turn, rejections, workloads_in
+from dsatrace.study.measure import block_counts, measure, of_workload, per_turn, rejections, workloads_in
 from dsatrace.study.output_folder import OutputFolder
 from dsatrace.study.run import Replayed
 
@@ -88,28 +87,26 @@ def _request_rows(replayed: Replayed) -> Iterator[tuple[object, ...]]:
 
 def block_rows(replayed: Replayed) -> Iterator[tuple[object, ...]]:
     """A row per block that was ever cached, with the trace's ids; the parent of a first block is -1."""
-    trace, events = replayed.trace, replayed.accesses
+    trace, events, counts = replayed.trace, replayed.accesses, block_counts(replayed)
     if not len(events):
         return iter(())
-    num_keys = trace.num_keys
-    depth = np.zeros(num_keys, np.int64)
+    used = counts.keys
+    depth = np.zeros(trace.num_keys, np.int64)
     depth[trace.keys] = np.arange(len(trace.keys)) - np.repeat(trace.key_ptr[:-1], np.diff(trace.key_ptr))
-    accesses = np.bincount(events["key"], minlength=num_keys)
-    hits = np.bincount(events["key"][events["kind"] == HIT], minlength=num_keys)
-    evictions = np.bincount(replayed.evictions["key"], minlength=num_keys)
-    order = np.argsort(events["key"], kind="stable")
-    keys, times = events["key"][order], trace.time_s[events["clock"][order]]
-    starts = np.flatnonzero(np.diff(keys, prepend=-1))  # of each block's accesses, in order of its id
-    used = keys[starts]
-    last = np.append(starts[1:], len(keys)) - 1
+    evictions = np.bincount(replayed.evictions["key"], minlength=trace.num_keys)
+    # Times of all accesses, block after block; each block's are times[starts:ends].
+    times = trace.time_s[events["clock"][np.argsort(events["key"], kind="stable")]]
+    ends = np.cumsum(counts.accesses)
+    starts = ends - counts.accesses
+    first, last = times[starts], times[ends - 1]
     gaps = np.diff(times, prepend=0.0)
     gaps[starts] = 0.0
+    again = counts.accesses > 1
+    mean = (last - first) / np.maximum(counts.accesses - 1, 1)
     longest = np.maximum.reduceat(gaps, starts)
-    again = accesses[used] > 1
-    mean = (times[last] - times[starts]) / np.maximum(accesses[used] - 1, 1)
     columns = [
-        used, trace.parents[used], depth[used], accesses[used], hits[used], evictions[used], times[starts],
-        times[last], _where(again, mean), _where(again, longest),
+        used, trace.parents[used], depth[used], counts.accesses, counts.hits, evictions[used], first, last,
+        _where(again, mean), _where(again, longest),
     ]  # fmt: skip
     return zip(*(_plain(column) for column in columns), strict=True)
 
