@@ -97,7 +97,7 @@ def mixed_runs(
     priorities: Mapping[str, float] | None = None,
     seed: int | None = None,
 ) -> tuple[PolicyRun, ...]:
-    """The policies with their parameters, which hold what they know of the workloads."""
+    """The policies with their parameters: seed, priorities, profile."""
     params: dict[str, dict[str, Any]] = {} if seed is None else {"random": {"seed": seed}}
     if priorities is not None:
         params["priority"] = {"priorities": dict(priorities)}

@@ -115,7 +115,7 @@ def open_study(path: Path, manifest: Mapping[str, Any]) -> Iterator[OutputFolder
 
 
 def file_labels(names: Sequence[str]) -> dict[str, str]:
-    """A piece of a file name for each workload, different for different workloads."""
+    """A part of a file name for each workload, no two alike."""
     labels: dict[str, str] = {}
     for name in names:
         plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60] or "trace"

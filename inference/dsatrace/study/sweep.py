@@ -85,7 +85,7 @@ def policy_runs(
 ) -> tuple[PolicyRun, ...]:
     """The policies in each form in which they differ, OPT among them; `params` by policy.
 
-    Raises a `UserError` for a name that is unknown or stands twice.
+    Raises a `UserError` for a name that is unknown or given twice.
     """
     if not names or len(set(names)) != len(names):
         raise UserError(f"name each policy once, and at least one: {', '.join(names)}")
@@ -113,8 +113,8 @@ def sweep(
     """All cells, in the order of inputs, policies (the pool last) and capacities.
 
     An input of several workloads must be the only one; it gives `overall` and a cell for each.
-    More than one of `workers` are started as fresh processes, at most one per job, so a script
-    that calls this must be importable. `on_done` is called with the jobs done and all jobs.
+    More than one worker means fresh processes, at most one per job, so a script that calls this
+    must be importable. `on_done` is called with the number of jobs done and of all jobs.
     """
     _check_names(inputs)
     jobs = list(_jobs(inputs, settings))

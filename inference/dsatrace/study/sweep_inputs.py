@@ -41,7 +41,7 @@ CHATS = (CHAT_SINGLE, CHAT_MULTI)
 
 @dataclasses.dataclass(frozen=True)
 class SeededSettings:
-    """`num_requests` per seeded workload, of `chat_multi` conversations. Real conversations are all taken."""
+    """`num_requests` per seeded workload (of `chat_multi`, conversations). Real ones are all taken."""
 
     num_requests: int = 1000
     arrival_rate: float = DEFAULT_ARRIVAL_RATE

@@ -84,7 +84,7 @@ def open_vocabulary(path: Path | None) -> NamedVocabulary:
 
 
 class PieceEncoder:
-    """Encodes prompts and responses. Keeps the ids of pieces up to `_MAX_KEPT_CHARS` characters in all."""
+    """Encodes prompts and responses. Keeps the ids of `_MAX_KEPT_CHARS` characters, then starts over."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -120,7 +120,7 @@ class PieceEncoder:
 def tokenize_rows(
     rows: Iterable[TraceRow], vocabulary: Vocabulary, progress: Progress | None = None
 ) -> StudyRequests:
-    """Every row as a request. The same conversation id under another workload or mode is another one.
+    """Every row as a request. An id under another workload or mode is another conversation.
 
     `progress` is called with the numbers of requests and prompt tokens so far. Raises a
     `UserError` for a prompt without a token.

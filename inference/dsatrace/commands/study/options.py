@@ -208,7 +208,7 @@ def _client_settings(args: argparse.Namespace) -> ClientSettings:
 
 
 def _none_by_default(add: Callable[..., argparse.Action]) -> Callable[..., argparse.Action]:
-    """An `add` for flags of which it matters whether they were given: if not, they are None."""
+    """An `add` whose flags are None unless they are given; the default stands in their help."""
 
     def add_flag(*names: str, **options: Any) -> argparse.Action:
         default = options.pop("default", None)
