@@ -14,8 +14,9 @@ import dataclasses
 from collections.abc import Hashable, Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dsatrace.kv.simulation.replay import ReplayResult, replay
+from dsatrace.kv.simulation.replay import replay
 from dsatrace.study.measure import Mask, ratio, recounted_by_chunk, sharing_fractions
 from dsatrace.study.run import Replayed
 
@@ -46,7 +47,7 @@ class Definition:
 def explain(replayed: Replayed) -> list[Definition]:
     """Every definition, those of the replayed cache first; raises `ValueError` for a rate above 1."""
     lines = [
-        *_over_tokens(replayed, replayed.result),
+        *_over_tokens(replayed),
         *_over_requests(replayed),
         *_over_blocks(replayed),
         *_other_caches(replayed),
@@ -59,53 +60,44 @@ def explain(replayed: Replayed) -> list[Definition]:
     return lines
 
 
-def _over_tokens(replayed: Replayed, result: ReplayResult) -> Iterator[Definition]:
-    trace, served = replayed.trace, result.served
-
-    def line(name: str, formula: str, chosen: Mask, used_by: str = "") -> Definition:
-        hit, prompt = int(result.hit_tokens[chosen].sum()), int(trace.prompt_tokens[chosen].sum())
-        return Definition(name, formula, hit, prompt, used_by)
-
+def _over_tokens(replayed: Replayed) -> Iterator[Definition]:
+    result, served = replayed.result, replayed.result.served
+    hit, prompt = result.hit_tokens, replayed.trace.prompt_tokens
     everyone = np.ones(len(served), bool)
-    second_half = np.arange(len(served)) >= len(served) // 2
-    yield line(
-        "token_weighted",
-        "hit tokens / prompt tokens, first prefill, served requests",
-        served,
-        "vLLM's hits / queries",
-    )
-    yield line("token_weighted_with_rejected", "the same over all prompts, rejected ones too", everyone)
-    yield Definition(
-        "token_weighted_with_outputs",
-        "hit tokens / (prompt + output tokens)",
-        int(result.hit_tokens[served].sum()),
-        int(trace.total_tokens[served].sum()),
-    )
-    yield Definition(
-        "with_preempted",
-        "with what preempted requests looked up on return",
-        int((result.hit_tokens + result.resumed_hit_tokens)[served].sum()),
-        int((trace.prompt_tokens + result.resumed_tokens)[served].sum()),
-    )
-    yield line(
-        "second_half",
-        "token-weighted, over the last half of the requests",
-        served & second_half,
-        "simulators with a warm-up",
-    )
-    yield line("after_turn_0", "token-weighted, without first turns", served & (replayed.requests.turn > 0))
+    last_half = np.arange(len(served)) >= len(served) // 2
+    formula = "hit tokens / prompt tokens, first prefill, served requests"
+    yield _summed("token_weighted", formula, hit, prompt, served, "vLLM's hits / queries")
+    formula = "the same over all prompts, rejected ones too"
+    yield _summed("token_weighted_with_rejected", formula, hit, prompt, everyone)
+    formula = "hit tokens / (prompt + output tokens)"
+    yield _summed("token_weighted_with_outputs", formula, hit, replayed.trace.total_tokens, served)
+    formula = "with what preempted requests looked up on return"
+    hit_again, prompt_again = hit + result.resumed_hit_tokens, prompt + result.resumed_tokens
+    yield _summed("with_preempted", formula, hit_again, prompt_again, served)
+    formula = "token-weighted, over the last half of the requests"
+    yield _summed("second_half", formula, hit, prompt, served & last_half, "simulators with a warm-up")
+    formula = "token-weighted, without first turns"
+    yield _summed("after_turn_0", formula, hit, prompt, served & (replayed.requests.turn > 0))
+
+
+def _summed(
+    name: str,
+    formula: str,
+    part: NDArray[np.integer],
+    whole: NDArray[np.integer],
+    chosen: Mask,
+    used_by: str = "",
+) -> Definition:
+    """Sums over the `chosen` requests."""
+    return Definition(name, formula, int(part[chosen].sum()), int(whole[chosen].sum()), used_by)
 
 
 def _over_requests(replayed: Replayed) -> Iterator[Definition]:
     fractions = sharing_fractions(replayed)
     total, count = float(fractions.sum()), len(fractions)
     yield Definition("per_request_mean", "mean of hit / prompt tokens, served requests", total, count)
-    yield Definition(
-        "per_request_mean_rejected_as_0",
-        "the same, a rejected request counts 0",
-        total,
-        len(replayed.requests),
-    )
+    formula = "the same, a rejected request counts 0"
+    yield Definition("per_request_mean_rejected_as_0", formula, total, len(replayed.requests))
     hit = int((fractions > 0).sum())
     yield Definition("per_request_mean_of_hits", "the same, over requests that hit anything", total, hit)
     yield Definition("requests_with_a_hit", "requests that hit anything / served requests", hit, count)
@@ -118,60 +110,31 @@ def _over_blocks(replayed: Replayed) -> Iterator[Definition]:
     full = int(replayed.full_blocks[served].sum())
     all_blocks = int((-(-replayed.trace.prompt_tokens[served] // size)).sum())
     yield Definition("blocks_full", "hit blocks / full prompt blocks", hit, full, "block-level simulators")
-    yield Definition(
-        "blocks_with_partial",
-        "hit blocks / prompt blocks, partial last ones too",
-        hit,
-        all_blocks,
-        "traces of block ids",
-    )
-    yield Definition(
-        "blocks_any_position",
-        "full prompt blocks cached, contiguous or not / full prompt blocks",
-        int(result.cached_blocks[served].sum()),
-        full,
-        "block-level caches",
-    )
+    formula = "hit blocks / prompt blocks, partial last ones too"
+    yield Definition("blocks_with_partial", formula, hit, all_blocks, "traces of block ids")
+    formula = "full prompt blocks cached, contiguous or not / full prompt blocks"
+    cached = int(result.cached_blocks[served].sum())
+    yield Definition("blocks_any_position", formula, cached, full, "block-level caches")
     reused = result.num_hit_blocks
-    yield Definition(
-        "block_reuse_rate",
-        "reused / (allocated + reused), outputs' blocks too",
-        reused,
-        result.num_blocks_allocated + reused,
-    )
+    formula = "reused / (allocated + reused), outputs' blocks too"
+    yield Definition("block_reuse_rate", formula, reused, result.num_blocks_allocated + reused)
     accesses = int(result.key_accesses.sum())
-    yield Definition(
-        "repeated_accesses",
-        "1 - different blocks / accesses, outputs' blocks too",
-        accesses - result.num_unique_keys,
-        accesses,
-    )
+    formula = "1 - different blocks / accesses, outputs' blocks too"
+    yield Definition("repeated_accesses", formula, accesses - result.num_unique_keys, accesses)
 
 
 def _other_caches(replayed: Replayed) -> Iterator[Definition]:
     config = replayed.settings.config(replayed.trace.num_blocks_at_most)
     config = dataclasses.replace(config, record_events=False)
     prompts_only = replay(replayed.trace, dataclasses.replace(config, decode=False))
-    everything, prompt = replayed.unlimited, replayed.trace.prompt_tokens
-    yield Definition(
-        "answers_not_cached",
-        "token-weighted, requests end with their prompt",
-        int(prompts_only.hit_tokens[prompts_only.served].sum()),
-        int(prompt[prompts_only.served].sum()),
-    )
-    yield Definition(
-        "infinite_cache",
-        "token-weighted, nothing is ever evicted",
-        int(everything.hit_tokens.sum()),
-        int(prompt.sum()),
-        "ideal hit rates",
-    )
-    yield Definition(
-        "infinite_cache_per_request_mean",
-        "mean of hit / prompt tokens, nothing is ever evicted",
-        float((everything.hit_tokens / prompt).sum()),
-        len(prompt),
-    )
+    infinite, prompt = replayed.unlimited.hit_tokens, replayed.trace.prompt_tokens
+    formula = "token-weighted, requests end with their prompt"
+    yield _summed("answers_not_cached", formula, prompts_only.hit_tokens, prompt, prompts_only.served)
+    formula = "token-weighted, nothing is ever evicted"
+    yield _summed("infinite_cache", formula, infinite, prompt, np.ones(len(prompt), bool), "ideal hit rates")
+    formula = "mean of hit / prompt tokens, nothing is ever evicted"
+    mean = float((infinite / prompt).sum())
+    yield Definition("infinite_cache_per_request_mean", formula, mean, len(prompt))
 
 
 def _sets_of_hashes(replayed: Replayed) -> Iterator[Definition]:
@@ -231,15 +194,8 @@ def _chunks(replayed: Replayed) -> Iterator[Definition]:
     served = replayed.result.served
     for size in CHUNK_SIZES:
         found, prompts, ends = recounted_by_chunk(replayed, size, served)
-        yield Definition(
-            f"chunks_of_{size}_recounted",
-            "full-block tokens before the chunk / prompt tokens, over chunks",
-            found,
-            prompts,
-        )
-        yield Definition(
-            f"chunks_of_{size}_recounted_to_their_end",
-            "full-block tokens before the chunk / tokens up to its end, over chunks",
-            found,
-            ends,
-        )
+        name = f"chunks_of_{size}_recounted"
+        formula = "full-block tokens before the chunk / prompt tokens, over chunks"
+        yield Definition(name, formula, found, prompts)
+        formula = "full-block tokens before the chunk / tokens up to its end, over chunks"
+        yield Definition(f"{name}_to_their_end", formula, found, ends)

@@ -131,10 +131,13 @@ def ratio(part: float, whole: float) -> float | None:
 def _of_requests(replayed: Replayed, chosen: Mask) -> dict[str, Value]:
     result, trace = replayed.result, replayed.trace
     served = result.served & chosen
-    prompt, hit = int(trace.prompt_tokens[served].sum()), int(result.hit_tokens[served].sum())
-    full_blocks = int(replayed.full_blocks[served].sum())
-    resumed = int(result.resumed_tokens[served].sum())
-    resumed_hit = int(result.resumed_hit_tokens[served].sum())
+
+    def total(values: NDArray[np.integer]) -> int:
+        return int(values[served].sum())
+
+    prompt, hit = total(trace.prompt_tokens), total(result.hit_tokens)
+    full_blocks = total(replayed.full_blocks)
+    resumed, resumed_hit = total(result.resumed_tokens), total(result.resumed_hit_tokens)
     found, looked_up, _ = recounted_by_chunk(replayed, replayed.settings.chunk_tokens, served)
     fractions = sharing_fractions(replayed, chosen)
     values: dict[str, Value] = {
@@ -147,14 +150,14 @@ def _of_requests(replayed: Replayed, chosen: Mask) -> dict[str, Value]:
         "hit_rate_first_prefill": ratio(hit, prompt),
         "hit_rate_with_preempted": ratio(hit + resumed_hit, prompt + resumed),
         "hit_rate_blocks": ratio(hit // trace.block_size, full_blocks),
-        "hit_rate_blocks_any": ratio(int(result.cached_blocks[served].sum()), full_blocks),
+        "hit_rate_blocks_any": ratio(total(result.cached_blocks), full_blocks),
         "hit_rate_infinite": ratio(
             int(replayed.unlimited.hit_tokens[chosen].sum()), int(trace.prompt_tokens[chosen].sum())
         ),
         "hit_rate_chunks_recounted": ratio(found, looked_up),
     }
     if replayed.host_hits is not None:
-        host = int(replayed.host_hits[served].sum())
+        host = total(replayed.host_hits)
         values["hit_rate_with_host"] = ratio(hit + host * trace.block_size, prompt)
         values["host_hit_blocks"] = host
     return values
