@@ -124,7 +124,7 @@ token_lists = st.lists(st.integers(0, 2), min_size=1, max_size=70)
     prompts=st.lists(st.tuples(token_lists, st.sampled_from(["", "a", "b"])), min_size=1, max_size=6),
     layout=st.sampled_from([MOONCAKE, BAILIAN]),
 )
-def test_written_ids_read_back_with_the_same_shared_prefixes(
+def test_written_ids_share_the_same_prefixes(
     prompts: list[tuple[list[int], str]], layout: Any, tmp_path_factory: Any
 ) -> None:
     builder = RequestsBuilder()

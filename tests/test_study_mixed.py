@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-from dsatrace.commands.study.mixed import main
 from dsatrace.errors import UserError
 from dsatrace.kv.policies.reuse import reuse_profile
 from dsatrace.kv.policies.simulate import simulate
@@ -25,6 +24,7 @@ from dsatrace.study.sweep_cells import OPT, OVERALL, POOL, Cell
 from dsatrace.study.sweep_inputs import SeededSettings, Trace, mixed_trace
 from dsatrace.study.tokenization import open_vocabulary
 from dsatrace.workloads.synthetic import WORKLOADS
+from helpers.study_samples import check_mistake, study, study_json
 
 OPTIONS = SeededSettings(num_requests=80)
 
@@ -60,7 +60,7 @@ def test_no_policy_beats_opt_overall(cells):
     assert max(c.block_hits for c in overall.values() if c.policy != POOL) == overall[OPT].block_hits
 
 
-def test_the_profile_is_of_the_warm_up_and_the_warm_up_is_not_replayed(trace):
+def test_the_profile_is_of_the_warm_up(trace):
     rest, profile = warm_up(trace, 16, 0.25)
     num_first = round(0.25 * len(trace))
     assert len(rest) == len(trace) - num_first
@@ -146,12 +146,12 @@ def test_a_warm_up_must_have_seen_every_workload(trace):
     with pytest.raises(UserError, match="the warm-up of 1 requests has none of"):
         warm_up(trace, 16, 1.2 / len(trace))
     for share in (0.0, 1.0, float("nan")):
-        with pytest.raises(UserError, match="share of the requests lies between 0 and 1"):
+        with pytest.raises(UserError, match="--warm-up must be a share between 0 and 1"):
             warm_up(trace, 16, share)
 
 
 def run(*argv: object) -> int:
-    return main([str(argument) for argument in argv])
+    return study("mixed", *argv)
 
 
 def test_the_command_writes_table_picture_and_profile(tmp_path, capsys):
@@ -168,8 +168,7 @@ def test_the_command_writes_table_picture_and_profile(tmp_path, capsys):
     assert len(result["cells"]) == 5 * len(policies)
     assert result["trace"]["replayed"] < result["trace"]["requests"]
     again = ("--policies", "wa-lru", "--profile", tmp_path / "a" / "profile.json")
-    assert run(*small, *again, "--skip-visualization", "--output-dir", tmp_path / "b") == 0
-    second = json.loads((tmp_path / "b" / "mixed.json").read_text())
+    second = study_json(tmp_path / "b", "mixed.json", "mixed", *small, *again)
     assert second["trace"]["replayed"] == second["trace"]["requests"]
     assert second["profile"]["workloads"] == result["profile"]["workloads"]
     assert not (tmp_path / "b" / "mixed_hit_rates.png").exists()
@@ -185,15 +184,12 @@ def test_the_command_writes_table_picture_and_profile(tmp_path, capsys):
         (["--priorities", "qa=nan"], "write a workload and a number"),
         (["--priorities", "aq=1"], "priorities names workloads, unknown: aq"),
         (["--num-blocks", "0"], "a cache holds at least 1 block, not 0"),
-        (["--warm-up", "2"], "share of the requests lies between 0 and 1, not 2.0"),
+        (["--warm-up", "2"], "--warm-up must be a share between 0 and 1, not 2.0"),
         (["--profile", "none.json"], "none.json: cannot read the profile"),
         (["--trace-file", "none.jsonl"], "none.jsonl"),
         (["--block-size", "-1"], "a block holds at least 1 token, not -1"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(flags, message, tmp_path, capsys):
-    assert run("--num-requests", 20, "--skip-visualization", "--output-dir", tmp_path / "out", *flags) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    code = run("--num-requests", 20, "--skip-visualization", "--output-dir", tmp_path / "out", *flags)
+    check_mistake(capsys, code, message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import random
@@ -12,20 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsatrace.commands.study.sweep import main
 from dsatrace.errors import UserError
 from dsatrace.kv.policies.registry import POLICIES
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.simulation.replay import ReplayConfig, replay
 from dsatrace.study.accesses import Accesses, write_accesses
 from dsatrace.study.requests import RequestsBuilder, StudyRequests, block_trace
-from dsatrace.study.sweep import (
-    BY_WORKLOAD,
-    SweepSettings,
-    policy_runs,
-    single_workload_policies,
-    sweep,
-)
+from dsatrace.study.sweep import BY_WORKLOAD, SweepSettings, policy_runs, single_workload_policies, sweep
 from dsatrace.study.sweep_cells import OPT, OVERALL, POOL, PolicyRun, lru_cells, pool_cells, simulated_cells
 from dsatrace.study.sweep_inputs import (
     SeededSettings,
@@ -35,9 +27,10 @@ from dsatrace.study.sweep_inputs import (
     seeded_traces,
     split_by_workload,
 )
-from dsatrace.study.sweep_streams import CacheInput, take_rows
+from dsatrace.study.sweep_streams import CacheInput
 from dsatrace.study.tokenization import WordVocabulary, open_vocabulary
 from dsatrace.workloads.tokenizer import BOS
+from helpers.study_samples import check_mistake, read_csv, study, study_json
 
 BLOCK = 4
 SMALL = SeededSettings(num_requests=40)
@@ -232,7 +225,7 @@ def test_a_repeated_answer_is_cached_again_once_it_was_evicted():
     assert lru.hits == pool.hits == 10
 
 
-def test_recorded_accesses_at_a_multiple_of_their_block_size_are_those_of_the_tokens():
+def test_accesses_at_a_multiple_of_their_block_size():
     requests = chats(60, 4)
     fine, coarse = accesses_of(requests, 2), accesses_of(requests, 6)
     derived, direct = CacheInput.of(fine, 6), CacheInput.of(coarse, 6)
@@ -247,7 +240,7 @@ def test_recorded_accesses_at_a_multiple_of_their_block_size_are_those_of_the_to
 def test_rows_taken_from_accesses_are_those_of_the_requests():
     requests = chats(30, 8)
     rows = np.array([3, 4, 17, 29])
-    taken, direct = take_rows(accesses_of(requests), rows), accesses_of(requests.take(rows))
+    taken, direct = accesses_of(requests).take(rows), accesses_of(requests.take(rows))
     capacities = [4, 12, 40]
     assert taken.workloads == direct.workloads
     assert lru_cells("t", CacheInput.of(taken, BLOCK), capacities, "truncate") == lru_cells(
@@ -284,40 +277,23 @@ def test_a_trace_is_split_by_its_labels():
     assert counts["conversations dropped: a request over max_tokens"] > 0
 
 
-def run(*argv: str) -> int:
-    return main([str(argument) for argument in argv])
+def run(*argv: object) -> int:
+    return study("sweep", *argv)
 
 
 def test_the_command_writes_tables_pictures_and_what_they_mean(tmp_path, capsys):
     out = tmp_path / "out"
-    command = [
-        "--workloads",
-        "qa",
-        "--num-requests",
-        60,
-        "--policies",
-        "lru",
-        "s3-fifo",
-        "--block-sizes",
-        16,
-        32,
-    ]
+    command = ["--workloads", "qa", "--num-requests", 60, "--policies", "lru", "s3-fifo"]
+    command += ["--block-sizes", 16, 32]
     assert run(*command, "--capacities", 64, 16, "--output-dir", out) == 0
     shown = capsys.readouterr().out
     assert "qa, blocks of 16 tokens" in shown
     assert "s3-fifo" in shown
-    assert {path.name for path in out.iterdir()} == {
-        "manifest.json",
-        "sweep.json",
-        "sweep.csv",
-        "cache_hits_qa_lru.png",
-        "cache_hits_qa_s3-fifo.png",
-        "cache_hits_qa_vllm.png",
-    }
+    pictures = {f"cache_hits_qa_{policy}.png" for policy in ("lru", "s3-fifo", "vllm")}
+    assert {path.name for path in out.iterdir()} == {"manifest.json", "sweep.json", "sweep.csv"} | pictures
     result = json.loads((out / "sweep.json").read_text())
     manifest = json.loads((out / "manifest.json").read_text())
-    with (out / "sweep.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(out / "sweep.csv")
     assert len(rows) == len(result["cells"]) == 2 * 2 * 4
     assert [row["hits"] for row in rows] == [str(cell["hits"]) for cell in result["cells"]]
     assert manifest["state"] == "complete"
@@ -330,31 +306,26 @@ def test_the_command_writes_tables_pictures_and_what_they_mean(tmp_path, capsys)
         assert cell["hit_rate"] == round(cell["hits"] / cell["accesses"], 6)
     (trace,) = seeded_traces(["qa"], SeededSettings(num_requests=60), open_vocabulary(None))
     stream = trace.at(16).stream
-    (cell,) = (
-        cell
-        for cell in result["cells"]
-        if (cell["policy"], cell["block_size"], cell["capacity_blocks"]) == ("s3-fifo", 16, 64)
-    )
+    wanted = {"policy": "s3-fifo", "block_size": 16, "capacity_blocks": 64}
+    (cell,) = (cell for cell in result["cells"] if cell.items() >= wanted.items())
     assert cell["hits"] == int(simulate(stream, "s3-fifo", 64, leaf=True).hits.sum())
 
 
-def test_the_command_reads_recorded_accesses_and_conversations(tmp_path, capsys):
+def test_the_command_reads_recorded_accesses_and_conversations(tmp_path):
     recorded, sample = tmp_path / "recorded", tmp_path / "chats.json"
     recorded.mkdir()
     write_accesses(recorded, accesses_of(chats(60, 1)))
-    quick = ("--capacities", 20, "--policies", "lru", "--skip-visualization")
-    assert run("--trace-file", recorded, *quick, "--output-dir", tmp_path / "a") == 0
-    cells = json.loads((tmp_path / "a" / "sweep.json").read_text())["cells"]
+    quick = ("--capacities", 20, "--policies", "lru")
+    cells = study_json(tmp_path / "a", "sweep.json", "sweep", "--trace-file", recorded, *quick)["cells"]
     assert {(cell["workload"], cell["block_size"]) for cell in cells} == {("a", 4), ("b", 4), ("c", 4)}
     turns = [{"from": speaker, "value": "word " * 60} for speaker in ("human", "gpt", "human", "gpt")]
     sample.write_text(json.dumps([{"id": str(i), "conversations": turns} for i in range(3)]))
     command = ("--data-path", sample, "--workloads", "chat_single", "chat_multi", "--min-turns", 2)
-    assert run(*command, *quick, "--output-dir", tmp_path / "b") == 0
-    result = json.loads((tmp_path / "b" / "sweep.json").read_text())
+    every = ("--max-conversations", "all")
+    result = study_json(tmp_path / "b", "sweep.json", "sweep", *command, *every, *quick)
     assert [trace["requests"] for trace in result["traces"]] == [3, 6]
     assert result["sources"][0]["path"] == str(sample)
     assert read_trace(recorded, open_vocabulary(None)).block_size == BLOCK
-    capsys.readouterr()
 
 
 @pytest.mark.parametrize(
@@ -379,11 +350,7 @@ def test_the_command_reads_recorded_accesses_and_conversations(tmp_path, capsys)
 def test_a_mistake_is_one_line_and_exit_2(flags, message, tmp_path, capsys):
     source = [] if "--trace-file" in flags else ["--workloads", "qa"]
     base = ["--num-requests", "20", "--skip-visualization", "--output-dir", str(tmp_path / "out")]
-    assert run(*base, *source, *flags) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    check_mistake(capsys, run(*base, *source, *flags), message)
 
 
 def test_results_are_never_overwritten(tmp_path, capsys):

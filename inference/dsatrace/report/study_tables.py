@@ -19,33 +19,14 @@ from .grid import NONE, Grid
 
 TURNS_SHOWN = 10
 HEADLINES = (
-    "num_requests",
-    "prompt_tokens",
-    "sharing_fraction_mean",
-    "sharing_fraction_median",
-    "sharing_fraction_p90",
-    "sharing_above_0",
-    "hit_rate_first_prefill",
-    "hit_rate_with_preempted",
-    "hit_rate_blocks",
-    "hit_rate_blocks_any",
-    "hit_rate_infinite",
-    "hit_rate_chunks_recounted",
-    "hit_rate_with_host",
-    "host_hit_blocks",
-    "block_reuse_rate",
-    "blocks_allocated",
-    "blocks_reused",
-    "blocks_unique",
-    "blocks_evicted",
-    "blocks_hit",
-    "accesses_per_block_mean",
-    "hits_per_block_mean",
-    "hits_per_hit_block_mean",
-    "reuse_gap_s_median",
-    "hit_gap_s_median",
-)
-"""What a console table shows; the stats files hold every metric."""
+    "num_requests", "prompt_tokens", "sharing_fraction_mean", "sharing_fraction_median",
+    "sharing_fraction_p90", "sharing_above_0", "hit_rate_first_prefill", "hit_rate_with_preempted",
+    "hit_rate_blocks", "hit_rate_blocks_any", "hit_rate_infinite", "hit_rate_chunks_recounted",
+    "hit_rate_with_host", "host_hit_blocks", "block_reuse_rate", "blocks_allocated", "blocks_reused",
+    "blocks_unique", "blocks_evicted", "blocks_hit", "accesses_per_block_mean", "hits_per_block_mean",
+    "hits_per_hit_block_mean", "reuse_gap_s_median", "hit_gap_s_median",
+)  # fmt: skip
+"""The metrics of a printed table; the stats files hold all of them."""
 assert set(HEADLINES) <= set(UNITS)
 
 TURN_COLUMNS = {

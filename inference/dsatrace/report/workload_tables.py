@@ -24,7 +24,7 @@ _DURATIONS = (
 
 
 def workload_tables(summary: Summary) -> Iterator[Grid]:
-    """A section that the summary lacks, as one of an older run may, has no table."""
+    """A section that the summary lacks, as in an older run, has no table."""
     sections = {
         "needle_recall": _recall,
         "scores": _scores,

@@ -1,9 +1,9 @@
-"""The same trace through the engine's own scheduler, with the token simulator in place of a model.
+"""The same requests through the engine's own scheduler, with the token simulator in place of a model.
 
-The offline replay says what a block pool finds; this says what the engine that serves models
-finds, its chunked prefill, growth, preemption and virtual clock included. One request at a
-time both follow the same rules and must agree; with several at a time the engine's arrivals
-and step times decide who meets whom. Knows no file.
+The replay gives the hits of a block pool; this gives the hits of the serving engine, with its
+chunked prefill, growth, preemption and virtual clock. One request at a time, both follow the
+same rules and must agree. With several, the engine's arrivals and step times decide which
+requests are live together. Knows no file.
 
     check = through_the_engine(replayed)
     check.num_equal, check.num_requests
@@ -24,7 +24,7 @@ from dsatrace.study.run import Replayed
 
 @dataclasses.dataclass(frozen=True)
 class EngineCheck:
-    """What the engine found, beside the replay; tokens are those of served requests."""
+    """The engine's hits beside the replay's; tokens are those of served requests."""
 
     num_requests: int
     num_equal: int  # requests whose first prefill hits as many tokens as in the replay
@@ -77,12 +77,12 @@ def through_the_engine(replayed: Replayed) -> EngineCheck:
 
 
 def _turns(requests: StudyRequests, decode: bool, keeps_last: bool) -> Iterator[Turn]:
-    """`keeps_last`: the replay in order keeps the last token's KV too, which the engine computes for
-    one more token only."""
+    """`keeps_last` adds a token: the in-order replay caches the last token too, which the engine would
+    compute only for a token after it."""
     for request in requests:
         answer: list[int] = []
         if decode and request.num_response_tokens:
-            # Answers of which only the length is known are like no other request's.
+            # An answer of which only the length is known gets ids of its own.
             made_up = [-2 - request.index] * request.num_response_tokens
             answer = request.response_ids.tolist() or made_up
             answer += [NO_TOKEN] * keeps_last

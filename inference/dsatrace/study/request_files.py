@@ -42,9 +42,9 @@ def read_requests(
     counts: Counter[str] | None = None,
     progress: Progress | None = None,
 ) -> StudyRequests:
-    """The requests of a trace file; `vocabulary` encodes one that holds text.
+    """The requests of a file; `vocabulary` encodes text.
 
-    `counts` receives what the file lacks, `bad_rows` what could not be read.
+    `counts` receives the number of `ORPHANS`, `bad_rows` the rows that could not be read.
     """
     columns = next(read_json_rows(path, lambda _, row: row.keys(), BadRows("skip")))
     if "prompt" in columns:
@@ -76,10 +76,10 @@ def requests_from_token_ids(rows: Iterable[TokenIdRow]) -> StudyRequests:
 def requests_from_hash_ids(
     rows: Iterable[HashIdRow], layout: HashIdFormat, counts: Counter[str] | None = None
 ) -> StudyRequests:
-    """Requests by block ids. A chat belongs to its parent's conversation, named after its first chat.
+    """Requests by block ids, whose responses have a number of tokens and no ids.
 
-    A chat whose parent did not come before it begins a conversation; `counts[ORPHANS]` says how
-    many did. Responses have numbers of tokens and no ids.
+    A chat belongs to the conversation of its parent, which is named after its first chat. A chat
+    whose parent did not come before it begins a conversation and is counted in `counts[ORPHANS]`.
     """
     builder = RequestsBuilder(layout.tokens_per_block)
     roots: dict[str, str] = {}
@@ -101,11 +101,12 @@ def requests_from_hash_ids(
 
 
 def hash_id_rows(requests: StudyRequests, layout: HashIdFormat) -> Iterator[HashIdRow]:
-    """The rows in order. In a layout with chats, a request of no known conversation is a chat of its own.
+    """The rows in order. Each block is numbered by its content and all before it, by first use.
 
-    Each row is a chat; its parent is the conversation's row before it, and `turn` its place
-    there, so that turns stay consecutive where a filter dropped some.
-    Raises a `UserError` for requests that are block ids already, unless of the same size.
+    In a layout with chats each row is a chat. Its parent is the conversation's row before it, and
+    `turn` counts the conversation's rows, so that turns stay consecutive if a filter dropped some.
+    A request of no known conversation has no parent. Raises a `UserError` for requests that are
+    block ids already, unless of the layout's size.
     """
     if requests.tokens_per_id not in (1, layout.tokens_per_block):
         raise UserError(

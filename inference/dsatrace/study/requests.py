@@ -31,7 +31,7 @@ MAX_ID = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StudyRequest:
-    """One request; `conversation` and `turn` are -1 where the trace does not tell."""
+    """One request; `conversation` and `turn` are -1 if unknown."""
 
     index: int
     arrival_s: float
@@ -49,8 +49,7 @@ class StudyRequest:
 class StudyRequests:
     """R requests in the order of a replay; `arrival_s` never falls.
 
-    `response_ids` of a request are as many as its response tokens, or none where the trace
-    tells their number only.
+    A request has as many `response_ids` as response tokens, or none if only their number is known.
     """
 
     arrival_s: NDArray[np.float64]  # (R,) seconds
@@ -101,9 +100,9 @@ class StudyRequests:
         )
 
     def take(self, rows: NDArray[np.int64]) -> StudyRequests:
-        """The requests `rows`, in that order; names and conversations keep their numbers."""
-        prompt_offsets, prompt_ids = _take_ragged(self.prompt_offsets, self.prompt_ids, rows)
-        response_offsets, response_ids = _take_ragged(self.response_offsets, self.response_ids, rows)
+        """The requests `rows` in that order; names and conversations keep their numbers."""
+        prompt_offsets, prompt_ids = take_ragged(self.prompt_offsets, self.prompt_ids, rows)
+        response_offsets, response_ids = take_ragged(self.response_offsets, self.response_ids, rows)
         return dataclasses.replace(
             self,
             arrival_s=self.arrival_s[rows],
@@ -120,11 +119,11 @@ class StudyRequests:
         )
 
     def ordered(self, order: Order) -> StudyRequests:
-        """By `arrival` (as they are), or `conversation` by conversation, each with its turns in order.
+        """By `arrival` (unchanged), or `conversation` by conversation, each with its turns in order.
 
-        Conversations then follow each other by their first arrival, and requests of no known
-        conversation stand alone. The arrival times are dealt out anew in that order, so that
-        time still runs forwards: nothing overlaps, and a turn's delay is no longer what it was.
+        Conversations follow each other by their first arrival; a request of no known conversation
+        stands alone. The same arrival times are then assigned in the new order: conversations no
+        longer overlap, and the delay between turns is lost.
         """
         if order not in get_args(Order):
             raise UserError(f"unknown order {order!r}; use one of {', '.join(get_args(Order))}")
@@ -137,9 +136,9 @@ class StudyRequests:
         return dataclasses.replace(self.take(rows), arrival_s=self.arrival_s)
 
     def as_tokens(self) -> StudyRequests:
-        """The same with an id a token: a block's id, repeated. Equal and unequal prefixes stay so.
+        """The same requests with one id per token: a block's id is repeated, so equal prefixes stay equal.
 
-        Takes 4 bytes a token. Sharing finer than the trace's blocks was never recorded.
+        Takes 4 bytes per token. Sharing finer than the blocks of the file was never recorded.
         """
         if self.tokens_per_id == 1:
             return self
@@ -156,7 +155,7 @@ class StudyRequests:
 
 
 class RequestsBuilder:
-    """Collects requests one by one, in the order of their arrivals; 4 bytes an id (8 for block ids)."""
+    """Collects requests one by one, in order of arrival, and packs them; 4 bytes per id (8 for block ids)."""
 
     def __init__(self, tokens_per_id: int = 1) -> None:
         self._tokens_per_id = tokens_per_id
@@ -193,10 +192,10 @@ class RequestsBuilder:
         workload: str = "",
         mode: str = "",
     ) -> None:
-        """Numbers of tokens are those of the ids unless given.
+        """Numbers of tokens are by default the numbers of ids.
 
-        `conversation` is whatever tells one from another, its name last; empty if not known.
-        Raises a `UserError` for an empty prompt or an arrival before the last one's.
+        `conversation` is a key that ends with the conversation's name, or empty if unknown.
+        Raises a `UserError` for an empty prompt, or an arrival before that of the last request.
         """
         if not len(prompt_ids):
             raise UserError(f"request {len(self)} has an empty prompt; leave it out of the trace")
@@ -237,11 +236,11 @@ class RequestsBuilder:
 
 
 def block_trace(requests: StudyRequests, block_size: int) -> BlockTrace:
-    """Prompts and, as far as their ids are known, responses in blocks of `block_size` tokens.
+    """Prompts, and responses if their ids are known, in blocks of `block_size` tokens.
 
-    A trace of block ids keeps them at its own block size; at another one they are expanded to
-    tokens, and sharing finer than its blocks stays unseen. Raises a `UserError` for a block
-    size below 1, and for block ids that do not name their prefix.
+    Block ids are used as they are at their own block size; for another size they are expanded
+    to tokens, and sharing finer than their blocks stays unseen. Raises a `UserError` for a block
+    size below 1, and for block ids that do not stand for a block and all before it.
     """
     if block_size < 1:
         raise UserError(f"a block holds at least 1 token, not {block_size}")
@@ -267,7 +266,7 @@ def block_trace(requests: StudyRequests, block_size: int) -> BlockTrace:
 
 
 def conversation_groups(requests: StudyRequests) -> NDArray[np.int64]:
-    """(R,) a number below R for each request: its conversation's, or its own if it has none."""
+    """(R,) for each request the number of its conversation, below R; without one, a number of its own."""
     keys = np.where(
         requests.conversation == UNKNOWN,
         len(requests.conversation_ids) + np.arange(len(requests)),
@@ -276,7 +275,7 @@ def conversation_groups(requests: StudyRequests) -> NDArray[np.int64]:
     return np.unique(keys, return_inverse=True)[1].astype(np.int64)
 
 
-def _take_ragged(
+def take_ragged(
     offsets: NDArray[np.int64], values: NDArray[np.int32], rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Offsets and values of the `rows` of a ragged array."""
@@ -287,7 +286,7 @@ def _take_ragged(
 
 
 def _narrow(ids: NDArray[np.integer]) -> NDArray[np.int32]:
-    """The same ids, or where one needs more than 31 bits, their ranks: a cache asks only which are equal."""
+    """The same ids, or their ranks if an id needs more than 31 bits: a cache only asks which are equal."""
     if len(ids) and ids.max() > MAX_ID:
         ids = np.unique(ids, return_inverse=True)[1]
     return ids.astype(np.int32, copy=False)

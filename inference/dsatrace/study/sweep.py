@@ -1,7 +1,7 @@
-"""Sweeps block sizes, capacities and policies over traces, in processes, with the same result for any number.
+"""Sweeps block sizes, capacities and policies over traces; the result is the same for any number of workers.
 
-LRU's capacities come out of one pass; every other policy is a job a capacity. OPT always runs
-along: no policy may hit more, and that is checked. Knows no file.
+LRU gives all capacities in one pass; every other policy is one job per capacity. OPT always runs
+as well: no policy may hit more, and that is checked. Knows no file.
 
     inputs = {("qa", 16): CacheInput.of(accesses, 16)}
     cells = sweep(inputs, SweepSettings(capacities=(64, 128), runs=policy_runs(["lru", "fifo"])), workers=2)
@@ -40,21 +40,21 @@ from dsatrace.study.sweep_streams import CacheInput
 BLOCK_SIZES = (16, 32, 64)
 CAPACITIES = (64, 128, 256, 512)
 BY_WORKLOAD = ("priority", "wa-lru", "wa-prob")
-"""Policies that tell workloads apart: LRU, or next to it, in a trace of one workload."""
+"""Policies that tell workloads apart. With one workload they are LRU or close to it."""
 
 Form = Literal["leaf", "flat"]
 Inputs = Mapping[tuple[str, int], CacheInput]
-"""By name of the trace and block size."""
+"""Keyed by name of the trace and block size."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepSettings:
-    """What is run on every trace; see `sweep_cells` for what the words mean."""
+    """What runs on every trace; `sweep_cells` explains the words."""
 
     capacities: tuple[int, ...]  # blocks
     runs: tuple[PolicyRun, ...]  # see `policy_runs`
     oversize: Oversize = "reject"
-    concurrency: int = 1  # of the pool; the inputs' streams have theirs
+    concurrency: int = 1  # of the pool; each input's stream has its own
 
     def __post_init__(self) -> None:
         for capacity in self.capacities:
@@ -85,7 +85,7 @@ def policy_runs(
 ) -> tuple[PolicyRun, ...]:
     """The policies in each form in which they differ, OPT among them; `params` by policy.
 
-    Raises a `UserError` for a name that is unknown or stands twice.
+    Raises a `UserError` for a name that is unknown or given twice.
     """
     if not names or len(set(names)) != len(names):
         raise UserError(f"name each policy once, and at least one: {', '.join(names)}")
@@ -100,7 +100,7 @@ def policy_runs(
 
 
 def single_workload_policies() -> list[str]:
-    """Every policy that does not need several workloads to differ from LRU."""
+    """Every policy that can differ from LRU in a trace of one workload."""
     return [name for name in POLICIES if name not in BY_WORKLOAD]
 
 
@@ -112,9 +112,9 @@ def sweep(
 ) -> Cells:
     """All cells, in the order of inputs, policies (the pool last) and capacities.
 
-    An input of several workloads, which gives `overall` and a cell for each, must be the only one.
-    `workers` processes, at most one a job; 1 is this process. They are started afresh, so a
-    script that calls this with more must be importable. `on_done` is told the jobs done and all.
+    An input of several workloads must be the only one; it gives `overall` and a cell for each.
+    More than one worker means fresh processes, at most one per job, so a script that calls this
+    must be importable. `on_done` is called with the number of jobs done and of all jobs.
     """
     _check_names(inputs)
     jobs = list(_jobs(inputs, settings))
@@ -189,7 +189,7 @@ def _results(jobs: list[_Job], inputs: Inputs, settings: SweepSettings, workers:
 
 
 _given: tuple[Inputs, SweepSettings] | None = None
-"""A worker's own copy."""
+"""The worker's copy, set by `_start`."""
 
 
 def _start(inputs: Inputs, settings: SweepSettings) -> None:
@@ -215,7 +215,7 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
 
 
 def _check_bound(cells: Iterable[Cell]) -> None:
-    """No policy hits more than OPT; only cells over all of a trace, since a part of one has no bound."""
+    """No policy hits more than OPT. Takes only cells over a whole trace, since OPT bounds no part of one."""
     by_place: dict[tuple[str, int, int], list[Cell]] = {}
     for cell in cells:
         by_place.setdefault((cell.workload, cell.block_size, cell.capacity_blocks), []).append(cell)

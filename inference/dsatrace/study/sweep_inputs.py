@@ -1,4 +1,4 @@
-"""What a sweep is run on: seeded workloads, conversations, a trace file, or recorded block accesses.
+"""The inputs of a sweep: seeded workloads, conversations, a trace file, or recorded block accesses.
 
     words = open_vocabulary(None)
     traces = seeded_traces(("qa", "chat_multi"), SeededSettings(num_requests=500), words)
@@ -11,7 +11,7 @@ Knows no policy.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from dsatrace.study.accesses import ACCESSES_FILE, Accesses, read_accesses
 from dsatrace.study.prepare import check_arrivals, limit_requests
 from dsatrace.study.request_files import read_requests
 from dsatrace.study.requests import Order, StudyRequests, block_trace
-from dsatrace.study.sweep_streams import CacheInput, take_rows
+from dsatrace.study.sweep_streams import CacheInput
 from dsatrace.study.tokenization import NamedVocabulary, tokenize_rows
 from dsatrace.workloads.request_generator import (
     DEFAULT_ARRIVAL_RATE,
@@ -32,7 +32,7 @@ from dsatrace.workloads.request_generator import (
 )
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.sharegpt import Conversation
-from dsatrace.workloads.synthetic import CHAT_MULTI, CHAT_SINGLE, WORKLOADS, interleave, workload_rows
+from dsatrace.workloads.synthetic import CHAT_MULTI, CHAT_SINGLE, interleave, workload_rows
 from dsatrace.workloads.trace_rows import TraceRow
 
 SYNTHETIC, UNLABELLED = "synthetic", "(unlabelled)"
@@ -41,7 +41,7 @@ CHATS = (CHAT_SINGLE, CHAT_MULTI)
 
 @dataclasses.dataclass(frozen=True)
 class SeededSettings:
-    """`num_requests` of each workload, of `chat_multi` so many conversations; real ones are all taken."""
+    """`num_requests` per seeded workload (of `chat_multi`, conversations). Real ones are all taken."""
 
     num_requests: int = 1000
     arrival_rate: float = DEFAULT_ARRIVAL_RATE
@@ -67,14 +67,14 @@ class Trace:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """(R,) each request's workload, "" where the trace does not tell."""
+        """(R,) each request's workload, "" if unknown."""
         if isinstance(self.content, Accesses):
             return self.content.workloads
         return tuple(self.content.workload_names[i] for i in self.content.workload)
 
     @property
     def block_size(self) -> int | None:
-        """The one it was recorded in, None for tokens."""
+        """The block size it was recorded in; None for tokens."""
         if isinstance(self.content, Accesses):
             return self.content.block_size
         return self.content.tokens_per_id if self.content.tokens_per_id > 1 else None
@@ -86,12 +86,10 @@ class Trace:
 
     def take(self, rows: NDArray[np.int64]) -> Trace:
         """The requests `rows`, in that order."""
-        content = self.content
-        taken = take_rows(content, rows) if isinstance(content, Accesses) else content.take(rows)
-        return dataclasses.replace(self, content=taken)
+        return dataclasses.replace(self, content=self.content.take(rows))
 
     def at(self, block_size: int, concurrency: int = 1) -> CacheInput:
-        """In blocks. Raises a `UserError` for a size that the trace cannot be had in."""
+        """The trace in blocks; raises a `UserError` for a size that it cannot be cut into."""
         content = self.content
         if isinstance(content, StudyRequests):
             content = Accesses.of(content, block_trace(content, block_size))
@@ -99,7 +97,7 @@ class Trace:
 
 
 def read_trace(path: str | Path, vocabulary: NamedVocabulary, bad_rows: BadRows | None = None) -> Trace:
-    """A trace file of any known kind, or the folder (or its accesses.jsonl) of a recorded study run."""
+    """A trace file of any known kind, or the folder (or accesses.jsonl) of `study run --write-accesses`."""
     path = Path(path)
     if path.is_dir() or path.name == ACCESSES_FILE:
         folder = path if path.is_dir() else path.parent
@@ -108,7 +106,7 @@ def read_trace(path: str | Path, vocabulary: NamedVocabulary, bad_rows: BadRows 
 
 
 def split_by_workload(trace: Trace) -> list[Trace]:
-    """One trace a workload, each named after it; the whole under its own name where there is only one."""
+    """One trace per workload, named after it. A trace without labels keeps its own name."""
     labels = np.array(trace.labels)
     names = list(dict.fromkeys(trace.labels))
     if len(names) <= 1:
@@ -125,16 +123,13 @@ def seeded_traces(
     vocabulary: NamedVocabulary,
     conversations: Sequence[Conversation] | None = None,
     origin: str = SYNTHETIC,
-    on_done: Callable[[], None] | None = None,
 ) -> list[Trace]:
-    """Each workload by itself. `conversations`, which come from `origin`, make the chats real."""
+    """One trace per workload. The chats are made of `conversations`, which come from `origin`, if given."""
     traces = []
     for name in names:
         real = conversations if name in CHATS else None
         rows = _rows(name, settings, vocabulary, real)
         traces.append(Trace(name, origin if real else SYNTHETIC, tokenize_rows(rows, vocabulary.vocabulary)))
-        if on_done:
-            on_done()
     return traces
 
 
@@ -146,10 +141,10 @@ def mixed_trace(
     origin: str = SYNTHETIC,
     pattern: Sequence[str] | None = None,
 ) -> Trace:
-    """The workloads as one trace, by arrival or in rounds of `pattern`; all share the arrival rate.
+    """The workloads as one trace, by arrival or in rounds of `pattern`; they share the arrival rate.
 
-    Where both chats are asked for, they get every second conversation each, or one would hit
-    what the other has cached.
+    If both chats are asked for, each gets every second conversation, since otherwise one would
+    hit what the other has cached.
     """
     if len(set(names)) < 2 or len(set(names)) != len(names):
         raise UserError(f"a mix needs two different workloads or more, each once: {', '.join(names)}")
@@ -169,8 +164,6 @@ def mixed_trace(
 def _rows(
     name: str, settings: SeededSettings, vocabulary: NamedVocabulary, real: Sequence[Conversation] | None
 ) -> list[TraceRow]:
-    if name not in WORKLOADS:
-        raise UserError(f"unknown workload {name!r}; use one of {', '.join(WORKLOADS)}")
     return list(
         workload_rows(
             name,
@@ -185,7 +178,7 @@ def _rows(
 
 
 def first_conversations(loader: Iterable[Conversation], min_turns: int, origin: str) -> list[Conversation]:
-    """Those with at least `min_turns` human turns; raises a `UserError` if none is left."""
+    """The conversations of `min_turns` human turns or more; raises a `UserError` if there is none."""
     kept = [conversation for conversation in loader if num_turns(conversation) >= min_turns]
     if not kept:
         raise UserError(f"{origin}: no conversation has {min_turns} human turns; lower --min-turns")
@@ -195,9 +188,9 @@ def first_conversations(loader: Iterable[Conversation], min_turns: int, origin: 
 def limited(
     trace: Trace, max_tokens: int | None, min_turns: int, order: Order = "arrival"
 ) -> tuple[Trace, dict[str, int]]:
-    """In that order, without the conversations that have a request over `max_tokens` or too few turns.
+    """The trace in `order`, without conversations of too few turns or a request over `max_tokens`.
 
-    Also how many there are and were dropped.
+    Also returns how many conversations were kept and dropped, by reason.
     """
     if isinstance(trace.content, Accesses):
         if max_tokens is not None or min_turns != 1 or order != "arrival":

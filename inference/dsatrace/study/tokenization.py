@@ -44,7 +44,7 @@ class WordVocabulary:
         self._words: dict[str, int] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; names of special tokens in it are text like any other."""
+        """Ids of plain text; special tokens in it are text like any other."""
         words, first = self._words, len(self._special)
         return [first + words.setdefault(word, len(words)) for word in _WORD.findall(text)]
 
@@ -55,7 +55,7 @@ class WordVocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class NamedVocabulary:
-    """A tokenizer, the form of its prompts, and what the manifest says of it."""
+    """A tokenizer, its prompt formatter, and its entry in the manifest."""
 
     vocabulary: Vocabulary
     formatter: ChatTemplateFormatter
@@ -63,9 +63,9 @@ class NamedVocabulary:
 
 
 def open_vocabulary(path: Path | None) -> NamedVocabulary:
-    """A `tokenizer.json` or its folder; without one, whole words stand in for tokens.
+    """A `tokenizer.json` or its folder; for None the built-in vocabulary of whole words.
 
-    One without DeepSeek's special tokens gets plain transcripts.
+    A tokenizer without DeepSeek's special tokens gets plain transcripts.
     """
     if path is None:
         words = WordVocabulary()
@@ -84,7 +84,7 @@ def open_vocabulary(path: Path | None) -> NamedVocabulary:
 
 
 class PieceEncoder:
-    """Encodes prompts and responses; keeps pieces up to `_MAX_KEPT_CHARS` characters, then begins anew."""
+    """Encodes prompts and responses. Keeps the ids of `_MAX_KEPT_CHARS` characters, then starts over."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -92,7 +92,7 @@ class PieceEncoder:
         self._num_kept_chars = 0
 
     def prompt(self, text: str) -> array[int]:
-        """Token ids; names of special tokens count as such only in a text that begins with DeepSeek's."""
+        """Token ids. Special tokens are recognized only in a text that begins with DeepSeek's first one."""
         ids = array("i")
         for piece, special in split_chat_text(text):
             if special:
@@ -102,7 +102,7 @@ class PieceEncoder:
         return ids
 
     def response(self, prompt: str, text: str) -> array[int]:
-        """Token ids of an answer as they continue the prompt: behind a transcript's cue, after a space."""
+        """Token ids of an answer as they continue the prompt. In a transcript a space comes before it."""
         in_transcript = prompt.endswith(CUE) and not prompt.startswith(BOS)
         return self._encode(f" {text}" if in_transcript and text else text)
 
@@ -120,18 +120,19 @@ class PieceEncoder:
 def tokenize_rows(
     rows: Iterable[TraceRow], vocabulary: Vocabulary, progress: Progress | None = None
 ) -> StudyRequests:
-    """Every row as a request. One conversation id under two workloads or modes is two conversations.
+    """Every row as a request. An id under another workload or mode is another conversation.
 
-    `progress` is told the numbers of requests and prompt tokens so far. Raises a `UserError`
-    for a prompt that has no token.
+    `progress` is called with the numbers of requests and prompt tokens so far. Raises a
+    `UserError` for a prompt without a token.
     """
     encoder, builder = PieceEncoder(vocabulary), RequestsBuilder()
     for row in rows:
+        conversation = (row.workload, row.mode, row.conversation_id) if row.conversation_id else ()
         builder.add(
             row.timestamp,
             encoder.prompt(row.prompt),
             encoder.response(row.prompt, row.response),
-            conversation=_conversation(row),
+            conversation=conversation,
             turn=row.turn_index,
             workload=row.workload,
             mode=row.mode,
@@ -143,7 +144,3 @@ def tokenize_rows(
     if progress:
         progress(len(builder), builder.num_prompt_ids)
     return builder.build()
-
-
-def _conversation(row: TraceRow) -> tuple[str, ...]:
-    return (row.workload, row.mode, row.conversation_id) if row.conversation_id else ()

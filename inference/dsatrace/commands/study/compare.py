@@ -56,13 +56,10 @@ def draw_compared(folder: OutputFolder, replayed: Mapping[str, Replayed], compar
     from dsatrace.report import study_figures as figures
     from dsatrace.study.measure import block_counts, reuse_gaps, sharing_fractions
 
-    def of_both(values):  # type: ignore[no-untyped-def]
-        return {mode: values(each) for mode, each in replayed.items()}
-
-    figures.draw_sharing(folder.file("sharing_fraction_cdf.png"), of_both(sharing_fractions))
-    figures.draw_block_hits(
-        folder.file("block_hit_distribution.png"), of_both(lambda each: block_counts(each).hits)
-    )
+    fractions = {mode: sharing_fractions(each) for mode, each in replayed.items()}
+    figures.draw_sharing(folder.file("sharing_fraction_cdf.png"), fractions)
+    hits = {mode: block_counts(each).hits for mode, each in replayed.items()}
+    figures.draw_block_hits(folder.file("block_hit_distribution.png"), hits)
     gaps = {}
     for mode, each in replayed.items():
         gaps[f"{mode}, between accesses"] = reuse_gaps(each)

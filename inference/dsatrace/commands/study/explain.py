@@ -6,6 +6,7 @@ dsatrace study explain --trace-file trace.jsonl --num-blocks 1000
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -25,7 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dsatrace.report.study_tables import explain_grid, rejected_grid
     from dsatrace.study.explain import explain
     from dsatrace.study.measure import rejections
-    from dsatrace.study.results import settings_record
     from dsatrace.study.run import run_study
 
     with options.open_client(args) as client:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with options.study_folder(path, "explain", argv, client, settings) as folder:
         replayed = run_study(requests, settings)
         definitions = explain(replayed)
-        cache, rejected = settings_record(replayed), rejections(replayed)
+        cache, rejected = dataclasses.asdict(settings), rejections(replayed)
         record = {"cache": cache, "rejected": rejected}
         record["definitions"] = {line.name: line.record() for line in definitions}
         folder.write_json(args.output_file or "explain.json", record)

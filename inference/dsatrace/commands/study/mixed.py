@@ -107,7 +107,7 @@ def _trace(args: argparse.Namespace, vocabulary: NamedVocabulary, bad_rows: BadR
 def _profiled(
     args: argparse.Namespace, trace: Trace, block_size: int, given: Profile | None, names: Sequence[str]
 ) -> tuple[Trace, Profile | None, str]:
-    """What is replayed, what the workload-aware policies know, and where that is from."""
+    """The requests to replay, the profile for the workload-aware policies, and where it comes from."""
     if given is not None:
         unknown, missing = set(given) - set(trace.labels), set(trace.labels) - set(given)
         if missing:
@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         "--policies",
         nargs="+",
         metavar="NAME",
-        help=f"eviction policies; OPT always runs as well (default: {policies}; priority, with --priorities)",
+        help=f"eviction policies; OPT always runs as well (default: {policies})",
     )
     add(
         "--priorities",

@@ -40,11 +40,11 @@ FILTER_FLAGS = {
     "order": Flag("order of the requests"),
 }
 CONVERSATION_FLAGS = {
-    "match_requests": Flag("as many single-turn requests as multi-turn"),
+    "match_requests": Flag("lengthen the single-turn trace to as many requests as the multi-turn one"),
     "arrival_rate": Flag("conversations per second"),
     "use_poisson": Flag("equal gaps instead of Poisson arrivals", ("--fixed-arrivals",), negated=True),
     "turn_delay": Flag("seconds from turn to turn"),
-    "seed": Flag("of arrivals and generators"),
+    "seed": Flag("seed of arrivals and generators"),
 }
 """They make requests of conversations, so a file of requests has no use for them. With `FILTER_FLAGS`
 all fields of `ClientSettings` but `max_conversations`, whose flag also takes `all`."""
@@ -55,10 +55,10 @@ CACHE_FLAGS = {
     "block_size": Flag("tokens per block"),
     "num_blocks": Flag("usable blocks: vLLM's number less one (default: never full)"),
     "concurrency": CONCURRENCY,
-    "prefix_caching": Flag("share nothing", ("--no-prefix-caching",), negated=True),
-    "free_order": Flag("freed blocks: partial ones first, as in vLLM since PR 42656, or by release"),
-    "schedule": Flag("one request after the other, or steps with preemption"),
-    "chunk_tokens": Flag("prefill chunk"),
+    "prefix_caching": Flag("share no block", ("--no-prefix-caching",), negated=True),
+    "free_order": Flag("new: free partial blocks first, as vLLM does since PR 42656; old: by release"),
+    "schedule": Flag("in_order: one request after the other; continuous: steps with preemption"),
+    "chunk_tokens": Flag("tokens of a prefill chunk"),
     "decode": Flag("end requests with their prompt: answers are not cached", ("--no-decode",), negated=True),
     "host_blocks": Flag("blocks of a host pool that takes what is evicted (default: no host pool)"),
 }
@@ -208,12 +208,12 @@ def _client_settings(args: argparse.Namespace) -> ClientSettings:
 
 
 def _none_by_default(add: Callable[..., argparse.Action]) -> Callable[..., argparse.Action]:
-    """An `add` for flags of which it matters whether they were given: if not, they are None."""
+    """An `add` whose flags are None unless they are given; the default stands in their help."""
 
     def add_flag(*names: str, **options: Any) -> argparse.Action:
         default = options.pop("default", None)
         if default is not None:
-            options["help"] += f" (default: {default:g})"
+            options["help"] += f" (default: {default})"
         return add(*names, default=None, **options)
 
     return add_flag

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw_run(folder: OutputFolder, replayed: Replayed, name: str) -> None:
-    """The three distributions over all requests, and each workload's by itself."""
+    """The three distributions, over all requests and over those of each workload."""
     from dsatrace.report import study_figures as figures
     from dsatrace.study.measure import block_counts, of_workload, reuse_gaps, sharing_fractions, workloads_in
 
