@@ -346,7 +346,7 @@ def test_a_report_of_an_exported_run_is_that_of_the_run(
     for folder in (runs / "full", tmp_path / "full"):
         assert cli.main(["report", str(folder)]) == 0
         findings, _, costs = capsys.readouterr().out.partition("The trace itself")
-        assert "bytes a record" in costs
+        assert "bytes per record" in costs
         said.append(findings)
     assert said[0] == said[1]
     assert "tokens" in said[0]

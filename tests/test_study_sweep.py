@@ -20,11 +20,11 @@ from dsatrace.study.requests import RequestsBuilder, StudyRequests, block_trace
 from dsatrace.study.sweep import BY_WORKLOAD, SweepSettings, policy_runs, single_workload_policies, sweep
 from dsatrace.study.sweep_cells import OPT, OVERALL, POOL, PolicyRun, lru_cells, pool_cells, simulated_cells
 from dsatrace.study.sweep_inputs import (
+    RequestLog,
     SeededSettings,
-    Trace,
     limited,
-    read_trace,
-    seeded_traces,
+    read_log,
+    seeded_logs,
     split_by_workload,
 )
 from dsatrace.study.sweep_streams import CacheInput
@@ -178,8 +178,8 @@ def test_a_trace_that_contradicts_itself_is_named():
 
 def test_any_number_of_workers_gives_the_same_cells():
     words = open_vocabulary(None)
-    traces = seeded_traces(("qa", "chat_multi"), SMALL, words)
-    inputs = {(trace.name, size): trace.at(size) for trace in traces for size in (16, 32)}
+    logs = seeded_logs(("qa", "chat_multi"), SMALL, words)
+    inputs = {(log.name, size): log.at(size) for log in logs for size in (16, 32)}
     options = SweepSettings((32, 64), policy_runs(["fifo", "random", "lru"], ("flat", "leaf")))
     told: list[tuple[int, int]] = []
     alone = sweep(inputs, options, 1, lambda done, total: told.append((done, total)))
@@ -268,12 +268,12 @@ def test_words_are_equal_where_the_text_is():
 
 
 def test_a_trace_is_split_by_its_labels():
-    trace = Trace("file", "file.jsonl", chats(30, 2))
-    parts = split_by_workload(trace)
+    log = RequestLog("file", "file.jsonl", chats(30, 2))
+    parts = split_by_workload(log)
     assert [(part.name, len(part)) for part in parts] == [("a", 10), ("b", 10), ("c", 10)]
     assert split_by_workload(parts[1])[0].labels == ("b",) * 10
-    kept, counts = limited(trace, 40, 1)
-    assert len(kept) < len(trace)
+    kept, counts = limited(log, 40, 1)
+    assert len(kept) < len(log)
     assert counts["conversations dropped: a request over max_tokens"] > 0
 
 
@@ -304,8 +304,8 @@ def test_the_command_writes_tables_pictures_and_what_they_mean(tmp_path, capsys)
     for cell in result["cells"]:
         assert cell["accesses"] == cell["hits"] + cell["misses"]
         assert cell["hit_rate"] == round(cell["hits"] / cell["accesses"], 6)
-    (trace,) = seeded_traces(["qa"], SeededSettings(num_requests=60), open_vocabulary(None))
-    stream = trace.at(16).stream
+    (log,) = seeded_logs(["qa"], SeededSettings(num_requests=60), open_vocabulary(None))
+    stream = log.at(16).stream
     wanted = {"policy": "s3-fifo", "block_size": 16, "capacity_blocks": 64}
     (cell,) = (cell for cell in result["cells"] if cell.items() >= wanted.items())
     assert cell["hits"] == int(simulate(stream, "s3-fifo", 64, leaf=True).hits.sum())
@@ -325,7 +325,7 @@ def test_the_command_reads_recorded_accesses_and_conversations(tmp_path):
     result = study_json(tmp_path / "b", "sweep.json", "sweep", *command, *every, *quick)
     assert [trace["requests"] for trace in result["traces"]] == [3, 6]
     assert result["sources"][0]["path"] == str(sample)
-    assert read_trace(recorded, open_vocabulary(None)).block_size == BLOCK
+    assert read_log(recorded, open_vocabulary(None)).block_size == BLOCK
 
 
 @pytest.mark.parametrize(

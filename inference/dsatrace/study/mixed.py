@@ -1,12 +1,12 @@
 """Several workloads in one cache: the hits that each policy gives to each workload, and to all.
 
 The workload-aware policies need a profile of how each workload reuses its blocks. It is given,
-or measured on a warm-up: the first requests of the trace, which are not replayed. Every policy
+or measured on a warm-up: the first requests of the log, which are not replayed. Every policy
 replays the rest from an empty cache, so none is measured on what it has seen; only OPT knows the
 future. OPT bounds the hits of all workloads together; a policy that neglects the others may give
 one workload more.
 
-    rest, profile = warm_up(trace, block_size=16, share=0.2)
+    rest, profile = warm_up(log, block_size=16, share=0.2)
     runs = mixed_runs(["lru", "fifo", "wa-lru"], profile)
     cells = sweep({(OVERALL, 16): rest.at(16)}, SweepSettings((256,), runs))
 """
@@ -26,7 +26,7 @@ from dsatrace.kv.policies.registry import POLICIES
 from dsatrace.kv.policies.reuse import ReuseProfile, admitted_workloads, reuse_profile
 from dsatrace.study.sweep import Form, policy_runs
 from dsatrace.study.sweep_cells import PolicyRun
-from dsatrace.study.sweep_inputs import Trace
+from dsatrace.study.sweep_inputs import RequestLog
 
 CAPACITY_BLOCKS = 256
 BLOCK_SIZE = 16
@@ -52,16 +52,16 @@ class WorkloadProfile:
 Profile = dict[str, WorkloadProfile]
 
 
-def warm_up(trace: Trace, block_size: int, share: float) -> tuple[Trace, Profile]:
+def warm_up(log: RequestLog, block_size: int, share: float) -> tuple[RequestLog, Profile]:
     """Splits off the first `share` of the requests; returns the rest, and the profile of the first.
 
     Raises a `UserError` if a workload of the rest does not occur in the warm-up.
     """
     if not 0 < share < 1:
         raise UserError(f"--warm-up must be a share between 0 and 1, not {share}")
-    num_requests = round(share * len(trace))
-    rows = np.arange(len(trace))
-    head, rest = trace.take(rows[:num_requests]), trace.take(rows[num_requests:])
+    num_requests = round(share * len(log))
+    rows = np.arange(len(log))
+    head, rest = log.take(rows[:num_requests]), log.take(rows[num_requests:])
     missing = sorted(set(rest.labels) - set(head.labels))
     if missing or not len(rest):
         raise UserError(

@@ -100,11 +100,10 @@ class Client:
         chosen = self.vocabulary
         prepared = prepare_traces(self._conversations(), self.settings, chosen.vocabulary, chosen.formatter)
         self.counts |= prepared.counts | self._oddities()
-        synthetic = self.source.workload
-        single = multi = synthetic if synthetic in (QA, SUMMARIZATION) else None
+        label = self.source.workload if self.source.workload in (QA, SUMMARIZATION) else None
         return PreparedTraces(
-            _labelled(prepared.single, single or CHAT_SINGLE),
-            _labelled(prepared.multi, multi or CHAT_MULTI),
+            _labelled(prepared.single, label or CHAT_SINGLE),
+            _labelled(prepared.multi, label or CHAT_MULTI),
             prepared.counts,
         )
 

@@ -1,9 +1,9 @@
-"""The inputs of a sweep: seeded workloads, conversations, a trace file, or recorded block accesses.
+"""The inputs of a sweep, as request logs: seeded workloads, conversations, a trace file, block accesses.
 
     words = open_vocabulary(None)
-    traces = seeded_traces(("qa", "chat_multi"), SeededSettings(num_requests=500), words)
-    traces = split_by_workload(read_trace("outputs/study_run", words))
-    traces[0].at(block_size=16, concurrency=1)           # a CacheInput
+    logs = seeded_logs(("qa", "chat_multi"), SeededSettings(num_requests=500), words)
+    logs = split_by_workload(read_log("outputs/study_run", words))
+    logs[0].at(block_size=16, concurrency=1)           # a CacheInput
 
 Knows no policy.
 """
@@ -55,8 +55,8 @@ class SeededSettings:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Trace:
-    """A named trace; `origin` says where it comes from."""
+class RequestLog:
+    """Requests under a name; `origin` says where they come from."""
 
     name: str
     origin: str
@@ -84,64 +84,66 @@ class Trace:
         content = self.content
         return int((content.num_tokens if isinstance(content, Accesses) else content.num_prompt_tokens).sum())
 
-    def take(self, rows: NDArray[np.int64]) -> Trace:
+    def take(self, rows: NDArray[np.int64]) -> RequestLog:
         """The requests `rows`, in that order."""
         return dataclasses.replace(self, content=self.content.take(rows))
 
     def at(self, block_size: int, concurrency: int = 1) -> CacheInput:
-        """The trace in blocks; raises a `UserError` for a size that it cannot be cut into."""
+        """The log in blocks; raises a `UserError` for a size that it cannot be cut into."""
         content = self.content
         if isinstance(content, StudyRequests):
             content = Accesses.of(content, block_trace(content, block_size))
         return CacheInput.of(content, block_size, concurrency)
 
 
-def read_trace(path: str | Path, vocabulary: NamedVocabulary, bad_rows: BadRows | None = None) -> Trace:
+def read_log(path: str | Path, vocabulary: NamedVocabulary, bad_rows: BadRows | None = None) -> RequestLog:
     """A trace file of any known kind, or the folder (or accesses.jsonl) of `study run --write-accesses`."""
     path = Path(path)
     if path.is_dir() or path.name == ACCESSES_FILE:
         folder = path if path.is_dir() else path.parent
-        return Trace(folder.resolve().name, str(path), read_accesses(folder, bad_rows))
-    return Trace(path.stem, str(path), read_requests(path, vocabulary.vocabulary, bad_rows))
+        return RequestLog(folder.resolve().name, str(path), read_accesses(folder, bad_rows))
+    return RequestLog(path.stem, str(path), read_requests(path, vocabulary.vocabulary, bad_rows))
 
 
-def split_by_workload(trace: Trace) -> list[Trace]:
-    """One trace per workload, named after it. A trace without labels keeps its own name."""
-    labels = np.array(trace.labels)
-    names = list(dict.fromkeys(trace.labels))
+def split_by_workload(log: RequestLog) -> list[RequestLog]:
+    """One log per workload, named after it. A log without labels keeps its own name."""
+    labels = np.array(log.labels)
+    names = list(dict.fromkeys(log.labels))
     if len(names) <= 1:
-        return [dataclasses.replace(trace, name=names[0]) if names and names[0] else trace]
+        return [dataclasses.replace(log, name=names[0]) if names and names[0] else log]
     return [
-        dataclasses.replace(trace.take(np.flatnonzero(labels == name)), name=name or UNLABELLED)
+        dataclasses.replace(log.take(np.flatnonzero(labels == name)), name=name or UNLABELLED)
         for name in names
     ]
 
 
-def seeded_traces(
+def seeded_logs(
     names: Sequence[str],
     settings: SeededSettings,
     vocabulary: NamedVocabulary,
     conversations: Sequence[Conversation] | None = None,
     origin: str = SYNTHETIC,
-) -> list[Trace]:
-    """One trace per workload. The chats are made of `conversations`, which come from `origin`, if given."""
-    traces = []
+) -> list[RequestLog]:
+    """One log per workload. The chats are made of `conversations`, which come from `origin`, if given."""
+    logs = []
     for name in names:
         real = conversations if name in CHATS else None
         rows = _rows(name, settings, vocabulary, real)
-        traces.append(Trace(name, origin if real else SYNTHETIC, tokenize_rows(rows, vocabulary.vocabulary)))
-    return traces
+        logs.append(
+            RequestLog(name, origin if real else SYNTHETIC, tokenize_rows(rows, vocabulary.vocabulary))
+        )
+    return logs
 
 
-def mixed_trace(
+def mixed_log(
     names: Sequence[str],
     settings: SeededSettings,
     vocabulary: NamedVocabulary,
     conversations: Sequence[Conversation] | None = None,
     origin: str = SYNTHETIC,
     pattern: Sequence[str] | None = None,
-) -> Trace:
-    """The workloads as one trace, by arrival or in rounds of `pattern`; they share the arrival rate.
+) -> RequestLog:
+    """The workloads as one log, by arrival or in rounds of `pattern`; they share the arrival rate.
 
     If both chats are asked for, each gets every second conversation, since otherwise one would
     hit what the other has cached.
@@ -158,7 +160,7 @@ def mixed_trace(
         rows.append(_rows(name, shared, vocabulary, real))
     mixed = tokenize_rows(interleave(rows, pattern), vocabulary.vocabulary)
     chats = f"chats: {origin}, the rest: {SYNTHETIC}"
-    return Trace("mixed", chats if conversations is not None else SYNTHETIC, mixed)
+    return RequestLog("mixed", chats if conversations is not None else SYNTHETIC, mixed)
 
 
 def _rows(
@@ -186,17 +188,17 @@ def first_conversations(loader: Iterable[Conversation], min_turns: int, origin: 
 
 
 def limited(
-    trace: Trace, max_tokens: int | None, min_turns: int, order: Order = "arrival"
-) -> tuple[Trace, dict[str, int]]:
-    """The trace in `order`, without conversations of too few turns or a request over `max_tokens`.
+    log: RequestLog, max_tokens: int | None, min_turns: int, order: Order = "arrival"
+) -> tuple[RequestLog, dict[str, int]]:
+    """The log in `order`, without conversations of too few turns or a request over `max_tokens`.
 
     Also returns how many conversations were kept and dropped, by reason.
     """
-    if isinstance(trace.content, Accesses):
+    if isinstance(log.content, Accesses):
         if max_tokens is not None or min_turns != 1 or order != "arrival":
             raise UserError(
-                f"{trace.origin}: recorded accesses are replayed as they are; filter and order in `study run`"
+                f"{log.origin}: recorded accesses are replayed as they are; filter and order in `study run`"
             )
-        return trace, {}
-    kept, counts = limit_requests(trace.content, max_tokens, min_turns)
-    return dataclasses.replace(trace, content=kept.ordered(order)), counts
+        return log, {}
+    kept, counts = limit_requests(log.content, max_tokens, min_turns)
+    return dataclasses.replace(log, content=kept.ordered(order)), counts

@@ -29,7 +29,7 @@ from dsatrace.study.mixed import (
 from dsatrace.study.output_folder import check_output, open_study
 from dsatrace.study.sweep import SweepSettings, sweep
 from dsatrace.study.sweep_cells import OVERALL
-from dsatrace.study.sweep_inputs import Trace, mixed_trace, read_trace
+from dsatrace.study.sweep_inputs import RequestLog, mixed_log, read_log
 from dsatrace.study.tokenization import NamedVocabulary, open_vocabulary
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.synthetic import WORKLOADS
@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open_study(args.output_dir, about) as folder:
         bad_rows = BadRows(args.bad_rows)
         with shared.cells_bar("mixed") as on_done:
-            trace, dropped = shared.filtered(_trace(args, vocabulary, bad_rows), args)
-            block_size = args.block_size or trace.block_size or BLOCK_SIZE
-            rest, profile, how = _profiled(args, trace, block_size, given_profile, names)
+            log, dropped = shared.filtered(_log(args, vocabulary, bad_rows), args)
+            block_size = args.block_size or log.block_size or BLOCK_SIZE
+            rest, profile, how = _profiled(args, log, block_size, given_profile, names)
             runs = mixed_runs(names, profile, args.forms, priorities, args.seed)
             settings = SweepSettings((args.num_blocks,), runs, args.oversize, args.concurrency)
             given = rest.at(block_size, args.concurrency)
@@ -60,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             cells = sweep({(OVERALL, block_size): given}, settings, workers, on_done)
         record = about | {
             "trace": {
-                "origin": trace.origin,
-                "requests": len(trace),
+                "origin": log.origin,
+                "requests": len(log),
                 "replayed": len(rest),
-                "prompt_tokens": trace.num_prompt_tokens,
+                "prompt_tokens": log.num_prompt_tokens,
                 "repeated_output_blocks": given.num_repeated,
             },
             "conversations": dropped,
@@ -81,14 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from dsatrace.report.study_tables import mixed_grid
 
-        notes = (f"{trace.name}: {trace.origin}", f"profile of the workloads: {how}")
+        notes = (f"{log.name}: {log.origin}", f"profile of the workloads: {how}")
         shared.show_cells([mixed_grid(cells)], notes, vocabulary, folder)
     return 0
 
 
-def _trace(args: argparse.Namespace, vocabulary: NamedVocabulary, bad_rows: BadRows) -> Trace:
+def _log(args: argparse.Namespace, vocabulary: NamedVocabulary, bad_rows: BadRows) -> RequestLog:
     if args.trace_file is None:
-        return mixed_trace(
+        return mixed_log(
             args.workloads or WORKLOADS,
             shared.seeded_settings(args),
             vocabulary,
@@ -98,26 +98,26 @@ def _trace(args: argparse.Namespace, vocabulary: NamedVocabulary, bad_rows: BadR
         )
     if args.pattern is not None:
         raise UserError("--pattern interleaves the seeded workloads; a trace file has its order already")
-    trace = read_trace(args.trace_file, vocabulary, bad_rows)
-    if len(set(trace.labels)) < 2:
+    log = read_log(args.trace_file, vocabulary, bad_rows)
+    if len(set(log.labels)) < 2:
         raise UserError(f"{args.trace_file}: all requests are of one workload; use `dsatrace study sweep`")
-    return trace
+    return log
 
 
 def _profiled(
-    args: argparse.Namespace, trace: Trace, block_size: int, given: Profile | None, names: Sequence[str]
-) -> tuple[Trace, Profile | None, str]:
+    args: argparse.Namespace, log: RequestLog, block_size: int, given: Profile | None, names: Sequence[str]
+) -> tuple[RequestLog, Profile | None, str]:
     """The requests to replay, the profile for the workload-aware policies, and where it comes from."""
     if given is not None:
-        unknown, missing = set(given) - set(trace.labels), set(trace.labels) - set(given)
+        unknown, missing = set(given) - set(log.labels), set(log.labels) - set(given)
         if missing:
             raise UserError(f"{args.profile}: lacks {', '.join(sorted(missing))}; profile every workload")
         known = {name: entry for name, entry in given.items() if name not in unknown}
-        return trace, known, f"the file {args.profile}; the whole trace is replayed"
+        return log, known, f"the file {args.profile}; the whole trace is replayed"
     if not set(names) & set(NEED_PROFILE):
-        return trace, None, "none needed; the whole trace is replayed"
-    rest, profile = warm_up(trace, block_size, args.warm_up)
-    num_first = len(trace) - len(rest)
+        return log, None, "none needed; the whole trace is replayed"
+    rest, profile = warm_up(log, block_size, args.warm_up)
+    num_first = len(log) - len(rest)
     how = f"the first {num_first:,} requests, which are not replayed; the other {len(rest):,} are"
     return rest, {name: profile[name] for name in dict.fromkeys(rest.labels)}, how
 

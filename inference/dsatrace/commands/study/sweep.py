@@ -26,7 +26,7 @@ from dsatrace.study.sweep import (
     sweep,
 )
 from dsatrace.study.sweep_cells import OPT, Cell
-from dsatrace.study.sweep_inputs import Trace, read_trace, seeded_traces, split_by_workload
+from dsatrace.study.sweep_inputs import RequestLog, read_log, seeded_logs, split_by_workload
 from dsatrace.study.tokenization import NamedVocabulary, open_vocabulary
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.synthetic import WORKLOADS
@@ -45,17 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open_study(args.output_dir, about) as folder:
         bad_rows = BadRows(args.bad_rows)
         with shared.cells_bar("sweep") as on_done:
-            traces, dropped = _traces(args, vocabulary, bad_rows)
+            logs, dropped = _logs(args, vocabulary, bad_rows)
             inputs = {
-                (trace.name, size): trace.at(size, args.concurrency)
-                for trace in traces
-                for size in _block_sizes(args, trace)
+                (log.name, size): log.at(size, args.concurrency)
+                for log in logs
+                for size in _block_sizes(args, log)
             }
             num_accesses = sum(given.stream.num_accesses for given in inputs.values())
             workers = shared.workers_for(args, num_accesses * len(settings.runs) * len(settings.capacities))
             cells = sweep(inputs, settings, workers, on_done)
         record = {
-            "traces": _described(traces, inputs),
+            "traces": _described(logs, inputs),
             "conversations": dropped,
             "bad_rows": bad_rows.summary(),
             "workers": workers,
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from dsatrace.report.study_tables import sweep_grids
 
-        notes = [f"{trace.name}: {trace.origin}" for trace in traces]
+        notes = [f"{log.name}: {log.origin}" for log in logs]
         shared.show_cells(sweep_grids(cells), notes, vocabulary, folder)
     return 0
 
@@ -82,41 +82,41 @@ def _settings(args: argparse.Namespace) -> SweepSettings:
     return SweepSettings(tuple(sorted(args.capacities)), runs, args.oversize, args.concurrency)
 
 
-def _traces(
+def _logs(
     args: argparse.Namespace, vocabulary: NamedVocabulary, bad_rows: BadRows
-) -> tuple[list[Trace], dict[str, dict[str, int]]]:
+) -> tuple[list[RequestLog], dict[str, dict[str, int]]]:
     if args.trace_file is not None:
-        traces = split_by_workload(read_trace(args.trace_file, vocabulary, bad_rows))
+        logs = split_by_workload(read_log(args.trace_file, vocabulary, bad_rows))
     else:
         names = args.workloads or WORKLOADS
         if len(set(names)) != len(names):
             raise UserError(f"name each workload once: {', '.join(names)}")
         real = shared.conversations(args, bad_rows)
-        traces = seeded_traces(names, shared.seeded_settings(args), vocabulary, real, str(args.data_path))
-    pairs = [shared.filtered(trace, args) for trace in traces]
-    return [trace for trace, _ in pairs], {trace.name: counts for trace, counts in pairs}
+        logs = seeded_logs(names, shared.seeded_settings(args), vocabulary, real, str(args.data_path))
+    pairs = [shared.filtered(log, args) for log in logs]
+    return [log for log, _ in pairs], {log.name: counts for log, counts in pairs}
 
 
-def _block_sizes(args: argparse.Namespace, trace: Trace) -> Sequence[int]:
-    """By default a trace that was recorded in blocks is swept at their size alone."""
-    sizes = args.block_sizes or ((trace.block_size,) if trace.block_size else BLOCK_SIZES)
+def _block_sizes(args: argparse.Namespace, log: RequestLog) -> Sequence[int]:
+    """By default a log that was recorded in blocks is swept at their size alone."""
+    sizes = args.block_sizes or ((log.block_size,) if log.block_size else BLOCK_SIZES)
     if len(set(sizes)) != len(sizes):
         raise UserError(f"name each block size once: {', '.join(map(str, sizes))}")
     return tuple(sizes)
 
 
-def _described(traces: Sequence[Trace], inputs: Inputs) -> list[dict[str, Any]]:
+def _described(logs: Sequence[RequestLog], inputs: Inputs) -> list[dict[str, Any]]:
     return [
         {
-            "workload": trace.name,
-            "origin": trace.origin,
-            "requests": len(trace),
-            "prompt_tokens": trace.num_prompt_tokens,
+            "workload": log.name,
+            "origin": log.origin,
+            "requests": len(log),
+            "prompt_tokens": log.num_prompt_tokens,
             "repeated_output_blocks": {
-                str(size): given.num_repeated for (name, size), given in inputs.items() if name == trace.name
+                str(size): given.num_repeated for (name, size), given in inputs.items() if name == log.name
             },
         }
-        for trace in traces
+        for log in logs
     ]
 
 

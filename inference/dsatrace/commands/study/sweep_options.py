@@ -16,7 +16,7 @@ from dsatrace.study.output_folder import OutputFolder
 from dsatrace.study.prepare import DEFAULT_MAX_CONVERSATIONS, ClientSettings
 from dsatrace.study.sweep import Form, SweepSettings, num_cores
 from dsatrace.study.sweep_cells import SEMANTICS, Cell
-from dsatrace.study.sweep_inputs import SeededSettings, Trace, first_conversations, limited
+from dsatrace.study.sweep_inputs import RequestLog, SeededSettings, first_conversations, limited
 from dsatrace.study.tokenization import NamedVocabulary
 from dsatrace.trace.manifest import redact_argv
 from dsatrace.workloads.digests import file_sha256
@@ -92,10 +92,10 @@ def conversations(args: argparse.Namespace, bad_rows: BadRows) -> list[Conversat
     return first_conversations(loader, args.min_turns, str(args.data_path))
 
 
-def filtered(trace: Trace, args: argparse.Namespace) -> tuple[Trace, dict[str, int]]:
-    """The trace after --max-tokens and --min-turns, and how many conversations are left and were dropped."""
+def filtered(log: RequestLog, args: argparse.Namespace) -> tuple[RequestLog, dict[str, int]]:
+    """The log after --max-tokens and --min-turns, and how many conversations were kept and dropped."""
     min_turns = args.min_turns if args.trace_file is not None else 1  # `conversations` has applied it
-    return limited(trace, args.max_tokens, min_turns, args.order)
+    return limited(log, args.max_tokens, min_turns, args.order)
 
 
 def workers_for(args: argparse.Namespace, num_accesses: int) -> int:
