@@ -1,4 +1,4 @@
-"""`run_dataset.py`: RULER, LongBench v2 or ShareGPT through the traced model.
+"""`run_dataset.py`: a data set through the traced model, all requests there from the start.
 
 python3 run_dataset.py --ckpt-path converted --config config_tiny.json --dataset ruler --limit 10
 torchrun --nproc-per-node 8 run_dataset.py --ckpt-path ... --config ... --dataset longbenchv2 --limit 20

@@ -78,12 +78,6 @@ def join_parts(parts: Sequence[Part], encode_text: Callable[[str], list[int]]) -
 
 def check_prompt(messages: Sequence[Message], thinking: bool, answer_prefix: str) -> None:
     """Raises `UserError` unless a model can be asked for the next message."""
-    _check_order(messages)
-    if thinking and answer_prefix:
-        raise UserError("an answer prefix needs thinking off: the answer would start inside the thoughts")
-
-
-def _check_order(messages: Sequence[Message]) -> None:
     expected = "user"
     for i, message in enumerate(messages):
         if message.role not in ("system", "user", "assistant"):
@@ -98,3 +92,5 @@ def _check_order(messages: Sequence[Message]) -> None:
         expected = "assistant" if expected == "user" else "user"
     if expected == "user":
         raise UserError("the conversation must end with a message of the user")
+    if thinking and answer_prefix:
+        raise UserError("an answer prefix needs thinking off: the answer would start inside the thoughts")

@@ -131,18 +131,18 @@ def locate(file: HubFile, folder: Path, remedy: str, within_s: float = ANSWER_S)
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HFValidationError
 
-    host = _endpoint()
     try:
         kept = _kept_copy(file, folder)
+        if kept:
+            return kept
+        if hub_is_off():
+            raise HubError("the hub is switched off by HF_HUB_OFFLINE", f"unset it, {remedy}")
+        host = _endpoint()
         url = hf_hub_url(
             file.repo, file.file, repo_type=file.repo_type, revision=file.revision, endpoint=host
         )
     except HFValidationError as error:
         raise HubError(f"{file.repo!r} is no name of a hub repository", "give one like owner/name") from error
-    if kept:
-        return kept
-    if hub_is_off():
-        raise HubError("the hub is switched off by HF_HUB_OFFLINE", f"unset it, {remedy}")
     with _errors_in_one_line(file, remedy):
         try:  # the library's longer limit only ends the thread
             found = _within(within_s, lambda: get_hf_file_metadata(url, timeout=2 * within_s, endpoint=host))

@@ -34,6 +34,7 @@ from dsatrace.workloads.rows import BadRow, BadRows, Clock
 from dsatrace.workloads.trace_rows import count_column, id_column, number_column, write_lines_by_time
 
 MAX_TIMESTAMP = 1e13  # in the file's unit; three centuries of milliseconds
+MAX_ARRIVAL_NS = 1e19  # three centuries
 MAX_TOKENS = 100_000_000
 NO_PARENT = "-1"
 
@@ -189,9 +190,6 @@ def id_array(row: Mapping[str, Any], column: str, typecode: str) -> array[int]:
     if ids and min(ids) < 0:
         raise BadRow("negative number", "in the list", column)
     return ids
-
-
-MAX_ARRIVAL_NS = 1e19  # three centuries
 
 
 @dataclasses.dataclass(frozen=True)

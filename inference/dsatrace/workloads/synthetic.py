@@ -39,6 +39,10 @@ from dsatrace.workloads.ruler.texts import ADJECTIVES, NOUNS
 from dsatrace.workloads.sharegpt import Conversation
 from dsatrace.workloads.trace_rows import TraceRow
 
+CHAT_SINGLE, CHAT_MULTI, QA, SUMMARIZATION = "chat_single", "chat_multi", "qa", "summarization"
+WORKLOADS = (CHAT_SINGLE, CHAT_MULTI, QA, SUMMARIZATION)
+DEFAULT_NUM_REQUESTS = 1000
+
 INSTRUCTION = "Summarize the following document in one short paragraph. Keep names and order.\n\n"
 
 _VERBS = """\
@@ -198,13 +202,8 @@ def _filled(draw: random.Random, patterns: Sequence[str]) -> str:
     )
 
 
-CHAT_SINGLE, CHAT_MULTI, QA, SUMMARIZATION = "chat_single", "chat_multi", "qa", "summarization"
-WORKLOADS = (CHAT_SINGLE, CHAT_MULTI, QA, SUMMARIZATION)
-DEFAULT_NUM_REQUESTS = 1000
-
-
 def synthetic_conversations(workload: str, count: int, seed: int) -> list[Conversation]:
-    """As many conversations as one of `WORKLOADS` is made of, with the default settings."""
+    """`count` conversations of one of `WORKLOADS`, with the default settings."""
     if workload == QA:
         return qa_conversations(QaSettings(num_requests=count), seed)
     if workload == SUMMARIZATION:
@@ -253,7 +252,7 @@ def interleave(
     if pattern is None:
         yield from heapq.merge(*logs, key=lambda row: row.timestamp)
         return
-    rows = [row for trace in logs for row in trace]
+    rows = [row for log in logs for row in log]
     waiting: dict[str, collections.deque[TraceRow]] = collections.defaultdict(collections.deque)
     for row in rows:
         waiting[row.workload].append(row)

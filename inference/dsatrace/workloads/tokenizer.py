@@ -184,18 +184,8 @@ def byte_tokenizer_json() -> dict[str, Any]:
     first, last = (BOS, EOS, PAD), (USER, ASSISTANT, THINK, END_THINK)
     symbols = sorted(_BYTE_OF, key=lambda symbol: _BYTE_OF[symbol])
     vocabulary = {token: token_id for token_id, token in enumerate((*first, *symbols, *last))}
-    added = [
-        {
-            "id": vocabulary[token],
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for token in (*first, *last)
-    ]
+    off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": vocabulary[token], "content": token, **off, "special": True} for token in (*first, *last)]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
         "version": "1.0",
