@@ -1,4 +1,4 @@
-"""Who is charged for what of a layer's fetch, against sets; and whole shares of a batch."""
+"""Which row is charged for which fetched unit, against sets; and whole shares of a batch."""
 
 from __future__ import annotations
 

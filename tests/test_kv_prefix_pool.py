@@ -228,14 +228,14 @@ class PoolMachine(RuleBasedStateMachine):
             BlockPool(num_blocks, block_size, null_block=null_block, free_order=free_order)
         )
         self.pool.blocks.on_void = self._void
-        self.void = set(range(int(null_block), num_blocks))  # nobody can read what they hold
+        self.void = set(range(int(null_block), num_blocks))  # their content can no longer be read
         self.live: list[tuple[HeldBlocks, KeyChain, list[int]]] = []
         self.preempted: list[list[int]] = []
         self.seen: set[tuple[int, ...]] = set()  # prefixes that were ever cached
 
     def _void(self, block_ids: list[int]) -> None:
         assert block_ids and not self.void & set(block_ids), "named twice"
-        assert not any(map(self.pool.blocks.num_users, block_ids)), "somebody uses it"
+        assert not any(map(self.pool.blocks.num_users, block_ids)), "it is in use"
         self.void |= set(block_ids)
 
     def _admit(self, tokens: list[int], chunk: int) -> bool:

@@ -1,4 +1,4 @@
-"""LRU at all capacities from one pass equals one simulation a capacity, exactly."""
+"""LRU at all capacities from one pass equals one simulation per capacity, exactly."""
 
 from __future__ import annotations
 
@@ -82,4 +82,4 @@ def test_with_waiting_lru_is_no_stack_algorithm():
     assert [int(simulate(stream, "lru", c).hits.sum()) for c in capacities] == [0, 0, 1, 0, 0, 1, 1, 1]
     swept = lru_hits_at(stream, capacities)
     assert swept.hits[:, 0].tolist() == [0, 0, 1, 0, 0, 1, 1, 1]
-    assert swept.num_simulated == 7  # with room for 8, nobody waits
+    assert swept.num_simulated == 7  # with room for 8, no request waits

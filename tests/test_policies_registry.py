@@ -32,7 +32,7 @@ def test_every_policy_names_its_meaning_and_source():
 @pytest.mark.parametrize("name", sorted(POLICIES))
 @pytest.mark.parametrize("leaf", [False, True], ids=["flat", "leaf"])
 def test_a_pool_can_use_it(name, leaf):
-    """Without `miss`, with hits on what nobody holds, and with blocks taken away."""
+    """Without `miss`, with hits on unpinned blocks, and with `forget`."""
     policy: PlainPolicy = make_policy(name, 4, leaf=leaf, **GIVEN.get(name, {}))
     chain = [(7, NO_PARENT), (8, 7), (9, 8)]
     for depth, (block, parent) in reversed(list(enumerate(chain))):

@@ -37,7 +37,7 @@ def server():
 
 @pytest.fixture
 def store(server):
-    """Ten units under known names, so that a test can lay hands on them."""
+    """Ten units under known names, so that a test can tamper with them."""
     opened = valkey_store(StoreSettings(server.unix, U, namespace=NAMESPACE))
     assert opened.put(KEYS, DATA).all()
     yield opened
@@ -46,7 +46,7 @@ def store(server):
 
 @pytest.fixture
 def tell(server):
-    """Sends the server a command of somebody else; returns the answer."""
+    """Sends the server a command on another connection; returns the answer."""
     connection = Connection(parse_address(server.tcp), timeout_s=5)
     yield lambda *words: connection.lines(command(*words), 1)[0]
     connection.close()

@@ -88,7 +88,7 @@ def test_mooncake_units_that_somebody_else_wrote():
 
 @pytest.fixture
 def nixl_medium(tmp_path):
-    """A store on NIXL with ten units, and its medium, whose file a test may lay hands on."""
+    """A store on NIXL with ten units, and its medium, whose file a test may tamper with."""
     if not has_nixl():
         pytest.skip("no nixl; pip install nixl-cu12")
     store = open_store(f"nixl:{tmp_path}/n", U, 10, timeout_s=0.5)

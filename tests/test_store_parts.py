@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import socket
 import threading
@@ -18,7 +19,7 @@ from dsatrace.kv.stores.calibration import Sample, fit
 from dsatrace.kv.stores.checksums import copy_units, sum_units
 from dsatrace.kv.stores.interface import StoreStats, unit_keys
 from dsatrace.kv.stores.ledger import FIRST_SLOTS, Ledger
-from dsatrace.kv.stores.opening import open_store
+from dsatrace.kv.stores.opening import STORES, open_store
 from dsatrace.kv.stores.resp import NIL, Address, Connection
 from dsatrace.kv.stores.simulated import PRESETS, Figure, Preset, load_preset
 from dsatrace.kv.stores.valkey import parse_address
@@ -202,6 +203,12 @@ def test_specs_that_name_no_store(spec, message, monkeypatch):
     monkeypatch.delenv("MMC_LOCAL_CONFIG_PATH", raising=False)
     with pytest.raises(UserError, match=message):
         open_store(spec, 656, 10)
+
+
+@pytest.mark.parametrize("scheme", STORES)
+def test_every_store_of_the_table_has_its_opener(scheme):
+    module, function = STORES[scheme].opener.split(".")
+    assert callable(getattr(importlib.import_module(f"dsatrace.kv.stores.{module}"), function))
 
 
 def test_what_only_a_caller_can_get_wrong():

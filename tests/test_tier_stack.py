@@ -120,7 +120,7 @@ def test_what_was_put_last_is_what_is_fetched(capacities, policy: str, history: 
 
 
 def check_room(stack: TierStack) -> None:
-    """Who makes room for whom is decided among exactly the units that the local pool is known to hold."""
+    """Victims are chosen among exactly the units that the local pool is known to hold."""
     if stack._residency is not None:
         here = stack._residency.is_resident(np.arange(NUM_LAYERS * UNITS_PER_LAYER))
         assert here.tolist() == stack._is_current[LOCAL].tolist()
@@ -246,7 +246,7 @@ def test_it_is_a_write_back_cache_and_its_counts_add_up(capacity: int, history: 
     )
     assert remote.stored_units == plain.num_written_back + plain.num_direct
     assert local.stored_units == plain.num_into_local + plain.num_promoted
-    assert (local.missed_units, remote.missed_units) == (0, 0)  # nobody is asked for what he does not hold
+    assert (local.missed_units, remote.missed_units) == (0, 0)  # no store is asked for a unit that it lacks
 
 
 def test_a_victim_that_cannot_be_written_back_stays() -> None:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import importlib
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -21,65 +21,27 @@ if TYPE_CHECKING:
     from dsatrace.kv.stores.simulated import Preset
 
 
-def _ram(settings: StoreSettings) -> Store:
-    from dsatrace.kv.stores.memory import ram_store
-
-    return ram_store(settings)
-
-
-def _mmap(settings: StoreSettings) -> Store:
-    from dsatrace.kv.stores.memory import mmap_store
-
-    return mmap_store(settings)
-
-
-def _file(settings: StoreSettings) -> Store:
-    from dsatrace.kv.stores.direct_file import direct_file_store
-
-    return direct_file_store(settings)
-
-
-def _nixl(settings: StoreSettings) -> Store:
-    from dsatrace.kv.stores.nixl import nixl_store
-
-    return nixl_store(settings)
-
-
-def _valkey(settings: StoreSettings) -> Store:
-    from dsatrace.kv.stores.valkey import valkey_store
-
-    return valkey_store(settings)
-
-
-def _mooncake(settings: StoreSettings) -> Store:
-    from dsatrace.kv.stores.mooncake import mooncake_store
-
-    return mooncake_store(settings)
-
-
-def _memcache(settings: StoreSettings) -> Store:
-    from dsatrace.kv.stores.memcache import memcache_store
-
-    return memcache_store(settings)
-
-
 @dataclasses.dataclass(frozen=True)
 class StoreKind:
     usage: str  # how a spec is written, for the message that refuses one
     needs: Literal["nothing", "file", "address"]  # after the scheme
-    open: Callable[[StoreSettings], Store]
+    opener: str  # MODULE.FUNCTION in this package, imported only when such a store is opened
+
+    def open(self, settings: StoreSettings) -> Store:
+        module, function = self.opener.split(".")
+        return getattr(importlib.import_module(f"dsatrace.kv.stores.{module}"), function)(settings)
 
 
 STORES: dict[str, StoreKind] = {
-    "ram": StoreKind("ram", "nothing", _ram),
-    "mmap": StoreKind("mmap:PATH", "file", _mmap),
-    "file": StoreKind("file:PATH", "file", _file),
-    "redis": StoreKind("redis://HOST:PORT", "address", _valkey),
-    "valkey": StoreKind("valkey://HOST:PORT", "address", _valkey),
-    "unix": StoreKind("unix://PATH", "address", _valkey),
-    "mooncake": StoreKind("mooncake://HOST:PORT", "address", _mooncake),
-    "nixl": StoreKind("nixl:PATH (experimental)", "file", _nixl),
-    "memcache": StoreKind("memcache:FILE (untested on hardware)", "address", _memcache),
+    "ram": StoreKind("ram", "nothing", "memory.ram_store"),
+    "mmap": StoreKind("mmap:PATH", "file", "memory.mmap_store"),
+    "file": StoreKind("file:PATH", "file", "direct_file.direct_file_store"),
+    "redis": StoreKind("redis://HOST:PORT", "address", "valkey.valkey_store"),
+    "valkey": StoreKind("valkey://HOST:PORT", "address", "valkey.valkey_store"),
+    "unix": StoreKind("unix://PATH", "address", "valkey.valkey_store"),
+    "mooncake": StoreKind("mooncake://HOST:PORT", "address", "mooncake.mooncake_store"),
+    "nixl": StoreKind("nixl:PATH (experimental)", "file", "nixl.nixl_store"),
+    "memcache": StoreKind("memcache:FILE (untested on hardware)", "address", "memcache.memcache_store"),
 }
 """By scheme. `sim:PRESET+SPEC` wraps any of them and models its times."""
 

@@ -66,7 +66,7 @@ class Preset:
 
 UNKNOWN = Figure(0.0, "not published; fit it with `dsatrace calibrate`", "unknown")
 _ESS = "ESS, arXiv 2512.10576: gather of 656-byte rows by unified addressing"
-_COPY_CALL = Figure(6.0, "DualPath, arXiv 2602.21548, section 5.2: 5-7 us a cudaMemcpyAsync", "published")
+_COPY_CALL = Figure(6.0, "DualPath, arXiv 2602.21548, section 5.2: 5-7 us per cudaMemcpyAsync", "published")
 
 
 def _preset(
@@ -82,11 +82,11 @@ _ALL = (
             Figure(4800, "NVIDIA H200 data sheet, from memory", "unverified")),
     _preset("hbm-h100", "H100 SXM memory", Figure(3350, "NVIDIA H100 data sheet, from memory", "unverified")),
     _preset("hbm-h20", "H20 memory", Figure(4000, "NVIDIA H20 data sheet, from memory", "unverified")),
-    _preset("pcie5-x16", "host memory to GPU, one copy call an operation",
+    _preset("pcie5-x16", "host memory to GPU, one copy call per operation",
             Figure(55, "64 GB/s raw, usual share of it", "unverified"), alpha_op_us=_COPY_CALL),
     _preset("pcie5-gather", "host memory to GPU, rows gathered by a kernel",
             Figure(37, _ESS, "unverified"), Figure(43, _ESS, "unverified")),
-    _preset("pcie4-x16", "host memory to GPU, one copy call an operation",
+    _preset("pcie4-x16", "host memory to GPU, one copy call per operation",
             Figure(25, "32 GB/s raw, rule of thumb", "unverified"), alpha_op_us=_COPY_CALL),
     _preset("rdma-400g", "one 400 Gb/s link, 50 GB/s raw",
             Figure(23.75, "Mooncake README: 190 GB/s over 8 x 400 Gb/s RoCE", "published")),
