@@ -144,14 +144,8 @@ def test_columns_are_written_as_orjson_writes_records(
 
 def test_choices() -> None:
     column = Choice(["a\n\u2028", None, True], np.array([2, 0, 0, 1]))
-    lines = bytes(LineEncoder().encode({"é": column}, 4)).decode().splitlines()[:4]
-    joined = bytes(LineEncoder().encode({"é": column}, 4)).decode()
-    assert [json.loads(line)["é"] for line in joined.split("\n")[:-1]] == [
-        True,
-        "a\n\u2028",
-        "a\n\u2028",
-        None,
-    ]
+    lines = bytes(LineEncoder().encode({"é": column}, 4)).decode().split("\n")[:-1]
+    assert [json.loads(line)["é"] for line in lines] == [True, "a\n\u2028", "a\n\u2028", None]
     assert lines[0] == '{"é":true}'
 
 
@@ -166,8 +160,6 @@ def test_nothing_is_compiled_while_a_step_is_written() -> None:
 
 
 def test_a_block_larger_than_any_context() -> None:
-    capture = sample_capture(np.random.default_rng(0), [90])
-    assert bytes(LINES.encode(derive(capture, block_size=2**40))) == step_lines(
-        derive(capture, block_size=2**40)
-    )
-    assert derive(capture, block_size=2**40).stats.block_ids.tolist() == [0, 0]
+    step = derive(sample_capture(np.random.default_rng(0), [90]), block_size=2**40)
+    assert bytes(LINES.encode(step)) == step_lines(step)
+    assert step.stats.block_ids.tolist() == [0, 0]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -24,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,7 @@ from dsatrace.trace.records import RecordDeriver, StepLines
 from dsatrace.trace.summary import Summary
 from dsatrace.trace.tracer import Tracer
 from dsatrace.units import size_text
+from dsatrace.workloads.request import Request
 
 NUM_LAYERS, TOP_K, BLOCK_SIZE = 61, 2048, 16
 BATCHES, CONTEXTS = (1, 4), (32_768, 131_072)
@@ -261,7 +261,7 @@ class TracedSteps:
         self.recorder = ForwardRecorder(hook, NUM_LAYERS, batch, TOP_K, tracer=self.tracer)
         self.batch, self.seq_len, self.num_steps = batch, seq_len, 0
         for b in range(batch):
-            self.tracer.add_request(_Request(f"r{b}"))
+            self.tracer.add_request(Request(f"r{b}", (1, 2, 3), max_new_tokens=1))
         self.handover_ms: list[float] = []
 
     def step(self, forward: Callable[[], None]) -> float:
@@ -276,16 +276,6 @@ class TracedSteps:
         now = time.perf_counter()
         self.handover_ms.append((started - began + now - ended) * 1e3)
         return (now - began) * 1e3
-
-
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    request_id: str
-    prompt_token_ids: Sequence[int] = (1, 2, 3)
-    source_row: int | None = None
-    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    needle_positions: tuple[int, ...] = ()
-    arrival_s: float = 0.0
 
 
 def bench_waiting_step(batch: int, context: int, turns: int, folder: Path) -> dict[str, Any]:
