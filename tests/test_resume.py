@@ -464,7 +464,7 @@ def _twice(records: list[Record], manifest: Record) -> None:
     "spoil",
     [_uncut, _no_seam, _late_seam, _larger_batch, _lost_row, _lost_row_later, _smaller_batch_later, _twice],
 )
-def test_verify_sees_what_a_resume_does_not_explain(
+def test_verify_sees_what_no_resume_explains(
     tmp_path: Path, spoil: Callable[[list[Record], Record], None]
 ) -> None:
     folder = serve(tmp_path / "run", stop_at=7)

@@ -82,7 +82,7 @@ def test_the_same_bytes(
         np.testing.assert_array_equal(ours, theirs, err_msg=field.name)
 
 
-def test_views_of_a_ring_and_read_only_arrays_are_taken_as_they_are() -> None:
+def test_views_and_read_only_arrays_are_taken() -> None:
     ring = np.full((3, 8, 5), -1, dtype=np.int32)
     ring[:, 0] = np.arange(15).reshape(3, 5)
     frozen = ring[:, :1].copy()
@@ -102,7 +102,7 @@ def random_selection(rng: np.random.Generator) -> np.ndarray:
 
 @settings(max_examples=200, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_the_same_selections_are_refused_with_the_same_words(seed: int) -> None:
+def test_the_same_selections_are_refused(seed: int) -> None:
     positions = random_selection(np.random.default_rng(seed))
     arguments = (positions, np.array([10, 10]), np.array([0, 0]), 4)
     try:

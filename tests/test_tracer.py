@@ -197,7 +197,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
     assert RunReader(tmp_path).manifest["state"] == "incomplete"
 
 
-def test_a_full_queue_makes_the_model_wait_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_full_queue_makes_the_model_wait(tmp_path: Path) -> None:
     gate = threading.Event()
     steps = captures(6, wait=gate.wait)
     with open_tracer(tmp_path, queue_steps=2) as tracer:
