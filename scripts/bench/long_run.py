@@ -1,8 +1,8 @@
 """A long run in bounded memory: writes N records through the real sinks, verifies and summarizes them.
 
-Selections are made up (evenly spread, 32K context), requests come and go four at a time,
-each stage runs in a process of its own, and its time and peak memory are printed. Says
-nothing about any model. Not part of CI at full size; a small one runs in the tests.
+Selections are made up (evenly spread, 32K context), four requests are served at a time. Each stage
+runs in its own process; its time and peak memory are printed. Says nothing about any model. The
+tests run a small one.
 
     python3 scripts/bench/long_run.py --records 1000000 --level stats
     python3 scripts/bench/long_run.py --records 50000 --level full
