@@ -338,7 +338,7 @@ def test_a_real_run_there_and_back(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["j", "p"]
 
 
-def test_a_report_of_an_exported_run_is_that_of_the_run(
+def test_an_exported_run_reports_the_same(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export_run(RunReader(runs / "full"), "parquet", tmp_path / "full")
@@ -461,7 +461,7 @@ def test_a_full_disk_is_one_clear_line(runs: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_export_leaves_no_folder_and_the_next_one_succeeds(runs: Path, tmp_path: Path) -> None:
+def test_a_killed_export_leaves_no_folder(runs: Path, tmp_path: Path) -> None:
     program = f"""
 import os, sys
 sys.path[:0] = [{str(INFERENCE)!r}]

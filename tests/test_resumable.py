@@ -89,31 +89,14 @@ def test_what_may_differ() -> None:
 
 
 def test_the_flags_come_back(tmp_path: Path) -> None:
-    argv = [
-        "--dataset",
-        "ruler",
-        "--no-hub",
-        "--limit=5",
-        "--prompt",
-        "--what is this?",
-        "--max-new-tokens",
-        "8",
-    ]
+    argv = ["--dataset", "ruler", "--no-hub", "--limit=5", "--prompt", "--what is this?"]
+    argv += ["--max-new-tokens", "8"]
     assert resumed_argv(started_with(tmp_path, *argv)) == argv
 
 
 def test_the_folder_is_not_among_them(tmp_path: Path) -> None:
-    folder = started_with(
-        tmp_path,
-        "--resume",
-        "old run",
-        "--dataset",
-        "ruler",
-        "--trace-out",
-        "there",
-        "--trace-out=here",
-        "--no-hub",
-    )
+    argv = ("--resume", "old run", "--dataset", "ruler", "--trace-out", "there", "--trace-out=here")
+    folder = started_with(tmp_path, *argv, "--no-hub")
     assert resumed_argv(folder) == ["--dataset", "ruler", "--no-hub"]
 
 

@@ -104,9 +104,7 @@ def test_a_failing_writer_changes_no_token(tmp_path: Path, fails_at: int, policy
         assert "No space left" in manifest["error"]
 
 
-def test_continue_counts_what_was_lost_and_says_so_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_continue_counts_losses_and_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gate = threading.Event()
     rng = np.random.default_rng(0)
     released: list[int] = []

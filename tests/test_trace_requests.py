@@ -83,7 +83,7 @@ def test_serving_by_hand() -> None:
     assert (buckets[-1]["arrived"], buckets[-1]["finished"]) == (1, 1)
 
 
-def test_requests_that_lost_their_kv_are_counted_where_there_are_any() -> None:
+def test_lost_requests_are_counted_where_there_are_any() -> None:
     lines = [line("failed"), line("stop", num_recomputes=2), line("failed", num_recomputes=1)]
     counts = {"served": 1, "rejected": 0, "aborted": 0, "unfinished": 0, "preemptions": 0}
     whole = said(added(lines, SERVING))["serving"]["counts"]

@@ -99,7 +99,7 @@ def test_parts_merge_to_the_whole() -> None:
     assert close(merged, whole)
 
 
-def test_hot_blocks_are_those_of_the_shared_prefix_most_touched_first() -> None:
+def test_hot_blocks_are_prefix_blocks_in_order() -> None:
     captures = [
         sample_capture(np.random.default_rng(0), [200], 1, 4, step_idx=i, cached_blocks=[3]) for i in range(3)
     ]

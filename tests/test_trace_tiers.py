@@ -240,8 +240,8 @@ def test_a_setup_that_cannot_be_is_refused(change: dict[str, Any], said: str) ->
         dataclasses.replace(setup(), **change)
 
 
-def test_a_unit_is_of_the_layout_that_bytes_are_counted_with() -> None:
-    with pytest.raises(ValueError, match="4000 bytes, 1152 bytes a token in layout demo"):
+def test_a_unit_has_the_size_of_its_layout() -> None:
+    with pytest.raises(ValueError, match="4000 bytes, 1152 bytes per token in layout demo"):
         of(dataclasses.replace(setup(), unit_bytes=4000))
     assert of(setup()).tiers == setup()
     assert setup().unit_bytes == 4 * LATENT

@@ -102,7 +102,7 @@ def spoilt(record: dict[str, Any], path: str) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda changes: changes.get("level", "with scores"))
-def test_every_spoilt_field_is_found_and_its_record_named(tmp_path: Path, variant: dict[str, Any]) -> None:
+def test_every_spoilt_field_is_found(tmp_path: Path, variant: dict[str, Any]) -> None:
     folder = write_golden(tmp_path / "run", **variant)
     kind = variant.get("level", "with scores")
     verify(folder)
@@ -124,7 +124,7 @@ def test_every_spoilt_field_is_found_and_its_record_named(tmp_path: Path, varian
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda changes: changes.get("level", "with scores"))
-def test_a_shared_layers_record_is_held_against_its_sources(tmp_path: Path, variant: dict[str, Any]) -> None:
+def test_a_shared_record_is_compared_with_its_source(tmp_path: Path, variant: dict[str, Any]) -> None:
     """What comes from the model is found there too, at any level; in the source the next layer shows it."""
     folder = write_golden(tmp_path / "run", num_layers=4, shared_layers=SHARED, **variant)
     verify(folder)
@@ -143,7 +143,7 @@ def test_a_shared_layers_record_is_held_against_its_sources(tmp_path: Path, vari
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_whose_selection_it_is_stands_exactly_where_the_manifest_says(tmp_path: Path, level: str) -> None:
+def test_source_layers_are_those_of_the_manifest(tmp_path: Path, level: str) -> None:
     folder = write_golden(tmp_path / "run", num_layers=4, shared_layers=SHARED, level=level)
     records = read_lines(folder)
     whole = (folder / "manifest.json").read_bytes()
@@ -232,7 +232,7 @@ def test_dropped_steps_explain_what_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.9])
-def test_a_sampled_run_is_whole_when_what_was_sampled_is_there(tmp_path: Path, rate: float) -> None:
+def test_a_sampled_run_is_whole(tmp_path: Path, rate: float) -> None:
     folder = write_golden(tmp_path / "run", sample_rate=rate, seed=7)
     assert verify(folder).num_records == len(read_lines(folder))
     records = read_lines(folder)
@@ -361,7 +361,7 @@ def test_an_edited_manifest_is_found(tmp_path: Path, path: tuple[str, ...], valu
         verify(folder)
 
 
-def test_a_needle_of_another_size_or_without_a_line_is_found(tmp_path: Path) -> None:
+def test_a_wrong_needle_is_found(tmp_path: Path) -> None:
     folder = write_golden(tmp_path / "run", state="incomplete")
     lines, records = read_lines(folder, REQUESTS_FILE), read_lines(folder)
     write_lines(folder, [line for line in lines if line["request_id"] != "r2"], REQUESTS_FILE)
@@ -400,7 +400,7 @@ def test_a_run_from_before_the_added_fields_is_as_good(tmp_path: Path, level: st
     assert summarize_runs([folder])["needle_recall"] is None
 
 
-def test_a_torn_run_is_verified_up_to_its_readable_prefix(tmp_path: Path) -> None:
+def test_a_torn_run_is_verified(tmp_path: Path) -> None:
     folder = write_golden(tmp_path / "run", state="incomplete")
     path = folder / STEPS_FILE
     whole = path.read_bytes()
@@ -429,7 +429,7 @@ def test_a_complete_run_may_not_be_torn(tmp_path: Path) -> None:
         verify(folder)
 
 
-def test_a_run_that_goes_on_is_verified_as_far_as_it_is(tmp_path: Path) -> None:
+def test_a_running_run_is_verified(tmp_path: Path) -> None:
     folder = write_golden(tmp_path / "run", state="running")
     assert verify(folder).state == "incomplete"  # nobody writes it
     with (folder / STEPS_FILE).open("rb") as file:
@@ -466,7 +466,7 @@ def test_it_needs_nothing_installed(tmp_path: Path) -> None:
     assert done.stdout.startswith("verified: 48 records")
 
 
-def test_it_shares_nothing_with_the_writer_but_the_schema() -> None:
+def test_it_shares_nothing_but_the_schema() -> None:
     program = "import sys, dsatrace.verify.run; print(*(m for m in sys.modules if m[:8] == 'dsatrace'))"
     command = [sys.executable, "-S", "-c", program]
     done = subprocess.run(command, cwd=INFERENCE, capture_output=True, text=True, check=True)

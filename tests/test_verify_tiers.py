@@ -86,7 +86,7 @@ def test_what_a_lone_request_missed_is_what_was_fetched(tmp_path: Path, name: st
             verify(folder)
 
 
-def test_tokens_served_by_another_tier_do_not_add_up_to_its_blocks(tmp_path: Path) -> None:
+def test_a_chain_moved_to_another_tier_is_found(tmp_path: Path) -> None:
     """The whole chain moved alike, from HBM to a pool: a block of a cache has all its tokens in one place."""
     folder = write_golden(tmp_path / "run", tiers=SETUPS["block of two"])
     records = read_lines(folder)
@@ -121,7 +121,7 @@ UNHELD = {"corrupt_units", "read_batches", "read_ops", "read_us", "write_batches
 UNHELD |= {"evicted_units", "errors", "timeouts", "bytes_moved", "prefetch", "lost_units"}
 
 
-def test_what_is_said_of_the_stores_adds_up(tmp_path: Path) -> None:
+def test_totals_of_the_stores_add_up(tmp_path: Path) -> None:
     folder = write_golden(tmp_path / "run", tiers=SETUPS["block"])
     said = json.loads((folder / "summary.json").read_text())["tiers"]
     free = set()

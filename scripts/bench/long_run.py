@@ -1,8 +1,8 @@
 """A long run in bounded memory: writes N records through the real sinks, verifies and summarizes them.
 
-Selections are made up (evenly spread, 32K context), requests come and go four at a time,
-each stage runs in a process of its own, and its time and peak memory are printed. Says
-nothing about any model. Not part of CI at full size; a small one runs in the tests.
+Selections are made up (evenly spread, 32K context), four requests are served at a time. Each stage
+runs in its own process; its time and peak memory are printed. Says nothing about any model. The
+tests run a small one.
 
     python3 scripts/bench/long_run.py --records 1000000 --level stats
     python3 scripts/bench/long_run.py --records 50000 --level full
@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -37,11 +36,13 @@ from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.manifest import RunInfo, manifest
 from dsatrace.trace.records import RecordDeriver
+from dsatrace.trace.requests import RequestFacts, request_line
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.summary import Summary
 from dsatrace.trace.writer import open_sinks
 from dsatrace.units import size_text
 from dsatrace.verify.run import verify
+from dsatrace.workloads.request import Request
 
 LAYOUT = CacheLayout("demo", 1152, 132)
 STEPS_A_REQUEST = 64
@@ -112,6 +113,8 @@ def write_run(
     write_json(folder / MANIFEST_FILE, manifest(info, config, "running", key_id="00000000"))
     deriver = RecordDeriver(config, LAYOUT, default_tiers(LAYOUT), reuse=True)
     sinks = open_sinks(folder, config, Summary(config.compared_block_sizes, info.selections))
+    prompt = (0,) * shape.num_prompt_tokens
+    facts = RequestFacts(num_output_tokens=STEPS_A_REQUEST + 1, state="length")
     written = 0
     for capture in captures(num_records, shape):
         step = deriver.derive(capture)
@@ -119,7 +122,8 @@ def write_run(
             sink.write_step(step)
             if capture.step_idx[0] == STEPS_A_REQUEST - 1:
                 for request_id in capture.request_ids:
-                    sink.write_request(request_line(request_id, shape))
+                    request = Request(request_id, prompt, facts.num_output_tokens)
+                    sink.write_request(request_line(request, facts, has_prefix_cache=False, has_tiers=False))
         written += step.num_records
         advance(step.num_records)
     for sink in sinks:
@@ -155,20 +159,6 @@ def captures(num_records: int, shape: Shape) -> Iterator[StepCapture]:
             step_wall_us=float(rng.integers(30_000, 30_000 + shape.num_step_times)),
             step_synced=True,
         )
-
-
-def request_line(request_id: str, shape: Shape) -> dict[str, Any]:
-    return {
-        "request_id": request_id,
-        "source_row": None,
-        "num_prompt_tokens": shape.num_prompt_tokens,
-        "num_output_tokens": STEPS_A_REQUEST + 1,
-        "arrival_s": 0.0,
-        "first_token_s": None,
-        "finish_s": None,
-        "state": "length",
-        "score": None,
-    }
 
 
 def in_own_process(stage: Callable[..., str], *arguments: object) -> tuple[str, float, float]:

@@ -74,7 +74,7 @@ FLAGS = {
     "store_scores": Flag("record every selected score", ("--trace-store-scores",)),
     "keep_order": Flag("positions by score instead of ascending", ("--trace-keep-order",)),
     "prefix_key_tokens": Flag("tokens hashed into a prefix's key", ("--trace-prefix-key-tokens",)),
-    "sync_cuda": Flag("do not synchronise the device once a step", ("--trace-no-sync-cuda",), negated=True),
+    "sync_cuda": Flag("do not synchronise the device every step", ("--trace-no-sync-cuda",), negated=True),
     "prefill": Flag("record the prompt's last position too", ("--trace-prefill",)),
     "queue_policy": Flag(
         "when the writer falls behind: wait for it, or drop the step and count it", ("--trace-queue-policy",)
@@ -84,7 +84,7 @@ FLAGS = {
         "when the trace cannot be written: end the run, or go on without", ("--trace-on-error",)
     ),
 }
-"""Fields of `TraceConfig` whose flag takes a value, or sets them."""
+"""Fields of `TraceConfig` that have a flag."""
 
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {

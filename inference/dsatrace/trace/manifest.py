@@ -44,9 +44,9 @@ class PoolSettings:
 
     def __post_init__(self) -> None:
         if self.latency_kind not in ("measured", "modelled"):
-            raise ValueError(f"latency_kind {self.latency_kind}: a pool's is measured or modelled")
+            raise ValueError(f"latency_kind {self.latency_kind}: use measured or modelled")
         if self.blocks is not None and self.blocks < 1:
-            raise ValueError(f"{self.store}: a pool of {self.blocks} blocks; give it 1 at least, or no limit")
+            raise ValueError(f"{self.store}: a pool of {self.blocks} blocks; use 1 or more, or no limit")
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "store": redact_credentials(self.store)}
@@ -72,7 +72,9 @@ class TierSettings:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)}: not one of {', '.join(choices)}")
         if self.hbm_blocks < 1 or self.unit_tokens < 1:
-            raise ValueError(f"{self.hbm_blocks} blocks in HBM, {self.unit_tokens} tokens a unit: 1 at least")
+            raise ValueError(
+                f"{self.hbm_blocks} blocks in HBM, {self.unit_tokens} tokens per unit; both at least 1"
+            )
         if self.granularity == "row" and self.unit_tokens != 1:
             raise ValueError(f"a row is one token, not {self.unit_tokens}")
         if not self.pools:
@@ -117,7 +119,7 @@ class RunInfo:
 
     def __post_init__(self) -> None:
         if not self.layouts:
-            raise ValueError("a run names at least the cache layout that bytes are counted with")
+            raise ValueError("layouts is empty; name the cache layout that bytes are counted with")
         if self.serving is not None and (
             not isinstance(self.serving.get("mode"), str) or self.serving.get("clock") not in CLOCKS
         ):
@@ -126,7 +128,7 @@ class RunInfo:
         if self.tiers is not None and self.tiers.unit_bytes != self.tiers.unit_tokens * latent_bytes:
             raise ValueError(
                 f"a unit of {self.tiers.unit_tokens} tokens and {self.tiers.unit_bytes} bytes, "
-                f"{latent_bytes} bytes a token in layout {self.layouts[0].name}"
+                f"{latent_bytes} bytes per token in layout {self.layouts[0].name}"
             )
 
 

@@ -29,7 +29,6 @@ Request = Mapping[str, Any]
 
 MAX_BUCKETS = 64
 SERVED = ("stop", "length")
-_OTHERS = ("rejected", "aborted", "unfinished")
 _QUANTILES = (("p50", 50), ("p95", 95), ("p99", 99), ("max", 100))
 
 
@@ -127,11 +126,8 @@ class RequestTotals:
         """`serving` is the manifest's; None where no requests arrived over time."""
         self._serving = serving
         self._scores: dict[tuple[str, str] | None, ValueCounts] = {}  # (label, value); None: all
-        self._states = Counter[str]()
-        self._num_preemptions = 0
-        self._num_recomputes = 0
+        self._counts = Counter[str]()  # by state; preemptions, recomputes; output tokens of finished requests
         self._durations = {name: ValueCounts() for name in DURATIONS}
-        self._num_output_tokens = 0  # of requests with a span
         self._spans: list[float] = []  # earliest arrival, latest finish
         self._arrived = Counter[int]()  # by second
         self._finished = Counter[int]()
@@ -150,12 +146,9 @@ class RequestTotals:
     def merge(self, other: RequestTotals) -> None:
         for group, counts in other._scores.items():
             self._scores.setdefault(group, ValueCounts()).merge(counts)
-        self._states.update(other._states)
-        self._num_preemptions += other._num_preemptions
-        self._num_recomputes += other._num_recomputes
+        self._counts.update(other._counts)
         for name, durations in self._durations.items():
             durations.merge(other._durations[name])
-        self._num_output_tokens += other._num_output_tokens
         self._widen(other._spans)
         self._arrived.update(other._arrived)
         self._finished.update(other._finished)
@@ -187,27 +180,26 @@ class RequestTotals:
         if self._serving is None:
             return None
         span = self._spans[1] - self._spans[0] if self._spans else None
-        lost = {"failed": self._states["failed"], "recomputes": self._num_recomputes}
+        counts = self._counts
         return {
             "mode": self._serving["mode"],
             "clock": self._serving["clock"],
             "counts": {
-                "served": sum(self._states[state] for state in SERVED),
-                **{state: self._states[state] for state in _OTHERS},
-                "preemptions": self._num_preemptions,
-                **{name: count for name, count in lost.items() if count},
+                "served": sum(counts[state] for state in SERVED),
+                **{name: counts[name] for name in ("rejected", "aborted", "unfinished", "preemptions")},
+                **{name: counts[name] for name in ("failed", "recomputes") if counts[name]},
             },
             **{f"{name}_ms": _latency(**histograms[f"{name}_us"]) for name in self._durations},
             "span_s": span,
             "requests_per_s": self._finished.total() / span if span else None,
-            "output_tokens_per_s": self._num_output_tokens / span if span else None,
+            "output_tokens_per_s": counts["output_tokens"] / span if span else None,
             "requests_over_time": self._over_time(),
         }
 
     def _add_served(self, request: Request) -> None:
-        self._states[request["state"]] += 1
-        self._num_preemptions += request.get("num_preemptions", 0)
-        self._num_recomputes += request.get("num_recomputes", 0)
+        self._counts[request["state"]] += 1
+        for name in ("preemptions", "recomputes"):
+            self._counts[name] += request.get(f"num_{name}", 0)
         self._arrived[math.floor(request["arrival_s"])] += 1
         if request["state"] not in SERVED:
             return
@@ -216,7 +208,7 @@ class RequestTotals:
                 self._durations[name].add([us])
         if request["finish_s"] is not None:
             self._finished[math.floor(request["finish_s"])] += 1
-            self._num_output_tokens += request["num_output_tokens"]
+            self._counts["output_tokens"] += request["num_output_tokens"]
             self._widen([request["arrival_s"], request["finish_s"]])
 
     def _add_prefix_hit(self, request: Request) -> None:

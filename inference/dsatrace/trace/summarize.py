@@ -86,7 +86,7 @@ def summarize_run(
         summary.take_stored(stored, level)
         if stored["counts"]["records"] != summary.counts["records"]:
             on_note(
-                f"{run.folder}: offsets, tokens a block and overlaps are those of its last {SUMMARY_FILE}, "
+                f"{run.folder}: offsets, tokens per block and overlaps are those of its last {SUMMARY_FILE}, "
                 f"{stored['counts']['records']} of {summary.counts['records']} records"
             )
     for name, torn in run.torn_lines.items():

@@ -1,8 +1,8 @@
 """What a whole run did, from exact integer histograms: the contents of `summary.json`.
 
-Fed step by step, readable at any time; two summaries merge by addition. A measured number of
-blocks stands beside what a uniform and a recency selector would touch, by closed formulas. Knows no
-file and no thread.
+Fed step by step, readable at any time; two summaries merge by addition. Measured touched blocks are
+compared with those of a uniform and a recency selector, from closed formulas. Knows no file and no
+thread.
 
     summary = Summary(compared_block_sizes=(16, 32, 64))
     summary.add_step(step)            # StepRecords

@@ -64,7 +64,7 @@ class Tracer:
         self._prefixes: dict[str, RequestPrefix] = {}
         self._needles: dict[str, tuple[int, ...]] = {}  # of the unfinished requests that have any
         self._ids: set[str] = set(resumed.done) if resumed else set()
-        # Only step records say what is shared, and a prefix cache knows better than a comparison.
+        # Only step records tell what is shared; with a prefix cache they tell what was found there.
         self._compares_prompts = config.records_steps and run.prefix_source == "analysis"
         self._closed = False
         self.tell_tiers: Callable[[], Mapping[str, Any]] | None = None
@@ -97,10 +97,10 @@ class Tracer:
         self._writer.drop()
 
     def add_request(self, request: TracedRequest) -> RequestPrefix:
-        """Announces a request and says how much of its prompt earlier ones began with.
+        """Announces a request and returns how much of its prompt begins like an earlier one.
 
-        Nothing is compared, and the answer is nothing, where no step is recorded or where a prefix
-        cache says what is shared (see `prefixes`).
+        Compares nothing, and returns 0 blocks, where no step is recorded or where a prefix cache
+        decides what is shared (see `prefixes`).
         """
         request_id = request.request_id
         if request_id in self._ids:
@@ -136,8 +136,8 @@ class Tracer:
     ) -> tuple[RequestPrefix, ...]:
         """The shared prefixes of running requests, for a capture of them.
 
-        Those that `add_request` found; or, where the run has a prefix cache, the statistics' blocks
-        that lie whole in the request's `hit_tokens`, which stay as they are when it is first captured.
+        Those that `add_request` found; or, where the run has a prefix cache, the blocks (of the trace's
+        block size) that lie whole in the request's `hit_tokens` when it is first captured.
         """
         if self._run.prefix_source == "cache":
             for request_id, num_tokens in zip(request_ids, hit_tokens, strict=True):
@@ -222,7 +222,7 @@ class Tracer:
             state, reason = "incomplete", f"the trace writer: {type(error).__name__}: {error}"
         try:
             self._write_manifest(state, reason)
-        except OSError as refused:  # the run reads as incomplete all the same: its lock is gone
+        except OSError as refused:  # readers see an incomplete run: its lock is gone
             return cannot_write(refused)
         return None
 

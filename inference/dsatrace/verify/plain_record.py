@@ -198,7 +198,7 @@ def tiered_fetch(
     *,
     seq_len: int,
     block_size: int,
-    latent_bytes: int,  # a token and layer
+    latent_bytes: int,  # per token and layer
     batch_size: int,
 ) -> dict[str, dict[str, Any]]:
     """Every tier's account, token by token, with every field in the schema's order."""

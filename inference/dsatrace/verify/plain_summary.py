@@ -25,7 +25,7 @@ from dsatrace.schema import (
     distribution,
     quantile_histogram,
 )
-from dsatrace.verify.requests import PlainRequests
+from dsatrace.verify.requests import PlainRequests, histogram
 
 Record = Mapping[str, Any]
 _STEP_QUANTILES = (("p50", 50), ("p95", 95), ("p99", 99), ("max", 100))
@@ -131,7 +131,6 @@ class PlainSummary:
         """The fields of summary.json that the files tell; at level full all but `tracing_cost`, `workload`
         and `tiers`."""
         latents = sum(totals["bytes_read"] for totals in self._fetch.values())
-        step_us = self._histograms["step_us"]
         summary: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "state": state,
@@ -146,7 +145,7 @@ class PlainSummary:
             "dropped_steps": dropped_steps,
             **{name: described(counts) for name, counts in self._histograms.items() if name != "step_us"},
             "prefix_hot_blocks": self._hottest | {name: _hottest(c) for name, c in self._hot.items()},
-            "step_ms": {name: _ms(_quantile(step_us, percent)) for name, percent in _STEP_QUANTILES},
+            "step_ms": _step_ms(self._histograms["step_us"]),
             "blocks_touched": [at_size.to_json() for at_size in self._blocks],
             **self._overlaps.to_json(),
             "needle_recall": self._recalls.to_json(),
@@ -160,8 +159,8 @@ class PlainSummary:
             "tiers": None,
             "workload": None,
             "tracing_cost": None,
-            "histograms": {name: _json(counts) for name, counts in self._histograms.items()}
-            | {f"unique_blocks_at_{x.size}": _json(x.touched) for x in self._blocks if x.is_known}
+            "histograms": {name: histogram(counts) for name, counts in self._histograms.items()}
+            | {f"unique_blocks_at_{x.size}": histogram(x.touched) for x in self._blocks if x.is_known}
             | requests.histograms(),
         }
         if self.level != "full":
@@ -244,18 +243,11 @@ def _hottest(counts: Counter[int]) -> list[dict[str, int]]:
     return [{"block_id": block, "touches": count} for block, count in ranked]
 
 
-def _json(counts: Counter[Any]) -> dict[str, list[Any]]:
-    values = sorted(counts)
-    return {"values": values, "counts": [counts[value] for value in values]}
-
-
-def _quantile(counts: Counter[float], percent: int) -> float | None:
-    values = sorted(counts)
-    return quantile_histogram(values, [counts[v] for v in values], percent) if values else None
-
-
-def _ms(us: float | None) -> float | None:
-    return None if us is None else us / 1000
+def _step_ms(counts: Counter[int]) -> dict[str, float | None]:
+    if not counts:
+        return {name: None for name, _ in _STEP_QUANTILES}
+    step_us = histogram(counts)
+    return {name: quantile_histogram(**step_us, percent=percent) / 1000 for name, percent in _STEP_QUANTILES}
 
 
 class Overlaps:

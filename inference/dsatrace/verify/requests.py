@@ -185,13 +185,7 @@ class PlainRequests:
 
     def histograms(self) -> dict[str, Any]:
         """The latencies' histograms in microseconds, by name."""
-        return {
-            f"{name}_us": {
-                "values": sorted(counts := Counter(durations)),
-                "counts": [counts[us] for us in sorted(counts)],
-            }
-            for name, durations in self._durations().items()
-        }
+        return {f"{name}_us": histogram(Counter(us)) for name, us in self._durations().items()}
 
     def _served(self) -> list[Line]:
         return self._of_state.get("stop", []) + self._of_state.get("length", [])
@@ -242,6 +236,11 @@ class PlainRequests:
                 [math.floor(line["finish_s"]) for line in finished],
             ),
         }
+
+
+def histogram(counts: Counter[Any]) -> dict[str, list[Any]]:
+    values = sorted(counts)
+    return {"values": values, "counts": [counts[value] for value in values]}
 
 
 def _saved(lines: Sequence[Line]) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ null where the schema says so. What can be derived is not stored:
 
 - `selected_block_ids` only where a record has no `selected_token_pos` (they are
   `position // block_size_tokens`);
-- `num_prefix_intersection_blocks` stands for the list: the first so many touched blocks;
+- `num_prefix_intersection_blocks` stands for the list: that many of the first touched blocks;
 - `extra`: keys the schema does not know, as JSON; `line`: the whole record as JSON, only
   where the columns would not give it back byte for byte (see `file.py`).
 
@@ -175,7 +175,7 @@ class _Values(NamedTuple):
 
 def to_lines(batch: pa.RecordBatch) -> list[bytes]:
     """The batch's records as the tracer writes them, without newlines."""
-    option = orjson.OPT_SERIALIZE_NUMPY  # a float32 has a text of its own
+    option = orjson.OPT_SERIALIZE_NUMPY  # float32 values keep their short text
     return [orjson.dumps(record, option=option) for record in _records(_Columns(batch, keep_float32=True))]
 
 
