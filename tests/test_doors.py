@@ -66,7 +66,7 @@ def test_every_flag_is_explained(argv: list[str], monkeypatch: pytest.MonkeyPatc
 def test_a_default_is_told_in_one_way(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(help_of(["generate"], capsys).split())
     assert "requests at a time (default: 8)" in text and "0 is greedy (default: 0.6)" in text
-    assert "--seed SEED of sampling (default: 0)" in text
+    assert "--seed SEED seed of the sampling (default: 0)" in text
     assert "(default: False)" not in text and "(default: None)" not in text and "(default: [])" not in text
 
 

@@ -69,7 +69,7 @@ class OffloadedCache(KVCache):
         staged: bool | None = None,
     ) -> None:
         """`policy` chooses what leaves HBM. `index_tiers` take the indexer's keys, which else stay in HBM.
-        `staged`: see `UnitBuffer`. Raises `UserError` when HBM is to hold nothing."""
+        `staged`: see `LayerUnits`. Raises `UserError` when HBM is to hold nothing."""
         if hbm_blocks < 1:
             raise UserError(f"--hbm-blocks {hbm_blocks}: use at least 1")
         hbm_blocks = min(hbm_blocks, num_blocks)
