@@ -134,7 +134,7 @@ def fetched(store: Store) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def fails(kind: str, match: str = "") -> Iterator[None]:
+def fails(kind: str, match: str | None = None) -> Iterator[None]:
     """Expects a `StoreError` of this kind."""
     with pytest.raises(StoreError, match=match) as caught:
         yield
