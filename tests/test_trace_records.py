@@ -115,8 +115,7 @@ def test_kth_margin_is_null_on_the_dense_path() -> None:
 
 
 @pytest.mark.parametrize(
-    ("positions", "said"),
-    [([0, 0], "selected twice"), ([3, 10], "future"), ([4, -1], "min")],
+    ("positions", "said"), [([0, 0], "selected twice"), ([3, 10], "future"), ([4, -1], "min")]
 )
 def test_a_broken_capture_never_becomes_a_record(positions: list[int], said: str) -> None:
     capture = sample_capture(np.random.default_rng(0), [10, 10], num_layers=2, k=2)

@@ -63,13 +63,7 @@ def test_serving_by_hand() -> None:
     serving = said(added(served + lost))["serving"]
     assert problems(serving, "full", SERVING_FIELDS) == []
     assert (serving["mode"], serving["clock"]) == ("continuous", "virtual")
-    assert serving["counts"] == {
-        "served": 2,
-        "rejected": 1,
-        "aborted": 1,
-        "unfinished": 1,
-        "preemptions": 2,
-    }
+    assert serving["counts"] == {"served": 2, "rejected": 1, "aborted": 1, "unfinished": 1, "preemptions": 2}
     assert serving["latency_ms"] == {"p50": 500.0, "p95": 3000.0, "p99": 3000.0, "max": 3000.0, "mean": 1750}
     assert serving["time_to_first_token_ms"]["max"] == 1000.0
     assert serving["time_per_output_token_ms"]["mean"] == 500.0  # the second request has no second token

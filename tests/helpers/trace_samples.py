@@ -90,10 +90,7 @@ def with_shared_layers(capture: StepCapture, shared_layers: Mapping[int, int]) -
     sources = [shared_layers.get(layer, layer) for layer in range(len(capture.positions))]
     scores = None if capture.scores is None else capture.scores[sources]
     return dataclasses.replace(
-        capture,
-        positions=capture.positions[sources],
-        score_stats=capture.score_stats[sources],
-        scores=scores,
+        capture, positions=capture.positions[sources], score_stats=capture.score_stats[sources], scores=scores
     )
 
 

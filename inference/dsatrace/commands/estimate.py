@@ -137,22 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", type=Path, required=True, help="model config, such as config_671B_v3.2.json")
     add_ignore_config_key(add)
     add("--json", action="store_true", help="print the numbers as JSON; sizes are in bytes")
-    add(
-        "--steps",
-        type=int,
-        required=True,
-        help="decode steps per request: new tokens but the first",
-    )
+    add("--steps", type=int, required=True, help="decode steps per request: new tokens but the first")
     add("--batch", type=int, required=True, help="requests at a time")
     add("--requests", type=int, help="total requests (default: one batch)")
     add("--context", type=int, help="tokens per prompt (default: what the config's max_seq_len leaves)")
-    add(
-        "--trace-level",
-        "--level",
-        dest="level",
-        choices=LEVELS,
-        help="one level (default: every level)",
-    )
+    add("--trace-level", "--level", dest="level", choices=LEVELS, help="one level (default: every level)")
     of_trace = ("store_scores", "sample_rate", "block_size", "queue_steps")
     add_flags(add, TraceConfig, {field: FLAGS[field] for field in of_trace})
     return parser
