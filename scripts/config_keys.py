@@ -1,6 +1,6 @@
-"""Says how each key of a config.json is understood; walks the config classes of the installed transformers.
+"""Checks that every attribute of the installed transformers' config classes has a row in the table of keys.
 
-Exits 1 and names them where a class has attributes that no row of the table speaks of.
+Exits 1 and names those that have none.
 
     python3 scripts/config_keys.py            # walk
     python3 scripts/config_keys.py --write    # and write docs/config.md anew

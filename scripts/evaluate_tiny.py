@@ -9,6 +9,7 @@ its number of prompts and a 95 % interval.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from dsatrace.workloads.tokenizer import load_tokenizer
-    from train_needle.evaluate import HELD_OUT_SEED, Measured, measure, measure_dense
+    from train_needle.evaluate import HELD_OUT_SEED, measure, measure_dense
     from train_needle.export import load_exported
 
     if args.threads:
@@ -46,20 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = load_exported(args.model, Path(folder))
     figures = list[dict[str, Any]]()
-    for length in args.lengths:
-        for task in args.tasks:
-            for kind in args.kinds:
-                started = time.monotonic()
-                measured: Measured
-                if kind == "dense":
-                    measured = measure_dense(model, tokenizer, task, length, args.examples, seed)
-                else:
-                    shuffled = kind == "shuffled"
-                    measured = measure(model, tokenizer, task, length, args.examples, shuffled, seed)
-                figures.append(measured.to_json())
-                print(f"{measured.line()}  ({time.monotonic() - started:.0f} s)", flush=True)
-                if args.out is not None:
-                    args.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    for length, task, kind in itertools.product(args.lengths, args.tasks, args.kinds):
+        started = time.monotonic()
+        if kind == "dense":
+            measured = measure_dense(model, tokenizer, task, length, args.examples, seed)
+        else:
+            measured = measure(model, tokenizer, task, length, args.examples, kind == "shuffled", seed)
+        figures.append(measured.to_json())
+        print(f"{measured.line()}  ({time.monotonic() - started:.0f} s)", flush=True)
+        if args.out is not None:
+            args.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -77,9 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="RULER tasks")
     parser.add_argument("--lengths", nargs="+", type=int, default=(2048, 4096, 8192), help="prompt tokens")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="attention measured")
-    parser.add_argument("--examples", type=int, default=100, help="prompts of each figure")
-    parser.add_argument("--seed", type=int, help="of the prompts (default: one training never draws from)")
-    parser.add_argument("--threads", type=int, default=0, help="of torch (default: torch's default)")
+    parser.add_argument("--examples", type=int, default=100, help="prompts per figure")
+    parser.add_argument("--seed", type=int, help="seed (default: one that training never draws from)")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's choice)")
     parser.add_argument("--out", type=Path, help="JSON file of the figures")
     return parser
 

@@ -80,10 +80,10 @@ def _parser() -> argparse.ArgumentParser:
         """,
     )
     parser.add_argument("--out", type=Path, required=True, help="the run's folder; resumed if it holds one")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many (default: never)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and data")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this (default: never)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it trains")
-    parser.add_argument("--threads", type=int, default=0, help="of torch on a CPU (default: torch's default)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
     return parser
 
 

@@ -16,6 +16,7 @@ from dsatrace.model.config import ModelArgs
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.tiny import write_checkpoint
 from dsatrace.workloads.tokenizer import Tokenizer, load_tokenizer, write_byte_tokenizer
+from helpers.checkpoints import endless_letters
 
 ROOT = Path(__file__).resolve().parents[1]
 INFERENCE = ROOT / "inference"
@@ -49,6 +50,12 @@ def tiny_checkpoint(tiny_hf: Path, tiny_args: ModelArgs) -> Path:
     folder = tiny_hf.parent / "mp1"
     convert_checkpoint(tiny_hf, folder, tiny_args.n_routed_experts, model_parallel=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny_checkpoint: Path) -> Path:
+    """The same with greedy answers of letters and spaces that never end."""
+    return endless_letters(tiny_checkpoint, tiny_checkpoint.parent / "letters")
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.burstgpt import MAX_LINE_BYTES, BurstRow, Replay, read_burstgpt
+from dsatrace.workloads.burstgpt import MAX_LINE_BYTES, Arrivals, read_burstgpt
 from dsatrace.workloads.burstgpt_synthetic import (
+    BurstRow,
     BurstSettings,
     SyntheticPrompts,
     generate_burstgpt,
@@ -35,6 +36,10 @@ NEW = (
 
 def rows_of(*seconds: float, failed: tuple[int, ...] = ()) -> list[BurstRow]:
     return [BurstRow(i, second, 4, 0 if i in failed else 2) for i, second in enumerate(seconds)]
+
+
+def counts(*numbers: int) -> dict[str, int]:
+    return dict(zip(Arrivals.COUNTS, numbers, strict=True))
 
 
 @pytest.fixture
@@ -136,25 +141,18 @@ def test_any_bytes_give_rows_or_a_clear_line(
 
 def test_arrivals_start_at_the_first_row_kept() -> None:
     rows = rows_of(100.0, 103.0, 103.0, 110.0, failed=(0,))
-    replay = Replay(rows)
-    assert [(a.arrival_s, a.row.source_row) for a in replay] == [(0.0, 1), (0.0, 2), (7.0, 3)]
-    assert replay.summary() == {
-        "rows": 4,
-        "requests": 3,
-        "failures": 1,
-        "ties": 1,
-        "api_log": 0,
-        "without_session": 4,
-    }
-    kept = Replay(rows, keep_failures=True, time_scale=0.1)
+    arrivals = Arrivals(rows)
+    assert [(a.arrival_s, a.row.source_row) for a in arrivals] == [(0.0, 1), (0.0, 2), (7.0, 3)]
+    assert arrivals.summary() == counts(4, 3, 1, 1, 0, 4)
+    kept = Arrivals(rows, keep_failures=True, time_scale=0.1)
     assert [a.arrival_s for a in kept] == pytest.approx([0.0, 0.3, 0.3, 1.0])
-    assert [a.arrival_s for a in Replay(rows, time_scale=0)] == [0.0, 0.0, 0.0]
+    assert [a.arrival_s for a in Arrivals(rows, time_scale=0)] == [0.0, 0.0, 0.0]
 
 
 def test_a_limit_counts_requests_and_reads_no_further() -> None:
-    replay = Replay(rows_of(1.0, 2.0, 3.0, failed=(0,)), max_requests=1)
-    assert [a.row.source_row for a in replay] == [1]
-    assert replay.counts["rows"] == 2
+    arrivals = Arrivals(rows_of(1.0, 2.0, 3.0, failed=(0,)), max_requests=1)
+    assert [a.row.source_row for a in arrivals] == [1]
+    assert arrivals.counts["rows"] == 2
 
 
 @pytest.mark.parametrize(
@@ -166,43 +164,29 @@ def test_a_limit_counts_requests_and_reads_no_further() -> None:
         ({"max_requests": 0}, "max_requests must be at least 1"),
     ],
 )
-def test_impossible_replays_are_refused(options: dict[str, Any], reason: str) -> None:
+def test_impossible_arrivals_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        Replay([], **options)
+        Arrivals([], **options)
 
 
 def test_the_real_head_of_the_old_layout() -> None:
     rows = list(read_burstgpt(real_file("burstgpt/BurstGPT_1_head400.csv")))
-    replay = Replay(rows)
-    arrivals = list(replay)
-    assert replay.summary() == {
-        "rows": 400,
-        "requests": 383,
-        "failures": 17,
-        "ties": 4,
-        "api_log": 2,
-        "without_session": 400,
-    }
-    assert arrivals[0].arrival_s == 0.0 and arrivals[-1].arrival_s == 37_269.0
+    arrivals = Arrivals(rows)
+    served = list(arrivals)
+    assert arrivals.summary() == counts(400, 383, 17, 4, 2, 400)
+    assert served[0].arrival_s == 0.0 and served[-1].arrival_s == 37_269.0
     requests = [row.request_tokens for row in rows]
     assert sum(tokens == 0 for tokens in requests) == 17
     assert round(statistics.mean(requests)) == 520 and max(requests) == 2126
-    assert len(list(Replay(rows, keep_failures=True))) == 400
+    assert len(list(Arrivals(rows, keep_failures=True))) == 400
 
 
 def test_the_real_head_of_the_new_layout() -> None:
     rows = list(read_burstgpt(real_file("burstgpt/BurstGPT_3_head105.csv")))
-    replay = Replay(rows)
-    arrivals = list(replay)
-    assert replay.summary() == {
-        "rows": 105,
-        "requests": 105,
-        "failures": 0,
-        "ties": 0,
-        "api_log": 6,
-        "without_session": 6,
-    }
-    assert (rows[0].timestamp_s, rows[0].elapsed_s, arrivals[0].arrival_s) == (19_440_110.0, 43.0, 0.0)
+    arrivals = Arrivals(rows)
+    served = list(arrivals)
+    assert arrivals.summary() == counts(105, 105, 0, 0, 6, 6)
+    assert (rows[0].timestamp_s, rows[0].elapsed_s, served[0].arrival_s) == (19_440_110.0, 43.0, 0.0)
     assert max(row.request_tokens for row in rows) == 25_085
     sessions = [row.session_id for row in rows if row.session_id is not None]
     assert max(map(sessions.count, set(sessions))) == 24
@@ -227,11 +211,9 @@ def test_generated_rows_survive_the_file(file: Path, with_sessions: bool) -> Non
 
 
 def test_the_generator_draws_what_its_settings_say() -> None:
-    settings = BurstSettings(num_rows=20_000, seed=1)
-    rows = list(generate_burstgpt(settings))
-    assert (
-        rows == list(generate_burstgpt(settings)) != list(generate_burstgpt(BurstSettings(num_rows=20_000)))
-    )
+    one, other = (BurstSettings(num_rows=20_000, seed=seed) for seed in (1, 0))
+    rows = list(generate_burstgpt(one))
+    assert rows == list(generate_burstgpt(one)) != list(generate_burstgpt(other))
     gaps = [b.timestamp_s - a.timestamp_s for a, b in itertools.pairwise(rows)]
     mean = statistics.mean(gaps)
     assert mean == pytest.approx(0.25 * 2.0, rel=0.05)
@@ -289,10 +271,9 @@ def row_of(source_row: int, num_tokens: int, session: str | None = "s") -> Burst
     return BurstRow(source_row, 0.0, num_tokens, 1, session_id=session)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 300), st.integers(0, 300), st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.integers(0, 5))
-def test_prompts_of_a_session_begin_alike_for_the_stated_share(
-    a: int, b: int, share: float, seed: int
-) -> None:
+def test_prompts_of_a_session_share_a_beginning(a: int, b: int, share: float, seed: int) -> None:
     prompts = SyntheticPrompts(first_token_id=1000, num_token_ids=1_000_000, shared_share=share, seed=seed)
     one, two, other, alone = (
         prompts.token_ids(row) for row in (row_of(0, a), row_of(1, b), row_of(2, a, "t"), row_of(3, a, None))
@@ -307,8 +288,8 @@ def test_prompts_of_a_session_begin_alike_for_the_stated_share(
 
 def test_prompts_follow_seed_and_range() -> None:
     def ids(**changes: Any) -> tuple[int, ...]:
-        settings: dict[str, Any] = {"first_token_id": 3, "num_token_ids": 256, "seed": 0} | changes
-        return SyntheticPrompts(**settings).token_ids(row_of(0, 4000))
+        options: dict[str, Any] = {"first_token_id": 3, "num_token_ids": 256, "seed": 0} | changes
+        return SyntheticPrompts(**options).token_ids(row_of(0, 4000))
 
     assert ids() == ids() != ids(seed=1)
     assert set(ids()) == set(range(3, 259))

@@ -15,7 +15,6 @@ import pytest
 from conftest import INFERENCE
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
-from helpers.checkpoints import endless_letters
 from helpers.stores import valkey
 
 pexpect = pytest.importorskip("pexpect")
@@ -26,11 +25,6 @@ SETTLED_S = 0.5
 PROMPT = ">>> "
 NEW_TOKENS = 12
 CHAT_TOKENS = 4  # begin of sentence, user, assistant, end of thinking
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return endless_letters(tiny_checkpoint, tmp_path_factory.mktemp("chat") / "mp1")
 
 
 class Terminal:

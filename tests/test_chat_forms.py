@@ -15,12 +15,12 @@ from dsatrace.errors import UserError
 from dsatrace.trace.reader import RunReader
 from dsatrace.workloads import tokenizer as specials
 from dsatrace.workloads.chat import SAID_OF_PLAIN_TEXT, Chat, choose_chat
+from dsatrace.workloads.data_set import PromptSettings
 from dsatrace.workloads.encoding import Message, encode_chat
 from dsatrace.workloads.longbench_v2 import LongBenchV2Loader, build_prompt
 from dsatrace.workloads.ruler.generator import generate
+from dsatrace.workloads.ruler.workload import RulerWorkload
 from dsatrace.workloads.samples import sample_file
-from dsatrace.workloads.served.ruler import RulerWorkload
-from dsatrace.workloads.served.workload import Asking
 from dsatrace.workloads.tokenizer import Tokenizer, byte_tokenizer_json, load_tokenizer
 from helpers.checkpoints import endless_letters
 from helpers.command_runs import told_error
@@ -96,9 +96,7 @@ CONVERSATION = [
 
 
 @pytest.mark.parametrize("thinking", [False, True])
-def test_a_template_beside_the_vocabulary_is_used_and_messages_are_taken_literally(
-    folder: Path, thinking: bool
-) -> None:
+def test_a_template_takes_messages_literally(folder: Path, thinking: bool) -> None:
     chat = chosen(folder, thinking=thinking)
     # The template trims, and cuts thoughts out of answers; what was said stands all the same.
     assert spelled(chat, chat.encode(CONVERSATION)) == [
@@ -119,7 +117,7 @@ def test_an_answer_prefix_follows_the_template(folder: Path) -> None:
         chosen(folder, thinking=True).encode([Message("user", "u")], "The")
 
 
-def test_the_ids_are_those_of_transformers_where_no_text_looks_like_markup(folder: Path) -> None:
+def test_the_ids_are_those_of_transformers(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     theirs = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -159,9 +157,7 @@ def test_a_named_template_goes_first(folder: Path, tmp_path: Path, byte_tokenize
     assert deepseek.stop_tokens == {byte_tokenizer.eos_id}
 
 
-def test_deepseeks_vocabulary_keeps_its_own_form_whatever_lies_beside_it(
-    tiny_hf: Path, tmp_path: Path, folder: Path
-) -> None:
+def test_deepseeks_vocabulary_keeps_its_own_form(tiny_hf: Path, tmp_path: Path, folder: Path) -> None:
     copy = shutil.copytree(tiny_hf, tmp_path / "deepseek", ignore=shutil.ignore_patterns("*.safetensors"))
     for name in ("chat_template.jinja", "generation_config.json"):
         shutil.copy(folder / name, copy)
@@ -182,7 +178,7 @@ def test_without_a_template_a_prompt_is_its_text(folder: Path) -> None:
         chosen(folder, thinking=True)
 
 
-def test_a_vocabulary_without_an_end_of_thoughts_cannot_think(folder: Path) -> None:
+def test_thinking_needs_an_end_of_thoughts(folder: Path) -> None:
     file = folder / "tokenizer.json"
     file.write_text(file.read_text().replace("</think>", "<|enough|>"))
     assert not chosen(folder).thinking
@@ -201,16 +197,14 @@ def test_a_vocabulary_without_an_end_of_thoughts_cannot_think(folder: Path) -> N
         ("just some text", "the chat template leaves out a message of the user"),
     ],
 )
-def test_a_template_that_cannot_be_used_is_named_with_its_cause(
-    folder: Path, template: str, said: str
-) -> None:
+def test_a_broken_template_is_named_with_its_cause(folder: Path, template: str, said: str) -> None:
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(UserError, match=rf"chat_template\.jinja: {said}") as caught:
         chosen(folder)
     assert "\n" not in str(caught.value)
 
 
-def test_a_template_that_knows_no_system_text_is_refused_when_there_is_one(folder: Path) -> None:
+def test_a_template_without_system_text(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     )
@@ -226,7 +220,7 @@ def test_data_sets_ask_in_the_templates_form(folder: Path) -> None:
     assert prompt.truncated and len(prompt.token_ids) == 900
     assert prompt.token_ids[:2] == tuple(chat.tokenizer.encode_markup(f"[BEGIN]{USER}"))
     examples = list(generate("niah_single_1", 1500, chat.tokenizer, 1, overhead_tokens=sum(chat.frame())))
-    (request,) = RulerWorkload(examples, Asking(chat)).requests()
+    (request,) = RulerWorkload(examples, PromptSettings(chat)).requests()
     held = chat.tokenizer.decode(request.prompt_token_ids[p] for p in request.needle_positions)
     assert held == examples[0].references[0]
 

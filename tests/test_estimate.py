@@ -16,11 +16,10 @@ from dsatrace import cli
 from dsatrace.commands.generate import main as generate
 from dsatrace.schema import LEVELS, Level
 from dsatrace.trace.config import TraceConfig
-from dsatrace.trace.estimate import TraceLoad, draw_sample, estimate_sizes
+from dsatrace.trace.estimate import KINDS, Kind, SyntheticSelections, TraceLoad, draw_sample, estimate_sizes
 from dsatrace.trace.export import export_run
 from dsatrace.trace.observe import ForwardRecorder, hooked
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.synthetic import KINDS, Kind, SyntheticSelections
 
 NEW_TOKENS = 12
 CONFIG = INFERENCE / "config_tiny.json"
@@ -95,7 +94,7 @@ def test_the_ring_is_the_recorders(tmp_path: Path) -> None:
         tracer: Any = SimpleNamespace(config=config)
         ring = ForwardRecorder(partial(hooked, []), num_layers=3, max_rows=4, top_k=16, tracer=tracer).ring
         assert ring is not None
-        slots = [ring._free.get() for _ in range(ring._free.qsize())]
+        slots = [ring.free.get() for _ in range(ring.free.qsize())]
         buffers = [b for slot in slots for b in (slot.positions, slot.stats, slot.scores) if b is not None]
         assert load.ring_bytes(queue_steps=5) == sum(b.numel() * b.element_size() for b in buffers)
 

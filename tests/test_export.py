@@ -25,40 +25,36 @@ from dsatrace.commands.generate import main as generate
 from dsatrace.errors import UserError
 from dsatrace.schema import LEVELS, STEP_FIELDS, field_paths, project, value_at
 from dsatrace.trace import export
+from dsatrace.trace.estimate import SyntheticSelections
 from dsatrace.trace.export import export_run
-from dsatrace.trace.manifest import TierSetup
+from dsatrace.trace.manifest import TierSettings
 from dsatrace.trace.parquet import file as parquet
 from dsatrace.trace.parquet.columns import LEAVES
 from dsatrace.trace.parquet.file import read_lines, read_numbers, read_records, write_parquet
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.records import RecordDeriver
-from dsatrace.trace.synthetic import SyntheticSelections
+from dsatrace.trace.records import RecordDeriver, StepLines
 from dsatrace.trace.tracer import tiers_of
-from helpers.step_records import step_lines
+from helpers.json_edits import changed
 from helpers.tier_samples import SETUPS, SimulatedTiers
-from helpers.trace_samples import LAYOUT, RUN, config_for, sample_capture, sample_needles
+from helpers.trace_samples import LAYOUT, RUN, WAYS, config_for, sample_capture, sample_needles
 
 FILES = ("manifest.json", "requests.jsonl", "summary.json", "trace_steps.jsonl")
 HOWS: list[dict[str, Any]] = [
-    *({"level": level} for level in LEVELS),
-    {"store_scores": True},
-    {"keep_order": True},
-    {"store_scores": True, "keep_order": True},
+    *WAYS,
     {"tiers": SETUPS["half a block"]},
     {"shared_layers": {1: 0}},
     {"tiers": SETUPS["row"], "level": "stats"},
 ]
-ORDINARY: dict[str, Any] = {"level": "full"}
 
 
 def lines_of(
-    capture: Any, tiers: TierSetup | None = None, shared_layers: dict[int, int] | None = None, **how: Any
+    capture: Any, tiers: TierSettings | None = None, shared_layers: dict[int, int] | None = None, **how: Any
 ) -> list[bytes]:
     accounts = tiers_of(dataclasses.replace(RUN, tiers=tiers))
     deriver = RecordDeriver(config_for(**how), LAYOUT, accounts, shared_layers=shared_layers)
     if tiers is not None:
         capture = SimulatedTiers(tiers).fetched(capture)
-    return step_lines(deriver.derive(capture)).splitlines()
+    return bytes(StepLines().encode(deriver.derive(capture))).splitlines()
 
 
 def sample_lines(seed: int = 0, **how: Any) -> list[bytes]:
@@ -140,13 +136,9 @@ def test_no_record_at_all(scratch: Path) -> None:
     assert there_and_back([], scratch) == 0
 
 
-def changed(line: bytes, path: str, value: object) -> bytes:
-    record = json.loads(line)
-    inner, *keys = record, *path.split(".")
-    for key in keys[:-1]:
-        inner = inner[key]
-    inner[keys[-1]] = value
-    return orjson.dumps(record)
+def with_value(line: bytes, path: str, value: object) -> bytes:
+    """The line with another value at the dotted path; `...` deletes the field."""
+    return orjson.dumps(changed(json.loads(line), path.split("."), value))
 
 
 LEAF_PATHS = [leaf.path for leaf in LEAVES if leaf.path != "scores_topk"]
@@ -156,7 +148,7 @@ LEAF_PATHS = [leaf.path for leaf in LEAVES if leaf.path != "scores_topk"]
 def test_a_corrupt_field_comes_back_as_corrupt(scratch: Path, value: object) -> None:
     """Nothing is mended on the way: each field in turn holds what it should not."""
     first, *others = sample_lines()
-    lines = [first, *(changed(others[0], path, value) for path in LEAF_PATHS), *others]
+    lines = [first, *(with_value(others[0], path, value) for path in LEAF_PATHS), *others]
     there_and_back(lines, scratch)
 
 
@@ -185,19 +177,14 @@ def test_whatever_is_in_a_record_comes_back(
     lines = sample_lines(**how)
     for i, path, value in changes:
         if path.rpartition(".")[0] == "" or value_at(json.loads(lines[i]), path) is not None:
-            lines[i] = changed(lines[i], path, value)
+            lines[i] = with_value(lines[i], path, value)
     there_and_back(lines, scratch)
 
 
 @pytest.mark.parametrize("path", LEAF_PATHS)
 def test_a_missing_field_stays_missing(scratch: Path, path: str) -> None:
     first, line, *others = sample_lines(tiers=SETUPS["half a block"], shared_layers={1: 0})
-    record = json.loads(line)
-    inner, *keys = record, *path.split(".")
-    for key in keys[:-1]:
-        inner = inner[key]
-    del inner[keys[-1]]
-    there_and_back([first, orjson.dumps(record), *others], scratch)
+    there_and_back([first, with_value(line, path, ...), *others], scratch)
 
 
 def test_unknown_keys_and_unusual_texts_come_back(scratch: Path) -> None:
@@ -219,7 +206,9 @@ def test_unknown_keys_and_unusual_texts_come_back(scratch: Path) -> None:
 
 
 def test_scores_of_double_precision_take_double_columns(scratch: Path) -> None:
-    lines = [changed(line, "scores_stats.min", 0.1234567890123 + i) for i, line in enumerate(sample_lines())]
+    lines = [
+        with_value(line, "scores_stats.min", 0.1234567890123 + i) for i, line in enumerate(sample_lines())
+    ]
     assert there_and_back(lines, scratch) == 0
     assert str(pq.read_schema(scratch).field("kth_margin").type) == "double"
 
@@ -349,7 +338,7 @@ def test_a_real_run_there_and_back(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["j", "p"]
 
 
-def test_a_report_of_an_exported_run_is_that_of_the_run(
+def test_an_exported_run_reports_the_same(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export_run(RunReader(runs / "full"), "parquet", tmp_path / "full")
@@ -357,7 +346,7 @@ def test_a_report_of_an_exported_run_is_that_of_the_run(
     for folder in (runs / "full", tmp_path / "full"):
         assert cli.main(["report", str(folder)]) == 0
         findings, _, costs = capsys.readouterr().out.partition("The trace itself")
-        assert "bytes a record" in costs
+        assert "bytes per record" in costs
         said.append(findings)
     assert said[0] == said[1]
     assert "tokens" in said[0]
@@ -472,7 +461,7 @@ def test_a_full_disk_is_one_clear_line(runs: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_export_leaves_no_folder_and_the_next_one_succeeds(runs: Path, tmp_path: Path) -> None:
+def test_a_killed_export_leaves_no_folder(runs: Path, tmp_path: Path) -> None:
     program = f"""
 import os, sys
 sys.path[:0] = [{str(INFERENCE)!r}]

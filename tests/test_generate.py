@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from dsatrace.trace.reader import RunReader
 from dsatrace.workloads.encoding import Message, encode_chat
 from dsatrace.workloads.request import Request
 from dsatrace.workloads.tokenizer import Tokenizer
-from helpers.checkpoints import endless_letters
+from helpers.checkpoints import tiny_config
 from helpers.command_runs import told_error
 
 CONFIG = INFERENCE / "config_tiny.json"
@@ -35,16 +34,9 @@ NEW_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return endless_letters(tiny_checkpoint, tmp_path_factory.mktemp("generate") / "mp1")
-
-
-@pytest.fixture(scope="module")
 def fp64_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wide enough that a batch's other rows cannot move a rounding: equal then means equal."""
-    config = tmp_path_factory.mktemp("fp64") / "config_fp64.json"
-    config.write_text(json.dumps(json.loads(CONFIG.read_text()) | {"dtype": "fp64"}))
-    return config
+    return tiny_config(tmp_path_factory.mktemp("fp64"), dtype="fp64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,9 +275,7 @@ def other_mp(command: Command) -> list[object]:
 
 
 def unknown_key(command: Command) -> list[object]:
-    config = command.folder / "config.json"
-    config.write_text(json.dumps(json.loads(CONFIG.read_text()) | {"n_heds": 8}))
-    return ["--config", config]
+    return ["--config", tiny_config(command.folder, n_heds=8)]
 
 
 def latin_1(command: Command) -> list[object]:

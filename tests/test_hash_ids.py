@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections import Counter
 from pathlib import Path
@@ -14,20 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.study.hash_ids import hash_id_rows
-from dsatrace.study.read_requests import ORPHANS, read_requests, requests_from_hash_ids
-from dsatrace.study.requests_builder import RequestsBuilder
-from dsatrace.workloads.hash_id_traces import (
+from dsatrace.study.request_files import ORPHANS, hash_id_rows, read_requests, requests_from_hash_ids
+from dsatrace.study.requests import RequestsBuilder
+from dsatrace.workloads.id_logs import (
     BAILIAN,
     MOONCAKE,
     HashIdRow,
     hash_id_format,
     read_hash_ids,
+    read_token_ids,
     write_hash_ids,
 )
 from dsatrace.workloads.rows import BadRows
-from dsatrace.workloads.token_id_traces import read_token_ids
 from helpers.byte_tokenizer import byte_tokenizer
+from helpers.json_lines import read_json_lines, write_json_lines
 from helpers.real_data import real_file
 
 BYTES = byte_tokenizer()
@@ -43,13 +42,8 @@ TOKEN_ROW: dict[str, Any] = {
 }  # fmt: skip
 
 
-def lines(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def test_mooncake_rows_are_milliseconds_and_blocks_of_512(tmp_path: Path) -> None:
-    (row,) = read_hash_ids(lines(tmp_path / "t.jsonl", MOONCAKE_ROW))
+    (row,) = read_hash_ids(write_json_lines(tmp_path / "t.jsonl", MOONCAKE_ROW))
     assert row == HashIdRow(1.5, 600, 5, array("q", [0, 1]))
 
 
@@ -60,7 +54,7 @@ def test_bailian_rows_are_seconds_blocks_of_16_and_chats(tmp_path: Path) -> None
         {**BAILIAN_ROW, "chat_id": 11, "parent_chat_id": 10, "turn": 3, "timestamp": 3, "type": "search"},
         {**BAILIAN_ROW, "chat_id": 12, "parent_chat_id": 4, "turn": 2, "timestamp": 4},
     ]
-    path, counts = lines(tmp_path / "t.jsonl", *rows), Counter[str]()
+    path, counts = write_json_lines(tmp_path / "t.jsonl", *rows), Counter[str]()
     requests = read_requests(path, BYTES, counts=counts)
     assert requests.tokens_per_id == 16
     assert requests.arrival_s.tolist() == [2.5, 3, 3, 4]
@@ -108,7 +102,7 @@ def test_bad_rows_are_named_or_counted(
     tmp_path: Path, good: dict[str, Any], change: dict[str, Any], message: str
 ) -> None:
     bad = {key: value for key, value in {**good, **change}.items() if value is not ...}
-    path = lines(tmp_path / "t.jsonl", good, bad, good)
+    path = write_json_lines(tmp_path / "t.jsonl", good, bad, good)
     with pytest.raises(UserError) as caught:
         read_requests(path, BYTES)
     assert f"t.jsonl: row 1 (line 2), column {message}" in str(caught.value)
@@ -118,7 +112,7 @@ def test_bad_rows_are_named_or_counted(
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a request trace"):
-        read_requests(lines(tmp_path / "t.jsonl", {"conversations": []}), BYTES)
+        read_requests(write_json_lines(tmp_path / "t.jsonl", {"conversations": []}), BYTES)
     with pytest.raises(UserError, match="unknown trace layout 'x'; use one of mooncake, bailian"):
         hash_id_format("x")
 
@@ -130,7 +124,7 @@ token_lists = st.lists(st.integers(0, 2), min_size=1, max_size=70)
     prompts=st.lists(st.tuples(token_lists, st.sampled_from(["", "a", "b"])), min_size=1, max_size=6),
     layout=st.sampled_from([MOONCAKE, BAILIAN]),
 )
-def test_written_ids_read_back_with_the_same_shared_prefixes(
+def test_written_ids_share_the_same_prefixes(
     prompts: list[tuple[list[int], str]], layout: Any, tmp_path_factory: Any
 ) -> None:
     builder = RequestsBuilder()
@@ -159,7 +153,7 @@ def test_ids_that_cannot_be_read_back_are_not_written(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     with pytest.raises(UserError, match=r"row 0: ids contradict the length.*use ids of bailian blocks"):
         write_hash_ids(path, [row], BAILIAN)
-    with pytest.raises(UserError, match=r"row 1 arrives at 0\.0 s, the one before at 1\.0 s"):
+    with pytest.raises(UserError, match=r"row 1 has the timestamp 0\.0 after 1\.0"):
         write_hash_ids(path, [row, HashIdRow(0.0, 600, 5, array("q", [0, 1]))], MOONCAKE)
     assert not path.exists()
     with pytest.raises(UserError, match="512-token blocks cannot become one of 16"):
@@ -167,7 +161,9 @@ def test_ids_that_cannot_be_read_back_are_not_written(tmp_path: Path) -> None:
 
 
 def test_block_ids_expand_to_as_many_tokens(tmp_path: Path) -> None:
-    path = lines(tmp_path / "t.jsonl", MOONCAKE_ROW, {**MOONCAKE_ROW, "input_length": 512, "hash_ids": [9]})
+    path = write_json_lines(
+        tmp_path / "t.jsonl", MOONCAKE_ROW, {**MOONCAKE_ROW, "input_length": 512, "hash_ids": [9]}
+    )
     tokens = read_requests(path, BYTES).as_tokens()
     assert tokens.tokens_per_id == 1
     assert tokens.prompt(0).tolist() == [0] * 512 + [1] * 88
@@ -176,7 +172,7 @@ def test_block_ids_expand_to_as_many_tokens(tmp_path: Path) -> None:
 
 
 def test_ids_of_63_bits_become_ranks(tmp_path: Path) -> None:
-    path = lines(tmp_path / "t.jsonl", {**MOONCAKE_ROW, "hash_ids": [2**62, 5]})
+    path = write_json_lines(tmp_path / "t.jsonl", {**MOONCAKE_ROW, "hash_ids": [2**62, 5]})
     assert read_requests(path, BYTES).prompt(0).tolist() == [1, 0]
 
 
@@ -185,8 +181,7 @@ def test_the_real_mooncake_slice_comes_back_as_it_was(tmp_path: Path) -> None:
     requests = read_requests(source, BYTES)
     assert len(requests) == 500 and requests.tokens_per_id == 512
     write_hash_ids(path, hash_id_rows(requests, MOONCAKE), MOONCAKE)
-    rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in (source, path)]
-    assert rows[0] == rows[1]
+    assert read_json_lines(source) == read_json_lines(path)
     assert len(requests.as_tokens().prompt_ids) == int(np.sum(requests.num_prompt_tokens, dtype=np.int64))
 
 

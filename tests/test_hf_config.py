@@ -18,7 +18,7 @@ from dsatrace.model import hf_config as module
 from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs
 from dsatrace.model.hf_config import KEYS, QUANTIZATION_KEYS, ROPE_KEYS
 from dsatrace.model.tiny import hf_config
-from dsatrace.runner.config import EngineSetup
+from dsatrace.runner.settings import ModelSettings
 from helpers.real_data import real_file
 
 PINNED_TRANSFORMERS = "5.24.0"
@@ -314,20 +314,22 @@ def test_a_config_beside_the_weights_must_be_the_same_model(tmp_path, tiny_args,
     """Else a run would record one model and describe another."""
     folder = checkpoint_folder(tmp_path, v32 | {"norm_topk_prob": False})
     with pytest.raises(UserError, match=r"norm_topk_prob is True, but .*converted/config.json .* says False"):
-        EngineSetup(folder, INFERENCE / "config_tiny.json").model_args()
-    assert EngineSetup(folder).model_args().norm_topk_prob is False
+        ModelSettings(folder, INFERENCE / "config_tiny.json").model_args()
+    assert ModelSettings(folder).model_args().norm_topk_prob is False
 
 
 def test_what_a_run_may_choose_may_differ(tmp_path, tiny_args, v32):
     demo = tmp_path / "demo.json"
     chosen = dataclasses.replace(tiny_args, dtype="fp64", index_topk=16, max_seq_len=512, index_fp8=False)
     demo.write_text(json.dumps(dataclasses.asdict(chosen)))
-    assert EngineSetup(checkpoint_folder(tmp_path, v32), demo).model_args() == chosen
+    assert ModelSettings(checkpoint_folder(tmp_path, v32), demo).model_args() == chosen
 
 
 def test_numerics_and_ignored_keys_reach_the_model(tmp_path, v32):
     folder = checkpoint_folder(tmp_path, v32 | {"new": 1})
-    setup = EngineSetup(folder, INFERENCE / "config_tiny.json", numerics="plain", ignore_config_keys=("new",))
+    setup = ModelSettings(
+        folder, INFERENCE / "config_tiny.json", numerics="plain", ignore_config_keys=("new",)
+    )
     args = setup.model_args()
     assert not (args.index_fp8 or args.index_hadamard or args.latent_fp8)
     assert args.ignored_config_keys == ("new",)

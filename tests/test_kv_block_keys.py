@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsatrace.kv.block_keys import KeyChain
+from dsatrace.kv.prefix import KeyChain
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from helpers.trace_samples import SECRET
 

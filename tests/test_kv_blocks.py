@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dsatrace.kv.blocks import EVICT, BlockPool, Key, OutOfBlocks, blocks_needed
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.policies.stream import AccessStream
+from helpers.policy_streams import prefixes
 
 
 def test_blocks_needed_rounds_up() -> None:
@@ -70,9 +71,11 @@ def test_any_sequence_keeps_every_block_in_one_place(moves: list[tuple[int, int]
         pool.check_integrity()
 
 
-def test_a_pool_has_at_least_one_block() -> None:
+def test_a_pool_has_at_least_one_usable_block() -> None:
     with pytest.raises(ValueError, match="not 0 of 16"):
         BlockPool(0, 16)
+    with pytest.raises(ValueError, match="not 1 of 16, block 0 kept back"):
+        BlockPool(1, 16, null_block=True)
 
 
 PREFIX_TREES = st.lists(st.lists(st.integers(0, 1), max_size=5), min_size=1, max_size=30)
@@ -84,8 +87,7 @@ def test_the_pool_evicts_what_an_lru_policy_evicts(
     words: list[list[int]], num_blocks: int, concurrency: int, leaf: bool
 ) -> None:
     """The same hits, and the same blocks given up in the same order: parents go after their children."""
-    chains = [[tuple(word[: end + 1]) for end in range(len(word))] for word in words]
-    stream = AccessStream.of(chains, concurrency=concurrency)
+    stream = AccessStream.of(prefixes(words), concurrency=concurrency)
     policy = simulate(stream, "lru", num_blocks, leaf=leaf, log_evictions=True)
     hits: list[int] = []  # of each request so far
     evicted: list[tuple[int, Key]] = []

@@ -1,4 +1,4 @@
-"""Who is charged for what of a layer's fetch, against sets; and whole shares of a batch."""
+"""Which row is charged for which fetched unit, against sets; and whole shares of a batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from dsatrace.kv.tiers.fetches import (
     layer_fetch,
     share_out,
 )
-from dsatrace.kv.tiers.stack import tier_counts
+from dsatrace.kv.tiers.stack import TierStack
+from helpers.memory_store import MemoryStore
 
 NUM_TOKENS = 32
 TOKEN_BYTES = 10
@@ -89,7 +90,7 @@ def test_each_fetched_unit_is_charged_once(
     assert fetch.latency_us is moved.latency_us
 
 
-def test_without_a_batch_of_its_own_a_row_is_charged_nothing() -> None:
+def test_without_a_batch_a_row_is_charged_nothing() -> None:
     fetch = layer_fetch(
         np.array([[0, 1, -1]]),
         np.array([HBM, REMOTE], dtype=np.int8),
@@ -119,7 +120,7 @@ def test_shares_are_whole_and_near_their_weights(totals: list[int], weights: lis
             assert shares[:, tier].sum() == total
 
 
-def test_a_step_keeps_the_recorded_rows_and_pads_to_the_top_k() -> None:
+def test_a_step_keeps_the_recorded_rows() -> None:
     rng = np.random.default_rng(0)
 
     def layer() -> LayerFetch:
@@ -140,8 +141,11 @@ def test_a_step_keeps_the_recorded_rows_and_pads_to_the_top_k() -> None:
 
 def test_counts_of_tiers_and_of_layers_are_subtracted() -> None:
     stats = StoreStats(read_ops=5, stored_units=3, errors=1, corrupt_units=2, read_us=7.0, write_us=1.0)
-    after, before = tier_counts(9, 8, (None, stats, None)), tier_counts(4, 2, (None, StoreStats(), None))
-    moved = after - before
+    store = MemoryStore(unit_bytes=8)
+    stack = TierStack(store, None, num_layers=1, units_per_layer=1)
+    before = stack.counts(hbm_evicted=4, hbm_written=2)
+    store.stats = lambda: stats
+    moved = stack.counts(hbm_evicted=9, hbm_written=8) - before
     assert moved.evicted_units.tolist() == [5, 0, 0]
     assert moved.written_units.tolist() == [6, 3, 0]
     assert (moved.read_ops.tolist(), moved.errors.tolist()) == ([0, 5, 0], [0, 3, 0])

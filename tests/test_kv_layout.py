@@ -4,34 +4,26 @@ from __future__ import annotations
 
 from dsatrace.kv.layout import named_layouts
 
+REAL = named_layouts(kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128)
+
 
 def test_the_real_models_bytes() -> None:
-    layouts = named_layouts(kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128)
-    assert {name: layout.bytes_per_token for name, layout in layouts.items()} == {
-        "demo": 1284,
-        "serving_fp8": 788,
-        "plain_fp8": 708,
-        "hf_bf16": 1408,
-    }
-    assert [layouts[name].latent_bytes_per_token for name in layouts] == [1152, 656, 576, 1152]
-    assert [layouts[name].index_bytes_per_token for name in layouts] == [132, 132, 132, 256]
+    assert list(REAL) == ["demo", "serving_fp8", "plain_fp8", "hf_bf16"]
+    assert [layout.bytes_per_token for layout in REAL.values()] == [1284, 788, 708, 1408]
+    assert [layout.latent_bytes_per_token for layout in REAL.values()] == [1152, 656, 576, 1152]
+    assert [layout.index_bytes_per_token for layout in REAL.values()] == [132, 132, 132, 256]
 
 
 def test_published_totals() -> None:
-    """Bytes a token over all layers: DeepSeek-V3.2's 61, and GLM-5.2's 78 of the same dimensions."""
-    layouts = named_layouts(kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128)
-    assert {name: 61 * layout.latent_bytes_per_token for name, layout in layouts.items()} == {
-        "demo": 70_272,
-        "serving_fp8": 40_016,
-        "plain_fp8": 35_136,
-        "hf_bf16": 70_272,
-    }
-    assert 61 * layouts["serving_fp8"].index_bytes_per_token == 8_052
-    assert 61 * layouts["hf_bf16"].index_bytes_per_token == 15_616
-    serving = layouts["serving_fp8"]
+    """Bytes per token over all layers: DeepSeek-V3.2's 61, and GLM-5.2's 78 of the same dimensions."""
+    latents = [61 * layout.latent_bytes_per_token for layout in REAL.values()]
+    assert latents == [70_272, 40_016, 35_136, 70_272]
+    assert 61 * REAL["serving_fp8"].index_bytes_per_token == 8_052
+    assert 61 * REAL["hf_bf16"].index_bytes_per_token == 15_616
+    serving = REAL["serving_fp8"]
     share = serving.index_bytes_per_token / serving.bytes_per_token
     assert round(share, 3) == 0.168  # what ESS (arXiv 2512.10576) reports
-    assert abs(78 * layouts["plain_fp8"].bytes_per_token - 55_225) <= 1  # sgl-project/sglang #30531
+    assert abs(78 * REAL["plain_fp8"].bytes_per_token - 55_225) <= 1  # sgl-project/sglang #30531
 
 
 def test_other_dimensions() -> None:

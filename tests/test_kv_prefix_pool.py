@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dsatrace.kv.block_keys import KeyChain
 from dsatrace.kv.blocks import EVICT, HIT, MISS, BlockPool, FreeOrder, Key, OutOfBlocks
+from dsatrace.kv.prefix import KeyChain
 from dsatrace.kv.prefix_pool import HeldBlocks, PrefixPool
 from helpers.trace_samples import SECRET
 
@@ -138,7 +138,7 @@ def test_without_caching_nothing_is_shared() -> None:
     pool = PrefixPool(BlockPool(8, 4), prefix_caching=False)
     held = [admit(pool, [1] * 9), admit(pool, [1] * 9)]
     assert [h.num_hit_tokens for h in held] == [0, 0]
-    assert not any(pool.blocks.is_cached(key) for key in held[0].keys)
+    assert not any(pool.blocks.lookup([key]) for key in held[0].keys)
     pool.blocks.check_integrity()
 
 
@@ -153,17 +153,17 @@ def test_a_listener_hears_of_hits_misses_and_evictions() -> None:
 
 
 @pytest.mark.parametrize("free_order", ["old", "new"])
-def test_what_is_lost_is_found_by_nobody_and_handed_out_first(free_order: FreeOrder) -> None:
+def test_a_forgotten_block_is_not_found_and_goes_first(free_order: FreeOrder) -> None:
     void: list[list[int]] = []
     pool = PrefixPool(BlockPool(4, 2, free_order=free_order, on_void=void.append))
     tokens = [1, 2, 3, 4, 5, 6, 7]
     held = admit(pool, tokens)
     pool.release(held)
     assert void == [[3]], "the partial block"
-    assert pool.lose([1, 3]) == 1
+    assert pool.blocks.forget([1, 3]) == 1
     assert void == [[3], [1]]
     assert pool.match(keys_of(tokens, 2), 7) == [0]
-    assert not pool.blocks.is_cached(keys_of(tokens, 2)[1]) and pool.blocks.is_cached(keys_of(tokens, 2)[2])
+    assert [pool.blocks.lookup([key]) for key in keys_of(tokens, 2)] == [[0], [], [2]]
     assert pool.blocks.free_queue()[0] == 1
     again = admit(pool, tokens[:4])
     assert again.block_ids == [0, 1]
@@ -173,12 +173,12 @@ def test_what_is_lost_is_found_by_nobody_and_handed_out_first(free_order: FreeOr
     assert pool.match(keys_of(tokens, 2), 7) == [0, 1, 2]
 
 
-def test_what_is_lost_in_use_is_void_when_its_last_user_is_gone() -> None:
+def test_a_forgotten_block_is_void_after_its_last_user() -> None:
     void: list[list[int]] = []
     pool = PrefixPool(BlockPool(4, 2, on_void=void.append))
     first, second = admit(pool, [1, 1, 2]), admit(pool, [1, 1, 3])
     assert (first.block_ids, second.block_ids) == ([0, 1], [0, 2])
-    assert pool.lose([0]) == 1
+    assert pool.blocks.forget([0]) == 1
     assert pool.match(keys_of([1, 1, 2], 2), 3) == void == []
     pool.release(first)
     assert void == [[1]]
@@ -187,7 +187,7 @@ def test_what_is_lost_in_use_is_void_when_its_last_user_is_gone() -> None:
     pool.check_integrity([])
 
 
-def test_evicted_content_is_void_before_its_block_is_handed_out() -> None:
+def test_evicted_content_is_void_before_reuse() -> None:
     void: list[list[int]] = []
     pool = PrefixPool(BlockPool(2, 2, free_order="new", on_void=void.append))
     pool.release(admit(pool, [1, 1, 2, 2]))
@@ -197,11 +197,11 @@ def test_evicted_content_is_void_before_its_block_is_handed_out() -> None:
 
 
 @pytest.mark.parametrize("ids", [[0, 4], [-1, 0]])
-def test_a_loss_of_a_block_that_does_not_exist_is_caught_and_changes_nothing(ids: list[int]) -> None:
+def test_forgetting_an_unknown_block_changes_nothing(ids: list[int]) -> None:
     pool = PrefixPool(BlockPool(4, 2))
     held = admit(pool, [1, 1, 1])
     with pytest.raises(ValueError, match=f"blocks {ids[0]} to {ids[1]}: the pool has 0 to 3"):
-        pool.lose(ids)
+        pool.blocks.forget(ids)
     pool.check_integrity([held])
 
 
@@ -212,11 +212,6 @@ def test_a_block_that_is_still_being_computed_has_no_key() -> None:
     assert (len(held.block_ids), held.num_keyed) == (2, 0)
     pool.grow(held, 4, num_filled=2)
     assert (len(held.block_ids), held.num_keyed) == (2, 1)
-
-
-def test_a_pool_with_a_null_block_has_one_more() -> None:
-    with pytest.raises(ValueError, match="not 1 of 16, block 0 kept back"):
-        BlockPool(1, 16, null_block=True)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -233,14 +228,14 @@ class PoolMachine(RuleBasedStateMachine):
             BlockPool(num_blocks, block_size, null_block=null_block, free_order=free_order)
         )
         self.pool.blocks.on_void = self._void
-        self.void = set(range(int(null_block), num_blocks))  # nobody can read what they hold
+        self.void = set(range(int(null_block), num_blocks))  # their content can no longer be read
         self.live: list[tuple[HeldBlocks, KeyChain, list[int]]] = []
         self.preempted: list[list[int]] = []
         self.seen: set[tuple[int, ...]] = set()  # prefixes that were ever cached
 
     def _void(self, block_ids: list[int]) -> None:
         assert block_ids and not self.void & set(block_ids), "named twice"
-        assert not any(map(self.pool.blocks.num_users, block_ids)), "somebody uses it"
+        assert not any(map(self.pool.blocks.num_users, block_ids)), "it is in use"
         self.void |= set(block_ids)
 
     def _admit(self, tokens: list[int], chunk: int) -> bool:
@@ -298,7 +293,7 @@ class PoolMachine(RuleBasedStateMachine):
         blocks = self.pool.blocks
         lost = data.draw(st.sets(st.integers(0, blocks.num_blocks - 1), min_size=1, max_size=3))
         keyed = {block for block in lost if blocks.key_of(block) is not None}
-        assert self.pool.lose(lost) == len(keyed)
+        assert self.pool.blocks.forget(lost) == len(keyed)
         assert all(blocks.key_of(block) is None for block in lost)
         for entry in [entry for entry in self.live if lost & set(entry[0].block_ids)]:
             self.live.remove(entry)

@@ -89,7 +89,7 @@ def test_why_a_request_is_not_served() -> None:
     assert continuous.blocks_allocated.tolist() == [0, 0, 1]
 
 
-def test_a_preempted_request_comes_back_and_its_hits_stand_apart() -> None:
+def test_hits_of_a_resumed_request_stand_apart() -> None:
     prompts, outputs = [[1] * 4, [2] * 4], [[1] * 9, [2] * 9]
     trace = BlockTrace.from_tokens(prompts, outputs, block_size=2)
     result = replay(trace, ReplayConfig(9, 2, schedule="continuous"))
@@ -113,7 +113,7 @@ def test_chunks_alone_change_no_hit() -> None:
     assert whole.hit_tokens.tolist() == chunked.hit_tokens.tolist()
 
 
-def test_schedules_agree_where_nothing_is_evicted_and_requests_are_apart() -> None:
+def test_schedules_agree_without_evictions() -> None:
     rng = np.random.default_rng(4)
     prompts = [rng.integers(0, 2, rng.integers(1, 40)) for _ in range(60)]
     outputs = [rng.integers(0, 2, 3) for _ in prompts]

@@ -135,7 +135,7 @@ def test_positions_beyond_32_bits_keep_their_tiers() -> None:
     assert in_token_order(positions, np.array([[[2, 1, 0]]])).tolist() == [1, 0, 2]
 
 
-def test_accounts_and_captures_of_different_runs_are_refused() -> None:
+def test_captures_of_another_run_are_refused() -> None:
     reads = reads_of([({0}, 1)], 4)
     with pytest.raises(ValueError, match="does not say which served it"):
         OffloadedTiers(100, "row", {"local_pool": "measured"}).accounts(reads)

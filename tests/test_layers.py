@@ -17,7 +17,7 @@ import pytest
 from conftest import INFERENCE
 
 PACKAGE = INFERENCE / "dsatrace"
-BASE = {"schema", "errors", "version", "flags", "units"}
+BASE = {"schema", "errors", "version", "files", "flags", "units"}
 
 
 class Rule(NamedTuple):
@@ -32,19 +32,22 @@ RULES: dict[str, Rule] = {
     "schema": Rule(set()),
     "errors": Rule(set()),
     "version": Rule(set()),
-    "flags": Rule(set()),
+    "files": Rule({"errors"}),
+    "flags": Rule({"errors"}),
     "units": Rule(set()),
     "verify": Rule({"schema", "errors"}, set(), {"numpy", "pyarrow"}),
     "kv": Rule({"schema", "errors"}, {"numpy", "numba"}, {"memcache_hybrid", "mooncake", "nixl"}),
-    "model": Rule({"errors"}, {"torch", "safetensors"}, {"tilelang", "fast_hadamard_transform"}),
+    "model": Rule({"errors", "files"}, {"torch", "safetensors"}, {"tilelang", "fast_hadamard_transform"}),
     "trace": Rule(BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}),
     "workloads": Rule(
-        {"schema", "errors"}, set(), {"tokenizers", "transformers", "datasets", "huggingface_hub"}
+        {"schema", "errors", "files", "units"},
+        set(),
+        {"tokenizers", "transformers", "datasets", "huggingface_hub"},
     ),
-    "engine": Rule({"schema", "errors", "kv", "trace", "workloads"}, {"numpy"}),
+    "engine": Rule(BASE | {"kv", "trace", "workloads"}, {"numpy"}),
     "runner": Rule(BASE | {"engine", "model", "kv", "trace"}, {"numpy", "torch"}),
     "study": Rule(BASE | {"kv", "trace", "workloads", "engine"}, {"numpy", "numba", "orjson"}),
-    "report": Rule({"schema", "errors", "trace", "study"}, {"numpy", "rich"}, {"matplotlib"}),
+    "report": Rule(BASE | {"trace", "study"}, {"numpy", "rich"}, {"matplotlib"}),
 }
 EXCEPTIONS = {
     ("dsatrace.trace.observe", "torch"): "the tensor side of the tracer",
@@ -209,7 +212,7 @@ def test_nothing_under_inference_bears_a_standard_name():
         ("dsatrace.trace.records", "import torch"),
         ("dsatrace.engine.engine", "def f():\n    import torch"),
         ("dsatrace.verify.run", "import numpy"),
-        ("dsatrace.verify.run", "from dsatrace.trace import files"),
+        ("dsatrace.verify.run", "from dsatrace.trace import reader"),
     ],
 )
 def test_the_check_sees(name, line):

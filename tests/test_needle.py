@@ -23,7 +23,7 @@ def test_length_is_within_a_sentence_of_what_was_asked(
     assert num_tokens - max(map(count, _IDLE)) - 1 <= length <= num_tokens
 
 
-def test_needle_lies_at_its_depth_and_is_asked_for_at_the_end() -> None:
+def test_the_needle_lies_at_its_depth() -> None:
     for depth in (0.0, 0.25, 0.5, 1.0):
         prompt = needle_prompt(3000, lambda text: len(text.split()), depth, seed=1)
         _, haystack, question = prompt.text.split("\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,17 +21,17 @@ from dsatrace.kv.tiers.stack import TierStack
 from dsatrace.model.batch import Batch, Span
 from dsatrace.model.cache import KVCache
 from dsatrace.model.transformer import Transformer
-from dsatrace.runner.config import PREFETCH_KINDS, Granularity, PrefetchKind
 from dsatrace.runner.model_runner import ModelRunner
 from dsatrace.runner.offload.cache import OffloadedCache, unit_bytes
 from dsatrace.runner.offload.layer_units import UnitsLost
 from dsatrace.runner.sampler import Sampler
+from dsatrace.runner.settings import Granularity, PrefetchKind
 from dsatrace.workloads.request import Request
 from helpers.memory_store import MemoryStore
 from helpers.models import SMALL, SelectionLog, prefill, random_model, random_tokens
 
 BLOCK = 8
-GRANULARITIES = ("block", "row")
+GRANULARITIES = get_args(Granularity)
 
 
 @functools.cache
@@ -178,7 +179,7 @@ def test_the_same_run_at_any_capacity(case: Case, data: st.DataObject) -> None:
             granularity,
             staged=staged,
             policy=data.draw(st.sampled_from(["lru", "fifo", "sieve"])),
-            prefetch=data.draw(st.sampled_from(PREFETCH_KINDS)),
+            prefetch=data.draw(st.sampled_from(get_args(PrefetchKind))),
             local_units=data.draw(st.none() | st.integers(1, 4 * case.num_blocks)),
             index_keys=data.draw(st.booleans()),
         )
@@ -259,7 +260,7 @@ def test_a_unit_evicted_between_two_writes_keeps_both(granularity: Granularity, 
     check_conservation(cache)
 
 
-def test_one_batch_a_layer_and_decode_step_and_requests_are_told_apart() -> None:
+def test_one_batch_per_layer_and_decode_step() -> None:
     model = model_of("fp32")
     cache = offloaded(model, 24, 14)
     tables = [list(range(10)), list(range(10, 20))]

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
-
-
-def bench(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "bench" / "offload.py"), *flags],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+from helpers.command_runs import bench
 
 
 def test_the_bench_tells_what_a_share_costs(tmp_path: Path):
     record_file, picture = tmp_path / "record.json", tmp_path / "picture.png"
     small = ("--context", "640", "--steps", "8", "--units", "row", "64", "--shares", "100", "50")
     how = ("--policies", "lru", "arc", "--prefetch", "none", "previous-layer", "--store", "sim:pcie5-x16+ram")
-    done = bench(*small, *how, "--json", str(record_file), "--plot", str(picture))
+    done = bench("offload.py", *small, *how, "--json", str(record_file), "--plot", str(picture))
     assert done.returncode == 0, done.stderr
     assert "needs 100%" in done.stdout  # every block of 64 is touched by some step
     record = json.loads(record_file.read_text())
@@ -49,5 +37,5 @@ def test_the_bench_tells_what_a_share_costs(tmp_path: Path):
 
 
 def test_a_share_of_nothing_is_one_line():
-    done = bench("--shares", "0")
+    done = bench("offload.py", "--shares", "0")
     assert (done.returncode, done.stderr) == (2, "error: --shares 0: they are percent, from 1 to 100\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from typing import get_args
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,10 +15,10 @@ from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.scheduler import Scheduler
 from dsatrace.kv.tiers.stack import TierStack
 from dsatrace.model.cache import KVCache
-from dsatrace.runner.config import GRANULARITIES, PREFETCH_KINDS, Granularity, PrefetchKind
 from dsatrace.runner.model_runner import ModelRunner
 from dsatrace.runner.offload.cache import OffloadedCache, tokens_of_unit, unit_bytes
 from dsatrace.runner.sampler import Sampler
+from dsatrace.runner.settings import Granularity, PrefetchKind
 from dsatrace.workloads.request import Request
 from helpers.flaky_store import FlakyStore
 from helpers.models import SMALL, random_model, random_tokens
@@ -92,8 +93,8 @@ def serve_with_flaky_stores(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    granularity=st.sampled_from(GRANULARITIES),
-    prefetch=st.sampled_from(PREFETCH_KINDS),
+    granularity=st.sampled_from(get_args(Granularity)),
+    prefetch=st.sampled_from(get_args(PrefetchKind)),
     capacities=st.sampled_from([(None, 0), (0, None), (20, None), (7, 200)]),
     rates=st.sampled_from([(0.0, 0.003), (0.003, 0.0), (0.01, 0.01), (0.1, 0.1)]),
     prefix_caching=st.booleans(),
@@ -112,7 +113,7 @@ def test_never_a_wrong_token(recompute: bool, **changes) -> None:
     assert recompute or scheduler.num_recomputes == 0
 
 
-def test_the_cases_hold_losses_that_are_survived_and_losses_that_are_not() -> None:
+def test_the_cases_hold_losses_of_both_kinds() -> None:
     """So that the property above is not one of idle stores."""
     runs = [serve_with_flaky_stores(seed, granularity="row", rates=(0.003, 0.0)) for seed in range(8)]
     survived = [scheduler for live, scheduler in runs if all(one.state == "length" for one in live)]

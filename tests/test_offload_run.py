@@ -10,24 +10,24 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import INFERENCE
 from dsatrace.engine.live import LiveRequest
+from dsatrace.engine.settings import RunSettings
 from dsatrace.errors import UserError
 from dsatrace.model.transformer import Transformer
-from dsatrace.runner.config import EngineSetup, OffloadSetup
+from dsatrace.runner.settings import ModelSettings, OffloadSettings
 from dsatrace.runner.setup import load_model, open_engine
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
-from helpers.checkpoints import endless_letters
+from helpers.checkpoints import tiny_config
+from helpers.command_runs import selections
 from helpers.models import random_tokens
 from helpers.stores import mooncake, valkey
 
@@ -55,11 +55,7 @@ class Served:
 
     @property
     def selections(self) -> dict[tuple[str, int, int], list[int]]:
-        """By request, step and layer."""
-        return {
-            (record["request_id"], record["step_idx"], record["layer_id"]): record["selected_token_pos"]
-            for record in RunReader(self.out).steps()
-        }
+        return selections(self.out)
 
     @property
     def summary(self) -> dict:
@@ -81,12 +77,12 @@ class Bench:
     """One loaded model, and the folder of the runs."""
 
     model: Transformer
-    setup: EngineSetup
+    settings: ModelSettings
     folder: Path
 
     def serve(
         self,
-        offload: OffloadSetup | None,
+        offload: OffloadSettings | None,
         name: str = "run",
         on_step: Callable[[int], None] = lambda step: None,
         **changes: object,
@@ -101,11 +97,11 @@ class Bench:
         return Served(live, self.folder / name)
 
     @contextlib.contextmanager
-    def open(self, offload: OffloadSetup | None, name: str, **changes: object) -> Iterator:
-        setup = dataclasses.replace(self.setup, offload=offload, **changes)
+    def open(self, offload: OffloadSettings | None, name: str, **changes: object) -> Iterator:
+        settings = dataclasses.replace(self.settings, offload=offload, **changes)
         trace = TraceConfig(out=self.folder / name, block_size=BLOCK, prefill="last")
-        longest = max(LENGTHS) + NEW_TOKENS
-        with open_engine(self.model, setup, CPU, longest, trace) as engine:
+        run = RunSettings(longest=max(LENGTHS) + NEW_TOKENS, trace=trace)
+        with open_engine(self.model, settings, CPU, run) as engine:
             live = [
                 engine.submit(Request(f"r{i}", tuple(tokens), NEW_TOKENS, stop_at_eos=False))
                 for i, tokens in enumerate(prompts(self.model))
@@ -118,34 +114,31 @@ def prompts(model: Transformer) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def model_and_setup(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
+def model_and_settings(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("offload")
-    config = folder / "config.json"
-    tiny = json.loads((INFERENCE / "config_tiny.json").read_text())
-    config.write_text(json.dumps(tiny | {"dtype": "fp64", "index_topk": 16}))
-    setup = EngineSetup(
-        endless_letters(tiny_checkpoint, folder / "mp1"),
-        config,
+    settings = ModelSettings(
+        checkpoint,
+        tiny_config(folder, dtype="fp64", index_topk=16),
         device="cpu",
         max_batch_size=2,
         prefill_chunk=64,
         cache_block_size=BLOCK,
     )
-    return load_model(setup, CPU), setup
+    return load_model(settings, CPU), settings
 
 
 @pytest.fixture(scope="module")
-def expected(model_and_setup, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return Bench(*model_and_setup, tmp_path_factory.mktemp("whole")).serve(None)
+def expected(model_and_settings, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return Bench(*model_and_settings, tmp_path_factory.mktemp("whole")).serve(None)
 
 
 @pytest.fixture
-def bench(model_and_setup, tmp_path: Path) -> Bench:
-    return Bench(*model_and_setup, tmp_path)
+def bench(model_and_settings, tmp_path: Path) -> Bench:
+    return Bench(*model_and_settings, tmp_path)
 
 
-def offload_of(granularity: str = "block", **changes: object) -> OffloadSetup:
-    return OffloadSetup(hbm_blocks=HBM_BLOCKS[granularity], granularity=granularity, **changes)
+def offload_of(granularity: str = "block", **changes: object) -> OffloadSettings:
+    return OffloadSettings(hbm_blocks=HBM_BLOCKS[granularity], granularity=granularity, **changes)
 
 
 # ---- the same run
@@ -244,7 +237,7 @@ def test_a_local_pool_that_is_too_small_says_how_large(bench: Bench) -> None:
 
 def test_hbm_that_does_not_hold_a_step_says_how_much_is_needed(bench: Bench) -> None:
     with pytest.raises(UserError, match=r"HBM holds 3; use --hbm-blocks \d+ at least"):
-        bench.serve(OffloadSetup(hbm_blocks=3))
+        bench.serve(OffloadSettings(hbm_blocks=3))
 
 
 # ---- faults

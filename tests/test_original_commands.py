@@ -15,8 +15,8 @@ import sys
 import pytest
 
 from conftest import ROOT
-from dsatrace.commands.arguments import ENGINE_FLAGS, OFFLOAD_FLAGS
-from dsatrace.runner.config import EngineSetup, OffloadSetup
+from dsatrace.commands.arguments import ENGINE_FLAGS, MODEL_FLAGS, OFFLOAD_FLAGS
+from dsatrace.runner.settings import ModelSettings, OffloadSettings
 
 LINES = """
 convert.py --hf-ckpt-path "$HF_CKPT_PATH" --save-path "$SAVE_PATH" --n-experts 256 --model-parallel 8
@@ -87,10 +87,10 @@ def test_the_shell_script_is_there_and_runs(script: str) -> None:
 
 
 def test_every_setting_of_the_engine_has_a_flag() -> None:
-    assert {*ENGINE_FLAGS, "ignore_config_keys", "offload"} == {
-        f.name for f in dataclasses.fields(EngineSetup)
+    assert {*MODEL_FLAGS, *ENGINE_FLAGS, "ignore_config_keys", "offload"} == {
+        f.name for f in dataclasses.fields(ModelSettings)
     }
-    assert {*OFFLOAD_FLAGS} == {field.name for field in dataclasses.fields(OffloadSetup)}
+    assert {*OFFLOAD_FLAGS} == {field.name for field in dataclasses.fields(OffloadSettings)}
 
 
 MISTAKES = [

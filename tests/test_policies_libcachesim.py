@@ -66,7 +66,7 @@ def test_the_same_hits_request_by_request(name, capacity, seed):
 
 
 @pytest.mark.parametrize("capacity", [30, 200])
-def test_gdsf_differs_in_that_theirs_may_evict_the_newcomer(capacity):
+def test_gdsf_where_theirs_may_evict_the_newcomer(capacity):
     """Theirs inserts, at the value of the last eviction but one, and evicts afterwards, perhaps
     what it just inserted. Ours makes room first, as in the paper: a request needs its blocks."""
     stream = zipf_stream(1)

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from dsatrace.errors import UserError
-from dsatrace.kv.policies import replay
-from dsatrace.kv.policies.plain import PlainPolicy
-from dsatrace.kv.policies.policy import NEVER, NO_PARENT, Access
+from dsatrace.kv.policies import simulate as simulate_module
+from dsatrace.kv.policies.policy import NEVER, NO_PARENT, Access, PlainPolicy
 from dsatrace.kv.policies.registry import POLICIES, make_policy
 from dsatrace.kv.policies.reuse import reuse_profile
 from dsatrace.kv.policies.simulate import simulate
@@ -33,7 +32,7 @@ def test_every_policy_names_its_meaning_and_source():
 @pytest.mark.parametrize("name", sorted(POLICIES))
 @pytest.mark.parametrize("leaf", [False, True], ids=["flat", "leaf"])
 def test_a_pool_can_use_it(name, leaf):
-    """Without `miss`, with hits on what nobody holds, and with blocks taken away."""
+    """Without `miss`, with hits on unpinned blocks, and with `forget`."""
     policy: PlainPolicy = make_policy(name, 4, leaf=leaf, **GIVEN.get(name, {}))
     chain = [(7, NO_PARENT), (8, 7), (9, 8)]
     for depth, (block, parent) in reversed(list(enumerate(chain))):
@@ -146,9 +145,9 @@ def test_the_reuse_profile_by_hand():
     assert profile.mean_s.tolist() == [2.0, 4.0]
 
 
-def test_the_compiled_loop_is_cached_by_the_sources_of_all_rules():
+def test_the_loop_is_cached_by_all_rules_sources():
     """Else an edited policy would run as compiled before, and a renamed one would break the cache."""
-    folder = Path(replay.__file__).parent
+    folder = Path(simulate_module.__file__).parent
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
     simulate(STREAM, "lru", 3)
-    assert digest[:16] in str(replay._compiled_loop._cache._cache_file._index_name)
+    assert digest[:16] in str(simulate_module._compiled_loop._cache._cache_file._index_name)

@@ -13,9 +13,9 @@ import torch
 from dsatrace.kv.tiers.fetches import FetchCounters
 from dsatrace.kv.tiers.stack import TierStack
 from dsatrace.model.batch import Batch, Span
-from dsatrace.runner.config import PrefetchKind
 from dsatrace.runner.offload.cache import OffloadedCache, unit_bytes
 from dsatrace.runner.offload.prefetch import Prefetcher
+from dsatrace.runner.settings import PrefetchKind
 from helpers.memory_store import MemoryStore
 from helpers.models import SMALL, prefill, random_model, random_tokens
 
@@ -90,7 +90,7 @@ def test_the_step_before_is_no_guess_where_it_is_still_in_hbm() -> None:
     assert guessed == plain
 
 
-def test_a_guess_is_fetched_beside_the_caller_and_its_failure_is_raised_where_it_joins() -> None:
+def test_a_guess_is_fetched_in_a_thread_and_join_raises_its_error() -> None:
     threads = []
 
     def fetch(layer_id: int, units: np.ndarray) -> np.ndarray:

@@ -19,7 +19,9 @@ from dsatrace.engine.block_tables import new_pool
 from dsatrace.engine.clock import VirtualClock
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.scheduler import Scheduler
+from dsatrace.engine.settings import RunSettings
 from dsatrace.errors import UserError
+from dsatrace.files import write_json
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.model.transformer import Transformer
 from dsatrace.runner.model_runner import ModelRunner
@@ -34,7 +36,7 @@ from dsatrace.schema import (
 )
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.export import export_run
-from dsatrace.trace.manifest import PrefixSource, RunInfo, write_json
+from dsatrace.trace.manifest import PrefixSource, RunInfo
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.tracer import Tracer
@@ -78,7 +80,7 @@ class Setting:
             cache = model.new_cache(pool.blocks.num_blocks, self.block_size)
             runner = ModelRunner(model, cache, Sampler(seed=3), tracer=tracer)
             scheduler = Scheduler(pool, self.batch_size, self.chunk)
-            engine = Engine(scheduler, runner, tracer, clock=VirtualClock())
+            engine = Engine(scheduler, runner, tracer, RunSettings(clock=VirtualClock()))
             live = [engine.submit(request) for request in requests]
             for _ in engine.run():
                 pool.check_integrity([live.held for live in scheduler.running if live.held])

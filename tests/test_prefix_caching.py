@@ -19,6 +19,7 @@ from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.runner import Step
 from dsatrace.engine.scheduler import Admission, Scheduler
+from dsatrace.engine.settings import RunSettings
 from dsatrace.engine.simulator import StepTime, TokenSimulator, replay
 from dsatrace.workloads.request import Request
 
@@ -80,7 +81,7 @@ class Case:
             admission=self.admission,
         )
         runner = SlotKeeper(self.block_size, self.responses)
-        return Engine(scheduler, runner, clock=clock or VirtualClock())
+        return Engine(scheduler, runner, run=RunSettings(clock=clock or VirtualClock()))
 
 
 TOKENS = st.lists(st.integers(0, 1), max_size=12)
@@ -267,7 +268,7 @@ def test_the_next_turn_hits_the_answer_but_its_last_token() -> None:
     assert third.prefix_hit_tokens == 12
 
 
-def test_who_is_aborted_in_its_prompt_leaves_what_was_computed_and_no_more() -> None:
+def test_an_abort_in_the_prompt_leaves_what_was_computed() -> None:
     engine = new_engine()
     ask(engine, "gone", range(40))
     engine.step()  # one chunk of 8

@@ -25,6 +25,8 @@ NOT_RUN_HERE = {
     "./scripts/test.sh": "it runs this very test",
     "./scripts/run_prefix_study.sh": "test_study_commands.py runs it, on less",
 }
+PARTIAL = shutil.ignore_patterns("*.egg-info", "*.pyc.*", "*.tmp.*")
+"""Files that another process may be writing. Compiled code is copied: numba takes long to make it again."""
 TINY = {
     "HF_CKPT": "data/models/needle-2k",
     "CKPT": "data/demo/mp2",
@@ -46,7 +48,7 @@ def checkout(tmp_path_factory):
     """A copy of what the commands need."""
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("inference", "scripts"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copytree(ROOT / name, copy / name, ignore=PARTIAL)
     shutil.copytree(ROOT / "data" / "models", copy / "data" / "models")
     (copy / "outputs").mkdir()
     shutil.copy(ROOT / "pyproject.toml", copy)

@@ -14,10 +14,11 @@ from conftest import INFERENCE
 from dsatrace import cli
 from dsatrace.commands.generate import main as generate
 from dsatrace.report.figure import draw_tiers
-from dsatrace.report.places import places
+from dsatrace.report.tables import sink_shares
 from dsatrace.report.tier_tables import tier_tables
 from dsatrace.report.workload_tables import workload_tables
 from dsatrace.trace.reader import RunReader
+from dsatrace.units import size_text
 from helpers.golden_run import SERVING, write_golden
 from helpers.tier_samples import SETUPS
 from test_trace_requests import serve_without_steps
@@ -29,25 +30,29 @@ def run(tiny_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     prompt = "The tide pulled back and left its usual collection of rope. " * 5
     (folder / "prompts.txt").write_text(f"{prompt}\n\n{prompt}And then?\n")
-    config = str(INFERENCE / "config_tiny.json")
-    flags = [
-        "--ckpt-path",
-        str(tiny_checkpoint),
-        "--config",
-        config,
-        "--max-new-tokens",
-        "6",
-        "--temperature",
-        "0",
-    ]
+    model = ["--ckpt-path", str(tiny_checkpoint), "--config", str(INFERENCE / "config_tiny.json")]
+    flags = [*model, "--max-new-tokens", "6", "--temperature", "0"]
     files = ["--input-file", str(folder / "prompts.txt"), "--trace-out", str(folder / "run")]
     assert generate([*flags, *files]) == 0
     return folder / "run"
 
 
+def report(capsys, folder, *flags):
+    """What the command prints."""
+    assert cli.main(["report", str(folder), *flags]) == 0
+    return capsys.readouterr().out
+
+
+def golden_run(folder, more=(), **options):
+    """A run without the cost of tracing, and its summary; `more` is added to that."""
+    write_golden(folder, **options)
+    summary = json.loads((folder / "summary.json").read_text()) | {"tracing_cost": None} | dict(more)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder, summary
+
+
 def test_tables_say_what_the_summary_says(run, capsys):
-    assert cli.main(["report", str(run), "--no-figure"]) == 0
-    out = capsys.readouterr().out
+    out = report(capsys, run, "--no-figure")
     summary = json.loads((run / "summary.json").read_text())
     for row in summary["blocks_touched"]:
         line = next(line for line in out.splitlines() if f"{row['block_size_tokens']} tokens" in line)
@@ -57,12 +62,12 @@ def test_tables_say_what_the_summary_says(run, capsys):
     assert "weights are random" in out
     hottest = summary["prefix_hot_blocks"]["r1"][0]
     assert f"{hottest['block_id']} ({hottest['touches']}x)" in out
-    assert f"{summary['bytes_read']['indexer_scan'] / 1e6:,.2f}" in out
+    assert size_text(summary["bytes_read"]["indexer_scan"]) in out
     assert not (run / "report.png").exists()
 
 
-def test_the_picture_is_a_png_of_some_size(run):
-    assert cli.main(["report", str(run), "--layer", "1"]) == 0
+def test_the_picture_is_a_png_of_some_size(run, capsys):
+    report(capsys, run, "--layer", "1")
     width, height = picture_size(run)
     assert width > 1000
     assert height > 700
@@ -76,12 +81,9 @@ def picture_size(folder):
 
 
 def test_a_workloads_tables_and_panels(tmp_path, capsys):
-    folder = write_golden(tmp_path / "run", serving=SERVING)
-    summary = json.loads((folder / "summary.json").read_text())
-    summary["workload"] = {"name": "demo", "bad_rows": {"too_long": 3}}
-    (folder / "summary.json").write_text(json.dumps(summary | {"tracing_cost": None}))
-    assert cli.main(["report", str(folder)]) == 0
-    out = capsys.readouterr().out
+    workload = {"name": "demo", "bad_rows": {"too_long": 3}}
+    folder, summary = golden_run(tmp_path / "run", {"workload": workload}, serving=SERVING)
+    out = report(capsys, folder)
     recall, serving = summary["needle_recall"], summary["serving"]
     for share in recall["per_layer"]:
         assert f"{share:.1%}" in out
@@ -97,15 +99,13 @@ def test_a_workloads_tables_and_panels(tmp_path, capsys):
 
 def test_a_run_without_steps_is_shown_as_far_as_it_goes(tmp_path, capsys):
     serve_without_steps(tmp_path)
-    assert cli.main(["report", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
+    out = report(capsys, tmp_path)
     assert "No step was recorded" in out
     assert "1 served, 1 rejected" in out
     assert picture_size(tmp_path)[1] < 700  # one row
     summary = json.loads((tmp_path / "summary.json").read_text()) | {"serving": None}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    assert cli.main(["report", str(tmp_path)]) == 0
-    assert "picture" not in capsys.readouterr().out
+    assert "picture" not in report(capsys, tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["absent", "not json", "no run"])
@@ -169,19 +169,16 @@ def test_sinks_and_the_recent_window_are_counted_by_layer(tmp_path):
         def steps(self, fields):
             return iter(records)
 
-    first, second = places(Run())
-    assert (first.layer_id, first.num_records, first.sinks, first.recent) == (0, 1, 0, 1)
-    assert (second.sinks, second.recent) == (2 / 6, 2 / 6)
-    assert (second.uniform_sinks, second.uniform_recent, second.recency_recent) == (16 / 400, 64 / 400, 1)
+    assert sink_shares(Run()) == {
+        0: [0, 16 / 100, 1, 64 / 100, 1],
+        1: [2 / 6, 16 / 400, 2 / 6, 64 / 400, 1],
+    }
 
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_where_the_selected_kv_was(tmp_path, capsys, name):
-    folder = write_golden(tmp_path / "run", tiers=SETUPS[name])
-    summary = json.loads((folder / "summary.json").read_text())
-    (folder / "summary.json").write_text(json.dumps(summary | {"tracing_cost": None}))
-    assert cli.main(["report", str(folder), "--no-figure"]) == 0
-    out = capsys.readouterr().out
+    folder, summary = golden_run(tmp_path / "run", tiers=SETUPS[name])
+    out = report(capsys, folder, "--no-figure")
     total = summary["kv_fetch"]["hbm"]["requested_tokens"]
     for tier, fetched in summary["kv_fetch"].items():
         if tier != "hbm" and tier not in SETUPS[name].pools:
@@ -205,10 +202,8 @@ def test_the_bars_of_tiers_are_their_shares(tmp_path, name):
     axes = Figure().subplots()
     draw_tiers(axes, run.manifest["tiers"], fetched)
     bars = axes.containers
-    assert [bar.get_label() for bar in bars] == [
-        "HBM",
-        *(pool.replace("_", " ") for pool in SETUPS[name].pools),
-    ]
+    pools = [pool.replace("_", " ") for pool in SETUPS[name].pools]
+    assert [bar.get_label() for bar in bars] == ["HBM", *pools]
     tokens = [tier["hit_tokens"] for tier in fetched.values() if tier["requested_tokens"]]
     assert [bar[0].get_width() for bar in bars] == pytest.approx([n / sum(tokens) for n in tokens])
     for measure in zip(*bars, strict=True):
@@ -216,8 +211,6 @@ def test_the_bars_of_tiers_are_their_shares(tmp_path, name):
 
 
 def test_a_run_in_hbm_has_no_table_of_tiers(tmp_path, capsys):
-    folder = write_golden(tmp_path / "run")
-    summary = json.loads((folder / "summary.json").read_text())
+    folder, summary = golden_run(tmp_path / "run")
     assert list(tier_tables({"tiers": None}, summary)) == list(tier_tables({}, summary)) == []
-    assert cli.main(["report", str(folder), "--no-figure"]) == 0
-    assert "Where the selected KV was" not in capsys.readouterr().out
+    assert "Where the selected KV was" not in report(capsys, folder, "--no-figure")

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from dsatrace.errors import UserError
+from dsatrace.files import write_json
 from dsatrace.trace.config import TraceConfig
-from dsatrace.trace.manifest import RunInfo, manifest, write_json
-from dsatrace.trace.resumable import check_resumable, resumed_argv
+from dsatrace.trace.manifest import RunInfo, manifest
+from dsatrace.trace.resume import check_resumable, resumed_argv
+from helpers.json_edits import at, changed
 from helpers.trace_samples import LAYOUT
 
 INFO = RunInfo(
@@ -67,14 +69,10 @@ CHANGES = [
 
 @pytest.mark.parametrize(("path", "now", "remedy"), CHANGES)
 def test_what_must_be_the_same(path: str, now: object, remedy: str) -> None:
-    old, new = new_manifest(), copy.deepcopy(new_manifest())
-    *parents, name = path.split(".")
-    inside = new
-    for parent in parents:
-        inside = inside[parent]
-    was, inside[name] = inside[name], now
+    old, where = new_manifest(), path.split(".")
+    was = at(old, where)
     with pytest.raises(UserError) as caught:
-        check_resumable(old, new)
+        check_resumable(old, changed(old, where, now))
     assert str(caught.value).startswith(f"cannot resume: {path} was {was!r} and is {now!r} now; {remedy}")
     assert "\n" not in str(caught.value)
 
@@ -91,31 +89,14 @@ def test_what_may_differ() -> None:
 
 
 def test_the_flags_come_back(tmp_path: Path) -> None:
-    argv = [
-        "--dataset",
-        "ruler",
-        "--no-hub",
-        "--limit=5",
-        "--prompt",
-        "--what is this?",
-        "--max-new-tokens",
-        "8",
-    ]
+    argv = ["--dataset", "ruler", "--no-hub", "--limit=5", "--prompt", "--what is this?"]
+    argv += ["--max-new-tokens", "8"]
     assert resumed_argv(started_with(tmp_path, *argv)) == argv
 
 
 def test_the_folder_is_not_among_them(tmp_path: Path) -> None:
-    folder = started_with(
-        tmp_path,
-        "--resume",
-        "old run",
-        "--dataset",
-        "ruler",
-        "--trace-out",
-        "there",
-        "--trace-out=here",
-        "--no-hub",
-    )
+    argv = ("--resume", "old run", "--dataset", "ruler", "--trace-out", "there", "--trace-out=here")
+    folder = started_with(tmp_path, *argv, "--no-hub")
     assert resumed_argv(folder) == ["--dataset", "ruler", "--no-hub"]
 
 

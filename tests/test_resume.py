@@ -15,17 +15,18 @@ from typing import Any
 
 import pytest
 
+from dsatrace import files
 from dsatrace.errors import UserError
+from dsatrace.files import LineFile
 from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
-from dsatrace.trace import files
 from dsatrace.trace.export import export_run
-from dsatrace.trace.files import LineFile
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.resume import prepare_resume
 from dsatrace.trace.tracer import Tracer
 from dsatrace.trace.writer import TraceWriterError
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
+from helpers.golden_run import read_lines, write_lines
 from helpers.resume_samples import (
     INFO,
     OUTPUTS,
@@ -33,7 +34,6 @@ from helpers.resume_samples import (
     answers_of,
     check_summary,
     config_of,
-    read_lines,
     records_of,
     resume,
     serve,
@@ -113,8 +113,7 @@ def killed_after(whole: Path, writes: list[tuple[str, bytes]], num_bytes: int, f
         with (folder / name).open("ab") as file:
             file.write(data[:num_bytes])
         num_bytes -= min(num_bytes, len(data))
-    manifest = json.loads((folder / MANIFEST_FILE).read_bytes()) | {"state": "running"}
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    _say_running(folder)
     (folder / SUMMARY_FILE).unlink()
     return folder
 
@@ -239,7 +238,7 @@ def test_resumed_several_times(undisturbed: Path, tmp_path: Path, stops: tuple[i
     manifest = RunReader(folder).manifest
     assert manifest["resumed_at_forward"] == seams
     assert manifest["started_utc"] == started
-    forwards = [record["forward_idx"] for record in read_lines(folder, STEPS_FILE)]
+    forwards = [record["forward_idx"] for record in read_lines(folder)]
     assert forwards == sorted(forwards)
 
 
@@ -269,8 +268,8 @@ def test_levels_below_full(tmp_path: Path, level: str, stop_at: int) -> None:
 def test_killed_before_the_first_file(undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    manifest = RunReader(undisturbed).manifest | {"state": "running"}
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    shutil.copy(undisturbed / MANIFEST_FILE, folder)
+    _say_running(folder)
     resumed = resume(folder)
     assert (resumed.done, resumed.next_forward_idx, resumed.elapsed_s) == (frozenset(), 0, 0.0)
     check_equal(folder, undisturbed)
@@ -279,7 +278,7 @@ def test_killed_before_the_first_file(undisturbed: Path, tmp_path: Path) -> None
 def test_where_the_counters_go_on(tmp_path: Path) -> None:
     folder = serve(tmp_path / "run", stop_at=7)
     times = [line["finish_s"] for line in read_lines(folder, REQUESTS_FILE) if line["finish_s"]]
-    forwards = [record["forward_idx"] for record in read_lines(folder, STEPS_FILE)]
+    forwards = [record["forward_idx"] for record in read_lines(folder)]
     resumed = prepare_resume(folder)
     assert resumed.elapsed_s == max(times) == pytest.approx(0.07)
     assert resumed.next_forward_idx == max(forwards) + 1 == 7
@@ -326,8 +325,8 @@ def test_sampled_steps(tmp_path: Path) -> None:
 def test_dropped_steps_are_not_served_again(tmp_path: Path) -> None:
     """Where a step may be lost, a request without it is done all the same, and the loss stays counted."""
     folder = serve(tmp_path / "run", 7, queue_policy="drop")
-    kept = [record for record in read_lines(folder, STEPS_FILE) if record["forward_idx"] != 4]
-    (folder / STEPS_FILE).write_text("".join(json.dumps(record) + "\n" for record in kept))
+    kept = [record for record in read_lines(folder) if record["forward_idx"] != 4]
+    write_lines(folder, kept)
     resumed = resume(folder, queue_policy="drop")
     assert resumed.done == {"r0", "r1", "r3"}
     assert RunReader(folder).summary()["dropped_steps"] == 1
@@ -465,17 +464,17 @@ def _twice(records: list[Record], manifest: Record) -> None:
     "spoil",
     [_uncut, _no_seam, _late_seam, _larger_batch, _lost_row, _lost_row_later, _smaller_batch_later, _twice],
 )
-def test_verify_sees_what_a_resume_does_not_explain(
+def test_verify_sees_what_no_resume_explains(
     tmp_path: Path, spoil: Callable[[list[Record], Record], None]
 ) -> None:
     folder = serve(tmp_path / "run", stop_at=7)
     resume(folder)
-    records = read_lines(folder, STEPS_FILE)
+    records = read_lines(folder)
     manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
     assert any(record["kv_fetch"]["hbm"]["batch_size"] > 1 for record in records)
     verify(folder)
     spoil(records, manifest)
-    (folder / STEPS_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_lines(folder, records)
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
     with pytest.raises(Mismatch) as caught:
         verify(folder)

@@ -15,7 +15,9 @@ import torch
 
 from conftest import INFERENCE, ROOT
 from dsatrace.engine.engine import Engine
-from dsatrace.runner.setup import EngineSetup, load_model, open_engine
+from dsatrace.engine.settings import RunSettings
+from dsatrace.runner.settings import ModelSettings
+from dsatrace.runner.setup import load_model, open_engine
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.resume import Resumed, prepare_resume
@@ -36,19 +38,17 @@ CACHE_TOKENS = 256
 @contextlib.contextmanager
 def engine_over(checkpoint: Path, folder: Path, resumed: Resumed | None = None) -> Iterator[Engine]:
     """Two requests at a time."""
-    setup = EngineSetup(
+    settings = ModelSettings(
         checkpoint, INFERENCE / "config_tiny.json", device="cpu", max_batch_size=2, prefill_chunk=64
     )
     device = torch.device("cpu")
-    with open_engine(
-        load_model(setup, device),
-        setup,
-        device,
-        CACHE_TOKENS,
-        TraceConfig(out=folder, prefill="last", block_size=16),
+    run = RunSettings(
+        longest=CACHE_TOKENS,
+        trace=TraceConfig(out=folder, prefill="last", block_size=16),
         resumed=resumed,
         first_forward_idx=resumed.next_forward_idx if resumed else 0,
-    ) as engine:
+    )
+    with open_engine(load_model(settings, device), settings, device, run) as engine:
         yield engine
 
 

@@ -75,30 +75,8 @@ def test_streamed_rows_are_those_of_the_standard_library(
 junk = st.one_of(
     st.binary(max_size=60),
     st.lists(
-        st.sampled_from(
-            [
-                b"[",
-                b"]",
-                b"{",
-                b"}",
-                b'"',
-                b",",
-                b":",
-                b"\\",
-                b"\n",
-                b"\r",
-                b" ",
-                b"\0",
-                b"\xff",
-                b"\xef\xbb\xbf",
-                b'"a"',
-                b"NaN",
-                b"1",
-                b'"\\ud800"',
-                b"\xed\xa0\x80",
-                b'{"a": "b"}',
-            ]
-        ),
+        st.sampled_from([*b'[]{}",:\\\n\r \0\xff1']).map(lambda byte: bytes([byte]))
+        | st.sampled_from([b"\xef\xbb\xbf", b'"a"', b"NaN", b'"\\ud800"', b"\xed\xa0\x80", b'{"a": "b"}']),
         max_size=20,
     ).map(b"".join),
 )
@@ -124,9 +102,7 @@ def test_any_bytes_give_rows_or_a_clear_line(
 
 
 @given(st.integers(1, len(json.dumps(ROWS)) - 1))
-def test_an_array_cut_anywhere_gives_its_whole_rows_and_names_the_byte(
-    tmp_path_factory: pytest.TempPathFactory, length: int
-) -> None:
+def test_an_array_cut_off_gives_its_whole_rows(tmp_path_factory: pytest.TempPathFactory, length: int) -> None:
     content = json.dumps(ROWS).encode()[:length]
     file = tmp_path_factory.getbasetemp() / "cut.json"
     file.write_bytes(content)
@@ -134,9 +110,7 @@ def test_an_array_cut_anywhere_gives_its_whole_rows_and_names_the_byte(
     with pytest.raises(UserError, match=rf"cut off: the file ends at byte {length}[ ,]"):
         for row in read_json_rows(file, lambda number, row: row, BadRows()):
             seen.append(row)
-    ends = [
-        len(json.dumps(ROWS[: n + 1])) for n in range(len(ROWS))
-    ]  # where a comma or bracket follows row n
+    ends = [len(json.dumps(ROWS[: n + 1])) for n in range(len(ROWS))]  # a comma or bracket follows row n
     assert seen == ROWS[: sum(length >= end for end in ends)]
 
 
@@ -238,7 +212,7 @@ def test_a_row_that_never_ends_is_refused(file: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1 << 20)
     for content in (b'[{"a": [', b'{"a": '):
         file.write_bytes(content + b"1," * (2 << 20))
-        with pytest.raises(UserError, match=r"row at byte \d is longer than 1 MiB"):
+        with pytest.raises(UserError, match=r"row at byte \d is longer than 1\.0 MB"):
             read(file)
 
 

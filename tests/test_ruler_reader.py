@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
 from dsatrace.workloads.rows import BadRows
-from dsatrace.workloads.ruler import files
+from dsatrace.workloads.ruler import reader
 from dsatrace.workloads.ruler.example import TASKS, Example, locate, token_positions
 from dsatrace.workloads.ruler.reader import read_examples
 from dsatrace.workloads.tokenizer import Tokenizer
@@ -44,12 +44,10 @@ def test_nvidias_row_as_it_stands(tmp_path: Path) -> None:
         prompt=ROW["input"],
         answer_prefix=" It is",
         references=("1234567",),
-        tokens_to_generate=128,
-        metric="match_all",
         max_length=4096,
         length=900,
-        answer_spans=((start, start + 7),),
     )
+    assert first.tokens_to_generate == 128 and first.answer_spans == ((start, start + 7),)
     assert (second.row, second.length) == (1, None)  # `index` repeats, the row does not
 
 
@@ -57,7 +55,7 @@ def test_input_wins_over_a_short_question(tmp_path: Path) -> None:
     row = {"input": "Documents, long. Who?", "question": "Who?", "context": "x", "outputs": ["a", "b"]}
     (example,) = read_examples(write_rows(tmp_path, "qa_1", [row]))
     assert example.prompt == "Documents, long. Who?" and example.answer_prefix == ""
-    assert example.metric == "match_part" and example.references == ("a", "b")
+    assert example.references == ("a", "b")
 
 
 @pytest.mark.parametrize("tail", [" It is", " It is \n", "It is"])
@@ -143,7 +141,7 @@ def test_an_unsafe_member_ends_it(tmp_path: Path, member: tarfile.TarInfo | str,
     assert str(error.value).startswith(f"{archive}: member {name!r} ")
 
 
-def test_half_an_archive_gives_its_whole_rows_and_then_one_line(tmp_path: Path) -> None:
+def test_half_an_archive_gives_its_whole_rows(tmp_path: Path) -> None:
     content = "".join(json.dumps({**ROW, "index": i * 7919}) + "\n" for i in range(5000)).encode()
     archive = pack(tmp_path / "half.tgz", [("vt/validation_4096.jsonl", content)])
     archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
@@ -219,7 +217,7 @@ def test_long_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = json.dumps({**ROW, "input": "x" * 10_000_000}).encode() + b"\n"
     examples, _ = read_bytes(tmp_path, good + long + good, "fail")
     assert [len(example.prompt) for example in examples] == [len(ROW["input"]), 10_000_000, len(ROW["input"])]
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(reader, "MAX_LINE_BYTES", 1 << 20)
     examples, bad_rows = read_bytes(tmp_path, good + long + good, "skip")
     assert [example.row for example in examples] == [0, 2]
     assert bad_rows.counts == {"too long": 1}
@@ -332,7 +330,7 @@ def test_real_rows() -> None:
         assert found == (list(example.references) if task.family in ("niah", "vt") else [])
 
 
-def test_real_lengths_and_needle_positions_by_the_real_tokenizer() -> None:
+def test_real_lengths_and_positions() -> None:
     tokenizer = deepseek_tokenizer()
     for path in sorted(real_file("ruler").rglob("*.jsonl")):
         records = [json.loads(line) for line in path.read_text().splitlines()]

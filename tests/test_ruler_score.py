@@ -34,7 +34,7 @@ def test_a_prediction_without_references_is_no_zero() -> None:
 
 
 def example_of(task: str, references: tuple[str, ...]) -> Example:
-    return Example(task, 0, "prompt", "", references, TASKS[task].tokens_to_generate, TASKS[task].metric)
+    return Example(task, 0, "prompt", "", references)
 
 
 def test_qa_needs_one_reference_and_the_others_all() -> None:

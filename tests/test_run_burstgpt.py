@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from dsatrace.commands.run_burstgpt import main
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
+from helpers.command_runs import runs_below
+from helpers.json_lines import read_json_lines
 from helpers.real_data import real_file
 
 CONFIG = INFERENCE / "config_tiny.json"
@@ -27,21 +28,11 @@ Run = Callable[..., Path]
 
 @pytest.fixture
 def run(tiny_checkpoint: Path, tmp_path: Path) -> Run:
-    """Runs `main` with the tiny model into a new folder, which it returns."""
-    count = iter(range(99))
-
-    def run(*flags: object, code: int = 0) -> Path:
-        folder = tmp_path / f"run{next(count)}"
-        argv = ["--ckpt-path", tiny_checkpoint, "--config", CONFIG, "--trace-out", folder, "--no-hub", *flags]
-        assert main([str(argument) for argument in argv]) == code
-        return folder
-
-    return run
+    return runs_below(tmp_path, main, "--ckpt-path", tiny_checkpoint, "--config", CONFIG, "--no-hub")
 
 
 def requests(folder: Path) -> dict[str, dict[str, Any]]:
-    lines = (folder / "requests.jsonl").read_text().splitlines()
-    return {record["request_id"]: record for record in map(json.loads, lines)}
+    return {record["request_id"]: record for record in read_json_lines(folder / "requests.jsonl")}
 
 
 def log(tmp_path: Path, *rows: tuple[float, int, int]) -> Path:
@@ -77,7 +68,7 @@ def test_lengths_are_the_logs_and_the_cap_holds(run: Run, tmp_path: Path) -> Non
     assert kept["row2"]["num_output_tokens"] == 1
 
 
-def test_a_days_gap_is_skipped_on_the_virtual_clock_and_counted(run: Run, tmp_path: Path) -> None:
+def test_the_virtual_clock_skips_a_gap(run: Run, tmp_path: Path) -> None:
     served = requests(run("--burstgpt-csv", log(tmp_path, (100, 20, 2), (86_500, 20, 2))))
     assert served["row1"]["arrival_s"] == 86_400
     assert 86_400 < served["row1"]["finish_s"] < 86_460
@@ -91,7 +82,7 @@ def test_the_real_clock_waits(run: Run, tmp_path: Path) -> None:
     assert served["row1"]["admitted_s"] >= 1
 
 
-def test_fifo_batch_waits_for_the_batch_and_continuous_does_not(run: Run, tmp_path: Path) -> None:
+def test_only_fifo_batch_waits_for_the_batch(run: Run, tmp_path: Path) -> None:
     file = log(tmp_path, (0, 20, 2), (0, 20, 60), (0, 20, 2))
     flags = ("--burstgpt-csv", file, "--batch-size", 2)
     fifo = requests(run(*flags, "--serving", "fifo-batch"))

@@ -23,12 +23,11 @@ from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from dsatrace.workloads.catalog import DATA_SETS
 from dsatrace.workloads.chat import Chat
-from dsatrace.workloads.data_set import Find, Flag
+from dsatrace.workloads.data_set import Find, Flag, OpenedWorkload, PromptSettings
 from dsatrace.workloads.samples import sample_file
-from dsatrace.workloads.served.sharegpt import SHAREGPT, ShareGPTWorkload
-from dsatrace.workloads.served.workload import Asking, Opened
-from dsatrace.workloads.sharegpt import ShareGPTLoader
-from helpers.checkpoints import endless_letters
+from dsatrace.workloads.sharegpt import SHAREGPT, ShareGPTLoader, ShareGPTWorkload
+from helpers.command_runs import runs_below
+from helpers.json_lines import read_json_lines
 from helpers.real_data import real_file
 
 CONFIG = INFERENCE / "config_tiny.json"
@@ -36,30 +35,16 @@ SMALL = ("--max-new-tokens", 4, "--no-hub")
 RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 700, *SMALL)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return endless_letters(tiny_checkpoint, tmp_path_factory.mktemp("dataset") / "mp1")
-
-
 Run = Callable[..., Path]
 
 
 @pytest.fixture
 def run(checkpoint: Path, tmp_path: Path) -> Run:
-    """Runs `main` with the tiny model into a new folder, which it returns; the exit code must be 0."""
-    count = iter(range(99))
-
-    def run(*flags: object, code: int = 0) -> Path:
-        folder = tmp_path / f"run{next(count)}"
-        argv = ["--ckpt-path", checkpoint, "--config", CONFIG, "--trace-out", folder, *flags]
-        assert main([str(argument) for argument in argv]) == code
-        return folder
-
-    return run
+    return runs_below(tmp_path, main, "--ckpt-path", checkpoint, "--config", CONFIG)
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return read_json_lines(folder / name)
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -169,7 +154,7 @@ def test_real_files_of_each_data_set(run: Run) -> None:
         assert RunReader(folder).manifest["data_source"].startswith(("file ", "folder "))
 
 
-def test_no_trace_leaves_requests_and_scores_and_the_same_answers(run: Run) -> None:
+def test_no_trace_changes_no_answer(run: Run) -> None:
     traced, untraced = (run(*RULER, "--limit", 2, "--save-text", *flags) for flags in ((), ("--no-trace",)))
     assert (untraced / "trace_steps.jsonl").read_bytes() == b""
     assert summary(untraced)["scores"] == summary(traced)["scores"]
@@ -187,7 +172,7 @@ def test_no_prompt_text_reaches_the_folder_unasked(run: Run, tmp_path: Path) -> 
         assert b"canary" not in file.read_bytes(), file
 
 
-def test_a_prompt_that_cannot_fit_is_rejected_and_the_run_goes_on(run: Run) -> None:
+def test_a_prompt_that_cannot_fit_is_rejected(run: Run) -> None:
     folder = run("--dataset", "sharegpt", "--max-seq-len", 420, *SMALL)
     states = {r["request_id"]: (r["state"], r.get("error")) for r in lines(folder, "requests.jsonl")}
     rejected = {error for state, error in states.values() if state == "rejected"}
@@ -242,10 +227,12 @@ def test_a_mistake_is_one_clear_line(run: Run, capsys: Any, flags: tuple[object,
 def test_an_entry_in_the_table_is_all_that_a_data_set_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def open_talks(args: Any, chat: Chat, find: Find) -> Opened:
+    def open_talks(args: Any, chat: Chat, find: Find) -> OpenedWorkload:
         source = find()
         loader = ShareGPTLoader(source.file, max_conversations=args.talks_rows)
-        return Opened(ShareGPTWorkload(loader, Asking.of(args, chat)), source.description, source.text())
+        return OpenedWorkload(
+            ShareGPTWorkload(loader, PromptSettings.from_args(args, chat)), source.description, source.text()
+        )
 
     flags = (
         Flag("--talks-json", "rows", type=Path),

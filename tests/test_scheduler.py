@@ -14,6 +14,7 @@ from dsatrace.engine.clock import VirtualClock
 from dsatrace.engine.engine import serve
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.scheduler import Admission, Scheduler
+from dsatrace.engine.settings import EngineSettings, RunSettings
 from dsatrace.engine.simulator import StepTime, open_simulator, replay
 from dsatrace.workloads.request import Request
 
@@ -76,18 +77,15 @@ def cases(draw: st.DrawFn) -> Case:
 
 def run(case: Case, clock: VirtualClock) -> list[LiveRequest]:
     """Serves the case and checks what must hold at every step."""
-    with open_simulator(
+    engine_settings = EngineSettings(
         max_seq_len=case.max_seq_len,
-        end_token=END,
-        respond=replay(case.responses),
-        step_time=TIMES,
         max_batch_size=case.max_batch_size,
         prefill_chunk=case.prefill_chunk,
         cache_block_size=case.block_size,
         cache_blocks=case.num_blocks,
-        admission=case.admission,
-        clock=clock,
-    ) as engine:
+    )
+    run_settings = RunSettings(stop_tokens=frozenset({END}), admission=case.admission, clock=clock)
+    with open_simulator(engine_settings, run_settings, replay(case.responses), TIMES) as engine:
         scheduler, step = engine.scheduler, engine.step
         order = {request.request_id: i for i, request in enumerate(case.requests)}
 
@@ -119,7 +117,7 @@ def run(case: Case, clock: VirtualClock) -> list[LiveRequest]:
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
-def test_every_request_is_served_once_and_as_recorded_however_the_engine_is_set_up(case: Case):
+def test_every_request_is_served_once_and_as_recorded(case: Case):
     served = run(case, VirtualClock())
     assert sorted(live.request_id for live in served) == sorted(r.request_id for r in case.requests)
     admitted = []
@@ -166,7 +164,7 @@ def advance(scheduler: Scheduler, num_steps: int = 1) -> None:
         scheduler.commit(step, [[7] for _ in step.sampled], now=0.0)
 
 
-def test_tables_grow_block_by_block_and_the_last_admitted_gives_way():
+def test_tables_grow_and_the_last_admitted_gives_way():
     scheduler = new_scheduler(num_blocks=4)
     old, young = scheduler.add(Request("old", (1,) * 4, 8)), scheduler.add(Request("young", (1,) * 4, 8))
     advance(scheduler, 2)  # both prompts
@@ -182,7 +180,7 @@ def test_tables_grow_block_by_block_and_the_last_admitted_gives_way():
     assert list(scheduler.waiting) == [young]
 
 
-def test_a_preempted_request_recomputes_all_but_its_last_token_without_logits():
+def test_a_preempted_request_recomputes_all_but_its_last_token():
     scheduler = new_scheduler(num_blocks=5, chunk=6)
     scheduler.add(Request("old", (1,) * 4, 9))
     young = scheduler.add(Request("young", (1,) * 8, 6))

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from dsatrace.engine.clock import MAX_SLEEP_NS, RealClock, VirtualClock, to_ns
-from dsatrace.engine.engine import Engine, serve
-from dsatrace.engine.ranks import Word
+from dsatrace.engine.engine import Engine, Word, serve
+from dsatrace.engine.settings import EngineSettings, RunSettings
 from dsatrace.engine.simulator import StepTime, open_simulator
 from dsatrace.errors import UserError
-from dsatrace.trace.request_facts import RequestFacts
+from dsatrace.trace.requests import RequestFacts
 from dsatrace.workloads.request import Request
 
 END = 0
@@ -23,10 +23,9 @@ PER_STEP = StepTime(step_ns=10_000_000, prefill_token_ns=1_000_000, decode_token
 """A step takes 10 ms, a prompt token 1 ms more."""
 
 
-def simulator(batch_size: int = 2, max_seq_len: int = 1000, **kwargs: Any):
-    return open_simulator(
-        max_seq_len=max_seq_len, end_token=END, step_time=PER_STEP, max_batch_size=batch_size, **kwargs
-    )
+def simulator(batch_size: int = 2, max_seq_len: int = 1000, **run: Any):
+    settings = EngineSettings(max_batch_size=batch_size, max_seq_len=max_seq_len)
+    return open_simulator(settings, RunSettings(stop_tokens=frozenset({END}), **run), step_time=PER_STEP)
 
 
 def request(name: str, arrival_s: float, num_tokens: int, prompt_len: int = 5) -> Request:
@@ -102,7 +101,7 @@ def test_a_real_clock_sleeps_for_arrivals_and_for_modelled_steps():
     assert elapsed < 2
 
 
-def test_a_real_clock_sleeps_a_little_at_a_time_and_goes_on_from_where_a_resumed_run_stood():
+def test_a_real_clock_sleeps_briefly_and_resumes():
     clock = RealClock(start_s=100.0)
     started = time.perf_counter()
     clock.wait_until(to_ns(1e6))

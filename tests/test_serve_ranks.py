@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dsatrace.engine.clock import RealClock, to_ns
-from dsatrace.engine.engine import serve
-from dsatrace.engine.ranks import SingleProcess, Word
+from dsatrace.engine.engine import SingleProcess, Word, serve
+from dsatrace.engine.settings import EngineSettings, RunSettings
 from dsatrace.engine.simulator import StepTime, open_simulator
 from dsatrace.model.parallel import ParallelGroup
 from dsatrace.runner.distributed import BroadcastRanks, choose_ranks
@@ -38,9 +38,8 @@ def _serve(rank: int, folder: str) -> None:
     ]
     step_time = StepTime(step_ns=3_000_000, prefill_token_ns=0, decode_token_ns=0, context_token_ns=0)
     clock = RealClock(start_s=0.2 * rank)
-    with open_simulator(
-        max_seq_len=64, end_token=0, max_batch_size=2, step_time=step_time, clock=clock
-    ) as engine:
+    run = RunSettings(stop_tokens=frozenset({0}), clock=clock)
+    with open_simulator(EngineSettings(max_batch_size=2), run, step_time=step_time) as engine:
         engine.ranks = ranks
         served = []
         for live in serve(engine, requests):

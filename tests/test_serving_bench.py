@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
-from conftest import ROOT
-
-
-def bench(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "bench" / "serving.py"), *flags],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+from helpers.command_runs import bench
 
 
 def test_the_bench_serves_a_day_and_a_model():
     small = ("--num-requests", "400", "--cache-blocks", "80", "--model-requests", "3", "--rounds", "1")
-    done = bench(
-        *small, "--prompt-tokens", "20", "--new-tokens", "4", "--batch-sizes", "1", "3", "--threads", "1"
-    )
+    answers = ("--prompt-tokens", "20", "--new-tokens", "4", "--batch-sizes", "1", "3", "--threads", "1")
+    done = bench("serving.py", *small, *answers)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
     assert 0.5 < record["simulator"]["span_s"] / 86_400 < 2
@@ -37,5 +24,5 @@ def test_the_bench_serves_a_day_and_a_model():
 
 
 def test_a_count_of_nothing_is_one_line():
-    done = bench("--num-requests", "0")
+    done = bench("serving.py", "--num-requests", "0")
     assert (done.returncode, done.stderr) == (2, "error: --num-requests 0: use at least 1\n")

@@ -19,15 +19,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from conftest import INFERENCE
 from dsatrace import cli
 from dsatrace.commands.report import main as report
 from dsatrace.engine.engine import Engine
+from dsatrace.engine.settings import RunSettings
 from dsatrace.errors import UserError
 from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.transformer import Transformer
-from dsatrace.runner.config import EngineSetup, OffloadSetup
+from dsatrace.runner.settings import ModelSettings, OffloadSettings
 from dsatrace.runner.setup import open_engine
 from dsatrace.schema import LEVELS, problems
 from dsatrace.trace.config import TraceConfig
@@ -40,6 +40,8 @@ from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
+from helpers.checkpoints import tiny_config
+from helpers.command_runs import selections
 from helpers.golden_run import write_golden
 from helpers.models import SMALL, random_model, random_tokens
 from helpers.step_records import step_lines
@@ -68,29 +70,24 @@ OF_A_LAYER = ("layer_id", "indexer_scan", "source_layer")
 def engine_of(
     model: Transformer,
     out: Path | None,
-    offload: OffloadSetup | None = None,
+    offload: OffloadSettings | None = None,
     *,
     traced: bool = False,
     resumed: Resumed | None = None,
     **changes: Any,
 ) -> Iterator[Engine]:
     """Two requests at a time, prompts in chunks of 32."""
-    setup = EngineSetup(
+    settings = ModelSettings(
         Path("built in memory"), max_batch_size=2, prefill_chunk=32, cache_block_size=BLOCK, offload=offload
     )
-    trace = None if out is None else TraceConfig(out=out, block_size=BLOCK, prefill="last", **changes)
-    first_forward_idx = resumed.next_forward_idx if resumed else 0
-    longest = max(LENGTHS) + NEW_TOKENS
-    with open_engine(
-        model,
-        setup,
-        CPU,
-        longest,
-        trace,
+    run = RunSettings(
+        longest=max(LENGTHS) + NEW_TOKENS,
+        trace=None if out is None else TraceConfig(out=out, block_size=BLOCK, prefill="last", **changes),
         traced=traced,
         resumed=resumed,
-        first_forward_idx=first_forward_idx,
-    ) as engine:
+        first_forward_idx=resumed.next_forward_idx if resumed else 0,
+    )
+    with open_engine(model, settings, CPU, run) as engine:
         yield engine
 
 
@@ -118,14 +115,6 @@ def by_row(folder: Path) -> list[list[dict[str, Any]]]:
     """Each request's records of a step, a layer each."""
     records = records_of(folder)
     return [records[i : i + ARGS.n_layers] for i in range(0, len(records), ARGS.n_layers)]
-
-
-def chosen(folder: Path) -> dict[tuple[str, int, int], list[int]]:
-    """By request, step and layer."""
-    return {
-        (record["request_id"], record["step_idx"], record["layer_id"]): record["selected_token_pos"]
-        for record in records_of(folder)
-    }
 
 
 @pytest.fixture(scope="module")
@@ -238,19 +227,19 @@ def close(left: Any, right: Any) -> bool:
 @pytest.mark.parametrize(
     "offload",
     [
-        OffloadSetup(hbm_blocks=24, offload_index_keys=True),
-        OffloadSetup(hbm_blocks=4, granularity="row", prefetch="previous-layer", offload_index_keys=True),
-        OffloadSetup(hbm_blocks=4, granularity="row", prefetch="previous-step"),
+        OffloadSettings(hbm_blocks=24, offload_index_keys=True),
+        OffloadSettings(hbm_blocks=4, granularity="row", prefetch="previous-layer", offload_index_keys=True),
+        OffloadSettings(hbm_blocks=4, granularity="row", prefetch="previous-step"),
     ],
     ids=["blocks", "rows, previous layer", "rows, previous step"],
 )
 def test_offloaded_it_answers_and_selects_the_same(
-    model: Transformer, answers: list[list[int]], run: Path, offload: OffloadSetup, tmp_path: Path
+    model: Transformer, answers: list[list[int]], run: Path, offload: OffloadSettings, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
     assert serve(model, out, offload) == answers
     assert verify(out).state == "complete"
-    assert chosen(out) == chosen(run)
+    assert selections(out) == selections(run)
     tiers = RunReader(out).summary()["tiers"]
     if offload.offload_index_keys:
         # One put per indexer and forward, and none for a layer without one.
@@ -280,7 +269,7 @@ def test_a_run_that_broke_off_goes_on(model: Transformer, run: Path, tmp_path: P
         while engine.scheduler.has_work:
             engine.step()
     assert verify(out).state == "complete"
-    assert chosen(out) == chosen(run)
+    assert selections(out) == selections(run)
 
 
 def test_another_sharing_is_another_run(run: Path, tmp_path: Path) -> None:
@@ -338,9 +327,7 @@ def test_the_estimate_knows_of_them(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert [record.get("source_layer") for record in row] == [None, 0, None, None, 3]
         assert [record["indexer_scan"]["tokens"] > 0 for record in row] == [True, False, True, True, False]
         assert row[4]["selected_token_pos"] == row[3]["selected_token_pos"]
-    config = tmp_path / "config.json"
-    tiny = json.loads((INFERENCE / "config_tiny.json").read_text())
-    config.write_text(json.dumps(tiny | {"indexer_types": ["full", "shared", "full", "shared"]}))
+    config = tiny_config(tmp_path, indexer_types=["full", "shared", "full", "shared"])
     command = ["estimate", "--config", str(config), "--steps", "4", "--batch", "1", "--context", "64"]
     assert cli.main(command) == 0
     assert "4 layers" in capsys.readouterr().out

@@ -228,7 +228,7 @@ def test_real_conversations_without_oddities(name: str, num_rows: int) -> None:
     ]
 
 
-def test_a_limit_counts_conversations_served_and_reads_no_further() -> None:
+def test_a_limit_counts_served_conversations() -> None:
     loader = ShareGPTLoader(sample_file("sharegpt"), max_conversations=2)
     assert [conversation.conversation_id for conversation in loader] == ["own_0", "own_1"]
     assert loader.counts["rows"] == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsatrace.engine.simulated_prefixes import NO_TOKEN, PrefixHits, simulate_prefixes
+from dsatrace.engine.live import LiveRequest
+from dsatrace.engine.simulator import NO_TOKEN, Turn, simulate_prefixes
 from dsatrace.errors import UserError
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, replay
@@ -21,8 +23,12 @@ TOKENS = st.lists(st.integers(0, 1), max_size=14)
 ROWS = st.lists(st.tuples(TOKENS.map(lambda tokens: [0, *tokens]), TOKENS), max_size=14)
 
 
-def found(hits: list[PrefixHits]) -> list[int | None]:
-    return [None if one.rejected else one.hit_tokens for one in hits]
+def simulate(turns: Iterable[Turn], **how: Any) -> list[LiveRequest]:
+    return sorted(simulate_prefixes(turns, **how), key=lambda live: int(live.request_id))
+
+
+def found(served: list[LiveRequest]) -> list[int | None]:
+    return [live.prefix_hit_tokens for live in served]
 
 
 def replayed(result: ReplayResult) -> list[int | None]:
@@ -51,7 +57,7 @@ def test_one_at_a_time_equals_the_replay_of_the_pool(
     config = ReplayConfig(
         num_blocks, chunk_tokens=chunk, schedule="continuous", prefix_caching=prefix_caching
     )
-    hits = simulate_prefixes(
+    hits = simulate(
         [(0.0, *row) for row in rows],
         block_size=block_size,
         num_blocks=num_blocks,
@@ -69,7 +75,7 @@ def test_one_token_more_equals_the_replay_in_order(
     """`in_order` keeps the last output token's KV, as the recorded answers do; an engine that is to
     generate one more computes it too. Where everything fits the two then agree."""
     trace = BlockTrace.from_tokens([p for p, _ in rows], [o for _, o in rows], block_size=block_size)
-    hits = simulate_prefixes(
+    hits = simulate(
         [(0.0, prompt, [*output, NO_TOKEN]) for prompt, output in rows],
         block_size=block_size,
         num_blocks=num_blocks,
@@ -91,13 +97,13 @@ def test_served_together_every_prompt_token_is_hit_or_computed(
 ) -> None:
     arrivals = np.random.default_rng(seed).exponential(0.05, len(rows)).cumsum().tolist()
     turns = [(at, *row) for at, row in zip(arrivals, rows, strict=True)]
-    hits = simulate_prefixes(
+    hits = simulate(
         turns, block_size=block_size, num_blocks=num_blocks, max_batch_size=batch_size, prefill_chunk=4
     )
-    assert [one.prompt_tokens for one in hits] == [len(prompt) for prompt, _ in rows]
+    assert [one.prompt_len for one in hits] == [len(prompt) for prompt, _ in rows]
     for one in hits:
-        if not one.rejected and one.num_preemptions == 0:
-            assert one.hit_tokens + one.num_prefill_tokens == one.prompt_tokens
+        if one.state != "rejected" and one.num_preemptions == 0:
+            assert one.prefix_hit_tokens + one.num_prefill_tokens == one.prompt_len
             assert one.resumed_tokens == 0
         assert one.resumed_hit_tokens <= one.resumed_tokens
 
@@ -111,17 +117,17 @@ def test_a_conversation_by_hand() -> None:
         (9.0, [1, 2, 3, 4, 5, 6], [7]),
         (20.0, [1, 2, 3, 4, 5, 6, 7, 8, 9], []),
     ]
-    hits = simulate_prefixes(turns, block_size=2, num_blocks=64, max_batch_size=4)
-    assert [one.hit_tokens for one in hits] == [0, 2, 4, 6]
-    without = simulate_prefixes(turns, block_size=2, num_blocks=64, prefix_caching=False)
-    assert [one.hit_tokens for one in without] == [0, 0, 0, 0]
+    hits = simulate(turns, block_size=2, num_blocks=64, max_batch_size=4)
+    assert found(hits) == [0, 2, 4, 6]
+    without = simulate(turns, block_size=2, num_blocks=64, prefix_caching=False)
+    assert found(without) == [0, 0, 0, 0]
 
 
-def test_what_fits_no_cache_is_rejected_and_arrivals_out_of_order_are_a_mistake() -> None:
-    hits = simulate_prefixes([(0.0, [1] * 9, [2]), (0.0, [1] * 8, [])], block_size=2, num_blocks=4)
-    assert [one.rejected for one in hits] == [True, False]
+def test_what_never_fits_is_rejected_and_order_is_checked() -> None:
+    hits = simulate([(0.0, [1] * 9, [2]), (0.0, [1] * 8, [])], block_size=2, num_blocks=4)
+    assert [one.state for one in hits] == ["rejected", "length"]
     with pytest.raises(UserError, match="sort the requests by arrival"):
-        simulate_prefixes([(1.0, [1], []), (0.0, [1], [])], block_size=2, num_blocks=4)
+        simulate([(1.0, [1], []), (0.0, [1], [])], block_size=2, num_blocks=4)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +155,7 @@ def test_the_recorded_answers_of_vllm(
     cases = recorded_cases()
     assert len(cases) >= 20
     for case in cases:
-        hits = simulate_prefixes(
+        hits = simulate(
             (
                 (0.0, prompt, [*(output if case["decode"] else []), NO_TOKEN])
                 for prompt, output in recorded_requests[case["trace"]]

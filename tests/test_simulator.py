@@ -10,6 +10,7 @@ import pytest
 from conftest import INFERENCE
 from dsatrace.engine.clock import VirtualClock
 from dsatrace.engine.engine import serve
+from dsatrace.engine.settings import EngineSettings, RunSettings
 from dsatrace.engine.simulator import StepTime, open_simulator, replay
 from dsatrace.errors import UserError
 from dsatrace.workloads.request import Request
@@ -18,8 +19,12 @@ END = 0
 HELLO = tuple(b"Hello world")
 
 
+def simulator(**how):
+    return open_simulator(EngineSettings(max_seq_len=64), RunSettings(stop_tokens=frozenset({END})), **how)
+
+
 def test_hello_world_in_gives_hello_world_out():
-    with open_simulator(max_seq_len=64, end_token=END) as engine:
+    with simulator() as engine:
         live = engine.submit(Request("r0", HELLO, max_new_tokens=32))
         answer = [token for _, token in engine.run()]
     assert bytes(answer[:-1]).decode() == "Hello world"
@@ -27,7 +32,7 @@ def test_hello_world_in_gives_hello_world_out():
 
 
 def test_an_answer_may_be_cut_by_its_length():
-    with open_simulator(max_seq_len=64, end_token=END) as engine:
+    with simulator() as engine:
         (live,) = serve(engine, [Request("r0", HELLO, max_new_tokens=5)])
     assert (bytes(live.answer).decode(), live.state) == ("Hello", "length")
 
@@ -35,7 +40,7 @@ def test_an_answer_may_be_cut_by_its_length():
 def test_recorded_responses_are_replayed_up_to_their_end_token():
     requests = [Request("a", (7,), 10), Request("b", (7,), 10), Request("c", (7,), 10)]
     responses = {"a": [5, 6, END, 9], "b": [], "c": range(1, 30)}
-    with open_simulator(max_seq_len=64, end_token=END, respond=replay(responses)) as engine:
+    with simulator(respond=replay(responses)) as engine:
         live = {one.request_id: one for one in serve(engine, requests)}
     assert live["a"].answer == [5, 6, END]
     assert live["b"].answer == [END]
@@ -43,7 +48,7 @@ def test_recorded_responses_are_replayed_up_to_their_end_token():
 
 
 def test_a_missing_recording_is_one_line():
-    with open_simulator(max_seq_len=64, end_token=END, respond=replay({})) as engine:
+    with simulator(respond=replay({})) as engine:
         engine.submit(Request("r7", (1,), 2))
         with pytest.raises(UserError, match="request r7: no recorded response"):
             engine.step()
@@ -52,7 +57,7 @@ def test_a_missing_recording_is_one_line():
 def test_who_does_not_stop_is_answered_over_and_over():
     responses = {"a": [5, END, 6], "b": []}
     requests = [Request(name, (7,), 7, stop_at_eos=False) for name in "ab"]
-    with open_simulator(max_seq_len=64, end_token=END, respond=replay(responses)) as engine:
+    with simulator(respond=replay(responses)) as engine:
         live = list(serve(engine, requests))
     assert [one.answer for one in live] == [[5, END, 6, 5, END, 6, 5], [END] * 7]
     assert {one.state for one in live} == {"length"}
@@ -60,7 +65,7 @@ def test_who_does_not_stop_is_answered_over_and_over():
 
 def test_the_modelled_time_of_many_steps_is_the_sum_of_single_ones():
     model = StepTime(step_ns=1000, prefill_token_ns=10, decode_token_ns=100, context_token_ns=1)
-    with open_simulator(max_seq_len=64, end_token=END, step_time=model) as engine:
+    with simulator(step_time=model) as engine:
         for name in "ab":
             engine.submit(Request(name, (1,) * 4, 9))
         for num_prompts in (1, 2):
@@ -86,7 +91,9 @@ def test_decode_steps_in_which_nothing_happens_are_one_step():
             calls.append(step_ns)
             super().advance(step_ns)
 
-    with open_simulator(max_seq_len=4096, end_token=END, clock=Watched()) as engine:
+    with open_simulator(
+        EngineSettings(), RunSettings(stop_tokens=frozenset({END}), clock=Watched())
+    ) as engine:
         (live,) = serve(engine, [Request("r0", (1,) * 1000, 2000)])
     assert live.num_decode_steps == live.num_answered - 1 == 1000
     assert len(calls) == 4 + 1  # chunks of 256 tokens, and one jump
@@ -97,10 +104,11 @@ import sys
 sys.modules["torch"] = None  # importing it raises
 from dsatrace.commands.arguments import add_engine_arguments
 from dsatrace.engine.engine import serve
+from dsatrace.engine.settings import EngineSettings, RunSettings
 from dsatrace.engine.simulator import open_simulator
 from dsatrace.workloads.request import Request
 
-with open_simulator(max_seq_len=64, end_token=0) as engine:
+with open_simulator(EngineSettings(), RunSettings(stop_tokens=frozenset({0}))) as engine:
     for live in serve(engine, [Request("r0", tuple(b"Hello world"), 32)]):
         print(bytes(live.answer[:-1]).decode(), live.state)
 assert not [name for name in sys.modules if name.startswith("torch.")]

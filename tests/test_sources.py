@@ -85,20 +85,20 @@ def num_rows(name: str, path: Path, policy: Any = "fail") -> int:
 def test_switched_off_and_nothing_there_means_embedded(
     hub: FakeHub, data: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    by_flag = find_source(name, use_hub=False, data=data)
+    by_flag = find_source(DATA_SETS[name], use_hub=False, data=data)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    source = find_source(name, data=data)
+    source = find_source(DATA_SETS[name], data=data)
     assert source == by_flag and not hub.requests
     assert source.reason.startswith(
         f"nothing lies in data/{name}, and the hub is switched off; download it with "
     )
     assert DATA_SETS[name].file_flag in source.reason
     if name == "ruler":
-        assert (source.kind, source.path, source.description) == ("generator", None, "generator")
+        assert (source.path, source.description) == (None, "generator")
     else:
         assert source.path == sample_file(DATA_SETS[name].sample or "")
         assert source.description == f"embedded {source.path.name} sha256:{sha256(source.path)}"
-        assert source.kind == "embedded" and num_rows(name, source.path) > 0
+        assert num_rows(name, source.path) > 0
     assert source.text() == f"{name}: {source.description} ({source.reason})"
 
 
@@ -107,15 +107,15 @@ def test_the_hub_comes_before_the_sample(
     hub: FakeHub, data: Path, contents: dict[str, bytes], name: str
 ) -> None:
     lines: list[str] = []
-    source = find_source(name, data=data, say=lines.append)
+    source = find_source(DATA_SETS[name], data=data, say=lines.append)
     pinned = DATA_SETS[name].hub
     what = f"{pinned.repo}@{COMMIT} {pinned.file}"
-    assert (source.kind, source.description) == ("hub", f"hub {what} sha256:{pinned.sha256}")
+    assert source.description == f"hub {what} sha256:{pinned.sha256}"
     assert source.path is not None and source.path.read_bytes() == contents[name]
     assert num_rows(name, source.path) > 0
     assert [line.rpartition(",")[0] for line in lines] == [f"{name}: from the hub: {what}"]
     num_requests = len(hub.requests)
-    assert find_source(name, data=data) == source  # kept: asked for once
+    assert find_source(DATA_SETS[name], data=data) == source  # kept: asked for once
     assert len(hub.requests) == num_requests
 
 
@@ -136,23 +136,23 @@ def test_a_hub_that_does_not_give_it_is_told(
     for field, value in trouble.items():
         setattr(hub, field, value)
     began = time.monotonic()
-    source = find_source("sharegpt", data=data)
+    source = find_source(DATA_SETS["sharegpt"], data=data)
     assert time.monotonic() - began < 3
-    assert source.kind == "embedded"
+    assert source.description.startswith("embedded ")
     assert source.reason.startswith("nothing lies in data/sharegpt, and ") and reason in source.reason
     with pytest.raises(UserError) as caught:  # asked for by name, it does not fall back
-        find_source("sharegpt", repo=DATA_SETS["sharegpt"].hub.repo, data=data)
+        find_source(DATA_SETS["sharegpt"], repo=DATA_SETS["sharegpt"].hub.repo, data=data)
     assert reason.replace("0.3", "0.4") in str(caught.value)
 
 
-def test_the_hub_with_other_bytes_than_the_pinned_ones_is_an_error(
+def test_other_bytes_than_the_pinned_are_an_error(
     hub: FakeHub, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = dataclasses.replace(DATA_SETS["sharegpt"].hub, sha256="0" * 64)
     monkeypatch.setitem(DATA_SETS, "sharegpt", dataclasses.replace(DATA_SETS["sharegpt"], hub=wrong))
     with pytest.raises(UserError, match="its sha256 is"):
-        find_source("sharegpt", data=data)
-    source = find_source("sharegpt", revision="main", data=data)
+        find_source(DATA_SETS["sharegpt"], data=data)
+    source = find_source(DATA_SETS["sharegpt"], revision="main", data=data)
     assert source.description.startswith(f"hub {wrong.repo}@{COMMIT} {wrong.file} sha256:")
     assert source.reason == "as named"
 
@@ -160,39 +160,42 @@ def test_the_hub_with_other_bytes_than_the_pinned_ones_is_an_error(
 def test_a_named_repository_is_asked_for_its_file(
     hub: FakeHub, data: Path, contents: dict[str, bytes]
 ) -> None:
-    hub.repos["me/mine"] = {"chats.json": contents["sharegpt"]}
-    source = find_source("sharegpt", repo="me/mine", file="chats.json", data=data)
-    assert source.description.startswith(f"hub me/mine@{COMMIT} chats.json sha256:")
-    with pytest.raises(UserError, match=r"me/mine@main has no file ShareGPT_V3"):
-        find_source("sharegpt", repo="me/mine", data=data)
+    hub.repos["me/mine"] = {DATA_SETS["sharegpt"].hub.file: contents["sharegpt"]}
+    source = find_source(DATA_SETS["sharegpt"], repo="me/mine", data=data)
+    assert source.description.startswith(
+        f"hub me/mine@{COMMIT} ShareGPT_V3_unfiltered_cleaned_split.json sha256:"
+    )
+    hub.repos["me/other"] = {"chats.json": contents["sharegpt"]}
+    with pytest.raises(UserError, match=r"me/other@main has no file ShareGPT_V3"):
+        find_source(DATA_SETS["sharegpt"], repo="me/other", data=data)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_named_file_never_falls_back(hub: FakeHub, data: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=r"gone: cannot read the file: No such file"):
-        find_source(name, tmp_path / "gone", data=data)
+        find_source(DATA_SETS[name], tmp_path / "gone", data=data)
     with pytest.raises(UserError, match="both asked for; name one of them"):
-        find_source(name, tmp_path / "gone", repo="a/b", data=data)
+        find_source(DATA_SETS[name], tmp_path / "gone", repo="a/b", data=data)
     (tmp_path / "empty").mkdir()
     if name != "ruler":
         with pytest.raises(
             UserError, match=rf"is a folder; name the file in it with {DATA_SETS[name].file_flag}"
         ):
-            find_source(name, tmp_path / "empty", data=data)
+            find_source(DATA_SETS[name], tmp_path / "empty", data=data)
     assert not hub.requests
 
 
 def test_a_file_is_described_without_its_path(tmp_path: Path, data: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_bytes(b"[]")
-    source = find_source("longbenchv2", file, data=data)
+    source = find_source(DATA_SETS["longbenchv2"], file, data=data)
     description = f"file mine.json sha256:{sha256(file)}"
-    assert source == Source("longbenchv2", "file", file, description, "as named")
+    assert source == Source("longbenchv2", file, description, "as named")
     write_rows(tmp_path / "rows", "vt", [ROW])
-    folder = find_source("ruler", tmp_path / "rows", data=data)
+    folder = find_source(DATA_SETS["ruler"], tmp_path / "rows", data=data)
     assert re.fullmatch("folder rows sha256:[0-9a-f]{64}", folder.description)
     write_rows(tmp_path / "rows", "vt", [ROW, ROW])
-    assert find_source("ruler", tmp_path / "rows", data=data).description != folder.description
+    assert find_source(DATA_SETS["ruler"], tmp_path / "rows", data=data).description != folder.description
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -201,18 +204,19 @@ def test_what_lies_in_the_data_folder_comes_first(
 ) -> None:
     folder = data / name
     folder.mkdir(parents=True)
-    assert find_source(name, use_hub=False, data=data).kind in ("embedded", "generator")
+    assert find_source(DATA_SETS[name], use_hub=False, data=data).reason.startswith("nothing lies in data/")
     if name == "ruler":
         write_rows(folder, "vt", [ROW])
     else:
         (folder / ("mine.csv" if name == "burstgpt" else "mine.jsonl")).write_bytes(contents[name])
-    source = find_source(name, data=data)
-    assert (source.kind, source.reason) == ("file", f"found in data/{name}")
+    source = find_source(DATA_SETS[name], data=data)
+    assert source.reason == f"found in data/{name}"
+    assert source.description.startswith("folder " if name == "ruler" else "file ")
     assert source.path is not None and num_rows(name, source.path) > 0
     if name != "ruler":
         (folder / ("other.csv" if name == "burstgpt" else "other.json")).write_bytes(b"")
         with pytest.raises(UserError, match=rf"holds .*mine.*; name one with {DATA_SETS[name].file_flag}"):
-            find_source(name, data=data)
+            find_source(DATA_SETS[name], data=data)
     assert not hub.requests
 
 
@@ -224,9 +228,7 @@ def test_a_broken_description_of_an_export_is_named(data: Path, text: str) -> No
         read_export(data / "sharegpt")
 
 
-def test_the_data_folder_is_the_checkouts_or_the_environments(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("DSATRACE_DATA", raising=False)
     assert default_data_folder() == Path(__file__).resolve().parents[1] / "data"
     monkeypatch.setenv("DSATRACE_DATA", str(tmp_path))
@@ -260,7 +262,7 @@ def test_no_bytes_give_a_traceback(tmp_path: Path, data: st.DataObject, name: st
     file = tmp_path / "vt" / ("validation_4096.csv" if name == "burstgpt" else "validation_4096.jsonl")
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(content)
-    source = find_source(name, file, data=tmp_path / "data")
+    source = find_source(DATA_SETS[name], file, data=tmp_path / "data")
     assert source.path == file and source.description.endswith(hashlib.sha256(content).hexdigest())
     try:
         assert num_rows(name, file, policy) >= 0

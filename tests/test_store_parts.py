@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import socket
 import threading
@@ -18,10 +19,9 @@ from dsatrace.kv.stores.calibration import Sample, fit
 from dsatrace.kv.stores.checksums import copy_units, sum_units
 from dsatrace.kv.stores.interface import StoreStats, unit_keys
 from dsatrace.kv.stores.ledger import FIRST_SLOTS, Ledger
-from dsatrace.kv.stores.opening import open_store
-from dsatrace.kv.stores.presets import PRESETS, Figure, Preset, load_preset
-from dsatrace.kv.stores.ram import ram_store
+from dsatrace.kv.stores.opening import STORES, open_store
 from dsatrace.kv.stores.resp import NIL, Address, Connection
+from dsatrace.kv.stores.simulated import PRESETS, Figure, Preset, load_preset
 from dsatrace.kv.stores.valkey import parse_address
 from helpers.stores import units
 
@@ -163,25 +163,21 @@ def test_a_reply_is_parsed_however_it_arrives(values, chunk_sizes):
 
 def test_addresses():
     full = parse_address("redis://me:p%40ss@host:7000/4")
-    assert (full.host, full.port, full.database, full.username, full.password) == (
-        "host",
-        7000,
-        4,
-        "me",
-        "p@ss",
-    )
+    assert (full.host, full.port, full.database) == ("host", 7000, 4)
+    assert (full.username, full.password) == ("me", "p@ss")
     assert full.label == "redis://host:7000/4"
     assert "p@ss" not in repr(full)
     assert parse_address("valkey://h").port == 6379
     assert parse_address("unix:///run/v.sock?db=2").path == "/run/v.sock"
-    for wrong in (
+    wrongs = (
         "redis://h:port",
         "rediss://h",
         "redis://h/x",
         "unix://",
         "unix:///s?color=red",
         "redis://h?db=1",
-    ):
+    )
+    for wrong in wrongs:
         with pytest.raises(UserError, match="not an address"):
             parse_address(wrong)
 
@@ -209,6 +205,12 @@ def test_specs_that_name_no_store(spec, message, monkeypatch):
         open_store(spec, 656, 10)
 
 
+@pytest.mark.parametrize("scheme", STORES)
+def test_every_store_of_the_table_has_its_opener(scheme):
+    module, function = STORES[scheme].opener.split(".")
+    assert callable(getattr(importlib.import_module(f"dsatrace.kv.stores.{module}"), function))
+
+
 def test_what_only_a_caller_can_get_wrong():
     with pytest.raises(ValueError, match="how many units"):
         open_store("ram", 656)
@@ -217,7 +219,7 @@ def test_what_only_a_caller_can_get_wrong():
     with pytest.raises(ValueError, match="only `ram`"):
         open_store("mmap:/tmp/x", 656, 10, memory=np.zeros((10, 656), np.uint8))
     with pytest.raises(ValueError, match="C-contiguous"):
-        ram_store(656, 10, np.zeros((9, 656), np.uint8))
+        open_store("ram", 656, 10, memory=np.zeros((9, 656), np.uint8))
 
 
 def test_neighbours_are_one_operation(tmp_path):
@@ -264,12 +266,8 @@ def test_a_simulated_store_has_its_presets_times():
 def test_presets_say_where_they_come_from():
     assert {"hbm-h200", "pcie5-x16", "rdma-400g", "nvme-gen4"} <= set(PRESETS)
     for preset in PRESETS.values():
-        for figure in (
-            preset.alpha_batch_us,
-            preset.alpha_op_us,
-            preset.read_gb_per_s,
-            preset.write_gb_per_s,
-        ):
+        alphas = (preset.alpha_batch_us, preset.alpha_op_us)
+        for figure in (*alphas, preset.read_gb_per_s, preset.write_gb_per_s):
             assert figure.source
             assert (figure.confidence == "unknown") == (figure.value == 0)
     with pytest.raises(ValueError, match="no time"):

@@ -17,7 +17,7 @@ from dsatrace.study.prepare import (
     SHORT,
     TOO_FEW_TURNS,
     TOO_LONG,
-    ClientOptions,
+    ClientSettings,
     limit_requests,
     prepare_traces,
 )
@@ -33,6 +33,7 @@ from helpers.byte_tokenizer import byte_tokenizer
 from helpers.real_data import real_file
 
 BYTES = byte_tokenizer()
+TRANSCRIPT = ChatTemplateFormatter()
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +78,7 @@ def test_a_transcript_names_its_speakers() -> None:
         {"from": "gpt", "value": "Hello."},
         Message("user", "And?"),
     ]
-    formatter = ChatTemplateFormatter()
+    formatter = TRANSCRIPT
     assert formatter.format_conversation(turns[:3]) == "System: Be brief.\n\nHuman: Hi\n\nAssistant: Hello."
     assert formatter.format_conversation(turns).endswith("Assistant: Hello.\n\nHuman: And?\n\nAssistant:")
 
@@ -90,7 +91,7 @@ def test_the_chat_form_is_deepseeks() -> None:
     )
 
 
-def test_a_recorded_answer_that_names_a_special_token_stands_whole() -> None:
+def test_an_answer_that_names_a_special_token_stands_whole() -> None:
     text = ChatTemplateFormatter(BYTES).format_conversation(chat("c", "Hi", "One </think> two", "And?"))
     assert f"{END_THINK}One < /think> two{EOS}" in text
 
@@ -116,7 +117,7 @@ def test_a_template_of_ones_own_is_used() -> None:
 )
 def test_turns_that_cannot_be_formatted_are_named(turns: list[dict[str, str]], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        ChatTemplateFormatter().format_conversation(turns)
+        TRANSCRIPT.format_conversation(turns)
 
 
 def test_an_object_that_is_no_tokenizer_is_refused() -> None:
@@ -145,9 +146,7 @@ def test_a_prompts_text_gives_the_ids_of_the_chat_encoder(conversation: Conversa
 
 
 @given(conversation=conversations)
-def test_a_prompts_text_gives_the_ids_of_the_chat_encoder_with_real_merges(
-    deepseek_tokenizer: Tokenizer, conversation: Conversation
-) -> None:
+def test_the_same_with_real_merges(deepseek_tokenizer: Tokenizer, conversation: Conversation) -> None:
     check_ids_are_those_of_encode_chat(conversation, deepseek_tokenizer)
 
 
@@ -176,19 +175,19 @@ def test_the_next_prompt_continues_this_one_and_its_answer(conversation: Convers
 
 
 @given(conversations)
-def test_in_a_transcript_only_the_answers_last_tokens_may_differ(conversation: Conversation) -> None:
-    rows = RequestGenerator([conversation]).generate_multi_turn_traces(ChatTemplateFormatter())
+def test_the_next_prompt_of_a_transcript_continues_too(conversation: Conversation) -> None:
+    rows = RequestGenerator([conversation]).generate_multi_turn_traces(TRANSCRIPT)
     requests = tokenize_rows(rows, BYTES)  # no merges, so none differs
     for i in range(len(requests) - 1):
         sofar = [*requests.prompt(i), *requests.response(i)]
         assert requests.prompt(i + 1)[: len(sofar)].tolist() == sofar
 
 
-def test_single_turn_takes_the_first_human_turn_of_each_conversation() -> None:
+def test_single_turn_takes_each_first_human_turn() -> None:
     chats = [chat("a", "q0", "a0", "q1", "a1"), chat("b", "q2")]
     rows = RequestGenerator(
         chats, arrival_rate=4, use_poisson=False, workload="w"
-    ).generate_single_turn_traces(ChatTemplateFormatter())
+    ).generate_single_turn_traces(TRANSCRIPT)
     assert [(row.prompt, row.response, row.conversation_id, row.turn_index) for row in rows] == [
         ("Human: q0\n\nAssistant:", "a0", "a", 0),
         ("Human: q2\n\nAssistant:", "", "b", 0),
@@ -200,12 +199,12 @@ def test_single_turn_takes_the_first_human_turn_of_each_conversation() -> None:
 def test_turns_follow_at_the_delay_and_rows_stand_by_arrival() -> None:
     chats = [chat("a", *"qaqaqa"), chat("b", *"qaqa"), chat("b", *"qa", row=2)]
     generator = RequestGenerator(chats, arrival_rate=1, use_poisson=False)
-    rows = generator.generate_multi_turn_traces(ChatTemplateFormatter(), turn_delay=1.0)
+    rows = generator.generate_multi_turn_traces(TRANSCRIPT, turn_delay=1.0)
     assert [(row.conversation_id, row.turn_index, row.timestamp) for row in rows] == [
         ("a", 0, 0), ("a", 1, 1), ("b", 0, 1), ("a", 2, 2), ("b", 1, 2), ("b#2", 0, 2),
     ]  # fmt: skip
     assert {row.mode for row in rows} == {MULTI_TURN}
-    together = generator.generate_multi_turn_traces(ChatTemplateFormatter(), turn_delay=0)
+    together = generator.generate_multi_turn_traces(TRANSCRIPT, turn_delay=0)
     assert [(row.conversation_id, row.turn_index) for row in together][:4] == [
         ("a", 0), ("a", 1), ("a", 2), ("b", 0),
     ]  # fmt: skip
@@ -214,41 +213,43 @@ def test_turns_follow_at_the_delay_and_rows_stand_by_arrival() -> None:
 @given(st.lists(conversations, min_size=1, max_size=6), st.floats(0, 3), st.integers(0, 99))
 def test_every_turn_arrives_once_and_in_order(chats: list[Conversation], delay: float, seed: int) -> None:
     generator = RequestGenerator(chats, seed=seed)
-    rows = generator.generate_multi_turn_traces(ChatTemplateFormatter(), delay)
-    assert rows == RequestGenerator(chats, seed=seed).generate_multi_turn_traces(
-        ChatTemplateFormatter(), delay
-    )
+    rows = generator.generate_multi_turn_traces(TRANSCRIPT, delay)
+    assert rows == RequestGenerator(chats, seed=seed).generate_multi_turn_traces(TRANSCRIPT, delay)
     assert len(rows) == len({(r.conversation_id, r.turn_index) for r in rows}) == sum(map(num_turns, chats))
     assert [row.timestamp for row in rows] == sorted(row.timestamp for row in rows)
     begins = {row.conversation_id: row.timestamp for row in rows if row.turn_index == 0}
     assert all(row.timestamp == begins[row.conversation_id] + delay * row.turn_index for row in rows)
-    single = generator.generate_single_turn_traces(ChatTemplateFormatter())
+    single = generator.generate_single_turn_traces(TRANSCRIPT)
     assert {row.conversation_id: row.timestamp for row in single} == begins
 
 
-def test_poisson_gaps_have_the_mean_and_the_spread_of_their_rate() -> None:
+def test_poisson_gaps_have_the_mean_and_spread_of_their_rate() -> None:
     chats = [chat(str(i), "q") for i in range(4000)]
-    rows = RequestGenerator(chats, arrival_rate=2.0).generate_single_turn_traces(ChatTemplateFormatter())
+    rows = RequestGenerator(chats, arrival_rate=2.0).generate_single_turn_traces(TRANSCRIPT)
     gaps = [b.timestamp - a.timestamp for a, b in itertools.pairwise(rows)]
     assert statistics.mean(gaps) == pytest.approx(0.5, rel=0.05)
     assert statistics.stdev(gaps) == pytest.approx(0.5, rel=0.08)
     other = RequestGenerator(chats, arrival_rate=2.0, seed=43)
-    assert other.generate_single_turn_traces(ChatTemplateFormatter()) != rows
+    assert other.generate_single_turn_traces(TRANSCRIPT) != rows
 
 
 @pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf")])
-def test_a_rate_that_is_none_is_refused(rate: float) -> None:
+def test_a_bad_rate_is_refused(rate: float) -> None:
     with pytest.raises(UserError, match="arrival_rate must be"):
         RequestGenerator([], rate)
+    with pytest.raises(UserError, match="--arrival-rate must be"):
+        ClientSettings(arrival_rate=rate)
 
 
 @pytest.mark.parametrize("delay", [-1, float("nan"), float("inf")])
-def test_a_delay_that_is_none_is_refused(delay: float) -> None:
+def test_a_bad_delay_is_refused(delay: float) -> None:
     with pytest.raises(UserError, match="turn_delay must be"):
-        RequestGenerator([]).generate_multi_turn_traces(ChatTemplateFormatter(), delay)
+        RequestGenerator([]).generate_multi_turn_traces(TRANSCRIPT, delay)
+    with pytest.raises(UserError, match="--turn-delay must be"):
+        ClientSettings(turn_delay=delay)
 
 
-def test_a_study_has_the_same_conversations_in_both_traces_and_counts_what_it_drops() -> None:
+def test_both_traces_have_the_same_conversations() -> None:
     chats = [
         chat("long", "q" * 200, "a", "r"),
         chat("one", "q", "a"),
@@ -256,16 +257,16 @@ def test_a_study_has_the_same_conversations_in_both_traces_and_counts_what_it_dr
         chat("y", "q", "a", "r"),
         chat("z", "q", "a", "r"),
     ]
-    options = ClientOptions(max_conversations=4, max_tokens=100, min_turns=2)
+    options = ClientSettings(max_conversations=4, max_tokens=100, min_turns=2)
     prepared = prepare_traces(chats, options, BYTES)
     assert [row.conversation_id for row in prepared.single] == ["x", "y"]
     assert sorted({row.conversation_id for row in prepared.multi}) == ["x", "y"]
     assert prepared.counts == {CONVERSATIONS: 2, TOO_FEW_TURNS: 1, TOO_LONG: 1}
 
 
-def test_matched_requests_come_from_the_conversations_that_follow() -> None:
+def test_matched_requests_come_from_later_conversations() -> None:
     chats = [chat("a", *"qaqaq"), chat("b", "q"), chat("c", *"qaq"), chat("d", *"qaq")]
-    options = ClientOptions(max_conversations=1, min_turns=2, match_requests=True)
+    options = ClientSettings(max_conversations=1, min_turns=2, match_requests=True)
     prepared = prepare_traces(iter(chats), options, BYTES)
     assert [row.conversation_id for row in prepared.single] == ["a", "c", "d"]
     assert len(prepared.multi) == 3 and prepared.counts[SHORT] == 0
@@ -277,18 +278,18 @@ def test_filters_that_leave_nothing_say_so() -> None:
     with pytest.raises(
         UserError, match=r"no conversation is left.*1 conversations dropped: fewer than min_turns"
     ):
-        prepare_traces([chat("a", "q")], ClientOptions(min_turns=2), BYTES)
-    with pytest.raises(UserError, match="max_tokens must be at least 1"):
-        ClientOptions(max_tokens=0)
+        prepare_traces([chat("a", "q")], ClientSettings(min_turns=2), BYTES)
+    with pytest.raises(UserError, match="--max-tokens must be at least 1"):
+        ClientSettings(max_tokens=0)
 
 
 @given(st.lists(conversations, min_size=1, max_size=5), st.integers(1, 300), st.integers(1, 3))
 def test_both_filters_agree(chats: list[Conversation], max_tokens: int, min_turns: int) -> None:
     """On conversations before they arrive, and on the requests of a trace."""
-    everything = prepare_traces(chats, ClientOptions(), BYTES)
+    everything = prepare_traces(chats, ClientSettings(), BYTES)
     requests = tokenize_rows(everything.multi, BYTES)
     try:
-        prepared = prepare_traces(chats, ClientOptions(max_tokens=max_tokens, min_turns=min_turns), BYTES)
+        prepared = prepare_traces(chats, ClientSettings(max_tokens=max_tokens, min_turns=min_turns), BYTES)
     except UserError:
         with pytest.raises(UserError, match="no request is left"):
             limit_requests(requests, max_tokens, min_turns)
@@ -312,7 +313,7 @@ def test_progress_is_told_and_an_empty_trace_refused() -> None:
 
 def test_real_conversations_become_traces() -> None:
     loader = ShareGPTLoader(real_file("sharegpt/ShareGPT_V3_tiny40.json"))
-    prepared = prepare_traces(loader, ClientOptions(min_turns=2), BYTES)
+    prepared = prepare_traces(loader, ClientSettings(min_turns=2), BYTES)
     requests = tokenize_rows(prepared.multi, BYTES)
     assert prepared.counts[CONVERSATIONS] == len(prepared.single) > 10
     for i, row in enumerate(prepared.multi):

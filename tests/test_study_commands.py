@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import shlex
 import stat
 import subprocess
 from pathlib import Path
@@ -18,7 +21,7 @@ from dsatrace import cli
 from dsatrace.commands.study import VERBS
 from dsatrace.workloads.trace_rows import read_trace_rows
 from helpers.real_data import real_file
-from helpers.study_samples import write_three_turns
+from helpers.study_samples import check_mistake, study, study_json, write_three_turns
 
 TRACES = {"single_turn_trace.jsonl", "multi_turn_trace.jsonl"}
 OF_BOTH = {
@@ -29,12 +32,26 @@ OF_BOTH = {
 PICTURES = {"sharing_fraction_cdf.png", "block_hit_distribution.png", "reuse_gap_cdf.png"}
 
 
-def study(*argv: object) -> int:
-    return cli.main(["study", *map(str, argv)])
-
-
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"manifest.json"}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both traces of the sample, as text and as block ids."""
+    out = tmp_path_factory.mktemp("study") / "traces"
+    assert study("prepare", "--min-turns", 2, "--hash-ids", "bailian", "--output-dir", out) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def qa_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run with everything, and what it printed."""
+    out, printed = tmp_path_factory.mktemp("study") / "run", io.StringIO()
+    flags = ("--workload", "qa", "--max-conversations", 20, "--num-blocks", 64, "--host-blocks", 50)
+    with contextlib.redirect_stdout(printed):
+        assert study("run", *flags, "--write-accesses", "--output-dir", out) == 0
+    return out, printed.getvalue()
 
 
 def test_prepare_writes_both_traces_for_their_owner(tmp_path: Path, capsys: Any) -> None:
@@ -52,29 +69,25 @@ def test_prepare_writes_both_traces_for_their_owner(tmp_path: Path, capsys: Any)
     assert len(manifest["source"]["sha256"]) == 64
 
 
-def test_a_prepared_trace_gives_the_same_numbers_in_any_form(tmp_path: Path) -> None:
-    """Text, Bailian's block ids and the conversations themselves: the same hits."""
-    assert study("prepare", "--hash-ids", "bailian", "--output-dir", tmp_path / "traces") == 0
-    sources = (
-        ("rows", "--trace-file", tmp_path / "traces" / "multi_turn_trace.jsonl"),
-        ("ids", "--trace-file", tmp_path / "traces" / "multi_turn_bailian.jsonl"),
-        ("conversations",),
-    )
-    rates = {}
-    for name, *source in sources:
-        out = tmp_path / name
-        flags = ("--no-decode", "--num-blocks", 60, "--skip-visualization", "--output-dir", out)
-        assert study("run", *source, *flags, "--output-file", "stats.json") == 0
-        rates[name] = json.loads((out / "stats.json").read_text())["metrics"]
+def test_any_form_of_a_trace_gives_the_same_numbers(prepared: Path, tmp_path: Path) -> None:
+    """Text, Bailian's block ids and the conversations themselves."""
+    sources = {
+        "rows": ("--trace-file", prepared / "multi_turn_trace.jsonl"),
+        "ids": ("--trace-file", prepared / "multi_turn_bailian.jsonl"),
+        "conversations": ("--min-turns", 2),
+    }
+    flags = ("run", "--no-decode", "--num-blocks", 60, "--output-file", "stats.json")
+    rates = {
+        name: study_json(tmp_path / name, "stats.json", *flags, *source)["metrics"]
+        for name, source in sources.items()
+    }
     assert rates["rows"] == rates["conversations"]
     assert rates["rows"]["hit_rate_first_prefill"] > 0
     assert rates["ids"]["sharing_fraction_mean"] == rates["rows"]["sharing_fraction_mean"]
 
 
-def test_run_writes_everything(tmp_path: Path, capsys: Any) -> None:
-    out = tmp_path / "out"
-    assert study("run", "--workload", "qa", "--max-conversations", 20, "--write-accesses", "--num-blocks", 64,
-                 "--host-blocks", 50, "--output-dir", out) == 0  # fmt: skip
+def test_run_writes_everything(qa_run: tuple[Path, str]) -> None:
+    out, said = qa_run
     of_workload = {
         f"{what}_qa.png" for what in ("reuse_fraction_cdf", "block_hits_cdf", "block_reuse_gaps_cdf")
     }
@@ -84,7 +97,6 @@ def test_run_writes_everything(tmp_path: Path, capsys: Any) -> None:
     for name in names(out):
         if name.endswith(".png"):
             assert (out / name).read_bytes().startswith(b"\x89PNG"), name
-    said = capsys.readouterr().out
     assert "hit_rate_with_host" in said
     assert "Requests rejected, or cut" in said
     words = {word for row in read_trace_rows(out / "multi_turn_trace.jsonl") for word in row.prompt.split()}
@@ -93,12 +105,8 @@ def test_run_writes_everything(tmp_path: Path, capsys: Any) -> None:
         assert not [word for word in words if len(word) > 7 and word in text], f"{name} holds text"
 
 
-def test_sweep_reads_what_run_wrote(tmp_path: Path) -> None:
-    flags = ("--max-conversations", 20, "--skip-visualization")
-    assert study("run", "--workload", "qa", *flags, "--write-accesses", "--output-dir", tmp_path / "run") == 0
-    out = tmp_path / "sweep"
-    assert study("sweep", "--trace-file", tmp_path / "run", "--skip-visualization", "--output-dir", out) == 0
-    assert names(out)
+def test_sweep_reads_what_run_wrote(qa_run: tuple[Path, str], tmp_path: Path) -> None:
+    assert study_json(tmp_path / "out", "sweep.json", "sweep", "--trace-file", qa_run[0])["cells"]
 
 
 def test_compare_writes_everything(tmp_path: Path, capsys: Any) -> None:
@@ -113,48 +121,28 @@ def test_compare_writes_everything(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_as_many_single_turn_requests_as_multi_turn_ones(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    flags = (
-        "--workload",
-        "chat_multi",
-        "--max-conversations",
-        12,
-        "--match-requests",
-        "--skip-visualization",
-    )
-    assert study("compare", *flags, "--output-dir", out) == 0
-    counts = json.loads((out / "comparison.json").read_text())["metrics"]["num_requests"]
+    flags = ("compare", "--workload", "chat_multi", "--max-conversations", 12, "--match-requests")
+    counts = study_json(tmp_path / "out", "comparison.json", *flags)["metrics"]["num_requests"]
     assert counts["single_turn"] == counts["multi_turn"] > 12
 
 
 def test_three_turns_from_a_file_of_token_ids(tmp_path: Path) -> None:
     """The conversation of the documentation, through the command."""
-    trace = write_three_turns(tmp_path / "three_turns.jsonl")
-    out = tmp_path / "out"
-    assert (
-        study("run", "--trace-file", trace, "--block-size", 4, "--skip-visualization", "--output-dir", out)
-        == 0
-    )
-    metrics = json.loads((out / "trace_stats.json").read_text())["metrics"]
+    flags = ("--trace-file", write_three_turns(tmp_path / "three_turns.jsonl"), "--block-size", 4)
+    metrics = study_json(tmp_path / "out", "trace_stats.json", "run", *flags)["metrics"]
     assert (metrics["hit_rate_first_prefill"], metrics["blocks_reused"]) == (0.6, 6)
     out = tmp_path / "explain"
-    assert study("explain", "--trace-file", trace, "--block-size", 4, "--output-dir", out) == 0
+    assert study("explain", *flags, "--output-dir", out) == 0
     lines = json.loads((out / "explain.json").read_text())["definitions"]
     assert lines["chained_hashes"]["value"] == 4 / 9
 
 
-def test_turns_of_a_trace_are_its_single_turn_part(tmp_path: Path) -> None:
+def test_turns_of_a_trace_are_its_single_turn_part(prepared: Path, tmp_path: Path) -> None:
     """`compare` on the prepared multi-turn trace finds what it finds on the conversations."""
-    assert study("prepare", "--min-turns", 2, "--output-dir", tmp_path / "traces") == 0
-    values = []
-    for name, source in (
-        ("trace", ("--trace-file", tmp_path / "traces" / "multi_turn_trace.jsonl")),
-        ("conversations", ()),
-    ):
-        flags = ("--num-blocks", 70, "--skip-visualization", "--output-dir", tmp_path / name)
-        assert study("compare", *source, *flags) == 0
-        values.append(json.loads((tmp_path / name / "comparison.json").read_text()))
-    assert values[0] == values[1]
+    flags = ("compare", "--num-blocks", 70)
+    trace = ("--trace-file", prepared / "multi_turn_trace.jsonl")
+    of_trace = study_json(tmp_path / "trace", "comparison.json", *flags, *trace)
+    assert of_trace == study_json(tmp_path / "conversations", "comparison.json", *flags)
 
 
 def test_conversation_by_conversation(tmp_path: Path) -> None:
@@ -162,10 +150,8 @@ def test_conversation_by_conversation(tmp_path: Path) -> None:
     hits = {}
     for order in ("arrival", "conversation"):
         flags = ("--workload", "chat_multi", "--max-conversations", 40, "--num-blocks", 100)
-        out = tmp_path / order
-        assert study("run", *flags, "--order", order, "--skip-visualization", "--output-dir", out) == 0
-        metrics = json.loads((out / "multi_turn_stats.json").read_text())["metrics"]
-        hits[order] = metrics["hit_rate_first_prefill"]
+        stats = study_json(tmp_path / order, "multi_turn_stats.json", "run", *flags, "--order", order)
+        hits[order] = stats["metrics"]["hit_rate_first_prefill"]
     assert hits["conversation"] > hits["arrival"] + 0.1
 
 
@@ -174,21 +160,21 @@ def test_conversation_by_conversation(tmp_path: Path) -> None:
     [
         (["run", "--data-path", "missing.json"], "missing.json: cannot read the file"),
         (["run", "--trace-file", "missing.jsonl"], "missing.jsonl: cannot read the file"),
-        (["run", "--data-path", "a", "--workload", "qa"], "exclude each other"),
+        (["run", "--data-path", "a", "--workload", "qa"], "--data-path and --workload exclude each other"),
         (["run", "--trace-file", "t.jsonl", "--arrival-rate", "2"], "--arrival-rate makes a trace"),
         (["compare", "--trace-file", "t.jsonl", "--match-requests"], "--match-requests makes a trace"),
-        (["run", "--block-size", "0"], "block_size must lie between 1"),
-        (["run", "--num-blocks", "0"], "num_blocks must lie between 1"),
-        (["run", "--num-blocks", "99999999999999999999"], "num_blocks must lie between 1"),
-        (["run", "--concurrency", "-1"], "concurrency must lie between 1"),
-        (["run", "--host-blocks", "0"], "host_blocks must lie between 1"),
-        (["run", "--max-conversations", "0"], "max_conversations must be at least 1"),
+        (["run", "--block-size", "0"], "--block-size must lie between 1"),
+        (["run", "--num-blocks", "0"], "--num-blocks must lie between 1"),
+        (["run", "--num-blocks", "99999999999999999999"], "--num-blocks must lie between 1"),
+        (["run", "--concurrency", "-1"], "--concurrency must lie between 1"),
+        (["run", "--host-blocks", "0"], "--host-blocks must lie between 1"),
+        (["run", "--max-conversations", "0"], "--max-conversations must be at least 1"),
         (["run", "--max-tokens", "0"], "--max-tokens must be at least 1"),
         (["run", "--max-tokens", "1"], "no conversation is left"),
-        (["run", "--min-turns", "0"], "min_turns must be at least 1"),
+        (["run", "--min-turns", "0"], "--min-turns must be at least 1"),
         (["run", "--min-turns", "99"], "no conversation is left"),
-        (["run", "--arrival-rate", "nan"], "arrival_rate must be a number"),
-        (["run", "--turn-delay", "-1"], "turn_delay must be a number"),
+        (["run", "--arrival-rate", "nan"], "--arrival-rate must be"),
+        (["run", "--turn-delay", "-1"], "--turn-delay must be"),
         (["run", "--tokenizer", "nowhere"], "cannot read the tokenizer"),
         (["run", "--output-file", "../stats.json"], "give a plain file name"),
         (["run", "--output-file", "manifest.json"], "another file of that name"),
@@ -203,11 +189,8 @@ def test_a_mistake_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, argv: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert study(*argv, *([] if argv == ["nothing"] else ["--output-dir", "out"])) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+    code = study(*argv, *([] if argv == ["nothing"] else ["--output-dir", "out"]))
+    check_mistake(capsys, code, message)
 
 
 @pytest.mark.parametrize(
@@ -221,12 +204,8 @@ def test_a_flag_that_cannot_be_read_exits_2(capsys: Any, flags: list[str]) -> No
 
 
 TRACE_LINE = {
-    "prompt": "Hi there",
-    "response": "Yes",
-    "conversation_id": "c",
-    "turn_index": 0,
-    "timestamp": 1.0,
-}
+    "prompt": "Hi there", "response": "Yes", "conversation_id": "c", "turn_index": 0, "timestamp": 1.0,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -241,9 +220,8 @@ TRACE_LINE = {
 )
 def test_bad_rows_are_named_or_counted(tmp_path: Path, capsys: Any, second: Any, message: str) -> None:
     trace = tmp_path / "t.jsonl"
-    trace.write_text(
-        "\n".join((json.dumps(TRACE_LINE), second if isinstance(second, str) else json.dumps(second)))
-    )
+    last = second if isinstance(second, str) else json.dumps(second)
+    trace.write_text(f"{json.dumps(TRACE_LINE)}\n{last}")
     flags = ("run", "--trace-file", trace, "--skip-visualization", "--output-dir", tmp_path / "out")
     assert study(*flags) == 2
     assert message in capsys.readouterr().err
@@ -290,51 +268,54 @@ def test_the_verbs_are_listed(capsys: Any) -> None:
 def test_mooncake_in_its_own_blocks(tmp_path: Path) -> None:
     """The first 500 requests of the published trace; a cache without a limit is the infinite one."""
     trace = real_file("mooncake/conversation_trace_head500.jsonl")
-    out = tmp_path / "out"
-    assert (
-        study("run", "--trace-file", trace, "--block-size", 512, "--skip-visualization", "--output-dir", out)
-        == 0
-    )
-    metrics = json.loads((out / "trace_stats.json").read_text())["metrics"]
+    flags = ("run", "--trace-file", trace, "--block-size", 512)
+    metrics = study_json(tmp_path / "out", "trace_stats.json", *flags)["metrics"]
     ids = [json.loads(line)["hash_ids"] for line in trace.read_text().splitlines()]
     assert metrics["blocks_unique"] <= len({i for row in ids for i in row})
     assert metrics["hit_rate_first_prefill"] == metrics["hit_rate_infinite"] > 0.1
 
 
-def test_the_script_runs_the_whole_study(tmp_path: Path) -> None:
-    out = tmp_path / "study"
-    environment = {**os.environ, "VENV": "none", "OUT": str(out), "REQUESTS": "12"}
-    environment["PATH"] = f"{_command(tmp_path)}:{environment['PATH']}"
-    command = [ROOT / "scripts" / "run_prefix_study.sh", "--num-blocks", "128", "--skip-visualization"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture
+def script(tmp_path: Path) -> Any:
+    """Runs the script with a `dsatrace` that notes its arguments; the result, and the verbs as called."""
+    log = tmp_path / "log"
+    command = tmp_path / "bin" / "dsatrace"
+    command.parent.mkdir()
+    command.write_text(f'#!/usr/bin/env bash\nprintf "%q " "$@" >> {log}\necho >> {log}\n')
+    command.chmod(0o755)
+    path = f"{command.parent}:{os.environ['PATH']}"
+    env = os.environ | {"VENV": "none", "OUT": str(tmp_path / "study"), "REQUESTS": "12", "PATH": path}
+
+    def run(*flags: str) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+        script = [str(ROOT / "scripts" / "run_prefix_study.sh"), *flags]
+        done = subprocess.run(script, env=env, capture_output=True, text=True, check=False)
+        return done, [shlex.split(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    return run
+
+
+def test_the_script_runs_the_whole_study(script: Any, tmp_path: Path) -> None:
+    done, calls = script("--num-blocks", "128", "--skip-visualization")
     assert done.returncode == 0, done.stderr
+    assert [cli.main(call) for call in calls] == [0] * len(calls)
+    out = tmp_path / "study"
     runs = {f"run_{name}" for name in ("chat_single", "chat_multi", "qa", "summarization")}
     assert names(out) == {"traces", "compare", "compare_small", "explain", "sweep", "mixed"} | runs
     for folder in out.iterdir():
         assert json.loads((folder / "manifest.json").read_text())["state"] == "complete"
-    wrong = subprocess.run([*command, "--what"], env=environment, capture_output=True, text=True, check=False)
-    assert (wrong.returncode, wrong.stderr) == (2, "error: unknown option --what; see --help\n")
 
 
-def _command(folder: Path) -> Path:
-    """A `dsatrace` of this tree, whether or not it is installed."""
-    command = folder / "bin" / "dsatrace"
-    command.parent.mkdir()
-    command.write_text(
-        f'#!/usr/bin/env bash\nPYTHONPATH="{ROOT / "inference"}" exec python -m dsatrace.cli "$@"\n'
-    )
-    command.chmod(0o755)
-    return command.parent
+def test_the_script_refuses_an_unknown_option(script: Any) -> None:
+    done, calls = script("--num-blocks", "128", "--what")
+    assert (done.returncode, done.stderr, calls) == (2, "error: unknown option --what; see --help\n", [])
 
 
 def test_real_conversations_and_what_is_odd_about_them(tmp_path: Path, capsys: Any) -> None:
     """Multi-turn is far above single-turn; rows that say nothing or repeat an id are counted."""
     source = real_file("sharegpt/ShareGPT_V3_edge_cases.json")
-    flags = ("compare", "--data-path", source, "--skip-visualization", "--output-dir", tmp_path / "out")
-    assert study(*flags) == 0
+    rates = study_json(tmp_path / "out", "comparison.json", "compare", "--data-path", source)["metrics"]
     said = capsys.readouterr().out
     assert "source rows, duplicate_id: " in said
     assert "source rows, empty: " in said
-    rate = json.loads((tmp_path / "out" / "comparison.json").read_text())["metrics"]["hit_rate_first_prefill"]
-    assert rate["multi_turn"] > 0.8
-    assert rate["single_turn"] < 0.05
+    assert rates["hit_rate_first_prefill"]["multi_turn"] > 0.8
+    assert rates["hit_rate_first_prefill"]["single_turn"] < 0.05

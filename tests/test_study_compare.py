@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from typing import Any
@@ -10,15 +11,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from dsatrace.report.grid import Grid
 from dsatrace.report.study_figures import draw_comparison
-from dsatrace.report.study_tables import Grid, compare_grids, markdown, run_grids, shown
+from dsatrace.report.study_tables import compare_grids, run_grids, shown
 from dsatrace.study.compare import Difference, compare
 from dsatrace.study.measure import measure
 from dsatrace.study.metrics import UNITS
-from dsatrace.study.prepare import ClientOptions
-from dsatrace.study.results import settings_record, statistics
+from dsatrace.study.prepare import ClientSettings
+from dsatrace.study.results import statistics
 from dsatrace.study.run import StudySettings, run_study
-from dsatrace.study.sources import Client, Source, open_vocabulary
+from dsatrace.study.sources import Client, Source
+from dsatrace.study.tokenization import open_vocabulary
 from helpers.study_samples import ROWS, requests_of, three_turns
 
 SETTINGS = StudySettings(block_size=4)
@@ -44,8 +47,8 @@ def test_every_metric_is_in_both(one: Any, other: Any) -> None:
     single, multi = (run_study(requests_of(rows), settings) for rows in (one, other))
     compared = compare(single, multi)
     assert set(compared.metrics) == set(UNITS)
-    for name, both in compared.metrics.items():
-        assert (both.single, both.multi) == (measure(single)[name], measure(multi)[name])
+    assert {name: both.single for name, both in compared.metrics.items()} == measure(single)
+    assert {name: both.multi for name, both in compared.metrics.items()} == measure(multi)
     json.dumps(compared.record(), allow_nan=False)
 
 
@@ -63,7 +66,7 @@ def test_different_caches_are_not_compared() -> None:
 
 def test_both_traces_are_of_the_same_conversations() -> None:
     """Of the embedded sample: those of two turns or more; single-turn has each one's first prompt."""
-    client = Client(Source(), ClientOptions(min_turns=2), open_vocabulary(None))
+    client = Client(Source(), ClientSettings(min_turns=2), open_vocabulary(None))
     single, multi = client.requests("single_turn"), client.requests("multi_turn")
     turns = Counter(multi.conversation_ids[i] for i in multi.conversation)
     assert Counter(single.conversation_ids[i] for i in single.conversation) == dict.fromkeys(turns, 1)
@@ -83,24 +86,24 @@ def test_both_traces_are_of_the_same_conversations() -> None:
 def test_tables_show_every_headline_and_rejections() -> None:
     multi = three_turns()
     both = run_study(multi.take(np.array([0])), SETTINGS), run_study(multi, SETTINGS)
-    text = "\n".join(markdown(grid) for grid in compare_grids(compare(*both), settings_record(both[0])))
+    text = "\n".join(grid.markdown() for grid in compare_grids(compare(*both), dataclasses.asdict(SETTINGS)))
     assert "| hit_rate_first_prefill | 0.00 % | 60.00 % | +60.00 points | - |" in text
     assert "| blocks_allocated | 3 | 7 | +4 | 2.33 x |" in text
     assert "| multi_turn | 0 | 0 | 0 |" in text
     assert "| 2 | 1 | 80.00 % | 100.00 % | 80.00 % | 80.00 % |" in text
-    text = "\n".join(markdown(grid) for grid in run_grids("multi_turn", statistics(both[1])))
+    text = "\n".join(grid.markdown() for grid in run_grids("multi_turn", statistics(both[1])))
     assert "| block_reuse_rate | 46.15 % |" in text
     assert "no limit of 4 tokens, 1 live, in_order" in text
 
 
 def test_a_trace_cannot_break_a_table() -> None:
     grid = Grid("t", ("a", "b"), [("x|y\nz", "[bold]1")])
-    assert markdown(grid).splitlines()[-1] == r"| x\|y z | [bold]1 |"
+    assert grid.markdown().splitlines()[-1] == r"| x\|y z | [bold]1 |"
     assert shown("hit_gap_s_mean", None) == "-"
     assert shown("hit_gap_s_mean", 1234.5) == "1,234.50 s"
 
 
 def test_a_comparison_without_hits_can_be_drawn(tmp_path: Any) -> None:
     nothing = run_study(requests_of([([1], [], "")]), SETTINGS)
-    path = draw_comparison(tmp_path / "comparison.png", compare(nothing, nothing))
-    assert path.read_bytes().startswith(b"\x89PNG")
+    draw_comparison(tmp_path / "comparison.png", compare(nothing, nothing))
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from dsatrace.cli import main
 from dsatrace.study.engine_check import through_the_engine
-from dsatrace.study.read_requests import read_requests
+from dsatrace.study.request_files import read_requests
 from dsatrace.study.run import StudySettings, run_study
-from dsatrace.study.words import WordVocabulary
+from dsatrace.study.tokenization import WordVocabulary
 from dsatrace.workloads.rows import BadRows
 from helpers.real_data import real_file
 from helpers.study_samples import requests_of

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from dsatrace.study.explain import Definition, explain
 from dsatrace.study.measure import measure
-from dsatrace.study.requests import StudyRequests
-from dsatrace.study.requests_builder import RequestsBuilder
+from dsatrace.study.requests import RequestsBuilder, StudyRequests
 from dsatrace.study.run import StudySettings, run_study
 from helpers.study_samples import ROWS, requests_of, three_turns
 
@@ -78,7 +77,7 @@ def test_rejected_requests_move_the_number() -> None:
     assert lines["per_request_mean_rejected_as_0"].value == pytest.approx((0 + 4 / 5) / 3)
 
 
-def test_block_ids_do_not_tell_equal_blocks_behind_different_ones() -> None:
+def test_block_ids_have_no_unchained_count() -> None:
     builder = RequestsBuilder(tokens_per_id=16)
     builder.add(0.0, [0, 1, 2], num_prompt_tokens=40, num_response_tokens=3)
     builder.add(1.0, [0, 1, 3], num_prompt_tokens=40, num_response_tokens=3)

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-from dsatrace.commands.study.mixed import main
 from dsatrace.errors import UserError
 from dsatrace.kv.policies.reuse import reuse_profile
 from dsatrace.kv.policies.simulate import simulate
@@ -20,24 +19,26 @@ from dsatrace.study.mixed import (
     read_profile,
     warm_up,
 )
-from dsatrace.study.sweep import SweepOptions, sweep
+from dsatrace.study.sweep import SweepSettings, sweep
 from dsatrace.study.sweep_cells import OPT, OVERALL, POOL, Cell
-from dsatrace.study.sweep_inputs import SeededOptions, Trace, mixed_trace, vocabulary_or_words
-from dsatrace.workloads.mixed import WORKLOADS
+from dsatrace.study.sweep_inputs import RequestLog, SeededSettings, mixed_log
+from dsatrace.study.tokenization import open_vocabulary
+from dsatrace.workloads.synthetic import WORKLOADS
+from helpers.study_samples import check_mistake, study, study_json
 
-OPTIONS = SeededOptions(num_requests=80)
-
-
-@pytest.fixture(scope="module")
-def trace() -> Trace:
-    return mixed_trace(WORKLOADS, OPTIONS, vocabulary_or_words(None))
+OPTIONS = SeededSettings(num_requests=80)
 
 
 @pytest.fixture(scope="module")
-def cells(trace: Trace) -> list[Cell]:
-    rest, profile = warm_up(trace, 16, 0.2)
+def log() -> RequestLog:
+    return mixed_log(WORKLOADS, OPTIONS, open_vocabulary(None))
+
+
+@pytest.fixture(scope="module")
+def cells(log: RequestLog) -> list[Cell]:
+    rest, profile = warm_up(log, 16, 0.2)
     runs = mixed_runs(default_policies(True), profile, priorities={"qa": 2.0, "chat_multi": 1.0}, seed=3)
-    return sweep({(OVERALL, 16): rest.at(16)}, SweepOptions((128,), runs))
+    return sweep({(OVERALL, 16): rest.at(16)}, SweepSettings((128,), runs))
 
 
 def test_the_workloads_of_a_mix_add_up_under_every_policy(cells):
@@ -59,11 +60,11 @@ def test_no_policy_beats_opt_overall(cells):
     assert max(c.block_hits for c in overall.values() if c.policy != POOL) == overall[OPT].block_hits
 
 
-def test_the_profile_is_of_the_warm_up_and_the_warm_up_is_not_replayed(trace):
-    rest, profile = warm_up(trace, 16, 0.25)
-    num_first = round(0.25 * len(trace))
-    assert len(rest) == len(trace) - num_first
-    head = trace.take(np.arange(num_first)).at(16).stream
+def test_the_profile_is_of_the_warm_up(log):
+    rest, profile = warm_up(log, 16, 0.25)
+    num_first = round(0.25 * len(log))
+    assert len(rest) == len(log) - num_first
+    head = log.take(np.arange(num_first)).at(16).stream
     measured = reuse_profile(head)
     for i, name in enumerate(head.workload_names):
         assert profile[name].reuse_probability == measured.probability[i]
@@ -73,9 +74,9 @@ def test_the_profile_is_of_the_warm_up_and_the_warm_up_is_not_replayed(trace):
     assert 0 < sum(entry.admitted for entry in profile.values()) < len(WORKLOADS)
 
 
-def test_what_comes_later_changes_nothing_before(trace):
+def test_what_comes_later_changes_nothing_before(log):
     """A policy's hits on a request are the same whatever follows it; only OPT's are not."""
-    rest, profile = warm_up(trace, 16, 0.2)
+    rest, profile = warm_up(log, 16, 0.2)
     runs = [run for run in mixed_runs(default_policies(False), profile) if run.policy != OPT]
     whole = rest.at(16).stream
     part = rest.take(np.arange(len(rest) // 2)).at(16).stream
@@ -88,11 +89,11 @@ def test_what_comes_later_changes_nothing_before(trace):
         assert np.array_equal(hits[0][: len(hits[1])], hits[1]), run.name
 
 
-def test_a_pattern_sets_the_order(trace):
+def test_a_pattern_sets_the_order(log):
     pattern = ("qa", "chat_multi", "qa", "summarization", "chat_single")
-    rounds = mixed_trace(WORKLOADS, OPTIONS, vocabulary_or_words(None), pattern=pattern)
+    rounds = mixed_log(WORKLOADS, OPTIONS, open_vocabulary(None), pattern=pattern)
     assert rounds.labels[:10] == pattern * 2
-    assert sorted(rounds.labels) == sorted(trace.labels)
+    assert sorted(rounds.labels) == sorted(log.labels)
 
 
 def test_both_chats_of_a_mix_get_conversations_of_their_own():
@@ -101,7 +102,7 @@ def test_both_chats_of_a_mix_get_conversations_of_their_own():
 
     turns = (Message("user", "question " * 40), Message("assistant", "answer " * 40))
     real = [Conversation(f"c{i}", i, (Message("user", f"{i} " * 40), *turns[1:], *turns)) for i in range(6)]
-    mixed = mixed_trace(("chat_single", "chat_multi"), OPTIONS, vocabulary_or_words(None), real, "chats.json")
+    mixed = mixed_log(("chat_single", "chat_multi"), OPTIONS, open_vocabulary(None), real, "chats.json")
     assert mixed.labels.count("chat_single") == 3
     assert mixed.labels.count("chat_multi") == 6
     assert "chats.json" in mixed.origin
@@ -141,16 +142,16 @@ def test_a_bad_profile_names_what_is_wrong(text, message, tmp_path):
         read_profile(path)
 
 
-def test_a_warm_up_must_have_seen_every_workload(trace):
+def test_a_warm_up_must_have_seen_every_workload(log):
     with pytest.raises(UserError, match="the warm-up of 1 requests has none of"):
-        warm_up(trace, 16, 1.2 / len(trace))
+        warm_up(log, 16, 1.2 / len(log))
     for share in (0.0, 1.0, float("nan")):
-        with pytest.raises(UserError, match="share of the requests lies between 0 and 1"):
-            warm_up(trace, 16, share)
+        with pytest.raises(UserError, match="--warm-up must be a share between 0 and 1"):
+            warm_up(log, 16, share)
 
 
 def run(*argv: object) -> int:
-    return main([str(argument) for argument in argv])
+    return study("mixed", *argv)
 
 
 def test_the_command_writes_table_picture_and_profile(tmp_path, capsys):
@@ -167,8 +168,7 @@ def test_the_command_writes_table_picture_and_profile(tmp_path, capsys):
     assert len(result["cells"]) == 5 * len(policies)
     assert result["trace"]["replayed"] < result["trace"]["requests"]
     again = ("--policies", "wa-lru", "--profile", tmp_path / "a" / "profile.json")
-    assert run(*small, *again, "--skip-visualization", "--output-dir", tmp_path / "b") == 0
-    second = json.loads((tmp_path / "b" / "mixed.json").read_text())
+    second = study_json(tmp_path / "b", "mixed.json", "mixed", *small, *again)
     assert second["trace"]["replayed"] == second["trace"]["requests"]
     assert second["profile"]["workloads"] == result["profile"]["workloads"]
     assert not (tmp_path / "b" / "mixed_hit_rates.png").exists()
@@ -184,15 +184,12 @@ def test_the_command_writes_table_picture_and_profile(tmp_path, capsys):
         (["--priorities", "qa=nan"], "write a workload and a number"),
         (["--priorities", "aq=1"], "priorities names workloads, unknown: aq"),
         (["--num-blocks", "0"], "a cache holds at least 1 block, not 0"),
-        (["--warm-up", "2"], "share of the requests lies between 0 and 1, not 2.0"),
+        (["--warm-up", "2"], "--warm-up must be a share between 0 and 1, not 2.0"),
         (["--profile", "none.json"], "none.json: cannot read the profile"),
         (["--trace-file", "none.jsonl"], "none.jsonl"),
-        (["--block-size", "-1"], "block_size must be at least 1, not -1"),
+        (["--block-size", "-1"], "a block holds at least 1 token, not -1"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(flags, message, tmp_path, capsys):
-    assert run("--num-requests", 20, "--skip-visualization", "--output-dir", tmp_path / "out", *flags) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    code = run("--num-requests", 20, "--skip-visualization", "--output-dir", tmp_path / "out", *flags)
+    check_mistake(capsys, code, message)

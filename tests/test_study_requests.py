@@ -11,28 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.study.block_traces import block_trace
-from dsatrace.study.requests import StudyRequests
-from dsatrace.study.requests_builder import RequestsBuilder
+from dsatrace.study.requests import RequestsBuilder, StudyRequests, block_trace
 from dsatrace.workloads.chat_format import ChatTemplateFormatter
-from dsatrace.workloads.mixed import (
+from dsatrace.workloads.request_generator import num_turns
+from dsatrace.workloads.synthetic import (
     CHAT_MULTI,
     CHAT_SINGLE,
+    INSTRUCTION,
     QA,
     SUMMARIZATION,
     WORKLOADS,
-    interleave,
-    workload_rows,
-)
-from dsatrace.workloads.request_generator import num_turns
-from dsatrace.workloads.shared_context import (
-    INSTRUCTION,
     ChatSettings,
     QaSettings,
     SummarizationSettings,
     chat_conversations,
+    interleave,
     qa_conversations,
     summarization_conversations,
+    workload_rows,
 )
 
 TRANSCRIPT = ChatTemplateFormatter()
@@ -74,7 +70,7 @@ def test_taking_rows_takes_their_ids(given_parts: list[tuple[list[int], str]], d
 
 
 @given(parts)
-def test_by_conversation_the_turns_stand_together_and_time_runs_on(
+def test_by_conversation_the_turns_stand_together(
     given_parts: list[tuple[list[int], str]],
 ) -> None:
     requests = build(given_parts)
@@ -89,7 +85,7 @@ def test_by_conversation_the_turns_stand_together_and_time_runs_on(
     assert requests.ordered("arrival") is requests
 
 
-def test_the_order_of_conversations_is_that_of_their_first_arrival() -> None:
+def test_conversations_follow_by_first_arrival() -> None:
     ordered = build([([1], "b"), ([2], "a"), ([3], ""), ([4], "b"), ([5], "a")]).ordered("conversation")
     assert ordered.prompt_ids.tolist() == [1, 4, 2, 5, 3]
 
@@ -215,7 +211,7 @@ def test_equal_blocks_behind_equal_prefixes_have_one_key(
     assert trace.time_s.tolist() == requests.arrival_s.tolist()
 
 
-def test_blocks_of_a_trace_without_tokens_are_its_ids_or_parts_of_them() -> None:
+def test_blocks_of_block_ids() -> None:
     builder = RequestsBuilder(tokens_per_id=16)
     builder.add(0.0, [7, 8], num_prompt_tokens=20, num_response_tokens=40)
     builder.add(1.0, [7, 9], num_prompt_tokens=32, num_response_tokens=1)
@@ -227,7 +223,7 @@ def test_blocks_of_a_trace_without_tokens_are_its_ids_or_parts_of_them() -> None
 
 
 def test_blocks_that_cannot_be_made_are_refused() -> None:
-    with pytest.raises(UserError, match="block_size must be at least 1, not 0"):
+    with pytest.raises(UserError, match="a block holds at least 1 token, not 0"):
         block_trace(build([([1], "")]), 0)
     builder = RequestsBuilder(tokens_per_id=16)
     builder.add(0.0, [1, 3], num_prompt_tokens=32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import random
@@ -12,38 +11,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsatrace.commands.study.sweep import main
 from dsatrace.errors import UserError
 from dsatrace.kv.policies.registry import POLICIES
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.simulation.replay import ReplayConfig, replay
 from dsatrace.study.accesses import Accesses, write_accesses
-from dsatrace.study.block_traces import block_trace
-from dsatrace.study.requests import StudyRequests
-from dsatrace.study.requests_builder import RequestsBuilder
-from dsatrace.study.sweep import (
-    BY_WORKLOAD,
-    SweepOptions,
-    policy_runs,
-    single_workload_policies,
-    sweep,
-)
+from dsatrace.study.requests import RequestsBuilder, StudyRequests, block_trace
+from dsatrace.study.sweep import BY_WORKLOAD, SweepSettings, policy_runs, single_workload_policies, sweep
 from dsatrace.study.sweep_cells import OPT, OVERALL, POOL, PolicyRun, lru_cells, pool_cells, simulated_cells
 from dsatrace.study.sweep_inputs import (
-    SeededOptions,
-    Trace,
+    RequestLog,
+    SeededSettings,
     limited,
-    read_trace,
-    seeded_traces,
+    read_log,
+    seeded_logs,
     split_by_workload,
-    vocabulary_or_words,
 )
-from dsatrace.study.sweep_streams import CacheInput, take_rows
-from dsatrace.study.words import WordVocabulary
+from dsatrace.study.sweep_streams import CacheInput
+from dsatrace.study.tokenization import WordVocabulary, open_vocabulary
 from dsatrace.workloads.tokenizer import BOS
+from helpers.study_samples import check_mistake, read_csv, study, study_json
 
 BLOCK = 4
-SMALL = SeededOptions(num_requests=40)
+SMALL = SeededSettings(num_requests=40)
 
 
 def chats(num_requests: int, seed: int, *, partial: bool = False) -> StudyRequests:
@@ -138,7 +128,7 @@ def test_no_policy_in_either_form_beats_opt(concurrency):
     inputs = {
         (OVERALL, size): CacheInput.of(accesses_of(chats(150, 9), size), size, concurrency) for size in (2, 4)
     }
-    options = SweepOptions((8, 16, 40), policy_runs(single_workload_policies(), ("leaf", "flat")))
+    options = SweepSettings((8, 16, 40), policy_runs(single_workload_policies(), ("leaf", "flat")))
     cells = [cell for cell in sweep(inputs, options) if cell.workload == OVERALL]
     bound = {(cell.block_size, cell.capacity_blocks): cell for cell in cells if cell.policy == OPT}
     assert len({cell.policy for cell in cells}) > 18
@@ -152,7 +142,7 @@ def test_no_policy_in_either_form_beats_opt(concurrency):
 
 def test_a_policy_above_the_bound_is_our_mistake(monkeypatch):
     given_ = one_workload(CacheInput.of(accesses_of(chats(80, 5)), BLOCK))
-    options = SweepOptions((20,), policy_runs(["lru"]))
+    options = SweepSettings((20,), policy_runs(["lru"]))
     monkeypatch.setattr(
         "dsatrace.study.sweep.simulated_cells",
         lambda trace, given, run, capacity, oversize: simulated_cells(
@@ -166,7 +156,7 @@ def test_a_policy_above_the_bound_is_our_mistake(monkeypatch):
 
 def test_several_workloads_must_be_the_only_trace():
     given_ = CacheInput.of(accesses_of(chats(30, 5)), BLOCK)
-    options = SweepOptions((20,), policy_runs(["lru"]))
+    options = SweepSettings((20,), policy_runs(["lru"]))
     with pytest.raises(UserError, match="t has several workloads"):
         sweep({("t", BLOCK): given_}, options)
     stream = dataclasses.replace(given_.stream, workload_names=("a", OVERALL, "c"))
@@ -187,10 +177,10 @@ def test_a_trace_that_contradicts_itself_is_named():
 
 
 def test_any_number_of_workers_gives_the_same_cells():
-    words = vocabulary_or_words(None)
-    traces = seeded_traces(("qa", "chat_multi"), SMALL, words)
-    inputs = {(trace.name, size): trace.at(size) for trace in traces for size in (16, 32)}
-    options = SweepOptions((32, 64), policy_runs(["fifo", "random", "lru"], ("flat", "leaf")))
+    words = open_vocabulary(None)
+    logs = seeded_logs(("qa", "chat_multi"), SMALL, words)
+    inputs = {(log.name, size): log.at(size) for log in logs for size in (16, 32)}
+    options = SweepSettings((32, 64), policy_runs(["fifo", "random", "lru"], ("flat", "leaf")))
     told: list[tuple[int, int]] = []
     alone = sweep(inputs, options, 1, lambda done, total: told.append((done, total)))
     assert alone == sweep(inputs, options, 2)
@@ -235,7 +225,7 @@ def test_a_repeated_answer_is_cached_again_once_it_was_evicted():
     assert lru.hits == pool.hits == 10
 
 
-def test_recorded_accesses_at_a_multiple_of_their_block_size_are_those_of_the_tokens():
+def test_accesses_at_a_multiple_of_their_block_size():
     requests = chats(60, 4)
     fine, coarse = accesses_of(requests, 2), accesses_of(requests, 6)
     derived, direct = CacheInput.of(fine, 6), CacheInput.of(coarse, 6)
@@ -250,7 +240,7 @@ def test_recorded_accesses_at_a_multiple_of_their_block_size_are_those_of_the_to
 def test_rows_taken_from_accesses_are_those_of_the_requests():
     requests = chats(30, 8)
     rows = np.array([3, 4, 17, 29])
-    taken, direct = take_rows(accesses_of(requests), rows), accesses_of(requests.take(rows))
+    taken, direct = accesses_of(requests).take(rows), accesses_of(requests.take(rows))
     capacities = [4, 12, 40]
     assert taken.workloads == direct.workloads
     assert lru_cells("t", CacheInput.of(taken, BLOCK), capacities, "truncate") == lru_cells(
@@ -278,49 +268,32 @@ def test_words_are_equal_where_the_text_is():
 
 
 def test_a_trace_is_split_by_its_labels():
-    trace = Trace("file", "file.jsonl", chats(30, 2))
-    parts = split_by_workload(trace)
+    log = RequestLog("file", "file.jsonl", chats(30, 2))
+    parts = split_by_workload(log)
     assert [(part.name, len(part)) for part in parts] == [("a", 10), ("b", 10), ("c", 10)]
     assert split_by_workload(parts[1])[0].labels == ("b",) * 10
-    kept, counts = limited(trace, 40, 1)
-    assert len(kept) < len(trace)
+    kept, counts = limited(log, 40, 1)
+    assert len(kept) < len(log)
     assert counts["conversations dropped: a request over max_tokens"] > 0
 
 
-def run(*argv: str) -> int:
-    return main([str(argument) for argument in argv])
+def run(*argv: object) -> int:
+    return study("sweep", *argv)
 
 
 def test_the_command_writes_tables_pictures_and_what_they_mean(tmp_path, capsys):
     out = tmp_path / "out"
-    command = [
-        "--workloads",
-        "qa",
-        "--num-requests",
-        60,
-        "--policies",
-        "lru",
-        "s3-fifo",
-        "--block-sizes",
-        16,
-        32,
-    ]
+    command = ["--workloads", "qa", "--num-requests", 60, "--policies", "lru", "s3-fifo"]
+    command += ["--block-sizes", 16, 32]
     assert run(*command, "--capacities", 64, 16, "--output-dir", out) == 0
     shown = capsys.readouterr().out
     assert "qa, blocks of 16 tokens" in shown
     assert "s3-fifo" in shown
-    assert {path.name for path in out.iterdir()} == {
-        "manifest.json",
-        "sweep.json",
-        "sweep.csv",
-        "cache_hits_qa_lru.png",
-        "cache_hits_qa_s3-fifo.png",
-        "cache_hits_qa_vllm.png",
-    }
+    pictures = {f"cache_hits_qa_{policy}.png" for policy in ("lru", "s3-fifo", "vllm")}
+    assert {path.name for path in out.iterdir()} == {"manifest.json", "sweep.json", "sweep.csv"} | pictures
     result = json.loads((out / "sweep.json").read_text())
     manifest = json.loads((out / "manifest.json").read_text())
-    with (out / "sweep.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(out / "sweep.csv")
     assert len(rows) == len(result["cells"]) == 2 * 2 * 4
     assert [row["hits"] for row in rows] == [str(cell["hits"]) for cell in result["cells"]]
     assert manifest["state"] == "complete"
@@ -331,33 +304,28 @@ def test_the_command_writes_tables_pictures_and_what_they_mean(tmp_path, capsys)
     for cell in result["cells"]:
         assert cell["accesses"] == cell["hits"] + cell["misses"]
         assert cell["hit_rate"] == round(cell["hits"] / cell["accesses"], 6)
-    (trace,) = seeded_traces(["qa"], SeededOptions(num_requests=60), vocabulary_or_words(None))
-    stream = trace.at(16).stream
-    (cell,) = (
-        cell
-        for cell in result["cells"]
-        if (cell["policy"], cell["block_size"], cell["capacity_blocks"]) == ("s3-fifo", 16, 64)
-    )
+    (log,) = seeded_logs(["qa"], SeededSettings(num_requests=60), open_vocabulary(None))
+    stream = log.at(16).stream
+    wanted = {"policy": "s3-fifo", "block_size": 16, "capacity_blocks": 64}
+    (cell,) = (cell for cell in result["cells"] if cell.items() >= wanted.items())
     assert cell["hits"] == int(simulate(stream, "s3-fifo", 64, leaf=True).hits.sum())
 
 
-def test_the_command_reads_recorded_accesses_and_conversations(tmp_path, capsys):
+def test_the_command_reads_recorded_accesses_and_conversations(tmp_path):
     recorded, sample = tmp_path / "recorded", tmp_path / "chats.json"
     recorded.mkdir()
     write_accesses(recorded, accesses_of(chats(60, 1)))
-    quick = ("--capacities", 20, "--policies", "lru", "--skip-visualization")
-    assert run("--trace-file", recorded, *quick, "--output-dir", tmp_path / "a") == 0
-    cells = json.loads((tmp_path / "a" / "sweep.json").read_text())["cells"]
+    quick = ("--capacities", 20, "--policies", "lru")
+    cells = study_json(tmp_path / "a", "sweep.json", "sweep", "--trace-file", recorded, *quick)["cells"]
     assert {(cell["workload"], cell["block_size"]) for cell in cells} == {("a", 4), ("b", 4), ("c", 4)}
     turns = [{"from": speaker, "value": "word " * 60} for speaker in ("human", "gpt", "human", "gpt")]
     sample.write_text(json.dumps([{"id": str(i), "conversations": turns} for i in range(3)]))
     command = ("--data-path", sample, "--workloads", "chat_single", "chat_multi", "--min-turns", 2)
-    assert run(*command, *quick, "--output-dir", tmp_path / "b") == 0
-    result = json.loads((tmp_path / "b" / "sweep.json").read_text())
+    every = ("--max-conversations", "all")
+    result = study_json(tmp_path / "b", "sweep.json", "sweep", *command, *every, *quick)
     assert [trace["requests"] for trace in result["traces"]] == [3, 6]
     assert result["sources"][0]["path"] == str(sample)
-    assert read_trace(recorded, vocabulary_or_words(None)).block_size == BLOCK
-    capsys.readouterr()
+    assert read_log(recorded, open_vocabulary(None)).block_size == BLOCK
 
 
 @pytest.mark.parametrize(
@@ -368,12 +336,12 @@ def test_the_command_reads_recorded_accesses_and_conversations(tmp_path, capsys)
         (["--policies", "lru", "lru"], "name each policy once"),
         (["--capacities", "0"], "a cache holds at least 1 block, not 0"),
         (["--capacities", "8", "8"], "name each capacity once"),
-        (["--block-sizes", "0"], "block_size must be at least 1, not 0"),
+        (["--block-sizes", "0"], "a block holds at least 1 token, not 0"),
         (["--block-sizes", "16", "16"], "name each block size once"),
-        (["--num-requests", "0"], "a workload has at least 1 request, not 0"),
-        (["--concurrency", "0"], "concurrency must be at least 1, not 0"),
-        (["--workers", "0"], "a sweep needs at least 1 worker, not 0"),
-        (["--arrival-rate", "nan"], "arrival_rate must be a number"),
+        (["--num-requests", "0"], "--num-requests must be at least 1, not 0"),
+        (["--concurrency", "0"], "--concurrency must be at least 1, not 0"),
+        (["--workers", "0"], "--workers must be at least 1, not 0"),
+        (["--arrival-rate", "nan"], "--arrival-rate must be"),
         (["--trace-file", "none.jsonl"], "none.jsonl"),
         (["--trace-file", "none.jsonl", "--data-path", "x"], "--trace-file is a source by itself"),
         (["--max-tokens", "1"], "no request is left"),
@@ -382,11 +350,7 @@ def test_the_command_reads_recorded_accesses_and_conversations(tmp_path, capsys)
 def test_a_mistake_is_one_line_and_exit_2(flags, message, tmp_path, capsys):
     source = [] if "--trace-file" in flags else ["--workloads", "qa"]
     base = ["--num-requests", "20", "--skip-visualization", "--output-dir", str(tmp_path / "out")]
-    assert run(*base, *source, *flags) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    check_mistake(capsys, run(*base, *source, *flags), message)
 
 
 def test_results_are_never_overwritten(tmp_path, capsys):

@@ -27,7 +27,7 @@ def live(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
 @pytest.mark.parametrize("prefill", ["off", "last"])
-def test_full_records_give_the_live_summary_exactly(tmp_path: Path, rate: float, prefill: str) -> None:
+def test_full_records_give_the_live_summary(tmp_path: Path, rate: float, prefill: str) -> None:
     folder = write_golden(tmp_path / "run", sample_rate=rate, prefill=prefill, seed=3, serving=SERVING)
     expected = live(folder)
     assert expected["needle_recall"]["records"] > 0
@@ -39,7 +39,7 @@ def test_full_records_give_the_live_summary_exactly(tmp_path: Path, rate: float,
 
 @pytest.mark.parametrize("level", ["blocks", "stats"])
 @pytest.mark.parametrize("block_size", [4, 16, 24])
-def test_thin_records_and_the_stored_histograms_give_it_too(
+def test_thin_records_give_it_too(
     tmp_path: Path, level: str, block_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(summarize, "CHUNK_RECORDS", 7)
@@ -129,7 +129,7 @@ def test_runs_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_killed_run_is_summarized_up_to_its_readable_prefix(tmp_path: Path, level: str) -> None:
+def test_a_killed_run_is_summarized(tmp_path: Path, level: str) -> None:
     folder = write_golden(tmp_path / "run", state="incomplete", level=level)
     path = folder / STEPS_FILE
     whole = path.read_bytes()

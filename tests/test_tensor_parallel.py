@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from conftest import INFERENCE, ROOT
+from dsatrace.errors import RankError, UserError, exits_cleanly
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.selection import Selection
 from dsatrace.trace.observe import SelectionDigest, SelectionMismatch
@@ -81,6 +83,39 @@ def test_a_conversation_over_two_ranks(two_ranks, fp64_config, tmp_path):
     chat = generate(2, two_ranks, fp64_config, tmp_path / "chat", "Hello\nAgain\n/exit\n", "--interactive")
     assert chat.returncode == 0, chat.stderr
     assert {r["request_id"] for r in records(tmp_path / "chat")} == {"r0", "r1"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--interactive", "--no-such-flag"), "unrecognized arguments: --no-such-flag"),
+        (("--interactive", "--prefill-chunk", "0"), "--prefill-chunk 0: use at least 1"),
+        (("--input-file", "nowhere.txt"), "nowhere.txt: cannot read the prompts"),
+    ],
+)
+def test_a_usage_error_is_printed_once(flags, says, tmp_path):
+    done = generate(2, tmp_path, tmp_path / "config.json", tmp_path / "run", "", *flags)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert says in line
+    assert done.returncode != 0
+
+
+@pytest.mark.parametrize(("error", "says"), [(UserError("mine"), ""), (RankError("mine"), "error: mine\n")])
+def test_another_rank_leaves_a_usage_error_to_rank_0(error, says, monkeypatch, capsys):
+    """It waits to be ended; what it alone has met it prints at once."""
+
+    def ended_by_torchrun(seconds):
+        raise SystemExit
+
+    @exits_cleanly
+    def fails():
+        raise error
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("dsatrace.errors.time.sleep", ended_by_torchrun)
+    with contextlib.suppress(SystemExit):
+        assert fails() == 2
+    assert capsys.readouterr().err == says
 
 
 def test_ranks_that_disagree_end_the_run(tmp_path):

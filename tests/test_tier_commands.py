@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 
-from conftest import INFERENCE
 from dsatrace.commands.generate import main as generate
 from dsatrace.commands.run_burstgpt import main as run_burstgpt
 from dsatrace.commands.run_dataset import main as run_dataset
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
-from helpers.checkpoints import endless_letters
-from helpers.command_runs import told_error
+from helpers.checkpoints import tiny_config
+from helpers.command_runs import selections, told_error
 from helpers.stores import free_port, valkey
 
 PROMPTS = ("The lighthouse keeper counted 41 ships. " * 10, "Which ship was the last?")
@@ -38,18 +37,10 @@ Call = Callable[..., int]
 COMMANDS = ("generate", "run_dataset", "run_burstgpt")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return endless_letters(tiny_checkpoint, tmp_path_factory.mktemp("tier_commands") / "mp1")
-
-
 @pytest.fixture
 def call(checkpoint: Path, tmp_path: Path) -> Call:
     """`call(command, trace_out, *flags)` on a small workload; returns the exit code."""
-    config = tmp_path / "config.json"
-    config.write_text(
-        json.dumps(json.loads((INFERENCE / "config_tiny.json").read_text()) | {"index_topk": TOP_K})
-    )
+    config = tiny_config(tmp_path, index_topk=TOP_K)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n\n".join(PROMPTS))
     log = tmp_path / "log.csv"
@@ -66,14 +57,6 @@ def call(checkpoint: Path, tmp_path: Path) -> Call:
         return main([str(argument) for argument in (*model, *own, *flags)])
 
     return call
-
-
-def selections(folder: Path) -> dict[tuple[str, int, int], list[int]]:
-    """By request, step and layer."""
-    return {
-        (record["request_id"], record["step_idx"], record["layer_id"]): record["selected_token_pos"]
-        for record in RunReader(folder).steps()
-    }
 
 
 def ends(folder: Path) -> list[tuple[str, str, int, str | None]]:
@@ -250,7 +233,7 @@ def test_the_simulator_and_hbm_alone_have_no_tiers(
 
 
 def test_the_flags_of_tiers_survive_in_the_manifest(call: Call, tmp_path: Path) -> None:
-    from dsatrace.trace.resumable import resumed_argv
+    from dsatrace.trace.resume import resumed_argv
 
     flags = (*ROWS, "--local", "ram", "--prefetch", "previous-step", "--offload-index-keys")
     flags += ("--tier-policy", "sieve", "--on-tier-error", "fail", "--tier-timeout-s", "2.5")

@@ -14,6 +14,7 @@ from dsatrace.engine.clock import NS_PER_S, VirtualClock
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.runner import BlocksLost, OnTierError, Step
 from dsatrace.engine.scheduler import MAX_RECOMPUTES, Scheduler
+from dsatrace.engine.settings import RunSettings
 from dsatrace.workloads.request import Request
 from test_prefix_caching import TIMES, Case, SlotKeeper, answers, cases, checked
 
@@ -71,7 +72,7 @@ def lossy_engine(
     plain = case.engine(prefix_caching)
     runner = LossyKeeper(case.block_size, case.responses, losses)
     engine = runner.engine = Engine(
-        plain.scheduler, runner, clock=VirtualClock(), on_tier_error=on_tier_error
+        plain.scheduler, runner, run=RunSettings(clock=VirtualClock()), on_tier_error=on_tier_error
     )
     engine.scheduler.pool.on_void = runner.on_void
     commit = engine.scheduler.commit
@@ -232,7 +233,7 @@ def test_a_loss_within_a_jump_commits_nothing_of_it() -> None:
     assert young.num_preemptions == 0
 
 
-def test_the_cached_prefix_before_a_lost_block_is_not_computed_again() -> None:
+def test_the_prefix_before_a_lost_block_is_kept() -> None:
     engine, runner, (_, young) = serve_two(lose_at(3, block=lambda step: step.work[1].live.block_ids[1]))
     for _ in range(4):
         engine.step()
@@ -241,7 +242,7 @@ def test_the_cached_prefix_before_a_lost_block_is_not_computed_again() -> None:
     assert (young.resumed_tokens, young.resumed_hit_tokens) == (11, 4)
 
 
-def test_blocks_behind_a_lost_one_are_found_once_it_is_computed_again() -> None:
+def test_blocks_after_a_lost_one_are_found_again() -> None:
     case = Case([], {name: [1] for name in "abcd"}, 1, 8, 4, 20, False, "continuous")
     lost: list[int] = []
     engine, _ = lossy_engine(case, lambda forward, step: {lost.pop()} if lost else None)
@@ -258,7 +259,7 @@ def test_blocks_behind_a_lost_one_are_found_once_it_is_computed_again() -> None:
     assert ask("d") == 16
 
 
-def test_a_cached_block_that_is_lost_while_nobody_uses_it_concerns_nobody() -> None:
+def test_an_unused_cached_block_may_be_lost() -> None:
     case = Case([], {name: [1] for name in "ab"}, 1, 8, 4, 20, False, "continuous")
     engine, runner = lossy_engine(case, lambda forward, step: {0} if forward == 2 else None)
     for name, start in (("a", 0), ("b", 50)):
@@ -310,7 +311,7 @@ def test_a_new_token_gives_a_request_its_tries_back() -> None:
     assert (live.num_recomputes, live.num_decode_steps) == (3 * MAX_RECOMPUTES, 3)
 
 
-def test_a_failed_forward_takes_the_time_it_took_where_time_is_measured() -> None:
+def test_a_failed_forward_takes_its_measured_time() -> None:
     engine, runner, _ = serve_two(lose_at(0, block=lambda step: step.work[0].live.block_ids[0]))
     runner.modelled_ns = lambda step, num_steps: None  # type: ignore
     engine.step()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -13,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from conftest import INFERENCE, ROOT
+from conftest import ROOT
 from dsatrace.commands.generate import main as generate
 from dsatrace.commands.run_dataset import main
 from dsatrace.engine.engine import Engine
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
-from helpers.checkpoints import endless_letters
+from helpers.checkpoints import tiny_config
 from helpers.command_runs import recording
 from helpers.resume_samples import OF_THE_MOMENT, answers_of
 from helpers.stores import valkey
@@ -29,13 +28,10 @@ ROWS = ("--cache-block-size", 16, "--hbm-blocks", 3, "--granularity", "row", "--
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
+def model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
     """The flags of a model that selects 16 tokens."""
-    folder = tmp_path_factory.mktemp("tier_interrupts")
-    tiny = json.loads((INFERENCE / "config_tiny.json").read_text())
-    (folder / "config.json").write_text(json.dumps(tiny | {"dtype": "fp64", "index_topk": 16}))
-    checkpoint = endless_letters(tiny_checkpoint, folder / "mp1")
-    return ("--ckpt-path", checkpoint, "--config", folder / "config.json", "--device", "cpu")
+    config = tiny_config(tmp_path_factory.mktemp("tier_interrupts"), dtype="fp64", index_topk=16)
+    return ("--ckpt-path", checkpoint, "--config", config, "--device", "cpu")
 
 
 def run(*flags: object) -> int:
@@ -69,7 +65,7 @@ def records(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("num_steps", [5, 14])
-def test_stopped_and_resumed_it_records_what_an_undisturbed_run_does(
+def test_a_resumed_run_records_what_an_undisturbed_one_does(
     model: tuple[object, ...],
     num_steps: int,
     tmp_path: Path,

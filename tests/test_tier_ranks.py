@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -17,10 +16,11 @@ import torch.distributed.run
 from conftest import INFERENCE, ROOT
 from dsatrace.commands import generate, run_burstgpt, run_dataset
 from dsatrace.model.convert import convert_checkpoint
-from dsatrace.runner.config import OffloadSetup
 from dsatrace.runner.offload.opening import open_tiers
+from dsatrace.runner.settings import OffloadSettings
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
+from helpers.checkpoints import tiny_config
 from helpers.command_runs import recording
 from helpers.memory_store import MemoryStore
 from helpers.stores import valkey
@@ -36,10 +36,9 @@ def model(tiny_hf: Path, tiny_args, tmp_path_factory: pytest.TempPathFactory) ->
     """The flags of two ranks that select 16 tokens."""
     folder = tmp_path_factory.mktemp("tier_ranks")
     convert_checkpoint(tiny_hf, folder / "mp2", tiny_args.n_routed_experts, model_parallel=2)
-    tiny = json.loads((INFERENCE / "config_tiny.json").read_text())
-    (folder / "config.json").write_text(json.dumps(tiny | {"dtype": "fp64", "index_topk": 16}))
+    config = tiny_config(folder, dtype="fp64", index_topk=16)
     (folder / "prompts.txt").write_text(PROMPTS)
-    flags = ("--ckpt-path", folder / "mp2", "--config", folder / "config.json", "--device", "cpu")
+    flags = ("--ckpt-path", folder / "mp2", "--config", config, "--device", "cpu")
     return (*flags, "--input-file", folder / "prompts.txt", "--temperature", 0)
 
 
@@ -103,7 +102,7 @@ def test_ranks_have_files_of_their_own(
         return MemoryStore(unit_bytes, units)
 
     monkeypatch.setattr("dsatrace.runner.offload.opening.open_store", open_memory)
-    offload = OffloadSetup(hbm_blocks=1, local=local, remote=remote)
+    offload = OffloadSettings(hbm_blocks=1, local=local, remote=remote)
     shape = {"num_layers": 2, "num_blocks": 4, "units_per_block": 1}
     open_tiers(offload, 64, **shape, suffix=".rank1").close()
     assert specs == opened

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.interface import Store, unit_keys
+from dsatrace.kv.stores.opening import open_store
 from dsatrace.kv.tiers.residency import TIER_POLICIES
 from dsatrace.kv.tiers.stack import LOCAL, LOST, REMOTE, TierStack
 from dsatrace.schema import TIER_NAMES
@@ -80,6 +81,11 @@ class Checked:
         for unit in units:
             self.truth.pop((layer_id, unit), None)
 
+    def is_held_by(self, store: MemoryStore, layer_id: int, unit: int) -> bool:
+        """Whether the store has the unit's current version."""
+        key = int(unit_keys(layer_id, np.array([unit]))[0])
+        return store._open_units().get(key) == self.truth[layer_id, unit]
+
 
 def members(local_capacity: int | None, remote_capacity: int | None) -> tuple[MemoryStore | None, ...]:
     """0 units: no such store."""
@@ -114,14 +120,10 @@ def test_what_was_put_last_is_what_is_fetched(capacities, policy: str, history: 
 
 
 def check_room(stack: TierStack) -> None:
-    """Who makes room for whom is decided among exactly the units that the local pool is known to hold."""
+    """Victims are chosen among exactly the units that the local pool is known to hold."""
     if stack._residency is not None:
         here = stack._residency.is_resident(np.arange(NUM_LAYERS * UNITS_PER_LAYER))
         assert here.tolist() == stack._is_current[LOCAL].tolist()
-
-
-def holds_current(store: Store | None, key: int, unit: bytes) -> bool:
-    return isinstance(store, MemoryStore) and store._open_units().get(key) == unit
 
 
 @settings(max_examples=600, deadline=None)
@@ -152,19 +154,14 @@ def test_whatever_the_stores_do_no_byte_is_wrong(capacities, policy, history, se
             failed = sum(store.num_errors for store in stores) > errors_before
             for unit in np.array(units, dtype=np.int64)[tiers == LOST].tolist():
                 if (layer_id, unit) in checked.truth and not failed:
-                    key, current = (
-                        int(unit_keys(layer_id, np.array([unit]))[0]),
-                        checked.truth[layer_id, unit],
-                    )
-                    assert not any(holds_current(store, key, current) for store in stores)
+                    assert not any(checked.is_held_by(store, layer_id, unit) for store in stores)
         check_room(stack)
         num_errors = sum(store.num_errors for store in stores)
         assert (stack.last_error is None) == (num_errors == errors_before)
     for store in stores:
         store.rate = 0.0  # they have recovered: what any of them holds is given
-    for (layer_id, unit), current in list(checked.truth.items()):
-        key = int(unit_keys(layer_id, np.array([unit]))[0])
-        held = any(holds_current(store, key, current) for store in stores)
+    for layer_id, unit in list(checked.truth):
+        held = any(checked.is_held_by(store, layer_id, unit) for store in stores)
         assert (checked.fetch(layer_id, [unit])[0] != LOST) == held
 
 
@@ -249,7 +246,7 @@ def test_it_is_a_write_back_cache_and_its_counts_add_up(capacity: int, history: 
     )
     assert remote.stored_units == plain.num_written_back + plain.num_direct
     assert local.stored_units == plain.num_into_local + plain.num_promoted
-    assert (local.missed_units, remote.missed_units) == (0, 0)  # nobody is asked for what he does not hold
+    assert (local.missed_units, remote.missed_units) == (0, 0)  # no store is asked for a unit that it lacks
 
 
 def test_a_victim_that_cannot_be_written_back_stays() -> None:
@@ -266,7 +263,7 @@ def test_a_victim_that_cannot_be_written_back_stays() -> None:
     assert sorted(checked.fetch(0, [0, 1, 2]).tolist()) == [LOCAL, LOCAL, REMOTE]
 
 
-def test_only_the_newcomer_of_a_victim_that_stays_gets_no_room() -> None:
+def test_a_victim_that_stays_costs_one_newcomer() -> None:
     a, b, c, d = range(4)
     checked = Checked(stack_of(MemoryStore(U, 2), MemoryStore(U, 3)))
     for unit in (c, d, a, b):
@@ -291,7 +288,7 @@ def test_an_older_version_is_never_given() -> None:
     assert checked.fetch(1, [3]).tolist() == [LOCAL]
 
 
-def test_a_clean_unit_the_local_pool_lost_comes_from_the_remote_one() -> None:
+def test_a_lost_clean_unit_comes_from_the_remote_pool() -> None:
     local, remote = MemoryStore(U, 1), MemoryStore(U)
     checked = Checked(stack_of(local, remote))
     checked.put(0, [0])
@@ -365,9 +362,7 @@ def test_real_members(local: str, remote: str, request: pytest.FixtureRequest, t
     stack.close()
 
 
-def test_a_server_that_goes_away_costs_only_its_own_units(tmp_path) -> None:
-    from dsatrace.kv.stores.opening import open_store
-
+def test_a_server_that_goes_away_costs_its_own_units(tmp_path) -> None:
     with valkey() as server:
         stack = stack_of(open_store("ram", 656, 3), open_store(server.unix, 656, timeout_s=2))
         checked = Checked(stack)

@@ -14,6 +14,7 @@ from dsatrace.trace.config import (
     add_trace_arguments,
     default_run_folder,
     is_sampled,
+    run_config_from_args,
     trace_config_from_args,
 )
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def parse_always(*argv: str) -> TraceConfig:
     parser = argparse.ArgumentParser()
     add_trace_arguments(parser, always=True)
-    return trace_config_from_args(parser.parse_args(argv), "ruler", always=True)
+    return run_config_from_args(parser.parse_args(argv), "ruler")
 
 
 def parse(*argv: str) -> TraceConfig | None:

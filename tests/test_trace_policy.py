@@ -20,9 +20,10 @@ from dsatrace.errors import UserError
 from dsatrace.runner.model_runner import ModelRunner
 from dsatrace.runner.sampler import Sampler
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.request_facts import RequestFacts
-from dsatrace.trace.sinks import open_sinks
+from dsatrace.trace.requests import RequestFacts
+from dsatrace.trace.summary import Summary
 from dsatrace.trace.tracer import Tracer
+from dsatrace.trace.writer import open_sinks
 from dsatrace.workloads.request import Request
 from helpers.models import SMALL, random_model, random_tokens
 from helpers.trace_samples import LAYOUT, RUN, SECRET, SampleRequest, config_for, sample_capture
@@ -34,7 +35,7 @@ class FailsAt:
     """The files of a run, on a disk that is full when step `fails_at` comes."""
 
     def __init__(self, config: Any, fails_at: int) -> None:
-        self.sinks = open_sinks(config.out, config)
+        self.sinks = open_sinks(config.out, config, Summary(config.compared_block_sizes))
         self.left = fails_at
 
     def write_step(self, step: Any) -> None:
@@ -103,9 +104,7 @@ def test_a_failing_writer_changes_no_token(tmp_path: Path, fails_at: int, policy
         assert "No space left" in manifest["error"]
 
 
-def test_continue_counts_what_was_lost_and_says_so_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_continue_counts_losses_and_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gate = threading.Event()
     rng = np.random.default_rng(0)
     released: list[int] = []

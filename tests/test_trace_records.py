@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 
 from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.schema import LEVELS, problems
-from dsatrace.trace.records import RecordDeriver
-from helpers.step_records import step_lines
+from dsatrace.trace.records import RecordDeriver, StepLines
 from helpers.trace_samples import LAYOUT, WAYS, config_for, plain_records, sample_capture, sample_needles
 
 
 def fast_records(capture: Any, config: Any) -> list[dict[str, Any]]:
     step = RecordDeriver(config, LAYOUT, default_tiers(LAYOUT)).derive(capture)
-    return [json.loads(line) for line in step_lines(step).splitlines()]
+    return [json.loads(line) for line in bytes(StepLines().encode(step)).splitlines()]
 
 
 def as_float32(value: Any) -> Any:
@@ -116,8 +115,7 @@ def test_kth_margin_is_null_on_the_dense_path() -> None:
 
 
 @pytest.mark.parametrize(
-    ("positions", "said"),
-    [([0, 0], "selected twice"), ([3, 10], "future"), ([4, -1], "min")],
+    ("positions", "said"), [([0, 0], "selected twice"), ([3, 10], "future"), ([4, -1], "min")]
 )
 def test_a_broken_capture_never_becomes_a_record(positions: list[int], said: str) -> None:
     capture = sample_capture(np.random.default_rng(0), [10, 10], num_layers=2, k=2)

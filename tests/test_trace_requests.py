@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from dsatrace.schema import REQUESTS_FILE, SUMMARY_FIELDS, SUMMARY_FILE, Field, problems
 from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.request_facts import RequestFacts
-from dsatrace.trace.request_totals import RequestTotals
+from dsatrace.trace.requests import RequestFacts, RequestTotals
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.tracer import Tracer
 from dsatrace.verify.mismatch import Mismatch
@@ -64,13 +63,7 @@ def test_serving_by_hand() -> None:
     serving = said(added(served + lost))["serving"]
     assert problems(serving, "full", SERVING_FIELDS) == []
     assert (serving["mode"], serving["clock"]) == ("continuous", "virtual")
-    assert serving["counts"] == {
-        "served": 2,
-        "rejected": 1,
-        "aborted": 1,
-        "unfinished": 1,
-        "preemptions": 2,
-    }
+    assert serving["counts"] == {"served": 2, "rejected": 1, "aborted": 1, "unfinished": 1, "preemptions": 2}
     assert serving["latency_ms"] == {"p50": 500.0, "p95": 3000.0, "p99": 3000.0, "max": 3000.0, "mean": 1750}
     assert serving["time_to_first_token_ms"]["max"] == 1000.0
     assert serving["time_per_output_token_ms"]["mean"] == 500.0  # the second request has no second token
@@ -84,7 +77,7 @@ def test_serving_by_hand() -> None:
     assert (buckets[-1]["arrived"], buckets[-1]["finished"]) == (1, 1)
 
 
-def test_requests_that_lost_their_kv_are_counted_where_there_are_any() -> None:
+def test_lost_requests_are_counted_where_there_are_any() -> None:
     lines = [line("failed"), line("stop", num_recomputes=2), line("failed", num_recomputes=1)]
     counts = {"served": 1, "rejected": 0, "aborted": 0, "unfinished": 0, "preemptions": 0}
     whole = said(added(lines, SERVING))["serving"]["counts"]

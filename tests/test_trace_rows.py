@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.study.read_requests import read_requests
+from dsatrace.study.request_files import read_requests
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.trace_rows import TraceRow, read_trace_rows, write_trace_rows
 from helpers.byte_tokenizer import byte_tokenizer
+from helpers.json_lines import write_json_lines
 
 GOOD: dict[str, Any] = {
     "prompt": "q", "response": "a", "conversation_id": "c", "turn_index": 0, "timestamp": 1.5,
@@ -33,11 +34,6 @@ trace_rows = st.builds(
     mode=words,
     workload=words,
 )
-
-
-def lines(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @given(rows=st.lists(trace_rows, min_size=1, max_size=8))
@@ -64,10 +60,10 @@ def test_a_trace_is_its_owners_and_appears_whole(tmp_path: Path) -> None:
         write_trace_rows(tmp_path / "missing" / "trace.jsonl", [row])
 
 
-def test_time_is_read_as_timestamp_and_unknown_fields_are_ignored(tmp_path: Path) -> None:
+def test_time_is_read_as_timestamp(tmp_path: Path) -> None:
     row = {**GOOD, "time": 2, "conversation_id": 7, "color": "red", "workload": "qa"}
     del row["timestamp"]
-    (read,) = read_trace_rows(lines(tmp_path / "t.jsonl", row))
+    (read,) = read_trace_rows(write_json_lines(tmp_path / "t.jsonl", row))
     assert read == TraceRow("q", "a", "7", 0, 2.0, workload="qa")
 
 
@@ -93,7 +89,7 @@ def test_time_is_read_as_timestamp_and_unknown_fields_are_ignored(tmp_path: Path
 )
 def test_bad_rows_are_named_or_counted(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     bad = {key: value for key, value in {**GOOD, **change}.items() if value is not ...}
-    path = lines(tmp_path / "t.jsonl", GOOD, bad, GOOD)
+    path = write_json_lines(tmp_path / "t.jsonl", GOOD, bad, GOOD)
     with pytest.raises(UserError, match=rf"t\.jsonl: row 1 \(line 2\), column {message}") as caught:
         list(read_trace_rows(path))
     assert "\n" not in str(caught.value)
@@ -102,7 +98,7 @@ def test_bad_rows_are_named_or_counted(tmp_path: Path, change: dict[str, Any], m
 
 
 def test_a_line_cut_off_is_named(tmp_path: Path) -> None:
-    path = lines(tmp_path / "t.jsonl", GOOD, GOOD)
+    path = write_json_lines(tmp_path / "t.jsonl", GOOD, GOOD)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"row 1 \(line 2\): not JSON"):
         list(read_trace_rows(path))

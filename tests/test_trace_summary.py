@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.schema import SUMMARY_FIELDS, problems
-from dsatrace.trace.baselines import uniform_blocks
 from dsatrace.trace.histogram import Histogram, ValueCounts
 from dsatrace.trace.records import RecordDeriver
-from dsatrace.trace.summary import Summary, TracingCost
+from dsatrace.trace.summary import Summary, TracingCost, uniform_blocks
 from dsatrace.verify.plain_summary import summarize
 from helpers.trace_samples import LAYOUT, config_for, plain_records, sample_capture, sample_needles
 
@@ -100,7 +99,7 @@ def test_parts_merge_to_the_whole() -> None:
     assert close(merged, whole)
 
 
-def test_hot_blocks_are_those_of_the_shared_prefix_most_touched_first() -> None:
+def test_hot_blocks_are_prefix_blocks_in_order() -> None:
     captures = [
         sample_capture(np.random.default_rng(0), [200], 1, 4, step_idx=i, cached_blocks=[3]) for i in range(3)
     ]
@@ -169,7 +168,9 @@ def test_memory_of_a_request_ends_with_it() -> None:
 
 
 def test_an_empty_run_has_a_summary() -> None:
-    record = Summary((16,)).to_json("complete", TracingCost())
+    summary = Summary((16,))
+    summary.cost = TracingCost()
+    record = summary.to_json("complete")
     assert problems(record, "full", SUMMARY_FIELDS) == []
     assert record["offsets"]["mean"] is None
 

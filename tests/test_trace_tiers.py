@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from dsatrace.commands.export import main as export
 from dsatrace.errors import UserError
 from dsatrace.schema import LEVELS, MANIFEST_FIELDS, STEPS_FILE, SUMMARY_FIELDS, SUMMARY_FILE, problems
-from dsatrace.trace.manifest import PoolSetup, RunInfo, TierSetup
+from dsatrace.trace.manifest import PoolSettings, RunInfo, TierSettings
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.records import RecordDeriver, StepLines
-from dsatrace.trace.request_facts import RequestFacts
-from dsatrace.trace.resumable import check_resumable
+from dsatrace.trace.requests import RequestFacts
+from dsatrace.trace.resume import check_resumable
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.summary import Summary
 from dsatrace.trace.tracer import Tracer, tiers_of
@@ -98,7 +98,7 @@ def test_fast_equals_plain(
         assert summary.to_json("complete")["kv_fetch"] == again["kv_fetch"]
 
 
-def of(tiers: TierSetup | None, **changes: Any) -> RunInfo:
+def of(tiers: TierSettings | None, **changes: Any) -> RunInfo:
     return dataclasses.replace(RUN, tiers=tiers, **changes)
 
 
@@ -240,15 +240,15 @@ def test_a_setup_that_cannot_be_is_refused(change: dict[str, Any], said: str) ->
         dataclasses.replace(setup(), **change)
 
 
-def test_a_unit_is_of_the_layout_that_bytes_are_counted_with() -> None:
-    with pytest.raises(ValueError, match="4000 bytes, 1152 bytes a token in layout demo"):
+def test_a_unit_has_the_size_of_its_layout() -> None:
+    with pytest.raises(ValueError, match="4000 bytes, 1152 bytes per token in layout demo"):
         of(dataclasses.replace(setup(), unit_bytes=4000))
     assert of(setup()).tiers == setup()
     assert setup().unit_bytes == 4 * LATENT
     with pytest.raises(ValueError, match="latency_kind none"):
-        PoolSetup("ram", 4, "none")  # type: ignore[arg-type]
+        PoolSettings("ram", 4, "none")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="0 blocks"):
-        PoolSetup("ram", 0, "measured")
+        PoolSettings("ram", 0, "measured")
 
 
 def test_a_broken_capture_names_its_forward() -> None:

@@ -25,8 +25,7 @@ from train_needle.losses import index_loss
 from train_needle.recipe import Phase, Recipe
 from train_needle.samples import SAMPLERS, Talk
 from train_needle.tokenizer import word_tokenizer, word_tokenizer_json
-from train_needle.trainer import Trainer, phase_loss
-from train_needle.weights import new_model
+from train_needle.trainer import Trainer, new_model, phase_loss
 
 FP64 = dataclasses.replace(SMALL, dtype="fp64")
 LENGTH = 90
@@ -116,7 +115,7 @@ def test_the_sparse_phase_moves_everything_but_what_only_chooses(tokenizer):
     assert all("gate.bias" in name or ".experts." in name for name in still), still
 
 
-def test_the_divergence_is_zero_only_where_scores_are_the_attention(tokenizer):
+def test_the_divergence_is_zero_where_scores_are_the_attention(tokenizer):
     """Against the definition, written out for one row and layer in plain numbers."""
     model = random_model(FP64)
     batch = sequences([random_tokens(LENGTH, FP64)], rows=[70])
@@ -203,7 +202,7 @@ def test_a_talk_has_the_form_of_the_chat(tokenizer):
     assert talk.ids[: len(expected)] == expected
 
 
-def test_the_same_step_gives_the_same_batch_and_another_step_another(tokenizer):
+def test_a_batch_depends_on_its_step(tokenizer):
     phase = SPARSE_PHASE
     first, again, other = (make_batch(phase, 0, step, tokenizer) for step in (5, 5, 6))
     assert torch.equal(first.sequences.tokens, again.sequences.tokens)
@@ -211,7 +210,7 @@ def test_the_same_step_gives_the_same_batch_and_another_step_another(tokenizer):
     assert first.sequences.tokens.tolist() != other.sequences.tokens.tolist()
 
 
-def test_no_training_sample_shares_a_needle_with_the_held_out_prompts(tokenizer):
+def test_no_training_sample_holds_a_held_out_needle(tokenizer):
     """Other names for the draws: the same key with the same number would be a coincidence of 1 in 10^12."""
     held_out = {
         (example.references, example.prompt[:400])

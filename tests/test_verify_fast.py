@@ -16,14 +16,13 @@ from dsatrace.schema import LEVELS, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, SU
 from dsatrace.trace.export import export_run
 from dsatrace.trace.parquet import file as parquet_file
 from dsatrace.trace.reader import RunReader
-from dsatrace.verify import fast, run
+from dsatrace.verify import fast, steps
 from dsatrace.verify.check_record import check_record
 from dsatrace.verify.fast import Checked, ChunkChecks, FastSummary, JsonSteps, checked_chunks
 from dsatrace.verify.files import PlainRun
 from dsatrace.verify.mismatch import Mismatch
-from dsatrace.verify.order import RequestLine
 from dsatrace.verify.plain_summary import PlainSummary
-from dsatrace.verify.requests import PlainRequests
+from dsatrace.verify.requests import PlainRequests, RequestLine
 from dsatrace.verify.rules import Rules
 from dsatrace.verify.run import verify
 from helpers.golden_run import REQUESTS, GoldenRequest, read_lines, write_golden, write_lines
@@ -173,7 +172,7 @@ def test_the_last_records_of_unfinished_requests_go_the_plain_way(
     write_lines(folder, records[: -2 * 3])
     (folder / REQUESTS_FILE).write_text("")
     seen = []
-    monkeypatch.setattr(run, "check_record", lambda record, *others: seen.append(record))
+    monkeypatch.setattr(steps, "check_record", lambda record, *others: seen.append(record))
     verify(folder)
     last = {record["request_id"]: record["step_idx"] for record in records[: -2 * 3]}
     assert {(record["request_id"], record["step_idx"]) for record in seen} == set(last.items())

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 from dsatrace.errors import UserError
+from dsatrace.files import write_json
 from dsatrace.schema import LEVELS, OFFLOADED_FETCH, REQUESTS_FILE, STEPS_FILE, TIER_NAMES
-from dsatrace.trace.manifest import write_json
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
 from helpers.golden_run import REQUESTS, read_lines, write_golden, write_lines
+from helpers.json_edits import at, changed, key_paths, number_paths
 from helpers.tier_samples import LATENT, SETUPS
-from test_verify import key_paths, leaves, number_paths, spoilt
+from test_verify import leaves, spoilt
 
 VARIANTS = [("block", "full"), ("row", "full"), ("half a block", "blocks"), ("block of two", "stats")]
 POOLS = TIER_NAMES[1:]
@@ -38,12 +39,10 @@ OF_THE_CLOCK = {f"kv_fetch.{pool}.latency_us" for pool in POOLS}
 def altered(record: dict[str, Any], path: str) -> Iterator[dict[str, Any]]:
     """What `spoilt` makes, and whole tokens and units more or less."""
     yield from spoilt(record, path)
-    _, tier, name = path.split(".")
-    value = record["kv_fetch"][tier][name]
+    where = path.split(".")
+    value = at(record, where)
     for change in (LATENT, -LATENT, 4 * LATENT, -4 * LATENT) if isinstance(value, int) else ():
-        changed = copy.deepcopy(record)
-        changed["kv_fetch"][tier][name] = value + change
-        yield changed
+        yield changed(record, where, value + change)
 
 
 @pytest.mark.parametrize(("name", "level"), VARIANTS)
@@ -77,17 +76,17 @@ def test_what_a_lone_request_missed_is_what_was_fetched(tmp_path: Path, name: st
     pool = list(SETUPS[name].pools)[-1]
     line = next(i for i, r in enumerate(records) if r["step_idx"] >= 0 and r["kv_fetch"][pool]["bytes_read"])
     for field, change in (("bytes_read", unit_bytes), ("bytes_read", -unit_bytes), ("bytes_useful", -LATENT)):
-        changed = copy.deepcopy(records)
-        changed[line]["kv_fetch"][pool][field] += change
+        spoilt = copy.deepcopy(records)
+        spoilt[line]["kv_fetch"][pool][field] += change
         if field == "bytes_read":
-            changed[line]["kv_fetch"]["hbm"]["bytes_written"] += change
-        write_lines(folder, changed)
+            spoilt[line]["kv_fetch"]["hbm"]["bytes_written"] += change
+        write_lines(folder, spoilt)
         write_json(folder / "summary.json", summarize_runs([folder]))
         with pytest.raises(Mismatch, match=rf"line {line + 1} .*{pool}\.{field}: stored \d+, derived"):
             verify(folder)
 
 
-def test_tokens_served_by_another_tier_do_not_add_up_to_its_blocks(tmp_path: Path) -> None:
+def test_a_chain_moved_to_another_tier_is_found(tmp_path: Path) -> None:
     """The whole chain moved alike, from HBM to a pool: a block of a cache has all its tokens in one place."""
     folder = write_golden(tmp_path / "run", tiers=SETUPS["block of two"])
     records = read_lines(folder)
@@ -107,12 +106,7 @@ def test_tokens_served_by_another_tier_do_not_add_up_to_its_blocks(tmp_path: Pat
 def rewritten(folder: Path, name: str, where: tuple[str, ...], value: Any) -> str:
     """Puts the value there and returns what verify says."""
     whole = json.loads((folder / name).read_text())
-    changed = copy.deepcopy(whole)
-    holder = changed
-    for key in where[:-1]:
-        holder = holder[key]
-    holder[where[-1]] = value
-    (folder / name).write_text(json.dumps(changed))
+    (folder / name).write_text(json.dumps(changed(whole, where, value)))
     try:
         verify(folder)
         return ""
@@ -127,15 +121,12 @@ UNHELD = {"corrupt_units", "read_batches", "read_ops", "read_us", "write_batches
 UNHELD |= {"evicted_units", "errors", "timeouts", "bytes_moved", "prefetch", "lost_units"}
 
 
-def test_what_is_said_of_the_stores_adds_up(tmp_path: Path) -> None:
+def test_totals_of_the_stores_add_up(tmp_path: Path) -> None:
     folder = write_golden(tmp_path / "run", tiers=SETUPS["block"])
     said = json.loads((folder / "summary.json").read_text())["tiers"]
     free = set()
     for where in number_paths(said):
-        holder = said
-        for key in where:
-            holder = holder[key]
-        found = rewritten(folder, "summary.json", ("tiers", *where), holder + 1)
+        found = rewritten(folder, "summary.json", ("tiers", *where), at(said, where) + 1)
         if found:
             assert found.startswith("summary.json: tiers.")
         else:
@@ -205,9 +196,7 @@ def test_fields_of_tiers_stand_where_there_are_tiers(tmp_path: Path) -> None:
     with_tiers = write_golden(tmp_path / "with", tiers=SETUPS["block"])
     records = read_lines(with_tiers)
     for field in OFFLOADED_FETCH:
-        changed = copy.deepcopy(records)
-        del changed[7]["kv_fetch"]["remote_pool"][field]
-        write_lines(with_tiers, changed)
+        write_lines(with_tiers, changed(records, (7, "kv_fetch", "remote_pool", field), ...))
         with pytest.raises(Mismatch, match=rf"line 8 .*kv_fetch\.remote_pool\.{field}: .*missing"):
             verify(with_tiers)
     without = write_golden(tmp_path / "without")

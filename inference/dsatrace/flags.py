@@ -1,10 +1,16 @@
-"""Command-line flags made from the fields of a settings dataclass, and one table of their help texts.
+"""Settings dataclasses whose fields are command-line flags. Standard library only.
 
-Type, default and choices are the field's own. Standard library only.
+A field's annotation holds its `Flag`; type, default and choices are the field's own. `check` refuses
+what the flag would.
 
-    FLAGS = {"block_size": Flag("tokens in a block"), "level": Flag("what a record holds")}
-    add_flags(parser.add_argument, TraceConfig, FLAGS)          # --block-size N, --level {full,...}
-    config = TraceConfig(**values_of(parser.parse_args(), FLAGS))
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        block_size: Annotated[int, Flag("tokens in a block", at_least=1)] = 16
+        level: Annotated[Level, Flag("what a record holds", ("--trace-level",))] = "full"
+
+    flags = flags_of(Settings)
+    add_flags(parser.add_argument, Settings, flags)       # --block-size N, --trace-level {full,...}
+    settings = Settings(**values_of(parser.parse_args(), flags))
 """
 
 from __future__ import annotations
@@ -15,18 +21,21 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from dsatrace.errors import UserError
+
 
 class Flag(NamedTuple):
-    """What a field does not say of its flag. The first of `names` is the flag's own, the others also work."""
+    """What a field's type and default do not say. The first of `names` counts; the others also work."""
 
     help: str
     names: tuple[str, ...] = ()  # none: --field-name
     choices: Sequence[str] | None = None  # of a plain `str` field; a Literal has its own
     metavar: str | None = None
     negated: bool = False  # the flag turns a true field off
+    at_least: int | None = None
 
     def option_strings(self, field: str) -> tuple[str, ...]:
-        return self.names or (f"--{field.replace('_', '-')}",)
+        return self.names or (option(field),)
 
     def dest(self, field: str) -> str:
         """The attribute that argparse gives the value."""
@@ -35,6 +44,20 @@ class Flag(NamedTuple):
 
 Flags = Mapping[str, Flag]
 """Field of the settings to its flag, in the order of the help."""
+
+
+def option(field: str) -> str:
+    """`--field-name`."""
+    return f"--{field.replace('_', '-')}"
+
+
+def flags_of(settings: type) -> dict[str, Flag]:
+    """The fields that are annotated with a `Flag`; a base class's come first."""
+    hints = typing.get_type_hints(settings, include_extras=True)
+    annotated = {
+        field: hint.__metadata__[0] for field, hint in hints.items() if hasattr(hint, "__metadata__")
+    }
+    return {field: flag for field, flag in annotated.items() if isinstance(flag, Flag)}
 
 
 def add_flags(
@@ -62,6 +85,20 @@ def values_of(args: argparse.Namespace, flags: Flags) -> dict[str, Any]:
     """The fields' values as the flags give them."""
     given = {field: getattr(args, flag.dest(field)) for field, flag in flags.items()}
     return {field: not value if flags[field].negated else value for field, value in given.items()}
+
+
+def check(settings: Any) -> None:
+    """Raises `UserError` for a value that is too small, or none of its choices; for `__post_init__`."""
+    hints = typing.get_type_hints(type(settings))
+    for field, flag in flags_of(type(settings)).items():
+        value, kind = getattr(settings, field), _without_none(hints[field])
+        if value is None:
+            continue
+        if flag.at_least is not None and value < flag.at_least:
+            raise UserError(f"{option(field)} {value}: use at least {flag.at_least}")
+        choices = flag.choices or typing.get_args(kind)
+        if choices and value not in choices:
+            raise UserError(f"{option(field)} {value}: use one of {', '.join(choices)}")
 
 
 def _without_none(hint: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Every record a run writes, told once as tables: fields, order, types, units, meaning.
+"""Every record that a run writes, as tables: fields, order, types, units, meaning.
 
 Standard library only, so that the fast path, the plain path and the docs agree on names without
-sharing code. Knows no model and no numpy; opens no file. In order: names of files and tiers, `Field`,
-one table per file, quantiles, lines of JSON, the check of a record, the docs.
+sharing code. Knows no model; opens no file. In order: names of files and tiers, `Field`, one table per
+file, quantiles, lines of JSON, the check of a record, the docs.
 
     line = encode(record)                # compact JSON, field order = table order
     problems(decode(line), "full")       # [] when the record is as the table says
@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 Level = Literal["full", "blocks", "stats"]
 LEVELS: tuple[Level, ...] = ("full", "blocks", "stats")
 LatencyKind = Literal["none", "measured", "modelled"]
-"""How a tier's time was had: it has none of its own, a clock, or a model."""
+"""Where a tier's times come from: it has none, a clock, or a model."""
 
 TIER_NAMES = ("hbm", "local_pool", "remote_pool")
 TIER_CHOICES = {
@@ -30,7 +30,7 @@ TIER_CHOICES = {
     "on_error": ("recompute", "fail"),
     "index_keys": ("hbm", "offloaded"),
 }
-"""What the manifest's `tiers` may say in these fields."""
+"""Values of these fields of the manifest's `tiers`."""
 STEPS_FILE = "trace_steps.jsonl"
 STEPS_PARQUET_FILE = "trace_steps.parquet"  # the same records as columns, in an exported run
 REQUESTS_FILE = "requests.jsonl"
@@ -45,9 +45,9 @@ Number = TypeVar("Number", int, float)
 class Field:
     """One field of a record.
 
-    `keys` makes it an object with those keys, each holding `children`. `entry` makes it an
-    object whose keys are data, and is how the docs spell the way to its `children`.
-    `optional` fields may be absent: they came later, or stand only where they say something.
+    `keys` makes it an object with those keys, each with `children`. `entry` makes it an object whose
+    keys are data; the docs write the path to its `children` with it. `optional` fields may be absent:
+    they were added later, or stand only where they apply.
     """
 
     name: str
@@ -81,7 +81,7 @@ _STATISTICS = {
 
 
 def _statistics(names: str, type_: str, unit: str) -> tuple[Field, ...]:
-    """One field per name; a mean is a float, whatever it is the mean of."""
+    """One field per name; a mean is always a float."""
     types = {"mean": "float | null"}
     return tuple(Field(name, types.get(name, type_), unit, _STATISTICS[name]) for name in names.split())
 
@@ -91,7 +91,7 @@ _LATENCY = _statistics("p50 p95 p99 max mean", "float | null", "ms")
 
 
 def _pools(children: tuple[Field, ...]) -> tuple[Field, ...]:
-    """The two tiers behind HBM, alike; either may be missing."""
+    """The two tiers behind HBM; either may be missing."""
     names = ("local_pool", "remote_pool")
     return tuple(Field(name, "object | null", "", "null: there is none", children=children) for name in names)
 
@@ -128,9 +128,9 @@ _FETCH = (
 )
 
 FETCH_TOTALS = ("hit_blocks", "bytes_read", "read_ops", "bytes_useful")
-"""What summary.json adds up of `kv_fetch`."""
+"""Fields of `kv_fetch` that summary.json adds up."""
 OFFLOADED_FETCH = tuple(field.name for field in _OFFLOADED)
-"""What it adds up besides, in a run whose manifest has `tiers`."""
+"""Those that it also adds up where the manifest has `tiers`."""
 _FETCH_TOTALS = tuple(field for field in _FETCH if field.name in FETCH_TOTALS + OFFLOADED_FETCH)
 
 STEP_FIELDS = (
@@ -243,7 +243,7 @@ LAYER_FIELDS = (
     Field("heads", "int", "", "selections per step"),
     Field("source_layer", "int | null", "", "earlier layer whose selection it uses; null: it has an indexer"),
 )
-"""What the manifest says of each layer's selections."""
+"""Of each layer's selections."""
 
 MANIFEST_FIELDS = (
     Field("schema_version", "int", "", "version of the records; fields are only ever added"),
@@ -540,17 +540,12 @@ def decode(line: str | bytes) -> dict[str, Any]:
     return record
 
 
-def check_level(level: str) -> None:
-    """Raises `ValueError` naming the levels there are."""
-    if level not in LEVELS:
-        raise ValueError(f"trace level {level!r} is not one of {', '.join(LEVELS)}")
-
-
 def at_level(
     record: Mapping[str, Any], level: Level, fields: tuple[Field, ...] = STEP_FIELDS
 ) -> dict[str, Any]:
     """The record with only the fields of `level`, in table order; what is absent stays absent."""
-    check_level(level)
+    if level not in LEVELS:
+        raise ValueError(f"trace level {level!r} is not one of {', '.join(LEVELS)}")
     kept: dict[str, Any] = {}
     for field in fields:
         if level not in field.levels or field.name not in record:
@@ -562,7 +557,7 @@ def at_level(
 
 
 def project(record: Mapping[str, Any], fields: Collection[str], prefix: str = "") -> dict[str, Any]:
-    """The record with only `fields`: dotted paths; a parent's name takes all below it."""
+    """The record with only `fields`: dotted paths; a parent's path takes all below it."""
     kept: dict[str, Any] = {}
     for name, value in record.items():
         path = prefix + name
@@ -594,7 +589,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 @functools.cache
 def _item_types(declared: str) -> frozenset[type]:
-    """Types of a list's items. JSON has no NaN: among floats null stands for it."""
+    """Types of a list's items. Among floats null stands for NaN, which JSON lacks."""
     return frozenset((*_TYPES[declared], *(_TYPES["null"] if declared == "float" else ())))
 
 
@@ -611,7 +606,7 @@ def _has_type(value: object, declared: str) -> bool:
 def problems(
     record: Mapping[str, Any], level: Level = "full", fields: tuple[Field, ...] = STEP_FIELDS, where: str = ""
 ) -> list[str]:
-    """What differs from the table: missing fields, wrong types, wrong order. Unknown keys are ignored."""
+    """How a record differs from its table: missing fields, wrong types or order. Unknown keys are ignored."""
     found: list[str] = []
     expected = {field.name: field for field in fields if level in field.levels}
     for name, field in expected.items():
@@ -627,7 +622,7 @@ def problems(
 
 
 def _value_problems(value: Any, level: Level, field: Field, path: str) -> list[str]:
-    """The same for one value: its type, and what an object holds. Objects in a list are not looked into."""
+    """The same for one value: its type, and an object's fields, but not those of objects in a list."""
     if not _has_type(value, field.type):
         return [f"{path}: {value!r} is not {field.type}"]
     found: list[str] = []

@@ -1,4 +1,4 @@
-"""Numbers as people read them: one unit system, decimal, everywhere.
+"""Numbers as people read them, in decimal units.
 
 size_text(671_000_000)      # 671.0 MB
 """

@@ -1,12 +1,10 @@
 """bf16 and fp8 against fp32 on one checkpoint: logits, and what each layer selects.
 
-The same prompts go through one model in each dtype, every row compared: logits of every token, and the
-selections of every row that has more tokens behind it than it may select. fp8 weights are
-made from the checkpoint's as a released one's are, in blocks of 128 x 128. "fp8 weights" is fp32
-arithmetic on those, which tells what the weights' rounding changes from what the arithmetic does.
-Two more are fp32 with another choice: without the released model's roundings, and with another eps
-of the latent norms.
-Prints the tables of docs/accuracy.md.
+The same prompts go through one model in each dtype. Compared are the logits of every token, and the
+selections of every row that sees more tokens than it may select. fp8 weights are quantised as in a
+release, in blocks of 128 x 128. "fp8 weights" is fp32 arithmetic on those: it tells the weights'
+rounding from the arithmetic's. Two more are fp32 with one change: without the released model's
+roundings, and with another eps of the latent norms. Prints the tables of docs/accuracy.md.
 
     python3 scripts/bench/accuracy.py                   # needle-2k, which is trained
     python3 scripts/bench/accuracy.py --random          # a larger shape, random weights
@@ -26,9 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
+from dsatrace.commands.parser import HelpFormatter
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.model.batch import Batch, Span
-from dsatrace.model.checkpoint import load_checkpoint
+from dsatrace.model.checkpoint import load_transformer
 from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.hf_config import WeightDtype
@@ -95,9 +94,8 @@ def _selected(selections: Sequence[Selection], length: int, topk: int) -> tuple[
     mask = torch.zeros(length, length + 1, dtype=torch.bool)
     row = 0
     for selection in selections:
-        chosen = selection.positions.masked_fill(
-            selection.positions < 0, length
-        )  # the last column is dropped
+        padded = selection.positions < 0
+        chosen = selection.positions.masked_fill(padded, length)  # the last column is dropped
         mask[row : row + len(chosen)].scatter_(1, chosen, True)
         row += len(chosen)
     margin = torch.cat([selection.margin for selection in selections])
@@ -170,10 +168,7 @@ def models(checkpoint: Path, args: ModelArgs) -> Iterator[tuple[str, Transformer
 
 
 def loaded(checkpoint: Path, args: ModelArgs, dtype: WeightDtype) -> Transformer:
-    with torch.device("meta"):
-        model = Transformer(dataclasses.replace(args, dtype=dtype))
-    load_checkpoint(model, checkpoint)
-    return model
+    return load_transformer(dataclasses.replace(args, dtype=dtype), checkpoint)
 
 
 def quantised(exact: Transformer) -> Transformer:
@@ -257,11 +252,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=HelpFormatter
+    )
     parser.add_argument("--random", action="store_true", help="random weights, 6 layers of width 512")
-    parser.add_argument("--prompts", type=int, default=4, help="(%(default)s)")
-    parser.add_argument("--tokens", type=int, default=2000, help="of a prompt, at most (%(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads (torch's own choice)")
+    parser.add_argument("--prompts", type=int, default=4, help="number of prompts")
+    parser.add_argument("--tokens", type=int, default=2000, help="tokens per prompt, at most")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's choice)")
     return parser
 
 

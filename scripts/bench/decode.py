@@ -1,10 +1,9 @@
 """Prefill and decode against transformers' DeepseekV32: same random weights, same tokens, one process.
 
-Both sides compute in fp32 with fp8 and Hadamard off, which is what transformers computes, each as
-it comes out of the box. They take turns, so that whatever else the machine does falls on both;
-ratios are what counts. A decode turn is a few steps long, since in real use a step finds the
-caches as its like has left them. Peak extra memory is that of the prefill, KV cache included.
-Says nothing about answers: the weights are random. Not part of CI (8K takes transformers 25 s).
+Both sides compute in fp32 with fp8 and Hadamard off, as transformers does, each out of the box. They
+take turns, so that other load falls on both; the ratios count. A decode turn is a few steps long,
+since in real use a step finds the CPU caches as another step has left them. Peak extra memory is that
+of the prefill, KV cache included. Says nothing about answers: the weights are random.
 
     python3 scripts/bench/decode.py                        # 0.5K, 2K, 8K; ours alone at 32K
     python3 scripts/bench/decode.py --contexts 2048 --profile
@@ -18,7 +17,6 @@ import dataclasses
 import gc
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -26,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,14 +35,16 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
+from machine import machine
+
+from dsatrace.commands.parser import HelpFormatter
+from dsatrace.engine.settings import EngineSettings
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.model.batch import Batch, Span
-from dsatrace.model.checkpoint import load_checkpoint
+from dsatrace.model.checkpoint import load_transformer
 from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.tiny import write_checkpoint
-from dsatrace.model.transformer import Transformer
-from dsatrace.runner.setup import EngineSetup
 
 CONFIG = Path(__file__).resolve().parents[2] / "inference" / "config_tiny.json"
 THEIRS_UP_TO = 8192  # tokens; at 32K transformers would need some 50 GB
@@ -72,13 +73,10 @@ class Ours:
     name = "dsatrace"
 
     def __init__(self, args: ModelArgs, checkpoint: Path) -> None:
-        with torch.device("meta"):
-            self.model = Transformer(args)
-        load_checkpoint(self.model, checkpoint)
-        self.model.eval()
+        self.model = load_transformer(args, checkpoint)
 
     def prefill(self, tokens: Sequence[int], room: int) -> torch.Tensor:
-        block_size, chunk = EngineSetup.cache_block_size, EngineSetup.prefill_chunk
+        block_size, chunk = EngineSettings.cache_block_size, EngineSettings.prefill_chunk
         self.cache = self.model.new_cache(-(-(len(tokens) + room) // block_size), block_size)
         self.blocks = list(range(self.cache.num_blocks))
         for start in range(0, len(tokens), chunk):
@@ -255,19 +253,6 @@ def results_table(results: dict[int, dict[str, Measurement]]) -> Table:
     return table
 
 
-def machine() -> dict[str, Any]:
-    from transformers import __version__ as transformers_version
-
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers_version,
-        "python": platform.python_version(),
-    }
-
-
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks, measures, prints the table and one line of JSON."""
@@ -302,7 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(results_table(results))
     if (grown := growth(results)) is not None:
         console.print(f"our decode step at 32K takes {grown:.2f}x that at 2K")
-    about = machine() | {"load_before": load_before, "load_after": os.getloadavg()}
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    about = machine() | versions | {"torch_threads": torch.get_num_threads(), "load_before": load_before}
     console.print(", ".join(f"{name} {value}" for name, value in about.items()))
     if flags.profile:
         context = max(flags.contexts)
@@ -315,12 +301,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=HelpFormatter
+    )
     contexts = [512, 2048, 8192, 32768]
-    parser.add_argument("--contexts", type=int, nargs="+", default=contexts, help="tokens (%(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads (torch's own choice)")
-    parser.add_argument("--decode-steps", type=int, default=64, help="timed at each context (%(default)s)")
-    parser.add_argument("--config", type=Path, default=CONFIG, help="model config (%(default)s)")
+    parser.add_argument("--contexts", type=int, nargs="+", default=contexts, help="tokens")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's choice)")
+    parser.add_argument("--decode-steps", type=int, default=64, help="timed at each context")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="model config")
     parser.add_argument("--profile", action="store_true", help="where a decode step of ours goes")
     return parser
 

@@ -26,6 +26,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
+from dsatrace.commands.parser import HelpFormatter
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.model.attention import GATHER_BYTES, MLA
 from dsatrace.model.config import ModelArgs
@@ -199,10 +200,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 256], help="of a batch (%(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads (torch's own choice)")
-    parser.add_argument("--turns", type=int, default=5, help="of which the best counts (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=HelpFormatter
+    )
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 256], help="rows of a batch")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's choice)")
+    parser.add_argument("--turns", type=int, default=5, help="runs of each way, of which the best counts")
     return parser
 
 

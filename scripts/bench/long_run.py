@@ -1,8 +1,8 @@
 """A long run in bounded memory: writes N records through the real sinks, verifies and summarizes them.
 
-Selections are made up (evenly spread, 32K context), requests come and go four at a time,
-each stage runs in a process of its own, and its time and peak memory are printed. Says
-nothing about any model. Not part of CI at full size; a small one runs in the tests.
+Selections are made up (evenly spread, 32K context), four requests are served at a time. Each stage
+runs in its own process; its time and peak memory are printed. Says nothing about any model. The
+tests run a small one.
 
     python3 scripts/bench/long_run.py --records 1000000 --level stats
     python3 scripts/bench/long_run.py --records 50000 --level full
@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,17 +27,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
 from dsatrace.commands.progress import bytes_bar, records_counter
 from dsatrace.errors import exits_cleanly
+from dsatrace.files import write_json
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.schema import LEVELS, MANIFEST_FILE, STEPS_FILE, Level
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
-from dsatrace.trace.manifest import RunInfo, manifest, write_json
+from dsatrace.trace.manifest import RunInfo, manifest
 from dsatrace.trace.records import RecordDeriver
-from dsatrace.trace.sinks import open_sinks
+from dsatrace.trace.requests import RequestFacts, request_line
 from dsatrace.trace.summarize import summarize_runs
+from dsatrace.trace.summary import Summary
+from dsatrace.trace.writer import open_sinks
+from dsatrace.units import size_text
 from dsatrace.verify.run import verify
+from dsatrace.workloads.request import Request
 
 LAYOUT = CacheLayout("demo", 1152, 132)
 STEPS_A_REQUEST = 64
@@ -63,8 +67,8 @@ class Shape:
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", type=int, default=1_000_000, help="at least so many (%(default)s)")
-    parser.add_argument("--level", choices=LEVELS, default="stats", help="(%(default)s)")
+    parser.add_argument("--records", type=int, default=1_000_000, help="at least (default: %(default)s)")
+    parser.add_argument("--level", choices=LEVELS, default="stats", help="default: %(default)s")
     parser.add_argument("--keep", type=Path, help="folder for the run, kept; a temporary one otherwise")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="dsatrace-long-") as temporary:
@@ -80,7 +84,7 @@ def write_stage(folder: Path, num_records: int, level: Level) -> str:
     with records_counter("write") as advance:
         written = write_run(folder, num_records, level, Shape(), advance)
     size = (folder / STEPS_FILE).stat().st_size
-    return f"{written} records of level {level}, {size / 1e6:.0f} MB, {size / written:.0f} bytes a record"
+    return f"{written} records of level {level}, {size_text(size)}, {size / written:.0f} bytes per record"
 
 
 def verify_stage(folder: Path, num_records: int, level: Level) -> str:
@@ -108,7 +112,9 @@ def write_run(
     folder.mkdir(parents=True)
     write_json(folder / MANIFEST_FILE, manifest(info, config, "running", key_id="00000000"))
     deriver = RecordDeriver(config, LAYOUT, default_tiers(LAYOUT), reuse=True)
-    sinks = open_sinks(folder, config, info.selections)
+    sinks = open_sinks(folder, config, Summary(config.compared_block_sizes, info.selections))
+    prompt = (0,) * shape.num_prompt_tokens
+    facts = RequestFacts(num_output_tokens=STEPS_A_REQUEST + 1, state="length")
     written = 0
     for capture in captures(num_records, shape):
         step = deriver.derive(capture)
@@ -116,7 +122,8 @@ def write_run(
             sink.write_step(step)
             if capture.step_idx[0] == STEPS_A_REQUEST - 1:
                 for request_id in capture.request_ids:
-                    sink.write_request(request_line(request_id, shape))
+                    request = Request(request_id, prompt, facts.num_output_tokens)
+                    sink.write_request(request_line(request, facts, has_prefix_cache=False, has_tiers=False))
         written += step.num_records
         advance(step.num_records)
     for sink in sinks:
@@ -152,20 +159,6 @@ def captures(num_records: int, shape: Shape) -> Iterator[StepCapture]:
             step_wall_us=float(rng.integers(30_000, 30_000 + shape.num_step_times)),
             step_synced=True,
         )
-
-
-def request_line(request_id: str, shape: Shape) -> dict[str, Any]:
-    return {
-        "request_id": request_id,
-        "source_row": None,
-        "num_prompt_tokens": shape.num_prompt_tokens,
-        "num_output_tokens": STEPS_A_REQUEST + 1,
-        "arrival_s": 0.0,
-        "first_token_s": None,
-        "finish_s": None,
-        "state": "length",
-        "score": None,
-    }
 
 
 def in_own_process(stage: Callable[..., str], *arguments: object) -> tuple[str, float, float]:

@@ -1,16 +1,16 @@
 """What it costs to keep the latents elsewhere: decode speed and bytes moved against the share in HBM.
 
 The trained needle-2k model is told some hundred numbers and asked for one after another, turn by
-turn, as it was trained to be: what it selects moves as it does when something looks things up. The
-first prompt is computed once, with everything in HBM. Every setup starts from a copy of that cache
-and decodes the same tokens, questions and right answers alike, one token a step. In each round
-every setup does one step, in rotating order, so that whatever else the machine does falls on all;
-a ratio is that of a setup's step to the all-HBM step of the same round. Logits are compared bit for
-bit. Every fourth round is reported by the engine, for the hit rate, instead of timed.
+turn, as in its training, so that its selections move as in a lookup. The first prompt is computed
+once, with everything in HBM. Every setup starts from a copy of that cache and decodes the same
+tokens, questions and right answers alike, one token per step. In each round every setup does one
+step, in rotating order, so that other load falls on all; a ratio compares a setup's step with the
+all-HBM step of the same round. Logits are compared bit for bit. Every fourth round is not timed but
+reported by the engine, for the hit rate.
 
-HBM is host memory here, and so is the RAM pool: the hits, bytes and operations are what this model
-asks for, the times are what software costs. What those bytes would take on a link is modelled by
-`--store sim:pcie5-x16+ram`, say: nothing waits for it, the column `store ms` holds it.
+HBM is host memory here, and so is the RAM pool: hits, bytes and operations are what this model asks
+for, the times are what software costs. `--store sim:pcie5-x16+ram` models what the bytes would take
+on a link: nothing waits for it, the column `store ms` holds it.
 
     python3 scripts/bench/offload.py                       # 8K tokens, two minutes
     python3 scripts/bench/offload.py --context 2048 --shares 50 --policies lru --store mmap:/tmp/units
@@ -23,8 +23,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
-import platform
 import random
 import re
 import statistics
@@ -33,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -45,23 +43,24 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from machine import machine
+
+from dsatrace.commands.parser import HelpFormatter
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.kv.stores.interface import StoreStats
 from dsatrace.kv.tiers.fetches import HBM, LOCAL, FetchCounters, LayerFetch
 from dsatrace.kv.tiers.residency import TIER_POLICIES
 from dsatrace.model.batch import Batch, Span
 from dsatrace.model.cache import KVCache
-from dsatrace.model.checkpoint import load_checkpoint
-from dsatrace.model.config import ModelArgs
-from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.selection import Selection
 from dsatrace.model.transformer import Transformer
-from dsatrace.runner.config import PREFETCH_KINDS, Granularity, OffloadSetup, PrefetchKind
 from dsatrace.runner.offload.cache import OffloadedCache, tokens_of_unit, unit_bytes
 from dsatrace.runner.offload.opening import open_tiers
+from dsatrace.runner.settings import Granularity, OffloadSettings, PrefetchKind
 from dsatrace.workloads.ruler import texts
 from dsatrace.workloads.ruler.generator import generate
 from dsatrace.workloads.tokenizer import load_tokenizer
+from train_needle.export import load_exported
 from train_needle.samples import Talk
 
 MODEL = Path(__file__).resolve().parents[2] / "data" / "models" / "needle-2k"
@@ -105,7 +104,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """What an offloaded cache and its pool have counted; a stretch is the difference of two."""
+    """Counters of an offloaded cache and its pool; subtract two for the steps in between."""
 
     counters: FetchCounters
     bytes_read: int  # from the pool, latents alone
@@ -138,7 +137,7 @@ class Side:
 
 @dataclasses.dataclass(kw_only=True)
 class Offloaded(Side):
-    """One that has most of it in the pool."""
+    """A cache with most of its latents in the pool."""
 
     case: Case
     cache: OffloadedCache
@@ -153,7 +152,7 @@ class Offloaded(Side):
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Of one case. Bytes, operations and the pool's time are means a step, all layers together."""
+    """One case. Bytes, operations and the pool's time are means per step, all layers together."""
 
     tokens_per_s: float  # of the median step
     ratio: float  # to all-HBM: median over the rounds
@@ -170,7 +169,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One of the table."""
+    """A line of the table."""
 
     case: Case
     hbm_blocks: int  # that the share comes to, a layer
@@ -181,7 +180,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What was run, on what, and what came of it; as it goes to `--json`."""
+    """The whole run, as `--json` writes it."""
 
     machine: dict[str, Any]
     prompt_tokens: int
@@ -200,7 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(args)
     torch.set_num_threads(args.threads)
     with contextlib.ExitStack() as stack:
-        model = load_model(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="offload-"))))
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="offload-"))
+        model = load_exported(MODEL, Path(scratch))
         outcome = run(model, args, stack)
     show(outcome)
     if args.json:
@@ -231,7 +231,7 @@ def run(model: Transformer, args: argparse.Namespace, stack: contextlib.ExitStac
     said = [int(row[0].argmax()) == token for row, token in zip(logits, talk.then, strict=False)]
     right = [told for told, due in zip(said, talk.is_answer, strict=True) if due]
     return Outcome(
-        machine(),
+        machine() | {"threads": torch.get_num_threads(), "torch": torch.__version__},
         len(talk.prompt),
         args.steps,
         args.store,
@@ -255,7 +255,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def cases_of(args: argparse.Namespace) -> Iterator[Case]:
-    """With all blocks in HBM nobody leaves it and nothing is fetched: policies and prefetch are one there."""
+    """With all blocks in HBM nothing is evicted or fetched, so policy and prefetch do not matter."""
     for unit in args.units:
         for share in args.shares:
             if share == 100:
@@ -264,15 +264,6 @@ def cases_of(args: argparse.Namespace) -> Iterator[Case]:
                 yield from (
                     Case(unit, *how, share) for how in itertools.product(args.policies, args.prefetch)
                 )
-
-
-def load_model(folder: Path) -> Transformer:
-    args = ModelArgs.from_json(MODEL / "serving_config.json")
-    convert_checkpoint(MODEL, folder, args.n_routed_experts, model_parallel=1)
-    with torch.device("meta"):
-        model = Transformer(args)
-    load_checkpoint(model, folder)
-    return model.eval()
 
 
 def dialogue(context: int, num_steps: int) -> Dialogue:
@@ -333,7 +324,7 @@ def offloaded(
 ) -> Offloaded:
     """A cache that holds what `whole` holds, most of it in a pool of its own."""
     size = case.block_size
-    setup = OffloadSetup(hbm_blocks, local=store, granularity=case.granularity, tier_policy=case.policy)
+    setup = OffloadSettings(hbm_blocks, local=store, granularity=case.granularity, tier_policy=case.policy)
     tiers = open_tiers(
         setup,
         unit_bytes(model.setup, size, case.granularity),
@@ -415,16 +406,6 @@ def measure(side: Offloaded, whole: Side, num_steps: int, selected_bytes: int) -
         recall=counters.used_units / guessed if prefetches and guessed else None,
         precision=counters.used_units / counters.prefetched_units if counters.prefetched_units else None,
     )
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 def show(outcome: Outcome) -> None:
@@ -532,23 +513,23 @@ def plot(outcome: Outcome, path: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=(__doc__ or "").splitlines()[0], formatter_class=HelpFormatter
     )
     add = parser.add_argument
-    add("--context", type=int, default=8192, help="tokens of the prompt and its answer (%(default)s)")
-    add("--steps", type=int, default=128, help="decode steps after the warm-up (%(default)s)")
-    add("--units", nargs="+", default=[ROWS, "4", "16", "64"], help="row, or tokens of a block (row 4 16 64)")
-    add("--shares", type=int, nargs="+", default=[100, 50, 25, 10], help="percent in HBM (100 50 25 10)")
+    add("--context", type=int, default=8192, help="tokens of the prompt and its answer")
+    add("--steps", type=int, default=128, help="decode steps after the warm-up")
+    add("--units", nargs="+", default=[ROWS, "4", "16", "64"], help="row, or tokens of a block")
+    add("--shares", type=int, nargs="+", default=[100, 50, 25, 10], help="percent of the blocks in HBM")
     add(
         "--policies",
         nargs="+",
         default=["lru", "fifo", "lfu", "s3-fifo", "arc"],
         choices=TIER_POLICIES,
-        help="who leaves HBM (lru fifo lfu s3-fifo arc)",
+        help="eviction policies of HBM",
     )
-    add("--prefetch", nargs="+", default=["none"], choices=PREFETCH_KINDS, help="(none)")
-    add("--store", default="ram", help="the pool: ram, mmap:PATH, redis://HOST:PORT, sim:... (%(default)s)")
-    add("--threads", type=int, default=1, help="torch's (%(default)s)")
+    add("--prefetch", nargs="+", default=["none"], choices=get_args(PrefetchKind), help="what is guessed")
+    add("--store", default="ram", help="the pool: ram, mmap:PATH, redis://HOST:PORT, sim:...")
+    add("--threads", type=int, default=1, help="torch threads")
     add("--json", type=Path, help="write everything there")
     add("--plot", type=Path, help="draw it there (PNG)")
     return parser

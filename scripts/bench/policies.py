@@ -1,9 +1,9 @@
-"""Eviction policies: block accesses a second, LRU at 50 capacities in one pass, memory.
+"""Eviction policies: block accesses per second, LRU at 50 capacities in one pass, memory.
 
-The stream is made up: conversations that grow by some blocks a turn, come back at random
-and share system prompts. Each figure is CPU time of one core, the best of a few runs, with
-everything compiled before. Ratios are what counts: absolute times move with the machine.
-Says nothing about which policy is best; hit rates are printed to show what was replayed.
+The stream is synthetic: conversations that grow by some blocks per turn, come back at random and
+share system prompts. Each figure is CPU time of one core, the best of a few runs, after compilation.
+Ratios are what counts: absolute times move with the machine. It does not tell which policy is best;
+hit rates are printed to show what was replayed.
 
     python3 scripts/bench/policies.py               # 10 million accesses, some minutes
     python3 scripts/bench/policies.py --quick
@@ -34,7 +34,7 @@ from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.policies.stack_distance import lru_hits_at
 from dsatrace.kv.policies.stream import AccessStream, release_by_concurrency
 
-GOAL = 4e6  # accesses a second; a C++ simulator reaches 4.3e6 on one core
+GOAL = 4e6  # accesses per second; a C++ simulator reaches 4.3e6 on one core
 WORKLOADS = ("chat", "qa", "summary", "agent")
 GIVEN: dict[str, dict[str, Any]] = {
     "wa-lru": {"admit": ["chat", "qa"]},
@@ -86,10 +86,17 @@ def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
+def empty_table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title)
+    table.add_column(first)
+    for heading in others:
+        table.add_column(heading, justify="right")
+    return table
+
+
 def policies_table(stream: AccessStream, capacity: int, repeats: int) -> Table:
-    table = Table(title=f"{stream.num_accesses:,} block accesses, capacity {capacity:,} blocks")
-    for column in ("policy", "flat M/s", "leaf M/s", "x goal", "hits", "of OPT's"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
+    title = f"{stream.num_accesses:,} block accesses, capacity {capacity:,} blocks"
+    table = empty_table(title, "policy", "flat M/s", "leaf M/s", "x goal", "hits", "of OPT's")
     optimum = simulate(stream, "opt", capacity).hit_rate
     for name in POLICIES:
         hit_rate, flat, leaf = rates(stream, name, capacity, repeats)
@@ -105,7 +112,7 @@ def policies_table(stream: AccessStream, capacity: int, repeats: int) -> Table:
 
 
 def rates(stream: AccessStream, name: str, capacity: int, repeats: int) -> tuple[float, ...]:
-    """Hit rate, and accesses a second: flat and leaf-constrained."""
+    """Hit rate, and accesses per second: flat and leaf-constrained."""
     params = GIVEN.get(name, {})
     hit_rate = simulate(stream, name, capacity, **params).hit_rate
     flat, leaf = (
@@ -116,7 +123,7 @@ def rates(stream: AccessStream, name: str, capacity: int, repeats: int) -> tuple
 
 
 def capacities_table(stream: AccessStream, largest: int, repeats: int) -> Table:
-    """LRU at 50 capacities; raises `RuntimeError` where the two ways disagree."""
+    """LRU at 50 capacities; raises `RuntimeError` if the two ways disagree."""
     capacities = np.unique(np.geomspace(largest / 100, largest, 50).astype(int)).tolist()
     swept = lru_hits_at(stream, capacities)
     one_pass = cpu_seconds(lambda: lru_hits_at(stream, capacities), repeats)
@@ -125,11 +132,8 @@ def capacities_table(stream: AccessStream, largest: int, repeats: int) -> Table:
     all_runs = time.process_time() - begin
     if swept.hits.sum(axis=1).tolist() != simulated:
         raise RuntimeError("the one pass and the simulations disagree")
-    table = Table(
-        title=f"LRU at {len(capacities)} capacities, {capacities[0]:,} to {capacities[-1]:,} blocks"
-    )
-    for column in ("way", "CPU s", "M accesses/s", "ratio"):
-        table.add_column(column, justify="left" if column == "way" else "right")
+    title = f"LRU at {len(capacities)} capacities, {capacities[0]:,} to {capacities[-1]:,} blocks"
+    table = empty_table(title, "way", "CPU s", "M accesses/s", "ratio")
     for way, seconds, runs in (
         ("one pass", one_pass, 1),
         (f"{len(capacities)} simulations, the same hits", all_runs, len(capacities)),
@@ -140,7 +144,7 @@ def capacities_table(stream: AccessStream, largest: int, repeats: int) -> Table:
 
 
 def peak_bytes() -> int:
-    """Most memory this process ever held; Linux. (`ru_maxrss` would take over the parent's.)"""
+    """Peak memory of this process; Linux. (`ru_maxrss` would include the parent's.)"""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -148,7 +152,7 @@ def peak_bytes() -> int:
 
 
 def _measure(path: str, name: str, capacity: int, sender: Connection) -> None:
-    """In a process of its own: peak memory before and after, in bytes."""
+    """Sends peak memory before and after, in bytes; runs in a separate process."""
     arrays = np.load(path)
     stream = AccessStream(**{key: arrays[key] for key in arrays.files}, workload_names=WORKLOADS)
     simulate(stream.head(0.001), "lru" if name == SWEEP else name, 10)  # numba itself is not counted
@@ -161,9 +165,9 @@ def _measure(path: str, name: str, capacity: int, sender: Connection) -> None:
 
 
 def memory_table(stream: AccessStream, capacity: int) -> Table:
-    table = Table(title=f"Memory, {stream.num_accesses:,} accesses to {stream.num_blocks:,} blocks")
-    for column in ("policy, leaf-constrained", "process before, MB", "added, MB", "bytes an access"):
-        table.add_column(column, justify="left" if column.startswith("policy") else "right")
+    title = f"Memory, {stream.num_accesses:,} accesses to {stream.num_blocks:,} blocks"
+    headings = ("process before, MB", "added, MB", "bytes per access")
+    table = empty_table(title, "policy, leaf-constrained", *headings)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "stream.npz")

@@ -1,11 +1,10 @@
-"""How fast block keys and the replay of a trace are, against what people write and against vLLM.
+"""How fast block keys and the replay of a trace are, beside commonly written code and vLLM.
 
-Sections, all by default: `keys` (tokens named a second), `replay` (requests with the same
-hits, by every method), `memory` (ten million accesses). Methods take turns on the same
-requests, each on one thread; the figure is CPU time, the least of several turns. Ratios
-are what counts: absolute times move with the machine. The replay takes recorded requests
-from `--requests` (a JSON list of `{prompt, output}`, gzipped or not) beside those it makes;
-vLLM joins where it is installed.
+Sections, by default all: `keys` (tokens hashed per second), `replay` (the same hits by every method),
+`memory` (ten million accesses). Methods take turns on the same requests, each on one thread; the
+figure is CPU time, the least of several turns. Ratios are what counts: absolute times move with the
+machine. The replay uses recorded requests from `--requests` (a JSON list of `{prompt, output}`,
+gzipped or not) beside synthetic ones; vLLM joins if it is installed.
 
     python3 scripts/bench/prefix.py                    # half a minute
     python3 scripts/bench/prefix.py keys replay --requests synthetic_requests.json.gz
@@ -17,6 +16,7 @@ import argparse
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import pickle
@@ -28,7 +28,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -38,8 +38,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from dsatrace.kv.block_keys import KeyChain
 from dsatrace.kv.blocks import BlockPool, OutOfBlocks
+from dsatrace.kv.prefix import KeyChain
 from dsatrace.kv.prefix_pool import HeldBlocks, PrefixPool
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, replay
@@ -51,12 +51,12 @@ PICKLED, DICTIONARY, PLAIN = (
     "sha256 over pickled tuples", "dictionary of hashes, LRU", "our pool in Python, sha256"
 )  # fmt: skip
 Requests = tuple[list[list[int]], list[list[int]]]
-"""Token ids of prompts and of outputs, in Python lists: what every method starts from."""
+"""Token ids of prompts and of outputs, as Python lists."""
 Row = dict[str, Any]
 
 
 def best_of(turns: int, methods: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, Any]]:
-    """The least CPU time of each method, in seconds, taking turns, and what it returned."""
+    """Each method's least CPU time in seconds, taking turns, and what it returned last."""
     seconds = dict.fromkeys(methods, float("inf"))
     returned: dict[str, Any] = {}
     for _ in range(turns):
@@ -69,7 +69,7 @@ def best_of(turns: int, methods: dict[str, Callable[[], Any]]) -> tuple[dict[str
 
 
 def conversations(num_requests: int, seed: int) -> Requests:
-    """Turns of many chats in random order: a system prompt, all turns so far, a question; answers follow."""
+    """Turns of many chats in random order. A prompt is a system prompt, all turns so far and a question."""
     rng = np.random.default_rng(seed)
     systems = [rng.integers(0, VOCABULARY, n).tolist() for n in (50, 115, 300)]
     chats: list[list[int]] = []
@@ -103,12 +103,9 @@ def chained_keys(tokens: Sequence[int], block_size: int) -> list[bytes]:
     return chain.keys
 
 
-# Keys.
-
-
-def bench_keys(requests: Requests, turns: int) -> list[Row]:
-    """Tokens named a second, by block size."""
-    sequences = [prompt + output for prompt, output in zip(*requests, strict=True)]
+def bench_keys(flags: argparse.Namespace) -> list[Row]:
+    """Tokens hashed per second, by block size."""
+    sequences = [prompt + output for prompt, output in zip(*flags.made, strict=True)]
     arrays = [np.array(tokens, np.int32) for tokens in sequences]
     num_tokens = sum(map(len, sequences))
     rows = []
@@ -119,7 +116,7 @@ def bench_keys(requests: Requests, turns: int) -> list[Row]:
             "exact ids, from lists": partial(BlockTrace.from_tokens, sequences, block_size=block_size),
             "exact ids, from arrays": partial(BlockTrace.from_tokens, arrays, block_size=block_size),
         }
-        seconds, named = best_of(turns, methods)
+        seconds, named = best_of(flags.turns, methods)
         first, *others = named.values()
         distinct = len({key for keys in first for key in keys})
         assert len({key for keys in others[0] for key in keys}) == others[1].num_keys == distinct
@@ -137,23 +134,9 @@ def _each(
     return [keys_of(tokens, block_size) for tokens in sequences]
 
 
-def keys_table(rows: Sequence[Row]) -> Table:
-    table = Table(title="keys of full blocks: Mtokens/s (times sha256 over pickled tuples)")
-    for column in ("block size", "method", "Mtokens/s", "ratio"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for row in rows:
-        table.add_row(
-            str(row["block_size"]), row["method"], f"{row['mtokens_per_s']:.1f}", f"{row['ratio']:.1f}"
-        )
-    return table
-
-
-# Replay.
-
-
 def dictionary_lru(prompts: Sequence[Sequence[int]]) -> list[int | None]:
-    """The method people write: a dictionary of hashes, least recently used first, one request at a
-    time, no pins and no partial blocks."""
+    """What is commonly written: a dictionary of hashes in LRU order, one request at a time, no pins and
+    no partial blocks."""
     cached: OrderedDict[bytes, None] = OrderedDict()
     hits: list[int | None] = []
     for tokens in prompts:
@@ -169,7 +152,7 @@ def dictionary_lru(prompts: Sequence[Sequence[int]]) -> list[int | None]:
 
 
 def python_pool(requests: Requests, decode: bool) -> list[int | None]:
-    """vLLM's rules in plain Python, over the pool of the engine, with keys hashed as vLLM's are."""
+    """vLLM's rules in plain Python, over the engine's pool, with keys hashed as in vLLM."""
     pool = PrefixPool(BlockPool(NUM_BLOCKS, BLOCK_SIZE, null_block=True, free_order="new"))
     live: deque[HeldBlocks] = deque()
     answers: list[int | None] = []
@@ -202,7 +185,7 @@ def python_pool(requests: Requests, decode: bool) -> list[int | None]:
 def fast_replay(
     prompts: Sequence[Any], outputs: Sequence[Any], decode: bool, trace: BlockTrace | None = None
 ) -> list[int | None]:
-    """Ours; `trace` spares it the making of ids."""
+    """Our replay; `trace`: ids made before, so that only the replay is timed."""
     made = trace or BlockTrace.from_tokens(prompts, outputs if decode else None, block_size=BLOCK_SIZE)
     result = replay(made, ReplayConfig(NUM_BLOCKS, CONCURRENCY, decode=decode, null_block=True))
     pairs = zip(result.hit_tokens.tolist(), result.served.tolist(), strict=True)
@@ -231,12 +214,15 @@ def replay_methods(requests: Requests, decode: bool) -> dict[str, Callable[[], A
     return methods
 
 
-def bench_replay(requests: Requests, source: str, turns: int) -> list[Row]:
-    """Prompt tokens a second, by every method that is there, at the same hits but for the first."""
-    num_tokens = sum(map(len, requests[0]))
+def bench_replay(flags: argparse.Namespace) -> list[Row]:
+    """Prompt tokens per second; all methods but `DICTIONARY` have the same hits."""
+    sources = {"made": flags.made}
+    if flags.requests is not None:
+        sources = {flags.requests.name: read_requests(flags.requests), **sources}
     rows = []
-    for decode in (False, True):
-        seconds, answers = best_of(turns, replay_methods(requests, decode))
+    for (source, requests), decode in itertools.product(sources.items(), (False, True)):
+        num_tokens = sum(map(len, requests[0]))
+        seconds, answers = best_of(flags.turns, replay_methods(requests, decode))
         for name, took in seconds.items():
             same = answers[name] == answers[PLAIN]
             assert same or name == DICTIONARY, f"{name}: other hits"
@@ -246,21 +232,6 @@ def bench_replay(requests: Requests, source: str, turns: int) -> list[Row]:
                  "hit_tokens": sum(hits or 0 for hits in answers[name]), "same_hits": same}
             )  # fmt: skip
     return rows
-
-
-def replay_table(rows: Sequence[Row]) -> Table:
-    table = Table(title="replay, 400 blocks of 16, 8 live requests: prompt Mtokens/s")
-    for column in ("requests", "decode", "method", "Mtokens/s", "ratio", "hit tokens", "same hits"):
-        table.add_column(column, justify="left" if column in ("requests", "method") else "right")
-    for row in rows:
-        table.add_row(
-            row["requests"], "yes" if row["decode"] else "no", row["method"], f"{row['mtokens_per_s']:.1f}",
-            f"{row['ratio']:.1f}", str(row["hit_tokens"]), "yes" if row["same_hits"] else "no",
-        )  # fmt: skip
-    return table
-
-
-# Memory.
 
 
 def long_trace(num_accesses: int, seed: int) -> BlockTrace:
@@ -281,14 +252,14 @@ def long_trace(num_accesses: int, seed: int) -> BlockTrace:
     return BlockTrace(16, lengths * 16 + 1, none, keys, key_ptr, parents, np.arange(len(lengths)) / 2)
 
 
-def bench_memory(num_accesses: int, turns: int) -> list[Row]:
-    """Bytes and time an access, with and without the record of every access."""
-    trace = long_trace(num_accesses, seed=0)
+def bench_memory(flags: argparse.Namespace) -> list[Row]:
+    """Bytes and time per access, with and without a record of every access."""
+    trace = long_trace(200_000 if flags.quick else 10_000_000, seed=0)
     rows = []
     for record in (False, True):
         config = ReplayConfig(trace.num_keys // 4, 16, record_events=record)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        seconds, results = best_of(turns, {"replay": partial(replay, trace, config)})
+        seconds, results = best_of(min(flags.turns, 3), {"replay": partial(replay, trace, config)})
         result = results["replay"]
         accesses = int(result.key_accesses.sum())
         recorded = 0 if result.events is None else result.events.nbytes
@@ -303,58 +274,57 @@ def bench_memory(num_accesses: int, turns: int) -> list[Row]:
     return rows
 
 
-def memory_table(rows: Sequence[Row]) -> Table:
-    table = Table(title="one long trace, a cache of a quarter of its blocks")
-    columns = ("accesses", "recorded", "Maccesses/s", "bytes/access recorded", "trace", "peak RSS MB")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            str(row["accesses"]), "yes" if row["recorded"] else "no", f"{row['maccesses_per_s']:.1f}",
-            f"{row['event_bytes_per_access']:.1f}", f"{row['trace_bytes_per_access']:.1f}",
-            f"{row['peak_rss_mb']:.0f}",
-        )  # fmt: skip
-    return table
-
-
-# The whole.
-
-
 def read_requests(path: Path) -> Requests:
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     rows = json.loads(text)
     return [row["prompt"] for row in rows], [row["output"] for row in rows]
 
 
-def keys_section(flags: argparse.Namespace) -> tuple[Table, list[Row]]:
-    rows = bench_keys(flags.made, flags.turns)
-    return keys_table(rows), rows
+class Section(NamedTuple):
+    run: Callable[[argparse.Namespace], list[Row]]
+    title: str
+    columns: dict[str, tuple[str, str]]  # heading: key of the row, format
+
+    def table(self, rows: Sequence[Row]) -> Table:
+        table = Table(title=self.title)
+        for heading, (key, _) in self.columns.items():
+            table.add_column(heading, justify="left" if isinstance(rows[0][key], str) else "right")
+        for row in rows:
+            values = [(row[key], spec) for key, spec in self.columns.values()]
+            words = {True: "yes", False: "no"}
+            table.add_row(*(words[v] if isinstance(v, bool) else format(v, spec) for v, spec in values))
+        return table
 
 
-def replay_section(flags: argparse.Namespace) -> tuple[Table, list[Row]]:
-    rows = []
-    if flags.requests is not None:
-        rows += bench_replay(read_requests(flags.requests), flags.requests.name, flags.turns)
-    rows += bench_replay(flags.made, "made", flags.turns)
-    return replay_table(rows), rows
-
-
-def memory_section(flags: argparse.Namespace) -> tuple[Table, list[Row]]:
-    rows = bench_memory(200_000 if flags.quick else 10_000_000, min(flags.turns, 3))
-    return memory_table(rows), rows
-
-
-SECTIONS: dict[str, Callable[[argparse.Namespace], tuple[Table, list[Row]]]] = {
-    "keys": keys_section,
-    "replay": replay_section,
-    "memory": memory_section,
-}
+SECTIONS = {
+    "keys": Section(
+        bench_keys,
+        "keys of full blocks: Mtokens/s (times sha256 over pickled tuples)",
+        {"block size": ("block_size", ""), "method": ("method", ""), "Mtokens/s": ("mtokens_per_s", ".1f"),
+         "ratio": ("ratio", ".1f")},
+    ),
+    "replay": Section(
+        bench_replay,
+        "replay, 400 blocks of 16, 8 live requests: prompt Mtokens/s",
+        {"requests": ("requests", ""), "decode": ("decode", ""), "method": ("method", ""),
+         "Mtokens/s": ("mtokens_per_s", ".1f"), "ratio": ("ratio", ".1f"), "hit tokens": ("hit_tokens", ""),
+         "same hits": ("same_hits", "")},
+    ),
+    "memory": Section(
+        bench_memory,
+        "one long trace, a cache of a quarter of its blocks",
+        {"accesses": ("accesses", ""), "recorded": ("recorded", ""),
+         "Maccesses/s": ("maccesses_per_s", ".1f"),
+         "bytes/access recorded": ("event_bytes_per_access", ".1f"),
+         "trace": ("trace_bytes_per_access", ".1f"), "peak RSS MB": ("peak_rss_mb", ".0f")},
+    ),
+}  # fmt: skip
 
 
 def main() -> int:
-    """Measures, prints the tables and one line of JSON."""
+    """Measures, prints the tables and a line of JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all by default")
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)} (default: all)")
     parser.add_argument("--requests", type=Path, help="recorded requests for the replay")
     parser.add_argument("--quick", action="store_true", help="fewer requests and turns")
     flags = parser.parse_args()
@@ -370,8 +340,8 @@ def main() -> int:
     console = Console(width=140)
     record: dict[str, Any] = {"machine": about}
     for name in flags.sections or SECTIONS:
-        table, record[name] = SECTIONS[name](flags)
-        console.print(table)
+        record[name] = SECTIONS[name].run(flags)
+        console.print(SECTIONS[name].table(record[name]))
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     print(json.dumps(record))
     return 0

@@ -1,7 +1,7 @@
-"""Starts the servers that remote stores talk to, on loopback, for a bench or a test, and stops them.
+"""Starts and stops the servers of remote stores, on loopback, for a benchmark or a test.
 
-A server's files lie in a folder that the caller gives and removes. What is not installed raises
-`Missing`, which says what to install.
+A server's files lie in a folder that the caller provides and removes. Raises `Missing`, which says what
+to install, for a program that is not installed.
 
     with ValkeyServer(folder) as server:
         open_store(server.unix, unit_bytes=656)
@@ -45,7 +45,7 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        """Starts it, again if it was killed; returns when it accepts connections."""
+        """Starts it, also after `kill`; returns when it accepts connections."""
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(self._arguments, stdout=log, stderr=log)
         deadline = time.monotonic() + START_S
@@ -60,7 +60,7 @@ class Server:
         raise RuntimeError(f"{self._arguments[0]} did not come up on port {self.port}: {tail}")
 
     def pause(self) -> None:
-        """Stops it in its tracks: connections stay open, nothing is answered. All threads have stopped."""
+        """Suspends all its threads: connections stay open, nothing is answered."""
         self._process.send_signal(signal.SIGSTOP)
         tasks = Path(f"/proc/{self._process.pid}/task")
         deadline = time.monotonic() + START_S
@@ -84,7 +84,7 @@ class Server:
 
 
 class ValkeyServer(Server):
-    """Valkey or Redis, in memory only; `tcp` and `unix` are the specs of stores on it."""
+    """Valkey or Redis, in memory only; `tcp` and `unix` are specs of stores on it."""
 
     def __init__(self, folder: Path, *flags: str) -> None:
         socket_path = folder / "valkey.sock"
@@ -123,7 +123,7 @@ def valkey_program() -> str:
 
 def mooncake_program() -> str:
     """`mooncake_master`, beside this Python or on the path, with the library it needs."""
-    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")  # else the library tells its story on stderr
+    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")  # the library logs to stderr
     try:
         importlib.import_module("mooncake.store")
     except ImportError as error:
@@ -139,7 +139,7 @@ def mooncake_program() -> str:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listened on a moment ago."""
+    """A port of loopback that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,10 +1,9 @@
 """How fast the engine serves: its scheduler alone, under the token simulator, and with a model.
 
-The simulator serves a day of generated BurstGPT-like arrivals, in both admission modes; what
-takes time is the engine, since tokens come from nowhere and time is modelled. The tiny model
-serves the same requests in batches and one by one; the sides take turns, so that whatever
-else the machine does falls on all. Ratios are what counts. Weights are random and arrivals
-synthetic: this says nothing about answers or about a real service's load.
+The simulator serves a day of generated BurstGPT-like arrivals, in both admission modes: tokens and
+times are made up, so that only the engine takes time. The tiny model serves the same requests in
+batches and one by one; the sides take turns, so that other load falls on all. The ratios count.
+Weights are random and arrivals synthetic: this says nothing about answers or a real service's load.
 
     python3 scripts/bench/serving.py                         # 100,000 requests; batches of 1, 4, 16
     python3 scripts/bench/serving.py --only simulator --num-requests 1000000 --profile
@@ -16,8 +15,6 @@ import argparse
 import cProfile
 import dataclasses
 import json
-import os
-import platform
 import pstats
 import statistics
 import sys
@@ -32,11 +29,15 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
+from machine import machine
+
+from dsatrace.commands.parser import HelpFormatter
 from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.scheduler import Admission
+from dsatrace.engine.settings import EngineSettings, RunSettings
 from dsatrace.engine.simulator import StepTime, open_simulator
 from dsatrace.errors import UserError, exits_cleanly
-from dsatrace.workloads.burstgpt import Replay
+from dsatrace.workloads.burstgpt import Arrivals
 from dsatrace.workloads.burstgpt_synthetic import BurstSettings, generate_burstgpt
 from dsatrace.workloads.request import Request
 
@@ -56,7 +57,7 @@ def a_day_of(num_requests: int) -> BurstSettings:
 
 
 def burst_requests(settings: BurstSettings) -> list[Request]:
-    """One request an arrival, of its lengths; the prompt's tokens are all alike, for nobody reads them."""
+    """One request per arrival, of its lengths; nobody reads the prompt's tokens, which are all alike."""
     return [
         Request(
             f"r{arrival.row.source_row}",
@@ -65,7 +66,7 @@ def burst_requests(settings: BurstSettings) -> list[Request]:
             arrival_s=arrival.arrival_s,
             stop_at_eos=False,
         )
-        for arrival in Replay(generate_burstgpt(settings))
+        for arrival in Arrivals(generate_burstgpt(settings))
     ]
 
 
@@ -90,13 +91,10 @@ def simulate(
     latencies: list[float] = []
     num_tokens = num_preemptions = 0
     started, cpu_started = time.perf_counter(), time.process_time()
-    with open_simulator(
-        max_seq_len=settings.max_request_tokens + settings.max_response_tokens,
-        end_token=END_TOKEN,
-        admission=admission,
-        max_batch_size=batch_size,
-        cache_blocks=blocks,
-    ) as engine:
+    max_seq_len = settings.max_request_tokens + settings.max_response_tokens
+    of_engine = EngineSettings(max_seq_len=max_seq_len, max_batch_size=batch_size, cache_blocks=blocks)
+    run = RunSettings(stop_tokens=frozenset({END_TOKEN}), admission=admission)
+    with open_simulator(of_engine, run) as engine:
         for live in serve(engine, requests):
             assert live.state == "length" and live.finish_s is not None
             latencies.append(live.finish_s - live.request.arrival_s)
@@ -138,17 +136,17 @@ class ModelServer:
 
         from dsatrace.model.convert import convert_checkpoint
         from dsatrace.model.tiny import write_checkpoint
-        from dsatrace.runner.config import EngineSetup
+        from dsatrace.runner.settings import ModelSettings
         from dsatrace.runner.setup import load_model
 
         self.device = torch.device("cpu")
         with tempfile.TemporaryDirectory() as folder:
             hf, converted = Path(folder, "hf"), Path(folder, "mp1")
-            args = EngineSetup(converted, config).model_args()
+            args = ModelSettings(converted, config).model_args()
             write_checkpoint(hf, args, weights="fp32")
             convert_checkpoint(hf, converted, args.n_routed_experts, 1)
-            self.setup = EngineSetup(converted, config, device="cpu")
-            self.model = load_model(self.setup, self.device)
+            self.settings = ModelSettings(converted, config, device="cpu")
+            self.model = load_model(self.settings, self.device)
 
     def requests(self, num_requests: int, prompt_len: int, new_tokens: int) -> list[Request]:
         import torch
@@ -163,8 +161,8 @@ class ModelServer:
         from dsatrace.runner.setup import open_engine
 
         longest = max(len(r.prompt_token_ids) + r.max_new_tokens for r in requests)
-        setup = dataclasses.replace(self.setup, max_batch_size=batch_size or 1)
-        with open_engine(self.model, setup, self.device, longest, trace=None) as engine:
+        settings = dataclasses.replace(self.settings, max_batch_size=batch_size or 1)
+        with open_engine(self.model, settings, self.device, RunSettings(longest=longest)) as engine:
             started = time.perf_counter()
             answers = {live.request_id: live.answer for live in self._ended(engine, requests, batch_size)}
             wall_s = time.perf_counter() - started
@@ -221,22 +219,6 @@ def model_table(results: dict[str, Served], same: dict[str, int], what: str) -> 
         decode = f"{r.decode_tokens_per_s:.1f}", f"{r.decode_tokens_per_s / alone.decode_tokens_per_s:.2f}x"
         table.add_row(name, f"{r.wall_s:.2f}", *whole, *decode, str(same[name]))
     return table
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cpu": _cpu_model() or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(),
-        "load": os.getloadavg(),
-    }
-
-
-def _cpu_model() -> str | None:
-    """Linux says it in a file, other systems do not."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def bench_simulator(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -308,23 +290,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=("simulator", "model"), help="one half of it (both)")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=HelpFormatter
+    )
+    parser.add_argument("--only", choices=("simulator", "model"), help="run one half (default: both)")
     group = parser.add_argument_group("simulator")
     add = group.add_argument
-    add("--num-requests", type=int, default=100_000, help="in about a day (%(default)s)")
-    add("--batch-size", type=int, default=16, help="requests at a time (%(default)s)")
-    add("--cache-blocks", type=int, default=160, help="of 64 tokens: too few for all (%(default)s)")
-    add("--profile", action="store_true", help="where the engine's time goes, which takes longer then")
+    add("--num-requests", type=int, default=100_000, help="requests in about a day")
+    add("--batch-size", type=int, default=16, help="requests at a time")
+    add("--cache-blocks", type=int, default=160, help="blocks of 64 tokens; too few for all requests")
+    add("--profile", action="store_true", help="show where the engine's time goes")
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--config", type=Path, default=CONFIG, help="model config (%(default)s)")
-    add("--batch-sizes", type=int, nargs="+", default=[1, 4, 16], help="(%(default)s)")
-    add("--model-requests", type=int, default=16, help="(%(default)s)")
-    add("--prompt-tokens", type=int, default=128, help="(%(default)s)")
-    add("--new-tokens", type=int, default=32, help="(%(default)s)")
-    add("--rounds", type=int, default=3, help="every side serves once a round (%(default)s)")
-    add("--threads", type=int, default=0, help="torch threads (torch's own choice)")
+    add("--config", type=Path, default=CONFIG, help="model config")
+    add("--batch-sizes", type=int, nargs="+", default=[1, 4, 16], help="requests at a time")
+    add("--model-requests", type=int, default=16, help="requests of each side")
+    add("--prompt-tokens", type=int, default=128, help="tokens per prompt")
+    add("--new-tokens", type=int, default=32, help="new tokens per prompt")
+    add("--rounds", type=int, default=3, help="times that every side serves")
+    add("--threads", type=int, default=0, help="torch threads (default: torch's choice)")
     return parser
 
 

@@ -1,13 +1,13 @@
 """What a fetch costs, store by store: ours, the client it is built on, and a copy in memory.
 
-Batches of 1, 8, 64 and 128 blocks and of 2048 rows, picked anew each time from a pool that is
-larger than the batch. The three take turns on the same picks, so that whatever else the machine
-does falls on all; overhead is the median of the turns' ratios. A block is 64 tokens of one layer
-in the fp8 layout, 656 bytes a token (`--bytes-per-token 1152` for bf16). Raw clients: numpy's
-`take` (memory, mapped file), `preadv` by eight threads (O_DIRECT), redis-py with hiredis
-(`MGET`), Mooncake's `batch_get_into`, NIXL's own transfer of a descriptor list (page cache warm);
-they deliver bytes unchecked, ours compares checksums. MemCache has no row: it needs an Ascend driver.
-Servers run here on loopback: the figures say what software costs, not what a network does.
+Batches are 1, 8, 64 and 128 blocks and 2048 rows, picked anew each time from a larger pool. The three
+take turns on the same picks, so that other load on the machine affects all of them; overhead is the
+median of the turns' ratios. A block is 64 tokens of one layer in the fp8 layout, 656 bytes per token
+(`--bytes-per-token 1152` for bf16). Raw clients: numpy's `take` (memory, mapped file), `preadv` by
+eight threads (O_DIRECT), redis-py with hiredis (`MGET`), Mooncake's `batch_get_into`, NIXL's own
+transfer of a descriptor list (page cache warm). They deliver bytes unchecked; ours compares checksums.
+MemCache is not measured: it needs an Ascend driver. Servers run on loopback: the figures show what
+software costs, not what a network does.
 
     python3 scripts/bench/tiers.py                       # a minute
     python3 scripts/bench/tiers.py --only ram valkey-unix --turns 50
@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -41,14 +42,14 @@ from servers import Missing, MooncakeMaster, ValkeyServer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
 from dsatrace.errors import UserError, exits_cleanly
-from dsatrace.kv.stores.interface import Store, unit_keys
+from dsatrace.kv.stores.interface import unit_keys
 from dsatrace.kv.stores.opening import open_store
 
 BLOCK_TOKENS = 64
 POOL_BLOCKS, POOL_ROWS = 512, 8192
 SEGMENT_MIB = 256
 RawFetch = Callable[[np.ndarray, np.ndarray], object]
-"""`raw(picks, out)`: reads units `picks` by the client's own means, into `out` where it can."""
+"""`raw(picks, out)` reads the units `picks` by the client's own calls, into `out` where it can."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +76,11 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One store: how to open it, and its raw client on a pool of units."""
+    """One store: its spec, and its raw client on a pool of units."""
 
-    name: str
-    open: Callable[[Batch], Store]
+    spec: str
     raw: Callable[[np.ndarray], contextlib.AbstractContextManager[RawFetch]]
+    is_local: bool = False  # needs to know how many units it may hold
 
 
 @exits_cleanly
@@ -98,23 +99,24 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             try:
                 with make(Path(name)) as side:
-                    results += [measure(side, batch, args.turns) for batch in batches]
+                    results += [measure(side_name, side, batch, args.turns) for batch in batches]
             except Missing as missing:
                 absent[side_name] = str(missing)
     _show(results, absent, args)
     return 0
 
 
-def measure(side: Side, batch: Batch, turns: int) -> Result:
+def measure(name: str, side: Side, batch: Batch, turns: int) -> Result:
     """Alternating turns of memcpy, raw and ours on the same picks."""
     rng = np.random.default_rng(0)
     pool = rng.integers(0, 256, (batch.pool_units, batch.unit_bytes), dtype=np.uint8)
     out = np.zeros((batch.num_units, batch.unit_bytes), dtype=np.uint8)
     keys = unit_keys(0, np.arange(batch.pool_units))
-    with contextlib.closing(side.open(batch)) as store, side.raw(pool) as raw:
+    room = batch.pool_units if side.is_local else None
+    with side.raw(pool) as raw, contextlib.closing(open_store(side.spec, batch.unit_bytes, room)) as store:
         store.register(out)
         if not all(store.put(part, rows).all() for part, rows in _quarters(keys, pool)):
-            raise UserError(f"{side.name}: the store has no room for {pool.nbytes >> 20} MiB; give it more")
+            raise UserError(f"{name}: the store has no room for {pool.nbytes >> 20} MiB; give it more")
         times: list[tuple[float, ...]] = []
         for turn in range(turns + 1):
             picks = rng.permutation(batch.pool_units)[: batch.num_units]
@@ -129,11 +131,11 @@ def measure(side: Side, batch: Batch, turns: int) -> Result:
                 took[which] = _microseconds(steps[which])
             times.append((*took, _microseconds(partial(store.put, chosen, out))))
             if turn == 0 and not (store.fetch(chosen, out).all() and (out == pool[picks]).all()):
-                raise RuntimeError(f"{side.name}: what was fetched is not what was put")
+                raise RuntimeError(f"{name}: what was fetched is not what was put")
     copied, read, ours, put = (statistics.median(column) for column in zip(*times[1:], strict=True))
     overhead = statistics.median(turn[2] / turn[1] for turn in times[1:]) - 1
     bandwidth = out.nbytes / ours / 1e3
-    return Result(side.name, batch.name, copied, read, ours, put, overhead, bandwidth)
+    return Result(name, batch.name, copied, read, ours, put, overhead, bandwidth)
 
 
 def _quarters(keys: np.ndarray, pool: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -147,87 +149,76 @@ def _microseconds(step: Callable[[], object]) -> float:
 
 
 @contextlib.contextmanager
-def _ram(folder: Path) -> Iterator[Side]:
-    @contextlib.contextmanager
-    def raw(pool: np.ndarray) -> Iterator[RawFetch]:
-        copy = pool.copy()
-        yield lambda picks, out: np.take(copy, picks, axis=0, out=out, mode="clip")
-
-    yield Side("ram", lambda batch: open_store("ram", batch.unit_bytes, batch.pool_units), raw)
+def _local(spec: str, raw: Callable[[Path, np.ndarray], Any], folder: Path) -> Iterator[Side]:
+    yield Side(spec.format(folder=folder), partial(raw, folder), is_local=True)
 
 
 @contextlib.contextmanager
-def _mmap(folder: Path) -> Iterator[Side]:
-    @contextlib.contextmanager
-    def raw(pool: np.ndarray) -> Iterator[RawFetch]:
-        mapped = np.memmap(folder / "raw", dtype=np.uint8, mode="w+", shape=pool.shape)
-        mapped[:] = pool
-        yield lambda picks, out: np.take(mapped, picks, axis=0, out=out, mode="clip")
-
-    yield Side("mmap", lambda batch: open_store(f"mmap:{folder}/m", batch.unit_bytes, batch.pool_units), raw)
+def _ram(folder: Path, pool: np.ndarray) -> Iterator[RawFetch]:
+    copy = pool.copy()
+    yield lambda picks, out: np.take(copy, picks, axis=0, out=out, mode="clip")
 
 
 @contextlib.contextmanager
-def _file(folder: Path) -> Iterator[Side]:
-    @contextlib.contextmanager
-    def raw(pool: np.ndarray) -> Iterator[RawFetch]:
-        slot = -(-pool.shape[1] // 512) * 512
-        padded = np.zeros((len(pool), slot), dtype=np.uint8)
-        padded[:, : pool.shape[1]] = pool
-        path = folder / "raw-file"
-        path.write_bytes(padded.tobytes())
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-        memory = mmap.mmap(-1, padded.nbytes)
-        views = [memoryview(memory)[i * slot : (i + 1) * slot] for i in range(len(pool))]
-
-        def share(picks: list[int]) -> None:
-            for pick in picks:
-                os.preadv(descriptor, [views[pick]], pick * slot)
-
-        with ThreadPoolExecutor(8) as threads:
-            yield lambda picks, out: list(threads.map(share, [picks[i::8].tolist() for i in range(8)]))
-        os.close(descriptor)
-
-    yield Side("file", lambda batch: open_store(f"file:{folder}/f", batch.unit_bytes, batch.pool_units), raw)
+def _mmap(folder: Path, pool: np.ndarray) -> Iterator[RawFetch]:
+    mapped = np.memmap(folder / "raw", dtype=np.uint8, mode="w+", shape=pool.shape)
+    mapped[:] = pool
+    yield lambda picks, out: np.take(mapped, picks, axis=0, out=out, mode="clip")
 
 
 @contextlib.contextmanager
-def _nixl(folder: Path) -> Iterator[Side]:
+def _file(folder: Path, pool: np.ndarray) -> Iterator[RawFetch]:
+    slot = -(-pool.shape[1] // 512) * 512
+    padded = np.zeros((len(pool), slot), dtype=np.uint8)
+    padded[:, : pool.shape[1]] = pool
+    path = folder / "raw-file"
+    path.write_bytes(padded.tobytes())
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    memory = mmap.mmap(-1, padded.nbytes)
+    views = [memoryview(memory)[i * slot : (i + 1) * slot] for i in range(len(pool))]
+
+    def share(picks: list[int]) -> None:
+        for pick in picks:
+            os.preadv(descriptor, [views[pick]], pick * slot)
+
+    with ThreadPoolExecutor(8) as threads:
+        yield lambda picks, out: list(threads.map(share, [picks[i::8].tolist() for i in range(8)]))
+    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _nixl(folder: Path, pool: np.ndarray) -> Iterator[RawFetch]:
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
     if importlib.util.find_spec("nixl_cu12") is None:
         raise Missing("no nixl; pip install nixl-cu12")
     import nixl_cu12 as nixl
 
-    @contextlib.contextmanager
-    def raw(pool: np.ndarray) -> Iterator[RawFetch]:
-        agent = nixl.nixl_agent("raw", nixl.nixl_agent_config(enable_prog_thread=False, backends=[]))
-        agent.create_backend("POSIX")
-        path, room = folder / "raw-nixl", np.zeros_like(pool)
-        path.write_bytes(pool.tobytes())
-        size, file = pool.shape[1], os.open(path, os.O_RDONLY)
-        kept = [
-            agent.register_memory([(begin, pool.nbytes, device, "")], kind)
-            for begin, device, kind in ((room.ctypes.data, 0, "DRAM"), (0, file, "FILE"))
-        ]
+    agent = nixl.nixl_agent("raw", nixl.nixl_agent_config(enable_prog_thread=False, backends=[]))
+    agent.create_backend("POSIX")
+    path, room = folder / "raw-nixl", np.zeros_like(pool)
+    path.write_bytes(pool.tobytes())
+    size, file = pool.shape[1], os.open(path, os.O_RDONLY)
+    kept = [
+        agent.register_memory([(begin, pool.nbytes, device, "")], kind)
+        for begin, device, kind in ((room.ctypes.data, 0, "DRAM"), (0, file, "FILE"))
+    ]
 
-        def descriptors(begins: np.ndarray, device: int, kind: str) -> object:
-            columns = np.broadcast_arrays(begins, size, device)
-            return agent.get_xfer_descs(np.stack(columns, axis=1).astype(np.uint64), kind)
+    def descriptors(begins: np.ndarray, device: int, kind: str) -> object:
+        columns = np.broadcast_arrays(begins, size, device)
+        return agent.get_xfer_descs(np.stack(columns, axis=1).astype(np.uint64), kind)
 
-        def fetch(picks: np.ndarray, out: np.ndarray) -> None:
-            memory = descriptors(room.ctypes.data + np.arange(len(picks)) * size, 0, "DRAM")
-            transfer = agent.initialize_xfer("READ", memory, descriptors(picks * size, file, "FILE"), "raw")
-            state = agent.transfer(transfer)
-            while state == "PROC":
-                state = agent.check_xfer_state(transfer)
-            transfer.release()
+    def fetch(picks: np.ndarray, out: np.ndarray) -> None:
+        memory = descriptors(room.ctypes.data + np.arange(len(picks)) * size, 0, "DRAM")
+        transfer = agent.initialize_xfer("READ", memory, descriptors(picks * size, file, "FILE"), "raw")
+        state = agent.transfer(transfer)
+        while state == "PROC":
+            state = agent.check_xfer_state(transfer)
+        transfer.release()
 
-        yield fetch
-        for registered in kept:
-            agent.deregister_memory(registered)
-        os.close(file)
-
-    yield Side("nixl", lambda batch: open_store(f"nixl:{folder}/n", batch.unit_bytes, batch.pool_units), raw)
+    yield fetch
+    for registered in kept:
+        agent.deregister_memory(registered)
+    os.close(file)
 
 
 @contextlib.contextmanager
@@ -253,22 +244,16 @@ def _valkey(folder: Path, unix: bool) -> Iterator[Side]:
             client.flushall()
             client.close()
 
-        yield Side(
-            f"valkey-{'unix' if unix else 'tcp'}", lambda batch: open_store(spec, batch.unit_bytes), raw
-        )
+        yield Side(spec, raw)
 
 
 @contextlib.contextmanager
 def _mooncake(folder: Path) -> Iterator[Side]:
-    """Units lie in the memory of another process: in one's own, Mooncake only copies."""
+    """Units lie in another process's memory: within one process, Mooncake only copies."""
     with MooncakeMaster(folder, segment_mib=0, lease_ms=10_000) as master:
         address = f"127.0.0.1:{master.port}"
         with _lent_segment(address):
-            yield Side(
-                "mooncake",
-                lambda batch: open_store(master.spec, batch.unit_bytes),
-                partial(_mooncake_raw, address),
-            )
+            yield Side(master.spec, partial(_mooncake_raw, address))
 
 
 @contextlib.contextmanager
@@ -325,12 +310,12 @@ def _lent_segment(address: str) -> Iterator[None]:
 
 
 SIDES: dict[str, Callable[[Path], contextlib.AbstractContextManager[Side]]] = {
-    "ram": _ram,
-    "mmap": _mmap,
-    "file": _file,
-    "nixl": _nixl,
-    "valkey-unix": lambda folder: _valkey(folder, unix=True),
-    "valkey-tcp": lambda folder: _valkey(folder, unix=False),
+    "ram": partial(_local, "ram", _ram),
+    "mmap": partial(_local, "mmap:{folder}/m", _mmap),
+    "file": partial(_local, "file:{folder}/f", _file),
+    "nixl": partial(_local, "nixl:{folder}/n", _nixl),
+    "valkey-unix": partial(_valkey, unix=True),
+    "valkey-tcp": partial(_valkey, unix=False),
     "mooncake": _mooncake,
 }
 
@@ -359,10 +344,12 @@ def _show(results: Sequence[Result], absent: dict[str, str], args: argparse.Name
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=SIDES, help="these stores (all)")
-    parser.add_argument("--turns", type=int, default=30, help="of each batch (%(default)s)")
-    parser.add_argument("--bytes-per-token", type=int, default=656, help="of one layer (%(default)s)")
-    parser.add_argument("--folder", type=Path, help="where files go: the disk to measure (temporary folder)")
+    parser.add_argument("--only", nargs="+", choices=SIDES, help="these stores (default: all)")
+    parser.add_argument("--turns", type=int, default=30, help="of each batch (default: %(default)s)")
+    parser.add_argument("--bytes-per-token", type=int, default=656, help="per layer (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, help="on the disk to measure (default: the system's temporary folder)"
+    )
     return parser
 
 

@@ -1,10 +1,9 @@
-"""What writing a trace costs: ours against the script people write, and against numpy with orjson.
+"""What writing a trace costs: ours against a plain script, and against numpy with orjson.
 
-One step is 61 layers x 2048 tokens a request, selections are synthetic. Encoders take turns
-on the same steps and each writes its own file; the figure is CPU time of the thread, user
-and system. Then what tracing takes from a model thread: one that waits 40 ms a step without
-the GIL, as for a GPU, and the eager model on this CPU with tiny weights. Ratios are what
-counts: absolute times move with the machine.
+One step is 61 layers x 2048 tokens per request; selections are synthetic. Encoders take turns on the
+same steps, and each writes its own file; the figure is the thread's CPU time, user and system. Then
+what tracing takes from a model thread: one that waits 40 ms per step without the GIL, as for a GPU,
+and the eager model on this CPU with tiny weights. Compare ratios: absolute times depend on the machine.
 
     python3 scripts/bench/trace_writer.py              # a minute or two
     python3 scripts/bench/trace_writer.py --quick
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -24,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,13 +45,15 @@ from dsatrace.model.transformer import Transformer
 from dsatrace.schema import LEVELS
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
+from dsatrace.trace.estimate import KINDS, SyntheticSelections
 from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.observe import ForwardRecorder, ForwardRow, Hook, OnSelect, Slot, hooked
 from dsatrace.trace.parquet.file import write_parquet
 from dsatrace.trace.records import RecordDeriver, StepLines
 from dsatrace.trace.summary import Summary
-from dsatrace.trace.synthetic import KINDS, SyntheticSelections
 from dsatrace.trace.tracer import Tracer
+from dsatrace.units import size_text
+from dsatrace.workloads.request import Request
 
 NUM_LAYERS, TOP_K, BLOCK_SIZE = 61, 2048, 16
 BATCHES, CONTEXTS = (1, 4), (32_768, 131_072)
@@ -65,7 +65,7 @@ EAGER_CONTEXT = 4096
 
 
 def naive_lines(capture: StepCapture) -> str:
-    """What one writes at first: plain Python, a record at a time."""
+    """The first way one would write it: plain Python, a record at a time."""
     lines = []
     for b, request_id in enumerate(capture.request_ids):
         seq_len = int(capture.seq_len[b])
@@ -111,7 +111,7 @@ def naive_lines(capture: StepCapture) -> str:
 
 
 def numpy_lines(capture: StepCapture) -> bytes:
-    """What one writes next: one numpy sort for the whole step, and orjson a record at a time."""
+    """The second way: one numpy sort for the whole step, and orjson a record at a time."""
     ordered = np.sort(capture.positions, axis=2)  # (L, B, K), all chosen: every context is longer than K
     num_layers, batch, k = ordered.shape
     block_of = ordered // BLOCK_SIZE
@@ -168,7 +168,7 @@ def numpy_lines(capture: StepCapture) -> bytes:
 
 
 class Encoders:
-    """Each way to turn a step into bytes, writing to a file of its own."""
+    """Each way to turn a step into bytes, with its own file."""
 
     def __init__(self, folder: Path) -> None:
         self._config = TraceConfig(out=folder)
@@ -233,7 +233,7 @@ def bench_encoders(rounds: int, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def bench_bytes(folder: Path) -> Iterator[dict[str, Any]]:
-    """Bytes a record at each level and format, over 8 steps of one request."""
+    """Bytes per record at each level and format, over 8 steps of one request."""
     for kind in KINDS:
         for context in CONTEXTS:
             source = SyntheticSelections(kind, NUM_LAYERS, TOP_K)
@@ -260,7 +260,7 @@ class TracedSteps:
         self.recorder = ForwardRecorder(hook, NUM_LAYERS, batch, TOP_K, tracer=self.tracer)
         self.batch, self.seq_len, self.num_steps = batch, seq_len, 0
         for b in range(batch):
-            self.tracer.add_request(_Request(f"r{b}"))
+            self.tracer.add_request(Request(f"r{b}", (1, 2, 3), max_new_tokens=1))
         self.handover_ms: list[float] = []
 
     def step(self, forward: Callable[[], None]) -> float:
@@ -275,16 +275,6 @@ class TracedSteps:
         now = time.perf_counter()
         self.handover_ms.append((started - began + now - ended) * 1e3)
         return (now - began) * 1e3
-
-
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    request_id: str
-    prompt_token_ids: Sequence[int] = (1, 2, 3)
-    source_row: int | None = None
-    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    needle_positions: tuple[int, ...] = ()
-    arrival_s: float = 0.0
 
 
 def bench_waiting_step(batch: int, context: int, turns: int, folder: Path) -> dict[str, Any]:
@@ -311,9 +301,8 @@ def bench_waiting_step(batch: int, context: int, turns: int, folder: Path) -> di
 
     with traced.tracer:
         on, off = _in_turns(traced, forward, turns)
-    blocked = [
-        a + b for a, b in zip(reporting_ms[1:], traced.handover_ms, strict=True)
-    ]  # without the first, as there
+    # The first step is not in `handover_ms` either.
+    blocked = [a + b for a, b in zip(reporting_ms[1:], traced.handover_ms, strict=True)]
     return {"batch": batch, "context": context, **_stretch(on, off), **_spread("handover_ms", blocked)}
 
 
@@ -437,7 +426,7 @@ def encoders_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def bytes_table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="bytes a record")
+    table = Table(title="bytes per record")
     for name in ("selection", "context", *rows[0]["bytes_a_record"]):
         table.add_column(name, justify="right")
     for row in rows:
@@ -484,10 +473,8 @@ def main() -> int:
     for table in (encoders_table(encoders), bytes_table(sizes), steps_table(waiting, eager)):
         console.print(table)
     for queue in queues:
-        sizes_mb = (
-            f"{queue['ring'] / 1e6:.1f} MB of ring, at most {queue['kept_tensors'] / 1e6:.1f} MB of tensors"
-        )
-        console.print(f"queue at batch {queue['batch']}: {sizes_mb}")
+        ring, tensors = size_text(queue["ring"]), size_text(queue["kept_tensors"])
+        console.print(f"queue at batch {queue['batch']}: {ring} of ring, at most {tensors} of tensors")
     about = before | {"load_after": [round(load, 1) for load in os.getloadavg()]}
     console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     record = {"machine": about, "encoders": encoders, "bytes": sizes, "waiting": waiting, "eager": eager}

@@ -1,10 +1,3 @@
 #!/usr/bin/env bash
-# ShareGPT's conversations to data/sharegpt/, one JSON row a line. LIMIT: rows (all).
-# Fetched from the hub, checked by sha256, continued when interrupted. HF_TOKEN is used if set; flags go to
-# `dsatrace download`, --help tells them.
-set -euo pipefail
-offline="${HF_HUB_OFFLINE:-0}"
-. "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
-export HF_HUB_OFFLINE="$offline" # switched off there for all other scripts
-
-exec dsatrace download sharegpt ${LIMIT:+--limit "$LIMIT"} "$@"
+# ShareGPT's conversations to data/sharegpt/, one JSON row per line. LIMIT: rows (all). More in download.sh.
+exec "$(dirname "${BASH_SOURCE[0]}")/download.sh" sharegpt "$@"

@@ -3,11 +3,11 @@
     tokenizer.py   our own vocabulary: the words of our texts, numbers, bytes
     drills.py      repeated spans, keys and values: what is learnt before text
     samples.py     training conversations, made without end from our own generators
-    batches.py     one step's samples as tensors; weights.py what training starts from
+    batches.py     one step's samples as tensors
     forward.py     the served modules' arithmetic, differentiable, for whole sequences
     losses.py      answers by cross-entropy, the indexer by the divergence from attention
     recipe.py      the phases: dense with a growing length, indexer alone, sparse
-    trainer.py     the loop; state.py saves and resumes it bit for bit
+    trainer.py     the first weights and the loop; state.py saves and resumes it bit for bit
     export.py      the checkpoint in Hugging Face layout, its config, card and sha256
     evaluate.py    RULER accuracy, needle recall and the shuffled control, on the served model
 

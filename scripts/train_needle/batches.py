@@ -20,16 +20,15 @@ from train_needle.recipe import Phase
 from train_needle.samples import SAMPLERS
 
 TRAINING = "train"
-"""How the names of all training draws begin."""
-
+"""Prefix of the names of all training draws."""
 
 LONG_ANSWER = 64
-"""Tokens from which on an answer weighs no more: one long copy must not drown a hundred needles."""
+"""An answer of more tokens weighs no more: one long copy must not outweigh a hundred needles."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """`sequences.rows (B, M)`: answers' rows first, then, weighing nothing, rows for the indexer alone."""
+    """`sequences.rows (B, M)`: answers' rows first, then rows of weight 0, for the indexer alone."""
 
     sequences: Sequences
     targets: torch.Tensor  # (B, M) int64

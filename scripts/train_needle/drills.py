@@ -1,8 +1,7 @@
 """Drills: what a model learns before it can find needles in text, in tokens and not in conversations.
 
-Repeated spans teach induction; units, keys and values at a growing distance, what to look
-for; recitals, to tell many keys apart. Every answer stands in its sample's first half.
-Knows no model.
+Repeated spans teach induction; units, keys and values at a growing distance teach what to look
+for; recitals teach to tell many keys apart. Every answer is in its sample's first half. Knows no model.
 
     sample = recital(random.Random("train/0"), word_tokenizer(), 512)
     sample.ids, sample.answers          # 512 ids at most; [start, end) of what is to be said
@@ -15,7 +14,7 @@ import random
 from collections.abc import Iterator
 
 from dsatrace.workloads.ruler import texts
-from dsatrace.workloads.ruler.words import ADJECTIVES, NOUNS, word_pairs
+from dsatrace.workloads.ruler.texts import ADJECTIVES, NOUNS, word_pairs
 from dsatrace.workloads.tokenizer import BOS, Tokenizer
 
 NUM_SPECIAL_FIRST, NUM_SPECIAL_LAST = 3, 4

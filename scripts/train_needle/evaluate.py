@@ -1,10 +1,9 @@
 """What the trained model can do, held out by seed: RULER accuracy, needle recall, the shuffled control.
 
-Sparse figures come from the served modules: paged cache, the indexer's own choice, greedy
-decoding, RULER's score. Dense ones from `forward` without a selection; an answer counts there
-if each of its tokens is the likeliest after those before, which is what greedy would write.
-For tasks with one reference, whose answer is a space and then the needle's
-tokens. Knows no training.
+Sparse figures come from the served modules: paged cache, the indexer's choice, greedy decoding,
+RULER's score. Dense ones come from `forward` without a selection: an answer is right if each of its
+tokens is the likeliest after those before, which is what greedy decoding would write. For tasks with
+one reference, whose answer is a space and then the needle's tokens. Knows no training.
 
     measure(model, tokenizer, "niah_single_1", 2048, num_examples=100).accuracy
 """

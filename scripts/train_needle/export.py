@@ -1,7 +1,7 @@
 """Writes a trained model as a checkpoint folder in Hugging Face layout, as convert.py reads it.
 
-Weights, `config.json`, our tokenizer, the config that serves it, and the sha256 of them all.
-Knows no figures: the model card is its caller's.
+Weights, `config.json`, our tokenizer, the config that serves it, and the sha256 of all of them. The
+caller writes the model card.
 
     export_model(model, word_tokenizer_json(), Path("data/models/tiny"))
 """
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from dsatrace.model.checkpoint import load_checkpoint
+from dsatrace.files import write_json
+from dsatrace.model.checkpoint import load_transformer
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.names import checkpoint_tensors
@@ -43,20 +43,17 @@ def export_model(model: Transformer, tokenizer: dict[str, Any], folder: Path) ->
     (folder / WEIGHTS).chmod(0o644)  # the library makes it private
     config = hf_config(args, "bf16")
     config["max_position_embeddings"] = args.max_seq_len
-    _write_json(folder / "config.json", config)
-    _write_json(folder / SERVING_CONFIG, serving_config(args))
+    write_json(folder / "config.json", config)
+    write_json(folder / SERVING_CONFIG, serving_config(args))
     write_byte_tokenizer(folder)  # for tokenizer_config.json, which is the same
-    _write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "tokenizer.json", tokenizer)
 
 
 def load_exported(folder: Path, scratch: Path) -> Transformer:
     """The model of an exported folder, by way of the conversion that serves it, into `scratch`."""
     args = ModelArgs.from_json(folder / SERVING_CONFIG)
     convert_checkpoint(folder, scratch / "mp1", args.n_routed_experts, model_parallel=1)
-    with torch.device("meta"):
-        model = Transformer(args)
-    load_checkpoint(model, scratch / "mp1")
-    return model.eval()
+    return load_transformer(args, scratch / "mp1")
 
 
 def stored_dtype(name: str) -> torch.dtype:
@@ -78,7 +75,3 @@ def write_checksums(folder: Path) -> None:
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name != CHECKSUMS)
     lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

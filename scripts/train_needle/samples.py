@@ -1,8 +1,7 @@
 """Training conversations without end: the text of our own generators in the chat form that serves.
 
-Every sample is drawn from a `random.Random` of its own name, so a step's batch is the same
-whenever it is made, and no name is one the evaluation draws from. What is learnt are the
-answers; everything else is context. Knows no model.
+Every sample is drawn from a `random.Random` seeded by a name, so a step's batch is always the same,
+and the evaluation draws from other names. Only answers are learnt; the rest is context. Knows no model.
 
     sample = SAMPLERS["niah"](random.Random("train/0"), word_tokenizer(), 512)
     sample.ids, sample.answers          # 512 ids at most; [start, end) of what is to be said
@@ -16,10 +15,9 @@ from collections.abc import Callable, Iterator
 
 from dsatrace.workloads.needle import needle_prompt
 from dsatrace.workloads.ruler import texts
-from dsatrace.workloads.ruler.essay import ESSAY
 from dsatrace.workloads.ruler.example import Haystack, Task
 from dsatrace.workloads.ruler.plans import Plan, Prompt, niah_plan, vt_plan
-from dsatrace.workloads.ruler.words import word_pairs
+from dsatrace.workloads.ruler.texts import ESSAY, word_pairs
 from dsatrace.workloads.tokenizer import ASSISTANT, BOS, END_THINK, EOS, USER, Tokenizer
 from train_needle import drills
 from train_needle.drills import Sample

@@ -16,8 +16,7 @@ from typing import Any
 
 from dsatrace.workloads.needle import needle_prompt
 from dsatrace.workloads.ruler import texts
-from dsatrace.workloads.ruler.essay import ESSAY
-from dsatrace.workloads.ruler.words import ADJECTIVES, NOUNS
+from dsatrace.workloads.ruler.texts import ADJECTIVES, ESSAY, NOUNS
 from dsatrace.workloads.tokenizer import (
     ASSISTANT,
     END_THINK,

@@ -1,6 +1,6 @@
 """The training loop: phase after phase, seeded, saved every minute, resumed where it stood.
 
-One line of JSON a log interval goes to `log.jsonl`. Knows no text: `batches` brings it.
+One line of JSON per log interval goes to `log.jsonl`. Knows no text; `batches` makes it.
 
     trainer = Trainer(args, Recipe.tiny(), word_tokenizer(), Path("run"))
     trainer.run(minutes=60)            # True once every phase is done
@@ -26,13 +26,38 @@ from train_needle.forward import Attention, forward
 from train_needle.losses import answer_loss, index_loss
 from train_needle.recipe import Phase, Recipe
 from train_needle.state import STATE, load_state, save_state
-from train_needle.weights import new_model
 
 LOG_STEPS = 20
 SAVE_S = 60.0
+EMBEDDING_STD = 0.5
+FIRST_LOGIT_SCALE = 0.25
+"""The last norm's first weight: tied logits start small."""
 
 Report = Callable[[Phase, int, dict[str, Any]], None]
 """Told (phase, steps done in it, the last log line)."""
+
+
+def new_model(args: ModelArgs, seed: int) -> Transformer:
+    """Weights of std 1/sqrt(fan in), a branch's output smaller by sqrt(2 layers).
+
+    The head starts as the embedding and stays tied to it while training, so that what copying needs
+    is learnt once for all tokens; a checkpoint holds both.
+    """
+    model = Transformer(args)
+    generator = torch.Generator().manual_seed(seed)
+    branch = (2 * args.n_layers) ** -0.5
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.zero_()
+        elif parameter.dim() == 1:
+            parameter.data.fill_(FIRST_LOGIT_SCALE if name == "norm.weight" else 1.0)
+        else:
+            is_branch = name.endswith(("wo.weight", "w2.weight"))
+            std = EMBEDDING_STD if name == "embed.weight" else parameter.shape[-1] ** -0.5
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data.copy_(values * std * (branch if is_branch else 1.0))
+    model.head.weight = model.embed.weight
+    return model
 
 
 class Trainer:

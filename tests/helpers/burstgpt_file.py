@@ -9,18 +9,7 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
-from dsatrace.workloads.burstgpt import (
-    ELAPSED,
-    LOG_TYPE,
-    MODEL,
-    REQUEST_TOKENS,
-    RESPONSE_TOKENS,
-    SESSION,
-    TIMESTAMP,
-    TOTAL_TOKENS,
-    BurstRow,
-)
-from dsatrace.workloads.burstgpt_synthetic import BurstSettings
+from dsatrace.workloads.burstgpt_synthetic import BurstRow, BurstSettings
 
 # The BurstGPT sample is what the generator gives for these, lengths kept small for a laptop.
 BURSTGPT_SETTINGS = BurstSettings(
@@ -35,21 +24,15 @@ BURSTGPT_SETTINGS = BurstSettings(
 
 def write_burstgpt(path: str | Path, rows: Iterable[BurstRow], with_sessions: bool = True) -> None:
     """Writes the published columns: the layout with sessions, or the older one without."""
-    optional = (SESSION, ELAPSED) if with_sessions else ()
-    header = (TIMESTAMP, *optional, MODEL, REQUEST_TOKENS, RESPONSE_TOKENS, TOTAL_TOKENS, LOG_TYPE)
+    optional = ("Session ID", "Elapsed time") if with_sessions else ()
+    counts = ("Request tokens", "Response tokens", "Total tokens")
+    header = ("Timestamp", *optional, "Model", *counts, "Log Type")
     with Path(path).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, header, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
         for row in rows:
-            writer.writerow(
-                {
-                    TIMESTAMP: row.timestamp_s,
-                    SESSION: row.session_id or "",
-                    ELAPSED: "" if row.elapsed_s is None else row.elapsed_s,
-                    MODEL: row.model,
-                    REQUEST_TOKENS: row.request_tokens,
-                    RESPONSE_TOKENS: row.response_tokens,
-                    TOTAL_TOKENS: row.request_tokens + row.response_tokens,
-                    LOG_TYPE: row.log_type,
-                }
-            )
+            elapsed_s = "" if row.elapsed_s is None else row.elapsed_s
+            session = (row.session_id or "", elapsed_s) if with_sessions else ()
+            num_tokens = row.request_tokens + row.response_tokens
+            lengths = (row.request_tokens, row.response_tokens, num_tokens)
+            writer.writerow((row.timestamp_s, *session, row.model, *lengths, row.log_type))

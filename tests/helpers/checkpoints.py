@@ -1,7 +1,8 @@
-"""A tiny checkpoint whose answers are plain words that never end: what end-to-end tests can read."""
+"""The tiny model for end-to-end tests: answers that are plain words and never end, configs with changes."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import string
 from pathlib import Path
@@ -10,6 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsatrace.workloads.tokenizer import load_tokenizer
+
+TINY_CONFIG = Path(__file__).resolve().parents[2] / "inference" / "config_tiny.json"
+
+
+def tiny_config(folder: Path, **changes: object) -> Path:
+    """A copy of `config_tiny.json` with other values, in `folder`."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(TINY_CONFIG.read_text()) | changes))
+    return file
 
 
 def endless_letters(checkpoint: Path, out: Path) -> Path:

@@ -1,14 +1,19 @@
-"""Commands under test: the one line that a mistake comes to, and a process caught while it records."""
+"""Commands under test: the line that a mistake comes to, a process caught while it records, a run's sets."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from conftest import ROOT
+from dsatrace.trace.reader import RunReader
 
 
 def told_error(capsys: pytest.CaptureFixture[str], run: Callable[[], int]) -> str:
@@ -27,6 +32,18 @@ def told_error(capsys: pytest.CaptureFixture[str], run: Callable[[], int]) -> st
     return errors[0]
 
 
+def runs_below(folder: Path, main: Callable[[list[str]], int], *fixed: object) -> Callable[..., Path]:
+    """Runs `main` with the fixed flags and more into a new folder below `folder`, which it returns."""
+    numbers = itertools.count()
+
+    def run(*flags: object, code: int = 0) -> Path:
+        out = folder / f"run{next(numbers)}"
+        assert main([str(flag) for flag in (*fixed, "--trace-out", out, *flags)]) == code
+        return out
+
+    return run
+
+
 @contextlib.contextmanager
 def recording(process: subprocess.Popen[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that has recorded a few steps into `folder`; it does not outlive the block."""
@@ -40,3 +57,22 @@ def recording(process: subprocess.Popen[str], folder: Path) -> Iterator[subproce
     finally:
         process.kill()
         process.communicate()
+
+
+def bench(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """A finished run of `scripts/bench/<script>`."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "bench" / script), *flags],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def selections(folder: Path) -> dict[tuple[str, int, int], list[int]]:
+    """A run's selected positions, by request, step and layer."""
+    return {
+        (record["request_id"], record["step_idx"], record["layer_id"]): record["selected_token_pos"]
+        for record in RunReader(folder).steps()
+    }

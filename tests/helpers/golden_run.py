@@ -13,17 +13,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dsatrace.files import write_json
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.schema import MANIFEST_FILE, STEPS_FILE
 from dsatrace.trace.config import TraceConfig, is_sampled
-from dsatrace.trace.manifest import RunInfo, TierSetup, manifest, write_json
+from dsatrace.trace.manifest import RunInfo, TierSettings, manifest
 from dsatrace.trace.records import RecordDeriver
-from dsatrace.trace.sinks import Sink, open_sinks
-from dsatrace.trace.summary import Sections
+from dsatrace.trace.requests import RequestFacts, request_line
+from dsatrace.trace.summary import Sections, Summary
 from dsatrace.trace.tracer import tiers_of
+from dsatrace.trace.writer import Sink, open_sinks
 from helpers.tier_samples import SimulatedTiers
-from helpers.trace_samples import sample_capture, with_shared_layers
+from helpers.trace_samples import SampleRequest, sample_capture, with_shared_layers
 
 LAYOUTS = (CacheLayout("demo", 1152, 132), CacheLayout("serving_fp8", 656, 132))
 NUM_LAYERS, TOP_K, BLOCK_SIZE = 3, 8, 4
@@ -53,7 +55,7 @@ def write_golden(
     state: str = "complete",
     num_layers: int = NUM_LAYERS,
     serving: Mapping[str, Any] | None = None,
-    tiers: TierSetup | None = None,
+    tiers: TierSettings | None = None,
     shared_layers: Mapping[int, int] | None = None,
     **changes: Any,
 ) -> Path:
@@ -71,11 +73,9 @@ def write_golden(
     )
     folder.mkdir(parents=True)
     write_json(folder / MANIFEST_FILE, manifest(info, config, "running", key_id="00000000"))
-    sections: Sections = {}
-    sinks = open_sinks(
-        folder, config, info.selections, sections=sections, serving=serving, offloaded=tiers is not None
-    )
-    _serve(sinks, sections, config, info, requests, num_layers)
+    summary = Summary(config.compared_block_sizes, info.selections, serving, offloaded=tiers is not None)
+    sinks = open_sinks(folder, config, summary)
+    _serve(sinks, summary.sections, config, info, requests, num_layers)
     for sink in sinks:
         sink.close(state)
     write_json(folder / MANIFEST_FILE, manifest(info, config, state, key_id="00000000"))
@@ -124,8 +124,7 @@ def _serve(
         for request in running:
             if step == request.num_output_tokens - 2:
                 for sink in sinks:
-                    line = _line(request, requests.index(request))
-                    sink.write_request(line | ({"num_recomputes": _recomputes(request)} if tiers else {}))
+                    sink.write_request(_line(request, requests.index(request), tiers is not None))
     if tiers is not None:
         ended = [request for request in requests if request.num_output_tokens > 1]
         sections["tiers"] = tiers.described(sum(map(_recomputes, ended)))
@@ -135,22 +134,24 @@ def _recomputes(request: GoldenRequest) -> int:
     return len(request.request_id)
 
 
-def _line(request: GoldenRequest, i: int) -> dict[str, Any]:
-    return {
-        "request_id": request.request_id,
-        "source_row": None,
-        "num_prompt_tokens": request.num_prompt_tokens,
-        "num_output_tokens": request.num_output_tokens,
-        "arrival_s": i * 1.1,
-        "first_token_s": i * 1.1 + 0.5,
-        "finish_s": i * 1.1 + 0.7 + request.num_output_tokens / 7,
-        "state": "length",
-        "score": request.score,
-        "admitted_s": i * 1.1 + 0.25,
-        "num_preemptions": 0,
-        "labels": {"task": f"task {i % 2}", "length": "short"},
-        "needle_positions": list(request.needle_positions),
-    }
+def _line(request: GoldenRequest, i: int, has_tiers: bool) -> dict[str, Any]:
+    asked = SampleRequest(
+        request.request_id,
+        range(request.num_prompt_tokens),
+        arrival_s=i * 1.1,
+        labels={"task": f"task {i % 2}", "length": "short"},
+        needle_positions=request.needle_positions,
+    )
+    facts = RequestFacts(
+        num_output_tokens=request.num_output_tokens,
+        first_token_s=i * 1.1 + 0.5,
+        finish_s=i * 1.1 + 0.7 + request.num_output_tokens / 7,
+        state="length",
+        score=request.score,
+        admitted_s=i * 1.1 + 0.25,
+        num_recomputes=_recomputes(request),
+    )
+    return request_line(asked, facts, has_prefix_cache=False, has_tiers=has_tiers)
 
 
 def read_lines(folder: Path, name: str = STEPS_FILE) -> list[dict[str, Any]]:

@@ -7,11 +7,11 @@ are tested against it.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 
 import numpy as np
 
-from dsatrace.kv.stores.arguments import are_distinct, check_batch, check_keys
-from dsatrace.kv.stores.interface import StoreStats
+from dsatrace.kv.stores.interface import StoreStats, are_distinct, check_batch, check_keys
 
 
 class MemoryStore:
@@ -21,8 +21,7 @@ class MemoryStore:
         self.unit_bytes = unit_bytes
         self.capacity_units = capacity_units
         self._units: dict[int, bytes] | None = {}
-        self._counts = dict.fromkeys(("read_batches", "requested", "hits", "write_batches", "put"), 0)
-        self._counts |= {"stored": 0, "evicted": 0}
+        self._counts: Counter[str] = Counter()  # fields of `StoreStats`
         self._lock = threading.RLock()
 
     def put(self, keys: np.ndarray, data: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
@@ -34,8 +33,8 @@ class MemoryStore:
             pairs = zip(keys.tolist(), rows, strict=True)
             stored = [self._keep(units, key, data[row].tobytes()) for key, row in pairs]
             self._counts["write_batches"] += 1
-            self._counts["put"] += len(keys)
-            self._counts["stored"] += sum(stored)
+            self._counts["put_units"] += len(keys)
+            self._counts["stored_units"] += sum(stored)
         return np.array(stored, dtype=bool)
 
     def _keep(self, units: dict[int, bytes], key: int, unit: bytes) -> bool:
@@ -53,8 +52,8 @@ class MemoryStore:
             for key, row in zip(keys[hits], rows[hits], strict=True):
                 out[row] = np.frombuffer(self._open_units()[int(key)], dtype=np.uint8)
             self._counts["read_batches"] += 1
-            self._counts["requested"] += len(keys)
-            self._counts["hits"] += int(hits.sum())
+            self._counts["requested_units"] += len(keys)
+            self._counts["hit_units"] += int(hits.sum())
         return hits
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
@@ -70,7 +69,7 @@ class MemoryStore:
         with self._lock:
             units = self._open_units()
             gone = [units.pop(int(key), None) is not None for key in keys]
-            self._counts["evicted"] += sum(gone)
+            self._counts["evicted_units"] += sum(gone)
         return np.array(gone, dtype=bool)
 
     def register(self, buffer: np.ndarray) -> None:
@@ -78,21 +77,15 @@ class MemoryStore:
 
     def stats(self) -> StoreStats:
         with self._lock:
-            counts = self._counts
+            hits, stored = self._counts["hit_units"], self._counts["stored_units"]
             return StoreStats(
-                read_batches=counts["read_batches"],
-                requested_units=counts["requested"],
-                hit_units=counts["hits"],
-                missed_units=counts["requested"] - counts["hits"],
-                read_ops=counts["hits"],
-                bytes_read=counts["hits"] * self.unit_bytes,
-                bytes_useful=counts["hits"] * self.unit_bytes,
-                write_batches=counts["write_batches"],
-                put_units=counts["put"],
-                stored_units=counts["stored"],
-                write_ops=counts["stored"],
-                bytes_written=counts["stored"] * self.unit_bytes,
-                evicted_units=counts["evicted"],
+                **self._counts,
+                missed_units=self._counts["requested_units"] - hits,
+                read_ops=hits,
+                bytes_read=hits * self.unit_bytes,
+                bytes_useful=hits * self.unit_bytes,
+                write_ops=stored,
+                bytes_written=stored * self.unit_bytes,
                 latency_kind="none",
             )
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from dsatrace.kv.policies.registry import POLICIES
 from dsatrace.kv.policies.stream import AccessStream
+
+LENIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""Compiling a policy takes seconds."""
 
 WORKLOADS = ("chat", "qa", "sum")
 PARAMS = {
@@ -37,20 +44,16 @@ def release_by_duration(times: np.ndarray, durations: np.ndarray) -> np.ndarray:
 @st.composite
 def streams(draw: st.DrawFn, *, in_flight: bool = True, max_requests: int = 40) -> AccessStream:
     """Requests over a small prefix tree, so that they share, collide and come back."""
-    words = draw(
-        st.lists(
-            st.lists(st.integers(0, 2), min_size=0, max_size=6),
-            min_size=1,
-            max_size=max_requests,
-        )
-    )
-    gaps = draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 4.0]), min_size=len(words), max_size=len(words)))
-    names = draw(st.lists(st.sampled_from(WORKLOADS), min_size=len(words), max_size=len(words)))
-    times = np.cumsum(gaps)
+    words = draw(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=max_requests))
+
+    def per_request(values: Sequence[Any]) -> list[Any]:
+        return draw(st.lists(st.sampled_from(values), min_size=len(words), max_size=len(words)))
+
+    times = np.cumsum(per_request([0.0, 0.5, 1.0, 4.0]))
+    names = per_request(WORKLOADS)
     stream = AccessStream.of(prefixes(words), times=times.tolist(), concurrency=1)
     release = stream.release
     if in_flight and draw(st.booleans()):
-        durations = draw(st.lists(st.sampled_from([0.0, 1.0, 3.0]), min_size=len(words), max_size=len(words)))
-        release = release_by_duration(times, np.array(durations))
+        release = release_by_duration(times, np.array(per_request([0.0, 1.0, 3.0])))
     index = np.array([WORKLOADS.index(name) for name in names], np.int32)
     return AccessStream(stream.blocks, stream.starts, times, index, release, WORKLOADS)

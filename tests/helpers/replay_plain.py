@@ -108,7 +108,7 @@ class _PlainReplay:
             self._commit()
 
     def _advance(self) -> bool:
-        """Requests that run get their next tokens, the oldest first. False: somebody was preempted."""
+        """Running requests get their next tokens, the oldest first. False: a request was preempted."""
         room, i = True, 0
         while i < len(self.running):
             r, held = self.running[i]
@@ -131,7 +131,7 @@ class _PlainReplay:
         return room
 
     def _come_in(self) -> bool:
-        """Who waits, one preempted before a new one, gets its first chunk. False: no room."""
+        """The next waiting request gets its first chunk, preempted ones before new ones. False: no room."""
         resumed = bool(self.preempted)
         r = self.preempted[-1] if resumed else self.next
         if not resumed:
@@ -159,7 +159,7 @@ class _PlainReplay:
         return True
 
     def _commit(self) -> None:
-        """Whoever has computed all it knows has its next token; its last one is never computed."""
+        """Requests that have computed all their tokens get their next one; the last one is never computed."""
         still = []
         generated = self.columns["generated_tokens"]
         for r, held in self.running:
@@ -185,9 +185,8 @@ class _PlainReplay:
 
     def _count_cached(self, r: int) -> None:
         num_full = self.prompt[r] // self.trace.block_size
-        self.columns["cached_blocks"][r] = sum(
-            self.pool.blocks.is_cached(key) for key in self.trace.keys_of(r)[:num_full]
-        )
+        cached = [self.pool.blocks.lookup([key]) for key in self.trace.keys_of(r)[:num_full]]
+        self.columns["cached_blocks"][r] = sum(map(len, cached))
 
     def _admit(self, r: int, num_tokens: int) -> HeldBlocks:
         keys = self.trace.keys_of(r)

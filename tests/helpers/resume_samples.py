@@ -6,7 +6,6 @@ selects depends on the request and its step alone.
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +17,11 @@ from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.request_facts import RequestFacts
+from dsatrace.trace.requests import RequestFacts
 from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.tracer import Tracer
+from helpers.golden_run import read_lines
 from helpers.tier_samples import SimulatedTiers
 from helpers.trace_samples import LAYOUT, SECRET, SampleRequest, sample_capture
 
@@ -160,14 +160,10 @@ def resume(
     return resumed
 
 
-def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name).read_bytes().splitlines()]
-
-
 def records_of(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     """(request, step, layer) -> record without what belongs to the moment; no key may occur twice."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for record in read_lines(folder, "trace_steps.jsonl"):
+    for record in read_lines(folder):
         key = record["request_id"], record["step_idx"], record["layer_id"]
         assert key not in found
         for tier in record["kv_fetch"].values():

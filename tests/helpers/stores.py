@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from dsatrace.kv.stores.interface import Store
+from dsatrace.kv.stores.interface import NAMESPACE_BYTES, Store, StoreError, unit_keys
 from dsatrace.kv.stores.nixl import PACKAGES as NIXL_PACKAGES
 from dsatrace.kv.stores.opening import open_store
 from helpers.fake_memcache import FakePool
@@ -117,6 +117,28 @@ def opener_of(member: str, request: pytest.FixtureRequest, folder: Path) -> Open
 def units(num_units: int, unit_bytes: int, seed: int = 0) -> np.ndarray:
     """`(num_units, unit_bytes)` random bytes."""
     return np.random.default_rng(seed).integers(0, 256, (num_units, unit_bytes), dtype=np.uint8)
+
+
+U = 656  # bytes of a unit in the tests of faults
+KEYS = unit_keys(2, np.arange(10))
+DATA = units(10, U)
+NAMESPACE = bytes(range(NAMESPACE_BYTES))
+
+
+def fetched(store: Store) -> np.ndarray:
+    """The hits of a fetch of `KEYS`, whose bytes are those of `DATA`."""
+    out = np.zeros_like(DATA)
+    hits = store.fetch(KEYS, out)
+    assert (out[hits] == DATA[hits]).all()
+    return hits
+
+
+@contextlib.contextmanager
+def fails(kind: str, match: str | None = None) -> Iterator[None]:
+    """Expects a `StoreError` of this kind."""
+    with pytest.raises(StoreError, match=match) as caught:
+        yield
+    assert caught.value.kind == kind
 
 
 def evict_leased(store: Store, keys: np.ndarray) -> np.ndarray:

@@ -1,15 +1,17 @@
-"""Small requests for the study's tests, and the conversation that its documentation works by hand."""
+"""Small requests for the study's tests, the conversation of its documentation, and its commands."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hypothesis import strategies as st
 
-from dsatrace.study.requests import StudyRequests
-from dsatrace.study.requests_builder import RequestsBuilder
+from dsatrace import cli
+from dsatrace.study.requests import RequestsBuilder, StudyRequests
 
 THREE_TURNS = (
     (0.0, range(1, 7), range(7, 10)),  # 6 tokens asked, 3 answered
@@ -58,3 +60,26 @@ ROWS = st.lists(
     min_size=1,
     max_size=14,
 )
+
+
+def study(*argv: object) -> int:
+    return cli.main(["study", *map(str, argv)])
+
+
+def study_json(out: Path, name: str, *argv: object) -> Any:
+    """Runs a verb without pictures into the folder `out`; the JSON file `name` that it wrote there."""
+    assert study(*argv, "--output-dir", out, "--skip-visualization") == 0
+    return json.loads((out / name).read_text())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def check_mistake(capsys: Any, code: int, message: str) -> None:
+    """A user's mistake: exit code 2, and one line."""
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert (code, error.count("\n")) == (2, 1)

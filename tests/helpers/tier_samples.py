@@ -15,20 +15,20 @@ import numpy as np
 from dsatrace.kv.tiers.fetches import StepFetches
 from dsatrace.schema import TIER_NAMES
 from dsatrace.trace.capture import StepCapture
-from dsatrace.trace.manifest import PoolSetup, TierSetup
+from dsatrace.trace.manifest import PoolSettings, TierSettings
 from helpers.trace_samples import LAYOUT
 
 LATENT = LAYOUT.latent_bytes_per_token
-RAM = PoolSetup("ram", 512, "measured")
-REMOTE = PoolSetup("redis://user:secret@10.0.0.7:6379", None, "modelled")
+RAM = PoolSettings("ram", 512, "measured")
+REMOTE = PoolSettings("redis://user:secret@10.0.0.7:6379", None, "modelled")
 Unit = tuple[str, int]  # request, number in it
 
 
 def setup(
     unit_tokens: int = 4, hbm_blocks: int = 3, local: bool = True, remote: bool = True, row: bool = False
-) -> TierSetup:
+) -> TierSettings:
     unit_tokens = 1 if row else unit_tokens
-    return TierSetup(
+    return TierSettings(
         granularity="row" if row else "block",
         unit_tokens=unit_tokens,
         unit_bytes=unit_tokens * LATENT,
@@ -54,7 +54,7 @@ SETUPS = {
 class SimulatedTiers:
     """Serves captures in order; units live by request, each layer has an LRU of its own."""
 
-    def __init__(self, setup: TierSetup, seed: int = 0) -> None:
+    def __init__(self, setup: TierSettings, seed: int = 0) -> None:
         self.setup = setup
         self.since_forward = 0
         self._rng = np.random.default_rng(seed)

@@ -14,9 +14,8 @@ from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.schema import LEVELS, TIER_NAMES
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
-from dsatrace.trace.manifest import RunInfo, TierSetup
-from dsatrace.verify.plain_record import PlainSelection, step_record
-from dsatrace.verify.plain_tiers import PlainFetches
+from dsatrace.trace.manifest import RunInfo, TierSettings
+from dsatrace.verify.plain_record import PlainFetches, PlainSelection, step_record
 
 LAYOUT = CacheLayout("demo", 1152, 132)
 WAYS: list[dict[str, Any]] = [
@@ -91,10 +90,7 @@ def with_shared_layers(capture: StepCapture, shared_layers: Mapping[int, int]) -
     sources = [shared_layers.get(layer, layer) for layer in range(len(capture.positions))]
     scores = None if capture.scores is None else capture.scores[sources]
     return dataclasses.replace(
-        capture,
-        positions=capture.positions[sources],
-        score_stats=capture.score_stats[sources],
-        scores=scores,
+        capture, positions=capture.positions[sources], score_stats=capture.score_stats[sources], scores=scores
     )
 
 
@@ -109,7 +105,7 @@ def sample_needles(rng: np.random.Generator, seq_lens: Sequence[int], share: flo
 
 
 def plain_selections(
-    capture: StepCapture, tiers: TierSetup | None = None, shared_layers: Mapping[int, int] | None = None
+    capture: StepCapture, tiers: TierSettings | None = None, shared_layers: Mapping[int, int] | None = None
 ) -> Iterator[PlainSelection]:
     """The capture's records' inputs, as plain lists, in the order of the file."""
     num_layers, batch, k = capture.positions.shape
@@ -139,7 +135,7 @@ def plain_selections(
             )
 
 
-def _plain_fetches(capture: StepCapture, tiers: TierSetup, b: int, layer: int, count: int) -> PlainFetches:
+def _plain_fetches(capture: StepCapture, tiers: TierSettings, b: int, layer: int, count: int) -> PlainFetches:
     fetches = capture.fetches
     assert fetches is not None
     counted = ("bytes_read", "bytes_useful", "read_ops", "evicted_units", "bytes_written", "errors")
@@ -158,7 +154,7 @@ def _plain_fetches(capture: StepCapture, tiers: TierSetup, b: int, layer: int, c
 def plain_records(
     capture: StepCapture,
     config: TraceConfig,
-    tiers: TierSetup | None = None,
+    tiers: TierSettings | None = None,
     shared_layers: Mapping[int, int] | None = None,
 ) -> list[dict[str, Any]]:
     return [

@@ -20,12 +20,12 @@ from dsatrace.errors import UserError, exits_cleanly
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dsatrace.kv.stores.presets import Preset
+    from dsatrace.kv.stores.simulated import Preset
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints, and writes the file if asked to; returns the exit code."""
+    """Measures, prints, and writes the file if `--out` is given; returns the exit code."""
     args = _parser().parse_args(argv)
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: use at least 1")
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _names(specs: Sequence[str]) -> list[str]:
-    """What the presets are called: the kind of store, for the rest may hold a password."""
+    """The presets' names: the kind of store only, since the rest of a spec may hold a password."""
     kinds = [spec.partition(":")[0] for spec in specs]
     if "sim" in kinds:
         raise UserError(
@@ -92,6 +92,6 @@ def _parser() -> argparse.ArgumentParser:
         """,
     )
     parser.add_argument("stores", nargs="+", metavar="STORE", help="ram, mmap:PATH, file:PATH, redis://...")
-    parser.add_argument("--repeats", type=int, default=9, help="batches of a kind")
+    parser.add_argument("--repeats", type=int, default=9, help="batches of each kind")
     parser.add_argument("--out", type=Path, help="write the presets to this file")
     return parser

@@ -1,7 +1,7 @@
 """The interactive mode: streamed answers, `/clear`, `/exit`, and Ctrl-C that ends one answer only.
 
-SIGTERM is an `/exit` behind the answer that it ends. An answer's thoughts are shown, and are
-no part of the conversation that the next turn continues.
+SIGTERM ends the answer under way and then the chat. An answer's thoughts are shown, and left out of
+the conversation that the next turn continues.
 
 Under tensor parallel rank 0 talks and sends each turn's tokens to the other ranks.
 """
@@ -22,18 +22,18 @@ from dsatrace.workloads.encoding import Message
 from dsatrace.workloads.request import Request
 
 _ENDS = {"aborted": " [stopped]", "failed": " [failed]"}
-"""What stands behind an answer that is not whole, by its state."""
+"""Printed after an answer that is not whole, by its state."""
 
 
 def chat(serving: Serving) -> None:
     """Talks until `/exit` or the end of input."""
-    with serving.open(None, "interactive", num_requests=1) as engine:
+    with serving.open(num_requests=1) as engine:
         if serving.is_rank_0:
             leave = _Leave(engine)
             with on_interrupt(engine.request_abort), on_signal(signal.SIGTERM, leave):
                 _talk(serving, engine, leave)
         else:
-            with on_interrupt(lambda: None):  # rank 0 alone decides when an answer ends
+            with on_interrupt(lambda: None):  # rank 0 decides when an answer ends
                 _follow(serving, engine)
 
 
@@ -62,21 +62,21 @@ def _talk(serving: Serving, engine: Engine, leave: _Leave) -> None:
         engine.abort_requested = False  # a Ctrl-C that came too late for the last answer
         if line == "/clear":
             turns.clear()
-        elif line:
-            ids = serving.encode([*turns, Message("user", line)])
-            if len(ids) > engine.scheduler.max_tokens:
-                limit = f"{engine.scheduler.max_tokens} that the KV cache holds"
-                print(f"error: {len(ids)} tokens exceed the {limit}; /clear starts anew", file=sys.stderr)
-                continue
-            _send(serving, ids)
-            live = _answer(serving, engine, ids, num_requests)
-            num_requests += 1
-            if live.state == "failed":
-                print(f"error: {live.error}; ask again", file=sys.stderr)
-            else:
-                answer = serving.chat.answer(live.answer) or []
-                said = serving.chat.tokenizer.decode(answer)
-                turns += [Message("user", line), Message("assistant", said)]
+        if line in ("", "/clear"):
+            continue
+        ids = serving.encode([*turns, Message("user", line)])
+        if len(ids) > engine.scheduler.max_tokens:
+            limit = f"{engine.scheduler.max_tokens} that the KV cache holds"
+            print(f"error: {len(ids)} tokens exceed the {limit}; /clear starts anew", file=sys.stderr)
+            continue
+        _send(serving, ids)
+        live = _answer(serving, engine, ids, num_requests)
+        num_requests += 1
+        if live.state == "failed":
+            print(f"error: {live.error}; ask again", file=sys.stderr)
+            continue
+        answer = serving.chat.tokenizer.decode(serving.chat.answer(live.answer) or [])
+        turns += [Message("user", line), Message("assistant", answer)]
     _send(serving, [])
 
 
@@ -120,7 +120,7 @@ def _read_line(leave: _Leave) -> str | None:
 
 
 def _send(serving: Serving, ids: list[int]) -> None:
-    """Rank 0's tokens to the others; none at all means the end."""
+    """Rank 0's tokens to the others; none means the end."""
     group = serving.model.setup.group
     if group.size > 1:
         group.broadcast(torch.tensor([len(ids)], device=serving.device))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dsatrace.commands.arguments import add_ignore_config_key
 from dsatrace.commands.parser import CommandParser
+from dsatrace.commands.progress import totals_bar
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.units import size_text
 
@@ -28,22 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--hf-ckpt-path {args.hf_ckpt_path}: no such folder; name the checkpoint's")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
     from dsatrace.model.convert import convert_checkpoint
     from dsatrace.model.shards import CheckpointError
 
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("convert", total=None)
+        with totals_bar("convert") as progress:
             files = convert_checkpoint(
                 args.hf_ckpt_path,
                 args.save_path,
                 args.n_experts,
                 args.model_parallel,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress,
                 ignore_keys=args.ignore_config_keys,
             )
     except CheckpointError as error:

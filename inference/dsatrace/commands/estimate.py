@@ -114,8 +114,8 @@ def _table(load: TraceLoad, sizes: Mapping[Level, Sequence[Size]]) -> Table:
         f"{load.num_layers} layers, {load.context:,} tokens of context",
         title_justify="left",
     )
-    for name in ("level", "format", "bytes a record", "total"):
-        table.add_column(name, justify="right" if name in ("bytes a record", "total") else "left")
+    for name in ("level", "format", "bytes per record", "total"):
+        table.add_column(name, justify="right" if name in ("bytes per record", "total") else "left")
     for level, of_level in sizes.items():
         for size in of_level:
             low, high = size.bytes_per_record
@@ -127,7 +127,7 @@ def _table(load: TraceLoad, sizes: Mapping[Level, Sequence[Size]]) -> Table:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         "estimate",
-        "Say how large a trace will be, before one runs it.",
+        "Say how large a trace will be, before it is run.",
         examples="""
         %(prog)s --config inference/config_671B_v3.2.json --steps 1000 --batch 4 --context 32768
         %(prog)s --config inference/config_tiny.json --steps 100 --batch 1 --level full --json
@@ -137,11 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", type=Path, required=True, help="model config, such as config_671B_v3.2.json")
     add_ignore_config_key(add)
     add("--json", action="store_true", help="print the numbers as JSON; sizes are in bytes")
-    add("--steps", type=int, required=True, help="decode steps a request: generated tokens but the first")
+    add("--steps", type=int, required=True, help="decode steps per request: new tokens but the first")
     add("--batch", type=int, required=True, help="requests at a time")
-    add("--requests", type=int, help="requests in all (default: one batch)")
-    add("--context", type=int, help="tokens of a prompt (default: what the config's max_seq_len leaves)")
-    add("--trace-level", "--level", dest="level", choices=LEVELS, help="this one only (default: every level)")
+    add("--requests", type=int, help="total requests (default: one batch)")
+    add("--context", type=int, help="tokens per prompt (default: what the config's max_seq_len leaves)")
+    add("--trace-level", "--level", dest="level", choices=LEVELS, help="one level (default: every level)")
     of_trace = ("store_scores", "sample_rate", "block_size", "queue_steps")
     add_flags(add, TraceConfig, {field: FLAGS[field] for field in of_trace})
     return parser

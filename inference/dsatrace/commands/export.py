@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import exits_cleanly
+from dsatrace.units import size_text
 
 
 @exits_cleanly
@@ -17,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exports, showing progress; returns the exit code."""
     parser = CommandParser(
         "export",
-        "Copy a run with its records in another format. Nothing is lost either way.",
+        "Copy a run with its records in another format, without loss.",
         examples="""
         %(prog)s outputs/mine --to parquet
         %(prog)s outputs/mine_parquet --to jsonl --out outputs/mine_again
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--to", choices=("parquet", "jsonl"), required=True, help="format of the copy")
-    parser.add_argument("--out", type=Path, help="new folder of the copy (default: RUN_parquet, RUN_jsonl)")
+    parser.add_argument("--out", type=Path, help="new folder of the copy (default: RUN_parquet or RUN_jsonl)")
     args = parser.parse_args(argv)
 
     from rich.console import Console
@@ -44,10 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, torn in done.left_out.items():
         print(f"left out: {run.folder / name}: {torn}")
     if done.num_kept_as_text:
-        print(f"kept as text beside their columns, which would not give them back: {done.num_kept_as_text}")
-    print(f"{done.num_records:,} records, {_size(done.bytes_before)} -> {_size(done.bytes_after)}: {out}")
+        print(f"kept as text, since their columns would not give them back: {done.num_kept_as_text}")
+    before, after = size_text(done.bytes_before), size_text(done.bytes_after)
+    print(f"{done.num_records:,} records, {before} -> {after}: {out}")
     return 0
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.2f} MB"

@@ -11,17 +11,17 @@ import io
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from dsatrace.commands.arguments import (
     add_chat_template_argument,
     add_engine_arguments,
     check_temperature,
-    engine_setup_from_args,
+    settings_from_args,
 )
 from dsatrace.commands.parser import CommandParser
-from dsatrace.engine.ranks import is_rank_0
-from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.errors import UserError, exits_cleanly, is_rank_0
 from dsatrace.trace.config import add_trace_arguments, trace_config_from_args
 
 
@@ -30,49 +30,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serves the prompts; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
-    setup = engine_setup_from_args(args)
+    settings = settings_from_args(args)
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: use at least 1")
     check_temperature(args.temperature)
     prompts = [] if args.interactive else read_prompts(args.input_file)
     # Rank 0 alone owns the run's folder; the others only compare digests.
-    trace = trace_config_from_args(args, "generate", setup.seed) if is_rank_0() else None
+    trace = trace_config_from_args(args, "generate", settings.seed) if is_rank_0() else None
 
     from dsatrace.commands.chat import chat as converse
     from dsatrace.commands.serving import Serving, answer_prompts, load_model_shown
+    from dsatrace.engine.settings import RunSettings
     from dsatrace.runner.distributed import process_group
+    from dsatrace.trace.manifest import RunInfo
     from dsatrace.workloads.chat import PLAIN_TEXT, SAID_OF_PLAIN_TEXT, choose_chat
     from dsatrace.workloads.tokenizer import check_vocabulary, load_tokenizer
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal cannot show
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
     tokenizer = load_tokenizer(args.tokenizer or args.ckpt_path)
     chat = choose_chat(tokenizer, args.ckpt_path, template=args.chat_template, thinking=args.thinking)
-    check_vocabulary(tokenizer, setup.model_args().vocab_size)
-    with process_group(setup.device) as device:
+    check_vocabulary(tokenizer, settings.model_args().vocab_size)
+    with process_group(settings.device) as device:
         if is_rank_0() and chat.form.name == PLAIN_TEXT:
             print(SAID_OF_PLAIN_TEXT, file=sys.stderr)
-        serving = Serving(
-            setup=setup,
-            model=load_model_shown(setup, device),
-            device=device,
-            chat=chat,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            system_prompt=args.system_prompt,
+        run = RunSettings(
+            stop_tokens=chat.stop_tokens,
+            answer_text=(lambda live: chat.text(live.answer)) if args.save_text else None,
             trace=trace,
             traced=bool(args.trace_enable or args.trace_out),
-            save_text=args.save_text,
-            argv=tuple(argv),
+            info=partial(
+                RunInfo,
+                argv=argv,
+                tokenizer=f"sha256:{tokenizer.digest}",
+                chat=chat.form.name,
+                data_source="interactive" if args.interactive else f"file {args.input_file.name}",
+            ),
+        )
+        model = load_model_shown(settings, device)
+        serving = Serving(
+            *(model, settings, device, chat),
+            *(args.max_new_tokens, args.temperature, args.system_prompt),
+            run,
         )
         if args.interactive:
             converse(serving)
             return 0
-        return answer_prompts(serving, prompts, source=args.input_file)
+        return answer_prompts(serving, prompts)
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The file's prompts, which blank lines separate."""
+    """The file's prompts, separated by blank lines."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -1,6 +1,5 @@
-"""Ctrl-C and SIGTERM as a request, which the step under way may finish.
-
-So a run ends with its files whole, and takes what it keeps in a store along.
+"""Ctrl-C and SIGTERM as a request: the step under way finishes first, so that files are left whole
+and stores empty.
 
 with on_interrupt(engine.request_abort): ...
 """

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     from dsatrace.workloads.needle import needle_prompt
-    from dsatrace.workloads.tokenizer_choice import choose_tokenizer
+    from dsatrace.workloads.tokenizer import choose_tokenizer
 
     tokenizer = choose_tokenizer(args.tokenizer)
     prompt = needle_prompt(args.tokens, lambda text: len(tokenizer.encode(text)), args.depth, args.seed)

@@ -13,11 +13,13 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from dsatrace.errors import leave_to_rank_0
+
 _EXAMPLES = "examples:\n"
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Is called `dsatrace VERB`, or by the name of the script where the command runs as that script."""
+    """Its name is `dsatrace VERB` or, where the command runs as a script, the script's."""
 
     def __init__(
         self, verb: str, description: str, *, examples: str, script: str = "", allow_abbrev: bool = True
@@ -48,14 +50,14 @@ class CommandParser(argparse.ArgumentParser):
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
+        leave_to_rank_0()
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 class HelpFormatter(argparse.HelpFormatter):
     """Adds `(default: X)` to every flag that has one, and keeps the lines of the examples.
 
-    A flag whose default is not a value (`None`: the checkpoint's, as many as there are) says so
-    in its own help, in the same words.
+    A flag whose default is computed (`None` here) describes it in its help, in the same form.
     """
 
     def _get_help_string(self, action: argparse.Action) -> str:

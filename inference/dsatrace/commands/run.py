@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dsatrace.commands.dispatch import Verb, dispatch
-
-_DATASET = "dsatrace.commands.run_dataset"
-DATA_SETS = {
-    "ruler": Verb(_DATASET, "needles and questions in long texts", ("--dataset", "ruler")),
-    "longbenchv2": Verb(_DATASET, "multiple choice over long documents", ("--dataset", "longbenchv2")),
-    "sharegpt": Verb(_DATASET, "recorded chats", ("--dataset", "sharegpt")),
-    "burstgpt": Verb("dsatrace.commands.run_burstgpt", "recorded arrivals, with made-up prompts"),
-}
+from dsatrace.workloads.catalog import DATA_SETS
+from dsatrace.workloads.data_set import DataSet
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the data set; without one, lists them. An unknown one exits 2."""
-    return dispatch("dsatrace run", DATA_SETS, argv, noun="data set")
+    verbs = {name: _verb(data_set) for name, data_set in DATA_SETS.items()}
+    return dispatch("dsatrace run", verbs, argv, noun="data set")
+
+
+def _verb(data_set: DataSet) -> Verb:
+    if data_set.arrivals:
+        return Verb("dsatrace.commands.run_burstgpt", data_set.help)
+    return Verb("dsatrace.commands.run_dataset", data_set.help, ("--dataset", data_set.name))

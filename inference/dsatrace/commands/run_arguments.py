@@ -2,7 +2,7 @@
 
 add_run_arguments(parser)
 args, argv = parse_run(parser, sys.argv[1:])
-run_workload(args, argv, "sharegpt", opener(SHAREGPT))
+run_workload(args, argv, SHAREGPT)
 """
 
 from __future__ import annotations
@@ -15,20 +15,13 @@ from dsatrace.commands.arguments import (
     add_chat_template_argument,
     add_engine_arguments,
     check_temperature,
-    engine_setup_from_args,
     refuse_tiers,
+    settings_from_args,
 )
-from dsatrace.commands.workload_run import Opener
-from dsatrace.engine.ranks import is_rank_0
-from dsatrace.errors import UserError
-from dsatrace.runner.rank0 import from_rank_0
-from dsatrace.trace.config import trace_config_from_args
-from dsatrace.trace.resumable import resumed_argv
-from dsatrace.workloads.chat import Chat
-from dsatrace.workloads.data_set import DataSet, Source, attribute_of
+from dsatrace.errors import UserError, is_rank_0
+from dsatrace.trace.config import run_config_from_args
+from dsatrace.trace.resume import resumed_argv
 from dsatrace.workloads.rows import check_limit
-from dsatrace.workloads.served.workload import Opened
-from dsatrace.workloads.sources import find_source
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +34,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default="model",
         help="the simulator replays recorded answers through the same scheduler",
     )
-    add("--resume", type=Path, metavar="RUN", help="go on with an incomplete run, its own flags first")
+    add("--resume", type=Path, metavar="RUN", help="continue an incomplete run; its own flags come first")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add(
         "--tokenizer",
@@ -54,7 +47,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """How a data set's messages become prompts."""
     group = parser.add_argument_group("chat")
-    group.add_argument("--thinking", action="store_true", help="let the model think; what follows is judged")
+    group.add_argument(
+        "--thinking", action="store_true", help="let the model think first; only what follows is judged"
+    )
     add_chat_template_argument(group)
 
 
@@ -67,7 +62,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags and the command line they came from; of a run that is resumed, its own flags first."""
+    """The flags and their command line; a resumed run's own flags come first."""
     only_resume = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_resume.add_argument("--resume", type=Path)
     run, given = only_resume.parse_known_args(argv)
@@ -81,31 +76,7 @@ def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpars
         raise UserError("--ckpt-path is missing: name a converted checkpoint, or use --runner simulator")
     if args.runner == "simulator":
         refuse_tiers(args)
-    engine_setup_from_args(args)  # a bad value is refused here, before torch is imported
+    settings_from_args(args)  # a bad value is refused here, before torch is imported
     if run.resume is None and is_rank_0():
-        trace_config_from_args(args, "run", always=True)
+        run_config_from_args(args, "run")
     return args, argv
-
-
-def opener(data_set: DataSet) -> Opener:
-    """Opens a data set as the flags say. Rank 0 finds the rows for all ranks.
-
-    If each rank asked, they might disagree about a slow hub.
-    """
-
-    def open_data_set(args: argparse.Namespace, chat: Chat) -> Opened:
-        def find(repo: str | None = None) -> Source:
-            return from_rank_0(
-                lambda: find_source(
-                    data_set.name,
-                    getattr(args, attribute_of(data_set.file_flag)),
-                    repo=repo,
-                    revision=args.revision,
-                    use_hub=not args.no_hub,
-                    say=print,
-                )
-            )
-
-        return data_set.open(args, chat, find)
-
-    return open_data_set

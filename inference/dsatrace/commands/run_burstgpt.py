@@ -13,20 +13,19 @@ from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.run_arguments import (
     add_run_arguments,
     add_source_arguments,
-    opener,
     parse_run,
 )
-from dsatrace.commands.workload_run import Served, run_workload
+from dsatrace.commands.workload_run import ServingSettings, run_workload
 from dsatrace.errors import exits_cleanly
 from dsatrace.trace.config import add_trace_arguments
-from dsatrace.workloads.served.burstgpt import BURSTGPT
+from dsatrace.workloads.burstgpt import BURSTGPT
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves the arrivals; returns the exit code."""
     args, argv = parse_run(_parser(), sys.argv[1:] if argv is None else list(argv))
-    return run_workload(args, argv, BURSTGPT.name, opener(BURSTGPT), Served(args.serving, args.clock))
+    return run_workload(args, argv, BURSTGPT, ServingSettings(args.serving, args.clock))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "--serving",
         choices=("fifo-batch", "continuous"),
         default="fifo-batch",
-        help="take a new batch when the last has ended, or a request as a place is free",
+        help="when to take requests: a new batch after the last has ended, or one whenever a place is free",
     )
     add(
         "--clock",

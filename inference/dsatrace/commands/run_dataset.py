@@ -1,4 +1,4 @@
-"""`run_dataset.py`: RULER, LongBench v2 or ShareGPT through the traced model.
+"""`run_dataset.py`: a data set through the traced model, all requests there from the start.
 
 python3 run_dataset.py --ckpt-path converted --config config_tiny.json --dataset ruler --limit 10
 torchrun --nproc-per-node 8 run_dataset.py --ckpt-path ... --config ... --dataset longbenchv2 --limit 20
@@ -15,7 +15,6 @@ from dsatrace.commands.run_arguments import (
     add_chat_arguments,
     add_run_arguments,
     add_source_arguments,
-    opener,
     parse_run,
 )
 from dsatrace.commands.workload_run import run_workload
@@ -28,27 +27,21 @@ from dsatrace.workloads.data_set import DataSet
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the data set; returns the exit code."""
-    args, argv = parse_run(_parser(), sys.argv[1:] if argv is None else list(argv))
+    parser = _parser()
+    args, argv = parse_run(parser, sys.argv[1:] if argv is None else list(argv))
     data_set = DATA_SETS[args.dataset]
     if args.split not in (None, *data_set.splits):
         raise UserError(f"--split {args.split}: {args.dataset} has {' or '.join(data_set.splits)} only")
-    _refuse_flags_of_others(args)
-    return run_workload(args, argv, args.dataset, opener(data_set))
+    for name, other in _served().items():
+        for flag in other.flags if name != args.dataset else ():
+            if getattr(args, flag.attribute) != parser.get_default(flag.attribute):
+                raise UserError(f"{flag.name} belongs to --dataset {name}, not {args.dataset}; leave it out")
+    return run_workload(args, argv, data_set)
 
 
 def _served() -> dict[str, DataSet]:
-    """All but those whose requests arrive over time."""
+    """The data sets whose requests are all there from the start."""
     return {name: data_set for name, data_set in DATA_SETS.items() if not data_set.arrivals}
-
-
-def _refuse_flags_of_others(args: argparse.Namespace) -> None:
-    """A flag of another data set would silently do nothing."""
-    parser = _parser()
-    for name, data_set in _served().items():
-        for flag in data_set.flags:
-            given = getattr(args, flag.attribute) != parser.get_default(flag.attribute)
-            if given and name != args.dataset:
-                raise UserError(f"{flag.name} belongs to --dataset {name}, not {args.dataset}; leave it out")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,10 +63,10 @@ def _parser() -> argparse.ArgumentParser:
         "--dataset",
         choices=tuple(_served()),
         required=True,
-        help="the data set; `dsatrace run` names it itself",
+        help="the data set; set by `dsatrace run DATASET`",
     )
-    add("--split", help="each data set has one; for RULER train and validation both mean it")
-    add("--limit", type=int, help="requests; for RULER, of each task and length (default: all)")
+    add("--split", help="each data set has one; RULER's is called train or validation")
+    add("--limit", type=int, help="requests; for RULER, per task and length (default: all)")
     add("--max-new-tokens", type=int, help="tokens per answer (default: 128; for RULER the task's own)")
     add_source_arguments(parser)
     for data_set in _served().values():

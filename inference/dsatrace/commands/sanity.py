@@ -1,7 +1,7 @@
 """The trace's files with nothing installed: made-up selections through the plain implementation.
 
 Standard library only, for a first look at the format on any machine. The selections are
-synthetic; they show what a record is, and nothing about what a model reads.
+synthetic: they show what a record is, and nothing about what a model reads.
 
     python3 -S inference/sanity_trace_no_torch.py
 """
@@ -19,12 +19,15 @@ from typing import Any
 from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.verify import verify_run
 from dsatrace.errors import exits_cleanly
+from dsatrace.files import write_json
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE, encode
 from dsatrace.trace.config import TraceConfig, check_run_folder, default_run_folder
-from dsatrace.trace.manifest import RunInfo, manifest, write_json
+from dsatrace.trace.manifest import RunInfo, manifest
+from dsatrace.trace.request_facts import RequestFacts, request_line
 from dsatrace.verify.plain_record import PlainSelection, step_record
 from dsatrace.verify.plain_summary import summarize
+from dsatrace.workloads.request import Request
 
 TOP_K = 64
 NUM_LAYERS = 4
@@ -84,7 +87,7 @@ def write_run(config: TraceConfig) -> int:
 
 
 def synthetic_selections(config: TraceConfig) -> Iterator[PlainSelection]:
-    """Sinks, recent tokens and clusters that stay: the look of attention, by construction."""
+    """Made to look like attention: sinks, recent tokens and clusters that stay."""
     rng = random.Random(config.seed)
     centres = {(name, layer): rng.random() for name in PROMPT_TOKENS for layer in range(NUM_LAYERS)}
     for step in range(NUM_STEPS):
@@ -128,21 +131,9 @@ def _prefix_key(name: str) -> str:
 
 
 def _request_line(name: str) -> dict[str, Any]:
-    return {
-        "request_id": name,
-        "source_row": None,
-        "num_prompt_tokens": PROMPT_TOKENS[name],
-        "num_output_tokens": NUM_STEPS + 1,
-        "arrival_s": 0.0,
-        "first_token_s": None,
-        "finish_s": None,
-        "state": "length",
-        "score": None,
-        "admitted_s": None,
-        "num_preemptions": 0,
-        "labels": {},
-        "needle_positions": [],
-    }
+    request = Request(name, (0,) * PROMPT_TOKENS[name], NUM_STEPS + 1)
+    facts = RequestFacts(num_output_tokens=NUM_STEPS + 1, state="length")
+    return request_line(request, facts, has_prefix_cache=False, has_tiers=False)
 
 
 def _write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
@@ -160,5 +151,5 @@ def _parser() -> argparse.ArgumentParser:
         """,
     )
     parser.add_argument("--trace-out", metavar="DIR", help="folder of the run, new or empty")
-    parser.add_argument("--seed", type=int, default=0, help="of the selections")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the selections")
     return parser

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import AbstractContextManager
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dsatrace.commands.interrupt import on_interrupt
-from dsatrace.commands.progress import weights_bar
+from dsatrace.commands.progress import totals_bar
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.live import LiveRequest
-from dsatrace.engine.ranks import is_rank_0
+from dsatrace.engine.settings import RunSettings
+from dsatrace.errors import is_rank_0
 from dsatrace.model.transformer import Transformer
-from dsatrace.runner.config import EngineSetup
+from dsatrace.runner.settings import ModelSettings
 from dsatrace.runner.setup import load_model, open_engine
-from dsatrace.trace.config import TraceConfig
 from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.encoding import Message
 from dsatrace.workloads.request import Request
@@ -29,19 +28,16 @@ from dsatrace.workloads.request import Request
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
-    """A loaded model and how it is asked. `trace` is set on the rank that writes; `traced` on all."""
+    """A loaded model and how it is asked."""
 
-    setup: EngineSetup
     model: Transformer
+    settings: ModelSettings
     device: torch.device
     chat: Chat
     max_new_tokens: int
     temperature: float
-    system_prompt: str = ""
-    trace: TraceConfig | None = None
-    traced: bool = False
-    save_text: bool = False
-    argv: tuple[str, ...] = ()
+    system_prompt: str
+    run: RunSettings
 
     @property
     def is_rank_0(self) -> bool:
@@ -52,43 +48,25 @@ class Serving:
         system = [Message("system", self.system_prompt)] if self.system_prompt else []
         return self.chat.encode([*system, *turns])
 
-    def text(self, live: LiveRequest) -> str:
-        """What was generated so far, without end tokens."""
-        return self.chat.text(live.answer)
-
-    def open(
-        self, longest: int | None, source: str, num_requests: int | None = None
-    ) -> contextlib.AbstractContextManager[Engine]:
-        """`open_engine` for this model; `source` is where the prompts come from."""
-        return open_engine(
-            self.model,
-            self.setup,
-            self.device,
-            longest,
-            self.trace,
-            traced=self.traced,
-            argv=self.argv,
-            tokenizer=f"sha256:{self.chat.tokenizer.digest}",
-            chat=self.chat.form.name,
-            data_source=source,
-            stop_tokens=self.chat.stop_tokens,
-            num_requests=num_requests,
-            answer_text=self.text if self.save_text else None,
-        )
+    def open(self, num_requests: int, longest: int | None = None) -> AbstractContextManager[Engine]:
+        """`open_engine` for this model."""
+        run = dataclasses.replace(self.run, num_requests=num_requests, longest=longest)
+        return open_engine(self.model, self.settings, self.device, run)
 
 
-def load_model_shown(setup: EngineSetup, device: torch.device) -> Transformer:
-    """`load_model`, with a word on stderr while the weights load: rank 0's."""
-    with weights_bar(is_rank_0()) as progress:
-        return load_model(setup, device, progress)
+def load_model_shown(settings: ModelSettings, device: torch.device) -> Transformer:
+    """`load_model`, with progress on rank 0's stderr."""
+    elsewhere = "loading {} of weights ..."
+    with totals_bar("loading weights", shown=is_rank_0(), elsewhere=elsewhere) as progress:
+        return load_model(settings, device, progress)
 
 
-def answer_prompts(serving: Serving, prompts: Sequence[str], source: Path) -> int:
-    """Answers every prompt on its own and prints the answers in order; 130 when interrupted, 1 when
-    a prompt has no answer because a tier lost its KV."""
+def answer_prompts(serving: Serving, prompts: Sequence[str]) -> int:
+    """Answers each prompt by itself and prints the answers in order. Returns 130 when interrupted, 1 when
+    a prompt failed because a tier lost its KV."""
     encoded = [serving.encode([Message("user", prompt)]) for prompt in prompts]
     longest = max(map(len, encoded)) + serving.max_new_tokens
-    with serving.open(longest, f"file {source.name}", len(prompts)) as engine:
+    with serving.open(len(prompts), longest) as engine:
         requests = [
             Request(f"r{i}", tuple(ids), serving.max_new_tokens, serving.temperature, source_row=i)
             for i, ids in enumerate(encoded)
@@ -98,8 +76,9 @@ def answer_prompts(serving: Serving, prompts: Sequence[str], source: Path) -> in
             report = _run_with_progress(engine, live, serving.is_rank_0)
         if serving.is_rank_0:
             for request in live:
-                answer = serving.text(request) if request.error is None else f"error: {request.error}"
-                print(f"[{request.request_id}] {answer}\n")
+                failed = request.error is not None
+                said = f"error: {request.error}" if failed else serving.chat.text(request.answer)
+                print(f"[{request.request_id}] {said}\n")
             print(report)
             if engine.tell_tiers is not None:
                 print(engine.tell_tiers())
@@ -108,30 +87,28 @@ def answer_prompts(serving: Serving, prompts: Sequence[str], source: Path) -> in
             if serving.is_rank_0:
                 print("interrupted", file=sys.stderr)
             return 130
-    if serving.trace is not None:
-        print(f"trace: {serving.trace.out}")
+    if serving.run.trace is not None:
+        print(f"trace: {serving.run.trace.out}")
     num_failed = sum(request.state == "failed" for request in live)
     if num_failed and serving.is_rank_0:
-        said = f"{num_failed} of {len(live)} prompts failed; each says why where its answer would stand"
-        print(f"error: {said}", file=sys.stderr)
+        why = "each says why where its answer would stand"
+        print(f"error: {num_failed} of {len(live)} prompts failed; {why}", file=sys.stderr)
     return 1 if num_failed else 0
 
 
 def _run_with_progress(engine: Engine, live: Sequence[LiveRequest], shown: bool) -> str:
     """Runs to the end under a progress bar of tokens; returns a line of what it took."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
     prompt_tokens = sum(request.prompt_len for request in live)
     started = time.perf_counter()
-    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as progress:
         bar = progress.add_task("prefill", total=prompt_tokens + sum(r.request.max_new_tokens for r in live))
         while engine.scheduler.has_work:
             engine.step()
-            in_prefill = any(request.in_prefill for request in live if not request.ended)
-            done = sum(
-                request.request.max_new_tokens + request.prompt_len for request in live if request.ended
-            )
-            done += sum(request.num_computed for request in live if not request.ended)
+            under_way = [request for request in live if not request.ended]
+            in_prefill = any(request.in_prefill for request in under_way)
+            done = sum(r.prompt_len + r.request.max_new_tokens for r in live if r.ended)
+            done += sum(request.num_computed for request in under_way)
             progress.update(bar, completed=done, description="prefill" if in_prefill else "decode")
     seconds = time.perf_counter() - started
     generated = sum(len(request.answer) for request in live)

@@ -1,4 +1,4 @@
-"""`dsatrace summarize`: recomputes a run's summary from its files, and merges several runs' into one.
+"""`dsatrace summarize`: recomputes a run's summary from its files, or one summary of several runs.
 
 dsatrace summarize outputs/a outputs/b --out both.json
 """
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     from dsatrace.commands.progress import records_counter
-    from dsatrace.trace.manifest import write_json
+    from dsatrace.files import write_json
     from dsatrace.trace.summarize import summarize_runs
 
     def note(text: str) -> None:
@@ -45,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         write_json(args.out, record)
     except OSError as error:
-        raise UserError(
-            f"{args.out}: cannot write the summary: {error.strerror}; name another --out"
-        ) from error
+        remedy = "name another --out"
+        raise UserError(f"{args.out}: cannot write the summary: {error.strerror}; {remedy}") from error
     print(f"{args.out}: {record['counts']['records']} records of {len(args.run)} runs")
     return 0

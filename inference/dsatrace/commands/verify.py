@@ -1,4 +1,4 @@
-"""`dsatrace verify`: re-derives a run's records with the plain implementation, and says which is wrong.
+"""`dsatrace verify`: re-derives a run's records with a second implementation, and names a wrong one.
 
 dsatrace verify outputs/generate_20260101_120000
 """
@@ -20,7 +20,7 @@ from dsatrace.verify.run import verify
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: everything holds. 1: the first bad record is named on stderr. 2: no run."""
+    """Returns 0 if everything is right, 1 after naming the first bad record on stderr, 2 for no run."""
     parser = CommandParser(
         "verify",
         "Re-derive every record of a run from its positions, with a second implementation.",

@@ -1,8 +1,8 @@
 """Drives a workload through the engine: source, model or simulator, trace, progress, the end.
 
-The runners differ in their flags and in how they open their workload; everything else is here.
+The runners differ in their flags only; everything else is here.
 
-    return run_workload(args, argv, "ruler", opener(RULER))
+    return run_workload(args, argv, RULER)
 """
 
 from __future__ import annotations
@@ -15,67 +15,78 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from dsatrace.commands.arguments import engine_setup_from_args
+from dsatrace.commands.arguments import settings_from_args
 from dsatrace.commands.interrupt import on_interrupt
 from dsatrace.commands.progress import Advance, requests_bar
 from dsatrace.engine.clock import Clock, RealClock, VirtualClock
 from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.live import LiveRequest
-from dsatrace.engine.ranks import is_rank_0
 from dsatrace.engine.scheduler import Admission
-from dsatrace.runner.rank0 import from_rank_0
-from dsatrace.trace.config import TraceConfig, trace_config_from_args
+from dsatrace.engine.settings import RunSettings
+from dsatrace.errors import is_rank_0
+from dsatrace.runner.distributed import from_rank_0
+from dsatrace.trace.config import TraceConfig, run_config_from_args
+from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.workloads.chat import PLAIN_TEXT, SAID_OF_PLAIN_TEXT, Chat, choose_chat
+from dsatrace.workloads.data_set import DataSet, OpenedWorkload, Source, Workload, attribute_of
 from dsatrace.workloads.request import Request
-from dsatrace.workloads.served.workload import Opened, Workload
-from dsatrace.workloads.tokenizer import check_vocabulary
-from dsatrace.workloads.tokenizer_choice import choose_tokenizer
-
-SIMULATED_MAX_SEQ_LEN = 163_840
-"""Tokens a simulated request may hold unless `--max-seq-len` says otherwise: DeepSeek-V3.2's own limit."""
+from dsatrace.workloads.sources import find_source
+from dsatrace.workloads.tokenizer import check_vocabulary, choose_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Served:
-    """How requests that arrive over time are served; those of a data set are all there from the start."""
+class ServingSettings:
+    """How requests are served; by default all of them are there from the start."""
 
     admission: Admission = "continuous"
-    clock: str | None = None  # None: nothing arrives over time, and no latency is claimed
+    clock: str | None = None  # None: nothing arrives over time, so no latency is claimed
 
     def new_clock(self, start_s: float) -> Clock:
         return VirtualClock(start_s) if self.clock == "virtual" else RealClock(start_s)
 
 
-Opener = Callable[[argparse.Namespace, Chat], Opened]
-
-
 def run_workload(
-    args: argparse.Namespace, argv: Sequence[str], name: str, open_workload: Opener, served: Served = Served()
+    args: argparse.Namespace,
+    argv: Sequence[str],
+    data_set: DataSet,
+    serving: ServingSettings = ServingSettings(),
 ) -> int:
-    """Serves every request of the workload; returns the exit code, 130 when interrupted."""
+    """Serves every request of the data set; returns the exit code, 130 when interrupted."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # names in a data set may be what a terminal cannot show
     tokenizer = choose_tokenizer(args.tokenizer, args.ckpt_path)
     chat = choose_chat(tokenizer, args.ckpt_path, template=args.chat_template, thinking=args.thinking)
-    run = _Run(args, tuple(argv), name, chat, served, open_workload)
+    run = _Run(args, tuple(argv), data_set, chat, serving)
     with run.on_model() if args.runner == "model" else run.on_simulator() as (engine, opened, done):
         tally = _serve(engine, opened, done, chat)
         interrupted = tally.states["aborted"] > 0 or tally.stopped
         if engine.tracer is not None:
-            engine.tracer.describe_workload(_described(opened.workload, chat, tally))
+            described = opened.workload.describe()
+            if chat.thinking:
+                described["counts"] = {**described["counts"], "only_thoughts": tally.num_only_thoughts}
+            engine.tracer.describe_workload(described)
         if interrupted:
             engine.mark_incomplete()
         folder = None if engine.tracer is None else engine.tracer.config.out
         tiers = None if engine.tell_tiers is None else engine.tell_tiers()
     if folder is not None:
-        _say_what_came(folder, tally, tiers)
+        _print_results(folder, tally, tiers)
         if interrupted:
             print(f"interrupted; go on with --resume {folder}", file=sys.stderr)
     return 130 if interrupted else 0
+
+
+class ResumePoint(NamedTuple):
+    """Where a resumed run continues; all ranks must agree on it."""
+
+    done: frozenset[str] = frozenset()
+    next_forward_idx: int = 0
+    elapsed_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,119 +95,109 @@ class _Run:
 
     args: argparse.Namespace
     argv: tuple[str, ...]
-    name: str
+    data_set: DataSet
     chat: Chat
-    served: Served
-    open_workload: Opener
+    serving: ServingSettings
 
     @contextlib.contextmanager
-    def on_model(self) -> Iterator[tuple[Engine, Opened, frozenset[str]]]:
+    def on_model(self) -> Iterator[tuple[Engine, OpenedWorkload, frozenset[str]]]:
         """Engine, workload and the requests that are done, in the process group of all ranks."""
         from dsatrace.commands.serving import load_model_shown
         from dsatrace.runner.distributed import process_group
         from dsatrace.runner.setup import open_engine
 
-        setup = engine_setup_from_args(self.args)
-        check_vocabulary(self.chat.tokenizer, setup.model_args().vocab_size)
-        with process_group(setup.device) as device:
-            opened, resumed, seam = self._begin()
-            trace = self._trace_config(resumed) if is_rank_0() else None
-            with open_engine(
-                load_model_shown(setup, device),
-                setup,
-                device,
-                None,
-                trace,
-                traced=not self.args.no_trace,
-                argv=self.argv,
-                tokenizer=self.chat.tokenizer.name,
-                chat=opened.chat_form,
-                data_source=opened.description,
-                serving=self._serving("measured"),
-                stop_tokens=self.chat.stop_tokens,
-                admission=self.served.admission,
-                clock=self.served.new_clock(seam.elapsed_s),
-                judge=self._judge(opened.workload) if is_rank_0() else None,
-                answer_text=self._text if self.args.save_text else None,
-                resumed=resumed,
-                first_forward_idx=seam.next_forward_idx,
-            ) as engine:
-                yield engine, opened, seam.done
+        settings = settings_from_args(self.args)
+        check_vocabulary(self.chat.tokenizer, settings.model_args().vocab_size)
+        with process_group(settings.device) as device:
+            opened, resumed, resume_point = self._begin()
+            run = self._run_settings(opened, resumed, resume_point, step_time="measured")
+            model = load_model_shown(settings, device)
+            with open_engine(model, settings, device, run) as engine:
+                yield engine, opened, resume_point.done
 
     @contextlib.contextmanager
-    def on_simulator(self) -> Iterator[tuple[Engine, Opened, frozenset[str]]]:
-        """The same without model and torch; the answers are the recorded ones."""
+    def on_simulator(self) -> Iterator[tuple[Engine, OpenedWorkload, frozenset[str]]]:
+        """The same without model and torch; answers are the recorded ones."""
         from dsatrace.engine.simulator import echo, open_simulator
-        from dsatrace.kv.layout import CacheLayout
-        from dsatrace.trace.manifest import RunInfo
-        from dsatrace.trace.tracer import Tracer
 
-        setup = engine_setup_from_args(self.args)
-        opened, resumed, seam = self._begin()
-        tracer = Tracer(
-            self._trace_config(resumed),
-            RunInfo(
-                model_config={},
-                layouts=[CacheLayout("none", 0, 0)],
-                device="none: token simulator",
+        opened, resumed, resume_point = self._begin()
+
+        def respond(request: Request) -> Sequence[int]:
+            return opened.workload.recorded(request) or echo(request)
+
+        run = self._run_settings(opened, resumed, resume_point, step_time="modelled")
+        with open_simulator(settings_from_args(self.args), run, respond) as engine:
+            yield engine, opened, resume_point.done
+
+    def _run_settings(
+        self, opened: OpenedWorkload, resumed: Resumed | None, resume_point: ResumePoint, step_time: str
+    ) -> RunSettings:
+        return RunSettings(
+            stop_tokens=self.chat.stop_tokens,
+            admission=self.serving.admission,
+            clock=self.serving.new_clock(resume_point.elapsed_s),
+            judge=self._judge(opened.workload) if is_rank_0() else None,
+            answer_text=self._text if self.args.save_text else None,
+            trace=self._trace_config(resumed) if is_rank_0() else None,
+            traced=not self.args.no_trace,
+            info=partial(
+                RunInfo,
                 argv=self.argv,
                 tokenizer=self.chat.tokenizer.name,
                 chat=opened.chat_form,
                 data_source=opened.description,
-                seed=setup.seed,
-                selections="none",
-                serving=self._serving("modelled"),
-                prefix_source="cache" if setup.prefix_caching else "analysis",
+                serving=self._serving_facts(step_time),
             ),
             resumed=resumed,
+            first_forward_idx=resume_point.next_forward_idx,
         )
-        with open_simulator(
-            max_seq_len=setup.max_seq_len or SIMULATED_MAX_SEQ_LEN,
-            end_token=min(self.chat.stop_tokens),
-            respond=lambda request: opened.workload.recorded(request) or echo(request),
-            max_batch_size=setup.max_batch_size,
-            prefill_chunk=setup.prefill_chunk,
-            cache_block_size=setup.cache_block_size,
-            cache_blocks=setup.cache_blocks,
-            prefix_caching=setup.prefix_caching,
-            admission=self.served.admission,
-            clock=self.served.new_clock(seam.elapsed_s),
-            tracer=tracer,
-            judge=self._judge(opened.workload),
-            answer_text=self._text if self.args.save_text else None,
-        ) as engine:
-            yield engine, opened, seam.done
 
-    def _begin(self) -> tuple[Opened, Resumed | None, Seam]:
+    def _begin(self) -> tuple[OpenedWorkload, Resumed | None, ResumePoint]:
         """The workload, and where a resumed run goes on; its folder is rank 0's to change."""
         resumed = prepare_resume(self.args.resume) if self.args.resume and is_rank_0() else None
-        seam = from_rank_0(lambda: Seam() if resumed is None else Seam.of(resumed))
-        opened = self.open_workload(self.args, self.chat)
+        resume_point = ResumePoint()
+        if resumed is not None:
+            resume_point = ResumePoint(resumed.done, resumed.next_forward_idx, resumed.elapsed_s)
+        resume_point = from_rank_0(lambda: resume_point)
+        opened = self.data_set.open(self.args, self.chat, self._find)
         if is_rank_0():
-            print(opened.said)
+            print(opened.terminal_line)
             if opened.chat_form == PLAIN_TEXT:
                 print(SAID_OF_PLAIN_TEXT, file=sys.stderr)
-        return opened, resumed, seam
+        return opened, resumed, resume_point
+
+    def _find(self, repo: str | None = None) -> Source:
+        """Rank 0 finds the rows for all ranks; they might disagree about a slow hub."""
+        return from_rank_0(
+            lambda: find_source(
+                self.data_set,
+                getattr(self.args, attribute_of(self.data_set.file_flag)),
+                repo=repo,
+                revision=self.args.revision,
+                use_hub=not self.args.no_hub,
+                say=print,
+            )
+        )
 
     def _trace_config(self, resumed: Resumed | None) -> TraceConfig:
         if resumed is not None:
             self.args.trace_out = None
-        config = trace_config_from_args(self.args, self.name, self.args.seed, always=True)
+        config = run_config_from_args(self.args, self.data_set.name, self.args.seed)
         return config if resumed is None else dataclasses.replace(config, out=resumed.folder)
 
-    def _serving(self, step_time: str) -> dict[str, object] | None:
-        if self.served.clock is None:
+    def _serving_facts(self, step_time: str) -> dict[str, object] | None:
+        if self.serving.clock is None:
             return None
         return {
-            "mode": self.served.admission,
-            "clock": self.served.clock,
+            "mode": self.serving.admission,
+            "clock": self.serving.clock,
             "max_batch_size": self.args.max_batch_size,
             "step_time": step_time,
         }
 
     def _judge(self, workload: Workload) -> Callable[[LiveRequest], float | None]:
         def judge(live: LiveRequest) -> float | None:
-            answer = self.chat.answer(live.answer) or []  # one that only thinks has not answered
+            answer = self.chat.answer(live.answer) or []  # thoughts without an end are no answer
             return workload.judge(live.request_id, self.chat.tokenizer.decode(answer))
 
         return judge
@@ -205,22 +206,9 @@ class _Run:
         return self.chat.text(live.answer)
 
 
-@dataclasses.dataclass(frozen=True)
-class Seam:
-    """Where a run goes on: all ranks must agree on it."""
-
-    done: frozenset[str] = frozenset()
-    next_forward_idx: int = 0
-    elapsed_s: float = 0.0
-
-    @classmethod
-    def of(cls, resumed: Resumed) -> Seam:
-        return cls(resumed.done, resumed.next_forward_idx, resumed.elapsed_s)
-
-
 @dataclasses.dataclass
 class _Tally:
-    """What came of the requests served now."""
+    """The results of the requests served now."""
 
     states: Counter[str]
     num_skipped: int = 0
@@ -240,15 +228,7 @@ class _Tally:
         return line + (f"; {self.num_skipped} served before" if self.num_skipped else "")
 
 
-def _described(workload: Workload, chat: Chat, tally: _Tally) -> dict[str, Any]:
-    """What the workload says of itself; with thinking, also how many answers never came."""
-    described = workload.describe()
-    if chat.thinking:
-        described["counts"] = {**described["counts"], "only_thoughts": tally.num_only_thoughts}
-    return described
-
-
-def _serve(engine: Engine, opened: Opened, done: frozenset[str], chat: Chat) -> _Tally:
+def _serve(engine: Engine, opened: OpenedWorkload, done: frozenset[str], chat: Chat) -> _Tally:
     """Serves what is not done yet, under a progress bar and until Ctrl-C."""
     tally, workload = _Tally(Counter()), opened.workload
 
@@ -266,8 +246,11 @@ def _serve(engine: Engine, opened: Opened, done: frozenset[str], chat: Chat) -> 
         tally.stopped = True
         engine.request_abort()
 
+    bar: contextlib.AbstractContextManager[Advance] = contextlib.nullcontext(lambda amount: None)
+    if is_rank_0():
+        bar = requests_bar(opened.num_requests, lambda: _status(engine))
     started = time.perf_counter()
-    with on_interrupt(stop), _requests_bar(engine, opened) as advance:
+    with on_interrupt(stop), bar as advance:
         for live in serve(engine, still_to_do()):
             workload.forget(live.request_id)
             tally.states[live.state] += 1
@@ -282,14 +265,8 @@ def _serve(engine: Engine, opened: Opened, done: frozenset[str], chat: Chat) -> 
     return tally
 
 
-def _requests_bar(engine: Engine, opened: Opened) -> contextlib.AbstractContextManager[Advance]:
-    if not is_rank_0():
-        return contextlib.nullcontext(lambda amount: None)
-    return requests_bar(opened.num_requests, lambda: _status(engine))
-
-
 def _status(engine: Engine) -> str:
-    """Read from the bar's own thread, while the engine works."""
+    """One line. The bar's own thread calls this while the engine works."""
     running = list(engine.scheduler.running)
     prefill = [(live.num_computed, live.prefill_end) for live in running if live.in_prefill]
     computed, total = (sum(column) for column in zip(*prefill, strict=True)) if prefill else (0, 0)
@@ -301,7 +278,7 @@ def _status(engine: Engine) -> str:
     return ", ".join(shown)
 
 
-def _say_what_came(folder: Path, tally: _Tally, tiers: str | None) -> None:
+def _print_results(folder: Path, tally: _Tally, tiers: str | None) -> None:
     from rich.console import Console
 
     from dsatrace.report.workload_tables import workload_tables

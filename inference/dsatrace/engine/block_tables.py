@@ -11,20 +11,17 @@ is the scheduler's.
     tables.promise(live, 3)                 # False: no room
     num_hit_tokens = tables.take(live, 3)   # its prefill begins there
     tables.extend(live, 41)                 # slots for its first 41 tokens
-    tables.learn(live, [5])                 # a token was sampled
     tables.mark_computed(live)              # others may hit what it holds
-    tables.lose([7])                        # nobody finds that block any more
     tables.release(live)
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
 
 from dsatrace.engine.live import LiveRequest
-from dsatrace.kv.block_keys import KeyChain
 from dsatrace.kv.blocks import BlockPool, blocks_needed
+from dsatrace.kv.prefix import KeyChain
 from dsatrace.kv.prefix_pool import PrefixPool
 
 
@@ -35,7 +32,7 @@ def new_pool(num_blocks: int, block_size: int, prefix_caching: bool) -> PrefixPo
 
 
 class BlockTables:
-    """The block tables of live requests over one pool. Keys are hashed with a secret of this object's own."""
+    """The block tables of live requests over one pool. Keys are hashed with a secret of this object."""
 
     def __init__(self, pool: PrefixPool) -> None:
         self.pool = pool
@@ -45,22 +42,17 @@ class BlockTables:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody uses and nobody was promised."""
+        """Blocks that no request holds or was promised."""
         return self.pool.blocks.num_free - self._num_promised
 
-    @property
-    def caches_prefixes(self) -> bool:
-        """Without it nothing is learnt or marked."""
-        return self.pool.prefix_caching
-
     def welcome(self, live: LiveRequest) -> None:
-        """Makes the request's tokens known by their keys; before anything else is done for it."""
-        if self.caches_prefixes:
+        """Hashes the request's tokens into keys; called first."""
+        if self.pool.prefix_caching:
             live.key_chain = KeyChain(self.block_size, self._secret)
             live.key_chain.extend(live.tokens)
 
     def promise(self, live: LiveRequest, num_blocks: int) -> bool:
-        """Keeps so many blocks free for `take`, which will need no more; False if there are too few."""
+        """Keeps `num_blocks` free for `take`, which needs no more; False if there are too few."""
         if num_blocks > self.num_free:
             return False
         live.num_promised_blocks = num_blocks
@@ -68,10 +60,10 @@ class BlockTables:
         return True
 
     def take(self, live: LiveRequest, num_blocks: int) -> int:
-        """A table of `num_blocks`, of which the first are shared where its prefix is cached.
+        """Gives it a table of `num_blocks`, of which the first are shared where its prefix is cached.
 
-        Returns the tokens that need no prefill: all but the last one at most. Raises `OutOfBlocks`,
-        and nothing has changed; never for a request that was promised as many.
+        Returns the number of tokens that need no prefill: at most all but the last. Raises
+        `OutOfBlocks` and changes nothing; never for a request that was promised as many.
         """
         assert live.num_promised_blocks or not self._num_promised, "others were promised those blocks"
         keys = live.key_chain.keys if live.key_chain else ()
@@ -84,42 +76,27 @@ class BlockTables:
         return held.num_hit_tokens
 
     def missing(self, live: LiveRequest, num_tokens: int) -> int:
-        """Blocks that its table lacks for its first `num_tokens` tokens."""
+        """Blocks that its table lacks for the first `num_tokens` tokens."""
         return max(0, blocks_needed(num_tokens, self.block_size) - len(live.block_ids))
 
     def extend(self, live: LiveRequest, num_tokens: int) -> None:
-        """Blocks for the first `num_tokens` tokens of a request, which coming forwards compute.
-
-        Their keys come with `mark_computed`: until then a forward may fail.
-        """
+        """Adds blocks for the first `num_tokens` tokens, which coming forwards compute."""
         assert live.held is not None
         self.pool.grow(live.held, num_tokens, num_filled=0)
 
-    def learn(self, live: LiveRequest, tokens: Sequence[int]) -> None:
-        """Goes on with its keys: these tokens were sampled for it."""
-        assert live.key_chain is not None
-        live.key_chain.extend(tokens)
-
     def mark_computed(self, live: LiveRequest) -> None:
-        """Lets others find the full blocks of what is computed of a request."""
+        """Lets others find the full blocks of what is computed."""
         held = live.held
         assert held is not None
         if live.num_computed // self.block_size > held.num_keyed:
             self.pool.grow(held, live.num_computed)  # adds no block: they are all there
 
     def release(self, live: LiveRequest) -> None:
-        """It needs its blocks no more; what was computed in them can be found until it is evicted."""
+        """Frees its blocks; others find what was computed in them until it is evicted."""
         self._forget_promise(live)
         if live.held is not None:
             self.pool.release(live.held)
             live.held = None
-
-    def lose(self, block_ids: Iterable[int]) -> int:
-        """Lets nobody find blocks whose content is lost; their holders must be released.
-
-        Returns how many could have been found.
-        """
-        return self.pool.lose(block_ids)
 
     def _forget_promise(self, live: LiveRequest) -> None:
         self._num_promised -= live.num_promised_blocks

@@ -1,4 +1,4 @@
-"""The run's time, from its start: the world's own, or one that only steps and waiting move.
+"""The time since the run's start: wall time, or one that only steps and waiting move.
 
 Counted in whole nanoseconds, so that many short steps add up to exactly one long one and
 every rank can hold the same number. Knows no request and no step.
@@ -15,7 +15,7 @@ from typing import Protocol
 
 NS_PER_S = 1_000_000_000
 MAX_SLEEP_NS = NS_PER_S // 10
-"""How long a clock sleeps at a time: whoever waits looks up this often, for Ctrl-C say."""
+"""How long a clock sleeps at a time, so that its caller can look for Ctrl-C in between."""
 
 
 def to_ns(seconds: float) -> int:
@@ -24,8 +24,8 @@ def to_ns(seconds: float) -> int:
 
 
 class Clock(Protocol):
-    """What time it is for the engine. `now_ns` stands still between calls, so that everything
-    decided on it is decided alike; under tensor parallel it is overwritten with rank 0's.
+    """The engine's time. `now_ns` stands still between calls, so that every decision of a step sees the
+    same time; under tensor parallel it is overwritten with rank 0's.
 
     `jumps`: several modelled steps may be taken as one.
     """
@@ -40,16 +40,16 @@ class Clock(Protocol):
         """A step is done that took `step_ns`, measured or modelled."""
 
     def wait_until(self, time_ns: int) -> None:
-        """Lets time pass, at most until `time_ns`; a caller that needs that time calls until it is."""
+        """Lets time pass, at most until `time_ns`; it may return before, so call it again."""
 
 
 class VirtualClock:
-    """Advances by the time of steps and jumps over gaps: a day of arrivals takes as long as its work."""
+    """Advances by the time of steps and jumps over gaps."""
 
     jumps = True
 
     def __init__(self, start_s: float = 0.0) -> None:
-        """`start_s` is what a resumed run has behind it."""
+        """`start_s`: seconds that a resumed run has behind it."""
         self._start_ns = self.now_ns = to_ns(start_s)
 
     def start(self) -> None:
@@ -63,12 +63,12 @@ class VirtualClock:
 
 
 class RealClock:
-    """Wall time. Sleeps through gaps, and through what a modelled step has left of its time."""
+    """Wall time. Sleeps through gaps, and until a modelled step is over."""
 
     jumps = False
 
     def __init__(self, start_s: float = 0.0) -> None:
-        """`start_s` is what a resumed run has behind it."""
+        """`start_s`: seconds that a resumed run has behind it."""
         self._start_ns = to_ns(start_s)
         self.start()
 
@@ -77,7 +77,7 @@ class RealClock:
         self._read()
 
     def advance(self, step_ns: int) -> None:
-        # Nothing is left of a step that was measured: it lies between the last look and now.
+        # A measured step needs no sleep: it lies between the last look and now.
         self._sleep(self._read_at_ns + step_ns - time.perf_counter_ns())
 
     def wait_until(self, time_ns: int) -> None:

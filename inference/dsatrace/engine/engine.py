@@ -11,27 +11,45 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from dsatrace.engine.clock import NS_PER_S, Clock, RealClock
+from dsatrace.engine.clock import NS_PER_S, Clock, RealClock, to_ns
 from dsatrace.engine.live import LiveRequest
-from dsatrace.engine.ranks import Ranks, SingleProcess, Word
 from dsatrace.engine.runner import BlocksLost, OnTierError, Runner, Step
 from dsatrace.engine.scheduler import Scheduler
+from dsatrace.engine.settings import RunSettings
+from dsatrace.errors import UserError
 from dsatrace.workloads.request import Request
 
 if TYPE_CHECKING:
     from dsatrace.trace.tracer import Tracer
 
 
-from collections.abc import Iterable
+class Word(NamedTuple):
+    """One rank's view after a step: `tokens` holds those sampled, by request."""
 
-from dsatrace.engine.clock import to_ns
-from dsatrace.errors import UserError
+    abort: bool
+    now_ns: int
+    tokens: list[list[int]]
 
-Judge = Callable[[LiveRequest], float | None]
-"""The task's score of a served request; None where it has none."""
+
+class Ranks(Protocol):
+    """The processes that share one model: every rank runs the same loop over the same requests.
+
+    Rank 0 decides which tokens were sampled, what time it is and whether to stop, so that no two ranks
+    ever schedule different steps. `runner/distributed.py` has the broadcast, which needs torch.
+    """
+
+    def agree(self, word: Word) -> Word:
+        """Rank 0's word, on every rank. All of them call it, with equally many tokens."""
+
+
+class SingleProcess:
+    """Nobody to agree with."""
+
+    def agree(self, word: Word) -> Word:
+        return word
 
 
 class Progress(NamedTuple):
@@ -50,29 +68,24 @@ class Engine:
         scheduler: Scheduler,
         runner: Runner,
         tracer: Tracer | None = None,
+        run: RunSettings | None = None,
         *,
-        clock: Clock | None = None,
         ranks: Ranks | None = None,
-        judge: Judge | None = None,
-        answer_text: Callable[[LiveRequest], str] | None = None,
         on_tier_error: OnTierError = "recompute",
     ) -> None:
-        """Time starts now, on the wall clock unless `clock` is another one.
-
-        `judge` scores what was answered. `answer_text` puts an answer's text into the trace;
-        only for users who asked for it. `on_tier_error` is for a runner that may lose blocks.
-        """
+        """Time starts now. `on_tier_error` is for a runner that may lose blocks."""
+        run = run or RunSettings()
         self.scheduler = scheduler
         self.runner = runner
         self.tracer = tracer
-        self.clock: Clock = clock or RealClock()
+        self.clock: Clock = run.clock or RealClock()
         self.ranks: Ranks = ranks or SingleProcess()
-        self.judge = judge
-        self.answer_text = answer_text
+        self.judge = run.judge
+        self.answer_text = run.answer_text
         self.on_tier_error = on_tier_error
         self.abort_requested = False
         self.tell_tiers: Callable[[], str] | None = None
-        """What the runner's tiers did so far, in a line for users; for whoever owns them to set."""
+        """What the runner's tiers did so far, in a line for users; set by their owner."""
         self.prefill_s = self.decode_s = 0.0
         self.num_prefill_tokens = 0  # computed, not what was found cached
         self.num_decode_tokens = 0
@@ -99,7 +112,7 @@ class Engine:
 
     def run(self) -> Iterator[tuple[LiveRequest, int]]:
         """Yields `(request, token)` as tokens are sampled, until every request is served."""
-        self.wait_until(0)  # brings the clock up to date, however long nothing was asked
+        self.wait_until(0)  # brings the clock up to date
         while self.scheduler.has_work:
             for live, tokens in self.step().tokens:
                 yield from ((live, token) for token in tokens)
@@ -107,31 +120,23 @@ class Engine:
     def step(self, next_arrival_ns: int | None = None) -> Progress:
         """One forward, or several decode steps at once where nothing can happen in between.
 
-        `next_arrival_ns` is when the next request comes, as far as it is known. A forward in which
-        blocks were lost takes its time and brings nothing.
+        `next_arrival_ns` is when the next request comes, if it is known. A forward that loses blocks
+        takes its time and brings nothing.
         """
         step = self._lengthen(self.scheduler.schedule(self.now_s), next_arrival_ns)
         sampled, lost = self._run(step)
         word = self._agree(sampled)
         if lost is None:
             tokens = self.scheduler.commit(step, word.tokens, self.now_s)
-            ended = [live for live, _ in tokens if live.ended]
-        else:
-            tokens, ended = [], self._lose(step, lost)
-        if word.abort:
-            ended += self._abort_all()
-        for live in ended:
-            self._end(live)
-        return Progress(tokens, ended, word.abort)
+            return self._progress(tokens, [live for live, _ in tokens if live.ended], word.abort)
+        recompute = self.on_tier_error == "recompute"
+        failed = self.scheduler.lose(step, lost.block_ids, self.now_s, recompute=recompute, cause=lost.cause)
+        return self._progress([], failed, word.abort)
 
     def wait_until(self, time_ns: int) -> Progress:
         """Lets time pass while there is nothing to do, at most until `time_ns`."""
         self.clock.wait_until(time_ns)
-        word = self._agree([])
-        ended = self._abort_all() if word.abort else []
-        for live in ended:
-            self._end(live)
-        return Progress([], ended, word.abort)
+        return self._progress([], [], self._agree([]).abort)
 
     def request_abort(self) -> None:
         """Drops everything running and waiting after the current step; safe in a signal handler."""
@@ -143,7 +148,7 @@ class Engine:
             self.tracer.close("incomplete")
 
     def _lengthen(self, step: Step, next_arrival_ns: int | None) -> Step:
-        """The same decode step as often as the runner can look ahead and nobody arrives."""
+        """The same decode step, as often as the runner can look ahead and no request arrives."""
         if step.is_prefill or not self.clock.jumps:
             return step
         num_steps = min(self.runner.lookahead(work.live) for work in step.work)
@@ -185,26 +190,27 @@ class Engine:
             self.num_decode_tokens += 0 if lost else len(step.work) * step.num_steps
         return sampled, lost
 
-    def _lose(self, step: Step, lost: BlocksLost) -> list[LiveRequest]:
-        """Those that fail because of it; the others that it concerns are computed again."""
-        recompute = self.on_tier_error == "recompute"
-        return self.scheduler.lose(step, lost.block_ids, self.now_s, recompute=recompute, cause=lost.cause)
-
     def _agree(self, sampled: list[list[int]]) -> Word:
         """Rank 0's tokens, time and wish to abort, on every rank."""
         word = self.ranks.agree(Word(self.abort_requested, self.clock.now_ns, sampled))
         self.clock.now_ns = word.now_ns
         return word
 
-    def _abort_all(self) -> list[LiveRequest]:
-        self.abort_requested = False
-        dropped = [*self.scheduler.running, *self.scheduler.waiting]
-        for live in dropped:
-            self.scheduler.abort(live, self.now_s)
-        return dropped
+    def _progress(
+        self, tokens: list[tuple[LiveRequest, list[int]]], ended: list[LiveRequest], aborted: bool
+    ) -> Progress:
+        """Takes leave of the requests that have ended: all of them, if the run is aborted."""
+        if aborted:
+            self.abort_requested = False
+            for live in [*self.scheduler.running, *self.scheduler.waiting]:
+                self.scheduler.abort(live, self.now_s)
+                ended.append(live)
+        for live in ended:
+            self._end(live)
+        return Progress(tokens, ended, aborted)
 
     def _end(self, live: LiveRequest) -> None:
-        """The last word on a request: its score, and its line in the trace."""
+        """Scores a request and writes its line in the trace."""
         self.runner.forget(live.request_id)
         if self.judge is not None and live.state in ("stop", "length"):
             live.score = self.judge(live)
@@ -215,28 +221,33 @@ class Engine:
 
 
 BATCHES_AHEAD = 2
-"""Requests that have arrived are pulled until so many batches wait; the source keeps the others."""
+"""Batches of arrived requests that may wait; the source keeps the others."""
 
 
 def serve(engine: Engine, requests: Iterable[Request]) -> Iterator[LiveRequest]:
-    """Yields every request when it has ended, rejected ones too, in the order of their ends.
+    """Yields every request when it has ended, rejected ones too, in the order in which they end.
 
     `requests` must be sorted by `arrival_s`; under tensor parallel every rank is given the
     same. After `engine.request_abort()` what was running and waiting comes as `aborted`, and
     no more requests are pulled.
     """
-    arrivals = _Arrivals(requests)
+    source = _in_order(requests)
     max_waiting = BATCHES_AHEAD * engine.scheduler.max_batch_size
     engine.wait_until(0)  # agrees on the time before anything is decided by it
+    coming = next(source, None)
     while True:
-        while len(engine.scheduler.waiting) < max_waiting and arrivals.next_is_here(engine.clock.now_ns):
-            live = engine.submit(arrivals.pull())
+        next_ns = None if coming is None else to_ns(coming.arrival_s)
+        is_here = next_ns is not None and next_ns <= engine.clock.now_ns
+        if coming is not None and is_here and len(engine.scheduler.waiting) < max_waiting:
+            live = engine.submit(coming)
             if live.ended:
                 yield live
+            coming = next(source, None)
+            continue
         if engine.scheduler.has_work:
-            progress = engine.step(arrivals.next_ns)
-        elif arrivals.next_ns is not None:
-            progress = engine.wait_until(arrivals.next_ns)
+            progress = engine.step(next_ns)
+        elif next_ns is not None:
+            progress = engine.wait_until(next_ns)
         else:
             return
         yield from progress.ended
@@ -244,40 +255,14 @@ def serve(engine: Engine, requests: Iterable[Request]) -> Iterator[LiveRequest]:
             return
 
 
-class _Arrivals:
-    """The requests still to come. The source is asked for one more only when somebody looks."""
-
-    def __init__(self, requests: Iterable[Request]) -> None:
-        self._source = iter(requests)
-        self._next: Request | None = None
-        self._next_ns: int | None = None
-        self._last: Request | None = None
-        self._exhausted = False
-
-    @property
-    def next_ns(self) -> int | None:
-        """When the next request arrives; None when there is none."""
-        if self._next is None and not self._exhausted:
-            self._next = next(self._source, None)
-            self._exhausted = self._next is None
-            self._next_ns = None if self._next is None else to_ns(self._next.arrival_s)
-            self._check_order()
-        return self._next_ns
-
-    def next_is_here(self, now_ns: int) -> bool:
-        next_ns = self.next_ns
-        return next_ns is not None and next_ns <= now_ns
-
-    def pull(self) -> Request:
-        """The request that `next_ns` told of."""
-        assert self._next is not None
-        self._last, self._next = self._next, None
-        return self._last
-
-    def _check_order(self) -> None:
-        last, new = self._last, self._next
-        if last is not None and new is not None and new.arrival_s < last.arrival_s:
+def _in_order(requests: Iterable[Request]) -> Iterator[Request]:
+    """The same; raises `UserError` for one that arrives before the last."""
+    last: Request | None = None
+    for request in requests:
+        if last is not None and request.arrival_s < last.arrival_s:
             raise UserError(
-                f"request {new.request_id} arrives at {new.arrival_s} s, before request "
+                f"request {request.request_id} arrives at {request.arrival_s} s, before request "
                 f"{last.request_id} at {last.arrival_s} s; sort the requests by arrival"
             )
+        last = request
+        yield request

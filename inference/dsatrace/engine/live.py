@@ -1,8 +1,7 @@
 """A request while it is being served: its tokens so far, its blocks, its times.
 
-Knows no model and no pool. The scheduler is the only one that changes it, but for the time of
-its prefill and, when it has ended, its score and what its line in the trace says of its answer,
-which the engine adds.
+Knows no model and no pool. The scheduler changes it; the engine adds the time of its prefill and,
+when it has ended, its score and what its line in the trace says of its answer.
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from dsatrace.kv.block_keys import KeyChain
+from dsatrace.kv.prefix import KeyChain
 from dsatrace.kv.prefix_pool import HeldBlocks
-from dsatrace.trace.request_facts import RequestFacts
+from dsatrace.trace.requests import RequestFacts
 from dsatrace.workloads.request import Request
 
 State = Literal["waiting", "running", "stop", "length", "aborted", "rejected", "failed"]
@@ -20,7 +19,7 @@ State = Literal["waiting", "running", "stop", "length", "aborted", "rejected", "
 
 @dataclasses.dataclass(eq=False)
 class LiveRequest(RequestFacts):
-    """The facts of a request as they come about, and what it takes to serve it.
+    """The facts of a request, and what it takes to serve it.
 
     `num_computed` tokens have their KV in the cache; `tokens` holds prompt and answer.
     """
@@ -76,8 +75,8 @@ class LiveRequest(RequestFacts):
     def prefill_end(self) -> int:
         """Tokens that are computed in chunks: the prompt, whose last one gives the first token.
 
-        A request that lost its blocks behind its prompt, to a preemption or a tier, recomputes all
-        tokens but the last, which then goes through the decode step that was taken away: its steps
+        A request that lost its blocks after its prompt, to a preemption or a tier, recomputes all
+        tokens but the last, which then repeats the decode step that was interrupted: so its steps
         are those of an undisturbed run.
         """
         num_tokens = len(self.tokens)

@@ -1,8 +1,6 @@
 """What computes the scheduled steps: the interface of the model and of the token simulator.
 
-In order: `Step` and the `Work` it is made of; `BlocksLost`, which a step raises when a tier has
-lost KV, and `OnTierError`, what becomes of the requests then; `Runner`, the interface. Knows no
-tensor; `runner/model_runner.py` has the model, `engine/simulator.py` none.
+Knows no tensor; `runner/model_runner.py` has the model, `engine/simulator.py` has none.
 
     step = Step(is_prefill=False, work=(Work(live, first_pos=41, num_tokens=1, wants_logits=True),))
     [[token]] = runner.run(step)
@@ -30,8 +28,7 @@ class Work(NamedTuple):
 class Step:
     """One forward. In a decode step every work is one token; a prefill step holds one chunk.
 
-    `num_steps` above 1 stands for so many decode steps of the same requests, of which `work`
-    describes the first.
+    `num_steps` above 1: that many decode steps of the same requests, of which `work` is the first.
     """
 
     is_prefill: bool
@@ -49,23 +46,23 @@ OnTierError = Literal["recompute", "fail"]
 
 
 class BlocksLost(RuntimeError):
-    """Physical blocks hold nothing valid any more, in at least one layer, so the step did not happen.
+    """Physical blocks have lost their content in at least one layer, so the step did not happen.
 
     raise BlocksLost({3, 17}, "remote_pool redis://10.0.0.1:6379: timeout after 5 s")
     """
 
     def __init__(self, block_ids: Iterable[int], cause: str) -> None:
-        """`cause` is a line for users, without text or token of any request."""
+        """`cause` is a line for users; it holds no text or token of a request."""
         self.block_ids = frozenset(block_ids)
         self.cause = cause
         super().__init__(f"{cause}; {len(self.block_ids)} blocks lost")
 
 
 class Runner(Protocol):
-    """Computes steps. It reads requests and never changes them: that is the scheduler's part.
+    """Computes steps. It reads requests and never changes them; the scheduler does.
 
-    A request's tokens depend on the request alone: not on who shares its batch, nor on how
-    often it was preempted. A prefill step may compute tokens it has computed before.
+    A request's tokens depend on the request alone: not on the others in its batch, nor on how
+    often it was preempted. A prefill step may compute tokens again.
     """
 
     def run(self, step: Step) -> list[list[int]]:
@@ -85,7 +82,7 @@ class Runner(Protocol):
     def modelled_ns(self, step: Step, num_steps: int) -> int | None:
         """How long `num_steps` of the step take, in nanoseconds: exactly the sum of single steps.
 
-        None: steps take the time they take, and it is measured. A runner that looks ahead models.
+        None: the time is measured. A runner that looks ahead must model it.
         """
 
     def forget(self, request_id: str) -> None:

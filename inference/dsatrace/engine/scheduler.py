@@ -1,17 +1,17 @@
-"""Decides what the next forward computes: one chunk of one prompt, or one token of everyone.
+"""Decides what the next forward computes: one chunk of one prompt, or one token of every request.
 
 A request is admitted when a slot is free and the pool can hold its tokens. It gets its block
-table when its prefill begins, behind the prefix that the pool has cached, if it caches any;
-the table then grows with its answer. When no block is free the request admitted last gives
-way: it loses its blocks and waits, first in line, to be computed again, less what is cached
-still. One whose blocks a tier has lost starts over in its place. Chunks of a prefill end on
-multiples of the chunk size, whatever was cached. Knows no tensor and no clock: it is told the time.
+table when its prefill begins, which starts behind the prefix that the pool has cached; the table
+then grows with its answer. When no block is free, the request admitted last is preempted: it loses
+its blocks and waits, first in line, to be computed again, less what is still cached. A request
+whose blocks a tier has lost starts over in its place. Chunks of a prefill end on multiples of the
+chunk size, whatever was cached. Knows no tensor and no clock: it is told the time.
 
-Nobody starves. `[*running, *waiting]` is always in the order of `add`: admission takes from
+No request starves. `[*running, *waiting]` is always in the order of `add`: admission takes from
 the front of `waiting`, preemption puts the last of `running` there. So the oldest request
 is never preempted for another, fits the pool alone (else it was rejected), is the first to
 be prefilled, and decodes after at most `max_batch_size` prompts of others; it ends, and the
-next one is the oldest. A loss of blocks makes it start over at most `MAX_RECOMPUTES` times a token.
+next one is the oldest. A loss of blocks makes it start over at most `MAX_RECOMPUTES` times per token.
 
     step = scheduler.schedule(now=0.0)
     scheduler.commit(step, runner.run(step), now=0.02)
@@ -35,14 +35,13 @@ from dsatrace.workloads.request import Request
 Admission = Literal["continuous", "fifo-batch"]
 """When a request may start: as soon as a slot is free, or with the next batch.
 
-`fifo-batch`: an idle engine takes the requests that wait, first come, first served, up to
-the batch size; it never waits to fill a batch and takes nobody else until all of them ended.
+`fifo-batch`: an idle engine takes the waiting requests, first come, first served, up to the batch
+size. It never waits to fill a batch, and takes no other request until all of the batch have ended.
 """
-
 
 MAX_RECOMPUTES = 3
 """How often a request is computed again without a new token before it fails: a dead tier must not
-keep a run from its end."""
+keep a run from ending."""
 
 
 class Scheduler:
@@ -59,10 +58,12 @@ class Scheduler:
         reserve_answer: bool = False,
         admission: Admission = "continuous",
     ) -> None:
-        """`reserve_answer`: a request gets the blocks of its whole answer when it is admitted, which
-        keeps them side by side. For a pool with room for all; in a smaller one fewer run at a time.
-        `max_seq_len` bounds the tokens a request may hold, beside the pool itself.
+        """`max_seq_len` bounds the tokens of a request, as the pool itself does.
+
+        `reserve_answer`: a request gets the blocks of its whole answer when it is admitted, which keeps
+        them side by side; for a pool with room for all, since in a smaller one fewer run at a time.
         """
+        self.prefixes = pool
         self.pool = pool.blocks
         self.tables = BlockTables(pool)
         self.max_batch_size = max_batch_size
@@ -83,7 +84,7 @@ class Scheduler:
 
     @property
     def admits_newcomers(self) -> bool:
-        """Whether a request that came now could be admitted by the next step."""
+        """Whether the next step could admit a request that came now."""
         if self.waiting or len(self.running) >= self.max_batch_size:
             return False
         return self.admission == "continuous" or not self.running
@@ -139,7 +140,7 @@ class Scheduler:
     def commit(
         self, step: Step, sampled: Sequence[list[int]], now: float
     ) -> list[tuple[LiveRequest, list[int]]]:
-        """Books what the step computed and the tokens sampled from it, which it returns by request.
+        """Books what the step computed and the tokens sampled from it; returns these by request.
 
         `sampled` holds `step.num_steps` tokens for each request of `step.sampled`; a stop token
         can only be the last of them.
@@ -156,9 +157,10 @@ class Scheduler:
         for live, new in tokens:
             live.tokens += new
             live.recomputes_in_vain = 0
-        if self.tables.caches_prefixes:
+        if self.prefixes.prefix_caching:
             for live, new in tokens:
-                self.tables.learn(live, new)
+                assert live.key_chain is not None
+                live.key_chain.extend(new)
             for work in step.work:  # before any of them retires
                 self.tables.mark_computed(work.live)
         for live, new in tokens:
@@ -179,7 +181,7 @@ class Scheduler:
         is room. If no running request holds a lost block, the loss is charged to this step's requests:
         otherwise the same step would be tried again forever. Waiting requests hold no blocks.
         """
-        num_found = self.tables.lose(block_ids)
+        num_found = self.prefixes.blocks.forget(block_ids)
         affected = [live for live in self.running if not block_ids.isdisjoint(live.block_ids)]
         if not affected and not num_found:
             affected = [work.live for work in step.work]
@@ -201,7 +203,7 @@ class Scheduler:
 
     @property
     def _decode_is_due(self) -> bool:
-        """Short prompts could follow one another forever, so those who decode get their turn."""
+        """Short prompts could follow one another forever, so decoding requests get their turn."""
         return self._prompts_since_decode >= self.max_batch_size and not self.running[0].in_prefill
 
     def _why_it_never_fits(self, live: LiveRequest) -> str | None:
@@ -231,9 +233,9 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
 
     def _give_room(self, live: LiveRequest) -> bool:
-        """Promises a request its blocks; or, where these are too few, lets it begin with shared ones.
+        """Promises a request its blocks or, where too few are free, lets it begin with shared ones.
 
-        Only where its prefill is next: it would miss what others are about to compute.
+        The latter only if no other prefill is under way: it would miss what that is about to compute.
         """
         if self.tables.promise(live, self._table_blocks(live)):
             return True
@@ -247,7 +249,7 @@ class Scheduler:
 
     @property
     def _may_share_soon(self) -> bool:
-        """Whether who is next in line lacks blocks only until others have computed what it can share."""
+        """Whether the next in line lacks blocks only until others have computed what it can share."""
         if not self.waiting or len(self.running) >= self.max_batch_size:
             return False
         live = self.waiting[0]
@@ -259,7 +261,7 @@ class Scheduler:
         return blocks_needed(num_tokens, self.pool.block_size)
 
     def _begin(self, live: LiveRequest) -> None:
-        """Gives a request its table; its prefill begins behind what is cached, if anything is left of it."""
+        """Gives a request its table; its prefill begins behind what is cached."""
         live.num_computed = self.tables.take(live, self._table_blocks(live))
         if live.prefix_hit_tokens is None:
             live.prefix_hit_tokens = live.num_computed
@@ -274,32 +276,32 @@ class Scheduler:
                 if live.held is not None:
                     return live
                 self._begin(live)
-                if live.in_prefill:  # one that came back may find everything cached
+                if live.in_prefill:  # a preempted one may find everything cached
                     return live
         return None
 
     def _chunk(self, live: LiveRequest) -> Work:
         end = (live.num_computed // self.prefill_chunk + 1) * self.prefill_chunk
         end = min(end, live.prefill_end)
-        # What is computed again has had its logits: the answer behind it came from them.
+        # What is computed again has had its logits: its answer came from them.
         wants_logits = end == live.prefill_end and live.num_answered == 0
         return Work(live, live.num_computed, end - live.num_computed, wants_logits)
 
     def _grow_tables(self) -> None:
-        """A block for everyone whose next token has none, oldest first; the youngest give way."""
+        """Adds a block where the next token has none, oldest request first; the youngest give way."""
         position, block_size = 0, self.pool.block_size
         while position < len(self.running):
             live = self.running[position]
             if not live.in_prefill and len(live.block_ids) * block_size <= live.num_computed:
                 if self.tables.num_free == 0:
                     self._preempt(self.running[-1])
-                    continue  # for the same request, unless it was itself the last
+                    continue  # with the same request, unless it was the last
                 self.tables.extend(live, live.num_computed + 1)
             position += 1
 
     def _start_over(self, lost: Sequence[LiveRequest]) -> None:
-        """Running requests, oldest first, give their blocks back and are promised others; where these
-        are too few the youngest give way, as when tables grow."""
+        """Running requests, oldest first, give their blocks back and are promised others; the youngest
+        give way where too few are free."""
         for live in lost:
             self.tables.release(live)
             live.num_computed = 0

@@ -2,9 +2,10 @@
 
 It echoes the prompt or replays recorded responses, and its steps take a modelled time, so a
 day of requests is served in seconds without weights and without torch. Its tokens say
-nothing about a model, its times nothing about a machine.
+nothing about a model, its times nothing about a machine. `simulate_prefixes` asks the same
+scheduler which prefixes it would find cached.
 
-    with open_simulator(max_seq_len=4096, end_token=1) as engine:
+    with open_simulator(EngineSettings(), RunSettings(stop_tokens=frozenset({1}))) as engine:
         for live in serve(engine, requests):
             live.answer      # the prompt again, and the end token
 """
@@ -13,22 +14,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from dsatrace.engine.block_tables import new_pool
-from dsatrace.engine.clock import Clock, VirtualClock
-from dsatrace.engine.engine import Engine, Judge
+from dsatrace.engine.clock import VirtualClock
+from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.runner import Step
 from dsatrace.engine.scheduler import Admission, Scheduler
+from dsatrace.engine.settings import EngineSettings, RunSettings
 from dsatrace.errors import UserError
 from dsatrace.kv.blocks import blocks_needed
+from dsatrace.kv.layout import CacheLayout
 from dsatrace.trace.tracer import Tracer
 from dsatrace.workloads.request import Request
 
+MAX_SEQ_LEN = 163_840
+"""Tokens a simulated request may hold unless `--max-seq-len` says otherwise: DeepSeek-V3.2's own limit."""
+
 Respond = Callable[[Request], Sequence[int]]
-"""The tokens a request is answered with. Behind them comes the end token, or, for a request that
-does not stop there, the same again."""
+"""The tokens that answer a request. The end token follows or, for a request that does not stop there,
+the same tokens again."""
 
 
 def echo(request: Request) -> Sequence[int]:
@@ -52,15 +58,15 @@ def replay(responses: Mapping[str, Sequence[int]]) -> Respond:
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """The modelled time of a step: a line in what it computes and reads. Nanoseconds.
+    """The modelled time of a step: linear in what it computes and reads. Nanoseconds.
 
-    The defaults are of the order of one large server's; no machine was measured for them.
+    The defaults have the order of magnitude of one large server; no machine was measured for them.
     """
 
     step_ns: int = 20_000_000  # any step
     prefill_token_ns: int = 100_000  # a prompt token computed
     decode_token_ns: int = 500_000  # a request in a decode step
-    context_token_ns: int = 50  # a token that a decode step sees, its own included
+    context_token_ns: int = 50  # a token that a decode step sees
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -82,7 +88,7 @@ class StepTime:
 class TokenSimulator:
     """Answers with what `respond` says, up to its first `end_token`, which is added where it has none.
 
-    A request that does not stop there gets it over and over, as many tokens as it asks for.
+    A request that does not stop there gets the answer over and over, as many tokens as it asks for.
     """
 
     def __init__(self, end_token: int, respond: Respond = echo, step_time: StepTime | None = None) -> None:
@@ -125,43 +131,87 @@ class TokenSimulator:
 
 @contextlib.contextmanager
 def open_simulator(
-    *,
-    max_seq_len: int,
-    end_token: int,
+    settings: EngineSettings,
+    run: RunSettings,
     respond: Respond = echo,
     step_time: StepTime | None = None,
-    max_batch_size: int = 8,
-    prefill_chunk: int = 256,
-    cache_block_size: int = 64,
-    cache_blocks: int | None = None,
-    prefix_caching: bool = False,
-    admission: Admission = "continuous",
-    clock: Clock | None = None,
-    tracer: Tracer | None = None,
-    judge: Judge | None = None,
-    answer_text: Callable[[LiveRequest], str] | None = None,
 ) -> Iterator[Engine]:
-    """An engine without a model, on a virtual clock unless told otherwise; `open_engine`'s counterpart.
+    """An engine without a model, `open_engine`'s counterpart; an answer ends with the least stop token.
 
-    The pool has room for a batch of `max_seq_len` tokens each, or `cache_blocks`. A `tracer` gets the
-    requests, never a selection; leaving the block ends its run.
+    The pool has room for a batch of the longest requests, or `cache_blocks`. Leaving the block ends the
+    trace, which holds the requests and never a selection.
     """
-    num_blocks = cache_blocks or max_batch_size * blocks_needed(max_seq_len, cache_block_size)
+    max_seq_len = settings.max_seq_len or MAX_SEQ_LEN
+    block_size = settings.cache_block_size
+    num_blocks = settings.cache_blocks or settings.max_batch_size * blocks_needed(max_seq_len, block_size)
+    end_token = min(run.stop_tokens)
     scheduler = Scheduler(
-        new_pool(num_blocks, cache_block_size, prefix_caching),
-        max_batch_size,
-        prefill_chunk,
+        new_pool(num_blocks, block_size, settings.prefix_caching),
+        settings.max_batch_size,
+        settings.prefill_chunk,
         frozenset({end_token}),
         max_seq_len=max_seq_len,
-        admission=admission,
+        admission=run.admission,
     )
-    runner = TokenSimulator(end_token, respond, step_time)
-    with tracer or contextlib.nullcontext():
-        yield Engine(
-            scheduler,
-            runner,
-            tracer,
-            clock=clock or VirtualClock(),
-            judge=judge,
-            answer_text=answer_text,
-        )
+    run = dataclasses.replace(run, clock=run.clock or VirtualClock())
+    with contextlib.ExitStack() as stack:
+        tracer = None
+        if run.trace is not None:
+            info = run.info(
+                model_config={},
+                layouts=[CacheLayout("none", 0, 0)],
+                device="none: token simulator",
+                seed=settings.seed,
+                selections="none",
+                prefix_source="cache" if settings.prefix_caching else "analysis",
+            )
+            tracer = stack.enter_context(Tracer(run.trace, info, resumed=run.resumed))
+        yield Engine(scheduler, TokenSimulator(end_token, respond, step_time), tracer, run)
+
+
+NO_TOKEN = -1
+"""Ends answers: no vocabulary has it."""
+
+Turn = tuple[float, Sequence[int], Sequence[int]]
+"""Arrival in seconds since the start, token ids of the prompt, token ids of the answer."""
+
+
+def simulate_prefixes(
+    turns: Iterable[Turn],
+    *,
+    block_size: int,
+    num_blocks: int,
+    max_batch_size: int = 1,
+    prefill_chunk: int = 256,
+    prefix_caching: bool = True,
+    admission: Admission = "continuous",
+    step_time: StepTime | None = None,
+) -> Iterator[LiveRequest]:
+    """The requests as they end; `request_id` is the number in `turns`, which are sorted by arrival.
+
+    `prefix_hit_tokens` is what a request found cached when its prefill first began, `resumed_hit_tokens`
+    what it found after preemptions.
+
+    Chunked prefill, decode, growth and preemption are the engine's own; only tokens and times are made
+    up. `kv.simulation.replay` asks the block pool alone and is much faster. One request at a time the
+    two agree: the engine never computes its last token, as under `schedule="continuous"`.
+
+    `step_time` says how long a request stays, and so which requests are served together. A request whose
+    answer is empty ends with its prompt.
+    """
+    answers: dict[str, Sequence[int]] = {}
+
+    def requests() -> Iterator[Request]:
+        for i, (arrival_s, prompt, answer) in enumerate(turns):
+            answers[f"{i}"] = answer
+            num_tokens = max(1, len(answer))  # the first token comes with the prompt and costs no slot
+            yield Request(f"{i}", tuple(prompt), num_tokens, arrival_s=arrival_s, stop_at_eos=False)
+
+    pool = new_pool(num_blocks, block_size, prefix_caching)
+    runner = TokenSimulator(NO_TOKEN, lambda request: answers[request.request_id], step_time)
+    engine = Engine(
+        Scheduler(pool, max_batch_size, prefill_chunk), runner, run=RunSettings(clock=VirtualClock())
+    )
+    for live in serve(engine, requests()):
+        del answers[live.request_id]
+        yield live

@@ -1,9 +1,9 @@
 """Hands out the blocks of a paged KV cache, and keeps what they hold findable until they are reused.
 
-Pure accounting: knows no tensor, no token and no request. A block is in use (by one user
-or more) or free. A block given a key stays cached after its last user is gone: `lookup`
-finds it, `share` takes it back, and only handing it out again forgets the key, or `forget`,
-for content that is lost. A pool whose blocks never get a key is a plain free list.
+Pure accounting: knows no tensor, no token and no request. A block is in use (by one or more users)
+or free. A block that was given a key stays cached after its last user is gone: `lookup` finds it and
+`share` takes it back. Its key goes when the block is handed out again, or by `forget` when its
+content is lost. A pool whose blocks never get a key is a plain free list.
 
     pool = BlockPool(num_blocks=64, block_size=16)
     table = pool.allocate(blocks_needed(40, pool.block_size))     # [0, 1, 2]
@@ -19,23 +19,23 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, TypeAlias
 
 Key: TypeAlias = "int | bytes"
-"""Names a block's content and its whole prefix: an id of a `BlockTrace`, a digest of a `KeyChain`."""
+"""Stands for a block's content and its whole prefix: an id of a `BlockTrace`, a digest of a `KeyChain`."""
 
 FreeOrder = Literal["old", "new"]
-"""Where a freed block without a key stands in line, as vLLM has it: `old` (up to 2026-04) at the
-back like any other; `new` (since pull request 42656 of 2026-05, thus in 0.32) at the front, so
-that nothing cached is evicted while a block without content is left."""
+"""Where a freed block without a key is queued, as in vLLM. `old` (up to 2026-04): at the back, like
+any other. `new` (since pull request 42656 of 2026-05, released in 0.32): at the front, so that nothing
+cached is evicted while a block without content is left."""
 
 MISS, HIT, EVICT = range(3)
-"""What happens to cached content: it is computed, a cached block is shared, a block is forgotten."""
+"""What happened to cached content: it was computed, a cached block was shared, a block's key went."""
 
 OnEvent = Callable[[int, Key, int], None]
-"""Is told the kind of an event, the key and the block."""
+"""Called with the kind of an event, the key and the block."""
 
 OnVoid = Callable[[list[int]], None]
-"""Is told blocks that nobody uses and whose content nobody can ever read again, in no order: they
-were freed without a key, are about to be handed out anew, or were forgotten while free. Each is
-named once until it is used again, and always before it is."""
+"""Called with free blocks whose content can never be read again, in no order: blocks freed without a
+key, cached blocks about to be handed out, free blocks that were forgotten. Called once per block
+before the block is used again."""
 
 
 class OutOfBlocks(RuntimeError):
@@ -43,16 +43,14 @@ class OutOfBlocks(RuntimeError):
 
 
 def blocks_needed(num_tokens: int, block_size: int) -> int:
-    """Blocks that hold `num_tokens` tokens."""
     return -(-num_tokens // block_size)
 
 
 class BlockPool:
     """`num_blocks` blocks with ids 0..num_blocks-1, of `block_size` tokens each.
 
-    The block that has been free longest is handed out first: least recently used, the tail of
-    a request before its head. With `null_block`, block 0 is never handed out, as in vLLM,
-    which points unused table entries at it.
+    The block that has been free longest is handed out first (LRU); of one request, the tail before
+    the head. With `null_block`, block 0 is never handed out: vLLM points unused table entries at it.
     """
 
     def __init__(
@@ -65,7 +63,6 @@ class BlockPool:
         on_event: OnEvent | None = None,
         on_void: OnVoid | None = None,
     ) -> None:
-        """`on_void` may also be set later: it is asked for at each call."""
         if num_blocks < 1 + null_block or block_size < 1:
             kept = ", block 0 kept back" if null_block else ""
             raise ValueError(
@@ -75,7 +72,7 @@ class BlockPool:
         self.num_usable = num_blocks - null_block
         self.block_size = block_size
         self.free_order = free_order
-        self.on_void = on_void
+        self.on_void = on_void  # may be set later
         self._on_event = on_event
         self._queue: OrderedDict[int, None] = OrderedDict.fromkeys(range(int(null_block), num_blocks))
         self._num_users = [0] * num_blocks
@@ -84,11 +81,11 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks nobody uses, cached or not."""
+        """Blocks without a user, cached or not."""
         return len(self._queue)
 
     def allocate(self, n: int) -> list[int]:
-        """Takes `n` blocks out of the pool, all or none: raises `OutOfBlocks`. Forgets what they held."""
+        """Takes `n` blocks, which lose their keys; raises `OutOfBlocks` and takes none if fewer are free."""
         if n < 0:
             raise ValueError(f"cannot allocate {n} blocks")
         if n > self.num_free:
@@ -104,8 +101,8 @@ class BlockPool:
         return ids
 
     def free(self, ids: Sequence[int]) -> None:
-        """Gives blocks back, given in logical order: the tail is first in line to be reused,
-        because a later request shares a head more often than a tail. A shared block stays in use.
+        """Gives back one use of each block. `ids` are in logical order: the tail is reused first,
+        because a later request shares a head more often than a tail.
 
         A block that is free already, named twice, or unknown raises `ValueError` and changes nothing.
         """
@@ -130,11 +127,13 @@ class BlockPool:
             self._void(void)
 
     def forget(self, ids: Iterable[int]) -> int:
-        """Takes the keys of blocks whose content is lost; nobody finds it from now on.
+        """Removes the keys of blocks whose content is lost; returns how many had one.
 
-        Returns how many had one. A free block is then one without content, and handed out before
-        those that have some; one in use stays in use, and its users know what is lost. An unknown
-        block raises `ValueError` and changes nothing.
+        A free block of these is handed out before those that have content. A block in use stays in
+        use; release every request that holds one, for what it computed behind a lost block can no
+        longer be read. Blocks that followed a lost one keep their keys: a lookup stops before them
+        until the lost block is computed again, and then they are right again. An unknown block
+        raises `ValueError` and changes nothing.
         """
         ids = sorted(set(ids))
         if ids and not 0 <= ids[0] <= ids[-1] < self.num_blocks:
@@ -149,7 +148,7 @@ class BlockPool:
         return len(keyed)
 
     def lookup(self, keys: Iterable[Key]) -> list[int]:
-        """The cached blocks of the leading keys, up to the first that is not cached. Changes nothing."""
+        """The cached blocks of the leading keys, up to the first that is not cached."""
         found = []
         for key in keys:
             blocks = self._blocks_of.get(key)
@@ -159,7 +158,7 @@ class BlockPool:
         return found
 
     def share(self, ids: Sequence[int]) -> None:
-        """Takes cached blocks into use, once more if they are already; given back by `free`."""
+        """Adds one use to each of these cached blocks; `free` gives it back."""
         for block_id in ids:
             if not self._num_users[block_id]:
                 del self._queue[block_id]
@@ -167,7 +166,7 @@ class BlockPool:
             self._tell(HIT, self._key_of[block_id], block_id)
 
     def set_keys(self, ids: Sequence[int], keys: Sequence[Key]) -> None:
-        """Makes blocks in use findable. Older blocks with the same key stay, and are found first."""
+        """Makes blocks in use findable. Older blocks with the same key stay and are found first."""
         for block_id, key in zip(ids, keys, strict=True):
             assert self._num_users[block_id] == 1 and block_id not in self._key_of, f"block {block_id}"
             self._tell(MISS, key, block_id)
@@ -198,9 +197,6 @@ class BlockPool:
 
     # What tests and schedulers look at.
 
-    def is_cached(self, key: Key) -> bool:
-        return key in self._blocks_of
-
     def key_of(self, block_id: int) -> Key | None:
         return self._key_of.get(block_id)
 
@@ -212,8 +208,7 @@ class BlockPool:
         return list(self._queue)
 
     def check_integrity(self) -> None:
-        """Asserts that every block is free exactly once or in use, and that keys and blocks name
-        each other; for tests and idle moments."""
+        """Asserts that every block is either free or in use, and that keys and blocks match; for tests."""
         free = self._queue.keys()
         for block_id in range(self.num_blocks - self.num_usable, self.num_blocks):
             used = self._num_users[block_id]

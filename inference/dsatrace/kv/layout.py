@@ -1,8 +1,7 @@
 """How many bytes one token takes in one layer's KV cache, for each known cache layout.
 
-Knows dimensions only: no tensor, no block. DSA keeps two rows a token and layer: the
-latent (compressed KV and the shared rope key), read where selected, and the indexer's
-key, read always.
+Knows dimensions only: no tensor, no block. DSA keeps two rows per token and layer: the latent
+(compressed KV and the shared rope key), read where selected, and the indexer's key, always read.
 
     layouts = named_layouts(kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128)
     layouts["serving_fp8"].bytes_per_token     # 788
@@ -33,16 +32,16 @@ class CacheLayout:
 
 
 def _fp8_row_bytes(channels: int) -> int:
-    """An fp8 row with one fp32 scale a group of channels."""
+    """An fp8 row with one fp32 scale per group of channels."""
     return channels * FP8_BYTES + -(-channels // SCALE_GROUP) * SCALE_BYTES
 
 
 def named_layouts(kv_lora_rank: int, qk_rope_head_dim: int, index_head_dim: int) -> dict[str, CacheLayout]:
-    """The layouts in use elsewhere, for a model of these dimensions.
+    """The layouts in use, by name, for a model of these dimensions.
 
     - `demo`: DeepSeek's demo, bf16 latent and rope key, fp8 indexer key;
     - `serving_fp8`: FlashMLA's sparse decode, fp8 latent with its scales, bf16 rope key, fp8 indexer key;
-    - `plain_fp8`: latent and rope key fp8 with one scale for a whole tensor, fp8 indexer key;
+    - `plain_fp8`: latent and rope key fp8 with one scale per tensor, fp8 indexer key;
     - `hf_bf16`: transformers, everything bf16.
     """
     bf16_latent = (kv_lora_rank + qk_rope_head_dim) * BF16_BYTES

@@ -1,12 +1,18 @@
-"""Finds prompts that begin like an earlier one, without keeping a single token id.
+"""Names for full blocks such that equal names mean equal prefixes, and which prompts share one.
 
-A prompt's full blocks are hashed in a chain, each hash keyed by a secret and taking in
-the one before, so equal hashes mean equal prefixes and the hashes tell nothing to who
-lacks the secret. Knows no cache: what is "shared" here could be reused, not was.
+A prompt's full blocks are hashed in a chain: each hash takes in the one before, so one comparison
+compares the whole prefix. The hashes are keyed by a secret: without it they reveal nothing, and no
+token id is kept. Whatever else must keep caches apart (a tenant's salt, an adapter's name) goes into
+the root of the chain. Knows no cache and no block id. Exact ids for whole traces, without a hash,
+are in `simulation.block_trace`.
+
+    keys = KeyChain(block_size=16, secret=load_prefix_secret(), extra=("tenant-7",))
+    keys.extend(prompt_ids)         # keys.keys has one key per full block
+    keys.extend([next_token])       # and one more whenever a block is full
 
     analyzer = PrefixCacheAnalyzer(block_size=16, secret=load_prefix_secret())
-    analyzer.add([5] * 40)       # RequestPrefix(num_cached_blocks=0, key="...")
-    analyzer.add([5] * 48)       # RequestPrefix(num_cached_blocks=2, key="..." )
+    analyzer.add([5] * 40)          # RequestPrefix(num_cached_blocks=0, key="...")
+    analyzer.add([5] * 48)          # RequestPrefix(num_cached_blocks=2, key="...")
 """
 
 from __future__ import annotations
@@ -21,23 +27,60 @@ from pathlib import Path
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.kv.block_keys import MIN_SECRET_BYTES, TOKEN_DTYPE, BlockHasher
 
 SECRET_VARIABLE = "DSATRACE_PREFIX_KEY"
+_TOKEN_DTYPE = np.dtype("<i8")
+_MIN_SECRET_BYTES, _MAX_SECRET_BYTES = 16, hashlib.blake2b.MAX_KEY_SIZE
 _SECRET_BYTES = 32
+_BLOCK_DIGEST_BYTES = 16
 _KEY_DIGEST_BYTES = 8
+
+
+class KeyChain:
+    """The keys of one request's full blocks, which grow with its tokens: 16 bytes each."""
+
+    def __init__(self, block_size: int, secret: bytes, extra: Sequence[str] = ()) -> None:
+        if block_size < 1:
+            raise ValueError(f"block_size {block_size} must be at least 1")
+        if not _MIN_SECRET_BYTES <= len(secret) <= _MAX_SECRET_BYTES:
+            raise ValueError(
+                f"a prefix secret has {_MIN_SECRET_BYTES} to {_MAX_SECRET_BYTES} bytes, not {len(secret)}"
+            )
+        self.keys: list[bytes] = []
+        self._block_bytes = block_size * _TOKEN_DTYPE.itemsize
+        self._block = hashlib.blake2b(digest_size=_BLOCK_DIGEST_BYTES, key=secret, person=b"prefix-block")
+        self._parent = _root(secret, extra) if extra else b""
+        self._partial = b""
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Takes in tokens, in order; those of a block that is not yet full are kept for the next call."""
+        tokens = self._partial + np.asarray(token_ids, dtype=_TOKEN_DTYPE).tobytes()
+        size = self._block_bytes
+        num_whole = len(tokens) // size * size
+        for begin in range(0, num_whole, size):
+            hasher = self._block.copy()  # the secret is taken in already
+            hasher.update(self._parent)
+            hasher.update(tokens[begin : begin + size])
+            self._parent = hasher.digest()
+            self.keys.append(self._parent)
+        self._partial = tokens[num_whole:]
+
+
+def _root(secret: bytes, extra: Sequence[str]) -> bytes:
+    """The hash of the extra names, which the first block then follows."""
+    hasher = hashlib.blake2b(digest_size=_BLOCK_DIGEST_BYTES, key=secret, person=b"prefix-root")
+    for text in extra:
+        data = text.encode()
+        hasher.update(len(data).to_bytes(8, "little") + data)
+    return hasher.digest()
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestPrefix:
-    """How much of a request's prompt equals an earlier request's.
+    """How much of a request's prompt equals an earlier request's."""
 
-    `num_cached_blocks` counts the full leading blocks, `key` is the keyed hash of the
-    prompt's first tokens, in hex.
-    """
-
-    num_cached_blocks: int
-    key: str
+    num_cached_blocks: int  # full leading blocks
+    key: str  # keyed hash of the prompt's first tokens, in hex
 
     @property
     def hit(self) -> bool:
@@ -47,40 +90,48 @@ class RequestPrefix:
 class PrefixCacheAnalyzer:
     """Compares each prompt with all earlier ones of the run, block by block.
 
-    `key_tokens` limits only what the key hashes, never the match.
+    Knows no cache: what is "shared" here could be reused, not was. `key_tokens` limits what the
+    key hashes, never the match.
     """
 
     def __init__(self, block_size: int, key_tokens: int = 256, *, secret: bytes) -> None:
         if key_tokens < 1:
             raise ValueError(f"key_tokens {key_tokens} must be at least 1")
-        self._hasher = BlockHasher(block_size, secret)
-        self._key_bytes = key_tokens * TOKEN_DTYPE.itemsize
+        KeyChain(block_size, secret)  # refuses a bad block size or secret now, not at the first prompt
+        self._block_size = block_size
+        self._key_tokens = key_tokens
         self._secret = secret
         self._seen: set[bytes] = set()
 
     def add(self, token_ids: Sequence[int]) -> RequestPrefix:
         """The prompt's shared prefix with earlier prompts; later prompts are compared with it too."""
-        tokens = np.asarray(token_ids, dtype=TOKEN_DTYPE).tobytes()
-        keys = self._hasher.chain(b"", tokens)
+        chain = KeyChain(self._block_size, self._secret)
+        chain.extend(token_ids)
+        keys = chain.keys
         num_cached = next((i for i, key in enumerate(keys) if key not in self._seen), len(keys))
         self._seen.update(keys[num_cached:])
-        head = hashlib.blake2b(
-            tokens[: self._key_bytes], digest_size=_KEY_DIGEST_BYTES, key=self._secret, person=b"prefix-key"
-        )
-        return RequestPrefix(num_cached, head.hexdigest())
+        return RequestPrefix(num_cached, self.key(token_ids))
+
+    def key(self, token_ids: Sequence[int]) -> str:
+        """The keyed hash of the prompt's first tokens, without a comparison."""
+        head = np.asarray(token_ids[: self._key_tokens], dtype=_TOKEN_DTYPE).tobytes()
+        return hashlib.blake2b(
+            head, digest_size=_KEY_DIGEST_BYTES, key=self._secret, person=b"prefix-key"
+        ).hexdigest()
 
 
 def load_prefix_secret(config_folder: Path | None = None) -> bytes:
     """The secret of the keyed hashes: from the environment, else a private file made on first use.
 
-    Runs with the same secret have comparable keys. The file lies in the user's
-    configuration folder and is readable by its owner only.
+    Runs with the same secret have comparable keys. The file lies in the user's configuration
+    folder; only its owner can read it.
     """
     text = os.environ.get(SECRET_VARIABLE)
     if text is not None:
-        if len(text.encode()) < MIN_SECRET_BYTES:
+        if len(text.encode()) < _MIN_SECRET_BYTES:
             raise UserError(
-                f"{SECRET_VARIABLE} is shorter than {MIN_SECRET_BYTES} bytes; use a longer secret or unset it"
+                f"{SECRET_VARIABLE} is shorter than {_MIN_SECRET_BYTES} bytes; "
+                "use a longer secret or unset it"
             )
         return hashlib.blake2b(text.encode(), digest_size=_SECRET_BYTES).digest()
     path = (config_folder or _user_config_folder()) / "prefix_key"

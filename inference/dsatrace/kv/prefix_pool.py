@@ -1,56 +1,49 @@
 """The block pool as a scheduler uses it: by request, with its shared prefix found first.
 
-The rules are those of vLLM's KVCacheManager with one full-attention group, and the tests
-hold them to its recorded answers: only full blocks are cached; a lookup stops at the first
-miss and leaves at least the last token to compute, even if that means computing a whole
-block again; equal blocks computed twice are both kept; a block gets its key when the slots
-that fill it are handed out, so that it can be hit before it is computed, by work that runs
-after it. Knows no token: keys come from `block_keys` (live) or `block_trace` (offline).
+The rules are those of vLLM's KVCacheManager with one full-attention group; the tests compare with
+its recorded answers. Only full blocks are cached. A lookup stops at the first miss and leaves at
+least the last token to compute, even if a whole block must be computed again for it. Equal blocks
+computed twice are both kept. A block gets its key when the slots that fill it are handed out, so work
+that runs later can hit it before it is computed. Knows no token: keys come from `KeyChain` (live) or
+`BlockTrace` (offline).
 
     pool = PrefixPool(BlockPool(64, 16, free_order="new"))
     chain = KeyChain(16, secret); chain.extend(prompt)
     held = pool.admit(chain.keys, len(prompt))        # OutOfBlocks: nothing changed, wait
     held.num_hit_tokens                               # these need no prefill
-    chain.extend([token]); pool.grow(held, len(prompt) + 1)
+    held.block_ids                                    # the block table
+    chain.extend([token]); pool.grow(held, len(prompt) + 1)      # before each step, in the steps' order
     pool.release(held)                                # finished, or preempted
-
-A scheduler built on `BlockPool.allocate` and `free` changes in four places. A request gets a
-`KeyChain` when it arrives, and extends it by every token it learns. Its admission is
-`live.held = pool.admit(chain.keys, num_tokens, num_filled)` in place of `allocate`, with
-`num_slots=max_len` to reserve up to the last token, and its prefill begins at
-`held.num_hit_tokens`. Every step calls `pool.grow(held, n)` for the n tokens that it will
-have filled, in the order in which the steps will run. Retiring and preempting are
-`pool.release(held)`. `held.block_ids` is the block table.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from dsatrace.kv.blocks import BlockPool, Key, OutOfBlocks, blocks_needed
 
 
 @dataclasses.dataclass(eq=False)
 class HeldBlocks:
-    """The blocks of one live request, in order; `keys` is the caller's list and grows with it."""
+    """The blocks of one live request."""
 
-    keys: Sequence[Key]
-    block_ids: list[int]
+    keys: Sequence[Key]  # the caller's list, which grows with the request
+    block_ids: list[int]  # in logical order
     num_hit_blocks: int
     num_hit_tokens: int
     num_keyed: int  # leading blocks whose key has been given to the pool
 
 
 class PrefixPool:
-    """Gives requests their blocks, shared where a prefix is cached; without `prefix_caching` never shared."""
+    """Gives requests their blocks, shared where a prefix is cached."""
 
     def __init__(self, blocks: BlockPool, *, prefix_caching: bool = True) -> None:
         self.blocks = blocks
         self.prefix_caching = prefix_caching
 
     def match(self, keys: Sequence[Key], num_tokens: int) -> list[int]:
-        """The blocks that a request of `num_tokens` tokens would share. Changes nothing."""
+        """The cached blocks that a request of `num_tokens` tokens would share."""
         if not self.prefix_caching:
             return []
         return self.blocks.lookup(keys[: (num_tokens - 1) // self.blocks.block_size])
@@ -65,9 +58,10 @@ class PrefixPool:
     ) -> HeldBlocks:
         """Blocks for a request of `num_tokens` known tokens: shared ones, and new ones for the rest.
 
-        `num_filled` tokens are filled by the coming step (a chunk of prefill; all by default),
-        counted from the request's start and at least what was hit; their blocks get their keys.
-        `num_slots` reserves room for more. Raises `OutOfBlocks` and holds nothing then.
+        `num_filled`: tokens, counted from the request's start, that are filled once the coming step
+        has run (default: all; less for a chunk of prefill). Their blocks get their keys.
+        `num_slots` reserves room for more tokens. Raises `OutOfBlocks` and changes nothing if too
+        few blocks are free.
         """
         hits = self.match(keys, num_tokens)
         num_hit_tokens = len(hits) * self.blocks.block_size
@@ -88,10 +82,9 @@ class PrefixPool:
     def grow(self, held: HeldBlocks, num_tokens: int, num_filled: int | None = None) -> None:
         """Slots for the first `num_tokens` tokens of a live request, which the coming step fills.
 
-        `num_filled`: only so many are filled, and only their blocks get keys. A caller whose steps
-        may fail asks for slots with 0, and names what is computed when it is.
-
-        Raises `OutOfBlocks` and the request keeps what it has.
+        `num_filled`: how many of them are filled (default: all); only full blocks of these get keys.
+        A caller whose steps may fail passes 0, and calls again once the tokens are computed. Raises
+        `OutOfBlocks` and changes nothing if too few blocks are free.
         """
         missing = blocks_needed(num_tokens, self.blocks.block_size) - len(held.block_ids)
         if missing > 0:
@@ -99,18 +92,9 @@ class PrefixPool:
         self._set_keys(held, num_tokens if num_filled is None else num_filled)
 
     def release(self, held: HeldBlocks) -> None:
-        """The request is finished or preempted; a later request, or itself, may hit what it leaves."""
+        """The request is finished or preempted; its cached blocks can still be hit."""
         self.blocks.free(held.block_ids)
         held.block_ids = []
-
-    def lose(self, ids: Iterable[int]) -> int:
-        """The content of these blocks is gone: nobody finds it from now on. Returns how many had a key.
-
-        A request that holds one of them must be released, its sharers too: what it computed behind
-        a lost block it can no longer read. Blocks that followed a lost one keep their keys. A lookup
-        stops before it gets there, until the lost block is computed again; then they are right again.
-        """
-        return self.blocks.forget(ids)
 
     def _set_keys(self, held: HeldBlocks, num_tokens: int) -> None:
         if not self.prefix_caching:

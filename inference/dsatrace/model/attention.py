@@ -1,10 +1,9 @@
 """Multi-head latent attention over the selected tokens only.
 
 Both projections of the latent are absorbed into query and output, so attention works on
-the cached rows themselves: gather K rows, one product for the scores, one for the values.
-Prefill and decode are the same code; neither touches a token that was not selected.
-Every product is summed in fp32 and none rounded to bf16 in between: a score of 30 would be
-off by 0.06, and its weight by 6 %.
+the cached rows: gather K rows, one product for the scores, one for the values. Prefill and
+decode are the same code. Every product is summed in fp32 and not rounded to bf16 in between:
+a score of 30 would be off by 0.06, and its weight by 6 %.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from .selection import Selection
 GATHER_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 """Bound on the latents multiplied at a time: rows of a long prefill chunk attend in slices.
 
-On a CPU a slice of few rows stays in the cache, and its memory is used again for the next;
-on a GPU many rows make up for the time that starting a kernel takes.
+On a CPU few rows stay in the cache, and the next slice reuses their memory; on a GPU many rows make up
+for the time that starting a kernel takes.
 """
 
 
@@ -68,7 +67,7 @@ class MLA(nn.Module):
         cache: KVCache,
         previous: Selection | None = None,
     ) -> tuple[torch.Tensor, Selection]:
-        """The rows' output, and what was selected for them; `previous` is what the layer before selected."""
+        """The rows' output and selection; `previous` is the selection of the layer before."""
         q_latent = self.q_norm(self.wq_a(x))
         cache.write_latent(self.layer_id, batch, self._latent(x, rope))
         if isinstance(self.indexer, SharedIndexer):
@@ -118,11 +117,11 @@ class MLA(nn.Module):
         return self._product(scores.softmax(dim=-1), latents[..., : self.setup.args.kv_lora_rank])
 
     def _operand_dtype(self, x: torch.Tensor) -> torch.dtype:
-        """What attention's products take on `x`'s device: bf16 only where the product can give fp32."""
+        """Dtype of attention's operands on `x`'s device: bf16 only where the product can give fp32."""
         return self.setup.compute_dtype if x.is_cuda else self.setup.precise_dtype
 
     def _product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """`a @ b`, batched, in the precise dtype; `b` is in the operands' dtype, and `a` is brought to it."""
+        """`a @ b`, batched, in the precise dtype; `a` is cast to `b`'s dtype first."""
         precise = self.setup.precise_dtype
         a = a.to(b.dtype)
         return torch.bmm(a, b) if b.dtype == precise else torch.bmm(a, b, out_dtype=precise)

@@ -62,7 +62,7 @@ class Batch:
 
     @classmethod
     def build(cls, spans: Sequence[Span], block_size: int, device: torch.device | str = "cpu") -> Batch:
-        """Lays `spans` one after another; O(blocks) host work a request, one copy a tensor."""
+        """Lays `spans` one after another; O(blocks) host work per request, one copy per tensor."""
         contexts = [span.first_pos + len(span.tokens) for span in spans]
         slot_table = torch.zeros(len(spans), max(contexts), dtype=torch.int64)
         segments: list[Segment] = []

@@ -1,9 +1,8 @@
 """The paged KV cache's tensors: latents and, apart from them, the indexer's keys.
 
 A latent row is one token of one layer: compressed KV and rope key side by side, so one
-gather fetches it. Which request owns a block is the block pool's business, not known here.
-Between selection and attention stands `resolve`: the one seam where positions become
-slots, where tiers fetch, and where forced selections enter.
+gather fetches it. Does not know which request owns a block. `resolve` is the one seam between
+selection and attention, where positions become slots, tiers fetch, and forced selections enter.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ SelectOverride = Callable[[int, Batch, torch.Tensor], torch.Tensor]
 class KVCache:
     """`num_blocks` blocks of `block_size` tokens for every layer.
 
-    Indexer keys are fp8 with one fp32 scale a token; on a device without fp8 arithmetic the
-    same values stand in the compute dtype. Without `index_fp8` there is no scale.
+    Indexer keys are fp8 with one fp32 scale per token; on a device without fp8 arithmetic the
+    same values are in the compute dtype. Without `index_fp8` there is no scale.
     """
 
     def __init__(
@@ -36,8 +35,8 @@ class KVCache:
         latent_blocks: int | None = None,
         index_layers: int | None = None,
     ) -> None:
-        """`latent_blocks`: room for so many blocks of latents, `index_layers`: for so many layers' indexer
-        keys, in turn; where a subclass keeps the rest elsewhere."""
+        """For a subclass that keeps the rest elsewhere: `latent_blocks` with latents, and indexer keys of
+        `index_layers` layers, which layers use in turn."""
         args = setup.args
         self.block_size = block_size
         self.num_blocks = num_blocks
@@ -52,7 +51,7 @@ class KVCache:
         self.indexer_layers = [layer for layer, source in enumerate(args.source_layers) if source == layer]
 
         def of_indexers(*width: int, dtype: torch.dtype) -> list[torch.Tensor]:
-            """A tensor per layer; one without blocks where another layer's indexer chooses."""
+            """A tensor per layer; an empty one where another layer's indexer chooses."""
             made = tensors(index_layers or len(self.indexer_layers), num_blocks, *width, dtype=dtype)
             by_layer = tensors(1, 0, *width, dtype=dtype) * args.n_layers
             for i, layer in enumerate(self.indexer_layers):

@@ -1,11 +1,9 @@
-"""Loads a converted checkpoint into a built model, one tensor at a time, nothing taken on trust.
+"""Loads a converted checkpoint, one tensor at a time, nothing taken on trust.
 
 Names, shapes and types are compared from the file's header before a byte of the model changes.
-Knows a module only through its `state_dict()`, whose names are those of the file. Reads safetensors only.
+`load_checkpoint` knows a module only through its `state_dict()`, whose names are those of the file.
 
-    with torch.device("meta"):
-        model = Transformer(args)
-    load_checkpoint(model, "converted")
+    model = load_transformer(args, "converted")
 """
 
 from __future__ import annotations
@@ -18,15 +16,35 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from .config import ModelArgs
 from .convert import shard_name
 from .hf_config import FP8_GROUP
+from .kernels import Kernels
 from .kernels.torch_kernels import TorchKernels
+from .parallel import ParallelGroup
 from .shards import DTYPES, CheckpointError, StoredTensor, read_header
+from .transformer import Transformer
 
 Progress = Callable[[int, int], None]
 """Told (bytes done, bytes in all)."""
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def load_transformer(
+    args: ModelArgs,
+    path: str | Path,
+    kernels: Kernels | None = None,
+    group: ParallelGroup | None = None,
+    progress: Progress | None = None,
+    device: torch.device | str = "cpu",
+) -> Transformer:
+    """The rank's model, built on the meta device and filled as by `load_checkpoint`; in evaluation mode."""
+    group = group or ParallelGroup()
+    with torch.device("meta"):
+        model = Transformer(args, kernels, group)
+    load_checkpoint(model, path, group.rank, group.size, progress, device)
+    return model.eval()
 
 
 def load_checkpoint(

@@ -19,6 +19,9 @@ from .hf_config import ModelType, WeightDtype, fields_of, is_hf_config, without_
 IndexerType = Literal["full", "shared"]
 """Whether a layer has an indexer, or uses the selection of the layer before it."""
 
+KernelBackend = Literal["torch", "tilelang"]
+"""What the kernels are written in; `torch` is the reference and runs everywhere."""
+
 PLAIN_NUMERICS: dict[str, Any] = {"index_fp8": False, "index_hadamard": False, "latent_fp8": False}
 """Overrides that turn the released model's roundings off; transformers has none of them."""
 
@@ -35,9 +38,8 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 class ModelArgs:
     """Shape and numerics of one model with DeepSeek-V3.2's indexer.
 
-    The first group is what `config_671B_v3.2.json` holds; the demo's dataclass
-    defaults complete it. `max_seq_len` bounds the KV cache and nothing else: YaRN
-    follows `original_seq_len` and `rope_factor`, so a shorter cache is the same model.
+    The first group is what `config_671B_v3.2.json` holds; the defaults are the demo's. `max_seq_len`
+    bounds the KV cache and nothing else: YaRN follows `original_seq_len` and `rope_factor`.
     """
 
     vocab_size: int = 129280
@@ -161,9 +163,8 @@ class ModelArgs:
     def from_json(cls, path: str | Path, ignore_keys: Sequence[str] = (), **overrides: object) -> ModelArgs:
         """Reads a config file, the demo's or a Hugging Face `config.json`.
 
-        `overrides` are fields that win over the file's, such as `**PLAIN_NUMERICS`. What is wrong
-        with the file raises `ValueError` naming it, and a key that is not understood too, unless
-        `ignore_keys` names it.
+        `overrides` are fields that win over the file's, such as `**PLAIN_NUMERICS`. Raises `ValueError`
+        naming the file, also for a key that is not understood, unless `ignore_keys` names it.
         """
         values = read_config(path)
         try:
@@ -178,10 +179,10 @@ class ModelArgs:
             raise ValueError(f"{path}: {error}") from error
 
     def differences(self, other: ModelArgs) -> dict[str, tuple[object, object]]:
-        """What makes the other one another model: fields, each with both values.
+        """The fields that make `other` another model, each with both values.
 
-        Number formats, the roundings of `PLAIN_NUMERICS`, how many tokens are selected and the size of
-        the cache are a run's to choose.
+        A run may choose number formats, the roundings of `PLAIN_NUMERICS`, how many tokens are selected
+        and the size of the cache.
         """
         free = {"dtype", "scale_fmt", "max_batch_size", "max_seq_len", "ignored_config_keys", *PLAIN_NUMERICS}
         free |= {"index_topk", "tie_word_embeddings"}  # the second: a converted checkpoint holds both
@@ -203,7 +204,7 @@ class ModelArgs:
 
     @property
     def source_layers(self) -> tuple[int, ...]:
-        """Per layer the one whose indexer chooses for it: itself, or the last before it that has one."""
+        """Per layer, the layer whose indexer chooses for it: itself, or the last one before that has one."""
         sources: list[int] = []
         for layer in range(self.n_layers):
             shared = self.indexer_types is not None and self.indexer_types[layer] == "shared"

@@ -1,8 +1,8 @@
 """Hugging Face safetensors to `model{r}-mp{N}.safetensors`, a few rows of one tensor in memory at a time.
 
-`plan` has laid out every output file before a byte of data moves; then each source tensor is
+`plan` lays out every output file before a byte of data moves; then each source tensor is
 streamed once, in file order, and each block of rows goes to its ranks. Types are copied bit
-for bit. Knows no tokenizer: it copies its files (`COPIED`).
+for bit, and so are the tokenizer's files (`COPIED`).
 
     convert_checkpoint("DeepSeek-V3.2", "converted", n_experts=256, model_parallel=8)
 """
@@ -41,10 +41,9 @@ def convert_checkpoint(
 ) -> list[Path]:
     """Converts a whole checkpoint; returns the files written, one per rank.
 
-    `n_experts` is the number of routed experts that the caller expects; None: the config's.
-    `ignore_keys` are read as if `config.json` did not hold them. Nothing appears under
-    `save_path` before all of it is on disk; an earlier conversion there is replaced only
-    then. Every mistake raises `CheckpointError`.
+    `n_experts` is the expected number of routed experts; None: the config's. `ignore_keys` are read
+    as if `config.json` did not hold them. Nothing appears under `save_path`, nor is an earlier conversion
+    replaced, before all of it is on disk. Every mistake raises `CheckpointError`.
     """
     hf_path, save_path = Path(hf_path), Path(save_path)
     source = read_source(hf_path)
@@ -79,7 +78,7 @@ def convert_checkpoint(
 
 
 def _write_without_quantisation(source: Path, target: Path) -> None:
-    """A checkpoint that was cast from fp8 often keeps the config it had: its weights are what they are."""
+    """For a checkpoint that was cast from fp8 but kept its config."""
     config = json.loads(source.read_bytes())
     del config["quantization_config"]
     target.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -147,9 +146,9 @@ def _write_block(writer: ShardWriter, piece: Piece, first_row: int, block: torch
 
 @contextmanager
 def _published(target: Path) -> Iterator[Path]:
-    """A folder whose files move into `target`, synced, when the block ends well; else it goes.
+    """A folder whose files move into `target`, synced, when the block ends well; else it is removed.
 
-    It lies within a target that exists, which may be a mount of its own, or else beside it.
+    It lies within a target that exists, which may be a mount, or else beside it.
     """
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target}: is a file; give a folder to write the checkpoint into")

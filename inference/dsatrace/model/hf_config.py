@@ -1,8 +1,7 @@
 """`config.json` of a Hugging Face checkpoint, as fields of `ModelArgs`.
 
-A setting that is not understood is refused. Every key that may stand in the file is a row of
-`KEYS`: the field it sets, or the only values it may have, or why it cannot matter. A key
-without a row, or with another value, ends the load naming both.
+Every key that the file may hold is a row of `KEYS`: the field it sets, or the only values it may
+have, or why it cannot matter. A key without a row, or with another value, is refused by name.
 Reads the spellings of transformers 4 (`rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`,
 `dtype`). Knows no tensor and no file.
 
@@ -35,7 +34,7 @@ class Family:
     architecture: str
     index_rope: Literal["half_split", "interleaved"]
     latent_norm_eps: float = 1e-6
-    """DeepSeek's published code gives every norm 1e-6, and transformers the latent norms of both families."""
+    """DeepSeek's code gives 1e-6 to every norm, transformers to the latent norms of both families."""
 
 
 FAMILIES: dict[ModelType, Family] = {
@@ -54,15 +53,15 @@ OTHER_INDEXER = (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """How one key is understood, by `field`, `only`, `must_be` or `read_by`; by none: it cannot matter."""
+    """How one key is understood: by `field`, `only`, `must_be` or `read_by`; else it cannot matter."""
 
     field: str | None = None  # of ModelArgs, which takes the value
     of: type = object  # the value's type: int, float or bool; object where the field itself checks it
     only: tuple[object, ...] = ()  # the values it may have
-    must_be: Callable[[Values], object] | None = None  # the one value it may have, by the other keys
-    read_by: str | None = None  # the function here that reads it, with others
-    why: str = ""  # why only those values; or why it cannot matter
-    optional: bool = False  # a field whose default stands where the key does not
+    must_be: Callable[[Values], object] | None = None  # the value it must have, by the other keys
+    read_by: str | None = None  # the function here that reads it
+    why: str = ""  # why only those values, or why it cannot matter
+    optional: bool = False  # without the key, the field's default holds
 
     def kind(self) -> str:
         """In a word or two, for the table in docs/config.md."""
@@ -93,9 +92,10 @@ def _harmless(why: str) -> Row:
     return Row(why=why)
 
 
-_TRAINING = _harmless("training only")
-_OUTPUTS = _harmless("what transformers returns beside the logits")
-_METADATA = _harmless("metadata")
+def _all_harmless(why: str, *keys: str) -> dict[str, Row]:
+    return dict.fromkeys(keys, Row(why=why))
+
+
 _LAYER_KINDS = "one of several spellings; the first that stands counts"
 
 KEYS: dict[str, Row] = {
@@ -166,16 +166,15 @@ KEYS: dict[str, Row] = {
     "num_nextn_predict_layers": _harmless("next-token modules are left out"),
     "ep_size": _harmless("how DeepSeek's code split experts"),
     "pretraining_tp": _harmless("how the model was trained"),
-    "attention_dropout": _TRAINING,
-    "initializer_range": _TRAINING,
-    "aux_loss_alpha": _TRAINING,
-    "seq_aux": _TRAINING,
-    "router_aux_loss_coef": _TRAINING,
+    **_all_harmless(
+        "training only",
+        *("attention_dropout", "initializer_range", "aux_loss_alpha", "seq_aux", "router_aux_loss_coef"),
+    ),
     "use_cache": _harmless("this engine always has a cache"),
-    "output_router_logits": _OUTPUTS,
-    "output_attentions": _OUTPUTS,
-    "output_hidden_states": _OUTPUTS,
-    "return_dict": _OUTPUTS,
+    **_all_harmless(
+        "what transformers returns beside the logits",
+        *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict"),
+    ),
     "bos_token_id": _harmless("the tokenizer says it"),
     "eos_token_id": _harmless("of no effect on a forward; where an answer ends is the tokenizer's"),
     "pad_token_id": _harmless("nothing is padded here"),
@@ -183,17 +182,12 @@ KEYS: dict[str, Row] = {
     "is_decoder": _harmless("of no effect on a model that is one"),
     "add_cross_attention": _only(False, why="this is a decoder"),
     "chunk_size_feed_forward": _harmless("a memory setting of transformers"),
-    "problem_type": _METADATA,
-    "id2label": _METADATA,
-    "label2id": _METADATA,
-    "num_labels": _METADATA,
     "auto_map": _harmless("code in the checkpoint is never run"),
-    "transformers_version": _METADATA,
-    "_name_or_path": _METADATA,
-    "name_or_path": _METADATA,
-    "tokenizer_class": _METADATA,
-    "_attn_implementation": _METADATA,
-    "attn_implementation": _METADATA,
+    **_all_harmless(
+        "metadata",
+        *("problem_type", "id2label", "label2id", "num_labels", "transformers_version", "_name_or_path"),
+        *("name_or_path", "tokenizer_class", "_attn_implementation", "attn_implementation"),
+    ),
     "random_weights": _harmless("our own: says that the weights mean nothing"),
 }
 """Every key that is understood."""
@@ -313,7 +307,7 @@ def _check_type(key: str, value: object, of: type) -> None:
 
 
 def _same(value: object, other: object) -> bool:
-    """Equal, and neither a boolean that stands for a number."""
+    """Equal, and not a boolean beside a number."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
@@ -388,13 +382,13 @@ def _rope_fields(values: Values) -> dict[str, Any]:
     factor, mscale, of_all_dims = rope["factor"], rope.get("mscale"), rope.get("mscale_all_dim")
     attention_factor = rope.get("attention_factor")
     if attention_factor is None and mscale and of_all_dims:
-        attention_factor = _temperature(factor, mscale) / _temperature(factor, of_all_dims)
+        attention_factor = yarn_temperature(factor, mscale) / yarn_temperature(factor, of_all_dims)
     elif attention_factor is None:
-        attention_factor = _temperature(factor, 1.0)
+        attention_factor = yarn_temperature(factor, 1.0)
     return fields | {"mscale": of_all_dims or 0.0, "rope_attention_factor": attention_factor}
 
 
-def _temperature(factor: float, mscale: float) -> float:
+def yarn_temperature(factor: float, mscale: float) -> float:
     """YaRN's scale of attention for a context stretched by `factor` (arXiv 2309.00071, section 3.4)."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 

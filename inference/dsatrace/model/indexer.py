@@ -1,8 +1,7 @@
 """The lightning indexer: scores every visible token for every query and keeps the top-k.
 
 score[t] = sum_h w_h * relu(q_h . k_t), with one shared key head and signed head weights
-(DeepSeek-V3.2, section 2.1). Knows nothing of who watches: `on_select` is a plain
-attribute, None when off.
+(DeepSeek-V3.2, section 2.1). An observer sets the attribute `on_select`; None: nobody watches.
 """
 
 from __future__ import annotations
@@ -19,14 +18,11 @@ from .rotary import Rope, rotate_half_split, rotate_interleaved
 from .selection import Selection, mask_future, select_topk
 
 OnSelect = Callable[[int, Selection], None]
-"""Called with `(layer_id, selection)` once a layer and forward, before attention reads anything."""
+"""Called with `(layer_id, selection)` once per layer and forward, before attention reads anything."""
 
 
 class SharedIndexer(nn.Module):
-    """Stands in a layer without an indexer: the layer uses what `source_layer`'s indexer chose.
-
-    It has no weights; an observer sets its `on_select` as it does an `Indexer`'s.
-    """
+    """For a layer without an indexer, which uses what `source_layer`'s indexer chose. Has no weights."""
 
     def __init__(self, layer_id: int, source_layer: int):
         super().__init__()
@@ -95,7 +91,7 @@ class Indexer(nn.Module):
         return quantise(x, args.scale_fmt, group=args.index_head_dim)
 
     def _select(self, query: torch.Tensor, weights: torch.Tensor, batch: Batch, cache: KVCache) -> Selection:
-        """Scores each segment against its own request's keys; a row never meets a position past its own."""
+        """Scores each segment against its request's keys; a row never sees a position past its own."""
         num_rows = query.shape[0]
         k = min(self.setup.args.index_topk, batch.slot_table.shape[1])
         positions = query.new_full((num_rows, k), -1, dtype=torch.int64)

@@ -45,8 +45,8 @@ class ModelSetup:
 
     @property
     def precise_dtype(self) -> torch.dtype:
-        """Dtype of what is never rounded to bf16: norms, gates, head weights, logits, scores, softmax,
-        and every sum, of experts, of ranks and into the residual."""
+        """Dtype of what is never rounded to bf16: norms, gates, head weights, logits, scores, softmax, and
+        the sums over experts, over ranks and into the residual."""
         return torch.float64 if self.args.dtype == "fp64" else torch.float32
 
 
@@ -74,8 +74,8 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """`x (N, in)` to `(N, out)`, in `out_dtype` where that is given.
 
-        Asked for more than its weight's precision, an fp8 product comes unrounded; a bf16
-        one is rounded all the same, as the released code's is.
+        If `out_dtype` is wider than the weight's dtype, an fp8 product comes unrounded; a bf16 one is
+        rounded first, as in the released code.
         """
         if self.scale is None:
             y = F.linear(x.to(self.weight.dtype), self.weight)
@@ -85,7 +85,7 @@ class Linear(nn.Module):
         return kernels.fp8_gemm(quantised, x_scale, self.weight, self.scale, out_dtype or x.dtype)
 
     def leave_unquantised(self) -> None:
-        """Holds the weight in the compute dtype, without scales: a checkpoint may leave some so."""
+        """Holds the weight in the compute dtype without scales, as the checkpoint does."""
         weight = torch.empty_like(self.weight, dtype=self.setup.compute_dtype)
         self.weight, self.scale = nn.Parameter(weight, requires_grad=False), None
 

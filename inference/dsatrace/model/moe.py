@@ -6,11 +6,14 @@ limited to the best groups, shared experts as one MLP (DeepSeek-V3, section 2.1.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import ColumnParallelLinear, Linear, ModelSetup, RowParallelLinear, new_weight
+from .layers import ColumnParallelLinear, ModelSetup, RowParallelLinear, new_weight
+from .parallel import ParallelGroup
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, precise_dtype: torch.dtype) -> torch.Tensor:
@@ -21,7 +24,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, precise_dtype: torch.dtype) -> 
 class MLP(nn.Module):
     """`w2(silu(w1 x) * w3 x)`, split over the ranks; `reduce=False` leaves the sum to the caller.
 
-    Gives the precise dtype, as an `Expert` does: its output is a term of a sum.
+    Gives the precise dtype: its output is a term of a sum.
     """
 
     def __init__(self, setup: ModelSetup, inter_dim: int, reduce: bool = True):
@@ -34,21 +37,6 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.w2(swiglu(self.w1(x), self.w3(x), self.precise_dtype))
-
-
-class Expert(nn.Module):
-    """A routed expert: the same MLP, whole on one rank."""
-
-    def __init__(self, setup: ModelSetup):
-        super().__init__()
-        args = setup.args
-        self.precise_dtype = setup.precise_dtype
-        self.w1 = Linear(setup, args.dim, args.moe_inter_dim)
-        self.w2 = Linear(setup, args.moe_inter_dim, args.dim)
-        self.w3 = Linear(setup, args.dim, args.moe_inter_dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(swiglu(self.w1(x), self.w3(x), self.precise_dtype), self.precise_dtype)
 
 
 class Gate(nn.Module):
@@ -80,9 +68,9 @@ class Gate(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts, split over the ranks by id range, beside the shared experts, if there are any.
+    """Routed experts, split over the ranks by id range, and the shared experts, if there are any.
 
-    Their outputs are summed in the precise dtype, which is what comes out.
+    Gives their sum, in the precise dtype.
     """
 
     def __init__(self, setup: ModelSetup):
@@ -92,8 +80,9 @@ class MoE(nn.Module):
         self.precise_dtype = setup.precise_dtype
         self.num_experts = args.n_routed_experts
         self.gate = Gate(setup)
+        whole = dataclasses.replace(setup, group=ParallelGroup())  # an expert lies on one rank
         self.experts = nn.ModuleDict(
-            {str(i): Expert(setup) for i in setup.group.shard(args.n_routed_experts)}
+            {str(i): MLP(whole, args.moe_inter_dim) for i in setup.group.shard(args.n_routed_experts)}
         )
         shared_dim = args.n_shared_experts * args.moe_inter_dim
         self.shared_experts = MLP(setup, shared_dim, reduce=False) if shared_dim else None

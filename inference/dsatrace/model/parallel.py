@@ -1,6 +1,6 @@
-"""Tensor parallelism: one small group object whose collectives do nothing in a single process.
+"""Tensor parallelism: a group object whose collectives do nothing in a single process.
 
-Knows ranks and tensors; never starts a process group and knows no layer.
+Never starts a process group; knows no layer.
 
     group = ParallelGroup.current()
     y = group.all_reduce(partial)

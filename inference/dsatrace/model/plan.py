@@ -1,8 +1,7 @@
 """What a conversion will do: read a Hugging Face checkpoint's config and headers, check, assign the pieces.
 
-Reads headers only and writes nothing. A config that is not understood, and a checkpoint that is not
-the whole of what it describes or does not divide over the ranks, raise `CheckpointError` here,
-before a byte is converted.
+Reads headers only and writes nothing. `CheckpointError` is raised here, before a byte is converted:
+for a config that is not understood, and a checkpoint that is not whole or does not divide over the ranks.
 
     folder = Path("DeepSeek-V3.2")
     source = read_source(folder)
@@ -81,7 +80,7 @@ def read_model(hf_path: Path, ignore_keys: Sequence[str] = ()) -> ModelArgs:
 def plan(
     hf_path: Path, source: dict[str, StoredTensor], args: ModelArgs, model_parallel: int
 ) -> dict[str, list[Piece]]:
-    """Where each source tensor goes, in source order; the checkpoint must be whole and hold nothing else."""
+    """Where each source tensor goes, in source order."""
     if "model.embed_tokens.weight" not in source:
         raise CheckpointError(
             f"{hf_path}: lacks model.embed_tokens.weight; give a whole checkpoint in Hugging Face layout"
@@ -90,7 +89,12 @@ def plan(
         raise CheckpointError(
             f"model parallel {model_parallel} does not divide the {args.n_routed_experts} experts"
         )
-    _check_quantisation(hf_path, source, args)
+    fp8 = [name for name, stored in source.items() if stored.dtype == FP8]
+    if fp8 and args.dtype != "fp8":
+        raise CheckpointError(
+            f"{hf_path / 'config.json'}: has no quantization_config, but {fp8[0]}{_and_more(fp8)} are fp8; "
+            "restore the model's own config.json"
+        )
     kept = {name: stored for name, stored in source.items() if not _is_left_out(name, stored, source, args)}
     _check_expert_count(hf_path, kept, args)
     targets: dict[str, Target] = {}
@@ -109,8 +113,7 @@ def plan(
             f"a {args.model_type} checkpoint with this config.json has none of that name"
         )
     for name in kept:
-        _check_shape(name, kept, targets[name])
-        _check_scale(name, kept, targets[name], model_parallel)
+        _check_shapes(name, kept, targets[name], model_parallel)
     pieces = {name: _pieces(name, kept[name], targets[name], args, model_parallel) for name in kept}
     if args.tie_word_embeddings:
         embedding = pieces["model.embed_tokens.weight"]
@@ -119,17 +122,8 @@ def plan(
 
 
 def has_leftover_quantisation(source: dict[str, StoredTensor], args: ModelArgs) -> bool:
-    """Whether `config.json` speaks of fp8, but no tensor is: the weights were cast, the config was not."""
+    """Whether `config.json` says fp8, but no tensor is: the weights were cast, the config was not."""
     return args.dtype == "fp8" and all(stored.dtype != FP8 for stored in source.values())
-
-
-def _check_quantisation(hf_path: Path, source: dict[str, StoredTensor], args: ModelArgs) -> None:
-    fp8 = [name for name, stored in source.items() if stored.dtype == FP8]
-    if fp8 and args.dtype != "fp8":
-        raise CheckpointError(
-            f"{hf_path / 'config.json'}: has no quantization_config, but {fp8[0]}{_and_more(fp8)} are fp8; "
-            "restore the model's own config.json"
-        )
 
 
 def _has_experts(args: ModelArgs) -> bool:
@@ -137,7 +131,7 @@ def _has_experts(args: ModelArgs) -> bool:
 
 
 def _is_left_out(name: str, stored: StoredTensor, source: dict[str, StoredTensor], args: ModelArgs) -> bool:
-    """What the model computes, or has no use for; raises for a layer that `config.json` does not know."""
+    """Whether the model has no use for the tensor; raises for a layer that `config.json` does not know."""
     if name.endswith(".rotary_emb.inv_freq"):
         return True
     if name == "lm_head.weight":
@@ -176,18 +170,14 @@ def _why_missing(missing: list[str], kept: dict[str, StoredTensor]) -> str:
     return "fetch the checkpoint again, or restore its own config.json"
 
 
-def _check_shape(name: str, tensors: dict[str, StoredTensor], target: Target) -> None:
-    shape = tensors[name].shape
-    if shape != target.shape and not name.endswith("_scale_inv"):
+def _check_shapes(name: str, tensors: dict[str, StoredTensor], target: Target, model_parallel: int) -> None:
+    """Of a tensor and, if it is fp8, its scale, also after the split: a scale serves whole 128-blocks."""
+    weight = tensors[name]
+    if weight.shape != target.shape and not name.endswith("_scale_inv"):
         raise CheckpointError(
-            f"{tensors[name].path}: {name} has shape {list(shape)}, but config.json makes it "
+            f"{weight.path}: {name} has shape {list(weight.shape)}, but config.json makes it "
             f"{list(target.shape)}; restore the model's own config.json"
         )
-
-
-def _check_scale(name: str, tensors: dict[str, StoredTensor], target: Target, model_parallel: int) -> None:
-    """An fp8 weight and its scale must fit, also after the split: a scale serves whole 128-blocks."""
-    weight = tensors[name]
     if weight.dtype != FP8:
         return
     scale_name, wanted = scale_of(name, target)
@@ -197,11 +187,8 @@ def _check_scale(name: str, tensors: dict[str, StoredTensor], target: Target, mo
             f"{scale_name}: is {scale.dtype} {list(scale.shape)}, "
             f"but its weight needs F32 {list(wanted.shape)}"
         )
-    if (
-        target.dim is not None
-        and weight.shape[target.dim] % (FP8_GROUP * model_parallel)
-        and model_parallel > 1
-    ):
+    block = FP8_GROUP * model_parallel
+    if model_parallel > 1 and target.dim is not None and weight.shape[target.dim] % block:
         raise CheckpointError(
             f"{scale_name}: model parallel {model_parallel} cuts through its {FP8_GROUP}-blocks "
             f"(dimension {target.dim} of the weight is {weight.shape[target.dim]}); use fewer ranks"
@@ -228,15 +215,16 @@ def _pieces(
             f"{name}: model parallel {model_parallel} does not divide dimension {target.dim} "
             f"of its shape {list(stored.shape)}"
         )
-    local_shape = (
-        *stored.shape[: target.dim],
-        length // model_parallel,
-        *stored.shape[target.dim + 1 :],
-    )
-    rows, width = num_rows // model_parallel, row_bytes // model_parallel
+    local_shape = list(stored.shape)
+    local_shape[target.dim] //= model_parallel
+    whole = dataclasses.replace(whole, shape=tuple(local_shape))
+
+    def share(length: int, rank: int) -> tuple[int, int]:
+        return length // model_parallel * rank, length // model_parallel * (rank + 1)
+
     return [
-        Piece(rank, target.name, local_shape, (rank * rows, (rank + 1) * rows), (0, row_bytes))
+        dataclasses.replace(whole, rank=rank, rows=share(num_rows, rank))
         if target.dim == 0
-        else Piece(rank, target.name, local_shape, (0, num_rows), (rank * width, (rank + 1) * width))
+        else dataclasses.replace(whole, rank=rank, row_bytes=share(row_bytes, rank))
         for rank in range(model_parallel)
     ]

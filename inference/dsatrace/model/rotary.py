@@ -12,6 +12,7 @@ import math
 import torch
 
 from .config import ModelArgs
+from .hf_config import yarn_temperature
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine `(N, R/2)` of N rows' positions."""
@@ -49,11 +50,8 @@ def rope_angles(args: ModelArgs, positions: torch.Tensor, frequencies: torch.Ten
 
 
 def softmax_scale(args: ModelArgs) -> float:
-    """Attention's score scale, with YaRN's temperature squared when YaRN is on."""
-    scale = args.qk_head_dim**-0.5
-    if args.uses_yarn:
-        scale *= (0.1 * args.mscale * math.log(args.rope_factor) + 1.0) ** 2
-    return scale
+    """Attention's score scale, with YaRN's temperature squared."""
+    return args.qk_head_dim**-0.5 * yarn_temperature(args.rope_factor, args.mscale) ** 2
 
 
 def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,7 @@ class Selection(NamedTuple):
     """What the indexer chose for N query rows.
 
     `positions` are absolute token positions in score order, -1 past the visible ones.
-    `own_positions` is what this rank chose before rank 0's choice replaced it: the same
-    tensor in a single process.
+    `own_positions` is this rank's choice before rank 0's replaced it; in a single process the same tensor.
     """
 
     positions: torch.Tensor  # (N, K) int64

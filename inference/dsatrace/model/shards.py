@@ -42,7 +42,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, converted or loaded; one line naming file, tensor and remedy."""
+    """A checkpoint cannot be read, converted or loaded; one line naming file, tensor and remedy."""
 
 
 @dataclasses.dataclass(frozen=True)

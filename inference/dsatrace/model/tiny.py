@@ -1,7 +1,7 @@
 """Random checkpoints in Hugging Face layout, for tests and the demo: the same seed, the same bytes.
 
-Each tensor is drawn from a seed of its own name, so neither shard count nor order changes it,
-and one is in memory at a time. The weights mean nothing: no locality can be read off them.
+Each tensor is drawn from its name, so neither shard count nor order changes it, and only one is in
+memory at a time. The weights mean nothing: their selections say nothing about locality.
 
     write_checkpoint("tiny", ModelArgs.from_json("config_tiny.json"), seed=0)
 """
@@ -9,11 +9,12 @@ and one is in memory at a time. The weights mean nothing: no locality can be rea
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Literal
 
 import torch
+
+from dsatrace.files import write_json
 
 from .config import ModelArgs
 from .hf_config import FAMILIES, FP8_GROUP, KEYS, ROPE_KEYS
@@ -23,7 +24,7 @@ from .shards import DTYPES, CheckpointError, Layout, ShardWriter, num_bytes
 Weights = Literal["bf16", "fp8", "fp32"]
 
 RANDOM_WEIGHTS = "random_weights"
-"""Key of `config.json` that says so, for whoever reports on a run of this model."""
+"""Key of `config.json` that says so, for reports on a run of this model."""
 
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
@@ -54,11 +55,12 @@ def write_checkpoint(
                     _write_random(writer, tensor_name, tensor, seed, args)
         weight_map = {tensor: name for name, layout in zip(names, shards, strict=True) for tensor in layout}
         total = sum(num_bytes(*tensor) for layout in shards for tensor in layout.values())
-        _write_json(
+        write_json(
             folder / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+            indent=2,
         )
-        _write_json(folder / "config.json", {**hf_config(args, weights), RANDOM_WEIGHTS: True})
+        write_json(folder / "config.json", {**hf_config(args, weights), RANDOM_WEIGHTS: True}, indent=2)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot write the checkpoint: {error.strerror}") from error
     return [folder / name for name in names]
@@ -130,10 +132,6 @@ def quantise(weight: torch.Tensor, scale_fmt: str | None) -> tuple[torch.Tensor,
         scale = torch.exp2(torch.ceil(torch.log2(scale)))
     scaled = (blocks / scale[:, None, :, None]).view(padded.shape)
     return scaled[: weight.shape[0], : weight.shape[1]].to(torch.float8_e4m3fn), scale
-
-
-def _write_json(path: Path, value: dict[str, object]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def hf_config(args: ModelArgs, weights: Weights) -> dict[str, object]:

@@ -25,8 +25,8 @@ from .selection import Selection
 class Block(nn.Module):
     """Attention and feed-forward, each behind its norm and beside its residual.
 
-    The residual is added to in the precise dtype. The norm that follows sees that sum; the
-    residual itself goes on rounded to the compute dtype, which is how it is served.
+    Both are added to the residual in the precise dtype. The next norm sees that sum; the residual
+    goes on rounded to the compute dtype.
     """
 
     def __init__(self, setup: ModelSetup, layer_id: int):
@@ -41,8 +41,7 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, rope: Rope, batch: Batch, cache: KVCache, previous: Selection | None
     ) -> tuple[torch.Tensor, Selection]:
-        """The rows `(N, dim)` behind this layer, their sum not yet rounded, and the layer's selection,
-        which the next may share."""
+        """The layer's rows `(N, dim)`, not yet rounded, and its selection, which the next may share."""
         attended, selection = self.attn(self.attn_norm(x), rope, batch, cache, previous)
         x = x.to(self.residual_dtype) + attended
         return x.to(self.residual_dtype) + self.ffn(self.ffn_norm(x)), selection

@@ -1,6 +1,6 @@
-"""One picture of a run: blocks touched, where they lie over time, overlap and age; who served it, and how.
+"""One picture of a run: blocks touched, where they lie over time, overlap and age, tiers, serving.
 
-A panel is there only where the run has something to show in it.
+A panel is there only if the run has something to show in it.
 
 draw(RunReader(folder))      # writes report.png into the run's folder
 """
@@ -8,7 +8,7 @@ draw(RunReader(folder))      # writes report.png into the run's folder
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,50 +16,38 @@ import numpy as np
 
 from ..errors import UserError
 from ..trace.reader import RunReader
+from .drawing import picture, whole_numbers
 from .tables import Summary, caveat
 from .tier_tables import TIER_TITLES, tiers_of
 
 FIGURE_FILE = "report.png"
 MAX_STEPS = 1000
-"""Columns of the heat map; more would be narrower than a pixel."""
+"""Columns of the heat map. More would be narrower than a pixel."""
 
 
 def draw(run: RunReader, layer_id: int | None = None) -> Path | None:
-    """Draws the panels; the heat map shows the first request in `layer_id` (the last layer).
+    """Draws the panels; the heat map shows the first request in `layer_id` (default: the last layer).
 
-    None, and no picture, where there is nothing to show.
+    Returns None, without a picture, if there is nothing to show.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     summary = run.summary()
-    panels = _panels(run, summary, layer_id)
+    panels = list(_panels(run, summary, layer_id))
     if not panels:
         return None
-    num_rows = -(-len(panels) // 2)
-    figure, axes = plt.subplots(num_rows, 2, figsize=(12, 4 * num_rows), layout="constrained", squeeze=False)
-    for panel, place in itertools.zip_longest(panels, axes.flat):
-        if panel is None:
-            place.set_axis_off()
-        else:
-            panel(place)
-    counts = summary["counts"]
-    title = f"{run.folder.name}: {counts['requests']} requests, {counts['steps']} decode steps"
-    figure.suptitle(f"{title}\n{caveat(summary)}" if caveat(summary) else title)
-    path = run.folder / FIGURE_FILE
-    try:
-        figure.savefig(path, dpi=110)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write the picture: {error.strerror}; use --no-figure") from error
-    finally:
-        plt.close(figure)
+    path, num_rows = run.folder / FIGURE_FILE, -(-len(panels) // 2)
+    with picture(path, (12, 4 * num_rows), rows=num_rows, columns=2, without="--no-figure") as (figure, axes):
+        for panel, place in itertools.zip_longest(panels, axes):
+            if panel is None:
+                place.set_axis_off()
+            else:
+                panel(place)
+        counts = summary["counts"]
+        title = f"{run.folder.name}: {counts['requests']} requests, {counts['steps']} decode steps"
+        figure.suptitle(f"{title}\n{caveat(summary)}" if caveat(summary) else title)
     return path
 
 
-def _panels(run: RunReader, summary: Summary, layer_id: int | None) -> list[Callable[[Any], None]]:
-    panels: list[Callable[[Any], None]] = []
+def _panels(run: RunReader, summary: Summary, layer_id: int | None) -> Iterator[Callable[[Any], None]]:
     if summary["counts"]["records"]:
         num_layers = run.manifest["model_config"]["n_layers"]
         if layer_id is not None and not 0 <= layer_id < num_layers:
@@ -67,21 +55,18 @@ def _panels(run: RunReader, summary: Summary, layer_id: int | None) -> list[Call
         layer = num_layers - 1 if layer_id is None else layer_id
         is_sparse = summary["counts"]["sparse_records"] > 0
         if is_sparse:
-            panels.append(lambda axes: _blocks_touched(axes, summary))
-        panels.append(lambda axes: _heat_map(axes, run, layer, is_sparse))
+            yield lambda axes: _blocks_touched(axes, summary)
+        yield lambda axes: _heat_map(axes, run, layer, is_sparse)
         if is_sparse:
-            panels.append(lambda axes: _overlap(axes, summary))
-        panels.append(lambda axes: _offsets(axes, summary))
+            yield lambda axes: _overlap(axes, summary)
+        yield lambda axes: _offsets(axes, summary)
     if serving := summary.get("serving"):
-        panels += [
-            lambda axes: _latencies(axes, summary["histograms"], serving["clock"]),
-            lambda axes: _over_time(axes, serving["requests_over_time"]),
-        ]
+        yield lambda axes: _latencies(axes, summary["histograms"], serving["clock"])
+        yield lambda axes: _over_time(axes, serving["requests_over_time"])
     if recall := summary.get("needle_recall"):
-        panels.append(lambda axes: _needle_recall(axes, recall))
+        yield lambda axes: _needle_recall(axes, recall)
     if (setup := run.manifest.get("tiers")) and summary["counts"]["records"]:
-        panels.append(lambda axes: draw_tiers(axes, setup, summary["kv_fetch"]))
-    return panels
+        yield lambda axes: draw_tiers(axes, setup, summary["kv_fetch"])
 
 
 def _blocks_touched(axes: Any, summary: Summary) -> None:
@@ -99,9 +84,9 @@ def _blocks_touched(axes: Any, summary: Summary) -> None:
 
 
 def _heat_map(axes: Any, run: RunReader, layer_id: int, is_sparse: bool) -> None:
-    """How many tokens of each block were selected, step by step, for the first request that is past top-k.
+    """Tokens selected of each block, step by step, of the first request that is past top-k.
 
-    Arrows mark the blocks that hold the answer, where the workload knows them.
+    Arrows mark the blocks that hold the answer, if the workload knows them.
     """
     from matplotlib.colors import PowerNorm
 
@@ -126,8 +111,8 @@ def _heat_map(axes: Any, run: RunReader, layer_id: int, is_sparse: bool) -> None
         interpolation="nearest",
     )
     axes.figure.colorbar(image, ax=axes, label="selected tokens")
-    for locator in (axes.xaxis, axes.yaxis):
-        locator.get_major_locator().set_params(integer=True)
+    whole_numbers(axes.xaxis)
+    whole_numbers(axes.yaxis)
     needle = {position // block_size for position in _needle_positions(run, records[0]["request_id"])}
     for block in needle:
         where = {"xy": (1, block), "xycoords": ("axes fraction", "data")}
@@ -162,42 +147,44 @@ def _first_request(run: RunReader, layer_id: int, path: str) -> list[dict[str, A
 
 
 def _overlap(axes: Any, summary: Summary) -> None:
+    axes.set(title="Overlap of selections", ylim=(0, 1))
     for key, label in (("step_overlap", "step before"), ("layer_overlap", "layer before")):
-        overlap = summary[key]
-        if not overlap["pairs"]:
-            continue
-        shares = [np.nan if share is None else share for share in overlap["per_layer"]]
-        (line,) = axes.plot(range(len(shares)), shares, marker="o", label=f"already in the {label}")
-        axes.axhline(overlap["random_mean"], color=line.get_color(), linestyle=":", label="random selector")
-    axes.set(title="Overlap of selections", xlabel="layer", ylabel="share", ylim=(0, 1))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    if axes.lines:
-        axes.legend()
+        if summary[key]["pairs"]:
+            _by_layer(axes, summary[key], f"already in the {label}", "random selector")
+
+
+def _needle_recall(axes: Any, recall: Summary) -> None:
+    axes.set(title="Share of the answer's tokens selected", ylim=(0, 1.02))
+    _by_layer(axes, recall, "measured", "random selector (k / N)")
+
+
+def _by_layer(axes: Any, section: Summary, label: str, baseline: str) -> None:
+    """A line over the layers, and its random baseline dotted in the same colour."""
+    shares = [np.nan if share is None else share for share in section["per_layer"]]
+    (line,) = axes.plot(range(len(shares)), shares, marker="o", label=label)
+    axes.axhline(section["random_mean"], color=line.get_color(), linestyle=":", label=baseline)
+    axes.set(xlabel="layer", ylabel="share")
+    whole_numbers(axes.xaxis)
+    axes.legend()
 
 
 def _offsets(axes: Any, summary: Summary) -> None:
-    histogram = summary["histograms"]["offsets"]
+    labels = {"xlabel": "offset from the query (tokens)", "ylabel": "CDF"}
+    axes.set(title="How far back a selected token lies", **labels)
+    _cdf(axes, summary["histograms"]["offsets"])
+
+
+def _cdf(axes: Any, histogram: Summary, per_unit: float = 1, label: str | None = None) -> None:
+    """A cumulative share over `values / per_unit`; nothing if the histogram is empty."""
     values, counts = np.asarray(histogram["values"]), np.asarray(histogram["counts"], dtype=float)
-    axes.set(
-        title="How far back a selected token lies", xlabel="offset from the query (tokens)", ylabel="CDF"
-    )
     if len(values):
-        axes.step(values, np.cumsum(counts) / counts.sum(), where="post")
+        axes.step(values / per_unit, np.cumsum(counts) / counts.sum(), where="post", label=label)
         axes.set_xscale("symlog")
         axes.set_ylim(0, 1.02)
 
 
-def _needle_recall(axes: Any, recall: Summary) -> None:
-    shares = [np.nan if share is None else share for share in recall["per_layer"]]
-    axes.plot(range(len(shares)), shares, marker="o", label="measured")
-    axes.axhline(recall["random_mean"], color="C0", linestyle=":", label="random selector (k / N)")
-    axes.set(title="Share of the answer's tokens selected", xlabel="layer", ylabel="share", ylim=(0, 1.02))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-
-
 def draw_tiers(axes: Any, setup: Summary, fetched: Summary) -> None:
-    """What each tier served and moved; every bar's parts add up to all of the recorded steps."""
+    """What each tier served and moved; the parts of a bar add up to all of the recorded steps."""
     there = tiers_of(setup)
     measures = {
         "hit_tokens": "selected tokens",
@@ -226,16 +213,11 @@ def draw_tiers(axes: Any, setup: Summary, fetched: Summary) -> None:
 
 
 def _latencies(axes: Any, histograms: Summary, clock: str) -> None:
-    durations = (("queue", "admission"), ("time_to_first_token", "first token"), ("latency", "finish"))
     axes.set(title="From a request's arrival to ...", xlabel=f"ms ({clock} clock)", ylabel="CDF")
+    durations = (("queue", "admission"), ("time_to_first_token", "first token"), ("latency", "finish"))
     for name, label in durations:
-        histogram = histograms[f"{name}_us"]
-        values, counts = np.asarray(histogram["values"]), np.asarray(histogram["counts"], dtype=float)
-        if len(values):
-            axes.step(values / 1000, np.cumsum(counts) / counts.sum(), where="post", label=label)
+        _cdf(axes, histograms[f"{name}_us"], 1000, label)
     if axes.lines:
-        axes.set_xscale("symlog")
-        axes.set_ylim(0, 1.02)
         axes.legend(loc="lower right")
 
 
@@ -251,5 +233,5 @@ def _over_time(axes: Any, buckets: list[Summary]) -> None:
         counts = [bucket[name] for bucket in buckets]
         axes.stairs(counts, edges, label=name, fill=filled, alpha=0.4 if filled else 1, linewidth=1.5)
     axes.set_ylim(bottom=0)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(axes.yaxis)
     axes.legend()

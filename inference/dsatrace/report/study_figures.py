@@ -1,13 +1,15 @@
-"""The study's pictures: distributions over requests and blocks, and two traces side by side.
+"""The study's pictures: distributions, single turn beside multi turn, and hit rates of sweeps and mixes.
 
-A series is a label and its values; one without values is named in the legend as empty, and a
-picture without any says so. Computes nothing but cumulative shares.
+A series is a label and its values; an empty one is named in the legend, and a picture of empty
+series says so. Computes only cumulative shares.
 
     draw_sharing(folder.file("sharing_fraction_cdf.png"), {"multi_turn": fractions})
+    draw_capacities(folder.file("cache_hits_qa_lru.png"), "qa", "lru", cells)
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
 from ..study.compare import Comparison
+from ..study.sweep_cells import OPT, OVERALL, POOL, Cell
+from .drawing import picture, plain_label, whole_numbers
 
 Series = Mapping[str, np.ndarray]
 MAX_POINTS = 4000
-"""Of a curve; a picture shows no more, and a trace has millions of gaps."""
+"""Points of a curve. A picture shows no more, and a trace has millions of gaps."""
 
 COMPARED = {
     "sharing_fraction_mean": "sharing fraction\n(mean)",
@@ -31,59 +34,54 @@ COMPARED = {
     "sharing_above_0": "requests\nwith a hit",
 }
 MAX_TURNS = 30
-LABEL_CHARS = 40
+
+_picture = functools.partial(picture, without="--skip-visualization")
 
 
-def draw_sharing(path: Path, series: Series) -> Path:
+def draw_sharing(path: Path, series: Series) -> None:
     """How much of each request's prompt was cached."""
-    with _axes(path, "Sharing fraction of requests") as axes:
+    labels = ("hit tokens / prompt tokens, first prefill", "share of requests")
+    with _axes(path, "Sharing fraction of requests", *labels) as axes:
         _cdfs(axes, series, "requests")
-        axes.set(xlabel="hit tokens / prompt tokens, first prefill", ylabel="share of requests")
         axes.set_xlim(-0.02, 1.02)
-    return path
 
 
-def draw_block_hits(path: Path, series: Series) -> Path:
-    """How often each different block was hit: the share of blocks hit at least so often."""
-    with _axes(path, "Hits per block") as axes:
+def draw_block_hits(path: Path, series: Series) -> None:
+    """The share of different blocks that were hit at least so often."""
+    with _axes(path, "Hits per block", "hits", "share of different blocks hit at least so often") as axes:
         for i, (label, hits) in enumerate(series.items()):
             if not len(hits):
-                axes.plot([], [], label=f"{_short(label)}: no block")
+                axes.plot([], [], label=f"{plain_label(label)}: no block")
                 continue
             counts, share = _cdf(hits)
             at_least = np.concatenate(([1.0], 1 - share[:-1]))
-            text = f"{_short(label)}: mean {hits.mean():.2f}, hit at all {np.mean(hits > 0):.1%}"
+            text = f"{plain_label(label)}: mean {hits.mean():.2f}, hit at all {np.mean(hits > 0):.1%}"
             axes.step(counts, at_least, where="pre", marker=".", linewidth=_width(i), label=text)
         axes.set_yscale("log")
         axes.set_ylim(top=1.4)
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
-        axes.set(xlabel="hits", ylabel="share of different blocks hit at least so often")
         _from_zero(axes, series, linear_up_to=1)
         _say_if_empty(axes, series, "No full block was cached")
-    return path
 
 
-def draw_block_hits_cdf(path: Path, series: Series) -> Path:
+def draw_block_hits_cdf(path: Path, series: Series) -> None:
     """The same as a cumulative share, of one workload's blocks."""
-    with _axes(path, "Hits per block") as axes:
+    with _axes(path, "Hits per block", "hits", "share of different blocks hit at most so often") as axes:
         _cdfs(axes, series, "blocks")
-        axes.set(xlabel="hits", ylabel="share of different blocks hit at most so often")
         _from_zero(axes, series, linear_up_to=1)
-    return path
 
 
-def draw_gaps(path: Path, series: Series) -> Path:
+def draw_gaps(path: Path, series: Series) -> None:
     """Trace time between accesses of a block."""
-    with _axes(path, "Reuse gaps of blocks") as axes:
+    labels = ("trace time between accesses of a block (s)", "share of gaps")
+    with _axes(path, "Reuse gaps of blocks", *labels) as axes:
         _cdfs(axes, series, "gaps")
-        axes.set(xlabel="trace time between accesses of a block (s)", ylabel="share of gaps")
         _from_zero(axes, series, linear_up_to=0.1)
-    return path
 
 
-def draw_comparison(path: Path, comparison: Comparison) -> Path:
+def draw_comparison(path: Path, comparison: Comparison) -> None:
     """Single turn beside multi turn: rates, and the hit rate turn by turn."""
-    with _figure(path, (12, 4.8), columns=2) as (bars, turns):
+    with _picture(path, (12, 4.8), columns=2) as (_, (bars, turns)):
         names = [name for name in COMPARED if name in comparison.metrics]
         place = np.arange(len(names))
         for i, side in enumerate(("single", "multi")):
@@ -95,7 +93,66 @@ def draw_comparison(path: Path, comparison: Comparison) -> Path:
         bars.set_yticklabels([f"{tick:.0%}" for tick in np.linspace(0, 1, 6)])
         bars.legend(loc="upper left")
         _per_turn(turns, comparison)
-    return path
+
+
+def draw_capacities(path: Path, workload: str, policy: str, cells: Sequence[Cell]) -> None:
+    """A line per block size, against the capacity in blocks and in tokens; OPT is dashed."""
+    chosen = [cell for cell in cells if cell.workload == workload and cell.policy in (policy, OPT)]
+    top = max(cell.hit_rate for cell in chosen) or 1.0  # OPT's, so the same for every policy
+    with _picture(path, (11, 4.4), columns=2) as (figure, panels):
+        for axes, field, unit in zip(
+            panels, ("capacity_blocks", "capacity_tokens"), ("blocks", "tokens"), strict=True
+        ):
+            for number, size in enumerate(sorted({cell.block_size for cell in chosen})):
+                for name, style in ((policy, "o-"), (OPT, "--")):
+                    line = sorted(
+                        (getattr(cell, field), cell.hit_rate)
+                        for cell in chosen
+                        if cell.block_size == size and cell.policy == name and cell.accesses
+                    )
+                    label = f"{plain_label(name)}, block {size}"
+                    style_of = {"color": f"C{number}", "label": label, "markersize": 4}
+                    axes.plot(*(zip(*line, strict=True) if line else ([], [])), style, **style_of)
+            ticks = sorted({getattr(cell, field) for cell in chosen})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30 if max(ticks) >= 10**5 else 0)
+            axes.minorticks_off()
+            axes.set(xlabel=f"capacity ({unit})", ylim=(-0.03 * top, 1.05 * top))
+            axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel("hit rate (of prompt blocks)")
+        panels[0].legend(fontsize=8)
+        rejected = max(cell.rejected for cell in chosen)
+        note = f"; up to {rejected:,} of {chosen[0].requests:,} requests rejected as too long"
+        figure.suptitle(f"{plain_label(workload)} under {plain_label(policy)}{note if rejected else ''}")
+
+
+def draw_mixed(path: Path, cells: Sequence[Cell]) -> None:
+    """A panel for all workloads together and one for each; a bar per policy, OPT as a dashed line."""
+    workloads = sorted(dict.fromkeys(cell.workload for cell in cells), key=lambda name: name != OVERALL)
+    policies = [name for name in dict.fromkeys(cell.policy for cell in cells) if name != OPT]
+    by_place = {(cell.policy, cell.workload): cell for cell in cells}
+    size = (2.2 + 2.3 * len(workloads), 1.4 + 0.24 * len(policies))
+    with _picture(path, size, columns=len(workloads), share_y=True) as (figure, panels):
+        for axes, name in zip(panels, workloads, strict=True):
+            rates = [by_place[policy, name].hit_rate for policy in policies]
+            bound = by_place[OPT, name].hit_rate
+            bars = axes.barh(range(len(policies)), rates, color=[_color(policy) for policy in policies])
+            axes.bar_label(bars, [f"{100 * rate:.1f}" for rate in rates], fontsize=7, padding=2)
+            axes.axvline(bound, color="black", linestyle="--", linewidth=1)
+            top = max(*rates, bound)
+            axes.set(title=plain_label(name), xlim=(0, 1.25 * top if top else 1), xlabel=f"opt {bound:.1%}")
+            axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
+            axes.xaxis.get_major_locator().set_params(nbins=4)
+            axes.grid(axis="x", alpha=0.3)
+        panels[0].set_yticks(range(len(policies)), policies, fontsize=8)
+        panels[0].set_ylim(len(policies) - 0.4, -0.6)
+        cell = cells[0]
+        figure.suptitle(
+            f"Hit rate of prompt blocks, {cell.capacity_blocks} blocks of {cell.block_size} tokens. "
+            f"Blue: leaf-constrained, orange: flat, green: vLLM's pool; dashed: opt, a bound {OVERALL} only",
+            fontsize=10,
+        )
 
 
 def _per_turn(axes: Any, comparison: Comparison) -> None:
@@ -112,7 +169,7 @@ def _per_turn(axes: Any, comparison: Comparison) -> None:
     line("multi_turn", "hit_rate_first_prefill", "o-", "multi turn")
     line("multi_turn", "hit_rate_infinite", "k:", "multi turn, infinite cache")
     axes.set(title="Hit rate (first prefill) by turn", xlabel="turn", ylim=(-0.03, 1.05))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    whole_numbers(axes.xaxis)
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.legend(loc="best")
 
@@ -120,19 +177,19 @@ def _per_turn(axes: Any, comparison: Comparison) -> None:
 def _cdfs(axes: Any, series: Series, what: str) -> None:
     for i, (label, values) in enumerate(series.items()):
         if not len(values):
-            axes.plot([], [], label=f"{_short(label)}: no {what}")
+            axes.plot([], [], label=f"{plain_label(label)}: no {what}")
             continue
         points, share = _cdf(values)
-        # From 0 up at the first value, so that a curve that is a single step is one.
+        # Rises from 0 at the first value, so that a single value draws a step.
         x, y = np.concatenate((points[:1], points)), np.concatenate(([0.0], share))
-        text = f"{_short(label)}: {len(values):,} {what}, mean {values.mean():.3g}"
+        text = f"{plain_label(label)}: {len(values):,} {what}, mean {values.mean():.3g}"
         axes.step(x, y, where="post", linewidth=_width(i), label=text)
     axes.set_ylim(0, 1.03)
     _say_if_empty(axes, series, f"There are no {what}")
 
 
 def _from_zero(axes: Any, series: Series, linear_up_to: float) -> None:
-    """An axis with room for 0 and, where values spread over decades, for the far ones; plain numbers."""
+    """An x axis that begins at 0; logarithmic beyond `linear_up_to` if the values spread over decades."""
     largest = max((float(values.max()) for values in series.values() if len(values)), default=0.0)
     if largest <= 10 * linear_up_to:
         axes.set_xlim(-0.05 * max(largest, linear_up_to), 1.1 * max(largest, linear_up_to))
@@ -143,7 +200,7 @@ def _from_zero(axes: Any, series: Series, linear_up_to: float) -> None:
 
 
 def _width(place: int) -> float:
-    """Thinner for each further curve, so that one below another still shows."""
+    """Thinner for each further curve, so that a curve under it still shows."""
     return max(1.2, 3.6 - 0.8 * place)
 
 
@@ -153,7 +210,7 @@ def _say_if_empty(axes: Any, series: Series, nothing: str) -> None:
 
 
 def _cdf(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Different values in order and the share of values up to each, at most `MAX_POINTS` of them."""
+    """At most `MAX_POINTS` different values in order, and the share of all values up to each."""
     points, counts = np.unique(values, return_counts=True)
     share = np.cumsum(counts) / len(values)
     if len(points) > MAX_POINTS:
@@ -162,36 +219,15 @@ def _cdf(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return points, share
 
 
-def _short(label: str) -> str:
-    """A label as plain text: a dollar would begin a formula, an underscore in front hide it."""
-    text = label if len(label) <= LABEL_CHARS else f"{label[: LABEL_CHARS - 1]}…"
-    return " ".join(text.replace("$", r"\$").replace("_", " ").split()) or "unnamed"
-
-
 @contextmanager
-def _axes(path: Path, title: str) -> Iterator[Any]:
-    with _figure(path, (7, 5)) as (axes,):
+def _axes(path: Path, title: str, xlabel: str, ylabel: str) -> Iterator[Any]:
+    with _picture(path, (7, 5)) as (figure, (axes,)):
         yield axes
-        axes.set_title(title)
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axes.grid(alpha=0.3)
-        axes.figure.legend(loc="outside lower center", fontsize=9)  # below: no curve runs under it
+        figure.legend(loc="outside lower center", fontsize=9)  # below: no curve runs under it
 
 
-@contextmanager
-def _figure(path: Path, size: tuple[float, float], columns: int = 1) -> Iterator[Sequence[Any]]:
-    """Axes to draw on; the picture is saved under `path` when the block ends well."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
-    try:
-        yield list(axes[0])
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot write the picture: {error.strerror}; use --skip-visualization"
-        ) from error
-    finally:
-        plt.close(figure)
+def _color(policy: str) -> str:
+    """Leaf-constrained, flat, and the block pool."""
+    return "C2" if policy == POOL else "C1" if policy.endswith("-flat") else "C0"

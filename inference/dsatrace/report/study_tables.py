@@ -1,57 +1,32 @@
-"""The study's numbers as tables: for a terminal, or as markdown to paste into a report.
+"""The study's numbers as tables. A value that does not exist is shown as `-`. Computes nothing.
 
-A value that does not exist is shown as `-`. Computes nothing.
-
-    for grid in run_grids("multi_turn", statistics):
-        console.print(rich_table(grid))            # or print(markdown(grid))
+for grid in run_grids("multi_turn", statistics): console.print(grid)        # or print(grid.markdown())
+for grid in sweep_grids(cells): console.print(grid)
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
-
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from ..study.compare import Comparison
 from ..study.engine_check import EngineCheck
 from ..study.explain import Definition
 from ..study.measure import Value
 from ..study.metrics import UNITS
+from ..study.sweep_cells import OPT, OVERALL, Cell
+from .grid import NONE, Grid
 
-NONE = "-"
 TURNS_SHOWN = 10
 HEADLINES = (
-    "num_requests",
-    "prompt_tokens",
-    "sharing_fraction_mean",
-    "sharing_fraction_median",
-    "sharing_fraction_p90",
-    "sharing_above_0",
-    "hit_rate_first_prefill",
-    "hit_rate_with_preempted",
-    "hit_rate_blocks",
-    "hit_rate_blocks_any",
-    "hit_rate_infinite",
-    "hit_rate_chunks_recounted",
-    "hit_rate_with_host",
-    "host_hit_blocks",
-    "block_reuse_rate",
-    "blocks_allocated",
-    "blocks_reused",
-    "blocks_unique",
-    "blocks_evicted",
-    "blocks_hit",
-    "accesses_per_block_mean",
-    "hits_per_block_mean",
-    "hits_per_hit_block_mean",
-    "reuse_gap_s_median",
-    "hit_gap_s_median",
-)
-"""What a console table shows; the stats files hold every metric."""
+    "num_requests", "prompt_tokens", "sharing_fraction_mean", "sharing_fraction_median",
+    "sharing_fraction_p90", "sharing_above_0", "hit_rate_first_prefill", "hit_rate_with_preempted",
+    "hit_rate_blocks", "hit_rate_blocks_any", "hit_rate_infinite", "hit_rate_chunks_recounted",
+    "hit_rate_with_host", "host_hit_blocks", "block_reuse_rate", "blocks_allocated", "blocks_reused",
+    "blocks_unique", "blocks_evicted", "blocks_hit", "accesses_per_block_mean", "hits_per_block_mean",
+    "hits_per_hit_block_mean", "reuse_gap_s_median", "hit_gap_s_median",
+)  # fmt: skip
+"""The metrics of a printed table; the stats files hold all of them."""
 assert set(HEADLINES) <= set(UNITS)
 
 TURN_COLUMNS = {
@@ -61,34 +36,6 @@ TURN_COLUMNS = {
     "hit_rate_first_prefill": "hit rate",
     "hit_rate_infinite": "infinite cache",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """A table's text; columns are flush right but for those in `left`."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    left: tuple[int, ...] = (0,)
-
-
-def rich_table(grid: Grid) -> Group:
-    """For a terminal: the title above, where a narrow table does not fold it."""
-    table = Table()
-    for i, column in enumerate(grid.columns):
-        table.add_column(column, justify="left" if i in grid.left else "right", overflow="fold")
-    for row in grid.rows:
-        table.add_row(*map(Text, row))  # Text: what a trace names a workload is no markup
-    return Group(Text(grid.title, style="bold"), table)
-
-
-def markdown(grid: Grid) -> str:
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"
-
-    rule = "|" + "|".join("---" if i in grid.left else "---:" for i in range(len(grid.columns))) + "|"
-    return "\n".join((f"**{grid.title}**", "", line(grid.columns), rule, *map(line, grid.rows), ""))
 
 
 def shown(name: str, value: Value) -> str:
@@ -104,7 +51,7 @@ def shown(name: str, value: Value) -> str:
 
 
 def run_grids(name: str, statistics: Mapping[str, Any]) -> Iterator[Grid]:
-    """One replay: the metrics, rejections, workloads if there are several, turns if they are known."""
+    """One replay: metrics, rejections, workloads if there are several, turns if they are known."""
     metrics = statistics["metrics"]
     rows = [(key, shown(key, metrics[key])) for key in HEADLINES if key in metrics]
     yield Grid(f"{name}: {cache_text(statistics['cache'])}", ("metric", "value"), rows)
@@ -135,7 +82,7 @@ def engine_grid(check: EngineCheck) -> Grid:
 
 
 def compare_grids(comparison: Comparison, cache: Mapping[str, Any]) -> Iterator[Grid]:
-    """Both traces, what lies between them in points (shares) or as a difference, and the ratio."""
+    """Both traces, their difference (of shares: in percentage points) and their ratio."""
     rows = []
     for key in HEADLINES:
         if key not in comparison.metrics:
@@ -175,7 +122,7 @@ def explain_grid(definitions: Sequence[Definition], cache: Mapping[str, Any]) ->
 
 
 def rejected_grid(rejected: Mapping[str, Mapping[str, int]]) -> Grid:
-    """Requests not served, or not whole, and why; always shown, so that a zero is one."""
+    """Requests that were rejected or cut, by reason. Shown even if there are none."""
     reasons = list(next(iter(rejected.values())))
     rows = [(name, *(f"{counts[reason]:,}" for reason in reasons)) for name, counts in rejected.items()]
     return Grid(
@@ -192,6 +139,45 @@ def cache_text(cache: Mapping[str, Any]) -> str:
     return text + ("" if cache["prefix_caching"] else ", prefix caching off")
 
 
+def sweep_grids(cells: Sequence[Cell]) -> Iterator[Grid]:
+    """A table per workload and block size; a column per capacity."""
+    for workload, size in dict.fromkeys((cell.workload, cell.block_size) for cell in cells):
+        chosen = [cell for cell in cells if (cell.workload, cell.block_size) == (workload, size)]
+        capacities = sorted({cell.capacity_blocks for cell in chosen})
+        by_place = {(cell.policy, cell.capacity_blocks): cell for cell in chosen}
+        rows = [
+            (policy, *(_percent(by_place.get((policy, capacity))) for capacity in capacities))
+            for policy in _opt_last(cell.policy for cell in chosen)
+        ]
+        for field in ("accesses", "rejected"):
+            numbers = (getattr(by_place[OPT, capacity], field) for capacity in capacities)
+            rows.append((field, *(f"{number:,}" for number in numbers)))
+        yield Grid(
+            f"{workload}, blocks of {size} tokens: hit rate in % of prompt blocks, "
+            f"{chosen[0].requests:,} requests",
+            ("policy", *(f"{capacity:,} blocks" for capacity in capacities)),
+            rows,
+        )
+
+
+def mixed_grid(cells: Sequence[Cell]) -> Grid:
+    """A row per policy; a column for all workloads together and one for each."""
+    workloads = list(dict.fromkeys(cell.workload for cell in cells))
+    by_place = {(cell.policy, cell.workload): cell for cell in cells}
+    rows = []
+    for policy in _opt_last(cell.policy for cell in cells):
+        overall = by_place[policy, OVERALL]
+        counts = (f"{overall.hits:,}", f"{overall.misses:,}")
+        rows.append((policy, *(_percent(by_place.get((policy, name))) for name in workloads), *counts))
+    for field in ("requests", "rejected", "accesses"):
+        rows.append((field, *(f"{getattr(by_place[OPT, name], field):,}" for name in workloads), "", ""))
+    cell = cells[0]
+    title = (
+        f"Mixed: hit rate in % of prompt blocks, {cell.capacity_blocks} blocks of {cell.block_size} tokens"
+    )
+    return Grid(title, ("policy", *workloads, "hits", "misses"), rows)
+
+
 def _turns(title: str, turns: Sequence[Mapping[str, Value]]) -> Iterator[Grid]:
     if [row["turn"] for row in turns] == [None]:
         return
@@ -204,3 +190,13 @@ def _turns(title: str, turns: Sequence[Mapping[str, Value]]) -> Iterator[Grid]:
     ]
     more = f" (the first {TURNS_SHOWN} of {len(turns)})" if len(turns) > TURNS_SHOWN else ""
     yield Grid(title + more, ("turn", *TURN_COLUMNS.values()), rows)
+
+
+def _percent(cell: Cell | None) -> str:
+    return NONE if cell is None or not cell.accesses else f"{100 * cell.hit_rate:.2f}"
+
+
+def _opt_last(policies: Iterable[str]) -> list[str]:
+    """Different names in order, but OPT, the bound, below the others."""
+    names = list(dict.fromkeys(policies))
+    return [name for name in names if name != OPT] + [name for name in names if name == OPT]

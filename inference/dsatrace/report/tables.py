@@ -1,21 +1,25 @@
 """A run's findings as tables: every figure beside the baseline it has to be read against.
 
-Knows a run's manifest and summary; computes nothing that is not already in them.
+Knows the run's manifest and summary. Only the sinks and the recent window are counted here, from
+records.
+
+    for part in run_tables(RunReader(folder)): console.print(part)
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import RenderableType
-from rich.table import Table
+import numpy as np
 
 from ..trace.manifest import shared_layers_of
 from ..trace.reader import RunReader
-from .places import NUM_SINKS, RECENT, places
+from ..units import size_text
+from .grid import Grid, first_rows, percent
 from .tier_tables import tier_tables
-from .workload_tables import MAX_ROWS, new_table, workload_tables
+from .workload_tables import workload_tables
 
 Summary = Mapping[str, Any]
 
@@ -24,6 +28,12 @@ CAVEATS = {
     "random_weights": "The model's weights are random: this shows the machinery, and nothing about locality.",
     "none": "No model ran: what a run served says how requests were scheduled, not how fast a model is.",
 }
+NUM_SINKS = 16
+"""Attention sinks: tokens at the start of the context."""
+NUM_RECENT = 64
+"""The recent window: tokens at the end of the context, the query's own included."""
+MAX_RECORDS = 20_000
+"""Records that are read for sinks and the recent window, from the run's start."""
 
 
 def caveat(summary: Summary) -> str | None:
@@ -31,13 +41,13 @@ def caveat(summary: Summary) -> str | None:
     return CAVEATS.get(summary["selections"])
 
 
-def run_tables(run: RunReader) -> Iterator[RenderableType]:
+def run_tables(run: RunReader) -> Iterator[str | Grid]:
     """What a run found, in the order of the questions people ask."""
-    summary, state = run.summary(), run.state
+    summary = run.summary()
     counts = summary["counts"]
     yield (
         f"{counts['requests']} requests, {counts['steps']} traced decode steps, "
-        f"{counts['records']} records ({counts['sparse_records']} past top-k), run {state}"
+        f"{counts['records']} records ({counts['sparse_records']} past top-k), run {run.state}"
     )
     if warning := caveat(summary):
         yield warning
@@ -57,79 +67,91 @@ def run_tables(run: RunReader) -> Iterator[RenderableType]:
         yield _blocks(summary)
         yield _overlap(summary)
         if run.manifest["trace"]["level"] == "full":
-            yield from _places(run)
+            yield from _sinks(run)
     yield _prefix(summary)
     yield from tier_tables(run.manifest, summary)
     yield _bytes(summary)
     yield _costs(run, summary)
 
 
-def _blocks(summary: Summary) -> Table:
-    table = new_table(
-        "KV blocks touched by one decode step, per layer (mean)",
-        "block size",
-        "measured",
-        "p95",
-        "uniform selector",
-        "recency selector",
-        "in context",
+def sink_shares(run: RunReader) -> dict[int, list[float]]:
+    """By layer, mean shares of the selections of sparse decode records that stored their positions.
+
+    Sinks, sinks if k of N were drawn at random, the recent window, the same at random, and the
+    recent window if the last k were taken.
+    """
+    fields = ("layer_id", "seq_len_current", "phase", "path", "selected_token_pos")
+    sparse = (
+        record
+        for record in run.steps(fields)
+        if record["path"] == "sparse" and record["phase"] == "decode" and "selected_token_pos" in record
     )
-    for row in summary["blocks_touched"]:
-        means = (row["uniform_mean"], row["recency_mean"], row["context_mean"])
-        table.add_row(
+    shares: dict[int, list[tuple[float, ...]]] = {}
+    for record in itertools.islice(sparse, MAX_RECORDS):
+        positions, seq_len = np.asarray(record["selected_token_pos"]), record["seq_len_current"]
+        k = len(positions)
+        row = (
+            np.count_nonzero(positions < NUM_SINKS) / k,
+            min(NUM_SINKS, seq_len) / seq_len,
+            np.count_nonzero(positions >= seq_len - NUM_RECENT) / k,
+            min(NUM_RECENT, seq_len) / seq_len,
+            min(NUM_RECENT, k) / k,
+        )
+        shares.setdefault(record["layer_id"], []).append(row)
+    return {layer: np.mean(rows, axis=0).tolist() for layer, rows in sorted(shares.items())}
+
+
+def _blocks(summary: Summary) -> Grid:
+    columns = ("block size", "measured", "p95", "uniform selector", "recency selector", "in context")
+    rows = [
+        (
             f"{row['block_size_tokens']} tokens",
             f"{row['mean']:.1f}",
             f"{row['p95']}",
-            *(f"{mean:.1f}" for mean in means),
+            *(f"{row[key]:.1f}" for key in ("uniform_mean", "recency_mean", "context_mean")),
         )
-    return table
+        for row in summary["blocks_touched"]
+    ]
+    return Grid("KV blocks touched by one decode step, per layer (mean)", columns, rows)
 
 
-def _overlap(summary: Summary) -> Table:
-    table = new_table("Share of a selection already selected ...", "", "measured", "random selector", "pairs")
+def _overlap(summary: Summary) -> Grid:
+    rows = []
     for name, key in (("in the step before", "step_overlap"), ("in the layer before", "layer_overlap")):
         overlap = summary[key]
         if overlap["pairs"]:
-            shares = (overlap["mean"], overlap["random_mean"])
-            table.add_row(name, *(f"{share:.1%}" for share in shares), f"{overlap['pairs']}")
-    return table
+            shares = (percent(overlap["mean"]), percent(overlap["random_mean"]))
+            rows.append((name, *shares, f"{overlap['pairs']}"))
+    columns = ("", "measured", "random selector", "pairs")
+    return Grid("Share of a selection already selected ...", columns, rows)
 
 
-def _places(run: RunReader) -> Iterator[Table]:
-    """Sinks and the recent window, where positions were recorded."""
-    found = places(run)
-    if not found:
+def _sinks(run: RunReader) -> Iterator[Grid]:
+    shares = sink_shares(run)
+    if not shares:
         return
-    table = new_table(
-        f"Share of a selection: first {NUM_SINKS} tokens (sinks), last {RECENT}",
-        "layer",
-        "sinks",
-        "uniform",
-        "recent",
-        "uniform",
-        "recency selector",
+    title = f"Share of a selection: first {NUM_SINKS} tokens (sinks), last {NUM_RECENT}"
+    columns = ("layer", "sinks", "uniform", "recent", "uniform", "recency selector")
+    yield Grid(
+        title, columns, first_rows([(f"{layer}", *map(percent, row)) for layer, row in shares.items()])
     )
-    for row in found[:MAX_ROWS]:
-        shares = (row.sinks, row.uniform_sinks, row.recent, row.uniform_recent, row.recency_recent)
-        table.add_row(f"{row.layer_id}", *(f"{share:.1%}" for share in shares))
-    yield table
 
 
-def _prefix(summary: Summary) -> RenderableType:
+def _prefix(summary: Summary) -> str | Grid:
     if not summary["prefix_hot_blocks"]:
         return "No request began like an earlier one: no touched block lies in a shared prefix.\n"
-    table = new_table("Touched blocks that lie in a shared prefix", "", "")
     ratio = summary["prefix_intersection_ratio"]
-    table.add_row("share of a record's touched blocks (mean)", f"{ratio['mean']:.1%}")
-    table.add_row("p95", f"{ratio['p95']:.1%}")
+    rows = [
+        ("share of a record's touched blocks (mean)", percent(ratio["mean"])),
+        ("p95", percent(ratio["p95"])),
+    ]
     for request_id, hot in summary["prefix_hot_blocks"].items():
         hottest = ", ".join(f"{entry['block_id']} ({entry['touches']}x)" for entry in hot[:5])
-        table.add_row(f"hottest of {request_id}", hottest)
-    return table
+        rows.append((f"hottest of {request_id}", hottest))
+    return Grid("Touched blocks that lie in a shared prefix", ("", ""), rows)
 
 
-def _bytes(summary: Summary) -> Table:
-    table = new_table("Bytes read, whole run", "", "MB", "share")
+def _bytes(summary: Summary) -> Grid:
     total = summary["bytes_read"]["with_indexer_scan"]
     fetched = summary["kv_fetch"].values()
     in_tiers = "hit_tokens" in summary["kv_fetch"]["hbm"]
@@ -140,26 +162,21 @@ def _bytes(summary: Summary) -> Table:
         ("indexer keys (it scans every token)", summary["bytes_read"]["indexer_scan"]),
         ("latents and scan together" if in_tiers else "touched blocks and scan together", total),
     )
-    for name, num_bytes in rows:
-        table.add_row(name, f"{num_bytes / 1e6:,.2f}", f"{num_bytes / total:.1%}" if total else "")
-    return table
+    texts = [(name, size_text(count), percent(count, total) if total else "") for name, count in rows]
+    return Grid("Bytes read, whole run", ("", "bytes", "share"), texts)
 
 
-def _costs(run: RunReader, summary: Summary) -> Table:
+def _costs(run: RunReader, summary: Summary) -> Grid:
     cost, step_ms = summary["tracing_cost"], summary["step_ms"]
-    table = new_table("The trace itself", "", "")
     trace_bytes = run.steps_path.stat().st_size
     num_records = summary["counts"]["records"]
-    per_record = f", {trace_bytes / num_records:,.0f} bytes a record" if num_records else ""
-    table.add_row("size", f"{trace_bytes / 1e6:,.2f} MB{per_record}")
-    table.add_row(
-        "decode step (median)", f"{step_ms['p50']:.2f} ms" if step_ms["p50"] is not None else "none"
-    )
+    per_record = f", {trace_bytes / num_records:,.0f} bytes per record" if num_records else ""
+    median = "none" if step_ms["p50"] is None else f"{step_ms['p50']:.2f} ms"
+    rows = [("size", f"{size_text(trace_bytes)}{per_record}"), ("decode step (median)", median)]
     if cost is not None:  # as in a summary that was recomputed
         for name, key in (("without", "without_sync_us_mean"), ("with", "with_sync_us_mean")):
-            value = cost[key]
-            shown = "none" if value is None else f"{value / 1e3:.2f} ms a step"
-            table.add_row(f"model thread held up, {name} synchronisation", shown)
-        table.add_row("writer thread busy, whole run", f"{cost['writer_busy_ms']:.1f} ms")
-    table.add_row("files", str(run.folder))
-    return table
+            shown = "none" if cost[key] is None else f"{cost[key] / 1e3:.2f} ms per step"
+            rows.append((f"model thread held up, {name} synchronisation", shown))
+        rows.append(("writer thread busy, whole run", f"{cost['writer_busy_ms']:.1f} ms"))
+    rows.append(("files", str(run.folder)))
+    return Grid("The trace itself", ("", ""), rows)

@@ -1,7 +1,4 @@
-"""Runs the model for one scheduled step; a recorder watches the forward where the run is traced.
-
-Without a recorder the forward is the model's and nothing else.
-"""
+"""Runs the model for one scheduled step; a recorder watches the forward if the run is traced."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ from dsatrace.trace.tracer import Tracer
 class ModelRunner:
     """The `Runner` that owns the model, its KV cache, the sampler and, while tracing, a recorder.
 
-    A forward is one step: its tokens must be seen before the next can be computed.
+    It looks one step ahead: a token must be known before the next can be computed.
     """
 
     def __init__(
@@ -44,9 +41,9 @@ class ModelRunner:
         *,
         compare_ranks: bool = False,
     ) -> None:
-        """`tracer` is rank 0's; every rank of a traced run is told to `compare_ranks`.
+        """Only rank 0 has a `tracer`; with several ranks all of them `compare_ranks` if the run is traced.
 
-        `first_forward_idx` is the number of forwards a resumed run has behind it.
+        `first_forward_idx`: forwards that a resumed run has behind it.
         """
         self.model = model
         self.cache = cache
@@ -70,10 +67,10 @@ class ModelRunner:
             )
 
     def run(self, step: Step) -> list[list[int]]:
-        """Raises `BlocksLost` where a tier has lost what the step needs.
+        """Raises `BlocksLost` if a tier has lost what the step needs.
 
-        Where ranks serve together it is a `UserError` that ends the run: this rank's tiers are its
-        own, and the others already wait for its part of the layer.
+        With several ranks it raises a `UserError`, which ends the run: each rank has its own tiers, and the
+        others already wait for its part of the layer.
         """
         try:
             logits = self.forward(step)

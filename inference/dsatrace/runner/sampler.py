@@ -1,7 +1,7 @@
-"""From logits to tokens: greedy at temperature 0, else one seeded stream a request.
+"""From logits to tokens: greedy at temperature 0, else one seeded stream per request.
 
-A request's stream depends on the seed and its id alone, so its tokens do not change with
-the batch it happens to share.
+A stream depends on the seed and the request's id alone, so a request's tokens do not change with its
+batch.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Requests and the blocks each one asks for, as two files that the sweeps read instead of text.
+"""Requests and the blocks that each one asks for, as two files that the sweeps read instead of text.
 
-`requests.jsonl` and `accesses.jsonl`, a line a request in each, in the order of the replay:
+`requests.jsonl` and `accesses.jsonl` have one line per request, in the order of the replay:
 
     {"request": 0, "arrival_s": 0.0, "conversation_id": "c0", "turn": 0, "workload": "qa",
      "num_tokens": 40, "num_output_tokens": 9}
     {"request": 0, "time_s": 0.0, "block_size": 16, "block_ids": [0, 1], "output_block_ids": [2]}
 
-`block_ids` are the full blocks of the prompt from its first on, `output_block_ids` those that
-the output completes; an id stands for a block and everything before it, so equal ids are equal
-prefixes. No token id and no text: ids tell which prefixes are equal and nothing else.
+`block_ids` are the full blocks of the prompt, `output_block_ids` those that the output
+completes. An id stands for a block and everything before it, so equal ids are equal prefixes.
+The files hold no token id and no text.
 
     write_accesses(folder, Accesses.of(requests, block_trace(requests, 16)))
     accesses = read_accesses(folder)
@@ -26,8 +26,8 @@ import orjson
 from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
-from dsatrace.kv.simulation.block_trace import BlockTrace
-from dsatrace.study.requests import UNKNOWN, StudyRequests, offsets_of
+from dsatrace.kv.simulation.block_trace import BlockTrace, offsets_of
+from dsatrace.study.requests import UNKNOWN, StudyRequests, take_ragged
 from dsatrace.workloads.json_rows import read_json_rows
 from dsatrace.workloads.private_file import private_file
 from dsatrace.workloads.rows import BadRow, BadRows, text_column
@@ -57,7 +57,7 @@ class Accesses:
 
     @classmethod
     def of(cls, requests: StudyRequests, trace: BlockTrace) -> Accesses:
-        """From requests and their blocks, request by request the same."""
+        """From the same requests as tokens and as blocks."""
         num_full = np.minimum(trace.prompt_tokens // trace.block_size, np.diff(trace.key_ptr))
         in_prompt = np.arange(len(trace.keys)) < np.repeat(
             trace.key_ptr[:-1] + num_full, np.diff(trace.key_ptr)
@@ -77,9 +77,27 @@ class Accesses:
             output_starts=offsets_of(np.diff(trace.key_ptr) - num_full),
         )
 
+    def take(self, rows: NDArray[np.int64]) -> Accesses:
+        """The requests `rows` in that order."""
+        starts, blocks = take_ragged(self.starts, self.blocks, rows)
+        output_starts, output_blocks = take_ragged(self.output_starts, self.output_blocks, rows)
+        return Accesses(
+            block_size=self.block_size,
+            arrival_s=self.arrival_s[rows],
+            conversation_ids=tuple(self.conversation_ids[row] for row in rows),
+            turn=self.turn[rows],
+            workloads=tuple(self.workloads[row] for row in rows),
+            num_tokens=self.num_tokens[rows],
+            num_output_tokens=self.num_output_tokens[rows],
+            blocks=blocks,
+            starts=starts,
+            output_blocks=output_blocks,
+            output_starts=output_starts,
+        )
+
 
 def write_accesses(folder: Path, accesses: Accesses) -> None:
-    """Both files, each replaced whole; raises a `UserError` where nothing can be written."""
+    """Replaces both files; raises a `UserError` if they cannot be written."""
     _write(folder / REQUESTS_FILE, _request_rows(accesses))
     _write(folder / ACCESSES_FILE, _access_rows(accesses))
 
@@ -87,7 +105,7 @@ def write_accesses(folder: Path, accesses: Accesses) -> None:
 def read_accesses(folder: Path, bad_rows: BadRows | None = None) -> Accesses:
     """Reads what `write_accesses` wrote; raises a `UserError` naming file and row for anything else.
 
-    The files belong together row by row, so a bad row ends the reading whatever the policy says.
+    Row i of one file belongs to row i of the other, so no bad row can be skipped.
     """
     if bad_rows is not None and bad_rows.policy == "skip":
         raise UserError(f"{folder}: access files pair row by row; mend them, --bad-rows skip cannot")

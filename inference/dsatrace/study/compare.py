@@ -1,9 +1,7 @@
-"""Two replays side by side: single-turn against multi-turn, every metric in both.
+"""Two replays side by side, single-turn and multi-turn: every metric in both, and the difference.
 
-    compared = compare(single, multi)
-    compared.metrics["hit_rate_first_prefill"].points        # multi minus single, in percentage points
-
-Says what differs between two traces, and not why.
+compared = compare(single, multi)
+compared.metrics["hit_rate_first_prefill"].points        # multi minus single, in percentage points
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from dsatrace.study.run import Replayed
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One metric in both. None where a value is missing, or where a ratio would divide by 0."""
+    """One metric in both replays. None stands for a missing value, and for a ratio that would divide by 0."""
 
     name: str
     single: Value
@@ -56,7 +54,7 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """`per_turn` and `rejected` hold single_turn's and multi_turn's rows."""
+    """`per_turn` and `rejected` have an entry for single_turn and one for multi_turn."""
 
     metrics: dict[str, Difference]
     per_turn: dict[str, list[dict[str, Value]]]

@@ -1,9 +1,8 @@
-"""One trace under every definition of a hit rate in use, to see which one another tool's answer is.
+"""One trace under every definition of a hit rate in use, to see which one another tool's number is.
 
-Each line has its numerator and denominator. Definitions differ in what they count (tokens,
-blocks, requests), in what they count it over, in the cache they suppose, and in what they
-take for equal. That two published numbers fit two definitions says nothing of how they were
-obtained.
+Each line has its numerator and denominator. The definitions differ in what they count (tokens,
+blocks, requests), in the denominator, in the cache, and in what counts as equal. A published
+number that fits a definition is no proof that it was obtained so.
 
     for line in explain(replayed):
         line.name, line.value, line.numerator, line.denominator
@@ -15,8 +14,9 @@ import dataclasses
 from collections.abc import Hashable, Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dsatrace.kv.simulation.replay import ReplayResult, replay
+from dsatrace.kv.simulation.replay import replay
 from dsatrace.study.measure import Mask, ratio, recounted_by_chunk, sharing_fractions
 from dsatrace.study.run import Replayed
 
@@ -25,7 +25,7 @@ CHUNK_SIZES = (256, 512, 2048, 8192)
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-    """One hit rate: `numerator / denominator`, None where the trace cannot tell (`formula` says why)."""
+    """One hit rate, `numerator / denominator`; None if the trace cannot tell, and `formula` says why."""
 
     name: str
     formula: str
@@ -45,9 +45,9 @@ class Definition:
 
 
 def explain(replayed: Replayed) -> list[Definition]:
-    """Every definition, those of the replayed cache first; raises `ValueError` for a rate past 1."""
+    """Every definition, those of the replayed cache first; raises `ValueError` for a rate above 1."""
     lines = [
-        *_over_tokens(replayed, replayed.result),
+        *_over_tokens(replayed),
         *_over_requests(replayed),
         *_over_blocks(replayed),
         *_other_caches(replayed),
@@ -60,53 +60,44 @@ def explain(replayed: Replayed) -> list[Definition]:
     return lines
 
 
-def _over_tokens(replayed: Replayed, result: ReplayResult) -> Iterator[Definition]:
-    trace, served = replayed.trace, result.served
-
-    def line(name: str, formula: str, chosen: Mask, used_by: str = "") -> Definition:
-        hit, prompt = int(result.hit_tokens[chosen].sum()), int(trace.prompt_tokens[chosen].sum())
-        return Definition(name, formula, hit, prompt, used_by)
-
+def _over_tokens(replayed: Replayed) -> Iterator[Definition]:
+    result, served = replayed.result, replayed.result.served
+    hit, prompt = result.hit_tokens, replayed.trace.prompt_tokens
     everyone = np.ones(len(served), bool)
-    second_half = np.arange(len(served)) >= len(served) // 2
-    yield line(
-        "token_weighted",
-        "hit tokens / prompt tokens, first prefill, served requests",
-        served,
-        "vLLM's hits / queries",
-    )
-    yield line("token_weighted_with_rejected", "the same over all prompts, rejected ones too", everyone)
-    yield Definition(
-        "token_weighted_with_outputs",
-        "hit tokens / (prompt + output tokens)",
-        int(result.hit_tokens[served].sum()),
-        int(trace.total_tokens[served].sum()),
-    )
-    yield Definition(
-        "with_preempted",
-        "with what preempted requests looked up on return",
-        int((result.hit_tokens + result.resumed_hit_tokens)[served].sum()),
-        int((trace.prompt_tokens + result.resumed_tokens)[served].sum()),
-    )
-    yield line(
-        "second_half",
-        "token-weighted, over the last half of the requests",
-        served & second_half,
-        "simulators with a warm-up",
-    )
-    yield line("after_turn_0", "token-weighted, without first turns", served & (replayed.requests.turn > 0))
+    last_half = np.arange(len(served)) >= len(served) // 2
+    formula = "hit tokens / prompt tokens, first prefill, served requests"
+    yield _summed("token_weighted", formula, hit, prompt, served, "vLLM's hits / queries")
+    formula = "the same over all prompts, rejected ones too"
+    yield _summed("token_weighted_with_rejected", formula, hit, prompt, everyone)
+    formula = "hit tokens / (prompt + output tokens)"
+    yield _summed("token_weighted_with_outputs", formula, hit, replayed.trace.total_tokens, served)
+    formula = "with what preempted requests looked up on return"
+    hit_again, prompt_again = hit + result.resumed_hit_tokens, prompt + result.resumed_tokens
+    yield _summed("with_preempted", formula, hit_again, prompt_again, served)
+    formula = "token-weighted, over the last half of the requests"
+    yield _summed("second_half", formula, hit, prompt, served & last_half, "simulators with a warm-up")
+    formula = "token-weighted, without first turns"
+    yield _summed("after_turn_0", formula, hit, prompt, served & (replayed.requests.turn > 0))
+
+
+def _summed(
+    name: str,
+    formula: str,
+    part: NDArray[np.integer],
+    whole: NDArray[np.integer],
+    chosen: Mask,
+    used_by: str = "",
+) -> Definition:
+    """Sums over the `chosen` requests."""
+    return Definition(name, formula, int(part[chosen].sum()), int(whole[chosen].sum()), used_by)
 
 
 def _over_requests(replayed: Replayed) -> Iterator[Definition]:
     fractions = sharing_fractions(replayed)
     total, count = float(fractions.sum()), len(fractions)
     yield Definition("per_request_mean", "mean of hit / prompt tokens, served requests", total, count)
-    yield Definition(
-        "per_request_mean_rejected_as_0",
-        "the same, a rejected request counts 0",
-        total,
-        len(replayed.requests),
-    )
+    formula = "the same, a rejected request counts 0"
+    yield Definition("per_request_mean_rejected_as_0", formula, total, len(replayed.requests))
     hit = int((fractions > 0).sum())
     yield Definition("per_request_mean_of_hits", "the same, over requests that hit anything", total, hit)
     yield Definition("requests_with_a_hit", "requests that hit anything / served requests", hit, count)
@@ -119,67 +110,38 @@ def _over_blocks(replayed: Replayed) -> Iterator[Definition]:
     full = int(replayed.full_blocks[served].sum())
     all_blocks = int((-(-replayed.trace.prompt_tokens[served] // size)).sum())
     yield Definition("blocks_full", "hit blocks / full prompt blocks", hit, full, "block-level simulators")
-    yield Definition(
-        "blocks_with_partial",
-        "hit blocks / prompt blocks, partial last ones too",
-        hit,
-        all_blocks,
-        "traces of block ids",
-    )
-    yield Definition(
-        "blocks_any_position",
-        "full prompt blocks cached, contiguous or not / full prompt blocks",
-        int(result.cached_blocks[served].sum()),
-        full,
-        "block-level caches",
-    )
+    formula = "hit blocks / prompt blocks, partial last ones too"
+    yield Definition("blocks_with_partial", formula, hit, all_blocks, "traces of block ids")
+    formula = "full prompt blocks cached, contiguous or not / full prompt blocks"
+    cached = int(result.cached_blocks[served].sum())
+    yield Definition("blocks_any_position", formula, cached, full, "block-level caches")
     reused = result.num_hit_blocks
-    yield Definition(
-        "block_reuse_rate",
-        "reused / (allocated + reused), outputs' blocks too",
-        reused,
-        result.num_blocks_allocated + reused,
-    )
+    formula = "reused / (allocated + reused), outputs' blocks too"
+    yield Definition("block_reuse_rate", formula, reused, result.num_blocks_allocated + reused)
     accesses = int(result.key_accesses.sum())
-    yield Definition(
-        "repeated_accesses",
-        "1 - different blocks / accesses, outputs' blocks too",
-        accesses - result.num_unique_keys,
-        accesses,
-    )
+    formula = "1 - different blocks / accesses, outputs' blocks too"
+    yield Definition("repeated_accesses", formula, accesses - result.num_unique_keys, accesses)
 
 
 def _other_caches(replayed: Replayed) -> Iterator[Definition]:
     config = replayed.settings.config(replayed.trace.num_blocks_at_most)
     config = dataclasses.replace(config, record_events=False)
     prompts_only = replay(replayed.trace, dataclasses.replace(config, decode=False))
-    everything, prompt = replayed.unlimited, replayed.trace.prompt_tokens
-    yield Definition(
-        "answers_not_cached",
-        "token-weighted, requests end with their prompt",
-        int(prompts_only.hit_tokens[prompts_only.served].sum()),
-        int(prompt[prompts_only.served].sum()),
-    )
-    yield Definition(
-        "infinite_cache",
-        "token-weighted, nothing is ever evicted",
-        int(everything.hit_tokens.sum()),
-        int(prompt.sum()),
-        "ideal hit rates",
-    )
-    yield Definition(
-        "infinite_cache_per_request_mean",
-        "mean of hit / prompt tokens, nothing is ever evicted",
-        float((everything.hit_tokens / prompt).sum()),
-        len(prompt),
-    )
+    infinite, prompt = replayed.unlimited.hit_tokens, replayed.trace.prompt_tokens
+    formula = "token-weighted, requests end with their prompt"
+    yield _summed("answers_not_cached", formula, prompts_only.hit_tokens, prompt, prompts_only.served)
+    formula = "token-weighted, nothing is ever evicted"
+    yield _summed("infinite_cache", formula, infinite, prompt, np.ones(len(prompt), bool), "ideal hit rates")
+    formula = "mean of hit / prompt tokens, nothing is ever evicted"
+    mean = float((infinite / prompt).sum())
+    yield Definition("infinite_cache_per_request_mean", formula, mean, len(prompt))
 
 
 def _sets_of_hashes(replayed: Replayed) -> Iterator[Definition]:
-    """A set that only grows, of prompts alone: what a few lines of Python over hashes count.
+    """A set of the prompts' block hashes that only grows: the count of a few lines of Python.
 
-    A request's own earlier blocks are in the set too. Unchained, a block equals any with the
-    same tokens; a trace of block ids does not tell those.
+    A request's own earlier blocks are in the set too. Unchained, blocks of the same tokens are
+    equal, which a trace of block ids does not tell.
     """
     by_token = replayed.requests.tokens_per_id == 1
     for suffix, partial in (("", False), ("_with_partial", True)):
@@ -195,7 +157,7 @@ def _sets_of_hashes(replayed: Replayed) -> Iterator[Definition]:
 
 
 def _num_seen(names: Iterator[Hashable]) -> tuple[int, int]:
-    """How many names came before already, and how many there are."""
+    """How many of the names occurred before, and how many there are."""
     seen: set[Hashable] = set()
     num_names = 0
     for name in names:
@@ -205,7 +167,7 @@ def _num_seen(names: Iterator[Hashable]) -> tuple[int, int]:
 
 
 def _prefix_names(replayed: Replayed, partial: bool) -> Iterator[Hashable]:
-    """A name for each prompt block that stands for it and all before it."""
+    """For each prompt block a name that stands for it and all before it."""
     trace, requests = replayed.trace, replayed.requests
     in_blocks = requests.tokens_per_id == trace.block_size != 1
     tokens = requests if in_blocks else requests.as_tokens()
@@ -228,19 +190,12 @@ def _content_names(replayed: Replayed, partial: bool) -> Iterator[Hashable]:
 
 
 def _chunks(replayed: Replayed) -> Iterator[Definition]:
-    """What a counter would show that looks up before every prefill chunk; no engine saves work by it."""
+    """A counter that looks up before every prefill chunk. No engine saves work by these hits."""
     served = replayed.result.served
     for size in CHUNK_SIZES:
         found, prompts, ends = recounted_by_chunk(replayed, size, served)
-        yield Definition(
-            f"chunks_of_{size}_recounted",
-            "full-block tokens before the chunk / prompt tokens, over chunks",
-            found,
-            prompts,
-        )
-        yield Definition(
-            f"chunks_of_{size}_recounted_to_their_end",
-            "full-block tokens before the chunk / tokens up to its end, over chunks",
-            found,
-            ends,
-        )
+        name = f"chunks_of_{size}_recounted"
+        formula = "full-block tokens before the chunk / prompt tokens, over chunks"
+        yield Definition(name, formula, found, prompts)
+        formula = "full-block tokens before the chunk / tokens up to its end, over chunks"
+        yield Definition(f"{name}_to_their_end", formula, found, ends)

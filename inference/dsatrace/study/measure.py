@@ -1,6 +1,6 @@
 """The values of the metrics, for all requests of a replay or for some of them.
 
-Formulas and denominators are in `metrics`, the list that every value here belongs to.
+`metrics` lists every metric with its formula and denominator.
 
     values = measure(replayed)
     measure(replayed, of_workload(replayed, "qa"))["sharing_fraction_mean"]
@@ -10,26 +10,26 @@ Formulas and denominators are in `metrics`, the list that every value here belon
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.kv.blocks import HIT
 from dsatrace.kv.simulation.replay import STATUS_NAMES
+from dsatrace.schema import nearest_rank
 from dsatrace.study.metrics import SHARING, SPREAD, check_values
 from dsatrace.study.requests import UNKNOWN
 from dsatrace.study.run import Replayed
 
 Mask = NDArray[np.bool_]
 Value = float | int | None
-_QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99}
+_PERCENTS = {"median": 50, "p90": 90, "p99": 99}
 
 
 def measure(replayed: Replayed, chosen: Mask | None = None) -> dict[str, Value]:
-    """Every metric, of the `chosen` requests (R,) if given. Those of a host pool only where there is one.
+    """Every metric, over the `chosen` requests (R,) or all; those of a host pool only if there is one.
 
-    Raises `ValueError` for a value that cannot be: a share outside 0..1, say.
+    Raises `ValueError` for an impossible value, such as a share above 1.
     """
     chosen = np.ones(len(replayed.requests), bool) if chosen is None else chosen
     values = _of_requests(replayed, chosen) | _of_blocks(replayed, chosen)
@@ -44,19 +44,19 @@ def of_workload(replayed: Replayed, name: str) -> Mask:
 
 
 def workloads_in(replayed: Replayed) -> list[str]:
-    """Names of the workloads that any request belongs to, in the order of the trace's names."""
+    """The workloads that have requests, in the order of the trace's names."""
     return [replayed.requests.workload_names[i] for i in np.unique(replayed.requests.workload)]
 
 
 def rejections(replayed: Replayed, chosen: Mask | None = None) -> dict[str, int]:
-    """How many requests were not served, or not whole, by reason; zeros included."""
+    """How many requests were rejected or cut, by reason; zeros included."""
     status = replayed.result.status if chosen is None else replayed.result.status[chosen]
     counts = np.bincount(status, minlength=len(STATUS_NAMES)).tolist()
     return {name: n for name, n in zip(STATUS_NAMES, counts, strict=True) if name != "served"}
 
 
 def per_turn(replayed: Replayed) -> list[dict[str, Value]]:
-    """A row a turn, 0 first; turn None is of requests whose turn the trace does not tell."""
+    """A row per turn, in order; turn None is of the requests whose turn is unknown."""
     rows = []
     for turn in np.unique(replayed.requests.turn):
         values = _of_requests(replayed, replayed.requests.turn == turn)
@@ -71,7 +71,7 @@ def per_turn(replayed: Replayed) -> list[dict[str, Value]]:
 
 
 def sharing_fractions(replayed: Replayed, chosen: Mask | None = None) -> NDArray[np.float64]:
-    """Of each served request, in order."""
+    """Hit tokens / prompt tokens of each served request, in order."""
     served = replayed.result.served if chosen is None else replayed.result.served & chosen
     fractions: NDArray[np.float64] = replayed.result.hit_tokens[served] / replayed.trace.prompt_tokens[served]
     return fractions
@@ -97,7 +97,7 @@ def block_counts(replayed: Replayed, chosen: Mask | None = None) -> BlockCounts:
 def reuse_gaps(
     replayed: Replayed, chosen: Mask | None = None, *, hits_only: bool = False
 ) -> NDArray[np.float64]:
-    """Trace seconds between one access of a block and the next, of all blocks; or between hits."""
+    """Trace seconds between one access of a block and its next, or between hits; of all blocks."""
     events = _accesses_of(replayed, chosen)
     if hits_only:
         events = events[events["kind"] == HIT]
@@ -108,9 +108,10 @@ def reuse_gaps(
 
 
 def recounted_by_chunk(replayed: Replayed, chunk_tokens: int, served: Mask) -> tuple[int, int, int]:
-    """Sums over all prefill chunks of the `served` requests: tokens found, prompt tokens, chunks' ends.
+    """If every prefill chunk began with a lookup: tokens found, prompt tokens and chunk ends, summed.
 
-    A lookup before a chunk finds the full blocks before it: hits, and the request's own chunks.
+    The sums are over all chunks of the `served` requests. A lookup finds the full blocks before
+    the chunk: the request's hits and its own earlier chunks.
     """
     prompt, start = replayed.trace.prompt_tokens[served], replayed.result.hit_tokens[served]
     num_chunks = -((start - prompt) // chunk_tokens)
@@ -123,25 +124,20 @@ def recounted_by_chunk(replayed: Replayed, chunk_tokens: int, served: Mask) -> t
 
 
 def ratio(part: float, whole: float) -> float | None:
-    """None where there is nothing to divide by."""
+    """part / whole; None if whole is 0."""
     return float(part / whole) if whole else None
-
-
-def nearest_rank(ascending: np.ndarray, q: float) -> float:
-    """The smallest value whose cumulative count reaches q."""
-    rank = math.ceil(q * len(ascending) - 1e-9)
-    return float(ascending[max(rank, 1) - 1])
 
 
 def _of_requests(replayed: Replayed, chosen: Mask) -> dict[str, Value]:
     result, trace = replayed.result, replayed.trace
     served = result.served & chosen
-    prompt, hit = int(trace.prompt_tokens[served].sum()), int(result.hit_tokens[served].sum())
-    full_blocks = int(replayed.full_blocks[served].sum())
-    resumed, resumed_hit = (
-        int(result.resumed_tokens[served].sum()),
-        int(result.resumed_hit_tokens[served].sum()),
-    )
+
+    def total(values: NDArray[np.integer]) -> int:
+        return int(values[served].sum())
+
+    prompt, hit = total(trace.prompt_tokens), total(result.hit_tokens)
+    full_blocks = total(replayed.full_blocks)
+    resumed, resumed_hit = total(result.resumed_tokens), total(result.resumed_hit_tokens)
     found, looked_up, _ = recounted_by_chunk(replayed, replayed.settings.chunk_tokens, served)
     fractions = sharing_fractions(replayed, chosen)
     values: dict[str, Value] = {
@@ -154,14 +150,14 @@ def _of_requests(replayed: Replayed, chosen: Mask) -> dict[str, Value]:
         "hit_rate_first_prefill": ratio(hit, prompt),
         "hit_rate_with_preempted": ratio(hit + resumed_hit, prompt + resumed),
         "hit_rate_blocks": ratio(hit // trace.block_size, full_blocks),
-        "hit_rate_blocks_any": ratio(int(result.cached_blocks[served].sum()), full_blocks),
+        "hit_rate_blocks_any": ratio(total(result.cached_blocks), full_blocks),
         "hit_rate_infinite": ratio(
             int(replayed.unlimited.hit_tokens[chosen].sum()), int(trace.prompt_tokens[chosen].sum())
         ),
         "hit_rate_chunks_recounted": ratio(found, looked_up),
     }
     if replayed.host_hits is not None:
-        host = int(replayed.host_hits[served].sum())
+        host = total(replayed.host_hits)
         values["hit_rate_with_host"] = ratio(hit + host * trace.block_size, prompt)
         values["host_hit_blocks"] = host
     return values
@@ -193,16 +189,11 @@ def _accesses_of(replayed: Replayed, chosen: Mask | None) -> np.ndarray:
 
 
 def _statistics(name: str, values: np.ndarray, statistics: tuple[str, ...]) -> dict[str, Value]:
-    """None for each where there is no value."""
+    """All are None if there is no value."""
     if not len(values):
         return {f"{name}_{statistic}": None for statistic in statistics}
     ascending = np.sort(values)
-
-    def one(statistic: str) -> float:
-        if statistic in _QUANTILES:
-            return nearest_rank(ascending, _QUANTILES[statistic])
-        return {"mean": float(ascending.mean()), "min": float(ascending[0]), "max": float(ascending[-1])}[
-            statistic
-        ]
-
-    return {f"{name}_{statistic}": one(statistic) for statistic in statistics}
+    known = {"mean": ascending.mean(), "min": ascending[0], "max": ascending[-1]}
+    for statistic, percent in _PERCENTS.items():
+        known[statistic] = ascending[nearest_rank(len(ascending), percent)]
+    return {f"{name}_{statistic}": float(known[statistic]) for statistic in statistics}

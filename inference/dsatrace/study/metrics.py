@@ -1,8 +1,8 @@
-"""What every number of the study means: name, unit, formula, denominator. The only such list.
+"""What every number of the study means: name, unit, formula, denominator. This is the only such list.
 
-Knows no trace; `measure` computes the values, and whatever it returns is checked here. Rates
-are shares of 1. A quantile is the nearest rank: the smallest value whose cumulative count
-reaches q; a median is the 0.5 quantile. A rate without anything in its denominator is None.
+`measure` computes the values and checks them here. Rates are shares of 1; a rate with a
+denominator of 0 is None. A quantile is the nearest rank: the smallest value whose cumulative
+count reaches q; a median is the 0.5 quantile.
 
     python -m dsatrace.study.metrics        # prints the list as a markdown table
     check_values({"hit_rate_first_prefill": 1.2})       # raises ValueError
@@ -27,7 +27,7 @@ SPREAD = ("mean", "median", "p90", "p99", "max")
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """One number, or with `statistics` one a statistic, named `<name>_<statistic>`."""
+    """One number, or with `statistics` one for each of them, named `<name>_<statistic>`."""
 
     name: str
     unit: Unit
@@ -43,9 +43,9 @@ class Metric:
 
 METRICS = (
     Metric("num_requests", "count", "requests of the trace", "count"),
-    Metric("num_served", "count", "requests that were not rejected; what follows is of these, unless it says "
-           "otherwise", "num_requests - num_rejected"),
-    Metric("num_rejected", "count", "requests that not even an empty cache holds", "count"),
+    Metric("num_served", "count", "requests that were not rejected; the metrics below are over these, unless "
+           "they say otherwise", "num_requests - num_rejected"),
+    Metric("num_rejected", "count", "requests that do not fit an empty cache", "count"),
     Metric("prompt_tokens", "tokens", "length of the prompts", "sum"),
     Metric("sharing_fraction", "share", "part of a request's prompt that was cached at its first prefill",
            "hit tokens / prompt tokens, per request", "the request's prompt tokens", SHARING),
@@ -57,24 +57,25 @@ METRICS = (
            "(hit + hit on return) / (prompt + looked up on return)", "tokens looked up, returns included"),
     Metric("hit_rate_blocks", "share", "full prompt blocks found, up to the first that is missing",
            "hit blocks / full prompt blocks", "full prompt blocks"),
-    Metric("hit_rate_blocks_any", "share", "full prompt blocks cached, wherever they stand: without the rule "
-           "that a prefix is contiguous and leaves a token to compute",
+    Metric("hit_rate_blocks_any", "share", "full prompt blocks cached, wherever they stand: a prefix need "
+           "not be contiguous, nor leave a token to compute",
            "cached blocks / full prompt blocks", "full prompt blocks"),
     Metric("hit_rate_infinite", "share", "first-prefill hits of a cache that never evicts: the ceiling",
            "hit tokens there / prompt tokens", "prompt tokens of all requests"),
-    Metric("hit_rate_chunks_recounted", "share", "a count that looks the whole prompt up again before every "
-           "prefill chunk, and so finds the request's own chunks; no engine saves work by these",
+    Metric("hit_rate_chunks_recounted", "share", "hits if the whole prompt is looked up again before every "
+           "prefill chunk, which finds the request's own chunks; no engine saves work by these",
            "full-block tokens before the chunk / prompt tokens, summed over chunks",
-           "prompt tokens, once a chunk"),
-    Metric("hit_rate_with_host", "share", "first-prefill hits of the cache and, behind them, of a host pool "
-           "that evicted blocks go to", "(hit + host hit) tokens / prompt tokens", "prompt tokens"),
+           "prompt tokens, once per chunk"),
+    Metric("hit_rate_with_host", "share", "first-prefill hits of the cache, and then of a host pool that "
+           "takes the evicted blocks", "(hit + host hit) tokens / prompt tokens", "prompt tokens"),
     Metric("host_hit_blocks", "blocks", "blocks that the host pool served", "count"),
-    Metric("block_reuse_rate", "share", "blocks that were shared instead of handed out",
+    Metric("block_reuse_rate", "share", "share of blocks that were shared instead of handed out",
            "blocks_reused / (blocks_allocated + blocks_reused)", "blocks of prompts and outputs"),
-    Metric("blocks_allocated", "blocks", "handed out: for prompts, outputs and after preemption", "count"),
-    Metric("blocks_reused", "blocks", "shared instead, after preemption too", "count of hits"),
+    Metric("blocks_allocated", "blocks", "blocks handed out, for prompts, outputs and after preemption",
+           "count"),
+    Metric("blocks_reused", "blocks", "blocks shared instead, after preemption too", "count of hits"),
     Metric("blocks_unique", "blocks", "different full blocks that were cached at some time", "count"),
-    Metric("blocks_evicted", "blocks", "cached blocks given up for others", "count of evictions"),
+    Metric("blocks_evicted", "blocks", "cached blocks evicted for others", "count of evictions"),
     Metric("blocks_hit", "share", "different blocks hit at least once", "hit blocks / blocks_unique",
            "different cached blocks"),
     Metric("accesses_per_block", "count", "how often a block was cached or hit", "accesses, per block",
@@ -96,7 +97,7 @@ ROUNDING = 1e-9
 
 
 def check_values(values: Values) -> None:
-    """Raises `ValueError` for an unknown name, a share outside 0..1, or a negative or endless number."""
+    """Raises `ValueError` for an unknown name, a share outside 0..1, or a negative or infinite number."""
     for name, value in values.items():
         if name not in UNITS:
             raise ValueError(f"{name} is no metric of the study")
@@ -109,7 +110,7 @@ def check_values(values: Values) -> None:
 
 
 def markdown_table() -> str:
-    """The list, a line a metric."""
+    """The list, with a line per metric."""
     lines = ["| metric | unit | meaning | formula | denominator |", "|---|---|---|---|---|"]
     for metric in METRICS:
         name = f"`{metric.name}`"

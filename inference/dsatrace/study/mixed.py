@@ -1,14 +1,14 @@
-"""Several workloads in one cache: what each policy gives to each of them, and to all.
+"""Several workloads in one cache: the hits that each policy gives to each workload, and to all.
 
-The workload-aware policies need to know how each workload reuses its blocks. That profile is
-given, or measured on a warm-up: the first requests of the trace, which serve that alone. The
-rest is replayed from an empty cache, by every policy alike, so none sees what it is measured
-on; only OPT sees the future. OPT is a bound for all workloads together; one workload may get
-more from a policy that neglects the others. Knows no file.
+The workload-aware policies need a profile of how each workload reuses its blocks. It is given,
+or measured on a warm-up: the first requests of the log, which are not replayed. Every policy
+replays the rest from an empty cache, so none is measured on what it has seen; only OPT knows the
+future. OPT bounds the hits of all workloads together; a policy that neglects the others may give
+one workload more.
 
-    rest, profile = warm_up(trace, block_size=16, share=0.2)
+    rest, profile = warm_up(log, block_size=16, share=0.2)
     runs = mixed_runs(["lru", "fifo", "wa-lru"], profile)
-    cells = sweep({(OVERALL, 16): rest.at(16)}, SweepOptions((256,), runs))
+    cells = sweep({(OVERALL, 16): rest.at(16)}, SweepSettings((256,), runs))
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dsatrace.kv.policies.registry import POLICIES
 from dsatrace.kv.policies.reuse import ReuseProfile, admitted_workloads, reuse_profile
 from dsatrace.study.sweep import Form, policy_runs
 from dsatrace.study.sweep_cells import PolicyRun
-from dsatrace.study.sweep_inputs import Trace
+from dsatrace.study.sweep_inputs import RequestLog
 
 CAPACITY_BLOCKS = 256
 BLOCK_SIZE = 16
@@ -52,21 +52,21 @@ class WorkloadProfile:
 Profile = dict[str, WorkloadProfile]
 
 
-def warm_up(trace: Trace, block_size: int, share: float) -> tuple[Trace, Profile]:
-    """The trace without its first requests, that share of them, and what these tell of its workloads.
+def warm_up(log: RequestLog, block_size: int, share: float) -> tuple[RequestLog, Profile]:
+    """Splits off the first `share` of the requests; returns the rest, and the profile of the first.
 
     Raises a `UserError` if a workload of the rest does not occur in the warm-up.
     """
     if not 0 < share < 1:
-        raise UserError(f"the warm-up's share of the requests lies between 0 and 1, not {share}")
-    num_requests = round(share * len(trace))
-    rows = np.arange(len(trace))
-    head, rest = trace.take(rows[:num_requests]), trace.take(rows[num_requests:])
+        raise UserError(f"--warm-up must be a share between 0 and 1, not {share}")
+    num_requests = round(share * len(log))
+    rows = np.arange(len(log))
+    head, rest = log.take(rows[:num_requests]), log.take(rows[num_requests:])
     missing = sorted(set(rest.labels) - set(head.labels))
     if missing or not len(rest):
         raise UserError(
             f"the warm-up of {num_requests} requests has none of {', '.join(map(repr, missing))}; "
-            "raise its share, give a profile, or leave the workload-aware policies out"
+            "raise --warm-up, give a --profile, or leave the workload-aware policies out"
         )
     stream = head.at(block_size).stream
     return rest, _profile(reuse_profile(stream), stream.workload_names)
@@ -97,7 +97,7 @@ def mixed_runs(
     priorities: Mapping[str, float] | None = None,
     seed: int | None = None,
 ) -> tuple[PolicyRun, ...]:
-    """The policies with what they know of the workloads."""
+    """The policies with their parameters: seed, priorities, profile."""
     params: dict[str, dict[str, Any]] = {} if seed is None else {"random": {"seed": seed}}
     if priorities is not None:
         params["priority"] = {"priorities": dict(priorities)}
@@ -109,7 +109,7 @@ def mixed_runs(
             "reuse": {name: (entry.reuse_probability, entry.mean_reuse_s) for name, entry in profile.items()}
         }
     elif set(names) & set(NEED_PROFILE):
-        raise UserError(f"{', '.join(NEED_PROFILE)} need a profile; give one or a share to warm up on")
+        raise UserError(f"{', '.join(NEED_PROFILE)} need a profile; give --profile or --warm-up")
     return policy_runs(names, forms, params)
 
 
@@ -117,7 +117,7 @@ NEED_PROFILE = ("wa-lru", "wa-prob")
 
 
 def default_policies(with_priorities: bool) -> list[str]:
-    """All of them; `priority` where priorities are given."""
+    """All of them; `priority` only with priorities."""
     return [name for name in POLICIES if name != "priority" or with_priorities]
 
 

@@ -1,8 +1,7 @@
-"""The folder of one study: new or empty, never overwritten, and described by its manifest.
+"""The folder of one study, described by its manifest. It is new or empty, and never overwritten.
 
-`manifest.json` is written first and says `running`, then `complete`, or `incomplete` and why.
-Files that hold text are readable by their owner only, and the manifest names them. Knows no
-metric.
+`manifest.json` is written first with the state `running`, and at the end with `complete`, or with
+`incomplete` and the error. Files that hold text are readable by their owner only. Knows no metric.
 
     with open_study(Path("outputs/study"), {"study": "run", "argv": [...]}) as folder:
         folder.write_json("multi_turn_stats.json", stats)
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dsatrace.errors import UserError
-from dsatrace.trace.manifest import write_json
+from dsatrace.files import write_json
 from dsatrace.version import __version__
 from dsatrace.workloads.private_file import private_file
 
@@ -45,7 +44,7 @@ class OutputFolder:
         return self.path / name
 
     def reserve(self, *names: str) -> None:
-        """For files that another function writes into the folder under names of its own."""
+        """For files that another function writes into the folder, under names that it chooses."""
         for name in names:
             self.file(name)
 
@@ -60,7 +59,7 @@ class OutputFolder:
         return path
 
     def write_csv(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
-        """A header and the rows; what is None stays empty."""
+        """A header and the rows; None is an empty cell."""
         path = self.file(name)
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
@@ -89,7 +88,7 @@ def check_output(path: Path) -> None:
 
 @contextlib.contextmanager
 def open_study(path: Path, manifest: Mapping[str, Any]) -> Iterator[OutputFolder]:
-    """Makes the folder, and keeps its manifest up to date; `manifest` holds what the study is."""
+    """Makes the folder and keeps its manifest up to date; `manifest` describes the study."""
     check_output(path)
     folder = OutputFolder(path)
     head = {
@@ -116,7 +115,7 @@ def open_study(path: Path, manifest: Mapping[str, Any]) -> Iterator[OutputFolder
 
 
 def file_labels(names: Sequence[str]) -> dict[str, str]:
-    """A piece of a file name for each workload, different for different workloads."""
+    """A part of a file name for each workload, no two alike."""
     labels: dict[str, str] = {}
     for name in names:
         plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60] or "trace"

@@ -1,11 +1,12 @@
-"""The study's options that decide which requests there are, and the two traces it compares.
+"""Which requests a study has, and the two traces that it compares.
 
-    loader = ShareGPTLoader("chats.json")                  # no limit there: the options have one
-    prepared = prepare_traces(loader, ClientOptions(min_turns=2, max_tokens=4096), tokenizer)
+    loader = ShareGPTLoader("chats.json")                  # no limit here: the settings have one
+    prepared = prepare_traces(loader, ClientSettings(min_turns=2, max_tokens=4096), tokenizer)
     prepared.single, prepared.multi, prepared.counts
 
-The single-turn trace has the first turns of the conversations that the multi-turn trace has
-whole, beginning at the same times. Everything dropped is counted. Knows no cache.
+The multi-turn trace has all turns of the conversations, the single-turn trace only their first
+turns; in both, a conversation begins at the same time. Whatever is dropped is counted. Knows no
+cache.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from dsatrace.workloads.request_generator import (
     DEFAULT_ARRIVAL_RATE,
     DEFAULT_SEED,
     DEFAULT_TURN_DELAY_S,
+    FASTEST_RATE,
+    MAX_TURN_DELAY_S,
+    SLOWEST_RATE,
     RequestGenerator,
     num_turns,
 )
@@ -42,14 +46,14 @@ SHORT = "single-turn requests missing to match: no more conversations"
 
 
 @dataclasses.dataclass(frozen=True)
-class ClientOptions:
-    """What a study asks of its conversations.
+class ClientSettings:
+    """Which conversations are taken, and when their requests arrive.
 
-    `max_conversations` are read (None: all); those with fewer human turns than `min_turns`, or
-    with a request of more than `max_tokens` tokens, prompt and recorded answer together, are
-    then dropped whole. `match_requests` lengthens the single-turn trace to as many requests as
-    the multi-turn one has, with the conversations that follow in the file. `order` is for
-    `StudyRequests.ordered`, before the replay: by arrival, or conversation by conversation.
+    The first `max_conversations` are read (None: all). A conversation is dropped whole if it has
+    fewer human turns than `min_turns`, or a request of more than `max_tokens` tokens, prompt and
+    recorded answer together. `match_requests` lengthens the single-turn trace to the number of
+    requests of the multi-turn one, with the conversations that follow in the file. `order` is
+    that of the replay, see `StudyRequests.ordered`.
     """
 
     max_conversations: int | None = DEFAULT_MAX_CONVERSATIONS
@@ -63,15 +67,27 @@ class ClientOptions:
     seed: int = DEFAULT_SEED
 
     def __post_init__(self) -> None:
-        check_limit("max_conversations", self.max_conversations)
-        check_limit("max_tokens", self.max_tokens)
+        check_limit("--max-conversations", self.max_conversations)
+        check_limit("--max-tokens", self.max_tokens)
         if self.min_turns < 1:
-            raise UserError(f"min_turns must be at least 1, not {self.min_turns}")
+            raise UserError(f"--min-turns must be at least 1, not {self.min_turns}")
+        check_arrivals(self.arrival_rate, self.turn_delay)
+
+
+def check_arrivals(arrival_rate: float, turn_delay: float) -> None:
+    """Raises a `UserError` that names the flag, for values that `RequestGenerator` refuses."""
+    if not SLOWEST_RATE <= arrival_rate <= FASTEST_RATE:
+        raise UserError(
+            f"--arrival-rate must be conversations per second from {SLOWEST_RATE:g} to {FASTEST_RATE:g}, "
+            f"not {arrival_rate}"
+        )
+    if not 0 <= turn_delay <= MAX_TURN_DELAY_S:
+        raise UserError(f"--turn-delay must be seconds from 0 to {MAX_TURN_DELAY_S:g}, not {turn_delay}")
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedTraces:
-    """Both traces by arrival; `counts` says how many conversations there are and what was dropped."""
+    """Both traces by arrival; `counts` has the conversations that were kept and dropped, by reason."""
 
     single: list[TraceRow]
     multi: list[TraceRow]
@@ -80,29 +96,29 @@ class PreparedTraces:
 
 def prepare_traces(
     conversations: Iterable[Conversation],
-    options: ClientOptions,
+    settings: ClientSettings,
     vocabulary: Vocabulary,
     formatter: ChatTemplateFormatter | None = None,
 ) -> PreparedTraces:
-    """The single-turn and the multi-turn trace. `conversations` are read once, and only as far as needed.
+    """Makes both traces. Reads `conversations` once, and only as far as needed.
 
-    `vocabulary` counts the tokens for `max_tokens`. Prompts have its chat form unless a
-    `formatter` says otherwise. Raises a `UserError` if no conversation is left.
+    `vocabulary` counts the tokens for `max_tokens`. Prompts have its chat form, unless there is
+    a `formatter`. Raises a `UserError` if no conversation is left.
     """
     formatter = formatter or ChatTemplateFormatter(vocabulary)
-    source, filters = iter(conversations), _Filters(options, vocabulary, formatter)
-    kept = list(filters.passed(itertools.islice(source, options.max_conversations)))
+    source, filters = iter(conversations), _Filters(settings, vocabulary, formatter)
+    kept = list(filters.passed(itertools.islice(source, settings.max_conversations)))
     if not kept:
         dropped = ", ".join(f"{count} {reason}" for reason, count in filters.counts.items())
         raise UserError(f"no conversation is left ({dropped or 'there was none'}); loosen the filters")
     counts = Counter({CONVERSATIONS: len(kept)}) + filters.counts
 
     def generator(chosen: list[Conversation]) -> RequestGenerator:
-        return RequestGenerator(chosen, options.arrival_rate, options.use_poisson, options.seed)
+        return RequestGenerator(chosen, settings.arrival_rate, settings.use_poisson, settings.seed)
 
-    multi = generator(kept).generate_multi_turn_traces(formatter, options.turn_delay)
+    multi = generator(kept).generate_multi_turn_traces(formatter, settings.turn_delay)
     singles = kept
-    if options.match_requests:
+    if settings.match_requests:
         missing = len(multi) - len(kept)
         singles = kept + list(itertools.islice(filters.passed(source), missing))
         counts[SHORT] = len(multi) - len(singles)
@@ -110,22 +126,22 @@ def prepare_traces(
 
 
 class _Filters:
-    """Passes on the conversations that the options allow, and counts the others."""
+    """Passes on the conversations that the settings allow, and counts the others by reason."""
 
     def __init__(
-        self, options: ClientOptions, vocabulary: Vocabulary, formatter: ChatTemplateFormatter
+        self, settings: ClientSettings, vocabulary: Vocabulary, formatter: ChatTemplateFormatter
     ) -> None:
         self.counts: Counter[str] = Counter()
-        self._options = options
+        self._settings = settings
         self._encoder = PieceEncoder(vocabulary)
         self._formatter = formatter
 
     def passed(self, conversations: Iterable[Conversation]) -> Iterator[Conversation]:
-        options = self._options
+        settings = self._settings
         for conversation in conversations:
-            if num_turns(conversation) < options.min_turns:
+            if num_turns(conversation) < settings.min_turns:
                 self.counts[TOO_FEW_TURNS] += 1
-            elif options.max_tokens is not None and self._longest(conversation) > options.max_tokens:
+            elif settings.max_tokens is not None and self._longest(conversation) > settings.max_tokens:
                 self.counts[TOO_LONG] += 1
             else:
                 yield conversation
@@ -142,10 +158,10 @@ class _Filters:
 def limit_requests(
     requests: StudyRequests, max_tokens: int | None = None, min_turns: int = 1
 ) -> tuple[StudyRequests, dict[str, int]]:
-    """The same filters for a trace that was read: conversations dropped whole, and how many.
+    """The same filters for requests that were read from a file, and what they kept and dropped.
 
-    Turns are a conversation's requests in the trace. A request of no known conversation is one
-    by itself. Arrival times stay. Raises a `UserError` if no request is left.
+    Each request of a conversation counts as a turn; a request of no known conversation is a
+    conversation by itself. Arrival times stay. Raises a `UserError` if no request is left.
     """
     group = conversation_groups(requests)
     short = np.bincount(group) < min_turns
@@ -160,6 +176,6 @@ def limit_requests(
     if not len(kept):
         raise UserError(
             f"no request is left: {counts[TOO_FEW_TURNS]} conversations have fewer than {min_turns} turns, "
-            f"{counts[TOO_LONG]} a request over max_tokens {max_tokens}; loosen the filters"
+            f"{counts[TOO_LONG]} a request over --max-tokens {max_tokens}; loosen the filters"
         )
     return kept, counts

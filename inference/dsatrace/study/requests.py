@@ -1,33 +1,37 @@
-"""A trace in memory: every request's ids in two flat arrays, so that millions of tokens stay small.
+"""Requests in memory, in flat arrays, so that millions of tokens stay small; and their blocks.
 
-A request's ids are its tokens, or the blocks of a trace that has no tokens (`tokens_per_id`
-above 1: each id then stands for that many tokens together with everything before them, and
-the last one perhaps for fewer). Knows no file, tokenizer or cache.
+A request's ids are its tokens, or the blocks of a file that has no tokens (`tokens_per_id`
+above 1: each id then stands for that many tokens together with everything before them; the
+last id of a prompt may stand for fewer). Knows no file, tokenizer or cache.
 
-    requests = builder.build()    # a RequestsBuilder, which the readers fill
-    requests.prompt(3)            # int32 ids of request 3
-    for request in requests:
-        request.arrival_s, request.prompt_ids, request.num_response_tokens
+    builder = RequestsBuilder()
+    builder.add(0.5, prompt_ids=[5, 6, 7], response_ids=[8], conversation=("c0",), turn=0)
+    requests = builder.build()
+    requests.prompt(0)                          # int32 ids of request 0
+    block_trace(requests, block_size=16).keys_of(0)
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Literal, get_args
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
+from dsatrace.kv.simulation.block_trace import BlockTrace, offsets_of
 
 Order = Literal["arrival", "conversation"]
 UNKNOWN = -1
+MAX_ID = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StudyRequest:
-    """One request; `conversation` and `turn` are -1 where the trace does not tell."""
+    """One request; `conversation` and `turn` are -1 if unknown."""
 
     index: int
     arrival_s: float
@@ -45,8 +49,7 @@ class StudyRequest:
 class StudyRequests:
     """R requests in the order of a replay; `arrival_s` never falls.
 
-    `response_ids` of a request are as many as its response tokens, or none where the trace
-    tells their number only.
+    A request has as many `response_ids` as response tokens, or none if only their number is known.
     """
 
     arrival_s: NDArray[np.float64]  # (R,) seconds
@@ -97,9 +100,9 @@ class StudyRequests:
         )
 
     def take(self, rows: NDArray[np.int64]) -> StudyRequests:
-        """The requests `rows`, in that order; names and conversations keep their numbers."""
-        prompt_offsets, prompt_ids = _take_ragged(self.prompt_offsets, self.prompt_ids, rows)
-        response_offsets, response_ids = _take_ragged(self.response_offsets, self.response_ids, rows)
+        """The requests `rows` in that order; names and conversations keep their numbers."""
+        prompt_offsets, prompt_ids = take_ragged(self.prompt_offsets, self.prompt_ids, rows)
+        response_offsets, response_ids = take_ragged(self.response_offsets, self.response_ids, rows)
         return dataclasses.replace(
             self,
             arrival_s=self.arrival_s[rows],
@@ -116,11 +119,11 @@ class StudyRequests:
         )
 
     def ordered(self, order: Order) -> StudyRequests:
-        """By `arrival` (as they are), or `conversation` by conversation, each with its turns in order.
+        """By `arrival` (unchanged), or `conversation` by conversation, each with its turns in order.
 
-        Conversations then follow each other by their first arrival, and requests of no known
-        conversation stand alone. The arrival times are dealt out anew in that order, so that
-        time still runs forwards: nothing overlaps, and a turn's delay is no longer what it was.
+        Conversations follow each other by their first arrival; a request of no known conversation
+        stands alone. The same arrival times are then assigned in the new order: conversations no
+        longer overlap, and the delay between turns is lost.
         """
         if order not in get_args(Order):
             raise UserError(f"unknown order {order!r}; use one of {', '.join(get_args(Order))}")
@@ -133,9 +136,9 @@ class StudyRequests:
         return dataclasses.replace(self.take(rows), arrival_s=self.arrival_s)
 
     def as_tokens(self) -> StudyRequests:
-        """The same with an id a token: a block's id, repeated. Equal and unequal prefixes stay so.
+        """The same requests with one id per token: a block's id is repeated, so equal prefixes stay equal.
 
-        Takes 4 bytes a token. Sharing finer than the trace's blocks was never recorded.
+        Takes 4 bytes per token. Sharing finer than the blocks of the file was never recorded.
         """
         if self.tokens_per_id == 1:
             return self
@@ -151,8 +154,119 @@ class StudyRequests:
         )
 
 
+class RequestsBuilder:
+    """Collects requests one by one, in order of arrival, and packs them; 4 bytes per id (8 for block ids)."""
+
+    def __init__(self, tokens_per_id: int = 1) -> None:
+        self._tokens_per_id = tokens_per_id
+        self._arrival_s = array("d")
+        self._columns = {
+            name: array("i")
+            for name in (
+                "conversation", "turn", "workload", "mode", "num_prompt_tokens", "num_response_tokens"
+            )
+        }  # fmt: skip
+        self._num_prompt_ids, self._num_response_ids = array("q"), array("q")
+        self._prompt_ids, self._response_ids = array("i" if tokens_per_id == 1 else "q"), array("i")
+        self._conversations: dict[tuple[str, ...], int] = {}
+        self._workloads: dict[str, int] = {}
+        self._modes: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._arrival_s)
+
+    @property
+    def num_prompt_ids(self) -> int:
+        return len(self._prompt_ids)
+
+    def add(
+        self,
+        arrival_s: float,
+        prompt_ids: array[int] | Sequence[int],
+        response_ids: array[int] | Sequence[int] = (),
+        *,
+        num_prompt_tokens: int | None = None,
+        num_response_tokens: int | None = None,
+        conversation: tuple[str, ...] = (),
+        turn: int = UNKNOWN,
+        workload: str = "",
+        mode: str = "",
+    ) -> None:
+        """Numbers of tokens are by default the numbers of ids.
+
+        `conversation` is a key that ends with the conversation's name, or empty if unknown.
+        Raises a `UserError` for an empty prompt, or an arrival before that of the last request.
+        """
+        if not len(prompt_ids):
+            raise UserError(f"request {len(self)} has an empty prompt; leave it out of the trace")
+        if self._arrival_s and arrival_s < self._arrival_s[-1]:
+            raise UserError(f"request {len(self)} arrives before the one above it; sort the trace by time")
+        number = UNKNOWN
+        if conversation:
+            number = self._conversations.setdefault(conversation, len(self._conversations))
+        self._arrival_s.append(arrival_s)
+        self._num_prompt_ids.append(len(prompt_ids))
+        self._num_response_ids.append(len(response_ids))
+        self._prompt_ids.extend(prompt_ids)
+        self._response_ids.extend(response_ids)
+        row = {
+            "conversation": number,
+            "turn": turn,
+            "workload": self._workloads.setdefault(workload, len(self._workloads)),
+            "mode": self._modes.setdefault(mode, len(self._modes)),
+            "num_prompt_tokens": len(prompt_ids) if num_prompt_tokens is None else num_prompt_tokens,
+            "num_response_tokens": len(response_ids) if num_response_tokens is None else num_response_tokens,
+        }
+        for name, value in row.items():
+            self._columns[name].append(value)
+
+    def build(self) -> StudyRequests:
+        return StudyRequests(
+            arrival_s=np.array(self._arrival_s, dtype=np.float64),
+            prompt_offsets=offsets_of(np.array(self._num_prompt_ids, dtype=np.int64)),
+            prompt_ids=_narrow(np.array(self._prompt_ids)),
+            response_offsets=offsets_of(np.array(self._num_response_ids, dtype=np.int64)),
+            response_ids=np.array(self._response_ids, dtype=np.int32),
+            conversation_ids=tuple(key[-1] for key in self._conversations),
+            workload_names=tuple(self._workloads),
+            mode_names=tuple(self._modes),
+            tokens_per_id=self._tokens_per_id,
+            **{name: np.array(column, dtype=np.int32) for name, column in self._columns.items()},
+        )
+
+
+def block_trace(requests: StudyRequests, block_size: int) -> BlockTrace:
+    """Prompts, and responses if their ids are known, in blocks of `block_size` tokens.
+
+    Block ids are used as they are at their own block size; for another size they are expanded
+    to tokens, and sharing finer than their blocks stays unseen. Raises a `UserError` for a block
+    size below 1, and for block ids that do not stand for a block and all before it.
+    """
+    if block_size < 1:
+        raise UserError(f"a block holds at least 1 token, not {block_size}")
+    if requests.tokens_per_id == block_size != 1:
+        try:
+            return BlockTrace.from_block_ids(
+                cast(Sequence[Sequence[int]], [requests.prompt(i) for i in range(len(requests))]),
+                requests.num_prompt_tokens.tolist(),
+                requests.num_response_tokens.tolist(),
+                block_size=block_size,
+                time_s=requests.arrival_s.tolist(),
+            )
+        except ValueError as error:
+            raise UserError(f"{error}; give ids that stand for a block and all before it") from error
+    tokens = requests.as_tokens()
+    trace = BlockTrace.from_tokens(
+        [tokens.prompt(i) for i in range(len(tokens))],
+        [tokens.response(i) for i in range(len(tokens))],
+        block_size=block_size,
+        time_s=tokens.arrival_s.tolist(),
+    )
+    return dataclasses.replace(trace, output_tokens=tokens.num_response_tokens.astype(np.int64))
+
+
 def conversation_groups(requests: StudyRequests) -> NDArray[np.int64]:
-    """(R,) a number below R for each request: its conversation's, or its own if it has none."""
+    """(R,) for each request the number of its conversation, below R; without one, a number of its own."""
     keys = np.where(
         requests.conversation == UNKNOWN,
         len(requests.conversation_ids) + np.arange(len(requests)),
@@ -161,12 +275,7 @@ def conversation_groups(requests: StudyRequests) -> NDArray[np.int64]:
     return np.unique(keys, return_inverse=True)[1].astype(np.int64)
 
 
-def offsets_of(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
-    """(R + 1,) where each of R ragged rows begins, and where the last one ends."""
-    return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-
-
-def _take_ragged(
+def take_ragged(
     offsets: NDArray[np.int64], values: NDArray[np.int32], rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Offsets and values of the `rows` of a ragged array."""
@@ -174,3 +283,10 @@ def _take_ragged(
     taken = offsets_of(lengths)
     source = np.arange(taken[-1]) + np.repeat(offsets[rows] - taken[:-1], lengths)
     return taken, values[source]
+
+
+def _narrow(ids: NDArray[np.integer]) -> NDArray[np.int32]:
+    """The same ids, or their ranks if an id needs more than 31 bits: a cache only asks which are equal."""
+    if len(ids) and ids.max() > MAX_ID:
+        ids = np.unique(ids, return_inverse=True)[1]
+    return ids.astype(np.int32, copy=False)

@@ -1,9 +1,7 @@
-"""What a replay leaves on disk: its statistics, a row a request, a row a block.
+"""The files of a replay: its statistics, a table of requests, a table of blocks. No text, no token id.
 
-    write_results(folder, "multi_turn", replayed)
-    # multi_turn_stats.json, multi_turn_request_metrics.csv, multi_turn_block_metrics.csv
-
-No text and no token id is in them.
+write_results(folder, "multi_turn", replayed)
+# multi_turn_stats.json, multi_turn_request_metrics.csv, multi_turn_block_metrics.csv
 """
 
 from __future__ import annotations
@@ -15,9 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dsatrace.kv.blocks import HIT
 from dsatrace.kv.simulation.replay import STATUS_NAMES
-from dsatrace.study.measure import measure, of_workload, per_turn, rejections, workloads_in
+from dsatrace.study.measure import block_counts, measure, of_workload, per_turn, rejections, workloads_in
 from dsatrace.study.output_folder import OutputFolder
 from dsatrace.study.run import Replayed
 
@@ -33,10 +30,10 @@ BLOCK_COLUMNS = (
 
 
 def statistics(replayed: Replayed) -> dict[str, Any]:
-    """Everything in a stats file; workloads stand apart where there are several."""
+    """The content of a stats file; workloads also apart, if there are several."""
     names = workloads_in(replayed)
     record: dict[str, Any] = {
-        "cache": settings_record(replayed),
+        "cache": dataclasses.asdict(replayed.settings),
         "metrics": measure(replayed),
         "rejected": rejections(replayed),
         "per_turn": per_turn(replayed),
@@ -48,11 +45,6 @@ def statistics(replayed: Replayed) -> dict[str, Any]:
             for name, mask in masks.items()
         }
     return record
-
-
-def settings_record(replayed: Replayed) -> dict[str, Any]:
-    """The cache that a number belongs to."""
-    return dataclasses.asdict(replayed.settings)
 
 
 def write_results(
@@ -68,7 +60,7 @@ def write_results(
 
 def _request_rows(replayed: Replayed) -> Iterator[tuple[object, ...]]:
     requests, trace, result = replayed.requests, replayed.trace, replayed.result
-    names = [*requests.conversation_ids, ""]  # a request of none has -1: the last one
+    names = [*requests.conversation_ids, ""]  # UNKNOWN is -1: the last one
     columns = [
         np.arange(len(requests)),
         trace.time_s,
@@ -94,35 +86,33 @@ def _request_rows(replayed: Replayed) -> Iterator[tuple[object, ...]]:
 
 
 def block_rows(replayed: Replayed) -> Iterator[tuple[object, ...]]:
-    """A row of each block that was cached at some time: ids are the trace's, parents -1 for a first block."""
-    trace, events = replayed.trace, replayed.accesses
+    """A row per block that was ever cached, with the trace's ids; the parent of a first block is -1."""
+    trace, events, counts = replayed.trace, replayed.accesses, block_counts(replayed)
     if not len(events):
         return iter(())
-    num_keys = trace.num_keys
-    depth = np.zeros(num_keys, np.int64)
+    used = counts.keys
+    depth = np.zeros(trace.num_keys, np.int64)
     depth[trace.keys] = np.arange(len(trace.keys)) - np.repeat(trace.key_ptr[:-1], np.diff(trace.key_ptr))
-    accesses = np.bincount(events["key"], minlength=num_keys)
-    hits = np.bincount(events["key"][events["kind"] == HIT], minlength=num_keys)
-    evictions = np.bincount(replayed.evictions["key"], minlength=num_keys)
-    order = np.argsort(events["key"], kind="stable")
-    keys, times = events["key"][order], trace.time_s[events["clock"][order]]
-    starts = np.flatnonzero(np.diff(keys, prepend=-1))  # of each block's accesses, in order of its id
-    used = keys[starts]
-    last = np.append(starts[1:], len(keys)) - 1
+    evictions = np.bincount(replayed.evictions["key"], minlength=trace.num_keys)
+    # Times of all accesses, block after block; each block's are times[starts:ends].
+    times = trace.time_s[events["clock"][np.argsort(events["key"], kind="stable")]]
+    ends = np.cumsum(counts.accesses)
+    starts = ends - counts.accesses
+    first, last = times[starts], times[ends - 1]
     gaps = np.diff(times, prepend=0.0)
     gaps[starts] = 0.0
+    again = counts.accesses > 1
+    mean = (last - first) / np.maximum(counts.accesses - 1, 1)
     longest = np.maximum.reduceat(gaps, starts)
-    again = accesses[used] > 1
-    mean = (times[last] - times[starts]) / np.maximum(accesses[used] - 1, 1)
     columns = [
-        used, trace.parents[used], depth[used], accesses[used], hits[used], evictions[used], times[starts],
-        times[last], _where(again, mean), _where(again, longest),
+        used, trace.parents[used], depth[used], counts.accesses, counts.hits, evictions[used], first, last,
+        _where(again, mean), _where(again, longest),
     ]  # fmt: skip
     return zip(*(_plain(column) for column in columns), strict=True)
 
 
 def _where(known: NDArray[np.bool_], values: NDArray[np.float64]) -> list[float | None]:
-    """The values, None where they are not known."""
+    """The values, and None where they are unknown."""
     return [value if is_known else None for is_known, value in zip(known, values.tolist(), strict=True)]
 
 

@@ -1,8 +1,8 @@
-"""One trace through one cache: the replay that every number of the study is read off.
+"""One trace through one cache: the replay from which every number of the study is read.
 
-Who replays is a parameter: `run_study(requests, settings, runner=...)` takes any function
-from the requests, their blocks and a `ReplayConfig` to a `ReplayResult`; the offline replay
-is the default. Knows no file and prints nothing.
+`run_study(requests, settings, runner=...)` takes any function from the requests, their blocks
+and a `ReplayConfig` to a `ReplayResult`; the default is the offline replay. Knows no file and
+prints nothing.
 
     replayed = run_study(requests, StudySettings(num_blocks=1024))
     measure(replayed)["hit_rate_first_prefill"]         # measure.py
@@ -12,33 +12,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
-from dsatrace.kv.blocks import EVICT, FreeOrder
+from dsatrace.kv.blocks import EVICT, MISS, FreeOrder
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, Schedule, replay
-from dsatrace.study.block_traces import block_trace
-from dsatrace.study.host_tier import host_hit_blocks
-from dsatrace.study.requests import StudyRequests
+from dsatrace.study.requests import StudyRequests, block_trace
 
 Runner = Callable[[StudyRequests, BlockTrace, ReplayConfig], ReplayResult]
-"""Replays requests; events must be recorded where the config asks for them."""
-
-
+"""Replays requests; it must record events if the config asks for them."""
 LARGEST = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class StudySettings:
-    """The cache and how requests meet it.
+    """The cache, and how requests are scheduled on it.
 
-    `num_blocks` are usable blocks (vLLM's number less its null block); None never evicts.
-    `chunk_tokens` is the prefill chunk of the `continuous` schedule and of the metric that
-    recounts chunks. Without `decode`, requests end with their prompt and answers are not
+    `num_blocks` are usable blocks (vLLM's number less its null block); with None nothing is
+    evicted. `chunk_tokens` is the prefill chunk, of the `continuous` schedule and of the metric
+    that recounts chunks. Without `decode`, requests end with their prompt and answers are not
     cached. `host_blocks` is the size of a host pool for evicted blocks.
     """
 
@@ -56,10 +53,10 @@ class StudySettings:
         for name in ("block_size", "num_blocks", "concurrency", "chunk_tokens", "host_blocks"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= LARGEST:
-                raise UserError(f"{name} must lie between 1 and {LARGEST}, not {value}")
+                raise UserError(f"--{name.replace('_', '-')} must lie between 1 and {LARGEST}, not {value}")
 
     def config(self, num_blocks_at_most: int = LARGEST) -> ReplayConfig:
-        """`num_blocks_at_most` of the trace: more would lie idle and take memory."""
+        """Blocks beyond `num_blocks_at_most`, the most that the trace can use, are not allocated."""
         return ReplayConfig(
             num_blocks=None if self.num_blocks is None else min(self.num_blocks, max(1, num_blocks_at_most)),
             concurrency=self.concurrency,
@@ -74,7 +71,7 @@ class StudySettings:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Replayed:
-    """R requests, their blocks, and what became of them in the cache and in one that never evicts."""
+    """R requests, their blocks, and the results of the cache and of one that never evicts."""
 
     requests: StudyRequests
     trace: BlockTrace
@@ -85,7 +82,7 @@ class Replayed:
 
     @functools.cached_property
     def accesses(self) -> np.ndarray:
-        """Events that are no evictions, in order."""
+        """Events other than evictions, in order."""
         assert self.result.events is not None, "a study records events"
         return self.result.events[self.result.events["kind"] != EVICT]
 
@@ -107,7 +104,7 @@ def offline_replay(_requests: StudyRequests, trace: BlockTrace, config: ReplayCo
 
 
 def run_study(requests: StudyRequests, settings: StudySettings, runner: Runner = offline_replay) -> Replayed:
-    """Replays the requests in their order; the cache without a limit is always replayed offline."""
+    """Replays the requests in order. The cache without a limit is always replayed offline."""
     if not len(requests):
         raise UserError("the trace holds no request; check what its filters left")
     trace = block_trace(requests, settings.block_size)
@@ -118,3 +115,51 @@ def run_study(requests: StudyRequests, settings: StudySettings, runner: Runner =
     if settings.host_blocks is not None:
         host_hits = host_hit_blocks(trace, result, settings.host_blocks)
     return Replayed(requests, trace, settings, result, replay(trace, unlimited), host_hits)
+
+
+def host_hit_blocks(trace: BlockTrace, result: ReplayResult, num_blocks: int) -> NDArray[np.int64]:
+    """(R,) blocks that each request found in a host pool of `num_blocks` at its first prefill.
+
+    The pool takes the blocks that the device evicts. It is LRU over insertions and lookups, and
+    a block that is loaded back stays in it. It is read off a finished replay: a block loaded
+    from the host takes the place of one that is computed, so the device's own hits do not change.
+
+    The lookup begins where the device's prefix ends. A block that the device holds continues the
+    chain and is not counted. The last token is always computed. Needs a result with events.
+    """
+    if num_blocks < 1:
+        raise UserError(f"a host pool holds at least 1 block, not {num_blocks}")
+    assert result.events is not None, "the host tier is read off a replay that records events"
+    hits = np.zeros(trace.num_requests, np.int64)
+    seen = np.zeros(trace.num_requests, bool)
+    copies = [0] * trace.num_keys  # of each block, in the device's cache
+    host: OrderedDict[int, None] = OrderedDict()
+    events = result.events
+    kinds, keys, requests = (events[name].tolist() for name in ("kind", "key", "request"))
+    for kind, key, request in zip(kinds, keys, requests, strict=True):
+        if not seen[request]:  # its first event follows its lookup at once
+            seen[request] = True
+            hits[request] = _host_lookup(trace, result, request, copies, host)
+        if kind == EVICT:
+            copies[key] -= 1
+            host[key] = None
+            host.move_to_end(key)
+            if len(host) > num_blocks:
+                host.popitem(last=False)
+        elif kind == MISS:
+            copies[key] += 1
+    return hits
+
+
+def _host_lookup(
+    trace: BlockTrace, result: ReplayResult, request: int, copies: list[int], host: OrderedDict[int, None]
+) -> int:
+    most = int(trace.prompt_tokens[request] - 1) // trace.block_size
+    num_hits = 0
+    for key in trace.keys_of(request)[int(result.hit_tokens[request]) // trace.block_size : most]:
+        if key in host and not copies[key]:
+            host.move_to_end(key)
+            num_hits += 1
+        elif not copies[key]:
+            break
+    return num_hits

@@ -1,10 +1,10 @@
-"""Where a study's requests come from: conversations, a trace file, a generator, or the embedded sample.
+"""The source of a study's requests: conversations, a trace file, a generator, or the embedded sample.
 
-Conversations become two traces (`prepare`), whose rows hold text and can be written; a trace
-file is taken as it is, filtered. Knows no cache and writes nothing.
+Conversations become two traces (`prepare`), whose rows hold text and can be written. A trace file
+is taken as it is, and filtered. Knows no cache and writes nothing.
 
     source = Source(data_path=Path("chats.json"))
-    client = Client(source, ClientOptions(min_turns=2), open_vocabulary(None))
+    client = Client(source, ClientSettings(min_turns=2), open_vocabulary(None))
     client.prepared().multi               # rows of text
     client.requests("multi_turn")         # the same as StudyRequests
 """
@@ -21,86 +21,54 @@ from typing import Any
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.study.prepare import ClientOptions, PreparedTraces, limit_requests, prepare_traces
-from dsatrace.study.read_requests import read_requests
+from dsatrace.study.prepare import ClientSettings, PreparedTraces, limit_requests, prepare_traces
+from dsatrace.study.request_files import read_requests
 from dsatrace.study.requests import UNKNOWN, StudyRequests, conversation_groups
-from dsatrace.study.tokenization import Progress, tokenize_rows
-from dsatrace.study.words import WordVocabulary
-from dsatrace.workloads.chat_format import SPECIAL_TOKENS, ChatTemplateFormatter
+from dsatrace.study.tokenization import NamedVocabulary, Progress, tokenize_rows
 from dsatrace.workloads.digests import file_sha256
-from dsatrace.workloads.encoding import Vocabulary
-from dsatrace.workloads.mixed import CHAT_MULTI, CHAT_SINGLE, QA, SUMMARIZATION, WORKLOADS
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.samples import sample_file
-from dsatrace.workloads.shared_context import (
-    ChatSettings,
-    QaSettings,
-    SummarizationSettings,
-    chat_conversations,
-    qa_conversations,
-    summarization_conversations,
-)
 from dsatrace.workloads.sharegpt import ODDITIES, Conversation, ShareGPTLoader
-from dsatrace.workloads.tokenizer import load_tokenizer
+from dsatrace.workloads.synthetic import (
+    CHAT_MULTI,
+    CHAT_SINGLE,
+    QA,
+    SUMMARIZATION,
+    WORKLOADS,
+    synthetic_conversations,
+)
 from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN, TraceRow
 
-MATCHING_FACTOR = 8  # synthetic conversations for a single-turn trace as long as the multi-turn one
+MATCHING_FACTOR = 8  # times as many synthetic conversations, for --match-requests
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One of the three, or none of them for the embedded sample."""
+    """At most one of the three; none of them stands for the embedded sample."""
 
     data_path: Path | None = None  # ShareGPT conversations
     trace_file: Path | None = None  # requests, in any layout that `read_requests` knows
     workload: str | None = None  # a seeded generator's name
 
     def __post_init__(self) -> None:
-        given = [name for name in ("data_path", "trace_file", "workload") if getattr(self, name) is not None]
+        flags = {"--data-path": self.data_path, "--trace-file": self.trace_file, "--workload": self.workload}
+        given = [flag for flag, value in flags.items() if value is not None]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} exclude each other; give one source")
         if self.workload is not None and self.workload not in WORKLOADS:
             raise UserError(f"unknown workload {self.workload!r}; use one of {', '.join(WORKLOADS)}")
 
     def describe(self) -> dict[str, str]:
-        """For the manifest: what kind, and which file by its digest."""
+        """For the manifest: the kind of source, and the file's path and digest."""
         if self.workload is not None:
             return {"kind": "synthetic", "workload": self.workload}
         if self.trace_file is not None:
-            return _described("trace file", self.trace_file)
-        if self.data_path is not None:
-            return _described("conversations", self.data_path)
-        return _described("embedded sample", sample_file("sharegpt"))
-
-
-@dataclasses.dataclass(frozen=True)
-class NamedVocabulary:
-    """A tokenizer, the form of its prompts, and what the manifest says of it."""
-
-    vocabulary: Vocabulary
-    formatter: ChatTemplateFormatter
-    label: dict[str, str]
-
-
-def open_vocabulary(path: Path | None) -> NamedVocabulary:
-    """A `tokenizer.json` or its folder; without one, whole words stand in for tokens.
-
-    One without DeepSeek's special tokens gets plain transcripts.
-    """
-    if path is None:
-        words = WordVocabulary()
-        label = {"name": "built-in words: a token a word or mark"}
-        return NamedVocabulary(words, ChatTemplateFormatter(words), label)
-    tokenizer = load_tokenizer(path)
-    try:
-        for name in SPECIAL_TOKENS:
-            tokenizer.special_id(name)
-        formatter, form = ChatTemplateFormatter(tokenizer), "DeepSeek's chat form"
-    except UserError:  # a vocabulary of another family, which has no chat form of its own here
-        formatter, form = ChatTemplateFormatter(), "plain transcript"
-    return NamedVocabulary(
-        tokenizer, formatter, {"name": str(path), "sha256": tokenizer.digest, "form": form}
-    )
+            kind, path = "trace file", self.trace_file
+        elif self.data_path is not None:
+            kind, path = "conversations", self.data_path
+        else:
+            kind, path = "embedded sample", sample_file("sharegpt")
+        return {"kind": kind, "path": str(path), "sha256": file_sha256(path)}
 
 
 class Client:
@@ -109,55 +77,54 @@ class Client:
     def __init__(
         self,
         source: Source,
-        options: ClientOptions,
+        settings: ClientSettings,
         vocabulary: NamedVocabulary,
         bad_rows: BadRows | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.source, self.options, self.vocabulary = source, options, vocabulary
+        self.source, self.settings, self.vocabulary = source, settings, vocabulary
         self.bad_rows = bad_rows or BadRows()
         self.counts: dict[str, int] = {}
         self._progress = progress
         self._loader: ShareGPTLoader | None = None
-        if source.trace_file is not None and options.match_requests:
+        if source.trace_file is not None and settings.match_requests:
             raise UserError("--match-requests draws more conversations; it needs --data-path, not a trace")
 
     @property
     def has_text(self) -> bool:
-        """Whether there are rows of text to be written."""
+        """Whether the source gives rows of text, which can be written."""
         return self.source.trace_file is None
 
     @functools.cached_property
     def _prepared(self) -> PreparedTraces:
         chosen = self.vocabulary
-        prepared = prepare_traces(self._conversations(), self.options, chosen.vocabulary, chosen.formatter)
+        prepared = prepare_traces(self._conversations(), self.settings, chosen.vocabulary, chosen.formatter)
         self.counts |= prepared.counts | self._oddities()
-        synthetic = self.source.workload
-        single = multi = synthetic if synthetic in (QA, SUMMARIZATION) else None
+        label = self.source.workload if self.source.workload in (QA, SUMMARIZATION) else None
         return PreparedTraces(
-            _labelled(prepared.single, single or CHAT_SINGLE),
-            _labelled(prepared.multi, multi or CHAT_MULTI),
+            _labelled(prepared.single, label or CHAT_SINGLE),
+            _labelled(prepared.multi, label or CHAT_MULTI),
             prepared.counts,
         )
 
     def prepared(self) -> PreparedTraces:
-        """Both traces as rows of text, labelled with their workload; not of a trace file."""
+        """Both traces as rows of text, labelled with their workload. A trace file raises a `UserError`."""
         if not self.has_text:
             raise UserError(f"{self.source.trace_file}: is a trace already; give conversations (--data-path)")
         return self._prepared
 
     def rows(self, mode: str) -> list[TraceRow]:
-        """One of them: `single_turn` or `multi_turn`."""
+        """The rows of one trace, `single_turn` or `multi_turn`."""
         prepared = self.prepared()
         return prepared.single if mode == SINGLE_TURN else prepared.multi
 
     def requests(self, mode: str) -> StudyRequests:
-        """Those of `mode` in the order of the replay. Of a trace file, `single_turn` are the turns 0."""
+        """The requests of `mode` in the order of the replay; `single_turn` of a trace file is its turns 0."""
         if self.has_text:
             requests = tokenize_rows(self.rows(mode), self.vocabulary.vocabulary, self._progress)
         else:
             requests = self._trace if mode == MULTI_TURN else _first_turns(self._trace)
-        return requests.ordered(self.options.order)
+        return requests.ordered(self.settings.order)
 
     @functools.cached_property
     def _trace(self) -> StudyRequests:
@@ -166,21 +133,21 @@ class Client:
         requests = read_requests(
             self.source.trace_file, self.vocabulary.vocabulary, self.bad_rows, counts, self._progress
         )
-        requests = _first_conversations(requests, self.options.max_conversations)
-        kept, dropped = limit_requests(requests, self.options.max_tokens, self.options.min_turns)
+        requests = _first_conversations(requests, self.settings.max_conversations)
+        kept, dropped = limit_requests(requests, self.settings.max_tokens, self.settings.min_turns)
         self.counts |= {**counts, **dropped}
         return kept
 
     def _conversations(self) -> Iterable[Conversation]:
         if self.source.workload is not None:
-            return _synthetic(self.source.workload, self.options)
+            return _synthetic(self.source.workload, self.settings)
         self._loader = ShareGPTLoader(
             self.source.data_path or sample_file("sharegpt"), bad_rows=self.bad_rows
         )
         return self._loader
 
     def _oddities(self) -> dict[str, int]:
-        """What the loader met in the rows it read, and in how many; see `sharegpt.ODDITIES`."""
+        """Oddities in the rows that the loader read, and how many rows have them; see `sharegpt.ODDITIES`."""
         found = {} if self._loader is None else self._loader.summary()
         return {f"source rows, {name}": found[name] for name in ODDITIES if found.get(name)}
 
@@ -189,7 +156,7 @@ class Client:
         return {
             "source": self.source.describe(),
             "tokenizer": self.vocabulary.label,
-            "client": dataclasses.asdict(self.options),
+            "client": dataclasses.asdict(self.settings),
             "counts": self.counts,
             "bad_rows": self.bad_rows.summary(),
         }
@@ -201,28 +168,20 @@ def trace_name(requests: StudyRequests) -> str:
     return modes.pop() if modes in ({SINGLE_TURN}, {MULTI_TURN}) else "trace"
 
 
-def _described(kind: str, path: Path) -> dict[str, str]:
-    return {"kind": kind, "path": str(path), "sha256": file_sha256(path)}
-
-
 def _labelled(rows: list[TraceRow], workload: str) -> list[TraceRow]:
     return [dataclasses.replace(row, workload=workload) for row in rows]
 
 
-def _synthetic(workload: str, options: ClientOptions) -> list[Conversation]:
-    count = options.max_conversations
+def _synthetic(workload: str, settings: ClientSettings) -> list[Conversation]:
+    count = settings.max_conversations
     if count is None:
         raise UserError(f"workload {workload} has no end; say how many with --max-conversations")
-    count *= MATCHING_FACTOR if options.match_requests else 1
-    if workload == QA:
-        return qa_conversations(QaSettings(num_requests=count), options.seed)
-    if workload == SUMMARIZATION:
-        return summarization_conversations(SummarizationSettings(num_requests=count), options.seed)
-    return chat_conversations(ChatSettings(num_conversations=count), options.seed)
+    count *= MATCHING_FACTOR if settings.match_requests else 1
+    return synthetic_conversations(workload, count, settings.seed)
 
 
 def _first_conversations(requests: StudyRequests, limit: int | None) -> StudyRequests:
-    """The requests of the first `limit` conversations by arrival; one of no conversation is one."""
+    """The requests of the first `limit` conversations by arrival; without an id, each request is one."""
     group = conversation_groups(requests)
     first = np.full(len(requests), len(requests))
     np.minimum.at(first, group, np.arange(len(requests)))

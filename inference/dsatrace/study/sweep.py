@@ -1,10 +1,10 @@
-"""Sweeps block sizes, capacities and policies over traces, in processes, with the same result for any number.
+"""Sweeps block sizes, capacities and policies over traces; the result is the same for any number of workers.
 
-LRU's capacities come out of one pass; every other policy is a job a capacity. OPT always runs
-along: no policy may hit more, and that is checked. Knows no file.
+LRU gives all capacities in one pass; every other policy is one job per capacity. OPT always runs
+as well: no policy may hit more, and that is checked. Knows no file.
 
     inputs = {("qa", 16): CacheInput.of(accesses, 16)}
-    cells = sweep(inputs, SweepOptions(capacities=(64, 128), runs=policy_runs(["lru", "fifo"])), workers=2)
+    cells = sweep(inputs, SweepSettings(capacities=(64, 128), runs=policy_runs(["lru", "fifo"])), workers=2)
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ from dsatrace.study.sweep_streams import CacheInput
 BLOCK_SIZES = (16, 32, 64)
 CAPACITIES = (64, 128, 256, 512)
 BY_WORKLOAD = ("priority", "wa-lru", "wa-prob")
-"""Policies that tell workloads apart: LRU, or next to it, in a trace of one workload."""
+"""Policies that tell workloads apart. With one workload they are LRU or close to it."""
 
 Form = Literal["leaf", "flat"]
 Inputs = Mapping[tuple[str, int], CacheInput]
-"""By name of the trace and block size."""
+"""Keyed by name of the trace and block size."""
 
 
 @dataclasses.dataclass(frozen=True)
-class SweepOptions:
-    """What is run on every trace; see `sweep_cells` for what the words mean."""
+class SweepSettings:
+    """What runs on every trace; `sweep_cells` explains the words."""
 
     capacities: tuple[int, ...]  # blocks
     runs: tuple[PolicyRun, ...]  # see `policy_runs`
     oversize: Oversize = "reject"
-    concurrency: int = 1  # of the pool; the inputs' streams have theirs
+    concurrency: int = 1  # of the pool; each input's stream has its own
 
     def __post_init__(self) -> None:
         for capacity in self.capacities:
@@ -64,6 +64,8 @@ class SweepOptions:
             raise UserError(f"name each capacity once, and at least one: {list(self.capacities)}")
         if OPT not in (run.policy for run in self.runs):
             raise UserError("a sweep always runs OPT, to check the others; take its runs from policy_runs")
+        if self.concurrency < 1:
+            raise UserError(f"--concurrency must be at least 1, not {self.concurrency}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,7 @@ def policy_runs(
 ) -> tuple[PolicyRun, ...]:
     """The policies in each form in which they differ, OPT among them; `params` by policy.
 
-    Raises a `UserError` for a name that is unknown or stands twice.
+    Raises a `UserError` for a name that is unknown or given twice.
     """
     if not names or len(set(names)) != len(names):
         raise UserError(f"name each policy once, and at least one: {', '.join(names)}")
@@ -98,32 +100,30 @@ def policy_runs(
 
 
 def single_workload_policies() -> list[str]:
-    """Every policy that does not need several workloads to differ from LRU."""
+    """Every policy that can differ from LRU in a trace of one workload."""
     return [name for name in POLICIES if name not in BY_WORKLOAD]
 
 
 def sweep(
     inputs: Inputs,
-    options: SweepOptions,
+    settings: SweepSettings,
     workers: int = 1,
     on_done: Callable[[int, int], None] | None = None,
 ) -> Cells:
     """All cells, in the order of inputs, policies (the pool last) and capacities.
 
-    An input of several workloads, which gives `overall` and a cell for each, must be the only one.
-    `workers` processes, at most one a job; 1 is this process. They are started afresh, so a
-    script that calls this with more must be importable. `on_done` is told the jobs done and all.
+    An input of several workloads must be the only one; it gives `overall` and a cell for each.
+    More than one worker means fresh processes, at most one per job, so a script that calls this
+    must be importable. `on_done` is called with the number of jobs done and of all jobs.
     """
-    if workers < 1:
-        raise UserError(f"a sweep needs at least 1 worker, not {workers}")
     _check_names(inputs)
-    jobs = list(_jobs(inputs, options))
+    jobs = list(_jobs(inputs, settings))
     cells: Cells = []
-    for number, of_job in enumerate(_results(jobs, inputs, options, min(workers, len(jobs))), start=1):
+    for number, of_job in enumerate(_results(jobs, inputs, settings, min(workers, len(jobs))), start=1):
         cells += of_job
         if on_done is not None:
             on_done(number, len(jobs))
-    order = {run.name: i for i, run in enumerate(options.runs)}
+    order = {run.name: i for i, run in enumerate(settings.runs)}
     traces = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in inputs))}
     cells.sort(
         key=lambda cell: (
@@ -150,36 +150,36 @@ def _check_names(inputs: Inputs) -> None:
         raise UserError(f"a workload is named {OVERALL!r}, as is the sum of all; name it otherwise")
 
 
-def _jobs(inputs: Inputs, options: SweepOptions) -> Iterator[_Job]:
-    for (trace, block_size), run in itertools.product(inputs, options.runs):
+def _jobs(inputs: Inputs, settings: SweepSettings) -> Iterator[_Job]:
+    for (trace, block_size), run in itertools.product(inputs, settings.runs):
         if run.policy == LRU:
-            yield _Job(trace, block_size, run, options.capacities)
+            yield _Job(trace, block_size, run, settings.capacities)
             continue
-        for capacity in options.capacities:
+        for capacity in settings.capacities:
             yield _Job(trace, block_size, run, (capacity,))
-    if options.oversize == "reject":
+    if settings.oversize == "reject":
         for trace, block_size in inputs:
-            yield _Job(trace, block_size, None, options.capacities)
+            yield _Job(trace, block_size, None, settings.capacities)
 
 
-def _run_job(job: _Job, inputs: Inputs, options: SweepOptions) -> Cells:
+def _run_job(job: _Job, inputs: Inputs, settings: SweepSettings) -> Cells:
     given = inputs[job.trace, job.block_size]
     if job.run is None:
-        each = (pool_cells(job.trace, given, size, options.concurrency) for size in job.capacities)
+        each = (pool_cells(job.trace, given, size, settings.concurrency) for size in job.capacities)
         return list(itertools.chain.from_iterable(each))
     if job.run.policy == LRU:
-        return lru_cells(job.trace, given, job.capacities, options.oversize)
-    return simulated_cells(job.trace, given, job.run, job.capacities[0], options.oversize)
+        return lru_cells(job.trace, given, job.capacities, settings.oversize)
+    return simulated_cells(job.trace, given, job.run, job.capacities[0], settings.oversize)
 
 
-def _results(jobs: list[_Job], inputs: Inputs, options: SweepOptions, workers: int) -> Iterator[Cells]:
+def _results(jobs: list[_Job], inputs: Inputs, settings: SweepSettings, workers: int) -> Iterator[Cells]:
     if workers <= 1:
-        yield from (_run_job(job, inputs, options) for job in jobs)
+        yield from (_run_job(job, inputs, settings) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # forking a process with a bar's thread may hang
     try:
-        with ProcessPoolExecutor(workers, context, _start, (inputs, options)) as pool:
-            policies = [run.policy for run in options.runs if run.policy != LRU]
+        with ProcessPoolExecutor(workers, context, _start, (inputs, settings)) as pool:
+            policies = [run.policy for run in settings.runs if run.policy != LRU]
             list(pool.map(_compile, policies))  # each by one worker; the others load what it wrote
             yield from pool.map(_run_in_worker, jobs, chunksize=max(1, len(jobs) // (8 * workers)))
     except BrokenProcessPool as error:
@@ -188,14 +188,14 @@ def _results(jobs: list[_Job], inputs: Inputs, options: SweepOptions, workers: i
         ) from error
 
 
-_given: tuple[Inputs, SweepOptions] | None = None
-"""A worker's own copy."""
+_given: tuple[Inputs, SweepSettings] | None = None
+"""The worker's copy, set by `_start`."""
 
 
-def _start(inputs: Inputs, options: SweepOptions) -> None:
+def _start(inputs: Inputs, settings: SweepSettings) -> None:
     global _given  # noqa: PLW0603
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
-    _given = (inputs, options)
+    _given = (inputs, settings)
 
 
 def _run_in_worker(job: _Job) -> Cells:
@@ -215,7 +215,7 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
 
 
 def _check_bound(cells: Iterable[Cell]) -> None:
-    """No policy hits more than OPT; only cells over all of a trace, since a part of one has no bound."""
+    """No policy hits more than OPT. Takes only cells over a whole trace, since OPT bounds no part of one."""
     by_place: dict[tuple[str, int, int], list[Cell]] = {}
     for cell in cells:
         by_place.setdefault((cell.workload, cell.block_size, cell.capacity_blocks), []).append(cell)

@@ -1,22 +1,22 @@
-"""One cell of a sweep: a policy, a capacity, a block size, a trace; and what hits and misses mean there.
+"""One cell of a sweep: a policy, a capacity, a block size and a trace, and the counts it gives.
 
-A request is served out of a cache of `capacity` blocks and holds its blocks until it ends.
-`accesses` are the full blocks of its prompt; `hits` those found before the first that is not,
-a contiguous prefix; `misses` the rest; `block_hits` also those found behind a gap. Its
-output's full blocks are cached too, and never looked up: where one was cached already,
-behind a prompt that was, it counts as `output_hits` alone, for an engine computes it again.
-A prompt of more blocks than the cache has, the last partial one included, is rejected and
-counts nothing (`oversize="reject"`), or its first blocks are held and the rest are misses
-(`"truncate"`). Of a longer output the rest is dropped.
+Requests are served from a cache of `capacity` blocks, and hold their blocks until they end.
+`accesses` are the full blocks of a prompt. `hits` are those found before the first that is
+missing: a contiguous prefix. `misses` are the rest. `block_hits` also has those found behind a
+gap. The full blocks of the output are cached too, and never looked up; one that was cached
+already, behind a cached prompt, counts as an `output_hit` only, because an engine computes it
+again. A prompt that needs more blocks than the cache has, its last partial one included, is
+rejected and counts nothing (`oversize="reject"`), or its first blocks are held and the rest are
+misses (`"truncate"`). Output blocks that do not fit are dropped.
 
 That is vLLM's block pool under LRU, except that the pool (the cell `vllm`, which replays it)
 1. also needs a block for each request's last, partial one. One request at a time, with one
    such block each, the pool with capacity C hits exactly what LRU hits with C - 1;
-2. keeps a second copy of a block it computes again, which takes a block of room;
-3. computes the last block of a wholly cached prompt again when the prompt ends with it;
-4. gives room to output blocks whose content the trace does not tell, while they are in use.
-So LRU at C - 1 <= pool at C <= LRU at C, but for 2 to 4. OPT is the bound of hits and output
-hits together, hence of hits wherever no output repeats. Knows no file and no process.
+2. keeps a second copy of a block that it computes again, which takes a block of room;
+3. computes the last block of a wholly cached prompt again if the prompt ends with it;
+4. gives room to output blocks of unknown content while they are in use.
+So LRU at C - 1 <= pool at C <= LRU at C, except for 2 to 4. OPT bounds hits and output hits
+together, so it bounds hits if no output repeats. Knows no file and no process.
 
     lru_cells("qa", given, [64, 128], "reject")
     simulated_cells("qa", given, PolicyRun("fifo", leaf=True), 64, "reject")
@@ -74,13 +74,13 @@ class PolicyRun:
 
     @property
     def name(self) -> str:
-        """`fifo` leaf-constrained, `fifo-flat` not. Where both hit the same, there is one name."""
+        """`fifo` is leaf-constrained, `fifo-flat` is not. If both hit the same, there is one name."""
         return self.policy if self.leaf or policy_info(self.policy).leaf_first else f"{self.policy}-flat"
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Counts of one workload, or of all in the trace (`overall`)."""
+    """Counts of one workload, or of all workloads of the trace (`overall`)."""
 
     workload: str
     block_size: int  # tokens
@@ -100,7 +100,7 @@ class Cell:
 
     @property
     def hit_rate(self) -> float:
-        """Hits of accesses, 0 where there are none."""
+        """hits / accesses; 0 without accesses."""
         return self.hits / max(self.accesses, 1)
 
     @property
@@ -119,7 +119,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Served:
-    """The requests that a cache of one size serves; `part` is `given.stream` without the others."""
+    """The requests that a cache of one size serves; `part` is their stream."""
 
     given: CacheInput
     mask: NDArray[np.bool_]  # (R,)
@@ -135,7 +135,7 @@ class _Served:
         return [np.bincount(self.part.workloads, column, self.part.num_workloads) for column in columns]
 
     def cells(self, trace: str, capacity: int, policy: str, counts: Sequence[NDArray[Any]]) -> Cells:
-        """From hits, block hits and output hits, (W,) each: a cell overall and, of several, a workload."""
+        """From hits, block hits and output hits, (W,) each: a cell per workload, and `overall` of several."""
         stream = self.given.stream
         size = stream.num_workloads
         requests = np.bincount(stream.workloads, minlength=size)
@@ -153,9 +153,9 @@ class _Served:
 
 
 def lru_cells(trace: str, given: CacheInput, capacities: Sequence[int], oversize: Oversize) -> Cells:
-    """LRU at all capacities: one pass for each different set of rejected requests.
+    """LRU at all capacities, in one pass per different set of rejected requests.
 
-    Where outputs repeat it is simulated, since one pass cannot tell whose hits end in an output.
+    If outputs repeat it is simulated, since one pass cannot tell which hits end in an output.
     """
     if given.num_repeated:
         each = (simulated_cells(trace, given, PolicyRun(LRU), size, oversize) for size in capacities)
@@ -185,7 +185,7 @@ def simulated_cells(
 
 
 def pool_cells(trace: str, given: CacheInput, capacity: int, concurrency: int) -> Cells:
-    """vLLM's block pool with `capacity` usable blocks; it rejects what is too long."""
+    """vLLM's block pool with `capacity` usable blocks; it rejects prompts that are too long."""
     result = replay(given.trace, ReplayConfig(capacity, concurrency=concurrency))
     served = _Served.at(given, capacity, "reject")
     assert np.array_equal(served.mask, result.served), "the pool and the policies reject different requests"

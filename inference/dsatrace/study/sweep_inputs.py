@@ -1,9 +1,9 @@
-"""What a sweep is run on: seeded workloads, conversations, a trace file, or recorded block accesses.
+"""The inputs of a sweep, as request logs: seeded workloads, conversations, a trace file, block accesses.
 
-    words = vocabulary_or_words(None)
-    traces = seeded_traces(("qa", "chat_multi"), SeededOptions(num_requests=500), words)
-    traces = split_by_workload(read_trace("outputs/study_run", words))
-    traces[0].at(block_size=16, concurrency=1)           # a CacheInput
+    words = open_vocabulary(None)
+    logs = seeded_logs(("qa", "chat_multi"), SeededSettings(num_requests=500), words)
+    logs = split_by_workload(read_log("outputs/study_run", words))
+    logs[0].at(block_size=16, concurrency=1)           # a CacheInput
 
 Knows no policy.
 """
@@ -11,7 +11,7 @@ Knows no policy.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +19,20 @@ from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
 from dsatrace.study.accesses import ACCESSES_FILE, Accesses, read_accesses
-from dsatrace.study.block_traces import block_trace
-from dsatrace.study.prepare import limit_requests
-from dsatrace.study.read_requests import read_requests
-from dsatrace.study.requests import Order, StudyRequests
-from dsatrace.study.sources import NamedVocabulary, open_vocabulary
-from dsatrace.study.sweep_streams import CacheInput, take_rows
-from dsatrace.study.tokenization import tokenize_rows
-from dsatrace.study.words import WordVocabulary
-from dsatrace.workloads.chat_format import ChatTemplateFormatter
-from dsatrace.workloads.mixed import CHAT_MULTI, CHAT_SINGLE, WORKLOADS, interleave, workload_rows
+from dsatrace.study.prepare import check_arrivals, limit_requests
+from dsatrace.study.request_files import read_requests
+from dsatrace.study.requests import Order, StudyRequests, block_trace
+from dsatrace.study.sweep_streams import CacheInput
+from dsatrace.study.tokenization import NamedVocabulary, tokenize_rows
 from dsatrace.workloads.request_generator import (
     DEFAULT_ARRIVAL_RATE,
     DEFAULT_SEED,
     DEFAULT_TURN_DELAY_S,
     num_turns,
 )
-from dsatrace.workloads.rows import BadRows, check_limit
+from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.sharegpt import Conversation
+from dsatrace.workloads.synthetic import CHAT_MULTI, CHAT_SINGLE, interleave, workload_rows
 from dsatrace.workloads.trace_rows import TraceRow
 
 SYNTHETIC, UNLABELLED = "synthetic", "(unlabelled)"
@@ -44,8 +40,8 @@ CHATS = (CHAT_SINGLE, CHAT_MULTI)
 
 
 @dataclasses.dataclass(frozen=True)
-class SeededOptions:
-    """`num_requests` of each workload, of `chat_multi` so many conversations; real ones are all taken."""
+class SeededSettings:
+    """`num_requests` per seeded workload (of `chat_multi`, conversations). Real ones are all taken."""
 
     num_requests: int = 1000
     arrival_rate: float = DEFAULT_ARRIVAL_RATE
@@ -54,12 +50,13 @@ class SeededOptions:
 
     def __post_init__(self) -> None:
         if self.num_requests < 1:
-            raise UserError(f"a workload has at least 1 request, not {self.num_requests}")
+            raise UserError(f"--num-requests must be at least 1, not {self.num_requests}")
+        check_arrivals(self.arrival_rate, self.turn_delay)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Trace:
-    """A named trace; `origin` says where it comes from."""
+class RequestLog:
+    """Requests under a name; `origin` says where they come from."""
 
     name: str
     origin: str
@@ -70,14 +67,14 @@ class Trace:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """(R,) each request's workload, "" where the trace does not tell."""
+        """(R,) each request's workload, "" if unknown."""
         if isinstance(self.content, Accesses):
             return self.content.workloads
         return tuple(self.content.workload_names[i] for i in self.content.workload)
 
     @property
     def block_size(self) -> int | None:
-        """The one it was recorded in, None for tokens."""
+        """The block size it was recorded in; None for tokens."""
         if isinstance(self.content, Accesses):
             return self.content.block_size
         return self.content.tokens_per_id if self.content.tokens_per_id > 1 else None
@@ -87,87 +84,74 @@ class Trace:
         content = self.content
         return int((content.num_tokens if isinstance(content, Accesses) else content.num_prompt_tokens).sum())
 
-    def take(self, rows: NDArray[np.int64]) -> Trace:
+    def take(self, rows: NDArray[np.int64]) -> RequestLog:
         """The requests `rows`, in that order."""
-        content = self.content
-        taken = take_rows(content, rows) if isinstance(content, Accesses) else content.take(rows)
-        return dataclasses.replace(self, content=taken)
+        return dataclasses.replace(self, content=self.content.take(rows))
 
     def at(self, block_size: int, concurrency: int = 1) -> CacheInput:
-        """In blocks. Raises a `UserError` for a size that the trace cannot be had in."""
+        """The log in blocks; raises a `UserError` for a size that it cannot be cut into."""
         content = self.content
         if isinstance(content, StudyRequests):
             content = Accesses.of(content, block_trace(content, block_size))
         return CacheInput.of(content, block_size, concurrency)
 
 
-def vocabulary_or_words(path: Path | None) -> NamedVocabulary:
-    """A `tokenizer.json` or its folder; without one, a token a word."""
-    if path is not None:
-        return open_vocabulary(path)
-    words = WordVocabulary()
-    return NamedVocabulary(
-        words, ChatTemplateFormatter(words), {"name": "built-in words: a token a word or mark"}
-    )
-
-
-def read_trace(path: str | Path, vocabulary: NamedVocabulary, bad_rows: BadRows | None = None) -> Trace:
-    """A trace file of any known kind, or the folder (or its accesses.jsonl) of a recorded study run."""
+def read_log(path: str | Path, vocabulary: NamedVocabulary, bad_rows: BadRows | None = None) -> RequestLog:
+    """A trace file of any known kind, or the folder (or accesses.jsonl) of `study run --write-accesses`."""
     path = Path(path)
     if path.is_dir() or path.name == ACCESSES_FILE:
         folder = path if path.is_dir() else path.parent
-        return Trace(folder.resolve().name, str(path), read_accesses(folder, bad_rows))
-    return Trace(path.stem, str(path), read_requests(path, vocabulary.vocabulary, bad_rows))
+        return RequestLog(folder.resolve().name, str(path), read_accesses(folder, bad_rows))
+    return RequestLog(path.stem, str(path), read_requests(path, vocabulary.vocabulary, bad_rows))
 
 
-def split_by_workload(trace: Trace) -> list[Trace]:
-    """One trace a workload, each named after it; the whole under its own name where there is only one."""
-    labels = np.array(trace.labels)
-    names = list(dict.fromkeys(trace.labels))
+def split_by_workload(log: RequestLog) -> list[RequestLog]:
+    """One log per workload, named after it. A log without labels keeps its own name."""
+    labels = np.array(log.labels)
+    names = list(dict.fromkeys(log.labels))
     if len(names) <= 1:
-        return [dataclasses.replace(trace, name=names[0]) if names and names[0] else trace]
+        return [dataclasses.replace(log, name=names[0]) if names and names[0] else log]
     return [
-        dataclasses.replace(trace.take(np.flatnonzero(labels == name)), name=name or UNLABELLED)
+        dataclasses.replace(log.take(np.flatnonzero(labels == name)), name=name or UNLABELLED)
         for name in names
     ]
 
 
-def seeded_traces(
+def seeded_logs(
     names: Sequence[str],
-    options: SeededOptions,
+    settings: SeededSettings,
     vocabulary: NamedVocabulary,
     conversations: Sequence[Conversation] | None = None,
     origin: str = SYNTHETIC,
-    on_done: Callable[[], None] | None = None,
-) -> list[Trace]:
-    """Each workload by itself. `conversations`, which come from `origin`, make the chats real."""
-    traces = []
+) -> list[RequestLog]:
+    """One log per workload. The chats are made of `conversations`, which come from `origin`, if given."""
+    logs = []
     for name in names:
         real = conversations if name in CHATS else None
-        rows = _rows(name, options, vocabulary, real)
-        traces.append(Trace(name, origin if real else SYNTHETIC, tokenize_rows(rows, vocabulary.vocabulary)))
-        if on_done:
-            on_done()
-    return traces
+        rows = _rows(name, settings, vocabulary, real)
+        logs.append(
+            RequestLog(name, origin if real else SYNTHETIC, tokenize_rows(rows, vocabulary.vocabulary))
+        )
+    return logs
 
 
-def mixed_trace(
+def mixed_log(
     names: Sequence[str],
-    options: SeededOptions,
+    settings: SeededSettings,
     vocabulary: NamedVocabulary,
     conversations: Sequence[Conversation] | None = None,
     origin: str = SYNTHETIC,
     pattern: Sequence[str] | None = None,
-) -> Trace:
-    """The workloads as one trace, by arrival or in rounds of `pattern`; all share the arrival rate.
+) -> RequestLog:
+    """The workloads as one log, by arrival or in rounds of `pattern`; they share the arrival rate.
 
-    Where both chats are asked for, they get every second conversation each, or one would hit
-    what the other has cached.
+    If both chats are asked for, each gets every second conversation, since otherwise one would
+    hit what the other has cached.
     """
     if len(set(names)) < 2 or len(set(names)) != len(names):
         raise UserError(f"a mix needs two different workloads or more, each once: {', '.join(names)}")
     both = conversations is not None and set(CHATS) <= set(names)
-    shared = dataclasses.replace(options, arrival_rate=options.arrival_rate / len(names))
+    shared = dataclasses.replace(settings, arrival_rate=settings.arrival_rate / len(names))
     rows = []
     for name in names:
         real = conversations if name in CHATS else None
@@ -176,31 +160,27 @@ def mixed_trace(
         rows.append(_rows(name, shared, vocabulary, real))
     mixed = tokenize_rows(interleave(rows, pattern), vocabulary.vocabulary)
     chats = f"chats: {origin}, the rest: {SYNTHETIC}"
-    return Trace("mixed", chats if conversations is not None else SYNTHETIC, mixed)
+    return RequestLog("mixed", chats if conversations is not None else SYNTHETIC, mixed)
 
 
 def _rows(
-    name: str, options: SeededOptions, vocabulary: NamedVocabulary, real: Sequence[Conversation] | None
+    name: str, settings: SeededSettings, vocabulary: NamedVocabulary, real: Sequence[Conversation] | None
 ) -> list[TraceRow]:
-    if name not in WORKLOADS:
-        raise UserError(f"unknown workload {name!r}; use one of {', '.join(WORKLOADS)}")
     return list(
         workload_rows(
             name,
             vocabulary.formatter,
             real,
-            num_requests=options.num_requests,
-            arrival_rate=options.arrival_rate,
-            turn_delay=options.turn_delay,
-            seed=options.seed,
+            num_requests=settings.num_requests,
+            arrival_rate=settings.arrival_rate,
+            turn_delay=settings.turn_delay,
+            seed=settings.seed,
         )
     )
 
 
 def first_conversations(loader: Iterable[Conversation], min_turns: int, origin: str) -> list[Conversation]:
-    """Those with at least `min_turns` human turns; raises a `UserError` if none is left."""
-    if min_turns < 1:
-        raise UserError(f"min_turns must be at least 1, not {min_turns}")
+    """The conversations of `min_turns` human turns or more; raises a `UserError` if there is none."""
     kept = [conversation for conversation in loader if num_turns(conversation) >= min_turns]
     if not kept:
         raise UserError(f"{origin}: no conversation has {min_turns} human turns; lower --min-turns")
@@ -208,18 +188,17 @@ def first_conversations(loader: Iterable[Conversation], min_turns: int, origin: 
 
 
 def limited(
-    trace: Trace, max_tokens: int | None, min_turns: int, order: Order = "arrival"
-) -> tuple[Trace, dict[str, int]]:
-    """In that order, without the conversations that have a request over `max_tokens` or too few turns.
+    log: RequestLog, max_tokens: int | None, min_turns: int, order: Order = "arrival"
+) -> tuple[RequestLog, dict[str, int]]:
+    """The log in `order`, without conversations of too few turns or a request over `max_tokens`.
 
-    Also how many there are and were dropped.
+    Also returns how many conversations were kept and dropped, by reason.
     """
-    if isinstance(trace.content, Accesses):
+    if isinstance(log.content, Accesses):
         if max_tokens is not None or min_turns != 1 or order != "arrival":
             raise UserError(
-                f"{trace.origin}: recorded accesses are replayed as they are; filter and order in `study run`"
+                f"{log.origin}: recorded accesses are replayed as they are; filter and order in `study run`"
             )
-        return trace, {}
-    check_limit("max_tokens", max_tokens)
-    kept, counts = limit_requests(trace.content, max_tokens, min_turns)
-    return dataclasses.replace(trace, content=kept.ordered(order)), counts
+        return log, {}
+    kept, counts = limit_requests(log.content, max_tokens, min_turns)
+    return dataclasses.replace(log, content=kept.ordered(order)), counts

@@ -1,7 +1,7 @@
-"""Recorded block accesses to what a sweep replays: chains of prompt and output, and what counts as looked up.
+"""Recorded block accesses as what a sweep replays: chains of the blocks of prompt and output.
 
-A request's chain is the full blocks of its prompt and then those its output completes, for a
-later turn finds both. Only the prompt's are looked up. Knows no policy and no file.
+A request's chain is the full blocks of its prompt, then those that its output completes, since a
+later turn finds both. Only the prompt's blocks are looked up. Knows no policy and no file.
 
     given = CacheInput.of(accesses, block_size=32, concurrency=1)
     given.stream, given.prompt_blocks
@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
 from dsatrace.kv.policies.stream import AccessStream, release_by_concurrency
-from dsatrace.kv.simulation.block_trace import BlockTrace
+from dsatrace.kv.simulation.block_trace import BlockTrace, offsets_of
 from dsatrace.study.accesses import Accesses
-from dsatrace.study.requests import offsets_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,8 +26,8 @@ class CacheInput:
 
     stream: AccessStream  # for the policies
     trace: BlockTrace  # for the block pool
-    prompt_blocks: NDArray[np.int64]  # (R,) full blocks of the prompt: the first so many of the chain
-    num_repeated: int  # blocks of outputs that came before in the trace
+    prompt_blocks: NDArray[np.int64]  # (R,) full blocks of the prompt, which begin the chain
+    num_repeated: int  # blocks of outputs that occurred before in the trace
 
     @property
     def block_size(self) -> int:
@@ -41,7 +40,7 @@ class CacheInput:
 
     @classmethod
     def of(cls, accesses: Accesses, block_size: int, concurrency: int = 1) -> CacheInput:
-        """`block_size` must be a multiple of the one that was recorded; an id then names its prefix still."""
+        """`block_size` must be a multiple of the recorded one, so that an id still names its prefix."""
         factor, rest = divmod(block_size, accesses.block_size)
         if rest or factor < 1:
             raise UserError(
@@ -77,27 +76,8 @@ class CacheInput:
         return cls(stream, trace, prompt_blocks, _num_repeated_outputs(keys, starts, prompt_blocks))
 
 
-def take_rows(accesses: Accesses, rows: NDArray[np.int64]) -> Accesses:
-    """The requests `rows`, in that order."""
-    blocks, starts = _take_ragged(accesses.blocks, accesses.starts, rows)
-    output_blocks, output_starts = _take_ragged(accesses.output_blocks, accesses.output_starts, rows)
-    return Accesses(
-        block_size=accesses.block_size,
-        arrival_s=accesses.arrival_s[rows],
-        conversation_ids=tuple(accesses.conversation_ids[row] for row in rows),
-        turn=accesses.turn[rows],
-        workloads=tuple(accesses.workloads[row] for row in rows),
-        num_tokens=accesses.num_tokens[rows],
-        num_output_tokens=accesses.num_output_tokens[rows],
-        blocks=blocks,
-        starts=starts,
-        output_blocks=output_blocks,
-        output_starts=output_starts,
-    )
-
-
 def _chains(accesses: Accesses, factor: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Prompt and output in one row a request, every `factor`-th id: the last of a larger block names it."""
+    """Keys and starts of each request's prompt and output, joined: the last id of a larger block names it."""
     num_prompt, num_output = np.diff(accesses.starts), np.diff(accesses.output_starts)
     starts = offsets_of(num_prompt + num_output)
     place = np.arange(starts[-1]) - np.repeat(starts[:-1], np.diff(starts))
@@ -114,12 +94,3 @@ def _num_repeated_outputs(
     is_output = place - np.repeat(starts[:-1] + prompt_blocks, np.diff(starts)) >= 0
     first = np.unique(keys, return_index=True)[1]
     return int(np.count_nonzero(is_output & (first[keys] != place)))
-
-
-def _take_ragged(
-    values: NDArray[np.int32], starts: NDArray[np.int64], rows: NDArray[np.int64]
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    lengths = np.diff(starts)[rows]
-    taken = offsets_of(lengths)
-    source = np.arange(taken[-1]) + np.repeat(starts[rows] - taken[:-1], lengths)
-    return values[source], taken

@@ -1,32 +1,90 @@
-"""Trace rows to token ids: each message is encoded once, however many prompts repeat it.
+"""Rows of text to token ids, with a tokenizer or with the built-in vocabulary of whole words.
 
-A prompt is cut where cutting changes no id (`split_chat_text`), and the pieces' ids are kept
-while the conversation goes on. The ids of a prompt in DeepSeek's chat form are those of
-`encode_chat`. Knows no cache.
+A message is encoded once, even if many prompts repeat it: a prompt is cut where cutting changes
+no id (`split_chat_text`), and the ids of the pieces are kept while the conversation goes on.
+The ids of a prompt in DeepSeek's chat form are those of `encode_chat`. Knows no cache.
 
-    requests = tokenize_rows(read_trace_rows("trace.jsonl"), load_tokenizer("tokenizer.json"))
+    vocabulary = open_vocabulary(Path("tokenizer.json")).vocabulary
+    requests = tokenize_rows(read_trace_rows("trace.jsonl"), vocabulary)
 """
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from array import array
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from dsatrace.errors import UserError
-from dsatrace.study.requests import StudyRequests
-from dsatrace.study.requests_builder import RequestsBuilder
-from dsatrace.workloads.chat_format import CUE, split_chat_text
+from dsatrace.study.requests import RequestsBuilder, StudyRequests
+from dsatrace.workloads.chat_format import CUE, SPECIAL_TOKENS, ChatTemplateFormatter, split_chat_text
 from dsatrace.workloads.encoding import Vocabulary
-from dsatrace.workloads.tokenizer import BOS
+from dsatrace.workloads.tokenizer import BOS, load_tokenizer
 from dsatrace.workloads.trace_rows import TraceRow
 
 Progress = Callable[[int, int], None]
 PROGRESS_EVERY_REQUESTS = 100
 _MAX_KEPT_CHARS = 1 << 24
+_WORD = re.compile(r" ?\w+|\s+(?!\w)|[^\w\s]|\s")
+
+
+class WordVocabulary:
+    """A token per word or mark, where there is no tokenizer. It grows with what it encodes.
+
+    Ids are given in order of first use, so they mean nothing outside one process. On the English
+    of the seeded workloads it counts as many tokens as DeepSeek's vocabulary, within a few per
+    cent; on code or Chinese it is far off. (One byte per token would count five times as many.)
+    """
+
+    source = "the built-in vocabulary of whole words"
+
+    def __init__(self) -> None:
+        self._special = {name: token_id for token_id, name in enumerate(SPECIAL_TOKENS)}
+        self._words: dict[str, int] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; special tokens in it are text like any other."""
+        words, first = self._words, len(self._special)
+        return [first + words.setdefault(word, len(words)) for word in _WORD.findall(text)]
+
+    def special_id(self, name: str) -> int:
+        """The id of a special token of DeepSeek's chat form, by its text."""
+        return self._special[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedVocabulary:
+    """A tokenizer, its prompt formatter, and its entry in the manifest."""
+
+    vocabulary: Vocabulary
+    formatter: ChatTemplateFormatter
+    label: dict[str, str]
+
+
+def open_vocabulary(path: Path | None) -> NamedVocabulary:
+    """A `tokenizer.json` or its folder; for None the built-in vocabulary of whole words.
+
+    A tokenizer without DeepSeek's special tokens gets plain transcripts.
+    """
+    if path is None:
+        words = WordVocabulary()
+        label = {"name": "built-in words: a token a word or mark"}
+        return NamedVocabulary(words, ChatTemplateFormatter(words), label)
+    tokenizer = load_tokenizer(path)
+    try:
+        for name in SPECIAL_TOKENS:
+            tokenizer.special_id(name)
+        formatter, form = ChatTemplateFormatter(tokenizer), "DeepSeek's chat form"
+    except UserError:  # a vocabulary of another family, which has no chat form of its own here
+        formatter, form = ChatTemplateFormatter(), "plain transcript"
+    return NamedVocabulary(
+        tokenizer, formatter, {"name": str(path), "sha256": tokenizer.digest, "form": form}
+    )
 
 
 class PieceEncoder:
-    """Encodes prompts and responses; keeps pieces up to `_MAX_KEPT_CHARS` characters, then begins anew."""
+    """Encodes prompts and responses. Keeps the ids of `_MAX_KEPT_CHARS` characters, then starts over."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -34,7 +92,7 @@ class PieceEncoder:
         self._num_kept_chars = 0
 
     def prompt(self, text: str) -> array[int]:
-        """Token ids; names of special tokens count as such only in a text that begins with DeepSeek's."""
+        """Token ids. Special tokens are recognized only in a text that begins with DeepSeek's first one."""
         ids = array("i")
         for piece, special in split_chat_text(text):
             if special:
@@ -44,7 +102,7 @@ class PieceEncoder:
         return ids
 
     def response(self, prompt: str, text: str) -> array[int]:
-        """Token ids of an answer as they continue the prompt: behind a transcript's cue, after a space."""
+        """Token ids of an answer as they continue the prompt. In a transcript a space comes before it."""
         in_transcript = prompt.endswith(CUE) and not prompt.startswith(BOS)
         return self._encode(f" {text}" if in_transcript and text else text)
 
@@ -62,18 +120,19 @@ class PieceEncoder:
 def tokenize_rows(
     rows: Iterable[TraceRow], vocabulary: Vocabulary, progress: Progress | None = None
 ) -> StudyRequests:
-    """Every row as a request. One conversation id under two workloads or modes is two conversations.
+    """Every row as a request. An id under another workload or mode is another conversation.
 
-    `progress` is told the numbers of requests and prompt tokens so far. Raises a `UserError`
-    for a prompt that has no token.
+    `progress` is called with the numbers of requests and prompt tokens so far. Raises a
+    `UserError` for a prompt without a token.
     """
     encoder, builder = PieceEncoder(vocabulary), RequestsBuilder()
     for row in rows:
+        conversation = (row.workload, row.mode, row.conversation_id) if row.conversation_id else ()
         builder.add(
             row.timestamp,
             encoder.prompt(row.prompt),
             encoder.response(row.prompt, row.response),
-            conversation=_conversation(row),
+            conversation=conversation,
             turn=row.turn_index,
             workload=row.workload,
             mode=row.mode,
@@ -85,7 +144,3 @@ def tokenize_rows(
     if progress:
         progress(len(builder), builder.num_prompt_ids)
     return builder.build()
-
-
-def _conversation(row: TraceRow) -> tuple[str, ...]:
-    return (row.workload, row.mode, row.conversation_id) if row.conversation_id else ()

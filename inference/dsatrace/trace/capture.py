@@ -1,7 +1,7 @@
 """What the model thread hands to the trace writer for one forward pass.
 
-Plain numpy and Python: knows no tensor and no file. The runner fills one
-`StepCapture` a traced step; everything else in a record is derived from it.
+Plain numpy and Python: knows no tensor and no file. There is one `StepCapture` per traced step;
+everything else in a record is derived from it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,7 @@ import numpy as np
 from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.kv.tiers.fetches import StepFetches
 
-__all__ = ["Phase", "RequestPrefix", "StepCapture"]
-
 Phase = Literal["decode", "prefill"]
-
-
-def _nothing() -> None:
-    """Arrays that are whole already, and nobody's to reuse."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,5 +36,5 @@ class StepCapture:
     step_synced: bool  # the device was synchronised before the clock was read
     needles: tuple[tuple[int, ...], ...] = ()  # (B,) prompt positions of the answer; () when none has any
     fetches: StepFetches | None = None  # which tier held each position; None where all is in HBM
-    wait: Callable[[], None] = _nothing  # returns when the arrays are whole; the writer calls it first
-    release: Callable[[], None] = _nothing  # the arrays may be reused; the writer calls it last
+    wait: Callable[[], None] = lambda: None  # returns when the arrays are whole; the writer calls it first
+    release: Callable[[], None] = lambda: None  # lets the arrays be reused; the writer calls it last

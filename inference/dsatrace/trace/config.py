@@ -1,12 +1,12 @@
 """What a run traces, and the command-line flags that say so.
 
-Standard library only. Knows no model and opens no file; it does look whether the
-run's folder is free, so that a mistake shows before a model is loaded.
+Standard library only. Knows no model and opens no file; it does check that the run's folder
+is free, so that a mistake shows before a model is loaded.
 
     add_trace_arguments(parser)
     config = trace_config_from_args(parser.parse_args(), name="generate")   # None: tracing is off
 
-A command that always writes a run says so to both: `always=True`.
+A command that writes a run in any case adds the flags with `always` and calls `run_config_from_args`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal
 
 from dsatrace.errors import UserError
 from dsatrace.flags import Flag, add_flags, values_of
 from dsatrace.schema import LEVELS, Level
 
-PREFILL_CHOICES = ("off", "last")
-QUEUE_POLICIES = ("block", "drop")
-ON_ERROR_CHOICES = ("stop", "continue")
 _OF_EVERY_RUN = ("trace_out", "trace_on_error")  # flags that matter to a run without steps too
+_USE_A_SHARE = "use a share above 0, at most 1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,47 +47,23 @@ class TraceConfig:
     summary_interval_s: float = 5.0
 
     def __post_init__(self) -> None:
-        _require(self.block_size >= 1, "--kv-block-size", self.block_size, "use at least 1 token")
-        _require(self.level in LEVELS, "--trace-level", self.level, f"use one of {', '.join(LEVELS)}")
-        _require(
-            0 <= self.sample_rate <= 1,
-            "--trace-sample-rate",
-            self.sample_rate,
-            "use a share above 0, at most 1",
-        )
-        _require(
-            self.prefix_key_tokens >= 1, "--trace-prefix-key-tokens", self.prefix_key_tokens, "use at least 1"
-        )
-        _require(self.prefill in PREFILL_CHOICES, "--trace-prefill", self.prefill, "use off or last")
-        _require(
-            len(self.compared_block_sizes) > 0 and min(self.compared_block_sizes) >= 1,
-            "compared_block_sizes",
-            self.compared_block_sizes,
-            "name at least one block size of 1 token or more",
-        )
-        _require(
-            self.queue_policy in QUEUE_POLICIES,
-            "--trace-queue-policy",
-            self.queue_policy,
-            "use block or drop",
-        )
-        _require(self.queue_steps >= 1, "--trace-queue-steps", self.queue_steps, "let at least 1 step wait")
-        _require(self.on_error in ON_ERROR_CHOICES, "--trace-on-error", self.on_error, "use stop or continue")
-        _require(
-            self.summary_interval_s > 0, "summary_interval_s", self.summary_interval_s, "use a time above 0"
-        )
+        for name, (holds, remedy) in _RULES.items():
+            value = getattr(self, name)
+            if not holds(value):
+                flag = FLAGS[name].names[0] if name in FLAGS else name
+                raise UserError(f"{flag} {value}: {remedy}")
         if self.level != "full" and (self.store_scores or self.keep_order):
             flag = "--trace-store-scores" if self.store_scores else "--trace-keep-order"
             raise UserError(f"{flag} needs the positions; use --trace-level full, not {self.level}")
 
     @property
     def records_steps(self) -> bool:
-        """Some forward may be recorded; otherwise a run writes its requests and nothing else."""
+        """Whether a forward may be recorded; if not, the run writes its requests only."""
         return self.sample_rate > 0 or self.prefill != "off"
 
     @property
     def needs_scores(self) -> bool:
-        """The capture must carry every selected score: to store them, or to order by them."""
+        """Whether a capture must carry every selected score: to store them, or to order by them."""
         return self.store_scores or self.keep_order
 
 
@@ -100,7 +74,7 @@ FLAGS = {
     "store_scores": Flag("record every selected score", ("--trace-store-scores",)),
     "keep_order": Flag("positions by score instead of ascending", ("--trace-keep-order",)),
     "prefix_key_tokens": Flag("tokens hashed into a prefix's key", ("--trace-prefix-key-tokens",)),
-    "sync_cuda": Flag("do not synchronise the device once a step", ("--trace-no-sync-cuda",), negated=True),
+    "sync_cuda": Flag("do not synchronise the device every step", ("--trace-no-sync-cuda",), negated=True),
     "prefill": Flag("record the prompt's last position too", ("--trace-prefill",)),
     "queue_policy": Flag(
         "when the writer falls behind: wait for it, or drop the step and count it", ("--trace-queue-policy",)
@@ -110,7 +84,22 @@ FLAGS = {
         "when the trace cannot be written: end the run, or go on without", ("--trace-on-error",)
     ),
 }
-"""The fields of `TraceConfig` that have a flag of a value."""
+"""Fields of `TraceConfig` that have a flag."""
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "block_size": (lambda tokens: tokens >= 1, "use at least 1 token"),
+    "level": (lambda level: level in LEVELS, f"use one of {', '.join(LEVELS)}"),
+    "sample_rate": (lambda rate: 0 <= rate <= 1, _USE_A_SHARE),
+    "prefix_key_tokens": (lambda tokens: tokens >= 1, "use at least 1"),
+    "prefill": (lambda what: what in ("off", "last"), "use off or last"),
+    "compared_block_sizes": (lambda sizes: min(sizes, default=0) >= 1, "name sizes of 1 token or more"),
+    "queue_policy": (lambda policy: policy in ("block", "drop"), "use block or drop"),
+    "queue_steps": (lambda steps: steps >= 1, "let at least 1 step wait"),
+    "on_error": (lambda reaction: reaction in ("stop", "continue"), "use stop or continue"),
+    "summary_interval_s": (lambda seconds: seconds > 0, "use a time above 0"),
+}
+"""What a field's value must be, and the remedy for one that is not."""
 
 
 def is_sampled(step_number: int, rate: float, seed: int) -> bool:
@@ -128,7 +117,7 @@ def is_sampled(step_number: int, rate: float, seed: int) -> bool:
 def add_trace_arguments(parser: argparse.ArgumentParser, always: bool = False) -> None:
     """Adds the trace flags; defaults come from `TraceConfig`.
 
-    With `always` a run has a folder whatever the flags say, and `--no-trace` records no step in it.
+    With `always` there is a run's folder in any case, and `--no-trace` records no step in it.
     """
     add = parser.add_argument_group("trace").add_argument
     if always:
@@ -140,35 +129,31 @@ def add_trace_arguments(parser: argparse.ArgumentParser, always: bool = False) -
     add_flags(add, TraceConfig, FLAGS)
 
 
-@overload
-def trace_config_from_args(
-    args: argparse.Namespace, name: str, seed: int = 0, always: Literal[False] = False
-) -> TraceConfig | None: ...
-@overload
-def trace_config_from_args(
-    args: argparse.Namespace, name: str, seed: int = 0, *, always: Literal[True]
-) -> TraceConfig: ...
-def trace_config_from_args(
-    args: argparse.Namespace, name: str, seed: int = 0, always: bool = False
-) -> TraceConfig | None:
+def trace_config_from_args(args: argparse.Namespace, name: str, seed: int = 0) -> TraceConfig | None:
     """The run's config, or None when tracing is off. `name` begins the default folder's name.
 
-    `always` as it was for `add_trace_arguments`: there is a config then, of sample rate 0
-    with `--no-trace`. Raises `UserError` for a bad value, and for a folder that holds a run already.
+    Raises `UserError` for a bad value, and for a folder that holds a run already.
     """
-    if always and args.no_trace:
-        _refuse_idle_flags(args, _OF_EVERY_RUN, "beside --no-trace; leave one of them out")
-    elif not always and not (args.trace_enable or args.trace_out):
+    if not (args.trace_enable or args.trace_out):
         _refuse_idle_flags(args, (), "without --trace-enable; add it")
         return None
+    return _config(args, name, seed)
+
+
+def run_config_from_args(args: argparse.Namespace, name: str, seed: int = 0) -> TraceConfig:
+    """The same for flags that were added with `always`; the sample rate is 0 with `--no-trace`."""
+    if not args.no_trace:
+        return _config(args, name, seed)
+    _refuse_idle_flags(args, _OF_EVERY_RUN, "beside --no-trace; leave one of them out")
+    return dataclasses.replace(_config(args, name, seed), sample_rate=0.0)
+
+
+def _config(args: argparse.Namespace, name: str, seed: int) -> TraceConfig:
     if not args.trace_sample_rate > 0:
-        raise UserError(f"--trace-sample-rate {args.trace_sample_rate}: use a share above 0, at most 1")
+        raise UserError(f"--trace-sample-rate {args.trace_sample_rate}: {_USE_A_SHARE}")
     out = Path(args.trace_out).absolute() if args.trace_out else default_run_folder(name)
     check_run_folder(out)
-    values = values_of(args, FLAGS)
-    if always and args.no_trace:
-        values["sample_rate"] = 0.0
-    return TraceConfig(out, seed=seed, **values)
+    return TraceConfig(out, seed=seed, **values_of(args, FLAGS))
 
 
 def default_run_folder(name: str) -> Path:
@@ -193,13 +178,8 @@ def check_run_folder(folder: Path) -> None:
         )
 
 
-def _require(holds: bool, flag: str, value: object, remedy: str) -> None:
-    if not holds:
-        raise UserError(f"{flag} {value}: {remedy}")
-
-
 def _refuse_idle_flags(args: argparse.Namespace, working: Sequence[str], why: str) -> None:
-    """A trace flag without tracing is a mistake worth a word: no trace would come of it."""
+    """Raises `UserError` for a trace flag that was given and would have no effect."""
     parser = argparse.ArgumentParser()
     add_trace_arguments(parser, always=hasattr(args, "no_trace"))
     for dest, value in vars(parser.parse_args([])).items():

@@ -1,34 +1,49 @@
 """How large a trace will be: made-up steps through the real encoders, counted and scaled.
 
-An estimate, for two kinds of selections, clustered and uniform; a model's own lie between
-them or near. Knows a model's numbers of layers and selected tokens, not the model.
+An estimate for two kinds of selections; a model's are between them or near. They say nothing about
+any model, whose numbers of layers and selected tokens are all that is known here.
+
+- `clustered`: attention sinks (1/32 of the selection), recent tokens (1/4), hot spots that persist
+  (2/3), and noise; a step keeps about 0.85 of the one before it;
+- `uniform`: every position is as likely, each step anew: the worst case for a compressor.
 
     load = TraceLoad(num_layers=61, top_k=2048, context=32768, num_steps=1000, batch_size=4)
     estimate_sizes(load, "full")             # [Size("jsonl", 13600, 14700, ...), Size("parquet", ...)]
-    load.num_records, load.ring_bytes
+    source = SyntheticSelections("clustered", num_layers=61, top_k=2048, seed=0)
+    capture = source.capture(seq_len=[32768], step_idx=0)
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import orjson
 
 from dsatrace.kv.layout import CacheLayout
+from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.schema import Level
+from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.parquet.file import GROUP_BYTES, GROUP_RECORDS, write_parquet
 from dsatrace.trace.records import RecordDeriver, StepLines
-from dsatrace.trace.synthetic import KINDS, Kind, SyntheticSelections
+
+Kind = Literal["clustered", "uniform"]
+KINDS: tuple[Kind, ...] = ("clustered", "uniform")
+
+SPOT_TOKENS, SPOT_WIDTH = 32, 128  # selected tokens of a hot spot, and the positions they lie in
+SPOT_SHARE = 2 / 3  # of the selection
+SPOT_CHURN = 0.1  # share of the spots that a step draws anew
+NOISE_SHARE = 0.03
 
 SAMPLE_RECORDS = 512
-NUM_STATS = 4  # float32 a layer and row, beside the positions: min, mean, max, margin
+NUM_STATS = 4  # float32 per layer and row, beside the positions: min, mean, max, margin
 SPARE_SLOTS = 2  # of the ring, beside those that wait: one being filled, one being written
 
 DEMO_LAYOUT = CacheLayout("demo", latent_bytes_per_token=1152, index_bytes_per_token=132)
@@ -36,18 +51,18 @@ DEMO_LAYOUT = CacheLayout("demo", latent_bytes_per_token=1152, index_bytes_per_t
 
 @dataclasses.dataclass(frozen=True)
 class TraceLoad:
-    """What will be traced. Each request begins at `context` and is decoded for `num_steps` steps."""
+    """What will be traced: requests that begin at `context` and decode for `num_steps` steps."""
 
     num_layers: int
     top_k: int
     context: int  # tokens of a prompt
-    num_steps: int  # decode steps a request: its generated tokens but the first
+    num_steps: int  # decode steps per request: its generated tokens but the first
     batch_size: int  # requests at a time
     num_requests: int | None = None  # None: one batch
     block_size: int = 16  # tokens
     store_scores: bool = False  # at level full
     sample_rate: float = 1.0
-    layout: CacheLayout = DEMO_LAYOUT  # of which only the digits matter
+    layout: CacheLayout = DEMO_LAYOUT  # only the number of its digits matters
     shared_layers: Mapping[int, int] = dataclasses.field(default_factory=dict)  # see `manifest.shared_layers`
 
     @property
@@ -56,7 +71,7 @@ class TraceLoad:
 
     @property
     def num_records(self) -> int:
-        """A request, step and layer each; with sampling, in the mean."""
+        """One per request, step and layer; with sampling, the mean."""
         return round(self.requests * self.num_steps * self.sample_rate) * self.num_layers
 
     @property
@@ -66,13 +81,13 @@ class TraceLoad:
         return self.num_layers * min(self.batch_size, self.requests) * row
 
     def ring_bytes(self, queue_steps: int) -> int:
-        """Host memory of the ring the queue's steps lie in; the queue itself holds references."""
+        """Host memory of the ring that holds the queue's steps; the queue itself holds references."""
         return (queue_steps + SPARE_SLOTS) * self.queue_slot_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """The step records in one format: from clustered to uniform selections, the smaller first."""
+    """The step records in one format: the smaller and the larger of the two kinds of selections."""
 
     format: str  # jsonl or parquet
     bytes_per_record: tuple[float, float]
@@ -81,7 +96,7 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Encoded records of one kind."""
+    """Encoded records of one kind of selections."""
 
     lines: list[bytes]  # without newlines
     seconds: float  # of deriving and encoding them, on this machine
@@ -105,13 +120,13 @@ def _size(name: str, totals: Sequence[float], num_records: int) -> Size:
 
 
 def records_per_second(load: TraceLoad, level: Level = "full") -> float:
-    """What one writer thread derives and encodes on this machine, clustered selections."""
+    """What one writer thread derives and encodes on this machine, for clustered selections."""
     sample = draw_sample(load, level, "clustered")
     return len(sample.lines) / sample.seconds
 
 
 def draw_sample(load: TraceLoad, level: Level, kind: Kind, num_records: int = SAMPLE_RECORDS) -> Sample:
-    """About so many records, no more than the load has, spread over its steps; one request a step."""
+    """About `num_records` records, at most the load's, spread over its steps; one request per step."""
     config = TraceConfig(
         out=Path("unused"),
         block_size=load.block_size,
@@ -144,7 +159,7 @@ def draw_sample(load: TraceLoad, level: Level, kind: Kind, num_records: int = SA
 
 
 def _parquet_bytes(sample: Sample, num_records: int) -> float:
-    """Two sizes of file tell a record's bytes from a row group's."""
+    """Two files of different sizes separate a record's bytes from a row group's."""
     half = len(sample.lines) // 2
     small, large = _file_bytes(sample.lines[:half]), _file_bytes(sample.lines)
     a_record = (large - small) / (len(sample.lines) - half)
@@ -154,10 +169,98 @@ def _parquet_bytes(sample: Sample, num_records: int) -> float:
 
 
 def _file_bytes(lines: Sequence[bytes]) -> int:
-    handle, name = tempfile.mkstemp(suffix=".parquet")
-    os.close(handle)
-    try:
-        write_parquet(Path(name), ((line, orjson.loads(line)) for line in lines))
-        return Path(name).stat().st_size
-    finally:
-        Path(name).unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "steps.parquet"
+        write_parquet(path, ((line, orjson.loads(line)) for line in lines))
+        return path.stat().st_size
+
+
+class SyntheticSelections:
+    """Selections of `num_layers` layers over successive steps; the same seed gives the same ones.
+
+    `shared_layers` use another layer's (see `manifest.shared_layers`).
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        num_layers: int,
+        top_k: int,
+        seed: int = 0,
+        shared_layers: Mapping[int, int] | None = None,
+    ) -> None:
+        self._kind = kind
+        self._num_layers = num_layers
+        self._top_k = top_k
+        self._shared_layers = shared_layers or {}
+        self._rng = np.random.default_rng(seed)
+        self._spots: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # by layer and request
+
+    def capture(
+        self,
+        seq_len: Sequence[int],  # (B,) positions visible to each request's query
+        step_idx: int,
+        *,
+        request_ids: Sequence[str] = (),
+        forward_idx: int | None = None,
+        batch_size: int | None = None,
+    ) -> StepCapture:
+        """One decode step, with scores, as the model thread would hand it over."""
+        batch, top_k, layers = len(seq_len), self._top_k, self._num_layers
+        positions = np.full((layers, batch, top_k), -1, dtype=np.int32)
+        for layer in range(layers):
+            for b, visible in enumerate(seq_len):
+                chosen = self._choose(layer, b, visible)
+                positions[layer, b, : len(chosen)] = self._rng.permutation(chosen)
+        scores = -np.sort(-self._rng.normal(2, 1, (layers, batch, top_k)).astype(np.float32))
+        stats = np.stack(
+            [scores.min(-1), scores.mean(-1), scores.max(-1), self._rng.exponential(0.01, (layers, batch))],
+            axis=-1,
+        ).astype(np.float32)
+        for layer, source in self._shared_layers.items():
+            for of_layers in (positions, scores, stats):
+                of_layers[layer] = of_layers[source]
+        return StepCapture(
+            phase="decode",
+            request_ids=tuple(request_ids) or tuple(f"r{b}" for b in range(batch)),
+            step_idx=(step_idx,) * batch,
+            seq_len=np.array(seq_len, dtype=np.int32),
+            batch_size=batch if batch_size is None else batch_size,
+            positions=positions,
+            score_stats=stats,
+            scores=scores,
+            prefixes=tuple(RequestPrefix(0, f"{self._rng.integers(1 << 62):016x}") for _ in range(batch)),
+            forward_idx=step_idx if forward_idx is None else forward_idx,
+            step_wall_us=float(self._rng.uniform(20_000, 60_000)),
+            step_synced=True,
+        )
+
+    def _choose(self, layer: int, request: int, visible: int) -> np.ndarray:
+        """min(top_k, visible) distinct positions."""
+        if visible <= self._top_k:
+            return np.arange(visible)
+        if self._kind == "uniform":
+            return self._rng.choice(visible, self._top_k, replace=False)
+        num_noise = int(self._top_k * NOISE_SHARE)
+        wanted = [
+            np.arange(self._top_k // 32),
+            np.arange(visible - self._top_k // 4, visible),
+            self._spot_tokens(layer, request, visible),
+        ]
+        regular = np.unique(np.concatenate(wanted))
+        regular = self._rng.permutation(regular)[: self._top_k - num_noise]
+        rest = np.setdiff1d(np.arange(visible), regular, assume_unique=True)
+        return np.concatenate([regular, self._rng.choice(rest, self._top_k - len(regular), replace=False)])
+
+    def _spot_tokens(self, layer: int, request: int, visible: int) -> np.ndarray:
+        """Tokens of the hot spots, of which every step draws some anew."""
+        rng, num_spots = self._rng, max(1, int(self._top_k * SPOT_SHARE / SPOT_TOKENS))
+        last_start = max(1, visible - SPOT_WIDTH)
+        if (layer, request) not in self._spots:
+            offsets = rng.random((num_spots, SPOT_WIDTH)).argsort(1)[:, :SPOT_TOKENS]
+            self._spots[layer, request] = (rng.integers(last_start, size=num_spots), offsets)
+        starts, offsets = self._spots[layer, request]  # (spots,) positions; (spots, tokens) from there
+        new = rng.random(num_spots) < SPOT_CHURN
+        starts[new] = rng.integers(last_start, size=int(new.sum()))
+        tokens = (starts[:, None] + offsets).ravel()
+        return tokens[tokens < visible]

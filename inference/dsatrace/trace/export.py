@@ -1,7 +1,7 @@
 """Turns a run's folder from JSON lines into Parquet and back, without loss.
 
-The new folder appears whole or not at all: it grows under a hidden name beside its place
-and is renamed last. The manifest stays as it is, so a killed run goes on saying so.
+The new folder appears whole or not at all: it is filled under a hidden name beside its place and
+renamed last. The manifest is copied as it is, so an export of a killed run says so too.
 
     done = export_run(RunReader("outputs/mine"), "parquet", Path("outputs/mine_parquet"))
     done.num_records, done.bytes_after, done.left_out
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from dsatrace.errors import UserError
+from dsatrace.files import NO_LOCKS, sync
 from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, STEPS_PARQUET_FILE, SUMMARY_FILE
-from dsatrace.trace.files import NO_LOCKS
 from dsatrace.trace.parquet.file import Line, count_records, read_lines, write_parquet
 from dsatrace.trace.reader import RunReader
 
@@ -31,25 +31,23 @@ Progress = Callable[[int, int], None]  # done and all: bytes of text, or records
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What became of a run's step records."""
+    """What an export wrote."""
 
     folder: Path
     num_records: int
-    num_kept_as_text: int  # records whose columns alone would not give their line back
+    num_kept_as_text: int  # records whose line cannot be restored from their columns
     bytes_before: int  # of the step records' file
     bytes_after: int
     left_out: dict[str, str]  # file -> its last line, cut short by a kill
 
 
-def _unwatched(done: int, total: int) -> None:
-    """No progress is shown."""
-
-
-def export_run(run: RunReader, to: Format, out: Path, progress: Progress = _unwatched) -> Exported:
+def export_run(
+    run: RunReader, to: Format, out: Path, progress: Progress = lambda done, total: None
+) -> Exported:
     """Writes the run's four files to `out`, a folder that is new or empty.
 
-    Raises `UserError` for a run that is still being written or is in that format already,
-    for a line that is not JSON, and for what the system refuses; nothing stays behind then.
+    Raises `UserError`, and leaves nothing behind, for a run that is still being written or is in that
+    format already, for a line that is not JSON, and for what the system refuses.
     """
     source = run.steps_path
     if run.is_parquet == (to == "parquet"):
@@ -102,7 +100,7 @@ def _to_jsonl(source: Path, path: Path, progress: Progress) -> int:
 
 
 def _copy_others(run: RunReader, folder: Path) -> None:
-    """Byte for byte, but for a line of requests.jsonl that was cut short."""
+    """Byte for byte, except for a line of requests.jsonl that was cut short."""
     with (folder / REQUESTS_FILE).open("wb") as file:
         for line, _ in run.lines(REQUESTS_FILE):
             file.write(line)
@@ -113,9 +111,9 @@ def _copy_others(run: RunReader, folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` when the block ends well and is gone when not.
+    """A folder to fill, which becomes `out` when the block ends without an error and is removed otherwise.
 
-    What a killed export left under the hidden name is cleared by the next one to the same place.
+    What a killed export left under the hidden name is removed by the next one to the same place.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already and is never overwritten; name another with --out")
@@ -127,7 +125,7 @@ def new_folder(out: Path) -> Iterator[Path]:
                 leftover.unlink()
             yield hidden
             for path in hidden.iterdir():
-                _sync(path)
+                sync(path)
             hidden.rename(out)  # fails if `out` has been filled meanwhile
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
@@ -135,7 +133,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keeps two exports to one place apart; the kernel drops the lock of a process that ends."""
+    """Refuses a second export to one place; the kernel drops the lock of a process that ends."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -146,14 +144,5 @@ def _locked(folder: Path) -> Iterator[None]:
             if error.errno not in NO_LOCKS:
                 raise
         yield
-    finally:
-        os.close(handle)
-
-
-def _sync(path: Path) -> None:
-    """To the disk, so that the original may be deleted."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)

@@ -1,8 +1,7 @@
 """Exact counts of values: quantiles without a sketch, merged by addition.
 
-Two stores behind one shape: `Histogram` for small non-negative integers that come in
-large arrays (an array index per value), `ValueCounts` for few distinct numbers of any
-size (a dict). Neither knows what it counts.
+`Histogram` counts small integers >= 0 that come in large arrays, `ValueCounts` numbers of any size
+with few distinct values. Neither knows what it counts.
 
     offsets = Histogram()
     offsets.add(np.array([3, 1, 3]))
@@ -23,7 +22,7 @@ from dsatrace.schema import distribution, quantile_histogram
 
 
 class _Counts(ABC):
-    """What both stores answer, from ascending distinct values and their counts."""
+    """What both can say, from ascending distinct values and their counts."""
 
     @abstractmethod
     def items(self) -> tuple[list[Any], list[int]]:
@@ -65,13 +64,13 @@ class Histogram(_Counts):
         self.add_counted(np.array(stored["values"], dtype=np.int64), np.array(stored["counts"]))
 
     def add_counted(self, values: np.ndarray, counts: np.ndarray) -> None:
-        """Counts `values[i]` `counts[i]` times; a value may stand several times."""
+        """Counts `values[i]` `counts[i]` times; values may repeat."""
         if len(values):
             self._reserve(int(values.max()) + 1)
             np.add.at(self._counts, values, counts)
 
     def counts_below(self, limit: int) -> np.ndarray:
-        """The counts themselves, of at least every value below `limit`: for who counts in place."""
+        """The counts of every value below `limit`, and perhaps more, to be added to in place."""
         self._reserve(limit)
         return self._counts
 

@@ -1,9 +1,8 @@
 """Writes columns as JSON lines, byte for byte as orjson writes the same records as dicts.
 
-A record is laid out once, as a dict whose values are columns: what changes from line to
-line is a column, what does not is a plain value. A compiled loop then writes all lines
-into one buffer, without the GIL. Floats are spelled by orjson, a column at a time. Knows
-JSON, not traces.
+A layout is a dict whose values are columns where lines differ and plain values where they do not.
+It becomes a program, in about 0.2 ms, that a compiled loop runs for every line, without the GIL.
+orjson writes the floats, a column at a time. Knows JSON, not traces.
 
     encoder = LineEncoder()
     encoder.encode({"kind": "demo", "n": np.array([3, 4]), "who": Choice(["a"], np.array([0, 0]))}, 2)
@@ -27,7 +26,7 @@ INT_CHARS = 20
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A column of few distinct values: record r holds `values[which[r]]`."""
+    """A column with few distinct values: record r holds `values[which[r]]`."""
 
     values: Sequence[Any]
     which: np.ndarray  # (R,) int
@@ -55,18 +54,18 @@ class Optional:
 
 Layout = Mapping[str, Any]
 """Field -> column or plain value: (R,) int or float array (nan is null), `Choice`, `Runs`, `Optional`,
-a mapping of the same kind, or whatever orjson writes."""
+another layout, or a value that orjson can write."""
 
 
 class LineEncoder:
-    """Keeps one buffer, which grows to the largest step and is written anew each time."""
+    """Keeps one buffer, which grows to the largest step."""
 
     def __init__(self) -> None:
         compile_kernels()
         self._buffer = np.empty(1 << 16, dtype=np.uint8)
 
     def encode(self, layout: Layout, num_records: int) -> memoryview:
-        """One line a record. The bytes are good until the next call."""
+        """One line per record. The bytes are valid until the next call."""
         program = _Program(num_records)
         program.add(layout)
         program.literal(b"\n")
@@ -78,7 +77,7 @@ class LineEncoder:
 
 
 class _Program:
-    """The instructions of a line, and what they point to."""
+    """The instructions for a line, and the columns they refer to."""
 
     def __init__(self, num_records: int) -> None:
         self._num_records = num_records
@@ -116,7 +115,7 @@ class _Program:
             self._step(LITERAL, self._literals, text)
 
     def assembled(self) -> tuple[tuple[np.ndarray, ...], int]:
-        """The arguments of `write_lines` up to the number of records, and the most bytes it can write."""
+        """The first arguments of `write_lines`, and an upper bound of the bytes it writes."""
         for columns in self._floats.values():
             self._spell(columns)
         pointers = np.cumsum([0, *map(len, self._literals)])
@@ -171,7 +170,7 @@ class _Program:
             return
         assert column.values.dtype == np.int32
         before = 0
-        for known in self._values:  # two columns may be parts of one array, such as a prefix of each run
+        for known in self._values:  # columns may share an array, as a prefix of each run does
             if known is column.values:
                 break
             before += len(known)
@@ -191,7 +190,7 @@ class _Program:
         return at
 
     def _spell(self, columns: list[tuple[int, np.ndarray]]) -> None:
-        """Float columns of one type, in one call."""
+        """Writes float columns of one type, in one call of orjson."""
         text, commas = _float_text(np.concatenate([values for _, values in columns]))
         commas += self._append_text(text)
         for i, (column, _) in enumerate(columns):
@@ -200,7 +199,7 @@ class _Program:
 
 
 def _float_text(values: np.ndarray) -> tuple[bytes, np.ndarray]:
-    """`[1.5,null,2.0]` and where its commas stand, the brackets counting as such: (N + 1,)."""
+    """`[1.5,null,2.0]`, and the places (N + 1,) of its commas and of both brackets."""
     text = orjson.dumps(np.ascontiguousarray(values), option=orjson.OPT_SERIALIZE_NUMPY)
     is_comma = np.frombuffer(text, dtype=np.uint8) == ord(",")
     is_comma[0] = is_comma[-1] = True
@@ -208,7 +207,7 @@ def _float_text(values: np.ndarray) -> tuple[bytes, np.ndarray]:
 
 
 def _bytes(pieces: list[bytes]) -> np.ndarray:
-    """(bytes,) uint8; writable, as the kernels' types say."""
+    """(bytes,) uint8, writable as the kernel's signature demands."""
     return np.frombuffer(bytearray().join(pieces), dtype=np.uint8)
 
 

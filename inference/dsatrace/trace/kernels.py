@@ -1,9 +1,8 @@
 """The writer's inner loops, compiled by numba: they run without the GIL, beside the model.
 
-Arrays in, arrays out; knows no record, no field name and no file. `compile_kernels` is
-called by whoever is going to need them, before the run: it takes seconds the first time
-on a machine and milliseconds from numba's cache afterwards. After it, a call with other
-types is an error, so nothing is ever compiled while a step is being written.
+Knows no record, no field name and no file. Call `compile_kernels` before the run: it takes seconds
+the first time on a machine, and milliseconds later, from numba's cache. After it a call with other
+types is an error, so nothing is compiled while a step is written.
 
     compile_kernels()
     ok = derive_step(ordered, visible, cached_blocks, 16, tokens, token_ptr, ...)
@@ -19,13 +18,13 @@ import numpy as np
 from numba import njit
 
 LITERAL, INT, TEXT, RUN = range(4)
-"""What an instruction of `write_lines` writes: fixed bytes, a number, given text, a list of numbers."""
+"""What an instruction of `write_lines` writes: fixed bytes, a number, a record's text, a list of numbers."""
 
 QUADS = np.frombuffer(bytearray().join(b"%04d" % n for n in range(10000)), dtype="<u4")
 """The four digits of each number below 10000, the first in the lowest byte."""
 
 SLACK = 8
-"""Bytes that `write_lines` may touch past the text it writes."""
+"""Bytes past its text that `write_lines` may overwrite."""
 
 # numba mixes neither signed with unsigned nor 32 with 64 bits without a cost, hence the types.
 _ONE, _BYTE, _COMMA, _FOUR_BYTES = np.uint64(1), np.uint64(255), np.uint64(ord(",")), np.uint64(32)
@@ -83,7 +82,7 @@ def derive_step(  # type: ignore[no-untyped-def]
 ):
     """One pass over a sorted step: checks, tokens, offsets, blocks and their quantiles.
 
-    False for a selection that no model makes; the outputs are then worth nothing.
+    Returns False for a selection that no model makes; the outputs are then undefined.
     """
     num_records, k = ordered.shape
     histogram = np.zeros(k + 1, dtype=np.int64)  # of the tokens in a block
@@ -106,7 +105,7 @@ def derive_step(  # type: ignore[no-untyped-def]
         offsets[1, r] = query - selected[count - max(1, (count * 50 + 99) // 100)]
         offsets[2, r] = query - selected[0]
 
-        # Where blocks begin cannot be foretold, so no branch asks: a new one moves the place written to.
+        # Where a block begins is unpredictable, so no branch asks: a new block moves the place written to.
         first_block, before, block_before = num_blocks, np.int64(-1), _NO_BLOCK
         num_blocks -= 1
         for i in range(count):
@@ -118,7 +117,7 @@ def derive_step(  # type: ignore[no-untyped-def]
             num_blocks += block != block_before
             block_before = block
             block_ids[num_blocks] = block
-            tokens_in_block[num_blocks] = i + 1  # so far: where the block ends
+            tokens_in_block[num_blocks] = i + 1  # for now: where the block ends
         num_blocks += 1
         start = 0
         for u in range(first_block, num_blocks):
@@ -148,7 +147,7 @@ def count_offsets(tokens, token_ptr, query, counts):  # type: ignore[no-untyped-
 def count_held(tokens, token_ptr, wanted, first, end, held):  # type: ignore[no-untyped-def]
     """Adds to `held[r]` how many of `wanted[first[r]:end[r]]` are among record r's tokens.
 
-    Both ascend, so each is found by bisection of what the one before it left.
+    Both ascend, so each bisection begins where the one before it ended.
     """
     for r in range(len(held)):
         low = token_ptr[r]
@@ -165,10 +164,10 @@ def count_held(tokens, token_ptr, wanted, first, end, held):  # type: ignore[no-
 
 @_kernel("void(int32[:, ::1], int32[:, ::1], uint64[::1], int64[::1], int64[::1])")
 def count_shared(tokens, before, seen, with_before, with_layer):  # type: ignore[no-untyped-def]
-    """How much of each layer's `tokens (L, K)` is in `before (L or 0, K)`, and in the layer above it.
+    """Counts how many of each layer's `tokens (L, K)` are in `before (L or 0, K)`, and in the layer before.
 
-    `with_before (L or 0,)` and `with_layer (L,)` are written, the first layer's being 0; `seen`
-    is an empty bitmap of every position and is left so.
+    Writes `with_before (L or 0,)` and `with_layer (L,)`, which is 0 for the first layer. `seen` is a
+    bitmap of all positions, empty before and after.
     """
     num_layers = len(tokens)
     with_layer[0] = 0
@@ -225,7 +224,7 @@ def _put_natural(out, at, value, quads):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True, inline="always")
 def _put_word(out, at, word):  # type: ignore[no-untyped-def]
-    """Stores eight bytes, the lowest first; so spelled out, they become one instruction."""
+    """Stores eight bytes, the lowest first; written this way, they compile to one instruction."""
     out[at] = word & _BYTE
     for i in range(1, 8):
         out[at + np.uint64(i)] = (word >> np.uint64(8 * i)) & _BYTE
@@ -239,10 +238,10 @@ def _skipped_bits(value):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True)
 def _put_run(out, start_at, values, start, stop, quads):  # type: ignore[no-untyped-def]
-    """Writes `[1,2,3]` of numbers >= 0: the bulk of a trace, so one store a number.
+    """Writes `[1,2,3]` for numbers >= 0. This is the bulk of a trace, so a number takes one store.
 
-    Eight bytes hold a number below 10 million and its comma; `at` moves on by as many as
-    count. Unsigned indices spare the test for negative ones.
+    Eight bytes hold a number below 10 million and its comma; `at` moves on by those used. Unsigned
+    indices save the test for negative ones.
     """
     at = np.uint64(start_at)
     out[at] = ord("[")
@@ -286,7 +285,7 @@ def write_lines(  # type: ignore[no-untyped-def]
     quads,  # QUADS
     out,
 ):
-    """Runs the program once a record, into `out`; returns the bytes written."""
+    """Runs the program once per record, into `out`; returns the number of bytes written."""
     at = 0
     for r in range(num_records):
         for step in range(len(program)):

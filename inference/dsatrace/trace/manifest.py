@@ -1,9 +1,9 @@
-"""What a run was: the contents of `manifest.json`.
+"""What a run is: the contents of `manifest.json`.
 
-Standard library only. The manifest is written before anything else, so that a run that
-dies at once still says what it was. Holds no secret, no prompt text and no token id.
+Standard library only. The manifest is written first, so that a run that dies at once still says
+what it was. Holds no secret, no prompt text and no token id.
 
-    write_json(folder / "manifest.json", manifest(run, config, "running", key_id="1f0a9c22"))
+    record = manifest(run, config, "running", key_id="1f0a9c22")
 """
 
 from __future__ import annotations
@@ -14,80 +14,80 @@ import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.schema import QUANTILE_DEFINITION, SCHEMA_VERSION, TIER_CHOICES
 from dsatrace.trace.config import TraceConfig
-from dsatrace.trace.files import write_atomically
 from dsatrace.version import __version__
 
 Selections = Literal["model", "random_weights", "synthetic", "none"]
-"""What chose the tokens; only a trained model's choice says anything about locality. "none": no model ran."""
+"""What selected the tokens; only a trained model's choice shows locality. "none": no model ran."""
 
 PrefixSource = Literal["analysis", "cache"]
-"""What a record calls shared: equal to an earlier prompt's beginning, or found in the engine's cache."""
+"""What a record calls shared: equal to the beginning of an earlier prompt, or found in the engine's cache."""
 
 CLOCKS = ("real", "virtual")
 
 REDACTED = "***"
-_SECRET_WORDS = ("token", "key", "secret", "password", "system-prompt")  # the last: no prompt text in a run
+_SECRET_WORDS = ("token", "key", "secret", "password", "system-prompt")  # the last one would be prompt text
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s]+(?=@)")  # up to the last @: a password may hold one
 
 
 @dataclasses.dataclass(frozen=True)
-class PoolSetup:
+class PoolSettings:
     """A pool behind HBM."""
 
-    store: str  # as it was asked for: ram, file:PATH, redis://...
-    blocks: int | None  # of a layer it has room for; None: no limit of its own
+    store: str  # as the user named it: ram, file:PATH, redis://...
+    blocks: int | None  # per layer that it has room for; None: no limit
     latency_kind: Literal["measured", "modelled"]
 
     def __post_init__(self) -> None:
         if self.latency_kind not in ("measured", "modelled"):
-            raise ValueError(f"latency_kind {self.latency_kind}: a pool's is measured or modelled")
+            raise ValueError(f"latency_kind {self.latency_kind}: use measured or modelled")
         if self.blocks is not None and self.blocks < 1:
-            raise ValueError(f"{self.store}: a pool of {self.blocks} blocks; give it 1 at least, or no limit")
+            raise ValueError(f"{self.store}: a pool of {self.blocks} blocks; use 1 or more, or no limit")
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "store": redact_credentials(self.store)}
 
 
 @dataclasses.dataclass(frozen=True)
-class TierSetup:
-    """Where a run's latents lie that HBM does not hold, and how they move."""
+class TierSettings:
+    """Where the latents lie that HBM does not hold, and how they move."""
 
     granularity: Literal["block", "row"]
     unit_tokens: int
-    unit_bytes: int  # unit_tokens x latent bytes a token and layer
-    policy: str  # which unit HBM gives up
+    unit_bytes: int  # unit_tokens x latent bytes per token and layer
+    policy: str  # which unit HBM evicts
     prefetch: str
     on_error: Literal["recompute", "fail"]
     index_keys: Literal["hbm", "offloaded"]
-    hbm_blocks: int  # of a layer
-    local_pool: PoolSetup | None = None
-    remote_pool: PoolSetup | None = None
+    hbm_blocks: int  # per layer
+    local_pool: PoolSettings | None = None
+    remote_pool: PoolSettings | None = None
 
     def __post_init__(self) -> None:
         for name, choices in TIER_CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)}: not one of {', '.join(choices)}")
         if self.hbm_blocks < 1 or self.unit_tokens < 1:
-            raise ValueError(f"{self.hbm_blocks} blocks in HBM, {self.unit_tokens} tokens a unit: 1 at least")
+            raise ValueError(
+                f"{self.hbm_blocks} blocks in HBM, {self.unit_tokens} tokens per unit; both at least 1"
+            )
         if self.granularity == "row" and self.unit_tokens != 1:
             raise ValueError(f"a row is one token, not {self.unit_tokens}")
         if not self.pools:
             raise ValueError("tiers without a pool behind HBM; leave them out")
 
     @property
-    def pools(self) -> dict[str, PoolSetup]:
-        """Those the run has, nearest first."""
+    def pools(self) -> dict[str, PoolSettings]:
+        """The pools that there are, nearest first."""
         both = {"local_pool": self.local_pool, "remote_pool": self.remote_pool}
         return {name: pool for name, pool in both.items() if pool is not None}
 
     def to_json(self) -> dict[str, Any]:
-        """What stands in the manifest."""
+        """The manifest's `tiers`."""
         shared = ("granularity", "unit_tokens", "unit_bytes", "policy", "prefetch", "on_error", "index_keys")
         return {
             **{name: getattr(self, name) for name in shared},
@@ -99,10 +99,10 @@ class TierSetup:
 
 @dataclasses.dataclass(frozen=True)
 class RunInfo:
-    """What the tracer cannot know by itself."""
+    """What the manifest says of a run, beside how it is traced."""
 
     model_config: Mapping[str, Any]
-    layouts: Sequence[CacheLayout]  # bytes are counted with the first, the others are for comparison
+    layouts: Sequence[CacheLayout]  # bytes are counted with the first; the others are for comparison
     device: str
     argv: Sequence[str] = ()
     tokenizer: str | None = None
@@ -112,14 +112,14 @@ class RunInfo:
     world_size: int = 1
     seed: int = 0
     selections: Selections = "model"
-    serving: Mapping[str, Any] | None = None  # mode, clock and such, where requests arrived over time
+    serving: Mapping[str, Any] | None = None  # mode, clock and settings, where requests arrived over time
     prefix_source: PrefixSource = "analysis"
-    tiers: TierSetup | None = None  # None: everything in HBM
+    tiers: TierSettings | None = None  # None: everything in HBM
     shared_layers: Mapping[int, int] = dataclasses.field(default_factory=dict)  # see `shared_layers`
 
     def __post_init__(self) -> None:
         if not self.layouts:
-            raise ValueError("a run names at least the cache layout that bytes are counted with")
+            raise ValueError("layouts is empty; name the cache layout that bytes are counted with")
         if self.serving is not None and (
             not isinstance(self.serving.get("mode"), str) or self.serving.get("clock") not in CLOCKS
         ):
@@ -128,7 +128,7 @@ class RunInfo:
         if self.tiers is not None and self.tiers.unit_bytes != self.tiers.unit_tokens * latent_bytes:
             raise ValueError(
                 f"a unit of {self.tiers.unit_tokens} tokens and {self.tiers.unit_bytes} bytes, "
-                f"{latent_bytes} bytes a token in layout {self.layouts[0].name}"
+                f"{latent_bytes} bytes per token in layout {self.layouts[0].name}"
             )
 
 
@@ -187,9 +187,9 @@ def manifest(
 
 
 def shared_layers(source_layers: Sequence[int | None]) -> dict[int, int]:
-    """Of each layer without an indexer, the layer before it whose selection it uses.
+    """For each layer without an indexer, the earlier layer whose selection it uses.
 
-    `source_layers` names each layer's; one that has an indexer names itself, or None.
+    `source_layers` holds that layer, or for a layer with an indexer the layer itself or None.
     """
     return {
         layer: source for layer, source in enumerate(source_layers) if source is not None and source != layer
@@ -197,13 +197,13 @@ def shared_layers(source_layers: Sequence[int | None]) -> dict[int, int]:
 
 
 def shared_layers_of(manifest: Mapping[str, Any]) -> dict[int, int]:
-    """The same of a run; every layer has an indexer where the manifest does not say."""
+    """`shared_layers` of a run; every layer has an indexer where the manifest does not say."""
     selection = manifest.get("selection")
     return shared_layers([layer["source_layer"] for layer in selection["layers"]]) if selection else {}
 
 
 def _selection(run: RunInfo) -> dict[str, Any] | None:
-    """What a selection is; None where no model ran, or its config does not say how many layers it has."""
+    """The manifest's `selection`; None where no model ran or its config does not give the layers."""
     top_k, num_layers = (run.model_config.get(name) for name in ("index_topk", "n_layers"))
     if run.selections == "none" or top_k is None or num_layers is None:
         return None
@@ -220,17 +220,17 @@ def _selection(run: RunInfo) -> dict[str, Any] | None:
 
 
 def config_digest(model_config: Mapping[str, Any]) -> str:
-    """The same for equal configs, whatever the order of their keys."""
+    """A hash that does not depend on the order of keys."""
     canonical = json.dumps(model_config, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def redact_argv(argv: Iterable[str]) -> list[str]:
-    """The command line with the value of every secret flag or variable, and credentials in URLs, hidden."""
+    """The command line without the values of secret flags and variables, and without credentials in URLs."""
     shown: list[str] = []
     hide_next = ""
     for argument in argv:
-        # A value may look like a flag: argparse takes whatever holds a space for a value.
+        # argparse takes an argument with a space in it for a value, even after `--`.
         if hide_next and (" " in argument or not argument.startswith("--")):
             shown.append(_hidden(hide_next, argument))
             hide_next = ""
@@ -249,17 +249,12 @@ def redact_credentials(text: str) -> str:
     return _CREDENTIALS.sub(REDACTED, text)
 
 
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Replaces the file whole: a reader sees the old contents or the new, never a part."""
-    write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
-
-
 def _names_secret(name: str) -> bool:
     lowered = name.lower().replace("tokenizer", "")
     return any(word in lowered for word in _SECRET_WORDS)
 
 
 def _hidden(name: str, value: str) -> str:
-    """`--max-new-tokens 64` counts tokens; it holds none."""
+    """`--max-new-tokens 64` is a count and is shown."""
     is_count = name.lower().endswith("tokens") and value.isdecimal()
     return value if is_count else REDACTED

@@ -1,9 +1,9 @@
-"""The tensor side of the tracer: catches what every layer selects, and records a forward at a time.
+"""The tensor side of the tracer: records what every layer of a forward selects.
 
-Each layer's tensors are kept until the forward is over, then gathered into one slot of a
-ring: on CUDA through a device buffer that is copied to a pinned slot in one go, on a CPU
-by the writer's thread. Knows the rows of a forward and their requests' ids; no scheduler,
-no cache and no file. The only file of `trace` that imports torch.
+Each layer's tensors are kept until the forward is over, then gathered into one slot of a ring:
+on CUDA through a device buffer and one copy to a pinned slot, on a CPU by the writer's thread.
+Knows the rows of a forward and the ids of their requests; no scheduler, no cache and no file.
+The only file of `trace` that imports torch.
 
     hook = partial(hooked, model.indexers)
     recorder = ForwardRecorder(hook, num_layers=61, max_rows=8, top_k=2048, tracer=tracer)
@@ -32,28 +32,18 @@ NUM_STATS = 4  # min, mean, max over the selection; k-th margin
 
 
 class Selected(Protocol):
-    """What is recorded of a layer's selection: N rows, up to K positions each."""
+    """A layer's selection, as it is recorded: N rows, up to K positions each."""
 
-    @property
-    def positions(self) -> torch.Tensor: ...  # (N, K) int64 in score order, -1 padded
-    @property
-    def scores(self) -> torch.Tensor: ...  # (N, K) descending, -inf where positions is -1
-    @property
-    def margin(self) -> torch.Tensor: ...  # (N,)
-
-
-class OwnSelected(Protocol):
-    """What ranks compare of a layer's selection."""
-
-    @property
-    def own_positions(self) -> torch.Tensor: ...  # (N, K) int64, chosen before rank 0's choice replaced it
+    positions: torch.Tensor  # (N, K) int64 in score order, -1 padded
+    scores: torch.Tensor  # (N, K) descending, -inf where positions is -1
+    margin: torch.Tensor  # (N,)
 
 
 OnSelect = Callable[[int, Any], None]
-"""Told of each layer, in order: its number and its selection."""
+"""Called for each layer, in order, with its number and its selection."""
 
 Hook = Callable[..., contextlib.AbstractContextManager[None]]
-"""`hook(*callbacks)`: every layer of the forwards run inside tells each of the `OnSelect` callbacks."""
+"""`hook(*callbacks)` calls each `OnSelect` for every layer of the forwards run inside."""
 
 HostArrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
@@ -81,7 +71,7 @@ class Slot:
     def __init__(
         self, num_layers: int, max_rows: int, topk: int, with_scores: bool, device: torch.device | None
     ) -> None:
-        """On `device`, or in host memory (pinned when there is CUDA) for None."""
+        """On `device`; None: in host memory, pinned where there is CUDA."""
         pinned = device is None and torch.cuda.is_available()
 
         def buffer(width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -104,7 +94,7 @@ class Slot:
 
 
 class SelectionRing:
-    """`num_slots` steps of room, reused when the writer has released them."""
+    """Room for `num_slots` steps; a slot is used again once the writer has released it."""
 
     def __init__(
         self,
@@ -116,33 +106,29 @@ class SelectionRing:
         num_slots: int = 8,
     ) -> None:
         self.device = torch.device(device)
-        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        self.free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for _ in range(num_slots):
-            self._free.put(Slot(num_layers, max_rows, topk, with_scores, device=None))
+            self.free.put(Slot(num_layers, max_rows, topk, with_scores, device=None))
         on_cuda = self.device.type == "cuda"
         self.staging = Slot(num_layers, max_rows, topk, with_scores, self.device) if on_cuda else None
 
     def record(self, num_rows: int, rows: Sequence[int] | None = None, wait: bool = True) -> Recording | None:
-        """Room for a forward of which `num_rows` rows are kept: those at `rows`, or all of them.
+        """Room for a forward's `num_rows` recorded rows: those at `rows`, or all of them.
 
-        Waits until a slot is free; without `wait` it returns None where none is.
+        Waits until a slot is free; without `wait` it returns None when none is.
         """
         try:
-            slot = self._free.get(block=wait)
+            return Recording(self, self.free.get(block=wait), num_rows, rows)
         except queue.Empty:
             return None
-        return Recording(self, slot, num_rows, rows)
-
-    def release(self, slot: Slot) -> None:
-        self._free.put(slot)
 
 
 class Recording:
-    """One step being caught; the host arrays hold it after `finish` and `wait`.
+    """One step being recorded; the host arrays hold it after `finish` and `wait`.
 
-    The model thread only keeps each layer's tensors, which a forward makes anew and nobody
-    changes. They are gathered once a step: on CUDA by `finish`, into the staging buffer;
-    on a CPU by `wait`, in the writer's thread.
+    The model thread only keeps each layer's tensors, which every forward makes anew. They are
+    gathered once per step: on CUDA by `finish`, into the staging buffer; on a CPU by `wait`, in
+    the writer's thread.
     """
 
     def __init__(self, ring: SelectionRing, slot: Slot, num_rows: int, rows: Sequence[int] | None) -> None:
@@ -154,7 +140,7 @@ class Recording:
         self.copied: torch.cuda.Event | None = None
 
     def on_select(self, layer_id: int, selection: Selected) -> None:
-        """Takes one layer's selection; layers come in order, each once."""
+        """Takes one layer's selection; call it once per layer, in order."""
         assert layer_id == len(self.caught)
         caught = (selection.positions, selection.scores, selection.margin)
         if self.rows is not None:  # a few rows of many: do not keep the others alive
@@ -162,7 +148,7 @@ class Recording:
         self.caught.append(caught)
 
     def finish(self) -> None:
-        """The forward is over. On CUDA this starts the one copy to the host."""
+        """Ends the forward. On CUDA this starts the one copy to the host."""
         if self.ring.staging is not None:
             self._gather(self.ring.staging)
             self.slot.copy_from(self.ring.staging, self.num_rows)
@@ -170,7 +156,7 @@ class Recording:
             self.copied.record()
 
     def wait(self) -> None:
-        """Returns when the host arrays are whole; the writer thread calls it, not the model's."""
+        """Returns when the host arrays are complete; called by the writer's thread, not the model's."""
         if self.copied is not None:
             self.copied.synchronize()
         elif self.caught:
@@ -205,43 +191,46 @@ class Recording:
 
     def release(self) -> None:
         """Gives the slot back to the ring."""
-        self.ring.release(self.slot)
+        self.ring.free.put(self.slot)
 
 
 class SelectionMismatch(RuntimeError):
-    """Two ranks chose different tokens, so a trace would describe only one of them."""
+    """Two ranks selected different tokens, so a trace would describe only one of them."""
 
 
 class SelectionDigest:
-    """Compares, every `interval` steps, what each rank chose before rank 0's choice was broadcast.
+    """Compares, every `interval` steps, what each rank selected before rank 0's choice was broadcast.
 
-    One int64 a layer and step: the sum of a mixed hash of the selected positions, which
-    does not depend on their order.
+    Keeps one int64 per layer and step: a sum of hashes of the selected positions, which does not
+    depend on their order.
     """
 
     def __init__(self, num_layers: int, device: torch.device | str, interval: int = 16) -> None:
         self.interval = interval
         self.digests = torch.zeros(interval, num_layers, dtype=torch.int64, device=device)
         self.num_steps = 0
+        self._num_pending = 0  # steps since the last comparison
 
-    def on_select(self, layer_id: int, selection: OwnSelected) -> None:
-        rows = torch.arange(1, selection.own_positions.shape[0] + 1, device=self.digests.device)
-        mixed = (selection.own_positions + 2) * 0x1E3779B97F4A7C15 + rows.unsqueeze(1) * 0x3F58476D1CE4E5B9
+    def on_select(self, layer_id: int, selection: Any) -> None:
+        own = selection.own_positions  # (N, K) int64, selected before rank 0's choice replaced it
+        rows = torch.arange(1, own.shape[0] + 1, device=self.digests.device)
+        mixed = (own + 2) * 0x1E3779B97F4A7C15 + rows.unsqueeze(1) * 0x3F58476D1CE4E5B9
         mixed = (mixed ^ (mixed >> 29)) * 0x14D049BB133111EB  # wraps: int64 arithmetic is modulo 2^64
-        self.digests[self.num_steps % self.interval, layer_id] = (mixed ^ (mixed >> 32)).sum()
+        self.digests[self._num_pending, layer_id] = (mixed ^ (mixed >> 32)).sum()
 
     def step_done(self) -> None:
         """Call on every rank after each forward; raises `SelectionMismatch` on all of them together."""
         self.num_steps += 1
-        if self.num_steps % self.interval == 0:
-            self.compare(self.interval)
+        self._num_pending += 1
+        if self._num_pending == self.interval:
+            self.compare()
 
-    def compare(self, num_steps: int | None = None) -> None:
-        """Compares the steps since the last comparison; the run's end calls it without a number."""
-        pending = self.num_steps % self.interval if num_steps is None else num_steps
-        if pending == 0:
+    def compare(self) -> None:
+        """Compares the steps since the last comparison."""
+        if self._num_pending == 0:
             return
-        mine = self.digests[:pending].contiguous()
+        first_step, mine = self.num_steps - self._num_pending, self.digests[: self._num_pending].contiguous()
+        self._num_pending = 0
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)
         for rank, theirs in enumerate(everyone):
@@ -249,13 +238,13 @@ class SelectionDigest:
             if len(different):
                 step, layer = different[0].tolist()
                 raise SelectionMismatch(
-                    f"rank {rank} selected other tokens than rank 0 in forward "
-                    f"{self.num_steps - pending + step}, layer {layer}; the run ends here"
+                    f"rank {rank} selected other tokens than rank 0 in forward {first_step + step}, "
+                    f"layer {layer}; the run ends here"
                 )
 
 
 class ForwardRow(NamedTuple):
-    """One request's row of a forward: that of its last token, from which the next one is sampled."""
+    """The row of a request's last token in a forward, from which its next token is sampled."""
 
     request_id: str
     row: int  # of the forward's N rows
@@ -265,19 +254,19 @@ class ForwardRow(NamedTuple):
 
 
 class TierReports(Protocol):
-    """Tiers that say what each layer of a forward was served from."""
+    """Tiers that report where each layer of a forward read its positions from."""
 
     def reporting(self, on_fetch: Callable[[LayerFetch], None]) -> contextlib.AbstractContextManager[None]:
-        """Reports every layer of the forwards run inside; of a prefill, its last row only."""
+        """Reports every layer of the forwards run inside; for a prefill its last row only."""
 
     def record(self, fetches: StepFetches) -> None:
-        """These go into a record."""
+        """Counts these as recorded."""
 
 
 class ForwardRecorder:
     """Hands the tracer what every layer selected, for the rows it wants of each forward.
 
-    The forward itself is the caller's: any model will do whose layers can be hooked.
+    The caller runs the forward, so any model whose layers can be hooked can be recorded.
     """
 
     def __init__(
@@ -293,10 +282,10 @@ class ForwardRecorder:
         compare_ranks: bool = False,
         first_forward_idx: int = 0,
     ) -> None:
-        """Records at most `max_rows` rows of a forward; `top_k` is the most positions that a row selects.
+        """Records at most `max_rows` rows of a forward, of at most `top_k` selected positions each.
 
-        `tracer` is rank 0's; with `compare_ranks` the others have a recorder too, for its digest only.
-        `first_forward_idx` is the number of forwards that a resumed run has behind it.
+        Only rank 0 has a `tracer`; with `compare_ranks` the other ranks have a recorder for its digest.
+        `first_forward_idx` counts the forwards that a resumed run has behind it.
         """
         self.tracer = tracer
         self.forward_idx = first_forward_idx
@@ -306,6 +295,7 @@ class ForwardRecorder:
         self._device = torch.device(device)
         self._tiers = tiers
         self._digest = SelectionDigest(num_layers, device) if compare_ranks else None
+        self._synchronises = tracer is not None and tracer.config.sync_cuda and self._device.type == "cuda"
         if tracer is not None and tracer.config.records_steps:
             num_slots = tracer.config.queue_steps + 2  # beside those waiting: one written, one filled
             scores = tracer.config.needs_scores
@@ -315,31 +305,35 @@ class ForwardRecorder:
     def recording(
         self, phase: Phase, rows: Sequence[ForwardRow], num_rows: int, batch_size: int
     ) -> Iterator[None]:
-        """Records the forward run inside, which computes `num_rows` rows of `batch_size` requests.
+        """Records the forward run inside, which computes `num_rows` rows for `batch_size` requests.
 
-        `rows` are those that a record may be made of, each with a request of its own; the tracer
-        takes all or some of them, or none. Of a forward that raises nothing is recorded.
+        `rows` may be recorded, one per request; the tracer takes all, some or none of them. A forward
+        that raises is not recorded.
         """
         started = time.perf_counter()
         wanted = [row for row in rows if self._wants(phase, row)]
         recording = self._new_recording(wanted, num_rows) if wanted else None
-        if recording is None:
-            with self._hooked():
+        callbacks = [watcher.on_select for watcher in (self._digest, recording) if watcher is not None]
+        fetches: list[LayerFetch] = []
+        began = time.perf_counter()
+        try:
+            with contextlib.ExitStack() as watched:
+                if callbacks:
+                    watched.enter_context(self._hook(*callbacks))
+                if recording is not None and self._tiers is not None:
+                    watched.enter_context(self._tiers.reporting(fetches.append))
                 yield
-        else:
-            fetches: list[LayerFetch] = []
-            began = time.perf_counter()
-            try:
-                with self._hooked(recording.on_select), self._reporting(fetches):
-                    yield
-            except BaseException:
+        except BaseException:
+            if recording is not None:
                 recording.release()
-                raise
+            raise
+        if recording is not None:
             computed = time.perf_counter()
-            synced = self._synchronise()
+            if self._synchronises:
+                torch.cuda.synchronize(self._device)
             ended = time.perf_counter()
             recording.finish()
-            capture = self._capture(phase, wanted, batch_size, recording, fetches, ended - began, synced)
+            capture = self._capture(phase, wanted, batch_size, recording, fetches, ended - began)
             handover_s = began - started + time.perf_counter() - ended
             assert self.tracer is not None
             self.tracer.put(capture, handover_us=handover_s * 1e6, sync_us=(ended - computed) * 1e6)
@@ -348,7 +342,7 @@ class ForwardRecorder:
             self._digest.step_done()
 
     def close(self) -> None:
-        """Compares the ranks' last forwards; every rank calls it at the end of the run."""
+        """Compares the last forwards; every rank calls it at the end of the run."""
         if self._digest is not None:
             self._digest.compare()
 
@@ -367,24 +361,6 @@ class ForwardRecorder:
             self.tracer.drop_step()
         return recording
 
-    def _hooked(self, *callbacks: OnSelect) -> contextlib.AbstractContextManager[None]:
-        if self._digest is not None:
-            callbacks = (self._digest.on_select, *callbacks)
-        return self._hook(*callbacks) if callbacks else contextlib.nullcontext()
-
-    def _reporting(self, fetches: list[LayerFetch]) -> contextlib.AbstractContextManager[None]:
-        """Appends what each layer is served, where there are tiers."""
-        return contextlib.nullcontext() if self._tiers is None else self._tiers.reporting(fetches.append)
-
-    def _synchronise(self) -> bool:
-        """Waits for the device unless told not to; True when the clock can be trusted."""
-        assert self.tracer is not None
-        if self._device.type != "cuda":
-            return True
-        if self.tracer.config.sync_cuda:
-            torch.cuda.synchronize(self._device)
-        return self.tracer.config.sync_cuda
-
     def _capture(
         self,
         phase: Phase,
@@ -393,7 +369,6 @@ class ForwardRecorder:
         recording: Recording,
         layers: Sequence[LayerFetch],
         wall_s: float,
-        synced: bool,
     ) -> StepCapture:
         assert self.tracer is not None
         fetches = None
@@ -413,9 +388,10 @@ class ForwardRecorder:
             score_stats=score_stats,
             scores=scores,
             prefixes=self.tracer.prefixes(request_ids, [row.prefix_hit_tokens for row in rows]),
+            needles=self.tracer.needles(request_ids),
             forward_idx=self.forward_idx,
             step_wall_us=wall_s * 1e6,
-            step_synced=synced,
+            step_synced=self._synchronises or self._device.type != "cuda",
             fetches=fetches,
             wait=recording.wait,
             release=recording.release,

@@ -1,27 +1,33 @@
-"""How much of a selection was selected in the step before, and in the layer before.
+"""Shares of a selection: held by the step and the layer before, and of the answer's tokens.
 
-Keeps each running request's last selection and nothing older; forget a request when it
-finishes. Compares sparse selections only: a dense one holds everything. A layer that uses an
-earlier one's selection is not compared with the layer before it, which has the very same.
+Compares sparse selections only: a dense one holds everything. A layer that uses an earlier one's
+selection is not compared with the layer before it, which has the very same. A needle is a prompt
+position that holds the answer; the workload says which they are. Both shares mean something only
+beside k / N, what a random selector would have. Knows no prompt and no file.
 
     overlap = SelectionOverlap()
     overlap.add("r0", step_idx=3, seq_len=4096, tokens=tokens, has_indexer=own)   # (L, K) ascending, (L,)
     overlap.step.to_json()     # {"pairs": ..., "mean": ..., "random_mean": ..., "per_layer": [...]}
+    counts = count_needles(((), (17, 18)), stats, num_layers=2)
+    counts.tokens, counts.selected       # [0 0 2 2], [0 0 1 2]: the second request's two records
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dsatrace.trace.kernels import compile_kernels, count_shared
+from dsatrace.trace.kernels import compile_kernels, count_held, count_shared
+from dsatrace.trace.statistics import StepStatistics
 
 
 class OverlapTotals:
-    """Sums over compared pairs, one place a layer; they merge by addition."""
+    """Sums over compared pairs, by layer; they merge by addition."""
 
     def __init__(self) -> None:
         self.pairs = 0
@@ -43,7 +49,7 @@ class OverlapTotals:
         self.add(other._shared, other._tokens, other._random, other.pairs)
 
     def add_json(self, stored: Mapping[str, Any], k: int) -> None:
-        """Adds what `to_json` gave of selections of `k` tokens."""
+        """Adds what `to_json` gave, for selections of `k` tokens."""
         shares, pairs = stored["per_layer"], stored["pairs"]
         if shares is not None:
             # A share is a quotient of integers far below 2^53, so rounding gives them back.
@@ -71,8 +77,8 @@ class _Selection:
 class SelectionOverlap:
     """Compares every sparse selection with its neighbours in time and depth.
 
-    Membership is one bit a position, wiped by unmarking: its cost follows the selection,
-    not the context.
+    Keeps each running request's last selection; `forget` a request when it finishes. Membership is
+    one bit per position, cleared by unmarking, so the cost follows the selection, not the context.
     """
 
     def __init__(self) -> None:
@@ -91,7 +97,7 @@ class SelectionOverlap:
             self._seen = np.zeros(2 * (seq_len // 64 + 1), dtype=np.uint64)
         last = self._last.get(request_id)
         follows = last is not None and last.step_idx == step_idx - 1
-        before = last.tokens if last is not None and follows else tokens[:0]
+        before = last.tokens if last and follows else tokens[:0]
         with_before, with_layer = np.zeros((2, num_layers), dtype=np.int64)
         count_shared(tokens, before, self._seen, with_before, with_layer)
         if follows:
@@ -99,13 +105,86 @@ class SelectionOverlap:
         compared = has_indexer & (np.arange(num_layers) > 0)
         if compared.any():
             self.layer.add(with_layer * compared, k * compared, k / seq_len)
-        # A copy: the caller's array may be the next step's too.
-        kept = (
-            last.tokens if last is not None and last.tokens.shape == tokens.shape else np.empty_like(tokens)
-        )
+        # A copy: the caller may use its array for the next step too.
+        kept = last.tokens if last and last.tokens.shape == tokens.shape else np.empty_like(tokens)
         np.copyto(kept, tokens)
         self._last[request_id] = _Selection(step_idx, kept)
 
     def forget(self, request_id: str) -> None:
         """Drops what is kept of a request."""
         self._last.pop(request_id, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class NeedleCounts:
+    """Of R records, the answer's tokens and those of them that are selected."""
+
+    tokens: np.ndarray  # (R,) int64; 0 where the request's answer is not known
+    selected: np.ndarray  # (R,) int64
+
+
+def count_needles(
+    needles: Sequence[Sequence[int]],  # (B,) each request's positions, ascending
+    stats: StepStatistics,
+    num_layers: int,
+) -> NeedleCounts | None:
+    """None when no request of the step has a needle."""
+    if not any(needles):
+        return None
+    lengths = np.array([len(positions) for positions in needles], dtype=np.int64)
+    flat = np.fromiter((position for positions in needles for position in positions), np.int64)
+    ends = np.cumsum(lengths)
+    first, end = np.repeat(ends - lengths, num_layers), np.repeat(ends, num_layers)
+    selected = np.zeros(len(end), dtype=np.int64)
+    count_held(stats.tokens, stats.token_ptr, flat, first, end, selected)
+    return NeedleCounts(end - first, selected)
+
+
+class RecallTotals:
+    """Sums over sparse decode records; exact, so they merge by addition in any order."""
+
+    def __init__(self) -> None:
+        self._selected = Counter[tuple[int, int]]()  # (layer, needle tokens) -> selected tokens
+        self._records = Counter[int]()  # by layer
+        self._random = Counter[tuple[int, int]]()  # (k, N) -> records
+
+    def add(
+        self, counts: NeedleCounts, layer: np.ndarray, seq_len: np.ndarray, k: int, counted: np.ndarray
+    ) -> None:
+        """Arrays are (R,); `counted` marks the sparse decode records; those without a needle add nothing."""
+        counted = counted & (counts.tokens > 0)
+        columns = (layer, counts.tokens, counts.selected, seq_len)
+        for one_layer, tokens, selected, visible in zip(*(x[counted].tolist() for x in columns), strict=True):
+            self._selected[one_layer, tokens] += selected
+            self._records[one_layer] += 1
+            self._random[k, visible] += 1
+
+    def merge(self, other: RecallTotals) -> None:
+        self._selected.update(other._selected)
+        self._records.update(other._records)
+        self._random.update(other._random)
+
+    def to_json(self) -> dict[str, Any] | None:
+        """`{records, mean, random_mean, per_layer}`; None where nothing was counted."""
+        total = self._records.total()
+        if not total:
+            return None
+        sums = {layer: self._sum(layer) for layer in self._records}
+        random = math.fsum(k * count / visible for (k, visible), count in self._random.items())
+        return {
+            "records": total,
+            "mean": self._sum(None) / total,
+            "random_mean": random / total,
+            "per_layer": [
+                sums[layer] / self._records[layer] if layer in sums else None
+                for layer in range(max(sums) + 1)
+            ],
+        }
+
+    def _sum(self, layer: int | None) -> float:
+        """Sum of selected / tokens over a layer's records, or over all; fsum rounds once."""
+        parts: Counter[int] = Counter()
+        for (of_layer, tokens), selected in self._selected.items():
+            if layer in (of_layer, None):
+                parts[tokens] += selected
+        return math.fsum(selected / tokens for tokens, selected in parts.items())

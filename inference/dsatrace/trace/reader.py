@@ -1,7 +1,6 @@
 """Reads a run's folder, whole or torn.
 
-Unknown keys pass through untouched; a last line that was being written when the run was
-killed is reported, not raised. Derives nothing.
+Unknown keys pass through; a last line that a kill cut short is reported, not raised. Derives nothing.
 
     run = RunReader("outputs/generate_20260101_120000")
     for record in run.steps(): ...
@@ -19,6 +18,7 @@ from typing import Any
 import orjson
 
 from dsatrace.errors import UserError
+from dsatrace.files import NO_LOCKS
 from dsatrace.schema import (
     MANIFEST_FILE,
     REQUESTS_FILE,
@@ -28,7 +28,6 @@ from dsatrace.schema import (
     SUMMARY_FILE,
     project,
 )
-from dsatrace.trace.files import NO_LOCKS
 
 
 class RunReader:
@@ -48,7 +47,7 @@ class RunReader:
 
     @property
     def state(self) -> str:
-        """`running | complete | incomplete`: a run whose process is gone is not running any more."""
+        """`running | complete | incomplete`; a run whose process is gone is incomplete, not running."""
         state = self.manifest["state"]
         if state == "running" and not _is_locked(self.folder / STEPS_FILE):
             # It may have ended between the two looks.
@@ -58,7 +57,7 @@ class RunReader:
 
     @property
     def is_parquet(self) -> bool:
-        """The step records are those of an export, trace_steps.parquet."""
+        """Whether the step records are in trace_steps.parquet, as in an export."""
         return not (self.folder / STEPS_FILE).exists() and (self.folder / STEPS_PARQUET_FILE).exists()
 
     @property
@@ -69,8 +68,8 @@ class RunReader:
     def steps(self, fields: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
         """The step records, in the order they were written.
 
-        With `fields` (dotted paths of `schema.STEP_FIELDS`; a parent's name takes all below
-        it) a record holds only those, and a Parquet run reads only their columns.
+        With `fields` (dotted paths of `schema.STEP_FIELDS`; a parent's path takes all below it) a record
+        holds only those, and of a Parquet run only their columns are read.
         """
         if self.is_parquet:
             # pyarrow takes long to import, and most runs are not read with it.
@@ -89,7 +88,7 @@ class RunReader:
         return self._read_json(SUMMARY_FILE)
 
     def lines(self, name: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """The whole lines of a JSONL file, newline included, each with its record."""
+        """The complete lines of a JSONL file, newlines included, each with its record."""
         path = self.folder / name
         try:
             file = path.open("rb")

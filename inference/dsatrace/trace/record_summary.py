@@ -1,9 +1,8 @@
 """A summary fed with stored records instead of live captures.
 
-At level full a forward's records are the capture they came from, so the live summary's
-own `add_step` does the counting. Below it the positions are gone: `add_columns`
-counts what is left, and `take_stored` adds the rest from the run's last summary.json.
-Knows no file.
+At level full a forward's records hold its whole capture, so the live summary's `add_step` counts.
+Below it the positions are gone: `add_columns` counts what is left, and `take_stored` adds the rest
+from the run's last summary.json. Knows no file.
 
     summary = RecordSummary((16, 32, 64), shape=RunShape(block_size=16, top_k=2048, index_bytes=132))
     summary.add_forward(records)               # all records of one forward, level full
@@ -23,13 +22,12 @@ from dsatrace.errors import UserError
 from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.kv.tiers.account import FetchAccount, OffloadedAccount
 from dsatrace.schema import FETCH_TOTALS, OFFLOADED_FETCH, TIER_NAMES
-from dsatrace.trace.baselines import context_blocks, recency_blocks, uniform_blocks
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.histogram import Histogram
-from dsatrace.trace.needles import NeedleCounts
+from dsatrace.trace.overlap import NeedleCounts
 from dsatrace.trace.records import StepRecords
 from dsatrace.trace.statistics import count_blocks, fused_statistics
-from dsatrace.trace.summary import Summary
+from dsatrace.trace.summary import Summary, context_blocks, recency_blocks, uniform_blocks
 
 NUMBER_FIELDS = (
     *("layer_id", "seq_len_current", "step_idx", "forward_idx", "step_wall_us", "unique_blocks"),
@@ -37,16 +35,16 @@ NUMBER_FIELDS = (
     *(f"kv_fetch.{tier}.{name}" for tier in TIER_NAMES for name in FETCH_TOTALS),
     *("needle.tokens", "needle.selected"),
 )
-"""What `add_columns` reads of records at level stats: numbers only, None or nan where one is absent."""
+"""What `add_columns` reads at level stats: numbers only, None or nan where one is absent."""
 
 BLOCK_FIELDS = (
     *NUMBER_FIELDS,
     *("request_id", "selected_block_ids", "prefix.prefix_cached_blocks", "prefix.intersection_blocks"),
 )
-"""What it reads at level blocks."""
+"""What `add_columns` reads at level blocks."""
 
 TIER_FIELDS = tuple(f"kv_fetch.{tier}.{name}" for tier in TIER_NAMES for name in OFFLOADED_FETCH)
-"""What it reads besides of a run whose manifest has `tiers`; numbers too."""
+"""Numbers that `add_columns` also reads where the manifest has `tiers`."""
 
 FULL_FIELDS = (
     *("request_id", "layer_id", "step_idx", "seq_len_current", "selected_token_pos", "kv_fetch", "prefix"),
@@ -60,12 +58,12 @@ Columns = Mapping[str, Any]  # by dotted path, a sequence with a value for each 
 
 @dataclasses.dataclass(frozen=True)
 class RunShape:
-    """What of a run's manifest its records are counted with."""
+    """What the manifest says that records are counted with."""
 
     block_size: int  # tokens
     top_k: int
-    index_bytes: int  # a token and layer
-    offloaded: bool = False  # it has `tiers`
+    index_bytes: int  # per token and layer
+    offloaded: bool = False  # the manifest has `tiers`
     shared_layers: Mapping[int, int] = dataclasses.field(default_factory=dict)  # see `manifest.shared_layers`
 
 
@@ -85,7 +83,7 @@ class RecordSummary(Summary):
         self._contexts = Histogram()  # positions visible to sparse records below level full
 
     def add_forward(self, records: Sequence[Record]) -> None:
-        """All full records of one forward: request by request, layer by layer."""
+        """Takes all full records of one forward, request by request, layer by layer."""
         first = records[0]
         num_layers = 1 + max(record["layer_id"] for record in records)
         rows = records[::num_layers]
@@ -125,7 +123,7 @@ class RecordSummary(Summary):
         )
 
     def add_columns(self, columns: Columns) -> None:
-        """Any run of records below level full, as columns; forwards may be cut anywhere."""
+        """Takes records below level full, as columns, in pieces of any length."""
         num_blocks = np.asarray(columns["unique_blocks"])
         self.counts["records"] += len(num_blocks)
         self.dense["unique_blocks"].add(num_blocks)
@@ -140,7 +138,7 @@ class RecordSummary(Summary):
         self._add_sparse_columns(columns, num_blocks)
 
     def take_stored(self, stored: Mapping[str, Any], level: Literal["blocks", "stats"]) -> None:
-        """After the last columns: adds from the run's summary.json what they cannot tell."""
+        """Call after the last columns: adds what they do not hold from the run's summary.json."""
         self._add_baselines()
         for name in ("tokens_per_touched_block", "offsets"):
             self.dense[name].add_json(stored["histograms"][name])
@@ -202,7 +200,7 @@ class RecordSummary(Summary):
         self.recall.add(NeedleCounts(tokens, selected), layer, seq_len, self._shape.top_k, sparse & decode)
 
     def _add_baselines(self) -> None:
-        """Once for each context length, so that the sums do not depend on how the records were cut."""
+        """Once per context length, so that the sums do not depend on the pieces."""
         seq_len, counts = (np.array(part, dtype=np.int64) for part in self._contexts.items())
         for at_size in self.blocks_at:
             size, k = at_size.block_size, self._shape.top_k
@@ -227,7 +225,7 @@ def _positions(records: Sequence[Record], num_layers: int, top_k: int) -> np.nda
 
 
 def _needles(records: Sequence[Record]) -> NeedleCounts | None:
-    """What the records say of their requests' answers; the counts are theirs, not re-derived."""
+    """The records' counts of their answers' tokens, as stored."""
     stored = [record.get("needle") for record in records]
     if not any(stored):
         return None
@@ -238,7 +236,7 @@ def _needles(records: Sequence[Record]) -> NeedleCounts | None:
 
 
 def _account(records: Sequence[Record], tier: str, offloaded: bool) -> FetchAccount:
-    """What the records say a tier served; the totals are theirs, not re-derived."""
+    """The records' accounts of a tier, as stored."""
     stored = [record["kv_fetch"][tier] for record in records]
     names = (*FETCH_TOTALS, "latency_us", *(OFFLOADED_FETCH if offloaded else ()))
     columns = {name: np.array([account[name] for account in stored]) for name in names}

@@ -1,8 +1,6 @@
-"""Turns one step's capture into its records: the fast path's one place of derivation.
+"""Derives one step's records from its capture, a whole step at once, and writes them as JSON lines.
 
-`RecordDeriver` joins selection, blocks, prefix and tiers for a whole step at once.
-`StepLines` lays the result out as `trace_steps.jsonl` lines, in columns and all at once.
-Knows no thread, no file.
+Knows no thread and no file.
 
     step = deriver.derive(capture)         # StepRecords, arrays of B x L records
     data = StepLines().encode(step)        # one line per record
@@ -23,7 +21,7 @@ from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.json_lines import Choice, Layout, LineEncoder, Optional, Runs
 from dsatrace.trace.kernels import compile_kernels
-from dsatrace.trace.needles import NeedleCounts, count_needles
+from dsatrace.trace.overlap import NeedleCounts, count_needles
 from dsatrace.trace.statistics import Scratch, StepStatistics, fused_statistics, request_major
 
 
@@ -36,7 +34,7 @@ class StepRecords:
     fetches: Mapping[str, FetchAccount]  # by tier name
     level: Level
     block_size: int  # tokens
-    index_bytes_per_token: int  # a token and layer
+    index_bytes_per_token: int  # per token and layer
     positions: np.ndarray  # (N,) int32, as recorded: ascending, or in canonical score order
     scores: np.ndarray | None  # (N,) float32, scores[i] belongs to positions[i]; None unless recorded
     needles: NeedleCounts | None = None  # None: no request's answer is known
@@ -56,25 +54,23 @@ class StepRecords:
 
     @property
     def sparse(self) -> np.ndarray:
-        """(B,) bool: the request holds more positions than are selected."""
+        """(B,) bool: the request has more positions than are selected."""
         return np.asarray(self.capture.seq_len) > self.top_k
 
     @property
     def has_indexer(self) -> np.ndarray:
-        """(L,) bool: the layer chose by itself."""
+        """(L,) bool: the layer has an indexer."""
         return ~np.isin(np.arange(self.num_layers), list(self.shared_layers))
 
     @property
     def num_scanned(self) -> np.ndarray:
-        """(R,) int64: keys that the record's indexer read, one per visible position; 0 where it has none."""
+        """(R,) int64: keys that the layer's indexer read, one per visible position; 0 without an indexer."""
         return np.outer(np.asarray(self.capture.seq_len, dtype=np.int64), self.has_indexer).ravel()
 
 
 class RecordDeriver:
-    """Derives steps with one configuration: block size, level, layout, tiers, layers without an indexer.
-
-    With `reuse` a step's arrays are good until the next `derive`, and no step pays for memory.
-    """
+    """Derives a run's steps. With `reuse` a step's arrays are valid until the next `derive`, and no step
+    allocates them anew."""
 
     def __init__(
         self,
@@ -84,7 +80,7 @@ class RecordDeriver:
         reuse: bool = False,
         shared_layers: Mapping[int, int] | None = None,
     ) -> None:
-        """`shared_layers`: see `manifest.shared_layers`; None: there are none."""
+        """`shared_layers`: see `manifest.shared_layers`."""
         compile_kernels()  # now, not during the first step
         self._scratch = Scratch() if reuse else None
         self._config = config
@@ -135,7 +131,7 @@ class RecordDeriver:
 def _as_recorded(
     capture: StepCapture, stats: StepStatistics, config: TraceConfig
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Positions (N,) in the order they are recorded, with their scores where those are recorded."""
+    """Positions (N,) in their recorded order, and their scores where those are recorded."""
     if not config.needs_scores:
         return stats.tokens, None
     if capture.scores is None:
@@ -155,18 +151,18 @@ def _as_recorded(
 
 
 class StepLines:
-    """Lays step after step out as lines of `trace_steps.jsonl`, into one buffer."""
+    """Writes steps as lines of `trace_steps.jsonl`, into one buffer."""
 
     def __init__(self) -> None:
         self._encoder = LineEncoder()
 
     def encode(self, step: StepRecords) -> memoryview:
-        """One line per record; good until the next call."""
+        """One line per record; valid until the next call."""
         return self._encoder.encode(record_layout(step), step.num_records)
 
 
 def record_layout(step: StepRecords) -> Layout:
-    """The step's records in the schema's field order, a column where they differ."""
+    """The step's records in the schema's field order: a column where records differ, else a plain value."""
     capture, stats = step.capture, step.stats
     request, layer = np.divmod(np.arange(step.num_records), step.num_layers)  # (R,) each
     seq_len = np.asarray(capture.seq_len, dtype=np.int64)[request]
@@ -192,7 +188,7 @@ def record_layout(step: StepRecords) -> Layout:
             "p50": stats.tokens_p50,
             "p95": stats.tokens_p95,
         },
-        "kv_fetch": _fetches(step),
+        "kv_fetch": {name: account.columns() for name, account in step.fetches.items()},
         "prefix": _prefix(step, request, with_blocks),
         **_scores(step, request, layer),
         "forward_idx": capture.forward_idx,
@@ -210,7 +206,7 @@ def record_layout(step: StepRecords) -> Layout:
 
 
 def _of_tokens(step: StepRecords, values: np.ndarray) -> Runs:
-    """A value for each selected token."""
+    """One value per selected token."""
     return Runs(values, step.stats.token_ptr[:-1], step.stats.token_ptr[1:])
 
 
@@ -241,14 +237,9 @@ def _source(step: StepRecords, layer: np.ndarray) -> dict[str, Any]:
 
 
 def _needle(step: StepRecords) -> dict[str, Any]:
-    """Few pairs of counts are distinct."""
     if step.needles is None:
         return {}
-    tokens, selected = step.needles.tokens, step.needles.selected
+    tokens, selected = step.needles.tokens, step.needles.selected  # few pairs are distinct
     pairs, which = np.unique(np.stack([tokens, selected], axis=1), axis=0, return_inverse=True)
     values = [{"tokens": of, "selected": found} if of else None for of, found in pairs.tolist()]
     return {"needle": Optional(values, which.reshape(-1))}
-
-
-def _fetches(step: StepRecords) -> dict[str, Any]:
-    return {name: account.columns() for name, account in step.fetches.items()}

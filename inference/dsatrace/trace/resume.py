@@ -1,19 +1,18 @@
-"""Goes on with a run that was killed, interrupted or out of disk: what of it stands, what must go.
+"""Resumes a run that was killed, interrupted or out of disk: what of it stays, what is cut.
 
-A request is *done* when requests.jsonl says how it ended and all its records are there.
-Whatever else the files hold belongs to requests that are served again: it is cut before
-they are, so that no (request, step, layer) occurs twice. Knows no engine; `Tracer` does
-the cutting, once everything that could refuse the resume has been asked.
+A request is *done* when requests.jsonl says how it ended and all its records are there. Everything
+else in the files belongs to requests that are served again: it is cut first, so that no (request,
+step, layer) occurs twice. Knows no engine; `Tracer` cuts, once nothing can refuse the resume any more.
 
     resumed = prepare_resume(folder)                   # locks the run, changes nothing
     with Tracer(config, run, resumed=resumed) as tracer:       # checks, cuts, goes on
         for request in requests:                       # all of them, in the order of the first start
             (tracer.skip_request if request.request_id in resumed.done else serve)(request)
 
-Killed at any moment, this can be done again: the manifest names the seam before anything is
-cut, each file is replaced whole, and what is cut does not change what is done. Below level
-full the records hold no positions; the distributions of those go on from the last
-summary.json, where steps that are served again count twice.
+A resume that is killed can be resumed: the manifest names the seam before anything is cut, each
+file is replaced whole, and a cut does not change which requests are done. Below level full the
+records hold no positions; their distributions go on from the last summary.json, where steps that
+are served again count twice.
 """
 
 from __future__ import annotations
@@ -23,37 +22,55 @@ import dataclasses
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
 
 from dsatrace.errors import UserError
+from dsatrace.files import LineFile
 from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
 from dsatrace.trace.config import TraceConfig, is_sampled
-from dsatrace.trace.files import LineFile
+from dsatrace.trace.manifest import REDACTED
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.summarize import is_offloaded, summarize_run
+from dsatrace.trace.summarize import OnRecords, is_offloaded, summarize_run
 from dsatrace.trace.summary import Summary
 
 _ENDED = ("stop", "length", "rejected")
 _TIMES = ("admitted_s", "first_token_s", "finish_s")
 _REQUEST_ID = re.compile(rb'"request_id":\s*("(?:[^"\\]|\\.)*")')
 _CHUNK_BYTES = 1 << 20
-
-
-def _nobody(count: int) -> None:
-    """Nobody listens."""
+_MAY_DIFFER = (
+    *("tool_version", "state", "error", "started_utc", "argv", "resumed_at_forward"),
+    "trace.queue_steps",
+)
+_REMEDIES = {
+    "model_config": "give the same --config",
+    "cache_layout": "give the same --config",
+    "tokenizer": "give the same --tokenizer",
+    "chat": "give the same --chat-template",
+    "data_source": "give the same data",
+    "device": "resume it on the same kind of device",
+    "world_size": "start as many ranks as then",
+    "seed": "give the same --seed",
+    "prefix_source": "leave --prefix-caching as it was",
+    "tiers": "give the same tiers",
+    "trace.level": "give the same --trace-level",
+    "trace.block_size_tokens": "give the same --kv-block-size",
+    "trace.prefix_key_id": "set DSATRACE_PREFIX_KEY as it was then, or resume as the same user",
+}
+_SUPERSEDED = ("--resume", "--trace-out")
+"""Flags whose value is a run's folder."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Resumed:
-    """A run that nobody else can write, until this is closed or the process ends.
+    """An incomplete run, locked until this is closed or the process ends.
 
-    `next_forward_idx` is for the first forward to come, `elapsed_s` the latest time of the
-    run's clock that is known: arrivals and latencies go on from it. `summary` is that of the
-    records that stay; the cost of tracing is counted anew.
+    `next_forward_idx` is for the next forward, `elapsed_s` the latest known time of the run's clock,
+    from which arrivals and latencies go on. `summary` counts the records that stay; the cost of
+    tracing is counted anew.
     """
 
     folder: Path
@@ -71,26 +88,26 @@ class Resumed:
         return frozenset(self.prompt_tokens)
 
     def continued(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
-        """The new manifest as that of this run: begun when it began, and with one seam more."""
+        """The new manifest with this run's start, and with one more seam."""
         seams = [*self.manifest.get("resumed_at_forward", ()), self.next_forward_idx]
         return {**manifest, "started_utc": self.manifest["started_utc"], "resumed_at_forward": seams}
 
     def cut(self) -> None:
-        """Takes what is not done out of the files; a file that holds nothing of it is left alone."""
+        """Drops the lines of requests that are not done; a file without any is not touched."""
         for lines in (self.steps, self.requests):
             _cut(lines, self.done)
 
     def close(self) -> None:
-        """Lets go of the run."""
+        """Releases the run's files and its lock."""
         self.requests.close()
         self.steps.close()
 
 
-def prepare_resume(folder: Path, on_records: Callable[[int], object] = _nobody) -> Resumed:
-    """Locks an incomplete run and reads what of it stands; raises `UserError` for any other folder.
+def prepare_resume(folder: Path, on_records: OnRecords = lambda count: None) -> Resumed:
+    """Locks an incomplete run and reads what stays of it; raises `UserError` for any other folder.
 
-    Reads the steps twice, in bounded memory but for the ids of requests; the second time,
-    which takes longest, `on_records` is told how many more were read.
+    Reads the steps twice, in bounded memory except for request ids; `on_records` hears of the second
+    time, which takes longest.
     """
     _require_resumable(RunReader(folder))
     with contextlib.ExitStack() as on_failure, _naming_the_file():
@@ -120,7 +137,7 @@ def prepare_resume(folder: Path, on_records: Callable[[int], object] = _nobody) 
 
 
 def _require_resumable(run: RunReader, locked: bool = False) -> None:
-    """`locked`: by this process, so a manifest that says running is a killed run's."""
+    """`locked`: by this process, so a manifest in state running is that of a killed run."""
     if run.is_parquet:
         raise UserError(f"{run.folder}: an export to Parquet; resume the run that it was made from")
     state = run.manifest["state"] if locked else run.state
@@ -135,14 +152,14 @@ def _is_running(folder: Path) -> UserError:
 
 
 class _Ended(NamedTuple):
-    """Of a line of requests.jsonl, which may hold a text too."""
+    """What is kept of a line of requests.jsonl."""
 
     num_prompt_tokens: int
     num_output_tokens: int
 
 
 class _Found:
-    """What the files of a run hold: who is done, and how far the run's counters had come."""
+    """What the files of a run hold: which requests are done, and how far the run's counters had come."""
 
     def __init__(self, run: RunReader) -> None:
         trace = run.manifest["trace"]
@@ -155,7 +172,7 @@ class _Found:
         self._read_steps(run)
         missing = {name: self._num_missing(run, name) for name in self.done}
         if not self.may_lose:
-            # A power cut may have taken records whose request's line it left.
+            # A power cut may have lost records of a request whose line it left.
             self.done = {name: ended for name, ended in self.done.items() if not missing[name]}
         self.most_missing = max((missing[name] for name in self.done), default=0)
 
@@ -173,11 +190,11 @@ class _Found:
                 forward_idx = record["forward_idx"]
                 busy_us += record["step_wall_us"]
                 self.next_forward_idx = max(self.next_forward_idx, forward_idx + 1)
-        # Forwards come one after the other: the clock stands at least where they end.
+        # Forwards run one after the other, so the clock shows at least the sum of their times.
         self.elapsed_s = max(self.elapsed_s, busy_us / 1e6)
 
     def _num_missing(self, run: RunReader, request_id: str) -> int:
-        """Sampled steps of an ended request of which a record is not there."""
+        """Sampled steps of an ended request that lack a record."""
         trace, num_output_tokens = run.manifest["trace"], self.done[request_id].num_output_tokens
         num_sampled = _num_sampled(num_output_tokens - 1, trace["sample_rate"], run.manifest["seed"])
         num_steps = num_sampled + (trace["prefill"] == "last" and num_output_tokens > 0)
@@ -208,11 +225,11 @@ class _Kept(RunReader):
         return stored | {"prefix_hot_blocks": {name: hot[name] for name in hot if name in self._done}}
 
 
-def _summary(folder: Path, found: _Found, on_records: Callable[[int], object]) -> Summary:
-    """Of what stays, with the dropped steps that may be missed there."""
+def _summary(folder: Path, found: _Found, on_records: OnRecords) -> Summary:
+    """Summary of what stays, with the dropped steps that may be missing there."""
     run = _Kept(folder, found.done)
     if not (folder / SUMMARY_FILE).exists() and next(run.steps(), None) is None:
-        # Killed before there was a step: nothing that only a summary could tell.
+        # Killed before the first step: there is nothing that only a summary could tell.
         selections, serving = run.manifest["selections"], run.manifest.get("serving")
         sizes = TraceConfig.compared_block_sizes
         summary = Summary(sizes, selections, serving, offloaded=is_offloaded(run))
@@ -221,12 +238,12 @@ def _summary(folder: Path, found: _Found, on_records: Callable[[int], object]) -
         return summary
     summary = summarize_run(run, on_records)
     summary.dropped_steps = max(summary.dropped_steps, found.most_missing) if found.may_lose else 0
-    summary.sections["tiers"] = None  # it counted records that are cut; the part to come speaks for itself
+    summary.sections["tiers"] = None  # it counted records that are cut; the next part counts its own
     return summary
 
 
 def _cut(lines: LineFile, done: Collection[str]) -> None:
-    """Drops the lines that are torn, or of a request that is not done; writes nothing for none."""
+    """Drops torn lines and those of requests that are not done; writes nothing if there are none."""
     first_cut, last_kept = None, 0  # bytes before the first line that goes, and up to the last that stays
     end = 0
     with lines.path.open("rb") as file:
@@ -245,7 +262,7 @@ def _cut(lines: LineFile, done: Collection[str]) -> None:
 
 
 def _kept_bytes(path: Path, done: Collection[str], first_cut: int) -> Iterator[bytes]:
-    """What stays of the file, about a MiB at a time; nothing before `first_cut` goes."""
+    """What stays of the file, about a MiB at a time; all of it stays before `first_cut`."""
     with path.open("rb") as file:
         while rest := first_cut - file.tell():
             yield file.read(min(rest, _CHUNK_BYTES))
@@ -255,7 +272,7 @@ def _kept_bytes(path: Path, done: Collection[str], first_cut: int) -> Iterator[b
 
 
 def _take(lines: Iterator[bytes], num_bytes: int) -> Iterator[bytes]:
-    """The next lines, until they come to so many bytes."""
+    """The next lines, until they reach `num_bytes`."""
     taken = 0
     while taken < num_bytes and (line := next(lines, None)) is not None:
         taken += len(line)
@@ -263,15 +280,80 @@ def _take(lines: Iterator[bytes], num_bytes: int) -> Iterator[bytes]:
 
 
 def _stays(line: bytes, done: Collection[str]) -> bool:
-    """Looks at the head of the line only: a whole parse would take longer than the disk."""
+    """Looks for the request id only: parsing the line would take longer than reading it."""
     found = _REQUEST_ID.search(line)
     return found is not None and line.endswith(b"\n") and orjson.loads(found[1]) in done
 
 
 @contextlib.contextmanager
 def _naming_the_file() -> Iterator[None]:
-    """A file that cannot be opened or locked is the user's to mend."""
+    """Turns the `OSError` of a file that cannot be opened or locked into a `UserError`."""
     try:
         yield
     except OSError as error:
         raise UserError(f"{error.filename}: cannot resume: {error.strerror}") from error
+
+
+def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises `UserError` naming the first field that says that the manifests are of two runs.
+
+    What shapes a record must be the same, and so must what a step's time depends on (device, ranks,
+    tiers), since the summary pools times. Fields that only one of the manifests has are not
+    compared; a manifest without `tiers` had none.
+    """
+    for path, was, now in _differences({"tiers": None, **old}, new):
+        remedy = next((said for name, said in _REMEDIES.items() if path.startswith(name)), "give what it was")
+        raise UserError(f"cannot resume: {path} was {was!r} and is {now!r} now; {remedy}, or start a new run")
+
+
+def resumed_argv(folder: Path, given: Sequence[str] = ()) -> list[str]:
+    """The flags the run was started with, to be parsed before those `given` at the resume.
+
+    Without `--trace-out` and `--resume`. Raises `UserError` for a flag whose value the manifest hides
+    (a secret, a prompt) unless it is given again.
+    """
+    given_flags = {argument.partition("=")[0] for argument in given if _is_flag(argument)}
+    argv: list[str] = []
+    for flag, arguments in _by_flag(RunReader(folder).manifest["argv"]):
+        if flag in _SUPERSEDED:
+            continue
+        if any(REDACTED in argument for argument in arguments):
+            if flag not in given_flags:
+                raise UserError(
+                    f"{folder}: the manifest does not keep the value of {flag}; give it again beside --resume"
+                )
+            continue
+        argv += arguments
+    return argv
+
+
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted path, old value, new value) of fields that both have and that must not differ."""
+    for name in [name for name in old if name in new]:
+        path, was, now = prefix + name, old[name], new[name]
+        if path in _MAY_DIFFER:
+            continue
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            yield from _differences(was, now, f"{path}.")
+        elif was != now:
+            yield path, was, now
+
+
+def _is_flag(argument: str) -> bool:
+    """As argparse decides it: an argument with a space in it is a value."""
+    return argument.startswith("--") and " " not in argument.partition("=")[0]
+
+
+def _by_flag(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """(flag, the flag and its values) in order; arguments before the first flag come with an empty flag."""
+    flag, arguments = "", list[str]()
+    for argument in argv:
+        if _is_flag(argument):
+            if arguments:
+                yield flag, arguments
+            flag, arguments = argument.partition("=")[0], []
+        arguments.append(argument)
+    if arguments:
+        yield flag, arguments

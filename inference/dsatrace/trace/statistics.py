@@ -1,7 +1,7 @@
-"""Derives a whole step's statistics from its selections, in one compiled pass.
+"""Derives the statistics of a whole step's selections in one compiled pass.
 
-Arrays in, arrays out, all requests and layers together. Knows no file, no tier, no scores.
-Records are request-major: record r is request r // L, layer r % L.
+Knows no file, no tier and no score. Records are request-major: record r is request r // L, layer
+r % L.
 
     stats = fused_statistics(positions, seq_len, cached_blocks, block_size=16)
     stats.block_ids[stats.block_ptr[0]:stats.block_ptr[1]]     # blocks of the first record
@@ -30,7 +30,7 @@ class StepStatistics:
     tokens_in_block: np.ndarray  # (U,) int64, selected tokens of each touched block
     tokens_p50: np.ndarray  # (R,) int64, over the record's touched blocks
     tokens_p95: np.ndarray  # (R,) int64
-    num_prefix_blocks: np.ndarray  # (R,) int64, touched blocks of the shared prefix: the first of block_ids
+    num_prefix_blocks: np.ndarray  # (R,) int64, those of the shared prefix: the record's first ones
 
     @property
     def num_tokens(self) -> np.ndarray:
@@ -48,17 +48,17 @@ def request_major(per_layer: np.ndarray) -> np.ndarray:
 
 
 class Scratch:
-    """Memory for the large arrays of one step, used again for the next.
+    """Memory for the large arrays of a step, used again for the next one.
 
-    Fresh memory of this size comes from the system page by page, which costs more than the
-    statistics themselves: 2.5 times as much at batch 4.
+    Fresh memory of this size comes from the system page by page, which at batch 4 takes 2.5 times as
+    long as the statistics.
     """
 
     def __init__(self) -> None:
         self._arrays: dict[str, np.ndarray] = {}
 
     def take(self, name: str, size: int, dtype: type) -> np.ndarray:
-        """`(size,)` uninitialised; what `name` was taken for before is overwritten."""
+        """An uninitialised `(size,)` array; the one taken before under this name is overwritten."""
         array = self._arrays.get(name)
         if array is None or len(array) < size:
             array = self._arrays[name] = np.empty(size, dtype=dtype)
@@ -72,17 +72,16 @@ def fused_statistics(
     block_size: int,  # tokens
     scratch: Scratch | None = None,
 ) -> StepStatistics:
-    """The statistics, in one pass that needs no GIL; call `compile_kernels` before the run.
+    """The statistics, in one pass without the GIL; call `compile_kernels` before the run.
 
-    With `scratch` the result is good until the next call with it. Raises `ValueError` for a
-    selection that no model makes: one that does not hold min(K, seq_len) positions, repeats
-    one, or lies in the future.
+    With `scratch` the result is valid until the next call with it. Raises `ValueError` for a selection
+    that does not hold min(K, seq_len) positions, repeats one, or reaches into the future.
     """
     scratch = scratch or Scratch()
     num_layers, num_requests, k = positions.shape
     visible = np.repeat(np.asarray(seq_len, dtype=np.int64), num_layers)  # (R,)
     cached = np.repeat(np.asarray(cached_blocks, dtype=np.int64), num_layers)
-    # numpy sorts with SIMD and without the GIL: quicker than a bitmap of the context.
+    # numpy sorts with SIMD and without the GIL: faster than a bitmap of the context.
     ordered = scratch.take("ordered", positions.size, np.int32).reshape(-1, k)  # (R, K), -1 first
     ordered.reshape(num_requests, num_layers, k)[:] = positions.swapaxes(0, 1)
     ordered.sort(axis=1)
@@ -125,19 +124,15 @@ def fused_statistics(
 
 def count_blocks(tokens: np.ndarray, token_ptr: np.ndarray, block_size: int) -> np.ndarray:
     """Touched blocks of each record at any block size, (R,) int64."""
-    return np.add.reduceat(_changes(tokens // block_size, token_ptr[:-1]), token_ptr[:-1], dtype=np.int64)
-
-
-def _changes(values: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """True where a value differs from the one before it, and at each record's first."""
-    changes = np.empty(len(values), dtype=bool)
-    np.not_equal(values[1:], values[:-1], out=changes[1:])
-    changes[first] = True
-    return changes
+    blocks, first = tokens // block_size, token_ptr[:-1]
+    is_new = np.empty(len(blocks), dtype=bool)
+    np.not_equal(blocks[1:], blocks[:-1], out=is_new[1:])
+    is_new[first] = True
+    return np.add.reduceat(is_new, first, dtype=np.int64)
 
 
 def _what_is_wrong(ordered: np.ndarray, visible: np.ndarray, num_layers: int) -> str:
-    """Of a step that the compiled pass refuses: which record's selection is broken, and how."""
+    """Which record's selection is broken, and how, in a step that the compiled pass refuses."""
     chosen = ordered >= 0  # (R, K)
     faults = {
         "the selection does not hold min(k, seq_len) positions": (

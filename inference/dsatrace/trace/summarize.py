@@ -31,19 +31,16 @@ from dsatrace.trace.record_summary import (
 
 CHUNK_RECORDS = 4096
 Record = Mapping[str, Any]
-Told = Callable[[Any], object]
-
-
-def _nobody(what: object) -> None:
-    """Nobody listens."""
+OnRecords = Callable[[int], object]
+OnNote = Callable[[str], object]
 
 
 def summarize_runs(
-    folders: Sequence[Path], on_records: Told = _nobody, on_note: Told = _nobody
+    folders: Sequence[Path], on_records: OnRecords = lambda count: None, on_note: OnNote = lambda note: None
 ) -> dict[str, Any]:
     """The record of summary.json of all the runs together, without a cost of tracing.
 
-    `on_records` is told how many more records were read, `on_note` what a reader of the
+    `on_records` gets the number of records read since its last call, `on_note` what a reader of the
     numbers should know. Runs that cannot be added up raise `UserError`.
     """
     runs = [RunReader(folder) for folder in folders]
@@ -63,7 +60,9 @@ def summarize_runs(
     return merged.to_json("complete" if complete else "incomplete")
 
 
-def summarize_run(run: RunReader, on_records: Told = _nobody, on_note: Told = _nobody) -> RecordSummary:
+def summarize_run(
+    run: RunReader, on_records: OnRecords = lambda count: None, on_note: OnNote = lambda note: None
+) -> RecordSummary:
     """One run's summary, from its files."""
     level = run.manifest["trace"]["level"]
     stored = run.summary() if (run.folder / SUMMARY_FILE).exists() else None
@@ -72,9 +71,10 @@ def summarize_run(run: RunReader, on_records: Told = _nobody, on_note: Told = _n
             f"{run.folder}: records of level {level} hold no positions, and there is no {SUMMARY_FILE} "
             "to take the rest from; only runs of level full can do without"
         )
-    summary = RecordSummary(
-        _compared_sizes(stored), run.manifest["selections"], _shape(run), run.manifest.get("serving")
-    )
+    sizes = TraceConfig.compared_block_sizes
+    if stored is not None:
+        sizes = tuple(row["block_size_tokens"] for row in stored["blocks_touched"])
+    summary = RecordSummary(sizes, run.manifest["selections"], _shape(run), run.manifest.get("serving"))
     summary.dropped_steps = stored["dropped_steps"] if stored else 0
     for section in summary.sections:
         summary.sections[section] = stored.get(section) if stored else None
@@ -86,7 +86,7 @@ def summarize_run(run: RunReader, on_records: Told = _nobody, on_note: Told = _n
         summary.take_stored(stored, level)
         if stored["counts"]["records"] != summary.counts["records"]:
             on_note(
-                f"{run.folder}: offsets, tokens a block and overlaps are those of its last {SUMMARY_FILE}, "
+                f"{run.folder}: offsets, tokens per block and overlaps are those of its last {SUMMARY_FILE}, "
                 f"{stored['counts']['records']} of {summary.counts['records']} records"
             )
     for name, torn in run.torn_lines.items():
@@ -94,7 +94,7 @@ def summarize_run(run: RunReader, on_records: Told = _nobody, on_note: Told = _n
     return summary
 
 
-def _add_forwards(run: RunReader, summary: RecordSummary, on_records: Told) -> None:
+def _add_forwards(run: RunReader, summary: RecordSummary, on_records: OnRecords) -> None:
     finished = _FinishedRequests(run)
     num_layers = run.manifest["model_config"].get("n_layers", 1)
     records = _steps(run, FULL_FIELDS)
@@ -111,7 +111,7 @@ def _add_forwards(run: RunReader, summary: RecordSummary, on_records: Told) -> N
         summary.finish_request(request)
 
 
-def _add_thin_records(run: RunReader, summary: RecordSummary, level: str, on_records: Told) -> None:
+def _add_thin_records(run: RunReader, summary: RecordSummary, level: str, on_records: OnRecords) -> None:
     for columns in _columns(run, level):
         summary.add_columns(columns)
         on_records(len(columns["forward_idx"]))
@@ -135,10 +135,10 @@ def _columns(run: RunReader, level: str) -> Iterator[Mapping[str, Any]]:
 
 
 class _FinishedRequests:
-    """Says which requests have no record to come, in the order of requests.jsonl.
+    """Says which requests have no more records to come, in the order of requests.jsonl.
 
-    A request is let go as soon as its last step has been seen, so that what is kept of
-    it does not wait for the end of the run.
+    A request ends as soon as its last step has been seen, so that nothing is kept of it until the
+    end of the run.
     """
 
     def __init__(self, run: RunReader) -> None:
@@ -158,7 +158,7 @@ class _FinishedRequests:
             yield self._pop()
 
     def rest(self) -> Iterator[Record]:
-        """The others, after the last forward."""
+        """The other requests, after the last forward."""
         while self._head is not None:
             yield self._pop()
 
@@ -186,31 +186,25 @@ class _FinishedRequests:
 
 
 def _steps(run: RunReader, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A Parquet run reads only these columns; a JSON line is parsed whole anyway."""
+    """Only these columns of a Parquet run; a JSON line is parsed whole in any case."""
     return run.steps(fields if run.is_parquet else None)
 
 
 def _shape(run: RunReader) -> RunShape:
     manifest = run.manifest
+    block_size = manifest["trace"]["block_size_tokens"]
     if manifest["selections"] == "none":  # no model, no selection, no record
-        return RunShape(
-            manifest["trace"]["block_size_tokens"], top_k=0, index_bytes=0, offloaded=is_offloaded(run)
-        )
+        return RunShape(block_size, top_k=0, index_bytes=0, offloaded=is_offloaded(run))
     layout = next(x for x in manifest["cache_layouts"] if x["name"] == manifest["cache_layout"])
     top_k = manifest["model_config"].get("index_topk")
     if not isinstance(top_k, int):
         raise UserError(f"{run.folder}: the manifest's model_config has no index_topk, the k of its top-k")
-    return RunShape(
-        manifest["trace"]["block_size_tokens"],
-        top_k,
-        layout["index_bytes_per_token"],
-        is_offloaded(run),
-        shared_layers_of(manifest),
-    )
+    index_bytes = layout["index_bytes_per_token"]
+    return RunShape(block_size, top_k, index_bytes, is_offloaded(run), shared_layers_of(manifest))
 
 
 def is_offloaded(run: RunReader) -> bool:
-    """Whether its latents lay in tiers."""
+    """Whether the run's latents lay in tiers."""
     return run.manifest.get("tiers") is not None
 
 
@@ -223,39 +217,30 @@ def _tiers(run: RunReader) -> str:
     return ", ".join([f"{tiers['granularity']}s of {tiers['unit_tokens']} tokens", hbm, *pools])
 
 
-def _serving(run: RunReader) -> str:
-    serving = run.manifest.get("serving")
-    return f"{serving['mode']}, {serving['clock']} clock" if serving else "none"
-
-
-def _prefix_source(run: RunReader) -> str:
-    source: str = run.manifest.get("prefix_source", "analysis")
-    return source
-
-
-def _compared_sizes(stored: Record | None) -> tuple[int, ...]:
-    if stored is None:
-        return TraceConfig.compared_block_sizes
-    return tuple(row["block_size_tokens"] for row in stored["blocks_touched"])
-
-
 def _check_alike(runs: Sequence[RunReader]) -> None:
-    """Adding up means something only where blocks, k and the source of the selections are the same."""
-    for run in runs[1:]:
-        for what, left, right in (
-            ("blocks", _shape(runs[0]).block_size, _shape(run).block_size),
-            ("top-k", _shape(runs[0]).top_k, _shape(run).top_k),
-            ("shared layers", _shape(runs[0]).shared_layers, _shape(run).shared_layers),
-            ("selections", runs[0].manifest["selections"], run.manifest["selections"]),
-            ("serving", _serving(runs[0]), _serving(run)),
-            ("prefix source", _prefix_source(runs[0]), _prefix_source(run)),
-            ("tiers", _tiers(runs[0]), _tiers(run)),
-        ):
-            if left != right:
+    """A sum of runs means something only where blocks, k, the source of the selections and such agree."""
+    first, *others = runs
+    expected = _kind(first)
+    for run in others:
+        for what, found in _kind(run).items():
+            if found != expected[what]:
                 raise UserError(
-                    f"{run.folder}: {what} {right}, but {left} in {runs[0].folder}; "
+                    f"{run.folder}: {what} {found}, but {expected[what]} in {first.folder}; "
                     "summarize them apart, the sum would say nothing"
                 )
+
+
+def _kind(run: RunReader) -> dict[str, Any]:
+    shape, serving = _shape(run), run.manifest.get("serving")
+    return {
+        "blocks": shape.block_size,
+        "top-k": shape.top_k,
+        "shared layers": shape.shared_layers,
+        "selections": run.manifest["selections"],
+        "serving": f"{serving['mode']}, {serving['clock']} clock" if serving else "none",
+        "prefix source": run.manifest.get("prefix_source", "analysis"),
+        "tiers": _tiers(run),
+    }
 
 
 def _distinct_names(folders: Sequence[Path]) -> list[str]:

@@ -1,7 +1,8 @@
 """What a whole run did, from exact integer histograms: the contents of `summary.json`.
 
-Fed step by step, can be read at any time, and two summaries merge by addition. Knows
-no file and no thread.
+Fed step by step, readable at any time; two summaries merge by addition. Measured touched blocks are
+compared with those of a uniform and a recency selector, from closed formulas. Knows no file and no
+thread.
 
     summary = Summary(compared_block_sizes=(16, 32, 64))
     summary.add_step(step)            # StepRecords
@@ -17,19 +18,17 @@ from typing import Any, Literal
 import numpy as np
 
 from dsatrace.schema import FETCH_TOTALS, OFFLOADED_FETCH, SCHEMA_VERSION, TIER_NAMES
-from dsatrace.trace.baselines import context_blocks, recency_blocks, uniform_blocks
 from dsatrace.trace.histogram import Histogram, ValueCounts
 from dsatrace.trace.kernels import compile_kernels, count_offsets
-from dsatrace.trace.needles import RecallTotals
-from dsatrace.trace.overlap import SelectionOverlap
+from dsatrace.trace.overlap import RecallTotals, SelectionOverlap
 from dsatrace.trace.records import StepRecords
-from dsatrace.trace.request_totals import RequestTotals
-from dsatrace.trace.statistics import StepStatistics, count_blocks
+from dsatrace.trace.requests import RequestTotals
+from dsatrace.trace.statistics import count_blocks
 
 NUM_HOT_BLOCKS = 20
 SectionName = Literal["tiers", "workload"]
 Sections = dict[SectionName, Mapping[str, Any] | None]
-"""Sections that are supplied, not counted: "tiers" by the run's stores, "workload" by the data set."""
+"""Sections that are supplied, not counted: "tiers" by the engine, "workload" by the data set."""
 
 _COUNTS = ("steps", "prefills", "records", "sparse_records", "requests")
 
@@ -39,7 +38,7 @@ class TracingCost:
     """What tracing took, in microseconds, and what it lost. The writer's thread adds to the last two."""
 
     traced_steps: int = 0
-    dropped_steps: int = 0  # not handed over: no room in the queue, or the writer had failed
+    dropped_steps: int = 0  # not handed over: the queue was full, or the writer had failed
     handover_us: float = 0.0
     blocked_us: float = 0.0
     sync_us: float = 0.0
@@ -73,11 +72,11 @@ class _BlocksAtSize:
         self.uniform_sum = 0.0
 
     def add(self, step: StepRecords, seq_len: np.ndarray, records: np.ndarray) -> None:
-        """`seq_len` (S,) of the sparse requests, `records` (R,) marks their records."""
+        """`seq_len` (S,) is that of the sparse requests, `records` (R,) marks their records."""
         stats, k = step.stats, step.top_k
         if self.block_size % step.block_size:
             touched = count_blocks(stats.tokens, stats.token_ptr, self.block_size)
-        else:  # whole multiples follow from the blocks, which are far fewer
+        else:  # a multiple of the records' block size: blocks are far fewer than tokens
             touched = count_blocks(stats.block_ids, stats.block_ptr, self.block_size // step.block_size)
         self.touched.add(touched[records])
         per_layer = np.repeat(seq_len, step.num_layers)
@@ -115,11 +114,11 @@ class Summary:
         *,
         offloaded: bool = False,
     ) -> None:
-        """`serving` is the manifest's: null where no requests arrived over time. `offloaded`: it has
-        `tiers`."""
+        """`serving` is the manifest's; `offloaded`: the manifest has `tiers`."""
         compile_kernels()
         self.selections = selections
         self.sections: Sections = {"tiers": None, "workload": None}
+        self.cost: TracingCost | None = None  # None: nothing was traced live
         self.counts = dict.fromkeys(_COUNTS, 0)
         self.dropped_steps = 0
         self.dense = {name: Histogram() for name in ("unique_blocks", "tokens_per_touched_block", "offsets")}
@@ -167,7 +166,7 @@ class Summary:
             self._hot[request_id] = _hottest(touches)
 
     def merge(self, other: Summary) -> None:
-        """Adds another part of the same run; both keep to the same block sizes."""
+        """Adds another part, or another run, with the same block sizes."""
         for name in _COUNTS:
             self.counts[name] += other.counts[name]
         self.dropped_steps += other.dropped_steps
@@ -182,8 +181,8 @@ class Summary:
         self.recall.merge(other.recall)
         self.requests.merge(other.requests)
         if self.sections["workload"] != other.sections["workload"]:
-            self.sections["workload"] = None  # two workloads are none
-        self.sections["tiers"] = None  # said of one run as a whole
+            self.sections["workload"] = None
+        self.sections["tiers"] = None  # describes one run as a whole
         for name, totals in self.fetch.items():
             for total in totals:
                 totals[total] += other.fetch[name][total]
@@ -192,13 +191,10 @@ class Summary:
             self._touch(request_id, touches)
         self._hot.update(other._hot)
 
-    def to_json(self, state: str, cost: TracingCost | None = None) -> dict[str, Any]:
+    def to_json(self, state: str) -> dict[str, Any]:
         """The record of summary.json, in the schema's field order."""
         latents = sum(totals["bytes_read"] for totals in self.fetch.values())
-        hot = {
-            **self._hot,
-            **{request_id: _hottest(touches) for request_id, touches in self._running.items()},
-        }
+        hot = self._hot | {request_id: _hottest(touches) for request_id, touches in self._running.items()}
         distributions = {name: histogram.distribution() for name, histogram in self.dense.items()}
         of_requests, request_histograms = self.requests.to_json()
         return {
@@ -225,7 +221,7 @@ class Summary:
             **of_requests,
             "tiers": self.sections["tiers"],
             "workload": self.sections["workload"],
-            "tracing_cost": cost.to_json() if cost else None,
+            "tracing_cost": self.cost.to_json() if self.cost else None,
             "histograms": {
                 **{name: histogram.to_json() for name, histogram in self.dense.items()},
                 "prefix_intersection_ratio": self.ratios.to_json(),
@@ -237,9 +233,8 @@ class Summary:
 
     def _add_prefix_blocks(self, step: StepRecords) -> None:
         stats, num_layers = step.stats, step.num_layers
-        for b, (request_id, prefix) in enumerate(
-            zip(step.capture.request_ids, step.capture.prefixes, strict=True)
-        ):
+        prefixes = zip(step.capture.request_ids, step.capture.prefixes, strict=True)
+        for b, (request_id, prefix) in enumerate(prefixes):
             if prefix.hit:
                 touched = _of_request(stats.block_ids, stats.block_ptr, b, num_layers)
                 touched = touched[touched < prefix.num_cached_blocks]
@@ -263,18 +258,14 @@ class Summary:
             self.recall.add(step.needles, layer, np.repeat(seq_len, step.num_layers), step.top_k, records)
         request_ids, step_idx, has_indexer = step.capture.request_ids, step.capture.step_idx, step.has_indexer
         for b in np.flatnonzero(sparse).tolist():
-            tokens = _selections(step.stats, b, step.num_layers)
+            tokens = _of_request(step.stats.tokens, step.stats.token_ptr, b, step.num_layers)
+            tokens = tokens.reshape(step.num_layers, -1)  # (L, K): every layer selects exactly K
             self.overlap.add(request_ids[b], int(step_idx[b]), int(seq_len[b]), tokens, has_indexer)
 
 
 def _of_request(values: np.ndarray, pointers: np.ndarray, request: int, num_layers: int) -> np.ndarray:
-    """One request's part of a CSR array: its layers lie side by side."""
+    """One request's part of a CSR array, all layers."""
     return values[pointers[request * num_layers] : pointers[(request + 1) * num_layers]]
-
-
-def _selections(stats: StepStatistics, request: int, num_layers: int) -> np.ndarray:
-    """(L, K): every layer of a sparse request selects exactly K."""
-    return _of_request(stats.tokens, stats.token_ptr, request, num_layers).reshape(num_layers, -1)
 
 
 def _hottest(touches: np.ndarray) -> list[dict[str, int]]:
@@ -285,3 +276,31 @@ def _hottest(touches: np.ndarray) -> list[dict[str, int]]:
 
 def _ms(us: float | None) -> float | None:
     return None if us is None else us / 1000
+
+
+def context_blocks(seq_len: np.ndarray, block_size: int) -> np.ndarray:
+    """Blocks of the whole context."""
+    return -(-seq_len // block_size)
+
+
+def recency_blocks(seq_len: np.ndarray, k: np.ndarray | int, block_size: int) -> np.ndarray:
+    """Blocks that the last k tokens lie in."""
+    return (seq_len - 1) // block_size - (seq_len - k) // block_size + 1
+
+
+def uniform_blocks(seq_len: np.ndarray, k: np.ndarray | int, block_size: int) -> np.ndarray:
+    """Expected blocks touched by k tokens drawn without replacement from `seq_len`, exactly.
+
+    A block of b tokens is missed with probability C(N - b, k) / C(N, k) (hypergeometric); b is
+    smaller in a last block that is not full.
+    """
+    seq_len = np.asarray(seq_len, dtype=np.int64)
+    full, rest = seq_len // block_size, seq_len % block_size
+    i = np.arange(block_size)
+    # P(miss b tokens) = product over i < b of (N - k - i) / (N - i), zero once it is negative.
+    factors = np.clip(seq_len[:, None] - np.asarray(k).reshape(-1, 1) - i, 0, None) / np.maximum(
+        seq_len[:, None] - i, 1
+    )
+    missed = factors.cumprod(axis=1)  # (B, block_size)
+    last = np.where(rest > 0, 1 - missed[np.arange(len(seq_len)), rest - 1], 0.0)
+    return full * (1 - missed[:, -1]) + last

@@ -1,7 +1,7 @@
-"""The tracer as the engine sees it: which steps to record, whose prompts are shared, where it goes.
+"""The tracer as the engine sees it: it says which steps to record, and owns the run's folder.
 
-Owns a run's folder from the manifest to the last line. Knows requests and captures; no
-tensor, no scheduler.
+Writes the folder from the manifest to the last line. Knows requests and captures; no tensor and no
+scheduler.
 
     with Tracer(config, RunInfo(model_config=..., layouts=(layout,), device="cpu")) as tracer:
         prefix = tracer.add_request(request)
@@ -20,19 +20,18 @@ from types import TracebackType
 from typing import Any
 
 from dsatrace.errors import UserError
+from dsatrace.files import write_json
 from dsatrace.kv.prefix import PrefixCacheAnalyzer, RequestPrefix, key_id, load_prefix_secret
 from dsatrace.kv.tiers.account import OffloadedTiers, Tiers, default_tiers
 from dsatrace.schema import MANIFEST_FILE, SUMMARY_FIELDS, problems
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig, check_run_folder, is_sampled
-from dsatrace.trace.manifest import RunInfo, manifest, write_json
+from dsatrace.trace.manifest import RunInfo, manifest
 from dsatrace.trace.records import RecordDeriver
-from dsatrace.trace.request_facts import RequestFacts, TracedRequest, request_line
-from dsatrace.trace.resumable import check_resumable
-from dsatrace.trace.resume import Resumed
-from dsatrace.trace.sinks import Sink, open_sinks
-from dsatrace.trace.summary import Sections, TracingCost
-from dsatrace.trace.writer import TraceWriter, cannot_write
+from dsatrace.trace.requests import RequestFacts, TracedRequest, request_line
+from dsatrace.trace.resume import Resumed, check_resumable
+from dsatrace.trace.summary import Summary, TracingCost
+from dsatrace.trace.writer import Sink, TraceWriter, cannot_write, open_sinks
 
 _TIERS_FIELD = tuple(field for field in SUMMARY_FIELDS if field.name == "tiers")
 
@@ -40,11 +39,10 @@ _TIERS_FIELD = tuple(field for field in SUMMARY_FIELDS if field.name == "tiers")
 class Tracer:
     """Records a run into `config.out`, which must be new or empty.
 
-    As a context manager it ends the run `complete`, or `incomplete` when an exception
-    leaves the block. `sinks` and `secret` have defaults: the files of the run's folder, the
-    user's own secret. Where `run` has tiers, every capture says which of them served it. A
-    `resumed` run goes on in its own folder, less what of it is not done; `UserError` where
-    this run is not the same one.
+    As a context manager it ends the run `complete`, or `incomplete` when an exception leaves the
+    block. `sinks` default to the files of the run's folder, `secret` to the user's own. Where `run`
+    has tiers, every capture must hold `fetches`. A `resumed` run goes on in its own folder, without
+    what must be served again; `UserError` if this run is not the same one.
     """
 
     def __init__(
@@ -66,39 +64,43 @@ class Tracer:
         self._prefixes: dict[str, RequestPrefix] = {}
         self._needles: dict[str, tuple[int, ...]] = {}  # of the unfinished requests that have any
         self._ids: set[str] = set(resumed.done) if resumed else set()
+        # Only step records tell what is shared; with a prefix cache they tell what was found there.
+        self._compares_prompts = config.records_steps and run.prefix_source == "analysis"
         self._closed = False
         self.tell_tiers: Callable[[], Mapping[str, Any]] | None = None
-        """What `describe_tiers` is told at the run's end; for whoever owns the tiers to set."""
+        """Asked at the run's end for the record of `describe_tiers`; the owner of the tiers sets it."""
         secret = secret or load_prefix_secret()
         self._key_id = key_id(secret)
         self._analyzer = PrefixCacheAnalyzer(config.block_size, config.prefix_key_tokens, secret=secret)
-        # Compiles what the writer runs, if this machine has not yet: before the run, not in its first step.
+        # Compiles the kernels, if this machine has not yet: before the run, not in its first step.
         deriver = RecordDeriver(config, run.layouts[0], tiers_of(run), True, run.shared_layers)
-        cost = TracingCost()
-        sections: Sections = {}
-        sinks = self._open_folder(cost, sections, sinks)
-        self._writer = TraceWriter(
-            deriver, sinks, config.queue_steps, cost, config.queue_policy, config.on_error, sections
-        )
+        sizes, has_tiers = config.compared_block_sizes, run.tiers is not None
+        summary = Summary(sizes, run.selections, run.serving, offloaded=has_tiers)
+        if resumed is not None:
+            summary = resumed.summary
+        summary.cost = cost = TracingCost()
+        sinks = self._open_folder(summary, sinks)
+        policies = config.queue_policy, config.on_error
+        self._writer = TraceWriter(deriver, sinks, config.queue_steps, cost, *policies, summary.sections)
 
     def wants(self, step_number: int) -> bool:
-        """Whether every request's decode step `step_number` (0-based) is recorded."""
+        """Whether decode step `step_number` (0-based, counted per request) is recorded."""
         return is_sampled(step_number, self.config.sample_rate, self.config.seed)
 
     @property
     def accepts(self) -> bool:
-        """Whether a step recorded now could be written: not after the writer failed in a run that
-        goes on (`on_error` continue). Raises what ends the run."""
+        """See `TraceWriter.accepts`."""
         return self._writer.accepts
 
     def drop_step(self) -> None:
-        """Counts a step that should have been recorded and is not."""
+        """Counts a step that should have been recorded and was not."""
         self._writer.drop()
 
     def add_request(self, request: TracedRequest) -> RequestPrefix:
-        """Announces a request and says how much of its prompt earlier ones began with.
+        """Announces a request and returns how much of its prompt begins like an earlier one.
 
-        Where no step is recorded nothing is compared, and the answer is nothing.
+        Compares nothing, and returns 0 blocks, where no step is recorded or where a prefix cache
+        decides what is shared (see `prefixes`).
         """
         request_id = request.request_id
         if request_id in self._ids:
@@ -107,17 +109,15 @@ class Tracer:
         self._unfinished[request_id] = request
         if request.needle_positions:
             self._needles[request_id] = tuple(sorted(set(request.needle_positions)))
-        # Only step records say what is shared; a prompt is not hashed for nothing.
-        prefix = RequestPrefix(0, "")
-        if self.config.records_steps:
-            prefix = self._analyzer.add(request.prompt_token_ids)
-        self._prefixes[request_id] = prefix
+        if not self._compares_prompts:
+            return RequestPrefix(0, "")
+        self._prefixes[request_id] = prefix = self._analyzer.add(request.prompt_token_ids)
         return prefix
 
     def skip_request(self, request: TracedRequest) -> None:
-        """Takes note, in its place among the others, of a request that a resumed run is done with.
+        """Announces, in its place among the others, a request that a resumed run is done with.
 
-        Those after it share its prompt as they would have. Writes nothing.
+        Later requests share its prompt as in the first start. Writes nothing.
         """
         request_id, num_tokens = request.request_id, len(request.prompt_token_ids)
         known = self._resumed.prompt_tokens.get(request_id) if self._resumed else None
@@ -128,7 +128,7 @@ class Tracer:
                 f"request {request_id}: its prompt has {num_tokens} tokens, {known} when {self.config.out} "
                 "began; resume with the data and the flags of the first start"
             )
-        if self.config.records_steps:
+        if self._compares_prompts:
             self._analyzer.add(request.prompt_token_ids)
 
     def prefixes(
@@ -136,47 +136,49 @@ class Tracer:
     ) -> tuple[RequestPrefix, ...]:
         """The shared prefixes of running requests, for a capture of them.
 
-        What `add_request` said; or, where the run has a prefix cache, what each of them really
-        found there: the blocks of the statistics that lie whole in its `hit_tokens`.
+        Those that `add_request` found; or, where the run has a prefix cache, the blocks (of the trace's
+        block size) that lie whole in the request's `hit_tokens` when it is first captured.
         """
-        prefixes = tuple(self._prefixes[request_id] for request_id in request_ids)
-        if self._run.prefix_source == "analysis":
-            return prefixes
-        return tuple(
-            dataclasses.replace(prefix, num_cached_blocks=num_tokens // self.config.block_size)
-            for prefix, num_tokens in zip(prefixes, hit_tokens, strict=True)
-        )
+        if self._run.prefix_source == "cache":
+            for request_id, num_tokens in zip(request_ids, hit_tokens, strict=True):
+                if request_id not in self._prefixes:
+                    key = self._analyzer.key(self._unfinished[request_id].prompt_token_ids)
+                    num_blocks = num_tokens // self.config.block_size
+                    self._prefixes[request_id] = RequestPrefix(num_blocks, key)
+        return tuple(self._prefixes[request_id] for request_id in request_ids)
+
+    def needles(self, request_ids: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The positions of running requests' answers, for a capture of them; () where none is known."""
+        if not self._needles:
+            return ()
+        return tuple(self._needles.get(request_id, ()) for request_id in request_ids)
 
     def put(self, capture: StepCapture, handover_us: float = 0.0, sync_us: float = 0.0) -> None:
         """Hands one traced step to the writer.
 
-        `handover_us`: what the caller spent on copies, `sync_us`: on waiting for the
-        device. Raises what the writer met since the last call, or drops the step (see
-        `TraceWriter`).
+        `handover_us`: what the caller spent on copies, `sync_us`: on waiting for the device. Raises
+        the writer's error since the last call, or drops the step (see `TraceWriter`).
         """
-        if self._needles:
-            needles = tuple(self._needles.get(request_id, ()) for request_id in capture.request_ids)
-            capture = dataclasses.replace(capture, needles=needles)
         self._writer.put(capture, handover_us, sync_us)
 
     def finish_request(self, request: TracedRequest, facts: RequestFacts) -> None:
         """Writes the request's line, as the facts are now."""
         request_id = request.request_id
         self._write_line(self._unfinished.pop(request_id), facts)
-        del self._prefixes[request_id]
+        self._prefixes.pop(request_id, None)
         self._needles.pop(request_id, None)
 
     def describe_workload(self, record: Mapping[str, Any]) -> None:
-        """What the summary says of the workload: its name, its counts, the rows it left out.
+        """Sets the summary's `workload`: its name, its counts, the rows it left out.
 
         JSON-ready and without prompt text; may be called at any time before the run ends.
         """
         self._writer.describe("workload", record)
 
     def describe_tiers(self, record: Mapping[str, Any]) -> None:
-        """What the summary says of the tiers' stores: `tiers` of `schema.SUMMARY_FIELDS`, JSON-ready.
+        """Sets the summary's `tiers`: a record of `schema.SUMMARY_FIELDS`, JSON-ready.
 
-        It counts what was put before; may be called at any time before the run ends, the last one counts.
+        It counts what was put before this call; the last call before the run ends stands.
         """
         if self._run.tiers is None:
             raise ValueError("the run has no tiers to describe: RunInfo.tiers")
@@ -186,13 +188,13 @@ class Tracer:
 
     def close(self, state: str = "complete") -> None:
         """Ends the run; requests that did not finish get a line that says so. Reports what failed."""
-        if not self._closed:
-            failure = self._end(state)
-            self._writer.close()
-            if failure is not None and self.config.on_error == "stop":
-                raise failure
-            if failure is not None:
-                print(f"warning: {failure}", file=sys.stderr)
+        if self._closed:
+            return
+        failure = self._end(state)
+        self._writer.close()
+        if failure is not None and self.config.on_error == "stop":
+            raise failure
+        _warn(failure)
 
     def __enter__(self) -> Tracer:
         return self
@@ -203,13 +205,12 @@ class Tracer:
         if error is None:
             self.close()
         elif not self._closed:
-            # The error under way is the one to see; the writer's own, if any, goes to the manifest.
-            failure = self._end("incomplete", f"ended by {type(error).__name__}")
-            if failure is not None:
-                print(f"warning: {failure}", file=sys.stderr)
+            # The user sees the error under way; the writer's own, if any, goes to the manifest.
+            _warn(self._end("incomplete", f"ended by {type(error).__name__}"))
 
     def _end(self, state: str, reason: str | None = None) -> UserError | None:
-        """Writes out what waits and gives the manifest its last state; returns why it could not."""
+        """Writes what waits and gives the manifest its last state; returns why the manifest could not be
+        written."""
         self._closed = True
         for request in self._unfinished.values():
             self._write_line(request, RequestFacts())
@@ -221,7 +222,7 @@ class Tracer:
             state, reason = "incomplete", f"the trace writer: {type(error).__name__}: {error}"
         try:
             self._write_manifest(state, reason)
-        except OSError as refused:  # the run reads as incomplete all the same: nobody holds its lock
+        except OSError as refused:  # readers see an incomplete run: its lock is gone
             return cannot_write(refused)
         return None
 
@@ -230,10 +231,8 @@ class Tracer:
         line = request_line(request, facts, has_prefix_cache=has_prefix_cache, has_tiers=has_tiers)
         self._writer.finish_request(line)
 
-    def _open_folder(
-        self, cost: TracingCost, sections: Sections, sinks: Sequence[Sink] | None = None
-    ) -> Sequence[Sink]:
-        """Makes the run's folder and its files, or goes on with them; the manifest first."""
+    def _open_folder(self, summary: Summary, sinks: Sequence[Sink] | None) -> Sequence[Sink]:
+        """Makes the run's folder and files, or goes on with them; the manifest first."""
         folder, resumed = self.config.out, self._resumed
         if resumed is None:
             check_run_folder(folder)
@@ -246,22 +245,11 @@ class Tracer:
             self._write_manifest("running")
             if resumed is not None:
                 resumed.cut()
-            if sinks is not None:
-                return sinks
-            return open_sinks(
-                folder,
-                self.config,
-                self._run.selections,
-                cost,
-                sections,
-                self._run.serving,
-                resumed,
-                offloaded=self._run.tiers is not None,
-            )
+            return open_sinks(folder, self.config, summary, resumed) if sinks is None else sinks
         except OSError as error:
-            remedy = (
-                "nothing is lost, make room and resume it again" if resumed else "name another --trace-out"
-            )
+            remedy = "name another --trace-out"
+            if resumed is not None:
+                remedy = "nothing is lost, make room and resume it again"
             raise UserError(f"{folder}: cannot write the trace there: {error.strerror}; {remedy}") from error
 
     def _write_manifest(self, state: str, error: str | None = None) -> None:
@@ -274,8 +262,13 @@ class Tracer:
         return self._resumed.continued(record) if self._resumed else record
 
 
+def _warn(failure: UserError | None) -> None:
+    if failure is not None:
+        print(f"warning: {failure}", file=sys.stderr)
+
+
 def tiers_of(run: RunInfo) -> Tiers:
-    """How its records account for what they read."""
+    """How the run's records account for what they read."""
     if run.tiers is None:
         return default_tiers(run.layouts[0])
     kinds = {name: pool.latency_kind for name, pool in run.tiers.pools.items()}

@@ -1,10 +1,10 @@
-"""The writer thread: takes captures from the model thread, derives and writes them.
+"""The writer thread, which derives captures and feeds them to sinks: a run's lines, and its summary.
 
-The model thread only puts. When as many steps wait as may, policy `block` waits too, so
-no step is lost, and policy `drop` loses the step and counts it. Each capture is released
-when it has been written, or given up, and its arrays may be reused. Knows no model and
-no format: `RecordDeriver` derives, the sinks write.
+The model thread only puts. When the queue is full, policy `block` waits, so that no step is lost,
+and policy `drop` loses the step and counts it. Each capture is released once it is written or given
+up; its arrays may then be reused. Knows no model; `RecordDeriver` derives, a sink writes.
 
+    sinks = open_sinks(folder, config, Summary(config.compared_block_sizes))
     with TraceWriter(deriver, sinks, queue_steps=8) as writer:
         writer.put(capture)
         writer.finish_request({"request_id": "r0", ...})
@@ -18,14 +18,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
+
+import orjson
 
 from dsatrace.errors import UserError
+from dsatrace.files import LineFile, write_atomically
+from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
 from dsatrace.trace.capture import StepCapture
-from dsatrace.trace.records import RecordDeriver
-from dsatrace.trace.sinks import Sink
-from dsatrace.trace.summary import SectionName, Sections, TracingCost
+from dsatrace.trace.config import TraceConfig
+from dsatrace.trace.records import RecordDeriver, StepLines, StepRecords
+from dsatrace.trace.resume import Resumed
+from dsatrace.trace.summary import SectionName, Sections, Summary, TracingCost
 
 
 class _Section(NamedTuple):
@@ -33,7 +39,7 @@ class _Section(NamedTuple):
     record: Mapping[str, Any]
 
 
-# A step, a finished request, a section of the summary, or the end.
+# A step, a finished request, a section of the summary, or the end of the run.
 _Item = StepCapture | Mapping[str, Any] | _Section | None
 
 
@@ -42,12 +48,11 @@ class TraceWriterError(RuntimeError):
 
 
 class TraceWriter:
-    """Feeds sinks from a thread of its own, in the order of `put` and `finish_request`.
+    """Feeds sinks from its own thread, in the order of `put` and `finish_request`.
 
-    When deriving or writing fails, nothing more is written. With `on_error` stop, the next
-    `put` or `close` raises `failure` in the caller's thread; with continue it warns once,
-    and every later step is dropped and counted. What was written before stays; tokens are
-    never touched.
+    When deriving or writing fails, nothing more is written; what was written before stays. With
+    `on_error` stop, the next `put` or `close` raises `failure` in the caller's thread; with continue
+    it warns once, and every later step is dropped and counted.
     """
 
     def __init__(
@@ -60,7 +65,7 @@ class TraceWriter:
         on_error: Literal["stop", "continue"] = "stop",
         sections: Sections | None = None,
     ) -> None:
-        """`cost` and `sections` are shared with the sink of the summary, which reads them as it writes."""
+        """`cost` and `sections` are the summary's; the writer keeps them up to date."""
         self.cost = cost or TracingCost()
         self.error: BaseException | None = None
         self._deriver = deriver
@@ -85,7 +90,7 @@ class TraceWriter:
         return self.error is None
 
     def put(self, capture: StepCapture, handover_us: float = 0.0, sync_us: float = 0.0) -> None:
-        """Hands one step over; while the queue is full it waits, or drops the step."""
+        """Hands one step over; waits or drops the step while the queue is full."""
         cost, start = self.cost, time.perf_counter()
         if self.error is not None or not self._places.acquire(blocking=self._policy == "block"):
             self.drop()
@@ -100,25 +105,25 @@ class TraceWriter:
         cost.blocked_us += (time.perf_counter() - start) * 1e6
 
     def drop(self) -> None:
-        """Counts a step that is not going to be recorded."""
+        """Counts a step that will not be recorded."""
         self.cost.dropped_steps += 1
 
     def finish_request(self, record: Mapping[str, Any]) -> None:
-        """Hands a requests.jsonl record over, after every step of that request; never waits."""
+        """Hands a record of requests.jsonl over, after every step of that request; never waits."""
         self._queue.put(record)
 
     def describe(self, name: SectionName, record: Mapping[str, Any]) -> None:
-        """Hands over a section of the summary, which then counts what was put before; the last one stands."""
+        """Hands a section of the summary over; it replaces one of the same name."""
         self._queue.put(_Section(name, record))
 
     def close(self, state: str = "complete") -> None:
-        """Writes out what waits, closes the sinks and reports the writer's error, if it had one."""
+        """Writes what waits, closes the sinks and reports the writer's error, if there was one."""
         self.stop(state)
         if self.error is not None:
             self._report()
 
     def stop(self, state: str) -> None:
-        """`close` that leaves the writer's error in `error`: for when another error is under way."""
+        """`close` without the report: the writer's error stays in `error`."""
         if not self._stopped:
             self._stopped = True
             self._state = state
@@ -138,22 +143,20 @@ class TraceWriter:
 
     @functools.cached_property
     def failure(self) -> Exception:
-        """What a caller sees of `error`, which must be set: a `UserError` for what the system
-        refused (a full disk), else a `TraceWriterError`."""
+        """`error`, which must be set, as the caller sees it: a `UserError` for what the system refused
+        (a full disk), else a `TraceWriterError`."""
         error = self.error
         assert error is not None
         if isinstance(error, UserError):
             return error
-        failure = (
-            cannot_write(error)
-            if isinstance(error, OSError)
-            else TraceWriterError(f"the trace writer failed: {error}")
-        )
+        failure: Exception = TraceWriterError(f"the trace writer failed: {error}")
+        if isinstance(error, OSError):
+            failure = cannot_write(error)
         failure.__cause__ = error
         return failure
 
     def _report(self) -> None:
-        """Raises `failure`, or says once that the run goes on without a trace."""
+        """Raises `failure`, or warns once that the run goes on without a trace."""
         if self._on_error == "stop":
             raise self.failure
         if not self._warned:
@@ -165,7 +168,7 @@ class TraceWriter:
             if isinstance(item, StepCapture):
                 self._places.release()
                 self._guard(self._write_step, item)
-                item.release()  # after a failure too, so that nobody waits for ever
+                item.release()  # after a failure too, or the model thread would wait forever
             elif isinstance(item, _Section):
                 if self.error is None:
                     self._sections[item.name] = item.record
@@ -182,7 +185,7 @@ class TraceWriter:
                 step = self._deriver.derive(capture)
                 for sink in self._sinks:
                     sink.write_step(step)
-                    is_written = True  # the first sink holds the records, the others what follows from them
+                    is_written = True  # the first sink holds the records
         finally:
             self.cost.lost_steps += not is_written
             self.cost.busy_us += (time.perf_counter() - start) * 1e6
@@ -202,6 +205,96 @@ class TraceWriter:
 
 
 def cannot_write(error: OSError) -> UserError:
-    """The one line for a disk that is full, or gone."""
+    """The error for a disk that is full or gone."""
     name = f"{error.filename}: " if error.filename else ""
     return UserError(f"cannot write the trace: {name}{error.strerror}; the steps written before are readable")
+
+
+class Sink(Protocol):
+    """Takes a run's steps and finished requests in order, from one thread.
+
+    Each call is whole when it returns: a process that dies afterwards has not lost it, unless the
+    sink says how much it may lose. `close` is called once, also after a failure, with the state the
+    run ends in. Errors propagate to the caller.
+    """
+
+    def write_step(self, step: StepRecords) -> None: ...
+
+    def write_request(self, record: Mapping[str, Any]) -> None: ...
+
+    def close(self, state: str) -> None: ...
+
+
+class JsonlSink:
+    """`trace_steps.jsonl` and `requests.jsonl`: one unbuffered write per step, so a killed run loses
+    at most the line it was writing.
+
+    Holds a lock on the steps file while it is open. The kernel drops it when the process ends, in
+    whatever way, so a reader can tell a running run from a killed one.
+    """
+
+    def __init__(self, folder: Path, resumed: Resumed | None = None) -> None:
+        """New files, or those of a resumed run, which are locked already."""
+        self._lines = StepLines()
+        if resumed is not None:
+            self._steps, self._requests = resumed.steps, resumed.requests
+            return
+        self._steps = LineFile(folder / STEPS_FILE)
+        self._steps.lock()
+        self._requests = LineFile(folder / REQUESTS_FILE)
+
+    def write_step(self, step: StepRecords) -> None:
+        self._steps.append(self._lines.encode(step))
+
+    def write_request(self, record: Mapping[str, Any]) -> None:
+        self._requests.append(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+
+    def close(self, state: str) -> None:
+        try:
+            self._requests.close()
+        finally:
+            self._steps.close()
+
+
+class SummarySink:
+    """`summary.json`: there from the start, replaced whole every `interval_s` seconds and at the end."""
+
+    def __init__(self, folder: Path, summary: Summary, interval_s: float) -> None:
+        self._path = folder / SUMMARY_FILE
+        self._summary = summary
+        self._dropped_before = summary.dropped_steps  # by the part of the run that this one resumes
+        self._interval_s = interval_s
+        self._write("running")
+        self._due = time.monotonic() + interval_s
+
+    def write_step(self, step: StepRecords) -> None:
+        self._summary.add_step(step)
+        if time.monotonic() >= self._due:
+            self._write("running")
+            # Counted from the end of the write, so that a large summary cannot fill the thread's time.
+            self._due = time.monotonic() + self._interval_s
+
+    def write_request(self, record: Mapping[str, Any]) -> None:
+        self._summary.finish_request(record)
+
+    def close(self, state: str) -> None:
+        self._write(state)
+
+    def _write(self, state: str) -> None:
+        cost = self._summary.cost
+        if cost is not None:
+            self._summary.dropped_steps = self._dropped_before + cost.dropped_steps + cost.lost_steps
+        record = self._summary.to_json(state)
+        write_atomically(self._path, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def open_sinks(
+    folder: Path, config: TraceConfig, summary: Summary, resumed: Resumed | None = None
+) -> tuple[Sink, ...]:
+    """The sinks of a run's folder; a resumed run goes on with its files."""
+    lines = JsonlSink(folder, resumed)
+    try:
+        return (lines, SummarySink(folder, summary, config.summary_interval_s))
+    except OSError:
+        lines.close("incomplete")
+        raise

@@ -1,15 +1,13 @@
-"""Whether a run's files say what its positions say; built on the plain implementation alone.
+"""Whether a run's files say what its positions say, checked with a second, plain implementation.
 
-run.py             the whole check of a run folder: start here
-files.py           the run's files, read with the standard library
-rules.py           what the manifest says that the records must follow
+run.py             the check of a whole run folder: start here
+files.py           a run's files, read with the standard library
+rules.py           the manifest's settings that the records depend on
 check_record.py    one record against its own positions
 check_tiers.py     its `kv_fetch`, and the totals of the tiers, where latents lie in several tiers
 order.py           the records against each other
+requests.py        the lines of requests.jsonl, and what they add up to
 plain_record.py    the second implementation: a record from its positions
-plain_tiers.py     ... its `kv_fetch`, token by token
-plain_summary.py   ... summary.json from the records
-overlap.py         ... its shares of a selection held elsewhere, and of the answer
-requests.py        ... its totals of requests.jsonl
-mismatch.py        what was found: one field, its place, and what it should be
+plain_summary.py   the second implementation: summary.json from the records
+mismatch.py        a finding: one field, its place, and what it should be
 """

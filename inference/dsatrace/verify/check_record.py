@@ -1,7 +1,6 @@
-"""Holds one record against what its own positions say, or, below level full, against what can be known.
+"""Checks one record against its own positions, or below level full against what is possible.
 
-Standard library and the plain implementation only. Knows one record at a time; that the
-records belong together is `order.py`'s matter.
+Standard library and the plain implementation only. Knows one record; `order.py` compares records.
 
     rules = Rules.of(manifest)
     check_record(record, rules, needles={})        # raises Mismatch naming the field
@@ -15,15 +14,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsatrace.schema import (
-    STEP_FIELDS,
-    Level,
-    field_paths,
-    nearest_rank,
-    problems,
-)
+from dsatrace.schema import STEP_FIELDS, Level, field_paths, nearest_rank, problems
 from dsatrace.verify.check_tiers import Selected, check_fetches, offloaded_field
-from dsatrace.verify.mismatch import Mismatch, compare, differs, require, require_range
+from dsatrace.verify.mismatch import Mismatch, compare, require, require_range
 from dsatrace.verify.plain_record import PlainSelection, fetch_from_hbm, needle_field, step_record
 from dsatrace.verify.rules import Rules, require_schema
 
@@ -34,17 +27,15 @@ Record = Mapping[str, Any]
 
 
 def check_record(record: Record, rules: Rules, needles: Mapping[str, Sequence[int]]) -> None:
-    """Everything that can be said of a record by itself; raises `Mismatch` at the first wrong field.
-
-    `needles` are the needle positions of each request that is known.
-    """
+    """Raises `Mismatch` at the record's first wrong field. `needles` are the positions of each request's
+    answer, for the requests that are known."""
     require_schema(problems(record, rules.level))
     check_given(record, rules)
     seq_len = record["seq_len_current"]
     if rules.level == "full":
         positions: Sequence[int] | None = record["selected_token_pos"]
         _check_positions(record["selected_token_pos"], seq_len, rules)
-    else:  # the dense path selects everything, so nothing is lost
+    else:  # the dense path selects every position
         positions = range(seq_len) if seq_len <= rules.top_k else None
     _check_needle(record, positions, rules, needles.get(record["request_id"]))
     if positions is None:
@@ -83,7 +74,7 @@ def _dropped_fields(level: Level) -> list[tuple[str, str, str]]:
 
 
 def _check_positions(positions: list[int], seq_len: int, rules: Rules) -> None:
-    """What must hold before anything can be derived from them."""
+    """What must be true before anything is derived from the positions."""
     name = "selected_token_pos"
     count = min(rules.top_k, seq_len)
     require(len(positions) == count, name, positions, f"{len(positions)} positions, derived {count}")
@@ -125,14 +116,14 @@ def _derived(record: Record, positions: Sequence[int], rules: Rules) -> dict[str
         keep_order=rules.keep_order and scores is not None,
     )
     if rules.keep_order and scores is None:
-        del derived["selected_token_pos"]  # their order is not to be had without the scores
+        del derived["selected_token_pos"]  # their order cannot be derived without scores
     if rules.tiers is not None:
-        del derived["kv_fetch"]  # which tier served what is no matter of the positions alone
+        del derived["kv_fetch"]  # positions do not tell which tier served them
     return derived
 
 
 def _selected(record: Record, positions: Sequence[int] | None, rules: Rules) -> Selected:
-    """What the tiers' accounts are held against, once the record's other fields are."""
+    """What the tiers' accounts are compared with, once the record's other fields are checked."""
     seq_len, size = record["seq_len_current"], rules.block_size
     last = (seq_len - 1 - record["offset_min"]) // size
     blocks = record.get("selected_block_ids")
@@ -150,7 +141,7 @@ def _selected(record: Record, positions: Sequence[int] | None, rules: Rules) -> 
 
 
 def _check_scores(record: Record, rules: Rules) -> None:
-    """Scores come from the model and cannot be derived; what they must be like can."""
+    """Scores come from the model, so only what they must be like is checked."""
     scores, stats, margin = record.get("scores_topk"), record.get("scores_stats"), record["kth_margin"]
     stored = "scores_topk" if rules.store_scores else "scores_stats"
     require(stored in record, stored, None, "missing, as the manifest says whether scores are stored")
@@ -171,7 +162,7 @@ def _check_scores(record: Record, rules: Rules) -> None:
 def _check_needle(
     record: Record, positions: Sequence[int] | None, rules: Rules, known: Sequence[int] | None
 ) -> None:
-    """Exactly where both the answer's positions and the selected ones are known, else by what is possible."""
+    """Exact where the answer's and the selected positions are known, else within what is possible."""
     stored = record.get("needle")
     if known is not None:
         rule = f"its request has {len(known)} needle positions"
@@ -192,7 +183,7 @@ def _check_needle(
 
 
 def _check_without_positions(record: Record, rules: Rules) -> None:
-    """A sparse record below level full: its sums exactly, the rest by what is possible."""
+    """A sparse record below level full: its sums exactly, the rest within what is possible."""
     seq_len, size, k = record["seq_len_current"], rules.block_size, rules.top_k
     low, median, high = (record[f"offset_{name}"] for name in ("min", "p50", "max"))
     rank = nearest_rank(k, 50)
@@ -228,7 +219,7 @@ def _check_without_positions(record: Record, rules: Rules) -> None:
 def _check_resident(
     record: Record, blocks: list[int] | None, num_blocks: int, first: int, last: int, rules: Rules
 ) -> None:
-    """Every block is read in HBM, the last of them as far as it is filled."""
+    """All blocks are read in HBM, the request's last one as far as it is filled."""
     seq_len, size, span = record["seq_len_current"], rules.block_size, last - first + 1
     read_ops = record["kv_fetch"]["hbm"]["read_ops"]
     if blocks is None:
@@ -236,7 +227,7 @@ def _check_resident(
         require_range("kv_fetch.hbm.read_ops", read_ops, 1 if num_blocks == span else 2, most)
     else:
         read_ops = 1 + sum(right != left + 1 for left, right in itertools.pairwise(blocks))
-    # Only the request's last block may hold less than a block's tokens.
+    # Only the request's last block may be partly filled.
     missing = (last + 1) * size - seq_len if last == (seq_len - 1) // size else 0
     derived = fetch_from_hbm(
         hit_blocks=num_blocks,
@@ -253,14 +244,12 @@ def _check_block_ids(blocks: list[int], first: int, last: int) -> None:
     require(len(blocks) > 0, name, blocks, "no block")
     for i, (left, right) in enumerate(itertools.pairwise(blocks)):
         require(left < right, f"{name}[{i + 1}]", right, f"not above the one before it, {left}")
-    if blocks[0] != first:
-        raise differs(f"{name}[0]", blocks[0], first)
-    if blocks[-1] != last:
-        raise differs(f"{name}[{len(blocks) - 1}]", blocks[-1], last)
+    compare(blocks[0], first, f"{name}[0]")
+    compare(blocks[-1], last, f"{name}[{len(blocks) - 1}]")
 
 
 def _check_tokens_per_block(stored: Record, num_blocks: int, rules: Rules) -> None:
-    """The quantiles leave room for exactly k tokens in `num_blocks` blocks of 1 to `block_size`."""
+    """With these quantiles `num_blocks` blocks of 1 to `block_size` tokens can hold exactly k."""
     p50, p95, k, size = stored["p50"], stored["p95"], rules.top_k, rules.block_size
     at50, at95 = nearest_rank(num_blocks, 50), nearest_rank(num_blocks, 95)
     require_range("tokens_per_touched_block.p50", p50, 1, size)
@@ -274,7 +263,7 @@ def _check_tokens_per_block(stored: Record, num_blocks: int, rules: Rules) -> No
 def _prefix(
     stored: Record, blocks: list[int] | None, num_blocks: int, first: int, last: int
 ) -> dict[str, Any]:
-    """Touched prefix blocks are those below the cached ones."""
+    """Touched blocks below `prefix_cached_blocks` are in the prefix."""
     cached = stored["prefix_cached_blocks"]
     hit = {"prefix_cache_hit": cached > 0}
     if blocks is not None:

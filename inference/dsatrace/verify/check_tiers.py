@@ -1,11 +1,10 @@
-"""Holds what a run with several tiers says of them against what can be known: its records, then its totals.
+"""Checks what a run with several tiers records of them: each record, then the totals.
 
-`check_fetches` takes one record's `kv_fetch`. Which token came from which tier is the engine's
-word. That nothing is lost or counted twice on the way from HBM to the last tier follows from the
-account itself, what was moved from the size of a unit, and how tokens, blocks and reads belong
-together from the selection. `BatchTimes` compares the times that the records of one forward tell.
-`TierTotals` adds up the records' bytes, and `check_tier_totals` holds `tiers` of summary.json
-against them, against requests.jsonl and against itself. Standard library only; keeps no record.
+Which tier held a token is the engine's word. `check_fetches` checks that a record's `kv_fetch` loses
+and doubles nothing from HBM to the last tier, that whole units were moved, and that tokens, blocks
+and reads fit the selection. `BatchTimes` compares the times in the records of one forward.
+`TierTotals` adds up the records' bytes, and `check_tier_totals` compares `tiers` of summary.json with
+them, with requests.jsonl and with itself. Standard library only; keeps no record.
 
     check_fetches(record, selected, rules.tiers)    # raises Mismatch naming the field
     times = BatchTimes(); times.add(line, record)
@@ -20,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dsatrace.schema import OFFLOADED_FETCH, SUMMARY_FIELDS, TIER_NAMES, Field
-from dsatrace.verify.mismatch import Mismatch, compare, differs, require, require_range
-from dsatrace.verify.plain_tiers import NOTHING, NOTHING_MOVED, chain
+from dsatrace.verify.mismatch import Mismatch, compare, require, require_range
+from dsatrace.verify.plain_record import NOTHING, NOTHING_MOVED, chain
 from dsatrace.verify.requests import PlainRequests
 from dsatrace.verify.rules import Rules, TierRules
 
@@ -31,19 +30,19 @@ _COUNTED = ("read_ops", "evicted_units", "errors", "bytes_read", "bytes_useful",
 
 @dataclasses.dataclass(frozen=True)
 class Selected:
-    """What is known of a record's selection; None where its level does not say."""
+    """What is known of a record's selection; None where its level lacks it."""
 
     num_tokens: int
     num_blocks: int
     block_size: int  # tokens
-    latent_bytes: int  # a token and layer
-    missing: int  # tokens that the last touched block does not hold: it is the request's last
+    latent_bytes: int  # per token and layer
+    missing: int  # free places in the last touched block, if it is the request's last
     positions: Sequence[int] | None  # in any order
     blocks: Sequence[int] | None  # ascending
 
 
 def offloaded_field(record: Record) -> str | None:
-    """The first field of any tier's account that only a run with tiers writes."""
+    """The first field in any tier's account that only a run with tiers has."""
     paths = ((tier, name) for tier in TIER_NAMES for name in OFFLOADED_FETCH)
     return next((f"kv_fetch.{t}.{name}" for t, name in paths if name in record["kv_fetch"][t]), None)
 
@@ -67,12 +66,12 @@ def check_fetches(record: Record, selected: Selected, rules: TierRules) -> None:
 
 
 def _is_alone(record: Record) -> bool:
-    """No other request's selection shares the units, so all that it missed is charged to it."""
+    """Whether no other request shares the units, so that all that the record missed is charged to it."""
     return record["phase"] == "decode" and record["kv_fetch"]["hbm"]["batch_size"] == 1
 
 
 def _check_chain(fetched: Record, selected: Selected, rules: TierRules) -> None:
-    """What a tier missed is requested of the next, and the last one misses nothing."""
+    """Each tier is asked for what the one before it missed; the last one misses nothing."""
     hits: dict[str, dict[str, int]] = {}
     for field, total in (("hit_tokens", selected.num_tokens), ("hit_blocks", selected.num_blocks)):
         hits[field] = {name: fetched[name][field] for name in rules.kinds}
@@ -93,7 +92,7 @@ def _check_chain(fetched: Record, selected: Selected, rules: TierRules) -> None:
 
 
 def _check_tokens_in_blocks(fetched: Record, selected: Selected, rules: TierRules) -> None:
-    """A block is hit in the furthest tier of its tokens, so tokens and blocks bound each other."""
+    """A block is hit in the furthest tier of its tokens, so hit tokens and hit blocks bound each other."""
     size, total, num_blocks = selected.block_size, selected.num_tokens, selected.num_blocks
     counts = _tokens_in_blocks(selected)
     # No unit ends inside a block: all its tokens come from one tier.
@@ -105,7 +104,7 @@ def _check_tokens_in_blocks(fetched: Record, selected: Selected, rules: TierRule
         fewest, most = _tokens_of(blocks, counts, total, num_blocks, size)
         if whole:
             require_range(f"kv_fetch.{name}.hit_tokens", tokens, fewest, most)
-        # Blocks hit up to this tier have all their tokens there, each of the others one at least beyond.
+        # Blocks hit up to this tier have all tokens there; each of the others has at least one beyond.
         fewest, _ = _tokens_of(blocks_near, counts, total, num_blocks, size)
         far = num_blocks - blocks_near
         low, high = fewest - (tokens_near - tokens), total - far - (tokens_near - tokens)
@@ -113,7 +112,7 @@ def _check_tokens_in_blocks(fetched: Record, selected: Selected, rules: TierRule
 
 
 def _tokens_in_blocks(selected: Selected) -> list[int] | None:
-    """Ascending; None where the record does not hold the positions."""
+    """Selected tokens per touched block, ascending; None without positions."""
     if selected.positions is None:
         return None
     counts: dict[int, int] = {}
@@ -126,7 +125,7 @@ def _tokens_in_blocks(selected: Selected) -> list[int] | None:
 def _tokens_of(
     blocks: int, counts: Sequence[int] | None, total: int, num_blocks: int, size: int
 ) -> tuple[int, int]:
-    """The fewest and the most selected tokens in so many of the touched blocks."""
+    """The fewest and the most selected tokens in `blocks` of the touched blocks."""
     if counts is not None:
         return sum(counts[:blocks]), sum(counts[len(counts) - blocks :])
     others = num_blocks - blocks
@@ -134,7 +133,7 @@ def _tokens_of(
 
 
 def _check_hbm(hbm: Record, selected: Selected, rules: TierRules) -> None:
-    """What was read where it lay, as it lies."""
+    """What was read in HBM."""
     hit_tokens, hit_blocks = hbm["hit_tokens"], hbm["hit_blocks"]
     derived: dict[str, Any] = {
         "bytes_useful": hit_tokens * selected.latent_bytes,
@@ -148,7 +147,7 @@ def _check_hbm(hbm: Record, selected: Selected, rules: TierRules) -> None:
     else:
         ids, num_hit, num_all = selected.blocks, hit_blocks, selected.num_blocks
         whole = hit_blocks * selected.block_size
-        # The request's last block, which holds fewer tokens, is among them or not.
+        # The request's last block, which holds fewer tokens, may be among them.
         possible = {whole - selected.missing} if hit_blocks == selected.num_blocks else {whole}
         if 0 < hit_blocks < selected.num_blocks:
             possible.add(whole - selected.missing)
@@ -168,7 +167,7 @@ def _possible_runs(ids: Sequence[int] | None, num_hit: int, num_all: int) -> tup
     while covered < num_hit:
         covered += lengths[fewest]
         fewest += 1
-    # Each one left out splits a run at most once.
+    # Leaving out an id splits at most one run.
     return fewest, min(num_hit, len(lengths) + num_all - num_hit)
 
 
@@ -181,9 +180,9 @@ def _run_lengths(ascending: Sequence[int]) -> Iterator[int]:
 
 
 def _check_pool(name: str, pool: Record, selected: Selected, rules: TierRules, own: bool) -> None:
-    """What its store moved: whole units, of which the record's own tokens are a part.
+    """What the pool's store moved: whole units, which hold the record's tokens.
 
-    `own`: all that the record missed was charged to it.
+    `own`: all that the record missed is charged to it.
     """
     where, latent = f"kv_fetch.{name}", selected.latent_bytes
     latency = pool["latency_us"]
@@ -198,14 +197,14 @@ def _check_pool(name: str, pool: Record, selected: Selected, rules: TierRules, o
     fewest, most = _possible_units(pool, selected, rules)
     low, high = fewest * rules.unit_bytes if own else 0, most * rules.unit_bytes
     require_range(f"{where}.bytes_read", pool["bytes_read"], low, high)
-    # A unit is fetched for a token of the record's at least, and holds no more of them than it has.
+    # A fetched unit holds at least one selected token, and at most `unit_tokens`.
     low = pool["hit_tokens"] if own else units
     high = min(pool["hit_tokens"], units * rules.unit_tokens)
     require_range(f"{where}.bytes_useful", pool["bytes_useful"], low * latent, high * latent)
 
 
 def _possible_units(pool: Record, selected: Selected, rules: TierRules) -> tuple[int, int]:
-    """The fewest and the most units that hold the tier's hit tokens; a row's are as many as those."""
+    """The fewest and the most units that hold the tier's hit tokens."""
     fewest, most = -(-pool["hit_tokens"] // rules.unit_tokens), pool["hit_tokens"]
     if not rules.by_row and rules.unit_tokens % selected.block_size == 0:  # a block lies within a unit
         blocks_a_unit = rules.unit_tokens // selected.block_size
@@ -216,7 +215,7 @@ def _possible_units(pool: Record, selected: Selected, rules: TierRules) -> tuple
 
 
 class BatchTimes:
-    """Of a layer's batch, for which all requests of the forward wait: the same in the records of each."""
+    """A layer's batch of reads takes one time, which all requests of the forward record."""
 
     def __init__(self) -> None:
         self._forward_idx: int | None = None
@@ -241,7 +240,7 @@ _FIELDS = {field.name: field for field in next(f for f in SUMMARY_FIELDS if f.na
 
 
 class TierTotals:
-    """Bytes of the records from a forward on, by pool."""
+    """Bytes in the records from forward `since_forward` on, by pool."""
 
     def __init__(self, rules: Rules, since_forward: int) -> None:
         self._since_forward = since_forward
@@ -263,9 +262,9 @@ class TierTotals:
 def check_tier_totals(
     said: Record | None, rules: Rules, records: TierTotals, requests: PlainRequests, whole: bool
 ) -> str | None:
-    """`said` is of the schema. Raises `Mismatch`; returns what could not be compared.
+    """Raises `Mismatch`; returns what could not be compared. `said` follows the schema.
 
-    `whole`: no step was lost, so that the records are those which the engine counted.
+    `whole`: no step was lost, so the records are those that the engine counted.
     """
     if rules.tiers is None:
         require(said is None, "tiers", said, "but the manifest has none")
@@ -273,8 +272,8 @@ def check_tier_totals(
     if said is None:
         return "tiers: the run did not say what their stores did"
     last_part = max(rules.resumed_at_forward, default=0)
-    if whole and said["since_forward"] != last_part:
-        raise differs("tiers.since_forward", said["since_forward"], last_part)
+    if whole:
+        compare(said["since_forward"], last_part, "tiers.since_forward")
     for name, field in _FIELDS.items():
         _check_counts(said[name], field, f"tiers.{name}")
     index_keys = said["index_keys"]
@@ -297,7 +296,7 @@ def check_tier_totals(
 
 
 def _check_counts(value: Any, field: Field, path: str) -> None:
-    """Nothing that is counted or timed is below 0."""
+    """No count and no time is below 0."""
     for inner in field.children if value is not None else ():
         _check_counts(value[inner.name], inner, f"{path}.{inner.name}")
     if isinstance(value, (int, float)):
@@ -305,14 +304,13 @@ def _check_counts(value: Any, field: Field, path: str) -> None:
 
 
 def _check_pool_totals(pool: Record, path: str, unit_bytes: int) -> None:
-    """A pool's counts by themselves: every unit found or not, and every byte in somebody's books."""
+    """A pool's counts add up: every unit is hit or missed, every byte is counted somewhere."""
     asked = pool["hit_units"] + pool["missed_units"]
     rule = f"but {pool['hit_units']} hit and {pool['missed_units']} missed"
     require(pool["requested_units"] == asked, f"{path}.requested_units", pool["requested_units"], rule)
     for name, units in (("bytes_read", "hit_units"), ("bytes_written", "stored_units")):
         moved = pool[name]
-        if moved["store"] != pool[units] * unit_bytes:
-            raise differs(f"{path}.{name}.store", moved["store"], pool[units] * unit_bytes)
+        compare(moved["store"], pool[units] * unit_bytes, f"{path}.{name}.store")
         counted = moved["in_records"] + moved["elsewhere"]
         rule = f"but {counted} in records and elsewhere"
         require(moved["store"] == counted, f"{path}.{name}.store", moved["store"], rule)
@@ -323,7 +321,7 @@ def _check_pool_totals(pool: Record, path: str, unit_bytes: int) -> None:
 
 
 def _check_losses(said: Record, requests: PlainRequests) -> None:
-    """A resumed run's requests tell of all its parts, its stores of the last alone."""
+    """Of a resumed run requests.jsonl counts all parts, `tiers` only the last."""
     told = {"num_recomputes": requests.num_recomputes, "failed_requests": requests.num_failed}
     for name, most in told.items():
         least = 0 if said["since_forward"] else most

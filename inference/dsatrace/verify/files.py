@@ -1,7 +1,7 @@
-"""A run's files, read with the standard library: what the verifier reads with.
+"""A run's files, read with the standard library.
 
-Streams; a last line that was cut short is reported, a broken line anywhere else is a
-`Mismatch`. Derives nothing.
+Streams; a last line that was cut short is noted, any other broken line is a `Mismatch`. Derives
+nothing.
 
     run = PlainRun(Path("outputs/mine"))
     for number, record in run.lines("trace_steps.jsonl"): ...
@@ -60,7 +60,7 @@ class PlainRun:
 
     @property
     def state(self) -> str:
-        """What the manifest says, but a run that nobody writes any more is not `running`."""
+        """The manifest's state, but `incomplete` for a running run that no process writes any more."""
         state: str = self.manifest["state"]
         return "incomplete" if state == "running" and not _is_written(self.folder / STEPS_FILE) else state
 
@@ -75,7 +75,7 @@ class PlainRun:
             raise Mismatch("JSON", str(error)).at(SUMMARY_FILE) from error
 
     def size(self, name: str) -> int:
-        """Bytes, 0 for a file that is not there."""
+        """Bytes; 0 for a file that is missing."""
         path = self.folder / name
         return path.stat().st_size if path.exists() else 0
 
@@ -98,7 +98,7 @@ class PlainRun:
         part: tuple[int, int | None] = (0, None),
         first_line: int = 1,
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(number, record) of the step records or a part of them: bytes of lines, or rows of Parquet."""
+        """(1-based number, record) of the step records or a part: bytes of lines, or rows of Parquet."""
         steps = self.parquet_steps
         if steps is None:
             yield from self.lines(STEPS_FILE, on_bytes, part, first_line)
@@ -117,7 +117,7 @@ class PlainRun:
         part: tuple[int, int | None] = (0, None),  # bytes, from and to
         first_line: int = 1,
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(line number, record) of a file or a part of it; `on_bytes` is told of every MiB or so.
+        """(line number, record) of a file or a part of it; `on_bytes` gets the bytes read, about every MiB.
 
         A missing file has no lines if the run is incomplete, and is a `Mismatch` otherwise.
         """
@@ -158,7 +158,7 @@ def _refuse(constant: str) -> float:
 
 
 def _is_written(path: Path) -> bool:
-    """Whether a live process holds the writer's lock."""
+    """Whether a live process holds the writer's lock on the file."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,25 +1,27 @@
-"""What the verifier found: one field that is not as the rest of the run says it must be.
+"""What the verifier found: one field that contradicts the rest of the run, and its place.
 
-Standard library only. Knows how to say where, and nothing about what is right.
+Standard library only. Knows no rule of a record.
 
-    raise differs("unique_blocks", stored=7, derived=8)
+    with located("trace_steps.jsonl", line=7, record=record):
+        compare(record["unique_blocks"], 8, "unique_blocks")
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 MEAN_TOLERANCE = 1e-9
-"""Relative, for a summary's means: floats are summed in another order. Everything else is exact."""
+"""Relative, for a summary's means, which are summed in another order. Everything else is exact."""
 
 _MEANS = ("mean", "random_mean", "uniform_mean", "recency_mean", "context_mean", "per_layer")
 
 
 class Mismatch(Exception):
-    """A field (dotted path) and what is wrong with it; `where` is put in front on the way out."""
+    """A field (dotted path) and what is wrong with it; `at` adds the place on the way out."""
 
     def __init__(self, field: str, what: str) -> None:
         super().__init__(field, what)
@@ -33,15 +35,22 @@ class Mismatch(Exception):
     def at(
         self, file_name: str, line: int | None = None, record: Mapping[str, Any] | None = None
     ) -> Mismatch:
-        """Names the place, unless one is named already."""
+        """Names the place, unless it has one already."""
         if not self.where:
             place = file_name if line is None else f"{file_name} line {line}"
             self.where = place + _of_record(record or {})
         return self
 
 
-def differs(field: str, stored: object, derived: object) -> Mismatch:
-    return Mismatch(field, f"stored {reprlib.repr(stored)}, derived {reprlib.repr(derived)}")
+@contextlib.contextmanager
+def located(
+    file_name: str, line: int | None = None, record: Mapping[str, Any] | None = None
+) -> Iterator[None]:
+    """Names this place in a `Mismatch` of the block that names none."""
+    try:
+        yield
+    except Mismatch as mismatch:
+        raise mismatch.at(file_name, line, record) from None
 
 
 def require(holds: bool, field: str, stored: object, rule: str) -> None:
@@ -55,9 +64,9 @@ def require_range(field: str, stored: float, low: float, high: float) -> None:
 
 
 def compare(stored: Any, derived: Any, path: str = "", summed: bool = False) -> None:
-    """Raises `Mismatch` at the first leaf of `derived` that `stored` does not hold.
+    """Raises `Mismatch` at the first leaf of `derived` that `stored` does not have.
 
-    What `derived` does not name is not looked at. Exact; with `summed`, but for the means.
+    Keys that `derived` lacks are not compared. Exact, except for the means with `summed`.
     """
     if isinstance(derived, Mapping) and isinstance(stored, Mapping):
         for key, value in derived.items():
@@ -73,7 +82,7 @@ def compare(stored: Any, derived: Any, path: str = "", summed: bool = False) -> 
         if len(stored) != len(derived):
             raise Mismatch(path, f"stored {len(stored)} entries, derived {len(derived)}")
     elif stored != derived and not (summed and _same_mean(stored, derived, path)):
-        raise differs(path, stored, derived)
+        raise Mismatch(path, f"stored {reprlib.repr(stored)}, derived {reprlib.repr(derived)}")
 
 
 def _same_mean(stored: object, derived: object, path: str) -> bool:

@@ -1,16 +1,14 @@
-"""Holds the records of a run against each other: nothing missing, twice, out of place, or unlike its twin.
+"""Checks the records of a run against each other: none is missing, doubled or out of place.
 
-A *row* is one request's records in one forward, layer 0 to the last, side by side in the
-file; a forward is one or more rows. Standard library only. In order: `RequestLine`, what
-requests.jsonl says of a request's records; `RunOrder`, the order and completeness of all
-records, which keeps one row, one forward and a little of each live request; `Seams`, the
-forwards at which the run was resumed; `Sharing`, the records of layers that use another
-layer's selection.
+A *row* is one request's records in one forward, layer 0 to the last, side by side in the file; a
+forward is one or more rows. `RunOrder` checks order and completeness, and keeps one row, one forward
+and a little of each live request; `Seams` knows the forwards at which the run was resumed; `Sharing`
+checks the records of layers that use another layer's selection. Standard library only.
 
     order = RunOrder(rules, requests, may_miss=0)
     sharing = Sharing(rules)
     for number, record in run.lines("trace_steps.jsonl"):
-        ended = order.add(number, record)     # the id of a request that this record ends, or None
+        ended = order.add(number, record)     # the request that this record ends, or None
         sharing.add(record)                   # both raise Mismatch
     order.close(whole=True)
 """
@@ -24,44 +22,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE, value_at
-from dsatrace.verify.mismatch import Mismatch, compare, differs, require
+from dsatrace.verify.mismatch import Mismatch, compare, located, require
+from dsatrace.verify.requests import RequestLine
 from dsatrace.verify.rules import Rules
-
-
-class RequestLine(NamedTuple):
-    """What a line of requests.jsonl says about a request's records."""
-
-    line: int
-    num_prompt_tokens: int
-    num_output_tokens: int
-    state: str
-    needle_positions: tuple[int, ...] = ()
-    prefix_hit_tokens: int | None = None  # None: there is no cache, or its prefill never began
-
-    @property
-    def has_ended(self) -> bool:
-        return self.state in ("stop", "length", "rejected")
-
-    @property
-    def last_step(self) -> int | None:
-        """The highest step there can be; None when it is not known.
-
-        The first token comes from prefill and the last is never fed back. A forward that
-        was under way when the request was aborted, or failed, may be recorded, though its
-        token is not kept.
-        """
-        if self.state == "unfinished":
-            return None
-        if self.state == "rejected":
-            return -2  # not even a prefill
-        return max(self.num_output_tokens - 2 + (self.state in ("aborted", "failed")), -1)
 
 
 class RunOrder:
     """Fed with every record in the order of the file; raises `Mismatch` naming the line."""
 
     def __init__(self, rules: Rules, requests: Mapping[str, RequestLine], may_miss: int | None) -> None:
-        """`may_miss`: steps of a request that were dropped and counted; None when that is not known."""
+        """`may_miss`: dropped steps that were counted; None when that is not known."""
         self._rules = rules
         self._requests = requests
         self._may_miss = may_miss
@@ -76,12 +46,12 @@ class RunOrder:
         self._line = 0
 
     def add(self, line: int, record: Mapping[str, Any]) -> str | None:
-        """Takes the next record; returns its request when no more of it is to come."""
+        """Takes the next record; returns its request id if it is the request's last."""
         self._line = line
         if record["layer_id"] != len(self._row):
             self.check_row()
             what = f"stored {record['layer_id']}, derived {len(self._row)}: a record before it is missing, "
-            raise _named(Mismatch("layer_id", what + "stands twice or lies elsewhere"), line, record)
+            raise Mismatch("layer_id", what + "stands twice or lies elsewhere").at(STEPS_FILE, line, record)
         self._row.append((line, Row.of(record)))
         if len(self._row) < self._rules.num_layers:
             return None
@@ -97,15 +67,15 @@ class RunOrder:
             self._add_to_forward(line, row)
             return self._add_to_request(row)
         except Mismatch as mismatch:
-            raise _named(mismatch, line, row._asdict() | {"layer_id": 0}) from None
+            raise mismatch.at(STEPS_FILE, line, row._asdict() | {"layer_id": 0}) from None
 
     @property
     def is_within_row(self) -> bool:
-        """The last record added was not one of the last layer."""
+        """Whether layers of the last row are still missing."""
         return bool(self._row)
 
     def check_row(self) -> None:
-        """Names the first record of the row so far that most of the others contradict."""
+        """Names the first record of the row so far that differs from most of the others."""
         rows = [row for _, row in self._row]
         if len(set(rows)) <= 1:
             return
@@ -115,10 +85,10 @@ class RunOrder:
                 if stored != other:
                     what = f"stored {stored!r}, {other!r} in the other layers of its step"
                     record = row._asdict() | {"layer_id": layer}
-                    raise _named(Mismatch(_PATHS.get(name, name), what), line, record)
+                    raise Mismatch(_PATHS.get(name, name), what).at(STEPS_FILE, line, record)
 
     def close(self, whole: bool) -> None:
-        """After the last record. `whole`: the run says it is complete, so everything must be there."""
+        """Call after the last record. `whole`: the run is complete, so nothing may be missing."""
         self.check_row()
         if not whole:
             return
@@ -164,10 +134,7 @@ class RunOrder:
         self._forward_requests.add(row.request_id)
 
     def _check_forward_is_whole(self) -> None:
-        """Every request of a decode forward is recorded, unless some of its steps are not sampled.
-
-        One that a resume cut is missing.
-        """
+        """Every request of a decode forward is recorded, unless steps are sampled or a resume cut it."""
         if self._forward is None:
             return
         line, row = self._forward
@@ -175,8 +142,8 @@ class RunOrder:
         whole = row.phase == "decode" and self._rules.sample_rate >= 1
         part, num_cut = self._seams.part_of(row.forward_idx), row.batch_size - found
         if num_cut < 0 or (whole and num_cut and not self._seams.excuse(part, num_cut, line)):
-            mismatch = differs("kv_fetch.hbm.batch_size", row.batch_size, found)
-            raise _named(mismatch, line, row._asdict() | {"layer_id": 0})
+            with located(STEPS_FILE, line, row._asdict() | {"layer_id": 0}):
+                compare(row.batch_size, found, _PATHS["batch_size"])
 
     def _add_to_request(self, row: Row) -> str | None:
         known = self._requests.get(row.request_id)
@@ -198,18 +165,15 @@ class RunOrder:
             rule = f"{forwards} forwards after step {before.step_idx}"
             require(row.step_idx - before.step_idx <= forwards, "step_idx", row.step_idx, rule)
             for name in ("cached_blocks", "prefix_key", "needle_tokens"):
-                if getattr(row, name) != getattr(before, name):
-                    raise differs(_PATHS[name], getattr(row, name), getattr(before, name))
+                compare(getattr(row, name), getattr(before, name), _PATHS[name])
             num_missing = self._count_sampled(before.step_idx + 1, row.step_idx)
             live.row = row
-        if prompt_tokens != live.prompt_tokens:
-            raise differs("seq_len_current", row.seq_len_current, live.prompt_tokens + row.step_idx + 1)
+        compare(row.seq_len_current, live.prompt_tokens + row.step_idx + 1, "seq_len_current")
         most = live.prompt_tokens // self._rules.block_size
         require(row.cached_blocks <= most, _PATHS["cached_blocks"], row.cached_blocks, f"at most {most}")
         if self._rules.prefix_cache and known is not None and known.state != "unfinished":
             num_hit = (known.prefix_hit_tokens or 0) // self._rules.block_size
-            if row.cached_blocks != num_hit:
-                raise differs(_PATHS["cached_blocks"], row.cached_blocks, num_hit)
+            compare(row.cached_blocks, num_hit, _PATHS["cached_blocks"])
         live.num_missing += num_missing
         self._num_missing += num_missing
         self._check_missing("step_idx", row.step_idx, live.num_missing)
@@ -220,12 +184,10 @@ class RunOrder:
         return None
 
     def _check_step(self, row: Row) -> None:
-        """A request's step by itself: its phase, its sampling, its place before the request's end."""
+        """Checks one step of a request: its phase, its sampling, its place before the request ends."""
         if row.step_idx < 0:
             require(self._rules.prefill, "step_idx", row.step_idx, "but the manifest records no prefill")
-        phase = "prefill" if row.step_idx < 0 else "decode"
-        if row.phase != phase:
-            raise differs("phase", row.phase, phase)
+        compare(row.phase, "prefill" if row.step_idx < 0 else "decode", "phase")
         known = self._requests.get(row.request_id)
         last = known.last_step if known else None
         if last is not None:
@@ -234,7 +196,7 @@ class RunOrder:
         require(sampled, "step_idx", row.step_idx, "a step that the sampling leaves out")
 
     def _count_sampled(self, start: int, end: int) -> int:
-        """Steps from `start` up to but without `end` that should be recorded; -1 is the prefill."""
+        """Steps in [start, end) that should be recorded; -1 is the prefill."""
         if self._rules.sample_rate <= 0:
             end = min(end, 0)
         return sum(step < 0 or self._rules.is_sampled(step) for step in range(start, end))
@@ -255,11 +217,9 @@ class RunOrder:
         before = live.row.step_idx if live else (-2 if self._rules.prefill else -1)
         num_left = self._num_left(before, known)
         self._num_missing += num_left
-        try:
-            num_missing = num_left + (live.num_missing if live else 0)
+        num_missing = num_left + (live.num_missing if live else 0)
+        with located(REQUESTS_FILE, known.line, {"request_id": request_id}):
             self._check_missing("num_output_tokens", known.num_output_tokens, num_missing)
-        except Mismatch as mismatch:
-            raise mismatch.at(REQUESTS_FILE, known.line, {"request_id": request_id}) from None
 
 
 _PATHS = {
@@ -272,7 +232,7 @@ _OF_A_FORWARD = ("phase", "batch_size", "step_wall_us", "step_synced")
 
 
 class Row(NamedTuple):
-    """What every record of a row holds alike."""
+    """What all records of a row have in common."""
 
     request_id: str
     step_idx: int
@@ -306,19 +266,15 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass
 class _Live:
-    """A request that has records and may get more."""
+    """A request that may get more records."""
 
     row: Row
     prompt_tokens: int
     num_missing: int = 0
 
 
-def _named(mismatch: Mismatch, line: int, record: Mapping[str, Any]) -> Mismatch:
-    return mismatch.at(STEPS_FILE, line, record)
-
-
 class Seams:
-    """The forwards at which a run was resumed: what a killed run had begun there may be missing.
+    """The forwards at which a run was resumed: requests under way there may be missing from the records.
 
     Fed in the order of the file.
     """
@@ -334,24 +290,24 @@ class Seams:
         return len(self._forwards)
 
     def part_of(self, forward_idx: int) -> int:
-        """0-based part of the run that the forward belongs to."""
+        """The run's part, 0-based, that the forward belongs to."""
         return bisect.bisect_right(self._forwards, forward_idx)
 
     def excuse(self, part: int, num_cut: int, line: int) -> bool:
-        """Whether so many requests may be missing from a forward; `worst` has the last word."""
+        """Whether `num_cut` requests may be missing from a forward; `worst` decides at the end."""
         if part == self.last_part:
             return False
         self._num_cut[part] = max(self._num_cut.get(part, (0, 0)), (num_cut, line))
         return True
 
     def enter(self, part: int, num_seen: int) -> None:
-        """The next record lies in `part`; `num_seen` requests have records by now."""
+        """The next record is in `part`; `num_seen` requests have had records so far."""
         for ended in range(self._part, part):
             self._num_seen[ended] = num_seen
         self._part = max(self._part, part)
 
     def worst(self, num_requests: int) -> tuple[int, int] | None:
-        """(line, requests missing) of a forward that misses more than were served later, of all the run's."""
+        """(line, missing requests) of a forward that lacks more requests than were served after it."""
         for part, (num_cut, line) in self._num_cut.items():
             if num_cut > num_requests - self._num_seen.get(part, num_requests):
                 return line, num_cut
@@ -364,17 +320,18 @@ _OF_A_SELECTION = (
     *("prefix.intersection_ratio", "prefix.intersection_blocks"),
     *("scores_stats", "scores_topk", "kth_margin", "needle"),
 )
-"""What of a record is the same in all layers that use one selection; None at levels that lack it."""
+"""Fields that are equal in all layers that use one selection; absent at some levels."""
 
 
 class Sharing:
-    """Holds the record of a layer without an indexer against that of the layer whose selection it uses.
+    """Compares the record of a layer without an indexer with that of the layer whose selection it uses.
 
-    Fed with every record that `RunOrder` has taken, so that a layer comes after its source.
+    Fed with every record that `RunOrder` has taken, so a layer comes after its source.
     """
 
     def __init__(self, rules: Rules) -> None:
-        reads = ("kv_fetch.hbm.read_ops",) if rules.tiers is None else ()  # tiers may serve layers otherwise
+        # With tiers, each layer may be served differently.
+        reads = ("kv_fetch.hbm.read_ops",) if rules.tiers is None else ()
         self._alike = (*_OF_A_SELECTION, *reads)
         self._source_layers = rules.source_layers
         self._sources = frozenset(rules.source_layers.values())

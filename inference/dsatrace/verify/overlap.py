@@ -1,7 +1,6 @@
-"""Shares of a selection, a record at a time: held by the step and the layer before, and of the answer.
+"""Shares of a selection, record by record: what the step and the layer before held too, and of the answer.
 
-Part of the second implementation: standard library only, shares nothing with the fast path.
-Keeps each live request's last selection.
+Part of the second implementation. Keeps each live request's first and last selection.
 
     overlaps = Overlaps(with_tokens=True)
     overlaps.add(record)             # sparse ones, in the order of the file
@@ -21,7 +20,7 @@ _OF_A_PAIR = ("request_id", "layer_id", "step_idx", "seq_len_current", "unique_t
 
 
 class Overlaps:
-    """Share of a selection that the step before, and the layer before, held too."""
+    """Share of a selection that the step before, and the layer before, held too; sparse records only."""
 
     def __init__(self, with_tokens: bool) -> None:
         self._with_tokens = with_tokens
@@ -40,7 +39,7 @@ class Overlaps:
             first = {name: record[name] for name in _OF_A_PAIR}
             self._first.setdefault(record["request_id"], []).append((first, selected))
         neighbours = [(self._by_step, (step - 1, layer))]
-        if "source_layer" not in record:  # else it is the very selection of the layer before
+        if "source_layer" not in record:  # else the selection is another layer's
             neighbours.append((self._by_layer, (step, layer - 1)))
         for shares, before in neighbours:
             step_there, tokens = last.get(before[1], (None, ()))
@@ -81,7 +80,7 @@ class Overlaps:
 
 
 class _Shares:
-    """Sums over compared selections; a step counts as one pair, at the first layer that is compared."""
+    """Sums over compared selections; a step is one pair, counted at the first layer compared."""
 
     def __init__(self) -> None:
         self._tokens = Counter[int]()  # by layer

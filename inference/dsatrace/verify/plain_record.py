@@ -1,7 +1,7 @@
 """The second implementation: one record from plain lists, as the documentation says it.
 
-Standard library only, written for reading, and sharing nothing with the fast path but
-`schema.py`, so that each can catch the other's mistakes. Slow on purpose.
+Standard library only and written for reading; shares nothing with the fast path but `schema.py`, so
+that each can catch the other's mistakes.
 
     record = step_record(selection, block_size=16, latent_bytes=1152, index_bytes=132)
 """
@@ -9,12 +9,12 @@ Standard library only, written for reading, and sharing nothing with the fast pa
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 from dsatrace.schema import TIER_NAMES, Level, at_level, quantile_sorted
-from dsatrace.verify import plain_tiers as tiers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +37,16 @@ class PlainSelection:
     step_wall_us: float
     step_synced: bool
     needle_positions: Sequence[int] = ()  # of the prompt; empty where they are not known
-    fetches: tiers.PlainFetches | None = None  # None: everything is in HBM
-    source_layer: int | None = None  # whose selection this is; None: the layer's own
+    fetches: PlainFetches | None = None  # None: everything is in HBM
+    source_layer: int | None = None  # the layer whose selection this is; None: its own
 
 
 def step_record(
     selection: PlainSelection,
     *,
     block_size: int,
-    latent_bytes: int,  # a token and layer
-    index_bytes: int,  # a token and layer
+    latent_bytes: int,  # per token and layer
+    index_bytes: int,  # per token and layer
     level: Level = "full",
     store_scores: bool = False,
     keep_order: bool = False,
@@ -127,7 +127,7 @@ def scores_field(
 
 
 def needle_field(positions: Sequence[int], needle_positions: Sequence[int]) -> dict[str, Any]:
-    """How much of the answer is selected; nothing where it is not known."""
+    """How much of the answer is selected; {} where the answer is not known."""
     if not needle_positions:
         return {}
     held = set(needle_positions).intersection(positions)
@@ -137,9 +137,9 @@ def needle_field(positions: Sequence[int], needle_positions: Sequence[int]) -> d
 def kv_fetch(
     selection: PlainSelection, blocks: list[int], block_size: int, latent_bytes: int
 ) -> dict[str, Any]:
-    """What each tier served: every block in HBM, none in the pools, unless the selection says otherwise."""
+    """What each tier served; HBM holds everything unless the selection has `fetches`."""
     if selection.fetches is not None:
-        return tiers.kv_fetch(
+        return tiered_fetch(
             selection.positions,
             selection.fetches,
             seq_len=selection.seq_len,
@@ -160,10 +160,100 @@ def kv_fetch(
 
 def fetch_from_hbm(**counted: int) -> dict[str, Any]:
     """The account of each tier when HBM serves what was `counted`, and the pools nothing."""
-    nothing = tiers.NOTHING
-    return {name: nothing | counted if name == "hbm" else nothing for name in TIER_NAMES}
+    return {name: NOTHING | counted if name == "hbm" else NOTHING for name in TIER_NAMES}
 
 
 def finite(value: float) -> float | None:
-    """JSON has no NaN and no infinity: null stands for them."""
+    """None for NaN and infinity, which JSON lacks."""
     return value if math.isfinite(value) else None
+
+
+NOTHING: dict[str, Any] = {
+    "hit_blocks": 0,
+    "bytes_read": 0,
+    "read_ops": 0,
+    "latency_us": 0.0,
+    "batch_size": 0,
+    "bytes_useful": 0,
+    "latency_kind": "none",
+}
+"""The account of a tier that serves nothing, in the record's order."""
+NOTHING_MOVED = {"evicted_units": 0, "bytes_written": 0, "errors": 0}
+"""Further fields of that account where there are several tiers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainFetches:
+    """Which tier held each of a record's positions, and what was moved for it."""
+
+    served_by: Sequence[int]  # served_by[i] is the tier that held positions[i]
+    moved: Mapping[str, Mapping[str, Any]]  # by tier, what its store counted: bytes_read, errors, ...
+    latency_kinds: Mapping[str, str]  # by pool that the run has
+    granularity: Literal["block", "row"] = "block"
+
+
+def tiered_fetch(
+    positions: Sequence[int],
+    found: PlainFetches,
+    *,
+    seq_len: int,
+    block_size: int,
+    latent_bytes: int,  # per token and layer
+    batch_size: int,
+) -> dict[str, dict[str, Any]]:
+    """Every tier's account, token by token, with every field in the schema's order."""
+    furthest: dict[int, int] = {}  # touched block -> tier
+    for position, tier in zip(positions, found.served_by, strict=True):
+        block = position // block_size
+        furthest[block] = max(furthest.get(block, 0), tier)
+    present = ("hbm", *found.latency_kinds)
+    hit_tokens = {name: found.served_by.count(TIER_NAMES.index(name)) for name in present}
+    hit_blocks = {name: list(furthest.values()).count(TIER_NAMES.index(name)) for name in present}
+    asked = chain(hit_tokens, hit_blocks)
+
+    near = sorted(block for block, tier in furthest.items() if tier == 0)
+    rows = sorted(position for position, tier in zip(positions, found.served_by, strict=True) if tier == 0)
+    by_row = found.granularity == "row"
+    held = len(rows) if by_row else sum(min(block_size, seq_len - block * block_size) for block in near)
+    hbm = {
+        "bytes_read": held * latent_bytes,
+        "read_ops": num_runs(rows if by_row else near),
+        "bytes_useful": len(rows) * latent_bytes,
+        "latency_us": 0.0,
+    }
+    accounts: dict[str, dict[str, Any]] = {}
+    for name in TIER_NAMES:
+        accounts[name] = NOTHING | asked[name] | NOTHING_MOVED
+        if name in present:
+            accounts[name] |= found.moved.get(name, {})
+            accounts[name] |= {"batch_size": batch_size, "hit_blocks": hit_blocks[name]}
+    accounts["hbm"] |= hbm
+    for name, kind in found.latency_kinds.items():
+        accounts[name]["latency_kind"] = kind
+    return accounts
+
+
+def chain(hit_tokens: Mapping[str, int], hit_blocks: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """By tier, what was requested of it, hit and missed; a tier that the hits do not name does not exist.
+
+    HBM is asked for all that was hit anywhere, each further tier for what the one before it missed.
+    """
+    tokens, blocks = sum(hit_tokens.values()), sum(hit_blocks.values())
+    asked: dict[str, dict[str, int]] = {}
+    for name in TIER_NAMES:
+        here = name in hit_tokens
+        tokens_hit, blocks_hit = hit_tokens.get(name, 0), hit_blocks.get(name, 0)
+        asked[name] = {
+            "requested_tokens": tokens if here else 0,
+            "hit_tokens": tokens_hit,
+            "missed_tokens": tokens - tokens_hit if here else 0,
+            "requested_blocks": blocks if here else 0,
+            "missed_blocks": blocks - blocks_hit if here else 0,
+        }
+        tokens, blocks = tokens - tokens_hit, blocks - blocks_hit
+    return asked
+
+
+def num_runs(ascending: Iterable[int]) -> int:
+    """Runs of adjacent numbers."""
+    return sum(right != left + 1 for left, right in itertools.pairwise((-2, *ascending)))

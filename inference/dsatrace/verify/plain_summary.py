@@ -1,8 +1,7 @@
 """The second implementation of `summary.json`, from a run's records, one by one.
 
-Standard library only, and like `plain_record.py` it shares nothing with the fast path but
-`schema.py`. Says what the records of a level allow and leaves out the rest. Keeps the
-histograms, and of each live request its last selection.
+Standard library only; shares nothing with the fast path but `schema.py`. Leaves out what the level's
+records do not tell. Keeps the histograms, and each live request's last selection.
 
     totals = PlainSummary(top_k=2048, block_sizes=(16, 32, 64))
     for record in records: totals.add(record)
@@ -26,7 +25,7 @@ from dsatrace.schema import (
     quantile_histogram,
 )
 from dsatrace.verify.overlap import Overlaps, Recalls
-from dsatrace.verify.requests import PlainRequests
+from dsatrace.verify.requests import PlainRequests, histogram
 
 Record = Mapping[str, Any]
 _STEP_QUANTILES = (("p50", 50), ("p95", 95), ("p99", 99), ("max", 100))
@@ -149,7 +148,7 @@ class PlainSummary:
         self._recalls.merge(later._recalls)
 
     def end_request(self, request_id: str) -> None:
-        """No record of it is to come: what is kept of it shrinks to its hot blocks."""
+        """Call after the request's last record: only its hot blocks are kept."""
         self._overlaps.forget(request_id)
         counts = self._hot.pop(request_id, None)
         if counts is not None:
@@ -163,10 +162,9 @@ class PlainSummary:
         selections: str = "synthetic",
         dropped_steps: int = 0,
     ) -> dict[str, Any]:
-        """What the files say of summary.json; at level full all but the cost of tracing and what the run
-        says of its workload and its tiers."""
+        """The fields of summary.json that the files tell; at level full all but `tracing_cost`, `workload`
+        and `tiers`."""
         latents = sum(totals["bytes_read"] for totals in self._fetch.values())
-        step_us = self._histograms["step_us"]
         summary: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "state": state,
@@ -181,7 +179,7 @@ class PlainSummary:
             "dropped_steps": dropped_steps,
             **{name: described(counts) for name, counts in self._histograms.items() if name != "step_us"},
             "prefix_hot_blocks": self._hottest | {name: _hottest(c) for name, c in self._hot.items()},
-            "step_ms": {name: _ms(_quantile(step_us, percent)) for name, percent in _STEP_QUANTILES},
+            "step_ms": _step_ms(self._histograms["step_us"]),
             "blocks_touched": [at_size.to_json() for at_size in self._blocks],
             **self._overlaps.to_json(),
             "needle_recall": self._recalls.to_json(),
@@ -195,8 +193,8 @@ class PlainSummary:
             "tiers": None,
             "workload": None,
             "tracing_cost": None,
-            "histograms": {name: _json(counts) for name, counts in self._histograms.items()}
-            | {f"unique_blocks_at_{x.size}": _json(x.touched) for x in self._blocks if x.is_known}
+            "histograms": {name: histogram(counts) for name, counts in self._histograms.items()}
+            | {f"unique_blocks_at_{x.size}": histogram(x.touched) for x in self._blocks if x.is_known}
             | requests.histograms(),
         }
         if self.level != "full":
@@ -211,7 +209,7 @@ class _BlocksTouched:
 
     def __init__(self, size: int, top_k: int) -> None:
         self.size = size
-        self.is_known = True  # the records of this level tell how many there are
+        self.is_known = True  # the level's records tell how many there are
         self.touched = Counter[int]()
         self._top_k = top_k
         self._contexts = Counter[int]()  # positions visible -> records
@@ -243,7 +241,7 @@ class _BlocksTouched:
         }
 
     def _mean(self, blocks: Mapping[int, float]) -> float | None:
-        """Over the records, from the blocks at each context length."""
+        """Mean over the records, from the blocks at each context length."""
         total = sum(self._contexts.values())
         return math.fsum(blocks[n] * count for n, count in self._contexts.items()) / total if total else None
 
@@ -257,9 +255,9 @@ def described(counts: Counter[Any]) -> dict[str, Any]:
 
 
 def uniform_blocks(seq_len: int, k: int, size: int) -> float:
-    """Expected blocks that k of N positions touch: a block of b is missed C(N-b, k) / C(N, k) often."""
+    """Expected blocks that k of N positions touch; a block of b is missed with C(N-b, k) / C(N, k)."""
     full, rest = divmod(seq_len, size)
-    # C(N-b, k) / C(N, k) = (N-k)! (N-b)! / (N! (N-k-b)!), and Python divides integers of any size exactly.
+    # That is (N-k)! (N-b)! / (N! (N-k-b)!), and Python divides integers of any size exactly.
     expected = 1 - math.perm(seq_len - k, rest) / math.perm(seq_len, rest)
     if full:
         expected += full * (1 - math.perm(seq_len - k, size) / math.perm(seq_len, size))
@@ -272,15 +270,8 @@ def _hottest(counts: Counter[int]) -> list[dict[str, int]]:
     return [{"block_id": block, "touches": count} for block, count in ranked]
 
 
-def _json(counts: Counter[Any]) -> dict[str, list[Any]]:
-    values = sorted(counts)
-    return {"values": values, "counts": [counts[value] for value in values]}
-
-
-def _quantile(counts: Counter[float], percent: int) -> float | None:
-    values = sorted(counts)
-    return quantile_histogram(values, [counts[v] for v in values], percent) if values else None
-
-
-def _ms(us: float | None) -> float | None:
-    return None if us is None else us / 1000
+def _step_ms(counts: Counter[int]) -> dict[str, float | None]:
+    if not counts:
+        return {name: None for name, _ in _STEP_QUANTILES}
+    step_us = histogram(counts)
+    return {name: quantile_histogram(**step_us, percent=percent) / 1000 for name, percent in _STEP_QUANTILES}

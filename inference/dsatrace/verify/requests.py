@@ -1,12 +1,12 @@
-"""The second implementation of what requests.jsonl adds up to: scores, how requests were served, what a
-prefix cache saved.
+"""The lines of requests.jsonl: what each must be like, what it says of records, what all add up to.
 
-Standard library only, and shares nothing with the fast path but `schema.py`. Keeps the
-few fields it needs of every line and sorts them in the end.
+The totals (scores, how requests were served, what a prefix cache saved) are the second
+implementation: standard library only, and nothing shared with the fast path but `schema.py`. They
+keep a few fields of every line and sort them in the end.
 
-    requests = PlainRequests(manifest.get("serving"))
-    for line in lines: requests.add(line)
-    requests.to_json()           # {"scores": ..., "serving": ...}
+    totals = PlainRequests(manifest.get("serving"))
+    requests = read_requests(run, totals, rules)      # request id -> RequestLine; raises Mismatch
+    totals.to_json()                                  # {"scores": ..., "serving": ...}
 """
 
 from __future__ import annotations
@@ -15,14 +15,129 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
-from dsatrace.schema import quantile_sorted
+from dsatrace.schema import REQUEST_FIELDS, REQUESTS_FILE, problems, quantile_sorted
+from dsatrace.verify.files import PlainRun
+from dsatrace.verify.mismatch import located, require, require_range
+from dsatrace.verify.rules import Rules, require_schema
 
 Line = Mapping[str, Any]
 _KEPT = ("num_output_tokens", "arrival_s", "admitted_s", "first_token_s", "finish_s")
 _COUNTED = ("num_preemptions", "num_recomputes")
 _MAX_BUCKETS = 64
+_STATES = ("stop", "length", "rejected", "aborted", "unfinished", "failed")
+_TIMES = ("arrival_s", "admitted_s", "first_token_s", "finish_s")
+_OF_PREFIX_CACHE = ("prefix_hit_tokens", "num_prefill_tokens", "prefill_s")
+"""Of a request, where the run has a prefix cache."""
+
+
+class RequestLine(NamedTuple):
+    """What a line of requests.jsonl says of the request's records."""
+
+    line: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    state: str
+    needle_positions: tuple[int, ...] = ()
+    prefix_hit_tokens: int | None = None  # None: there is no cache, or its prefill never began
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state in ("stop", "length", "rejected")
+
+    @property
+    def last_step(self) -> int | None:
+        """The highest step there can be; None when it is not known.
+
+        The first token comes from prefill and the last is never fed back. The forward during which a
+        request was aborted, or failed, may be recorded, though its token is not kept.
+        """
+        if self.state == "unfinished":
+            return None
+        if self.state == "rejected":
+            return -2  # no prefill either
+        return max(self.num_output_tokens - 2 + (self.state in ("aborted", "failed")), -1)
+
+
+def read_requests(run: PlainRun, totals: PlainRequests, rules: Rules) -> dict[str, RequestLine]:
+    """What requests.jsonl says of each request; checks its lines and adds them to `totals`."""
+    found: dict[str, RequestLine] = {}
+    for line, record in run.lines(REQUESTS_FILE):
+        with located(REQUESTS_FILE, line, {"request_id": record.get("request_id")}):
+            _check_request(record)
+            _check_prefix_cache(record, rules)
+            _check_tier_losses(record, rules)
+            require(record["request_id"] not in found, "request_id", record["request_id"], "stands twice")
+        found[record["request_id"]] = RequestLine(
+            line,
+            record["num_prompt_tokens"],
+            record["num_output_tokens"],
+            record["state"],
+            tuple(record.get("needle_positions", ())),
+            record.get("prefix_hit_tokens"),
+        )
+        totals.add(record)
+    return found
+
+
+def _check_request(record: dict[str, Any]) -> None:
+    """A line of requests.jsonl, without regard to the manifest."""
+    require_schema(problems(record, "full", REQUEST_FIELDS))
+    state, num_prompt, num_output = (
+        record[name] for name in ("state", "num_prompt_tokens", "num_output_tokens")
+    )
+    require(state in _STATES, "state", state, f"not one of {', '.join(_STATES)}")
+    require(num_prompt >= 1, "num_prompt_tokens", num_prompt, "an empty prompt")
+    at_least = int(state in ("stop", "length"))
+    require(num_output >= at_least, "num_output_tokens", num_output, f"state {state}")
+    require(state != "rejected" or num_output == 0, "num_output_tokens", num_output, f"state {state}")
+    times = [record.get(name) for name in _TIMES]
+    known = [time for time in times if time is not None]
+    require(known == sorted(known), "finish_s", times, "arrival, admission, first token, finish out of order")
+    require(known[0] >= 0, "arrival_s", known[0], "before the run's start")
+    preemptions = record.get("num_preemptions", 0)
+    require(preemptions >= 0, "num_preemptions", preemptions, "below 0")
+    for label, value in record.get("labels", {}).items():
+        require(isinstance(value, str), f"labels.{label}", value, "not string")
+    needles = record.get("needle_positions", [])
+    require(needles == sorted(set(needles)), "needle_positions", needles, "not ascending, each of them once")
+    inside = not needles or (needles[0] >= 0 and needles[-1] < num_prompt)
+    require(inside, "needle_positions", needles, f"outside the prompt's {num_prompt} tokens")
+
+
+def _check_prefix_cache(record: dict[str, Any], rules: Rules) -> None:
+    """What a request found in the prefix cache, and what was computed of its prompt."""
+    for name in _OF_PREFIX_CACHE:
+        rule = "the manifest's prefix_source is cache" if rules.prefix_cache else "without a prefix cache"
+        require((name in record) == rules.prefix_cache, name, record.get(name), rule)
+    if not rules.prefix_cache:
+        return
+    hit, computed, num_prompt = (
+        record[name] for name in ("prefix_hit_tokens", "num_prefill_tokens", "num_prompt_tokens")
+    )
+    require(record["prefill_s"] >= 0, "prefill_s", record["prefill_s"], "below 0")
+    require(computed >= 0 and (hit is not None or computed == 0), "num_prefill_tokens", computed, "no count")
+    answered = record["state"] in ("stop", "length")
+    if hit is None:
+        require(not answered, "prefix_hit_tokens", hit, f"state {record['state']}")
+        return
+    require_range("prefix_hit_tokens", hit, 0, num_prompt - 1)  # the last token is always computed
+    least = num_prompt - hit if answered else 0
+    rule = f"{num_prompt} prompt tokens, {hit} of them cached"
+    if record.get("num_preemptions", 0) == 0 and record.get("num_recomputes", 0) == 0:
+        require(least <= computed <= num_prompt - hit, "num_prefill_tokens", computed, rule)
+
+
+def _check_tier_losses(record: dict[str, Any], rules: Rules) -> None:
+    """Requests that lost KV with a tier; only a run with tiers has any."""
+    offloaded, name = rules.tiers is not None, "num_recomputes"
+    rule = "the manifest has tiers" if offloaded else "the manifest has no tiers"
+    require((name in record) == offloaded, name, record.get(name), rule)
+    require(record.get(name, 0) >= 0, name, record.get(name), "below 0")
+    if record["state"] == "failed":
+        require(offloaded, "state", "failed", rule)
+        require(bool(record.get("error")), "error", record.get("error"), "a request that failed says why")
 
 
 class PlainRequests:
@@ -50,7 +165,7 @@ class PlainRequests:
             kept = {name: line.get(name) for name in _KEPT + _COUNTED}
             self._of_state.setdefault(line["state"], []).append(kept)
         if "prefix_hit_tokens" in line:
-            names = ("num_prompt_tokens", "prefix_hit_tokens", "num_prefill_tokens", "prefill_s")
+            names = ("num_prompt_tokens", *_OF_PREFIX_CACHE)
             self._with_prefix_cache.append({name: line[name] for name in names})
 
     def to_json(self) -> dict[str, Any]:
@@ -69,20 +184,14 @@ class PlainRequests:
         }
 
     def histograms(self) -> dict[str, Any]:
-        """By name, the microseconds that the latencies are taken from."""
-        return {
-            f"{name}_us": {
-                "values": sorted(counts := Counter(durations)),
-                "counts": [counts[us] for us in sorted(counts)],
-            }
-            for name, durations in self._durations().items()
-        }
+        """The latencies' histograms in microseconds, by name."""
+        return {f"{name}_us": histogram(Counter(us)) for name, us in self._durations().items()}
 
     def _served(self) -> list[Line]:
         return self._of_state.get("stop", []) + self._of_state.get("length", [])
 
     def _durations(self) -> dict[str, list[int]]:
-        """Whole microseconds of the served requests, by name; none where no requests arrived over time."""
+        """Whole microseconds of the served requests, by name; {} where no requests arrived over time."""
         if self._serving is None:
             return {}
         several = [line for line in self._served() if line["num_output_tokens"] > 1]
@@ -129,6 +238,11 @@ class PlainRequests:
         }
 
 
+def histogram(counts: Counter[Any]) -> dict[str, list[Any]]:
+    values = sorted(counts)
+    return {"values": values, "counts": [counts[value] for value in values]}
+
+
 def _saved(lines: Sequence[Line]) -> dict[str, Any] | None:
     """What a prefix cache saved these requests; None where there are none."""
     if not lines:
@@ -150,7 +264,7 @@ def _saved(lines: Sequence[Line]) -> dict[str, Any] | None:
 
 
 def _score(scores: Sequence[float]) -> dict[str, Any]:
-    """An exact mean, rounded once: the order of the lines cannot show."""
+    """An exact mean, rounded once, so that the order of the lines does not matter."""
     mean = math.fsum(score * count for score, count in Counter(scores).items()) / len(scores)
     return {"mean": mean, "num_scored": len(scores)}
 
@@ -173,7 +287,7 @@ def _latency(durations: Sequence[int]) -> dict[str, float | None]:
 
 
 def _over_time(arrived: Sequence[int], finished: Sequence[int]) -> list[dict[str, int]]:
-    """Seconds in the fewest buckets of 2^n that `_MAX_BUCKETS` or fewer hold."""
+    """Counts per bucket of 2^n seconds, the smallest n that needs `_MAX_BUCKETS` or fewer."""
     last = max((*arrived, *finished), default=-1)
     width = next(2**n for n in range(64) if last // 2**n < _MAX_BUCKETS)
     return [

@@ -1,8 +1,6 @@
 """What a run's manifest says that its records must follow.
 
-`Rules` is all of it, `TierRules` the part of a run whose latents lie in several tiers, and
-`require_schema` the step from the schema's problems to a `Mismatch`, which a manifest that
-contradicts itself raises too. Standard library only; knows no record.
+A manifest that contradicts itself raises `Mismatch`. Standard library only; knows no record.
 
     rules = Rules.of(manifest)
     rules.is_sampled(step_idx=17)
@@ -29,30 +27,30 @@ from dsatrace.schema import (
     Level,
     problems,
 )
-from dsatrace.verify.mismatch import Mismatch, compare, differs, require
+from dsatrace.verify.mismatch import Mismatch, compare, require
 
 _LAYOUT_FIELDS = next(field for field in MANIFEST_FIELDS if field.name == "cache_layouts").children
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What the manifest says that the records follow."""
+    """The manifest's settings, as far as the records depend on them."""
 
     level: Level
     has_model: bool  # without one there is no record
     block_size: int
     top_k: int
     num_layers: int
-    latent_bytes: int  # a token and layer
-    index_bytes: int  # a token and layer
+    latent_bytes: int  # per token and layer
+    index_bytes: int  # per token and layer
     store_scores: bool
     keep_order: bool
     prefill: bool
     sample_rate: float
     seed: int
-    may_lose: bool  # steps may be missing, and are then counted
+    may_lose: bool  # steps may be missing; they are counted then
     resumed_at_forward: tuple[int, ...]  # ascending
-    prefix_cache: bool  # the records' prefixes are what a cache held
+    prefix_cache: bool  # the records' prefixes were found in the engine's cache
     tiers: TierRules | None  # None: everything was in HBM
     source_layers: Mapping[int, int]  # of a layer without an indexer, the layer whose selection it uses
 
@@ -87,7 +85,7 @@ class Rules:
         require(block_size >= 1, "trace.block_size_tokens", block_size, "not a count")
         return cls(
             level=trace["level"],
-            block_size=trace["block_size_tokens"],
+            block_size=block_size,
             has_model=has_model,
             top_k=model["index_topk"] if has_model else 0,
             num_layers=model["n_layers"] if has_model else 0,
@@ -96,7 +94,7 @@ class Rules:
             store_scores=trace["store_scores"],
             keep_order=trace["keep_order"],
             prefill=trace["prefill"] == "last",
-            sample_rate=trace["sample_rate"],
+            sample_rate=rate,
             seed=manifest["seed"],
             may_lose=trace["queue_policy"] == "drop" or trace["on_error"] == "continue",
             resumed_at_forward=tuple(seams),
@@ -121,7 +119,7 @@ class Rules:
 
 
 def _source_layers(manifest: Mapping[str, Any]) -> dict[int, int]:
-    """By layer, where it has no indexer; none of them in a manifest from before it said so."""
+    """Of layers without an indexer; empty for a manifest that is older than `selection`."""
     selection, model = manifest.get("selection"), manifest["model_config"]
     if selection is None:
         return {}
@@ -145,17 +143,17 @@ def _source_layers(manifest: Mapping[str, Any]) -> dict[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class TierRules:
-    """What the records of an offloaded run follow."""
+    """The part for a run whose latents lie in several tiers."""
 
-    by_row: bool  # what moves is a token, else a block of the cache
+    by_row: bool  # tokens move, else blocks of the cache
     unit_tokens: int
     unit_bytes: int
-    offloads_index: bool  # the indexer's keys lie in the pools, too
-    kinds: Mapping[str, str]  # of the tiers that the run has, nearest first: how their times were had
+    offloads_index: bool  # the indexer's keys lie in the pools too
+    kinds: Mapping[str, str]  # latency_kind of each tier that the run has, nearest first
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any], latent_bytes: int) -> TierRules | None:
-        """The manifest is of the schema; raises `Mismatch` where it contradicts itself."""
+        """Of a manifest that follows the schema; raises `Mismatch` where it contradicts itself."""
         tiers = manifest.get("tiers")
         if tiers is None:
             return None
@@ -164,8 +162,7 @@ class TierRules:
         by_row, unit_tokens = tiers["granularity"] == "row", tiers["unit_tokens"]
         is_size = unit_tokens == 1 if by_row else unit_tokens >= 1
         require(is_size, "tiers.unit_tokens", unit_tokens, f"no size of a {tiers['granularity']}")
-        if tiers["unit_bytes"] != unit_tokens * latent_bytes:
-            raise differs("tiers.unit_bytes", tiers["unit_bytes"], unit_tokens * latent_bytes)
+        compare(tiers["unit_bytes"], unit_tokens * latent_bytes, "tiers.unit_bytes")
         blocks = tiers["hbm"]["blocks"]
         require(blocks >= 1, "tiers.hbm.blocks", blocks, "HBM holds nothing")
         kinds = {"hbm": "none"}
@@ -181,7 +178,7 @@ class TierRules:
 
 
 def require_schema(found: Sequence[str]) -> None:
-    """The first of `schema.problems`, as a `Mismatch`."""
+    """Raises the first of `schema.problems` as a `Mismatch`."""
     if found:
         field, _, what = found[0].partition(": ")
         raise Mismatch(field, what)

@@ -1,6 +1,6 @@
-"""BurstGPT-like arrivals from a generator, and prompts for arrivals that are only lengths.
+"""A BurstGPT row, a generator of such rows, and prompts for rows that have lengths only.
 
-Gaps are Gamma distributed and lengths follow Zipf's law cut at a largest one, as the data
+Gaps are Gamma distributed and lengths follow Zipf's law up to a largest one, as the data
 set's authors model them; the other shares are ours. All of it is synthetic: it supports no
 claim about what people ask or about locality. Knows no tokenizer.
 
@@ -19,19 +19,34 @@ import uuid
 from collections.abc import Iterator
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.burstgpt import (
-    API_LOG,
-    CONVERSATION_LOG,
-    BurstRow,
-)
+
+API_LOG, CONVERSATION_LOG = "API log", "Conversation log"
+
+
+@dataclasses.dataclass(frozen=True)
+class BurstRow:
+    """One logged request."""
+
+    source_row: int
+    timestamp_s: float  # since the service's first midnight
+    request_tokens: int
+    response_tokens: int  # 0: the request failed
+    model: str = ""
+    log_type: str = ""
+    session_id: str | None = None  # of conversations only
+    elapsed_s: float | None = None  # to the whole response, as the service measured it
+
+    @property
+    def failed(self) -> bool:
+        return self.response_tokens == 0
 
 
 @dataclasses.dataclass(frozen=True)
 class BurstSettings:
-    """What the generator draws from. Gap mean = shape x scale; a shape below 1 makes bursts.
+    """The generator's parameters. Gap mean = shape x scale; a shape below 1 makes bursts.
 
     A length k from 1 to the largest has a probability proportional to k ** -zipf_exponent.
-    The authors' generator has the same shape, scale and exponent by default.
+    Shape, scale and exponent are the defaults of the authors' generator.
     """
 
     num_rows: int = 2000
@@ -62,16 +77,16 @@ class BurstSettings:
             raise UserError(f"{name} of generated arrivals must be {range_}, not {getattr(self, name)}")
 
     def text(self) -> str:
-        """All parameters on one line, for the terminal."""
+        """All parameters on one line."""
         return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(self).items())
 
 
 def generate_burstgpt(settings: BurstSettings) -> Iterator[BurstRow]:
     """`num_rows` rows, the same for the same settings; timestamps from 0, to the millisecond.
 
-    API rows belong to no session. A conversation row joins one of `num_open_sessions`, which
-    ends after `mean_session_rows` rows on average and is replaced by a new one. Half of the
-    failures count no request tokens either, as the real ones often do.
+    API rows have no session. A conversation row joins one of `num_open_sessions`; a session
+    ends after `mean_session_rows` rows on average, and a new one takes its place. Half of the
+    failures have no request tokens either, like many of the real ones.
     """
     draw = random.Random(settings.seed)
     requests = _zipf_weights(settings.max_request_tokens, settings.zipf_exponent)
@@ -112,12 +127,11 @@ def _session_id(draw: random.Random) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticPrompts:
-    """Prompts of random ids from `first_token_id` on, `num_token_ids` of them to choose from.
+    """Prompts of random ids: `num_token_ids` ids from `first_token_id` on.
 
-    Of a row's prompt, the first `shared_share` (rounded down) are its session's own stream of
-    ids, so that two prompts of a session begin alike for as long as the shorter one's share
-    lasts; the rest is the row's own. A row without a session shares nothing. Everything
-    follows from seed, session and row.
+    The first `shared_share` of a row's prompt (rounded down) is the beginning of its session's
+    stream of ids, so two prompts of a session share the shorter of these beginnings. The rest
+    is the row's own. A row without a session shares nothing. Seed, session and row decide all.
     """
 
     first_token_id: int
@@ -135,7 +149,7 @@ class SyntheticPrompts:
             raise UserError(f"shared_share must lie between 0 and 1, not {self.shared_share}")
 
     def token_ids(self, row: BurstRow) -> tuple[int, ...]:
-        """As many ids as the row's request had tokens; one where it had none, as no prompt can be empty."""
+        """As many ids as the row's request had tokens; one if it had none: no prompt can be empty."""
         num_tokens = max(1, row.request_tokens)
         num_shared = 0 if row.session_id is None else math.floor(num_tokens * self.shared_share)
         shared = self._draw(f"session {row.session_id}", num_shared)

@@ -1,12 +1,12 @@
 """How a checkpoint is talked to: messages to the ids of a prompt, generated ids to an answer.
 
 A vocabulary with DeepSeek's special tokens gets DeepSeek-V3.2's own form (`encoding.py`). Any
-other gets the Jinja template that lies beside it, or the one that `--chat-template` names; where
-there is neither, a prompt is the plain text of its messages. Knows no data set and no model.
+other gets the Jinja template named by `--chat-template`, else the one beside it; without
+either, a prompt is the plain text of its messages. Knows no data set and no model.
 
     chat = choose_chat(tokenizer, Path("converted"))
     ids = chat.encode([Message("user", "Hello")])
-    chat.answer(generated)                   # its ids behind the thoughts, without end tokens
+    chat.answer(generated)                   # the ids after the thoughts, without end tokens
 """
 
 from __future__ import annotations
@@ -20,22 +20,29 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.encoding import Message, Part, check_prompt, deepseek_parts, join_parts
-from dsatrace.workloads.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
+from dsatrace.workloads.encoding import (
+    SPECIAL_TOKENS,
+    Message,
+    Part,
+    check_prompt,
+    deepseek_parts,
+    join_parts,
+)
+from dsatrace.workloads.tokenizer import END_THINK, Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
 PLAIN_TEXT = "plain text"
 SAID_OF_PLAIN_TEXT = (
     "prompts are plain text: the tokenizer brings no chat template; --chat-template names one"
 )
-_DEEPSEEK_TOKENS = (BOS, EOS, USER, ASSISTANT, THINK, END_THINK)
 
 
 class ChatForm(Protocol):
-    """How messages are put together. `name` is what a manifest says of it."""
+    """How messages are put together."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """For the manifest."""
 
     def parts(self, messages: Sequence[Message], thinking: bool) -> list[Part]:
         """The conversation up to where the model's answer begins."""
@@ -43,12 +50,12 @@ class ChatForm(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """One form with one vocabulary. `thinking`: the model thinks before it answers."""
+    """One form with one vocabulary."""
 
     tokenizer: Tokenizer
     form: ChatForm
     stop_tokens: frozenset[int]
-    thinking: bool = False
+    thinking: bool = False  # the model thinks before it answers
 
     def __post_init__(self) -> None:
         if self.thinking and (isinstance(self.form, PlainForm) or self._end_think is None):
@@ -58,7 +65,7 @@ class Chat:
     @classmethod
     def deepseek(cls, tokenizer: Tokenizer, thinking: bool = False) -> Chat:
         """DeepSeek-V3.2's form; a `UserError` where the vocabulary lacks a token of it."""
-        for name in _DEEPSEEK_TOKENS:
+        for name in SPECIAL_TOKENS:
             tokenizer.special_id(name)
         return cls(tokenizer, DeepSeekForm(tokenizer), frozenset({tokenizer.eos_id}), thinking)
 
@@ -70,8 +77,8 @@ class Chat:
     ) -> list[int]:
         """Ids of a conversation up to where the model's answer begins; the last message is the user's.
 
-        `answer_prefix` is put into the model's mouth and goes with thinking off only.
-        `encode_text` stands in for the tokenizer where a text is to be cut.
+        `answer_prefix` is put into the model's mouth, only with thinking off. `encode_text`
+        replaces the tokenizer for the messages, so that a text can be cut.
         """
         check_prompt(messages, self.thinking, answer_prefix)
         parts = self.form.parts(messages, self.thinking)
@@ -79,15 +86,15 @@ class Chat:
         return ids + self.tokenizer.encode(answer_prefix)
 
     def frame(self) -> tuple[int, int]:
-        """How many tokens the form puts before and behind a prompt that is one message of the user."""
+        """How many tokens the form puts before and after a single message of the user."""
         parts = self.form.parts([Message("user", "")], self.thinking)
         at = next(i for i, part in enumerate(parts) if isinstance(part, str))
         return sum(map(len, parts[:at])), sum(map(len, parts[at + 1 :]))
 
     def answer(self, generated: Sequence[int]) -> list[int] | None:
-        """What follows the thoughts, without end tokens; None where the thoughts never ended.
+        """What follows the thoughts, without end tokens; None if the thoughts never ended.
 
-        The thoughts end at the token that ends them, which no text turns into.
+        They end at the token for it; text that looks like it is another token.
         """
         if self.thinking:
             if self._end_think not in generated:
@@ -100,7 +107,7 @@ class Chat:
         return self.tokenizer.decode(self._without_stops(generated))
 
     def as_generated(self, answer: str) -> tuple[int, ...]:
-        """The ids of a model that thinks nothing and says `answer`, for runs without a model."""
+        """The ids that a model without a thought generates to say `answer`, for runs without a model."""
         ids = self.tokenizer.encode(answer)
         return (self._end_think, *ids) if self.thinking and self._end_think is not None else tuple(ids)
 
@@ -131,23 +138,22 @@ class PlainForm:
 
 
 class JinjaForm:
-    """A chat template, as `transformers` renders it: in a sandbox.
+    """A chat template, rendered by `transformers` in a sandbox with a mark in place of each message.
 
-    What is rendered are marks in the messages' places. So a special token's name is one in the
-    template's own text and never in a message; and a template that looks into a message (to trim
-    it, to cut thoughts out of it) sees the mark, and the text stands as it was written. Each text
-    is encoded by itself: a token never spans it and the template's own text, which it could where
-    both are line ends or spaces. `thinking` reaches the template as `enable_thinking` and as `thinking`.
+    So a special token's name is one in the template's own text and never in a message. A
+    template that looks into a message, to trim it or to cut thoughts out of it, sees the mark;
+    the text stays as it was written. Each text is encoded by itself: no token spans it and the
+    template's own text. `thinking` reaches the template as `enable_thinking` and as `thinking`.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, source: Path, names: dict[str, str]) -> None:
-        """`source` is the template's file, `names` what it may call the special tokens."""
+        """`source` is the template's file; `names` are its names of the special tokens."""
         self.name = f"jinja {source.name} sha256:{hashlib.sha256(template.encode()).hexdigest()}"
         self._tokenizer = tokenizer
         self._template = template
         self._source = source
         self._names = names
-        self.parts([Message("user", "")], thinking=False)  # a template that cannot be used is told at once
+        self.parts([Message("user", "")], thinking=False)  # raises now for a template that cannot be used
 
     def parts(self, messages: Sequence[Message], thinking: bool) -> list[Part]:
         rows = [{"role": message.role, "content": _mark(i)} for i, message in enumerate(messages)]
@@ -191,13 +197,13 @@ def choose_chat(
 ) -> Chat:
     """How to talk with `tokenizer` to the checkpoint in `ckpt_path`; `template` is `--chat-template`.
 
-    The template goes with the vocabulary, so the tokenizer's own folder is asked before the
-    checkpoint's; what ends an answer goes with the weights, so there it is the other way round.
+    A template belongs to the vocabulary, so it is looked for in the tokenizer's own folder before
+    the checkpoint's; end tokens belong to the weights, so the checkpoint's folder comes first.
     """
     own_file = Path(tokenizer.source)
     own = [own_file.parent] if own_file.is_file() else []
     of_checkpoint = [ckpt_path] if ckpt_path is not None else []
-    deepseek = all(tokenizer.added_id(name) is not None for name in _DEEPSEEK_TOKENS)
+    deepseek = all(tokenizer.added_id(name) is not None for name in SPECIAL_TOKENS)
     if deepseek and template is None:
         return Chat.deepseek(tokenizer, thinking)
     folders = [*own, *of_checkpoint]
@@ -209,7 +215,7 @@ def choose_chat(
 
 
 def _jinja_form(tokenizer: Tokenizer, folders: Sequence[Path], template: Path | None) -> JinjaForm | None:
-    """`template` if given, else the first one that lies in a folder."""
+    """`template` if given, else the first one in a folder."""
     settings = [
         (folder / "tokenizer_config.json", _json(folder / "tokenizer_config.json")) for folder in folders
     ]
@@ -233,7 +239,7 @@ def _jinja_form(tokenizer: Tokenizer, folders: Sequence[Path], template: Path | 
 
 
 def _token_names(settings: dict[str, Any]) -> dict[str, str]:
-    """What a template may call the special tokens: `bos_token`, `eos_token` and such."""
+    """A template's names of the special tokens: `bos_token`, `eos_token` and such."""
     found = {}
     for name, value in settings.items():
         text = value.get("content") if isinstance(value, dict) else value
@@ -243,7 +249,7 @@ def _token_names(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def _stop_tokens(tokenizer: Tokenizer, folders: Sequence[Path]) -> frozenset[int]:
-    """The end tokens that the checkpoint names: one or several."""
+    """The end tokens that the checkpoint names."""
     for folder in folders:
         for name in ("generation_config.json", "config.json"):
             ids = _json(folder / name).get("eos_token_id")
@@ -263,7 +269,7 @@ def _stop_tokens(tokenizer: Tokenizer, folders: Sequence[Path]) -> frozenset[int
 
 
 def _mark(number: int) -> str:
-    """What stands for a message while a template is rendered: characters of no language."""
+    """Stands for a message while a template is rendered: characters of no language."""
     return f"\ue000{number}\ue001"
 
 

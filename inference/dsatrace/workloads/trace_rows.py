@@ -1,10 +1,10 @@
-"""Request traces as JSON lines: what was asked, what was answered, and when.
+"""Logs of requests as JSON lines: what was asked, what was answered, and when.
 
     {"prompt": "...", "response": "...", "conversation_id": "c0", "turn_index": 0, "timestamp": 0.0}
 
-and, where known, `mode` and `workload`. Rows stand in the order of their timestamps, which
-are seconds. `time` is read as `timestamp`. The rows hold text, so the files that are written
-here are readable by their owner only. Knows no tokenizer.
+and, where known, `mode` and `workload`. Rows are in the order of their timestamps, which are
+seconds. `time` is read as `timestamp`. The rows hold text, so the files written here are
+readable by their owner only. Knows no tokenizer.
 
     num_rows = write_trace_rows("trace.jsonl", rows)
     for row in read_trace_rows("trace.jsonl", BadRows("skip")):
@@ -23,7 +23,7 @@ from typing import Any
 from dsatrace.errors import UserError
 from dsatrace.workloads.json_rows import read_json_rows
 from dsatrace.workloads.private_file import private_file
-from dsatrace.workloads.rows import BadRow, BadRows, text_column, unicode_text
+from dsatrace.workloads.rows import BadRow, BadRows, Clock, optional_text, text_column
 
 SINGLE_TURN, MULTI_TURN = "single_turn", "multi_turn"
 MAX_TIMESTAMP_S = 1e10  # three centuries: room for dates counted from 1970
@@ -32,26 +32,22 @@ MAX_COUNT = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class TraceRow:
-    """One request. `turn_index` counts the conversation's user turns from 0, `timestamp` is in seconds.
-
-    `mode` and `workload` are labels to group by; empty means not given.
-    """
+    """One request. `mode` and `workload` are labels to group by; empty means not given."""
 
     prompt: str
     response: str
     conversation_id: str
-    turn_index: int
-    timestamp: float
+    turn_index: int  # counts the conversation's user turns from 0
+    timestamp: float  # seconds
     mode: str = ""
     workload: str = ""
 
 
 def read_trace_rows(path: str | Path, bad_rows: BadRows | None = None) -> Iterator[TraceRow]:
-    """Streams the rows of JSON lines or of a JSON array.
+    """Streams the rows of JSON lines or of a JSON array; unknown fields are ignored.
 
-    Bad rows are those without one of the fields, with a field of another type, with an empty
-    prompt, a negative `turn_index` or `timestamp`, a `timestamp` before the last good row's,
-    and a line cut off. Unknown fields are ignored.
+    A row is bad if a field is missing or of another type, if the prompt is empty, a number
+    negative, the `timestamp` before the last good row's, or the line cut off.
     """
     clock = Clock("timestamp")
 
@@ -63,8 +59,8 @@ def read_trace_rows(path: str | Path, bad_rows: BadRows | None = None) -> Iterat
             conversation_id=id_column(row, "conversation_id"),
             turn_index=count_column(row, "turn_index"),
             timestamp=number_column(row, time_column if time_column in row else "timestamp"),
-            mode=_label(row, "mode"),
-            workload=_label(row, "workload"),
+            mode=optional_text(row, "mode"),
+            workload=optional_text(row, "workload"),
         )
         if not parsed.prompt:
             raise BadRow("empty prompt", column="prompt")
@@ -76,42 +72,36 @@ def read_trace_rows(path: str | Path, bad_rows: BadRows | None = None) -> Iterat
 
 def write_trace_rows(path: str | Path, rows: Iterable[TraceRow]) -> int:
     """Writes the rows and returns their number; raises a `UserError` for one that could not be read back."""
-    latest, number = 0.0, 0
-    with private_file(path) as file:
-        for row in rows:
-            if not latest <= row.timestamp <= MAX_TIMESTAMP_S:
-                raise UserError(
-                    f"{path}: row {number} has the timestamp {row.timestamp} after {latest}; "
-                    "give rows sorted by time, none negative"
-                )
-            latest = row.timestamp
+
+    def lines() -> Iterator[tuple[float, bytes]]:
+        for number, row in enumerate(rows):
+            fields = dataclasses.asdict(row)
+            for label in ("mode", "workload"):
+                if not fields[label]:
+                    del fields[label]
             try:
-                file.write(_line(row))
+                line = json.dumps(fields, ensure_ascii=False).encode() + b"\n"
             except UnicodeEncodeError as error:
                 raise UserError(f"{path}: row {number} holds a lone surrogate, which is no text") from error
+            yield row.timestamp, line
+
+    return write_lines_by_time(path, lines(), MAX_TIMESTAMP_S)
+
+
+def write_lines_by_time(path: str | Path, lines: Iterable[tuple[float, bytes]], largest: float) -> int:
+    """Writes (time, line) pairs in the order of their times, from 0 to `largest`; returns how many."""
+    latest, number = 0.0, 0
+    with private_file(path) as file:
+        for time, line in lines:
+            if not latest <= time <= largest:  # so written, it catches nan too
+                raise UserError(
+                    f"{path}: row {number} has the timestamp {time} after {latest}; "
+                    "give rows sorted by time, none negative"
+                )
+            file.write(line)
+            latest = time
             number += 1
     return number
-
-
-def _line(row: TraceRow) -> bytes:
-    fields = dataclasses.asdict(row)
-    for label in ("mode", "workload"):
-        if not fields[label]:
-            del fields[label]
-    return json.dumps(fields, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
-class Clock:
-    """Refuses a time before the latest one."""
-
-    def __init__(self, column: str) -> None:
-        self._column = column
-        self._latest = 0.0
-
-    def advance(self, time: float) -> None:
-        if time < self._latest:
-            raise BadRow("timestamp runs backwards", f"{time} after {self._latest}", self._column)
-        self._latest = time
 
 
 def number_column(row: Mapping[str, Any], column: str, largest: float = MAX_TIMESTAMP_S) -> float:
@@ -139,19 +129,8 @@ def count_column(row: Mapping[str, Any], column: str, largest: int = MAX_COUNT) 
 def id_column(row: Mapping[str, Any], column: str) -> str:
     """A name, which some traces give as a number."""
     value = row.get(column)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value) if abs(value) < 1 << 63 else _too_large(column)
-    return text_column(row, column)
-
-
-def _too_large(column: str) -> str:
-    raise BadRow("number too large", "a name has 63 bits at most", column)
-
-
-def _label(row: Mapping[str, Any], column: str) -> str:
-    value = row.get(column)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise BadRow("not a text", f"it is of type {type(value).__name__}", column)
-    return unicode_text(value, column)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return text_column(row, column)
+    if abs(value) >= 1 << 63:
+        raise BadRow("number too large", "a name has 63 bits at most", column)
+    return str(value)

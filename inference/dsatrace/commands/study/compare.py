@@ -21,7 +21,7 @@ MODES = (SINGLE_TURN, MULTI_TURN)
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
-    """Replays both traces, writes what each gave and what lies between them; returns the exit code."""
+    """Replays both traces, writes the results of each and their comparison; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
     settings = options.settings_from_args(args)
@@ -56,13 +56,10 @@ def draw_compared(folder: OutputFolder, replayed: Mapping[str, Replayed], compar
     from dsatrace.report import study_figures as figures
     from dsatrace.study.measure import block_counts, reuse_gaps, sharing_fractions
 
-    def of_both(values):  # type: ignore[no-untyped-def]
-        return {mode: values(each) for mode, each in replayed.items()}
-
-    figures.draw_sharing(folder.file("sharing_fraction_cdf.png"), of_both(sharing_fractions))
-    figures.draw_block_hits(
-        folder.file("block_hit_distribution.png"), of_both(lambda each: block_counts(each).hits)
-    )
+    fractions = {mode: sharing_fractions(each) for mode, each in replayed.items()}
+    figures.draw_sharing(folder.file("sharing_fraction_cdf.png"), fractions)
+    hits = {mode: block_counts(each).hits for mode, each in replayed.items()}
+    figures.draw_block_hits(folder.file("block_hit_distribution.png"), hits)
     gaps = {}
     for mode, each in replayed.items():
         gaps[f"{mode}, between accesses"] = reuse_gaps(each)
@@ -80,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         %(prog)s --workload chat_multi --match-requests
         """,
     )
-    options.add_client_arguments(parser, min_turns=2)
+    options.add_client_arguments(parser)
+    parser.set_defaults(min_turns=2)
     options.add_cache_arguments(parser)
     options.add_output_arguments(parser, "the comparison")
     return parser

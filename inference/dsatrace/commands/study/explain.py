@@ -6,12 +6,13 @@ dsatrace study explain --trace-file trace.jsonl --num-blocks 1000
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 
 from dsatrace.commands.study import options
 from dsatrace.errors import exits_cleanly
-from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN
+from dsatrace.workloads.trace_rows import MULTI_TURN
 
 
 @exits_cleanly
@@ -25,7 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dsatrace.report.study_tables import explain_grid, rejected_grid
     from dsatrace.study.explain import explain
     from dsatrace.study.measure import rejections
-    from dsatrace.study.results import settings_record
     from dsatrace.study.run import run_study
 
     with options.open_client(args) as client:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with options.study_folder(path, "explain", argv, client, settings) as folder:
         replayed = run_study(requests, settings)
         definitions = explain(replayed)
-        cache, rejected = settings_record(replayed), rejections(replayed)
+        cache, rejected = dataclasses.asdict(settings), rejections(replayed)
         record = {"cache": cache, "rejected": rejected}
         record["definitions"] = {line.name: line.record() for line in definitions}
         folder.write_json(args.output_file or "explain.json", record)
@@ -55,10 +55,5 @@ def _parser() -> argparse.ArgumentParser:
     options.add_client_arguments(parser)
     options.add_cache_arguments(parser)
     options.add_output_arguments(parser, "the definitions", pictures=False)
-    parser.add_argument(
-        "--mode",
-        choices=(SINGLE_TURN, MULTI_TURN),
-        default=MULTI_TURN,
-        help="which trace of the conversations; a trace file is taken whole",
-    )
+    options.add_mode_argument(parser)
     return parser

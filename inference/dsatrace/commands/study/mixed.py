@@ -10,10 +10,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dsatrace.commands.parser import CommandParser
-from dsatrace.commands.study import sweep_arguments as shared
+from dsatrace.commands.study import sweep_options as shared
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.study.mixed import (
     BLOCK_SIZE,
@@ -27,14 +26,13 @@ from dsatrace.study.mixed import (
     read_profile,
     warm_up,
 )
-from dsatrace.study.output_folder import OutputFolder, check_output, open_study
-from dsatrace.study.sources import NamedVocabulary
-from dsatrace.study.sweep import SweepOptions, sweep
-from dsatrace.study.sweep_cells import OVERALL, Cell
-from dsatrace.study.sweep_inputs import Trace, mixed_trace, read_trace, vocabulary_or_words
-from dsatrace.trace.manifest import redact_argv
-from dsatrace.workloads.mixed import WORKLOADS
+from dsatrace.study.output_folder import check_output, open_study
+from dsatrace.study.sweep import SweepSettings, sweep
+from dsatrace.study.sweep_cells import OVERALL
+from dsatrace.study.sweep_inputs import RequestLog, mixed_log, read_log
+from dsatrace.study.tokenization import NamedVocabulary, open_vocabulary
 from dsatrace.workloads.rows import BadRows
+from dsatrace.workloads.synthetic import WORKLOADS
 
 
 @exits_cleanly
@@ -42,30 +40,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the mix, prints its table and writes the folder; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
-    shared.check_source(args)
+    shared.check_flags(args)
     priorities = _priorities(args.priorities)
     names = args.policies = args.policies or default_policies(priorities is not None)
     given_profile = None if args.profile is None else read_profile(args.profile)
     check_output(args.output_dir)
-    vocabulary = vocabulary_or_words(args.tokenizer)
-    about = shared.manifest(args, ["dsatrace", "study", "mixed", *redact_argv(argv)], "mixed", vocabulary)
+    vocabulary = open_vocabulary(args.tokenizer)
+    about = shared.manifest(args, argv, "mixed", vocabulary)
     with open_study(args.output_dir, about) as folder:
         bad_rows = BadRows(args.bad_rows)
         with shared.cells_bar("mixed") as on_done:
-            trace, dropped = shared.filtered(_trace(args, vocabulary, bad_rows), args)
-            block_size = args.block_size or trace.block_size or BLOCK_SIZE
-            rest, profile, how = _profiled(args, trace, block_size, given_profile, names)
+            log, dropped = shared.filtered(_log(args, vocabulary, bad_rows), args)
+            block_size = args.block_size or log.block_size or BLOCK_SIZE
+            rest, profile, how = _profiled(args, log, block_size, given_profile, names)
             runs = mixed_runs(names, profile, args.forms, priorities, args.seed)
+            settings = SweepSettings((args.num_blocks,), runs, args.oversize, args.concurrency)
             given = rest.at(block_size, args.concurrency)
-            options = SweepOptions((args.num_blocks,), runs, args.oversize, args.concurrency)
             workers = shared.workers_for(args, given.stream.num_accesses * len(runs))
-            cells = sweep({(OVERALL, block_size): given}, options, workers, on_done)
+            cells = sweep({(OVERALL, block_size): given}, settings, workers, on_done)
         record = about | {
             "trace": {
-                "origin": trace.origin,
-                "requests": len(trace),
+                "origin": log.origin,
+                "requests": len(log),
                 "replayed": len(rest),
-                "prompt_tokens": trace.num_prompt_tokens,
+                "prompt_tokens": log.num_prompt_tokens,
                 "repeated_output_blocks": given.num_repeated,
             },
             "conversations": dropped,
@@ -73,16 +71,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             "profile": {"from": how, "workloads": profile_record(profile or {})},
             "workers": workers,
         }
-        _write(folder, cells, record, profile, args.skip_visualization)
-        _print(cells, folder, trace, vocabulary, how)
+        shared.write_cells(folder, "mixed", cells, record)
+        if profile is not None:
+            folder.write_json("profile.json", profile_record(profile))
+        if not args.skip_visualization:
+            from dsatrace.report.study_figures import draw_mixed
+
+            draw_mixed(folder.file("mixed_hit_rates.png"), cells)
+
+        from dsatrace.report.study_tables import mixed_grid
+
+        notes = (f"{log.name}: {log.origin}", f"profile of the workloads: {how}")
+        shared.show_cells([mixed_grid(cells)], notes, vocabulary, folder)
     return 0
 
 
-def _trace(args: argparse.Namespace, vocabulary: NamedVocabulary, bad_rows: BadRows) -> Trace:
+def _log(args: argparse.Namespace, vocabulary: NamedVocabulary, bad_rows: BadRows) -> RequestLog:
     if args.trace_file is None:
-        return mixed_trace(
+        return mixed_log(
             args.workloads or WORKLOADS,
-            shared.seeded_options(args),
+            shared.seeded_settings(args),
             vocabulary,
             shared.conversations(args, bad_rows),
             str(args.data_path),
@@ -90,26 +98,26 @@ def _trace(args: argparse.Namespace, vocabulary: NamedVocabulary, bad_rows: BadR
         )
     if args.pattern is not None:
         raise UserError("--pattern interleaves the seeded workloads; a trace file has its order already")
-    trace = read_trace(args.trace_file, vocabulary, bad_rows)
-    if len(set(trace.labels)) < 2:
+    log = read_log(args.trace_file, vocabulary, bad_rows)
+    if len(set(log.labels)) < 2:
         raise UserError(f"{args.trace_file}: all requests are of one workload; use `dsatrace study sweep`")
-    return trace
+    return log
 
 
 def _profiled(
-    args: argparse.Namespace, trace: Trace, block_size: int, given: Profile | None, names: Sequence[str]
-) -> tuple[Trace, Profile | None, str]:
-    """What is replayed, what the workload-aware policies know, and where that is from."""
+    args: argparse.Namespace, log: RequestLog, block_size: int, given: Profile | None, names: Sequence[str]
+) -> tuple[RequestLog, Profile | None, str]:
+    """The requests to replay, the profile for the workload-aware policies, and where it comes from."""
     if given is not None:
-        unknown, missing = set(given) - set(trace.labels), set(trace.labels) - set(given)
+        unknown, missing = set(given) - set(log.labels), set(log.labels) - set(given)
         if missing:
             raise UserError(f"{args.profile}: lacks {', '.join(sorted(missing))}; profile every workload")
         known = {name: entry for name, entry in given.items() if name not in unknown}
-        return trace, known, f"the file {args.profile}; the whole trace is replayed"
+        return log, known, f"the file {args.profile}; the whole trace is replayed"
     if not set(names) & set(NEED_PROFILE):
-        return trace, None, "none needed; the whole trace is replayed"
-    rest, profile = warm_up(trace, block_size, args.warm_up)
-    num_first = len(trace) - len(rest)
+        return log, None, "none needed; the whole trace is replayed"
+    rest, profile = warm_up(log, block_size, args.warm_up)
+    num_first = len(log) - len(rest)
     how = f"the first {num_first:,} requests, which are not replayed; the other {len(rest):,} are"
     return rest, {name: profile[name] for name in dict.fromkeys(rest.labels)}, how
 
@@ -129,43 +137,6 @@ def _priorities(pairs: Sequence[str] | None) -> dict[str, float] | None:
     return priorities
 
 
-def _write(
-    folder: OutputFolder,
-    cells: Sequence[Cell],
-    record: dict[str, Any],
-    profile: Profile | None,
-    no_picture: bool,
-) -> None:
-    rows = [cell.row() for cell in cells]
-    folder.write_json("mixed.json", record | {"cells": rows})
-    folder.write_csv("mixed.csv", list(rows[0]), (list(row.values()) for row in rows))
-    if profile is not None:
-        folder.write_json("profile.json", profile_record(profile))
-    if not no_picture:
-        from dsatrace.report.study_sweep_figures import draw_mixed
-
-        draw_mixed(folder.file("mixed_hit_rates.png"), cells)
-
-
-def _print(
-    cells: Sequence[Cell], folder: OutputFolder, trace: Trace, vocabulary: NamedVocabulary, how: str
-) -> None:
-    from rich.console import Console
-
-    from dsatrace.report.study_sweep_tables import mixed_grid
-    from dsatrace.report.study_tables import rich_table
-
-    console = Console(width=120)
-    console.print(rich_table(mixed_grid(cells)), "")
-    for line in (
-        f"{trace.name}: {trace.origin}",
-        f"profile of the workloads: {how}",
-        f"tokenizer, where there is text: {vocabulary.label['name']}",
-        f"files: {folder.path}",
-    ):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         "study mixed",
@@ -175,34 +146,34 @@ def _parser() -> argparse.ArgumentParser:
         %(prog)s --pattern qa qa chat_multi chat_single summarization --output-dir outputs/rounds
         """,
     )
-    add = parser.add_argument_group("the mix").add_argument
-    add("--block-size", type=int, help=f"tokens (default: {BLOCK_SIZE}, or the trace's own)")
-    add("--num-blocks", type=int, default=CAPACITY_BLOCKS, help="of the cache")
+    add = parser.add_argument_group("mix").add_argument
+    add("--block-size", type=int, help=f"tokens per block (default: {BLOCK_SIZE}, or the trace's own)")
+    add("--num-blocks", type=int, default=CAPACITY_BLOCKS, help="usable blocks of the cache")
     add(
         "--pattern",
         nargs="+",
         metavar="NAME",
-        help="round of workloads, each once at least (default: arrival)",
+        help="interleave the workloads in rounds of these names, each at least once (default: by arrival)",
     )
+    policies = " ".join(default_policies(False))
     add(
-        "--policies", nargs="+", metavar="NAME", help=f"OPT runs always ({' '.join(default_policies(False))})"
+        "--policies",
+        nargs="+",
+        metavar="NAME",
+        help=f"eviction policies; OPT always runs as well (default: {policies})",
     )
     add(
         "--priorities",
         nargs="+",
         metavar="NAME=NUMBER",
-        help="of workloads, for policy priority; 0 if not named",
+        help="priorities of workloads, for policy priority; 0 if not named",
     )
     add("--profile", type=Path, help="profile.json of an earlier run, for the workload-aware policies")
     add(
         "--warm-up",
         type=float,
         default=WARM_UP_SHARE,
-        help="share of the requests to profile on instead",
+        help="without --profile, measure it on this share of the requests, which is not replayed",
     )
     shared.add_shared_arguments(parser, ("leaf", "flat"))
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

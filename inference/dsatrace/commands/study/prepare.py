@@ -48,8 +48,8 @@ def _write(folder: OutputFolder, client: Client, mode: str, args: argparse.Names
         num_rows = write_trace_rows(file, client.rows(mode))
         print(f"{file}: {num_rows:,} requests; it holds text, so only you can read it")
     if args.hash_ids is not None:
-        from dsatrace.study.hash_ids import hash_id_rows
-        from dsatrace.workloads.hash_id_traces import hash_id_format, write_hash_ids
+        from dsatrace.study.request_files import hash_id_rows
+        from dsatrace.workloads.id_logs import hash_id_format, write_hash_ids
 
         layout = hash_id_format(args.hash_ids)
         file = folder.file(f"{mode}_{layout.name}.jsonl")

@@ -1,4 +1,4 @@
-"""`dsatrace study run`: one trace through one cache, and everything that is to be said of it.
+"""`dsatrace study run`: one trace through one cache, with every metric.
 
 dsatrace study run --trace-file conversation_trace.jsonl --block-size 512 --num-blocks 1000
 """
@@ -13,7 +13,7 @@ from dsatrace.commands.study import options
 from dsatrace.errors import exits_cleanly
 from dsatrace.study.output_folder import OutputFolder, file_labels
 from dsatrace.study.run import Replayed
-from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN
+from dsatrace.workloads.trace_rows import MULTI_TURN
 
 MAX_WORKLOAD_PICTURES = 12
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def draw_run(folder: OutputFolder, replayed: Replayed, name: str) -> None:
-    """The three distributions over all requests, and each workload's by itself."""
+    """The three distributions, over all requests and over those of each workload."""
     from dsatrace.report import study_figures as figures
     from dsatrace.study.measure import block_counts, of_workload, reuse_gaps, sharing_fractions, workloads_in
 
@@ -109,20 +109,14 @@ def _parser() -> argparse.ArgumentParser:
     options.add_client_arguments(parser)
     options.add_cache_arguments(parser)
     options.add_output_arguments(parser, "the statistics")
-    add = parser.add_argument
-    add(
-        "--mode",
-        choices=(SINGLE_TURN, MULTI_TURN),
-        default=MULTI_TURN,
-        help="which trace of the conversations; a trace file is taken whole",
-    )
-    add(
+    options.add_mode_argument(parser)
+    parser.add_argument(
         "--runner",
         choices=("replay", "engine"),
         default="replay",
-        help="engine: through the engine's scheduler and the token simulator as well",
+        help="engine: also serve the trace with the engine's scheduler and the token simulator",
     )
-    add(
+    parser.add_argument(
         "--write-accesses", action="store_true", help="write requests.jsonl and accesses.jsonl for the sweeps"
     )
     return parser

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsatrace.commands.parser import CommandParser
-from dsatrace.commands.study import sweep_arguments as shared
+from dsatrace.commands.study import sweep_options as shared
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.study.output_folder import OutputFolder, check_output, file_labels, open_study
 from dsatrace.study.sweep import (
@@ -20,25 +20,16 @@ from dsatrace.study.sweep import (
     BY_WORKLOAD,
     CAPACITIES,
     Inputs,
-    SweepOptions,
+    SweepSettings,
     policy_runs,
     single_workload_policies,
     sweep,
 )
 from dsatrace.study.sweep_cells import OPT, Cell
-from dsatrace.study.sweep_inputs import (
-    Trace,
-    read_trace,
-    seeded_traces,
-    split_by_workload,
-    vocabulary_or_words,
-)
-from dsatrace.trace.manifest import redact_argv
-from dsatrace.workloads.mixed import WORKLOADS
+from dsatrace.study.sweep_inputs import RequestLog, read_log, seeded_logs, split_by_workload
+from dsatrace.study.tokenization import NamedVocabulary, open_vocabulary
 from dsatrace.workloads.rows import BadRows
-
-if TYPE_CHECKING:
-    from dsatrace.study.sources import NamedVocabulary
+from dsatrace.workloads.synthetic import WORKLOADS
 
 
 @exits_cleanly
@@ -46,115 +37,96 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the sweep, prints its tables and writes the folder; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
-    options = _options(args)
-    shared.check_source(args)
+    settings = _settings(args)
+    shared.check_flags(args)
     check_output(args.output_dir)
-    vocabulary = vocabulary_or_words(args.tokenizer)
-    about = shared.manifest(args, ["dsatrace", "study", "sweep", *redact_argv(argv)], "sweep", vocabulary)
+    vocabulary = open_vocabulary(args.tokenizer)
+    about = shared.manifest(args, argv, "sweep", vocabulary)
     with open_study(args.output_dir, about) as folder:
         bad_rows = BadRows(args.bad_rows)
         with shared.cells_bar("sweep") as on_done:
-            traces, dropped = _traces(args, vocabulary, bad_rows)
+            logs, dropped = _logs(args, vocabulary, bad_rows)
             inputs = {
-                (trace.name, size): trace.at(size, args.concurrency)
-                for trace in traces
-                for size in _block_sizes(args, trace)
+                (log.name, size): log.at(size, args.concurrency)
+                for log in logs
+                for size in _block_sizes(args, log)
             }
             num_accesses = sum(given.stream.num_accesses for given in inputs.values())
-            workers = shared.workers_for(args, num_accesses * len(options.runs) * len(options.capacities))
-            cells = sweep(inputs, options, workers, on_done)
+            workers = shared.workers_for(args, num_accesses * len(settings.runs) * len(settings.capacities))
+            cells = sweep(inputs, settings, workers, on_done)
         record = {
-            "traces": _described(traces, inputs),
+            "traces": _described(logs, inputs),
             "conversations": dropped,
             "bad_rows": bad_rows.summary(),
             "workers": workers,
         }
-        _write(folder, cells, about | record, args.skip_visualization)
-        _print(cells, folder, traces, vocabulary)
+        shared.write_cells(folder, "sweep", cells, about | record)
+        if not args.skip_visualization:
+            _draw(folder, cells)
+
+        from dsatrace.report.study_tables import sweep_grids
+
+        notes = [f"{log.name}: {log.origin}" for log in logs]
+        shared.show_cells(sweep_grids(cells), notes, vocabulary, folder)
     return 0
 
 
-def _options(args: argparse.Namespace) -> SweepOptions:
-    names = args.policies
-    by_workload = sorted(set(names) & set(BY_WORKLOAD))
+def _settings(args: argparse.Namespace) -> SweepSettings:
+    by_workload = sorted(set(args.policies) & set(BY_WORKLOAD))
     if by_workload:
         raise UserError(
             f"policy {by_workload[0]} tells workloads apart, and here each has the cache for itself; "
             "use `dsatrace study mixed`"
         )
-    runs = policy_runs(names, args.forms, {"random": {"seed": args.seed}})
-    return SweepOptions(tuple(sorted(args.capacities)), runs, args.oversize, args.concurrency)
+    runs = policy_runs(args.policies, args.forms, {"random": {"seed": args.seed}})
+    return SweepSettings(tuple(sorted(args.capacities)), runs, args.oversize, args.concurrency)
 
 
-def _traces(
+def _logs(
     args: argparse.Namespace, vocabulary: NamedVocabulary, bad_rows: BadRows
-) -> tuple[list[Trace], dict[str, dict[str, int]]]:
+) -> tuple[list[RequestLog], dict[str, dict[str, int]]]:
     if args.trace_file is not None:
-        traces = split_by_workload(read_trace(args.trace_file, vocabulary, bad_rows))
+        logs = split_by_workload(read_log(args.trace_file, vocabulary, bad_rows))
     else:
         names = args.workloads or WORKLOADS
         if len(set(names)) != len(names):
             raise UserError(f"name each workload once: {', '.join(names)}")
         real = shared.conversations(args, bad_rows)
-        traces = seeded_traces(names, shared.seeded_options(args), vocabulary, real, str(args.data_path))
-    pairs = [shared.filtered(trace, args) for trace in traces]
-    return [trace for trace, _ in pairs], {trace.name: counts for trace, counts in pairs}
+        logs = seeded_logs(names, shared.seeded_settings(args), vocabulary, real, str(args.data_path))
+    pairs = [shared.filtered(log, args) for log in logs]
+    return [log for log, _ in pairs], {log.name: counts for log, counts in pairs}
 
 
-def _block_sizes(args: argparse.Namespace, trace: Trace) -> Sequence[int]:
-    """A trace that was recorded in blocks is swept at their size unless others are asked for."""
-    sizes = args.block_sizes or ((trace.block_size,) if trace.block_size else BLOCK_SIZES)
+def _block_sizes(args: argparse.Namespace, log: RequestLog) -> Sequence[int]:
+    """By default a log that was recorded in blocks is swept at their size alone."""
+    sizes = args.block_sizes or ((log.block_size,) if log.block_size else BLOCK_SIZES)
     if len(set(sizes)) != len(sizes):
         raise UserError(f"name each block size once: {', '.join(map(str, sizes))}")
     return tuple(sizes)
 
 
-def _described(traces: Sequence[Trace], inputs: Inputs) -> list[dict[str, Any]]:
+def _described(logs: Sequence[RequestLog], inputs: Inputs) -> list[dict[str, Any]]:
     return [
         {
-            "workload": trace.name,
-            "origin": trace.origin,
-            "requests": len(trace),
-            "prompt_tokens": trace.num_prompt_tokens,
+            "workload": log.name,
+            "origin": log.origin,
+            "requests": len(log),
+            "prompt_tokens": log.num_prompt_tokens,
             "repeated_output_blocks": {
-                str(size): given.num_repeated for (name, size), given in inputs.items() if name == trace.name
+                str(size): given.num_repeated for (name, size), given in inputs.items() if name == log.name
             },
         }
-        for trace in traces
+        for log in logs
     ]
 
 
-def _write(folder: OutputFolder, cells: Sequence[Cell], record: dict[str, Any], no_pictures: bool) -> None:
-    rows = [cell.row() for cell in cells]
-    folder.write_json("sweep.json", record | {"cells": rows})
-    folder.write_csv("sweep.csv", list(rows[0]), (list(row.values()) for row in rows))
-    if no_pictures:
-        return
-    from dsatrace.report.study_sweep_figures import draw_capacities
+def _draw(folder: OutputFolder, cells: Sequence[Cell]) -> None:
+    from dsatrace.report.study_figures import draw_capacities
 
     labels = file_labels(list(dict.fromkeys(cell.workload for cell in cells)))
     for workload, label in labels.items():
         for policy in dict.fromkeys(cell.policy for cell in cells if cell.policy != OPT):
             draw_capacities(folder.file(f"cache_hits_{label}_{policy}.png"), workload, policy, cells)
-
-
-def _print(
-    cells: Sequence[Cell], folder: OutputFolder, traces: Sequence[Trace], vocabulary: NamedVocabulary
-) -> None:
-    from rich.console import Console
-
-    from dsatrace.report.study_sweep_tables import sweep_grids
-    from dsatrace.report.study_tables import rich_table
-
-    console = Console(width=120)
-    for grid in sweep_grids(cells):
-        console.print(rich_table(grid), "")
-    for trace in traces:
-        console.print(f"{trace.name}: {trace.origin}", markup=False, highlight=False)
-    console.print(
-        f"tokenizer, where there is text: {vocabulary.label['name']}", markup=False, highlight=False
-    )
-    console.print(f"files: {folder.path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -166,8 +138,15 @@ def _parser() -> argparse.ArgumentParser:
         %(prog)s --trace-file conversation_trace.jsonl --capacities 1000 5000 --output-dir outputs/conv
         """,
     )
-    add = parser.add_argument_group("the sweep").add_argument
-    add("--block-sizes", type=int, nargs="+", metavar="TOKENS", help=f"({' '.join(map(str, BLOCK_SIZES))})")
+    add = parser.add_argument_group("sweep").add_argument
+    sizes = " ".join(map(str, BLOCK_SIZES))
+    add(
+        "--block-sizes",
+        type=int,
+        nargs="+",
+        metavar="TOKENS",
+        help=f"tokens per block (default: {sizes}, or the trace's own)",
+    )
     add(
         "--capacities",
         "--num-blocks",
@@ -175,18 +154,14 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=CAPACITIES,
         metavar="BLOCKS",
-        help="blocks (default: 64 128 256 512)",
+        help="usable blocks of each cache",
     )
     add(
         "--policies",
         nargs="+",
         default=single_workload_policies(),
         metavar="NAME",
-        help=f"OPT runs always ({' '.join(single_workload_policies())})",
+        help="eviction policies; OPT always runs as well",
     )
     shared.add_shared_arguments(parser, ("leaf",))
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

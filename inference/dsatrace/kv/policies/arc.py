@@ -1,9 +1,9 @@
 """ARC: shares the cache between blocks used once and more often, and learns the share.
 
-After Megiddo and Modha (FAST 2003): T1 and T2 hold blocks used once and more often, B1 and
-B2 remember whom each gave up last. A block that returns out of B1 says that T1 was too
-small, out of B2 that T2 was; `target` is the size of T1 aimed at. Where one of T1 and T2
-holds nothing that may be evicted, the other gives way.
+After Megiddo and Modha (FAST 2003): T1 and T2 hold blocks used once and more often; B1 and B2, their
+ghosts, remember the blocks that each evicted last. A block that returns from B1 shows that T1 was too
+small, one from B2 that T2 was; `target` is the desired size of T1. If T1 or T2 has no evictable
+block, the other one gives one up.
 
     Arc(capacity)
 """
@@ -15,14 +15,11 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from dsatrace.kv.policies.cache import Cache, Shape, pop
+from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, pop
 from dsatrace.kv.policies.lists import IN_NONE, Lists, append, empty_lists, oldest, take_out
-from dsatrace.kv.policies.plain import PlainPolicy
-from dsatrace.kv.policies.policy import Access
-from dsatrace.kv.policies.rules import RULES, Rules
+from dsatrace.kv.policies.policy import Access, PlainPolicy
 
-ONCE, OFTEN = 0, 1
-"""T1 and T2; their ghosts B1 and B2."""
+ONCE, OFTEN = 0, 1  # T1 and T2; B1 and B2 of the ghosts
 
 
 class Arc(PlainPolicy):
@@ -34,7 +31,7 @@ class Arc(PlainPolicy):
         self._sizes = [0, 0]
         self._ghosts: tuple[dict[int, None], dict[int, None]] = ({}, {})  # oldest first
         self._missed: int | None = None
-        self._returning_to: int | None = None  # what the missed block was a ghost of
+        self._returning_to: int | None = None  # the queue whose ghost the missed block was
 
     def miss(self, block: int, access: Access) -> None:
         self._missed, self._returning_to = block, None
@@ -90,7 +87,7 @@ class ArcState(NamedTuple):
     target: np.ndarray  # (1,) float64
     sizes: np.ndarray  # (2,) int64
     ghosts: Lists  # two lists of blocks
-    returning_to: np.ndarray  # (1,) int64, IN_NONE for a block that is no ghost
+    returning_to: np.ndarray  # (1,) int64, IN_NONE if the missed block was no ghost
 
 
 def arc_state(shape: Shape) -> ArcState:

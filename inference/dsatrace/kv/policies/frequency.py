@@ -9,14 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsatrace.kv.policies.cache import Cache, Shape, offer, pop, tick
-from dsatrace.kv.policies.plain import PlainPolicy
-from dsatrace.kv.policies.policy import Access
-from dsatrace.kv.policies.rules import RULES, Rules
+from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, offer, pop, tick
+from dsatrace.kv.policies.policy import Access, PlainPolicy
 
 
 class Lfu(PlainPolicy):
-    """Evicts the block used least often since it was cached, the least recent among equals."""
+    """Evicts the block used least often since it was cached; among equals, the least recent."""
 
     def again(self, block: int, access: Access) -> None:
         self.value[block] += 1
@@ -40,8 +38,8 @@ PROBATION, PROTECTED = 0, 1
 
 
 class Slru(PlainPolicy):
-    """A block used again is protected. What exceeds the protected share returns to probation,
-    the least recent evictable block first, as the most recent there; probation is evicted first."""
+    """A block that is used again becomes protected. Beyond the protected share, the least recent
+    evictable protected block returns to probation, as its most recent. Probation is evicted first."""
 
     def __init__(self, capacity: int, *, protected: float, leaf: bool = False) -> None:
         super().__init__(capacity, leaf=leaf, num_queues=2)
@@ -99,10 +97,10 @@ RULES[SlruState] = Rules(again=_protect, victim=_probation_first)
 
 
 class Gdsf(PlainPolicy):
-    """Evicts the smallest value: uses x cost, above the value of the block evicted last.
+    """Evicts the smallest value: uses x cost, plus the value of the last evicted block.
 
-    All blocks have the same size, so cost alone is weighed: `1 + depth_cost * depth`, as
-    attention makes a block dearer to recompute the more blocks precede it.
+    All blocks have the same size. The cost is `1 + depth_cost * depth`: attention makes a block
+    costlier to recompute the more blocks precede it.
     """
 
     def __init__(self, capacity: int, *, depth_cost: float, leaf: bool = False) -> None:

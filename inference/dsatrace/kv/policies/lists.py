@@ -1,8 +1,8 @@
-"""Ordered lists of small integers, compiled: several disjoint ones over the same items.
+"""Ordered lists of small integers, compiled: several disjoint lists over the same items.
 
-Each is circular, its end marked by a node of its own, so that no operation has a special
-case. Used for orders with holes (SIEVE) and for blocks that left (the ghosts of S3-FIFO
-and ARC). Knows no cache.
+Each list is circular with an extra node that marks its end, so that no operation has a special
+case. Used for an order with removals (SIEVE) and for evicted blocks (the ghosts of S3-FIFO and ARC).
+Knows no cache.
 
     lists = empty_lists(num_items=10, num_lists=2)
     append(lists, 0, 7); append(lists, 0, 3)
@@ -22,9 +22,9 @@ IN_NONE = -1
 class Lists(NamedTuple):
     """M items in L lists; nodes M to M + L - 1 are the lists' ends."""
 
-    newer: np.ndarray  # (M + L,) int32, of an item: the next one appended after it
-    older: np.ndarray  # (M + L,) int32
-    list_of: np.ndarray  # (M + L,) int8, IN_NONE for an item that is in no list
+    newer: np.ndarray  # (M + L,) int32, the next node after each, appended later
+    older: np.ndarray  # (M + L,) int32, the one before each
+    list_of: np.ndarray  # (M + L,) int8, IN_NONE for an item in no list
     size: np.ndarray  # (L,) int64
 
 
@@ -41,13 +41,13 @@ def end(lists: Lists, which: int) -> int:
 
 @njit(nogil=True)
 def oldest(lists: Lists, which: int) -> int:
-    """The item appended first, or the end of an empty list."""
+    """The item appended first; of an empty list, its end."""
     return lists.newer[end(lists, which)]
 
 
 @njit(nogil=True)
 def append(lists: Lists, which: int, item: int) -> None:
-    """Puts an item that is in no list after the newest."""
+    """Adds an item, which must be in no list, after the newest."""
     after = end(lists, which)
     before = lists.older[after]
     lists.newer[before], lists.older[item] = item, before

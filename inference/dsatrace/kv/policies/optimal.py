@@ -1,11 +1,11 @@
 """OPT: evicts the block whose next use is farthest, the bound no policy can beat.
 
-Belady's rule (IBM Systems Journal, 1966) with requests as the unit: all blocks of a request
-are pinned together, for as long as it is in flight, and none is left out of the cache.
-Exchanging a victim for a farther one then never loses a hit, so it is optimal for cached
-blocks; and since a parent is used whenever its child is, it never gives up a parent that is
-used again before its child, so it is optimal for unbroken prefixes and under the leaf
-constraint as well. Needs the future: `Access.next_use`.
+Belady's rule (IBM Systems Journal, 1966) with requests as the unit: all blocks of a request are
+pinned together while it is in flight, and none is left out of the cache. Exchanging a victim for one
+whose next use is farther never loses a hit, so the rule is optimal for cached blocks. A parent is
+used whenever its child is, so a parent that is used again is never evicted before its child: the rule
+is optimal for unbroken prefixes and under the leaf constraint, too. Needs the future:
+`Access.next_use`.
 
     Optimal(capacity)
 """
@@ -14,20 +14,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dsatrace.kv.policies.cache import Cache, Shape
-from dsatrace.kv.policies.plain import PlainPolicy
-from dsatrace.kv.policies.policy import Access
-from dsatrace.kv.policies.rules import RULES, Rules
+from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape
+from dsatrace.kv.policies.policy import Access, PlainPolicy
 
 
 class Optimal(PlainPolicy):
-    """Evicts the farthest next use; of those never used again the least recent."""
+    """Evicts the block with the farthest next use; of those never used again, the least recent."""
 
     def enter(self, block: int, access: Access) -> None:
         self.value[block] = -float(access.next_use)
 
-    def again(self, block: int, access: Access) -> None:
-        self.value[block] = -float(access.next_use)
+    again = enter
 
 
 class OptimalState(NamedTuple):

@@ -1,4 +1,4 @@
-"""LRU, MRU, FIFO, FILO: by last use or by entry, oldest or newest first. And a random choice.
+"""LRU, MRU, FIFO, FILO (by last use or by entry, oldest or newest first), and a random choice.
 
 Ordered(capacity, by_recency=True, newest_first=False)      # LRU
 """
@@ -10,10 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from dsatrace.kv.policies.cache import Cache, Shape, tick, withdraw
-from dsatrace.kv.policies.plain import PlainPolicy
-from dsatrace.kv.policies.policy import Access
-from dsatrace.kv.policies.rules import RULES, Rules, same_stamp
+from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, same_stamp, tick, withdraw
+from dsatrace.kv.policies.policy import Access, NothingEvictable, PlainPolicy
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -21,7 +19,7 @@ _64_BITS = 2**64 - 1
 
 
 class Ordered(PlainPolicy):
-    """Evicts the block used (or else entered) the longest, or the shortest, time ago."""
+    """Evicts the block used (or else cached) the longest time ago, or with `newest_first` the shortest."""
 
     def __init__(self, capacity: int, *, by_recency: bool, newest_first: bool, leaf: bool = False) -> None:
         super().__init__(capacity, leaf=leaf)
@@ -58,7 +56,7 @@ RULES[OrderedState] = Rules(enter=_sign_stamp, released=_restamp)
 
 
 class Uniform(PlainPolicy):
-    """Evicts any evictable block, each as likely as the other; the same ones for the same seed."""
+    """Evicts any evictable block, each equally likely; a seed repeats its choices."""
 
     def __init__(self, capacity: int, *, seed: int, leaf: bool = False) -> None:
         super().__init__(capacity, leaf=leaf)
@@ -78,7 +76,7 @@ class Uniform(PlainPolicy):
 
     def victim(self) -> int:
         if not self._bag:
-            raise LookupError("no cached block may be evicted: requests hold all of them")
+            raise NothingEvictable
         return self._bag[(self._random() >> 32) * len(self._bag) >> 32]
 
     def _random(self) -> int:

@@ -1,8 +1,11 @@
 """Every eviction policy by name: what it does, where it comes from, its parameters.
 
-POLICIES["sieve"].source
-policy = make_policy("slru", capacity=1000, leaf=True, protected=0.5)     # for a pool
-result = simulate(stream, "slru", 1000, leaf=True, protected=0.5)         # see `simulate`
+What users say of workloads by name becomes numbers by index here; what they leave out is measured
+on the first requests of the stream, where there is one.
+
+    POLICIES["sieve"].source
+    policy = make_policy("slru", capacity=1000, leaf=True, protected=0.5)     # for a pool
+    result = simulate(stream, "slru", 1000, leaf=True, protected=0.5)         # see `simulate`
 """
 
 from __future__ import annotations
@@ -11,26 +14,18 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from dsatrace.errors import UserError
 from dsatrace.kv.policies.arc import Arc, arc_state
 from dsatrace.kv.policies.frequency import Gdsf, Lfu, Slru, gdsf_state, lfu_state, slru_state
 from dsatrace.kv.policies.optimal import Optimal, optimal_state
 from dsatrace.kv.policies.ordered import Ordered, Uniform, ordered_state, uniform_state
-from dsatrace.kv.policies.plain import PlainPolicy
+from dsatrace.kv.policies.policy import PlainPolicy
+from dsatrace.kv.policies.reuse import ReuseProfile, admitted_workloads, reuse_profile
 from dsatrace.kv.policies.s3fifo import S3Fifo, s3fifo_state
-from dsatrace.kv.policies.settings import (
-    Settings,
-    Workloads,
-    as_given,
-    natural,
-    resolve_admission,
-    resolve_priorities,
-    resolve_reuse,
-    shares,
-)
 from dsatrace.kv.policies.sieve import Sieve, sieve_state
+from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.policies.workload_aware import (
     ByWorkload,
     ReuseProbability,
@@ -40,14 +35,69 @@ from dsatrace.kv.policies.workload_aware import (
     tail_first_state,
 )
 
+Settings = dict[str, Any]
+Value = TypeVar("Value")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workloads:
+    """Their names in order, and a stream to measure reuse on, if any."""
+
+    names: tuple[str, ...]
+    stream: AccessStream | None
+
+    def by_index(self, values: Mapping[str, Value], what: str, default: Value | None = None) -> list[Value]:
+        """The value of each workload; without a default all must be named."""
+        unknown = sorted(set(values) - set(self.names))
+        missing = [] if default is not None else sorted(set(self.names) - set(values))
+        if unknown or missing:
+            wrong = f"unknown: {', '.join(unknown)}" if unknown else f"missing: {', '.join(missing)}"
+            raise UserError(f"{what} names workloads, {wrong}; there are {', '.join(self.names)}")
+        return [values.get(name, default) for name in self.names]  # type: ignore[misc]
+
+    def profile(self, share: float, instead: str) -> ReuseProfile:
+        if self.stream is None:
+            raise UserError(f"there is no stream to learn reuse from: give {instead}")
+        return reuse_profile(self.stream.head(share))
+
+
+def resolve_priorities(settings: Settings, workloads: Workloads) -> Settings:
+    """`priorities`: a number for each workload by name, 0 where not named."""
+    return {"worth": workloads.by_index(settings["priorities"], "priorities", 0.0)}
+
+
+def resolve_admission(settings: Settings, workloads: Workloads) -> Settings:
+    """`admit`: the workloads to keep by name, or None to measure which are reused."""
+    if settings["admit"] is not None:
+        return {"worth": workloads.by_index(dict.fromkeys(settings["admit"], 1.0), "admit", 0.0)}
+    profile = workloads.profile(settings["profile_share"], "admit=[...]")
+    return {"worth": admitted_workloads(profile, settings["min_relative_reuse"])}
+
+
+def resolve_reuse(settings: Settings, workloads: Workloads) -> Settings:
+    """`reuse`: (probability, mean seconds to it) of each workload by name, or None to measure."""
+    if settings["reuse"] is None:
+        profile = workloads.profile(settings["profile_share"], "reuse={name: (probability, mean_s)}")
+        return {"reuse_probability": profile.probability.tolist(), "mean_reuse_s": profile.mean_s.tolist()}
+    pairs = workloads.by_index(settings["reuse"], "reuse")
+    for probability, mean_s in pairs:
+        if not 0 <= probability < 1 or mean_s <= 0:
+            raise UserError(
+                f"reuse needs a probability from 0 to below 1 and a mean above 0 s: {probability}, {mean_s}"
+            )
+    return {
+        "reuse_probability": [float(probability) for probability, _ in pairs],
+        "mean_reuse_s": [float(mean_s) for _, mean_s in pairs],
+    }
+
 
 @dataclasses.dataclass(frozen=True)
 class PolicyInfo:
     """One policy.
 
-    `leaf_first` says that its flat form never evicts a parent whose child is of use, so
-    that flat and leaf-constrained give the same hits on prefix trees. `resolve` checks the
-    user's parameters and turns them into those of `plain` and `state`.
+    `leaf_first`: its flat form never evicts a parent whose child is of use, so flat and
+    leaf-constrained give the same hits on prefix trees. `resolve` turns the user's parameters into
+    those of `plain` and `state`.
     """
 
     name: str
@@ -56,8 +106,10 @@ class PolicyInfo:
     plain: Callable[..., PlainPolicy]
     state: Callable[..., NamedTuple]
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    resolve: Callable[[Settings, Workloads], Settings] = as_given
-    num_queues: int | None = 1  # None: one a workload
+    shares: tuple[str, ...] = ()  # parameters between 0 and 1
+    naturals: tuple[str, ...] = ()  # parameters of at least 0
+    resolve: Callable[[Settings, Workloads], Settings] | None = None
+    num_queues: int | None = 1  # None: one per workload
     leaf_first: bool = False
     needs_future: bool = False
 
@@ -67,135 +119,67 @@ class PolicyInfo:
         if unknown:
             takes = ", ".join(self.params) or "none"
             raise UserError(f"policy {self.name} has no parameter {', '.join(unknown)}; it takes {takes}")
-        return self.resolve({**self.params, **params}, workloads)
+        settings = {**self.params, **params}
+        for parameter in self.shares:
+            if not 0 <= settings[parameter] <= 1:
+                raise UserError(f"{parameter} is a share, between 0 and 1, not {settings[parameter]}")
+        for parameter in self.naturals:
+            if settings[parameter] < 0:
+                raise UserError(f"{parameter} must not be negative, but is {settings[parameter]}")
+        return settings if self.resolve is None else self.resolve(settings, workloads)
 
 
 def _ordered(name: str, meaning: str, source: str, by_recency: bool, newest_first: bool) -> PolicyInfo:
-    return PolicyInfo(
-        name,
-        meaning,
-        source,
-        partial(Ordered, by_recency=by_recency, newest_first=newest_first),
-        partial(ordered_state, by_recency=by_recency, newest_first=newest_first),
-        leaf_first=by_recency and not newest_first,
-    )
+    plain = partial(Ordered, by_recency=by_recency, newest_first=newest_first)
+    state = partial(ordered_state, by_recency=by_recency, newest_first=newest_first)
+    return PolicyInfo(name, meaning, source, plain, state, leaf_first=by_recency and not newest_first)
 
 
+# fmt: off
 _INFOS = (
-    _ordered("lru", "the least recently used block", "vLLM, SGLang; Mattson et al. 1970", True, False),
-    _ordered("fifo", "the block cached first", "SGLang", False, False),
-    _ordered("mru", "the most recently used block", "SGLang; Chou and DeWitt 1985", True, True),
-    _ordered("filo", "the block cached last", "SGLang", False, True),
-    PolicyInfo(
-        "lfu",
-        "the block used least often since it was cached",
-        "SGLang",
-        Lfu,
-        lfu_state,
-        leaf_first=True,
-    ),
-    PolicyInfo(
-        "slru",
-        "blocks used once before those used again, each group by recency",
-        "Karedla, Love and Wherry 1994",
-        Slru,
-        slru_state,
-        params={"protected": 0.8},
-        resolve=shares("protected"),
-        num_queues=2,
-    ),
-    PolicyInfo(
-        "priority",
-        "the lowest priority of a workload, then LRU",
-        "SGLang, TensorRT-LLM",
-        ByWorkload,
-        by_workload_state,
-        params={"priorities": {}},
-        resolve=resolve_priorities,
-        leaf_first=True,
-    ),
-    PolicyInfo(
-        "s3-fifo",
-        "unused blocks of a small queue, then of the main one",
-        "Yang et al., SOSP 2023",
-        S3Fifo,
-        s3fifo_state,
-        params={"small": 0.1, "ghost": 0.9, "threshold": 2},
-        resolve=shares("small"),
-        num_queues=2,
-    ),
-    PolicyInfo(
-        "sieve",
-        "the first block unused since a hand last passed it",
-        "Zhang et al., NSDI 2024",
-        Sieve,
-        sieve_state,
-    ),
-    PolicyInfo(
-        "arc",
-        "recency or frequency, whichever returning blocks ask for",
-        "Megiddo and Modha, FAST 2003",
-        Arc,
-        arc_state,
-        num_queues=2,
-    ),
-    PolicyInfo(
-        "gdsf",
-        "the least uses x cost of recomputing, with ageing",
-        "Cherkasova, HPL-98-69, 1998; Cao and Irani 1997",
-        Gdsf,
-        gdsf_state,
-        params={"depth_cost": 0.0},
-        resolve=natural("depth_cost"),
-    ),
-    PolicyInfo(
-        "t-lru",
-        "ends of requests that a next turn can spare, then LRU",
-        "Zhang et al., Tail-Optimized Caching, arXiv 2510.15152, 2025; SGLang",
-        TailFirst,
-        tail_first_state,
-        params={"slack_blocks": 8},
-        resolve=natural("slack_blocks"),
-    ),
-    PolicyInfo(
-        "wa-lru",
-        "blocks of workloads that are not admitted, then LRU",
-        "admission by workload, given or by measured reuse",
-        ByWorkload,
-        by_workload_state,
-        params={"admit": None, "min_relative_reuse": 0.5, "profile_share": 0.2},
-        resolve=resolve_admission,
-        leaf_first=True,
-    ),
-    PolicyInfo(
-        "wa-prob",
-        "the least probability of reuse within a block's expected stay",
-        "after Wang et al., KVCache Cache in the Wild, USENIX ATC 2025",
-        ReuseProbability,
-        reuse_probability_state,
-        params={"reuse": None, "profile_share": 0.2},
-        resolve=resolve_reuse,
-        num_queues=None,
-    ),
-    PolicyInfo(
-        "random",
-        "any block, each as likely as the other",
-        "libCacheSim's Random; arXiv 2601.18999 for leaves",
-        Uniform,
-        uniform_state,
-        params={"seed": 42},
-        resolve=natural("seed"),
-    ),
-    PolicyInfo(
-        "opt",
-        "the block whose next use is farthest: the bound",
-        "Belady 1966, on whole requests",
-        Optimal,
-        optimal_state,
-        leaf_first=True,
-        needs_future=True,
-    ),
+    _ordered("lru", "the least recently used block", "vLLM, SGLang; Mattson et al. 1970",
+             by_recency=True, newest_first=False),
+    _ordered("fifo", "the block cached first", "SGLang", by_recency=False, newest_first=False),
+    _ordered("mru", "the most recently used block", "SGLang; Chou and DeWitt 1985",
+             by_recency=True, newest_first=True),
+    _ordered("filo", "the block cached last", "SGLang", by_recency=False, newest_first=True),
+    PolicyInfo("lfu", "the block used least often since it was cached", "SGLang",
+               Lfu, lfu_state, leaf_first=True),
+    PolicyInfo("slru", "blocks used once before those used again, each group by recency",
+               "Karedla, Love and Wherry 1994",
+               Slru, slru_state, {"protected": 0.8}, shares=("protected",), num_queues=2),
+    PolicyInfo("priority", "the lowest priority of a workload, then LRU", "SGLang, TensorRT-LLM",
+               ByWorkload, by_workload_state, {"priorities": {}}, resolve=resolve_priorities,
+               leaf_first=True),
+    PolicyInfo("s3-fifo", "unused blocks of a small queue, then of the main one", "Yang et al., SOSP 2023",
+               S3Fifo, s3fifo_state, {"small": 0.1, "ghost": 0.9, "threshold": 2}, shares=("small",),
+               num_queues=2),
+    PolicyInfo("sieve", "the first block unused since a hand last passed it", "Zhang et al., NSDI 2024",
+               Sieve, sieve_state),
+    PolicyInfo("arc", "recency or frequency, whichever returning blocks ask for",
+               "Megiddo and Modha, FAST 2003", Arc, arc_state, num_queues=2),
+    PolicyInfo("gdsf", "the least uses x cost of recomputing, with ageing",
+               "Cherkasova, HPL-98-69, 1998; Cao and Irani 1997",
+               Gdsf, gdsf_state, {"depth_cost": 0.0}, naturals=("depth_cost",)),
+    PolicyInfo("t-lru", "ends of requests that a next turn can spare, then LRU",
+               "Zhang et al., Tail-Optimized Caching, arXiv 2510.15152, 2025; SGLang",
+               TailFirst, tail_first_state, {"slack_blocks": 8}, naturals=("slack_blocks",)),
+    PolicyInfo("wa-lru", "blocks of workloads that are not admitted, then LRU",
+               "admission by workload, given or by measured reuse",
+               ByWorkload, by_workload_state,
+               {"admit": None, "min_relative_reuse": 0.5, "profile_share": 0.2},
+               shares=("min_relative_reuse", "profile_share"), resolve=resolve_admission, leaf_first=True),
+    PolicyInfo("wa-prob", "the least probability of reuse within a block's expected stay",
+               "after Wang et al., KVCache Cache in the Wild, USENIX ATC 2025",
+               ReuseProbability, reuse_probability_state, {"reuse": None, "profile_share": 0.2},
+               shares=("profile_share",), resolve=resolve_reuse, num_queues=None),
+    PolicyInfo("random", "any block, each as likely as the other",
+               "libCacheSim's Random; arXiv 2601.18999 for leaves",
+               Uniform, uniform_state, {"seed": 42}, naturals=("seed",)),
+    PolicyInfo("opt", "the block whose next use is farthest: the bound", "Belady 1966, on whole requests",
+               Optimal, optimal_state, leaf_first=True, needs_future=True),
 )
+# fmt: on
 
 POLICIES: Mapping[str, PolicyInfo] = MappingProxyType({info.name: info for info in _INFOS})
 

@@ -1,10 +1,10 @@
-"""How each workload reuses its blocks: what the workload-aware policies go by.
+"""How each workload reuses its blocks, which the workload-aware policies base their choice on.
 
-A use of a block counts for the workload that makes it, and as reused if another use of
-the block, by anybody, follows. Knows no cache: capacity plays no part.
+A use of a block counts for the workload that makes it; it is reused if another use of the block, by
+any workload, follows. Knows no cache.
 
     profile = reuse_profile(stream.head(0.2))
-    profile.probability            # (W,), of each workload's uses the share that is reused
+    profile.probability            # (W,), share of each workload's uses that are reused
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ SHORTEST_MEAN_S = 1e-9
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReuseProfile:
-    """Per workload, smoothed by one use that is reused and one that is not, so within (0, 1)."""
+    """Per workload; the probability is smoothed by one reused and one unused use, so within (0, 1)."""
 
     probability: np.ndarray  # (W,) float64
-    mean_s: np.ndarray  # (W,) float64, time to the reuse, above 0; that of all where there is none
+    mean_s: np.ndarray  # (W,) float64, mean time to the reuse, above 0; without a reuse, all workloads' mean
 
 
 def reuse_profile(stream: AccessStream) -> ReuseProfile:
-    """Measured over the whole of `stream`; uses near its end look less reused than they are."""
+    """Measured over all of `stream`; uses near its end look less reused than they are."""
     uses, reused, seconds = _count(
         stream.blocks, stream.starts, stream.times, stream.workloads, stream.num_blocks, stream.num_workloads
     )

@@ -1,7 +1,7 @@
-"""S3-FIFO: a small queue that new blocks must pass, a main queue, and a memory of who was sent off.
+"""S3-FIFO: a small queue that new blocks must pass, a main queue, and ghosts of evicted blocks.
 
-After Yang et al. (SOSP 2023) and their simulator. Blocks that may not be evicted now are passed
-over and keep their place.
+After Yang et al. (SOSP 2023) and their simulator. Blocks that are not evictable are passed over and
+keep their place.
 
     S3Fifo(capacity, small=0.1, ghost=0.9, threshold=2)
 """
@@ -13,23 +13,20 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from dsatrace.kv.policies.cache import Cache, Shape, offer, pop, tick
+from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, offer, pop, same_stamp, tick
 from dsatrace.kv.policies.lists import IN_NONE, Lists, append, empty_lists, oldest, take_out
-from dsatrace.kv.policies.plain import PlainPolicy
-from dsatrace.kv.policies.policy import Access
-from dsatrace.kv.policies.rules import RULES, Rules, same_stamp
+from dsatrace.kv.policies.policy import Access, PlainPolicy
 
 SMALL, MAIN = 0, 1
 MOST_USES = 3  # two bits
 
 
 class S3Fifo(PlainPolicy):
-    """New blocks pass a small queue, and only those used in it reach the main one.
+    """New blocks pass a small queue; only those used while in it reach the main queue.
 
-    The main queue lets a used block go round again, once for each use. Who is evicted
-    from the small queue is remembered for a while and enters the main one on return.
-    As in its authors' simulator, blocks go to the main queue while the small one is full
-    and nothing has been evicted yet.
+    The main queue sends a used block to its back, once per use. A block evicted from the small queue
+    is remembered for a while, and enters the main one if it returns. As in the authors' simulator,
+    blocks go to the main queue while the small one is full and nothing has been evicted yet.
     """
 
     def __init__(
@@ -98,7 +95,7 @@ class S3Fifo(PlainPolicy):
 
 
 def s3fifo_limits(capacity: int, small: float) -> tuple[int, int]:
-    """Blocks the small and the main queue are to hold."""
+    """Target sizes in blocks of the small and the main queue."""
     of_small = max(1, int(capacity * small))
     return of_small, capacity - of_small
 
@@ -110,7 +107,7 @@ class S3FifoState(NamedTuple):
     sizes: np.ndarray  # (2,) int64
     uses: np.ndarray  # (S,) int8
     ghosts: Lists  # one list of blocks
-    flags: np.ndarray  # (2,) bool: RETURNING, the block missed last; HAS_EVICTED
+    flags: np.ndarray  # (2,) bool: RETURNING (the last missed block was a ghost), HAS_EVICTED
 
 
 RETURNING, HAS_EVICTED = 0, 1

@@ -1,6 +1,6 @@
-"""SIEVE: one queue in order of entry, and a hand that spares what was used since it last came by.
+"""SIEVE: one queue in order of entry, and a hand that spares blocks used since it last passed.
 
-After Zhang et al. (NSDI 2024). Blocks that may not be evicted now are passed over as they are.
+After Zhang et al. (NSDI 2024). Blocks that are not evictable are passed over unchanged.
 
     Sieve(capacity)
 """
@@ -11,15 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsatrace.kv.policies.cache import Cache, Shape, is_evictable, withdraw
+from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, is_evictable, same_stamp, withdraw
 from dsatrace.kv.policies.lists import Lists, append, empty_lists, end, oldest, take_out
-from dsatrace.kv.policies.plain import PlainPolicy
-from dsatrace.kv.policies.policy import Access
-from dsatrace.kv.policies.rules import RULES, Rules, same_stamp
+from dsatrace.kv.policies.policy import Access, NothingEvictable, PlainPolicy
 
 
 class Sieve(PlainPolicy):
-    """A hand goes from the oldest block to the newest and evicts the first unused since it last passed."""
+    """The hand moves from old to new and evicts the first block not used since it last passed."""
 
     def __init__(self, capacity: int, *, leaf: bool = False) -> None:
         super().__init__(capacity, leaf=leaf)
@@ -34,14 +32,14 @@ class Sieve(PlainPolicy):
         self._used.add(block)
 
     def victim(self) -> int:
-        for _ in range(2 * len(self._order)):  # the second time round nothing is marked as used
+        for _ in range(2 * len(self._order)):  # in the second round, none is marked as used
             block = self._order[self._hand]
             if self.is_evictable(block):
                 if block not in self._used:
                     return block
                 self._used.discard(block)
             self._hand = (self._hand + 1) % len(self._order)
-        raise LookupError("no cached block may be evicted: requests hold all of them")
+        raise NothingEvictable
 
     def left(self, block: int) -> None:
         at = self._order.index(block)

@@ -1,9 +1,14 @@
 """Replays a stream of block accesses through one cache: hits and evictions under any policy.
 
-The cache holds `capacity` blocks of any content. A request is served out of it block by
-block from its first on, and holds all its blocks until it is done. Two counts come of one
-replay, since what is cached does not depend on them: `hits`, which end at a request's first
-block that is not cached (a prefix cache), and `hits_any`, which do not.
+The cache holds `capacity` blocks of any content. Its definition, in one compiled loop for every
+policy: for each request, in order, requests that are done by then are released, tail first; if the
+request does not fit beside those in flight, they are released early, as if an engine let it wait;
+all its cached blocks are looked up and pinned; then, tail first, each block is used again or, after
+an eviction if the cache is full, inserted. The tests hold the loop equal to the same in plain Python,
+over `PlainPolicy`.
+
+Two counts come out of one replay: `hits` end at a request's first block that is not cached (a prefix
+cache), `hits_any` do not. What is cached does not depend on which of them is used.
 
     stream = AccessStream.of([["a", "b", "c"], ["a", "b", "d"], ["a", "b", "c"]])
     simulate(stream, "lru", 3).hits          # [0 2 2]
@@ -13,58 +18,217 @@ block that is not cached (a prefix cache), and `hits_any`, which do not.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+import hashlib
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numba import njit
 
 from dsatrace.errors import UserError
-from dsatrace.kv.policies.cache import Shape, empty_cache
-from dsatrace.kv.policies.registry import policy_info
-from dsatrace.kv.policies.replay import Requests, replay
-from dsatrace.kv.policies.settings import Workloads
+from dsatrace.kv.policies.compiled import (
+    ABSENT,
+    CACHED,
+    IN_USE,
+    Cache,
+    Shape,
+    again,
+    compiled_whole,
+    empty_cache,
+    enter,
+    miss,
+    offer,
+    released,
+    tick,
+    victim,
+    withdraw,
+)
+from dsatrace.kv.policies.policy import NEVER, NO_PARENT, Access
+from dsatrace.kv.policies.registry import Workloads, policy_info
 from dsatrace.kv.policies.stream import AccessStream
 
 Oversize = Literal["truncate", "reject"]
 
 
+class Requests(NamedTuple):
+    """The stream's arrays, with R requests and N accesses, and the result's."""
+
+    blocks: np.ndarray  # (N,) int32
+    starts: np.ndarray  # (R + 1,) int64
+    times: np.ndarray  # (R,) float64
+    workloads: np.ndarray  # (R,) int32
+    release: np.ndarray  # (R,) int64
+    release_order: np.ndarray  # (R,) int64
+    next_use: np.ndarray  # (N,) int64; (0,) if the policy does not need it
+    held: np.ndarray  # (R,) int64, in: how many of its first blocks each request holds; 0 once released
+    hits: np.ndarray  # (R,) int32, out: cached blocks before the first that is not
+    found: np.ndarray  # (R,) int32, out: cached blocks
+    evicted: np.ndarray  # (N, 2) int32, out: request and block of each eviction; (0, 2): not recorded
+
+
+@njit(nogil=True)
+def _access(cache: Cache, requests: Requests, request: int, at: int) -> Access:
+    """What a policy is told of the access at position `at`."""
+    block = requests.blocks[at]
+    return Access(
+        requests.times[request],
+        requests.workloads[request],
+        cache.parent[block] if cache.leaf else NO_PARENT,
+        at - requests.starts[request],
+        requests.starts[request + 1] - 1 - at,
+        requests.next_use[at] if len(requests.next_use) else NEVER,
+    )
+
+
+@njit(nogil=True)
+def _look_up(cache: Cache, requests: Requests, request: int, end: int) -> None:
+    """Counts what is cached and pins it."""
+    hits = found = 0
+    for at in range(requests.starts[request], end):
+        slot = cache.slot_of[requests.blocks[at]]
+        if slot == ABSENT:
+            continue
+        found += 1
+        hits += hits == at - requests.starts[request]
+        if cache.pins[slot] == 0:
+            cache.counts[IN_USE] += 1
+            if cache.place[slot] != ABSENT:
+                withdraw(cache, slot)
+        cache.pins[slot] += 1
+    requests.hits[request], requests.found[request] = hits, found
+
+
+@njit(nogil=True)
+def _missing_pins(cache: Cache, requests: Requests, request: int, end: int) -> int:
+    """How many more slots would be in use with this request."""
+    num_missing = 0
+    for at in range(requests.starts[request], end):
+        slot = cache.slot_of[requests.blocks[at]]
+        num_missing += slot == ABSENT or cache.pins[slot] == 0
+    return num_missing
+
+
+@njit(nogil=True)
+def _clear(cache: Cache, slot: int) -> None:
+    """The evicted block is gone; its parent may have become a leaf."""
+    block = cache.block_of[slot]
+    cache.slot_of[block] = ABSENT
+    if cache.leaf and cache.parent[block] != NO_PARENT:
+        parent = cache.parent[block]
+        cache.children[parent] -= 1
+        above = cache.slot_of[parent]
+        if cache.children[parent] == 0 and above != ABSENT and cache.pins[above] == 0:
+            offer(cache, above)
+
+
+@njit(nogil=True)
+def _fill(cache: Cache, slot: int, block: int) -> None:
+    cache.slot_of[block] = slot
+    cache.block_of[slot] = block
+    cache.pins[slot] = 1
+    cache.counts[IN_USE] += 1
+    cache.value[slot] = 0.0
+    cache.queue[slot] = 0
+    cache.stamp[slot] = tick(cache)
+    if cache.leaf and cache.parent[block] != NO_PARENT:
+        cache.children[cache.parent[block]] += 1
+
+
+@njit(nogil=True)
+def _release(policy: Any, cache: Cache, requests: Requests, request: int) -> None:
+    """Unpins the request's blocks, tail first."""
+    begin = requests.starts[request]
+    for at in range(begin + requests.held[request] - 1, begin - 1, -1):
+        block = requests.blocks[at]
+        slot = cache.slot_of[block]
+        cache.pins[slot] -= 1
+        if cache.pins[slot] == 0:
+            cache.counts[IN_USE] -= 1
+            released(policy, cache, slot)
+            if not cache.leaf or cache.children[block] == 0:
+                offer(cache, slot)
+    requests.held[request] = 0
+
+
+@njit(nogil=True)
+def _wait(policy: Any, cache: Cache, requests: Requests, request: int, num_released: int) -> bool:
+    """Releases requests in flight early, next to end first, until this one fits."""
+    num_slots = len(cache.block_of)
+    end = requests.starts[request] + requests.held[request]
+    due = num_released
+    while cache.counts[IN_USE] + _missing_pins(cache, requests, request, end) > num_slots:
+        in_flight = requests.release_order[due]
+        due += 1
+        if in_flight < request:
+            _release(policy, cache, requests, in_flight)
+    return due > num_released
+
+
+@njit(nogil=True)
+def _slot_for_new(policy: Any, cache: Cache, requests: Requests, request: int, num_evictions: int) -> int:
+    """A slot that was never used, else the policy's victim's."""
+    if cache.counts[CACHED] < len(cache.block_of):
+        cache.counts[CACHED] += 1
+        return cache.counts[CACHED] - 1
+    slot = victim(policy, cache)
+    if len(requests.evicted):
+        requests.evicted[num_evictions, 0] = request
+        requests.evicted[num_evictions, 1] = cache.block_of[slot]
+    _clear(cache, slot)
+    return slot
+
+
+def _loop(policy: Any, cache: Cache, requests: Requests) -> tuple[int, int]:
+    num_evictions = num_waited = num_released = 0
+    num_requests, num_slots = len(requests.release), len(cache.block_of)
+    for request in range(num_requests):
+        while requests.release[requests.release_order[num_released]] <= request:
+            _release(policy, cache, requests, requests.release_order[num_released])
+            num_released += 1
+        begin = requests.starts[request]
+        end = begin + requests.held[request]
+        if cache.counts[IN_USE] + end - begin > num_slots:
+            num_waited += _wait(policy, cache, requests, request, num_released)
+        _look_up(cache, requests, request, end)
+        for at in range(end - 1, begin - 1, -1):
+            block = requests.blocks[at]
+            access = _access(cache, requests, request, at)
+            slot = cache.slot_of[block]
+            if slot != ABSENT:
+                again(policy, cache, slot, access)
+                continue
+            miss(policy, cache, block, access)
+            num_evictions += cache.counts[CACHED] == num_slots
+            slot = _slot_for_new(policy, cache, requests, request, num_evictions - 1)
+            _fill(cache, slot, block)
+            enter(policy, cache, slot, access)
+    return num_evictions, num_waited
+
+
+# numba caches a compiled function by its name and source file, but this loop contains the rules and
+# heaps of other files, too. The digest of all of them in its name makes every change recompile it.
+_SOURCES = hashlib.sha256(
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+).hexdigest()
+_loop.__qualname__ += f"_{_SOURCES[:16]}"
+_compiled_loop = compiled_whole(_loop)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class SimResult:
-    """What became of R requests in W workloads; a rejected request has no accesses."""
+    """Results of R requests; a rejected request has no accesses."""
 
-    policy: str
-    capacity: int  # blocks
-    leaf: bool
     accesses: np.ndarray  # (R,) int64, blocks asked for
     hits: np.ndarray  # (R,) int32, cached blocks before the first that was not
     hits_any: np.ndarray  # (R,) int32, cached blocks
-    workloads: np.ndarray  # (R,) int32, index of workload_names
-    workload_names: tuple[str, ...]
     num_evictions: int
-    num_oversize: int  # requests longer than the cache
     num_waited: int  # requests that had to wait until others in flight were done
-    evictions: np.ndarray | None  # (num_evictions, 2) int32, request and block, if asked for
-
-    @property
-    def misses(self) -> np.ndarray:
-        """(R,) int64, the other side of `hits`."""
-        return self.accesses - self.hits
+    evictions: np.ndarray | None  # (num_evictions, 2) int32, request and block, if recorded
 
     @property
     def hit_rate(self) -> float:
         """Hits of all accesses, 0 where there are none."""
         return float(self.hits.sum() / max(self.accesses.sum(), 1))
-
-    def by_workload(self) -> dict[str, dict[str, int]]:
-        """Of each workload: accesses, hits, misses, hits_any."""
-        size = len(self.workload_names)
-        counts = {
-            field: np.bincount(self.workloads, getattr(self, field), size).astype(int).tolist()
-            for field in ("accesses", "hits", "misses", "hits_any")
-        }
-        return {
-            name: {field: of_each[index] for field, of_each in counts.items()}
-            for index, name in enumerate(self.workload_names)
-        }
 
 
 def simulate(
@@ -79,10 +243,10 @@ def simulate(
 ) -> SimResult:
     """Replays the stream from an empty cache of `capacity` blocks.
 
-    With `leaf`, a block is evicted only once no cached child hangs on it, for which ids
-    must name whole prefixes. Of a request longer than the cache the first `capacity`
-    blocks are held and the rest are misses; or it is rejected whole. The first call for a
-    policy compiles it (seconds), later ones load it. Raises `UserError`.
+    With `leaf`, a block with a cached child is not evicted; ids must then stand for whole prefixes.
+    Of a request longer than the cache, the first `capacity` blocks are held and the rest are misses,
+    or it is rejected whole (`oversize`). The first call for a policy compiles it (seconds), later ones
+    load it. Raises `UserError`.
     """
     info = policy_info(policy)
     settings = info.settings(params, Workloads(stream.workload_names, stream))
@@ -103,20 +267,14 @@ def simulate(
     )
     num_queues = info.num_queues or stream.num_workloads
     cache = empty_cache(shape, num_queues, stream.parents if leaf else None)
-    totals = replay(info.state(shape, **settings), cache, requests)
+    num_evictions, num_waited = _compiled_loop(info.state(shape, **settings), cache, requests)
     return SimResult(
-        policy,
-        capacity,
-        leaf,
-        np.where((held == 0) & (oversize == "reject"), 0, stream.lengths),
-        requests.hits,
-        requests.found,
-        stream.workloads,
-        stream.workload_names,
-        totals.num_evictions,
-        int(np.count_nonzero(stream.lengths > capacity)),
-        totals.num_waited,
-        requests.evicted[: totals.num_evictions].copy() if log_evictions else None,
+        accesses=np.where((held == 0) & (oversize == "reject"), 0, stream.lengths),
+        hits=requests.hits,
+        hits_any=requests.found,
+        num_evictions=num_evictions,
+        num_waited=num_waited,
+        evictions=requests.evicted[:num_evictions].copy() if log_evictions else None,
     )
 
 

@@ -1,16 +1,16 @@
 """LRU's hits at every capacity from one pass over the stream, exact.
 
-LRU is a stack algorithm (Mattson et al., IBM Systems Journal, 1970): put in use what
-requests in flight hold, then the rest by recency, and a cache of any capacity holds the top
-of that one stack. So a block is a hit wherever the capacity exceeds its stack distance, the
-number of blocks above it when its request comes; for a prefix, wherever it exceeds those of
-the blocks before it too. As requests are released tail first, a parent lies above its
-children on a prefix tree: there the leaf constraint changes nothing, and both counts agree.
+LRU is a stack algorithm (Mattson et al., IBM Systems Journal, 1970): order the blocks that requests
+in flight hold first, then the rest by recency, and a cache of any capacity holds the top of that one
+stack. So a block is a hit at every capacity above its stack distance, the number of blocks above it
+when its request arrives; in a prefix, at every capacity above the distances of the blocks before it
+too. Requests are released tail first, so a parent lies above its children on a prefix tree: there
+the leaf constraint changes nothing, and both counts agree.
 
-It holds for one request at a time at any capacity, with longer ones truncated, since the
-truncated request leaves just its first blocks in the cache. With several in flight it holds
-where all of them fit at all times; below that some wait, which depends on the capacity, and
-such capacities are simulated one by one.
+This holds for one request at a time at any capacity, with longer requests truncated, since a
+truncated request leaves only its first blocks in the cache. With several requests in flight it holds
+where all of them fit at all times. At smaller capacities some wait, how long depends on the capacity,
+and these capacities are simulated one by one.
 
     lru_hits_at(stream, [64, 128, 256]).hits.sum(axis=1)        # three numbers
 """
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 from numba import njit
 
-from dsatrace.kv.policies.cache import compiled_whole
+from dsatrace.kv.policies.compiled import compiled_whole
 from dsatrace.kv.policies.simulate import Oversize, held_blocks, simulate
 from dsatrace.kv.policies.stream import AccessStream
 
@@ -44,7 +44,7 @@ def lru_hits_at(
 ) -> LruHits:
     """The same numbers as `simulate(stream, "lru", capacity)` for each capacity.
 
-    One pass for all, but one more for each different set of rejected requests.
+    It takes one pass per distinct set of rejected requests.
     """
     sizes = np.array(capacities, np.int64)
     counts = np.zeros((3, len(sizes), stream.num_workloads), np.int64)
@@ -60,32 +60,32 @@ def lru_hits_at(
             result = simulate(part, "lru", int(sizes[index]))
             num_simulated += 1
             for row, field in enumerate((result.accesses, result.hits, result.hits_any)):
-                counts[row, index] = np.bincount(part.workloads, field, stream.num_workloads)
+                counts[row, index] = part.by_workload(field)
     return LruHits(sizes, counts[0], counts[1], counts[2], num_simulated)
 
 
 def _one_pass(stream: AccessStream, sizes: np.ndarray) -> tuple[np.ndarray, int]:
     """accesses, hits and hits_any, (3, C, W), and the capacity from which they are exact."""
     widest = min(int(sizes.max()), max(stream.num_blocks, 1))
-    in_order, by_distance, most_in_use = _stack_distances(
+    by_farthest = np.zeros((stream.num_workloads, widest + 1), np.int64)
+    by_own = np.zeros_like(by_farthest)
+    num_places = 4 * widest + 64
+    most_in_use = _walk(
         stream.blocks,
         stream.starts,
         stream.workloads,
         stream.release,
         stream.release_order,
-        stream.num_blocks,
-        stream.num_workloads,
-        widest,
+        np.full(stream.num_blocks, -1, np.int32),
+        np.zeros(stream.num_blocks, np.int32),
+        np.zeros(num_places + 1, np.int32),
+        np.full(num_places, -1, np.int32),
+        by_farthest,
+        by_own,
     )
-    accesses = np.bincount(stream.workloads, stream.lengths, stream.num_workloads)
     up_to = np.minimum(sizes, widest) - 1  # a hit where distance < capacity
-    counts = np.stack(
-        [
-            np.broadcast_to(accesses.astype(np.int64), (len(sizes), stream.num_workloads)),
-            in_order.cumsum(axis=1)[:, up_to].T,
-            by_distance.cumsum(axis=1)[:, up_to].T,
-        ]
-    )
+    hits, hits_any = (histogram.cumsum(axis=1)[:, up_to].T for histogram in (by_farthest, by_own))
+    counts = np.stack([np.broadcast_to(stream.by_workload(stream.lengths), hits.shape), hits, hits_any])
     one_at_a_time = bool(np.all(stream.release == np.arange(stream.num_requests) + 1))
     return counts, 0 if one_at_a_time else most_in_use
 
@@ -114,8 +114,8 @@ def _sum_to(tree: np.ndarray, at: int) -> int:
 def _compact(
     tree: np.ndarray, block_at: np.ndarray, place: np.ndarray, end: int, num_in_stack: int, num_kept: int
 ) -> int:
-    """Moves the `num_kept` most recent blocks to the first places, in order; the rest are out of
-    reach of every capacity. Returns how many there are."""
+    """Moves the `num_kept` most recent blocks to the first places, in order, and drops the rest, which
+    no capacity reaches. Returns how many are left."""
     num_dropped = max(0, num_in_stack - num_kept)
     to = 0
     for at in range(end):
@@ -147,12 +147,13 @@ def _walk(
     pins: np.ndarray,
     tree: np.ndarray,
     block_at: np.ndarray,
-    in_order: np.ndarray,
-    by_distance: np.ndarray,
+    by_farthest: np.ndarray,
+    by_own: np.ndarray,
 ) -> int:
-    """Fills both histograms, of which the last column takes what is too far; returns the most
-    blocks ever in use at once."""
-    widest = in_order.shape[1] - 1
+    """Fills both histograms of stack distances by workload, (W, widest + 1): of the farthest block so
+    far in the request, and of the block itself. The last column counts what is out of reach. Returns
+    the most blocks ever in use at once."""
+    widest = by_own.shape[1] - 1
     end = in_stack = in_use = most_in_use = num_released = 0
     for request in range(len(starts) - 1):
         while release[release_order[num_released]] <= request:
@@ -181,8 +182,8 @@ def _walk(
                 distance = max(index, in_use + in_stack - _sum_to(tree, place[block]))
             distance = min(distance, widest)
             farthest = max(farthest, distance)
-            by_distance[workload, distance] += 1
-            in_order[workload, farthest] += 1
+            by_own[workload, distance] += 1
+            by_farthest[workload, farthest] += 1
         for at in range(starts[request], starts[request + 1]):
             block = blocks[at]
             if pins[block] == 0:
@@ -195,34 +196,3 @@ def _walk(
             pins[block] += 1
         most_in_use = max(most_in_use, in_use)
     return most_in_use
-
-
-def _stack_distances(
-    blocks: np.ndarray,
-    starts: np.ndarray,
-    workloads: np.ndarray,
-    release: np.ndarray,
-    release_order: np.ndarray,
-    num_blocks: int,
-    num_workloads: int,
-    widest: int,
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Histograms of stack distances by workload, (W, widest) int64: the farthest so far in the
-    request, and the block's own; and the most blocks in use at once."""
-    in_order = np.zeros((num_workloads, widest + 1), np.int64)
-    by_distance = np.zeros_like(in_order)
-    places = 4 * widest + 64
-    most_in_use = _walk(
-        blocks,
-        starts,
-        workloads,
-        release,
-        release_order,
-        np.full(num_blocks, -1, np.int32),
-        np.zeros(num_blocks, np.int32),
-        np.zeros(places + 1, np.int32),
-        np.full(places, -1, np.int32),
-        in_order,
-        by_distance,
-    )
-    return in_order[:, :-1], by_distance[:, :-1], most_in_use

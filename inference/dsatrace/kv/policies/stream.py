@@ -1,12 +1,12 @@
-"""The input of a replay: requests in order, each the chain of blocks it needs from its first token on.
+"""The input of a simulation: requests in order, each the chain of blocks it needs from its first token on.
 
-A block is named by a small integer which stands for its content and everything before it
-(a node of the prefix tree), so that equal ids mean equal prefixes. A request is in flight
-until `release`, the first request that no longer meets it. Knows no token, policy or cache.
+A block's id is a small integer that stands for its content and everything before it (a node of the
+prefix tree), so equal ids mean equal prefixes. A request is in flight until request `release[r]`
+arrives. Knows no token, policy or cache.
 
     stream = AccessStream.of([["a", "b"], ["a", "c"]], times=[0.0, 1.0])
     stream.blocks, stream.starts          # [0 1 0 2], [0 2 4]
-    stream.longest, stream.num_blocks     # 2, 3
+    stream.lengths, stream.num_blocks     # [2 2], 3
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 from numba import njit
 
 from dsatrace.errors import UserError
-from dsatrace.kv.policies.policy import NEVER, NO_PARENT
+from dsatrace.kv.policies.policy import NEVER
+from dsatrace.kv.simulation.block_trace import offsets_of, parents_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,7 +34,7 @@ class AccessStream:
     starts: np.ndarray  # (R + 1,) int64, request r has blocks[starts[r]:starts[r + 1]]
     times: np.ndarray  # (R,) float64, seconds, not falling
     workloads: np.ndarray  # (R,) int32, index of workload_names
-    release: np.ndarray  # (R,) int64, above r: request r is done before request release[r] comes
+    release: np.ndarray  # (R,) int64, above r: request r is done before request release[r] arrives
     workload_names: tuple[str, ...] = ("all",)
 
     @classmethod
@@ -47,21 +48,16 @@ class AccessStream:
     ) -> AccessStream:
         """From chains of ids of any kind; `concurrency` requests are in flight at a time."""
         number: dict[Hashable, int] = {}
-        flat: list[int] = []
-        ends = [0]
-        for chain in chains:
-            flat.extend(number.setdefault(block, len(number)) for block in chain)
-            ends.append(len(flat))
-        num_requests = len(ends) - 1
+        numbered = [[number.setdefault(block, len(number)) for block in chain] for chain in chains]
+        num_requests = len(numbered)
         names = tuple(dict.fromkeys(workloads or ("all",)))
-        classes = [names.index(name) for name in workloads] if workloads else [0] * num_requests
         return cls(
-            np.array(flat, np.int32),
-            np.array(ends, np.int64),
-            np.arange(num_requests, dtype=np.float64) if times is None else np.array(times, np.float64),
-            np.array(classes, np.int32),
-            release_by_concurrency(num_requests, concurrency),
-            names,
+            blocks=np.array([block for chain in numbered for block in chain]),
+            starts=offsets_of(np.array([len(chain) for chain in numbered], np.int64)),
+            times=np.arange(num_requests) if times is None else np.array(times),
+            workloads=np.array([names.index(name) for name in workloads or names * num_requests]),
+            release=release_by_concurrency(num_requests, concurrency),
+            workload_names=names,
         )
 
     def __post_init__(self) -> None:
@@ -125,68 +121,61 @@ class AccessStream:
         return np.diff(self.starts)
 
     @functools.cached_property
-    def longest(self) -> int:
-        return int(self.lengths.max(initial=0))
-
-    @functools.cached_property
     def parents(self) -> np.ndarray:
         """The block each block follows, (B,) int32, `NO_PARENT` for a first one.
 
         Raises `UserError` when an id follows two different blocks.
         """
-        before = np.empty_like(self.blocks)
-        before[1:] = self.blocks[:-1]
-        before[self.starts[:-1][self.lengths > 0]] = NO_PARENT
-        parents = np.full(self.num_blocks, NO_PARENT, np.int32)
-        parents[self.blocks] = before
-        wrong = np.flatnonzero(parents[self.blocks] != before)
-        if len(wrong):
-            request = int(np.searchsorted(self.starts, wrong[0], "right")) - 1
+        parents, wrong = parents_of(self.blocks, self.starts, self.num_blocks)
+        if wrong is not None:
+            request, block = wrong
             raise UserError(
-                f"block {self.blocks[wrong[0]]} of request {request} also follows another block elsewhere; "
+                f"block {block} of request {request} also follows another block elsewhere; "
                 "the leaf constraint needs ids that stand for whole prefixes"
             )
         return parents
 
     @functools.cached_property
     def release_order(self) -> np.ndarray:
-        """Requests in the order in which they are released, (R,) int64."""
+        """Requests in the order of their release, (R,) int64."""
         return np.argsort(self.release, kind="stable")
 
     def next_use(self, held: np.ndarray) -> np.ndarray:
-        """The position of each access's next one to the same block, (N,) int64, or `NEVER`.
+        """The position of the next access to each access's block, or `NEVER`: (N,) int64.
 
         Only the first `held[r]` blocks of request r count as accesses.
         """
         return _next_use(self.blocks, self.starts, held, self.num_blocks)
 
+    def by_workload(self, of_requests: np.ndarray) -> np.ndarray:
+        """Sums of (R,) counts over each workload's requests, (W,) int64."""
+        return np.bincount(self.workloads, of_requests, self.num_workloads).astype(np.int64)
+
     def head(self, share: float) -> AccessStream:
-        """The first requests, that share of them and at least one."""
+        """The first requests: this share of them, at least one."""
         return self.select(np.arange(self.num_requests) < max(1, round(share * self.num_requests)))
 
     def select(self, chosen: np.ndarray) -> AccessStream:
-        """The stream of those requests alone, in flight beside each other as before; chosen is (R,) bool."""
+        """The stream of these requests alone, in flight beside each other as before; chosen is (R,) bool."""
         kept = np.flatnonzero(chosen)
-        lengths = self.lengths[kept]
         return dataclasses.replace(
             self,
             blocks=self.blocks[np.repeat(chosen, self.lengths)],
-            starts=np.concatenate(([0], np.cumsum(lengths))),
+            starts=offsets_of(self.lengths[kept]),
             times=self.times[kept],
             workloads=self.workloads[kept],
             release=np.searchsorted(kept, self.release[kept]),
         )
 
     def without_blocks_of(self, rejected: np.ndarray) -> AccessStream:
-        """The same requests, of which the rejected ask for nothing; rejected is (R,) bool.
+        """The same requests, but the rejected ones ask for no block; rejected is (R,) bool.
 
-        Unlike `select` it keeps the order in which the others are released.
+        Unlike `select`, it keeps the order in which the others are released.
         """
-        lengths = np.where(rejected, 0, self.lengths)
         return dataclasses.replace(
             self,
             blocks=self.blocks[np.repeat(~rejected, self.lengths)],
-            starts=np.concatenate(([0], np.cumsum(lengths))),
+            starts=offsets_of(np.where(rejected, 0, self.lengths)),
         )
 
 

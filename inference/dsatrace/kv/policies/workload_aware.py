@@ -1,6 +1,6 @@
-"""Policies that look at who asks: priorities, admission by workload, tails, probability of reuse.
+"""Policies that look at the request: priorities, admission by workload, tails, probability of reuse.
 
-Workloads are the stream's, by index; what each is worth is given, or measured by `reuse`.
+Workloads are indices of the stream's; their worth is given, or measured by `reuse`.
 
     AdmitWorkloads(capacity, admitted=[True, False])
 """
@@ -14,18 +14,16 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from dsatrace.kv.policies.cache import Cache, Shape, first, pop, tick
-from dsatrace.kv.policies.plain import PlainPolicy
-from dsatrace.kv.policies.policy import Access
-from dsatrace.kv.policies.rules import RULES, Rules, same_stamp
+from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, first, pop, same_stamp, tick
+from dsatrace.kv.policies.policy import Access, NothingEvictable, PlainPolicy
 
 
 class ByWorkload(PlainPolicy):
-    """Evicts the lowest worth first, the least recent among equals.
+    """Evicts the lowest worth first; among equals, the least recent.
 
-    A block is worth as much as the worthiest workload that used it since it was cached:
-    a priority, or 1 for workloads that are admitted to the LRU order and 0 for the rest,
-    whose blocks stay only while nobody else wants the room.
+    A block's worth is the highest worth of the workloads that used it since it was cached: a
+    priority; or 1 for admitted workloads and 0 for the rest, whose blocks stay only while the room
+    is not needed.
     """
 
     def __init__(self, capacity: int, *, worth: Sequence[float], leaf: bool = False) -> None:
@@ -59,11 +57,11 @@ RULES[ByWorkloadState] = Rules(enter=_worth, again=_greatest_worth)
 
 
 class TailFirst(PlainPolicy):
-    """Evicts what a next turn can spare without waiting too long, then LRU.
+    """Evicts the ends of requests that a next turn can recompute in time, then LRU.
 
-    A turn may recompute up to a threshold of blocks within its latency target, of which its
-    own new prompt is expected to take some; `slack_blocks`, the difference, may be missing
-    at the end of what it had. Serves the tail of the latency, not the hit rate.
+    A turn can compute a certain number of blocks within its latency target, and its new prompt needs
+    some of them. The rest, `slack_blocks`, may be missing at the end of its earlier turns. Improves
+    the tail of the latency, not the hit rate.
     """
 
     def __init__(self, capacity: int, *, slack_blocks: int, leaf: bool = False) -> None:
@@ -73,8 +71,7 @@ class TailFirst(PlainPolicy):
     def enter(self, block: int, access: Access) -> None:
         self.value[block] = float(access.from_end >= self._slack)
 
-    def again(self, block: int, access: Access) -> None:
-        self.enter(block, access)
+    again = enter
 
 
 class TailFirstState(NamedTuple):
@@ -92,7 +89,7 @@ def _is_needed(policy: TailFirstState, cache: Cache, slot: int, access: Access) 
 RULES[TailFirstState] = Rules(enter=_is_needed, again=_is_needed)
 
 AGE_WEIGHT = 1 / 64
-"""How much the age of one more evicted block counts in the expected lifespan."""
+"""Weight of each further evicted block's age in the expected lifespan."""
 
 
 class ReuseProbability(PlainPolicy):
@@ -104,8 +101,8 @@ class ReuseProbability(PlainPolicy):
 
         p e^(-t/m) (1 - e^(-L/m)) / (1 - p + p e^(-t/m))
 
-    where L is the running mean of the age at which blocks were evicted. It falls with t, so
-    each workload's least recent block is its candidate; of equals the deeper one goes.
+    where L is the running mean of the age of evicted blocks. It falls with t, so each workload's
+    least recent block is its candidate; of equals, the deeper block is evicted.
     """
 
     def __init__(
@@ -133,17 +130,16 @@ class ReuseProbability(PlainPolicy):
         self._depth[block] = access.depth
         self.stamp[block] = self.tick()
 
-    def again(self, block: int, access: Access) -> None:
-        self.enter(block, access)
+    again = enter
 
     def released(self, block: int) -> None:
-        pass  # the stamp is that of use, as is the age
+        pass  # the stamp stays that of the last use, like the age
 
     def victim(self) -> int:
         heads = [(workload, self.first(workload)) for workload in range(len(self._probability))]
         candidates = [(workload, block) for workload, block in heads if block is not None]
         if not candidates:
-            raise LookupError("no cached block may be evicted: requests hold all of them")
+            raise NothingEvictable
         block = min(candidates, key=lambda c: (self._score(*c), -self._depth[c[1]]))[1]
         age = self._now - self._used_at[block]
         self._lifespan += (age - self._lifespan) * AGE_WEIGHT

@@ -1,9 +1,9 @@
 """A trace of requests as a block cache sees it: lengths, and an exact id for each full block.
 
-Equal ids mean equal prefixes, without a hash that could collide: an id stands for (the id
-before it, the block's tokens), and tokens are compared. Arrays throughout (CSR), so that a
-replay of millions of blocks touches no Python object. Knows no cache. Live requests, one
-at a time, are named by `block_keys` instead.
+Equal ids mean equal prefixes, without a hash that could collide: an id stands for (the id before it,
+the block's tokens), and tokens are compared. Ragged rows are flat arrays with offsets (CSR), so that
+a replay of millions of blocks touches no Python object. Knows no cache. Live requests get their keys
+one at a time from `kv.prefix.KeyChain` instead.
 
     trace = BlockTrace.from_tokens([[1, 2, 3, 4, 5], [1, 2, 9]], block_size=2)
     trace.keys_of(0), trace.keys_of(1)            # [0, 1], [0]
@@ -24,9 +24,8 @@ TokenLists = Sequence[Sequence[int]] | Sequence[np.ndarray]
 class BlockTrace:
     """R requests in order of arrival, B full blocks in all, K different ones.
 
-    A request's keys run over its prompt and then its output. There may be fewer of them than
-    full blocks (a trace of ids knows none for its outputs); blocks beyond are never found.
-    `parents[k]` is the key before k, or -1 - root for a first block.
+    A request's keys cover its prompt and then its output. There may be fewer keys than full blocks
+    (a trace of ids has none for outputs); blocks without a key are never found.
     """
 
     block_size: int  # tokens
@@ -34,7 +33,7 @@ class BlockTrace:
     output_tokens: np.ndarray  # (R,) int64
     keys: np.ndarray  # (B,) int32, in [0, K)
     key_ptr: np.ndarray  # (R + 1,) int64
-    parents: np.ndarray  # (K,) int32
+    parents: np.ndarray  # (K,) int32, the key before each key; -1 - root for a first block
     time_s: np.ndarray  # (R,) float64, ascending
 
     def __post_init__(self) -> None:
@@ -68,7 +67,7 @@ class BlockTrace:
 
     @property
     def num_blocks_at_most(self) -> int:
-        """Blocks that hold every request at once with nothing shared: a cache that never evicts."""
+        """Blocks that hold all requests with nothing shared: a cache that never evicts."""
         return int((-(-self.total_tokens // self.block_size)).sum())
 
     def keys_of(self, request: int) -> list[int]:
@@ -98,7 +97,7 @@ class BlockTrace:
         if extra is not None:
             seen: dict[tuple[str, ...], int] = {(): 0}
             roots[:] = [seen.setdefault(tuple(names), len(seen)) for names in extra]
-        token_ptr = _pointers(prompt_tokens + output_tokens)
+        token_ptr = offsets_of(prompt_tokens + output_tokens)
         keys, key_ptr, parents = exact_block_ids(tokens, token_ptr, roots, block_size)
         times = _times(time_s, len(prompt_tokens))
         return cls(block_size, prompt_tokens, output_tokens, keys, key_ptr, parents, times)
@@ -113,32 +112,53 @@ class BlockTrace:
         block_size: int,
         time_s: Sequence[float] | None = None,
     ) -> BlockTrace:
-        """From ids that name a block and its whole prefix already, as public traces carry them.
+        """From ids that stand for a block and its whole prefix already, as in public traces.
 
-        An id of a partial last block is dropped: it is never shared. An id that follows two
-        different ids raises `ValueError`: such ids name no prefix.
+        The id of a partial last block is dropped: it is never shared. Raises `ValueError` for an id
+        that follows two different ids.
         """
         prompts = np.asarray(prompt_tokens, dtype=np.int64)
         counts = np.minimum(_lengths(block_ids), prompts // block_size)
         kept = [np.asarray(ids[:n], dtype=np.int64) for ids, n in zip(block_ids, counts, strict=True)]
         flat = np.concatenate(kept) if kept else np.zeros(0, np.int64)
-        names, first, keys = np.unique(flat, return_index=True, return_inverse=True)
-        key_ptr = _pointers(counts)
-        before = np.empty(len(keys), np.int32)
-        before[1:] = keys[:-1]
-        before[key_ptr[:-1][counts > 0]] = -1
-        parents = before[first]
-        wrong = before != parents[keys]
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            request = int(np.searchsorted(key_ptr, at, side="right")) - 1
+        names, keys = np.unique(flat, return_inverse=True)
+        keys, key_ptr = keys.astype(np.int32), offsets_of(counts)
+        parents, wrong = parents_of(keys, key_ptr, len(names))
+        if wrong is not None:
+            request, key = wrong
             raise ValueError(
-                f"request {request} of the trace: block id {names[keys[at]]} follows another block than "
+                f"request {request} of the trace: block id {names[key]} follows another block than "
                 "before, so it does not name its prefix"
             )
         outputs = np.asarray(output_tokens, dtype=np.int64)
         times = _times(time_s, len(prompts))
-        return cls(block_size, prompts, outputs, keys.astype(np.int32), key_ptr, parents, times)
+        return cls(block_size, prompts, outputs, keys, key_ptr, parents, times)
+
+
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """Where each of R ragged rows begins in a flat array, and where the last one ends: (R + 1,) int64."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def parents_of(
+    ids: np.ndarray, offsets: np.ndarray, num_ids: int
+) -> tuple[np.ndarray, tuple[int, int] | None]:
+    """The id that each id follows within its row, (num_ids,) int32, -1 for an id that begins a row.
+
+    Also the first (row, id) that follows another id than at the id's first appearance, or None.
+    """
+    before = np.empty_like(ids)
+    before[1:] = ids[:-1]
+    before[offsets[:-1][np.diff(offsets) > 0]] = -1
+    parents = np.full(num_ids, -1, np.int32)
+    parents[ids[::-1]] = before[::-1]  # of equal indices the last assignment stays: the first appearance
+    wrong = np.flatnonzero(parents[ids] != before)
+    if not len(wrong):
+        return parents, None
+    row = int(np.searchsorted(offsets, wrong[0], "right")) - 1
+    return parents, (row, int(ids[wrong[0]]))
 
 
 def exact_block_ids(
@@ -149,7 +169,7 @@ def exact_block_ids(
     `tokens` (T,) int holds the requests one after the other, request r from `token_ptr[r]`;
     requests with different `roots` (R,) share no id.
     """
-    key_ptr = _pointers(np.diff(token_ptr) // block_size)
+    key_ptr = offsets_of(np.diff(token_ptr) // block_size)
     num_blocks = int(key_ptr[-1])
     if num_blocks >= 2**31:
         raise ValueError(f"{num_blocks} blocks are more than 31 bits can number; use a larger block size")
@@ -164,7 +184,8 @@ def exact_block_ids(
 
 @njit(cache=True, nogil=True)
 def _intern(tokens, token_ptr, roots, block_size, key_ptr, keys, parents, first_token, slots):  # type: ignore[no-untyped-def]
-    """An open hash table from (parent, tokens) to id; a slot is a 32-bit fingerprint and the id."""
+    """Numbers the blocks by an open hash table from (parent, tokens) to id; a slot is a 32-bit
+    fingerprint and the id. Returns how many ids there are."""
     mask = np.uint64(len(slots) - 1)
     num_keys = 0
     for r in range(len(roots)):
@@ -210,13 +231,6 @@ def _int32(row: Sequence[int] | np.ndarray) -> np.ndarray:
 
 def _lengths(rows: Sequence[Sequence[int]] | Sequence[np.ndarray]) -> np.ndarray:
     return np.fromiter((len(row) for row in rows), dtype=np.int64, count=len(rows))
-
-
-def _pointers(lengths: np.ndarray) -> np.ndarray:
-    """(R,) lengths to (R + 1,) int64 starts."""
-    pointers = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=pointers[1:])
-    return pointers
 
 
 def _times(time_s: Sequence[float] | None, num_requests: int) -> np.ndarray:

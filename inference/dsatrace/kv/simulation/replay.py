@@ -1,17 +1,17 @@
-"""Runs a whole trace through the block pool, by one of two schedules, and says what was hit.
+"""Runs a whole block trace through the block pool, by one of two schedules, and counts the hits.
 
-`in_order`: one request after the other, at most `concurrency` live. A new one is prefilled
-and decoded at once and stays live; the oldest live requests finish when the limit or the
-lack of blocks asks for it; what does not fit an empty cache is rejected. The rule of the
-recorded answers of vLLM's own manager, which it equals block by block.
+`in_order`: requests one after another, at most `concurrency` live. A new request is prefilled and
+decoded at once and stays live. The oldest live requests finish when the limit is reached or blocks
+run out; a request that does not fit an empty cache is rejected. This is the schedule under which
+the recorded answers of vLLM's own manager were taken, and it equals them block by block.
 
-`continuous`: as an engine runs, a step after the other, where every live request has a
-chunk of its prompt or its next token computed. Who finds no block preempts the newest,
-possibly itself; a preempted request comes back first and looks its prefix up again.
-Requests are admitted as soon as there is room, so the trace's times order them and no more.
+`continuous`: step by step, as an engine runs. In each step every live request has a chunk of its
+prompt or its next token computed. A request that finds no block preempts the newest one, possibly
+itself; a preempted request is resumed first and looks its prefix up again. Requests are admitted as
+soon as there is room: the trace's times only order them.
 
-`replay` runs in numba and takes some nanoseconds per block; the tests hold it equal to
-the same schedules in plain Python over `PrefixPool`.
+`replay` is compiled and takes some nanoseconds per block; the tests hold it equal to the same
+schedules in plain Python over `PrefixPool`.
 
     result = replay(trace, ReplayConfig(num_blocks=1024, concurrency=8))
     result.hit_tokens[result.served].sum() / trace.prompt_tokens[result.served].sum()
@@ -41,27 +41,27 @@ from dsatrace.kv.simulation.replay_kernels import (
 Schedule = Literal["in_order", "continuous"]
 
 STATUS_NAMES = ("served", "output_cut", "prompt_too_long", "request_too_long")
-"""`output_cut`: served, but the cache was full before the last output token (`in_order`).
-`prompt_too_long`, `request_too_long`: rejected, since not even an empty cache holds the prompt
+"""By status. `output_cut`: served, but the cache was full before the last output token (`in_order`).
+`prompt_too_long`, `request_too_long`: rejected, since an empty cache does not hold the prompt
 (`in_order`), or prompt and output (`continuous`)."""
 
 WHOLE_PROMPT = 1 << 62
-"""A chunk that no prompt exceeds."""
+"""Chunk size in tokens that no prompt exceeds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ReplayConfig:
-    """`num_blocks` counts the null block where there is one; None is a cache that never evicts."""
+    """How the pool is set up and requests are scheduled."""
 
-    num_blocks: int | None
+    num_blocks: int | None  # with the null block, if there is one; None: as many as never evict
     concurrency: int = 1
-    chunk_tokens: int | None = None  # prefill chunk, None: the whole prompt at once
+    chunk_tokens: int | None = None  # of a prefill chunk; None: the whole prompt at once
     decode: bool = True  # False: requests end with their prompt
     schedule: Schedule = "in_order"
     free_order: FreeOrder = "new"
     null_block: bool = False
     prefix_caching: bool = True
-    record_events: bool = False  # 13 bytes an event
+    record_events: bool = False  # 13 bytes per event
 
     def __post_init__(self) -> None:
         least = 2 if self.null_block else 1
@@ -78,7 +78,6 @@ class ReplayConfig:
         return trace.output_tokens if self.decode else np.zeros_like(trace.output_tokens)
 
     def pool_blocks(self, trace: BlockTrace) -> int:
-        """Blocks of the pool, for this trace."""
         if self.num_blocks is None:
             return max(1, trace.num_blocks_at_most) + self.null_block
         return self.num_blocks
@@ -86,7 +85,7 @@ class ReplayConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PoolState:
-    """What a replay leaves: nothing is released at its end."""
+    """The pool after a replay, which releases nothing at its end."""
 
     block_keys: np.ndarray  # (num_blocks,) int32, -1: none
     num_users: np.ndarray  # (num_blocks,) int32
@@ -97,23 +96,23 @@ class PoolState:
 class ReplayResult:
     """Columns by request (R,), by key (K,) and, where recorded, by event (E,).
 
-    A hit counts where a request is first prefilled; what a preempted request finds when it
-    comes back stands apart. An access is a full, keyed block of a request's prompt or
-    output that was hit, or computed and cached (a miss).
+    Hits are those of a request's first prefill; what a preempted request finds when it is resumed
+    is counted apart. An access is a full block with a key, of a prompt or output, that was hit, or
+    computed and cached (a miss).
     """
 
     status: np.ndarray  # (R,) int8, see STATUS_NAMES
     hit_tokens: np.ndarray  # (R,) int64, first prefill; 0 where rejected
-    cached_blocks: np.ndarray  # (R,) int64, full prompt blocks cached at the lookup, wherever they stand
-    blocks_allocated: np.ndarray  # (R,) int64, by prefill, decode and after preemption
+    cached_blocks: np.ndarray  # (R,) int64, full prompt blocks that are cached at the lookup, also past a gap
+    blocks_allocated: np.ndarray  # (R,) int64, for prefill, decode and after preemption
     num_preemptions: np.ndarray  # (R,) int64
-    resumed_tokens: np.ndarray  # (R,) int64, looked up when it came back: prompt and output so far
+    resumed_tokens: np.ndarray  # (R,) int64, looked up when it was resumed: prompt and output so far
     resumed_hit_tokens: np.ndarray  # (R,) int64, of those
     generated_tokens: np.ndarray  # (R,) int64, all output tokens unless the output was cut
     key_accesses: np.ndarray  # (K,) int32
     key_hits: np.ndarray  # (K,) int32
     key_first: np.ndarray  # (K,) int32, clock of the first allocation; -1: never cached
-    events: np.ndarray | None  # (E,) in order, records of kind, key, request (whose doing it is) and clock
+    events: np.ndarray | None  # (E,) in order: kind, key, the request that caused it, clock
     final: PoolState
 
     @property
@@ -132,7 +131,7 @@ class ReplayResult:
 
     @property
     def num_unique_keys(self) -> int:
-        """Different full blocks that were cached at some time."""
+        """Distinct full blocks that were ever cached."""
         return int((self.key_accesses > 0).sum())
 
     def rejections(self) -> dict[str, int]:
@@ -142,9 +141,12 @@ class ReplayResult:
 
 
 def replay(trace: BlockTrace, config: ReplayConfig) -> ReplayResult:
-    """The whole trace, fast. The clock of events and of `key_first` is the number of the newest
-    request admitted so far: `trace.time_s[clock]` is its trace time."""
-    room = 2 * len(trace.keys) if config.record_events else 0  # more only after preemptions
+    """Runs the whole trace.
+
+    The clock of events and of `key_first` is the index of the newest request admitted so far:
+    `trace.time_s[clock]` is its time.
+    """
+    room = 2 * len(trace.keys) if config.record_events else 0  # more are needed only after preemptions
     result, num_events = _run(trace, config, room)
     if config.record_events and num_events > room:
         result, _ = _run(trace, config, num_events)
@@ -180,6 +182,6 @@ def _run(trace: BlockTrace, config: ReplayConfig, room: int) -> tuple[ReplayResu
 
 
 def columns_by_name(columns: np.ndarray) -> dict[str, np.ndarray]:
-    """The columns that a schedule has filled, by their names in `ReplayResult`."""
+    """The columns that a schedule fills, by their names in `ReplayResult`."""
     by_name = dict(zip(REQUEST_COLUMNS, columns, strict=True))
     return {**by_name, "status": by_name["status"].astype(np.int8)}

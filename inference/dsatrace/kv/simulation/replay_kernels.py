@@ -1,13 +1,14 @@
-"""The fast replay: the block pool in arrays, and the two schedules over it, compiled by numba.
+"""The compiled replay: the block pool in arrays, and the two schedules over it.
 
-The free queue is a ring of links through one extra entry; the blocks of one key are a list
-of links, oldest first; a live request's blocks are a row of a table. Each move stands here
-and in `blocks` and `prefix_pool`, each schedule here and in the tests' `replay_plain`, which
-hold them equal on random traces: hits, events, and the state they leave.
+The free queue is a ring of links through one extra entry; the blocks of one key are a list of links,
+oldest first; a live request's blocks are a row of a table. The moves are those of `blocks` and
+`prefix_pool`, the schedules those of the tests' `replay_plain`; tests hold both equal on random
+traces: hits, events, and the final state.
 
-One file, because numba asks no other whether its cached code is stale; only
-`run_in_order` and `run_continuous` are cached, and they take plain tuples, because a cache that
-names a class breaks when the class is renamed.
+It is one file because numba notices a change only in the file of a function that it caches: a pool
+in another file could change, and its stale code would go on running. Only `run_in_order` and
+`run_continuous` are cached. They take plain tuples, because a cache that names a class breaks when
+the class is renamed.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from dsatrace.kv.blocks import EVICT, HIT, MISS
 
 NONE = -1
 FREE, EVENT, REQUEST, CLOCK = range(4)
-"""Places in `Pool.counts`: free blocks, events so far, whose doing it is, newest request so far."""
+"""Places in `Pool.counts`: free blocks, events so far, the request that acts, the newest so far."""
 
 SERVED, CUT, PROMPT_TOO_LONG, REQUEST_TOO_LONG = range(4)
-"""What became of a request, see `replay.STATUS_NAMES`."""
+"""A request's status, see `replay.STATUS_NAMES`."""
 
 REQUEST_COLUMNS = (
     "status", "hit_tokens", "cached_blocks", "blocks_allocated", "num_preemptions", "resumed_tokens",
@@ -39,23 +40,23 @@ BLOCK = np.dtype(
 )  # fmt: skip
 CONTENT = np.dtype(
     [("oldest", "<i4"), ("newest", "<i4"), ("accesses", "<i4"), ("hits", "<i4"), ("first", "<i4")]
-)  # blocks that hold it, how often it was used and shared, clock of its first allocation
+)  # its oldest and newest block, how often it was used and shared, clock of its first allocation
 EVENT_RECORD = np.dtype([("kind", "u1"), ("key", "<i4"), ("request", "<i4"), ("clock", "<i4")])
 
 
 class Pool(NamedTuple):
-    """N blocks, K keys, E events, in as few arrays as can be: numba counts references to each."""
+    """N blocks, K keys, E events, in as few arrays as possible: numba counts references to each."""
 
     blocks: np.ndarray  # (N + 1,) BLOCK; links are block ids, entry N is the queue's two ends
     contents: np.ndarray  # (K,) CONTENT, by key
     counts: np.ndarray  # (4,) int64
-    events: np.ndarray  # (E,) EVENT_RECORD; what does not fit is counted only
+    events: np.ndarray  # (E,) EVENT_RECORD; events that do not fit are only counted
 
 
 class Settings(NamedTuple):
-    """A replay's numbers."""
+    """Of one replay."""
 
-    block_size: int
+    block_size: int  # tokens
     num_usable: int  # blocks
     concurrency: int
     chunk: int  # tokens
@@ -64,17 +65,17 @@ class Settings(NamedTuple):
 
 
 class Requests(NamedTuple):
-    """A trace's columns, and what becomes of each request."""
+    """A trace's columns, and the result columns."""
 
     prompt: np.ndarray  # (R,) int64 tokens
     output: np.ndarray  # (R,) int64 tokens
     keys: np.ndarray  # (B,) int32
     key_ptr: np.ndarray  # (R + 1,) int64
-    columns: np.ndarray  # (8, R) int64
+    columns: np.ndarray  # (8, R) int64, see REQUEST_COLUMNS
 
 
 def new_pool(num_blocks: int, first_block: int, num_keys: int, num_events: int) -> Pool:
-    """All blocks from `first_block` on are free, in order. Room for exactly `num_events` events, or 0."""
+    """All blocks from `first_block` on are free, in order; up to `num_events` events are recorded."""
     blocks = np.full(num_blocks + 1, NONE, np.int32).astype(BLOCK)
     blocks["num_users"] = 0
     ring = np.append(np.arange(first_block, num_blocks), num_blocks)
@@ -86,7 +87,7 @@ def new_pool(num_blocks: int, first_block: int, num_keys: int, num_events: int) 
 
 
 def free_queue(pool: Pool) -> np.ndarray:
-    """Free blocks in the order they will be handed out, (free,) int32."""
+    """Free blocks in the order in which they are handed out, (free,) int32."""
     end = len(pool.blocks) - 1
     order = np.empty(pool.counts[FREE], np.int32)
     block = pool.blocks["next_free"][end]
@@ -102,7 +103,7 @@ _inner = njit(nogil=True)
 
 @_inner
 def note(pool, kind, key):  # type: ignore[no-untyped-def]
-    """Counts an event, and writes it where there is room for events."""
+    """Counts an event, and records it if there is room."""
     at = pool.counts[EVENT]
     pool.counts[EVENT] = at + 1
     if at < len(pool.events):
@@ -122,7 +123,6 @@ def link(pool, block, after):  # type: ignore[no-untyped-def]
 
 @_inner
 def unlink(pool, block):  # type: ignore[no-untyped-def]
-    """Takes a block out of the free queue."""
     after, before = pool.blocks[block].prev_free, pool.blocks[block].next_free
     pool.blocks[after].next_free, pool.blocks[before].prev_free = before, after
     pool.counts[FREE] -= 1
@@ -130,7 +130,7 @@ def unlink(pool, block):  # type: ignore[no-untyped-def]
 
 @_inner
 def take(pool):  # type: ignore[no-untyped-def]
-    """The first free block, without its key, in use once. There must be one."""
+    """The first free block, its key removed, in use once; there must be one."""
     block = pool.blocks[len(pool.blocks) - 1].next_free
     unlink(pool, block)
     mine = pool.blocks[block]
@@ -168,7 +168,7 @@ def set_key(pool, block, key):  # type: ignore[no-untyped-def]
 
 @_inner
 def num_hits(pool, keys, start, end):  # type: ignore[no-untyped-def]
-    """Leading keys of `keys[start:end]` that are cached."""
+    """How many leading keys of `keys[start:end]` are cached."""
     at = start
     while at < end and pool.contents[keys[at]].oldest != NONE:
         at += 1
@@ -177,7 +177,7 @@ def num_hits(pool, keys, start, end):  # type: ignore[no-untyped-def]
 
 @_inner
 def num_cached(pool, keys, start, end):  # type: ignore[no-untyped-def]
-    """Keys of `keys[start:end]` that are cached, wherever they stand."""
+    """How many keys of `keys[start:end]` are cached."""
     count = 0
     for at in range(start, end):
         if pool.contents[keys[at]].oldest != NONE:
@@ -187,7 +187,7 @@ def num_cached(pool, keys, start, end):  # type: ignore[no-untyped-def]
 
 @_inner
 def admit(pool, table, keys, start, hits, num_blocks):  # type: ignore[no-untyped-def]
-    """Fills `table[:num_blocks]`, the first `hits` from the cache; False and no change for lack of blocks."""
+    """Fills `table[:num_blocks]`, the first `hits` from the cache. False and no change if blocks lack."""
     unused = 0
     for i in range(hits):
         if pool.blocks[pool.contents[keys[start + i]].oldest].num_users == 0:
@@ -210,7 +210,7 @@ def admit(pool, table, keys, start, hits, num_blocks):  # type: ignore[no-untype
 
 @_inner
 def grow(pool, table, held, num_blocks):  # type: ignore[no-untyped-def]
-    """Adds blocks to `table[:held]` up to `num_blocks`; False and no change for lack of blocks."""
+    """Adds blocks to `table[:held]` up to `num_blocks`. False and no change if blocks lack."""
     if num_blocks - held > pool.counts[FREE]:
         return False
     for i in range(held, num_blocks):
@@ -220,7 +220,7 @@ def grow(pool, table, held, num_blocks):  # type: ignore[no-untyped-def]
 
 @_inner
 def set_keys(pool, table, keys, start, keyed, num_full):  # type: ignore[no-untyped-def]
-    """Gives blocks `keyed` to `num_full` of a request their keys; returns how many have theirs."""
+    """Gives a request's blocks `keyed` to `num_full` their keys; returns how many blocks have one."""
     for i in range(keyed, num_full):
         set_key(pool, table[i], keys[start + i])
     return max(keyed, num_full)
@@ -228,8 +228,8 @@ def set_keys(pool, table, keys, start, keyed, num_full):  # type: ignore[no-unty
 
 @_inner
 def release(pool, table, held, new_order):  # type: ignore[no-untyped-def]
-    """The last user of `table[:held]`'s blocks may be gone: tail first to the back; in the new
-    order, what has no key to the front."""
+    """Takes one use from each block of `table[:held]`. Free ones join the queue's back, tail first;
+    in the new order, those without a key its front."""
     end = len(pool.blocks) - 1
     for i in range(held - 1, -1, -1):
         mine = pool.blocks[table[i]]
@@ -244,7 +244,7 @@ def release(pool, table, held, new_order):  # type: ignore[no-untyped-def]
 
 @_inner
 def _num_full(s, q, r, num_tokens):  # type: ignore[no-untyped-def]
-    """Blocks of request r that are full of its first `num_tokens` tokens and have a key to get."""
+    """Blocks of request r that its first `num_tokens` tokens fill and for which the trace has a key."""
     if not s.caching:
         return 0
     return min(num_tokens // s.block_size, q.key_ptr[r + 1] - q.key_ptr[r])
@@ -252,7 +252,7 @@ def _num_full(s, q, r, num_tokens):  # type: ignore[no-untyped-def]
 
 @_inner
 def _table(s, q):  # type: ignore[no-untyped-def]
-    """A row of block ids for each live request."""
+    """A row of block ids per live request."""
     longest = 0
     for r in range(len(q.prompt)):
         longest = max(longest, q.prompt[r] + q.output[r])
@@ -261,7 +261,8 @@ def _table(s, q):  # type: ignore[no-untyped-def]
 
 @_inner
 def _next_target(s, filled, hit_tokens, prompt, end):  # type: ignore[no-untyped-def]
-    """Tokens filled after the next step of `in_order`, which goes to the end of a block at once."""
+    """Tokens filled after the next step of `in_order`: a chunk of the prompt, or output up to the end of a
+    block."""
     if filled == 0:
         return min(hit_tokens + s.chunk, prompt)
     if filled < prompt:
@@ -271,7 +272,7 @@ def _next_target(s, filled, hit_tokens, prompt, end):  # type: ignore[no-untyped
 
 @_inner
 def _in_order(pool, s, q):  # type: ignore[no-untyped-def]
-    """The oldest live requests finish where a limit asks for it; row `mine` is the newest one's."""
+    """Schedule `in_order`; the live requests' rows are a ring from `oldest`, `mine` is the newest's."""
     table, held = _table(s, q), np.zeros(s.concurrency, np.int64)
     oldest = num_live = 0
     for r in range(len(q.prompt)):
@@ -314,18 +315,18 @@ def _in_order(pool, s, q):  # type: ignore[no-untyped-def]
 
 
 class Live(NamedTuple):
-    """`continuous` under way: C rows of live requests, and who stands where."""
+    """The state of `continuous`, with C rows for live requests."""
 
     table: np.ndarray  # (C, blocks of the longest request) int32
     held: np.ndarray  # (C,) int64, blocks in the row
-    keyed: np.ndarray  # (C,) int64, of those that have their key
+    keyed: np.ndarray  # (C,) int64, of those the ones with a key
     computed: np.ndarray  # (R,) int64 tokens
     known: np.ndarray  # (R,) int64 tokens: prompt and output so far
     row_of: np.ndarray  # (R,) int64
     running: np.ndarray  # (C,) int64, requests, oldest first
-    preempted: np.ndarray  # (C,) int64, requests, the next to come back last
+    preempted: np.ndarray  # (C,) int64, requests, the next to resume last
     free_rows: np.ndarray  # (C,) int64
-    num: np.ndarray  # (4,) int64, how many of each, and the next request to arrive
+    num: np.ndarray  # (4,) int64: how many run, are preempted, rows are free; the next request to arrive
 
 
 _RUNNING, _WAITING, _ROWS, _NEXT = range(4)
@@ -342,7 +343,7 @@ def _leave(pool, s, live, r):  # type: ignore[no-untyped-def]
 
 @_inner
 def _advance(pool, s, q, live):  # type: ignore[no-untyped-def]
-    """Requests that run get their next tokens, the oldest first. False: somebody was preempted."""
+    """Running requests get their next tokens, the oldest first. False: a request was preempted."""
     room = True
     i = 0
     while i < live.num[_RUNNING]:
@@ -373,7 +374,7 @@ def _advance(pool, s, q, live):  # type: ignore[no-untyped-def]
 
 @_inner
 def _come_in(pool, s, q, live):  # type: ignore[no-untyped-def]
-    """Who waits, one preempted before a new one, gets its first chunk. False: no room."""
+    """The next waiting request gets its first chunk, preempted ones before new ones. False: no room."""
     resumed = live.num[_WAITING] > 0
     r = live.preempted[live.num[_WAITING] - 1] if resumed else live.num[_NEXT]
     start = q.key_ptr[r]
@@ -411,7 +412,7 @@ def _come_in(pool, s, q, live):  # type: ignore[no-untyped-def]
 
 @_inner
 def _commit(pool, s, q, live):  # type: ignore[no-untyped-def]
-    """Whoever has computed all it knows has its next token; its last one is never computed."""
+    """Requests that have computed all their tokens get their next one; the last one is never computed."""
     still = 0
     for i in range(live.num[_RUNNING]):
         r = live.running[i]
@@ -429,7 +430,7 @@ def _commit(pool, s, q, live):  # type: ignore[no-untyped-def]
 
 @_inner
 def _continuous(pool, s, q):  # type: ignore[no-untyped-def]
-    """A step after the other, as an engine runs."""
+    """Schedule `continuous`."""
     rows, num_requests = s.concurrency, len(q.prompt)
     live = Live(
         _table(s, q), np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(num_requests, np.int64),
@@ -445,11 +446,11 @@ def _continuous(pool, s, q):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def run_in_order(pool, requests, settings):  # type: ignore[no-untyped-def]
-    """The whole trace; the arguments are plain tuples of the fields of the classes of these names."""
+    """The whole trace; the arguments are the fields of `Pool`, `Requests` and `Settings` as tuples."""
     _in_order(Pool(*pool), Settings(*settings), Requests(*requests))
 
 
 @njit(cache=True, nogil=True)
 def run_continuous(pool, requests, settings):  # type: ignore[no-untyped-def]
-    """The whole trace; the arguments are plain tuples of the fields of the classes of these names."""
+    """As `run_in_order`."""
     _continuous(Pool(*pool), Settings(*settings), Requests(*requests))

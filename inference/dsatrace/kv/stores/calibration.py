@@ -1,8 +1,8 @@
 """Measures a store and fits `alpha_batch + ops * alpha_op + bytes / bandwidth` to it.
 
-Batches of few and many units, small and large, scattered and side by side, so that operations
-and bytes are told apart. The fit weighs relative errors, since times span four decades, and no
-coefficient is negative.
+Batches have few and many units, small and large, scattered and adjacent, so that operations and bytes
+can be told apart. The fit minimizes relative errors, since times span four decades, and no coefficient
+is negative.
 
     preset, error = calibrate("ram", name="ram", source="this machine, 2026-01-01")
 """
@@ -21,7 +21,7 @@ import numpy as np
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.interface import Store, unit_keys
 from dsatrace.kv.stores.opening import open_store
-from dsatrace.kv.stores.presets import Figure, Preset
+from dsatrace.kv.stores.simulated import Figure, Preset
 
 UNIT_BYTES = (656, 10_496, 41_984)
 """An fp8 row, and blocks of 16 and 64 of them."""
@@ -33,7 +33,7 @@ SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """The median of some equal batches."""
+    """One batch; the time is the median of several equal ones."""
 
     ops: int
     num_bytes: int
@@ -41,10 +41,7 @@ class Sample:
 
 
 def calibrate(spec: str, name: str, source: str, repeats: int = 9) -> tuple[Preset, float]:
-    """The preset that fits the store of `spec`, and the median relative error of its reads.
-
-    It is called `name`, for `spec` may hold a password.
-    """
+    """The preset that fits the store of `spec`, called `name`, and the median relative error of its reads."""
     reads: list[Sample] = []
     writes: list[Sample] = []
     for unit_bytes in UNIT_BYTES:
@@ -59,7 +56,7 @@ def calibrate(spec: str, name: str, source: str, repeats: int = 9) -> tuple[Pres
     predicted = [alpha_batch + s.ops * alpha_op + s.num_bytes * us_per_byte for s in reads]
     error = statistics.median(abs(p - s.us) / s.us for p, s in zip(predicted, reads, strict=True))
     fastest_write = max(sample.num_bytes / sample.us / 1e3 for sample in writes)
-    unresolved = max(s.num_bytes / s.us / 1e3 for s in reads)  # when the fit sees no cost in bytes
+    unresolved = max(s.num_bytes / s.us / 1e3 for s in reads)  # used if the fit finds no cost in bytes
     return Preset(
         name=name,
         what="measured where it was calibrated, this project's own layer included",
@@ -71,7 +68,7 @@ def calibrate(spec: str, name: str, source: str, repeats: int = 9) -> tuple[Pres
 
 
 def fit(samples: list[Sample]) -> tuple[float, float, float]:
-    """`alpha_batch`, `alpha_op` and microseconds a byte, none negative, by least relative squares."""
+    """`alpha_batch`, `alpha_op` and microseconds per byte, none negative, by least relative squares."""
     times = np.array([sample.us for sample in samples])
     terms = np.array([(1.0, sample.ops, sample.num_bytes) for sample in samples]) / times[:, None]  # (S, 3)
     best, least = np.zeros(3), float(len(samples))
@@ -86,7 +83,7 @@ def fit(samples: list[Sample]) -> tuple[float, float, float]:
 
 
 def _measure(store: Store, repeats: int) -> tuple[list[Sample], list[Sample]]:
-    """Writes of the whole pool, and reads of every kind of batch."""
+    """Samples of writes of the whole pool, and of reads of every kind of batch."""
     rng = np.random.default_rng(SEED)
     keys = unit_keys(0, np.arange(POOL_UNITS))
     data = rng.integers(0, 256, (POOL_UNITS, store.unit_bytes), dtype=np.uint8)
@@ -109,7 +106,7 @@ def _batches(rng: np.random.Generator) -> Iterator[np.ndarray]:
 
 
 def _timed(store: Store, repeats: int, batch: Callable[[], np.ndarray], counted: tuple[str, str]) -> Sample:
-    """`counted`: the statistics that hold the batch's operations and bytes."""
+    """`counted`: which fields of `StoreStats` hold the batch's operations and bytes."""
     batch()
     times, before = [], store.stats()
     for _ in range(repeats):

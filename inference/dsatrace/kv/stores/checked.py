@@ -1,24 +1,90 @@
-"""A `Store` over any medium: what all members share stands here, once.
+"""A `Store` over any medium: a medium moves bytes, everything else that stores share stands here.
 
-Keeps a key's slot and checksum (`Ledger`), so that a unit counts only if it is, byte for
-byte, what this handle put last. Knows no medium's ways.
+`CheckedStore` checks arguments, keeps a key's slot and checksum (`Ledger`), counts and times, so
+that a unit counts only if it is, byte for byte, what this handle put last. A `Medium` is called by
+one thread at a time, with non-empty batches whose arrays are right, and reads only keys it has stored.
 
-    store = CheckedStore(ArrayMedium(array), unit_bytes=41984, capacity_units=1024)
+    store = CheckedStore(ArrayMedium(array), StoreSettings("ram", unit_bytes=41984, capacity_units=1024))
+
+    def read(self, batch):              # of a medium that lost everything
+        return Moved(np.full(len(batch.keys), ABSENT, np.uint8), ops=0, num_bytes=0)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 
-from dsatrace.kv.stores.arguments import are_distinct, check_batch, check_keys
-from dsatrace.kv.stores.interface import StoreError, StoreStats
+from dsatrace.kv.stores.interface import (
+    StoreError,
+    StoreSettings,
+    StoreStats,
+    are_distinct,
+    check_batch,
+    check_keys,
+)
 from dsatrace.kv.stores.ledger import Ledger
-from dsatrace.kv.stores.medium import ABSENT, FOUND, Medium
+
+ABSENT, FOUND, DAMAGED = range(3)
+"""Outcome of reading a unit: not there; read in full; there, but not `unit_bytes` long."""
+
+
+class Batch(NamedTuple):
+    """N units to move, none of them twice in a write: unit i is row `rows[i]` of `buffer`."""
+
+    keys: np.ndarray  # (N,) uint64
+    slots: np.ndarray  # (N,) int64, distinct numbers below the capacity, constant while a key is stored
+    buffer: np.ndarray  # (M, unit_bytes) uint8
+    rows: np.ndarray  # (N,) int64
+    sums: np.ndarray  # (N,) uint64, out: the checksum of the bytes that were given, or that arrived
+
+
+class Moved(NamedTuple):
+    """Each unit's outcome, and the operations and bytes of the whole batch."""
+
+    outcome: np.ndarray  # (N,): bool for writes (stored), uint8 for reads (ABSENT, FOUND, DAMAGED)
+    ops: int
+    num_bytes: int
+
+
+class Medium(ABC):
+    """A place for units, addressed by slot or by key. Its failures raise `StoreError`."""
+
+    @abstractmethod
+    def write(self, batch: Batch) -> Moved:
+        """Stores units in place of older versions, or reports no room for them."""
+
+    @abstractmethod
+    def read(self, batch: Batch) -> Moved:
+        """Reads units into the buffer."""
+
+    def holds(self, keys: np.ndarray) -> np.ndarray:
+        """Which units are there, (N,) bool; unless overridden, all that were stored."""
+        return np.ones(len(keys), dtype=bool)
+
+    def drop(self, keys: np.ndarray) -> np.ndarray:
+        """Which units are gone now, (N,) bool: False for those that the medium must keep."""
+        return np.ones(len(keys), dtype=bool)
+
+    def register(self, buffer: np.ndarray) -> None:  # noqa: B027
+        """See `Store.register`; not every medium needs it."""
+
+    @abstractmethod
+    def close(self, keys: np.ndarray) -> None:
+        """Releases the medium; in a shared one, drops `keys`, all units that are left, first."""
+
+
+def parts(num_units: int, at_most: int) -> Iterator[slice]:
+    """A batch in slices of `at_most` units."""
+    for begin in range(0, num_units, at_most):
+        yield slice(begin, min(begin + at_most, num_units))
+
 
 COUNTED = tuple(field.name for field in dataclasses.fields(StoreStats) if field.name != "latency_kind")
 
@@ -26,11 +92,11 @@ COUNTED = tuple(field.name for field in dataclasses.fields(StoreStats) if field.
 class CheckedStore:
     """See `Store` for the contract."""
 
-    def __init__(self, medium: Medium, unit_bytes: int, capacity_units: int | None) -> None:
-        self.unit_bytes = unit_bytes
-        self.capacity_units = capacity_units
+    def __init__(self, medium: Medium, settings: StoreSettings) -> None:
+        self.unit_bytes = settings.unit_bytes
+        self.capacity_units = settings.capacity_units
         self._medium = medium
-        self._ledger = Ledger(capacity_units)
+        self._ledger = Ledger(settings.capacity_units)
         self._counts: dict[str, float] = dict.fromkeys(COUNTED, 0)
         self._lock = threading.Lock()
         self._closed = False
@@ -58,9 +124,9 @@ class CheckedStore:
         sums = np.empty(len(keys), dtype=np.uint64)
         begin = perf_counter()
         try:
-            moved = self._medium.write(keys, slots, data, rows, sums)
+            moved = self._medium.write(Batch(keys, slots, data, rows, sums))
         except BaseException as error:
-            self._ledger.free(keys)  # nobody knows which of them hold the new version
+            self._ledger.free(keys)  # which of them hold the new version is unknown
             self._count_failure(error)
             raise
         self._ledger.sums[slots] = sums
@@ -97,12 +163,12 @@ class CheckedStore:
         sums = np.empty(len(keys), dtype=np.uint64)
         begin = perf_counter()
         try:
-            moved = self._medium.read(keys, slots, out, rows, sums)
+            moved = self._medium.read(Batch(keys, slots, out, rows, sums))
         except BaseException as error:
             counts["missed_units"] += len(keys)
             self._count_failure(error)
             raise
-        hits: np.ndarray = (moved.outcome == FOUND) & (sums == self._ledger.sums[slots])
+        hits = (moved.outcome == FOUND) & (sums == self._ledger.sums[slots])
         num_hits = int(np.count_nonzero(hits))
         if num_hits < len(keys):
             self._ledger.free(keys[~hits])
@@ -134,8 +200,8 @@ class CheckedStore:
             return gone
 
     def _ask(self, question: Callable[[np.ndarray], np.ndarray], keys: np.ndarray) -> np.ndarray:
-        """The medium's answer for the keys that were stored, False for the others."""
-        answer: np.ndarray = self._ledger.find(keys) >= 0
+        """The medium's answer for stored keys, False for the others."""
+        answer = self._ledger.find(keys) >= 0
         if answer.any():
             try:
                 answer[answer] = question(keys[answer])

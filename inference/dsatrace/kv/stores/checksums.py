@@ -1,11 +1,10 @@
-"""Units copied and checked: two loops compiled by numba, which run without the GIL.
+"""Copies units and computes their checksums: two compiled loops that run without the GIL.
 
-A unit is read as words of 8 bytes, or 4 or 1 if it is not a multiple of 8. Each word is mixed
-by an invertible function of its place, and the results are added to one that depends on the
-key. So a change within one word is seen for certain, and any other but for about one in
-2**64; words that changed places, another key's unit, and zeros from a hole in a file are seen
-as well. It guards against accidents, not against an adversary. Summed while it is copied, a
-unit costs a few to twenty percent more than the copy alone.
+A unit is read as words of 8 bytes, or of 4 or 1 if it is not a multiple of 8. Each word is mixed by an
+invertible function of its place, and the results are added to a number that depends on the key. So a
+change within one word is always seen, and any other change except about one in 2**64: also swapped
+words, another key's unit, and zeros from a hole in a file. It guards against accidents, not against an
+adversary. A copy with its checksum costs a few to twenty percent more than the copy alone.
 
     sums = np.empty(len(keys), np.uint64)
     copy_units(pool, slots, out, rows, keys, sums)     # out[rows] = pool[slots]
@@ -37,9 +36,9 @@ def copy_units(
     keys: np.ndarray,
     sums: np.ndarray,
 ) -> None:
-    """`target[target_rows[i]] = source[source_rows[i]]`, and its checksum into `sums[i]`.
+    """`target[target_rows[i]] = source[source_rows[i]]`, its checksum into `sums[i]`.
 
-    The units are as long as the shorter rows; what follows them in the others is padding.
+    Units are as long as the shorter rows; the rest of the longer rows is padding.
     """
     word = _word(min(source.shape[1], target.shape[1]))
     _copy_words(source.view(word), source_rows, target.view(word), target_rows, keys, sums)
@@ -51,7 +50,7 @@ def _word(unit_bytes: int) -> type[np.unsignedinteger]:
 
 @njit(nogil=True, cache=True, inline="always")
 def _mix(word, j):  # type: ignore[no-untyped-def]
-    """Word j's part of the sum: the factor is odd at every place."""
+    """Word j's part of the sum; the factor is odd at every place."""
     wide = np.uint64(word)
     return (wide ^ (wide >> _SHIFT)) * (_ODD + np.uint64(j) * _STEP)
 

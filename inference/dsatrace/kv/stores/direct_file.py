@@ -1,9 +1,9 @@
-"""Units in a file read with O_DIRECT: every read reaches the disk, past the page cache.
+"""Units in a file read with O_DIRECT: every read bypasses the page cache and reaches the disk.
 
-Units lie at multiples of the disk's sector, padded; the padding counts as bytes read. A
-batch is sorted by place and neighbours are read in one operation, several at a time.
+Units are padded to multiples of the disk's sector; the padding counts as bytes read. A batch is
+sorted by place, neighbours are read in one operation, and several operations run at a time.
 
-    store = direct_file_store("file:/mnt/nvme/kv", Path("/mnt/nvme/kv"), 41984, capacity_units=1024)
+    store = direct_file_store(StoreSettings("file:/mnt/nvme/kv", unit_bytes=41984, capacity_units=1024))
 """
 
 from __future__ import annotations
@@ -12,21 +12,18 @@ import mmap
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.kv.stores.checked import CheckedStore
+from dsatrace.kv.stores.checked import FOUND, Batch, CheckedStore, Medium, Moved
 from dsatrace.kv.stores.checksums import copy_units
 from dsatrace.kv.stores.files import open_private_file
-from dsatrace.kv.stores.interface import StoreError
-from dsatrace.kv.stores.medium import FOUND, Medium, Moved
+from dsatrace.kv.stores.interface import StoreError, StoreSettings
 
 SECTORS = (512, 4096)  # bytes; the first that the disk takes
 STAGING_BYTES = 8 << 20
-PARALLEL = 8
-"""Operations under way at a time."""
+PARALLEL = 8  # operations at a time
 
 Transfer = Callable[[int, list[memoryview], int], int]  # os.preadv or os.pwritev
 
@@ -42,37 +39,31 @@ class DirectFileMedium(Medium):
         self._staging = np.frombuffer(memory, dtype=np.uint8).reshape(self._staged_units, self._slot_bytes)
         self._pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="direct-file")
 
-    def write(
-        self, keys: np.ndarray, slots: np.ndarray, data: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
+    def write(self, batch: Batch) -> Moved:
         ops = 0
-        for part, staged in self._parts(slots):
-            part_sums = np.empty(len(part), dtype=np.uint64)
-            copy_units(data, rows[part], self._staging, staged, keys[part], part_sums)
-            sums[part] = part_sums
-            ops += self._transfer(os.pwritev, slots[part])
-        return Moved(np.ones(len(keys), dtype=bool), ops, len(keys) * self._slot_bytes)
+        for part, staged, sums in self._parts(batch):
+            copy_units(batch.buffer, batch.rows[part], self._staging, staged, batch.keys[part], sums)
+            batch.sums[part] = sums
+            ops += self._transfer(os.pwritev, batch.slots[part])
+        return Moved(np.ones(len(batch.keys), dtype=bool), ops, len(batch.keys) * self._slot_bytes)
 
-    def read(
-        self, keys: np.ndarray, slots: np.ndarray, out: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
+    def read(self, batch: Batch) -> Moved:
         ops = 0
-        for part, staged in self._parts(slots):
-            part_sums = np.empty(len(part), dtype=np.uint64)
-            ops += self._transfer(os.preadv, slots[part])
-            copy_units(self._staging, staged, out, rows[part], keys[part], part_sums)
-            sums[part] = part_sums
-        return Moved(np.full(len(keys), FOUND, np.uint8), ops, len(keys) * self._slot_bytes)
+        for part, staged, sums in self._parts(batch):
+            ops += self._transfer(os.preadv, batch.slots[part])
+            copy_units(self._staging, staged, batch.buffer, batch.rows[part], batch.keys[part], sums)
+            batch.sums[part] = sums
+        return Moved(np.full(len(batch.keys), FOUND, np.uint8), ops, len(batch.keys) * self._slot_bytes)
 
-    def _parts(self, slots: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The units by ascending slot, as many at a time as can be staged, and their rows there."""
-        order = np.argsort(slots, kind="stable")
+    def _parts(self, batch: Batch) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """The units by ascending slot, as many at a time as can be staged; their staging rows and sums."""
+        order = np.argsort(batch.slots, kind="stable")
         for begin in range(0, len(order), self._staged_units):
             part = order[begin : begin + self._staged_units]
-            yield part, np.arange(len(part))
+            yield part, np.arange(len(part)), np.empty(len(part), dtype=np.uint64)
 
     def _transfer(self, move: Transfer, slots: np.ndarray) -> int:
-        """Moves staged units from or to ascending `slots`, runs of neighbours at once; returns how many."""
+        """Moves staged units from or to ascending `slots`, one operation per run; returns how many."""
         begins = np.flatnonzero(np.diff(slots, prepend=-2) != 1)
         ends = np.append(begins[1:], len(slots))
         places = (slots[begins] * self._slot_bytes).tolist()
@@ -95,25 +86,17 @@ class DirectFileMedium(Medium):
             if moved != len(memory):
                 raise StoreError("io", f"{moved} of {len(memory)} bytes at {place} of the file")
 
-    def holds(self, keys: np.ndarray) -> np.ndarray:
-        return np.ones(len(keys), dtype=bool)
-
-    def drop(self, keys: np.ndarray) -> np.ndarray:
-        return np.ones(len(keys), dtype=bool)
-
-    def register(self, buffer: np.ndarray) -> None:
-        """Bytes come through the staging memory, which alone is aligned."""
-
     def close(self, keys: np.ndarray) -> None:
         self._pool.shutdown()
         os.close(self._fd)
 
 
-def direct_file_store(spec: str, path: Path, unit_bytes: int, capacity_units: int) -> CheckedStore:
-    """A store in a new private file at `path`, read and written past the page cache."""
-    room = padded(unit_bytes, SECTORS[-1]) * capacity_units
-    fd = open_private_file(spec, path, room, os.O_DIRECT)
-    return CheckedStore(DirectFileMedium(fd, unit_bytes, _sector(spec, fd)), unit_bytes, capacity_units)
+def direct_file_store(settings: StoreSettings) -> CheckedStore:
+    """A store in a new private file."""
+    num_bytes = padded(settings.unit_bytes, SECTORS[-1]) * settings.room
+    fd = open_private_file(settings, num_bytes, os.O_DIRECT)
+    medium = DirectFileMedium(fd, settings.unit_bytes, _sector(settings.spec, fd))
+    return CheckedStore(medium, settings)
 
 
 def padded(unit_bytes: int, sector: int) -> int:
@@ -121,7 +104,7 @@ def padded(unit_bytes: int, sector: int) -> int:
 
 
 def _sector(spec: str, fd: int) -> int:
-    """The smallest sector that the file takes at a place of its own size."""
+    """The smallest of `SECTORS` that the disk accepts."""
     page = mmap.mmap(-1, SECTORS[-1])
     for sector in SECTORS:
         try:

@@ -1,25 +1,26 @@
-"""A file that only this process can reach: where the file members keep their units.
+"""A file that only this process can reach, for the stores that keep their units in a file.
 
-The file loses its name as soon as it is open. So a crash leaves nothing behind, nobody else
-can read or shorten it, and its room on the disk is taken before the first unit is stored.
+The file loses its name as soon as it is open: a crash leaves nothing behind, and no other process can
+read or shorten it. Its room on the disk is allocated before the first unit is stored.
 
-    fd = open_private_file("mmap:/mnt/nvme/kv", Path("/mnt/nvme/kv"), num_bytes=1 << 30)
+    fd = open_private_file(StoreSettings("mmap:/mnt/nvme/kv", unit_bytes=41984), num_bytes=1 << 30)
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from pathlib import Path
 
 from dsatrace.errors import UserError
+from dsatrace.kv.stores.interface import StoreSettings
 
 
-def open_private_file(spec: str, path: Path, num_bytes: int, flags: int = 0) -> int:
-    """A new file of `num_bytes` bytes at `path`, which must not exist; returns its descriptor.
+def open_private_file(settings: StoreSettings, num_bytes: int, flags: int = 0) -> int:
+    """A new file of `num_bytes` bytes at `settings.path`, which must not exist; returns its descriptor.
 
-    `flags` are added to the open flags. Errors name `spec`, what the user wrote.
+    `flags` are added to the open flags. Raises `UserError`, which names the spec.
     """
+    spec, path = settings.spec, settings.path
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:

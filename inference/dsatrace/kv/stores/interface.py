@@ -1,4 +1,4 @@
-"""The contract of a store of KV units, and what it counts.
+"""The contract of a store of KV units, what it counts, and the check of a batch's arrays.
 
 A unit is a fixed number of bytes: one block of one layer, or one row (one token of one
 layer). A store knows neither tokens nor layers; a key is a number.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -21,12 +22,14 @@ from dsatrace.schema import LatencyKind
 
 UNIT_ID_BITS = 48
 NAMESPACE_BYTES = 16
+DEFAULT_TIMEOUT_S = 5.0
+ALIGNMENT = 8  # bytes; units are copied and summed as words
 
 ErrorKind = Literal["timeout", "connection", "protocol", "io", "refused"]
 
 
 class StoreError(RuntimeError):
-    """A store failed while it was in use: the batch did not happen, as far as anyone can tell."""
+    """A store failed in use: as far as one can tell, the batch did not happen."""
 
     def __init__(self, kind: ErrorKind, message: str) -> None:
         super().__init__(message)
@@ -35,12 +38,12 @@ class StoreError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class StoreStats:
-    """What a store did since it was opened. Differences are taken with `-`.
+    """What a store has done since it was opened; subtract two with `-`.
 
-    `requested_units == hit_units + missed_units` and `bytes_useful == hit_units * unit_bytes`
-    always. An operation is a piece addressed on its own: a run of adjacent units where the
-    medium merges neighbours (memory, files), else one unit. A failed batch moved nothing
-    that is counted: its units are missed or not stored, and `errors` grew by one.
+    Always `requested_units == hit_units + missed_units`, `bytes_useful == hit_units * unit_bytes`. An
+    operation is a run of adjacent units where the medium merges neighbours (memory, files), else one
+    unit. Of a failed batch, units count as missed or not stored, no bytes count, and `errors` grows
+    by one.
     """
 
     read_batches: int = 0
@@ -58,7 +61,7 @@ class StoreStats:
     write_ops: int = 0
     bytes_written: int = 0
     write_us: float = 0.0
-    evicted_units: int = 0  # by `evict`; what a remote store drops on its own is a miss later
+    evicted_units: int = 0  # by `evict`; a unit that a remote store drops by itself is a later miss
     errors: int = 0  # batches that raised `StoreError`
     timeouts: int = 0  # of those, by time
     latency_kind: LatencyKind = "measured"
@@ -70,6 +73,31 @@ class StoreStats:
             if field.name != "latency_kind"
         }
         return StoreStats(**changes, latency_kind=self.latency_kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreSettings:
+    """What a store is opened with."""
+
+    spec: str  # as the user wrote it, `SCHEME` or `SCHEME:REST`
+    unit_bytes: int
+    capacity_units: int | None = None
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    memory: np.ndarray | None = None  # for `ram` only
+    # Keeps one handle's units in a shared store apart from all others'.
+    namespace: bytes = dataclasses.field(default_factory=lambda: secrets.token_bytes(NAMESPACE_BYTES))
+
+    @property
+    def path(self) -> Path:
+        """The spec without its scheme, for a store in a file."""
+        return Path(self.spec.partition(":")[2])
+
+    @property
+    def room(self) -> int:
+        """`capacity_units`, which a store on this machine needs."""
+        if self.capacity_units is None:
+            raise ValueError(f"{self.spec}: say how many units it may hold")
+        return self.capacity_units
 
 
 class Store(Protocol):
@@ -135,6 +163,32 @@ def unit_keys(layer_id: int, unit_ids: np.ndarray) -> np.ndarray:
     return ids.astype(np.uint64) | np.uint64(layer_id << UNIT_ID_BITS)
 
 
-def new_namespace() -> bytes:
-    """What keeps one handle's units in a shared store apart from all others': 16 random bytes."""
-    return secrets.token_bytes(NAMESPACE_BYTES)
+def check_keys(keys: np.ndarray) -> None:
+    """Raises `ValueError` unless `keys` is a (N,) uint64 array without gaps."""
+    if keys.dtype != np.uint64 or keys.ndim != 1 or not keys.flags.c_contiguous:
+        raise ValueError(f"keys must be a contiguous (N,) uint64 array, not {keys.shape} {keys.dtype}")
+
+
+def check_batch(unit_bytes: int, keys: np.ndarray, buffer: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
+    """The rows of `buffer` that hold the units, (N,) int64; raises `ValueError` as the contract says."""
+    check_keys(keys)
+    if buffer.dtype != np.uint8 or buffer.ndim != 2 or not buffer.flags.c_contiguous:
+        raise ValueError(f"a buffer is C-contiguous (M, unit_bytes) uint8, not {buffer.shape} {buffer.dtype}")
+    if buffer.shape[1] != unit_bytes:
+        raise ValueError(f"the store's units are {unit_bytes} bytes; the buffer's rows are {buffer.shape[1]}")
+    if buffer.__array_interface__["data"][0] % ALIGNMENT:
+        raise ValueError(f"the buffer does not start at a multiple of {ALIGNMENT} bytes")
+    if rows is None:
+        if len(buffer) != len(keys):
+            raise ValueError(f"{len(keys)} keys for {len(buffer)} rows; name the rows")
+        return np.arange(len(keys), dtype=np.int64)
+    if rows.shape != keys.shape or rows.dtype.kind not in "iu":
+        raise ValueError(f"rows must be {len(keys)} integers, not {rows.shape} {rows.dtype}")
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(buffer):
+        raise ValueError(f"rows {rows.min()}..{rows.max()} lie outside the buffer's {len(buffer)}")
+    return np.ascontiguousarray(rows, dtype=np.int64)
+
+
+def are_distinct(numbers: np.ndarray) -> bool:
+    ordered = np.sort(numbers)
+    return not (ordered[1:] == ordered[:-1]).any()

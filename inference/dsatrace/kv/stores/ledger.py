@@ -1,8 +1,8 @@
 """What one handle has stored: for each key a slot and the checksum of what was put.
 
-Knows no bytes and no medium. Slots are the addresses of media that have slots (memory,
-files), handed out in ascending order at first, so that units put together lie together.
-The table of keys is open addressing with linear probing, compiled by numba.
+Knows no bytes and no medium. Slots are addresses in media that have them (memory, files). They are
+handed out in ascending order at first, so that units put together lie together. The table of keys
+uses open addressing with linear probing, compiled.
 
     ledger = Ledger(capacity=1024)
     slots = ledger.take(keys)             # (N,) int64, -1 where it is full
@@ -17,14 +17,14 @@ import numpy as np
 from numba import njit
 
 FIRST_SLOTS = 1024
-"""Slots of a ledger without a bound, to begin with; it doubles when they run out."""
+"""Initial slots of a ledger without capacity; they double when they run out."""
 
 # numba turns uint64 mixed with int64 into float64, hence the types.
 _HASH_ODD, _HASH_SHIFT = np.uint64(0x9E3779B97F4A7C15), np.uint64(32)
 
 
 class Ledger:
-    """Keys to slots below `capacity`; without one it grows as needed."""
+    """Maps keys to slots below `capacity`; if that is None, it grows as needed."""
 
     def __init__(self, capacity: int | None) -> None:
         self._grows = capacity is None
@@ -41,7 +41,7 @@ class Ledger:
         return slots
 
     def take(self, keys: np.ndarray) -> np.ndarray:
-        """The slots of `keys`, new ones for unknown keys, -1 where none is left: (N,) int64."""
+        """The slots of `keys`, new ones for unknown keys, -1 if none is left: (N,) int64."""
         while self._grows and self._num_spare < len(keys):
             self._grow()
         slots = np.empty(len(keys), dtype=np.int64)
@@ -49,7 +49,7 @@ class Ledger:
         return slots
 
     def free(self, keys: np.ndarray) -> None:
-        """Forgets `keys`; unknown ones are none of its business."""
+        """Forgets `keys`; unknown ones are ignored."""
         self._num_spare = _free(self._table, self._slot_keys, self._spare, self._num_spare, keys)
 
     def keys(self) -> np.ndarray:
@@ -64,7 +64,7 @@ class Ledger:
         self._num_spare = num_slots
 
     def _grow(self) -> None:
-        """Twice the slots; every key keeps its checksum, and its slot becomes its rank among the old ones."""
+        """Doubles the slots. A key keeps its checksum; its slot becomes its rank among the old slots."""
         keys = self.keys()
         sums = self.sums[self.find(keys)]
         self._allocate(2 * len(self._spare))
@@ -73,7 +73,7 @@ class Ledger:
 
 @njit(nogil=True, cache=True, inline="always")
 def _place(table, slot_keys, key):  # type: ignore[no-untyped-def]
-    """Where `key` stands in the table, or the free place where it would."""
+    """The place of `key` in the table, or the free place where it would be."""
     mask = len(table) - 1
     place = np.int64((key * _HASH_ODD) >> _HASH_SHIFT) & mask
     while table[place] >= 0 and slot_keys[table[place]] != key:
@@ -115,7 +115,7 @@ def _free(table, slot_keys, free, num_free, keys):  # type: ignore[no-untyped-de
         free[num_free] = table[hole]
         num_free += 1
         after = (hole + 1) & mask
-        while table[after] >= 0:  # what follows moves up, unless it stands before its own home then
+        while table[after] >= 0:  # later entries move up, unless that is before their own home
             home = np.int64((slot_keys[table[after]] * _HASH_ODD) >> _HASH_SHIFT) & mask
             if ((after - home) & mask) >= ((after - hole) & mask):
                 table[hole] = table[after]

@@ -1,16 +1,15 @@
 """Units in MemCache, the pool of Ascend machines (packages memcache-hybrid and memfabric-hybrid).
 
-*Untested on hardware*: its client starts only where an Ascend driver is. What was tried of the real
-package, 1.3.0, is that it loads, and that a client which does not start is one clear error. The
-rest follows its signatures, the return values its Python API documents, and the codes in its
-published headers; the tests run against a fake made from these.
+*Untested on hardware*: its client starts only with an Ascend driver. With the real package, 1.3.0, we
+tried only that it loads, and that a client that does not start gives one clear error. The rest follows
+its signatures, the return values in its Python API's documentation, and the codes in its published
+headers; the tests run against a fake made from these.
 
-    store = memcache_store("memcache:/etc/mmc-local.conf?device=0", unit_bytes=41984)
+    store = open_store("memcache:/etc/mmc-local.conf?device=0", unit_bytes=41984)
 
-`mmc-local.conf` is MemCache's own file (addresses, protocol, memory this process lends); plain
-`memcache:` takes the one that `MMC_LOCAL_CONFIG_PATH` names. A MetaService must run:
-`python -c "from memcache_hybrid import MetaService; MetaService.main()"`. The package allows one
-client in a process.
+`mmc-local.conf` is MemCache's own file (addresses, protocol, memory that this process lends); plain
+`memcache:` takes the one that `MMC_LOCAL_CONFIG_PATH` names. A MetaService must run: `python -c "from
+memcache_hybrid import MetaService; MetaService.main()"`. The package allows one client per process.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import Any
 
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.checked import CheckedStore
-from dsatrace.kv.stores.interface import new_namespace
+from dsatrace.kv.stores.interface import StoreSettings
 from dsatrace.kv.stores.pooled import OK, Codes, PoolClient, PooledMedium
 
 CONFIG_VARIABLE = "MMC_LOCAL_CONFIG_PATH"
@@ -37,14 +36,14 @@ UNTESTED = "this store is untested on hardware"
 class MemcacheClient(PoolClient):
     """`DistributedObjectStore` under the common names.
 
-    Its put leaves an object that exists as it is, and says 0. So every version of a unit has a name
-    of its own, and the older one is removed; one under a lease is left to the pool's eviction.
+    Its put leaves an existing object unchanged and returns 0. So every version of a unit has a new
+    name, and the older one is removed; a leased one is left to the pool's eviction.
     """
 
     name = "memcache"
     codes = Codes(
         no_room=(-3001, -3013, -3016),  # allocation failed, capacity exceeded, not enough memory
-        absent=(-3007, -3102, -3106),  # no such object, no such key, its lease ran out while it was read
+        absent=(-3007, -3102, -3106),  # no such object, no such key, its lease ran out during the read
         damaged=(-3103,),
         leased=(-3104,),
         timed_out=(-3004,),
@@ -52,17 +51,17 @@ class MemcacheClient(PoolClient):
 
     def __init__(self, store: Any) -> None:
         self._store = store
-        self._versions: dict[str, str] = {}  # the full names of what is stored
+        self._versions: dict[str, str] = {}  # full names of the stored versions
         self._numbers = itertools.count()
 
     def store(self, names: list[str], addresses: list[int], sizes: list[int]) -> Sequence[int]:
         fresh = [f"{name}.{next(self._numbers):x}" for name in names]
-        codes: Sequence[int] = self._store.batch_put_from(fresh, addresses, sizes)
+        codes = self._store.batch_put_from(fresh, addresses, sizes)
         older = []
         for name, version, code in zip(names, fresh, codes, strict=True):
+            if code == OK and name in self._versions:
+                older.append(self._versions[name])
             if code == OK:
-                if name in self._versions:
-                    older.append(self._versions[name])
                 self._versions[name] = version
         if older:
             self._store.remove_batch(older)
@@ -73,19 +72,17 @@ class MemcacheClient(PoolClient):
         return [size if code == OK else code for code, size in zip(codes, sizes, strict=True)]
 
     def exist(self, names: list[str]) -> Sequence[int]:
-        codes: Sequence[int] = self._store.batch_is_exist(self._full(names))
-        return codes
+        return self._store.batch_is_exist(self._full(names))
 
     def remove(self, names: list[str], force: bool) -> Sequence[int]:
-        codes: Sequence[int] = self._store.remove_batch(self._full(names))
+        codes = self._store.remove_batch(self._full(names))
         for name, code in zip(names, codes, strict=True):
             if code == OK or code in self.codes.absent:
                 self._versions.pop(name, None)
         return codes
 
     def register(self, address: int, num_bytes: int) -> int:
-        code: int = self._store.register_buffer(address, num_bytes)
-        return code
+        return self._store.register_buffer(address, num_bytes)
 
     def unregister(self, address: int, num_bytes: int) -> None:
         self._store.unregister_buffer(address, num_bytes)
@@ -97,22 +94,17 @@ class MemcacheClient(PoolClient):
         return [self._versions.get(name, name) for name in names]
 
 
-def memcache_store(
-    spec: str,
-    unit_bytes: int,
-    capacity_units: int | None = None,
-    timeout_s: float = 5.0,
-    namespace: bytes | None = None,
-) -> CheckedStore:
-    """A store in the pool of MemCache's own configuration file; `UserError` if it cannot be joined."""
+def memcache_store(settings: StoreSettings) -> CheckedStore:
+    """A store in the pool of MemCache's configuration file; raises `UserError` if it cannot be joined."""
+    spec, timeout_s = settings.spec, settings.timeout_s
     path, device = _parse(spec)
     host, port = _meta_service(spec, path)
     os.environ[CONFIG_VARIABLE] = str(path)  # read when its client starts
     try:
         from memcache_hybrid import DistributedObjectStore
-    except (ImportError, OSError) as error:  # the latter from the libraries it loads itself
+    except (ImportError, OSError) as error:  # OSError: a library that it loads
         raise UserError(f"{spec}: {error}; pip install memcache-hybrid ({UNTESTED})") from error
-    try:  # asked first, because MemCache itself goes on trying
+    try:  # checked first: MemCache itself keeps retrying
         socket.create_connection((host, port), timeout_s).close()
     except OSError as error:
         raise UserError(
@@ -123,8 +115,7 @@ def memcache_store(
         raise UserError(
             f"{spec}: MemCache does not start (code {code}); it needs an Ascend driver, and {UNTESTED}"
         )
-    medium = PooledMedium(MemcacheClient(store), unit_bytes, namespace or new_namespace(), timeout_s)
-    return CheckedStore(medium, unit_bytes, capacity_units)
+    return CheckedStore(PooledMedium(MemcacheClient(store), settings), settings)
 
 
 def _parse(spec: str) -> tuple[Path, int]:
@@ -155,6 +146,6 @@ def _meta_service(spec: str, path: Path) -> tuple[str, int]:
         url = urllib.parse.urlsplit(values.get(META_SERVICE_KEY, ""))
         if url.hostname and url.port:
             return url.hostname, url.port
-    except ValueError:  # a port that is none
+    except ValueError:  # not a port
         pass
     raise UserError(f"{spec}: {path} has no line `{META_SERVICE_KEY} = tcp://HOST:PORT`")

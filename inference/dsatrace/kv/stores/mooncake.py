@@ -1,15 +1,15 @@
 """Units in Mooncake Store, the distributed pool that vLLM and SGLang use; one batch call each way.
 
-    store = mooncake_store("mooncake://127.0.0.1:50051?segment_mib=1024", unit_bytes=41984)
+    store = open_store("mooncake://127.0.0.1:50051?segment_mib=1024", unit_bytes=41984)
 
 Needs the package `mooncake-transfer-engine-non-cuda` (or the CUDA one) and a master:
-`mooncake_master --rpc_address=127.0.0.1 --rpc_port=50051`. This process adds a segment of
-`segment_mib` of its memory to the pool; with 0 other processes must have added some. A unit
-read lately is leased: `evict` says False until the lease (10 s by default) is over.
+`mooncake_master --rpc_address=127.0.0.1 --rpc_port=50051`. This process adds a segment of `segment_mib`
+of its memory to the pool; with 0, other processes must have added some. A recently read unit is
+leased: `evict` returns False until the lease (default: 10 s) is over.
 
-Mooncake's calls cannot be broken off. Those on registered buffers end by Mooncake's own limits:
-`timeout_s` for questions to the master (set as `MC_RPC_TIMEOUT_MS` where that is not set yet),
-half a minute for the bytes. Calls on other memory end in time in any case (see `pooled`).
+Mooncake's calls cannot be cancelled. Those on registered buffers end by Mooncake's own limits:
+`timeout_s` for requests to the master (set as `MC_RPC_TIMEOUT_MS` unless that is set), half a minute
+for the bytes. Calls on other memory always end within `timeout_s` (see `pooled`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.checked import CheckedStore
-from dsatrace.kv.stores.interface import new_namespace
+from dsatrace.kv.stores.client_calls import STAGING_BYTES
+from dsatrace.kv.stores.interface import StoreSettings
 from dsatrace.kv.stores.pooled import Codes, PoolClient, PooledMedium
-from dsatrace.kv.stores.staging import STAGING_BYTES
 
 DEFAULT_PORT = 50051
 DEFAULT_SEGMENT_MIB = 1024
@@ -37,7 +37,7 @@ class MooncakeClient(PoolClient):
     name = "mooncake"
     codes = Codes(
         no_room=(-200,),
-        absent=(-704, -707),  # -707: its lease ran out, so it may have been replaced while it was read
+        absent=(-704, -707),  # -707: its lease ran out during the read, so it may have been replaced
         damaged=(-600,),
         leased=(-706,),
         timed_out=(-901,),
@@ -47,24 +47,19 @@ class MooncakeClient(PoolClient):
         self._store = store
 
     def store(self, names: list[str], addresses: list[int], sizes: list[int]) -> Sequence[int]:
-        codes: Sequence[int] = self._store.batch_upsert_from(names, addresses, sizes)
-        return codes
+        return self._store.batch_upsert_from(names, addresses, sizes)
 
     def load(self, names: list[str], addresses: list[int], sizes: list[int]) -> Sequence[int]:
-        codes: Sequence[int] = self._store.batch_get_into(names, addresses, sizes)
-        return codes
+        return self._store.batch_get_into(names, addresses, sizes)
 
     def exist(self, names: list[str]) -> Sequence[int]:
-        codes: Sequence[int] = self._store.batch_is_exist(names)
-        return codes
+        return self._store.batch_is_exist(names)
 
     def remove(self, names: list[str], force: bool) -> Sequence[int]:
-        codes: Sequence[int] = self._store.batch_remove(names, force)
-        return codes
+        return self._store.batch_remove(names, force)
 
     def register(self, address: int, num_bytes: int) -> int:
-        code: int = self._store.register_buffer(address, num_bytes)
-        return code
+        return self._store.register_buffer(address, num_bytes)
 
     def unregister(self, address: int, num_bytes: int) -> None:
         self._store.unregister_buffer(address)
@@ -73,14 +68,9 @@ class MooncakeClient(PoolClient):
         self._store.close()
 
 
-def mooncake_store(
-    spec: str,
-    unit_bytes: int,
-    capacity_units: int | None = None,
-    timeout_s: float = 5.0,
-    namespace: bytes | None = None,
-) -> CheckedStore:
-    """A store in the pool of the master that `spec` names; `UserError` if there is none."""
+def mooncake_store(settings: StoreSettings) -> CheckedStore:
+    """A store in the pool of the master that the spec names; raises `UserError` if there is none."""
+    spec, timeout_s = settings.spec, settings.timeout_s
     host, port, segment_mib = _parse(spec)
     os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
     os.environ.setdefault("MC_RPC_TIMEOUT_MS", str(int(timeout_s * 1000)))
@@ -89,7 +79,7 @@ def mooncake_store(
     except ImportError as error:
         raise UserError(f"{spec}: {error}; pip install {PACKAGE}, apt install libibverbs1") from error
     start = f"start one with `mooncake_master --rpc_address={host} --rpc_port={port}`"
-    try:  # asked first, because Mooncake itself goes on trying for a minute and a half
+    try:  # checked first: Mooncake itself retries for a minute and a half
         socket.create_connection((host, port), timeout_s).close()
     except OSError as error:
         raise UserError(f"{spec}: no master ({error.strerror or error}); {start}") from error
@@ -105,8 +95,7 @@ def mooncake_store(
     )
     if code:
         raise UserError(f"{spec}: what listens there is not a Mooncake master (code {code}); {start}")
-    medium = PooledMedium(MooncakeClient(store), unit_bytes, namespace or new_namespace(), timeout_s)
-    return CheckedStore(medium, unit_bytes, capacity_units)
+    return CheckedStore(PooledMedium(MooncakeClient(store), settings), settings)
 
 
 def _parse(spec: str) -> tuple[str, int, int]:

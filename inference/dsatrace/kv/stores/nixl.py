@@ -1,16 +1,15 @@
 """Units in a file that NIXL reads and writes: its POSIX backend, host memory to file. *Experimental.*
 
-    store = nixl_store("nixl:/mnt/nvme/kv", Path("/mnt/nvme/kv"), unit_bytes=41984, capacity_units=1024)
+    store = nixl_store(StoreSettings("nixl:/mnt/nvme/kv", unit_bytes=41984, capacity_units=1024))
 
-NIXL is the transfer library that vLLM, SGLang and Dynamo move KV with. A batch is one transfer of
-two descriptor lists, memory and file, in Linux's asynchronous I/O; the page cache stands between
-the file and the disk, as with `mmap`. Needs the package `nixl-cu12`, which works without CUDA. Other
-backends (UCX between processes, GDS) are not used.
+NIXL is the transfer library with which vLLM, SGLang and Dynamo move KV. A batch is one transfer of two
+descriptor lists, memory and file, by Linux's asynchronous I/O, through the page cache as with `mmap`.
+Needs the package `nixl-cu12`, which works without CUDA. Other backends (UCX between processes, GDS)
+are not used.
 
-A transfer that does not end within `timeout_s` is a `StoreError`; until it has ended there are no
-others, and it may still write into memory that was registered. Transfers of registered memory are
-handed to the kernel by the caller's thread: a disk that hangs right there holds the caller, as with
-`file` and `mmap`.
+A transfer that does not end within `timeout_s` raises `StoreError`. Until it has ended no other may
+begin, and it may still write into registered memory. Transfers of registered memory are submitted by
+the caller's thread: a disk that hangs at that moment blocks the caller, as with `file` and `mmap`.
 """
 
 from __future__ import annotations
@@ -21,19 +20,17 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.kv.stores.checked import CheckedStore
+from dsatrace.kv.stores.checked import FOUND, Batch, CheckedStore, Medium, Moved
+from dsatrace.kv.stores.client_calls import StagedMemory, TimedCaller
 from dsatrace.kv.stores.files import open_private_file
-from dsatrace.kv.stores.interface import StoreError
-from dsatrace.kv.stores.medium import FOUND, Medium, Moved
-from dsatrace.kv.stores.staging import StagedMemory
-from dsatrace.kv.stores.timed_calls import TimedCaller
+from dsatrace.kv.stores.interface import StoreError, StoreSettings
 
 PACKAGES = ("nixl_cu12", "nixl_cu13", "nixl")  # the first needs no torch to be imported
 BACKEND = ["POSIX"]
@@ -41,39 +38,30 @@ SPIN_S, POLL_S = 0.005, 0.0005
 
 
 class NixlMedium(Medium):
-    """Unit = `unit_bytes` at slot x `unit_bytes` of the file. One descriptor, and operation, a unit."""
+    """Unit = `unit_bytes` at slot x `unit_bytes` of the file; one descriptor and operation each."""
 
-    def __init__(self, agent: Any, fd: int, unit_bytes: int, capacity_units: int, timeout_s: float) -> None:
-        """`agent`: a `nixl_agent` with the POSIX backend; `fd`: a file of `capacity_units` units."""
+    def __init__(self, agent: Any, fd: int, settings: StoreSettings) -> None:
+        """`agent`: a `nixl_agent` with the POSIX backend; `fd`: a file with room for all units."""
         self._agent = agent
         self._fd = fd
-        self._unit_bytes = unit_bytes
+        self._unit_bytes = unit_bytes = settings.unit_bytes
         self._registered: list[Any] = []
-        self._caller = TimedCaller("nixl", timeout_s)
-        self._register("FILE", 0, unit_bytes * capacity_units, fd)
+        self._caller = TimedCaller("nixl", settings.timeout_s)
+        self._register("FILE", 0, unit_bytes * settings.room, fd)
         self._memory = StagedMemory(
             unit_bytes, lambda buffer: self._register("DRAM", buffer.ctypes.data, buffer.nbytes, 0)
         )
 
-    def write(
-        self, keys: np.ndarray, slots: np.ndarray, data: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
+    def write(self, batch: Batch) -> Moved:
         self._caller.check_idle()
-        self._memory.send(self._write, keys, slots, data, rows, sums)
-        return Moved(np.ones(len(keys), dtype=bool), len(keys), len(keys) * self._unit_bytes)
+        self._memory.send(partial(self._move, "WRITE"), batch)
+        return Moved(np.ones(len(batch.keys), bool), len(batch.keys), len(batch.keys) * self._unit_bytes)
 
-    def read(
-        self, keys: np.ndarray, slots: np.ndarray, out: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
+    def read(self, batch: Batch) -> Moved:
         self._caller.check_idle()
-        self._memory.receive(self._read, keys, slots, out, rows, sums)
-        return Moved(np.full(len(keys), FOUND, np.uint8), len(keys), len(keys) * self._unit_bytes)
-
-    def holds(self, keys: np.ndarray) -> np.ndarray:
-        return np.ones(len(keys), dtype=bool)
-
-    def drop(self, keys: np.ndarray) -> np.ndarray:
-        return np.ones(len(keys), dtype=bool)
+        self._memory.receive(partial(self._move, "READ"), batch)
+        outcome = np.full(len(batch.keys), FOUND, np.uint8)
+        return Moved(outcome, len(batch.keys), len(batch.keys) * self._unit_bytes)
 
     def register(self, buffer: np.ndarray) -> None:
         self._memory.register(buffer)
@@ -90,15 +78,11 @@ class NixlMedium(Medium):
         with _nixl_errors("registering memory"):
             self._registered.append(self._agent.register_memory(region, kind, backends=BACKEND))
 
-    def _write(self, keys: np.ndarray, slots: np.ndarray, addresses: np.ndarray, direct: bool) -> np.ndarray:
-        return self._move("WRITE", slots, addresses, direct)
-
-    def _read(self, keys: np.ndarray, slots: np.ndarray, addresses: np.ndarray, direct: bool) -> np.ndarray:
-        return self._move("READ", slots, addresses, direct)
-
-    def _move(self, operation: str, slots: np.ndarray, addresses: np.ndarray, direct: bool) -> np.ndarray:
+    def _move(
+        self, operation: str, keys: np.ndarray, slots: np.ndarray, addresses: np.ndarray, direct: bool
+    ) -> np.ndarray:
         """Moves all units, or raises `StoreError`: NIXL does not say which of them failed."""
-        if direct:  # begun in this thread, for changing threads takes longer than a small transfer
+        if direct:  # begun in this thread: changing threads takes longer than a small transfer
             handle, state = self._begin(operation, slots, addresses)
             if state == "PROC":
                 self._caller.in_time(self._wait, operation, handle)
@@ -112,7 +96,7 @@ class NixlMedium(Medium):
             self._wait(operation, handle)
 
     def _begin(self, operation: str, slots: np.ndarray, addresses: np.ndarray) -> tuple[Any, str]:
-        """A transfer, and its state when it was last asked for: most have ended within `SPIN_S`."""
+        """Begins a transfer and polls it for up to `SPIN_S`; returns it and its state."""
         agent = self._agent
         memory = agent.get_xfer_descs(self._descriptors(addresses, 0), "DRAM")
         file = agent.get_xfer_descs(self._descriptors(slots * self._unit_bytes, self._fd), "FILE")
@@ -135,7 +119,7 @@ class NixlMedium(Medium):
         _end(operation, handle, state)
 
     def _descriptors(self, begins: np.ndarray, device: int) -> np.ndarray:
-        """(N, 3) uint64: address or place in the file, bytes, device (of a file: its descriptor)."""
+        """(N, 3) uint64: address or place in the file, bytes, device (for a file: its descriptor)."""
         descriptors = np.empty((len(begins), 3), dtype=np.uint64)
         descriptors[:, 0] = begins
         descriptors[:, 1] = self._unit_bytes
@@ -147,7 +131,7 @@ class NixlMedium(Medium):
 def _nixl_errors(operation: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # each of NIXL's statuses is a class of its own, without a common base
+    except Exception as error:  # NIXL's errors are separate classes without a common base
         raise StoreError("io", f"nixl: {operation}: {error}") from error
 
 
@@ -157,23 +141,20 @@ def _end(operation: str, handle: Any, state: str) -> None:
         raise StoreError("io", f"nixl: {operation}: state {state}")
 
 
-def nixl_store(
-    spec: str, path: Path, unit_bytes: int, capacity_units: int, timeout_s: float = 5.0
-) -> CheckedStore:
-    """A store in a new private file at `path`; `UserError` if NIXL or the file cannot be."""
-    agent = _open_agent(spec, _import_nixl(spec))
-    fd = open_private_file(spec, path, unit_bytes * capacity_units)
-    medium = NixlMedium(agent, fd, unit_bytes, capacity_units, timeout_s)
-    return CheckedStore(medium, unit_bytes, capacity_units)
+def nixl_store(settings: StoreSettings) -> CheckedStore:
+    """A store in a new private file; raises `UserError` if NIXL or the file cannot be opened."""
+    agent = _open_agent(settings.spec, _import_nixl(settings.spec))
+    fd = open_private_file(settings, settings.unit_bytes * settings.room)
+    return CheckedStore(NixlMedium(agent, fd, settings), settings)
 
 
 def _import_nixl(spec: str) -> ModuleType:
-    os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")  # else it tells its story on stdout
+    os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")  # it logs to stdout
     for name in PACKAGES:
         try:
             return importlib.import_module(name)
         except ImportError as error:
-            if error.name != name:  # it is there, but cannot be loaded
+            if error.name != name:  # installed, but it does not load
                 raise UserError(f"{spec}: {error}; reinstall it with pip install nixl-cu12") from error
     raise UserError(f"{spec}: NIXL is not installed; pip install nixl-cu12 (experimental)")
 

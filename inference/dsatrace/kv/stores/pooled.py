@@ -1,109 +1,102 @@
-"""Units as named objects in a pool of memory that many processes lend: what Mooncake and MemCache share.
+"""Units as named objects in a memory pool to which many processes lend: what Mooncake and MemCache share.
 
-A `PoolClient` is one package's calls under common names, with `Codes` for what its numbers mean;
-`PooledMedium` makes a medium of it. An object's name is the handle's 16 random bytes and the
-unit's number.
+A `PoolClient` is one package's calls under common names, and `Codes` the meaning of its numbers;
+`PooledMedium` makes a medium of it. An object's name is the handle's 16 random bytes and the unit's
+number.
 
-    medium = PooledMedium(MooncakeClient(store), unit_bytes, new_namespace(), timeout_s=5.0)
+    medium = PooledMedium(MooncakeClient(store), settings)
 
-Memory that was registered is read and written in place, by calls that end by the package's own
-limits; on other memory they go through a copy of ours and end within `timeout_s`.
+Registered memory is read and written in place, by calls that end by the package's own limits. Other
+memory goes through a copy of ours, and its calls end within `timeout_s`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 
-from dsatrace.kv.stores.arguments import are_distinct
+from dsatrace.kv.stores.checked import ABSENT, DAMAGED, FOUND, Batch, Medium, Moved
 from dsatrace.kv.stores.checksums import copy_units
-from dsatrace.kv.stores.interface import StoreError
-from dsatrace.kv.stores.medium import ABSENT, DAMAGED, FOUND, Medium, Moved
-from dsatrace.kv.stores.staging import StagedMemory
-from dsatrace.kv.stores.timed_calls import TimedCaller
+from dsatrace.kv.stores.client_calls import StagedMemory, TimedCaller
+from dsatrace.kv.stores.interface import StoreError, StoreSettings, are_distinct
 
 OK = 0
+MoveCall = Callable[[list[str], list[int], list[int]], Sequence[int]]  # PoolClient.store or .load
 
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """What a package's negative numbers mean; any other one is a failure of the whole batch."""
+    """What a package's negative numbers mean; any other is a failure of the whole batch."""
 
-    no_room: tuple[int, ...]  # of a write
-    absent: tuple[int, ...]  # of a read or a removal
-    damaged: tuple[int, ...]  # of a read: there, but of another length
-    leased: tuple[int, ...]  # of a removal: somebody reads it
+    no_room: tuple[int, ...]  # writes
+    absent: tuple[int, ...]  # reads and removals
+    damaged: tuple[int, ...]  # reads: there, but of another length
+    leased: tuple[int, ...]  # removals: being read
     timed_out: tuple[int, ...]
 
 
 class PoolClient(Protocol):
-    """One package's calls, a batch at a time, one code a unit; 0 is success where nothing else is said.
+    """One package's calls: a batch each, distinct names, one code per unit. 0 is success unless said."""
 
-    Names are distinct within a batch.
-    """
-
-    name: str
-    """Of the package, for messages."""
-
+    name: str  # of the package, for messages
     codes: Codes
 
     def store(self, names: list[str], addresses: list[int], sizes: list[int]) -> Sequence[int]:
-        """Keeps the bytes at the addresses, in place of older ones."""
+        """Stores the bytes at the addresses, in place of older versions."""
 
     def load(self, names: list[str], addresses: list[int], sizes: list[int]) -> Sequence[int]:
-        """Reads to the addresses; the number of bytes of each."""
+        """Reads to the addresses. A code is the number of bytes read."""
 
     def exist(self, names: list[str]) -> Sequence[int]:
-        """1 or 0."""
+        """A code is 1 or 0."""
 
     def remove(self, names: list[str], force: bool) -> Sequence[int]:
-        """Drops objects; `force`: leased ones too, where the package can."""
+        """Drops objects; with `force` also leased ones, if the package can."""
 
     def register(self, address: int, num_bytes: int) -> int:
         """Announces memory."""
 
     def unregister(self, address: int, num_bytes: int) -> object:
-        """Takes that back."""
+        """Undoes `register`."""
 
     def close(self) -> object:
         """Leaves the pool."""
 
 
 class PooledMedium(Medium):
-    """Unit = one object. One operation a unit."""
+    """Unit = one object. One operation per unit."""
 
-    def __init__(self, client: PoolClient, unit_bytes: int, namespace: bytes, timeout_s: float) -> None:
+    def __init__(self, client: PoolClient, settings: StoreSettings) -> None:
         self._client = client
         self._codes = client.codes
-        self._unit_bytes = unit_bytes
-        self._namespace = namespace.hex()
-        self._caller = TimedCaller(client.name, timeout_s)
-        self._memory = StagedMemory(unit_bytes, self._announce)
+        self._unit_bytes = settings.unit_bytes
+        self._namespace = settings.namespace.hex()
+        self._caller = TimedCaller(client.name, settings.timeout_s)
+        self._memory = StagedMemory(settings.unit_bytes, self._announce)
 
-    def write(
-        self, keys: np.ndarray, slots: np.ndarray, data: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
+    def write(self, batch: Batch) -> Moved:
         self._caller.check_idle()
-        codes = self._memory.send(self._store, keys, slots, data, rows, sums)
+        codes = self._memory.send(partial(self._move, self._client.store), batch)
         stored = codes == OK
         if not stored.all():
             self._fail_on(codes, (OK, *self._codes.no_room))
-            self.drop(keys[~stored])  # an older version may have stayed
-        return Moved(stored, len(keys), int(np.count_nonzero(stored)) * self._unit_bytes)
+            self.drop(batch.keys[~stored])  # an older version may have stayed
+        return Moved(stored, len(stored), int(np.count_nonzero(stored)) * self._unit_bytes)
 
-    def read(
-        self, keys: np.ndarray, slots: np.ndarray, out: np.ndarray, rows: np.ndarray, sums: np.ndarray
-    ) -> Moved:
+    def read(self, batch: Batch) -> Moved:
         self._caller.check_idle()
-        if not are_distinct(keys):  # of a key that stands twice in a batch, Mooncake serves one
+        keys, slots, out, rows, sums = batch
+        if not are_distinct(keys):  # Mooncake serves a key only once per batch
             _, first, again = np.unique(keys, return_index=True, return_inverse=True)
-            once = self.read(keys[first], slots[first], out, rows[first], np.empty(len(first), np.uint64))
+            no_sums = np.empty(len(first), np.uint64)
+            once = self.read(Batch(keys[first], slots[first], out, rows[first], no_sums))
             copy_units(out, rows[first][again], out, rows, keys, sums)
             return once._replace(outcome=once.outcome[again])
-        codes = self._memory.receive(self._load, keys, slots, out, rows, sums)
+        codes = self._memory.receive(partial(self._move, self._client.load), batch)
         self._fail_on(codes[codes < 0], (*self._codes.absent, *self._codes.damaged))
         outcome = np.full(len(keys), DAMAGED, dtype=np.uint8)
         outcome[np.isin(codes, self._codes.absent)] = ABSENT
@@ -125,7 +118,7 @@ class PooledMedium(Medium):
 
     def close(self, keys: np.ndarray) -> None:
         if self._caller.is_idle:
-            if len(keys):  # by force, for a lease protects readers, and this handle was the only one
+            if len(keys):  # by force: a lease protects readers, and this handle was the only one
                 self._client.remove(self._names(keys), True)
             for buffer in self._memory.buffers:
                 self._client.unregister(buffer.ctypes.data, buffer.nbytes)
@@ -137,17 +130,11 @@ class PooledMedium(Medium):
             name, size = self._client.name, buffer.nbytes
             raise StoreError("refused", f"{name}: cannot register {size} bytes (code {code})")
 
-    def _store(
-        self, keys: np.ndarray, slots: np.ndarray, addresses: np.ndarray, direct: bool
+    def _move(
+        self, call: MoveCall, keys: np.ndarray, slots: np.ndarray, addresses: np.ndarray, direct: bool
     ) -> Sequence[int]:
         pieces = self._names(keys), addresses.tolist(), [self._unit_bytes] * len(keys)
-        return self._client.store(*pieces) if direct else self._caller.in_time(self._client.store, *pieces)
-
-    def _load(
-        self, keys: np.ndarray, slots: np.ndarray, addresses: np.ndarray, direct: bool
-    ) -> Sequence[int]:
-        pieces = self._names(keys), addresses.tolist(), [self._unit_bytes] * len(keys)
-        return self._client.load(*pieces) if direct else self._caller.in_time(self._client.load, *pieces)
+        return call(*pieces) if direct else self._caller.in_time(call, *pieces)
 
     def _fail_on(self, codes: np.ndarray, expected: Sequence[int]) -> None:
         unexpected = set(codes.tolist()) - set(expected)

@@ -1,12 +1,16 @@
 """A connection to a Redis or Valkey server, for batches of values that are all equally long.
 
-Requests are arrays of bytes and replies are parsed where they were received, so a batch costs
-one copy each way and a few calls, however many values it has. A batch has one deadline. After
-a failure the connection is closed, so that no late answer is taken for a later question; the
-next batch connects anew. Knows no key's meaning.
+Requests are arrays of bytes (`Frames`) and replies are parsed where they were received, so a batch
+costs one copy each way and a few calls, however many values it has. A batch has one deadline. After
+a failure the connection is closed, so that no late answer is taken for a later question; the next
+batch connects anew. Knows no key's meaning.
 
     connection = Connection(Address("redis://127.0.0.1:6379", host="127.0.0.1", port=6379), timeout_s=5)
-    connection.lines(b"*1\r\n$4\r\nPING\r\n", 1)        # [b"+PONG"]
+    connection.lines(b"*1\\r\\n$4\\r\\nPING\\r\\n", 1)        # [b"+PONG"]
+
+    frames = Frames(b"*3\\r\\n$3\\r\\nSET\\r\\n", key_bytes=24, value_bytes=41984)
+    request = frames.filled(keys, data, rows)      # (N, frame bytes) uint8, N times SET
+    unpack(reply, begins, out, rows)               # the values found in a reply
 """
 
 from __future__ import annotations
@@ -38,13 +42,12 @@ class Address:
 
 
 def command(*words: bytes | str) -> bytes:
-    """A request as it goes over the wire."""
     parts = [word.encode() if isinstance(word, str) else word for word in words]
     return b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
 
 
 class Connection:
-    """One socket, opened when it is needed. Used by one thread at a time."""
+    """One socket, opened on demand. Used by one thread at a time."""
 
     def __init__(self, address: Address, timeout_s: float) -> None:
         self._address = address
@@ -53,7 +56,7 @@ class Connection:
         self._reply = np.empty(1 << 20, dtype=np.uint8)
 
     def lines(self, request: bytes | np.ndarray, num_lines: int) -> list[bytes]:
-        """Sends, and returns as many one-line replies, errors (`-...`) included."""
+        """Sends, and returns `num_lines` one-line replies, errors (`-...`) included."""
         deadline = self._send(request)
         received = b""
         while received.count(b"\r\n") < num_lines:
@@ -68,10 +71,10 @@ class Connection:
     def values(
         self, request: np.ndarray, num_values: int, likely_bytes: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sends a request that is answered by a list of values.
+        """Sends a request whose reply is a list of values, usually of `likely_bytes` bytes.
 
-        Returns the raw reply, and where in it the values begin and how long they are, (N,) int64
-        each, NIL for a missing one. `likely_bytes`: a value's usual length.
+        Returns the raw reply, and the values' begins and lengths in it, (N,) int64; the length of a
+        missing value is NIL.
         """
         deadline = self._send(request)
         room = num_values * (likely_bytes + 16) + 32
@@ -102,7 +105,7 @@ class Connection:
             self._socket = None
 
     def _send(self, request: bytes | np.ndarray) -> float:
-        """Sends; returns when the answer must be there."""
+        """Sends; returns the deadline of the reply."""
         deadline = time.monotonic() + self._timeout_s
         if self._socket is None:
             self._connect()
@@ -115,7 +118,7 @@ class Connection:
         return deadline
 
     def _receive(self, memory: memoryview, deadline: float) -> memoryview:
-        """What has arrived, at the beginning of `memory`: one byte at least."""
+        """Reads what has arrived, at least one byte, into the beginning of `memory`."""
         assert self._socket is not None
         try:
             self._socket.settimeout(max(deadline - time.monotonic(), 1e-6))
@@ -166,10 +169,10 @@ class Connection:
 
 @njit("UniTuple(int64, 2)(uint8[::1], int64, int64, int64[::1], int64[::1])", nogil=True, cache=True)
 def _find_values(reply, done, place, begins, lengths):  # type: ignore[no-untyped-def]
-    """Goes on parsing `$<length>\\r\\n<value>\\r\\n` and `$-1\\r\\n`, from the `done`-th value at `place`.
+    """Continues to parse `$<length>\\r\\n<value>\\r\\n` and `$-1\\r\\n` with value `done` at `place`.
 
-    Returns how many values' heads are parsed and where the next begins, which may lie beyond what
-    has been received so far; place -1 for a malformed reply.
+    Returns how many values' heads are parsed and where the next one begins, which may be beyond
+    what has been received so far; place -1 for a malformed reply.
     """
     while done < len(begins) and place < len(reply):
         if reply[place] != ord("$"):
@@ -190,3 +193,50 @@ def _find_values(reply, done, place, begins, lengths):  # type: ignore[no-untype
         place = end + 2 + (0 if missing else length + 2)
         done += 1
     return done, place
+
+
+class Frames:
+    """Requests of one kind: `start`, then a key and, with `value_bytes`, a value, in wire format."""
+
+    def __init__(self, start: bytes, key_bytes: int, value_bytes: int = 0) -> None:
+        key = b"$%d\r\n%s\r\n" % (key_bytes, bytes(key_bytes))
+        value = b"$%d\r\n%s\r\n" % (value_bytes, bytes(value_bytes)) if value_bytes else b""
+        self._template = np.frombuffer(start + key + value, dtype=np.uint8)
+        self._frames = np.empty((0, len(self._template)), dtype=np.uint8)
+        self._key_end = len(start + key) - 2
+        self._value_begin = len(self._template) - value_bytes - 2
+
+    def filled(
+        self, keys: np.ndarray, data: np.ndarray | None = None, rows: np.ndarray | None = None
+    ) -> np.ndarray:
+        """One frame per key of `keys`, (N, key_bytes) uint8, with the values `data[rows]`.
+
+        Returns (N, frame bytes) uint8, valid until the next call.
+        """
+        if len(self._frames) < len(keys):
+            self._frames = np.tile(self._template, (len(keys), 1))
+        frames = self._frames[: len(keys)]
+        frames[:, self._key_end - keys.shape[1] : self._key_end] = keys
+        if data is not None and rows is not None:
+            _pack(data, rows, frames, self._value_begin)
+        return frames
+
+
+@njit("void(uint8[:,::1], int64[::1], uint8[:,::1], int64)", nogil=True, cache=True)
+def _pack(data, rows, frames, value_begin):  # type: ignore[no-untyped-def]
+    """`frames[i, value_begin:][:unit] = data[rows[i]]`."""
+    for i in range(len(rows)):
+        unit = data[rows[i]]
+        place = frames[i, value_begin : value_begin + len(unit)]
+        for j in range(len(unit)):
+            place[j] = unit[j]
+
+
+@njit("void(uint8[::1], int64[::1], uint8[:,::1], int64[::1])", nogil=True, cache=True)
+def unpack(reply, begins, out, rows):  # type: ignore[no-untyped-def]
+    """`out[rows[i]]` = the unit that begins at `reply[begins[i]]`."""
+    for i in range(len(rows)):
+        unit = out[rows[i]]
+        value = reply[begins[i] : begins[i] + len(unit)]
+        for j in range(len(unit)):
+            unit[j] = value[j]

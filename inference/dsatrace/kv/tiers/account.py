@@ -1,9 +1,9 @@
-"""What each tier of the KV hierarchy served of one step, seen from outside.
+"""What each tier of the KV hierarchy served of one step, as records account for it.
 
-Records account for three tiers: HBM, a local pool and a remote pool. In order: `StepReads`, what a
-step selects; `FetchAccount`, one tier's share of it; `Tiers`, the question that the tracer asks;
-`ResidentTiers`, the answer of a run that holds everything in HBM; `OffloadedTiers`, that of a run
-whose latents lie elsewhere too. Knows no store, no tensor of the model and no file.
+The tiers are HBM, a local pool and a remote pool. `StepReads` is what a step selects, `FetchAccount`
+one tier's share of it. `Tiers` is the interface that the tracer calls; `ResidentTiers` is for runs
+that hold everything in HBM, `OffloadedTiers` for runs whose latents also lie in pools. Knows no store,
+no tensor of the model and no file.
 
     tiers = default_tiers(CacheLayout("demo", 1152, 132))
     account = tiers.accounts(reads)["hbm"]      # FetchAccount, one entry a record
@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from dsatrace.kv.layout import CacheLayout
-from dsatrace.kv.tiers.fetches import StepFetches
+from dsatrace.kv.tiers.fetches import HBM, StepFetches
 from dsatrace.schema import TIER_NAMES, LatencyKind
 
 
@@ -26,8 +26,8 @@ from dsatrace.schema import TIER_NAMES, LatencyKind
 class StepReads:
     """What one step selects, for R records (request x layer, request-major): N tokens in T touched blocks.
 
-    Record r touches `block_ids[block_ptr[r]:block_ptr[r + 1]]`: logical ids, ascending,
-    at least one, with `tokens_selected` selected tokens in each.
+    Record r touches the blocks `block_ids[block_ptr[r]:block_ptr[r + 1]]`: at least one, logical ids,
+    ascending.
     """
 
     seq_len: np.ndarray  # (R,) int, tokens the request holds
@@ -35,11 +35,11 @@ class StepReads:
     batch_size: int  # requests in the step
     block_ids: np.ndarray  # (T,) int
     block_ptr: np.ndarray  # (R + 1,) int64
-    tokens_selected: np.ndarray  # (T,) int
+    tokens_selected: np.ndarray  # (T,) int, selected tokens in each touched block
     tokens: np.ndarray  # (N,) int32, selected positions, ascending within a record
     token_ptr: np.ndarray  # (R + 1,) int64
-    positions: np.ndarray  # (L, B, K) int32, the same as captured: score order, -1 where there is none
-    fetches: StepFetches | None = None  # where they were found; None: in HBM
+    positions: np.ndarray  # (L, B, K) int32, the same as captured: score order, padded by -1
+    fetches: StepFetches | None = None  # which tier held them; None: HBM
 
     @property
     def num_records(self) -> int:
@@ -57,14 +57,14 @@ class StepReads:
 
 @dataclasses.dataclass(frozen=True)
 class FetchAccount:
-    """One tier's share of a step; every array is (R,). The fields are those of a record, in its order."""
+    """One tier's share of a step; every array is (R,). The fields are a record's, in its order."""
 
     hit_blocks: np.ndarray  # int64, touched blocks this tier served
     bytes_read: np.ndarray  # int64
     read_ops: np.ndarray  # int64
     latency_us: np.ndarray  # float64
-    batch_size: int  # requests served together; 0 where nothing is served
-    bytes_useful: np.ndarray  # int64, of the bytes read the selected tokens' own
+    batch_size: int  # requests served together; 0 if none is served
+    bytes_useful: np.ndarray  # int64, bytes read that belong to selected tokens
     latency_kind: LatencyKind
 
     def columns(self) -> dict[str, Any]:
@@ -73,14 +73,14 @@ class FetchAccount:
 
 
 class Tiers(Protocol):
-    """The places KV blocks are read from, all together: what one serves, the next is not asked for.
+    """All places that KV blocks are read from: what one tier serves, the next is not asked for.
 
-    Called once a traced step from the writer thread, in step order, with every recorded
-    request and layer. Must not change `reads`; `ValueError` for reads that cannot be of its run.
+    Called once per traced step by the writer thread, in step order, with every recorded request and
+    layer. Must not change `reads`. Raises `ValueError` for reads that cannot belong to its run.
     """
 
     def accounts(self, reads: StepReads) -> Mapping[str, FetchAccount]:
-        """By the names and in the order of `schema.TIER_NAMES`."""
+        """By name, in the order of `schema.TIER_NAMES`."""
         ...
 
 
@@ -90,7 +90,7 @@ def default_tiers(layout: CacheLayout) -> Tiers:
 
 
 class ResidentTiers:
-    """HBM holds the whole cache: every block is read where it lies, and the pools hold nothing."""
+    """HBM holds the whole cache; the pools hold nothing."""
 
     def __init__(self, layout: CacheLayout) -> None:
         self._latent_bytes = layout.latent_bytes_per_token
@@ -113,12 +113,12 @@ class ResidentTiers:
 
 
 def tokens_held(reads: StepReads) -> np.ndarray:
-    """Tokens in each record's touched blocks, (R,) int64: the request's last block counts its valid ones."""
+    """Tokens in each record's touched blocks, (R,) int64; a request's last block may be partly filled."""
     return reads.num_blocks * reads.block_size - missing_in_last_block(reads)
 
 
 def missing_in_last_block(reads: StepReads) -> np.ndarray:
-    """Tokens that the record's last touched block does not hold, (R,) int64: 0 but for the request's last."""
+    """Empty slots in each record's last touched block, (R,) int64: 0 unless it is the request's last."""
     last_block = (reads.seq_len - 1) // reads.block_size
     missing = (last_block + 1) * reads.block_size - reads.seq_len
     touches_last = reads.block_ids[reads.block_ptr[1:] - 1] == last_block
@@ -148,52 +148,59 @@ class OffloadedAccount(FetchAccount):
 
 
 class OffloadedTiers:
-    """HBM and one or two pools behind it; a pool that `latency_kinds` does not name is not there."""
+    """HBM and one or two pools behind it; a pool that `latency_kinds` does not name does not exist."""
 
     def __init__(
         self,
-        latent_bytes: int,  # a token and layer
-        granularity: Literal["block", "row"],  # what moves as one
-        latency_kinds: Mapping[str, LatencyKind],  # of each pool the run has
+        latent_bytes: int,  # per token and layer
+        granularity: Literal["block", "row"],  # unit of transfer
+        latency_kinds: Mapping[str, LatencyKind],  # of each pool of the run
     ) -> None:
         self._latent_bytes = latent_bytes
         self._by_row = granularity == "row"
         self._kinds: dict[str, LatencyKind] = {"hbm": "none", **latency_kinds}
 
     def accounts(self, reads: StepReads) -> dict[str, FetchAccount]:
-        """Raises `ValueError` for fetches that do not fit the selection, or name a tier that is not there."""
+        """Raises `ValueError` for fetches that do not fit the selection, or name a tier the run lacks."""
         fetches = reads.fetches
         if fetches is None:
             raise ValueError("the run's latents lie in tiers, and the capture does not say which served it")
-        served_by = in_token_order(reads.positions, fetches.served_by)
+        served_by = in_token_order(reads.positions, fetches.served_by)  # (N,)
         self._check(served_by)
-        furthest = np.maximum.reduceat(served_by, _block_starts(reads))  # (T,)
-        chain = _Chain(reads.token_ptr[1:] - reads.token_ptr[:-1], reads.num_blocks)
+        block_starts = np.cumsum(reads.tokens_selected) - reads.tokens_selected  # (T,)
+        furthest = np.maximum.reduceat(served_by, block_starts)  # (T,)
+        tokens, blocks = np.diff(reads.token_ptr), reads.num_blocks  # (R,) not served yet
         accounts: dict[str, FetchAccount] = {}
         for tier, name in enumerate(TIER_NAMES):
             if name not in self._kinds:
                 accounts[name] = _absent(reads.num_records)
                 continue
-            hit_tokens = np.add.reduceat(served_by == tier, reads.token_ptr[:-1], dtype=np.int64)
-            asked = chain.asked(hit_tokens, reads.per_record(furthest == tier))
-            if tier == 0:
-                moved = self._read_in_hbm(reads, served_by == 0, furthest == 0, hit_tokens)
+            token_hit, block_hit = served_by == tier, furthest == tier
+            hit_tokens = np.add.reduceat(token_hit, reads.token_ptr[:-1], dtype=np.int64)
+            hit_blocks = reads.per_record(block_hit)
+            if tier == HBM:
+                moved = self._read_in_hbm(reads, token_hit, block_hit, hit_tokens)
             else:
-                moved = _fetched(fetches, tier)
+                moved = _of_records(fetches, tier, ("bytes_read", "read_ops", "bytes_useful"))
+                # All requests of a layer wait for its batch together.
+                moved["latency_us"] = np.tile(fetches.latency_us[:, tier], fetches.served_by.shape[1])
             accounts[name] = OffloadedAccount(
                 **moved,
-                **asked,
-                **{
-                    counted: _of_records(getattr(fetches, counted), tier)
-                    for counted in ("evicted_units", "bytes_written", "errors")
-                },
+                **_of_records(fetches, tier, ("evicted_units", "bytes_written", "errors")),
+                hit_blocks=hit_blocks,
+                requested_tokens=tokens,
+                hit_tokens=hit_tokens,
+                missed_tokens=tokens - hit_tokens,
+                requested_blocks=blocks,
+                missed_blocks=blocks - hit_blocks,
                 batch_size=reads.batch_size,
                 latency_kind=self._kinds[name],
             )
+            tokens, blocks = tokens - hit_tokens, blocks - hit_blocks
         return accounts
 
     def _check(self, served_by: np.ndarray) -> None:
-        """A broken capture must not become a record."""
+        """Refuses a capture that names a tier that does not exist."""
         for tier, name in enumerate((*TIER_NAMES, "none")):
             if name not in self._kinds and (served_by == tier).any():
                 raise ValueError(
@@ -207,7 +214,7 @@ class OffloadedTiers:
         block_hit: np.ndarray,  # (T,) bool
         hit_tokens: np.ndarray,  # (R,)
     ) -> dict[str, np.ndarray]:
-        """What was read where it lay: whole blocks, or the tokens alone where rows move."""
+        """HBM reads: whole blocks, or single tokens if the unit of transfer is a row."""
         if self._by_row:
             held, ops = hit_tokens, hit_runs(reads.tokens, reads.token_ptr, token_hit)
         else:
@@ -223,46 +230,26 @@ class OffloadedTiers:
         }
 
 
-class _Chain:
-    """What each tier is asked for in turn: what those before it did not hold."""
-
-    def __init__(self, num_tokens: np.ndarray, num_blocks: np.ndarray) -> None:
-        self._tokens, self._blocks = num_tokens, num_blocks  # (R,) not found yet
-
-    def asked(self, hit_tokens: np.ndarray, hit_blocks: np.ndarray) -> dict[str, np.ndarray]:
-        tokens, blocks = self._tokens, self._blocks
-        self._tokens, self._blocks = tokens - hit_tokens, blocks - hit_blocks
-        return {
-            "hit_blocks": hit_blocks,
-            "requested_tokens": tokens,
-            "hit_tokens": hit_tokens,
-            "missed_tokens": self._tokens,
-            "requested_blocks": blocks,
-            "missed_blocks": self._blocks,
-        }
-
-
 def in_token_order(positions: np.ndarray, served_by: np.ndarray) -> np.ndarray:
     """The tier of every selected token, (N,) int8: records request-major, positions ascending.
 
-    `positions (L, B, K)` and `served_by (L, B, K)` belong together, in any order; 3 stands for
-    a token that no tier served.
+    `positions` and `served_by` are (L, B, K), in any order. 3 stands for a token that no tier served.
     """
     if positions.shape != served_by.shape:
         raise ValueError(f"tiers of {served_by.shape} selected tokens, and positions of {positions.shape}")
     if served_by.min(initial=0) < -1 or served_by.max(initial=0) >= len(TIER_NAMES):
         raise ValueError(f"served by tier {served_by.min()} to {served_by.max()}; tiers are 0, 1 and 2")
-    # Position and tier in one number, to be sorted as one; half as wide for any context there is.
+    # Position and tier in one number, to sort both together; int32 suffices for any real context.
     dtype: type[np.signedinteger] = np.int32 if positions.max(initial=0) < 2**29 else np.int64
     keys = positions.swapaxes(0, 1).astype(dtype).reshape(-1, positions.shape[2])  # (R, K)
     keys <<= 2
     keys |= (served_by & 3).swapaxes(0, 1).reshape(keys.shape)
-    keys.sort(axis=1)  # padding is below 0 and comes first
+    keys.sort(axis=1)  # padding is negative and comes first
     return (keys[keys >= 0] & 3).astype(np.int8)
 
 
 def hit_runs(ids: np.ndarray, pointers: np.ndarray, hit: np.ndarray) -> np.ndarray:
-    """Runs of adjacent ids among those of each record that are `hit`, (R,) int64: one read each."""
+    """Runs of adjacent ids among the `hit` ids of each record, (R,) int64: one read each."""
     num_records = len(pointers) - 1
     record = np.repeat(np.arange(num_records), np.diff(pointers))[hit]
     starts = np.ones(len(record), dtype=bool)
@@ -270,27 +257,12 @@ def hit_runs(ids: np.ndarray, pointers: np.ndarray, hit: np.ndarray) -> np.ndarr
     return np.bincount(record[starts], minlength=num_records)
 
 
-def _block_starts(reads: StepReads) -> np.ndarray:
-    """(T,) the first token of each touched block."""
-    return np.cumsum(reads.tokens_selected) - reads.tokens_selected
-
-
-def _fetched(fetches: StepFetches, tier: int) -> dict[str, np.ndarray]:
-    """What a pool's store did for each record; all requests of a layer wait for its batch together."""
-    num_requests = fetches.served_by.shape[1]
-    moved = {
-        counted: _of_records(getattr(fetches, counted), tier)
-        for counted in ("bytes_read", "read_ops", "bytes_useful")
-    }
-    return {**moved, "latency_us": np.tile(fetches.latency_us[:, tier], num_requests)}
-
-
-def _of_records(counted: np.ndarray, tier: int) -> np.ndarray:
-    """(L, B, T) as captured -> (R,) of one tier."""
-    return np.asarray(counted[:, :, tier].T.ravel(), dtype=np.int64)
+def _of_records(fetches: StepFetches, tier: int, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """One tier's columns of these names: (L, B, T) as captured -> (R,)."""
+    return {name: getattr(fetches, name)[:, :, tier].T.ravel().astype(np.int64, copy=False) for name in names}
 
 
 def _absent(num_records: int) -> OffloadedAccount:
-    """A tier that the run does not have."""
+    """For a tier that the run does not have."""
     zeros, no_time = np.zeros(num_records, dtype=np.int64), np.zeros(num_records)
     return OffloadedAccount(zeros, zeros, zeros, no_time, 0, zeros, "none", *[zeros] * 8)

@@ -1,4 +1,4 @@
-"""What an offloaded layer was served, from which tier: by row for one forward, in sum for a run.
+"""Which tier served an offloaded layer's units, and what that moved: per row of a forward, and in sum.
 
 Pure accounting over arrays; knows no tensor and no store. Tiers are numbered in the order of
 `schema.TIER_NAMES`: 0 is HBM, T is their number.
@@ -24,7 +24,7 @@ HBM, LOCAL, REMOTE = range(NUM_TIERS)
 
 @dataclasses.dataclass(frozen=True)
 class TierCounts:
-    """What the tiers have counted so far; every array is (T,). A batch is the difference of two."""
+    """What the tiers have counted so far; every array is (T,). Subtract two to get a batch's counts."""
 
     read_ops: np.ndarray  # int64
     evicted_units: np.ndarray  # int64
@@ -39,7 +39,7 @@ class TierCounts:
 
 @dataclasses.dataclass(frozen=True)
 class LayerFetch:
-    """What R rows selected in one layer and what it took to have it in HBM; fields as in `StepFetches`."""
+    """What was moved into HBM for R rows' selections in one layer; fields as in `StepFetches`."""
 
     served_by: np.ndarray  # (R, K)
     bytes_read: np.ndarray  # (R, T)
@@ -53,28 +53,26 @@ class LayerFetch:
 
 @dataclasses.dataclass(frozen=True)
 class StepFetches:
-    """Where one forward's recorded rows found what they selected: L layers, B rows, K positions, T tiers.
+    """Which tiers held what one forward's recorded rows selected: L layers, B rows, K positions, T tiers.
 
-    A unit fetched for several rows is charged to the first of them, and what a layer's batch did
-    is shared out in whole numbers: sums over the rows are what really moved.
+    A unit fetched for several rows is charged to the first of them; the counts of a layer's batch are
+    shared out in whole numbers. Sums over the rows are what was really moved.
     """
 
-    served_by: np.ndarray  # (L, B, K) int8, the tier that held each position; -1 where there is none
+    served_by: np.ndarray  # (L, B, K) int8, the tier that held each position; -1 for padding
     bytes_read: np.ndarray  # (L, B, T) int64, units x unit bytes; 0 for HBM, whose reads are derived
-    bytes_useful: np.ndarray  # (L, B, T) int64, of those the selected tokens' own; 0 for HBM
-    read_ops: np.ndarray  # (L, B, T) int64, the store's own after coalescing; 0 for HBM
+    bytes_useful: np.ndarray  # (L, B, T) int64, those of selected tokens; 0 for HBM
+    read_ops: np.ndarray  # (L, B, T) int64, as the store counts them, after coalescing; 0 for HBM
     evicted_units: np.ndarray  # (L, B, T) int64, given up by the tier
     bytes_written: np.ndarray  # (L, B, T) int64, into the tier
     errors: np.ndarray  # (L, B, T) int64, batches that failed and units that came back corrupt
-    latency_us: np.ndarray  # (L, T) float64, of the layer's batch: all its rows wait for it together
+    latency_us: np.ndarray  # (L, T) float64, of the layer's batch, which all its rows wait for
 
     @classmethod
     def of(cls, layers: Sequence[LayerFetch], rows: Sequence[int], top_k: int) -> StepFetches:
-        """A forward's layers in order, and which of their rows are recorded; K becomes `top_k`."""
+        """From a forward's layers in order; `rows` are those that are recorded, K becomes `top_k`."""
         kept = list(rows)
-        names = [
-            field.name for field in dataclasses.fields(cls) if field.name not in ("served_by", "latency_us")
-        ]
+        names = {field.name for field in dataclasses.fields(cls)} - {"served_by", "latency_us"}
         stacked = {name: np.stack([getattr(layer, name)[kept] for layer in layers]) for name in names}
         served_by = np.full((len(layers), len(kept), top_k), -1, dtype=np.int8)
         for layer, padded in zip(layers, served_by, strict=True):
@@ -83,13 +81,13 @@ class StepFetches:
 
 
 def first_touches(units: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct `units (M,)`, ascending, and at which of the M each stands first.
+    """The distinct `units (M,)`, ascending, and the index of each one's first occurrence.
 
-    `scratch` is any int64 array with a place for every unit; what it holds does not matter.
-    Linear in M, where `np.unique` sorts all M with their indices.
+    `scratch` is an int64 array with an element per unit id, of any content. This takes linear time,
+    where `np.unique` sorts all M with their indices.
     """
     order = np.arange(len(units))
-    scratch[units[::-1]] = order[::-1]  # of equal indices the last assignment stays: the first touch
+    scratch[units[::-1]] = order[::-1]  # of equal indices, the last assignment stays: the first touch
     distinct = np.sort(units[scratch[units] == order])
     return distinct, scratch[distinct]
 
@@ -104,11 +102,11 @@ def layer_fetch(
     unit_bytes: int,
     token_bytes: int,
 ) -> LayerFetch:
-    """From the rows' units `unit_of (R, K)`, -1 where nothing is selected, and who served each unit.
+    """From the rows' units `unit_of (R, K)`, padded by -1, and the tier that served each unit.
 
-    `tier_of_unit` and `scratch` have a place for every unit. A row is charged with the fetched units
-    that it touches before any other row, and with its share of what the batch that fetched
-    `num_fetched` units `moved`. None: there was no such batch, and nothing is charged.
+    `tier_of_unit` and `scratch` have an element per unit id. A row is charged for the fetched units that
+    no earlier row touches, and for its share of the batch that fetched `num_fetched` units: of the
+    counts `moved`. If `moved` is None, there was no batch and nothing is charged.
     """
     num_rows = len(unit_of)
     is_unit = unit_of >= 0
@@ -140,9 +138,9 @@ def layer_fetch(
 
 
 def share_out(totals: np.ndarray, weights: np.ndarray, rest: int = 0) -> np.ndarray:
-    """Whole shares `(R, T)` of `totals (T,)`, as close to `weights (R,)` as sums allow.
+    """Shares `(R, T)` of `totals (T,)` in whole numbers, in proportion to `weights (R,)`.
 
-    `rest` is the weight of those who are not asked for: with none, the shares add up to the totals.
+    `rest` is the weight of all others. If it is 0, the shares add up to the totals.
     """
     ends = np.concatenate([[0], np.cumsum(weights)])
     whole = int(ends[-1]) + rest
@@ -153,18 +151,18 @@ def share_out(totals: np.ndarray, weights: np.ndarray, rest: int = 0) -> np.ndar
 
 @dataclasses.dataclass
 class FetchCounters:
-    """Everything one layer did since its cache was made. Distinct units, whoever asked for them.
+    """What one layer has done since its cache was made. A unit counts once however many rows want it.
 
-    `fetched_units == missed_units + refetched_units + refilled_units + prefetched_units`. A step
-    of decode refetches nothing.
+    `fetched_units == missed_units + refetched_units + refilled_units + prefetched_units`. A decode
+    step refetches nothing.
     """
 
     requested_units: int = 0
     missed_units: int = 0  # not in HBM when the step selected them
     refetched_units: int = 0  # again, because a prefill chunk selects more than HBM holds
     refilled_units: int = 0  # because a token was written to a unit that had been evicted
-    prefetched_units: int = 0  # before the step selected, by a guess
-    used_units: int = 0  # of those, the ones it then selected
+    prefetched_units: int = 0  # by a guess, before the step selected
+    used_units: int = 0  # of those, the ones the step then selected
     fetched_units: int = 0
     evicted_units: int = 0
     written_units: int = 0  # of those, the dirty ones

@@ -1,12 +1,12 @@
-"""Which KV units lie in a tier: a map from unit to slot, who must go next, and who must be written back.
+"""Which KV units lie in a tier: a map from unit to slot, which to evict next, and which to write back.
 
-A unit is what moves as one: a block, or a row (one token). In HBM one map serves one layer; the
-local pool has one for all, if there is a remote pool behind it. Pure accounting: it moves no
-byte and knows no tensor, layer, request or store. `admit` decides, and whoever asked carries
-the moves out, the write-backs first, since their slots are reused.
+A unit is the unit of transfer: a block, or a row (one token). HBM has one map per layer; a local pool
+with a remote pool behind it has one for all layers. Pure accounting: it moves no byte and knows no
+tensor, layer, request or store. `admit` decides, and the caller carries the moves out, write-backs
+first, since their slots are reused.
 
-In order: `Residency` and the `Moves` it asks for; `EvictionOrder`, who must go next, as a stamp
-per slot (`StampOrder`: LRU, FIFO) or as any policy of the registry (`PolicyOrder`).
+Which unit is evicted next is an `EvictionOrder`: a stamp per slot (`StampOrder`: LRU, FIFO), or any
+policy of the registry (`PolicyOrder`).
 
     residency = Residency(num_units=100, num_slots=8)
     moves = residency.admit(np.array([3, 7]))         # both missed: moves.units == [3, 7]
@@ -24,68 +24,58 @@ import numpy as np
 from dsatrace.errors import UserError
 from dsatrace.kv.policies.policy import Access
 
-__all__ = ["ABSENT", "TIER_POLICIES", "Moves", "Residency"]
-
-TIER_POLICIES = (
-    "lru",
-    "fifo",
-    "mru",
-    "filo",
-    "lfu",
-    "slru",
-    "s3-fifo",
-    "sieve",
-    "arc",
-    "gdsf",
-    "random",
-)
-"""What `--tier-policy` takes, the default first."""
+TIER_POLICIES = ("lru", "fifo", "mru", "filo", "lfu", "slru", "s3-fifo", "sieve", "arc", "gdsf", "random")
+"""The values of `--tier-policy`, the default first."""
 
 ABSENT = -1
-_FREE = np.iinfo(np.int64).max  # the stamp of a slot that holds nothing, or nothing that may go
+_FREE = np.iinfo(np.int64).max  # the stamp of a slot that is empty, or may not be evicted
 _NO_ACCESS = Access()  # a unit has no workload, no parent and no depth
 
 
 @dataclasses.dataclass(frozen=True)
 class Moves:
-    """What an admission asks for. All arrays int64 but `victim_dirty`, which is bool.
+    """What an admission requires: write back the dirty victims, then bring `units` into `slots`.
 
-    `units[i]` is to be brought into `slots[i]`. `victims[j]` lay in `victim_slots[j]`, whose
-    bytes are still there until a unit is brought in, and are needed where `victim_dirty[j]`.
+    The bytes of `victims[j]` stay in `victim_slots[j]` until a unit is brought in there.
     """
 
-    units: np.ndarray  # (M,)
-    slots: np.ndarray  # (M,)
-    victims: np.ndarray  # (V,), V <= M: free slots are used first
-    victim_slots: np.ndarray  # (V,)
-    victim_dirty: np.ndarray  # (V,)
+    units: np.ndarray  # (M,) int64
+    slots: np.ndarray  # (M,) int64
+    victims: np.ndarray  # (V,) int64, V <= M: free slots are used first
+    victim_slots: np.ndarray  # (V,) int64
+    victim_dirty: np.ndarray  # (V,) bool
 
 
 class Residency:
-    """At most `num_slots` of the units 0 .. num_units - 1 are resident; `policy` says who goes first.
+    """At most `num_slots` of the units 0 .. num_units - 1 are resident; `policy` orders evictions.
 
-    Units of one admission are used in the order given, and never evict one another. Free slots
-    are filled before anything is evicted.
+    Units of one admission count as used in the order given, and never evict one another. Free slots
+    are filled before any unit is evicted.
     """
 
     def __init__(self, num_units: int, num_slots: int, policy: str = "lru") -> None:
         """`policy`: one of `TIER_POLICIES`, else `UserError`."""
         if num_units < 1 or num_slots < 1:
             raise ValueError(f"a residency needs at least 1 unit and 1 slot, not {num_units} and {num_slots}")
+        if policy not in TIER_POLICIES:
+            raise UserError(f"--tier-policy {policy}: no such policy; use one of {', '.join(TIER_POLICIES)}")
         self.num_slots = num_slots
-        self.policy = policy
         self.slot_of = np.full(num_units, ABSENT, dtype=np.int64)
         self.unit_of = np.full(num_slots, ABSENT, dtype=np.int64)
         self._is_dirty = np.zeros(num_slots, dtype=bool)
         self._num_free = num_slots
-        self._order = make_order(policy, num_slots, self.slot_of)
+        self._order: EvictionOrder
+        if policy in ("lru", "fifo"):
+            self._order = StampOrder(num_slots, self.slot_of, by_recency=policy == "lru")
+        else:
+            self._order = PolicyOrder(policy, num_slots, self.slot_of)
 
     def is_resident(self, units: np.ndarray) -> np.ndarray:
-        """Which of `units (N,)` are here, (N,) bool. Counts as no use."""
+        """Which of `units (N,)` are resident, (N,) bool. Does not count as a use."""
         return self.slot_of[units] != ABSENT
 
     def admit(self, units: np.ndarray) -> Moves:
-        """Makes the distinct `units (N,)` resident, clean where they were not. Needs N <= `num_slots`."""
+        """Makes the distinct `units (N,)` resident, new ones clean. N must not exceed `num_slots`."""
         assert len(units) <= self.num_slots, f"{len(units)} units do not fit {self.num_slots} slots"
         here = self.is_resident(units)
         missing = units[~here]
@@ -102,16 +92,12 @@ class Residency:
         return moves
 
     def mark_dirty(self, units: np.ndarray) -> None:
-        """Resident `units` were written to: nowhere else are they as they are now."""
+        """These resident units were written to: no other tier has their present bytes."""
         assert self.is_resident(units).all(), "a unit that is not resident cannot be written to"
         self._is_dirty[self.slot_of[units]] = True
 
-    def is_dirty(self, units: np.ndarray) -> np.ndarray:
-        """Which of the resident `units (N,)` have been written to since they came, (N,) bool."""
-        return self._is_dirty[self.slot_of[units]]
-
     def drop(self, units: np.ndarray) -> None:
-        """Forgets units, resident or not, dirty or not: their bytes are void."""
+        """Forgets units, resident or not, dirty or not: their bytes are no longer valid."""
         units = np.unique(units[self.is_resident(units)])
         self._order.forget(units)
         slots = self.slot_of[units]
@@ -127,30 +113,21 @@ class Residency:
 
 
 class EvictionOrder(Protocol):
-    """The order in which the units of one map are given up. It holds no map: `slot_of` is the caller's."""
+    """The order in which a residency's units are evicted."""
 
     def admit(self, units: np.ndarray, is_here: np.ndarray, free: np.ndarray) -> np.ndarray:
-        """The slots that the units which are not here get, (M,) int64: those in `free` first.
+        """The slots for those `units` that are not resident, (M,) int64: `free` ones, then victims' slots.
 
-        `units (N,)` are distinct and used in the order given; none of them is chosen to go. The
-        units that lie in the slots after the free ones are forgotten, the first to go first.
+        `units (N,)` are distinct and count as used in the order given; none of them becomes a victim.
+        Victims are forgotten, in the order in which the policy gives them up.
         """
 
     def forget(self, units: np.ndarray) -> None:
-        """`units`, all of them here, are no longer."""
-
-
-def make_order(policy: str, num_slots: int, slot_of: np.ndarray) -> EvictionOrder:
-    """Raises `UserError` for a policy that no tier can run."""
-    if policy not in TIER_POLICIES:
-        raise UserError(f"--tier-policy {policy}: no such policy; use one of {', '.join(TIER_POLICIES)}")
-    if policy in ("lru", "fifo"):
-        return StampOrder(num_slots, slot_of, by_recency=policy == "lru")
-    return PolicyOrder(policy, num_slots, slot_of)
+        """Resident `units` are no longer resident."""
 
 
 class StampOrder:
-    """Evicts the unit used (LRU) or else entered (FIFO) the longest time ago."""
+    """Evicts the unit used (LRU) or admitted (FIFO) the longest time ago."""
 
     def __init__(self, num_slots: int, slot_of: np.ndarray, *, by_recency: bool) -> None:
         self._slot_of = slot_of
@@ -173,7 +150,7 @@ class StampOrder:
         self._stamp[self._slot_of[units]] = _FREE
 
     def _oldest(self, n: int, spared: np.ndarray) -> np.ndarray:
-        """The `n` slots with the oldest stamps, oldest first; none of `spared`."""
+        """The `n` slots with the oldest stamps, oldest first, without `spared`."""
         if n == 0:
             return np.empty(0, dtype=np.int64)
         stamps = self._stamp[spared]
@@ -185,14 +162,14 @@ class StampOrder:
 
 
 class PolicyOrder:
-    """Any policy of the registry, told of units one at a time, as the replay tells it of a request's blocks.
+    """Any policy of the registry, called unit by unit, as a simulation calls it for a request's blocks.
 
-    What is here is pinned first, what comes when it comes; all are let go of once the whole
-    admission is in, in the order given, from which recency counts.
+    Resident units are pinned first, new ones on admission; all are unpinned at the end, in the order
+    given, which is the order of their recency.
     """
 
     def __init__(self, name: str, num_slots: int, slot_of: np.ndarray) -> None:
-        from dsatrace.kv.policies.registry import make_policy  # compiled kernels, which LRU does without
+        from dsatrace.kv.policies.registry import make_policy  # numba, which LRU does not need
 
         self._slot_of = slot_of
         self._policy = make_policy(name, num_slots)

@@ -1,8 +1,8 @@
 """The arithmetic that has fast device code, behind one small interface.
 
-Knows tensors and fp8 numbers; knows no layer, cache or request. Two backends stand
-behind `Kernels`: `torch`, the reference, which runs everywhere, and `tilelang`, which
-is loaded only when asked for and needs a CUDA device.
+Knows tensors and fp8 numbers; knows no layer, cache or request. There are two backends: `torch`, the
+reference, which runs everywhere, and `tilelang`, which is loaded only when asked for and needs a
+CUDA device.
 
     kernels = get_kernels("torch", "cpu")
     y, scale = kernels.act_quant(x, "ue8m0")        # x ~ y * scale, one scale per 128 channels
@@ -12,12 +12,12 @@ is loaded only when asked for and needs a CUDA device.
 from __future__ import annotations
 
 import importlib.util
+from typing import get_args
 
 import torch
 
+from dsatrace.model.config import KernelBackend
 from dsatrace.model.kernels.interface import Kernels
-
-BACKENDS = ("torch", "tilelang")
 
 
 def get_kernels(name: str = "torch", device: torch.device | str = "cpu") -> Kernels:
@@ -31,7 +31,8 @@ def get_kernels(name: str = "torch", device: torch.device | str = "cpu") -> Kern
 
         return TorchKernels()
     if name != "tilelang":
-        raise ValueError(f"kernel backend must be one of {', '.join(BACKENDS)}, not {name!r}")
+        choices = ", ".join(get_args(KernelBackend))
+        raise ValueError(f"kernel backend must be one of {choices}, not {name!r}")
     device = torch.device(device)
     missing = []
     if device.type != "cuda":

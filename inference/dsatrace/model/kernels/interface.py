@@ -20,7 +20,7 @@ class Kernels(Protocol):
 
     @property
     def name(self) -> str:
-        """The backend's name, as in `BACKENDS`."""
+        """The backend's name, a `KernelBackend`."""
 
     def act_quant(
         self, x: torch.Tensor, scale_fmt: ScaleFormat, group: int = 128

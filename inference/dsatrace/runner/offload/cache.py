@@ -1,13 +1,11 @@
 """The KV cache with its latents outside HBM: a step's selected units are fetched before attention reads them.
 
-Block tables and selections stay those of a cache that holds everything; only here, in `resolve`,
-a global slot becomes a place in HBM. Attention is given the same rows in the same shapes, so its
-results are the same bit for bit. Every layer has a residency map of its own: layers select
-different tokens, and a map they shared would move all layers' latents for what one of them wants.
+Block tables and selections are those of a cache that holds everything; only `resolve` turns a
+global slot into a place in HBM. Attention gets the same rows in the same shapes, so its results are
+equal bit for bit. Each layer has its own residency map, since layers select different tokens.
 
 A layer's whole selection is fetched in one batch. Only a prefill chunk may select more than HBM
-holds; its rows are then gathered in waves. Knows no request, no scheduler and nothing of where a
-store keeps its units.
+holds; its rows are then gathered in waves. Knows no request, no scheduler and no store.
 
     tiers = TierStack(store, None, num_layers=61, units_per_layer=512)
     cache = OffloadedCache(model.setup, 512, 16, tiers=tiers, hbm_blocks=64)
@@ -30,13 +28,13 @@ from dsatrace.kv.tiers.stack import TierStack
 from dsatrace.model.batch import Batch
 from dsatrace.model.cache import KVCache
 from dsatrace.model.layers import ModelSetup
-from dsatrace.runner.config import Granularity, PrefetchKind
 from dsatrace.runner.offload.index_keys import OffloadedIndex
 from dsatrace.runner.offload.layer_units import LayerUnits
 from dsatrace.runner.offload.prefetch import Prefetcher
+from dsatrace.runner.settings import Granularity, PrefetchKind
 
 OnFetch = Callable[[LayerFetch], None]
-"""Is told each layer's fetch, layers in order."""
+"""Called with each layer's fetch, in the order of the layers."""
 
 
 def tokens_of_unit(granularity: Granularity, block_size: int) -> int:
@@ -44,15 +42,15 @@ def tokens_of_unit(granularity: Granularity, block_size: int) -> int:
 
 
 def unit_bytes(setup: ModelSetup, block_size: int, granularity: Granularity) -> int:
-    """Bytes of what a store keeps under one key."""
+    """Bytes that a store keeps under one key."""
     row = setup.args.latent_dim * setup.compute_dtype.itemsize
     return row * tokens_of_unit(granularity, block_size)
 
 
 class OffloadedCache(KVCache):
-    """`num_blocks` blocks a layer, of which the latents of `hbm_blocks` are in HBM and all others in `tiers`.
+    """`num_blocks` blocks per layer: the latents of `hbm_blocks` are in HBM, all others in `tiers`.
 
-    The tiers have to have room for all units of all layers: what is in HBM may be there as well.
+    The tiers need room for all units of all layers, since a unit in HBM may be there as well.
     """
 
     def __init__(
@@ -70,8 +68,8 @@ class OffloadedCache(KVCache):
         index_tiers: TierStack | None = None,
         staged: bool | None = None,
     ) -> None:
-        """`policy` chooses who leaves HBM. `index_tiers` take the indexer's keys, which else stay in HBM.
-        `staged`: see `UnitBuffer`. Raises `UserError` when HBM is to hold nothing."""
+        """`policy` chooses what leaves HBM. `index_tiers` take the indexer's keys, which else stay in HBM.
+        `staged`: see `LayerUnits`. Raises `UserError` when HBM is to hold nothing."""
         if hbm_blocks < 1:
             raise UserError(f"--hbm-blocks {hbm_blocks}: use at least 1")
         hbm_blocks = min(hbm_blocks, num_blocks)
@@ -99,7 +97,7 @@ class OffloadedCache(KVCache):
             scales = None if self.index_scale is None else self.index_scale[0]
             self.index = OffloadedIndex(index_tiers, self.index_k[0], scales, self.indexer_layers)
         self.prefetcher = Prefetcher(prefetch, len(self.latent), lambda i, units: self.layers[i].guess(units))
-        self.peak_units = 0  # most units that one layer of a decode step has selected
+        self.peak_units = 0  # most units that a decode step has selected in one layer
         self._on_fetch: OnFetch | None = None
         self._tier_of_unit = np.zeros(num_units, dtype=np.int8)  # all HBM but while a layer is resolved
         self._scratch = np.zeros(num_units, dtype=np.int64)
@@ -107,7 +105,7 @@ class OffloadedCache(KVCache):
         self._in_waves = False  # the layer under way does not fit HBM, so that its slots are global
 
     def write_latent(self, layer_id: int, batch: Batch, latent: torch.Tensor) -> None:  # (N, C + R)
-        """A unit whose first token is written anew needs nothing of what it held before."""
+        """A unit whose first token is written is not fetched: what it held before is void."""
         layer, write = self.layers[layer_id], self._write_of(batch)
         rows_of_layer = self.latent[layer_id].view(-1, latent.shape[-1])
         for start, wave in layer.waves(write.units):
@@ -130,7 +128,7 @@ class OffloadedCache(KVCache):
             self.index.save(layer_id, batch)
 
     def resolve(self, layer_id: int, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
-        """Where `read_latent` finds what is selected, `(N, K)`: in HBM, which holds it now.
+        """Fetches what is selected; returns where `read_latent` finds it in HBM, `(N, K)`.
 
         Raises `UserError` when a decode step selects more units than HBM holds, and `UnitsLost`.
         """
@@ -154,7 +152,7 @@ class OffloadedCache(KVCache):
         return self._on_device(np.where(slots < 0, -1, layer.places(slots, unit_of)))
 
     def read_latent(self, layer_id: int, slots: torch.Tensor) -> torch.Tensor:
-        """See `KVCache`. Where HBM does not hold all that a chunk selects, fetches it in waves."""
+        """See `KVCache`. Fetches in waves where HBM does not hold all that a chunk selects."""
         if not self._in_waves:
             return super().read_latent(layer_id, slots)
         return self.gather(layer_id, slots)
@@ -165,7 +163,7 @@ class OffloadedCache(KVCache):
         flat = slots.cpu().numpy().ravel()
         unit_of = flat // self.unit_tokens
         units = np.unique(unit_of[flat >= 0])
-        units = units[np.argsort(~layer.is_here(units), kind="stable")]  # what is here goes first
+        units = units[np.argsort(~layer.is_here(units), kind="stable")]  # first those that are here
         rows = self.latent[layer_id].flatten(0, 1)
         gathered = rows.new_zeros(flat.size, rows.shape[-1])
         for _, wave in layer.waves(units):
@@ -176,7 +174,7 @@ class OffloadedCache(KVCache):
         return gathered.view(*slots.shape, -1)
 
     def void(self, block_ids: Sequence[int]) -> None:
-        """Nobody will read these blocks again as they are: every tier forgets them, none is written back."""
+        """These blocks will not be read again: every tier forgets them, none is written back."""
         self.prefetcher.wait()
         blocks, units_a_block = np.asarray(block_ids, dtype=np.int64), self.block_size // self.unit_tokens
         units = (blocks[:, None] * units_a_block + np.arange(units_a_block)).ravel()
@@ -187,7 +185,7 @@ class OffloadedCache(KVCache):
 
     @contextlib.contextmanager
     def reporting(self, on_fetch: OnFetch) -> Iterator[None]:
-        """Tells of every layer's fetch in the forward run inside."""
+        """Calls `on_fetch` for every layer of the forward run inside."""
         self._on_fetch = on_fetch
         try:
             yield
@@ -200,14 +198,14 @@ class OffloadedCache(KVCache):
         return sum((layer.counters for layer in self.layers), FetchCounters())
 
     def _write_of(self, batch: Batch) -> _Write:
-        """Worked out by the first layer of a forward, for all of them."""
+        """Computed by the first layer of a forward, for all layers."""
         if self._write is None or self._write.batch is not batch:
-            self.prefetcher.join()  # a forward that failed may have left a guess behind
+            self.prefetcher.join()  # a failed forward may have left a guess
             self._write = _Write.of(batch, self.unit_tokens)
         return self._write
 
     def _check_capacity(self, layer_id: int, num_units: int) -> None:
-        """Else a decode step would fetch what it has just evicted, over and over."""
+        """More units than HBM holds would be fetched and evicted in turn, over and over."""
         self.peak_units = max(self.peak_units, num_units)
         if num_units > self.layers[layer_id].num_slots:
             blocks = -(-num_units * self.unit_tokens // self.block_size)
@@ -217,7 +215,7 @@ class OffloadedCache(KVCache):
             )
 
     def _fetch_selected(self, layer: LayerUnits, units: np.ndarray, rows: np.ndarray) -> None:
-        """Brings what is selected in one batch, unless waves will; reports it by the `rows`' units (R, K)."""
+        """Brings what is selected in one batch, unless waves will; reports the units (R, K) of `rows`."""
         if self._on_fetch is None:
             if not self._in_waves:
                 layer.bring(units)

@@ -1,9 +1,9 @@
 """The indexer's keys outside HBM: a layer's keys are fetched before its indexer scans them.
 
-The indexer reads every key of a context, so there is nothing to select and nothing to keep: HBM
-holds one layer's keys at a time, in a tensor that all layers share, and every layer of every
-forward fetches its requests' blocks and puts those that were written to. A unit is a block's
-keys, then its scales. Knows no request and nothing of where a store keeps its units.
+The indexer reads every key of a context, so nothing is selected and nothing is kept: HBM holds one
+layer's keys at a time, in a tensor that all layers share. Every layer of every forward fetches its
+requests' blocks and puts back those that were written to. A unit is a block's keys, then its
+scales. Knows no request and no store.
 
     index = OffloadedIndex(tiers, keys, scales, layers=range(61))
     index.fetch(layer_id, batch); ...; index.save(layer_id, batch)      # around the write of new keys

@@ -1,12 +1,10 @@
 """One layer's latents between HBM and the tiers: which units are in HBM, and bringing in those that are not.
 
-`LayerUnits` has a residency map that says who lies where and who goes, counters of what was done,
-and a `UnitBuffer`, which moves the bytes between the layer's tensor and the tiers. `UnitsLost` is
-raised when no tier gives back, or takes, a unit that lies nowhere else. Knows no batch, no request
-and no other layer.
+`LayerUnits` has a residency map, which says where units lie and which are evicted, moves bytes between
+the layer's tensor and the tiers, and counts. Knows no batch, no request and no other layer.
 
     units = LayerUnits(3, latent, 16, tiers, num_units=512, policy="lru")
-    served_by = units.bring(np.array([7, 9]))     # they are in HBM now; who gave those that were not
+    served_by = units.bring(np.array([7, 9]))     # in HBM now; the tiers that gave those that were not
     units.places(slots, slots // 16)              # rows of the layer's tensor
 """
 
@@ -23,7 +21,7 @@ from dsatrace.kv.tiers.stack import LOST, TierStack
 
 
 class UnitsLost(RuntimeError):
-    """No tier gives back, or took, units that lie nowhere else; their blocks are void."""
+    """No tier gives back, or takes, units that lie nowhere else; their blocks are void."""
 
     def __init__(self, layer_id: int, units: np.ndarray, block_ids: frozenset[int], what: str) -> None:
         super().__init__(f"layer {layer_id}: {what} ({len(units)} units)")
@@ -33,7 +31,7 @@ class UnitsLost(RuntimeError):
 
 
 class LayerUnits:
-    """`num_units` units of `unit_tokens` tokens, of which `latent (hbm_blocks, block, W)` holds some."""
+    """`num_units` units of `unit_tokens` tokens; `latent (hbm_blocks, block, W)` holds some, one per slot."""
 
     def __init__(
         self,
@@ -46,6 +44,7 @@ class LayerUnits:
         policy: str,
         staged: bool | None = None,
     ) -> None:
+        """`staged`: bytes move through a host buffer, even where the tensor is in host memory."""
         self.counters = FetchCounters()
         self._layer_id = layer_id
         self._unit_tokens = unit_tokens
@@ -53,7 +52,14 @@ class LayerUnits:
         self._tiers = tiers
         num_slots = latent.shape[0] * latent.shape[1] // unit_tokens
         self._residency = Residency(num_units, num_slots, policy)
-        self._buffer = UnitBuffer(latent, unit_tokens, tiers, layer_id, staged=staged)
+        assert unit_tokens * latent.shape[-1] * latent.element_size() == tiers.unit_bytes
+        self._bytes = latent.view(torch.uint8).view(num_slots, tiers.unit_bytes)
+        self._staged = latent.is_cuda if staged is None else staged
+        self._host = self._bytes
+        if self._staged:
+            self._host = torch.empty(self._bytes.shape, dtype=torch.uint8, pin_memory=latent.is_cuda)
+        self._rows = self._host.numpy()
+        tiers.register(self._rows)
 
     @property
     def num_slots(self) -> int:
@@ -82,8 +88,8 @@ class LayerUnits:
     ) -> np.ndarray:
         """Makes distinct `units` resident, those in `blank` without bytes.
 
-        Returns the tier that gave each of those that were fetched, in the order of `units`. One that
-        no tier has stays away and is `LOST` if it is `optional`; else `UnitsLost` is raised.
+        Returns the tier that gave each fetched unit, in the order of `units`. A unit that no tier has is
+        `LOST` and stays away if `optional`; else `UnitsLost` is raised.
         """
         moves = self._residency.admit(units)
         if not len(moves.units):
@@ -104,7 +110,7 @@ class LayerUnits:
         return served_by
 
     def guess(self, units: np.ndarray) -> np.ndarray:
-        """Brings what may be selected, as far as a tier has it; returns the units that came."""
+        """Brings those `units` that a tier has; returns the units that came."""
         units = units[: self.num_slots]
         missing = units[~self.is_here(units)]
         came = missing[self.bring(units, optional=True) != LOST]
@@ -112,76 +118,41 @@ class LayerUnits:
         return came
 
     def written(self, units: np.ndarray) -> None:
-        """Units that are here were written to: HBM alone has them as they are now."""
+        """Units that are here were written to, so the tiers' copies are stale."""
         self._residency.mark_dirty(units)
 
     def drop(self, units: np.ndarray) -> None:
-        """What they hold is void, wherever it lies."""
+        """Forgets what they hold, in HBM and the tiers."""
         self._residency.drop(units)
         self._tiers.drop(self._layer_id, units)
 
     def _save(self, units: np.ndarray, slots: np.ndarray) -> None:
         if not len(units):
             return
-        stored = self._buffer.save(units, slots)
+        if self._staged:
+            self._host[: len(slots)] = self._bytes.index_select(0, self._on_device(slots)).cpu()
+        stored = self._tiers.put(self._layer_id, units, self._rows, self._host_rows(slots))
         self.counters.written_units += int(stored.sum())
         if not stored.all():
             raise self._lost(units[~stored], "the tiers do not take what leaves HBM", "they are full")
 
     def _load(self, units: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """Which tier gave each unit; the slots of lost ones hold anything."""
         if not len(units):
             return np.empty(0, dtype=np.int8)
-        served_by = self._buffer.load(units, slots)
-        self.counters.fetched_units += int((served_by != LOST).sum())
-        return served_by
-
-    def _lost(self, units: np.ndarray, what: str, otherwise: str = "") -> UnitsLost:
-        blocks = frozenset((units * self._unit_tokens // self._block_size).tolist())
-        return UnitsLost(self._layer_id, units, blocks, self._tiers.explain(what, otherwise))
-
-
-class UnitBuffer:
-    """`latent (blocks, block, W)` as slots of `unit_tokens` rows."""
-
-    def __init__(
-        self,
-        latent: torch.Tensor,
-        unit_tokens: int,
-        tiers: TierStack,
-        layer_id: int,
-        *,
-        staged: bool | None = None,
-    ) -> None:
-        """`staged`: through a host buffer, even where the tensor is in host memory."""
-        self._tiers = tiers
-        self._layer_id = layer_id
-        self._bytes = latent.view(torch.uint8).view(-1, tiers.unit_bytes)  # (slots, unit_bytes)
-        assert unit_tokens * latent.shape[-1] * latent.element_size() == tiers.unit_bytes
-        self._staged = latent.is_cuda if staged is None else staged
-        host = self._bytes
-        if self._staged:
-            host = torch.empty(self._bytes.shape, dtype=torch.uint8, pin_memory=latent.is_cuda)
-        self._host = host
-        self._rows = host.numpy()
-        tiers.register(self._rows)
-
-    def load(self, units: np.ndarray, slots: np.ndarray) -> np.ndarray:
-        """Which tier gave each unit, as `TierStack.fetch` says it; slots of lost ones hold anything."""
         served_by = self._tiers.fetch(self._layer_id, units, self._rows, self._host_rows(slots))
         if self._staged:
-            self._bytes.index_copy_(
-                0, self._on_device(slots), self._host[: len(slots)].to(self._bytes.device)
-            )
+            loaded = self._host[: len(slots)].to(self._bytes.device)
+            self._bytes.index_copy_(0, self._on_device(slots), loaded)
+        self.counters.fetched_units += int((served_by != LOST).sum())
         return served_by
-
-    def save(self, units: np.ndarray, slots: np.ndarray) -> np.ndarray:
-        """Which units a tier has now, (N,) bool."""
-        if self._staged:
-            self._host[: len(slots)] = self._bytes.index_select(0, self._on_device(slots)).cpu()
-        return self._tiers.put(self._layer_id, units, self._rows, self._host_rows(slots))
 
     def _host_rows(self, slots: np.ndarray) -> np.ndarray:
         return np.arange(len(slots)) if self._staged else slots
 
     def _on_device(self, slots: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(slots).to(self._bytes.device)
+
+    def _lost(self, units: np.ndarray, what: str, otherwise: str = "") -> UnitsLost:
+        blocks = frozenset((units * self._unit_tokens // self._block_size).tolist())
+        return UnitsLost(self._layer_id, units, blocks, self._tiers.explain(what, otherwise))

@@ -1,7 +1,7 @@
 """Opens an offloaded cache with the tiers below it, and says what they are: for the manifest.
 
-with offloaded_cache(model, setup.offload, num_blocks, 64, device) as cache:
-    tier_setup(setup.offload, cache)
+with offloaded_cache(model, settings.offload, num_blocks, 64, device) as cache:
+    tier_setup(settings.offload, cache)
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from dsatrace.kv.tiers.fetches import LOCAL, REMOTE
 from dsatrace.kv.tiers.stack import TierStack
 from dsatrace.model.parallel import ParallelGroup
 from dsatrace.model.transformer import Transformer
-from dsatrace.runner.config import OffloadSetup
 from dsatrace.runner.offload.cache import OffloadedCache, tokens_of_unit, unit_bytes
-from dsatrace.trace.manifest import PoolSetup, TierSetup, redact_credentials
+from dsatrace.runner.settings import OffloadSettings
+from dsatrace.trace.manifest import PoolSettings, TierSettings, redact_credentials
 
 
 @contextlib.contextmanager
 def offloaded_cache(
-    model: Transformer, offload: OffloadSetup, num_blocks: int, block_size: int, device: torch.device
+    model: Transformer, offload: OffloadSettings, num_blocks: int, block_size: int, device: torch.device
 ) -> Iterator[OffloadedCache]:
-    """A cache of this rank's; leaving the block closes its tiers. Raises as `open_tiers` does."""
+    """This rank's cache; leaving the block closes its tiers. Raises as `open_tiers` does."""
     rank = _suffix(model.setup.group)
     with contextlib.ExitStack() as stack:
 
@@ -69,13 +69,13 @@ def offloaded_cache(
         yield cache
 
 
-def try_tiers(offload: OffloadSetup, group: ParallelGroup) -> None:
-    """Opens every pool and closes it again: what is down is known before minutes go into weights."""
+def try_tiers(offload: OffloadSettings, group: ParallelGroup) -> None:
+    """Opens every pool and closes it again, so that one that is down is known before weights load."""
     open_tiers(offload, 8, num_layers=1, num_blocks=1, units_per_block=1, suffix=_suffix(group)).close()
 
 
 def open_tiers(
-    offload: OffloadSetup,
+    offload: OffloadSettings,
     unit_bytes: int,
     *,
     num_layers: int,
@@ -84,12 +84,10 @@ def open_tiers(
     suffix: str = "",
     pin_memory: bool = False,
 ) -> TierStack:
-    """The pools of one rank, empty; `suffix` keeps its files apart from others of the run.
+    """The empty pools of one rank; `suffix` keeps its files apart from those of other ranks.
 
-    Raises `UserError` where the user can mend it: a server that is down, a file that cannot be, a
-    local pool without room for the whole cache and nothing behind it.
-
-    `pin_memory`: the local pool in RAM lies where a GPU reads it directly.
+    `pin_memory`: a GPU reads the local pool in RAM directly. Raises `UserError` for a server that is
+    down, a file that cannot be made, a local pool too small for the cache with no remote pool behind it.
     """
     local, remote = offload.local_pool, offload.remote
     local_blocks = min(offload.local_blocks or num_blocks, num_blocks)
@@ -119,18 +117,18 @@ def open_tiers(
         raise
 
 
-def tier_setup(offload: OffloadSetup, cache: OffloadedCache) -> TierSetup:
+def tier_setup(offload: OffloadSettings, cache: OffloadedCache) -> TierSettings:
     """What the manifest says of the tiers."""
     stats = cache.tiers.stats()
 
-    def pool(tier: int, spec: str | None, blocks: int | None) -> PoolSetup | None:
+    def pool(tier: int, spec: str | None, blocks: int | None) -> PoolSettings | None:
         if spec is None or (its := stats[tier]) is None:
             return None
         kind: Literal["measured", "modelled"] = "modelled" if its.latency_kind == "modelled" else "measured"
-        return PoolSetup(redact_credentials(spec), blocks, kind)
+        return PoolSettings(redact_credentials(spec), blocks, kind)
 
     local_blocks = min(offload.local_blocks or cache.num_blocks, cache.num_blocks)
-    return TierSetup(
+    return TierSettings(
         granularity=offload.granularity,
         unit_tokens=cache.unit_tokens,
         unit_bytes=cache.unit_bytes,

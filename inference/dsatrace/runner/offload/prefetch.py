@@ -1,8 +1,7 @@
 """Fetches what a layer is guessed to select, while its indexer is still choosing.
 
 Two guesses: what the same layer selected in the step before, or what the layer before it
-selected in this step. A guess costs nothing but bytes: what it brings and nobody selects was
-read in vain, what it does not bring is fetched as ever. Knows no store and no residency.
+selected in this step. A wrong guess costs bytes only. Knows no store and no residency.
 
     prefetcher = Prefetcher("previous-layer", num_layers=61, fetch)
     prefetcher.start(7); ...; prefetcher.join()     # around layer 7's indexer
@@ -17,17 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from dsatrace.runner.config import PrefetchKind
+from dsatrace.runner.settings import PrefetchKind
 
 Fetch = Callable[[int, np.ndarray], np.ndarray]
-"""`(layer_id, units) -> units that were fetched`; called in a thread of the prefetcher's."""
+"""`(layer_id, units) -> units that were fetched`; called in the prefetcher's thread."""
 
 
 class Prefetcher:
-    """One guess a layer and decode step; `start` and `join` enclose it.
+    """One guess per layer and decode step, between `start` and `join`.
 
-    Recall: of the units that were not in HBM when the step began and that it selected, the share
-    that was there in time. Precision: of the units that were brought, the share that was selected.
+    Recall: of the units that the step selected and HBM lacked when it began, the share that came in
+    time. Precision: of the units that were brought, the share that was selected.
     """
 
     def __init__(self, kind: PrefetchKind, num_layers: int, fetch: Fetch) -> None:
@@ -51,17 +50,17 @@ class Prefetcher:
             self._running = self._thread.submit(self._fetch, layer_id, guess)
 
     def wait(self) -> None:
-        """Returns when nothing is under way; what it met is raised by the next `join`."""
+        """Returns when nothing is under way; the next `join` raises what failed."""
         if self._running is not None:
             self._running.exception()
 
     def join(self) -> None:
-        """Waits for what was begun, and raises what it met."""
+        """Waits for what was begun, and raises its error."""
         running, self._running = self._running, None
         self._came = None if running is None else running.result()
 
     def selected(self, layer_id: int, units: np.ndarray, num_missed: int) -> None:
-        """What the layer then selected (distinct), and how many of it were not in HBM."""
+        """The layer selected these distinct units, of which `num_missed` were not in HBM."""
         if self._thread is None:
             return
         self._selected[layer_id] = units

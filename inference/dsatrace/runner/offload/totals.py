@@ -1,4 +1,4 @@
-"""What the tiers of a run did, and how much of it the records tell: for the summary and for users.
+"""What the tiers of a run moved, and how much of it is in the records: for the summary and for users.
 
 totals = TierTotals(cache, since_forward=0)
 totals.record(fetches)                        # what went into a capture
@@ -24,16 +24,16 @@ from dsatrace.runner.offload.layer_units import UnitsLost
 from dsatrace.schema import TIER_NAMES
 from dsatrace.units import size_text
 
-_TOLD = (
+_STORE_STATS = (
     *("requested_units", "hit_units", "missed_units", "corrupt_units", "read_batches", "read_ops", "read_us"),
     *("write_batches", "write_us", "stored_units", "evicted_units", "errors", "timeouts"),
 )
-"""Of a store's stats, in the summary."""
+"""Fields of `StoreStats` in the summary."""
 
 
 @dataclasses.dataclass
 class TierTotals:
-    """What the tiers moved in a run, or in its last part, and how much of it the records tell."""
+    """What the tiers moved since forward `since_forward`, and how much of it is in the records."""
 
     cache: OffloadedCache
     since_forward: int = 0
@@ -44,7 +44,7 @@ class TierTotals:
     )
 
     def reporting(self, on_fetch: Callable[[LayerFetch], None]) -> contextlib.AbstractContextManager[None]:
-        """Tells of every layer's fetch in the forwards run inside."""
+        """Calls `on_fetch` for every layer of the forwards run inside."""
         return self.cache.reporting(on_fetch)
 
     def record(self, fetches: StepFetches) -> None:
@@ -71,7 +71,7 @@ class TierTotals:
         }
 
     def to_text(self) -> str:
-        """What they did, in a line; shares are of distinct units, prefill included."""
+        """A line for users; shares are of distinct units, prefill included."""
         total = self.cache.total
         unit = "block" if self.cache.unit_tokens > 1 else "token"
         parts = []
@@ -108,10 +108,10 @@ def _index_keys(tiers: TierStack) -> dict[str, Any]:
         return {
             "bytes_read": stats.hit_units * tiers.unit_bytes,
             "bytes_written": stats.stored_units * tiers.unit_bytes,
-            **{
-                name: getattr(stats, name)
-                for name in ("read_batches", "read_us", "write_batches", "write_us")
-            },
+            "read_batches": stats.read_batches,
+            "read_us": stats.read_us,
+            "write_batches": stats.write_batches,
+            "write_us": stats.write_us,
             "errors": stats.errors + stats.corrupt_units,
         }
 
@@ -120,7 +120,7 @@ def _index_keys(tiers: TierStack) -> dict[str, Any]:
 
 
 def _counted(stats: StoreStats) -> dict[str, Any]:
-    return {name: getattr(stats, name) for name in _TOLD} | {
+    return {name: getattr(stats, name) for name in _STORE_STATS} | {
         "bytes_moved": stats.bytes_read + stats.bytes_written,
         "latency_kind": stats.latency_kind,
     }

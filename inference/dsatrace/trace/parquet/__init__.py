@@ -1,1 +1,1 @@
-"""A run's records in Parquet, without loss: the file, its columns, and the rows they stand for."""
+"""A run's records in Parquet, without loss: the file, and its columns."""

@@ -1,4 +1,4 @@
-"""A step record as flat, typed columns: what `trace_steps.parquet` holds.
+"""A step record as flat, typed columns, and back: what `trace_steps.parquet` holds.
 
 One column a leaf of `schema.STEP_FIELDS`, named by its path with underscores:
 `layer_id`, `unique_blocks`, `kv_fetch_hbm_bytes_read`, `tokens_per_touched_block_p95`,
@@ -8,22 +8,24 @@ null where the schema says so. What can be derived is not stored:
 
 - `selected_block_ids` only where a record has no `selected_token_pos` (they are
   `position // block_size_tokens`);
-- `num_prefix_intersection_blocks` stands for the list: the first so many touched blocks;
+- `num_prefix_intersection_blocks` stands for the list: that many of the first touched blocks;
 - `extra`: keys the schema does not know, as JSON; `line`: the whole record as JSON, only
   where the columns would not give it back byte for byte (see `file.py`).
 
-`rows.py` goes the other way. Knows no file.
+On the way back objects are filled column by column, from the leaves up. Knows no file.
 
     batch = to_batch(records, pa.float32())
-    columns_for(("layer_id", "prefix.intersection_ratio"))
+    to_records(batch, fields=("layer_id", "prefix.intersection_ratio"))
+    to_lines(batch)              # as the tracer wrote them, byte for byte
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import orjson
 import pyarrow as pa
 
@@ -35,12 +37,12 @@ BLOCK_SIZE = "block_size_tokens"
 _NAMES = {INTERSECTION: "num_prefix_intersection_blocks"}
 
 NOT_REPRESENTABLE = (pa.ArrowException, TypeError, ValueError, OverflowError)
-"""What pyarrow raises for a value that its column's type cannot hold."""
+"""Errors of pyarrow for a value that its column's type cannot hold."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """A field of the schema: an object of `children`, or a leaf that is a column."""
+    """A field of the schema: an object with `children`, or a leaf, which is a column."""
 
     name: str
     path: str  # dotted
@@ -136,30 +138,181 @@ def _extra(record: Mapping[str, Any]) -> str | None:
 
 def columns_for(fields: Collection[str]) -> list[str]:
     """The columns that give back `fields`; a name the schema does not know raises `ValueError`."""
-    wanted = list(_leaves(chosen_nodes(TREE, fields)))
-    known = {node.path for node in _all_nodes(TREE)}
-    if unknown := sorted(set(fields) - known):
+    if unknown := sorted(set(fields) - set(_paths(TREE))):
         raise ValueError(f"no field {', '.join(unknown)} in a step record; see schema.STEP_FIELDS")
-    names = {leaf.column for leaf in wanted} | {LINE}
+    names = {leaf.column for leaf in _leaves(_chosen(TREE, fields))} | {LINE}
     if not names.isdisjoint((BLOCKS, _NAMES[INTERSECTION])):
         names |= {POSITIONS, BLOCKS, BLOCK_SIZE}
     return sorted(names)
 
 
-def _all_nodes(nodes: Sequence[Node]) -> Iterator[Node]:
+def _paths(nodes: Sequence[Node]) -> Iterator[str]:
     for node in nodes:
-        yield node
-        yield from _all_nodes(node.children)
+        yield node.path
+        yield from _paths(node.children)
 
 
-def chosen_nodes(nodes: Sequence[Node], fields: Collection[str] | None) -> tuple[Node, ...]:
+def _chosen(nodes: Sequence[Node], fields: Collection[str]) -> tuple[Node, ...]:
     """The part of the tree that `fields` name."""
-    if fields is None:
-        return tuple(nodes)
     chosen: list[Node] = []
     for node in nodes:
         if node.path in fields:
             chosen.append(node)
-        elif children := chosen_nodes(node.children, fields):
+        elif children := _chosen(node.children, fields):
             chosen.append(dataclasses.replace(node, children=children))
     return tuple(chosen)
+
+
+_ABSENT: Any = object()
+
+
+class _Values(NamedTuple):
+    """One value per row; `holes`: some of them are `_ABSENT`."""
+
+    rows: list[Any]
+    holes: bool = False
+
+
+def to_lines(batch: pa.RecordBatch) -> list[bytes]:
+    """The batch's records as the tracer writes them, without newlines."""
+    option = orjson.OPT_SERIALIZE_NUMPY  # float32 values keep their short text
+    return [orjson.dumps(record, option=option) for record in _records(_Columns(batch, keep_float32=True))]
+
+
+def to_records(batch: pa.RecordBatch, fields: Collection[str] | None = None) -> list[dict[str, Any]]:
+    """The batch's records as parsing their lines would give them, without regard to `line`."""
+    return _records(_Columns(batch), fields)
+
+
+def _records(columns: _Columns, fields: Collection[str] | None = None) -> list[dict[str, Any]]:
+    nodes = TREE if fields is None else _chosen(TREE, fields)
+    values = _objects(nodes, columns) or _Values([_ABSENT] * columns.num_rows, True)
+    records = [{} if row is _ABSENT else row for row in values.rows] if values.holes else values.rows
+    if fields is None and (extra := columns.plain(EXTRA)) is not None:
+        for record, text in zip(records, extra.rows, strict=True):
+            if text is not _ABSENT:
+                record.update(orjson.loads(text))
+    return records
+
+
+def _objects(nodes: Sequence[Node], columns: _Columns) -> _Values | None:
+    """One object per row, filled column by column (the fastest way); None if no row has any of the nodes."""
+    found = {
+        node.name: values
+        for node in nodes
+        if (values := _objects(node.children, columns) if node.children else columns.leaf(node))
+    }
+    if not found:
+        return None
+    objects: list[Any] = [{} for _ in range(columns.num_rows)]
+    for name, values in found.items():
+        for target, value in zip(objects, values.rows, strict=True):
+            if value is not _ABSENT:
+                target[name] = value
+    if all(values.holes for values in found.values()):
+        objects = [target or _ABSENT for target in objects]
+        return _Values(objects, any(target is _ABSENT for target in objects))
+    return _Values(objects)
+
+
+class _Columns:
+    """A batch's columns as lists of Python values; touched blocks are derived once."""
+
+    def __init__(self, batch: pa.RecordBatch, keep_float32: bool = False) -> None:
+        self.num_rows = len(batch)
+        self._batch = batch
+        self._keep_float32 = keep_float32  # as numpy values, rather than as JSON's doubles
+        self._blocks: list[Any] | None = None
+
+    def leaf(self, node: Node) -> _Values | None:
+        if node.path == BLOCKS:
+            return _or_none([_ABSENT if blocks is None else blocks for blocks in self._touched()])
+        values = self.plain(node.column, keep_null=node.nullable)
+        if node.path != INTERSECTION or values is None:
+            return values
+        return _or_none(
+            [
+                _ABSENT if count is _ABSENT else (blocks or [])[:count]
+                for count, blocks in zip(values.rows, self._touched(), strict=True)
+            ]
+        )
+
+    def plain(self, name: str, keep_null: bool = False) -> _Values | None:
+        """The stored values; None for a column that the file lacks or that holds no value."""
+        if name not in self._batch.schema.names:
+            return None
+        array = self._batch.column(name)
+        if array.null_count == 0 or keep_null:
+            return _Values(_python_values(array, self._keep_float32))
+        if array.null_count == len(array):
+            return None
+        values = _python_values(array, self._keep_float32)
+        return _Values([_ABSENT if value is None else value for value in values], True)
+
+    def _touched(self) -> list[list[int] | None]:
+        """Every record's touched blocks, as stored or derived from its positions."""
+        if self._blocks is None:
+            names = self._batch.schema.names
+            stored = _python_values(self._batch.column(BLOCKS)) if BLOCKS in names else None
+            derived = None
+            if POSITIONS in names and BLOCK_SIZE in names:
+                derived = _derive_blocks(self._batch.column(POSITIONS), self._batch.column(BLOCK_SIZE))
+            nothing: list[list[int] | None] = [None] * len(self._batch)
+            self._blocks = [
+                mine if mine is not None else ours
+                for mine, ours in zip(stored or nothing, derived or nothing, strict=True)
+            ]
+        return self._blocks
+
+
+def _or_none(rows: list[Any]) -> _Values | None:
+    num_absent = sum(row is _ABSENT for row in rows)
+    return None if num_absent == len(rows) else _Values(rows, num_absent > 0)
+
+
+def _derive_blocks(positions: pa.ListArray, block_sizes: pa.Array) -> list[list[int] | None] | None:
+    """Distinct `position // block size`, ascending; None for a record without positions."""
+    if positions.null_count == len(positions):
+        return None
+    values, offsets = positions.values.to_numpy(zero_copy_only=False), positions.offsets.to_numpy()
+    sizes = np.maximum(block_sizes.fill_null(1).to_numpy(), 1)
+    record = np.repeat(np.arange(len(positions)), np.diff(offsets))
+    blocks = values // sizes[record]
+    ascends = (np.diff(blocks) >= 0) | (np.diff(record) > 0)
+    if not ascends.all():  # kept in score order
+        blocks = blocks[np.lexsort((blocks, record))]
+    is_new = np.ones(len(blocks), dtype=bool)
+    is_new[1:] = (np.diff(blocks) != 0) | (np.diff(record) > 0)
+    blocks, counts = blocks[is_new], np.bincount(record[is_new], minlength=len(positions))
+    flat, ends = blocks.tolist(), [0, *np.cumsum(counts).tolist()]
+    valid = positions.is_valid().to_pylist()
+    return [flat[ends[i] : ends[i + 1]] if valid[i] else None for i in range(len(positions))]
+
+
+def _python_values(array: pa.Array, keep_float32: bool = False) -> list[Any]:
+    """The values as parsed JSON; null is None."""
+    if pa.types.is_list(array.type):
+        ends, valid = array.offsets.to_pylist(), array.is_valid().to_pylist()
+        keep_array = keep_float32 and pa.types.is_float32(array.type.value_type)
+        flat = array.values.to_numpy(zero_copy_only=False) if keep_array else _python_values(array.values)
+        return [flat[ends[i] : ends[i + 1]] if valid[i] else None for i in range(len(array))]
+    if pa.types.is_float32(array.type):
+        return _float32_values(array, keep_float32)
+    if pa.types.is_string(array.type) and len(array):
+        encoded = array.dictionary_encode()
+        words = [*encoded.dictionary.to_pylist(), None]
+        return [words[i] for i in encoded.indices.fill_null(len(words) - 1).to_pylist()]
+    if array.null_count or not len(array):
+        return list(array.to_pylist())
+    return list(array.to_numpy(zero_copy_only=False).tolist())
+
+
+def _float32_values(array: pa.Array, keep_float32: bool) -> list[Any]:
+    numbers = array.to_numpy(zero_copy_only=False)  # NaN where null: JSON has no other NaN
+    if keep_float32:
+        return [
+            number if valid else None
+            for number, valid in zip(numbers, array.is_valid().to_pylist(), strict=True)
+        ]
+    # A float32's shortest text, read as a double: what a reader of the line sees.
+    return list(orjson.loads(orjson.dumps(numbers, option=orjson.OPT_SERIALIZE_NUMPY)))

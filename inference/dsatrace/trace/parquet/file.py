@@ -1,10 +1,9 @@
 """`trace_steps.parquet`: the records of a run as columns, losslessly.
 
-Written in row groups of bounded size, zstd 1, ints delta-encoded. Every line is turned
-into columns and back before it is stored; where that does not give its bytes again (an
-unusual text, a corrupt field), its text is kept in the column `line`, so nothing is ever
-lost and `verify` finds what it would have found. The whole file is read back in the end.
-`columns.py` lists the columns. Knows no run and no folder.
+Written in row groups of bounded size, zstd 1, ints delta-encoded. Every line is turned into columns
+and back before it is stored; if that does not give its bytes again (an unusual text, a corrupt
+field), its text is kept in the column `line`, so nothing is lost and `verify` finds the same. At the
+end the whole file is read back. `columns.py` lists the columns. Knows no run and no folder.
 
     written = write_parquet(path, ((line, orjson.loads(line)) for line in lines))
     for record in read_records(path, fields=("layer_id", "unique_blocks")): ...
@@ -33,11 +32,12 @@ from dsatrace.trace.parquet.columns import (
     arrow_schema,
     columns_for,
     to_batch,
+    to_lines,
+    to_records,
 )
-from dsatrace.trace.parquet.rows import to_lines, to_records
 
 GROUP_BYTES = 8 << 20
-"""Text of one row group, at most: about 600 records of 2,048 positions, some 60 MB while it is built."""
+"""Most text in a row group: about 600 records of 2,048 positions, which take 60 MB while it is built."""
 GROUP_RECORDS = 1 << 14
 BATCH_RECORDS = 1 << 10  # held as Python objects at a time while reading
 
@@ -50,15 +50,11 @@ class Written:
     """What went into a file."""
 
     num_records: int
-    num_kept_as_text: int  # those the columns alone would not give back
+    num_kept_as_text: int  # records whose line cannot be restored from their columns
 
 
-def _nowhere(num_bytes: int) -> None:
-    """Nobody watches."""
-
-
-def write_parquet(path: Path, lines: Iterable[Line], advance: Advance = _nowhere) -> Written:
-    """Writes the file and reads it back; a difference raises `UserError`, the file is then of no use."""
+def write_parquet(path: Path, lines: Iterable[Line], advance: Advance = lambda num_bytes: None) -> Written:
+    """Writes the file and reads it back; a difference raises `UserError`."""
     num_records = num_kept = 0
     digest = hashlib.blake2b()
     schema: pa.Schema | None = None
@@ -95,9 +91,9 @@ def read_records(path: Path, fields: Collection[str] | None = None) -> Iterator[
 
 
 def read_numbers(path: Path, fields: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-    """By dotted path, a number of every record: (R,) arrays, batch by batch, without building records.
+    """(R,) arrays of the records' numbers, by dotted path, batch by batch; nan where a record has none.
 
-    nan stands where a record has none.
+    Builds no records, except for those kept as text.
     """
     names = {leaf.path: leaf.column for leaf in LEAVES}
     for batch in _batches(path, columns_for(fields)):
@@ -112,7 +108,7 @@ def read_numbers(path: Path, fields: Sequence[str]) -> Iterator[dict[str, np.nda
 
 
 def _numbers(batch: pa.RecordBatch, column: str) -> np.ndarray:
-    """(R,); a file written before there was such a field lacks the column."""
+    """(R,); nan where the file is older than the field and lacks the column."""
     if column not in batch.schema.names:
         return np.full(len(batch), np.nan)
     return np.asarray(batch.column(column).to_numpy(zero_copy_only=False))
@@ -147,7 +143,7 @@ def _groups(lines: Iterable[Line]) -> Iterator[list[Line]]:
 
 
 def _first_batch(group: Sequence[Line]) -> pa.RecordBatch:
-    """Settles how scores are held: as float32 if that gives their text back, as the tracer's does."""
+    """Decides how scores are stored: as float32 if that gives their text back, as for the tracer's lines."""
     narrow = _lossless_batch(group, arrow_schema(pa.float32()))
     if narrow.column(LINE).null_count == len(narrow):
         return narrow
@@ -156,7 +152,7 @@ def _first_batch(group: Sequence[Line]) -> pa.RecordBatch:
 
 
 def _lossless_batch(group: Sequence[Line], schema: pa.Schema) -> pa.RecordBatch:
-    """Columns that give every line back: those that would not are kept as text besides."""
+    """Columns that give every line back; the text is kept beside them where they would not."""
     score_type = schema.field("kth_margin").type
     records = [record for _, record in group]
     try:
@@ -178,7 +174,7 @@ def _fits(record: dict[str, Any], score_type: pa.DataType) -> bool:
 
 
 def _open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """Delta-encoded ints, dictionaries for strings and repeated doubles, byte planes for floats."""
+    """Delta-encoded ints, dictionaries for strings and doubles, byte planes for floats."""
     dictionary: list[str] = []
     encodings: dict[str, str] = {}
     for field in schema:
@@ -219,7 +215,7 @@ def _open_file(path: Path) -> pq.ParquetFile:
 
 
 def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
-    """Row group by row group, so that memory stays bounded."""
+    """At most `BATCH_RECORDS` records at a time, so that memory stays bounded."""
     with _open_file(path) as file:
         present = set(file.schema_arrow.names)
         wanted = None if columns is None else [name for name in columns if name in present]

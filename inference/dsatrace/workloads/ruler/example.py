@@ -1,13 +1,13 @@
 """The thirteen tasks by their parameters; one example, its score, and where its answer stands.
 
-Tasks, parameters and budgets are NVIDIA's (`synthetic.yaml`, `constants.py`), and so are
+Tasks, parameters and budgets are NVIDIA's (`synthetic.yaml`, `constants.py`), and so are the
 scores (`eval/synthetic/constants.py`): case-insensitive substrings, all references in equal
-parts (niah, vt, cwe, fwe), or any one is enough (qa). Control characters of the prediction
-become line breaks first, as there.
+parts (niah, vt, cwe, fwe) or any one of them (qa). As there, control characters of the
+prediction become line breaks first.
 
-Answers are found by the form of a needle (`is: VALUE`) or of an assignment (`VAR NAME =`), in
+An answer is found by the form of a needle (`is: VALUE`) or of an assignment (`VAR NAME =`), in
 NVIDIA's rows as in ours. A token belongs to the answer if any of its bytes does, so a leading
-space merged into it costs nothing. Byte-level vocabularies only. Knows no model.
+space merged into it changes nothing. Byte-level vocabularies only. Knows no model.
 
     TASKS["niah_multikey_1"].num_keys        # 4
     example = locate(example, tokenizer)
@@ -30,12 +30,11 @@ Family = Literal["niah", "vt", "cwe", "fwe", "qa"]
 Haystack = Literal["noise", "essay", "needles"]
 ValueKind = Literal["number", "uuid"]
 KeyKind = Literal["words", "uuid"]
-Metric = Literal["match_all", "match_part"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What tells one task from another; the fields from `haystack` on concern niah only."""
+    """One task by its parameters; those from `haystack` on are niah's only."""
 
     name: str
     family: Family
@@ -46,11 +45,6 @@ class Task:
     num_keys: int = 1
     num_values: int = 1
     num_queries: int = 1
-
-    @property
-    def metric(self) -> Metric:
-        """qa asks for any of its references, the other tasks for all of them."""
-        return "match_part" if self.family == "qa" else "match_all"
 
 
 TASKS = {
@@ -73,36 +67,6 @@ TASKS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One prompt and what a good answer to it contains.
-
-    `prompt` is the user's turn and `answer_prefix` what the answer begins with (put into
-    the model's mouth; a base model gets both as one text). `row` counts from 0 in its
-    source. `max_length` is the length in tokens that was asked for, `length` the length it
-    has: prompt, answer prefix and `tokens_to_generate` together, by the tokenizer that
-    made it; None where a file does not say.
-
-    `answer_spans` are the places in the prompt where the answer stands (niah: every value
-    asked for; vt: every variable on the chain), as character ranges [start, end) in text
-    order; empty for the other tasks. `answer_positions` are the same places in tokens of
-    `prompt`, one tuple a place, once a tokenizer has been named (`positions.locate`): add
-    the number of tokens that a chat form puts before the prompt.
-    """
-
-    task: str
-    row: int
-    prompt: str
-    answer_prefix: str
-    references: tuple[str, ...]
-    tokens_to_generate: int
-    metric: Metric
-    max_length: int | None = None
-    length: int | None = None
-    answer_spans: tuple[tuple[int, int], ...] = ()
-    answer_positions: tuple[tuple[int, ...], ...] | None = None
-
-
 def task_named(name: str) -> Task:
     """The task, or an error that lists them all."""
     if name not in TASKS:
@@ -110,34 +74,47 @@ def task_named(name: str) -> Task:
     return TASKS[name]
 
 
-_CONTROL = re.compile(r"[\x00-\x1f]")
-
-
-def string_match_all(prediction: str, references: Sequence[str]) -> float:
-    """The share of the references that occur in the prediction, times 100."""
-    return 100.0 * sum(_occurrences(prediction, references)) / len(references)
-
-
-def string_match_part(prediction: str, references: Sequence[str]) -> float:
-    """100 if any of the references occurs in the prediction, else 0."""
-    return 100.0 * any(_occurrences(prediction, references))
-
-
-def score(example: Example, prediction: str) -> float:
-    """The example's score by its task's metric; the prediction is what follows `answer_prefix`."""
-    metric = string_match_part if example.metric == "match_part" else string_match_all
-    return metric(prediction, example.references)
-
-
-def _occurrences(prediction: str, references: Sequence[str]) -> list[bool]:
-    if not references:
-        raise ValueError("a prediction cannot be scored without references")
-    text = _CONTROL.sub("\n", prediction).strip().lower()
-    return [reference.lower() in text for reference in references]
-
-
 # {} stands for any of the references; the lookaheads keep 123 from being found in 1234.
 _FORMS = {"niah": r"is: ({})(?![\w-])", "vt": r"\bVAR ({}) ="}
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One prompt and what a good answer to it contains.
+
+    `max_length` is the length in tokens that was asked for, `length` the length it has: prompt,
+    answer prefix and `tokens_to_generate` together, by the tokenizer that made it; None where a
+    file does not say.
+    """
+
+    task: str
+    row: int  # counts from 0 in its source
+    prompt: str  # the user's turn
+    answer_prefix: str  # put into the model's mouth; a base model gets both as one text
+    references: tuple[str, ...]
+    max_length: int | None = None
+    length: int | None = None
+    answer_positions: tuple[tuple[int, ...], ...] | None = None
+    """The tokens of `prompt` that hold each answer, set by `locate`.
+
+    Add the number of tokens that a chat form puts before the prompt.
+    """
+
+    @property
+    def tokens_to_generate(self) -> int:
+        return TASKS[self.task].tokens_to_generate
+
+    @property
+    def answer_spans(self) -> tuple[tuple[int, int], ...]:
+        """Character ranges [start, end) of the answer in the prompt, in text order.
+
+        niah has every value asked for, vt every variable on the chain, the other tasks none.
+        """
+        form = _FORMS.get(TASKS[self.task].family)
+        if form is None:
+            return ()
+        pattern = form.format("|".join(map(re.escape, self.references)))
+        return tuple(match.span(1) for match in re.finditer(pattern, self.prompt))
 
 
 class Vocabulary(Protocol):
@@ -150,13 +127,14 @@ class Vocabulary(Protocol):
         """The bytes that one token stands for."""
 
 
-def answer_spans(task: str, prompt: str, references: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Character ranges [start, end) of the answer in the prompt, in text order; () where it has no place."""
-    form = _FORMS.get(TASKS[task].family)
-    if form is None:
-        return ()
-    pattern = form.format("|".join(map(re.escape, references)))
-    return tuple(match.span(1) for match in re.finditer(pattern, prompt))
+def locate(example: Example, vocabulary: Vocabulary) -> Example:
+    """The example with `answer_positions` by this tokenizer."""
+    spans = example.answer_spans
+    positions: tuple[tuple[int, ...], ...] = ()
+    if spans:
+        ids = vocabulary.encode(example.prompt)
+        positions = token_positions(example.prompt, spans, ids, vocabulary)
+    return dataclasses.replace(example, answer_positions=positions)
 
 
 def token_positions(
@@ -175,14 +153,29 @@ def token_positions(
     return tuple(found)
 
 
-def locate(example: Example, vocabulary: Vocabulary) -> Example:
-    """The example with `answer_positions` by this tokenizer."""
-    if not example.answer_spans:
-        return dataclasses.replace(example, answer_positions=())
-    ids = vocabulary.encode(example.prompt)
-    positions = token_positions(example.prompt, example.answer_spans, ids, vocabulary)
-    return dataclasses.replace(example, answer_positions=positions)
-
-
 def _num_bytes(text: str) -> int:
     return len(text.encode("utf-8", "replace"))  # half a surrogate pair is one "?", as tokenizers encode it
+
+
+def score(example: Example, prediction: str) -> float:
+    """0 to 100; the prediction is what follows `answer_prefix`."""
+    is_qa = TASKS[example.task].family == "qa"
+    metric = string_match_part if is_qa else string_match_all
+    return metric(prediction, example.references)
+
+
+def string_match_all(prediction: str, references: Sequence[str]) -> float:
+    """The share of the references that occur in the prediction, times 100."""
+    return 100.0 * sum(_occurrences(prediction, references)) / len(references)
+
+
+def string_match_part(prediction: str, references: Sequence[str]) -> float:
+    """100 if any of the references occurs in the prediction, else 0."""
+    return 100.0 * any(_occurrences(prediction, references))
+
+
+def _occurrences(prediction: str, references: Sequence[str]) -> list[bool]:
+    if not references:
+        raise ValueError("a prediction cannot be scored without references")
+    text = re.sub(r"[\x00-\x1f]", "\n", prediction).strip().lower()
+    return [reference.lower() in text for reference in references]

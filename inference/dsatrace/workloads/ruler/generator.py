@@ -1,15 +1,15 @@
-"""Makes RULER examples of a given length by the run's own tokenizer, the same for the same seed.
+"""Generates RULER examples of a given length by the run's own tokenizer, the same for the same seed.
 
-The longest prompt that fits is taken: prompt, answer prefix and tokens to generate come
-to at most the length asked for, and one more unit (noise line, sentence, needle, word,
-document) would be too many. The tokens that hold the answer are recorded. Six tasks need
-no text; the essay tasks take one or use our own; the qa tasks need their data set's file.
+The longest prompt that fits is taken: prompt, answer prefix and tokens to generate come to
+at most the length asked for, and one more unit (noise line, sentence, needle, word,
+document) would be too many. Six tasks need no text; the essay tasks take a text or use our
+own; the qa tasks need their data set's file.
 
     sources = Sources(haystack=Path("essays.txt").read_text(), squad=Path("dev-v2.0.json"))
     examples = generate("qa_1", 4096, tokenizer, num_examples=10, sources=sources)
 
 Rows differ from NVIDIA's even at its seed: random state, words and wording are ours, and
-so is the search, made anew for each row (there a row can fall far short of its length).
+the search is made anew for each row (there a row can fall far short of its length).
 """
 
 from __future__ import annotations
@@ -22,19 +22,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.ruler.essay import ESSAY
-from dsatrace.workloads.ruler.example import Example, Task, Vocabulary, answer_spans, locate, task_named
-from dsatrace.workloads.ruler.plans import Plan, Prompt, cwe_plan, fwe_plan, niah_plan, vt_plan
-from dsatrace.workloads.ruler.qa import QuestionSet, qa_plan, read_hotpotqa, read_squad
+from dsatrace.workloads.ruler.example import Example, Task, Vocabulary, locate, task_named
+from dsatrace.workloads.ruler.plans import (
+    Plan,
+    QuestionSet,
+    cwe_plan,
+    fwe_plan,
+    niah_plan,
+    qa_plan,
+    read_hotpotqa,
+    read_squad,
+    vt_plan,
+)
+from dsatrace.workloads.ruler.texts import ESSAY
 
 Planner = Callable[[random.Random, int], Plan]  # (draw, row)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
-    """Texts from outside. `haystack` is the essay itself, None for our own; it starts over when it ends."""
+    """Texts from outside."""
 
-    haystack: str | None = None
+    haystack: str | None = None  # the essay, which starts over when it ends; None: our own
     squad: Path | None = None
     hotpotqa: Path | None = None
 
@@ -48,7 +57,7 @@ def generate(
     sources: Sources = Sources(),
     overhead_tokens: int = 0,
 ) -> Iterator[Example]:
-    """Examples of one task, rows 0, 1, ...; each depends on its row alone, not on how many are made.
+    """Examples of one task, rows 0, 1, ...; a row does not depend on how many are made.
 
     `overhead_tokens` are those that the caller's chat form adds to prompt and prefix.
     Raises `UserError` for an unknown task, a length too short, and texts that are missing.
@@ -62,20 +71,32 @@ def generate(
             plan = planner(random.Random(f"{seed}/{task.name}/{max_length}/{row}"), row)
 
             def count(size: int, plan: Plan = plan) -> int:
-                return _num_tokens(plan.build(size), task, vocabulary) + overhead_tokens
+                prompt = plan.build(size)  # a chat form puts its own tokens between the two texts
+                texts = (prompt.text, prompt.answer_prefix)
+                num_tokens = sum(len(vocabulary.encode(text)) for text in texts)
+                return num_tokens + task.tokens_to_generate + overhead_tokens
 
             try:
                 guess = largest_fitting(count, plan.minimum, max_length, guess)
             except UserError as error:
                 raise UserError(f"{task.name}, row {row}: {error}") from error
-            example = _example(task, row, plan.build(guess), max_length, count(guess))
+            prompt = plan.build(guess)
+            example = Example(
+                task=task.name,
+                row=row,
+                prompt=prompt.text,
+                answer_prefix=prompt.answer_prefix,
+                references=prompt.references,
+                max_length=max_length,
+                length=count(guess),
+            )
             yield locate(example, vocabulary)
 
     return examples()
 
 
 def _planner(task: Task, max_length: int, sources: Sources) -> Planner:
-    """How to plan a row of this task; texts and data sets are read here, once."""
+    """How to plan a row of this task; reads its text or data set, once."""
     if task.family == "vt":
         return lambda draw, row: vt_plan(draw)
     if task.family == "cwe":
@@ -84,11 +105,9 @@ def _planner(task: Task, max_length: int, sources: Sources) -> Planner:
         return lambda draw, row: fwe_plan(draw, max_length)
     if task.family == "qa":
         return functools.partial(qa_plan, data=_questions(task, sources))
+    is_ours = sources.haystack is None
     essay = _sentences(ESSAY if sources.haystack is None else sources.haystack)
-    shuffled = sources.haystack is None
-    return lambda draw, row: niah_plan(
-        task, draw, _endless(essay, draw.getrandbits(64) if shuffled else None)
-    )
+    return lambda draw, row: niah_plan(task, draw, _endless(essay, draw.getrandbits(64) if is_ours else None))
 
 
 def _questions(task: Task, sources: Sources) -> QuestionSet:
@@ -110,39 +129,18 @@ def _sentences(text: str) -> list[str]:
 
 
 def _endless(sentences: list[str], seed: int | None) -> Iterator[str]:
-    """The sentences over and over: as they stand, or each round in an order of its own."""
+    """The sentences over and over, as they stand or, with a seed, in another order each round."""
     draw = random.Random(seed)
     while True:
         yield from sentences if seed is None else draw.sample(sentences, len(sentences))
 
 
-def _num_tokens(prompt: Prompt, task: Task, vocabulary: Vocabulary) -> int:
-    """Prompt and prefix are counted apart, since a chat form puts its own tokens between them."""
-    parts = (prompt.text, prompt.answer_prefix)
-    return sum(len(vocabulary.encode(part)) for part in parts) + task.tokens_to_generate
-
-
-def _example(task: Task, row: int, prompt: Prompt, max_length: int, length: int) -> Example:
-    return Example(
-        task=task.name,
-        row=row,
-        prompt=prompt.text,
-        answer_prefix=prompt.answer_prefix,
-        references=prompt.references,
-        tokens_to_generate=task.tokens_to_generate,
-        metric=task.metric,
-        max_length=max_length,
-        length=length,
-        answer_spans=answer_spans(task.name, prompt.text, prompt.references),
-    )
-
-
 def largest_fitting(count: Callable[[int], int], minimum: int, limit: int, guess: int = 0) -> int:
-    """The largest size >= `minimum` with `count(size) <= limit`; `count` must not fall, and grow in the end.
+    """The largest size >= `minimum` with `count(size) <= limit`; `count` must never fall and at last grow.
 
-    A bracket as in binary search, probed where a straight line through its ends says: counts
-    grow nearly in proportion to the size, so a handful of probes is enough where halving takes
-    twenty. `guess` is probed first. Raises `UserError` with the numbers if not even `minimum` fits.
+    Interpolation search: counts grow nearly in proportion to the size, so a handful of probes
+    is enough where halving takes twenty. `guess` is probed first. Raises `UserError` if not
+    even `minimum` fits.
     """
     low, low_count = minimum, count(minimum)
     if low_count > limit:

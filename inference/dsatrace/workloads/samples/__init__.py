@@ -1,7 +1,7 @@
 """Samples of our own making, in the real formats, for runs without a file and without a network.
 
-Written for this project or drawn from its generator (BurstGPT's); nothing in them comes from the data
-sets they stand in for, and a run that uses one says `embedded`.
+Written for this project, or drawn from its generator (BurstGPT's); nothing in them comes from the real
+data sets. A run that uses one says `embedded`.
 
     ShareGPTLoader(sample_file("sharegpt"))
 """

@@ -1,0 +1,227 @@
+"""The compiled cache that policies run in, and how the loop finds a policy's rules.
+
+`Cache`: which slot holds which block, and heaps of the slots that may be evicted. State is one array
+per field, indexed by slot where it can be, so it stays as small as the cache however many blocks the
+stream has. Exactly the evictable slots stand in heaps, one heap per queue: smallest value first, then
+smallest stamp. Slots with equal keys never move, so a heap of them is a bag (`uniform`, `sieve`).
+
+`Rules`: a policy is a NamedTuple of arrays and up to five plain functions over it and the `Cache`,
+registered under the NamedTuple's type. The loop calls `enter`, `victim` and the rest by name, and
+numba compiles the rules of that one policy into it: policies that are not used are not compiled, and
+nothing is looked up while the loop runs. Knows no policy by name and no request.
+
+    RULES[LfuState] = Rules(again=count_use)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+from numba.extending import overload
+
+from dsatrace.kv.policies.policy import Access
+
+ABSENT = -1
+
+
+class Shape(NamedTuple):
+    """Sizes of the arrays."""
+
+    num_slots: int  # blocks that fit
+    num_blocks: int  # ids of the stream are below it
+    num_workloads: int
+
+
+class Cache(NamedTuple):
+    """B blocks of the stream, S slots, Q queues."""
+
+    slot_of: np.ndarray  # (B,) int32, ABSENT when not cached
+    block_of: np.ndarray  # (S,) int32
+    pins: np.ndarray  # (S,) int32
+    parent: np.ndarray  # (B,) int32, (1,) when flat
+    children: np.ndarray  # (B,) int32, cached children of a block, (1,) when flat
+    value: np.ndarray  # (S,) float64
+    stamp: np.ndarray  # (S,) int64
+    queue: np.ndarray  # (S,) int32
+    heap: np.ndarray  # (Q, S) int32, slots
+    heap_size: np.ndarray  # (Q,) int64
+    place: np.ndarray  # (S,) int32, index in its heap, ABSENT when not evictable
+    counts: np.ndarray  # (3,) int64: the CLOCK, CACHED slots and slots IN_USE
+    leaf: bool
+
+
+CLOCK, CACHED, IN_USE = range(3)
+
+compiled_whole = njit(nogil=True, cache=True, _nrt=False)  # type: ignore[call-overload]
+"""For a loop over a stream and all it calls. `_nrt=False` applies to the callees too: nothing there
+allocates, and counting references to the state's arrays made the loops three to six times slower."""
+
+
+def empty_cache(shape: Shape, num_queues: int, parents: np.ndarray | None) -> Cache:
+    """A cache without blocks; leaf-constrained if `parents` (B,) are given."""
+    slots, blocks = shape.num_slots, shape.num_blocks
+    leaf = parents is not None
+    return Cache(
+        slot_of=np.full(blocks, ABSENT, np.int32),
+        block_of=np.full(slots, ABSENT, np.int32),
+        pins=np.zeros(slots, np.int32),
+        parent=np.full(1, ABSENT, np.int32) if parents is None else parents,
+        children=np.zeros(blocks if leaf else 1, np.int32),
+        value=np.zeros(slots),
+        stamp=np.zeros(slots, np.int64),
+        queue=np.zeros(slots, np.int32),
+        heap=np.zeros((num_queues, slots), np.int32),
+        heap_size=np.zeros(num_queues, np.int64),
+        place=np.full(slots, ABSENT, np.int32),
+        counts=np.zeros(3, np.int64),
+        leaf=leaf,
+    )
+
+
+@njit(nogil=True)
+def tick(cache: Cache) -> int:
+    """A stamp later than all before."""
+    cache.counts[CLOCK] += 1
+    return cache.counts[CLOCK]
+
+
+@njit(nogil=True)
+def is_evictable(cache: Cache, slot: int) -> bool:
+    return cache.place[slot] != ABSENT
+
+
+@njit(nogil=True)
+def _before(cache: Cache, slot: int, other: int) -> bool:
+    if cache.value[slot] != cache.value[other]:
+        return cache.value[slot] < cache.value[other]
+    return cache.stamp[slot] < cache.stamp[other]
+
+
+@njit(nogil=True)
+def _sift_up(cache: Cache, queue: int, at: int, slot: int) -> None:
+    while at > 0:
+        above = (at - 1) >> 1
+        other = cache.heap[queue, above]
+        if not _before(cache, slot, other):
+            break
+        cache.heap[queue, at] = other
+        cache.place[other] = at
+        at = above
+    cache.heap[queue, at] = slot
+    cache.place[slot] = at
+
+
+@njit(nogil=True)
+def _sift_down(cache: Cache, queue: int, at: int, slot: int) -> None:
+    size = cache.heap_size[queue]
+    while True:
+        below = 2 * at + 1
+        if below >= size:
+            break
+        if below + 1 < size and _before(cache, cache.heap[queue, below + 1], cache.heap[queue, below]):
+            below += 1
+        other = cache.heap[queue, below]
+        if not _before(cache, other, slot):
+            break
+        cache.heap[queue, at] = other
+        cache.place[other] = at
+        at = below
+    cache.heap[queue, at] = slot
+    cache.place[slot] = at
+
+
+@njit(nogil=True)
+def offer(cache: Cache, slot: int) -> None:
+    """Adds a slot to its queue; its value and stamp must not change while it is there."""
+    queue = cache.queue[slot]
+    cache.heap_size[queue] += 1
+    _sift_up(cache, queue, cache.heap_size[queue] - 1, slot)
+
+
+@njit(nogil=True)
+def withdraw(cache: Cache, slot: int) -> None:
+    queue, at = cache.queue[slot], cache.place[slot]
+    cache.heap_size[queue] -= 1
+    cache.place[slot] = ABSENT
+    last = cache.heap[queue, cache.heap_size[queue]]
+    if last == slot:
+        return
+    if at > 0 and _before(cache, last, cache.heap[queue, (at - 1) >> 1]):
+        _sift_up(cache, queue, at, last)
+    else:
+        _sift_down(cache, queue, at, last)
+
+
+@njit(nogil=True)
+def first(cache: Cache, queue: int) -> int:
+    """The first evictable slot of a queue that is not empty."""
+    return cache.heap[queue, 0]
+
+
+@njit(nogil=True)
+def pop(cache: Cache, queue: int) -> int:
+    """Takes the first slot out of a queue that is not empty."""
+    slot = cache.heap[queue, 0]
+    withdraw(cache, slot)
+    return slot
+
+
+Rule = Callable[..., Any]
+
+
+def nothing_on_miss(policy: Any, cache: Cache, block: int, access: Access) -> None:
+    """For policies that do not remember evicted blocks."""
+
+
+def nothing_to_do(policy: Any, cache: Cache, slot: int, access: Access) -> None:
+    """For policies that do not count this."""
+
+
+def fresh_stamp(policy: Any, cache: Cache, slot: int) -> None:
+    """Recency: in use until now."""
+    cache.stamp[slot] = tick(cache)
+
+
+def same_stamp(policy: Any, cache: Cache, slot: int) -> None:
+    """The stamp stays that of entry, or whatever the policy's other rules set."""
+
+
+def first_of_queue_0(policy: Any, cache: Cache) -> int:
+    return pop(cache, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """One policy's compiled rules; their meaning is `PlainPolicy`'s. Without any, LRU."""
+
+    miss: Rule = nothing_on_miss
+    enter: Rule = nothing_to_do
+    again: Rule = nothing_to_do
+    released: Rule = fresh_stamp
+    victim: Rule = first_of_queue_0
+
+
+RULES: dict[type, Rules] = {}
+"""By the type of the policy's state."""
+
+
+# The loop calls these five; numba replaces each by the rule of the policy whose state it is given.
+
+
+def miss(policy: Any, cache: Cache, block: int, access: Access) -> None: ...
+def enter(policy: Any, cache: Cache, slot: int, access: Access) -> None: ...
+def again(policy: Any, cache: Cache, slot: int, access: Access) -> None: ...
+def released(policy: Any, cache: Cache, slot: int) -> None: ...
+def victim(policy: Any, cache: Cache) -> int: ...  # type: ignore[empty-body]
+
+
+# strict=False: numba would compare annotations as well, and rules annotate their own state.
+overload(miss, strict=False)(lambda policy, cache, block, access: RULES[policy.instance_class].miss)
+overload(enter, strict=False)(lambda policy, cache, slot, access: RULES[policy.instance_class].enter)
+overload(again, strict=False)(lambda policy, cache, slot, access: RULES[policy.instance_class].again)
+overload(released, strict=False)(lambda policy, cache, slot: RULES[policy.instance_class].released)
+overload(victim, strict=False)(lambda policy, cache: RULES[policy.instance_class].victim)

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# download.sh NAME: a data set to data/NAME/, as plain files. LIMIT: rows.
+# Fetched from the hub, checked by sha256, continued when interrupted. HF_TOKEN is used if set; flags go to
+# `dsatrace download`, --help explains them.
+set -euo pipefail
+offline="${HF_HUB_OFFLINE:-0}"
+. "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
+export HF_HUB_OFFLINE="$offline" # switched off there for all other scripts
+
+name="$1"
+shift
+exec dsatrace download "$name" ${LIMIT:+--limit "$LIMIT"} "$@"
