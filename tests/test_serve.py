@@ -15,7 +15,7 @@ from dsatrace.engine.engine import Engine, Word, serve
 from dsatrace.engine.settings import EngineSettings, RunSettings
 from dsatrace.engine.simulator import StepTime, open_simulator
 from dsatrace.errors import UserError
-from dsatrace.trace.requests import RequestFacts
+from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.workloads.request import Request
 
 END = 0

@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from dsatrace.trace.kernels import compile_kernels
-from dsatrace.trace.requests import RequestFacts
+from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.tracer import Tracer
 from helpers.trace_samples import RUN, SECRET, SampleRequest, config_for, sample_capture
 

@@ -15,7 +15,7 @@ import pytest
 from dsatrace import files
 from dsatrace.errors import UserError
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.requests import RequestFacts
+from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.tracer import Tracer
 from helpers.trace_samples import RUN, SECRET, SampleRequest, config_for, sample_capture
 

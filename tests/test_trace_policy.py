@@ -20,7 +20,7 @@ from dsatrace.errors import UserError
 from dsatrace.runner.model_runner import ModelRunner
 from dsatrace.runner.sampler import Sampler
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.requests import RequestFacts
+from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.summary import Summary
 from dsatrace.trace.tracer import Tracer
 from dsatrace.trace.writer import open_sinks

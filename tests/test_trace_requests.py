@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from dsatrace.schema import REQUESTS_FILE, SUMMARY_FIELDS, SUMMARY_FILE, Field, problems
 from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.requests import RequestFacts, RequestTotals
+from dsatrace.trace.request_facts import RequestFacts
+from dsatrace.trace.request_totals import RequestTotals
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.tracer import Tracer
 from dsatrace.verify.mismatch import Mismatch

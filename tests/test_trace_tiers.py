@@ -20,7 +20,7 @@ from dsatrace.schema import LEVELS, MANIFEST_FIELDS, STEPS_FILE, SUMMARY_FIELDS,
 from dsatrace.trace.manifest import PoolSettings, RunInfo, TierSettings
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.records import RecordDeriver, StepLines
-from dsatrace.trace.requests import RequestFacts
+from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.resume import check_resumable
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.summary import Summary

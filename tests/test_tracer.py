@@ -19,7 +19,7 @@ from dsatrace.schema import TABLES, problems
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.manifest import redact_argv
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.requests import RequestFacts
+from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.tracer import Tracer
 from dsatrace.trace.writer import TraceWriterError
 from helpers.trace_samples import RUN, SECRET, SampleRequest, config_for, plain_records, sample_capture

@@ -36,7 +36,7 @@ from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.manifest import RunInfo, manifest
 from dsatrace.trace.records import RecordDeriver
-from dsatrace.trace.requests import RequestFacts, request_line
+from dsatrace.trace.request_facts import RequestFacts, request_line
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.summary import Summary
 from dsatrace.trace.writer import open_sinks

@@ -20,7 +20,7 @@ from dsatrace.schema import MANIFEST_FILE, STEPS_FILE
 from dsatrace.trace.config import TraceConfig, is_sampled
 from dsatrace.trace.manifest import RunInfo, TierSettings, manifest
 from dsatrace.trace.records import RecordDeriver
-from dsatrace.trace.requests import RequestFacts, request_line
+from dsatrace.trace.request_facts import RequestFacts, request_line
 from dsatrace.trace.summary import Sections, Summary
 from dsatrace.trace.tracer import tiers_of
 from dsatrace.trace.writer import Sink, open_sinks

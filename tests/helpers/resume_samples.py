@@ -17,7 +17,7 @@ from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.requests import RequestFacts
+from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.tracer import Tracer

@@ -11,7 +11,7 @@ from typing import Literal
 
 from dsatrace.kv.prefix import KeyChain
 from dsatrace.kv.prefix_pool import HeldBlocks
-from dsatrace.trace.requests import RequestFacts
+from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.workloads.request import Request
 
 State = Literal["waiting", "running", "stop", "length", "aborted", "rejected", "failed"]

@@ -22,7 +22,7 @@ from dsatrace.trace.histogram import Histogram, ValueCounts
 from dsatrace.trace.kernels import compile_kernels, count_offsets
 from dsatrace.trace.overlap import RecallTotals, SelectionOverlap
 from dsatrace.trace.records import StepRecords
-from dsatrace.trace.requests import RequestTotals
+from dsatrace.trace.request_totals import RequestTotals
 from dsatrace.trace.statistics import count_blocks
 
 NUM_HOT_BLOCKS = 20

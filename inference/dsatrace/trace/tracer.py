@@ -28,7 +28,7 @@ from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig, check_run_folder, is_sampled
 from dsatrace.trace.manifest import RunInfo, manifest
 from dsatrace.trace.records import RecordDeriver
-from dsatrace.trace.requests import RequestFacts, TracedRequest, request_line
+from dsatrace.trace.request_facts import RequestFacts, TracedRequest, request_line
 from dsatrace.trace.resume import Resumed, check_resumable
 from dsatrace.trace.summary import Summary, TracingCost
 from dsatrace.trace.writer import Sink, TraceWriter, cannot_write, open_sinks

@@ -1,11 +1,8 @@
-"""A request in the trace: what became of it, its line in requests.jsonl, and what the lines add up to.
+"""What the lines of requests.jsonl add up to: scores, how requests were served, what a prefix cache saved.
 
-The totals (scores, how requests were served, what a prefix cache saved) come from exact counts
-(whole microseconds, whole seconds, distinct scores), so parts merge by addition; merged runs lie
-over each other on one time axis. Knows no tensor, no step and no file.
+Counts are exact (whole microseconds, whole seconds, distinct scores), so parts merge by addition; merged
+runs lie over each other on one time axis. Knows no tensor, no step and no file.
 
-    facts = RequestFacts(num_output_tokens=64, state="stop", finish_s=1.9)
-    line = request_line(request, facts, has_prefix_cache=False, has_tiers=False)
     totals = RequestTotals(serving={"mode": "continuous", "clock": "virtual"})
     totals.add(line)
     fields, histograms = totals.to_json()     # fields["scores"], fields["serving"]
@@ -14,13 +11,12 @@ over each other on one time axis. Knows no tensor, no step and no file.
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import itertools
 import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from dsatrace.schema import nearest_rank
 from dsatrace.trace.histogram import ValueCounts
@@ -30,74 +26,6 @@ Request = Mapping[str, Any]
 MAX_BUCKETS = 64
 SERVED = ("stop", "length")
 _QUANTILES = (("p50", 50), ("p95", 95), ("p99", 99), ("max", 100))
-
-
-class TracedRequest(Protocol):
-    """What the trace reads of a request; token ids are hashed and counted, never written."""
-
-    @property
-    def request_id(self) -> str: ...
-    @property
-    def prompt_token_ids(self) -> Sequence[int]: ...
-    @property
-    def source_row(self) -> int | None: ...
-    @property
-    def arrival_s(self) -> float: ...
-    @property
-    def labels(self) -> Mapping[str, str]: ...
-    @property
-    def needle_positions(self) -> Sequence[int]: ...
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class RequestFacts:
-    """What became of a request. Times are seconds from the run's start; None until the event happens."""
-
-    num_output_tokens: int = 0
-    first_token_s: float | None = None
-    finish_s: float | None = None
-    state: str = "unfinished"  # how it ended
-    score: float | None = None  # the task's, where it has one
-    admitted_s: float | None = None  # for the first time
-    num_preemptions: int = 0
-    prefix_hit_tokens: int | None = None  # found in the prefix cache when its prefill first began
-    num_prefill_tokens: int = 0  # computed in chunks; counts what is computed again
-    prefill_s: float = 0.0  # what those chunks took
-    num_recomputes: int = 0  # times it was computed again because a tier lost its KV
-    error: str | None = None  # one line without prompt text: why it was rejected or failed
-    text: str | None = None  # the answer, with `--save-text`
-
-
-def request_line(
-    request: TracedRequest, facts: RequestFacts, *, has_prefix_cache: bool, has_tiers: bool
-) -> dict[str, Any]:
-    """The fields of `schema.REQUEST_FIELDS`, in their order; `error` and `text` only where there is one."""
-    line = {
-        "request_id": request.request_id,
-        "source_row": request.source_row,
-        "num_prompt_tokens": len(request.prompt_token_ids),
-        "num_output_tokens": facts.num_output_tokens,
-        "arrival_s": request.arrival_s,
-        "first_token_s": facts.first_token_s,
-        "finish_s": facts.finish_s,
-        "state": facts.state,
-        "score": facts.score,
-        "admitted_s": facts.admitted_s,
-        "num_preemptions": facts.num_preemptions,
-        "labels": dict(request.labels),
-        "needle_positions": sorted(set(request.needle_positions)),
-    }
-    if has_prefix_cache:
-        line["prefix_hit_tokens"] = facts.prefix_hit_tokens
-        line["num_prefill_tokens"] = facts.num_prefill_tokens
-        line["prefill_s"] = facts.prefill_s
-    if has_tiers:
-        line["num_recomputes"] = facts.num_recomputes
-    if facts.error is not None:
-        line["error"] = facts.error
-    if facts.text is not None:
-        line["text"] = facts.text
-    return line
 
 
 def _time_per_output_token(request: Request) -> int | None:
