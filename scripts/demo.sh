@@ -16,6 +16,7 @@ echo "== 1. a tiny DeepSeek-V3.2 of our own training ($model/README.md), convert
     --hf-ckpt-path "$model" --save-path "$work/converted" --n-experts 4 --model-parallel 1
 
 echo "== 2. a needle in about 2K tokens, and the answer"
+dsatrace warmup --for trace
 dsatrace needle --tokenizer "$work/converted" --tokens 2000 --seed 3 --out "$work/prompt.txt"
 python inference/generate.py --ckpt-path "$work/converted" --config "$config" --device cpu \
     --input-file "$work/prompt.txt" --max-new-tokens 16 --temperature 0

@@ -17,7 +17,7 @@ import pytest
 from conftest import INFERENCE
 
 PACKAGE = INFERENCE / "dsatrace"
-BASE = {"schema", "errors", "version", "files", "flags", "units"}
+BASE = {"schema", "errors", "version", "files", "flags", "jit", "units"}
 
 
 class Rule(NamedTuple):
@@ -33,10 +33,11 @@ RULES: dict[str, Rule] = {
     "errors": Rule(set()),
     "version": Rule(set()),
     "files": Rule({"errors"}),
+    "jit": Rule(set(), {"numba"}),
     "flags": Rule({"errors"}),
     "units": Rule(set()),
     "verify": Rule({"schema", "errors"}, set(), {"numpy", "pyarrow"}),
-    "kv": Rule({"schema", "errors"}, {"numpy", "numba"}, {"memcache_hybrid", "mooncake", "nixl"}),
+    "kv": Rule({"schema", "errors", "jit"}, {"numpy", "numba"}, {"memcache_hybrid", "mooncake", "nixl"}),
     "model": Rule({"errors", "files"}, {"torch", "safetensors"}, {"tilelang", "fast_hadamard_transform"}),
     "trace": Rule(BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}),
     "workloads": Rule(

@@ -25,6 +25,7 @@ VERBS = {
     "needle": Verb("dsatrace.commands.needle", "write a needle-in-a-haystack prompt"),
     "make-tiny-checkpoint": Verb("dsatrace.commands.make_tiny_checkpoint", "a small random checkpoint"),
     "study": Verb("dsatrace.commands.study", "how much conversations share, and what a cache makes of it"),
+    "warmup": Verb("dsatrace.commands.warmup", "compile all kernels beforehand"),
     "sanity": Verb("dsatrace.commands.sanity", "synthetic records through the plain implementation"),
 }
 

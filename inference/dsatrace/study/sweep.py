@@ -180,7 +180,7 @@ def _results(jobs: list[_Job], inputs: Inputs, settings: SweepSettings, workers:
     try:
         with ProcessPoolExecutor(workers, context, _start, (inputs, settings)) as pool:
             policies = [run.policy for run in settings.runs if run.policy != LRU]
-            list(pool.map(_compile, policies))  # each by one worker; the others load what it wrote
+            list(pool.map(compile_policy, policies))  # each by one worker; the others load what it wrote
             yield from pool.map(_run_in_worker, jobs, chunksize=max(1, len(jobs) // (8 * workers)))
     except BrokenProcessPool as error:
         raise UserError(
@@ -203,7 +203,8 @@ def _run_in_worker(job: _Job) -> Cells:
     return _run_job(job, *_given)
 
 
-def _compile(policy: str) -> None:
+def compile_policy(policy: str) -> None:
+    """Compiles a policy's loop, or loads it from the cache of compiled code."""
     simulate(AccessStream.of([[0]], workloads=["any"]), policy, 1, **_NEUTRAL.get(policy, {}))
 
 

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from dsatrace.jit import cached_njit
 
 LITERAL, INT, TEXT, RUN = range(4)
 """What an instruction of `write_lines` writes: fixed bytes, a number, a record's text, a list of numbers."""
@@ -37,7 +38,7 @@ def _kernel(signature: str) -> Callable[[Callable[..., Any]], Any]:
     """Compiled for this one signature, by `compile_kernels`."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        dispatcher = njit(nogil=True, cache=True)(function)
+        dispatcher = cached_njit(nogil=True)(function)
         _KERNELS.append((dispatcher, signature))
         return dispatcher
 
@@ -52,7 +53,7 @@ def compile_kernels() -> None:
         dispatcher.disable_compile()
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _nearest_rank(histogram, count, percent):  # type: ignore[no-untyped-def]
     """The quantile of `count` values, of which `histogram[v]` are v."""
     left = max(1, (count * percent + 99) // 100)
@@ -182,7 +183,7 @@ def count_shared(tokens, before, seen, with_before, with_layer):  # type: ignore
             seen[token >> 6] = 0
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _count_marked(tokens, seen):  # type: ignore[no-untyped-def]
     count = np.uint64(0)
     for token in tokens:
@@ -190,14 +191,14 @@ def _count_marked(tokens, seen):  # type: ignore[no-untyped-def]
     return np.int64(count)
 
 
-@njit(nogil=True, cache=True, inline="always")
+@cached_njit(nogil=True, inline="always")
 def _put(out, at, source, start, stop):  # type: ignore[no-untyped-def]
     for i in range(start, stop):
         out[at + i - start] = source[i]
     return at + stop - start
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _put_int(out, at, value, quads):  # type: ignore[no-untyped-def]
     """Writes a number in decimal; returns where it ends."""
     if value < 0:
@@ -206,7 +207,7 @@ def _put_int(out, at, value, quads):  # type: ignore[no-untyped-def]
     return _put_natural(out, at, value, quads)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _put_natural(out, at, value, quads):  # type: ignore[no-untyped-def]
     scale = 1
     while value // scale >= 10000:
@@ -222,7 +223,7 @@ def _put_natural(out, at, value, quads):  # type: ignore[no-untyped-def]
     return at
 
 
-@njit(nogil=True, cache=True, inline="always")
+@cached_njit(nogil=True, inline="always")
 def _put_word(out, at, word):  # type: ignore[no-untyped-def]
     """Stores eight bytes, the lowest first; written this way, they compile to one instruction."""
     out[at] = word & _BYTE
@@ -230,13 +231,13 @@ def _put_word(out, at, word):  # type: ignore[no-untyped-def]
         out[at + np.uint64(i)] = (word >> np.uint64(8 * i)) & _BYTE
 
 
-@njit(nogil=True, cache=True, inline="always")
+@cached_njit(nogil=True, inline="always")
 def _skipped_bits(value):  # type: ignore[no-untyped-def]
     """Bits of the leading zeros among the four digits of a number below 10000."""
     return np.uint64(24 - 8 * (value >= 10) - 8 * (value >= 100) - 8 * (value >= 1000))
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _put_run(out, start_at, values, start, stop, quads):  # type: ignore[no-untyped-def]
     """Writes `[1,2,3]` for numbers >= 0. This is the bulk of a trace, so a number takes one store.
 

@@ -23,6 +23,7 @@ import numpy as np
 from numba import njit
 from numba.extending import overload
 
+from dsatrace.jit import cached_njit
 from dsatrace.kv.policies.policy import Access
 
 ABSENT = -1
@@ -56,7 +57,7 @@ class Cache(NamedTuple):
 
 CLOCK, CACHED, IN_USE = range(3)
 
-compiled_whole = njit(nogil=True, cache=True, _nrt=False)  # type: ignore[call-overload]
+compiled_whole = cached_njit(nogil=True, _nrt=False)
 """For a loop over a stream and all it calls. `_nrt=False` applies to the callees too: nothing there
 allocates, and counting references to the state's arrays made the loops three to six times slower."""
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from numba import njit
 
+from dsatrace.jit import cached_njit
 from dsatrace.kv.policies.stream import AccessStream
 
 SHORTEST_MEAN_S = 1e-9
@@ -43,7 +43,7 @@ def admitted_workloads(profile: ReuseProfile, min_relative_reuse: float) -> list
     return (profile.probability >= min_relative_reuse * profile.probability.max()).astype(float).tolist()
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _count(
     blocks: np.ndarray,
     starts: np.ndarray,

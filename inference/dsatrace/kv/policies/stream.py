@@ -16,9 +16,9 @@ import functools
 from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
-from numba import njit
 
 from dsatrace.errors import UserError
+from dsatrace.jit import cached_njit
 from dsatrace.kv.policies.policy import NEVER
 from dsatrace.kv.simulation.block_trace import offsets_of, parents_of
 
@@ -186,7 +186,7 @@ def release_by_concurrency(num_requests: int, concurrency: int) -> np.ndarray:
     return np.arange(num_requests, dtype=np.int64) + concurrency
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _repeated_block(blocks: np.ndarray, starts: np.ndarray, num_blocks: int) -> int:
     """The first request that names a block twice, or -1."""
     named_by = np.full(num_blocks, -1, np.int32)
@@ -198,7 +198,7 @@ def _repeated_block(blocks: np.ndarray, starts: np.ndarray, num_blocks: int) -> 
     return -1
 
 
-@njit(nogil=True, cache=True)
+@cached_njit(nogil=True)
 def _next_use(blocks: np.ndarray, starts: np.ndarray, held: np.ndarray, num_blocks: int) -> np.ndarray:
     coming = np.full(num_blocks, NEVER, np.int64)
     result = np.full(len(blocks), NEVER, np.int64)

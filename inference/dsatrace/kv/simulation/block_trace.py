@@ -15,7 +15,8 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
+
+from dsatrace.jit import cached_njit
 
 TokenLists = Sequence[Sequence[int]] | Sequence[np.ndarray]
 
@@ -182,7 +183,7 @@ def exact_block_ids(
     return keys, key_ptr, parents[:num_keys].copy()
 
 
-@njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def _intern(tokens, token_ptr, roots, block_size, key_ptr, keys, parents, first_token, slots):  # type: ignore[no-untyped-def]
     """Numbers the blocks by an open hash table from (parent, tokens) to id; a slot is a 32-bit
     fingerprint and the id. Returns how many ids there are."""

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from dsatrace.jit import cached_njit
 from dsatrace.kv.blocks import EVICT, HIT, MISS
 
 NONE = -1
@@ -444,13 +445,13 @@ def _continuous(pool, s, q):  # type: ignore[no-untyped-def]
         _commit(pool, s, q, live)
 
 
-@njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def run_in_order(pool, requests, settings):  # type: ignore[no-untyped-def]
     """The whole trace; the arguments are the fields of `Pool`, `Requests` and `Settings` as tuples."""
     _in_order(Pool(*pool), Settings(*settings), Requests(*requests))
 
 
-@njit(cache=True, nogil=True)
+@cached_njit(nogil=True)
 def run_continuous(pool, requests, settings):  # type: ignore[no-untyped-def]
     """As `run_in_order`."""
     _continuous(Pool(*pool), Settings(*settings), Requests(*requests))

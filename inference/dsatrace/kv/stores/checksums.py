@@ -14,7 +14,8 @@ adversary. A copy with its checksum costs a few to twenty percent more than the 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from dsatrace.jit import cached_njit
 
 # numba turns uint64 mixed with int64 into float64, hence the types.
 _ODD, _STEP = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4E)
@@ -48,17 +49,16 @@ def _word(unit_bytes: int) -> type[np.unsignedinteger]:
     return np.uint64 if unit_bytes % 8 == 0 else np.uint32 if unit_bytes % 4 == 0 else np.uint8
 
 
-@njit(nogil=True, cache=True, inline="always")
+@cached_njit(nogil=True, inline="always")
 def _mix(word, j):  # type: ignore[no-untyped-def]
     """Word j's part of the sum; the factor is odd at every place."""
     wide = np.uint64(word)
     return (wide ^ (wide >> _SHIFT)) * (_ODD + np.uint64(j) * _STEP)
 
 
-@njit(
+@cached_njit(
     [f"void({word}[:,::1], int64[::1], uint64[::1], uint64[::1])" for word in _WORD_TYPES],
     nogil=True,
-    cache=True,
 )
 def _sum_words(buffer, rows, keys, sums):  # type: ignore[no-untyped-def]
     for i in range(len(rows)):
@@ -69,13 +69,12 @@ def _sum_words(buffer, rows, keys, sums):  # type: ignore[no-untyped-def]
         sums[i] = total
 
 
-@njit(
+@cached_njit(
     [
         f"void({word}[:,::1], int64[::1], {word}[:,::1], int64[::1], uint64[::1], uint64[::1])"
         for word in _WORD_TYPES
     ],
     nogil=True,
-    cache=True,
 )
 def _copy_words(source, source_rows, target, target_rows, keys, sums):  # type: ignore[no-untyped-def]
     for i in range(len(source_rows)):

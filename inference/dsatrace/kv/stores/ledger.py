@@ -14,7 +14,8 @@ uses open addressing with linear probing, compiled.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from dsatrace.jit import cached_njit
 
 FIRST_SLOTS = 1024
 """Initial slots of a ledger without capacity; they double when they run out."""
@@ -71,7 +72,7 @@ class Ledger:
         self.sums[self.take(keys)] = sums
 
 
-@njit(nogil=True, cache=True, inline="always")
+@cached_njit(nogil=True, inline="always")
 def _place(table, slot_keys, key):  # type: ignore[no-untyped-def]
     """The place of `key` in the table, or the free place where it would be."""
     mask = len(table) - 1
@@ -81,14 +82,14 @@ def _place(table, slot_keys, key):  # type: ignore[no-untyped-def]
     return place
 
 
-@njit("void(int64[::1], uint64[::1], uint64[::1], int64[::1])", nogil=True, cache=True)
+@cached_njit("void(int64[::1], uint64[::1], uint64[::1], int64[::1])", nogil=True)
 def _find(table, slot_keys, keys, slots):  # type: ignore[no-untyped-def]
     """`slots[i]` of `keys[i]`, or -1."""
     for i in range(len(keys)):
         slots[i] = table[_place(table, slot_keys, keys[i])]
 
 
-@njit("int64(int64[::1], uint64[::1], int64[::1], int64, uint64[::1], int64[::1])", nogil=True, cache=True)
+@cached_njit("int64(int64[::1], uint64[::1], int64[::1], int64, uint64[::1], int64[::1])", nogil=True)
 def _take(table, slot_keys, free, num_free, keys, slots):  # type: ignore[no-untyped-def]
     """`slots[i]` of `keys[i]`, old or taken from the end of `free`, or -1 if none is left.
 
@@ -104,7 +105,7 @@ def _take(table, slot_keys, free, num_free, keys, slots):  # type: ignore[no-unt
     return num_free
 
 
-@njit("int64(int64[::1], uint64[::1], int64[::1], int64, uint64[::1])", nogil=True, cache=True)
+@cached_njit("int64(int64[::1], uint64[::1], int64[::1], int64, uint64[::1])", nogil=True)
 def _free(table, slot_keys, free, num_free, keys):  # type: ignore[no-untyped-def]
     """Forgets `keys`, known or not; their slots go to the end of `free`. Returns how many are free now."""
     mask = len(table) - 1

@@ -20,8 +20,8 @@ import socket
 import time
 
 import numpy as np
-from numba import njit
 
+from dsatrace.jit import cached_njit
 from dsatrace.kv.stores.interface import ErrorKind, StoreError
 
 NIL = -1
@@ -167,7 +167,7 @@ class Connection:
         return StoreError(kind, f"{self._address.label}: {cause}")
 
 
-@njit("UniTuple(int64, 2)(uint8[::1], int64, int64, int64[::1], int64[::1])", nogil=True, cache=True)
+@cached_njit("UniTuple(int64, 2)(uint8[::1], int64, int64, int64[::1], int64[::1])", nogil=True)
 def _find_values(reply, done, place, begins, lengths):  # type: ignore[no-untyped-def]
     """Continues to parse `$<length>\\r\\n<value>\\r\\n` and `$-1\\r\\n` with value `done` at `place`.
 
@@ -222,7 +222,7 @@ class Frames:
         return frames
 
 
-@njit("void(uint8[:,::1], int64[::1], uint8[:,::1], int64)", nogil=True, cache=True)
+@cached_njit("void(uint8[:,::1], int64[::1], uint8[:,::1], int64)", nogil=True)
 def _pack(data, rows, frames, value_begin):  # type: ignore[no-untyped-def]
     """`frames[i, value_begin:][:unit] = data[rows[i]]`."""
     for i in range(len(rows)):
@@ -232,7 +232,7 @@ def _pack(data, rows, frames, value_begin):  # type: ignore[no-untyped-def]
             place[j] = unit[j]
 
 
-@njit("void(uint8[::1], int64[::1], uint8[:,::1], int64[::1])", nogil=True, cache=True)
+@cached_njit("void(uint8[::1], int64[::1], uint8[:,::1], int64[::1])", nogil=True)
 def unpack(reply, begins, out, rows):  # type: ignore[no-untyped-def]
     """`out[rows[i]]` = the unit that begins at `reply[begins[i]]`."""
     for i in range(len(rows)):

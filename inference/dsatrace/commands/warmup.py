@@ -1,0 +1,99 @@
+"""`dsatrace warmup`: compiles all kernels beforehand, so that no run waits for it.
+
+dsatrace warmup
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import importlib
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from dsatrace.commands.parser import CommandParser
+from dsatrace.errors import exits_cleanly
+from dsatrace.jit import kept_in
+
+PARTS = ("trace", "stores", "study")
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = CommandParser(
+        "warmup",
+        "Compile the kernels that the trace, the stores and the study use, and keep them for later runs.",
+        examples="""
+        %(prog)s
+        %(prog)s --for trace
+        """,
+    )
+    parser.add_argument("--for", dest="part", choices=("all", *PARTS), default="all", help="what to compile")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    args = parser.parse_args(argv)
+    started = time.perf_counter()
+    jobs = [job for part in PARTS if args.part in ("all", part) for job in _jobs(part)]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(max(1, min(args.jobs, len(jobs))), context) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(job) for job in jobs]):
+            print(f"compiled {done.result()}", file=sys.stderr)
+    where = kept_in()
+    kept = f"kept in {where}" if where else "no folder can be written, so every process compiles anew"
+    print(f"{len(jobs)} kernels ready in {time.perf_counter() - started:.0f} s; {kept}")
+    return 0
+
+
+def _jobs(part: str) -> list[Callable[[], str]]:
+    """What can be compiled side by side."""
+    if part == "trace":
+        return [_trace]
+    if part == "stores":
+        return [_stores]
+    from dsatrace.kv.policies.registry import POLICIES
+
+    return [_pool, _lru_at_all_sizes, *(functools.partial(_policy, name) for name in POLICIES)]
+
+
+def _trace() -> str:
+    from dsatrace.trace.kernels import compile_kernels
+
+    compile_kernels()
+    return "the trace's writer"
+
+
+def _stores() -> str:
+    for name in ("checksums", "ledger", "resp"):  # they compile when they are imported
+        importlib.import_module(f"dsatrace.kv.stores.{name}")
+    return "the stores"
+
+
+def _pool() -> str:
+    from dsatrace.kv.simulation.block_trace import BlockTrace
+    from dsatrace.kv.simulation.replay import ReplayConfig, replay
+
+    trace = BlockTrace.from_tokens([[1, 2, 3, 4, 5], [1, 2, 9]], block_size=2)
+    replay(trace, ReplayConfig(num_blocks=4))
+    replay(trace, ReplayConfig(num_blocks=4, schedule="continuous"))
+    return "the block pool's simulator"
+
+
+def _policy(name: str) -> str:
+    from dsatrace.study.sweep import compile_policy
+
+    compile_policy(name)
+    return f"policy {name}"
+
+
+def _lru_at_all_sizes() -> str:
+    from dsatrace.kv.policies.stack_distance import lru_hits_at
+    from dsatrace.kv.policies.stream import AccessStream
+
+    lru_hits_at(AccessStream.of([[0, 1], [0, 2]]), [1, 2])
+    return "LRU at all sizes"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
