@@ -251,6 +251,8 @@ MANIFEST_FIELDS = (
     Field("tool_version", "string", "", "version of the package"),
     _STATE,
     Field("error", "string | null", "", "why the run is incomplete, where that is known"),
+    Field("failed_requests", "int", "requests", "requests that ended in state failed; absent where none did",
+          optional=True),
     Field("started_utc", "string", "", "ISO 8601"),
     Field("argv", "string[]", "", "command line, secrets redacted"),
     _SELECTIONS,

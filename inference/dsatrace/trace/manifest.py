@@ -140,6 +140,7 @@ def manifest(
     key_id: str,
     started: float | None = None,  # seconds since the epoch
     error: str | None = None,
+    failed_requests: int = 0,
 ) -> dict[str, Any]:
     """The record of manifest.json, in the schema's field order."""
     model_config = json.loads(json.dumps(dict(run.model_config)))  # as it is read back: no tuples
@@ -149,6 +150,7 @@ def manifest(
         "tool_version": __version__,
         "state": state,
         "error": error,
+        **({"failed_requests": failed_requests} if failed_requests else {}),
         "started_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "argv": redact_argv(run.argv),
         "selections": run.selections,
