@@ -214,7 +214,8 @@ class Tracer:
             self.close()
         elif not self._closed:
             # The user sees the error under way; the writer's own, if any, goes to the manifest.
-            _warn(self._end("incomplete", f"ended by {type(error).__name__}"))
+            is_interrupt = isinstance(error, KeyboardInterrupt)
+            _warn(self._end("incomplete", None if is_interrupt else f"ended by {type(error).__name__}"))
 
     def _end(self, state: str, reason: str | None = None) -> UserError | None:
         """Writes what waits and gives the manifest its last state; returns why the manifest could not be
