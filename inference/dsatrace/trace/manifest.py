@@ -204,6 +204,12 @@ def shared_layers_of(manifest: Mapping[str, Any]) -> dict[int, int]:
     return shared_layers([layer["source_layer"] for layer in selection["layers"]]) if selection else {}
 
 
+def prefix_cache_cold_starts(manifest: Mapping[str, Any]) -> int:
+    """How often a run with a prefix cache began anew with an empty one: once per resume."""
+    has_cache = manifest.get("prefix_source") == "cache"
+    return len(manifest.get("resumed_at_forward", ())) if has_cache else 0
+
+
 def _selection(run: RunInfo) -> dict[str, Any] | None:
     """The manifest's `selection`; None where no model ran or its config does not give the layers."""
     top_k, num_layers = (run.model_config.get(name) for name in ("index_topk", "n_layers"))

@@ -26,11 +26,12 @@ from dsatrace.kv.tiers.account import OffloadedTiers, Tiers, default_tiers
 from dsatrace.schema import MANIFEST_FILE, SUMMARY_FIELDS, problems
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig, check_run_folder, is_sampled
-from dsatrace.trace.manifest import RunInfo, manifest
+from dsatrace.trace.manifest import RunInfo, manifest, prefix_cache_cold_starts
 from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.request_facts import RequestFacts, TracedRequest, request_line
 from dsatrace.trace.resume import Resumed, check_resumable
 from dsatrace.trace.summary import Summary, TracingCost
+from dsatrace.trace.unfinished import Shares
 from dsatrace.trace.writer import Sink, TraceWriter, cannot_write, open_sinks
 
 _TIERS_FIELD = tuple(field for field in SUMMARY_FIELDS if field.name == "tiers")
@@ -77,8 +78,11 @@ class Tracer:
         deriver = RecordDeriver(config, run.layouts[0], tiers_of(run), True, run.shared_layers)
         sizes, has_tiers = config.compared_block_sizes, run.tiers is not None
         summary = Summary(sizes, run.selections, run.serving, offloaded=has_tiers)
+        if config.level != "full":
+            summary.shares = Shares(sizes)
         if resumed is not None:
             summary = resumed.summary
+            summary.prefix_cache_cold_starts = prefix_cache_cold_starts(self._manifest("running"))
         summary.cost = cost = TracingCost()
         sinks = self._open_folder(summary, sinks)
         policies = config.queue_policy, config.on_error

@@ -213,7 +213,8 @@ def _check_totals(
         if name not in summary and derived.get(name) is None:
             derived.pop(name, None)
     _check_cost(summary, order.num_forwards_in_last_part)
-    was_resumed = bool(run.manifest.get("resumed_at_forward"))
+    # What unfinished requests added is taken off at a resume where it was kept apart.
+    was_resumed = bool(run.manifest.get("resumed_at_forward")) and "unfinished" not in summary
     stored_only = _check_own_histograms(summary, derived, totals, was_resumed)
     if stored_only and was_resumed:
         del derived["step_overlap"], derived["layer_overlap"]
