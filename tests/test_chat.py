@@ -193,15 +193,25 @@ def test_a_store_that_dies_fails_an_answer_and_not_the_program(checkpoint: Path,
             terminal.say("/clear")
             assert terminal.say(STORY) == answer
             terminal.child.sendline("/exit")
-            assert terminal.exit_code() == 0
+            assert terminal.exit_code() == 1
         finally:
             terminal.child.close(force=True)
     assert [turn["state"] for turn in RunReader(run).requests()] == ["length", "failed", "length"]
+    assert RunReader(run).manifest["failed_requests"] == 1
     assert verify(run).state == "complete"
 
 
-@pytest.mark.parametrize("when", ["at the prompt", "in an answer"])
-def test_sigterm_ends_a_chat_and_takes_its_kv_along(checkpoint: Path, run: Path, when: str) -> None:
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [
+        ("at the prompt", signal.SIGTERM),
+        ("in an answer", signal.SIGTERM),
+        ("in an answer", signal.SIGHUP),
+    ],
+)
+def test_a_signal_ends_a_chat_and_takes_its_kv_along(
+    checkpoint: Path, run: Path, when: str, number: signal.Signals
+) -> None:
     redis = pytest.importorskip("redis", reason="redis-py counts the server's keys")
     with valkey() as server, redis.Redis.from_url(server.tcp) as client:
         num_tokens = NEW_TOKENS if when == "at the prompt" else 20_000
@@ -214,7 +224,7 @@ def test_sigterm_ends_a_chat_and_takes_its_kv_along(checkpoint: Path, run: Path,
             else:
                 terminal.child.expect(r"\n[a-z ]{20}")
                 assert client.dbsize() > 0
-            terminal.child.kill(signal.SIGTERM)
+            terminal.child.kill(number)
             assert terminal.exit_code() == 0
         finally:
             terminal.child.close(force=True)

@@ -36,6 +36,7 @@ from helpers.resume_samples import (
     config_of,
     records_of,
     resume,
+    rounded,
     serve,
 )
 from helpers.trace_samples import SECRET, SampleRequest
@@ -245,24 +246,86 @@ def test_resumed_several_times(undisturbed: Path, tmp_path: Path, stops: tuple[i
 @pytest.mark.parametrize("level", LEVELS_BELOW)
 @pytest.mark.parametrize("stop_at", range(0, NUM_FORWARDS, 3))
 def test_levels_below_full(tmp_path: Path, level: str, stop_at: int) -> None:
-    """What the records hold is that of an undisturbed run; what they do not is said to be approximate."""
+    """The summary is that of an undisturbed run, though its distributions cannot be derived again."""
     whole = serve(tmp_path / "whole", level=level)
     folder = serve(tmp_path / "run", stop_at, level=level)
     verify(folder)
     resume(folder, level=level)
+    check_counted_once(folder, whole)
+
+
+def check_counted_once(folder: Path, whole: Path) -> None:
     assert records_of(folder) == records_of(whole)
     assert answers_of(folder) == answers_of(whole)
     verified = verify(folder)
-    assert verified.state == "complete"
-    assert "served again after a resume" in verified.notes[-1]
+    assert (verified.state, verified.notes) == ("complete", verify(whole).notes)
     check_summary(folder)
     summary, expected = RunReader(folder).summary(), RunReader(whole).summary()
-    assert summary["counts"]["records"] == expected["counts"]["records"]
-    for name in ("unique_blocks", "kv_fetch", "bytes_read", "prefix_intersection_ratio"):
-        assert summary[name] == expected[name]
-    for row, other in zip(summary["blocks_touched"], expected["blocks_touched"], strict=True):
-        for name in ("uniform_mean", "recency_mean", "context_mean"):
-            assert row[name] == pytest.approx(other[name])
+    for found in (summary, expected):
+        # Who shares a forward with whom is another matter after a seam.
+        del found["tracing_cost"], found["step_ms"], found["histograms"]["step_us"], found["counts"]["steps"]
+    assert rounded(summary) == rounded(expected)
+
+
+@pytest.mark.parametrize("level", LEVELS_BELOW)
+def test_killed_with_a_summary_behind_its_records(
+    tmp_path: Path, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the last summary does not count of a killed run is served again, ended or not."""
+    Disk(monkeypatch)
+    whole = serve(tmp_path / "whole", level=level)
+    stored = [serve(tmp_path / f"s{i}", i, level=level) for i in range(0, NUM_FORWARDS, 3)]
+    counted, served_again, shares = set(), 0, 0
+    for i, behind in enumerate(stored):
+        for ahead in stored[i:]:
+            folder = tmp_path / f"{behind.name}_{ahead.name}"
+            shutil.copytree(ahead, folder)
+            shutil.copy(behind / SUMMARY_FILE, folder / SUMMARY_FILE)
+            _say_running(folder)
+            unfinished = RunReader(folder).summary()["unfinished"]
+            shares += sum(unfinished["histograms"]["offsets"]["counts"])
+            num_ended = sum(state == "length" for state, _ in answers_of(folder).values())
+            served_again += num_ended - unfinished["ended_requests"]
+            counted.add(unfinished["ended_requests"])
+            resume(folder, level=level)
+            check_counted_once(folder, whole)
+    assert served_again > 0  # requests whose lines were there and in no summary
+    assert shares > 0  # and there were steps to take off
+    assert len(counted) > 1
+
+
+@pytest.mark.parametrize("level", LEVELS_BELOW)
+def test_killed_while_resuming_below_full(tmp_path: Path, level: str) -> None:
+    """Its requests are cut already, and its summary is still the last one of before."""
+    whole = serve(tmp_path / "whole", level=level)
+    for at in itertools.count(1):
+        folder = serve(tmp_path / str(at), 7, level=level)
+        with pytest.MonkeyPatch.context() as patch:
+            Disk(patch, at)
+            patch.setattr(files, "_removed_on_failure", lambda path: contextlib.nullcontext())
+            with contextlib.suppress(Killed, TraceWriterError):
+                resume(folder, level=level)
+                break
+        resume(folder, level=level)
+        check_counted_once(folder, whole)
+    assert at > 10
+
+
+@pytest.mark.parametrize("level", LEVELS_BELOW)
+def test_a_summary_that_keeps_no_shares_apart(tmp_path: Path, level: str) -> None:
+    """An older version's, or one of which a power cut has taken a request: steps count twice, and are
+    said to."""
+    for lost in ("shares", "request"):
+        folder = serve(tmp_path / lost, 7, level=level)
+        summary = RunReader(folder).summary()
+        if lost == "shares":
+            del summary["unfinished"]
+        else:
+            summary["unfinished"]["ended_requests"] += 1
+        (folder / SUMMARY_FILE).write_text(json.dumps(summary))
+        resume(folder, level=level)
+        assert "served again after a resume" in verify(folder).notes[-1]
+        assert "unfinished" not in RunReader(folder).summary()
 
 
 def test_killed_before_the_first_file(undisturbed: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -13,6 +14,8 @@ from dsatrace.engine.engine import serve
 from dsatrace.engine.settings import EngineSettings, RunSettings
 from dsatrace.engine.simulator import StepTime, open_simulator, replay
 from dsatrace.errors import UserError
+from dsatrace.trace.config import TraceConfig
+from dsatrace.trace.reader import RunReader
 from dsatrace.workloads.request import Request
 
 END = 0
@@ -29,6 +32,22 @@ def test_hello_world_in_gives_hello_world_out():
         answer = [token for _, token in engine.run()]
     assert bytes(answer[:-1]).decode() == "Hello world"
     assert (answer[-1], live.state, live.answer) == (END, "stop", answer)
+
+
+def test_a_long_runs_summary_keeps_up(tmp_path):
+    run = RunSettings(
+        stop_tokens=frozenset({END}), trace=TraceConfig(tmp_path / "run", summary_interval_s=1e-9)
+    )
+    seen = []
+    with open_simulator(EngineSettings(max_seq_len=64), run) as engine:
+        for number, _ in enumerate(serve(engine, (Request(f"r{i}", HELLO, i + 1) for i in range(3))), 1):
+            deadline = time.monotonic() + 20
+            while (summary := RunReader(tmp_path / "run").summary())["counts"]["requests"] < number:
+                assert time.monotonic() < deadline, summary["counts"]
+                time.sleep(0.001)
+            seen.append((summary["state"], summary["counts"]["requests"]))
+    assert seen == [("running", 1), ("running", 2), ("running", 3)]
+    assert RunReader(tmp_path / "run").summary()["state"] == "complete"
 
 
 def test_an_answer_may_be_cut_by_its_length():

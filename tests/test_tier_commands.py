@@ -14,6 +14,7 @@ import pytest
 from dsatrace.commands.generate import main as generate
 from dsatrace.commands.run_burstgpt import main as run_burstgpt
 from dsatrace.commands.run_dataset import main as run_dataset
+from dsatrace.schema import MANIFEST_FIELDS, problems
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from helpers.checkpoints import tiny_config
@@ -90,6 +91,7 @@ def test_the_same_answers_and_a_line_of_what_tiers_did(
     assert ends(tmp_path / "tiers") == ends(tmp_path / "whole")
     assert verify(tmp_path / "tiers").state == "complete"
     manifest = RunReader(tmp_path / "tiers").manifest
+    assert "failed_requests" not in manifest
     assert manifest["tiers"]["granularity"] == ("row" if "row" in flags else "block")
     assert RunReader(tmp_path / "tiers").summary()["kv_fetch"]["local_pool"]["bytes_read"] > 0
 
@@ -121,19 +123,26 @@ def test_a_failed_prompt_says_why_where_its_answer_would_stand(
     assert f"error: {num_failed} of 2 prompts failed" in err
     assert "lost" in next(line for line in out.splitlines() if line.startswith("tiers:"))
     assert RunReader(tmp_path / "run").state == "complete"
+    assert RunReader(tmp_path / "run").manifest["failed_requests"] == num_failed > 0
     assert verify(tmp_path / "run").state == "complete"
 
 
-def test_a_workload_tells_its_first_failure_once(call: Call, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("command", ["run_dataset", "run_burstgpt"])
+def test_a_workload_tells_its_first_failure_once(
+    command: str, call: Call, tmp_path: Path, capsys: Any
+) -> None:
     with valkey(*FULL) as server:
         failing = ("--remote", server.tcp, "--on-tier-error", "fail")
-        assert call("run_dataset", tmp_path / "run", *ROWS, *failing) == 0
+        assert call(command, tmp_path / "run", *ROWS, *failing) == 1
     out, err = capsys.readouterr()
     num_failed = sum(state == "failed" for _, state, *_ in ends(tmp_path / "run"))
     assert num_failed > 0
     assert f"{num_failed} failed" in out
     assert err.count("a tier lost its KV") == 1
-    assert f"\nerror: {num_failed} failed, the first: request " in err
+    assert f"error: {num_failed} failed, the first: request " in err
+    manifest = RunReader(tmp_path / "run").manifest
+    assert (manifest["state"], manifest["failed_requests"]) == ("complete", num_failed)
+    assert problems(manifest, fields=MANIFEST_FIELDS) == []
     assert verify(tmp_path / "run").state == "complete"
 
 

@@ -172,7 +172,9 @@ def started(folder: Path, *flags: object) -> contextlib.AbstractContextManager[s
 MANY = ("--limit", 40, "--max-new-tokens", 200)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name
+)
 def test_a_signal_leaves_no_key_and_a_whole_summary(
     model: tuple[object, ...], number: signal.Signals, tmp_path: Path
 ) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,7 +76,7 @@ def test_default_folder_lies_in_the_checkout(tmp_path: Path, monkeypatch: pytest
     assert config is not None
     assert config.out.parent == ROOT / "outputs"
     assert config.out.name.startswith("generate_")
-    assert not config.out.exists()
+    assert list(config.out.iterdir()) == []
 
 
 def test_default_folders_never_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,8 +85,33 @@ def test_default_folders_never_collide(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     first = default_run_folder("x")
     assert first == tmp_path / "outputs" / "x_20260101_000000"  # installed elsewhere: the working directory
-    first.mkdir(parents=True)
-    assert default_run_folder("x").name == "x_20260101_000000_2"
+    with ThreadPoolExecutor(8) as pool:
+        names = {folder.name for folder in pool.map(lambda _: default_run_folder("x"), range(8))}
+    assert names == {f"x_20260101_000000_{i}" for i in range(2, 10)}
+    assert all((tmp_path / "outputs" / name).is_dir() for name in names)
+
+
+def test_an_unused_default_folder_is_removed(tmp_path: Path) -> None:
+    code = (
+        "import sys; from dsatrace.trace import config\n"
+        "config.__file__ = sys.argv[1]\n"
+        "unused, used = config.default_run_folder('x'), config.default_run_folder('x')\n"
+        "(used / 'manifest.json').touch()\n"
+        "assert unused.is_dir(); print(used.name)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a" / "b" / "c" / "config.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert [folder.name for folder in (tmp_path / "outputs").iterdir()] == [done.stdout.strip()]
+
+
+def test_outputs_that_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsatrace.trace.config.__file__", str(tmp_path / "lib" / "a" / "b" / "config.py"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").symlink_to("nowhere")
+    with pytest.raises(
+        UserError, match=r"outputs: cannot make a folder there: .*; name one with --trace-out"
+    ):
+        default_run_folder("x")
 
 
 def test_a_relative_folder_follows_the_working_directory(

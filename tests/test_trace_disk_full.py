@@ -20,8 +20,8 @@ from dsatrace.trace.tracer import Tracer
 from helpers.trace_samples import RUN, SECRET, SampleRequest, config_for, sample_capture
 
 NUM_STEPS, LINES_A_STEP = 3, 4
-NUM_WRITES = 1 + 1 + 2 * NUM_STEPS + 2 + 1 + 1
-"""Manifest, summary; lines and summary of each step; two requests; summary and manifest at the end."""
+NUM_WRITES = 1 + 1 + 2 * NUM_STEPS + 2 * 2 + 1 + 1
+"""Manifest, summary; lines and summary of each step and of two requests; both at the end."""
 
 
 class Disk:

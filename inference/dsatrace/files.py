@@ -69,13 +69,17 @@ class LineFile:
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-            if not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+            if not _is_at(self._file.fileno(), self.path):
                 raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK))
         self._is_locked = True
 
     def append(self, data: bytes | memoryview) -> None:
-        """Writes all of `data`; on failure the file ends where it ended before."""
+        """Writes all of `data`; on failure the file ends where it ended before.
+
+        Raises `UserError` when the file no longer has its name: what is written would be lost.
+        """
         with _naming(self.path):
+            self.check_place()
             try:
                 write_all(self._file, data)
             except OSError:
@@ -118,16 +122,55 @@ class LineFile:
         self._file, self._size, self._is_locked = new._file, new._size, new._is_locked
 
     def close(self) -> None:
+        """Writes through to the disk and closes; raises as `append` does."""
         if not self._file.closed:
             with _naming(self.path):
                 try:
                     self._sync()
+                    self.check_place()
                 finally:
                     self._file.close()
+
+    def check_place(self) -> None:
+        """Raises `UserError` when the file no longer has its name."""
+        _check_place(self._file.fileno(), self.path)
 
     def _sync(self) -> None:
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
+
+
+class HeldFolder:
+    """A folder that files are replaced in: `check` raises `UserError` once its path leads elsewhere.
+
+    Kept open, so that no new folder can be taken for it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def check(self) -> None:
+        _check_place(self._descriptor, self.path)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _check_place(descriptor: int, path: Path) -> None:
+    if not _is_at(descriptor, path):
+        raise UserError(
+            f"{path}: was deleted, moved or replaced while the run wrote it; start the run again, and leave "
+            "its folder alone until it ends"
+        )
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the path leads to the open file or folder: the same device and inode."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_atomically(path: Path, data: bytes) -> None:

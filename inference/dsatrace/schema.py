@@ -251,6 +251,8 @@ MANIFEST_FIELDS = (
     Field("tool_version", "string", "", "version of the package"),
     _STATE,
     Field("error", "string | null", "", "why the run is incomplete, where that is known"),
+    Field("failed_requests", "int", "requests", "requests that ended in state failed; absent where none did",
+          optional=True),
     Field("started_utc", "string", "", "ISO 8601"),
     Field("argv", "string[]", "", "command line, secrets redacted"),
     _SELECTIONS,
@@ -468,6 +470,8 @@ SUMMARY_FIELDS = (
         Field("saved_s", "float | null", "s", "hit_tokens x prefill_s / computed_tokens"),
         Field("saved_kind", "string", "", "modelled: nobody timed what was not computed"),
     )),
+    Field("prefix_cache_cold_starts", "int", "", "resumes of the run: each began with an empty prefix cache, "
+          "so that prompts were computed which an undisturbed run finds there; absent: none", optional=True),
     Field("tiers", "object | null", "", "what the tiers' stores did, as the run itself counted; null where "
           "HBM held everything, where the run has not told yet, and in a summary of several runs",
           optional=True, children=_TIER_TOTALS),
@@ -483,6 +487,14 @@ SUMMARY_FIELDS = (
         Field("writer_busy_ms", "float", "ms", "the writer thread's wall time at work, the whole run"),
     )),
     Field("histograms", "object", "", "name -> `{values, counts}` of the distributions; merged by addition"),
+    Field("unfinished", "object", "", "what requests that have not ended yet have added to distributions "
+          "that the records do not hold: a resume takes it off, for it serves them from their start; absent "
+          "at level full, whose records hold everything", optional=True, children=(
+        Field("ended_requests", "int", "requests", "requests that have ended: stop, length or rejected"),
+        Field("step_overlap", "object", "", "their part of step_overlap", children=_OVERLAP),
+        Field("layer_overlap", "object", "", "their part of layer_overlap", children=_OVERLAP),
+        Field("histograms", "object", "", "name -> `{values, counts}`: their part of the histograms"),
+    )),
 )
 
 # fmt: on

@@ -183,13 +183,13 @@ def check_summary(folder: Path) -> None:
     stored = RunReader(folder).summary()
     again = summarize_runs([folder])
     del stored["tracing_cost"], again["tracing_cost"]
-    assert _rounded(again) == _rounded(stored)
+    assert rounded(again) == rounded(stored)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Means are summed in another order."""
     if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
+        return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_rounded(inner) for inner in value]
+        return [rounded(inner) for inner in value]
     return round(value, 9) if isinstance(value, float) else value

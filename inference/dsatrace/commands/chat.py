@@ -1,6 +1,6 @@
 """The interactive mode: streamed answers, `/clear`, `/exit`, and Ctrl-C that ends one answer only.
 
-SIGTERM ends the answer under way and then the chat. An answer's thoughts are shown, and left out of
+SIGTERM and SIGHUP end the answer under way and then the chat. An answer's thoughts are shown, and left out of
 the conversation that the next turn continues.
 
 Under tensor parallel rank 0 talks and sends each turn's tokens to the other ranks.
@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from dsatrace.commands.interrupt import on_interrupt, on_signal
+from dsatrace.commands.interrupt import on_ending, on_interrupt
 from dsatrace.commands.serving import Serving
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.live import LiveRequest
@@ -25,20 +25,22 @@ _ENDS = {"aborted": " [stopped]", "failed": " [failed]"}
 """Printed after an answer that is not whole, by its state."""
 
 
-def chat(serving: Serving) -> None:
-    """Talks until `/exit` or the end of input."""
+def chat(serving: Serving) -> int:
+    """Talks until `/exit` or the end of input; returns the exit code, 1 when an answer failed."""
     with serving.open(num_requests=1) as engine:
         if serving.is_rank_0:
             leave = _Leave(engine)
-            with on_interrupt(engine.request_abort), on_signal(signal.SIGTERM, leave):
+            with on_interrupt(engine.request_abort), on_ending(leave):
                 _talk(serving, engine, leave)
         else:
             with on_interrupt(lambda: None):  # rank 0 decides when an answer ends
                 _follow(serving, engine)
+        return int(engine.scheduler.num_failed > 0)
 
 
 class _Leave:
-    """SIGTERM's action: ends the answer under way, or the wait for a line, and the conversation with it."""
+    """The action of SIGTERM and SIGHUP: ends the answer under way, or the wait for a line, and with it the
+    conversation."""
 
     def __init__(self, engine: Engine) -> None:
         self.asked = False

@@ -20,12 +20,14 @@ from dsatrace.commands.arguments import (
     check_temperature,
     settings_from_args,
 )
+from dsatrace.commands.interrupt import ends_by_signal
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly, is_rank_0
 from dsatrace.trace.config import add_trace_arguments, trace_config_from_args
 
 
 @exits_cleanly
+@ends_by_signal
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves the prompts; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -35,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: use at least 1")
     check_temperature(args.temperature)
     prompts = [] if args.interactive else read_prompts(args.input_file)
-    # Rank 0 alone owns the run's folder; the others only compare digests.
-    trace = trace_config_from_args(args, "generate", settings.seed) if is_rank_0() else None
+    trace_config_from_args(args, name=None)
 
     from dsatrace.commands.chat import chat as converse
     from dsatrace.commands.serving import Serving, answer_prompts, load_model_shown
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chat = choose_chat(tokenizer, args.ckpt_path, template=args.chat_template, thinking=args.thinking)
     check_vocabulary(tokenizer, settings.model_args().vocab_size)
     with process_group(settings.device) as device:
+        # Rank 0 alone owns the run's folder; the others only compare digests.
+        trace = trace_config_from_args(args, "generate", settings.seed) if is_rank_0() else None
         if is_rank_0() and chat.form.name == PLAIN_TEXT:
             print(SAID_OF_PLAIN_TEXT, file=sys.stderr)
         run = RunSettings(
@@ -74,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run,
         )
         if args.interactive:
-            converse(serving)
-            return 0
+            return converse(serving)
         return answer_prompts(serving, prompts)
 
 

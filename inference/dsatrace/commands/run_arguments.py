@@ -78,5 +78,5 @@ def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpars
         refuse_tiers(args)
     settings_from_args(args)  # a bad value is refused here, before torch is imported
     if run.resume is None and is_rank_0():
-        run_config_from_args(args, "run")
+        run_config_from_args(args, name=None)
     return args, argv

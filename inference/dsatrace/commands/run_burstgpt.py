@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from dsatrace.commands.interrupt import ends_by_signal
 from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.run_arguments import (
     add_run_arguments,
@@ -22,6 +23,7 @@ from dsatrace.workloads.burstgpt import BURSTGPT
 
 
 @exits_cleanly
+@ends_by_signal
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves the arrivals; returns the exit code."""
     args, argv = parse_run(_parser(), sys.argv[1:] if argv is None else list(argv))

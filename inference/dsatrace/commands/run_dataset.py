@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from dsatrace.commands.interrupt import ends_by_signal
 from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.run_arguments import (
     add_chat_arguments,
@@ -25,6 +26,7 @@ from dsatrace.workloads.data_set import DataSet
 
 
 @exits_cleanly
+@ends_by_signal
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the data set; returns the exit code."""
     parser = _parser()

@@ -63,7 +63,7 @@ def load_model_shown(settings: ModelSettings, device: torch.device) -> Transform
 
 def answer_prompts(serving: Serving, prompts: Sequence[str]) -> int:
     """Answers each prompt by itself and prints the answers in order. Returns 130 when interrupted, 1 when
-    a prompt failed because a tier lost its KV."""
+    a prompt failed because a tier lost its KV, or the trace did."""
     encoded = [serving.encode([Message("user", prompt)]) for prompt in prompts]
     longest = max(map(len, encoded)) + serving.max_new_tokens
     with serving.open(len(prompts), longest) as engine:
@@ -93,7 +93,8 @@ def answer_prompts(serving: Serving, prompts: Sequence[str]) -> int:
     if num_failed and serving.is_rank_0:
         why = "each says why where its answer would stand"
         print(f"error: {num_failed} of {len(live)} prompts failed; {why}", file=sys.stderr)
-    return 1 if num_failed else 0
+    trace_failed = engine.tracer is not None and engine.tracer.has_failed
+    return int(num_failed > 0 or trace_failed)
 
 
 def _run_with_progress(engine: Engine, live: Sequence[LiveRequest], shown: bool) -> str:

@@ -20,7 +20,7 @@ from dsatrace.verify.run import verify
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 if everything is right, 1 after naming the first bad record on stderr, 2 for no run."""
+    """Returns 0 if everything is right, 1 after naming what is not on stderr, 2 for no run."""
     parser = CommandParser(
         "verify",
         "Re-derive every record of a run from its positions, with a second implementation.",
@@ -39,8 +39,11 @@ def verify_run(folder: Path, jobs: int = 1) -> int:
     """Verifies with progress, prints the outcome and returns the exit code."""
     try:
         with bytes_bar("verify", folder / STEPS_FILE) as advance:
-            print(verify(folder, advance, jobs).text())
+            verified = verify(folder, advance, jobs)
+        print(verified.text())
     except Mismatch as mismatch:
         print(f"bad: {folder}: {mismatch}", file=sys.stderr)
         return 1
-    return 0
+    for fault in verified.faults:
+        print(f"bad: {folder}: {fault}", file=sys.stderr)
+    return int(bool(verified.faults))

@@ -56,7 +56,8 @@ def run_workload(
     data_set: DataSet,
     serving: ServingSettings = ServingSettings(),
 ) -> int:
-    """Serves every request of the data set; returns the exit code, 130 when interrupted."""
+    """Serves every request of the data set; returns the exit code: 130 when interrupted, 1 when a request
+    or the trace failed."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # names in a data set may be what a terminal cannot show
     tokenizer = choose_tokenizer(args.tokenizer, args.ckpt_path)
@@ -78,7 +79,10 @@ def run_workload(
         _print_results(folder, tally, tiers)
         if interrupted:
             print(f"interrupted; go on with --resume {folder}", file=sys.stderr)
-    return 130 if interrupted else 0
+    if interrupted:
+        return 130
+    trace_failed = engine.tracer is not None and engine.tracer.has_failed
+    return int(tally.states["failed"] > 0 or trace_failed)
 
 
 class ResumePoint(NamedTuple):

@@ -1,7 +1,7 @@
 """What a run traces, and the command-line flags that say so.
 
 Standard library only. Knows no model and opens no file; it does check that the run's folder
-is free, so that a mistake shows before a model is loaded.
+is free, so that a mistake shows before a model is loaded, and makes the one that it names itself.
 
     add_trace_arguments(parser)
     config = trace_config_from_args(parser.parse_args(), name="generate")   # None: tracing is off
@@ -12,9 +12,12 @@ A command that writes a run in any case adds the flags with `always` and calls `
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import dataclasses
+import errno
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,8 +132,9 @@ def add_trace_arguments(parser: argparse.ArgumentParser, always: bool = False) -
     add_flags(add, TraceConfig, FLAGS)
 
 
-def trace_config_from_args(args: argparse.Namespace, name: str, seed: int = 0) -> TraceConfig | None:
-    """The run's config, or None when tracing is off. `name` begins the default folder's name.
+def trace_config_from_args(args: argparse.Namespace, name: str | None, seed: int = 0) -> TraceConfig | None:
+    """The run's config, or None when tracing is off. `name` begins the default folder's name; None: no
+    folder is made, the flags are only checked.
 
     Raises `UserError` for a bad value, and for a folder that holds a run already.
     """
@@ -140,7 +144,7 @@ def trace_config_from_args(args: argparse.Namespace, name: str, seed: int = 0) -
     return _config(args, name, seed)
 
 
-def run_config_from_args(args: argparse.Namespace, name: str, seed: int = 0) -> TraceConfig:
+def run_config_from_args(args: argparse.Namespace, name: str | None, seed: int = 0) -> TraceConfig:
     """The same for flags that were added with `always`; the sample rate is 0 with `--no-trace`."""
     if not args.no_trace:
         return _config(args, name, seed)
@@ -148,24 +152,48 @@ def run_config_from_args(args: argparse.Namespace, name: str, seed: int = 0) -> 
     return dataclasses.replace(_config(args, name, seed), sample_rate=0.0)
 
 
-def _config(args: argparse.Namespace, name: str, seed: int) -> TraceConfig:
+def _config(args: argparse.Namespace, name: str | None, seed: int) -> TraceConfig:
     if not args.trace_sample_rate > 0:
         raise UserError(f"--trace-sample-rate {args.trace_sample_rate}: {_USE_A_SHARE}")
-    out = Path(args.trace_out).absolute() if args.trace_out else default_run_folder(name)
-    check_run_folder(out)
-    return TraceConfig(out, seed=seed, **values_of(args, FLAGS))
+    given = Path(args.trace_out).absolute() if args.trace_out else None
+    if given is not None:
+        check_run_folder(given)
+    config = TraceConfig(given or Path(), seed=seed, **values_of(args, FLAGS))
+    return config if given or name is None else dataclasses.replace(config, out=default_run_folder(name))
 
 
 def default_run_folder(name: str) -> Path:
-    """`<name>_<timestamp>` under the checkout's `outputs/`, or `./outputs` when installed elsewhere."""
+    """Makes `<name>_<timestamp>` under the checkout's `outputs/`, or `./outputs` when installed elsewhere.
+
+    No two runs get the same one. It is removed again if it is empty when the process ends.
+    """
     checkout = Path(__file__).resolve().parents[3]
     inside = (checkout / "pyproject.toml").is_file() and (checkout / "inference" / "dsatrace").is_dir()
     outputs = (checkout if inside else Path.cwd()) / "outputs"
     stem = f"{name}_{time.strftime('%Y%m%d_%H%M%S')}"
-    folder, again = outputs / stem, 2
-    while folder.exists():
-        folder, again = outputs / f"{stem}_{again}", again + 1
+    try:
+        outputs.mkdir(parents=True, exist_ok=True)
+        folder = _new_folder(outputs / name for name in (stem, *(f"{stem}_{i}" for i in range(2, 1000))))
+    except OSError as error:
+        raise UserError(
+            f"{outputs}: cannot make a folder there: {error.strerror}; name one with --trace-out"
+        ) from error
+    atexit.register(_remove_if_empty, folder)
     return folder
+
+
+def _new_folder(folders: Iterable[Path]) -> Path:
+    """Makes the first of them that does not exist."""
+    for folder in folders:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise FileExistsError(errno.EEXIST, "all names are taken")
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def check_run_folder(folder: Path) -> None:

@@ -140,6 +140,7 @@ def manifest(
     key_id: str,
     started: float | None = None,  # seconds since the epoch
     error: str | None = None,
+    failed_requests: int = 0,
 ) -> dict[str, Any]:
     """The record of manifest.json, in the schema's field order."""
     model_config = json.loads(json.dumps(dict(run.model_config)))  # as it is read back: no tuples
@@ -149,6 +150,7 @@ def manifest(
         "tool_version": __version__,
         "state": state,
         "error": error,
+        **({"failed_requests": failed_requests} if failed_requests else {}),
         "started_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "argv": redact_argv(run.argv),
         "selections": run.selections,
@@ -200,6 +202,12 @@ def shared_layers_of(manifest: Mapping[str, Any]) -> dict[int, int]:
     """`shared_layers` of a run; every layer has an indexer where the manifest does not say."""
     selection = manifest.get("selection")
     return shared_layers([layer["source_layer"] for layer in selection["layers"]]) if selection else {}
+
+
+def prefix_cache_cold_starts(manifest: Mapping[str, Any]) -> int:
+    """How often a run with a prefix cache began anew with an empty one: once per resume."""
+    has_cache = manifest.get("prefix_source") == "cache"
+    return len(manifest.get("resumed_at_forward", ())) if has_cache else 0
 
 
 def _selection(run: RunInfo) -> dict[str, Any] | None:

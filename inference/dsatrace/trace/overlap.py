@@ -57,6 +57,12 @@ class OverlapTotals:
             shared = np.array([share or 0.0 for share in shares]) * tokens
             self.add(np.rint(shared).astype(np.int64), tokens, stored["random_mean"] * pairs, pairs)
 
+    def subtract_json(self, stored: Mapping[str, Any], k: int) -> None:
+        """Takes off what `to_json` gave of a part of this."""
+        part = OverlapTotals()
+        part.add_json(stored, k)
+        self.add(-part._shared, -part._tokens, -part._random, -part.pairs)
+
     def to_json(self) -> dict[str, Any]:
         pairs = zip(self._shared.tolist(), self._tokens.tolist(), strict=True)
         shared, tokens = int(self._shared.sum()), int(self._tokens.sum())
@@ -89,9 +95,18 @@ class SelectionOverlap:
         self._seen = np.zeros(0, dtype=np.uint64)
 
     def add(
-        self, request_id: str, step_idx: int, seq_len: int, tokens: np.ndarray, has_indexer: np.ndarray
+        self,
+        request_id: str,
+        step_idx: int,
+        seq_len: int,
+        tokens: np.ndarray,
+        has_indexer: np.ndarray,
+        own: tuple[OverlapTotals, OverlapTotals] | None = None,
     ) -> None:
-        """One request's selections in one step, (L, K) int32, ascending in each layer; `has_indexer` (L,)."""
+        """One request's selections in one step, (L, K) int32, ascending in each layer; `has_indexer` (L,).
+
+        Also adds to its `own` totals of steps and layers, where they are kept apart.
+        """
         num_layers, k = tokens.shape
         if len(self._seen) * 64 < seq_len:
             self._seen = np.zeros(2 * (seq_len // 64 + 1), dtype=np.uint64)
@@ -100,11 +115,12 @@ class SelectionOverlap:
         before = last.tokens if last and follows else tokens[:0]
         with_before, with_layer = np.zeros((2, num_layers), dtype=np.int64)
         count_shared(tokens, before, self._seen, with_before, with_layer)
-        if follows:
-            self.step.add(with_before, np.full(num_layers, k), k / seq_len)
         compared = has_indexer & (np.arange(num_layers) > 0)
-        if compared.any():
-            self.layer.add(with_layer * compared, k * compared, k / seq_len)
+        for of_steps, of_layers in ((self.step, self.layer), *((own,) if own else ())):
+            if follows:
+                of_steps.add(with_before, np.full(num_layers, k), k / seq_len)
+            if compared.any():
+                of_layers.add(with_layer * compared, k * compared, k / seq_len)
         # A copy: the caller may use its array for the next step too.
         kept = last.tokens if last and last.tokens.shape == tokens.shape else np.empty_like(tokens)
         np.copyto(kept, tokens)

@@ -28,6 +28,7 @@ from dsatrace.trace.overlap import NeedleCounts
 from dsatrace.trace.records import StepRecords
 from dsatrace.trace.statistics import count_blocks, fused_statistics
 from dsatrace.trace.summary import Summary, context_blocks, recency_blocks, uniform_blocks
+from dsatrace.trace.unfinished import Shares
 
 NUMBER_FIELDS = (
     *("layer_id", "seq_len_current", "step_idx", "forward_idx", "step_wall_us", "unique_blocks"),
@@ -147,6 +148,9 @@ class RecordSummary(Summary):
                 at_size.touched.add_json(stored["histograms"][f"unique_blocks_at_{at_size.block_size}"])
         self.overlap.step.add_json(stored["step_overlap"], self._shape.top_k)
         self.overlap.layer.add_json(stored["layer_overlap"], self._shape.top_k)
+        if "unfinished" in stored:
+            sizes = [at_size.block_size for at_size in self.blocks_at]
+            self.shares = Shares.from_json(sizes, stored["unfinished"], self._shape.top_k)
         if level == "stats":
             self._hot.update(stored["prefix_hot_blocks"])
 

@@ -17,7 +17,7 @@ from typing import Any
 from dsatrace.errors import UserError
 from dsatrace.schema import STEPS_PARQUET_FILE, SUMMARY_FILE
 from dsatrace.trace.config import TraceConfig, is_sampled
-from dsatrace.trace.manifest import shared_layers_of
+from dsatrace.trace.manifest import prefix_cache_cold_starts, shared_layers_of
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.record_summary import (
     BLOCK_FIELDS,
@@ -76,6 +76,7 @@ def summarize_run(
         sizes = tuple(row["block_size_tokens"] for row in stored["blocks_touched"])
     summary = RecordSummary(sizes, run.manifest["selections"], _shape(run), run.manifest.get("serving"))
     summary.dropped_steps = stored["dropped_steps"] if stored else 0
+    summary.prefix_cache_cold_starts = prefix_cache_cold_starts(run.manifest)
     for section in summary.sections:
         summary.sections[section] = stored.get(section) if stored else None
     if level == "full":

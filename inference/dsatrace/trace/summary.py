@@ -24,6 +24,7 @@ from dsatrace.trace.overlap import RecallTotals, SelectionOverlap
 from dsatrace.trace.records import StepRecords
 from dsatrace.trace.request_totals import RequestTotals
 from dsatrace.trace.statistics import count_blocks
+from dsatrace.trace.unfinished import Shares
 
 NUM_HOT_BLOCKS = 20
 SectionName = Literal["tiers", "workload"]
@@ -131,6 +132,8 @@ class Summary:
         fetched = FETCH_TOTALS + (OFFLOADED_FETCH if offloaded else ())
         self.fetch = {name: dict.fromkeys(fetched, 0) for name in TIER_NAMES}
         self.scan_bytes = 0
+        self.shares: Shares | None = None  # of unfinished requests, where a resume could not count them again
+        self.prefix_cache_cold_starts = 0
         self._running: dict[str, np.ndarray] = {}  # request id -> touches of each prefix block
         self._hot: dict[str, list[dict[str, int]]] = {}  # finished requests
 
@@ -152,6 +155,9 @@ class Summary:
             for total in totals:
                 totals[total] += int(getattr(account, total).sum())
         self.scan_bytes += int(step.num_scanned.sum()) * step.index_bytes_per_token
+        if self.shares is not None:
+            for b, request_id in enumerate(capture.request_ids):
+                self.shares.of(request_id).add(step, b)
         self._add_prefix_blocks(step)
         self._add_sparse(step)
 
@@ -161,6 +167,8 @@ class Summary:
         self.requests.add(request)
         request_id = request["request_id"]
         self.overlap.forget(request_id)
+        if self.shares is not None:
+            self.shares.end(request)
         touches = self._running.pop(request_id, None)
         if touches is not None:
             self._hot[request_id] = _hottest(touches)
@@ -187,6 +195,8 @@ class Summary:
             for total in totals:
                 totals[total] += other.fetch[name][total]
         self.scan_bytes += other.scan_bytes
+        self.shares = None  # nobody resumes several runs
+        self.prefix_cache_cold_starts += other.prefix_cache_cold_starts
         for request_id, touches in other._running.items():
             self._touch(request_id, touches)
         self._hot.update(other._hot)
@@ -197,6 +207,7 @@ class Summary:
         hot = self._hot | {request_id: _hottest(touches) for request_id, touches in self._running.items()}
         distributions = {name: histogram.distribution() for name, histogram in self.dense.items()}
         of_requests, request_histograms = self.requests.to_json()
+        cold_starts = self.prefix_cache_cold_starts
         return {
             "schema_version": SCHEMA_VERSION,
             "state": state,
@@ -219,6 +230,7 @@ class Summary:
                 "with_indexer_scan": latents + self.scan_bytes,
             },
             **of_requests,
+            **({"prefix_cache_cold_starts": cold_starts} if cold_starts else {}),
             "tiers": self.sections["tiers"],
             "workload": self.sections["workload"],
             "tracing_cost": self.cost.to_json() if self.cost else None,
@@ -229,6 +241,7 @@ class Summary:
                 **{f"unique_blocks_at_{at.block_size}": at.touched.to_json() for at in self.blocks_at},
                 **request_histograms,
             },
+            **({"unfinished": self.shares.to_json()} if self.shares is not None else {}),
         }
 
     def _add_prefix_blocks(self, step: StepRecords) -> None:
@@ -260,7 +273,11 @@ class Summary:
         for b in np.flatnonzero(sparse).tolist():
             tokens = _of_request(step.stats.tokens, step.stats.token_ptr, b, step.num_layers)
             tokens = tokens.reshape(step.num_layers, -1)  # (L, K): every layer selects exactly K
-            self.overlap.add(request_ids[b], int(step_idx[b]), int(seq_len[b]), tokens, has_indexer)
+            own = None
+            if self.shares is not None:
+                share = self.shares.of(request_ids[b])
+                own = share.step, share.layer
+            self.overlap.add(request_ids[b], int(step_idx[b]), int(seq_len[b]), tokens, has_indexer, own)
 
 
 def _of_request(values: np.ndarray, pointers: np.ndarray, request: int, num_layers: int) -> np.ndarray:

@@ -20,17 +20,18 @@ from types import TracebackType
 from typing import Any
 
 from dsatrace.errors import UserError
-from dsatrace.files import write_json
+from dsatrace.files import HeldFolder, write_json
 from dsatrace.kv.prefix import PrefixCacheAnalyzer, RequestPrefix, key_id, load_prefix_secret
 from dsatrace.kv.tiers.account import OffloadedTiers, Tiers, default_tiers
 from dsatrace.schema import MANIFEST_FILE, SUMMARY_FIELDS, problems
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig, check_run_folder, is_sampled
-from dsatrace.trace.manifest import RunInfo, manifest
+from dsatrace.trace.manifest import RunInfo, manifest, prefix_cache_cold_starts
 from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.request_facts import RequestFacts, TracedRequest, request_line
 from dsatrace.trace.resume import Resumed, check_resumable
 from dsatrace.trace.summary import Summary, TracingCost
+from dsatrace.trace.unfinished import Shares
 from dsatrace.trace.writer import Sink, TraceWriter, cannot_write, open_sinks
 
 _TIERS_FIELD = tuple(field for field in SUMMARY_FIELDS if field.name == "tiers")
@@ -66,6 +67,7 @@ class Tracer:
         self._ids: set[str] = set(resumed.done) if resumed else set()
         # Only step records tell what is shared; with a prefix cache they tell what was found there.
         self._compares_prompts = config.records_steps and run.prefix_source == "analysis"
+        self._num_failed = 0
         self._closed = False
         self.tell_tiers: Callable[[], Mapping[str, Any]] | None = None
         """Asked at the run's end for the record of `describe_tiers`; the owner of the tiers sets it."""
@@ -76,8 +78,11 @@ class Tracer:
         deriver = RecordDeriver(config, run.layouts[0], tiers_of(run), True, run.shared_layers)
         sizes, has_tiers = config.compared_block_sizes, run.tiers is not None
         summary = Summary(sizes, run.selections, run.serving, offloaded=has_tiers)
+        if config.level != "full":
+            summary.shares = Shares(sizes)
         if resumed is not None:
             summary = resumed.summary
+            summary.prefix_cache_cold_starts = prefix_cache_cold_starts(self._manifest("running"))
         summary.cost = cost = TracingCost()
         sinks = self._open_folder(summary, sinks)
         policies = config.queue_policy, config.on_error
@@ -91,6 +96,11 @@ class Tracer:
     def accepts(self) -> bool:
         """See `TraceWriter.accepts`."""
         return self._writer.accepts
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the writer failed, so that the trace lacks what came after."""
+        return self._writer.error is not None
 
     def drop_step(self) -> None:
         """Counts a step that should have been recorded and was not."""
@@ -162,11 +172,13 @@ class Tracer:
         self._writer.put(capture, handover_us, sync_us)
 
     def finish_request(self, request: TracedRequest, facts: RequestFacts) -> None:
-        """Writes the request's line, as the facts are now."""
+        """Writes the request's line, as the facts are now; raises as `put` does."""
         request_id = request.request_id
+        self._num_failed += facts.state == "failed"
         self._write_line(self._unfinished.pop(request_id), facts)
         self._prefixes.pop(request_id, None)
         self._needles.pop(request_id, None)
+        self._writer.check()
 
     def describe_workload(self, record: Mapping[str, Any]) -> None:
         """Sets the summary's `workload`: its name, its counts, the rows it left out.
@@ -206,7 +218,8 @@ class Tracer:
             self.close()
         elif not self._closed:
             # The user sees the error under way; the writer's own, if any, goes to the manifest.
-            _warn(self._end("incomplete", f"ended by {type(error).__name__}"))
+            is_interrupt = isinstance(error, KeyboardInterrupt)
+            _warn(self._end("incomplete", None if is_interrupt else f"ended by {type(error).__name__}"))
 
     def _end(self, state: str, reason: str | None = None) -> UserError | None:
         """Writes what waits and gives the manifest its last state; returns why the manifest could not be
@@ -221,9 +234,14 @@ class Tracer:
         if error is not None:
             state, reason = "incomplete", f"the trace writer: {type(error).__name__}: {error}"
         try:
+            self._folder.check()
             self._write_manifest(state, reason)
         except OSError as refused:  # readers see an incomplete run: its lock is gone
             return cannot_write(refused)
+        except UserError as moved:
+            return None if error is not None else moved
+        finally:
+            self._folder.close()
         return None
 
     def _write_line(self, request: TracedRequest, facts: RequestFacts) -> None:
@@ -242,6 +260,7 @@ class Tracer:
             check_resumable(resumed.manifest, self._manifest("running"))
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._folder = HeldFolder(folder)
             self._write_manifest("running")
             if resumed is not None:
                 resumed.cut()
@@ -257,7 +276,13 @@ class Tracer:
 
     def _manifest(self, state: str, error: str | None = None) -> dict[str, Any]:
         record = manifest(
-            self._run, self.config, state, key_id=self._key_id, started=self._started, error=error
+            self._run,
+            self.config,
+            state,
+            key_id=self._key_id,
+            started=self._started,
+            error=error,
+            failed_requests=self._num_failed,
         )
         return self._resumed.continued(record) if self._resumed else record
 

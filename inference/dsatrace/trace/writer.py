@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import orjson
 
 from dsatrace.errors import UserError
-from dsatrace.files import LineFile, write_atomically
+from dsatrace.files import HeldFolder, LineFile, write_atomically
 from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
@@ -79,15 +79,20 @@ class TraceWriter:
         self._state = "incomplete"
         self._stopped = False
         self._warned = False
+        self._has_ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trace-writer", daemon=True)
         self._thread.start()
 
     @property
     def accepts(self) -> bool:
         """Whether a step put now could be written; raises `failure` where that ends the run."""
+        self.check()
+        return self.error is None
+
+    def check(self) -> None:
+        """Raises `failure` if there is one that ends the run; warns once of any other."""
         if self.error is not None:
             self._report()
-        return self.error is None
 
     def put(self, capture: StepCapture, handover_us: float = 0.0, sync_us: float = 0.0) -> None:
         """Hands one step over; waits or drops the step while the queue is full."""
@@ -95,8 +100,7 @@ class TraceWriter:
         if self.error is not None or not self._places.acquire(blocking=self._policy == "block"):
             self.drop()
             capture.release()
-            if self.error is not None:
-                self._report()
+            self.check()
             return
         self._queue.put(capture)
         cost.traced_steps += 1
@@ -119,8 +123,7 @@ class TraceWriter:
     def close(self, state: str = "complete") -> None:
         """Writes what waits, closes the sinks and reports the writer's error, if there was one."""
         self.stop(state)
-        if self.error is not None:
-            self._report()
+        self.check()
 
     def stop(self, state: str) -> None:
         """`close` without the report: the writer's error stays in `error`."""
@@ -128,7 +131,7 @@ class TraceWriter:
             self._stopped = True
             self._state = state
             self._queue.put(None)
-            self._thread.join()
+            self._wait()
 
     def __enter__(self) -> TraceWriter:
         return self
@@ -163,19 +166,36 @@ class TraceWriter:
             self._warned = True
             print(f"warning: {self.failure}; the run goes on untraced", file=sys.stderr)
 
+    def _wait(self) -> None:
+        """Waits for the thread; a Ctrl-C only after that, since the thread would die in mid-file."""
+        interrupt: KeyboardInterrupt | None = None
+        while not self._has_ended.is_set():
+            try:
+                self._has_ended.wait()
+            except KeyboardInterrupt as asked:
+                interrupt = asked
+        if interrupt is not None:
+            raise interrupt
+
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, StepCapture):
-                self._places.release()
-                self._guard(self._write_step, item)
-                item.release()  # after a failure too, or the model thread would wait forever
-            elif isinstance(item, _Section):
-                if self.error is None:
-                    self._sections[item.name] = item.record
-            elif self.error is None:
-                self._guard(self._write_request, item)
-        for sink in self._sinks:
-            self._guard(sink.close, "incomplete" if self.error else self._state)
+        try:
+            while (item := self._queue.get()) is not None:
+                self._take(item)
+            for sink in self._sinks:
+                self._guard(sink.close, "incomplete" if self.error else self._state)
+        finally:
+            self._has_ended.set()
+
+    def _take(self, item: StepCapture | Mapping[str, Any] | _Section) -> None:
+        if isinstance(item, StepCapture):
+            self._places.release()
+            self._guard(self._write_step, item)
+            item.release()  # after a failure too, or the model thread would wait forever
+        elif isinstance(item, _Section):
+            if self.error is None:
+                self._sections[item.name] = item.record
+        elif self.error is None:
+            self._guard(self._write_request, item)
 
     def _write_step(self, capture: StepCapture) -> None:
         start, is_written = time.perf_counter(), False
@@ -247,6 +267,7 @@ class JsonlSink:
         self._steps.append(self._lines.encode(step))
 
     def write_request(self, record: Mapping[str, Any]) -> None:
+        self._steps.check_place()  # a run without step records writes nothing else
         self._requests.append(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
     def close(self, state: str) -> None:
@@ -257,10 +278,13 @@ class JsonlSink:
 
 
 class SummarySink:
-    """`summary.json`: there from the start, replaced whole every `interval_s` seconds and at the end."""
+    """`summary.json`: there from the start, replaced whole every `interval_s` seconds and at the end.
+
+    A folder that has taken the place of the run's is not written to.
+    """
 
     def __init__(self, folder: Path, summary: Summary, interval_s: float) -> None:
-        self._path = folder / SUMMARY_FILE
+        self._folder = HeldFolder(folder)
         self._summary = summary
         self._dropped_before = summary.dropped_steps  # by the part of the run that this one resumes
         self._interval_s = interval_s
@@ -269,23 +293,33 @@ class SummarySink:
 
     def write_step(self, step: StepRecords) -> None:
         self._summary.add_step(step)
+        self._refresh()
+
+    def write_request(self, record: Mapping[str, Any]) -> None:
+        self._summary.finish_request(record)
+        self._refresh()
+
+    def close(self, state: str) -> None:
+        try:
+            self._write(state)
+        finally:
+            self._folder.close()
+
+    def _refresh(self) -> None:
         if time.monotonic() >= self._due:
             self._write("running")
             # Counted from the end of the write, so that a large summary cannot fill the thread's time.
             self._due = time.monotonic() + self._interval_s
 
-    def write_request(self, record: Mapping[str, Any]) -> None:
-        self._summary.finish_request(record)
-
-    def close(self, state: str) -> None:
-        self._write(state)
-
     def _write(self, state: str) -> None:
+        self._folder.check()
         cost = self._summary.cost
         if cost is not None:
             self._summary.dropped_steps = self._dropped_before + cost.dropped_steps + cost.lost_steps
         record = self._summary.to_json(state)
-        write_atomically(self._path, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        write_atomically(
+            self._folder.path / SUMMARY_FILE, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+        )
 
 
 def open_sinks(

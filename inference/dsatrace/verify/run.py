@@ -43,13 +43,14 @@ _BLOCK_SIZES = (16, 32, 64)
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What was checked; `notes` say what could not be."""
+    """What was checked; `notes` say what could not be, `faults` what is wrong with the run, not its files."""
 
     state: str
     level: str
     num_records: int
     num_requests: int
     notes: tuple[str, ...]
+    faults: tuple[str, ...] = ()
 
     def text(self) -> str:
         """One line, and one per note."""
@@ -111,7 +112,29 @@ def _verify(run: PlainRun, on_bytes: Callable[[int], object] | None, jobs: int, 
             notes += [note] if note else []
     if rules.tiers is not None and totals.num_records:
         notes.append("which tier held a token: the engine's word, of which the accounts must add up")
-    return Verification(state, rules.level, totals.num_records, len(requests), tuple(notes))
+    faults = _faults(run.manifest, state, rules, totals.num_records, lines, dropped_steps)
+    return Verification(state, rules.level, totals.num_records, len(requests), tuple(notes), tuple(faults))
+
+
+def _faults(
+    manifest: dict[str, Any],
+    state: str,
+    rules: Rules,
+    num_records: int,
+    requests: PlainRequests,
+    dropped_steps: int,
+) -> list[str]:
+    """Why a run whose files are sound is not: an error ended it, or it has none of its records."""
+    if state == "complete" and "failed_requests" in manifest:
+        with located(MANIFEST_FILE):
+            compare(manifest["failed_requests"], requests.num_failed, "failed_requests")
+    faults = [f"an error ended the run: {manifest['error']}"] if manifest["error"] else []
+    # A complete run lacks no record of a request that was served: each of them may have had no such step.
+    is_whole = state == "complete" and requests.num_requests and not (requests.num_failed or dropped_steps)
+    records_steps = rules.has_model and (rules.sample_rate > 0 or rules.prefill)
+    if records_steps and not num_records and not is_whole and state != "running":
+        faults.append(f"it should have records and has none ({requests.num_requests} requests, {state})")
+    return faults
 
 
 def _has_numpy() -> bool:
@@ -190,7 +213,8 @@ def _check_totals(
         if name not in summary and derived.get(name) is None:
             derived.pop(name, None)
     _check_cost(summary, order.num_forwards_in_last_part)
-    was_resumed = bool(run.manifest.get("resumed_at_forward"))
+    # What unfinished requests added is taken off at a resume where it was kept apart.
+    was_resumed = bool(run.manifest.get("resumed_at_forward")) and "unfinished" not in summary
     stored_only = _check_own_histograms(summary, derived, totals, was_resumed)
     if stored_only and was_resumed:
         del derived["step_overlap"], derived["layer_overlap"]
