@@ -387,6 +387,17 @@ def test_answers_that_are_none(answer, cause, kind):
         store.close()
 
 
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad\r\n\r\n", b"-ERR one\r\n-ERR two\r\n"])
+def test_a_strange_answer_to_a_write_leaves_none_for_later(answer):
+    """It has as many lines as were asked for; another one may be under way."""
+    with answering(*PONG, answer) as spec:
+        store = open_store(spec, U, timeout_s=0.3)
+        with pytest.raises(StoreError, match=r"does not speak|refuses: ERR one"):
+            store.put(KEYS[:2], DATA[:2])
+        assert store._medium._connection._socket is None
+        store.close()
+
+
 def test_memory_that_somebody_else_wrote_into():
     memory = np.zeros((10, U), dtype=np.uint8)
     store = open_store("ram", U, 10, memory=memory)

@@ -70,7 +70,7 @@ class Connection:
         while received.count(b"\r\n") < num_lines:
             received += self._receive(self._reply.data, deadline)
             if received[:1] not in (b"+", b"-", b":"):
-                raise self._refusal(received.split(b"\r\n")[0])
+                raise self.refusal(received.split(b"\r\n")[0])
         *replies, rest = received.split(b"\r\n")
         if len(replies) != num_lines or rest:
             raise self._failed("protocol", "it answered more than it was asked")
@@ -103,7 +103,7 @@ class Connection:
             start = self._reply[: min(filled, len(head))].tobytes()
             if not head.startswith(start):
                 line = self._reply[: min(filled, 60)].tobytes().split(b"\r\n")[0]
-                raise self._refusal(line)
+                raise self.refusal(line)
             if filled > len(head):
                 done, place = _find_values(self._reply[:filled], done, place, begins, lengths)
                 if place == _MALFORMED:
@@ -111,6 +111,12 @@ class Connection:
         if place != filled:
             raise self._failed("protocol", "it answered more than it was asked")
         return self._reply, begins, lengths
+
+    def refusal(self, line: bytes) -> StoreError:
+        """The error for a reply that is none to what was asked; what follows it is not read."""
+        if line.startswith(b"-"):
+            return self._failed("refused", f"it refuses: {line[1:].decode(errors='replace')}")
+        return self._failed("protocol", f"it does not speak the Redis protocol: {line[:40]!r}")
 
     def close(self) -> None:
         if self._socket is not None:
@@ -171,17 +177,12 @@ class Connection:
             greeting.append(command("SELECT", str(to.database)))
         for reply in self._lines(b"".join(greeting), len(greeting), deadline):
             if reply.startswith(b"-"):
-                raise self._refusal(reply)
+                raise self.refusal(reply)
 
     def _broken(self, error: OSError) -> StoreError:
         if isinstance(error, TimeoutError):
             return self._failed("timeout", f"no answer within {self._timeout_s:g} s")
         return self._failed("connection", error.strerror or str(error))
-
-    def _refusal(self, line: bytes) -> StoreError:
-        if line.startswith(b"-"):
-            return self._failed("refused", f"it refuses: {line[1:].decode(errors='replace')}")
-        return self._failed("protocol", f"it does not speak the Redis protocol: {line[:40]!r}")
 
     def _failed(self, kind: ErrorKind, cause: str) -> StoreError:
         self.close()

@@ -103,7 +103,7 @@ class ValkeyMedium(Medium):
             return True
         if reply.startswith(b"-OOM"):
             return False
-        raise self._refused(reply)
+        raise self._connection.refusal(reply)
 
     def read(self, batch: Batch) -> Moved:
         keys, _, out, rows, sums = batch
@@ -134,11 +134,8 @@ class ValkeyMedium(Medium):
         request = Frames(start, KEY_BYTES).filled(self._wire_keys(keys))
         replies = self._connection.lines(request, len(keys))
         if refusals := [reply for reply in replies if not reply.startswith(b":")]:
-            raise self._refused(refusals[0])
+            raise self._connection.refusal(refusals[0])
         return np.array([int(reply[1:]) for reply in replies], dtype=np.int64)
-
-    def _refused(self, reply: bytes) -> StoreError:
-        return StoreError("refused", f"the server refuses: {reply[1:].decode(errors='replace')}")
 
     def _wire_keys(self, keys: np.ndarray) -> np.ndarray:
         """(N, KEY_BYTES) uint8."""
