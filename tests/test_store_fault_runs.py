@@ -86,6 +86,24 @@ def served(
         return live, stats
 
 
+def test_a_store_that_hangs_for_good_is_not_waited_for_by_every_request(expected: list[list[int]]) -> None:
+    with valkey() as server:
+        begin = time.monotonic()
+
+        def pause(step: int) -> None:
+            nonlocal begin
+            if step == 6:
+                server.pause()
+                begin = time.monotonic()
+
+        live, stats = served(server.tcp, pause)
+        took_s = time.monotonic() - begin
+    assert sum(one.state == "failed" for one in live) > 2
+    assert all(one.answer == right[: len(one.answer)] for one, right in zip(live, expected, strict=True))
+    assert stats.skipped_batches > 3 * stats.timeouts > 0
+    assert took_s < TIMEOUT_S * stats.errors / 2  # what it would take to wait for half of them
+
+
 @pytest.mark.parametrize("fault", [*FAULTS, RESTART])
 def test_no_fault_of_a_store_makes_a_wrong_token(
     fault: str, expected: list[list[int]], table: list[str]

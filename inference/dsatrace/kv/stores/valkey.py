@@ -9,9 +9,11 @@ random bytes and the unit's number. A unit that the server evicts or expires is 
 
 Each unit is written with a time to live, `ttl_s` seconds (default: 600), so that the units of a run
 that was killed go away. A run that lives renews all its units four times in that time, in a thread and
-on a connection of its own: 1,024 units per request, nothing per step. One hash per run, with one time
-to live, would be cheaper to renew, but a server that evicts would drop the whole run at once; and a
-renewal by each read would cost every fetch, and lose the units that are not read.
+on a connection of its own: 1,024 units per request, nothing per step. To renew 100,000 units takes the
+thread 25 ms of CPU and the server 0.3 s, once in 150 seconds. A write costs the server 0.3 us more per
+unit: 2 % of a batch of blocks of 41,984 bytes, 25 % of one of 2,048 rows of 656; a fetch costs the same.
+One hash per run, with one time to live, would be cheaper, but a server that evicts would drop the whole
+run at once; and a renewal by each read would cost every fetch, and lose the units that are not read.
 
 The client (`resp`) is our own: checksums included, it fetches 64 blocks 1.1 times and 2,048 rows 1.2
 to 2.4 times as fast as redis-py with hiredis (`scripts/bench/tiers.py`, TCP and unix socket).
