@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
+from collections.abc import Callable, Sequence
 from typing import get_args
 
 from hypothesis import given, settings
@@ -30,7 +32,15 @@ SHARED = random_tokens(24, SMALL, seed=50)
 PROMPTS = [[*SHARED[:16], *random_tokens(n, SMALL, seed=n)] for n in (30, 21, 44)]
 
 
-def serve(cache: KVCache, *, prefix_caching: bool, recompute: bool) -> tuple[list[LiveRequest], Engine]:
+def serve(
+    cache: KVCache,
+    *,
+    prefix_caching: bool,
+    recompute: bool,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> tuple[list[LiveRequest], Engine]:
+    """`on_step` is called before each forward, with its number."""
     pool = new_pool(NUM_BLOCKS, BLOCK, prefix_caching)
     pool.blocks.on_void = cache.void if isinstance(cache, OffloadedCache) else None
     scheduler = Scheduler(pool, max_batch_size=2, prefill_chunk=16)
@@ -38,9 +48,11 @@ def serve(cache: KVCache, *, prefix_caching: bool, recompute: bool) -> tuple[lis
     engine = Engine(scheduler, runner, on_tier_error="recompute" if recompute else "fail")
     live = [
         engine.submit(Request(f"r{i}", tuple(tokens), NEW_TOKENS, stop_at_eos=False))
-        for i, tokens in enumerate(PROMPTS)
+        for i, tokens in enumerate(prompts)
     ]
+    step = itertools.count()
     while scheduler.has_work:
+        on_step(next(step))
         engine.step()
         pool.blocks.check_integrity()
     return live, engine

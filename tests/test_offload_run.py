@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -323,14 +324,15 @@ def test_a_server_that_dies_and_comes_back_empty(bench: Bench, expected: Served)
 
 
 def test_a_server_that_does_not_answer_in_time(bench: Bench, expected: Served) -> None:
-    """It is resumed a few forwards later."""
+    """It is resumed a forward later, and then asked again as soon as its pause is over."""
     with valkey() as server:
 
         def disturb(step: int) -> None:
             if step == FAULT_STEP:
                 server.pause()
-            elif step == FAULT_STEP + 2:
+            elif step == FAULT_STEP + 1:
                 server.resume()
+                time.sleep(0.1)
 
         served = bench.serve(offload_of("row", remote=server.tcp, tier_timeout_s=0.3), on_step=disturb)
         server.resume()

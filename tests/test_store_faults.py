@@ -21,7 +21,7 @@ from dsatrace.errors import UserError
 from dsatrace.kv.stores.interface import NAMESPACE_BYTES, StoreError, StoreSettings, unit_keys
 from dsatrace.kv.stores.opening import open_store
 from dsatrace.kv.stores.resp import Connection, command
-from dsatrace.kv.stores.valkey import parse_address, valkey_store
+from dsatrace.kv.stores.valkey import parse_spec, valkey_store
 from helpers.stores import DATA, KEYS, NAMESPACE, U, fails, fetched, free_port, has_nixl, units, valkey
 
 
@@ -47,7 +47,7 @@ def store(server):
 @pytest.fixture
 def tell(server):
     """Sends the server a command on another connection; returns the answer."""
-    connection = Connection(parse_address(server.tcp), timeout_s=5)
+    connection = Connection(parse_spec(server.tcp)[0], timeout_s=5)
     yield lambda *words: connection.lines(command(*words), 1)[0]
     connection.close()
 
@@ -101,8 +101,8 @@ def test_keys_are_numbers_and_go_with_their_run(server, tell):
     mine = open_store(server.tcp, U)
     mine.put(KEYS, DATA)
     assert tell("DBSIZE") == b":10"
-    cursor = Connection(parse_address(server.tcp), timeout_s=5)
-    cursor._send(command("KEYS", "*"))
+    cursor = Connection(parse_spec(server.tcp)[0], timeout_s=5)
+    cursor._send(command("KEYS", "*"), time.monotonic() + 5)
     with cursor._socket.makefile("rb") as reply:
         assert reply.readline() == b"*10\r\n"
         names = []
@@ -177,6 +177,7 @@ def test_late_answers_of_a_paused_server_are_dropped():
             with fails("timeout", r"no answer within 0\.3 s"):
                 call()
             assert 0.25 < time.monotonic() - begin < 3
+            time.sleep(0.3)  # longer than the first two pauses
         server.resume()
         assert (store.stats().errors, store.stats().timeouts) == (2, 2)
         order = np.arange(10)[::-1]
@@ -184,6 +185,115 @@ def test_late_answers_of_a_paused_server_are_dropped():
         hits = store.fetch(KEYS[order].copy(), out)
         assert (out[hits] == DATA[order][hits]).all()
         store.close()
+
+
+@pytest.mark.parametrize("call", ["fetch", "put", "contains", "evict"])
+def test_a_connection_that_breaks_is_made_anew(store, tell, call):
+    before = store.stats()
+    assert int(tell("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")[1:]) >= 1
+    arguments = (KEYS, DATA.copy()) if call in ("fetch", "put") else (KEYS,)
+    assert getattr(store, call)(*arguments).all()
+    assert ((done := store.stats() - before).retries, done.errors) == (1, 0)
+    assert fetched(store).all() == (call != "evict")
+
+
+def test_a_second_try_has_what_is_left_of_the_time():
+    """The first connection breaks after 0.3 s, and on the next one nobody answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with listener.accept()[0] as peer:
+                for answer in PONG:
+                    peer.recv(1 << 20)
+                    peer.sendall(answer)
+                peer.recv(1 << 20)
+                time.sleep(0.3)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        store = open_store(f"redis://127.0.0.1:{listener.getsockname()[1]}", U, timeout_s=0.5)
+        begin = time.monotonic()
+        with fails("timeout", r"no answer within 0\.5 s"):
+            store.put(KEYS, DATA)
+        assert 0.45 < time.monotonic() - begin < 0.75
+        assert (store.stats().retries, store.stats().timeouts) == (1, 1)
+        thread.join()
+    store.close()
+
+
+def test_a_store_that_hangs_is_left_alone_for_ever_longer(capsys):
+    """And is told of once; when it answers, all is as before."""
+    with valkey() as server:
+        store = open_store(server.unix, U, timeout_s=0.4)
+        store.put(KEYS, DATA)
+        server.pause()
+        pauses = []
+        for _ in range(2):
+            with fails("timeout"):
+                fetched(store)
+            begin, skipped = time.monotonic(), store.stats().skipped_batches
+            while time.monotonic() < begin + 5:
+                asked = time.monotonic()
+                with pytest.raises(StoreError) as caught:
+                    fetched(store)
+                if caught.value.kind == "timeout":
+                    break
+                assert caught.value.kind == "hanging"
+                assert "asked again in" in str(caught.value)
+                assert time.monotonic() - asked < 0.1
+                time.sleep(0.002)
+            assert store.stats().skipped_batches > skipped
+            pauses.append(asked - begin)
+            with fails("hanging"):
+                store.put(KEYS[:1], DATA[:1])
+            time.sleep(pauses[-1] * 4 + 0.1)  # over the pause that has begun
+        assert pauses[0] < 0.4
+        assert pauses[1] > 0.6
+        server.resume()
+        assert fetched(store).tolist() == [False, *[True] * 9]  # the put that failed
+        assert store.put(KEYS, DATA).all()
+        done = store.stats()
+        assert (done.timeouts, done.errors) == (4, 4 + done.skipped_batches)
+        assert done.requested_units == done.missed_units + done.hit_units
+        store.close()
+    said = capsys.readouterr().err
+    assert said.count("\n") == said.count("the store hangs") == 1
+    assert said.startswith("warning: unix:///")
+
+
+def test_units_expire_unless_their_run_lives(tell):
+    """A handle that is no longer heard of, and one that renews."""
+    with valkey() as server:
+        spec = f"{server.tcp}?ttl_s=0.4"
+        ask = Connection(parse_spec(spec)[0], timeout_s=5)
+        alive, dead = open_store(spec, U), open_store(spec, U)
+        assert alive.put(KEYS, DATA).all()
+        dead._medium._closing.set()  # its thread ends, as if by SIGKILL
+        dead._medium._renewer.join()
+        assert dead.put(KEYS, DATA).all()
+        assert ask.lines(command("DBSIZE"), 1) == [b":20"]
+        time.sleep(2)
+        assert ask.lines(command("DBSIZE"), 1) == [b":10"]
+        assert fetched(alive).all()
+        assert not fetched(dead).any()
+        assert dead.stats().corrupt_units == 0
+        alive.close()
+        assert ask.lines(command("DBSIZE"), 1) == [b":0"]
+        dead.close()
+        ask.close()
+
+
+def test_a_renewal_outlives_a_broken_connection():
+    with valkey() as server:
+        store = open_store(f"{server.tcp}?ttl_s=0.6", U)
+        store.put(KEYS, DATA)
+        ask = Connection(parse_spec(server.tcp)[0], timeout_s=5)
+        for _ in range(5):
+            time.sleep(0.4)
+            assert int(ask.lines(command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"), 1)[0][1:]) > 0
+        assert fetched(store).all()
+        store.close()
+        ask.close()
 
 
 def test_a_store_closes_without_its_server():
@@ -274,6 +384,17 @@ def test_answers_that_are_none(answer, cause, kind):
         with fails(kind, cause):
             store.fetch(KEYS[:1], np.zeros_like(DATA[:1]))
         assert store.stats().errors == 1
+        store.close()
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad\r\n\r\n", b"-ERR one\r\n-ERR two\r\n"])
+def test_a_strange_answer_to_a_write_leaves_none_for_later(answer):
+    """It has as many lines as were asked for; another one may be under way."""
+    with answering(*PONG, answer) as spec:
+        store = open_store(spec, U, timeout_s=0.3)
+        with pytest.raises(StoreError, match=r"does not speak|refuses: ERR one"):
+            store.put(KEYS[:2], DATA[:2])
+        assert store._medium._connection._socket is None
         store.close()
 
 

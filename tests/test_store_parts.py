@@ -22,7 +22,7 @@ from dsatrace.kv.stores.ledger import FIRST_SLOTS, Ledger
 from dsatrace.kv.stores.opening import STORES, open_store
 from dsatrace.kv.stores.resp import NIL, Address, Connection
 from dsatrace.kv.stores.simulated import PRESETS, Figure, Preset, load_preset
-from dsatrace.kv.stores.valkey import parse_address
+from dsatrace.kv.stores.valkey import parse_spec
 from helpers.stores import units
 
 UNIT_BYTES = st.sampled_from([1, 3, 8, 33, 132, 576, 656, 1152])
@@ -162,13 +162,17 @@ def test_a_reply_is_parsed_however_it_arrives(values, chunk_sizes):
 
 
 def test_addresses():
-    full = parse_address("redis://me:p%40ss@host:7000/4")
+    full = parse_spec("redis://me:p%40ss@host:7000/4")[0]
     assert (full.host, full.port, full.database) == ("host", 7000, 4)
     assert (full.username, full.password) == ("me", "p@ss")
     assert full.label == "redis://host:7000/4"
     assert "p@ss" not in repr(full)
-    assert parse_address("valkey://h").port == 6379
-    assert parse_address("unix:///run/v.sock?db=2").path == "/run/v.sock"
+    assert parse_spec("valkey://h")[0].port == 6379
+    assert parse_spec("unix:///run/v.sock?db=2")[0].path == "/run/v.sock"
+    assert parse_spec("redis://h/3?ttl_s=30")[1] == parse_spec("unix:///s?db=3&ttl_s=30")[1] == 30
+    for wrong in ("0", "-1", "nan", "inf", "1e9"):
+        with pytest.raises(UserError, match=r"ttl_s=.*: use a ttl_s from 0\.1 to 2592000"):
+            parse_spec(f"redis://h?ttl_s={wrong}")
     wrongs = (
         "redis://h:port",
         "rediss://h",
@@ -176,10 +180,11 @@ def test_addresses():
         "unix://",
         "unix:///s?color=red",
         "redis://h?db=1",
+        "redis://h?ttl_s=soon",
     )
     for wrong in wrongs:
         with pytest.raises(UserError, match="not an address"):
-            parse_address(wrong)
+            parse_spec(wrong)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,35 @@ def test_a_signal_leaves_no_key_and_a_whole_summary(
     assert RunReader(folder).state == "incomplete"
     assert verify(folder).state == "incomplete"
     assert RunReader(folder).summary()["tiers"]["remote_pool"]["bytes_read"]["store"] > 0
+
+
+def test_a_live_run_keeps_its_units_and_a_killed_one_none(model: tuple[object, ...], tmp_path: Path) -> None:
+    """The first lives for several times to live of its units; the second gets no chance to drop them."""
+    redis = pytest.importorskip("redis", reason="redis-py counts the server's keys")
+    ttl_s = 0.8
+    with valkey() as server, redis.Redis.from_url(server.tcp) as client:
+        flags = (*model, *RULER, *MANY, *ROWS, "--remote", f"{server.tcp}?ttl_s={ttl_s}")
+        with started(tmp_path / "live", *flags) as process:
+            time.sleep(4 * ttl_s)
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 130, (out, err)
+        tiers = RunReader(tmp_path / "live").summary()["tiers"]
+        assert tiers["remote_pool"]["hit_units"] > 0
+        assert (tiers["remote_pool"]["missed_units"], tiers["lost_units"], tiers["num_recomputes"]) == (
+            0,
+            0,
+            0,
+        )
+        assert client.dbsize() == 0
+        with started(tmp_path / "killed", *flags) as process:
+            process.kill()
+            process.communicate(timeout=60)
+        assert client.dbsize() > 0
+        time.sleep(2 * ttl_s)
+        assert client.dbsize() == 0
+        assert client.info("stats")["expired_keys"] > 0
+        assert verify(tmp_path / "killed").state == "incomplete"
 
 
 @pytest.mark.parametrize("store", ["mmap", "file"])

@@ -372,6 +372,9 @@ _POOL_TOTALS = (
     Field("evicted_units", "int", "units", "units that the store gave up"),
     Field("errors", "int", "", "failed batches"),
     Field("timeouts", "int", "", "of those, batches that timed out"),
+    Field("skipped_batches", "int", "", "of the errors, batches not sent since the store was hanging",
+          optional=True),
+    Field("retries", "int", "", "requests sent again since their connection broke", optional=True),
     Field("bytes_moved", "int", "bytes", "read and written, padding included"),
     _LATENCY_KIND,
 )

@@ -181,6 +181,8 @@ class SimulatedTiers:
             "evicted_units": counted["evicted_units"],
             "errors": counted["errors"],
             "timeouts": 0,
+            "skipped_batches": 0,
+            "retries": 2,
             "bytes_moved": (hit + stored) * unit_bytes + 512,
             "latency_kind": self.setup.pools[TIER_NAMES[pool]].latency_kind,
         }

@@ -298,6 +298,8 @@ def check_tier_totals(
 def _check_counts(value: Any, field: Field, path: str) -> None:
     """No count and no time is below 0."""
     for inner in field.children if value is not None else ():
+        if inner.optional and inner.name not in value:
+            continue
         _check_counts(value[inner.name], inner, f"{path}.{inner.name}")
     if isinstance(value, (int, float)):
         require(value >= 0, path, value, "below 0")
@@ -315,6 +317,9 @@ def _check_pool_totals(pool: Record, path: str, unit_bytes: int) -> None:
         rule = f"but {counted} in records and elsewhere"
         require(moved["store"] == counted, f"{path}.{name}.store", moved["store"], rule)
     require(pool["timeouts"] <= pool["errors"], f"{path}.timeouts", pool["timeouts"], "more than errors")
+    skipped = pool.get("skipped_batches", 0)
+    rule = "more than the errors that did not time out"
+    require(skipped <= pool["errors"] - pool["timeouts"], f"{path}.skipped_batches", skipped, rule)
     units = sum(pool[name]["store"] for name in _BYTES)
     rule = f"less than the {units} of the units"
     require(pool["bytes_moved"] >= units, f"{path}.bytes_moved", pool["bytes_moved"], rule)

@@ -17,10 +17,11 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from dsatrace.kv.stores.backoff import Backoff
 from dsatrace.kv.stores.interface import (
     StoreError,
     StoreSettings,
@@ -31,6 +32,8 @@ from dsatrace.kv.stores.interface import (
 )
 from dsatrace.kv.stores.ledger import Ledger
 
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
 ABSENT, FOUND, DAMAGED = range(3)
 """Outcome of reading a unit: not there; read in full; there, but not `unit_bytes` long."""
 
@@ -55,6 +58,11 @@ class Moved(NamedTuple):
 
 class Medium(ABC):
     """A place for units, addressed by slot or by key. Its failures raise `StoreError`."""
+
+    @property
+    def num_retries(self) -> int:
+        """How often it asked twice; see `StoreStats.retries`."""
+        return 0
 
     @abstractmethod
     def write(self, batch: Batch) -> Moved:
@@ -97,6 +105,7 @@ class CheckedStore:
         self.capacity_units = settings.capacity_units
         self._medium = medium
         self._ledger = Ledger(settings.capacity_units)
+        self._backoff = Backoff(settings.timeout_s)
         self._counts: dict[str, float] = dict.fromkeys(COUNTED, 0)
         self._lock = threading.Lock()
         self._closed = False
@@ -124,10 +133,9 @@ class CheckedStore:
         sums = np.empty(len(keys), dtype=np.uint64)
         begin = perf_counter()
         try:
-            moved = self._medium.write(Batch(keys, slots, data, rows, sums))
-        except BaseException as error:
+            moved = self._asked(self._medium.write, Batch(keys, slots, data, rows, sums))
+        except BaseException:
             self._ledger.free(keys)  # which of them hold the new version is unknown
-            self._count_failure(error)
             raise
         self._ledger.sums[slots] = sums
         num_stored = int(np.count_nonzero(moved.outcome))
@@ -163,10 +171,9 @@ class CheckedStore:
         sums = np.empty(len(keys), dtype=np.uint64)
         begin = perf_counter()
         try:
-            moved = self._medium.read(Batch(keys, slots, out, rows, sums))
-        except BaseException as error:
+            moved = self._asked(self._medium.read, Batch(keys, slots, out, rows, sums))
+        except BaseException:
             counts["missed_units"] += len(keys)
-            self._count_failure(error)
             raise
         hits = (moved.outcome == FOUND) & (sums == self._ledger.sums[slots])
         num_hits = int(np.count_nonzero(hits))
@@ -186,7 +193,7 @@ class CheckedStore:
         check_keys(keys)
         with self._lock:
             self._check_open()
-            return self._ask(self._medium.holds, keys)
+            return self._of_stored(self._medium.holds, keys)
 
     def evict(self, keys: np.ndarray) -> np.ndarray:
         check_keys(keys)
@@ -194,21 +201,37 @@ class CheckedStore:
             raise ValueError("an evict names a key twice")
         with self._lock:
             self._check_open()
-            gone = self._ask(self._medium.drop, keys)
+            gone = self._of_stored(self._medium.drop, keys)
             self._ledger.free(keys[gone])
             self._counts["evicted_units"] += int(np.count_nonzero(gone))
             return gone
 
-    def _ask(self, question: Callable[[np.ndarray], np.ndarray], keys: np.ndarray) -> np.ndarray:
+    def _of_stored(self, question: Callable[[np.ndarray], np.ndarray], keys: np.ndarray) -> np.ndarray:
         """The medium's answer for stored keys, False for the others."""
         answer = self._ledger.find(keys) >= 0
         if answer.any():
-            try:
-                answer[answer] = question(keys[answer])
-            except StoreError as error:
-                self._count_failure(error)
-                raise
+            answer[answer] = self._asked(question, keys[answer])
         return answer
+
+    def _asked(self, ask: Callable[[Question], Answer], question: Question) -> Answer:
+        """The medium's answer. Counts its failures; while it hangs, it is not asked."""
+        try:
+            self._backoff.check()
+            answer = ask(question)
+        except StoreError as error:
+            self._counts["errors"] += 1
+            self._counts["timeouts"] += error.kind == "timeout"
+            self._counts["skipped_batches"] += error.kind == "hanging"
+            if error.kind == "timeout":
+                self._backoff.timed_out(error)
+            raise
+        self._backoff.answered()
+        return answer
+
+    def keys(self) -> np.ndarray:
+        """What is stored now, (K,) uint64."""
+        with self._lock:
+            return self._ledger.keys()
 
     def register(self, buffer: np.ndarray) -> None:
         if buffer.dtype != np.uint8 or not buffer.flags.c_contiguous:
@@ -219,19 +242,16 @@ class CheckedStore:
 
     def stats(self) -> StoreStats:
         with self._lock:
-            return StoreStats(**self._counts)  # type: ignore[arg-type]
+            counts = self._counts | {"retries": self._medium.num_retries}
+            return StoreStats(**counts)  # type: ignore[arg-type]
 
     def close(self) -> None:
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._medium.close(self._ledger.keys())
+            if self._closed:
+                return
+            self._closed = True
+        self._medium.close(self._ledger.keys())  # unlocked: a thread that it ends may be in `keys`
 
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("the store is closed")
-
-    def _count_failure(self, error: BaseException) -> None:
-        if isinstance(error, StoreError):
-            self._counts["errors"] += 1
-            self._counts["timeouts"] += error.kind == "timeout"

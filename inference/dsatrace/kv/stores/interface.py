@@ -25,7 +25,8 @@ NAMESPACE_BYTES = 16
 DEFAULT_TIMEOUT_S = 5.0
 ALIGNMENT = 8  # bytes; units are copied and summed as words
 
-ErrorKind = Literal["timeout", "connection", "protocol", "io", "refused"]
+ErrorKind = Literal["timeout", "hanging", "connection", "protocol", "io", "refused"]
+"""`hanging`: it was not asked, since it has just left a batch without an answer."""
 
 
 class StoreError(RuntimeError):
@@ -64,6 +65,8 @@ class StoreStats:
     evicted_units: int = 0  # by `evict`; a unit that a remote store drops by itself is a later miss
     errors: int = 0  # batches that raised `StoreError`
     timeouts: int = 0  # of those, by time
+    skipped_batches: int = 0  # of the errors, batches not sent since the store was hanging
+    retries: int = 0  # requests sent again since their connection broke; no error if that went well
     latency_kind: LatencyKind = "measured"
 
     def __sub__(self, earlier: StoreStats) -> StoreStats:
@@ -118,6 +121,8 @@ class Store(Protocol):
     *Failure.* A store that stops answering raises `StoreError` within `timeout_s`, with its
     cause; `out` then holds anything, and the units of a failed put are forgotten. The handle
     stays usable: a later call tries again, and a store that has come back empty just misses.
+    After a timeout, though, calls raise at once for a time that grows with every timeout, until
+    one is answered.
 
     *Room.* A put into a full store keeps what fits and says which; it never evicts. An
     overwrite that did not fit leaves the key absent, never an old version.

@@ -2,7 +2,8 @@
 
     store = open_store("mooncake://127.0.0.1:50051?segment_mib=1024", unit_bytes=41984)
 
-Needs the package `mooncake-transfer-engine-non-cuda` (or the CUDA one) and a master:
+Needs the package `mooncake-transfer-engine-non-cuda` (or the CUDA one), the library libibverbs
+(`apt install libibverbs1`), also over TCP, and a master:
 `mooncake_master --rpc_address=127.0.0.1 --rpc_port=50051`. This process adds a segment of `segment_mib`
 of its memory to the pool; with 0, other processes must have added some. A recently read unit is
 leased: `evict` returns False until the lease (default: 10 s) is over.
@@ -77,7 +78,9 @@ def mooncake_store(settings: StoreSettings) -> CheckedStore:
     try:
         from mooncake.store import MooncakeDistributedStore
     except ImportError as error:
-        raise UserError(f"{spec}: {error}; pip install {PACKAGE}, apt install libibverbs1") from error
+        if "libibverbs" in str(error):  # the package is there; it needs this even over TCP
+            raise UserError(f"{spec}: {error}; apt install libibverbs1") from error
+        raise UserError(f"{spec}: {error}; pip install {PACKAGE} and apt install libibverbs1") from error
     start = f"start one with `mooncake_master --rpc_address={host} --rpc_port={port}`"
     try:  # checked first: Mooncake itself retries for a minute and a half
         socket.create_connection((host, port), timeout_s).close()

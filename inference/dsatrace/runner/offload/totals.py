@@ -27,6 +27,7 @@ from dsatrace.units import size_text
 _STORE_STATS = (
     *("requested_units", "hit_units", "missed_units", "corrupt_units", "read_batches", "read_ops", "read_us"),
     *("write_batches", "write_us", "stored_units", "evicted_units", "errors", "timeouts"),
+    *("skipped_batches", "retries"),
 )
 """Fields of `StoreStats` in the summary."""
 
@@ -130,4 +131,6 @@ def _moved(stats: StoreStats) -> str:
     seconds = (stats.read_us + stats.write_us) / 1e6
     line = f"{size_text(stats.bytes_read)} read, {size_text(stats.bytes_written)} written in {seconds:.2g} s"
     line += " (modelled)" if stats.latency_kind == "modelled" else ""
-    return line + (f", {stats.errors} errors" if stats.errors else "")
+    for count, name in ((stats.errors, "errors"), (stats.retries, "retries")):
+        line += f", {count} {name}" if count else ""
+    return line
