@@ -140,6 +140,7 @@ def manifest(
     key_id: str,
     started: float | None = None,  # seconds since the epoch
     error: str | None = None,
+    files: Mapping[str, Any] | None = None,  # of a run that has ended: name -> `files.digest`
 ) -> dict[str, Any]:
     """The record of manifest.json, in the schema's field order."""
     model_config = json.loads(json.dumps(dict(run.model_config)))  # as it is read back: no tuples
@@ -183,6 +184,7 @@ def manifest(
         },
         "quantile": QUANTILE_DEFINITION,
         "resumed_at_forward": [],
+        "files": None if files is None else dict(files),
     }
 
 

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import orjson
 
 from dsatrace.errors import UserError
-from dsatrace.files import LineFile, write_atomically
+from dsatrace.files import LineFile, digest, write_atomically
 from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
@@ -68,6 +68,8 @@ class TraceWriter:
         """`cost` and `sections` are the summary's; the writer keeps them up to date."""
         self.cost = cost or TracingCost()
         self.error: BaseException | None = None
+        self.files: dict[str, dict[str, Any]] = {}
+        """After `stop`, of the files that the sinks have closed: name -> `files.digest`."""
         self._deriver = deriver
         self._sinks = sinks
         self._sections: Sections = {} if sections is None else sections
@@ -175,7 +177,7 @@ class TraceWriter:
             elif self.error is None:
                 self._guard(self._write_request, item)
         for sink in self._sinks:
-            self._guard(sink.close, "incomplete" if self.error else self._state)
+            self._guard(self._close, sink)
 
     def _write_step(self, capture: StepCapture) -> None:
         start, is_written = time.perf_counter(), False
@@ -196,6 +198,9 @@ class TraceWriter:
             sink.write_request(record)
         self.cost.busy_us += (time.perf_counter() - start) * 1e6
 
+    def _close(self, sink: Sink) -> None:
+        self.files |= sink.close("incomplete" if self.error else self._state) or {}
+
     def _guard(self, work: Callable[[Any], None], argument: object) -> None:
         """Keeps the first exception for the model thread."""
         try:
@@ -215,14 +220,15 @@ class Sink(Protocol):
 
     Each call is whole when it returns: a process that dies afterwards has not lost it, unless the
     sink says how much it may lose. `close` is called once, also after a failure, with the state the
-    run ends in. Errors propagate to the caller.
+    run ends in, and returns the digest of each file that the sink wrote, by name. Errors propagate
+    to the caller.
     """
 
     def write_step(self, step: StepRecords) -> None: ...
 
     def write_request(self, record: Mapping[str, Any]) -> None: ...
 
-    def close(self, state: str) -> None: ...
+    def close(self, state: str) -> dict[str, dict[str, Any]] | None: ...
 
 
 class JsonlSink:
@@ -249,11 +255,12 @@ class JsonlSink:
     def write_request(self, record: Mapping[str, Any]) -> None:
         self._requests.append(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
-    def close(self, state: str) -> None:
+    def close(self, state: str) -> dict[str, dict[str, Any]]:
         try:
             self._requests.close()
         finally:
             self._steps.close()
+        return {STEPS_FILE: self._steps.digest(), REQUESTS_FILE: self._requests.digest()}
 
 
 class SummarySink:
@@ -277,15 +284,17 @@ class SummarySink:
     def write_request(self, record: Mapping[str, Any]) -> None:
         self._summary.finish_request(record)
 
-    def close(self, state: str) -> None:
-        self._write(state)
+    def close(self, state: str) -> dict[str, dict[str, Any]]:
+        return {SUMMARY_FILE: digest(self._write(state))}
 
-    def _write(self, state: str) -> None:
+    def _write(self, state: str) -> bytes:
         cost = self._summary.cost
         if cost is not None:
             self._summary.dropped_steps = self._dropped_before + cost.dropped_steps + cost.lost_steps
         record = self._summary.to_json(state)
-        write_atomically(self._path, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        data = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+        write_atomically(self._path, data)
+        return data
 
 
 def open_sinks(

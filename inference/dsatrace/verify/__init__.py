@@ -9,5 +9,6 @@ order.py           the records against each other
 requests.py        the lines of requests.jsonl, and what they add up to
 plain_record.py    the second implementation: a record from its positions
 plain_summary.py   the second implementation: summary.json from the records
+digests.py         whether the files are still those that were written
 mismatch.py        a finding: one field, its place, and what it should be
 """

@@ -3,7 +3,8 @@
 Re-derives every derived field of every record (`check_record.py`), the order and completeness of
 the records (`order.py`) and the totals of summary.json (`plain_summary.py`), in one pass and bounded
 memory. Standard library only; shares nothing with the writer but `schema.py`. What comes from the
-model or a clock (scores, times, prefix hashes) is checked for what it must be like.
+model or a clock (scores, times, prefix hashes) is checked for what it must be like, and all of it
+against the digests that the manifest of a run that ended holds (`digests.py`).
 
     print(verify(Path("outputs/mine")).text())       # raises Mismatch naming the first bad record
 """
@@ -27,6 +28,7 @@ from dsatrace.schema import (
     problems,
 )
 from dsatrace.verify.check_tiers import check_tier_totals
+from dsatrace.verify.digests import Digests
 from dsatrace.verify.files import PlainRun
 from dsatrace.verify.mismatch import Mismatch, compare, located, require
 from dsatrace.verify.order import RunOrder
@@ -49,6 +51,7 @@ class Verification:
     level: str
     num_records: int
     num_requests: int
+    is_sealed: bool  # the manifest has the digests of the files, and they are right
     notes: tuple[str, ...]
 
     def text(self) -> str:
@@ -62,6 +65,8 @@ class Verification:
             f"verified: {self.num_records} records, {self.num_requests} requests ({self.state}, level "
             f"{self.level}): {what}; order and completeness; totals of {SUMMARY_FILE}"
         )
+        if self.is_sealed:
+            line += "; files unchanged since the run ended"
         return "\n".join((line, *(f"not checked: {note}" for note in self.notes)))
 
 
@@ -86,6 +91,7 @@ def verify(
 def _verify(run: PlainRun, on_bytes: Callable[[int], object] | None, jobs: int, plain: bool) -> Verification:
     with located(MANIFEST_FILE):
         rules = Rules.of(run.manifest)
+        digests = Digests(run)
     state = run.state
     lines = PlainRequests(run.manifest.get("serving"))
     requests = read_requests(run, lines, rules)
@@ -111,7 +117,12 @@ def _verify(run: PlainRun, on_bytes: Callable[[int], object] | None, jobs: int, 
             notes += [note] if note else []
     if rules.tiers is not None and totals.num_records:
         notes.append("which tier held a token: the engine's word, of which the accounts must add up")
-    return Verification(state, rules.level, totals.num_records, len(requests), tuple(notes))
+    digests.check()  # last: what was derived names the record and the field
+    if digests.note:
+        notes.append(digests.note)
+    return Verification(
+        state, rules.level, totals.num_records, len(requests), digests.note is None, tuple(notes)
+    )
 
 
 def _has_numpy() -> bool:
