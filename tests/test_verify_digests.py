@@ -133,7 +133,7 @@ def test_the_place_is_named_where_it_can_be(tmp_path: Path) -> None:
     records = read_lines(folder)
     records[7]["unique_blocks"] += 1
     write_lines(folder, records)
-    with pytest.raises(Mismatch, match="line 8 .*unique_blocks: stored"):
+    with pytest.raises(Mismatch, match=r"line 8 .*unique_blocks: stored"):
         verify(folder)
 
 

@@ -113,7 +113,7 @@ def _serve(
                 step_idx=step,
                 request_ids=tuple(request.request_id for request in running),
                 prefixes=tuple(
-                    RequestPrefix(request.cached_blocks, f"{len(request.request_id):016x}")
+                    RequestPrefix(request.cached_blocks, f"{requests.index(request):016x}")
                     for request in running
                 ),
                 phase="prefill" if step < 0 else "decode",

@@ -51,7 +51,8 @@ class Digests(threading.Thread):
             steps = STEPS_FILE if run.parquet_steps is None else STEPS_PARQUET_FILE
             for name in (steps, REQUESTS_FILE, SUMMARY_FILE):
                 require(name in self._known or not run.size(name), f"files.{name}", None, "missing")
-        self.start()
+        if self._known:
+            self.start()
 
     @property
     def note(self) -> str | None:
@@ -59,7 +60,8 @@ class Digests(threading.Thread):
         return None if self._known else _UNSEALED
 
     def check(self) -> None:
-        self.join()
+        if self._known:
+            self.join()
         if self._error is not None:
             raise self._error
 

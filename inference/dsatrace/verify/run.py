@@ -29,6 +29,7 @@ from dsatrace.schema import (
 )
 from dsatrace.verify.check_tiers import check_tier_totals
 from dsatrace.verify.digests import Digests
+from dsatrace.verify.facts import check_facts
 from dsatrace.verify.files import PlainRun
 from dsatrace.verify.mismatch import Mismatch, compare, located, require
 from dsatrace.verify.order import RunOrder
@@ -36,6 +37,7 @@ from dsatrace.verify.plain_summary import PlainSummary, described
 from dsatrace.verify.requests import PlainRequests, read_requests
 from dsatrace.verify.rules import Rules, require_schema
 from dsatrace.verify.steps import StepChecks
+from dsatrace.verify.workload import Scores, check_workload
 
 _ADDED_LATER = ("needle_recall", "scores", "serving", "prefix_cache", "tiers", "workload")
 """Fields of the summary that older runs lack."""
@@ -91,12 +93,14 @@ def verify(
 def _verify(run: PlainRun, on_bytes: Callable[[int], object] | None, jobs: int, plain: bool) -> Verification:
     with located(MANIFEST_FILE):
         rules = Rules.of(run.manifest)
+        check_facts(run.manifest)
         digests = Digests(run)
     state = run.state
-    lines = PlainRequests(run.manifest.get("serving"))
-    requests = read_requests(run, lines, rules)
     with located(SUMMARY_FILE):
         summary = _summary(run, state)
+        scores = Scores.of(summary)
+    lines = PlainRequests(run.manifest.get("serving"))
+    requests = read_requests(run, lines, rules, scores)
     dropped_steps = summary["dropped_steps"] if summary else 0
     # A run that is not complete may have lost more steps than its last summary says.
     order = RunOrder(rules, requests, None if rules.may_lose and state != "complete" else dropped_steps)
@@ -111,6 +115,8 @@ def _verify(run: PlainRun, on_bytes: Callable[[int], object] | None, jobs: int, 
     order.close(whole=state == "complete")
     with located(SUMMARY_FILE):
         notes = _check_totals(run, summary, totals, lines, order)
+        if summary is not None and state == "complete":
+            check_workload(summary.get("workload"), lines.num_by_task, lines.num_requests)
         if summary is not None:
             whole = state == "complete" and not dropped_steps
             note = check_tier_totals(said, rules, steps.moved, lines, whole)
