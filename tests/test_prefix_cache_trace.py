@@ -194,7 +194,7 @@ def test_an_exported_run_says_the_same(exact_model: Transformer, tmp_path: Path)
     folder = run_of(exact_model, tmp_path / "run")
     export_run(RunReader(folder), "parquet", tmp_path / "parquet")
     export_run(RunReader(tmp_path / "parquet"), "jsonl", tmp_path / "back")
-    for name in (REQUESTS_FILE, MANIFEST_FILE, SUMMARY_FILE):
+    for name in (REQUESTS_FILE, "trace_steps.jsonl", SUMMARY_FILE):
         assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
     assert verify(tmp_path / "back").state == "complete"
     expected = RunReader(folder).summary()["prefix_cache"]

@@ -397,7 +397,7 @@ def test_dropped_steps_are_not_served_again(tmp_path: Path) -> None:
 
 
 def _say_running(folder: Path) -> None:
-    manifest = json.loads((folder / MANIFEST_FILE).read_bytes()) | {"state": "running"}
+    manifest = json.loads((folder / MANIFEST_FILE).read_bytes()) | {"state": "running", "files": None}
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
 
 

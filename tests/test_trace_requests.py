@@ -202,7 +202,8 @@ def test_a_workload_stays_as_the_run_said_it(tmp_path: Path) -> None:
     assert summarize_runs([tmp_path / "a", tmp_path / "b"])["workload"]["name"] == "demo"
     path = tmp_path / "b" / SUMMARY_FILE
     path.write_text(path.read_text().replace('"rows":3', '"rows":4'))
-    assert verify(tmp_path / "b").notes == ()  # the workload's own word
+    with pytest.raises(Mismatch, match=r"^summary\.json: sha256: "):  # the workload's own word, but sealed
+        verify(tmp_path / "b")
     assert summarize_runs([tmp_path / "b"])["workload"]["counts"] == {"rows": 4}
     assert summarize_runs([tmp_path / "a", tmp_path / "b"])["workload"] is None
 

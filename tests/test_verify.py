@@ -16,7 +16,7 @@ from conftest import INFERENCE
 from dsatrace.commands.verify import main
 from dsatrace.errors import UserError
 from dsatrace.files import write_json
-from dsatrace.schema import LEVELS, REQUESTS_FILE, STEP_FIELDS, STEPS_FILE, Field
+from dsatrace.schema import LEVELS, REQUESTS_FILE, STEP_FIELDS, STEPS_FILE, SUMMARY_FILE, Field
 from dsatrace.trace.config import is_sampled
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.mismatch import Mismatch
@@ -24,6 +24,7 @@ from dsatrace.verify.rules import Rules
 from dsatrace.verify.run import verify
 from helpers.golden_run import REQUESTS, SERVING, read_lines, write_golden, write_lines
 from helpers.json_edits import at, changed, key_paths, number_paths
+from helpers.memory_run import MemoryRun
 
 WITH_SCORES = {"store_scores": True, "keep_order": True}
 SHARED = {1: 0, 3: 2}
@@ -103,20 +104,19 @@ def spoilt(record: dict[str, Any], path: str) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda changes: changes.get("level", "with scores"))
 def test_every_spoilt_field_is_found(tmp_path: Path, variant: dict[str, Any]) -> None:
-    folder = write_golden(tmp_path / "run", **variant)
+    run = MemoryRun(write_golden(tmp_path / "run", **variant))
     kind = variant.get("level", "with scores")
-    verify(folder)
-    records = read_lines(folder)
+    records = run.records
     caught, missed, misnamed = set(), set(), set()
     for i in (0, len(records) // 2, len(records) - 1):  # dense and sparse, prefill and decode
         for path in leaves(variant.get("level", "full")):
             for record in spoilt(records[i], path):
-                write_lines(folder, [*records[:i], record, *records[i + 1 :]])
-                try:
-                    verify(folder)
+                said = run.found_in(i, record)
+                if not said:
                     missed.add(path)
-                except Mismatch as mismatch:
-                    (caught if f"{STEPS_FILE} line {i + 1} " in str(mismatch) else misnamed).add(path)
+                else:
+                    (caught if f"{STEPS_FILE} line {i + 1} " in said else misnamed).add(path)
+    assert run.num_whole_way > 5
     assert misnamed == ONLY_IN_TOTAL.get(kind, set())
     assert missed <= UNDERIVABLE[kind]
     present = {path for path in leaves(variant.get("level", "full")) if any(spoilt(records[-1], path))}
@@ -126,20 +126,18 @@ def test_every_spoilt_field_is_found(tmp_path: Path, variant: dict[str, Any]) ->
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda changes: changes.get("level", "with scores"))
 def test_a_shared_record_is_compared_with_its_source(tmp_path: Path, variant: dict[str, Any]) -> None:
     """What comes from the model is found there too, at any level; in the source the next layer shows it."""
-    folder = write_golden(tmp_path / "run", num_layers=4, shared_layers=SHARED, **variant)
-    verify(folder)
-    records = read_lines(folder)
+    run = MemoryRun(write_golden(tmp_path / "run", num_layers=4, shared_layers=SHARED, **variant))
+    records = run.records
     source, shared = len(records) // 2, len(records) // 2 + 1
     assert (records[source]["layer_id"], records[shared]["source_layer"]) == (0, 0)
     level = variant.get("level", "full")
     for i in (source, shared):
         for path in leaves(level):
             for record in spoilt(records[i], path):
-                write_lines(folder, [*records[:i], record, *records[i + 1 :]])
-                with pytest.raises(Mismatch) as found:
-                    verify(folder)
+                said = run.found_in(i, record)
                 lines = [shared + 1] if i == shared else [source + 1, shared + 1]
-                assert any(f"{STEPS_FILE} line {line} " in str(found.value) for line in lines), path
+                assert any(f"{STEPS_FILE} line {line} " in said for line in lines), path
+    assert run.num_whole_way > 5
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -253,17 +251,15 @@ def test_the_sampling_rule_is_the_tracers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_number_of_the_summary_is_held(tmp_path: Path, level: str) -> None:
-    folder = write_golden(tmp_path / "run", level=level, serving=SERVING)
-    path = folder / "summary.json"
-    whole = json.loads(path.read_text())
-    missed = []
+    run = MemoryRun(write_golden(tmp_path / "run", level=level, serving=SERVING))
+    whole, missed = run.said, []
     for where in number_paths(whole):
-        path.write_text(json.dumps(changed(whole, where, at(whole, where) + 1)))
-        try:
-            verify(folder)
+        said = run.found(summary=changed(whole, where, at(whole, where) + 1))
+        if not said:
             missed.append(where)
-        except Mismatch as mismatch:
-            assert str(mismatch).startswith("summary.json: ")
+        else:
+            assert said.startswith("summary.json: ")
+    assert run.num_whole_way > 5
     # Below level full the records do not hold which tokens were shared; stats has no block ids either.
     allowed = {"full": (), "blocks": ("overlap",), "stats": ("overlap", "prefix_hot_blocks")}[level]
     assert [w for w in missed if not any(word in w[0] for word in allowed)] == []
@@ -274,12 +270,18 @@ def test_every_number_of_the_summary_is_held(tmp_path: Path, level: str) -> None
 def test_nothing_broken_makes_a_traceback(tmp_path: Path, name: str, level: str) -> None:
     """Any key gone, and any value of another type, is named or harmless; it never raises anything else."""
     folder = write_golden(tmp_path / "run", level=level)
+    run = MemoryRun(folder)
     first, *rest = (folder / name).read_bytes().splitlines(keepends=True)
     whole = json.loads((folder / name).read_bytes() if name.endswith(".json") else first)
     harmless = set()
     for where in key_paths(whole):
         for value in (..., None, [], {}, -1, 1.5, "x", [None]):
             if value == at(whole, where):
+                continue
+            if name == SUMMARY_FILE:
+                said = run.found(summary=changed(whole, where, value))
+                harmless |= set() if said else {where[0]}
+                assert said.count("\n") == 0
                 continue
             line = json.dumps(changed(whole, where, value)).encode() + b"\n"
             (folder / name).write_bytes(line if name.endswith(".json") else b"".join([line, *rest]))
@@ -293,7 +295,8 @@ def test_nothing_broken_makes_a_traceback(tmp_path: Path, name: str, level: str)
         "manifest.json": {"tool", "tool_version", "error", "started_utc", "argv", "model_config", "tokenizer"}
         | {"chat", "data_source", "device", "hbm_stand_in", "world_size", "seed", "trace", "cache_layouts"}
         | {"serving", "resumed_at_forward", "prefix_source", "tiers"}  # absent as well as null, or analysis
-        | {"selection"},  # without it every layer has an indexer, and so they have
+        | {"selection"}  # without it every layer has an indexer, and so they have
+        | {"files", "source_files"},  # absent as well as null
         "summary.json": {"tracing_cost", "workload", *({"prefix_hot_blocks"} if level == "stats" else ())}
         | {"serving", "prefix_cache", "tiers"}
         | ({"step_overlap", "layer_overlap"} if level != "full" else set()),

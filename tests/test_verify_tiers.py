@@ -18,6 +18,7 @@ from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
 from helpers.golden_run import REQUESTS, read_lines, write_golden, write_lines
 from helpers.json_edits import at, changed, key_paths, number_paths
+from helpers.memory_run import MemoryRun
 from helpers.tier_samples import LATENT, SETUPS
 from test_verify import leaves, spoilt
 
@@ -47,24 +48,24 @@ def altered(record: dict[str, Any], path: str) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize(("name", "level"), VARIANTS)
 def test_every_spoilt_field_of_a_tier_is_found(tmp_path: Path, name: str, level: str) -> None:
-    folder = write_golden(tmp_path / "run", level=level, tiers=SETUPS[name])
-    records = read_lines(folder)
+    run = MemoryRun(write_golden(tmp_path / "run", level=level, tiers=SETUPS[name]))
+    records = run.records
     paths = [path for path in leaves(level) if path.startswith("kv_fetch.")]
     assert len(paths) == 3 * 15
     for i in (0, len(records) // 2, len(records) - 1):  # a prefill by itself, decode of three and of two
         caught, unnamed, missed = set(), set(), set()
         for path in paths:
             for record in altered(records[i], path):
-                write_lines(folder, [*records[:i], record, *records[i + 1 :]])
-                try:
-                    verify(folder)
+                said = run.found_in(i, record)
+                if not said:
                     missed.add(path)
-                except Mismatch as mismatch:
+                else:
                     caught.add(path)
-                    unnamed |= {path} if f"{STEPS_FILE} line {i + 1} " not in str(mismatch) else set()
+                    unnamed |= {path} if f"{STEPS_FILE} line {i + 1} " not in said else set()
         assert caught == set(paths)
         assert unnamed <= ONLY_IN_TOTAL
         assert missed <= (OF_THE_CLOCK if i == 0 else set())
+    assert run.num_whole_way > 20
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -123,16 +124,15 @@ UNHELD |= {"prefetch", "lost_units"}
 
 
 def test_totals_of_the_stores_add_up(tmp_path: Path) -> None:
-    folder = write_golden(tmp_path / "run", tiers=SETUPS["block"])
-    said = json.loads((folder / "summary.json").read_text())["tiers"]
-    free = set()
+    run = MemoryRun(write_golden(tmp_path / "run", tiers=SETUPS["block"]))
+    said, free = run.said["tiers"], set()
     for where in number_paths(said):
-        found = rewritten(folder, "summary.json", ("tiers", *where), at(said, where) + 1)
+        found = run.found(summary=changed(run.said, ("tiers", *where), at(said, where) + 1))
         if found:
             assert found.startswith("summary.json: tiers.")
         else:
             free |= {next((key for key in where if key in UNHELD), where[-1])}
-        assert rewritten(folder, "summary.json", ("tiers", *where), -1)
+        assert run.found(summary=changed(run.said, ("tiers", *where), -1))
     assert free == UNHELD
 
 
@@ -188,10 +188,15 @@ def test_an_edited_setup_is_found(tmp_path: Path, where: tuple[str, ...], value:
 @pytest.mark.parametrize("name", ["manifest.json", "summary.json"])
 def test_nothing_broken_makes_a_traceback(tmp_path: Path, name: str) -> None:
     folder = write_golden(tmp_path / "run", tiers=SETUPS["block"])
+    run = MemoryRun(folder)
     tiers = json.loads((folder / name).read_text())["tiers"]
     for where in key_paths(tiers):
         for value in (None, [], {}, -1, 1.5, "x", [None]):
-            assert rewritten(folder, name, ("tiers", *where), value).count("\n") == 0
+            if name == "summary.json":
+                said = run.found(summary=changed(run.said, ("tiers", *where), value))
+            else:
+                said = rewritten(folder, name, ("tiers", *where), value)
+            assert said.count("\n") == 0
 
 
 def test_fields_of_tiers_stand_where_there_are_tiers(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import time
@@ -28,6 +29,27 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 SYNC_INTERVAL_S = 1.0
 """A power cut loses at most this much; a kill loses at most the line being written."""
+
+
+_READ_BYTES = 1 << 20
+
+
+def digest(data: bytes) -> dict[str, Any]:
+    """What a manifest says of a file with these bytes: `schema.FILE_FIELDS`."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def digest_of(path: Path) -> dict[str, Any]:
+    """The same of a file that is there."""
+    return {"bytes": path.stat().st_size, "sha256": _hashed(path).hexdigest()}
+
+
+def _hashed(path: Path) -> hashlib._Hash:
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(_READ_BYTES):
+            sha256.update(data)
+    return sha256
 
 
 class LineFile:
@@ -54,6 +76,8 @@ class LineFile:
         self.path = path
         self._file = file
         self._size = os.fstat(file.fileno()).st_size
+        # None: what stands there is hashed when the first line follows, or at the end.
+        self._sha256 = None if self._size else hashlib.sha256()
         self._synced = time.monotonic()
         self._is_locked = False
 
@@ -80,6 +104,7 @@ class LineFile:
         """
         with _naming(self.path):
             self.check_place()
+            sha256 = self._hash()
             try:
                 write_all(self._file, data)
             except OSError:
@@ -88,6 +113,7 @@ class LineFile:
                     self._file.truncate(self._size)
                     self._file.seek(self._size)
                 raise
+            sha256.update(data)
             self._size += len(data)
             if time.monotonic() >= self._synced + SYNC_INTERVAL_S:
                 self._sync()
@@ -97,7 +123,7 @@ class LineFile:
         with _naming(self.path):
             self._file.truncate(size)
             self._file.seek(size)
-            self._size = size
+            self._size, self._sha256 = size, None
             self._sync()
 
     def replace(self, chunks: Iterable[bytes]) -> None:
@@ -119,7 +145,18 @@ class LineFile:
             sync(self.path.parent)
             on_failure.pop_all()
         self._file.close()
-        self._file, self._size, self._is_locked = new._file, new._size, new._is_locked
+        self._file, self._size, self._sha256 = new._file, new._size, new._sha256
+        self._is_locked = new._is_locked
+
+    def digest(self) -> dict[str, Any]:
+        """`digest` of all that the file holds, hashed as it was written; may be asked after `close`."""
+        with _naming(self.path):
+            return {"bytes": self._size, "sha256": self._hash().hexdigest()}
+
+    def _hash(self) -> hashlib._Hash:
+        if self._sha256 is None:
+            self._sha256 = _hashed(self.path)
+        return self._sha256
 
     def close(self) -> None:
         """Writes through to the disk and closes; raises as `append` does."""

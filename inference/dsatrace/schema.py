@@ -245,6 +245,12 @@ LAYER_FIELDS = (
 )
 """Of each layer's selections."""
 
+FILE_FIELDS = (
+    Field("bytes", "int", "bytes", "size of the file"),
+    Field("sha256", "string", "hex", "SHA-256 of its bytes"),
+)
+"""What a manifest says of each of the run's other files."""
+
 MANIFEST_FIELDS = (
     Field("schema_version", "int", "", "version of the records; fields are only ever added"),
     Field("tool", "string", "", '`"dsatrace"`'),
@@ -307,6 +313,10 @@ MANIFEST_FIELDS = (
     Field("quantile", "string", "", "definition of every quantile"),
     Field("resumed_at_forward", "int[]", "", "`forward_idx` at which each resume of the run went on. Step "
           "times cover all parts, the tracing cost only the last one", optional=True),
+    Field("files", "object | null", "", "the run's other files as they were when it ended; null: it has not "
+          "ended, was killed, or could not write all", entry="<file>", children=FILE_FIELDS, optional=True),
+    Field("source_files", "object | null", "", "of an export: the `files` of the runs it was made from; "
+          "null: they had none", entry="<file>", children=FILE_FIELDS, optional=True),
 )
 
 # summary.json: what came of it.

@@ -126,9 +126,8 @@ def write_run(
                     sink.write_request(request_line(request, facts, has_prefix_cache=False, has_tiers=False))
         written += step.num_records
         advance(step.num_records)
-    for sink in sinks:
-        sink.close("complete")
-    write_json(folder / MANIFEST_FILE, manifest(info, config, "complete", key_id="00000000"))
+    files = {name: digest for sink in sinks for name, digest in (sink.close("complete") or {}).items()}
+    write_json(folder / MANIFEST_FILE, manifest(info, config, "complete", key_id="00000000", files=files))
     return written
 
 
@@ -154,7 +153,7 @@ def captures(num_records: int, shape: Shape) -> Iterator[StepCapture]:
                 np.array([1.0, 2.0, 3.0, 0.25], dtype=np.float32), (shape.num_layers, shape.batch, 4)
             ),
             scores=None,
-            prefixes=(RequestPrefix(64 * hits, f"{0:016x}"),) * shape.batch,
+            prefixes=tuple(RequestPrefix(64 * hits, f"{b:016x}") for b in range(shape.batch)),
             forward_idx=forward_idx,
             step_wall_us=float(rng.integers(30_000, 30_000 + shape.num_step_times)),
             step_synced=True,

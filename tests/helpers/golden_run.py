@@ -53,13 +53,15 @@ def write_golden(
     requests: Sequence[GoldenRequest] = REQUESTS,
     *,
     state: str = "complete",
+    sealed: bool = False,
     num_layers: int = NUM_LAYERS,
     serving: Mapping[str, Any] | None = None,
     tiers: TierSettings | None = None,
     shared_layers: Mapping[int, int] | None = None,
     **changes: Any,
 ) -> Path:
-    """Writes the run and returns its folder; `changes` are `TraceConfig`'s."""
+    """Writes the run and returns its folder; `changes` are `TraceConfig`'s. Without `sealed` there are no
+    digests, which would find everything that is spoilt."""
     config = TraceConfig(out=folder, **({"block_size": BLOCK_SIZE, "prefill": "last"} | changes))
     info = RunInfo(
         model_config={"n_layers": num_layers, "index_topk": TOP_K},
@@ -76,9 +78,11 @@ def write_golden(
     summary = Summary(config.compared_block_sizes, info.selections, serving, offloaded=tiers is not None)
     sinks = open_sinks(folder, config, summary)
     _serve(sinks, summary.sections, config, info, requests, num_layers)
+    files: dict[str, Any] = {}
     for sink in sinks:
-        sink.close(state)
-    write_json(folder / MANIFEST_FILE, manifest(info, config, state, key_id="00000000"))
+        files |= sink.close(state) or {}
+    record = manifest(info, config, state, key_id="00000000", files=files if sealed else None)
+    write_json(folder / MANIFEST_FILE, record)
     return folder
 
 
@@ -109,7 +113,7 @@ def _serve(
                 step_idx=step,
                 request_ids=tuple(request.request_id for request in running),
                 prefixes=tuple(
-                    RequestPrefix(request.cached_blocks, f"{len(request.request_id):016x}")
+                    RequestPrefix(request.cached_blocks, f"{requests.index(request):016x}")
                     for request in running
                 ),
                 phase="prefill" if step < 0 else "decode",

@@ -45,6 +45,7 @@ class Server:
         self.tracer = tracer
         self.forward_idx = resumed.next_forward_idx if resumed else 0
         self.now_s = resumed.elapsed_s if resumed else 0.0
+        self.first_token_s: dict[str, float] = {}
         self.stop_at = stop_at
         self.tiers = SimulatedTiers(INFO.tiers) if INFO.tiers else None
         if self.tiers is not None:
@@ -71,6 +72,7 @@ class Server:
                 request = self.waiting.pop(0)
                 if not self.forward([(request, -1)]):
                     return False
+                self.first_token_s[request.request_id] = self.now_s
                 if OUTPUTS[request.request_id] == 1:
                     self.finish(request)
                 else:
@@ -120,7 +122,7 @@ class Server:
             RequestFacts(
                 num_output_tokens=OUTPUTS[request.request_id],
                 state="length",
-                first_token_s=self.now_s,
+                first_token_s=self.first_token_s[request.request_id],
                 finish_s=self.now_s,
             ),
         )

@@ -19,7 +19,7 @@ from typing import Any
 from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.verify import verify_run
 from dsatrace.errors import exits_cleanly
-from dsatrace.files import write_json
+from dsatrace.files import digest_of, write_json
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE, encode
 from dsatrace.trace.config import TraceConfig, check_run_folder, default_run_folder
@@ -82,7 +82,8 @@ def write_run(config: TraceConfig) -> int:
         block_sizes=config.compared_block_sizes,
     )
     write_json(config.out / SUMMARY_FILE, summary)
-    write_json(config.out / MANIFEST_FILE, manifest(run, config, "complete", key_id=key_id))
+    files = {name: digest_of(config.out / name) for name in (STEPS_FILE, REQUESTS_FILE, SUMMARY_FILE)}
+    write_json(config.out / MANIFEST_FILE, manifest(run, config, "complete", key_id=key_id, files=files))
     return len(records)
 
 

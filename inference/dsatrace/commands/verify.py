@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if everything is right, 1 after naming what is not on stderr, 2 for no run."""
     parser = CommandParser(
         "verify",
-        "Re-derive every record of a run from its positions, with a second implementation.",
+        "Re-derive every record of a run from its positions, with a second implementation, and compare its "
+        "files with the digests in its manifest (integrity, not origin).",
         examples="""
         %(prog)s outputs/generate_20260101_120000
         %(prog)s outputs/mine && echo sound

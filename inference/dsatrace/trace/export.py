@@ -1,7 +1,8 @@
 """Turns a run's folder from JSON lines into Parquet and back, without loss.
 
 The new folder appears whole or not at all: it is filled under a hidden name beside its place and
-renamed last. The manifest is copied as it is, so an export of a killed run says so too.
+renamed last. The manifest is copied, so an export of a killed run says so too, but for the digests:
+`files` is of what was written here, `source_files` of what it was made from.
 
     done = export_run(RunReader("outputs/mine"), "parquet", Path("outputs/mine_parquet"))
     done.num_records, done.bytes_after, done.left_out
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from dsatrace.errors import UserError
-from dsatrace.files import NO_LOCKS, sync
+from dsatrace.files import NO_LOCKS, digest_of, sync, write_json
 from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, STEPS_PARQUET_FILE, SUMMARY_FILE
 from dsatrace.trace.parquet.file import Line, count_records, read_lines, write_parquet
 from dsatrace.trace.reader import RunReader
@@ -47,7 +48,8 @@ def export_run(
     """Writes the run's four files to `out`, a folder that is new or empty.
 
     Raises `UserError`, and leaves nothing behind, for a run that is still being written or is in that
-    format already, for a line that is not JSON, and for what the system refuses.
+    format already, for a file that is not as it was when the run ended, for a line that is not JSON,
+    and for what the system refuses.
     """
     source = run.steps_path
     if run.is_parquet == (to == "parquet"):
@@ -66,6 +68,8 @@ def export_run(
             else:
                 num_records, num_kept = _to_jsonl(source, steps, progress), 0
             _copy_others(run, folder)
+            _require_unchanged(run)
+            _write_manifest(run, folder)
             size = steps.stat().st_size
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot export there: {error.strerror}") from error
@@ -104,9 +108,26 @@ def _copy_others(run: RunReader, folder: Path) -> None:
     with (folder / REQUESTS_FILE).open("wb") as file:
         for line, _ in run.lines(REQUESTS_FILE):
             file.write(line)
-    for name in (MANIFEST_FILE, SUMMARY_FILE):
-        if (run.folder / name).exists():
-            shutil.copyfile(run.folder / name, folder / name)
+    if (run.folder / SUMMARY_FILE).exists():
+        shutil.copyfile(run.folder / SUMMARY_FILE, folder / SUMMARY_FILE)
+
+
+def _require_unchanged(run: RunReader) -> None:
+    """An export with new digests would hide that a file is no longer the one that was written."""
+    for name, known in (run.manifest.get("files") or {}).items():
+        path = run.folder / name
+        if not path.exists() or digest_of(path) != known:
+            raise UserError(
+                f"{path}: not as it was when the run ended, see `dsatrace verify {run.folder}`; restore it, "
+                f"or remove `files` from {MANIFEST_FILE} to export it as it is"
+            )
+
+
+def _write_manifest(run: RunReader, folder: Path) -> None:
+    """The run's, with the digests of the files in `folder`, and of all that they were made from."""
+    known = {**(run.manifest.get("source_files") or {}), **(run.manifest.get("files") or {})}
+    files = {path.name: digest_of(path) for path in sorted(folder.iterdir())}
+    write_json(folder / MANIFEST_FILE, {**run.manifest, "files": files, "source_files": known or None})
 
 
 @contextlib.contextmanager

@@ -141,6 +141,7 @@ def manifest(
     started: float | None = None,  # seconds since the epoch
     error: str | None = None,
     failed_requests: int = 0,
+    files: Mapping[str, Any] | None = None,  # of a run that has ended: name -> `files.digest`
 ) -> dict[str, Any]:
     """The record of manifest.json, in the schema's field order."""
     model_config = json.loads(json.dumps(dict(run.model_config)))  # as it is read back: no tuples
@@ -185,6 +186,7 @@ def manifest(
         },
         "quantile": QUANTILE_DEFINITION,
         "resumed_at_forward": [],
+        "files": None if files is None else dict(files),
     }
 
 

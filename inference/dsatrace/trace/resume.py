@@ -54,7 +54,7 @@ _TIMES = ("admitted_s", "first_token_s", "finish_s")
 _REQUEST_ID = re.compile(rb'"request_id":\s*("(?:[^"\\]|\\.)*")')
 _CHUNK_BYTES = 1 << 20
 _MAY_DIFFER = (
-    *("tool_version", "state", "error", "started_utc", "argv", "resumed_at_forward"),
+    *("tool_version", "state", "error", "started_utc", "argv", "resumed_at_forward", "files"),
     "trace.queue_steps",
 )
 _REMEDIES = {

@@ -235,7 +235,8 @@ class Tracer:
             state, reason = "incomplete", f"the trace writer: {type(error).__name__}: {error}"
         try:
             self._folder.check()
-            self._write_manifest(state, reason)
+            # After a failure nobody knows what the disk kept.
+            self._write_manifest(state, reason, None if error is not None else self._writer.files)
         except OSError as refused:  # readers see an incomplete run: its lock is gone
             return cannot_write(refused)
         except UserError as moved:
@@ -271,10 +272,14 @@ class Tracer:
                 remedy = "nothing is lost, make room and resume it again"
             raise UserError(f"{folder}: cannot write the trace there: {error.strerror}; {remedy}") from error
 
-    def _write_manifest(self, state: str, error: str | None = None) -> None:
-        write_json(self.config.out / MANIFEST_FILE, self._manifest(state, error))
+    def _write_manifest(
+        self, state: str, error: str | None = None, files: Mapping[str, Any] | None = None
+    ) -> None:
+        write_json(self.config.out / MANIFEST_FILE, self._manifest(state, error, files))
 
-    def _manifest(self, state: str, error: str | None = None) -> dict[str, Any]:
+    def _manifest(
+        self, state: str, error: str | None = None, files: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         record = manifest(
             self._run,
             self.config,
@@ -283,6 +288,7 @@ class Tracer:
             started=self._started,
             error=error,
             failed_requests=self._num_failed,
+            files=files or None,
         )
         return self._resumed.continued(record) if self._resumed else record
 

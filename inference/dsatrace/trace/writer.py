@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import orjson
 
 from dsatrace.errors import UserError
-from dsatrace.files import HeldFolder, LineFile, write_atomically
+from dsatrace.files import HeldFolder, LineFile, digest, write_atomically
 from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
@@ -68,6 +68,8 @@ class TraceWriter:
         """`cost` and `sections` are the summary's; the writer keeps them up to date."""
         self.cost = cost or TracingCost()
         self.error: BaseException | None = None
+        self.files: dict[str, dict[str, Any]] = {}
+        """After `stop`, of the files that the sinks have closed: name -> `files.digest`."""
         self._deriver = deriver
         self._sinks = sinks
         self._sections: Sections = {} if sections is None else sections
@@ -182,7 +184,7 @@ class TraceWriter:
             while (item := self._queue.get()) is not None:
                 self._take(item)
             for sink in self._sinks:
-                self._guard(sink.close, "incomplete" if self.error else self._state)
+                self._guard(self._close, sink)
         finally:
             self._has_ended.set()
 
@@ -216,6 +218,9 @@ class TraceWriter:
             sink.write_request(record)
         self.cost.busy_us += (time.perf_counter() - start) * 1e6
 
+    def _close(self, sink: Sink) -> None:
+        self.files |= sink.close("incomplete" if self.error else self._state) or {}
+
     def _guard(self, work: Callable[[Any], None], argument: object) -> None:
         """Keeps the first exception for the model thread."""
         try:
@@ -235,14 +240,15 @@ class Sink(Protocol):
 
     Each call is whole when it returns: a process that dies afterwards has not lost it, unless the
     sink says how much it may lose. `close` is called once, also after a failure, with the state the
-    run ends in. Errors propagate to the caller.
+    run ends in, and returns the digest of each file that the sink wrote, by name. Errors propagate
+    to the caller.
     """
 
     def write_step(self, step: StepRecords) -> None: ...
 
     def write_request(self, record: Mapping[str, Any]) -> None: ...
 
-    def close(self, state: str) -> None: ...
+    def close(self, state: str) -> dict[str, dict[str, Any]] | None: ...
 
 
 class JsonlSink:
@@ -270,11 +276,12 @@ class JsonlSink:
         self._steps.check_place()  # a run without step records writes nothing else
         self._requests.append(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
-    def close(self, state: str) -> None:
+    def close(self, state: str) -> dict[str, dict[str, Any]]:
         try:
             self._requests.close()
         finally:
             self._steps.close()
+        return {STEPS_FILE: self._steps.digest(), REQUESTS_FILE: self._requests.digest()}
 
 
 class SummarySink:
@@ -299,9 +306,9 @@ class SummarySink:
         self._summary.finish_request(record)
         self._refresh()
 
-    def close(self, state: str) -> None:
+    def close(self, state: str) -> dict[str, dict[str, Any]]:
         try:
-            self._write(state)
+            return {SUMMARY_FILE: digest(self._write(state))}
         finally:
             self._folder.close()
 
@@ -311,15 +318,15 @@ class SummarySink:
             # Counted from the end of the write, so that a large summary cannot fill the thread's time.
             self._due = time.monotonic() + self._interval_s
 
-    def _write(self, state: str) -> None:
+    def _write(self, state: str) -> bytes:
         self._folder.check()
         cost = self._summary.cost
         if cost is not None:
             self._summary.dropped_steps = self._dropped_before + cost.dropped_steps + cost.lost_steps
         record = self._summary.to_json(state)
-        write_atomically(
-            self._folder.path / SUMMARY_FILE, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
-        )
+        data = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+        write_atomically(self._folder.path / SUMMARY_FILE, data)
+        return data
 
 
 def open_sinks(

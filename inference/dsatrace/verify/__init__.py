@@ -2,12 +2,17 @@
 
 run.py             the check of a whole run folder: start here
 files.py           a run's files, read with the standard library
+facts.py           the manifest's facts that no record depends on: dates, ranks, dimensions
 rules.py           the manifest's settings that the records depend on
 check_record.py    one record against its own positions
 check_tiers.py     its `kv_fetch`, and the totals of the tiers, where latents lie in several tiers
 order.py           the records against each other
+row.py             what the records of a request's step have in common
+prefixes.py        what their prefixes prove of each other
 requests.py        the lines of requests.jsonl, and what they add up to
+workload.py        what the summary says of the workload, and the range of its scores
 plain_record.py    the second implementation: a record from its positions
 plain_summary.py   the second implementation: summary.json from the records
+digests.py         whether the files are still those that were written
 mismatch.py        a finding: one field, its place, and what it should be
 """

@@ -31,11 +31,12 @@ from dsatrace.schema import nearest_rank, problems
 from dsatrace.verify.check_record import check_given, check_record
 from dsatrace.verify.check_tiers import BatchTimes, TierTotals
 from dsatrace.verify.mismatch import Mismatch
-from dsatrace.verify.order import Row, Sharing
+from dsatrace.verify.order import Sharing
 from dsatrace.verify.overlap import Overlaps
 from dsatrace.verify.plain_record import fetch_from_hbm
 from dsatrace.verify.plain_summary import PlainSummary
 from dsatrace.verify.requests import RequestLine
+from dsatrace.verify.row import Row
 from dsatrace.verify.rules import Rules
 
 if TYPE_CHECKING:

@@ -1,9 +1,10 @@
 """Checks the records of a run against each other: none is missing, doubled or out of place.
 
 A *row* is one request's records in one forward, layer 0 to the last, side by side in the file; a
-forward is one or more rows. `RunOrder` checks order and completeness, and keeps one row, one forward
-and a little of each live request; `Seams` knows the forwards at which the run was resumed; `Sharing`
-checks the records of layers that use another layer's selection. Standard library only.
+forward is one or more rows. `RunOrder` checks order and completeness, and that a request took at
+least as long as its steps; it keeps one row, one forward and a little of each live request. `Seams`
+knows the forwards at which the run was resumed; `Sharing` checks the records of layers that use
+another layer's selection. Standard library only.
 
     order = RunOrder(rules, requests, may_miss=0)
     sharing = Sharing(rules)
@@ -19,11 +20,13 @@ import bisect
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE, value_at
 from dsatrace.verify.mismatch import Mismatch, compare, located, require
+from dsatrace.verify.prefixes import Prefixes
 from dsatrace.verify.requests import RequestLine
+from dsatrace.verify.row import Row
 from dsatrace.verify.rules import Rules
 
 
@@ -34,6 +37,7 @@ class RunOrder:
         """`may_miss`: dropped steps that were counted; None when that is not known."""
         self._rules = rules
         self._requests = requests
+        self._prefixes = Prefixes(rules, requests)
         self._may_miss = may_miss
         self._row: list[tuple[int, Row]] = []  # the records of the row so far, by line
         self._forward: tuple[int, Row] | None = None  # its first line and row
@@ -65,7 +69,7 @@ class RunOrder:
         self._line = line + self._rules.num_layers - 1
         try:
             self._add_to_forward(line, row)
-            return self._add_to_request(row)
+            return self._add_to_request(line, row)
         except Mismatch as mismatch:
             raise mismatch.at(STEPS_FILE, line, row._asdict() | {"layer_id": 0}) from None
 
@@ -102,6 +106,7 @@ class RunOrder:
             self._check_nothing_is_left(request_id, live)
         for request_id in self._requests.keys() - self._live.keys() - self._ended:
             self._check_nothing_is_left(request_id, None)
+        self._prefixes.close()
         self._seams.enter(self._seams.last_part, len(self._live) + len(self._ended))
         if worst := self._seams.worst(len(self._requests)):
             line, num_cut = worst
@@ -145,7 +150,7 @@ class RunOrder:
             with located(STEPS_FILE, line, row._asdict() | {"layer_id": 0}):
                 compare(row.batch_size, found, _PATHS["batch_size"])
 
-    def _add_to_request(self, row: Row) -> str | None:
+    def _add_to_request(self, line: int, row: Row) -> str | None:
         known = self._requests.get(row.request_id)
         require(row.request_id not in self._ended, "step_idx", row.step_idx, "after the request's last step")
         self._check_step(row)
@@ -155,6 +160,7 @@ class RunOrder:
             expected = prompt_tokens if known is None else known.num_prompt_tokens
             live = self._live[row.request_id] = _Live(row, expected)
             num_missing = self._count_sampled(-1 if self._rules.prefill else 0, row.step_idx)
+            is_new = True
         else:
             before = live.row
             require(row.step_idx > before.step_idx, "step_idx", row.step_idx, f"after {before.step_idx}")
@@ -168,16 +174,22 @@ class RunOrder:
                 compare(getattr(row, name), getattr(before, name), _PATHS[name])
             num_missing = self._count_sampled(before.step_idx + 1, row.step_idx)
             live.row = row
+            is_new = False
         compare(row.seq_len_current, live.prompt_tokens + row.step_idx + 1, "seq_len_current")
         most = live.prompt_tokens // self._rules.block_size
         require(row.cached_blocks <= most, _PATHS["cached_blocks"], row.cached_blocks, f"at most {most}")
         if self._rules.prefix_cache and known is not None and known.state != "unfinished":
             num_hit = (known.prefix_hit_tokens or 0) // self._rules.block_size
             compare(row.cached_blocks, num_hit, _PATHS["cached_blocks"])
+        if is_new:
+            self._prefixes.add(line, row, live.prompt_tokens)
+        if row.step_idx >= 0:
+            live.decode_us += row.step_wall_us
         live.num_missing += num_missing
         self._num_missing += num_missing
         self._check_missing("step_idx", row.step_idx, live.num_missing)
         if known is not None and known.has_ended and not self._num_left(row.step_idx, known):
+            self._check_time(row.request_id, known, live)
             self._ended.add(row.request_id)
             del self._live[row.request_id]
             return row.request_id
@@ -210,6 +222,15 @@ class RunOrder:
             what = f"{num_missing} sampled steps of the request are missing, {self._may_miss} were dropped"
             raise Mismatch(field, f"stored {stored!r}: {what}")
 
+    def _check_time(self, request_id: str, known: RequestLine, live: _Live) -> None:
+        """On a wall clock, steps one after the other lie between a request's first token and its last."""
+        if known.decode_s is None or self._rules.is_virtual:
+            return
+        least_s = live.decode_us / 1e6
+        rule = f"{known.decode_s} s after its first token, and its recorded steps took {least_s:.6f} s"
+        with located(REQUESTS_FILE, known.line, {"request_id": request_id}):
+            require(known.decode_s >= least_s - _ROUNDING_S, "finish_s", known.finish_s, rule)
+
     def _check_nothing_is_left(self, request_id: str, live: _Live | None) -> None:
         known = self._requests[request_id]
         if not known.has_ended:
@@ -218,6 +239,8 @@ class RunOrder:
         num_left = self._num_left(before, known)
         self._num_missing += num_left
         num_missing = num_left + (live.num_missing if live else 0)
+        if live:
+            self._check_time(request_id, known, live)
         with located(REQUESTS_FILE, known.line, {"request_id": request_id}):
             self._check_missing("num_output_tokens", known.num_output_tokens, num_missing)
 
@@ -228,40 +251,9 @@ _PATHS = {
     "needle_tokens": "needle.tokens",
     "batch_size": "kv_fetch.hbm.batch_size",
 }
+_ROUNDING_S = 2e-6
+"""Times may have been rounded to whole microseconds."""
 _OF_A_FORWARD = ("phase", "batch_size", "step_wall_us", "step_synced")
-
-
-class Row(NamedTuple):
-    """What all records of a row have in common."""
-
-    request_id: str
-    step_idx: int
-    seq_len_current: int
-    phase: str
-    cached_blocks: int
-    prefix_key: str
-    needle_tokens: int
-    forward_idx: int
-    batch_size: int
-    step_wall_us: float
-    step_synced: bool
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Row:
-        prefix = record["prefix"]
-        return cls(
-            record["request_id"],
-            record["step_idx"],
-            record["seq_len_current"],
-            record["phase"],
-            prefix["prefix_cached_blocks"],
-            prefix["prefix_key"],
-            record.get("needle", {}).get("tokens", 0),
-            record["forward_idx"],
-            record["kv_fetch"]["hbm"]["batch_size"],
-            record["step_wall_us"],
-            record["step_synced"],
-        )
 
 
 @dataclasses.dataclass
@@ -271,6 +263,7 @@ class _Live:
     row: Row
     prompt_tokens: int
     num_missing: int = 0
+    decode_us: float = 0.0  # of its recorded decode steps
 
 
 class Seams:

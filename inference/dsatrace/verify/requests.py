@@ -5,13 +5,14 @@ implementation: standard library only, and nothing shared with the fast path but
 keep a few fields of every line and sort them in the end.
 
     totals = PlainRequests(manifest.get("serving"))
-    requests = read_requests(run, totals, rules)      # request id -> RequestLine; raises Mismatch
+    requests = read_requests(run, totals, rules, Scores())      # request id -> RequestLine; raises Mismatch
     totals.to_json()                                  # {"scores": ..., "serving": ...}
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -21,11 +22,13 @@ from dsatrace.schema import REQUEST_FIELDS, REQUESTS_FILE, problems, quantile_so
 from dsatrace.verify.files import PlainRun
 from dsatrace.verify.mismatch import located, require, require_range
 from dsatrace.verify.rules import Rules, require_schema
+from dsatrace.verify.workload import Scores
 
 Line = Mapping[str, Any]
 _KEPT = ("num_output_tokens", "arrival_s", "admitted_s", "first_token_s", "finish_s")
 _COUNTED = ("num_preemptions", "num_recomputes")
 _MAX_BUCKETS = 64
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
 _STATES = ("stop", "length", "rejected", "aborted", "unfinished", "failed")
 _TIMES = ("arrival_s", "admitted_s", "first_token_s", "finish_s")
 _OF_PREFIX_CACHE = ("prefix_hit_tokens", "num_prefill_tokens", "prefill_s")
@@ -41,10 +44,20 @@ class RequestLine(NamedTuple):
     state: str
     needle_positions: tuple[int, ...] = ()
     prefix_hit_tokens: int | None = None  # None: there is no cache, or its prefill never began
+    arrival_s: float = 0.0
+    first_token_s: float | None = None
+    finish_s: float | None = None
 
     @property
     def has_ended(self) -> bool:
         return self.state in ("stop", "length", "rejected")
+
+    @property
+    def decode_s(self) -> float | None:
+        """From its first token to its end; None where that is not known."""
+        if self.first_token_s is None or self.finish_s is None:
+            return None
+        return self.finish_s - self.first_token_s
 
     @property
     def last_step(self) -> int | None:
@@ -60,12 +73,15 @@ class RequestLine(NamedTuple):
         return max(self.num_output_tokens - 2 + (self.state in ("aborted", "failed")), -1)
 
 
-def read_requests(run: PlainRun, totals: PlainRequests, rules: Rules) -> dict[str, RequestLine]:
+def read_requests(
+    run: PlainRun, totals: PlainRequests, rules: Rules, scores: Scores
+) -> dict[str, RequestLine]:
     """What requests.jsonl says of each request; checks its lines and adds them to `totals`."""
     found: dict[str, RequestLine] = {}
     for line, record in run.lines(REQUESTS_FILE):
         with located(REQUESTS_FILE, line, {"request_id": record.get("request_id")}):
             _check_request(record)
+            scores.check(record["score"])
             _check_prefix_cache(record, rules)
             _check_tier_losses(record, rules)
             require(record["request_id"] not in found, "request_id", record["request_id"], "stands twice")
@@ -76,6 +92,9 @@ def read_requests(run: PlainRun, totals: PlainRequests, rules: Rules) -> dict[st
             record["state"],
             tuple(record.get("needle_positions", ())),
             record.get("prefix_hit_tokens"),
+            record["arrival_s"],
+            record["first_token_s"],
+            record["finish_s"],
         )
         totals.add(record)
     return found
@@ -84,6 +103,8 @@ def read_requests(run: PlainRun, totals: PlainRequests, rules: Rules) -> dict[st
 def _check_request(record: dict[str, Any]) -> None:
     """A line of requests.jsonl, without regard to the manifest."""
     require_schema(problems(record, "full", REQUEST_FIELDS))
+    name = record["request_id"]
+    require(name != "" and not _CONTROLS.search(name), "request_id", name, "empty, or has control characters")
     state, num_prompt, num_output = (
         record[name] for name in ("state", "num_prompt_tokens", "num_output_tokens")
     )
@@ -150,12 +171,15 @@ class PlainRequests:
         self._serving = serving
         self._scores: list[float] = []
         self._groups: dict[str, dict[str, list[float]]] = {}  # label -> value -> scores
+        self.num_by_task = Counter[str]()  # where they have that label
         self._of_state: dict[str, list[Line]] = {}
         self._with_prefix_cache: list[Line] = []
 
     def add(self, line: Line) -> None:
         self.num_requests += 1
         self.num_failed += line.get("state") == "failed"
+        if "task" in line.get("labels", {}):
+            self.num_by_task[line["labels"]["task"]] += 1
         self.num_recomputes += line.get("num_recomputes") or 0
         if line["score"] is not None:
             self._scores.append(line["score"])

@@ -50,6 +50,8 @@ class Rules:
     seed: int
     may_lose: bool  # steps may be missing; they are counted then
     resumed_at_forward: tuple[int, ...]  # ascending
+    key_tokens: int  # of a prompt, that its prefix key is of
+    is_virtual: bool  # the requests' times are not of a wall clock
     prefix_cache: bool  # the records' prefixes were found in the engine's cache
     tiers: TierRules | None  # None: everything was in HBM
     source_layers: Mapping[int, int]  # of a layer without an indexer, the layer whose selection it uses
@@ -83,6 +85,8 @@ class Rules:
         require(source in ("analysis", "cache"), "prefix_source", source, "not analysis or cache")
         block_size = trace["block_size_tokens"]
         require(block_size >= 1, "trace.block_size_tokens", block_size, "not a count")
+        key_tokens = trace["prefix_key_tokens"]
+        require(key_tokens >= 1, "trace.prefix_key_tokens", key_tokens, "not a count")
         return cls(
             level=trace["level"],
             block_size=block_size,
@@ -98,6 +102,8 @@ class Rules:
             seed=manifest["seed"],
             may_lose=trace["queue_policy"] == "drop" or trace["on_error"] == "continue",
             resumed_at_forward=tuple(seams),
+            key_tokens=key_tokens,
+            is_virtual=(manifest.get("serving") or {}).get("clock", "real") != "real",
             prefix_cache=source == "cache",
             tiers=TierRules.of(manifest, layout["latent_bytes_per_token"]),
             source_layers=_source_layers(manifest) if has_model else {},

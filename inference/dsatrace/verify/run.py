@@ -3,7 +3,8 @@
 Re-derives every derived field of every record (`check_record.py`), the order and completeness of
 the records (`order.py`) and the totals of summary.json (`plain_summary.py`), in one pass and bounded
 memory. Standard library only; shares nothing with the writer but `schema.py`. What comes from the
-model or a clock (scores, times, prefix hashes) is checked for what it must be like.
+model or a clock (scores, times, prefix hashes) is checked for what it must be like, and all of it
+against the digests that the manifest of a run that ended holds (`digests.py`).
 
     print(verify(Path("outputs/mine")).text())       # raises Mismatch naming the first bad record
 """
@@ -27,6 +28,8 @@ from dsatrace.schema import (
     problems,
 )
 from dsatrace.verify.check_tiers import check_tier_totals
+from dsatrace.verify.digests import Digests
+from dsatrace.verify.facts import check_facts
 from dsatrace.verify.files import PlainRun
 from dsatrace.verify.mismatch import Mismatch, compare, located, require
 from dsatrace.verify.order import RunOrder
@@ -34,6 +37,7 @@ from dsatrace.verify.plain_summary import PlainSummary, described
 from dsatrace.verify.requests import PlainRequests, read_requests
 from dsatrace.verify.rules import Rules, require_schema
 from dsatrace.verify.steps import StepChecks
+from dsatrace.verify.workload import Scores, check_workload
 
 _ADDED_LATER = ("needle_recall", "scores", "serving", "prefix_cache", "tiers", "workload")
 """Fields of the summary that older runs lack."""
@@ -49,6 +53,7 @@ class Verification:
     level: str
     num_records: int
     num_requests: int
+    is_sealed: bool  # the manifest has the digests of the files, and they are right
     notes: tuple[str, ...]
     faults: tuple[str, ...] = ()
 
@@ -63,6 +68,8 @@ class Verification:
             f"verified: {self.num_records} records, {self.num_requests} requests ({self.state}, level "
             f"{self.level}): {what}; order and completeness; totals of {SUMMARY_FILE}"
         )
+        if self.is_sealed:
+            line += "; files unchanged since the run ended"
         return "\n".join((line, *(f"not checked: {note}" for note in self.notes)))
 
 
@@ -87,11 +94,14 @@ def verify(
 def _verify(run: PlainRun, on_bytes: Callable[[int], object] | None, jobs: int, plain: bool) -> Verification:
     with located(MANIFEST_FILE):
         rules = Rules.of(run.manifest)
+        check_facts(run.manifest)
+        digests = Digests(run)
     state = run.state
-    lines = PlainRequests(run.manifest.get("serving"))
-    requests = read_requests(run, lines, rules)
     with located(SUMMARY_FILE):
         summary = _summary(run, state)
+        scores = Scores.of(summary)
+    lines = PlainRequests(run.manifest.get("serving"))
+    requests = read_requests(run, lines, rules, scores)
     dropped_steps = summary["dropped_steps"] if summary else 0
     # A run that is not complete may have lost more steps than its last summary says.
     order = RunOrder(rules, requests, None if rules.may_lose and state != "complete" else dropped_steps)
@@ -106,6 +116,8 @@ def _verify(run: PlainRun, on_bytes: Callable[[int], object] | None, jobs: int, 
     order.close(whole=state == "complete")
     with located(SUMMARY_FILE):
         notes = _check_totals(run, summary, totals, lines, order)
+        if summary is not None and state == "complete":
+            check_workload(summary.get("workload"), lines.num_by_task, lines.num_requests)
         if summary is not None:
             whole = state == "complete" and not dropped_steps
             note = check_tier_totals(said, rules, steps.moved, lines, whole)
@@ -113,7 +125,18 @@ def _verify(run: PlainRun, on_bytes: Callable[[int], object] | None, jobs: int, 
     if rules.tiers is not None and totals.num_records:
         notes.append("which tier held a token: the engine's word, of which the accounts must add up")
     faults = _faults(run.manifest, state, rules, totals.num_records, lines, dropped_steps)
-    return Verification(state, rules.level, totals.num_records, len(requests), tuple(notes), tuple(faults))
+    digests.check()  # last: what was derived names the record and the field
+    if digests.note:
+        notes.append(digests.note)
+    return Verification(
+        state=state,
+        level=rules.level,
+        num_records=totals.num_records,
+        num_requests=len(requests),
+        is_sealed=digests.note is None,
+        notes=tuple(notes),
+        faults=tuple(faults),
+    )
 
 
 def _faults(
