@@ -31,7 +31,7 @@ SYNC_INTERVAL_S = 1.0
 """A power cut loses at most this much; a kill loses at most the line being written."""
 
 
-_READ_BYTES = 1 << 20
+_READ_BYTES = 1 << 16
 
 
 def digest(data: bytes) -> dict[str, Any]:
