@@ -14,6 +14,7 @@ from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.progress import bytes_bar
 from dsatrace.errors import exits_cleanly
 from dsatrace.schema import STEPS_FILE
+from dsatrace.text import plain, plain_lines
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
 
@@ -39,8 +40,8 @@ def verify_run(folder: Path, jobs: int = 1) -> int:
     """Verifies with progress, prints the outcome and returns the exit code."""
     try:
         with bytes_bar("verify", folder / STEPS_FILE) as advance:
-            print(verify(folder, advance, jobs).text())
+            print(plain_lines(verify(folder, advance, jobs).text()))
     except Mismatch as mismatch:
-        print(f"bad: {folder}: {mismatch}", file=sys.stderr)
+        print(f"bad: {plain(folder)}: {plain(mismatch)}", file=sys.stderr)
         return 1
     return 0

@@ -27,6 +27,7 @@ import orjson
 from dsatrace.errors import UserError
 from dsatrace.files import LineFile, write_atomically
 from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
+from dsatrace.text import plain
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.records import RecordDeriver, StepLines, StepRecords
@@ -161,7 +162,7 @@ class TraceWriter:
             raise self.failure
         if not self._warned:
             self._warned = True
-            print(f"warning: {self.failure}; the run goes on untraced", file=sys.stderr)
+            print(f"warning: {plain(self.failure)}; the run goes on untraced", file=sys.stderr)
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
