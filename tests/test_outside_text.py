@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -243,14 +244,23 @@ def test_the_studies_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_name_that_is_no_text_at_all(tmp_path: Path) -> None:
-    """A folder whose name is not UTF-8, in a process whose terminal takes nothing but ASCII."""
+    """Folders whose names are not UTF-8, in processes that may write nothing else."""
     folder = tmp_path / b"\xff\x1b[31m".decode("utf-8", "surrogateescape")
-    command = [sys.executable, "-m", "dsatrace"]
     env = {"PYTHONPATH": str(INFERENCE), "PATH": "/usr/bin:/bin", "PYTHONIOENCODING": "utf-8:strict"}
-    write_golden(folder)
-    for verb in ("report", "verify", "summarize"):
-        done = subprocess.run([*command, verb, folder], capture_output=True, env=env, check=False)
-        assert done.returncode == 0, done.stderr.decode()
-        assert b"\x1b" not in done.stdout + done.stderr
-    done = subprocess.run([*command, "report", f"{folder}x"], capture_output=True, env=env, check=False)
-    assert done.returncode == 2 and done.stderr.startswith(b"error: ") and b"\x1b" not in done.stderr
+
+    def dsatrace(*argv: object) -> tuple[int, bytes]:
+        command = [sys.executable, "-m", "dsatrace", *map(os.fspath, argv)]  # type: ignore[call-overload]
+        done = subprocess.run(command, capture_output=True, env=env, check=False)
+        said = done.stdout + done.stderr
+        assert b"\x1b" not in said and b"\xff" not in said and b"Traceback" not in said, said
+        return done.returncode, said
+
+    run = ("run", "sharegpt", "--runner", "simulator", "--no-hub", "--limit", "1", "--trace-out", folder)
+    assert dsatrace(*run)[0] == 0
+    study = folder / "study"
+    assert dsatrace("study", "explain", "--output-dir", study)[0] == 0
+    for verb, where in (("report", folder), ("verify", folder), ("summarize", folder), ("report", study)):
+        code, said = dsatrace(verb, where)
+        assert code == 0, said
+    code, said = dsatrace("report", folder / "gone")
+    assert code == 2 and said.startswith(b"error: ")

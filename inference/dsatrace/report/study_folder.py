@@ -48,9 +48,7 @@ def study_parts(folder: Path) -> Iterator[str | Grid]:
     manifest = _read(folder / MANIFEST_FILE)
     yield f"study {manifest['study']}, {manifest.get('state')}, started {manifest.get('started_utc')}"
     num_tables = 0
-    for path in sorted(folder.glob("*.json")):
-        if path.name == MANIFEST_FILE:
-            continue
+    for path in _results(folder, manifest):
         try:
             grids = list(_grids(manifest["study"], path))
         except _FAULTS as error:
@@ -60,6 +58,13 @@ def study_parts(folder: Path) -> Iterator[str | Grid]:
     if not num_tables:
         yield "There is no table: the study writes traces only, or it did not end."
     yield f"files: {folder}"
+
+
+def _results(folder: Path, manifest: Record) -> list[Path]:
+    """The JSON files in the order that the study wrote them, which a study that did not end has not told."""
+    there = sorted(path for path in folder.glob("*.json") if path.name != MANIFEST_FILE)
+    written = manifest.get("files") or []
+    return sorted(there, key=lambda path: written.index(path.name) if path.name in written else len(written))
 
 
 def _grids(study: str, path: Path) -> Iterator[Grid]:
