@@ -39,7 +39,9 @@ class Grid:
         table = Table(show_header=any(self.columns))
         for i, column in enumerate(self.columns):
             table.add_column(
-                Text(plain(column)), justify="left" if i in self.left else "right", overflow="fold"
+                Text(plain(column, MAX_CELL_CHARS)),
+                justify="left" if i in self.left else "right",
+                overflow="fold",
             )
         for row in self.rows:
             table.add_row(*(Text(plain(cell, MAX_CELL_CHARS)) for cell in row))  # a name is not markup
