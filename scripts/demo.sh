@@ -23,7 +23,7 @@ python inference/generate.py --ckpt-path "$work/converted" --config "$config" --
 
 echo "== 3. eight RULER needles, traced: was the answer among the 192 tokens that each step reads?"
 python inference/run_dataset.py --ckpt-path "$work/converted" --config "$config" --device cpu \
-    --dataset ruler --ruler-generate --ruler-task niah_single_1,niah_multikey_2 --ruler-length 2048 --limit 4 \
+    --dataset ruler --ruler-generate --ruler-task niah_single_1,niah_multikey_2 --ruler-length 2048 --limit 8 \
     --max-new-tokens 16 --trace-out "$out"
 
 echo "== 4. what it read; layer 1 is the one that looks the answer up"

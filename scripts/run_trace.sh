@@ -3,7 +3,7 @@
 #   CKPT_PATH  folder of a converted checkpoint; unset: the tiny trained one of data/models
 #   CONFIG     its config; unset: CKPT_PATH/config.json, else inference/config_671B_v3.2.json
 #   MP         ranks; unset: the N of its model0-mpN.safetensors
-#   LIMIT      requests; OUT: the run's folder; arguments of the script go to the runner
+#   LIMIT      requests in all; OUT: the run's folder; arguments of the script go to the runner
 
 hub_offline="${HF_HUB_OFFLINE:-0}"
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -49,7 +49,7 @@ fi
 
 run() { # run SCRIPT FLAG...
     local launch=(python)
-    [ "$MP" -eq 1 ] || launch=(torchrun --nproc-per-node "$MP")
+    [ "$MP" -eq 1 ] || launch=(torchrun --standalone --nproc-per-node "$MP") # on a free port
     local flags=(--ckpt-path "$CKPT_PATH" --config "$CONFIG")
     [ -z "${LIMIT:-}" ] || flags+=(--limit "$LIMIT")
     [ -z "${OUT:-}" ] || flags+=(--trace-out "$OUT")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from conftest import INFERENCE
+from dsatrace.model.config import ModelArgs
+from dsatrace.model.convert import convert_checkpoint
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from helpers.stores import valkey
@@ -45,7 +48,7 @@ class Terminal:
             timeout=60,
         )
         self.child.delaybeforesend = None
-        self.expect_prompt()
+        self.banner = self.expect_prompt()
 
     def expect_prompt(self) -> str:
         """What was printed before the prompt that now waits."""
@@ -60,7 +63,8 @@ class Terminal:
     def exit_code(self) -> int:
         self.child.expect(pexpect.EOF)
         self.child.close()
-        assert "Traceback" not in (self.child.before or "")
+        self.last_words = self.child.before or ""
+        assert "Traceback" not in self.last_words
         assert self.child.signalstatus is None
         return self.child.exitstatus
 
@@ -87,10 +91,11 @@ def test_a_conversation_grows_until_clear(terminal: Terminal, run: Path) -> None
     assert terminal.say("   ").strip() == ""
     second = terminal.say(followup)
     assert re.fullmatch(rf"[a-z ]{{{NEW_TOKENS}}}", second)
-    assert terminal.say("/clear") == ""
+    assert terminal.say("/clear") == "The conversation is forgotten."
     assert terminal.say(opening) == answer  # nothing is left of the conversation before
     terminal.child.sendline("/exit")
     assert terminal.exit_code() == 0
+    assert terminal.last_words.strip().splitlines()[-1] == f"trace: {run}"
 
     trace = RunReader(run)
     assert trace.state == "complete"
@@ -114,6 +119,37 @@ def test_a_conversation_grows_until_clear(terminal: Terminal, run: Path) -> None
     cached = [begin[f"r{i}"]["prefix"]["prefix_cached_blocks"] for i in range(3)]
     assert cached == [0, first_len // block, first_len // block]
     assert cached[1] > 0
+
+
+@pytest.mark.parametrize("terminal", [NEW_TOKENS], indirect=True)
+def test_a_slash_never_reaches_the_model(terminal: Terminal, checkpoint: Path, run: Path) -> None:
+    assert f"Chat with {checkpoint}. /help lists the commands, /exit ends." in terminal.banner
+    told = terminal.say("/help")
+    assert all(name in told for name in ("/help", "/clear", "/exit"))
+    assert terminal.say("/quit now") == "/quit is no command. /help lists the commands, /exit ends."
+    assert terminal.say("/").startswith("/ is no command.")
+    terminal.child.sendline("  /exit")
+    assert terminal.exit_code() == 0
+    assert not list(RunReader(run).requests())
+
+
+def test_two_ranks_answer_as_one(tiny_hf: Path, tiny_args: ModelArgs, tmp_path: Path) -> None:
+    """Under torchrun, whose standard input rank 0 reads: the ranks follow it to the end."""
+    convert_checkpoint(tiny_hf, tmp_path / "mp2", tiny_args.n_routed_experts, model_parallel=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["generate.py", "--ckpt-path", str(tmp_path / "mp2"), "--interactive", "--device", "cpu"]
+    command += ["--max-new-tokens", "5", "--temperature", "0", "--trace-out", str(tmp_path / "run")]
+    done = subprocess.run(
+        command, input="How many ships?\n/nothing\n/clear\nAnd today?\n/exit\n", capture_output=True,
+        cwd=INFERENCE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for said in ("Chat with ", "/nothing is no command.", "is forgotten.", f"trace: {tmp_path / 'run'}"):
+        assert done.stdout.count(said) == 1, done.stdout
+    trace = RunReader(tmp_path / "run")
+    assert (trace.state, trace.manifest["world_size"]) == ("complete", 2)
+    assert [turn["request_id"] for turn in trace.requests()] == ["r0", "r1"]
+    assert verify(tmp_path / "run").num_requests == 2
 
 
 def test_thoughts_that_never_ended_are_shown_and_not_told_again(checkpoint: Path, run: Path) -> None:

@@ -117,6 +117,20 @@ def test_burstgpt_is_a_csv_and_a_line_to_export(hub: FakeHub, tmp_path: Path, ca
     )
 
 
+@pytest.mark.parametrize("name", sorted(DATA_SETS))
+def test_offline_it_does_not_name_itself(
+    hub: FakeHub, tmp_path: Path, capsys: Any, monkeypatch: Any, name: str
+) -> None:
+    hub.status = 500
+    for switched_off in ("0", "1"):
+        monkeypatch.setenv("HF_HUB_OFFLINE", switched_off)
+        assert download(name) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert "dsatrace download" not in error
+        assert f"copy {tmp_path / 'data' / name} from there" in error
+
+
 def test_the_pinned_bytes_are_checked(hub: FakeHub, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     assert download("burstgpt") == 2
     error = capsys.readouterr().err

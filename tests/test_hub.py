@@ -124,7 +124,7 @@ def test_a_wrong_sha256_leaves_nothing(hub: FakeHub, tmp_path: Path) -> None:
     [
         (
             HubFile("org/other", "data.bin"),
-            r"shows no repository org/other; .*/datasets/org/other, or private",
+            r"shows no repository org/other; .*/datasets/org/other\? If it is private, log in",
         ),
         (HubFile("org/name", "data.bin"), r"org/name@main has no file data.bin; see http.*/tree/main"),
         (HubFile("org/name", "folder/data.bin", "v9"), "has no revision v9 of org/name"),
@@ -143,9 +143,8 @@ def test_terms_are_pointed_to_and_the_token_is_not_shown(
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     line = one_line(lambda: fetch(FILE, tmp_path / "data", REMEDY))
-    assert (
-        f"wants its terms accepted; accept them at {hub.address}/datasets/org/name and set HF_TOKEN" in line
-    )
+    assert f"wants its terms accepted; accept them at {hub.address}/datasets/org/name, then log in" in line
+    assert "`hf auth login`" in line
     assert hub.requests[0][3] == (f"Bearer {token}" if token else None)
     printed = capfd.readouterr()
     assert TOKEN not in line + printed.out + printed.err

@@ -17,7 +17,7 @@ import pytest
 from conftest import INFERENCE
 
 PACKAGE = INFERENCE / "dsatrace"
-BASE = {"schema", "errors", "version", "files", "flags", "jit", "units"}
+BASE = {"schema", "errors", "version", "files", "flags", "jit", "text", "units"}
 
 
 class Rule(NamedTuple):
@@ -30,7 +30,8 @@ class Rule(NamedTuple):
 
 RULES: dict[str, Rule] = {
     "schema": Rule(set()),
-    "errors": Rule(set()),
+    "text": Rule(set()),
+    "errors": Rule({"text"}),
     "version": Rule(set()),
     "files": Rule({"errors"}),
     "jit": Rule(set(), {"numba"}),
@@ -41,7 +42,7 @@ RULES: dict[str, Rule] = {
     "model": Rule({"errors", "files"}, {"torch", "safetensors"}, {"tilelang", "fast_hadamard_transform"}),
     "trace": Rule(BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}),
     "workloads": Rule(
-        {"schema", "errors", "files", "units"},
+        {"schema", "errors", "files", "units", "text"},
         set(),
         {"tokenizers", "transformers", "datasets", "huggingface_hub"},
     ),

@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -106,6 +107,23 @@ MISTAKES = [
     ("convert", ["--hf-ckpt-path", ".", "--save-path", "x", "--model-parallel", "0"], "--model-parallel 0"),
     ("convert", ["--hf-ckpt-path", "nowhere", "--save-path", "x", "--model-parallel", "1"], "nowhere"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["generate", "run_dataset"])
+def test_without_torch_the_install_is_named(command: str, tiny_checkpoint: Path) -> None:
+    what = ["--interactive"] if command == "generate" else ["--dataset", "ruler"]
+    argv = ["--ckpt-path", str(tiny_checkpoint), *what]
+    program = (
+        "import importlib, sys\n"
+        "sys.modules['torch'] = None\n"
+        f"sys.exit(importlib.import_module('dsatrace.commands.{command}').main({argv!r}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: torch is not installed; install it with `pip install ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("command", "argv", "said"), MISTAKES)

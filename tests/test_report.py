@@ -19,6 +19,7 @@ from dsatrace.report.tier_tables import tier_tables
 from dsatrace.report.workload_tables import workload_tables
 from dsatrace.trace.reader import RunReader
 from dsatrace.units import size_text
+from helpers.command_runs import told_error
 from helpers.golden_run import SERVING, write_golden
 from helpers.tier_samples import SETUPS
 from test_trace_requests import serve_without_steps
@@ -119,6 +120,41 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, capsys, damage):
     assert error.startswith("error: ")
     assert str(tmp_path) in error
     assert error.count("\n") == 1
+
+
+STUDIES = {
+    "run": ("--min-turns", 2, "--runner", "engine", "--output-file", "mine.json"),
+    "compare": ("--num-blocks", 40),
+    "explain": (),
+    "sweep": ("--workloads", "qa", "--num-requests", 20, "--capacities", 64, "--policies", "lru"),
+    "mixed": ("--num-requests", 20, "--policies", "lru", "fifo"),
+}
+
+
+@pytest.mark.parametrize("verb", STUDIES)
+def test_a_studys_folder_shows_what_the_study_printed(verb, tmp_path, capsys):
+    def tables(text):
+        lines = text.splitlines()
+        return [line for line in lines if line[:1] in tuple("┏┃┡│└├┌")]
+
+    flags = [str(flag) for flag in STUDIES[verb]]
+    pictures = [] if verb == "explain" else ["--skip-visualization"]
+    assert cli.main(["study", verb, *flags, *pictures, "--output-dir", str(tmp_path / "out")]) == 0
+    printed = tables(capsys.readouterr().out)
+    shown = report(capsys, tmp_path / "out")
+    assert len(printed) > 3
+    assert tables(shown) == printed
+    assert shown.startswith(f"study {verb}, complete, started ")
+
+
+def test_a_study_without_a_table_and_a_damaged_one(tmp_path, capsys):
+    assert cli.main(["study", "prepare", "--output-dir", str(tmp_path / "traces")]) == 0
+    capsys.readouterr()
+    assert "There is no table" in report(capsys, tmp_path / "traces")
+    for damage in ('{"cells": [{"workload": "qa"}]}', '{"definitions": 3, "cache": 1}', "[]", "{"):
+        (tmp_path / "traces" / "sweep.json").write_text(damage)
+        line = told_error(capsys, lambda: cli.main(["report", str(tmp_path / "traces")]))
+        assert str(tmp_path / "traces" / "sweep.json") in line
 
 
 def test_the_command_lists_its_verbs_and_refuses_others(capsys):

@@ -26,7 +26,7 @@ from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.data_set import Find, Flag, OpenedWorkload, PromptSettings
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import SHAREGPT, ShareGPTLoader, ShareGPTWorkload
-from helpers.command_runs import runs_below
+from helpers.command_runs import runs_below, told_error
 from helpers.json_lines import read_json_lines
 from helpers.real_data import real_file
 
@@ -53,7 +53,7 @@ def summary(folder: Path) -> dict[str, Any]:
 
 def test_ruler_is_traced_scored_and_verified(run: Run) -> None:
     tasks = ("--ruler-task", "niah_single_1,vt", "--ruler-task", "fwe")
-    folder = run(*RULER, *tasks, "--ruler-length", 1400, "--limit", 2)
+    folder = run(*RULER, *tasks, "--ruler-length", 1400, "--limit-per-task", 2)
     done = verify(folder)
     assert done.state == "complete"
     requests = lines(folder, "requests.jsonl")
@@ -69,6 +69,50 @@ def test_ruler_is_traced_scored_and_verified(run: Run) -> None:
     steps = lines(folder, "trace_steps.jsonl")
     with_needle = {record["request_id"].split(".")[0] for record in steps if "needle" in record}
     assert with_needle == {"niah_single_1", "vt"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "tasks"),
+    [
+        (("--limit", 3), {"niah_single_1": 2, "vt": 1}),  # spread over the tasks
+        (("--limit", 3, "--limit-per-task", 5), {"niah_single_1": 3}),
+        (("--limit-per-task", 1), {"niah_single_1": 1, "vt": 1}),
+    ],
+)
+def test_rulers_limit_counts_requests_in_all(
+    tmp_path: Path, flags: tuple[object, ...], tasks: dict[str, int]
+) -> None:
+    fixed = (
+        "--dataset",
+        "ruler",
+        "--ruler-generate",
+        "--ruler-task",
+        "niah_single_1,vt",
+        "--ruler-length",
+        500,
+    )
+    argv = [*fixed, "--runner", "simulator", "--no-hub", "--trace-out", tmp_path / "run", *flags]
+    assert main([str(argument) for argument in argv]) == 0
+    counts = summary(tmp_path / "run")["workload"]["counts"]
+    assert counts == {"examples": sum(tasks.values()), **tasks}
+
+
+def test_a_limit_per_task_is_rulers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--dataset", "sharegpt", "--runner", "simulator", "--limit-per-task", "1"]
+    assert "--limit-per-task belongs to --dataset ruler" in told_error(capsys, lambda: main(argv))
+    argv = ["--dataset", "ruler", "--runner", "simulator", "--no-hub", "--limit-per-task", "0"]
+    assert "--limit-per-task" in told_error(capsys, lambda: main(argv))
+
+
+@pytest.mark.parametrize("kind", ["gone", "empty"])
+@pytest.mark.parametrize("dataset", ["ruler", "sharegpt"])
+def test_a_wrong_checkpoint_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, dataset: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    argv = ["--dataset", dataset, "--no-hub", "--ckpt-path", str(tmp_path / kind)]
+    said = told_error(capsys, lambda: main(argv))
+    assert f"--ckpt-path {tmp_path / kind}: " in said and "tokenizer" not in said
 
 
 def test_records_hold_to_the_schema(run: Run) -> None:

@@ -59,6 +59,12 @@ def test_with_nothing_set_it_runs_offline_and_says_so(checkout: Path, name: str)
     (folder,) = (checkout / "outputs").glob(f"{name}_*")
     assert verify(folder).state == "complete"
     assert RunReader(folder).manifest["selections"] == "model"
+    if name in ("sharegpt", "burstgpt"):  # the samples show what the tool is for
+        summary = RunReader(folder).summary()
+        assert summary["counts"]["sparse_records"] > 0
+        assert summary["prefix_hot_blocks"]
+    if name == "sharegpt":
+        assert summary["workload"]["turn_mode"] == "full"
 
 
 def test_ranks_and_config_come_from_the_checkpoint(checkout: Path, tiny_hf: Path, tiny_args) -> None:

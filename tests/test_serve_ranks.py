@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -50,6 +54,31 @@ def _serve(rank: int, folder: str) -> None:
     word = ranks.agree(Word(rank == 1, to_ns(1e10) + 7 + rank, [[5 + rank], [6 + rank]]))
     (Path(folder) / f"rank{rank}").write_text(json.dumps({"served": served, "word": word}))
     dist.destroy_process_group()
+
+
+def test_a_taken_port_is_one_line():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        program = (
+            "import sys\n"
+            "from dsatrace.errors import exits_cleanly\n"
+            "from dsatrace.runner.distributed import process_group\n"
+            "@exits_cleanly\n"
+            "def main():\n"
+            "    with process_group('cpu'): pass\n"
+            "sys.exit(main())\n"
+        )
+        env = os.environ | place | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    port = place["MASTER_PORT"]
+    assert line.startswith(f"error: the ranks cannot meet at 127.0.0.1:{port}: the port is taken; ")
+    assert "--standalone" in line and "Traceback" not in done.stderr
 
 
 def test_a_single_process_agrees_with_itself():

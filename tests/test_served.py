@@ -52,9 +52,14 @@ class TestRuler:
             with pytest.raises(KeyError):
                 workload.judge(request.request_id, right)
 
-    def test_the_limit_counts_each_task_and_length_by_itself(self, prompts, byte_tokenizer):
+    def test_a_limit_counts_all_and_another_each_task(self, prompts, byte_tokenizer):
         examples = [e for task in ("vt", "niah_single_1") for e in generate(task, 2000, byte_tokenizer, 3)]
-        workload = RulerWorkload(examples, prompts, limit=2)
+        assert [request.labels["task"] for request in RulerWorkload(examples, prompts, 4).requests()] == [
+            *("vt", "vt", "vt", "niah_single_1")
+        ]
+        both = RulerWorkload(examples, prompts, 3, limit_per_task=2)
+        assert [request.labels["task"] for request in both.requests()] == ["vt", "vt", "niah_single_1"]
+        workload = RulerWorkload(examples, prompts, limit_per_task=2)
         labels = [request.labels["task"] for request in workload.requests()]
         assert labels == ["vt", "vt", "niah_single_1", "niah_single_1"]
         assert workload.describe()["counts"] == {"examples": 4, "vt": 2, "niah_single_1": 2}

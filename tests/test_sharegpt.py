@@ -180,9 +180,9 @@ def test_whatever_was_shared_can_be_served(
 
 def test_the_embedded_chats_are_plain() -> None:
     loader = ShareGPTLoader(sample_file("sharegpt"))
-    assert len(loader.get_conversations()) == 7
+    assert len(loader.get_conversations()) == 8
     assert shown(loader) == {"single_entry": 1}
-    assert sum(len(list(c.prompts("per_user_turn"))) for c in loader) == 15
+    assert sum(len(list(c.prompts("per_user_turn"))) for c in loader) == 17
 
 
 def test_the_real_edge_cases() -> None:

@@ -132,7 +132,6 @@ def test_a_hub_that_does_not_give_it_is_told(
     hub: FakeHub, data: Path, monkeypatch: pytest.MonkeyPatch, trouble: dict[str, Any], reason: str
 ) -> None:
     monkeypatch.setattr(sources, "PROBE_S", 0.3)
-    monkeypatch.setattr(sources, "ANSWER_S", 0.4)
     for field, value in trouble.items():
         setattr(hub, field, value)
     began = time.monotonic()
@@ -142,7 +141,16 @@ def test_a_hub_that_does_not_give_it_is_told(
     assert source.reason.startswith("nothing lies in data/sharegpt, and ") and reason in source.reason
     with pytest.raises(UserError) as caught:  # asked for by name, it does not fall back
         find_source(DATA_SETS["sharegpt"], repo=DATA_SETS["sharegpt"].hub.repo, data=data)
-    assert reason.replace("0.3", "0.4") in str(caught.value)
+    assert reason in str(caught.value)
+
+
+def test_a_named_repository_that_never_answers_is_given_up(hub: FakeHub, data: Path) -> None:
+    """With the limit that users have: five seconds of a run's ten."""
+    hub.silent = True
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"the hub did not answer within 5 s; .* --sharegpt-json"):
+        find_source(DATA_SETS["sharegpt"], repo="me/mine", data=data)
+    assert hub.requests and 5 <= time.monotonic() - began < 10
 
 
 def test_other_bytes_than_the_pinned_are_an_error(

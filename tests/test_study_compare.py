@@ -98,7 +98,7 @@ def test_tables_show_every_headline_and_rejections() -> None:
 
 def test_a_trace_cannot_break_a_table() -> None:
     grid = Grid("t", ("a", "b"), [("x|y\nz", "[bold]1")])
-    assert grid.markdown().splitlines()[-1] == r"| x\|y z | [bold]1 |"
+    assert grid.markdown().splitlines()[-1] == r"| x\|y\nz | [bold]1 |"
     assert shown("hit_gap_s_mean", None) == "-"
     assert shown("hit_gap_s_mean", 1234.5) == "1,234.50 s"
 

@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from dsatrace.text import plain
+
 GRACE_S = 5.0
 """How long another rank leaves rank 0 to say what is wrong; torchrun then ends them all."""
 
@@ -50,7 +52,7 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
         except UserError as error:
             if not isinstance(error, RankError):
                 leave_to_rank_0()
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {plain(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             if is_rank_0():

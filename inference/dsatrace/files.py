@@ -220,8 +220,12 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, record: Mapping[str, Any], indent: int = 1) -> None:
-    """Replaces the file with the record as JSON for people to read."""
-    write_atomically(path, json.dumps(record, indent=indent, ensure_ascii=False).encode() + b"\n")
+    """Replaces the file with the record as JSON for people to read.
+
+    Half of a surrogate pair, as in the path of a file whose name is not UTF-8, becomes a question mark.
+    """
+    text = json.dumps(record, indent=indent, ensure_ascii=False)
+    write_atomically(path, text.encode("utf-8", "replace") + b"\n")
 
 
 def write_all(file: FileIO, data: bytes | memoryview) -> None:

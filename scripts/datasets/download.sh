@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # download.sh NAME: a data set to data/NAME/, as plain files. LIMIT: rows.
-# Fetched from the hub, checked by sha256, continued when interrupted. HF_TOKEN is used if set; flags go to
-# `dsatrace download`, --help explains them.
+# Fetched from the hub, checked by sha256, continued when interrupted. `hf auth login` or HF_TOKEN where a data set
+# wants it. Flags go to `dsatrace download`, --help explains them.
 set -euo pipefail
 offline="${HF_HUB_OFFLINE:-0}"
 . "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"

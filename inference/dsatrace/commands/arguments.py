@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +55,23 @@ def settings_from_args(args: argparse.Namespace) -> ModelSettings:
         ignore_config_keys=tuple(args.ignore_config_keys),
         offload=offload,
     )
+
+
+def check_checkpoint(path: Path | None, has_weights: bool = True) -> None:
+    """Raises `UserError` for a --ckpt-path that is no folder, or holds no converted weights."""
+    if path is None:
+        return
+    if not path.is_dir():
+        raise UserError(f"--ckpt-path {path}: no such folder; name the --save-path of convert.py")
+    if has_weights and not any(path.glob("model*-mp*.safetensors")):
+        file = f"model0-mp{os.environ.get('WORLD_SIZE', '1')}.safetensors"
+        raise UserError(f"--ckpt-path {path}: holds no {file}; convert a checkpoint into it")
+
+
+def check_torch() -> None:
+    """Raises `UserError` where torch is not installed; call it before whatever imports it."""
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("torch is not installed; install it with `pip install -r inference/requirements.txt`")
 
 
 def refuse_tiers(args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.text import plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out is not None:
         presets = [dataclasses.asdict(preset) for preset, _ in fitted]
         args.out.write_text(json.dumps(presets, indent=1) + "\n", encoding="utf-8")
-        console.print(f"{args.out}: use it as sim:{args.out}#{fitted[0][0].name}+ram")
+        print(plain(f"{args.out}: use it as sim:{args.out}#{fitted[0][0].name}+ram"))
     return 0
 
 

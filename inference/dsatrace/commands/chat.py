@@ -1,4 +1,4 @@
-"""The interactive mode: streamed answers, `/clear`, `/exit`, and Ctrl-C that ends one answer only.
+"""The interactive mode: streamed answers, commands after a slash, and Ctrl-C that ends one answer only.
 
 SIGTERM and SIGHUP end the answer under way and then the chat. An answer's thoughts are shown, and left out of
 the conversation that the next turn continues.
@@ -18,11 +18,19 @@ from dsatrace.commands.interrupt import on_ending, on_interrupt
 from dsatrace.commands.serving import Serving
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.live import LiveRequest
+from dsatrace.text import plain, plain_lines
 from dsatrace.workloads.encoding import Message
 from dsatrace.workloads.request import Request
 
 _ENDS = {"aborted": " [stopped]", "failed": " [failed]"}
 """Printed after an answer that is not whole, by its state."""
+
+COMMANDS = {
+    "/help": "lists these commands",
+    "/clear": "forgets the conversation",
+    "/exit": "ends the chat, as Ctrl-D does; Ctrl-C ends an answer only",
+}
+_HINT = "/help lists the commands, /exit ends."
 
 
 def chat(serving: Serving) -> int:
@@ -31,11 +39,15 @@ def chat(serving: Serving) -> int:
         if serving.is_rank_0:
             leave = _Leave(engine)
             with on_interrupt(engine.request_abort), on_ending(leave):
+                _say(f"Chat with {serving.settings.ckpt_path}. {_HINT}")
                 _talk(serving, engine, leave)
         else:
             with on_interrupt(lambda: None):  # rank 0 decides when an answer ends
                 _follow(serving, engine)
-        return int(engine.scheduler.num_failed > 0)
+        num_failed = engine.scheduler.num_failed
+    if serving.is_rank_0 and serving.run.traced and serving.run.trace is not None:
+        _say(f"trace: {serving.run.trace.out}")
+    return int(num_failed > 0)
 
 
 class _Leave:
@@ -62,9 +74,8 @@ def _talk(serving: Serving, engine: Engine, leave: _Leave) -> None:
     num_requests = 0
     while (line := _read_line(leave)) is not None and line != "/exit":
         engine.abort_requested = False  # a Ctrl-C that came too late for the last answer
-        if line == "/clear":
-            turns.clear()
-        if line in ("", "/clear"):
+        if not line or line.startswith("/"):
+            _obey(line, turns)
             continue
         ids = serving.encode([*turns, Message("user", line)])
         if len(ids) > engine.scheduler.max_tokens:
@@ -75,11 +86,26 @@ def _talk(serving: Serving, engine: Engine, leave: _Leave) -> None:
         live = _answer(serving, engine, ids, num_requests)
         num_requests += 1
         if live.state == "failed":
-            print(f"error: {live.error}; ask again", file=sys.stderr)
+            print(f"error: {plain(live.error)}; ask again", file=sys.stderr)
             continue
         answer = serving.chat.tokenizer.decode(serving.chat.answer(live.answer) or [])
         turns += [Message("user", line), Message("assistant", answer)]
     _send(serving, [])
+
+
+def _obey(line: str, turns: list[Message]) -> None:
+    """Does what a line that begins with a slash says; none of them reaches the model."""
+    if line == "/clear":
+        turns.clear()
+        _say("The conversation is forgotten.")
+    elif line == "/help":
+        _say("\n".join(f"{name:8}{meaning}" for name, meaning in COMMANDS.items()))
+    elif line:
+        _say(f"{line.split(maxsplit=1)[0]} is no command. {_HINT}")
+
+
+def _say(text: str) -> None:
+    print(plain_lines(text), flush=True)
 
 
 def _follow(serving: Serving, engine: Engine) -> None:
@@ -96,9 +122,9 @@ def _answer(serving: Serving, engine: Engine, ids: list[int], number: int) -> Li
     stream, stop_tokens = serving.chat.tokenizer.stream(), serving.chat.stop_tokens
     for _, token in engine.run():
         if serving.is_rank_0 and token not in stop_tokens:
-            print(stream.push(token), end="", flush=True)
+            print(plain_lines(stream.push(token)), end="", flush=True)
     if serving.is_rank_0:
-        print(stream.flush() + _ENDS.get(live.state, ""), flush=True)
+        print(plain_lines(stream.flush()) + _ENDS.get(live.state, ""), flush=True)
     return live
 
 

@@ -16,6 +16,7 @@ from dsatrace.commands.arguments import add_ignore_config_key
 from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.progress import totals_bar
 from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.text import plain
 from dsatrace.units import size_text
 
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         raise UserError(f"interrupted; nothing was written to {args.save_path}") from None
     for file in files:
-        print(f"{file}  {size_text(file.stat().st_size)}")
+        print(f"{plain(file)}  {size_text(file.stat().st_size)}")
     return 0
 
 

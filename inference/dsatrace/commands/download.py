@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import exits_cleanly
+from dsatrace.text import plain
 from dsatrace.workloads.catalog import DATA_SETS
 
 
@@ -27,16 +28,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit = data_set.download_limit if args.limit is None else args.limit
     print(f"{args.name}: terms: {data_set.licence}")
     file = data_set.hub_file(file=args.file, revision=args.revision)
-    located = locate(file, default_data_folder() / ".hub", data_set.remedy())
+    out: Path = args.out or default_data_folder() / args.name
+    remedy = f"run this on a machine that reaches the hub, and copy {out} from there"
+    located = locate(file, default_data_folder() / ".hub", remedy)
     if located.url is not None:
-        print(f"{args.name}: {located.text()}")
-    fetched = download(located, data_set.remedy(), bytes_bar)
+        print(f"{args.name}: {plain(located.text())}")
+    fetched = download(located, remedy, bytes_bar)
     if not file.sha256:
         print(f"{args.name}: its sha256 was not known beforehand; it is recorded in {SOURCE_FILE}")
-    out: Path = args.out or default_data_folder() / args.name
     export = export_data_set(data_set, fetched, out, limit, bytes_bar)
-    print(f"{out / export.name}: {export.num_rows:,} rows of {export.text()}")
-    print(f"{fetched.path}: kept, so that another export needs no download")
+    print(plain(f"{out / export.name}: {export.num_rows:,} rows of {export.text()}"))
+    print(plain(f"{fetched.path}: kept, so that another export needs no download"))
     if data_set.variable:
         print(f"export {data_set.variable}={shlex.quote(str((out / export.name).absolute()))}")
     return 0
@@ -48,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         "download",
         "Fetch a data set from the hub, check it, and export it to data/NAME/. "
-        "An interrupted download continues. HF_TOKEN or a cached login is used where it is needed.",
+        "An interrupted download continues. `hf auth login` or HF_TOKEN is used where it is needed.",
         examples="""
         %(prog)s longbenchv2 --limit 20
         %(prog)s burstgpt --limit 2000 --out data/burstgpt

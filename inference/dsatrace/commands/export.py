@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import exits_cleanly
+from dsatrace.text import plain
 from dsatrace.units import size_text
 
 
@@ -43,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         task = bar.add_task(f"exporting to {args.to}", total=None)
         done = export_run(run, args.to, out, lambda n, total: bar.update(task, completed=n, total=total))
     for name, torn in done.left_out.items():
-        print(f"left out: {run.folder / name}: {torn}")
+        print(f"left out: {plain(run.folder / name)}: {plain(torn)}")
     if done.num_kept_as_text:
         print(f"kept as text, since their columns would not give them back: {done.num_kept_as_text}")
     before, after = size_text(done.bytes_before), size_text(done.bytes_after)
-    print(f"{done.num_records:,} records, {before} -> {after}: {out}")
+    print(f"{done.num_records:,} records, {before} -> {after}: {plain(out)}")
     return 0

@@ -17,7 +17,9 @@ from pathlib import Path
 from dsatrace.commands.arguments import (
     add_chat_template_argument,
     add_engine_arguments,
+    check_checkpoint,
     check_temperature,
+    check_torch,
     settings_from_args,
 )
 from dsatrace.commands.interrupt import ends_by_signal
@@ -38,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_temperature(args.temperature)
     prompts = [] if args.interactive else read_prompts(args.input_file)
     trace_config_from_args(args, name=None)
+    check_checkpoint(args.ckpt_path)
+    check_torch()
 
     from dsatrace.commands.chat import chat as converse
     from dsatrace.commands.serving import Serving, answer_prompts, load_model_shown
@@ -112,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("generation")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--input-file", type=Path, help="prompts, separated by blank lines")
-    source.add_argument("--interactive", action="store_true", help="chat; /clear forgets, /exit ends")
+    source.add_argument("--interactive", action="store_true", help="chat; /help lists its commands")
     group.add_argument("--max-new-tokens", type=int, default=200, help="new tokens per answer")
     group.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
     group.add_argument("--thinking", action="store_true", help="let the model think before it answers")

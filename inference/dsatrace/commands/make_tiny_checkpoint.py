@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.text import plain
 from dsatrace.units import size_text
 
 DEFAULT_CONFIG = (Path(__file__).parents[1] / "model" / "config_tiny.json").resolve()
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     size = sum(shard.stat().st_size for shard in shards)
-    print(f"{args.out}: {len(shards)} shards, {size_text(size)} of random {args.weights} weights")
+    print(f"{plain(args.out)}: {len(shards)} shards, {size_text(size)} of random {args.weights} weights")
     return 0
 
 

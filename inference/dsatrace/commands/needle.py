@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.text import plain
 
 
 @exits_cleanly
@@ -45,5 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{args.out}: cannot write the prompt: {error.strerror}; name another --out"
         ) from error
     num_tokens = len(tokenizer.encode(prompt.text))
-    print(f"{args.out}: {num_tokens} tokens of {tokenizer.name}; the needle says {prompt.answer}")
+    print(
+        f"{plain(args.out)}: {num_tokens} tokens of {plain(tokenizer.name)}; the needle says {prompt.answer}"
+    )
     return 0

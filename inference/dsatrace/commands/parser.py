@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dsatrace.errors import leave_to_rank_0
+from dsatrace.text import plain
 
 _EXAMPLES = "examples:\n"
 
@@ -51,7 +52,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         leave_to_rank_0()
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"error: {plain(message)}; see {self.prog} --help\n")
 
 
 class HelpFormatter(argparse.HelpFormatter):

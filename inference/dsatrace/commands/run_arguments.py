@@ -14,7 +14,9 @@ from dsatrace.commands.arguments import (
     add_bad_rows_argument,
     add_chat_template_argument,
     add_engine_arguments,
+    check_checkpoint,
     check_temperature,
+    check_torch,
     refuse_tiers,
     settings_from_args,
 )
@@ -79,4 +81,7 @@ def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpars
     settings_from_args(args)  # a bad value is refused here, before torch is imported
     if run.resume is None and is_rank_0():
         run_config_from_args(args, name=None)
+    check_checkpoint(args.ckpt_path, has_weights=args.runner == "model")
+    if args.runner == "model":
+        check_torch()
     return args, argv

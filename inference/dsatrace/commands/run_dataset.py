@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the data set; set by `dsatrace run DATASET`",
     )
     add("--split", help="each data set has one; RULER's is called train or validation")
-    add("--limit", type=int, help="requests; for RULER, per task and length (default: all)")
+    add("--limit", type=int, help="requests in all (default: all)")
     add("--max-new-tokens", type=int, help="tokens per answer (default: 128; for RULER the task's own)")
     add_source_arguments(parser)
     for data_set in _served().values():

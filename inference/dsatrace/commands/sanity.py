@@ -22,6 +22,7 @@ from dsatrace.errors import exits_cleanly
 from dsatrace.files import digest_of, write_json
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE, encode
+from dsatrace.text import plain
 from dsatrace.trace.config import TraceConfig, check_run_folder, default_run_folder
 from dsatrace.trace.manifest import RunInfo, manifest
 from dsatrace.trace.request_facts import RequestFacts, request_line
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_run_folder(out)
     config = TraceConfig(out=out, seed=args.seed)
     num_records = write_run(config)
-    print(f"wrote {num_records} records of synthetic selections: {out}")
+    print(f"wrote {num_records} records of synthetic selections: {plain(out)}")
     print("they show the format; being made up, they say nothing about what a model selects")
     return verify_run(out)
 

@@ -21,6 +21,7 @@ from dsatrace.errors import is_rank_0
 from dsatrace.model.transformer import Transformer
 from dsatrace.runner.settings import ModelSettings
 from dsatrace.runner.setup import load_model, open_engine
+from dsatrace.text import plain, plain_lines
 from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.encoding import Message
 from dsatrace.workloads.request import Request
@@ -78,17 +79,17 @@ def answer_prompts(serving: Serving, prompts: Sequence[str]) -> int:
             for request in live:
                 failed = request.error is not None
                 said = f"error: {request.error}" if failed else serving.chat.text(request.answer)
-                print(f"[{request.request_id}] {said}\n")
+                print(f"[{request.request_id}] {plain_lines(said)}\n")
             print(report)
             if engine.tell_tiers is not None:
-                print(engine.tell_tiers())
+                print(plain_lines(engine.tell_tiers()))
         if any(request.state == "aborted" for request in live):
             engine.mark_incomplete()
             if serving.is_rank_0:
                 print("interrupted", file=sys.stderr)
             return 130
     if serving.run.trace is not None:
-        print(f"trace: {serving.run.trace.out}")
+        print(f"trace: {plain(serving.run.trace.out)}")
     num_failed = sum(request.state == "failed" for request in live)
     if num_failed and serving.is_rank_0:
         why = "each says why where its answer would stand"

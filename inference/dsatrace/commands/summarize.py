@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.text import plain, plain_lines
 
 
 @exits_cleanly
@@ -34,18 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dsatrace.trace.summarize import summarize_runs
 
     def note(text: str) -> None:
-        print(f"note: {text}", file=sys.stderr)
+        print(f"note: {plain(text)}", file=sys.stderr)
 
     with records_counter("summarize") as advance:
         record = summarize_runs(args.run, advance, note)
     if args.out is None:
         shown = {name: value for name, value in record.items() if name != "histograms"}
-        print(json.dumps(shown, indent=1, ensure_ascii=False))
+        print(plain_lines(json.dumps(shown, indent=1, ensure_ascii=False)))
         return 0
     try:
         write_json(args.out, record)
     except OSError as error:
         remedy = "name another --out"
         raise UserError(f"{args.out}: cannot write the summary: {error.strerror}; {remedy}") from error
-    print(f"{args.out}: {record['counts']['records']} records of {len(args.run)} runs")
+    print(f"{plain(args.out)}: {record['counts']['records']} records of {len(args.run)} runs")
     return 0

@@ -14,6 +14,7 @@ from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.progress import bytes_bar
 from dsatrace.errors import exits_cleanly
 from dsatrace.schema import STEPS_FILE
+from dsatrace.text import plain, plain_lines
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
 
@@ -41,10 +42,10 @@ def verify_run(folder: Path, jobs: int = 1) -> int:
     try:
         with bytes_bar("verify", folder / STEPS_FILE) as advance:
             verified = verify(folder, advance, jobs)
-        print(verified.text())
+        print(plain_lines(verified.text()))
     except Mismatch as mismatch:
-        print(f"bad: {folder}: {mismatch}", file=sys.stderr)
+        print(f"bad: {plain(folder)}: {plain(mismatch)}", file=sys.stderr)
         return 1
     for fault in verified.faults:
-        print(f"bad: {folder}: {fault}", file=sys.stderr)
+        print(f"bad: {plain(folder)}: {plain(fault)}", file=sys.stderr)
     return int(bool(verified.faults))

@@ -29,6 +29,7 @@ from dsatrace.engine.scheduler import Admission
 from dsatrace.engine.settings import RunSettings
 from dsatrace.errors import is_rank_0
 from dsatrace.runner.distributed import from_rank_0
+from dsatrace.text import plain, plain_lines
 from dsatrace.trace.config import TraceConfig, run_config_from_args
 from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.resume import Resumed, prepare_resume
@@ -78,7 +79,7 @@ def run_workload(
     if folder is not None:
         _print_results(folder, tally, tiers)
         if interrupted:
-            print(f"interrupted; go on with --resume {folder}", file=sys.stderr)
+            print(f"interrupted; go on with --resume {plain(folder)}", file=sys.stderr)
     if interrupted:
         return 130
     trace_failed = engine.tracer is not None and engine.tracer.has_failed
@@ -165,7 +166,7 @@ class _Run:
         resume_point = from_rank_0(lambda: resume_point)
         opened = self.data_set.open(self.args, self.chat, self._find)
         if is_rank_0():
-            print(opened.terminal_line)
+            print(plain(opened.terminal_line))
             if opened.chat_form == PLAIN_TEXT:
                 print(SAID_OF_PLAIN_TEXT, file=sys.stderr)
         return opened, resumed, resume_point
@@ -179,7 +180,7 @@ class _Run:
                 repo=repo,
                 revision=self.args.revision,
                 use_hub=not self.args.no_hub,
-                say=print,
+                say=lambda line: print(plain(line)),
             )
         )
 
@@ -283,19 +284,19 @@ def _status(engine: Engine) -> str:
 
 
 def _print_results(folder: Path, tally: _Tally, tiers: str | None) -> None:
-    from rich.console import Console
-
+    from dsatrace.report.grid import show
     from dsatrace.report.workload_tables import workload_tables
     from dsatrace.trace.reader import RunReader
 
-    console = Console(width=100)
     print(tally.text())
     if tally.num_only_thoughts:
         print(f"answers of thoughts alone, which never ended: {tally.num_only_thoughts}, judged as empty")
     if tiers is not None:
-        print(tiers)
+        print(plain_lines(tiers))
     if tally.first_failure is not None:
-        print(f"error: {tally.states['failed']} failed, the first: {tally.first_failure}", file=sys.stderr)
-    for part in workload_tables(RunReader(folder).summary()):
-        console.print(part)
-    print(f"run: {folder}\nmore: dsatrace report {folder}")
+        print(
+            f"error: {tally.states['failed']} failed, the first: {plain(tally.first_failure)}",
+            file=sys.stderr,
+        )
+    show(workload_tables(RunReader(folder).summary()))
+    print(f"run: {plain(folder)}\nmore: dsatrace report {plain(folder)}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..text import for_picture
 
 DPI = 120
 LABEL_CHARS = 40
@@ -51,7 +52,7 @@ def picture(
 def plain_label(label: str) -> str:
     """As plain text: a dollar would begin a formula, and a leading underscore would hide the label."""
     text = label if len(label) <= LABEL_CHARS else f"{label[: LABEL_CHARS - 1]}…"
-    return " ".join(text.replace("$", r"\$").replace("_", " ").split()) or "unnamed"
+    return " ".join(for_picture(text).replace("_", " ").split()) or "unnamed"
 
 
 def whole_numbers(axis: Any) -> None:

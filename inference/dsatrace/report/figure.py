@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..text import for_picture
 from ..trace.reader import RunReader
 from .drawing import picture, whole_numbers
 from .tables import Summary, caveat
@@ -42,7 +43,9 @@ def draw(run: RunReader, layer_id: int | None = None) -> Path | None:
             else:
                 panel(place)
         counts = summary["counts"]
-        title = f"{run.folder.name}: {counts['requests']} requests, {counts['steps']} decode steps"
+        title = (
+            f"{for_picture(run.folder.name)}: {counts['requests']} requests, {counts['steps']} decode steps"
+        )
         figure.suptitle(f"{title}\n{caveat(summary)}" if caveat(summary) else title)
     return path
 
@@ -213,7 +216,7 @@ def draw_tiers(axes: Any, setup: Summary, fetched: Summary) -> None:
 
 
 def _latencies(axes: Any, histograms: Summary, clock: str) -> None:
-    axes.set(title="From a request's arrival to ...", xlabel=f"ms ({clock} clock)", ylabel="CDF")
+    axes.set(title="From a request's arrival to ...", xlabel=f"ms ({for_picture(clock)} clock)", ylabel="CDF")
     durations = (("queue", "admission"), ("time_to_first_token", "first token"), ("latency", "finish"))
     for name, label in durations:
         _cdf(axes, histograms[f"{name}_us"], 1000, label)

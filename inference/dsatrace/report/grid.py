@@ -9,14 +9,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
+
+from ..text import plain
 
 NONE = "-"
 """Shown where a value does not exist."""
 MAX_ROWS = 64
 """Of a table that grows with the data."""
+MAX_CELL_CHARS = 400
+WIDTH, WIDE = 100, 120
+"""Columns of a terminal that a table of a run and one of a study take at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +38,26 @@ class Grid:
         """The title stands above the table, where a narrow table does not fold it."""
         table = Table(show_header=any(self.columns))
         for i, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if i in self.left else "right", overflow="fold")
+            table.add_column(
+                Text(plain(column, MAX_CELL_CHARS)),
+                justify="left" if i in self.left else "right",
+                overflow="fold",
+            )
         for row in self.rows:
-            table.add_row(*map(Text, row))  # Text: a name in a trace is not markup
-        parts: list[Table | Text] = [Text(self.title, style="bold"), table]
+            table.add_row(*(Text(plain(cell, MAX_CELL_CHARS)) for cell in row))  # a name is not markup
+        parts: list[Table | Text] = [Text(plain(self.title), style="bold"), table]
         if self.note:
-            parts.append(Text(self.note, style="dim italic"))
+            parts.append(Text(plain(self.note), style="dim italic"))
         return Group(*parts)
 
     def markdown(self) -> str:
         def line(cells: Iterable[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"
+            texts = (plain(cell, MAX_CELL_CHARS).replace("|", r"\|") for cell in cells)
+            return f"| {' | '.join(texts)} |"
 
         rule = "|" + "|".join("---" if i in self.left else "---:" for i in range(len(self.columns))) + "|"
-        parts = [f"**{self.title}**", "", line(self.columns), rule, *map(line, self.rows), ""]
-        return "\n".join([*parts, self.note, ""] if self.note else parts)
+        parts = [f"**{plain(self.title)}**", "", line(self.columns), rule, *map(line, self.rows), ""]
+        return "\n".join([*parts, plain(self.note), ""] if self.note else parts)
 
 
 def percent(part: float, whole: float = 1) -> str:
@@ -61,3 +71,10 @@ def first_rows(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
     if len(rows) > MAX_ROWS:
         shown.append((f"... and {len(rows) - MAX_ROWS} more in summary.json",))
     return shown
+
+
+def show(parts: Iterable[str | Grid], width: int = WIDTH) -> None:
+    """Prints tables and lines on the terminal. A line is no markup."""
+    console = Console(width=width)
+    for part in parts:
+        console.print(Text(plain(part)) if isinstance(part, str) else part, soft_wrap=isinstance(part, str))

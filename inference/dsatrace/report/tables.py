@@ -139,7 +139,7 @@ def _sinks(run: RunReader) -> Iterator[Grid]:
 
 def _prefix(summary: Summary) -> str | Grid:
     if not summary["prefix_hot_blocks"]:
-        return "No request began like an earlier one: no touched block lies in a shared prefix.\n"
+        return "No request began like an earlier one: no touched block lies in a shared prefix."
     ratio = summary["prefix_intersection_ratio"]
     rows = [
         ("share of a record's touched blocks (mean)", percent(ratio["mean"])),

@@ -67,7 +67,13 @@ def process_group(device_name: str) -> Iterator[torch.device]:
     if not _several_ranks():
         yield device
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except dist.DistNetworkError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        why = "the port is taken" if "EADDRINUSE" in str(error) else str(error).partition("\n")[0]
+        remedy = "give torchrun --standalone, which finds a free port, or another --master-port"
+        raise RankError(f"the ranks cannot meet at {where}: {why}; {remedy}") from error
     try:
         yield device
     except UserError as error:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 from dsatrace.errors import UserError
 from dsatrace.files import write_json
+from dsatrace.text import for_file_name
 from dsatrace.version import __version__
 from dsatrace.workloads.private_file import private_file
 
@@ -118,10 +118,10 @@ def file_labels(names: Sequence[str]) -> dict[str, str]:
     """A part of a file name for each workload, no two alike."""
     labels: dict[str, str] = {}
     for name in names:
-        plain = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:60] or "trace"
-        label, number = plain, 2
+        stem = for_file_name(name) or "trace"
+        label, number = stem, 2
         while label in labels.values():
-            label, number = f"{plain}_{number}", number + 1
+            label, number = f"{stem}_{number}", number + 1
         labels[name] = label
     return labels
 

@@ -24,6 +24,7 @@ from dsatrace.files import HeldFolder, write_json
 from dsatrace.kv.prefix import PrefixCacheAnalyzer, RequestPrefix, key_id, load_prefix_secret
 from dsatrace.kv.tiers.account import OffloadedTiers, Tiers, default_tiers
 from dsatrace.schema import MANIFEST_FILE, SUMMARY_FIELDS, problems
+from dsatrace.text import plain
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig, check_run_folder, is_sampled
 from dsatrace.trace.manifest import RunInfo, manifest, prefix_cache_cold_starts
@@ -295,7 +296,7 @@ class Tracer:
 
 def _warn(failure: UserError | None) -> None:
     if failure is not None:
-        print(f"warning: {failure}", file=sys.stderr)
+        print(f"warning: {plain(failure)}", file=sys.stderr)
 
 
 def tiers_of(run: RunInfo) -> Tiers:

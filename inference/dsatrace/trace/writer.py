@@ -27,6 +27,7 @@ import orjson
 from dsatrace.errors import UserError
 from dsatrace.files import HeldFolder, LineFile, digest, write_atomically
 from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
+from dsatrace.text import plain
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.records import RecordDeriver, StepLines, StepRecords
@@ -166,7 +167,7 @@ class TraceWriter:
             raise self.failure
         if not self._warned:
             self._warned = True
-            print(f"warning: {self.failure}; the run goes on untraced", file=sys.stderr)
+            print(f"warning: {plain(self.failure)}; the run goes on untraced", file=sys.stderr)
 
     def _wait(self) -> None:
         """Waits for the thread; a Ctrl-C only after that, since the thread would die in mid-file."""

@@ -31,8 +31,8 @@ from dsatrace.errors import UserError
 from dsatrace.units import size_text
 from dsatrace.workloads.digests import Progress, file_sha256, no_progress
 
-PROBE_S = 5.0  # how long the hub may take to answer when nobody asked for it
-ANSWER_S = 30.0  # the same where the user asked for the hub by name
+PROBE_S = 5.0  # how long the hub may take to answer a run, which says so and ends or takes other rows
+ANSWER_S = 30.0  # the same for a download
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -287,19 +287,22 @@ def _errors_in_one_line(file: HubFile, remedy: str) -> Iterator[None]:
         reason, way_out = f"the hub answers with error {status}", f"try again later, or {remedy}"
         if isinstance(error, errors.GatedRepoError):
             reason = f"{what} wants its terms accepted"
-            way_out = f"accept them at {page} and set HF_TOKEN to your token"
+            way_out = f"accept them at {page}, then log in with `hf auth login` or set HF_TOKEN"
         elif isinstance(error, errors.RevisionNotFoundError):
             reason, way_out = f"the hub has no revision {file.revision} of {file.repo}", f"see {page}"
         elif isinstance(error, errors.RepositoryNotFoundError):
             reason = f"the hub shows no repository {file.repo}"
-            way_out = f"is it spelled as at {page}, or private: set HF_TOKEN"
+            way_out = f"is it spelled as at {page}? If it is private, log in with `hf auth login`"
         elif isinstance(error, errors.EntryNotFoundError):
             reason, way_out = f"{what} has no file {file.file}", f"see {page}/tree/{file.revision}"
         elif status == 401:
-            reason, way_out = "the hub does not know the token it was given", "renew HF_TOKEN or log in again"
+            reason, way_out = (
+                "the hub does not know the token it was given",
+                "renew HF_TOKEN, or log in with `hf auth login`",
+            )
         elif status == 403:
             reason = f"the hub refuses {what}"
-            way_out = f"accept the terms at {page}, or set HF_TOKEN to a token that may read it"
+            way_out = f"accept the terms at {page}, and log in with `hf auth login` as one who may read it"
         raise HubError(reason, way_out) from error
     except (errors.HTTPError, ConnectionError) as error:  # the second where the library is offline
         reason = str(error).partition("\n")[0] or type(error).__name__

@@ -20,7 +20,6 @@ from dsatrace.workloads.data_set import DataSet, Source
 from dsatrace.workloads.digests import file_sha256, folder_sha256
 from dsatrace.workloads.exports import SOURCE_FILE, read_export
 from dsatrace.workloads.hub import (
-    ANSWER_S,
     PROBE_S,
     HubError,
     Located,
@@ -62,7 +61,7 @@ def find_source(
     if explicit is not None:
         return _file_source(data_set, explicit, "as named")
     if repo or revision:
-        return from_hub(locate(file, data / ".hub", data_set.remedy(), ANSWER_S), "as named")
+        return from_hub(locate(file, data / ".hub", data_set.remedy(), PROBE_S), "as named")
     found = _found_in(data / data_set.name, data_set)
     if found:
         return found

@@ -14,6 +14,7 @@ from dsatrace.errors import exits_cleanly
 from dsatrace.study.compare import Comparison
 from dsatrace.study.output_folder import OutputFolder
 from dsatrace.study.run import Replayed
+from dsatrace.text import plain
 from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN
 
 MODES = (SINGLE_TURN, MULTI_TURN)
@@ -47,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             draw_compared(folder, replayed, comparison)
     options.say_what_was_read(client)
     options.show(compare_grids(comparison, cache), args.markdown)
-    print(f"files: {path}" + ("; the traces hold text, only you can read them" if client.has_text else ""))
+    print(
+        f"files: {plain(path)}"
+        + ("; the traces hold text, only you can read them" if client.has_text else "")
+    )
     return 0
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from dsatrace.commands.study import options
 from dsatrace.errors import exits_cleanly
+from dsatrace.text import plain
 from dsatrace.workloads.trace_rows import MULTI_TURN
 
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.write_json(args.output_file or "explain.json", record)
     options.say_what_was_read(client)
     options.show([explain_grid(definitions, cache), rejected_grid({"trace": rejected})], args.markdown)
-    print(f"files: {path}")
+    print(f"files: {plain(path)}")
     return 0
 
 

@@ -23,6 +23,7 @@ from dsatrace.study.prepare import ClientSettings
 from dsatrace.study.run import StudySettings
 from dsatrace.study.sources import Client, Source
 from dsatrace.study.tokenization import open_vocabulary
+from dsatrace.text import plain
 from dsatrace.trace.manifest import redact_argv
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.synthetic import WORKLOADS
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from dsatrace.report.grid import Grid
 
 ALL = "all"
-CONSOLE_WIDTH = 120
 
 FILTER_FLAGS = {
     "max_tokens": Flag("drop conversations with a longer request, its answer included"),
@@ -173,25 +173,25 @@ def study_folder(
 
 def show(grids: Iterable[Grid], as_markdown: bool) -> None:
     """Prints tables, for a terminal or as markdown."""
-    from rich.console import Console
+    from dsatrace.report.grid import WIDE
+    from dsatrace.report.grid import show as show_in_terminal
 
-    console = Console(width=CONSOLE_WIDTH)
-    for grid in grids:
-        if as_markdown:
+    if as_markdown:
+        for grid in grids:
             print(grid.markdown())
-        else:
-            console.print(grid)
+    else:
+        show_in_terminal(grids, WIDE)
 
 
 def say_what_was_read(client: Client) -> None:
     """Source, vocabulary, and what was dropped: nothing is left out silently."""
     source = client.source.describe()
-    print(f"source: {source['kind']} {source.get('path') or source.get('workload')}")
-    print(f"tokenizer: {client.vocabulary.label['name']}")
+    print(f"source: {source['kind']} {plain(source.get('path') or source.get('workload'))}")
+    print(f"tokenizer: {plain(client.vocabulary.label['name'])}")
     for what, count in client.counts.items():
         print(f"{what}: {count:,}")
     if client.bad_rows.counts:
-        print(client.bad_rows.text())
+        print(plain(client.bad_rows.text()))
 
 
 def _client_settings(args: argparse.Namespace) -> ClientSettings:

@@ -13,6 +13,7 @@ from dsatrace.commands.study import options
 from dsatrace.errors import exits_cleanly
 from dsatrace.study.output_folder import OutputFolder, file_labels
 from dsatrace.study.run import Replayed
+from dsatrace.text import plain
 from dsatrace.workloads.trace_rows import MULTI_TURN
 
 MAX_WORKLOAD_PICTURES = 12
@@ -56,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if check is not None:
         options.show([engine_grid(check)], args.markdown)
     print(
-        f"files: {path}"
-        + (f"; {trace_file.name} holds text, only you can read it" if client.has_text else "")
+        f"files: {plain(path)}"
+        + (f"; {plain(trace_file.name)} holds text, only you can read it" if client.has_text else "")
     )
     return 0
 

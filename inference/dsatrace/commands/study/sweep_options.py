@@ -139,14 +139,10 @@ def show_cells(
     grids: Iterable[Grid], notes: Iterable[str], vocabulary: NamedVocabulary, folder: OutputFolder
 ) -> None:
     """Prints the tables, then a line per note, the tokenizer and the folder."""
-    from rich.console import Console
+    from dsatrace.report.grid import WIDE, show
 
-    console = Console(width=options.CONSOLE_WIDTH)
-    for grid in grids:
-        console.print(grid, "")
     tokenizer = f"tokenizer, where there is text: {vocabulary.label['name']}"
-    for line in (*notes, tokenizer, f"files: {folder.path}"):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    show((*grids, *notes, tokenizer, f"files: {folder.path}"), WIDE)
 
 
 @contextlib.contextmanager

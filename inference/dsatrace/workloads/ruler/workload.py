@@ -30,7 +30,7 @@ GENERATED_EXAMPLES, GENERATED_LENGTH, GENERATED_TASK = 10, 2048, "niah_single_1"
 
 
 class RulerWorkload(Workload):
-    """At most `limit` examples of each task and length."""
+    """At most `limit` examples, and at most `limit_per_task` of each task and length."""
 
     name = "ruler"
     metric = "string match, 0 to 100"
@@ -41,25 +41,32 @@ class RulerWorkload(Workload):
         settings: PromptSettings,
         limit: int | None = None,
         bad_rows: BadRows | None = None,
+        limit_per_task: int | None = None,
     ) -> None:
         super().__init__(bad_rows or BadRows())
         check_limit("--limit", limit)
+        check_limit("--limit-per-task", limit_per_task)
         self._examples = examples
         self._settings = settings
         self._num_before_prompt, _ = settings.chat.frame()
         self._limit = limit
+        self._limit_per_task = limit_per_task
         self._counts: Counter[tuple[str, int | None]] = Counter()
         self._open: dict[str, Example] = {}
 
     def requests(self) -> Iterator[Request]:
-        for example in self._examples:
-            kind = (example.task, example.max_length)
-            if self._counts[kind] == self._limit:
-                continue
-            self._counts[kind] += 1
+        for example in itertools.islice(self._chosen(), self._limit):
             request = self._request(example)
             self._open[request.request_id] = example
             yield request
+
+    def _chosen(self) -> Iterator[Example]:
+        for example in self._examples:
+            kind = (example.task, example.max_length)
+            if self._counts[kind] == self._limit_per_task:
+                continue
+            self._counts[kind] += 1
+            yield example
 
     def _request(self, example: Example) -> Request:
         chat = self._settings.chat
@@ -104,26 +111,32 @@ def open_ruler(args: argparse.Namespace, chat: Chat, find: Find) -> OpenedWorklo
     source = None if generated else find()
     if source is not None and source.path is not None:
         examples = read_examples(source.path, tasks, args.ruler_length, bad_rows)
-        workload = RulerWorkload(examples, settings, args.limit, bad_rows)
+        workload = RulerWorkload(examples, settings, args.limit, bad_rows, args.limit_per_task)
         return OpenedWorkload(workload, source.description, source.text(), chat_form=chat.form.name)
     haystack = f"haystack {args.haystack.name}" if args.haystack else "built-in texts"
     description = f"generator, seed {args.seed}, {haystack}"
     reason = "as asked" if source is None else source.reason
     tasks = tasks or (GENERATED_TASK,)
-    workload = RulerWorkload(_generated(args, tasks, chat), settings, bad_rows=bad_rows)
-    num_requests = len(tasks) * (args.limit or GENERATED_EXAMPLES)
+    spread = GENERATED_EXAMPLES if args.limit is None else -(-args.limit // len(tasks))
+    per_task = args.limit_per_task or spread
+    workload = RulerWorkload(
+        _generated(args, tasks, per_task, chat), settings, args.limit, bad_rows, args.limit_per_task
+    )
+    num_requests = min(len(tasks) * per_task, args.limit or len(tasks) * per_task)
     terminal_line = f"ruler: {description} ({reason})"
     return OpenedWorkload(workload, description, terminal_line, num_requests, chat.form.name)
 
 
-def _generated(args: argparse.Namespace, tasks: Sequence[str], chat: Chat) -> Iterator[Example]:
+def _generated(
+    args: argparse.Namespace, tasks: Sequence[str], num_examples: int, chat: Chat
+) -> Iterator[Example]:
     sources = Sources(_text(args.haystack) if args.haystack else None, args.squad, args.hotpotqa)
     for task in tasks:
         yield from generate(
             task,
             args.ruler_length or GENERATED_LENGTH,
             chat.tokenizer,
-            args.limit or GENERATED_EXAMPLES,
+            num_examples,
             args.seed,
             sources,
             overhead_tokens=sum(chat.frame()),
@@ -192,6 +205,7 @@ RULER = DataSet(
             type=int,
             metavar="TOKENS",
         ),
+        Flag("--limit-per-task", "requests of each task and length; --limit counts them all", type=int),
         Flag("--ruler-path", "JSONL file, folder or archive, NVIDIA's or allenai's", type=Path),
         Flag("--ruler-generate", "generate the examples, even if there are files", action="store_true"),
         Flag("--haystack", "text to generate the essay tasks from", type=Path),

@@ -1,7 +1,9 @@
 """Samples of our own making, in the real formats, for runs without a file and without a network.
 
 Written for this project, or drawn from its generator (BurstGPT's); nothing in them comes from the real
-data sets. A run that uses one says `embedded`.
+data sets. A run that uses one says `embedded`. In ShareGPT's and BurstGPT's, prompts are longer than the
+192 tokens that needle-2k selects, and two share their beginning, so that an offline run has something
+sparse and a prefix hit to show.
 
     ShareGPTLoader(sample_file("sharegpt"))
 """

@@ -1,0 +1,117 @@
+"""A study's folder as the tables that the study printed, read back from its JSON. Computes nothing.
+
+if is_study(folder):
+    show(study_parts(folder), WIDE)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..study.compare import Comparison, Difference
+from ..study.engine_check import EngineCheck
+from ..study.explain import Definition
+from ..study.output_folder import MANIFEST_FILE
+from ..study.sweep_cells import Cell
+from .grid import Grid
+from .study_tables import (
+    compare_grids,
+    engine_grid,
+    explain_grid,
+    mixed_grid,
+    rejected_grid,
+    run_grids,
+    sweep_grids,
+)
+
+Record = Mapping[str, Any]
+_REQUESTS = "_request_metrics.csv"
+_FAULTS = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What a file that is not a study's result raises when it is taken for one."""
+
+
+def is_study(folder: Path) -> bool:
+    """Whether its manifest is a study's; False too if there is none that can be read."""
+    try:
+        return "study" in json.loads((folder / MANIFEST_FILE).read_bytes())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def study_parts(folder: Path) -> Iterator[str | Grid]:
+    """A line on the study, its tables, and the folder. Raises `UserError` for a file that is no result."""
+    manifest = _read(folder / MANIFEST_FILE)
+    yield f"study {manifest['study']}, {manifest.get('state')}, started {manifest.get('started_utc')}"
+    num_tables = 0
+    for path in _results(folder, manifest):
+        try:
+            grids = list(_grids(manifest["study"], path))
+        except _FAULTS as error:
+            raise UserError(f"{path}: not a result of a study: {error!r}; run the study again") from error
+        num_tables += len(grids)
+        yield from grids
+    if not num_tables:
+        yield "There is no table: the study writes traces only, or it did not end."
+    yield f"files: {folder}"
+
+
+def _results(folder: Path, manifest: Record) -> list[Path]:
+    """The JSON files in the order that the study wrote them, which a study that did not end has not told."""
+    there = sorted(path for path in folder.glob("*.json") if path.name != MANIFEST_FILE)
+    written = manifest.get("files") or []
+    return sorted(there, key=lambda path: written.index(path.name) if path.name in written else len(written))
+
+
+def _grids(study: str, path: Path) -> Iterator[Grid]:
+    """The tables of one file, which its content tells from the others in the folder."""
+    record = _read(path)
+    if "definitions" in record:
+        lines = [_of(Definition, line | {"name": name}) for name, line in record["definitions"].items()]
+        yield explain_grid(lines, record["cache"])
+        yield rejected_grid({"trace": record["rejected"]})
+    elif "cells" in record:
+        cells = [_of(Cell, row) for row in record["cells"]]
+        yield from [mixed_grid(cells)] if study == "mixed" else sweep_grids(cells)
+    elif "num_prefill_tokens" in record:
+        yield engine_grid(_of(EngineCheck, record))
+    elif "metrics" in record and study == "compare":
+        if all(isinstance(both, dict) for both in record["metrics"].values()):  # else those of one trace
+            yield from compare_grids(_comparison(record), record["cache"])
+    elif "metrics" in record:
+        yield from run_grids(_name(path), record)
+
+
+def _comparison(record: Record) -> Comparison:
+    metrics = {
+        name: Difference(name, both["single_turn"], both["multi_turn"])
+        for name, both in record["metrics"].items()
+    }
+    return Comparison(metrics, record["per_turn"], record["rejected"])
+
+
+def _name(path: Path) -> str:
+    """The trace's name, which stands in the names of its other files: --output-file renames this one."""
+    tables = [file.name.removesuffix(_REQUESTS) for file in path.parent.glob(f"*{_REQUESTS}")]
+    return tables[0] if len(tables) == 1 else path.stem
+
+
+def _of(kind: type[Any], record: Record) -> Any:
+    """The dataclass from its fields in a record, which may have more."""
+    return kind(**{field.name: record[field.name] for field in dataclasses.fields(kind)})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it: {error.strerror}; check the folder") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}; run the study again") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: not a JSON object; run the study again")
+    return record
