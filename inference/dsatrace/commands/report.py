@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsatrace.commands.damage import damage_named
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import exits_cleanly
 
@@ -36,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     run = RunReader(args.run)
     console = Console(width=100)
-    for part in run_tables(run):
-        console.print(part)
-    if not args.no_figure and (picture := draw(run, args.layer)):
-        console.print(f"picture: {picture}", soft_wrap=True)
+    with damage_named(args.run):
+        for part in run_tables(run):
+            console.print(part)
+        if not args.no_figure and (picture := draw(run, args.layer)):
+            console.print(f"picture: {picture}", soft_wrap=True)
     return 0
