@@ -58,7 +58,7 @@ def test_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize("verb", ["report", "summarize"])
+@pytest.mark.parametrize("verb", ["report", "summarize", "verify"])
 def test_a_closed_pipe_is_quiet(verb: str, tmp_path: Path) -> None:
     """The reader is gone before the first line is written."""
     run = write_golden(tmp_path / "run")
@@ -71,6 +71,18 @@ def test_a_closed_pipe_is_quiet(verb: str, tmp_path: Path) -> None:
     os.close(writing)
     assert done.stderr == ""
     assert done.returncode in (1, 141)  # rich has its own code
+
+
+def test_a_full_disk_behind_stdout_is_one_line(tmp_path: Path) -> None:
+    run = write_golden(tmp_path / "run")
+    command = [sys.executable, "-m", "dsatrace", "verify", str(run)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, cwd=INFERENCE, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+        )
+    assert done.returncode == 70
+    (line,) = done.stderr.splitlines()
+    assert "No space left on device" in line
 
 
 def test_torchrun_gets_the_line_for_its_summary(

@@ -60,7 +60,9 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
     @functools.wraps(main)
     def run(*args: object, **kwargs: object) -> int:
         try:
-            return main(*args, **kwargs) or 0
+            code = main(*args, **kwargs) or 0
+            sys.stdout.flush()  # here, where a closed pipe is told from a fault
+            return code
         except UserError as error:
             if not isinstance(error, RankError):
                 leave_to_rank_0()
@@ -68,7 +70,7 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
         except KeyboardInterrupt:
             return _end("interrupted", INTERRUPTED) if is_rank_0() else INTERRUPTED
         except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-            _forget_output()
+            _settle_output()
             return BROKEN_PIPE
         except Exception as error:
             leave_to_rank_0()  # which this one may only have lost
@@ -81,10 +83,9 @@ def _end(line: str, code: int) -> int:
     """Prints the line, below the traceback if that is asked for, and returns the exit code."""
     if os.environ.get(DEBUG, "0") not in ("", "0"):
         traceback.print_exc()
-    try:
+    with contextlib.suppress(OSError):  # nobody reads stderr any more
         print(line, file=sys.stderr, flush=True)
-    except OSError:  # nobody reads stderr any more
-        _forget_output()
+    _settle_output()
     _tell_torchrun(line)
     return code
 
@@ -102,13 +103,12 @@ def _unforeseen(error: Exception) -> str:
     return f"error: {rank}unforeseen, {said} ({place}); set {DEBUG}=1 to see the traceback, and report it"
 
 
-def _forget_output() -> None:
-    """Sends what is left in the buffers nowhere, so that the interpreter ends without a word."""
+def _settle_output() -> None:
+    """Writes what the buffers hold, or drops it, so that the interpreter ends without a word of its own."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # ValueError: it has no descriptor, or is closed
+        try:
             stream.flush()
-            continue
-        with contextlib.suppress(OSError, ValueError):
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
