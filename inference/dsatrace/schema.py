@@ -48,7 +48,8 @@ class Field:
 
     `keys` makes it an object with those keys, each with `children`. `entry` makes it an object whose
     keys are data; the docs write the path to its `children` with it. `optional` fields may be absent:
-    they were added later, or stand only where they apply.
+    they were added later, or stand only where they apply. A whole number is at most `most`, and at least
+    its negative.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Field:
     keys: tuple[str, ...] = ()
     entry: str = ""
     optional: bool = False
+    most: int = 2**63 - 1
 
 
 _FULL: tuple[Level, ...] = ("full",)
@@ -191,11 +193,12 @@ STEP_FIELDS = (
 )
 
 # requests.jsonl: one record per request.
+_MOST_TOKENS = 100_000_000  # more is no request's, and readers count through them
 REQUEST_FIELDS = (
     Field("request_id", "string", "", "unique in the run"),
     Field("source_row", "int | null", "row", "row of the data set the prompt came from"),
-    Field("num_prompt_tokens", "int", "tokens", "prompt tokens"),
-    Field("num_output_tokens", "int", "tokens", "generated tokens"),
+    Field("num_prompt_tokens", "int", "tokens", "prompt tokens", most=_MOST_TOKENS),
+    Field("num_output_tokens", "int", "tokens", "generated tokens", most=_MOST_TOKENS),
     Field("arrival_s", "float", "s", "from the run's start"),
     Field("first_token_s", "float | null", "s", "from the run's start; null when none came"),
     Field("finish_s", "float | null", "s", "from the run's start; null when it did not finish"),
@@ -270,7 +273,7 @@ MANIFEST_FIELDS = (
     Field("device", "string", "", "device the model ran on"),
     Field("hbm_stand_in", "string | null", "", "what stands in for HBM where there is none"),
     Field("world_size", "int", "ranks", "tensor-parallel ranks"),
-    Field("seed", "int", "", "seed of the run and of step sampling"),
+    Field("seed", "int", "", "seed of the run and of step sampling", most=2**64 - 1),
     Field("serving", "object | null", "", "how requests that arrived over time were served, with the "
           "engine's settings; null where none arrived so", optional=True, children=(
         Field("mode", "string", "", "how the engine takes requests up"),
@@ -644,6 +647,8 @@ def problems(
             value = record[name]
             if not _has_type(value, field.type):
                 found.append(f"{where}{name}: {reprlib.repr(value)} is not {field.type}")
+            elif type(value) is int and not -field.most <= value <= field.most:
+                found.append(f"{where}{name}: {reprlib.repr(value)} is beyond {field.most}")
             elif field.children and value is not None:
                 found += _inner_problems(value, level, field, where + name, in_order)
         elif not field.optional:
