@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import INFERENCE, ROOT
+from dsatrace.commands import report
 from dsatrace.errors import DEBUG, UserError, exits_cleanly
 from helpers.golden_run import write_golden
 
@@ -91,6 +92,11 @@ def test_torchrun_gets_the_line_for_its_summary(
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     assert raising(UserError("mine"))() == 2
     assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "error: mine"
+    with pytest.raises(SystemExit):
+        report.main(["--no-such-flag", "run"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "--no-such-flag" in said
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == said
 
 
 def test_two_ranks_say_a_mistyped_file_once(tmp_path: Path) -> None:

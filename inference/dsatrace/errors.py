@@ -86,7 +86,7 @@ def _end(line: str, code: int) -> int:
     with contextlib.suppress(OSError):  # nobody reads stderr any more
         print(line, file=sys.stderr, flush=True)
     _settle_output()
-    _tell_torchrun(line)
+    tell_torchrun(line)
     return code
 
 
@@ -112,7 +112,7 @@ def _settle_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _tell_torchrun(line: str) -> None:
+def tell_torchrun(line: str) -> None:
     """Gives torchrun the line for the summary of failed ranks that it prints last."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
