@@ -134,7 +134,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["DeepseekV3ForCausalLM"]}, r"architectures .* must be .*DeepseekV32ForCausalLM"),
     ({"index_topk": ...}, "no index_topk; restore the model's own config.json"),
     ({"index_topk": None}, "no index_topk"),
-    ({"hidden_size": -3}, "dim must be an integer >= 0, not -3"),
+    ({"hidden_size": -3}, "dim must be an integer from 0 to 2147483647, not -3"),
     ({"hidden_size": "256"}, 'hidden_size must be an integer, not "256"'),
     ({"hidden_size": True}, "hidden_size must be an integer, not true"),
     ({"norm_topk_prob": 1}, "norm_topk_prob must be true or false, not 1"),

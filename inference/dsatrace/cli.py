@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from dsatrace.commands.dispatch import Verb, dispatch
+from dsatrace.errors import exits_cleanly
 from dsatrace.version import __version__
 
 VERBS = {
@@ -30,6 +31,7 @@ VERBS = {
 }
 
 
+@exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Calls the verb's `main`; without one, lists them. An unknown verb exits 2."""
     argv = sys.argv[1:] if argv is None else list(argv)

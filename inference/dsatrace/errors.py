@@ -1,17 +1,30 @@
-"""The exception for a user's mistake, and how a program ends on it.
+"""The exception for a user's mistake, and how a program ends on it and on any other.
 
-raise UserError("prompts.txt: the file is empty; write one prompt per paragraph")
+    raise UserError("prompts.txt: the file is empty; write one prompt per paragraph")
+
+    @exits_cleanly                # 2 on that, with one line
+    def main(argv=None): ...
+
+`DSATRACE_DEBUG=1` shows the traceback above the line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 from dsatrace.text import plain
+
+USAGE, UNFORESEEN, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
+"""Exit codes: a mistake that the user can fix, a fault of ours, Ctrl-C, a reader that went away."""
+
+DEBUG = "DSATRACE_DEBUG"
 
 GRACE_S = 5.0
 """How long another rank leaves rank 0 to say what is wrong; torchrun then ends them all."""
@@ -40,26 +53,71 @@ def leave_to_rank_0() -> None:
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wraps a `main()`: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C 130.
+    """Wraps a `main()`, so that it ends on any exception with one line on stderr and an exit code.
 
-    Of several ranks, which all meet a mistake in their flags, only rank 0 prints it.
+    Of several ranks, which all meet a mistake in their flags or lose the rank that met it, only rank 0
+    prints the line.
     """
 
     @functools.wraps(main)
     def run(*args: object, **kwargs: object) -> int:
         try:
-            return main(*args, **kwargs) or 0
+            code = main(*args, **kwargs) or 0
+            sys.stdout.flush()  # here, where a closed pipe is told from a fault
+            return code
         except UserError as error:
             if not isinstance(error, RankError):
                 leave_to_rank_0()
-            print(f"error: {plain(error)}", file=sys.stderr)
-            return 2
+            return _end(f"error: {plain(error)}", USAGE)
         except KeyboardInterrupt:
-            if is_rank_0():
-                print("interrupted", file=sys.stderr)
-            return 130
+            return _end("interrupted", INTERRUPTED) if is_rank_0() else INTERRUPTED
         except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
+            _settle_output()
+            return BROKEN_PIPE
+        except Exception as error:
+            leave_to_rank_0()  # which this one may only have lost
+            return _end(_unforeseen(error), UNFORESEEN)
 
     return run
+
+
+def _end(line: str, code: int) -> int:
+    """Prints the line, below the traceback if that is asked for, and returns the exit code."""
+    if os.environ.get(DEBUG, "0") not in ("", "0"):
+        traceback.print_exc()
+    with contextlib.suppress(OSError):  # nobody reads stderr any more
+        print(line, file=sys.stderr, flush=True)
+    _settle_output()
+    tell_torchrun(line)
+    return code
+
+
+def _unforeseen(error: Exception) -> str:
+    """The line for an exception that nobody foresaw: what, where, and how to see more."""
+    said = plain(" ".join(f"{error}".split()))
+    said = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    if len(said) > 300:
+        said = f"{said[:300]} ..."
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    ours = [frame for frame in frames if f"{os.sep}dsatrace{os.sep}" in frame.filename] or frames
+    place = f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno}" if ours else "nowhere"  # noqa: PTH119
+    rank = "" if is_rank_0() else f"rank {os.environ['RANK']}: "
+    return f"error: {rank}unforeseen, {said} ({place}); set {DEBUG}=1 to see the traceback, and report it"
+
+
+def _settle_output() -> None:
+    """Writes what the buffers hold, or drops it, so that the interpreter ends without a word of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def tell_torchrun(line: str) -> None:
+    """Gives torchrun the line for the summary of failed ranks that it prints last."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        message = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": f"{int(time.time())}"}}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:  # noqa: PTH123
+            json.dump({"message": message}, file)

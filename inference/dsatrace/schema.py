@@ -14,8 +14,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 SCHEMA_VERSION = 1
 
@@ -41,13 +42,14 @@ RUN_STATES = ("running", "complete", "incomplete")
 Number = TypeVar("Number", int, float)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Field:
     """One field of a record.
 
     `keys` makes it an object with those keys, each with `children`. `entry` makes it an object whose
     keys are data; the docs write the path to its `children` with it. `optional` fields may be absent:
-    they were added later, or stand only where they apply.
+    they were added later, or stand only where they apply. A whole number is at most `most`, and at least
+    its negative.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Field:
     keys: tuple[str, ...] = ()
     entry: str = ""
     optional: bool = False
+    most: int = 2**63 - 1
 
 
 _FULL: tuple[Level, ...] = ("full",)
@@ -190,11 +193,12 @@ STEP_FIELDS = (
 )
 
 # requests.jsonl: one record per request.
+_MOST_TOKENS = 100_000_000  # more is no request's, and readers count through them
 REQUEST_FIELDS = (
     Field("request_id", "string", "", "unique in the run"),
     Field("source_row", "int | null", "row", "row of the data set the prompt came from"),
-    Field("num_prompt_tokens", "int", "tokens", "prompt tokens"),
-    Field("num_output_tokens", "int", "tokens", "generated tokens"),
+    Field("num_prompt_tokens", "int", "tokens", "prompt tokens", most=_MOST_TOKENS),
+    Field("num_output_tokens", "int", "tokens", "generated tokens", most=_MOST_TOKENS),
     Field("arrival_s", "float", "s", "from the run's start"),
     Field("first_token_s", "float | null", "s", "from the run's start; null when none came"),
     Field("finish_s", "float | null", "s", "from the run's start; null when it did not finish"),
@@ -277,7 +281,7 @@ MANIFEST_FIELDS = (
     Field("device", "string", "", "device the model ran on"),
     Field("hbm_stand_in", "string | null", "", "what stands in for HBM where there is none"),
     Field("world_size", "int", "ranks", "tensor-parallel ranks"),
-    Field("seed", "int", "", "seed of the run and of step sampling"),
+    Field("seed", "int", "", "seed of the run and of step sampling", most=2**64 - 1),
     Field("serving", "object | null", "", "how requests that arrived over time were served, with the "
           "engine's settings; null where none arrived so", optional=True, children=(
         Field("mode", "string", "", "how the engine takes requests up"),
@@ -416,6 +420,10 @@ _TIER_TOTALS = (
     Field("failed_requests", "int", "requests", "requests that lost units ended"),
 )
 
+_HISTOGRAM = (
+    Field("values", "number[]", "", "distinct values, ascending"),
+    Field("counts", "int[]", "", "how often each occurs"),
+)
 SUMMARY_FIELDS = (
     Field("schema_version", "int", "", "version of the records"),
     _STATE,
@@ -499,14 +507,16 @@ SUMMARY_FIELDS = (
         Field("with_sync_us_mean", "float | null", "us", "hand-over, waiting and synchronisation"),
         Field("writer_busy_ms", "float", "ms", "the writer thread's wall time at work, the whole run"),
     )),
-    Field("histograms", "object", "", "name -> `{values, counts}` of the distributions; merged by addition"),
+    Field("histograms", "object", "", "the distributions' histograms; merged by addition", entry="<name>",
+          children=_HISTOGRAM),
     Field("unfinished", "object", "", "what requests that have not ended yet have added to distributions "
           "that the records do not hold: a resume takes it off, for it serves them from their start; absent "
           "at level full, whose records hold everything", optional=True, children=(
         Field("ended_requests", "int", "requests", "requests that have ended: stop, length or rejected"),
         Field("step_overlap", "object", "", "their part of step_overlap", children=_OVERLAP),
         Field("layer_overlap", "object", "", "their part of layer_overlap", children=_OVERLAP),
-        Field("histograms", "object", "", "name -> `{values, counts}`: their part of the histograms"),
+        Field("histograms", "object", "", "their part of the histograms", entry="<name>",
+              children=_HISTOGRAM),
     )),
 )
 
@@ -559,7 +569,10 @@ def encode(record: Mapping[str, Any]) -> str:
 
 def decode(line: str | bytes) -> dict[str, Any]:
     """The record of one line; anything but a JSON object raises `ValueError`."""
-    record = json.loads(line)
+    try:
+        record = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(record, dict):
         raise ValueError(f"a record is a JSON object, not {type(record).__name__}")
     return record
@@ -612,53 +625,101 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+class _Types(NamedTuple):
+    """The types that a field's declaration allows: of the value, and of a list's items."""
+
+    values: frozenset[type]
+    items: frozenset[type] | None
+
+
 @functools.cache
-def _item_types(declared: str) -> frozenset[type]:
-    """Types of a list's items. Among floats null stands for NaN, which JSON lacks."""
-    return frozenset((*_TYPES[declared], *(_TYPES["null"] if declared == "float" else ())))
+def _types(declared: str) -> _Types:
+    """Of `int[] | null`, say. Among floats of a list null stands for NaN, which JSON lacks."""
+    values, items = set[type](), set[type]()
+    for option in declared.split(" | "):
+        if option.endswith("[]"):
+            items.update(_TYPES[option[:-2]], _TYPES["null"] if option == "float[]" else ())
+        else:
+            values.update(_TYPES[option])
+    return _Types(frozenset(values), frozenset(items) if items else None)
 
 
 def _has_type(value: object, declared: str) -> bool:
-    """Whether the value has one of the types that `declared` names, as in `int[] | null`."""
-    return any(
-        isinstance(value, list) and _item_types(option[:-2]).issuperset(map(type, value))
-        if option.endswith("[]")
-        else type(value) in _TYPES[option]
-        for option in declared.split(" | ")
-    )
+    types = _types(declared)
+    if type(value) is list:
+        return types.items is not None and types.items.issuperset(map(type, value))
+    return type(value) in types.values
+
+
+@functools.cache
+def _at_level(fields: tuple[Field, ...], level: Level) -> Mapping[str, Field]:
+    return {field.name: field for field in fields if level in field.levels}
 
 
 def problems(
-    record: Mapping[str, Any], level: Level = "full", fields: tuple[Field, ...] = STEP_FIELDS, where: str = ""
+    record: Mapping[str, Any],
+    level: Level = "full",
+    fields: tuple[Field, ...] = STEP_FIELDS,
+    where: str = "",
+    in_order: bool = True,
 ) -> list[str]:
-    """How a record differs from its table: missing fields, wrong types or order. Unknown keys are ignored."""
+    """How a record differs from its table: missing fields, wrong types or order. Unknown keys are ignored.
+
+    Each is one line that begins with the field's path; `where` stands before it.
+    """
     found: list[str] = []
-    expected = {field.name: field for field in fields if level in field.levels}
+    expected = _at_level(fields, level)
     for name, field in expected.items():
         if name in record:
-            found += _value_problems(record[name], level, field, where + name)
+            value = record[name]
+            if not _has_type(value, field.type):
+                found.append(f"{where}{name}: {reprlib.repr(value)} is not {field.type}")
+            elif type(value) is int and not -field.most <= value <= field.most:
+                found.append(f"{where}{name}: {reprlib.repr(value)} is beyond {field.most}")
+            elif field.children and value is not None:
+                found += _inner_problems(value, level, field, where + name, in_order)
         elif not field.optional:
             found.append(f"{where}{name}: missing")
     if fields is STEP_FIELDS and ("scores_stats" in record) == ("scores_topk" in record):
         found.append("scores_stats, scores_topk: exactly one of them must stand")
-    if [name for name in record if name in expected] != [name for name in expected if name in record]:
+    if in_order and [n for n in record if n in expected] != [n for n in expected if n in record]:
         found.append(f"{where or 'record'}: fields out of order")
     return found
 
 
-def _value_problems(value: Any, level: Level, field: Field, path: str) -> list[str]:
-    """The same for one value: its type, and an object's fields, but not those of objects in a list."""
-    if not _has_type(value, field.type):
-        return [f"{path}: {value!r} is not {field.type}"]
+def _inner_problems(value: Any, level: Level, field: Field, path: str, in_order: bool) -> list[str]:
+    """The same for the objects inside a value: its own fields, those of its keys, or of a list's items."""
     found: list[str] = []
-    for key in field.keys:
-        if isinstance(inner := value.get(key), dict):
-            found += problems(inner, level, field.children, f"{path}.{key}.")
+    for inner_path, inner in _inner_objects(value, field, path):
+        if isinstance(inner, dict):
+            found += problems(inner, level, field.children, f"{inner_path}.", in_order)
         else:
-            found.append(f"{path}.{key}: {inner!r} is not object")
-    if field.children and isinstance(value, dict) and not (field.keys or field.entry):
-        found += problems(value, level, field.children, f"{path}.")
+            found.append(f"{inner_path}: {reprlib.repr(inner)} is not object")
     return found
+
+
+def _inner_objects(value: Any, field: Field, path: str) -> Iterator[tuple[str, Any]]:
+    """(path, object) of all that have the field's children."""
+    if field.keys:
+        yield from ((f"{path}.{key}", value.get(key)) for key in field.keys)
+    elif field.entry:
+        yield from _entries(value, field.entry.count("."), field.entry.endswith("[]"), path)
+    elif isinstance(value, list):
+        yield from ((f"{path}[{i}]", item) for i, item in enumerate(value))
+    else:
+        yield path, value
+
+
+def _entries(value: Any, depth: int, in_lists: bool, path: str) -> Iterator[tuple[str, Any]]:
+    """The objects below keys that are data, `depth` levels of keys further down."""
+    for key, inner in value.items():
+        inner_path = f"{path}.{key}"
+        if depth and isinstance(inner, dict):
+            yield from _entries(inner, depth - 1, in_lists, inner_path)
+        elif in_lists and isinstance(inner, list):
+            yield from ((f"{inner_path}[{i}]", item) for i, item in enumerate(inner))
+        else:  # an object, or what ought to be something else
+            yield inner_path, None if depth or in_lists else inner
 
 
 def field_paths(fields: tuple[Field, ...], prefix: str = "") -> Iterator[tuple[str, Field]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsatrace.commands.damage import damage_named
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import exits_cleanly
 from dsatrace.text import plain
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.run.absolute()
     out = args.out or folder.with_name(f"{folder.name}_{args.to}")
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    shown = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with damage_named(args.run), shown as bar:
         task = bar.add_task(f"exporting to {args.to}", total=None)
         done = export_run(run, args.to, out, lambda n, total: bar.update(task, completed=n, total=total))
     for name, torn in done.left_out.items():

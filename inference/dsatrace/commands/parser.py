@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from dsatrace.errors import leave_to_rank_0
+from dsatrace.errors import leave_to_rank_0, tell_torchrun
 from dsatrace.text import plain
 
 _EXAMPLES = "examples:\n"
@@ -52,7 +52,9 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         leave_to_rank_0()
-        self.exit(2, f"error: {plain(message)}; see {self.prog} --help\n")
+        line = f"error: {plain(message)}; see {self.prog} --help"
+        tell_torchrun(line)
+        self.exit(2, f"{line}\n")
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsatrace.commands.damage import damage_named
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import exits_cleanly
 
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         show(study_parts(args.run), WIDE)
         return 0
     run = RunReader(args.run)
-    show(run_tables(run))
-    if not args.no_figure and (picture := draw(run, args.layer)):
-        show([f"picture: {picture}"])
+    with damage_named(args.run):
+        show(run_tables(run))
+        if not args.no_figure and (picture := draw(run, args.layer)):
+            show([f"picture: {picture}"])
     return 0

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dsatrace.commands.damage import damage_named
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.text import plain, plain_lines
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def note(text: str) -> None:
         print(f"note: {plain(text)}", file=sys.stderr)
 
-    with records_counter("summarize") as advance:
+    with records_counter("summarize") as advance, damage_named(*args.run):
         record = summarize_runs(args.run, advance, note)
     if args.out is None:
         shown = {name: value for name, value in record.items() if name != "histograms"}

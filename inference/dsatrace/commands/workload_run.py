@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsatrace.commands.arguments import settings_from_args
+from dsatrace.commands.damage import damage_named
 from dsatrace.commands.interrupt import on_interrupt
 from dsatrace.commands.progress import Advance, requests_bar
 from dsatrace.engine.clock import Clock, RealClock, VirtualClock
@@ -159,7 +160,10 @@ class _Run:
 
     def _begin(self) -> tuple[OpenedWorkload, Resumed | None, ResumePoint]:
         """The workload, and where a resumed run goes on; its folder is rank 0's to change."""
-        resumed = prepare_resume(self.args.resume) if self.args.resume and is_rank_0() else None
+        resumed = None
+        if self.args.resume and is_rank_0():
+            with damage_named(self.args.resume):
+                resumed = prepare_resume(self.args.resume)
         resume_point = ResumePoint()
         if resumed is not None:
             resume_point = ResumePoint(resumed.done, resumed.next_forward_idx, resumed.elapsed_s)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .hf_config import ModelType, WeightDtype, fields_of, is_hf_config, without_keys
+from .hf_config import MAX_LAYERS, ModelType, WeightDtype, fields_of, is_hf_config, without_keys
 
 IndexerType = Literal["full", "shared"]
 """Whether a layer has an indexer, or uses the selection of the layer before it."""
@@ -22,6 +22,8 @@ IndexerType = Literal["full", "shared"]
 KernelBackend = Literal["torch", "tilelang"]
 """What the kernels are written in; `torch` is the reference and runs everywhere."""
 
+MAX_SIZE = 2**31 - 1
+"""Of any whole number in a config: tensors are indexed by no more."""
 PLAIN_NUMERICS: dict[str, Any] = {"index_fp8": False, "index_hadamard": False, "latent_fp8": False}
 """Overrides that turn the released model's roundings off; transformers has none of them."""
 
@@ -99,6 +101,8 @@ class ModelArgs:
         self._check_types()
         if self.n_layers < 1 or self.index_topk < 1 or self.max_seq_len < 1:
             raise ValueError("n_layers, index_topk and max_seq_len must be at least 1")
+        if self.n_layers > MAX_LAYERS:
+            raise ValueError(f"n_layers {self.n_layers}: a model has at most {MAX_LAYERS} layers here")
         if self.n_dense_layers > self.n_layers:
             raise ValueError(f"n_dense_layers {self.n_dense_layers} exceeds n_layers {self.n_layers}")
         if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim > self.index_head_dim:
@@ -118,8 +122,8 @@ class ModelArgs:
     def _check_types(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (type(value) is not int or value < 0):
-                raise ValueError(f"{field.name} must be an integer >= 0, not {value!r}")
+            if field.type == "int" and (type(value) is not int or not 0 <= value <= MAX_SIZE):
+                raise ValueError(f"{field.name} must be an integer from 0 to {MAX_SIZE}, not {value!r}")
             if field.type == "float" and (type(value) not in (int, float) or not 0 <= value < math.inf):
                 raise ValueError(f"{field.name} must be a number >= 0, not {value!r}")
             if field.type == "bool" and type(value) is not bool:

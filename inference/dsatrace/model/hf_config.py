@@ -19,6 +19,9 @@ from typing import Any, Literal
 WeightDtype = Literal["fp8", "bf16", "fp32", "fp64"]
 ModelType = Literal["deepseek_v32", "glm_moe_dsa"]
 
+MAX_LAYERS = 10_000
+"""More are a mistake in the file; a list with an entry per layer would fill the memory."""
+
 FP8_GROUP = 128
 """Channels that share one fp8 scale, and the side of a weight's scale block."""
 
@@ -240,6 +243,9 @@ def fields_of(values: Values) -> dict[str, Any]:
         "index_rope": family.index_rope,
         "latent_norm_eps": family.latent_norm_eps,
     }
+    num_layers = values.get("num_hidden_layers")
+    if isinstance(num_layers, int) and num_layers > MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers {num_layers}: a model has at most {MAX_LAYERS} layers here")
     fields |= _understood(KEYS, values, "")
     fields |= {"n_dense_layers": _num_dense_layers(values), "indexer_types": _indexer_types(values)}
     return fields | _rope_fields(values) | _dtype_fields(values)

@@ -44,7 +44,7 @@ def read_source(hf_path: Path) -> dict[str, StoredTensor]:
     if index.is_file():
         try:
             weight_map = {str(k): str(v) for k, v in json.loads(index.read_bytes())["weight_map"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from error
         files = [hf_path / name for name in sorted(set(weight_map.values()))]
     else:

@@ -87,7 +87,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         entries.pop("__metadata__", None)
         base = _HEADER_LENGTH.size + length
         tensors = {name: _stored(path, base, entry) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors file, or damaged: {error}") from error
     end = max((tensor.begin + tensor.num_bytes for tensor in tensors.values()), default=base)
     if end > size:

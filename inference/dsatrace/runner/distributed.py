@@ -54,10 +54,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 @contextlib.contextmanager
 def process_group(device_name: str) -> Iterator[torch.device]:
-    """The rank's device, inside a process group (NCCL or gloo) when `WORLD_SIZE` exceeds 1.
-
-    From here on ranks may fail apart: their `UserError`s become `RankError`s.
-    """
+    """The rank's device, inside a process group (NCCL or gloo) when `WORLD_SIZE` exceeds 1."""
     import torch
     import torch.distributed as dist
 
@@ -76,8 +73,6 @@ def process_group(device_name: str) -> Iterator[torch.device]:
         raise RankError(f"the ranks cannot meet at {where}: {why}; {remedy}") from error
     try:
         yield device
-    except UserError as error:
-        raise RankError(str(error)) from error
     finally:
         dist.destroy_process_group()
 

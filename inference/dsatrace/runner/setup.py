@@ -183,7 +183,7 @@ def selections_of(ckpt_path: Path | None) -> Selections:
         config = json.loads((ckpt_path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "model"  # DeepSeek's own conversion keeps no config.json
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{ckpt_path / 'config.json'}: cannot read it: {error}; restore or remove it"
         ) from error

@@ -78,7 +78,7 @@ def read_profile(path: Path) -> Profile:
         given = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the profile: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: the profile is not JSON: {error}") from error
     if not isinstance(given, dict) or not given:
         raise UserError(f'{path}: a profile is an object of workloads: {{"qa": {{...}}, ...}}')

@@ -1,6 +1,9 @@
-"""Reads a run's folder, whole or torn.
+"""Reads a run's folder, whole or torn: the one door for all that read a run, but `verify`.
 
-Unknown keys pass through; a last line that a kill cut short is reported, not raised. Derives nothing.
+The manifest, the summary and the requests are held against the schema's tables, and the first field
+that is missing or of another type is named. Step records are not, since that would take as long as
+parsing them; `commands/damage.py` looks for the bad one once a command has stumbled. Unknown keys pass
+through; a last line that a kill cut short is reported, not raised. Derives nothing.
 
     run = RunReader("outputs/generate_20260101_120000")
     for record in run.steps(): ...
@@ -11,7 +14,7 @@ Unknown keys pass through; a last line that a kill cut short is reported, not ra
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,19 @@ import orjson
 from dsatrace.errors import UserError
 from dsatrace.files import NO_LOCKS
 from dsatrace.schema import (
+    LEVELS,
+    MANIFEST_FIELDS,
     MANIFEST_FILE,
+    REQUEST_FIELDS,
     REQUESTS_FILE,
+    RUN_STATES,
     SCHEMA_VERSION,
     STEPS_FILE,
     STEPS_PARQUET_FILE,
+    SUMMARY_FIELDS,
     SUMMARY_FILE,
+    Field,
+    problems,
     project,
 )
 
@@ -35,23 +45,32 @@ class RunReader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.manifest = self._read_json(MANIFEST_FILE)
         self.torn_lines: dict[str, str] = {}
-        version = self.manifest.get("schema_version")
-        if not isinstance(version, int) or version < 1:
-            raise UserError(f"{self.folder / MANIFEST_FILE}: no schema_version, so not a run of dsatrace")
+        self.manifest = self._manifest()
+
+    def _manifest(self) -> dict[str, Any]:
+        manifest, path = self._read_json(MANIFEST_FILE), self.folder / MANIFEST_FILE
+        version = manifest.get("schema_version")
+        if type(version) is not int or version < 1:
+            raise UserError(f"{path}: no schema_version, so not a run of dsatrace")
         if version > SCHEMA_VERSION:
             raise UserError(
                 f"{self.folder}: schema {version} is newer than this one, {SCHEMA_VERSION}; update dsatrace"
             )
+        _require_fields(manifest, MANIFEST_FIELDS, str(path))
+        state, level = manifest["state"], manifest["trace"]["level"]
+        for name, value, known in (("state", state, RUN_STATES), ("trace.level", level, LEVELS)):
+            if value not in known:
+                raise UserError(f"{path}: {name}: {value!r} is not one of {', '.join(known)}")
+        return manifest
 
     @property
     def state(self) -> str:
         """`running | complete | incomplete`; a run whose process is gone is incomplete, not running."""
-        state = self.manifest["state"]
+        state: str = self.manifest["state"]
         if state == "running" and not _is_locked(self.folder / STEPS_FILE):
             # It may have ended between the two looks.
-            state = self._read_json(MANIFEST_FILE)["state"]
+            state = self._manifest()["state"]
             return "incomplete" if state == "running" else state
         return state
 
@@ -81,34 +100,38 @@ class RunReader:
 
     def requests(self) -> Iterator[dict[str, Any]]:
         """The records of requests.jsonl, in the order the requests finished."""
-        return (record for _, record in self.lines(REQUESTS_FILE))
+        for number, (_, record) in enumerate(self.lines(REQUESTS_FILE), 1):
+            _require_fields(record, REQUEST_FIELDS, f"{self.folder / REQUESTS_FILE}: line {number}")
+            yield record
 
     def summary(self) -> dict[str, Any]:
         """The last summary.json that was written."""
-        return self._read_json(SUMMARY_FILE)
+        summary = self._read_json(SUMMARY_FILE)
+        _require_fields(summary, SUMMARY_FIELDS, str(self.folder / SUMMARY_FILE))
+        return summary
 
     def lines(self, name: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
         """The complete lines of a JSONL file, newlines included, each with its record."""
         path = self.folder / name
-        try:
-            file = path.open("rb")
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) and self.state == "incomplete":
-                return  # killed before the file was made
-            raise UserError(f"{path}: cannot read it: {error.strerror}") from error
         self.torn_lines.pop(name, None)
-        with file:
-            for number, line in enumerate(file, 1):
-                try:
-                    record = orjson.loads(line)
-                except orjson.JSONDecodeError as error:
-                    if line.endswith(b"\n"):
-                        raise UserError(f"{path}: line {number} is not JSON: {error}") from error
-                    self.torn_lines[name] = f"line {number}: {len(line)} bytes, cut short"
-                    return
-                if not isinstance(record, dict):
-                    raise UserError(f"{path}: line {number} is not a JSON object")
-                yield line, record
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        record = orjson.loads(line)
+                    except orjson.JSONDecodeError as error:
+                        if line.endswith(b"\n"):
+                            raise UserError(f"{path}: line {number} is not JSON: {error}") from error
+                        self.torn_lines[name] = f"line {number}: {len(line)} bytes, cut short"
+                        return
+                    if not isinstance(record, dict):
+                        raise UserError(f"{path}: line {number} is not a JSON object")
+                    yield line, record
+        except FileNotFoundError as error:
+            if self.state != "incomplete":  # else killed before the file was made
+                raise UserError(f"{path}: cannot read it: {error.strerror}") from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot read it: {error.strerror}") from error
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.folder / name
@@ -121,6 +144,12 @@ class RunReader:
         if not isinstance(record, dict):
             raise UserError(f"{path}: not a JSON object")
         return record
+
+
+def _require_fields(record: Mapping[str, Any], fields: tuple[Field, ...], place: str) -> None:
+    """Raises `UserError` naming the first field that is missing or of another type, wherever it stands."""
+    if found := problems(record, fields=fields, in_order=False):
+        raise UserError(f"{place}: {found[0]}; restore the file, or make the run again")
 
 
 def _is_locked(path: Path) -> bool:

@@ -62,6 +62,10 @@ class Rules:
         require_schema(problems(manifest, "full", MANIFEST_FIELDS))
         trace, model = manifest["trace"], manifest["model_config"]
         require(trace["level"] in LEVELS, "trace.level", trace["level"], f"not one of {', '.join(LEVELS)}")
+        for name in ("store_scores", "keep_order") if trace["level"] != "full" else ():
+            require(
+                not trace[name], f"trace.{name}", trace[name], f"but level {trace['level']} has no positions"
+            )
         require(manifest["state"] in RUN_STATES, "state", manifest["state"], "no state of a run")
         compare(manifest["quantile"], QUANTILE_DEFINITION, "quantile")
         canonical = json.dumps(model, sort_keys=True, separators=(",", ":"))

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsatrace.errors import UserError
 from dsatrace.schema import (
     MANIFEST_FILE,
     RUN_STATES,
@@ -89,6 +90,8 @@ def verify(
         if run.parquet_steps is not None:
             mismatch.where = mismatch.where.replace(f"{STEPS_FILE} line", f"{STEPS_PARQUET_FILE} record")
         raise
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot read it: {error.strerror or error}") from error
 
 
 def _verify(run: PlainRun, on_bytes: Callable[[int], object] | None, jobs: int, plain: bool) -> Verification:
@@ -178,6 +181,9 @@ def _summary(run: PlainRun, state: str) -> dict[str, Any] | None:
         allowed = RUN_STATES
     require(summary["state"] in allowed, "state", summary["state"], f"the manifest says {state}")
     compare(summary["selections"], run.manifest["selections"], "selections")
+    serves = run.manifest.get("serving") is not None
+    served = summary.get("serving") is not None
+    require(serves == served, "serving", summary.get("serving"), "the manifest says otherwise")
     dropped_steps = summary["dropped_steps"]
     require(dropped_steps >= 0, "dropped_steps", dropped_steps, "below 0")
     lossless = state == "complete" and not Rules.of(run.manifest).may_lose

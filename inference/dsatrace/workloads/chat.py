@@ -293,6 +293,6 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot read it: {error}; restore or remove it") from error
     return values if isinstance(values, dict) else {}

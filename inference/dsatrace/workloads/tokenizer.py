@@ -97,11 +97,19 @@ class Tokenizer:
         return StreamDecoder(self)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one token stands for; U+FFFD for an id outside the vocabulary."""
+        """The bytes one token stands for; U+FFFD for an id outside the vocabulary.
+
+        A token with a character that stands for no byte is its own text, as in the library's decoder.
+        """
         if token_id in self._added:
             return self._added[token_id].encode()
         token = self._backend.id_to_token(token_id)
-        return _REPLACEMENT if token is None else bytes(_BYTE_OF[symbol] for symbol in token)
+        if token is None:
+            return _REPLACEMENT
+        try:
+            return bytes(_BYTE_OF[symbol] for symbol in token)
+        except KeyError:
+            return token.encode()
 
     def added_id(self, name: str) -> int | None:
         """The id of a special token by its text; None if the vocabulary lacks it."""

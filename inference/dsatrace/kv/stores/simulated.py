@@ -108,20 +108,37 @@ def load_preset(name: str) -> Preset:
     if not path.endswith(".json"):
         raise UserError(f"sim:{name}: no such preset; use one of {', '.join(PRESETS)}, or FILE.json#NAME")
     try:
-        entries = {preset["name"]: preset for preset in json.loads(Path(path).read_text(encoding="utf-8"))}
+        presets = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = {preset["name"]: preset for preset in presets}
         if not entry and len(entries) == 1:
             entry = next(iter(entries))
         if entry not in entries:
             raise UserError(f"sim:{name}: {path} has {', '.join(entries)}; name one after a #")
-        values: dict[str, Any] = {
-            key: Figure(**value) if isinstance(value, dict) else value
-            for key, value in entries[entry].items()
-        }
-        return Preset(**values)
+        return _preset_of(entries[entry])
     except OSError as error:
         raise UserError(f"sim:{name}: {error.strerror}; write it with `dsatrace calibrate`") from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"sim:{name}: not a file that `dsatrace calibrate` wrote ({error!r})") from error
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else f"{error}"
+        raise UserError(f"sim:{name}: not a file that `dsatrace calibrate` wrote: {what}") from error
+
+
+def _preset_of(values: dict[str, Any]) -> Preset:
+    """A preset as the file holds it; raises `ValueError` or `TypeError` naming the field that is wrong."""
+    read: dict[str, Any] = {}
+    for field in dataclasses.fields(Preset):
+        value = values[field.name]
+        if field.type == "str":
+            if not isinstance(value, str):
+                raise ValueError(f"{field.name} is no text")
+            read[field.name] = value
+        else:
+            try:
+                read[field.name] = Figure(**value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{field.name}: {error}") from error
+    return Preset(**read)
 
 
 class SimulatedStore:
