@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -101,7 +102,10 @@ def test_torchrun_gets_the_line_for_its_summary(
 
 def test_two_ranks_say_a_mistyped_file_once(tmp_path: Path) -> None:
     """Rank 0 looks for the file while rank 1 waits for its word; torchrun's own traceback is not ours."""
-    model = ROOT / "data" / "models" / "needle-2k"
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "data" / "models" / "needle-2k", model)
+    for rank in range(2):
+        (model / f"model{rank}-mp2.safetensors").touch()  # never read: the file of rows is looked for first
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     flags = ["--dataset", "sharegpt", "--sharegpt-json", "nowhere.json", "--device", "cpu"]
     where = [

@@ -204,8 +204,12 @@ def test_levels_formats_and_recomputed_summaries(model: Transformer, level: str,
     written = run.summary()
     export_run(run, "parquet", tmp_path / "parquet")
     export_run(RunReader(tmp_path / "parquet"), "jsonl", tmp_path / "back")
-    for name in ("trace_steps.jsonl", "requests.jsonl", "manifest.json", "summary.json"):
+    for name in ("trace_steps.jsonl", "requests.jsonl", "summary.json"):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    again = RunReader(tmp_path / "back").manifest
+    in_parquet = RunReader(tmp_path / "parquet").manifest["files"]
+    assert again.pop("source_files") == in_parquet | run.manifest["files"]  # all that it was made from
+    assert again == run.manifest
     kept = RunReader(tmp_path / "parquet").steps(("source_layer",))
     counts = Counter(record.get("source_layer") for record in kept)
     num_rows = len(LENGTHS) * NEW_TOKENS

@@ -67,7 +67,7 @@ def test_the_command_says_both(tmp_path, capsys):
     assert main(["study", "run", *flags, "--output-dir", str(tmp_path / "run")]) == 0
     assert "Through the engine's scheduler" in capsys.readouterr().out
     stats = json.loads((tmp_path / "run" / "engine_stats.json").read_text())
-    assert stats["num_equal"] == stats["num_requests"] == 15
+    assert stats["num_equal"] == stats["num_requests"] == 17
     assert stats["hit_tokens"] == stats["replay_hit_tokens"] > 0
 
 

@@ -207,6 +207,7 @@ def test_a_server_that_is_down_is_found_before_the_weights_are_read(
     shutil.copytree(checkpoint, weightless, ignore=shutil.ignore_patterns("*.safetensors"))
     run = ("generate", tmp_path / "run", *TIERS, "--ckpt-path", weightless)
     assert "safetensors" in told_error(capsys, lambda: call(*run))
+    (weightless / "model0-mp1.safetensors").touch()
     told = told_error(capsys, lambda: call(*run, *nobody_listens(tmp_path)))
     assert "start a server with" in told
 

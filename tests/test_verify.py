@@ -464,7 +464,14 @@ def test_it_needs_nothing_installed(tmp_path: Path) -> None:
 
 def test_it_shares_nothing_but_the_schema() -> None:
     own = {f"dsatrace.verify.{path.stem}" for path in (INFERENCE / "dsatrace" / "verify").glob("[a-z]*.py")}
-    allowed = {"dsatrace", "dsatrace.version", "dsatrace.errors", "dsatrace.schema", "dsatrace.verify"}
+    allowed = {
+        "dsatrace",
+        "dsatrace.version",
+        "dsatrace.errors",
+        "dsatrace.text",
+        "dsatrace.schema",
+        "dsatrace.verify",
+    }
     in_numpy = {"dsatrace.verify.fast", "dsatrace.verify.parquet_steps"}
     for modules, options, expected in (
         ("dsatrace.verify.run", ["-S"], own - in_numpy),  # without a single library

@@ -10,7 +10,7 @@ import torch
 
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.runner import Step, Work
-from dsatrace.errors import UserError
+from dsatrace.errors import RankError
 from dsatrace.model.batch import Batch, Span
 from dsatrace.model.cache import KVCache
 from dsatrace.model.transformer import Transformer
@@ -79,7 +79,7 @@ class ModelRunner:
             blocks_lost = self.tier_totals.lose(lost)
             group = self.model.setup.group
             if group.size > 1:
-                raise UserError(
+                raise RankError(
                     f"rank {group.rank}: {blocks_lost.cause}; several ranks cannot compute it again: "
                     "mend the store, then start again (with --resume, where the command has it)"
                 ) from lost
