@@ -241,9 +241,7 @@ class ChunkChecks:
 
     def _has_needle(self, record: Record, ascending: np.ndarray) -> bool:
         known, stored = self._needles.get(record["request_id"]), record.get("needle")
-        if known is None:
-            return stored is None  # else only the plain derivation knows what is possible
-        if not known:
+        if not known:  # of a request that is not known, only the plain derivation knows what is possible
             return stored is None
         places = np.minimum(np.searchsorted(ascending, known), len(ascending) - 1)
         selected = int(np.count_nonzero(ascending[places] == np.array(known)))
