@@ -49,7 +49,8 @@ RULES: dict[str, Rule] = {
     "engine": Rule(BASE | {"kv", "trace", "workloads"}, {"numpy"}),
     "runner": Rule(BASE | {"engine", "model", "kv", "trace"}, {"numpy", "torch"}),
     "study": Rule(BASE | {"kv", "trace", "workloads", "engine"}, {"numpy", "numba", "orjson"}),
-    "report": Rule(BASE | {"trace", "study"}, {"numpy", "rich"}, {"matplotlib"}),
+    "selection_replay": Rule(BASE | {"kv", "trace"}, {"numpy", "numba"}, {"pyarrow", "fsspec", "ray"}),
+    "report": Rule(BASE | {"trace", "study", "selection_replay"}, {"numpy", "rich"}, {"matplotlib"}),
 }
 EXCEPTIONS = {
     ("dsatrace.trace.observe", "torch"): "the tensor side of the tracer",
