@@ -32,7 +32,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,13 +44,12 @@ from dsatrace.files import LineFile
 from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
 from dsatrace.trace.config import TraceConfig, is_sampled
 from dsatrace.trace.manifest import REDACTED
-from dsatrace.trace.reader import RunReader
+from dsatrace.trace.reader import REQUEST_ID, RunReader
 from dsatrace.trace.summarize import OnRecords, is_offloaded, summarize_run
 from dsatrace.trace.summary import Summary
 from dsatrace.trace.unfinished import ENDED, Shares, without_unfinished
 
 _TIMES = ("admitted_s", "first_token_s", "finish_s")
-_REQUEST_ID = re.compile(rb'"request_id":\s*("(?:[^"\\]|\\.)*")')
 _CHUNK_BYTES = 1 << 20
 _MAY_DIFFER = (
     *("tool_version", "state", "error", "started_utc", "argv", "resumed_at_forward", "files"),
@@ -320,8 +318,7 @@ def _take(lines: Iterator[bytes], num_bytes: int) -> Iterator[bytes]:
 
 
 def _stays(line: bytes, done: Collection[str]) -> bool:
-    """Looks for the request id only: parsing the line would take longer than reading it."""
-    found = _REQUEST_ID.search(line)
+    found = REQUEST_ID.search(line)
     return found is not None and line.endswith(b"\n") and orjson.loads(found[1]) in done
 
 
