@@ -25,7 +25,7 @@ PARTS = ("trace", "stores", "study", "replay")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandParser(
         "warmup",
-        "Compile the kernels that the trace, the stores, the study and the selection replay use, and keep them for later runs.",
+        "Compile the kernels that the trace, the stores, the study and the replay use, and keep them.",
         examples="""
         %(prog)s
         %(prog)s --for trace
