@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core.dispatcher import Dispatcher
 
-from dsatrace.selection_replay import layer_overlap, predictors
+from dsatrace.commands import warmup
+from dsatrace.selection_replay import layer_overlap, locality, nulls, predictors
 from dsatrace.selection_replay.layer_overlap import LayerOverlap, sharing_of, suggest_sharing
 from dsatrace.selection_replay.locality import (
     MAX_LAG,
@@ -380,3 +382,21 @@ def test_chance_does_not_overflow() -> None:
     sizes = np.full(100_000, 131_072)
     assert expected_shared(sizes, sizes, sizes) == 100_000 * 131_072 << CHANCE_BITS
     assert expected_shared(sizes[:1], sizes[:1], sizes[:1] * 8) * CHANCE_UNIT == 131_072 / 8
+
+
+def test_warmup() -> None:
+    """What is compiled beforehand is all that a stream needs, under the types that it has."""
+    modules = (layer_overlap, locality, nulls, predictors)
+    kernels = [each for module in modules for each in vars(module).values() if isinstance(each, Dispatcher)]
+    warmup._locality()
+    compiled = [list(kernel.signatures) for kernel in kernels]
+    # What only other kernels call is loaded within them.
+    assert sum(map(bool, compiled)) >= 7
+    steps = Steps.of(SLIDING * 30)
+    for null in nulls.nulls_of(steps, 1).values():
+        assert null is not None
+        predictions_of(null, steps)
+        LayerOverlap.of({0: steps, 1: steps})
+        for kind in MEASURES.values():
+            kind.of(null)
+    assert [list(kernel.signatures) for kernel in kernels] == compiled

@@ -185,7 +185,7 @@ def _count_pairs(ids, ptr, num_ids, shared):  # type: ignore[no-untyped-def]
         words = num // 64 + 1
         for layer in range(num_layers):
             for other in range(layer, num_layers):
-                total = 0
+                total = np.int64(0)
                 one, two = rows[layer, :words], rows[other, :words]
                 for word in range(words):
                     total += popcount(one[word] & two[word])

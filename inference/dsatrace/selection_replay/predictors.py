@@ -18,7 +18,9 @@ from dsatrace.selection_replay.nulls import CHANCE_UNIT, expected_shared
 from dsatrace.selection_replay.steps import Steps
 from dsatrace.selection_replay.sums import Sums
 
-EMA_UNIT = 1 << 20
+EMA_UNIT = 1 << 20  # a score stays below 8 of it
+_ID_BITS, _ID_MASK = 31, (1 << 31) - 1
+_BUCKET_BITS = 12 + _ID_BITS  # 2,048 buckets of scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,34 +122,49 @@ def _count_average(ids, ptr, num_ids, first, predicted):  # type: ignore[no-unty
     Per step an id keeps 7/8 of its score, rounded down, and gains EMA_UNIT if it was selected: whole
     numbers, so that ties are real ones; the higher id is then preferred. What has sunk to 0 is no candidate.
     """
-    score = np.zeros(num_ids, np.int64)
-    active = np.empty(num_ids, np.int64)
-    keys = np.empty(num_ids, np.int64)
-    num_active, hits = 0, 0
+    place_of = np.full(num_ids, -1, np.int64)  # where a candidate stands in `keys`
+    keys = np.empty(num_ids, np.int64)  # candidates: score and, below it, the id
+    num, hits = 0, 0
     for step in range(len(ptr) - 1):
         size = ptr[step + 1] - ptr[step]
-        predicted[step] = min(size, num_active)
+        predicted[step] = min(size, num)
         if step >= first and size:
-            lowest = np.int64(0)
-            if num_active > size:
-                for index in range(num_active):
-                    keys[index] = score[active[index]] << 31 | active[index]
-                lowest = np.partition(keys[:num_active], num_active - size)[num_active - size]
-            for place in range(ptr[step], ptr[step + 1]):
-                id_ = ids[place]
-                hits += score[id_] > 0 and (score[id_] << 31 | id_) >= lowest
+            lowest = _nth_largest(keys[:num], size) if num > size else np.int64(0)
+            for index in range(ptr[step], ptr[step + 1]):
+                place = place_of[ids[index]]
+                hits += place >= 0 and keys[place] >= lowest
         kept = 0
-        for index in range(num_active):
-            id_ = active[index]
-            score[id_] = score[id_] * 7 >> 3
-            if score[id_]:
-                active[kept] = id_
-                kept += 1
-        num_active = kept
-        for place in range(ptr[step], ptr[step + 1]):
-            id_ = ids[place]
-            if not score[id_]:
-                active[num_active] = id_
-                num_active += 1
-            score[id_] += EMA_UNIT
+        for place in range(num):
+            key = keys[place]
+            id_, score = key & _ID_MASK, (key >> _ID_BITS) * 7 >> 3
+            keys[kept] = score << _ID_BITS | id_
+            place_of[id_] = kept if score else -1
+            kept += score > 0
+        num = kept
+        for index in range(ptr[step], ptr[step + 1]):
+            id_ = np.int64(ids[index])
+            if place_of[id_] < 0:
+                place_of[id_] = num
+                keys[num] = id_
+                num += 1
+            keys[place_of[id_]] += EMA_UNIT << _ID_BITS
     return hits
+
+
+@cached_njit(nogil=True)
+def _nth_largest(keys, nth):  # type: ignore[no-untyped-def]
+    """The n-th largest of many keys, which all differ: first its bucket by score, then inside that."""
+    counts = np.zeros(2048, np.int64)
+    for key in keys:
+        counts[key >> _BUCKET_BITS] += 1
+    bucket, above = 2047, 0
+    while above + counts[bucket] < nth:
+        above += counts[bucket]
+        bucket -= 1
+    inside = np.empty(counts[bucket], np.int64)
+    num = 0
+    for key in keys:
+        if key >> _BUCKET_BITS == bucket:
+            inside[num] = key
+            num += 1
+    return np.partition(inside, num - (nth - above))[num - (nth - above)]
