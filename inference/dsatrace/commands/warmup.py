@@ -18,14 +18,14 @@ from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import exits_cleanly
 from dsatrace.jit import kept_in
 
-PARTS = ("trace", "stores", "study")
+PARTS = ("trace", "stores", "study", "replay")
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandParser(
         "warmup",
-        "Compile the kernels that the trace, the stores and the study use, and keep them for later runs.",
+        "Compile the kernels that the trace, the stores, the study and the replay use, and keep them.",
         examples="""
         %(prog)s
         %(prog)s --for trace
@@ -52,6 +52,8 @@ def _jobs(part: str) -> list[Callable[[], str]]:
         return [_trace]
     if part == "stores":
         return [_stores]
+    if part == "replay":
+        return [_locality]
     from dsatrace.kv.policies.registry import POLICIES
 
     return [_pool, _lru_at_all_sizes, *(functools.partial(_policy, name) for name in POLICIES)]
@@ -93,6 +95,22 @@ def _lru_at_all_sizes() -> str:
 
     lru_hits_at(AccessStream.of([[0, 1], [0, 2]]), [1, 2])
     return "LRU at all sizes"
+
+
+def _locality() -> str:
+    from dsatrace.selection_replay.layer_overlap import LayerOverlap
+    from dsatrace.selection_replay.locality import MEASURES
+    from dsatrace.selection_replay.nulls import nulls_of
+    from dsatrace.selection_replay.predictors import predictions_of
+    from dsatrace.selection_replay.steps import Steps
+
+    steps = Steps.of([[0, 1], [0, 2], [1, 2]])
+    nulls_of(steps, seed=0)
+    LayerOverlap.of({0: steps, 1: steps})
+    predictions_of(steps, before=steps)
+    for kind in MEASURES.values():
+        kind.of(steps)
+    return "the locality of selections"
 
 
 if __name__ == "__main__":

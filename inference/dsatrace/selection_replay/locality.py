@@ -165,10 +165,11 @@ class Ages(Sums):
             return cls(None)
         first = steps.ptr[steps.num_warm]
         ages = np.repeat(steps.visible - 1, steps.sizes)[first:] - steps.ids[first:]
-        if (ages < 0).any():
+        if ages.min(initial=0) < 0:
             raise ValueError("a step selects an id that it could not see: its ids have no order in time")
-        bits = np.searchsorted(2 ** np.arange(32), ages, side="right")
-        return cls(_whole(np.bincount(bits, minlength=33)))
+        sums = np.concatenate([[0], np.cumsum(np.bincount(ages))])  # element a: ages below a
+        edges = np.minimum([0, *(2**bits for bits in range(33))], len(sums) - 1)
+        return cls(_whole(np.diff(sums[edges])))
 
 
 MEASURES: dict[str, Any] = {

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dsatrace.jit import cached_njit
-from dsatrace.selection_replay.bits import popcount
+from dsatrace.selection_replay.bits import ONE, lowest_bit
 from dsatrace.selection_replay.steps import Steps
 
 CHANCE_BITS = 32
@@ -123,7 +123,7 @@ def _mixed(counter):  # type: ignore[no-untyped-def]
 
 @cached_njit(nogil=True)
 def _below(state, limit):  # type: ignore[no-untyped-def]
-    """A random number from 0 to limit - 1, each equally likely; limit < 2^32. `state` (1,) uint64 moves on."""
+    """A random number below `limit` < 2^32, each equally likely; `state` (1,) uint64 moves on."""
     low_bits, bound = np.uint64(0xFFFFFFFF), np.uint64(limit)
     while True:
         state[0] += np.uint64(0x9E3779B97F4A7C15)
@@ -144,20 +144,19 @@ def _choose(ids, ptr, visible, seed):  # type: ignore[no-untyped-def]
         size, among = ptr[step + 1] - ptr[step], visible[step]
         for last in range(among - size, among):
             drawn = _below(state, last + 1)
-            bit = np.uint64(1) << np.uint64(drawn & 63)
+            bit = ONE << np.uint64(drawn & 63)
             if words[drawn >> 6] & bit:
                 drawn = last
-                bit = np.uint64(1) << np.uint64(drawn & 63)
+                bit = ONE << np.uint64(drawn & 63)
             words[drawn >> 6] |= bit
         place = ptr[step]
         for word in range(among // 64 + 1):
             bits = words[word]
             words[word] = np.uint64(0)
             while bits:
-                below_lowest = (bits - np.uint64(1)) & ~bits
-                ids[place] = word * 64 + np.int64(popcount(below_lowest))
+                ids[place] = word * 64 + lowest_bit(bits)
                 place += 1
-                bits &= bits - np.uint64(1)
+                bits &= bits - ONE
 
 
 @cached_njit(nogil=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -26,14 +26,22 @@ S = TypeVar("S", bound="Sums")
 class Sums:
     """The base; it has no figure itself."""
 
+    SAME: ClassVar[tuple[str, ...]] = ()
+    """Fields that say what the figures are of: they must be equal in both, and are not added."""
+
     def __add__(self: S, other: S) -> S:
-        """Raises ValueError where a figure, or what the figures are of, is not the same in both."""
+        """Raises ValueError where a figure, or what the figures are of, is not known of both."""
         if type(self) is not type(other):
             return NotImplemented
-        fields = dataclasses.fields(self)
-        return type(self)(
-            *(_add(field, getattr(self, field.name), getattr(other, field.name)) for field in fields)
-        )
+        both = {}
+        for name, one in vars(self).items():
+            another = getattr(other, name)
+            if name in self.SAME and one != another:
+                raise ValueError(f"cannot add figures whose {name} differ: {one} and {another}")
+            if (one is None) != (another is None):
+                raise ValueError(f"cannot add: {name} is known of one part only")
+            both[name] = one if one is None or name in self.SAME else _added(one, another)
+        return type(self)(**both)
 
     def to_json(self) -> dict[str, Any]:
         return {field.name: _to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
@@ -42,11 +50,6 @@ class Sums:
     def from_json(cls: type[S], stored: Mapping[str, Any]) -> S:
         """What `to_json` gave."""
         return cls(*(_from_json(stored[field.name]) for field in dataclasses.fields(cls)))
-
-
-def same() -> Any:
-    """A field that says what the figures are of: it must be equal in both, and is not added."""
-    return dataclasses.field(metadata={"same": True})
 
 
 def quantile(histogram: Counter[int], percent: int) -> int | None:
@@ -65,16 +68,6 @@ def shares(parts: Iterable[int], wholes: Iterable[int], unit: float = 1.0) -> tu
     """Each `part * unit / whole`; None where the whole is 0."""
     pairs = zip(parts, wholes, strict=True)
     return tuple(part * unit / whole if whole else None for part, whole in pairs)
-
-
-def _add(field: dataclasses.Field[Any], one: Any, other: Any) -> Any:
-    if field.metadata.get("same"):
-        if one != other:
-            raise ValueError(f"cannot add figures whose {field.name} differ: {one} and {other}")
-        return one
-    if (one is None) != (other is None):
-        raise ValueError(f"cannot add: {field.name} is known of one part only")
-    return None if one is None else _added(one, other)
 
 
 def _added(one: Any, other: Any) -> Any:
