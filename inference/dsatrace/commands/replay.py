@@ -88,6 +88,7 @@ def _replay(argv: Sequence[str]) -> int:
         help="rows per step, as in speculative decoding",
     )
     add("--seed", type=int, default=defaults.seed, help="of the policy that draws lots, and of the nulls")
+    _add_answers(parser)
     _add_output(parser, "RUN_replay")
     add("--jobs", type=int, default=1, metavar="N", help="processes")
     add("--shard", default="0/1", metavar="I/N", help="only every N-th part of the runs, from the I-th on")
@@ -108,7 +109,7 @@ def _replay(argv: Sequence[str]) -> int:
             raise UserError(f"--shard {args.shard}: the runs have fewer parts; use a smaller N")
         with counted_bar("replay", sum(one.part.num_records for one in work), "records") as advance:
             result = replay_all(work, settings, args.jobs, keep=out / "parts", advance=advance)
-    return _finish(result, out, not args.no_figure)
+    return _finish(result, out, args)
 
 
 def _merge(argv: Sequence[str]) -> int:
@@ -118,6 +119,7 @@ def _merge(argv: Sequence[str]) -> int:
         examples="%(prog)s shards/*/replay.json --out outputs/all",
     )
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="replay.json, or its folder")
+    _add_answers(parser)
     _add_output(parser, "")
     args = parser.parse_args(argv)
     if args.out is None:
@@ -129,7 +131,23 @@ def _merge(argv: Sequence[str]) -> int:
     total = Result.read(paths[0])
     for path in paths[1:]:
         total.add(Result.read(path), str(path))
-    return _finish(total, _out_folder(args.out), not args.no_figure)
+    return _finish(total, _out_folder(args.out), args)
+
+
+def _add_answers(parser: argparse.ArgumentParser) -> None:
+    """The flags of what is derived from a result."""
+    add = parser.add_argument_group("the answer, for one size").add_argument
+    add("--choose", metavar="SIZE", help="one of --sizes (default: the smallest)")
+    add(
+        "--link",
+        metavar="NAME",
+        help="model the fetches on it: pcie5-x16, nvlink-c2c, ..., or FILE.json#NAME",
+    )
+    add(
+        "--compute-us", metavar="US", help="of a layer's decode step on your device: BASE or BASE+PER_REQUEST"
+    )
+    add("--hbm-gb", type=float, metavar="GB", help="HBM for KV: from which batch and context the buffer pays")
+    add("--measured", type=Path, metavar="FILE", help="an engine's counters to set beside the prediction")
 
 
 def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
@@ -179,16 +197,20 @@ def _out_folder(folder: Path) -> Path:
     return folder
 
 
-def _finish(result: Result, out: Path, with_pictures: bool) -> int:
+def _finish(result: Result, out: Path, args: argparse.Namespace) -> int:
     """Writes and shows what was found."""
     from dsatrace.report.grid import WIDE, show
     from dsatrace.report.replay_tables import replay_parts
+    from dsatrace.selection_replay.answers import add_answers
+    from dsatrace.selection_replay.figures import figures
     from dsatrace.selection_replay.output import write_result
 
-    record = write_result(result, out)
+    record = {**result.header, **figures(result)}
+    add_answers(record, args.choose, args.link, args.compute_us, args.hbm_gb, args.measured)
+    write_result(record, result, out)
     show(replay_parts(record), WIDE)
     print(f"all figures: {plain(out / 'replay.json')}; as a table: replay.csv")
-    if with_pictures:
+    if not args.no_figure:
         from dsatrace.report.replay_figure import draw_replay
 
         draw_replay(record, out / "replay.png")

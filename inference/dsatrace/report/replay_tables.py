@@ -39,6 +39,7 @@ def replay_parts(record: Record) -> Iterator[str | Grid]:
     yield _served(record)
     if "lru" in overall["policies"]:
         yield _per_size(overall["policies"]["lru"])
+    yield from _chosen(record)
     yield _overlap(overall)
     yield _predictors(overall)
     yield _layers(record)
@@ -121,6 +122,84 @@ def _per_size(cells: Mapping[str, Record]) -> Grid:
     )  # fmt: skip
     note = "per token: all layers of a request's decode step; age: steps since it was last selected, median"
     return Grid("LRU: a layer's step", columns, rows, note=note)
+
+
+def _chosen(record: Record) -> Iterator[str | Grid]:
+    """What to do about one size."""
+    chosen = record["chosen"]
+    size = chosen["size"]
+    if engines := chosen.get("engines"):
+        rows = [(setting["engine"], setting["flags"], setting["note"]) for setting in engines]
+        yield Grid(
+            f"Settings that give a buffer of {size}", ("engine", "settings", "note"), rows, left=(0, 1, 2)
+        )
+    if cost := chosen.get("cost"):
+        yield _cost(cost, size)
+        if "by_context" in cost:
+            yield _budget(cost, size)
+    if measured := chosen.get("measured"):
+        rows = [
+            ("miss rate", percent(measured["predicted_miss_rate"]), percent(measured["miss_rate"])),
+            (
+                "bytes per miss",
+                *(_bytes(measured[name]) for name in ("predicted_bytes_per_miss", "bytes_per_miss")),
+            ),
+        ]
+        note = f"{measured['hits']:,} hits and {measured['misses']:,} misses counted by the engine"
+        yield Grid(
+            f"Prediction at {size} beside an engine's counters",
+            ("", "predicted", "measured"),
+            rows,
+            note=note,
+        )
+
+
+def _bytes(count: float | None) -> str:
+    return NONE if count is None else f"{count:,.0f}"
+
+
+def _cost(cost: Record, size: str) -> Grid:
+    link = cost["link"]
+    rows = [
+        (
+            f"{row['batch']}",
+            *(f"{row[name]:.2f}" for name in ("whole_ms", "overlapped_ms", "serial_ms")),
+            f"{row['overlapped_ms'] / row['whole_ms']:.2f}",
+        )
+        for row in cost["by_batch"]
+    ]
+    columns = ("batch", "all in HBM", "fetched, overlapped", "fetched, in turn", "overlapped / all in HBM")
+    unsure = [
+        name for name, part in link.items() if isinstance(part, Mapping) and part["confidence"] != "measured"
+    ]
+    note = f"{link['what']}; not measured here: {', '.join(unsure)}" if unsure else link["what"]
+    return Grid(f"Modelled: a decode step at {size} on {link['name']} (ms)", columns, rows, note=note)
+
+
+def _budget(cost: Record, size: str) -> Grid:
+    rows = [
+        (
+            f"{row['context']:,}",
+            f"{row['most_requests']:,}",
+            f"{row['most_requests_offloaded']:,}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['tokens_per_s_offloaded']:,.0f}",
+            NONE if row["pays_from_batch"] is None else f"{row['pays_from_batch']:,}",
+        )
+        for row in cost["by_context"]
+    ]
+    columns = (
+        "context",
+        "requests, all in HBM",
+        "with buffers",
+        "tokens/s",
+        "with buffers",
+        "pays from batch",
+    )
+    note = "at the run's own miss rate, whatever the context; - : no batch that fits is faster"
+    return Grid(
+        f"Modelled: {size_text(cost['hbm_bytes'])} of HBM for KV, buffers of {size}", columns, rows, note=note
+    )
 
 
 def _overlap(overall: Record) -> Grid:

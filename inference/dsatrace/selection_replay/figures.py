@@ -43,19 +43,17 @@ def figures(result: Result) -> dict[str, Any]:
             **_locality(added(result.locality.values())),
         },
         "layers": [
-            {
-                "layer": layer,
-                **(
-                    _of_buffers(result.buffers[layer], result.header, 1, {})
-                    if layer in result.buffers
-                    else {}
-                ),
-                **_locality(measured),
-            }
-            for layer, measured in sorted(result.locality.items(), key=lambda item: int(item[0]))
+            {"layer": int(layer), **_of_own_buffer(result, layer), **_locality(result.locality[layer])}
+            for layer in sorted(result.locality, key=int)
         ],
         "layer_overlap": [_layer_overlap(group["layer_overlap"]) for group in result.between.values()],
     }
+
+
+def _of_own_buffer(result: Result, layer: str) -> dict[str, Any]:
+    """Nothing where a request's layers share one."""
+    streams = result.buffers.get(layer)
+    return _of_buffers(streams, result.header, 1, {}) if streams else {}
 
 
 def _of_buffers(

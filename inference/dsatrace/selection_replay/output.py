@@ -1,6 +1,6 @@
 """A replay's folder: `replay.json` with all figures and the sums they follow from, `replay.csv` with a table.
 
-record = write_result(result, Path("outputs/mine_replay"))
+write_result(record, result, Path("outputs/mine_replay"))
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from dsatrace.files import write_atomically
-from dsatrace.selection_replay.figures import figures
 from dsatrace.selection_replay.result import Result
 from dsatrace.version import __version__
 
@@ -23,15 +22,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def write_result(result: Result, folder: Path) -> dict[str, Any]:
-    """Writes both files, and returns the record without the sums."""
-    record = {"tool": "dsatrace", "tool_version": __version__, **result.header, **figures(result)}
-    whole = {**record, "sums": result.to_json()}
+def write_result(record: dict[str, Any], result: Result, folder: Path) -> None:
+    """Writes both files; `record` holds the figures of `result`."""
+    whole = {"tool": "dsatrace", "tool_version": __version__, **record, "sums": result.to_json()}
     write_atomically(
         folder / "replay.json", json.dumps(whole, separators=(",", ":"), allow_nan=False).encode()
     )
     write_atomically(folder / "replay.csv", _table(record).encode())
-    return record
 
 
 def _table(record: dict[str, Any]) -> str:

@@ -136,13 +136,15 @@ def replay_part(work: Work, settings: ReplaySettings, keep: Path | None = None) 
 
 
 def _header(manifest: Mapping[str, Any], kind: Kind, settings: ReplaySettings) -> dict[str, Any]:
+    per_id = settings.block or 1
     return {
         "settings": settings.to_json(),
         "unit": f"block of {settings.block}" if settings.block else kind.unit,
-        "unit_tokens": kind.unit_tokens * (settings.block or 1),
+        "unit_tokens": kind.unit_tokens * per_id,
         "id_kind": kind.id_kind,
         "top_k": list(kind.top_k),
-        "bytes_per_id": None if kind.bytes_per_id is None else kind.bytes_per_id * (settings.block or 1),
+        "bytes_per_id": kind.bytes_per_id and kind.bytes_per_id * per_id,
+        "index_bytes_per_id": kind.index_bytes_per_id and kind.index_bytes_per_id * per_id,
         "model_config_digest": manifest["model_config_digest"],
         "selections": manifest["selections"],
         "keeps_order": bool(manifest["trace"]["keep_order"]),

@@ -34,7 +34,8 @@ class Kind:
     id_kind: str  # position or slot
     top_k: tuple[int, ...]  # of each layer
     num_choices: int | None  # ids that every step can choose from; None: it grows with the context
-    bytes_per_id: int | None  # in one layer's cache; None: unknown
+    bytes_per_id: int | None  # latents of one layer; None: unknown
+    index_bytes_per_id: int | None  # the indexer's keys of one layer; None: unknown
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any], settings: ReplaySettings, name: str) -> Kind:
@@ -60,7 +61,8 @@ class Kind:
         for given, flag in ((settings.block, "--unit block:N"), (settings.pin_newest, "--pin-newest")):
             if given and not is_position:
                 raise UserError(f"{name}: its ids are no positions, so {flag} has no meaning; leave it out")
-        unit_tokens, layout = selection["unit_tokens"], _layout(manifest)
+        unit_tokens = selection["unit_tokens"]
+        latent, index = _bytes_per_token(manifest)
         choices = config.get("n_routed_experts") if selection["unit"] == "expert" else None
         return cls(
             unit=selection["unit"],
@@ -68,7 +70,8 @@ class Kind:
             id_kind="position" if is_position else "slot",
             top_k=tuple(layer["top_k"] for layer in layers),
             num_choices=choices,
-            bytes_per_id=None if choices or layout is None else layout * unit_tokens,
+            bytes_per_id=None if choices or latent is None else latent * unit_tokens,
+            index_bytes_per_id=None if choices or index is None else index * unit_tokens,
         )
 
     @property
@@ -82,12 +85,12 @@ class Kind:
         return -(-seq_len.astype(np.int64) // self.unit_tokens)
 
 
-def _layout(manifest: Mapping[str, Any]) -> int | None:
-    """Latent bytes per token and layer of the layout that the run counts with."""
+def _bytes_per_token(manifest: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Per layer, of latents and of indexer keys, in the layout that the run counts with."""
     for layout in manifest["cache_layouts"]:
         if layout["name"] == manifest["cache_layout"]:
-            return int(layout["latent_bytes_per_token"])
-    return None
+            return layout["latent_bytes_per_token"], layout["index_bytes_per_token"]
+    return None, None
 
 
 def layer_steps(request: RequestSelections, layer_id: int, kind: Kind, settings: ReplaySettings) -> Steps:
