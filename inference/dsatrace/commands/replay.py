@@ -137,7 +137,7 @@ def _merge(argv: Sequence[str]) -> int:
 def _add_answers(parser: argparse.ArgumentParser) -> None:
     """The flags of what is derived from a result."""
     add = parser.add_argument_group("the answer, for one size").add_argument
-    add("--choose", metavar="SIZE", help="one of --sizes (default: the smallest)")
+    add("--choose", metavar="SIZE", help="one of --sizes (default: 2k)")
     add(
         "--link",
         metavar="NAME",

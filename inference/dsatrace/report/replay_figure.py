@@ -35,16 +35,18 @@ def draw_replay(record: Record, path: Path) -> None:
 def _curves(axes: Any, record: Record) -> None:
     """Sizes in multiples of top-k, so that other models' points can stand beside them."""
     overall, top_k = record["overall"], max(record["top_k"])
+    largest = max((size for curve in overall["curves"].values() for size in curve["sizes"]), default=top_k)
     for name, curve in overall["curves"].items():
-        sizes = np.array(curve["sizes"]) / top_k
-        if not len(sizes):
+        if not curve["sizes"]:
             continue
+        sizes = np.array([*curve["sizes"], largest]) / top_k  # beyond its last size a curve stays level
+        rates = [*curve["miss_rate"], curve["miss_rate"][-1]]
         if name == "run":
-            axes.plot(sizes, curve["miss_rate"], label="LRU", color="C0", linewidth=2)
+            axes.plot(sizes, rates, label="LRU", color="C0", linewidth=2)
         else:
             color, style = _GREYS[name]
             label = f"LRU, {NULL_TITLES[name]}"
-            axes.plot(sizes, curve["miss_rate"], color=color, linestyle=style, linewidth=1, label=label)
+            axes.plot(sizes, rates, color=color, linestyle=style, linewidth=1, label=label)
     for i, (policy, cells) in enumerate(overall["policies"].items()):
         if policy == "lru":
             continue
@@ -55,8 +57,7 @@ def _curves(axes: Any, record: Record) -> None:
         ]
         if points:
             axes.plot(*zip(*points, strict=True), _MARKS.get(policy, "o"), color=f"C{i + 1}", label=policy)
-    largest = max((max(curve["sizes"], default=0) for curve in overall["curves"].values()), default=0) / top_k
-    ticks = [tick for tick in (1, 2, 4, 8, 16, 32, 64) if tick <= max(largest, 4)]
+    ticks = [tick for tick in (1, 2, 4, 8, 16, 32, 64) if tick <= max(largest / top_k, 4)]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick}k" if tick > 1 else "k" for tick in ticks])
     axes.set(

@@ -25,7 +25,7 @@ def replay_parts(record: Record) -> Iterator[str | Grid]:
     """In the order of the questions: what it misses, how large it must be, what it costs, and why."""
     overall, num_requests = record["overall"], record["num_requests"]
     yield (
-        f"{num_requests} requests, {overall['steps']:,} steps of {len(record['layers'])} layers together, "
+        f"{num_requests} requests, {len(record['layers'])} layers, {overall['steps']:,} counted steps of a layer, "
         f"top-k {_range(record['top_k'])}, unit: {record['unit']}"
     )
     if warning := caveat(record):
@@ -138,20 +138,17 @@ def _chosen(record: Record) -> Iterator[str | Grid]:
         if "by_context" in cost:
             yield _budget(cost, size)
     if measured := chosen.get("measured"):
-        rows = [
-            ("miss rate", percent(measured["predicted_miss_rate"]), percent(measured["miss_rate"])),
-            (
-                "bytes per miss",
-                *(_bytes(measured[name]) for name in ("predicted_bytes_per_miss", "bytes_per_miss")),
-            ),
-        ]
-        note = f"{measured['hits']:,} hits and {measured['misses']:,} misses counted by the engine"
-        yield Grid(
-            f"Prediction at {size} beside an engine's counters",
-            ("", "predicted", "measured"),
-            rows,
-            note=note,
-        )
+        yield _measured(measured, size)
+
+
+def _measured(measured: Record, size: str) -> Grid:
+    rows = [
+        ("miss rate", percent(measured["predicted_miss_rate"]), percent(measured["miss_rate"])),
+        ("bytes per miss", *(_bytes(measured[f"{name}bytes_per_miss"]) for name in ("predicted_", ""))),
+    ]
+    note = f"{measured['hits']:,} hits and {measured['misses']:,} misses counted by the engine"
+    title = f"Prediction at {size} beside an engine's counters"
+    return Grid(title, ("", "predicted", "measured"), rows, note=note)
 
 
 def _bytes(count: float | None) -> str:

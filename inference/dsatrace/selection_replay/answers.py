@@ -15,6 +15,9 @@ from dsatrace.kv.stores.simulated import load_preset
 from dsatrace.selection_replay.cost import Cost, parse_compute
 from dsatrace.selection_replay.engines import engine_settings, read_counters
 
+_USUAL = "2k"
+"""What the engines take by default."""
+
 
 def add_answers(
     record: dict[str, Any],
@@ -33,7 +36,7 @@ def add_answers(
         raise UserError(f"{given} without {missing}: a cost needs both; add {missing}")
     if hbm_gb is not None and not (link and 0 < hbm_gb < math.inf):
         raise UserError(f"--hbm-gb {hbm_gb}: a budget above 0, beside --link and --compute-us")
-    size = size or sizes[0]
+    size = size or (_USUAL if _USUAL in sizes else sizes[0])
     cell = record["overall"]["policies"].get("lru", {}).get(size, {"miss_rate": None})
     chosen: dict[str, Any] = {"size": size}
     if cell["miss_rate"] is not None and record["unit"] in ("token", "entry"):
@@ -53,9 +56,7 @@ def _beside(record: dict[str, Any], cell: dict[str, Any], path: Path, size: str)
     if cell["miss_rate"] is None:
         raise UserError(f"--measured: LRU was not replayed at {size}; name the engine's size in --sizes")
     counters = read_counters(path)
-    per_miss = (
-        counters.bytes_fetched / counters.misses if counters.bytes_fetched and counters.misses else None
-    )
+    moved, missed = counters.bytes_fetched, counters.misses
     return {
         **counters._asdict(),
         "miss_rate": counters.miss_rate,

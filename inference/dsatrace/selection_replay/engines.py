@@ -77,7 +77,7 @@ _METRIC = re.compile(
 
 
 def read_counters(path: Path) -> Counters:
-    """From Prometheus text, whose labels are added up, or JSON: `hits`, `misses`, and `bytes_fetched` if known.
+    """From Prometheus text, whose labels are added up, or JSON: `hits`, `misses`, perhaps `bytes_fetched`.
 
     Raises `UserError`.
     """
