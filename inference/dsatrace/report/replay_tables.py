@@ -25,7 +25,7 @@ def replay_parts(record: Record) -> Iterator[str | Grid]:
     """In the order of the questions: what it misses, how large it must be, what it costs, and why."""
     overall, num_requests = record["overall"], record["num_requests"]
     yield (
-        f"{num_requests} requests, {len(record['layers'])} layers, {overall['steps']:,} counted steps of a layer, "
+        f"{num_requests} requests, {len(record['layers'])} layers, {overall['steps']:,} steps of a layer, "
         f"top-k {_range(record['top_k'])}, unit: {record['unit']}"
     )
     if warning := caveat(record):
