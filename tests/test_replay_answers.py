@@ -98,7 +98,9 @@ def test_counters_as_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", '{"hits": 1}', '{"hits": -1, "misses": 2}', '{"hits": "1", "misses": 2}', '{"hits":0,"misses":0}',
+    [
+     "", "{", "[]", '{"hits": 1}', '{"hits": -1, "misses": 2}', '{"hits": "1", "misses": 2}',
+     '{"hits":0,"misses":0}',
      "vllm:hisparse_cache_hits NaN\nvllm:hisparse_cache_misses 1", "vllm:hisparse_cache_hits 1e99"],
 )  # fmt: skip
 def test_other_counters_are_refused(tmp_path: Path, text: str) -> None:
