@@ -219,8 +219,14 @@ REQUEST_FIELDS = (
     Field("prefill_s", "float", "s", "time of the forward passes that computed those", optional=True),
     Field("num_recomputes", "int", "", "times it was computed again because a tier lost its KV; stands where "
           "the manifest has `tiers`", optional=True),
+    Field("answer_tokens", "int", "tokens", "generated tokens before the first end of sequence, whether that "
+          "was sampled or gave way to the next best token; all of them where none came. Records with a "
+          "`step_idx` of this or more lie past the answer; `score` and `text` are of the answer alone. This "
+          "stands where the manifest has `answer_end`", optional=True),
     Field("error", "string", "", "why it was rejected or failed", optional=True),
     Field("text", "string", "", "the answer; only with `--save-text`", optional=True),
+    Field("text_past_answer", "string", "", "what was generated after the answer; only with `--save-text`, "
+          "where there is any", optional=True),
 )
 
 # manifest.json: what the run was.
@@ -299,6 +305,11 @@ MANIFEST_FIELDS = (
         Field("id_kind", "string", "", "position: ids are absolute logical positions"),
         Field("layers", "object[]", "", "one entry per layer", children=LAYER_FIELDS),
         Field("door", "string", "", "where the selections come from: serve (this tool's engine)"),
+    )),
+    Field("answer_end", "object", "", "how answers were kept from ending; absent: they ended at an end of "
+          "sequence, or had the length that a log told", optional=True, children=(
+        Field("min_new_tokens", "int", "tokens", "no answer ended before so many new tokens; 0: no limit"),
+        Field("ignore_eos", "bool", "", "every answer went on to its most new tokens"),
     )),
     Field("trace", "object", "", "how the run was traced", children=(
         Field("level", "string", "", "full, blocks or stats"),
@@ -490,6 +501,12 @@ SUMMARY_FIELDS = (
         Field("prefill_s", "float", "s", "time of the prefill forwards, counted in whole us per request"),
         Field("saved_s", "float | null", "s", "hit_tokens x prefill_s / computed_tokens"),
         Field("saved_kind", "string", "", "modelled: nobody timed what was not computed"),
+    )),
+    Field("past_answer", "object", "", "what requests generated after their answers; stands where they have "
+          "`answer_tokens`", optional=True, children=(
+        Field("requests", "int", "requests", "requests that went on past their answer"),
+        Field("decode_steps", "int", "steps", "decode steps of all requests, recorded or not"),
+        Field("past_steps", "int", "steps", "of those, steps that lie past the request's answer"),
     )),
     Field("prefix_cache_cold_starts", "int", "", "resumes of the run: each began with an empty prefix cache, "
           "so that prompts were computed which an undisturbed run finds there; absent: none", optional=True),

@@ -116,6 +116,7 @@ class RunInfo:
     prefix_source: PrefixSource = "analysis"
     tiers: TierSettings | None = None  # None: everything in HBM
     shared_layers: Mapping[int, int] = dataclasses.field(default_factory=dict)  # see `shared_layers`
+    answer_end: Mapping[str, Any] | None = None  # how answers were kept from ending; None: they were not
 
     def __post_init__(self) -> None:
         if not self.layouts:
@@ -170,6 +171,7 @@ def manifest(
         "prefix_source": run.prefix_source,
         "tiers": None if run.tiers is None else run.tiers.to_json(),
         "selection": _selection(run),
+        **({"answer_end": dict(run.answer_end)} if run.answer_end else {}),
         "trace": {
             "level": config.level,
             "block_size_tokens": config.block_size,

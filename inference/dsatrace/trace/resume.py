@@ -66,12 +66,12 @@ _REMEDIES = {
     "seed": "give the same --seed",
     "prefix_source": "leave --prefix-caching as it was",
     "tiers": "give the same tiers",
+    "answer_end": "give the same --min-new-tokens and --ignore-eos",
     "trace.level": "give the same --trace-level",
     "trace.block_size_tokens": "give the same --kv-block-size",
     "trace.prefix_key_id": "set DSATRACE_PREFIX_KEY as it was then, or resume as the same user",
 }
-_SUPERSEDED = ("--resume", "--trace-out")
-"""Flags whose value is a run's folder."""
+_SUPERSEDED = ("--resume", "--trace-out")  # their value is a run's folder
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -335,10 +335,11 @@ def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raises `UserError` naming the first field that says that the manifests are of two runs.
 
     What shapes a record must be the same, and so must what a step's time depends on (device, ranks,
-    tiers), since the summary pools times. Fields that only one of the manifests has are not
-    compared; a manifest without `tiers` had none.
+    tiers), since the summary pools times. A field that only one of the manifests has is not compared,
+    unless its absence says something.
     """
-    for path, was, now in _differences({"tiers": None, **old}, new):
+    none = {"tiers": None, "answer_end": None}
+    for path, was, now in _differences({**none, **old}, {**none, **new}):
         remedy = next((said for name, said in _REMEDIES.items() if path.startswith(name)), "give what it was")
         raise UserError(f"cannot resume: {path} was {was!r} and is {now!r} now; {remedy}, or start a new run")
 

@@ -248,7 +248,7 @@ def _check_totals(
     if stored_only and was_resumed:
         del derived["step_overlap"], derived["layer_overlap"]
     compare(summary, derived, summed=True)
-    for name in ("scores", "serving", "prefix_cache"):  # no further key may be there either
+    for name in ("scores", "serving", "prefix_cache", "past_answer"):  # no further key may be there either
         require(summary.get(name) == derived.get(name), name, summary.get(name), "not what the requests say")
     if stored_only:
         notes.append(f"at level {totals.level} the records do not hold: {', '.join(stored_only)}")

@@ -80,7 +80,7 @@ class RulerWorkload(Workload):
         return Request(
             request_id=".".join((*labels.values(), f"row{example.row}")),
             prompt_token_ids=tuple(chat.encode([Message("user", example.prompt)], prefix)),
-            max_new_tokens=self._settings.max_new_tokens or example.tokens_to_generate,
+            max_new_tokens=self._settings.most_new_tokens(example.tokens_to_generate, example.task),
             temperature=self._settings.temperature,
             source_row=example.row,
             labels=labels,
@@ -117,6 +117,8 @@ def open_ruler(args: argparse.Namespace, chat: Chat, find: Find) -> OpenedWorklo
     description = f"generator, seed {args.seed}, {haystack}"
     reason = "as asked" if source is None else source.reason
     tasks = tasks or (GENERATED_TASK,)
+    for task in tasks:
+        settings.most_new_tokens(TASKS[task].tokens_to_generate, task)
     spread = GENERATED_EXAMPLES if args.limit is None else -(-args.limit // len(tasks))
     per_task = args.limit_per_task or spread
     workload = RulerWorkload(
