@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from dsatrace.commands.parser import CommandParser
+from dsatrace.commands.parser import CommandParser, count
 from dsatrace.errors import exits_cleanly
 from dsatrace.jit import kept_in
 
@@ -32,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         """,
     )
     parser.add_argument("--for", dest="part", choices=("all", *PARTS), default="all", help="what to compile")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    parser.add_argument("--jobs", type=count, default=len(os.sched_getaffinity(0)), help="processes")
     args = parser.parse_args(argv)
     started = time.perf_counter()
     jobs = [job for part in PARTS if args.part in ("all", part) for job in _jobs(part)]
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(max(1, min(args.jobs, len(jobs))), context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(min(args.jobs, len(jobs)), context) as pool:
         for done in concurrent.futures.as_completed([pool.submit(job) for job in jobs]):
             print(f"compiled {done.result()}", file=sys.stderr)
     where = kept_in()

@@ -179,7 +179,7 @@ class DataSet:
     file_flag: str  # which of the flags names a file of rows
     open: Callable[[argparse.Namespace, Chat, Find], OpenedWorkload]
     write: Callable[[Path, Path, int | None], int]
-    """Writes the first rows of a fetched file to a path (for RULER, those of each file); returns how many."""
+    """Writes the first rows of a fetched file to a path; returns how many."""
     export: str  # the exported file's name; {} becomes "" or "_limitN"
     patterns: tuple[str, ...]  # of the files that hold rows
     sample: str | None = None  # its embedded sample; None: a generator stands in

@@ -161,9 +161,14 @@ def _text(path: Path) -> str:
 
 
 def _write_archive(archive: Path, folder: Path, limit: int | None) -> int:
-    """The archive's row files under the names that the reader knows; `row_files` refuses unsafe members."""
+    """The archive's row files under the names that the reader knows, up to `limit` rows in all.
+
+    `row_files` refuses unsafe members.
+    """
     num_rows = 0
     for file, stream in row_files(archive):
+        if num_rows == limit:
+            break
         target = folder / file.task / f"validation_{file.max_length}.jsonl"
         if file.max_length is None:
             target = target.with_name("validation.jsonl")
@@ -173,7 +178,8 @@ def _write_archive(archive: Path, folder: Path, limit: int | None) -> int:
             )
         target.parent.mkdir(exist_ok=True)
         rows = read_rows(file.name, lines_of(stream, file.name), _json_line, WholeFile())
-        num_rows += write_lines(target, itertools.islice(rows, limit))
+        left = None if limit is None else limit - num_rows
+        num_rows += write_lines(target, itertools.islice(rows, left))
     return num_rows
 
 
