@@ -105,11 +105,23 @@ def _add_forwards(run: RunReader, summary: RecordSummary, on_records: OnRecords)
         if run.state != "complete":  # a killed run's last step may lack layers
             del forward[len(forward) - len(forward) % num_layers :]
         if forward:
+            _require_layers(run, forward)
             summary.add_forward(forward)
             for request in finished.after(forward):
                 summary.finish_request(request)
     for request in finished.rest():
         summary.finish_request(request)
+
+
+def _require_layers(run: RunReader, forward: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `UserError` unless each request of the forward has a record of every layer, in order."""
+    layers = [record["layer_id"] for record in forward]
+    num_layers = run.manifest["model_config"].get("n_layers", 1 + max(layers))
+    if layers != list(range(num_layers)) * (len(layers) // num_layers):
+        raise UserError(
+            f"{run.steps_path}: forward {forward[0]['forward_idx']}: its records are not whole; "
+            f"see `dsatrace verify {run.folder}`"
+        )
 
 
 def _add_thin_records(run: RunReader, summary: RecordSummary, level: str, on_records: OnRecords) -> None:
