@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .drawing import picture, whole_numbers
+from .published import FIGURES
 from .replay_tables import NULL_TITLES
 from .tables import caveat
 
@@ -57,6 +58,13 @@ def _curves(axes: Any, record: Record) -> None:
         ]
         if points:
             axes.plot(*zip(*points, strict=True), _MARKS.get(policy, "o"), color=f"C{i + 1}", label=policy)
+    published: dict[str, list[tuple[float, float]]] = {}
+    for figure in FIGURES:
+        if figure.policy == "lru" and figure.buffer_k is not None and figure.low == figure.high:
+            published.setdefault(figure.of.model.partition(",")[0], []).append((figure.buffer_k, figure.low))
+    for model, mark in zip(published, "ovP", strict=False):
+        style = {"color": "k", "markerfacecolor": "none", "markersize": 5}
+        axes.plot(*zip(*published[model], strict=True), mark, label=f"published: {model}", **style)
     ticks = [tick for tick in (1, 2, 4, 8, 16, 32, 64) if tick <= max(largest / top_k, 4)]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick}k" if tick > 1 else "k" for tick in ticks])
