@@ -29,7 +29,7 @@ def draw_replay(record: Record, path: Path) -> None:
         for panel, place in zip(panels, axes, strict=True):
             panel(place, record)
         overall = record["overall"]
-        title = f"{record['num_requests']} requests, {overall['steps']:,} steps, unit: {record['unit']}"
+        title = f"{record['num_requests']} requests, {overall['steps']:,} steps of a layer; unit: {record['unit']}"
         figure.suptitle(f"{title}\n{caveat(record)}" if caveat(record) else title)
 
 
@@ -63,8 +63,8 @@ def _curves(axes: Any, record: Record) -> None:
         if figure.policy == "lru" and figure.buffer_k is not None and figure.low == figure.high:
             published.setdefault(figure.of.model.partition(",")[0], []).append((figure.buffer_k, figure.low))
     for model, mark in zip(published, "ovP", strict=False):
-        style = {"color": "k", "markerfacecolor": "none", "markersize": 5}
-        axes.plot(*zip(*published[model], strict=True), mark, label=f"published: {model}", **style)
+        (points,) = axes.plot(*zip(*published[model], strict=True), mark, color="k", markersize=5)
+        points.set(markerfacecolor="none", label=f"published: {model}")
     ticks = [tick for tick in (1, 2, 4, 8, 16, 32, 64) if tick <= max(largest / top_k, 4)]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick}k" if tick > 1 else "k" for tick in ticks])
