@@ -42,7 +42,11 @@ class StepChecks:
         self._times, self._sharing = BatchTimes(), Sharing(rules)
         self.moved = TierTotals(rules, since_forward)
         self.totals = PlainSummary(
-            top_k=rules.top_k, block_sizes=block_sizes, level=rules.level, offloaded=rules.tiers is not None
+            top_k=rules.top_k,
+            block_sizes=block_sizes,
+            level=rules.level,
+            offloaded=rules.tiers is not None,
+            kind=rules.selections,
         )
 
     def check_plainly(
