@@ -29,7 +29,7 @@ def draw_replay(record: Record, path: Path) -> None:
         for panel, place in zip(panels, axes, strict=True):
             panel(place, record)
         overall = record["overall"]
-        title = f"{record['num_requests']} requests, {overall['steps']:,} steps of a layer; unit: {record['unit']}"
+        title = f"{record['num_requests']} requests, {overall['steps']:,} steps; unit: {record['unit']}"
         figure.suptitle(f"{title}\n{caveat(record)}" if caveat(record) else title)
 
 

@@ -53,7 +53,7 @@ _TIMES = ("admitted_s", "first_token_s", "finish_s")
 _CHUNK_BYTES = 1 << 20
 _MAY_DIFFER = (
     *("tool_version", "state", "error", "started_utc", "argv", "resumed_at_forward", "files"),
-    "trace.queue_steps",
+    *("trace.queue_steps", "selection.sparse_active"),
 )
 _REMEDIES = {
     "model_config": "give the same --config",
@@ -150,6 +150,11 @@ def _require_resumable(run: RunReader, locked: bool = False) -> None:
     """`locked`: by this process, so a manifest in state running is that of a killed run."""
     if run.is_parquet:
         raise UserError(f"{run.folder}: an export to Parquet; resume the run that it was made from")
+    door = (run.manifest.get("selection") or {}).get("door", "serve")
+    if door != "serve":
+        raise UserError(
+            f"{run.folder}: a run of door {door}; the engine's alone can be resumed, start it anew"
+        )
     state = run.manifest["state"] if locked else run.state
     if state == "complete":
         raise UserError(f"{run.folder}: the run is complete, there is nothing to resume")

@@ -5,6 +5,7 @@ run.py             the check of a whole run folder: start here
 files.py           a run's files, read with the standard library
 facts.py           the manifest's facts that no record depends on: dates, ranks, dimensions
 rules.py           the manifest's settings that the records depend on
+selections.py      what its ids are, and whose a set is
 steps.py           the walk over the step records: plainly, or in chunks that processes share
 fast.py            the third implementation: a chunk's records in numpy, "right" or "look again"
 chosen.py          one record's selection there, and what bounds the accounts of its tiers

@@ -231,6 +231,8 @@ class BatchTimes:
 
     def add(self, line: int, record: Record) -> None:
         """Takes the records in the order of the file."""
+        if record["kv_fetch"] is None:
+            return
         if record["forward_idx"] != self._forward_idx:
             self._forward_idx, self._seen = record["forward_idx"], {}
         times = [record["kv_fetch"][name]["latency_us"] for name in TIER_NAMES]

@@ -52,6 +52,7 @@ class StepChecks:
             block_sizes=self._block_sizes,
             level=rules.level,
             offloaded=rules.tiers is not None,
+            kind=rules.selections,
         )
         self._walk(on_bytes, (0, None), first_line=1)
 
