@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsatrace.errors import UserError
-from dsatrace.schema import STEPS_PARQUET_FILE, SUMMARY_FILE
+from dsatrace.schema import SUMMARY_FILE
 from dsatrace.trace.config import TraceConfig, is_sampled
 from dsatrace.trace.manifest import prefix_cache_cold_starts, shared_layers_of
 from dsatrace.trace.reader import RunReader
@@ -123,11 +123,8 @@ def _add_thin_records(run: RunReader, summary: RecordSummary, level: str, on_rec
 def _columns(run: RunReader, level: str) -> Iterator[Mapping[str, Any]]:
     """The records below level full, chunk by chunk, as columns."""
     of_tiers = TIER_FIELDS if is_offloaded(run) else ()
-    if run.is_parquet and level == "stats":
-        # pyarrow takes long to import, and most runs are not read with it.
-        from dsatrace.trace.parquet.file import read_numbers
-
-        yield from read_numbers(run.folder / STEPS_PARQUET_FILE, (*NUMBER_FIELDS, *of_tiers))
+    if level == "stats" and (numbers := run.numbers((*NUMBER_FIELDS, *of_tiers))) is not None:
+        yield from numbers
         return
     fields = (*(BLOCK_FIELDS if level == "blocks" else NUMBER_FIELDS), *of_tiers)
     records = _steps(run, fields)
