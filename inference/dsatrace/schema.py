@@ -33,7 +33,10 @@ TIER_CHOICES = {
 }
 """Values of these fields of the manifest's `tiers`."""
 STEPS_FILE = "trace_steps.jsonl"
-STEPS_PARQUET_FILE = "trace_steps.parquet"  # the same records as columns, in an exported run
+STEPS_PARQUET_FILE = "trace_steps.parquet"  # the same records as columns
+STEPS_FOLDER = "trace_steps"  # several such files, in the order of their names, instead of one
+PART_RECORDS = 1 << 12
+"""A run writes such a file once it has so many records; a kill loses fewer than these, and a step's."""
 REQUESTS_FILE = "requests.jsonl"
 MANIFEST_FILE = "manifest.json"
 SUMMARY_FILE = "summary.json"
@@ -373,6 +376,8 @@ MANIFEST_FIELDS = (
         Field("queue_policy", "string", "", "if the writer lags: block (the model waits) or drop (the step)"),
         Field("queue_steps", "int", "steps", "steps that may wait for the writer"),
         Field("on_error", "string", "", "when writing fails: stop the run, or continue untraced"),
+        Field("format", "string", "", "what the run wrote its step records as: parquet; absent: JSON lines",
+              optional=True),
     )),
     Field("quantile", "string", "", "definition of every quantile"),
     Field("resumed_at_forward", "int[]", "", "`forward_idx` at which each resume of the run went on. Step "
@@ -597,6 +602,12 @@ TABLES: dict[str, tuple[Field, ...]] = {
     MANIFEST_FILE: MANIFEST_FIELDS,
     SUMMARY_FILE: SUMMARY_FIELDS,
 }
+
+
+def locked_file(manifest: Mapping[str, Any]) -> str:
+    """The file that a live run holds a lock on, so that a reader can tell it from a killed one."""
+    return REQUESTS_FILE if manifest["trace"].get("format") == "parquet" else STEPS_FILE
+
 
 QUANTILE_DEFINITION = "nearest rank: the smallest value whose cumulative count reaches q"
 

@@ -168,7 +168,7 @@ def _bytes(summary: Summary) -> Grid:
 
 def _costs(run: RunReader, summary: Summary) -> Grid:
     cost, step_ms = summary["tracing_cost"], summary["step_ms"]
-    trace_bytes = run.steps_path.stat().st_size
+    trace_bytes = sum(path.stat().st_size for path in run.step_paths)
     num_records = summary["counts"]["records"]
     per_record = f", {trace_bytes / num_records:,.0f} bytes per record" if num_records else ""
     median = "none" if step_ms["p50"] is None else f"{step_ms['p50']:.2f} ms"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -51,11 +52,13 @@ def export_run(
     format already, for a file that is not as it was when the run ended, for a line that is not JSON,
     and for what the system refuses.
     """
-    source = run.steps_path
     if run.is_parquet == (to == "parquet"):
         raise UserError(f"{run.folder}: its records are {to} already; nothing to export")
-    if not source.exists():
-        raise UserError(f"{source}: not there; a run killed before its first step has nothing to export")
+    sources = run.step_paths
+    if not all(path.exists() for path in sources) or not sources:
+        raise UserError(
+            f"{run.folder}: holds no step records; a run killed before its first step has nothing to export"
+        )
     if run.state == "running":
         raise UserError(
             f"{run.folder}: the run is still being written; export it when it has ended, or a copy of it"
@@ -66,18 +69,18 @@ def export_run(
             if to == "parquet":
                 num_records, num_kept = _to_parquet(run, steps, progress)
             else:
-                num_records, num_kept = _to_jsonl(source, steps, progress), 0
+                num_records, num_kept = _to_jsonl(run, steps, progress), 0
             _copy_others(run, folder)
             _require_unchanged(run)
             _write_manifest(run, folder)
-            size = steps.stat().st_size
+            size, bytes_before = steps.stat().st_size, sum(path.stat().st_size for path in sources)
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot export there: {error.strerror}") from error
-    return Exported(out, num_records, num_kept, source.stat().st_size, size, dict(run.torn_lines))
+    return Exported(out, num_records, num_kept, bytes_before, size, dict(run.torn_lines))
 
 
 def _to_parquet(run: RunReader, path: Path, progress: Progress) -> tuple[int, int]:
-    total, done = run.steps_path.stat().st_size, 0
+    total, done = sum(path.stat().st_size for path in run.step_paths), 0
 
     def advance(num_bytes: int) -> None:
         nonlocal done
@@ -88,14 +91,15 @@ def _to_parquet(run: RunReader, path: Path, progress: Progress) -> tuple[int, in
         for line, record in run.lines(STEPS_FILE):
             yield line.removesuffix(b"\n"), record
 
-    written = write_parquet(path, lines(), advance)
+    written = write_parquet(path, lines(), advance, run.manifest["trace"]["keep_order"])
     return written.num_records, written.num_kept_as_text
 
 
-def _to_jsonl(source: Path, path: Path, progress: Progress) -> int:
-    total, done = count_records(source), 0
+def _to_jsonl(run: RunReader, path: Path, progress: Progress) -> int:
+    total, done = sum(map(count_records, run.step_paths)), 0
+    lines = itertools.chain.from_iterable(map(read_lines, run.step_paths))
     with path.open("wb") as file:
-        for done, line in enumerate(read_lines(source), 1):
+        for done, line in enumerate(lines, 1):
             file.write(line + b"\n")
             if done % 1000 == 0:
                 progress(done, total)

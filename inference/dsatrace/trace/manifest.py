@@ -200,6 +200,7 @@ def manifest(
             "queue_policy": config.queue_policy,
             "queue_steps": config.queue_steps,
             "on_error": config.on_error,
+            **({"format": config.format} if config.format != "jsonl" else {}),
         },
         "quantile": QUANTILE_DEFINITION,
         "resumed_at_forward": [],

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsatrace.errors import UserError
-from dsatrace.schema import STEPS_PARQUET_FILE, SUMMARY_FILE
+from dsatrace.schema import SUMMARY_FILE
 from dsatrace.trace.config import TraceConfig, is_sampled
 from dsatrace.trace.kind import SelectionKind
 from dsatrace.trace.manifest import prefix_cache_cold_starts, selection_kind, shared_layers
@@ -106,7 +106,7 @@ def _add_forwards(run: RunReader, summary: RecordSummary, on_records: OnRecords)
         if run.state != "complete":  # a killed run's last step may lack layers
             del forward[len(forward) - len(forward) % num_sets :]
         if forward:
-            _require_layers(run, forward)
+            _require_sets(run, forward, summary.sets)
             summary.add_forward(forward)
             for request in finished.after(forward):
                 summary.finish_request(request)
@@ -114,13 +114,14 @@ def _add_forwards(run: RunReader, summary: RecordSummary, on_records: OnRecords)
         summary.finish_request(request)
 
 
-def _require_layers(run: RunReader, forward: Sequence[Mapping[str, Any]]) -> None:
-    """Raises `UserError` unless each request of the forward has a record of every layer, in order."""
-    layers = [record["layer_id"] for record in forward]
-    num_layers = run.manifest["model_config"].get("n_layers", 1 + max(layers))
-    if layers != list(range(num_layers)) * (len(layers) // num_layers):
+def _require_sets(
+    run: RunReader, forward: Sequence[Mapping[str, Any]], sets: list[tuple[int, int | None]]
+) -> None:
+    """Raises `UserError` unless each request of the forward has a record of every set, in order."""
+    found = [(record["layer_id"], record.get("kv_head")) for record in forward]
+    if found != sets * (len(found) // len(sets)):
         raise UserError(
-            f"{run.steps_path}: forward {forward[0]['forward_idx']}: its records are not whole; "
+            f"{run.step_paths[0]}: forward {forward[0]['forward_idx']}: its records are not whole; "
             f"see `dsatrace verify {run.folder}`"
         )
 
@@ -136,11 +137,8 @@ def _add_thin_records(run: RunReader, summary: RecordSummary, level: str, on_rec
 def _columns(run: RunReader, level: str) -> Iterator[Mapping[str, Any]]:
     """The records below level full, chunk by chunk, as columns."""
     of_tiers = TIER_FIELDS if is_offloaded(run) else ()
-    if run.is_parquet and level == "stats":
-        # pyarrow takes long to import, and most runs are not read with it.
-        from dsatrace.trace.parquet.file import read_numbers
-
-        yield from read_numbers(run.folder / STEPS_PARQUET_FILE, (*NUMBER_FIELDS, *of_tiers))
+    if level == "stats" and (numbers := run.numbers((*NUMBER_FIELDS, *of_tiers))) is not None:
+        yield from numbers
         return
     fields = (*(BLOCK_FIELDS if level == "blocks" else NUMBER_FIELDS), *of_tiers)
     records = _steps(run, fields)

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import orjson
@@ -29,6 +29,7 @@ from dsatrace.trace.parquet.columns import (
     LEAVES,
     LINE,
     NOT_REPRESENTABLE,
+    POSITIONS,
     arrow_schema,
     columns_for,
     to_batch,
@@ -53,8 +54,13 @@ class Written:
     num_kept_as_text: int  # records whose line cannot be restored from their columns
 
 
-def write_parquet(path: Path, lines: Iterable[Line], advance: Advance = lambda num_bytes: None) -> Written:
-    """Writes the file and reads it back; a difference raises `UserError`."""
+def write_parquet(
+    path: Path, lines: Iterable[Line], advance: Advance = lambda num_bytes: None, keep_order: bool = False
+) -> Written:
+    """Writes the file and reads it back; a difference raises `UserError`.
+
+    `keep_order`: most positions do not ascend.
+    """
     num_records = num_kept = 0
     digest = hashlib.blake2b()
     schema: pa.Schema | None = None
@@ -64,7 +70,7 @@ def write_parquet(path: Path, lines: Iterable[Line], advance: Advance = lambda n
             batch = _first_batch(group) if schema is None else _lossless_batch(group, schema)
             if writer is None:
                 schema = batch.schema
-                writer = _open_writer(path, schema)
+                writer = open_writer(path, schema, keep_order)
             writer.write_batch(batch, row_group_size=len(batch))
             num_records += len(batch)
             num_kept += len(batch) - batch.column(LINE).null_count
@@ -72,7 +78,7 @@ def write_parquet(path: Path, lines: Iterable[Line], advance: Advance = lambda n
                 digest.update(line + b"\n")
             advance(sum(len(line) + 1 for line, _ in group))
         if writer is None:
-            writer = _open_writer(path, arrow_schema(pa.float32()))
+            writer = open_writer(path, arrow_schema(pa.float32()))
     finally:
         if writer is not None:
             writer.close()
@@ -173,22 +179,25 @@ def _fits(record: dict[str, Any], score_type: pa.DataType) -> bool:
     return True
 
 
-def _open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """Delta-encoded ints, dictionaries for strings and doubles, byte planes for floats."""
+def open_writer(where: Path | IO[bytes], schema: pa.Schema, keep_order: bool = False) -> pq.ParquetWriter:
+    """Delta-encoded ints, dictionaries for strings and doubles, byte planes for floats, and for positions
+    that do not ascend (`keep_order`)."""
     dictionary: list[str] = []
     encodings: dict[str, str] = {}
     for field in schema:
         is_list = pa.types.is_list(field.type)
         inner = field.type.value_type if is_list else field.type
         name = f"{field.name}.list.element" if is_list else field.name
-        if pa.types.is_integer(inner):
+        if keep_order and field.name == POSITIONS:
+            encodings[name] = "BYTE_STREAM_SPLIT"
+        elif pa.types.is_integer(inner):
             encodings[name] = "DELTA_BINARY_PACKED"
         elif pa.types.is_float32(inner) or (is_list and pa.types.is_float64(inner)):
             encodings[name] = "BYTE_STREAM_SPLIT"
         elif not pa.types.is_boolean(inner) and field.name not in (EXTRA, LINE):
             dictionary.append(name)
     return pq.ParquetWriter(
-        path,
+        where,
         schema.with_metadata({"dsatrace.schema_version": str(SCHEMA_VERSION)}),
         compression="zstd",
         compression_level=1,
