@@ -34,7 +34,7 @@ from helpers.resume_samples import answers_of, check_summary, records_of
 from helpers.stores import free_port
 from test_damaged_inputs import ended
 
-NUM_KILLS = int(os.environ.get("DSATRACE_KILLS", "4"))
+NUM_KILLS = int(os.environ.get("DSATRACE_KILLS", "3"))
 SEED = int(os.environ.get("DSATRACE_KILLS_SEED", "0"))
 LONGEST_S = 120
 PROMPTS = (20, 45, 12, 60, 33, 25)
