@@ -233,6 +233,16 @@ class SelectionKind:
         return -(-seq_len // self.unit_tokens)
 
 
+def inactive(num_sparse: int, sparse_active: int | None) -> str | None:
+    """What a reader must know of a run in which sparse attention was never seen at work, or None."""
+    if not num_sparse or sparse_active is None or sparse_active > 0:
+        return None
+    return (
+        f"WARNING: in none of {num_sparse} records past top-k is there anything but the newest ids. Either "
+        "sparse attention was not active when this was recorded, or the model has a plain window."
+    )
+
+
 def _int64(values: Iterable[int]) -> np.ndarray:
     import numpy as np
 
