@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import INFERENCE
+from dsatrace import cli
 from dsatrace.errors import UserError
 from dsatrace.report.figure import draw
 from dsatrace.report.grid import Grid
 from dsatrace.report.tables import run_tables
 from dsatrace.schema import STEPS_FILE, problems
 from dsatrace.trace.capture import StepCapture
+from dsatrace.trace.estimate import TraceLoad, draw_sample, estimate_sizes
 from dsatrace.trace.export import export_run
 from dsatrace.trace.kind import Layer, SelectionKind
 from dsatrace.trace.manifest import RunInfo
@@ -363,3 +366,36 @@ def test_only_the_engines_runs_are_resumed(tmp_path: Path) -> None:
     edit_json(folder / "manifest.json", "state", "incomplete")
     with pytest.raises(UserError, match="a run of door attach"):
         prepare_resume(folder)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_estimate_draws_such_records(name: str) -> None:
+    kind = KINDS[name]
+    load = TraceLoad(1, 1, context=200, num_steps=60, batch_size=1, layout=LAYOUT, kind=kind)
+    records = [json.loads(line) for line in draw_sample(load, "full", "clustered").lines]
+    assert len(records) == load.num_records == 60 * len(kind.set_layers)
+    assert [problems(record, "full", kind.fields) for record in records] == [[]] * len(records)
+    jsonl, parquet = estimate_sizes(load, "full")
+    assert 0 < parquet.bytes_per_record[0] < jsonl.bytes_per_record[0]
+
+
+def test_the_estimate_takes_a_unit(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["estimate", "--config", str(INFERENCE / "config_tiny.json"), "--steps", "4", "--batch", "1"]
+    for flags, num_records in (
+        (["--unit", "entry", "--unit-tokens", "4"], 16),
+        (["--unit", "block", "--unit-tokens", "64", "--heads", "2"], 32),
+        (["--unit", "expert"], 12),
+        (["--unit", "expert", "--trace-store-scores"], 12),
+    ):
+        assert cli.main([*command, "--json", *flags]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["num_records"] == num_records
+        assert {size["level"] for size in found["sizes"]} == {"full"}
+    for flags, said in (
+        (["--unit-tokens", "4"], "give --unit entry or block"),
+        (["--unit", "expert", "--heads", "2"], "experts are routed once per layer"),
+        (["--unit", "block", "--heads", "0"], "--heads 0: use at least 1"),
+        (["--heads", "2", "--level", "stats"], "recorded whole"),
+    ):
+        assert cli.main([*command, *flags]) == 2
+        assert said in capsys.readouterr().err

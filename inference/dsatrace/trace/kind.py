@@ -189,6 +189,19 @@ class SelectionKind:
         return [self.layers[i].source_layer for i in self.set_layers.tolist()]
 
     @functools.cached_property
+    def source_sets(self) -> dict[int, int]:
+        """For each set that is another layer's: which set that is."""
+        own = {
+            (layer, head): s
+            for s, (layer, head) in enumerate(zip(self.set_layers.tolist(), self.set_heads, strict=True))
+        }
+        return {
+            s: own[source, self.set_heads[s]]
+            for s, source in enumerate(self.set_sources)
+            if source is not None
+        }
+
+    @functools.cached_property
     def top_k(self) -> np.ndarray:
         """(S,) int64: most ids in each set."""
         return _int64(self.layers[i].top_k for i in self.set_layers.tolist())
