@@ -718,7 +718,8 @@ def record_fields(tells: frozenset[str]) -> tuple[Field, ...]:
     fields: list[Field] = []
     for field in STEP_FIELDS:
         if tells.issuperset(field.needs):
-            fields.append(field)
+            always = "other ids" in field.needs  # other fields stand where they apply
+            fields.append(dataclasses.replace(field, optional=False) if always else field)
         elif not field.is_absent:
             fields.append(dataclasses.replace(field, type="null", children=(), keys=(), optional=False))
     return tuple(fields)

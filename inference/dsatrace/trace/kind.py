@@ -189,6 +189,19 @@ class SelectionKind:
         return [self.layers[i].source_layer for i in self.set_layers.tolist()]
 
     @functools.cached_property
+    def source_sets(self) -> dict[int, int]:
+        """For each set that is another layer's: which set that is."""
+        own = {
+            (layer, head): s
+            for s, (layer, head) in enumerate(zip(self.set_layers.tolist(), self.set_heads, strict=True))
+        }
+        return {
+            s: own[source, self.set_heads[s]]
+            for s, source in enumerate(self.set_sources)
+            if source is not None
+        }
+
+    @functools.cached_property
     def top_k(self) -> np.ndarray:
         """(S,) int64: most ids in each set."""
         return _int64(self.layers[i].top_k for i in self.set_layers.tolist())
@@ -231,6 +244,16 @@ class SelectionKind:
         if self.unit == "entry":
             return seq_len // self.unit_tokens
         return -(-seq_len // self.unit_tokens)
+
+
+def inactive(num_sparse: int, sparse_active: int | None) -> str | None:
+    """What a reader must know of a run in which sparse attention was never seen at work, or None."""
+    if not num_sparse or sparse_active is None or sparse_active > 0:
+        return None
+    return (
+        f"WARNING: in none of {num_sparse} records past top-k is there anything but the newest ids. Either "
+        "sparse attention was not active when this was recorded, or the model has a plain window."
+    )
 
 
 def _int64(values: Iterable[int]) -> np.ndarray:

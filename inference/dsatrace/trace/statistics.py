@@ -197,10 +197,14 @@ def _fault(ordered: np.ndarray, limits: np.ndarray, kind: SelectionKind) -> str:
             "nothing is selected; leave the row out": num_chosen == 0,
             "more ids than its top-k": num_chosen > most,
         }
-    future = "a selected position lies in the future" if kind.num_ids is None else "an id beyond num_ids"
+    selected = "position" if kind.holds("selected_token_pos") else "id"
+    article = "a" if selected == "position" else "an"
+    future = f"a selected {selected} lies in the future"
     faults |= {
-        future: ordered[:, -1] >= limits,
-        "a position was selected twice": (chosen[:, 1:] & (ordered[:, 1:] == ordered[:, :-1])).any(axis=1),
+        future if kind.num_ids is None else "an id beyond num_ids": ordered[:, -1] >= limits,
+        f"{article} {selected} was selected twice": (chosen[:, 1:] & (ordered[:, 1:] == ordered[:, :-1])).any(
+            axis=1
+        ),
     }
     for fault, bad in faults.items():
         if bad.any():

@@ -17,7 +17,7 @@ from typing import Any
 from dsatrace.errors import UserError
 from dsatrace.schema import SUMMARY_FILE
 from dsatrace.trace.config import TraceConfig, is_sampled
-from dsatrace.trace.kind import SelectionKind
+from dsatrace.trace.kind import SelectionKind, inactive
 from dsatrace.trace.manifest import prefix_cache_cold_starts, selection_kind, shared_layers
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.record_summary import (
@@ -93,6 +93,8 @@ def summarize_run(
             )
     for name, torn in run.torn_lines.items():
         on_note(f"{run.folder / name}: {torn}")
+    if warning := inactive(summary.counts["sparse_records"], summary.known_sparse_active):
+        on_note(f"{run.folder}: {warning}")
     return summary
 
 
