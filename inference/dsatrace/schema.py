@@ -299,6 +299,10 @@ LAYER_FIELDS = (
 FILE_FIELDS = (
     Field("bytes", "int", "bytes", "size of the file"),
     Field("sha256", "string", "hex", "SHA-256 of its bytes"),
+    Field("records", "int", "", "step records that it holds; stands where there are several such files",
+          optional=True),
+    Field("requests", "int", "requests", "requests whose records it holds, all of each; likewise",
+          optional=True),
 )
 """What a manifest says of each of the run's other files."""
 
@@ -384,6 +388,8 @@ MANIFEST_FIELDS = (
           "times cover all parts, the tracing cost only the last one", optional=True),
     Field("files", "object | null", "", "the run's other files as they were when it ended; null: it has not "
           "ended, was killed, or could not write all", entry="<file>", children=FILE_FIELDS, optional=True),
+    Field("layout", "string", "", "of an export: replay (whole requests per file, by layer, then step); "
+          "absent: records stand in the order they were written", optional=True),
     Field("source_files", "object | null", "", "of an export: the `files` of the runs it was made from; "
           "null: they had none", entry="<file>", children=FILE_FIELDS, optional=True),
 )

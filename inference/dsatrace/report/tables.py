@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UserError
 from ..trace.kind import SelectionKind, engine_kind, inactive
 from ..trace.manifest import selection_kind, shared_layers_of
 from ..trace.reader import RunReader
@@ -45,6 +46,8 @@ def caveat(summary: Summary) -> str | None:
 
 def run_tables(run: RunReader) -> Iterator[str | Grid]:
     """What a run found, in the order of the questions people ask."""
+    if run.is_for_replay:  # the first records are those of one layer
+        raise UserError(f"{run.folder}: is laid out for replay; report on the run that it was made from")
     summary = run.summary()
     counts = summary["counts"]
     yield (

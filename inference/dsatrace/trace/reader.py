@@ -92,21 +92,31 @@ class RunReader:
         """Whether the step records are Parquet, as such a run or an export writes them."""
         if (self.folder / STEPS_FILE).exists():
             return False
+        if self.is_for_replay:
+            return True
         was_recorded_so = self.manifest["trace"].get("format") == "parquet"
         return was_recorded_so or (self.folder / STEPS_PARQUET_FILE).exists()
+
+    @property
+    def is_for_replay(self) -> bool:
+        """Whether the records stand by request, layer and step, in several files."""
+        return bool(self.manifest.get("layout") == "replay")
 
     @property
     def step_paths(self) -> list[Path]:
         """The files of the step records, in the order of the records."""
         if not self.is_parquet:
             return [self.folder / STEPS_FILE]
+        if self.is_for_replay:
+            names = self.manifest.get("files") or {}
+            return [self.folder / name for name in names if Path(name).parent == Path(STEPS_FOLDER)]
         whole = self.folder / STEPS_PARQUET_FILE
         if whole.exists() or self.state == "complete":
             return [whole]
         return part_paths(self.folder)
 
     def steps(self, fields: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-        """The step records, in the order they were written.
+        """The step records, in the order they were written, or by request where they are laid out for replay.
 
         With `fields` (dotted paths of `schema.STEP_FIELDS`; a parent's path takes all below it) a record
         holds only those, and of a Parquet run only their columns are read.

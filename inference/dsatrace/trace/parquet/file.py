@@ -63,14 +63,11 @@ def write_parquet(
     """
     num_records = num_kept = 0
     digest = hashlib.blake2b()
-    schema: pa.Schema | None = None
     writer: pq.ParquetWriter | None = None
     try:
-        for group in _groups(lines):
-            batch = _first_batch(group) if schema is None else _lossless_batch(group, schema)
+        for group, batch in lossless_batches(lines):
             if writer is None:
-                schema = batch.schema
-                writer = open_writer(path, schema, keep_order)
+                writer = open_writer(path, batch.schema, keep_order)
             writer.write_batch(batch, row_group_size=len(batch))
             num_records += len(batch)
             num_kept += len(batch) - batch.column(LINE).null_count
@@ -135,6 +132,15 @@ def count_records(path: Path) -> int:
         return int(file.metadata.num_rows)
 
 
+def lossless_batches(lines: Iterable[Line]) -> Iterator[tuple[list[Line], pa.RecordBatch]]:
+    """Lines in groups of bounded size, and their columns, which give each line back."""
+    schema: pa.Schema | None = None
+    for group in _groups(lines):
+        batch = _first_batch(group) if schema is None else _lossless_batch(group, schema)
+        schema = batch.schema
+        yield group, batch
+
+
 def _groups(lines: Iterable[Line]) -> Iterator[list[Line]]:
     group: list[Line] = []
     num_bytes = 0
@@ -179,9 +185,11 @@ def _fits(record: dict[str, Any], score_type: pa.DataType) -> bool:
     return True
 
 
-def open_writer(where: Path | IO[bytes], schema: pa.Schema, keep_order: bool = False) -> pq.ParquetWriter:
+def open_writer(
+    where: Path | IO[bytes], schema: pa.Schema, keep_order: bool = False, statistics: Sequence[str] = ()
+) -> pq.ParquetWriter:
     """Delta-encoded ints, dictionaries for strings and doubles, byte planes for floats, and for positions
-    that do not ascend (`keep_order`)."""
+    that do not ascend (`keep_order`). Statistics of all columns, or of those named."""
     dictionary: list[str] = []
     encodings: dict[str, str] = {}
     for field in schema:
@@ -203,6 +211,7 @@ def open_writer(where: Path | IO[bytes], schema: pa.Schema, keep_order: bool = F
         compression_level=1,
         use_dictionary=dictionary,
         column_encoding=encodings,
+        write_statistics=list(statistics) or True,
     )
 
 
