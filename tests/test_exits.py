@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import INFERENCE, ROOT
-from dsatrace import errors
+from dsatrace import cli, errors
 from dsatrace.commands import report
 from dsatrace.commands.interrupt import on_interrupt
 from dsatrace.errors import DEBUG, UserError, exits_cleanly
@@ -166,3 +166,15 @@ def test_two_ranks_say_a_mistyped_file_once(tmp_path: Path) -> None:
     assert "dsatrace/" not in torchruns
     assert done.stderr.count("Traceback") == 1  # torchrun's
     assert said in torchruns.splitlines()[-2]  # it is easily found: the last words but one rule
+
+
+@pytest.mark.parametrize("words", [["verify", "run"], ["warmup"]])
+@pytest.mark.parametrize("jobs", ["0", "-2", "many"])
+def test_no_processes_are_refused_by_name(
+    words: list[str], jobs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--jobs", jobs])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: argument --jobs: ") and jobs in line

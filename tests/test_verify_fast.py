@@ -190,6 +190,21 @@ def test_the_last_records_of_unfinished_requests_go_the_plain_way(
     assert len(seen) == len(last) * checks_of(folder).rules.num_layers
 
 
+def test_rows_walked_plainly_are_not_looked_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_golden(tmp_path / "run", LONG)
+    monkeypatch.setattr(fast, "CHUNK_BYTES", 20_000)
+    source = JsonSteps(folder / STEPS_FILE)
+    *_, last = source.chunks(fast.CHUNK_BYTES)
+    check = ChunkChecks.check
+    monkeypatch.setattr(
+        ChunkChecks, "check", lambda self, chunk: None if chunk == last else check(self, chunk)
+    )
+    seen = []
+    monkeypatch.setattr(steps, "check_record", lambda record, *others: seen.append(record))
+    verify(folder)
+    assert seen == [record for _, record in source.records(last)]
+
+
 @pytest.mark.parametrize("group_records", [1 << 14, 5])
 def test_parquet_is_read_as_its_lines_and_named_by_its_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group_records: int
