@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dsatrace.selection_replay.lru import lru
 from dsatrace.selection_replay.steps import NO_ID, Start, Steps
-from helpers.replay import buffer_sizes, set_traces
+from helpers.replay import buffer_sizes, rows_of, set_traces
 
 quickly = settings(max_examples=60, deadline=None)
 STARTS = st.sampled_from(["empty", "first-b"])
@@ -74,7 +74,7 @@ def test_inclusion(steps: Steps, start: Start, data: st.DataObject) -> None:
 @given(set_traces(), STARTS, st.randoms())
 def test_row_order(steps: Steps, start: Start, random: Random) -> None:
     """The order of ids inside a step says nothing."""
-    shuffled = [random.sample(row, len(row)) for row in rows(steps)]
+    shuffled = [random.sample(row, len(row)) for row in rows_of(steps)]
     other = Steps.of(shuffled, steps.newest.tolist(), num_warm=steps.num_warm)
     assert_equal(lru(steps, [9], start=start), lru(other, [9], start=start))
 
@@ -84,7 +84,7 @@ def test_row_order(steps: Steps, start: Start, random: Random) -> None:
 def test_renamed(steps: Steps, data: st.DataObject) -> None:
     """From an empty buffer, names count only by their order."""
     names = sorted(data.draw(st.sets(st.integers(0, 5000), min_size=steps.num_ids, max_size=steps.num_ids)))
-    renamed = Steps.of([[names[id_] for id_ in row] for row in rows(steps)], num_warm=steps.num_warm)
+    renamed = Steps.of([[names[id_] for id_ in row] for row in rows_of(steps)], num_warm=steps.num_warm)
     got, wanted = lru(renamed, [9]), lru(steps, [9])
     assert not got.depths[steps.num_ids :].any()
     assert got.depths[: steps.num_ids].tolist() == wanted.depths.tolist()
@@ -97,7 +97,7 @@ def test_renamed(steps: Steps, data: st.DataObject) -> None:
 def test_overlap(steps: Steps) -> None:
     """With room for one step only, what hits is what the step before asked for."""
     size = int(steps.sizes[0])
-    overlaps = [len(set(a) & set(b)) for a, b in itertools.pairwise(rows(steps))]
+    overlaps = [len(set(a) & set(b)) for a, b in itertools.pairwise(rows_of(steps))]
     assert lru(steps, [size]).misses[1:, 0].tolist() == [size - overlap for overlap in overlaps]
 
 
@@ -125,10 +125,6 @@ def test_many_compactions() -> None:
 def test_no_steps() -> None:
     result = lru(Steps.of([]), [1])
     assert (result.never, result.deepest_never, result.misses.shape, result.ages.sum()) == (0, 0, (0, 1), 0)
-
-
-def rows(steps: Steps) -> list[list[int]]:
-    return [steps.of_step(step).tolist() for step in range(steps.num_steps)]
 
 
 def assert_equal(one: object, other: object) -> None:

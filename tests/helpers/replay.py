@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import strategies as st
 
 from dsatrace.selection_replay.steps import Steps
@@ -23,11 +25,16 @@ def set_traces(draw: st.DrawFn, num_ids: int = 24, equal: bool = False) -> Steps
         one_set = st.lists(st.integers(0, num_ids - 1), min_size=size, max_size=size, unique=True)
         sets.append([id_ * spread for id_ in draw(one_set)])
     newest = [draw(st.sampled_from([-1, *ids])) for ids in sets]
-    visible = [draw(st.integers(1, num_ids * spread)) for _ in sets]
-    return Steps.of(sets, newest, sorted(visible), num_warm=draw(st.integers(0, num_steps)))
+    ends = [max(ids, default=0) + 1 + draw(st.integers(0, 5)) for ids in sets]
+    visible = list(itertools.accumulate(ends, max))
+    return Steps.of(sets, newest, visible, num_warm=draw(st.integers(0, num_steps)))
 
 
 def buffer_sizes(steps: Steps) -> st.SearchStrategy[int]:
     """Sizes that hold every step, and some that hold everything."""
     largest = max(1, int(steps.sizes.max(initial=0)))
     return st.integers(largest, largest + 20)
+
+
+def rows_of(steps: Steps) -> list[list[int]]:
+    return [steps.of_step(step).tolist() for step in range(steps.num_steps)]

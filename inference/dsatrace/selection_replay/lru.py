@@ -150,7 +150,7 @@ def _compact(stack: _Stack, end: int) -> int:
 
 @njit(nogil=True)
 def _sum_above(stack: _Stack, end: int) -> None:
-    num_above = 0
+    num_above = np.int64(0)
     for word in range(end >> 6, -1, -1):
         stack.above[word] = num_above
         num_above += popcount(stack.words[word])

@@ -14,11 +14,16 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from dsatrace.errors import UserError
+from dsatrace.selection_replay.engine_order import engine_order
 from dsatrace.selection_replay.fifo import fifo
+from dsatrace.selection_replay.lfu import lfu
 from dsatrace.selection_replay.lru import lru
 from dsatrace.selection_replay.optimum import optimum
+from dsatrace.selection_replay.random_choice import random_choice
 from dsatrace.selection_replay.replayed import Replayed
+from dsatrace.selection_replay.s3fifo import s3fifo
 from dsatrace.selection_replay.steps import Start, Steps
+from dsatrace.selection_replay.without_order import nothing, previous, window
 
 
 def _lru(steps: Steps, size: int, start: Start) -> Replayed:
@@ -42,7 +47,20 @@ class Policy:
 _POLICIES = (
     Policy("lru", "the least recently selected id; of one step, the lowest", "Mattson et al. 1970, on sets",
            _lru, ("start",)),
+    Policy("sglang", "LRU in the order of SGLang's kernel", "SGLang 0.5.23, hisparse.cuh; read, not run",
+           engine_order, ("start",)),
     Policy("fifo", "the id that became resident first", "SGLang's fifo, on sets", fifo, ("start",)),
+    Policy("random", "any id, each as likely as the others", "SplitMix64, by the seed",
+           random_choice, ("start", "seed")),
+    Policy("lfu", "the id selected least often since it became resident, then the least recent",
+           "SGLang's lfu, on sets", lfu, ("start",)),
+    Policy("s3-fifo", "unused ids of a small queue, then of the main one",
+           "Yang et al., SOSP 2023, on sets", s3fifo, ("start",)),
+    Policy("window", "all but the first few ids and the newest", "StreamingLLM; Xiao et al., ICLR 2024",
+           window, ("sinks",), fills=False),
+    Policy("previous", "all but the ids of the step before", "Levy 2603.13430, section 5.3",
+           previous, ("start",), fills=False),
+    Policy("none", "every id: there is no buffer", "the upper bound of misses", nothing, fills=False),
     Policy("opt", "the id whose next use is farthest: the bound", "Belady 1966, with the step's set pinned",
            optimum, ("start",)),
 )
