@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 INFERENCE = ROOT / "inference"
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: the workers share the cores
 
 # In CI the same examples every time; elsewhere new ones, which is how the next bug is found.
 settings.register_profile("ci", derandomize=True)

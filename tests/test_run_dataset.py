@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.data_set import Find, Flag, OpenedWorkload, PromptSettings
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import SHAREGPT, ShareGPTLoader, ShareGPTWorkload
-from helpers.command_runs import runs_below, told_error
+from helpers.command_runs import runs_below, told_error, until_lines
 from helpers.json_lines import read_json_lines
 from helpers.real_data import real_file
 
@@ -341,14 +340,9 @@ def test_ctrl_c_leaves_a_run_that_resume_completes(checkpoint: Path, tmp_path: P
     flags = (*RULER, "--limit", 6, "--batch-size", 1, "--max-new-tokens", 24)
     folder = tmp_path / "stopped"
     process = spawn("--ckpt-path", checkpoint, "--config", CONFIG, "--trace-out", folder, *flags)
-    requests = folder / "requests.jsonl"
-    deadline = time.monotonic() + 120
-    while not (requests.exists() and requests.read_bytes().count(b"\n") >= 2):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until_lines(process, folder / "requests.jsonl", 2)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 130, (out, err)
     assert "--resume" in err
     assert RunReader(folder).state == "incomplete"

@@ -24,6 +24,7 @@ from helpers.checkpoints import tiny_config
 from helpers.command_runs import recording
 from helpers.memory_store import MemoryStore
 from helpers.stores import valkey
+from helpers.waiting import LIMIT_S
 
 PROMPTS = "A ferry left the quay with hardly anyone on deck. " * 8 + "\n\nWhere to?\n"
 COMPARED = ("request_id", "layer_id", "step_idx", "seq_len_current", "selected_token_pos")
@@ -62,7 +63,7 @@ def under_way(folder: Path, *flags: object) -> contextlib.AbstractContextManager
 
 def answers(*flags: object) -> list[str]:
     process = start(*flags)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, err
     assert "Traceback" not in err
     return [line for line in out.splitlines() if line.startswith("[r")]
@@ -125,7 +126,7 @@ def test_kv_that_is_lost_ends_all_ranks(model: tuple[object, ...], lost: str, tm
             for key in client.keys("*"):
                 if key[:NAMESPACE_BYTES] == one:
                     client.delete(key)
-        _, err = process.communicate(timeout=90)
+        _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode != 0
     told = [line for line in err.splitlines() if line.startswith("error: rank ")]
     assert told, err
@@ -143,7 +144,7 @@ def test_sigterm_ends_all_ranks_and_leaves_no_key(model: tuple[object, ...], tmp
         with under_way(folder, *model, *ROWS, "--remote", server.tcp) as process:
             assert client.dbsize() > 0
             process.send_signal(signal.SIGTERM)
-            _, err = process.communicate(timeout=90)
+            _, err = process.communicate(timeout=LIMIT_S)
         assert process.returncode != 0
         assert client.dbsize() == 0, err
     assert RunReader(folder).state == "incomplete"
