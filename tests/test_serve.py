@@ -242,7 +242,8 @@ def test_the_judge_and_the_tracer_hear_how_each_request_ended():
             if live.request_id == "a":
                 assert live.score == 0.75
                 engine.request_abort()
-    common = {"num_preemptions": 0, "num_recomputes": 0, "text": None}
+    common: dict[str, Any] = {"num_preemptions": 0, "num_recomputes": 0, "text": None}
+    common |= {"answer_tokens": None, "text_past_answer": None}
     assert lines["a"] == common | {
         "prefix_hit_tokens": 0,
         "num_prefill_tokens": 5,

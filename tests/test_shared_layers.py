@@ -141,7 +141,11 @@ def test_the_run_verifies_and_its_manifest_says_who_chooses(run: Path) -> None:
     assert (found.state, found.num_records) == ("complete", num_rows * ARGS.n_layers)
     selection = RunReader(run).manifest["selection"]
     layers = selection.pop("layers")
-    assert selection == {"unit": "token", "unit_tokens": 1, "id_kind": "position", "door": "serve"}
+    assert selection == {
+        **{"unit": "token", "unit_tokens": 1, "id_kind": "position", "num_ids": None},
+        **{"door": "serve", "missing": [], "sparse_active": selection["sparse_active"]},
+    }
+    assert 0 < selection["sparse_active"] <= found.num_records
     assert [layer.pop("source_layer") for layer in layers] == [None, 0, None, None, 3]
     assert layers == [{"top_k": ARGS.index_topk, "heads": 1}] * ARGS.n_layers
 

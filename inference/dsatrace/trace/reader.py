@@ -14,6 +14,7 @@ through; a last line that a kill cut short is reported, not raised. Derives noth
 from __future__ import annotations
 
 import fcntl
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ from dsatrace.schema import (
     problems,
     project,
 )
+
+REQUEST_ID = re.compile(rb'"request_id":\s*("(?:[^"\\]|\\.)*")')
+"""Finds a line's request id, as JSON: parsing the line would take longer than reading it."""
 
 
 class RunReader:
@@ -83,6 +87,11 @@ class RunReader:
     def steps_path(self) -> Path:
         """The file of the step records."""
         return self.folder / (STEPS_PARQUET_FILE if self.is_parquet else STEPS_FILE)
+
+    @property
+    def step_paths(self) -> list[Path]:
+        """The files of the step records, in the order of the records."""
+        return [self.steps_path]
 
     def steps(self, fields: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
         """The step records, in the order they were written.

@@ -32,7 +32,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,17 +44,16 @@ from dsatrace.files import LineFile
 from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
 from dsatrace.trace.config import TraceConfig, is_sampled
 from dsatrace.trace.manifest import REDACTED
-from dsatrace.trace.reader import RunReader
+from dsatrace.trace.reader import REQUEST_ID, RunReader
 from dsatrace.trace.summarize import OnRecords, is_offloaded, summarize_run
 from dsatrace.trace.summary import Summary
 from dsatrace.trace.unfinished import ENDED, Shares, without_unfinished
 
 _TIMES = ("admitted_s", "first_token_s", "finish_s")
-_REQUEST_ID = re.compile(rb'"request_id":\s*("(?:[^"\\]|\\.)*")')
 _CHUNK_BYTES = 1 << 20
 _MAY_DIFFER = (
     *("tool_version", "state", "error", "started_utc", "argv", "resumed_at_forward", "files"),
-    "trace.queue_steps",
+    *("trace.queue_steps", "selection.sparse_active"),
 )
 _REMEDIES = {
     "model_config": "give the same --config",
@@ -68,12 +66,12 @@ _REMEDIES = {
     "seed": "give the same --seed",
     "prefix_source": "leave --prefix-caching as it was",
     "tiers": "give the same tiers",
+    "answer_end": "give the same --min-new-tokens and --ignore-eos",
     "trace.level": "give the same --trace-level",
     "trace.block_size_tokens": "give the same --kv-block-size",
     "trace.prefix_key_id": "set DSATRACE_PREFIX_KEY as it was then, or resume as the same user",
 }
-_SUPERSEDED = ("--resume", "--trace-out")
-"""Flags whose value is a run's folder."""
+_SUPERSEDED = ("--resume", "--trace-out")  # their value is a run's folder
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,6 +150,11 @@ def _require_resumable(run: RunReader, locked: bool = False) -> None:
     """`locked`: by this process, so a manifest in state running is that of a killed run."""
     if run.is_parquet:
         raise UserError(f"{run.folder}: an export to Parquet; resume the run that it was made from")
+    door = (run.manifest.get("selection") or {}).get("door", "serve")
+    if door != "serve":
+        raise UserError(
+            f"{run.folder}: a run of door {door}; the engine's alone can be resumed, start it anew"
+        )
     state = run.manifest["state"] if locked else run.state
     if state == "complete":
         raise UserError(f"{run.folder}: the run is complete, there is nothing to resume")
@@ -320,8 +323,7 @@ def _take(lines: Iterator[bytes], num_bytes: int) -> Iterator[bytes]:
 
 
 def _stays(line: bytes, done: Collection[str]) -> bool:
-    """Looks for the request id only: parsing the line would take longer than reading it."""
-    found = _REQUEST_ID.search(line)
+    found = REQUEST_ID.search(line)
     return found is not None and line.endswith(b"\n") and orjson.loads(found[1]) in done
 
 
@@ -338,10 +340,11 @@ def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raises `UserError` naming the first field that says that the manifests are of two runs.
 
     What shapes a record must be the same, and so must what a step's time depends on (device, ranks,
-    tiers), since the summary pools times. Fields that only one of the manifests has are not
-    compared; a manifest without `tiers` had none.
+    tiers), since the summary pools times. A field that only one of the manifests has is not compared,
+    unless its absence says something.
     """
-    for path, was, now in _differences({"tiers": None, **old}, new):
+    none = {"tiers": None, "answer_end": None}
+    for path, was, now in _differences({**none, **old}, {**none, **new}):
         remedy = next((said for name, said in _REMEDIES.items() if path.startswith(name)), "give what it was")
         raise UserError(f"cannot resume: {path} was {was!r} and is {now!r} now; {remedy}, or start a new run")
 

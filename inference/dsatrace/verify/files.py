@@ -82,7 +82,7 @@ class PlainRun:
     @functools.cached_property
     def parquet_steps(self) -> ParquetSteps | None:
         """The step records, where they are Parquet."""
-        if not self.size(STEPS_PARQUET_FILE) or self.size(STEPS_FILE):
+        if self.size(STEPS_FILE) or not (self.folder / STEPS_PARQUET_FILE).exists():
             return None
         try:
             from dsatrace.verify.parquet_steps import ParquetSteps

@@ -125,7 +125,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 def count_records(path: Path) -> int:
     """From the file's footer."""
-    with _open_file(path) as file:
+    with open_file(path) as file:
         return int(file.metadata.num_rows)
 
 
@@ -205,7 +205,8 @@ def _check_written(path: Path, digest: bytes) -> None:
         raise UserError(f"{path.name}: what was written does not read back the same; check the disk")
 
 
-def _open_file(path: Path) -> pq.ParquetFile:
+def open_file(path: Path) -> pq.ParquetFile:
+    """The file; raises `UserError` for one that cannot be read or is not whole."""
     try:
         return pq.ParquetFile(path)
     except OSError as error:
@@ -216,7 +217,7 @@ def _open_file(path: Path) -> pq.ParquetFile:
 
 def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     """At most `BATCH_RECORDS` records at a time, so that memory stays bounded."""
-    with _open_file(path) as file:
+    with open_file(path) as file:
         present = set(file.schema_arrow.names)
         wanted = None if columns is None else [name for name in columns if name in present]
         try:
