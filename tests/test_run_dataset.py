@@ -27,6 +27,7 @@ from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import SHAREGPT, ShareGPTLoader, ShareGPTWorkload
 from helpers.command_runs import runs_below, told_error, until_lines
 from helpers.json_lines import read_json_lines
+from helpers.ranks import on_ranks
 from helpers.real_data import real_file
 
 CONFIG = INFERENCE / "config_tiny.json"
@@ -300,10 +301,10 @@ def test_an_entry_in_the_table_is_all_that_a_data_set_needs(
 # ---- processes
 
 
-def spawn(*flags: object, cwd: Path = ROOT, launch: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
+def spawn(*flags: object, cwd: Path = ROOT) -> subprocess.Popen:
     script = Path("inference/run_dataset.py") if cwd == ROOT else Path("run_dataset.py")
     return subprocess.Popen(
-        [*launch, str(script), *map(str, flags)],
+        [sys.executable, str(script), *map(str, flags)],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
@@ -326,11 +327,9 @@ def test_two_ranks_serve_the_same_requests(tiny_hf: Path, tmp_path: Path, run: R
     converted = tmp_path / "mp2"
     convert_checkpoint(tiny_hf, converted, tiny_args.n_routed_experts, model_parallel=2)
     flags = (*RULER, "--limit", 2)
-    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-    done = spawn("--ckpt-path", converted, "--config", CONFIG, "--trace-out", tmp_path / "two", *flags,
-                 launch=launch)  # fmt: skip
-    _, err = done.communicate(timeout=240)
-    assert done.returncode == 0, err
+    where = ("--ckpt-path", converted, "--config", CONFIG, "--trace-out", tmp_path / "two")
+    done = on_ranks(2, "run_dataset", (*where, *flags), tmp_path / "said")
+    assert done.returncode == 0, done.stderr
     assert verify(tmp_path / "two").state == "complete"
     assert RunReader(tmp_path / "two").manifest["world_size"] == 2
     assert len(lines(tmp_path / "two", "requests.jsonl")) == 2

@@ -23,6 +23,7 @@ from dsatrace.verify.run import verify
 from helpers.checkpoints import tiny_config
 from helpers.command_runs import recording
 from helpers.memory_store import MemoryStore
+from helpers.ranks import on_ranks
 from helpers.stores import valkey
 from helpers.waiting import LIMIT_S
 
@@ -61,12 +62,13 @@ def under_way(folder: Path, *flags: object) -> contextlib.AbstractContextManager
     return recording(process, folder)
 
 
-def answers(*flags: object) -> list[str]:
-    process = start(*flags)
-    out, err = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 0, err
-    assert "Traceback" not in err
-    return [line for line in out.splitlines() if line.startswith("[r")]
+def answers(folder: Path, *flags: object) -> list[str]:
+    """Of a run that is recorded in `folder`."""
+    said = folder.with_name(f"{folder.name}.said")
+    done = on_ranks(2, "generate", (*flags, "--trace-out", folder), said)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return [line for line in done.stdout.splitlines() if line.startswith("[r")]
 
 
 def records(run: Path) -> list[dict]:
@@ -76,9 +78,9 @@ def records(run: Path) -> list[dict]:
 def test_two_ranks_with_tiers_answer_and_select_the_same(model: tuple[object, ...], tmp_path: Path) -> None:
     """A file of units each, under names of their own."""
     flags = (*model, "--max-new-tokens", 10)
-    whole = answers(*flags, "--cache-block-size", 16, "--trace-out", tmp_path / "whole")
+    whole = answers(tmp_path / "whole", *flags, "--cache-block-size", 16)
     tiers = (*ROWS, "--local-pool", f"mmap:{tmp_path}/units", "--prefetch", "previous-layer")
-    assert answers(*flags, *tiers, "--offload-index-keys", "--trace-out", tmp_path / "tiers") == whole
+    assert answers(tmp_path / "tiers", *flags, *tiers, "--offload-index-keys") == whole
     assert len(whole) == 2
     assert records(tmp_path / "tiers") == records(tmp_path / "whole")
     assert verify(tmp_path / "tiers").state == "complete"

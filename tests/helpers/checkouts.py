@@ -27,16 +27,21 @@ def copied_checkout(copy: Path) -> Path:
     (copy / "data" / "models").symlink_to(ROOT / "data" / "models")
     (copy / "outputs").mkdir()
     shutil.copy(ROOT / "pyproject.toml", copy)
-    (copy / "kernels").mkdir()
+    share_kernels(copy / "inference" / "dsatrace", copy / "kernels")
+    return copy
+
+
+def share_kernels(package: Path, kernels: Path) -> None:
+    """Makes the folder `kernels`, the NUMBA_CACHE_DIR for a copy of the package; its source is the same."""
+    kernels.mkdir()
     kept = jit.kept_in()
-    for folder in (copy / "inference" / "dsatrace").rglob("*/") if kept else ():
+    for folder in package.rglob("*/") if kept else ():
+        original = ROOT / "inference" / "dsatrace" / folder.relative_to(package)
         ours, theirs = (
-            _CacheLocator.get_suitable_cache_subpath(str(base / folder.relative_to(copy) / "any.py"))
-            for base in (ROOT, copy)
+            _CacheLocator.get_suitable_cache_subpath(str(each / "any.py")) for each in (original, folder)
         )
         (Path(kept or "") / ours).mkdir(exist_ok=True)
-        (copy / "kernels" / theirs).symlink_to(Path(kept or "") / ours)
-    return copy
+        (kernels / theirs).symlink_to(Path(kept or "") / ours)
 
 
 def environment_in(copy: Path) -> dict[str, str]:
