@@ -45,15 +45,10 @@ def _replay(argv: Sequence[str]) -> int:
         """,
     )
     defaults = ReplaySettings()
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; merge: see merge --help"
-    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     add = parser.add_argument
-    add(
-        "--policy",
-        default=",".join(defaults.policies),
-        help=f"which id leaves: some of {', '.join(POLICIES)}",
-    )
+    usual = ",".join(defaults.policies)
+    add("--policy", help=f"which id leaves: some of {', '.join(POLICIES)} (default: {usual})")
     add(
         "--sizes",
         default=",".join(defaults.size_labels),
@@ -161,8 +156,13 @@ def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
 def _settings(args: argparse.Namespace) -> ReplaySettings:
     from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes, parse_unit
 
+    policies = ReplaySettings.policies
+    if args.policy is not None:
+        policies = tuple(name.strip() for name in args.policy.split(","))
+    elif args.share == "request":
+        policies = tuple(name for name in policies if name != "sglang")  # whose buffers are per layer
     return ReplaySettings(
-        policies=tuple(name.strip() for name in args.policy.split(",")),
+        policies=policies,
         sizes=parse_sizes(args.sizes),
         block=parse_unit(args.unit),
         pin_newest=args.pin_newest,

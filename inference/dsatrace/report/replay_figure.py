@@ -19,7 +19,7 @@ from .tables import caveat
 Record = Mapping[str, Any]
 
 _GREYS = {"uniform": ("0.55", ":"), "recency": ("0.55", "--"), "shuffled": ("0.7", "-")}
-_MARKS = {"lru-sglang": "x", "fifo": "s", "random": "^", "opt": "*", "lfu": "v", "s3-fifo": "D"}
+_MARKS = {"sglang": "x", "fifo": "s", "random": "^", "opt": "*", "lfu": "v", "s3-fifo": "D"}
 
 
 def draw_replay(record: Record, path: Path) -> None:

@@ -30,9 +30,9 @@ def replay_parts(record: Record) -> Iterator[str | Grid]:
     )
     if warning := caveat(record):
         yield warning
-    if "lru-sglang" in overall["policies"] and not record["keeps_order"]:
+    if "sglang" in overall["policies"] and not record["keeps_order"]:
         yield (
-            "lru-sglang is approximate: the run keeps ids by position, not in the order they were selected "
+            "sglang is approximate: the run keeps ids by position, not in the order they were selected "
             "in; record with --trace-keep-order for the exact one."
         )
     yield _miss_rates(record)

@@ -43,6 +43,8 @@ from dsatrace.version import __version__
 NUM_SEEDS = 5
 """Times that a policy which draws lots is replayed."""
 _NULL_POLICIES = ("lru", "opt")
+_PINS_NEWEST = "sglang"
+"""Has a slot of its own for the newest id, whatever the settings say of the others."""
 _NULL_MEASURES = ("lags", "working_sets")
 
 
@@ -239,34 +241,27 @@ def _replay(buffer: _Buffer, is_run: bool, settings: ReplaySettings, seed: int) 
     fitting = {label: size for label, size in sizes.items() if size >= largest}
     start: Any = "first-b" if settings.start == "first-b" else "empty"
     at_all = lru(steps, list(fitting.values()), start=start, pin_newest=settings.pin_newest)
+    seeds = [seed_of(seed, i) for i in range(NUM_SEEDS)]
     policies: dict[str, dict[str, Cell]] = {}
-    for policy in settings.policies:
-        if not is_run and policy not in _NULL_POLICIES:
+    for policy in settings.policies if is_run else _NULL_POLICIES:
+        if policy not in settings.policies:
             continue
-        num_seeds = NUM_SEEDS if "seed" in POLICIES[policy].takes else 0
+        num_lots = NUM_SEEDS if "seed" in POLICIES[policy].takes else 0
+        pin = settings.pin_newest or policy == _PINS_NEWEST
         cells = policies[policy] = {}
         for label, size in sizes.items():
-            if label not in fitting:
-                cells[label] = Cell.unfit(num_seeds, policy == "lru")
-                continue
             ages = None
+            if label not in fitting:
+                cells[label] = Cell.unfit(num_lots, has_ages=policy == "lru")
+                continue
             if policy == "lru":
                 column = list(fitting).index(label)
                 replays = [Replayed(at_all.misses[:, column], int(at_all.evictions[column]))]
                 ages = at_all.ages[column]
             else:
-                replays = [
-                    misses(
-                        steps,
-                        policy,
-                        size,
-                        seed=seed_of(seed, i),
-                        start=start,
-                        pin_newest=settings.pin_newest,
-                    )
-                    for i in range(max(num_seeds, 1))
-                ]
-            cells[label] = _cell(asked, steps.num_warm, size, replays, num_seeds, ages)
+                drawn = seeds[: max(num_lots, 1)]
+                replays = [misses(steps, policy, size, seed=s, start=start, pin_newest=pin) for s in drawn]
+            cells[label] = _cell(asked, steps.num_warm, size, replays, num_lots, ages)
     return {"asked": asked, "curve": Curve.of(at_all), "policies": policies}
 
 

@@ -57,7 +57,7 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
 class ReplaySettings:
     """How selections are replayed; every mistake raises `UserError` naming the flag."""
 
-    policies: tuple[str, ...] = ("lru", "fifo", "opt")
+    policies: tuple[str, ...] = ("lru", "sglang", "fifo", "random", "opt")
     sizes: tuple[Size, ...] = parse_sizes("1k,2k,4k")
     block: int | None = None  # tokens per block that is moved as one; None: the run's own unit
     pin_newest: bool = False  # the query's own token hits in a slot outside the buffer
@@ -74,6 +74,8 @@ class ReplaySettings:
                 raise UserError(f"--policy {name}: use some of {', '.join(POLICIES)}")
         if not self.policies or not self.sizes:
             raise UserError("nothing to replay: name a --policy and a size in --sizes")
+        if self.share == "request" and "sglang" in self.policies:
+            raise UserError("--policy sglang with --share request: its buffers are per layer; leave one out")
         if self.block is not None and self.block < 1:
             raise UserError(f"--unit block:{self.block}: a block has at least 1 token")
         if self.union < 1:
