@@ -73,6 +73,19 @@ def test_lags_of_many_ids() -> None:
         assert found.shared[lag - 1] == sum(len({*a} & {*b}) for a, b in pairs)
 
 
+@pytest.mark.parametrize("gap", [63, 64, 65])
+def test_edges(gap: int) -> None:
+    """An id that comes back after the longest lag is found, one later is not; likewise in windows."""
+    steps = Steps.of([[5], *[[]] * (gap - 1), [5]])
+    assert [lag + 1 for lag, shared in enumerate(LagOverlap.of(steps).shared) if shared] == [gap] * (
+        gap <= 64
+    )
+    assert Reuse.of(steps).distances == Counter({gap: 1})
+    ends, windows = sorted({0, gap}), gap + 1 - 63
+    held = [sum(start <= end < start + 64 for end in ends) > 0 for start in range(windows)]
+    assert WorkingSets.of(steps).distinct[6] == Counter(map(int, held))
+
+
 def test_shares() -> None:
     found = LagOverlap.of(Steps.of(SLIDING, visible=[4, 5, 6, 7]))
     assert found.share()[:4] == (3 / 4, 2 / 4, 1 / 4, None)
