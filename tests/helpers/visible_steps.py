@@ -6,6 +6,7 @@ import dataclasses
 
 from hypothesis import strategies as st
 
+from dsatrace.selection_replay.nulls import CHANCE_BITS
 from dsatrace.selection_replay.steps import Steps
 
 
@@ -28,3 +29,8 @@ def visible_steps(draw: st.DrawFn, most: int = 24, visible: list[int] | None = N
 
 def sets_of(steps: Steps) -> list[set[int]]:
     return [set(steps.of_step(step).tolist()) for step in range(steps.num_steps)]
+
+
+def chance_of(one: int, other: int, visible: int) -> int:
+    """Ids that two random sets of these sizes share, in the figures' unit."""
+    return (one * other << CHANCE_BITS) // max(visible, 1)

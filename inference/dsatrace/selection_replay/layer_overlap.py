@@ -5,7 +5,7 @@ before it. Layers are comparable only where they choose from the same ids; a req
 several units is measured once per unit.
 
     overlap = LayerOverlap.of({0: steps_0, 1: steps_1, 2: steps_2}) + other_request
-    overlap.recall(0, 2)                              # share of layer 2's ids that layer 0 selects too
+    overlap.recalls()[0][2]                           # share of layer 2's ids that layer 0 selects too
     suggest_sharing(overlap, recall=0.9).letters      # "FSF"
 """
 

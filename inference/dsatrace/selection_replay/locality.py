@@ -73,16 +73,14 @@ class LagOverlap(Sums):
 
     def jaccard(self) -> tuple[float | None, ...]:
         """(64,) intersections / unions."""
-        return shares(self.shared, self._unions(self.shared))
+        sums = zip(self.selected, self.earlier, self.shared, strict=True)
+        return shares(self.shared, (a + b - both for a, b, both in sums))
 
     def chance_jaccard(self) -> tuple[float | None, ...]:
         """(64,) of random sets: expected intersections / expected unions."""
         expected = [part * CHANCE_UNIT for part in self.chance]
         both = zip(self.selected, self.earlier, expected, strict=True)
         return tuple(part / (a + b - part) if a + b else None for a, b, part in both)
-
-    def _unions(self, shared: tuple[int, ...]) -> list[int]:
-        return [a + b - c for a, b, c in zip(self.selected, self.earlier, shared, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
