@@ -14,6 +14,7 @@ from dsatrace.commands.damage import damage_named
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.text import plain, plain_lines
+from dsatrace.trace.url import run_path
 
 
 @exits_cleanly
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         %(prog)s outputs/a outputs/b --out both.json
         """,
     )
-    parser.add_argument("run", type=Path, nargs="+", help="folder of a run; works on killed runs too")
+    parser.add_argument("run", type=run_path, nargs="+", help="folder of a run; works on killed runs too")
     parser.add_argument("--out", type=Path, help="file for the whole summary, histograms included")
     args = parser.parse_args(argv)
 

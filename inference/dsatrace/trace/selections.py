@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,10 @@ from dsatrace.trace.reader import REQUEST_ID, RunReader
 
 PART_BYTES = 256 << 20
 """Selections held at a time, unless one request has more: bytes of int32 ids, or of JSON text."""
+MIN_PARTS, MIN_PART_BYTES = 32, 4 << 20
+"""A run of less than `MIN_PARTS` times `PART_BYTES` is cut finer, for many processes."""
+URL_READERS = 16
+"""Files at a URL whose footers are read at a time."""
 
 _IDS = (POSITIONS, "selected_ids")
 """Fields that hold the ids: positions, else what the run's unit is."""
@@ -57,7 +62,7 @@ class RequestSelections:
     """All that was recorded of a request."""
 
     request_id: str
-    num_prompt_tokens: int | None  # None: a kill came before its line in requests.jsonl
+    num_prompt_tokens: int | None  # None: not asked for, or a kill came before its line in requests.jsonl
     layers: Mapping[int, LayerSelections]  # by layer, ascending
 
 
@@ -79,10 +84,13 @@ class SelectionPart:
     num_bytes: int  # of ids, or of JSON text
 
 
-def selection_parts(run: RunReader, part_bytes: int = PART_BYTES) -> list[SelectionPart]:
+def selection_parts(
+    run: RunReader, part_bytes: int | None = None, paths: Sequence[Path] | None = None
+) -> list[SelectionPart]:
     """The run's requests in the order of their first records, in parts of about `part_bytes`.
 
-    Raises `UserError` for a run whose records hold no selections.
+    Of some of its step files only, where `paths` names them. Raises `UserError` for a run whose records
+    hold no selections.
     """
     level = run.manifest["trace"]["level"]
     if level != "full":
@@ -90,13 +98,15 @@ def selection_parts(run: RunReader, part_bytes: int = PART_BYTES) -> list[Select
             f"{run.folder}: its records, of level {level}, hold no selections; record with --trace-level full"
         )
     requests: dict[str, _Extent] = {}
-    for path in run.step_paths:
-        found = _of_row_groups(path) if run.is_parquet else _of_lines(path)
+    for path, found in _found_in(run.step_paths if paths is None else paths):
         for request_id, start, stop, num_records, num_bytes in found:
             extent = requests.get(request_id)
             if extent is None:
                 extent = requests[request_id] = _Extent()
             extent.add(Span(path, start, stop), num_records, num_bytes)
+    if part_bytes is None:
+        of_all = sum(extent.num_bytes for extent in requests.values())
+        part_bytes = min(PART_BYTES, max(of_all // MIN_PARTS, MIN_PART_BYTES))
     return list(_parts(requests, part_bytes))
 
 
@@ -111,14 +121,23 @@ def read_selections(
     parts = selection_parts(run) if parts is None else parts
     prompts = {line["request_id"]: line["num_prompt_tokens"] for line in run.requests()}
     for part in parts:
-        chunks = [
-            chunk
-            for span in part.spans
-            for chunk in (_parquet_chunks if run.is_parquet else _line_chunks)(span, part.request_ids)
-        ]
-        for index, layers in _grouped(chunks):
-            request_id = part.request_ids[index]
-            yield RequestSelections(request_id, prompts.get(request_id), layers)
+        for request in read_part(part):
+            yield dataclasses.replace(request, num_prompt_tokens=prompts.get(request.request_id))
+
+
+def read_part(part: SelectionPart) -> Iterator[RequestSelections]:
+    """A part's requests, from its step files alone, so without `num_prompt_tokens`; raises the same."""
+    chunks = [
+        chunk
+        for span in part.spans
+        for chunk in (_parquet_chunks if _is_parquet(span.path) else _line_chunks)(span, part.request_ids)
+    ]
+    for index, layers in _grouped(chunks):
+        yield RequestSelections(part.request_ids[index], None, layers)
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix == ".parquet"
 
 
 class _Extent:
@@ -158,6 +177,15 @@ _Found = tuple[str, int, int, int, int]
 """A request id, where a stretch with its records starts and stops, its records there and their bytes."""
 
 
+def _found_in(paths: Sequence[Path]) -> Iterator[tuple[Path, Iterable[_Found]]]:
+    """Of each file; files at a URL are looked into side by side."""
+    if not paths or isinstance(paths[0], Path) or not _is_parquet(paths[0]):
+        yield from ((path, _of_row_groups(path) if _is_parquet(path) else _of_lines(path)) for path in paths)
+        return
+    with ThreadPoolExecutor(URL_READERS) as pool:
+        yield from zip(paths, pool.map(lambda path: list(_of_row_groups(path)), paths), strict=True)
+
+
 def _of_lines(path: Path) -> Iterator[_Found]:
     """One per line; a last line that was cut short is left out."""
     names: dict[bytes, str] = {}
@@ -193,7 +221,7 @@ def _of_row_groups(path: Path) -> Iterator[_Found]:
             if told is not None and told.has_min_max and told.min == told.max and not told.null_count:
                 yield told.min, index, index + 1, group.num_rows, num_bytes
                 continue
-            counted = _table(file, index, ("request_id",))["request_id"].value_counts()
+            counted = _table(file, path, index, ("request_id",))["request_id"].value_counts()
             for name, count in zip(*(counted.field(i).to_pylist() for i in (0, 1)), strict=True):
                 yield name, index, index + 1, count, num_bytes * count // group.num_rows
 
@@ -213,7 +241,7 @@ def _parquet_chunks(span: Span, request_ids: Sequence[str]) -> Iterator[_Chunk]:
     wanted = pa.array(request_ids, pa.string())
     with open_file(span.path) as file:
         for index in range(span.start, span.stop):
-            table = _table(file, index, _FIELDS)
+            table = _table(file, span.path, index, _FIELDS)
             request = pc.index_in(table["request_id"], wanted).fill_null(-1).to_numpy()
             rows = np.flatnonzero(request >= 0)
             if not len(rows):
@@ -232,10 +260,14 @@ def _parquet_chunks(span: Span, request_ids: Sequence[str]) -> Iterator[_Chunk]:
             yield _Chunk(request[rows], ints, phase, ids, start, stop)
 
 
-def _table(file: pq.ParquetFile, group: int, fields: Sequence[str]) -> pa.Table:
+def _table(file: pq.ParquetFile, path: Path, group: int, fields: Sequence[str]) -> pa.Table:
     """These columns of a row group, each in one piece; records that are kept as text among them."""
     present = set(file.schema_arrow.names)
-    table = file.read_row_group(group, [name for name in (*fields, LINE) if name in present]).combine_chunks()
+    wanted = [name for name in (*fields, LINE) if name in present]
+    try:
+        table = file.read_row_group(group, wanted).combine_chunks()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot read it: {error}; export the run again") from error
     if LINE not in present or table[LINE].null_count == len(table):
         return table
     rows = table.to_pylist()
