@@ -113,7 +113,7 @@ class SelectionOverlap:
 
         Also adds to its `own` totals of steps and layers, where they are kept apart.
         """
-        if len(self._seen) * 64 <= (largest := int(ids.max())):
+        if len(self._seen) * 64 <= (largest := int(ids[ptr[1:] - 1].max())):
             self._seen = np.zeros(2 * (largest // 64 + 1), dtype=np.uint64)
         last = self._last.get(request_id)
         before = last if last and last.step_idx == step_idx - 1 else None
