@@ -18,14 +18,15 @@ from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import exits_cleanly
 from dsatrace.jit import kept_in
 
-PARTS = ("trace", "stores", "study")
+PARTS = ("trace", "stores", "study", "replay")
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandParser(
         "warmup",
-        "Compile the kernels that the trace, the stores and the study use, and keep them for later runs.",
+        "Compile the kernels that the trace, the stores, the study and the replay use, and keep them for "
+        "later runs.",
         examples="""
         %(prog)s
         %(prog)s --for trace
@@ -52,6 +53,8 @@ def _jobs(part: str) -> list[Callable[[], str]]:
         return [_trace]
     if part == "stores":
         return [_stores]
+    if part == "replay":
+        return [_replay]
     from dsatrace.kv.policies.registry import POLICIES
 
     return [_pool, _lru_at_all_sizes, *(functools.partial(_policy, name) for name in POLICIES)]
@@ -68,6 +71,16 @@ def _stores() -> str:
     for name in ("checksums", "ledger", "resp"):  # they compile when they are imported
         importlib.import_module(f"dsatrace.kv.stores.{name}")
     return "the stores"
+
+
+def _replay() -> str:
+    from dsatrace.selection_replay.policies import POLICIES, misses
+    from dsatrace.selection_replay.steps import Steps
+
+    steps = Steps.of([[1, 0], [2, 1]])
+    for name in POLICIES:
+        misses(steps, name, 2)
+    return "the replay of selections"
 
 
 def _pool() -> str:
