@@ -303,3 +303,10 @@ def test_refused() -> None:
 
 def assert_same(one: object, other: object) -> None:
     assert (one.misses.tolist(), one.evictions) == (other.misses.tolist(), other.evictions)  # type: ignore[attr-defined]
+
+
+def test_sglang_breaks_inclusion() -> None:
+    """While the sequence fits a buffer of 4, nothing is noted there; one of 3 has learnt that 0 is in use."""
+    steps = Steps.of([[0], [4], [0]], visible=[4, 5, 5])
+    replays = {size: misses(steps, "sglang", size, start="first-b").misses.tolist() for size in (3, 4)}
+    assert replays == {3: [0, 1, 0], 4: [0, 1, 1]}
