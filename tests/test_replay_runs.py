@@ -177,6 +177,16 @@ def test_a_buffer_below_a_step_is_said_to_be(run: Path, tmp_path: Path) -> None:
     assert record["bytes_per_id"] == 4 * 1152
 
 
+def test_touched_blocks_replay_as_the_positions_do(run: Path, tmp_path: Path) -> None:
+    """A run at level blocks holds what a replay in blocks needs."""
+    thin = write_golden(tmp_path / "thin" / "run", REQUESTS, level="blocks")
+    flags = ("--unit", "block:8", "--sizes", "8k", "--policy", "lru", "--no-figure")
+    whole, blocks = (
+        replayed(path, tmp_path / f"{i}", *flags)["overall"]["policies"] for i, path in enumerate((run, thin))
+    )
+    assert whole["lru"]["8k"]["miss_rate"] == blocks["lru"]["8k"]["miss_rate"] > 0
+
+
 def test_layers_in_one_buffer(run: Path, tmp_path: Path) -> None:
     record = replayed(run, tmp_path, "--share", "request")
     assert record["overall"]["policies"]["lru"]["1k"]["ids"] == 3 * TOP_K

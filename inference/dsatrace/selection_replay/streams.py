@@ -5,7 +5,7 @@ One stream per request and layer, as the buffers of serving engines have it; one
 selected; earlier ones warm the buffer up. Refuses runs whose steps do not follow one another.
 
     kind = Kind.of(run.manifest, settings, "outputs/mine")
-    steps = layer_steps(request, layer_id, kind, settings)
+    steps = layer_steps(request, LayerSet(3), kind, settings)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from dsatrace.errors import UserError
 from dsatrace.selection_replay.settings import ReplaySettings
 from dsatrace.selection_replay.steps import NO_ID, Steps
-from dsatrace.trace.selections import RequestSelections
+from dsatrace.trace.selections import LayerSet, RequestSelections
 
 MAX_ID = 1 << 24
 """Largest id that buffers are indexed by; larger ones, such as physical slots, are numbered anew."""
@@ -30,7 +30,8 @@ class Kind:
     """What the ids of a run are, as its manifest says."""
 
     unit: str  # token, entry, block or expert
-    unit_tokens: int  # tokens that an id covers
+    unit_tokens: int  # tokens that an id of the unit covers
+    recorded_tokens: int  # tokens that a recorded id covers: more where touched blocks stand for tokens
     id_kind: str  # position or slot
     top_k: tuple[int, ...]  # of each layer
     num_choices: int | None  # ids that every step can choose from; None: it grows with the context
@@ -54,19 +55,27 @@ class Kind:
                 f"{name}: only a share of {trace['sample_rate']} of its steps was recorded; misses depend on "
                 "the step before, so trace every step (--trace-sample-rate 1)"
             )
-        if trace["level"] == "stats" or (trace["level"] == "blocks" and settings.block is None):
-            remedy = "use --unit block:N" if trace["level"] == "blocks" else "trace with --trace-level full"
-            raise UserError(f"{name}: recorded at level {trace['level']}, which holds no ids; {remedy}")
+        unit_tokens = recorded = selection["unit_tokens"]
+        if trace["level"] == "stats":
+            raise UserError(f"{name}: recorded at level stats, which holds no ids; use --trace-level full")
+        if trace["level"] == "blocks":
+            recorded = trace["block_size_tokens"]
+            if settings.block is None:
+                raise UserError(
+                    f"{name}: recorded at level blocks, so replay blocks: --unit block:{recorded}"
+                )
+        if settings.block is not None and settings.block % recorded:
+            raise UserError(f"{name}: --unit block:{settings.block}: use a multiple of {recorded} tokens")
         is_position = selection["id_kind"] == "position" and selection["unit"] != "expert"
         for given, flag in ((settings.block, "--unit block:N"), (settings.pin_newest, "--pin-newest")):
             if given and not is_position:
                 raise UserError(f"{name}: its ids are no positions, so {flag} has no meaning; leave it out")
-        unit_tokens = selection["unit_tokens"]
         latent, index = _bytes_per_token(manifest)
         choices = config.get("n_routed_experts") if selection["unit"] == "expert" else None
         return cls(
             unit=selection["unit"],
             unit_tokens=unit_tokens,
+            recorded_tokens=recorded,
             id_kind="position" if is_position else "slot",
             top_k=tuple(layer["top_k"] for layer in layers),
             num_choices=choices,
@@ -78,11 +87,15 @@ class Kind:
     def is_position(self) -> bool:
         return self.id_kind == "position"
 
-    def visible(self, seq_len: np.ndarray) -> np.ndarray:
-        """(T,) int64, ids that each row can choose from."""
+    def visible(self, seq_len: np.ndarray, tokens: int) -> np.ndarray:
+        """(T,) int64, ids of so many tokens that each row can choose from."""
         if self.num_choices is not None:
             return np.full(len(seq_len), self.num_choices, np.int64)
-        return -(-seq_len.astype(np.int64) // self.unit_tokens)
+        return -(-seq_len.astype(np.int64) // tokens)
+
+    def per_block(self, settings: ReplaySettings) -> int:
+        """Ids of the unit that move as one."""
+        return 1 if settings.block is None else settings.block // self.unit_tokens
 
 
 def _bytes_per_token(manifest: Mapping[str, Any]) -> tuple[int | None, int | None]:
@@ -93,9 +106,9 @@ def _bytes_per_token(manifest: Mapping[str, Any]) -> tuple[int | None, int | Non
     return None, None
 
 
-def layer_steps(request: RequestSelections, layer_id: int, kind: Kind, settings: ReplaySettings) -> Steps:
+def layer_steps(request: RequestSelections, name: LayerSet, kind: Kind, settings: ReplaySettings) -> Steps:
     """One layer's rows of a request, as the settings want them: in blocks, several rows to a step."""
-    layer = request.layers[layer_id]
+    layer, layer_id = request.layers[name], name.layer_id
     first = int(np.searchsorted(layer.step_idx, 0))  # prompt rows have step_idx -1 and come first
     _require_all_steps(request, layer_id, layer.step_idx[first:])
     if settings.start == "prefill" and not first:
@@ -106,14 +119,14 @@ def layer_steps(request: RequestSelections, layer_id: int, kind: Kind, settings:
     begin = 0 if settings.start == "prefill" else first
     ids = layer.ids[layer.ptr[begin] :].astype(np.int32)
     ptr, seq_len = layer.ptr[begin:] - layer.ptr[begin], layer.seq_len[begin:]
-    visible = kind.visible(seq_len)
+    visible = kind.visible(seq_len, kind.recorded_tokens)
     newest = _newest(seq_len, kind)
-    is_dense = visible <= kind.top_k[layer_id]
+    is_dense = kind.visible(seq_len, kind.unit_tokens) <= kind.top_k[layer_id]
     # They come first, since a request's context only grows.
     num_warm = max(first - begin, int(np.count_nonzero(is_dense)))
     steps = Steps(ids, ptr, newest, visible, _num_ids(ids, newest), num_warm)
     if settings.block is not None:
-        steps = in_blocks(steps, max(1, settings.block // kind.unit_tokens))
+        steps = in_blocks(steps, settings.block // kind.recorded_tokens)
     if settings.union > 1:
         steps = in_unions(steps, settings.union)
     if settings.start == "first-set":
@@ -133,7 +146,7 @@ def _require_all_steps(request: RequestSelections, layer_id: int, step_idx: np.n
 def _newest(seq_len: np.ndarray, kind: Kind) -> np.ndarray:
     if not kind.is_position:
         return np.full(len(seq_len), NO_ID, np.int32)
-    return ((seq_len - 1) // kind.unit_tokens).astype(np.int32)
+    return ((seq_len - 1) // kind.recorded_tokens).astype(np.int32)
 
 
 def _num_ids(ids: np.ndarray, newest: np.ndarray) -> int:
