@@ -44,7 +44,7 @@ from helpers.models import SMALL, random_model, random_tokens
 
 BLOCK, CHUNK, NUM_NEW = 16, 32, 12
 NEEDLE = ROOT / "data" / "models" / "needle-2k"
-SIMULATED = ("--runner", "simulator", "--no-hub", "--save-text")
+SIMULATED = ("--runner", "simulator", "--no-hub", "--save-text", "--tokenizer", str(NEEDLE))
 RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 500, *SIMULATED)
 
 
