@@ -10,8 +10,8 @@ machine. The newest token lies in a slot outside the order: `misses(..., pin_new
 A larger buffer can miss what a smaller one holds: while the sequence fits the larger one, that one
 does not learn which ids are in use. So this is no stack algorithm, and is replayed size by size.
 
-Source: sgl-project/sglang, `hisparse.cuh` and `hisparse_coordinator.py` of 2026, for version 0.5.23.
-It was read, not run: no GPU has confirmed this replay.
+Source: sglang 0.5.23, `hisparse.cuh` and `hisparse_coordinator.py`. They were read, not run: no GPU has
+confirmed this replay. The kernel for speculative decoding, `hisparse_spec.cuh`, is another one.
 """
 
 from __future__ import annotations
