@@ -71,7 +71,7 @@ def bench(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(ROOT / "scripts" / "bench" / script), *flags],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
 
