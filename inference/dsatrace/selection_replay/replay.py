@@ -169,7 +169,7 @@ def replay_request(
     result = Result(header, {}, {}, {}, {})
     if not any(steps.num_steps > steps.num_warm for steps in layers.values()):
         return result
-    seed = seed_of(settings.seed, name)
+    seed = seed_of(settings.seed, request.request_id)
     streams: dict[str, dict[LayerSet, Steps]] = {RUN: layers}
     for layer, steps in layers.items():
         for null, of_layer in nulls_of(steps, seed_of(seed, *layer), kind.is_position).items():
