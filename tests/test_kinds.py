@@ -162,6 +162,8 @@ SPOILT: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
     ("expert", "path", lambda record: record.update(path="dense")),
     ("slots", "selected_ids", lambda record: record.update(selected_ids=[1, 1, 2, 3, 4, 5, 6, 7])),
     ("slots", "indexer_scan.tokens", lambda record: record["indexer_scan"].update(tokens=1)),
+    ("slots", "needle", lambda record: record.update(needle={"tokens": 1, "selected": 1})),
+    ("two heads", "selected_ids", lambda record: record.update(selected_ids=[1])),
     ("slots", "prefix", lambda record: record.update(prefix={})),
 ]
 
@@ -186,15 +188,17 @@ def test_verify_names_a_spoilt_total(runs: dict[str, Path], tmp_path: Path) -> N
         ("block", "sparse_active", 1),
         ("expert", "step_overlap.random_mean", 0.05),
         ("slots", "kv_fetch", {}),
+        ("block", "blocks_touched.1.block_size_tokens", 8),
     ):
         folder = copied(runs[name], tmp_path / name)
         edit_json(folder / "summary.json", path, value)
         with pytest.raises(Mismatch, match=path.split(".", maxsplit=1)[0]):
             verify(folder)
-    folder = copied(runs["entry"], tmp_path / "manifest")
-    edit_json(folder / "manifest.json", "selection.sparse_active", 3)
-    with pytest.raises(Mismatch, match=r"selection\.sparse_active: stored 3"):
-        verify(folder)
+    for name in ("entry", "expert", "slots"):
+        folder = copied(runs[name], tmp_path / f"manifest of {name}")
+        edit_json(folder / "manifest.json", "selection.sparse_active", 3)
+        with pytest.raises(Mismatch, match=r"selection\.sparse_active: stored 3"):
+            verify(folder)
 
 
 def test_verify_refuses_a_selection_that_contradicts_itself(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -203,6 +207,7 @@ def test_verify_refuses_a_selection_that_contradicts_itself(runs: dict[str, Path
             ("entry", "unit", "page"),
             ("entry", "unit_tokens", 0),
             ("entry", "missing", ["score"]),
+            ("entry", "missing", ["scores", "scores"]),
             ("entry", "door", "serve"),
             ("expert", "num_ids", 4),
             ("two heads", "layers.2.source_layer", 2),
