@@ -2,8 +2,8 @@
 
 Records wait until they fill a part, and a request's line until its records are in one: what is on the
 disk is always a beginning of the run. A thread of its own encodes a part, without the GIL, while the next
-one fills. A kill loses what waits: less than `schema.LOST_RECORDS` records and a step's, of the last
-`summary_interval_s` at most, since a summary is written only of what is in parts.
+one fills. A kill loses what waits: less than `schema.LOST_RECORDS` records and a step's, and none
+that summary.json counts, since that is written only of what is in parts.
 """
 
 from __future__ import annotations
