@@ -57,6 +57,8 @@ EXCEPTIONS = {
     ("dsatrace.model.kernels.tilelang_kernels", "tilelang"): "itself imported only when asked for",
     ("dsatrace.verify.fast", "numpy"): "itself imported only where numpy is installed",
     ("dsatrace.verify.fast", "orjson"): "the same",
+    ("dsatrace.verify.chosen", "numpy"): "the same",
+    ("dsatrace.verify.fast_summary", "numpy"): "the same",
     ("dsatrace.verify.parquet_steps", "numpy"): "itself imported only for a run in Parquet",
     ("dsatrace.verify.parquet_steps", "pyarrow"): "the same",
 }

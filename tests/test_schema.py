@@ -83,6 +83,7 @@ def test_levels_only_ever_drop() -> None:
     assert {field.name for field in STEP_FIELDS if field.levels == ("full",)} == {
         "selected_token_pos",
         "scores_topk",
+        "selected_ids",
     }
     with pytest.raises(ValueError, match="trace level 'all'"):
         at_level(record(), "all")  # type: ignore[arg-type]

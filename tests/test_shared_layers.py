@@ -17,7 +17,6 @@ import orjson
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dsatrace import cli
 from dsatrace.commands.report import main as report
@@ -42,6 +41,7 @@ from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
 from helpers.checkpoints import tiny_config
 from helpers.command_runs import selections
+from helpers.forked import call_on_ranks
 from helpers.golden_run import write_golden
 from helpers.models import SMALL, random_model, random_tokens
 from helpers.step_records import step_lines
@@ -141,7 +141,11 @@ def test_the_run_verifies_and_its_manifest_says_who_chooses(run: Path) -> None:
     assert (found.state, found.num_records) == ("complete", num_rows * ARGS.n_layers)
     selection = RunReader(run).manifest["selection"]
     layers = selection.pop("layers")
-    assert selection == {"unit": "token", "unit_tokens": 1, "id_kind": "position", "door": "serve"}
+    assert selection == {
+        **{"unit": "token", "unit_tokens": 1, "id_kind": "position", "num_ids": None},
+        **{"door": "serve", "missing": [], "sparse_active": selection["sparse_active"]},
+    }
+    assert 0 < selection["sparse_active"] <= found.num_records
     assert [layer.pop("source_layer") for layer in layers] == [None, 0, None, None, 3]
     assert layers == [{"top_k": ARGS.index_topk, "heads": 1}] * ARGS.n_layers
 
@@ -339,7 +343,7 @@ def test_the_estimate_knows_of_them(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_two_ranks_serve_it(tmp_path: Path) -> None:
     """Each rank holds half the heads; the digest compares what both chose, layer by layer."""
-    mp.spawn(_serve_on_a_rank, args=(str(tmp_path),), nprocs=2)
+    call_on_ranks(2, _serve_on_a_rank, str(tmp_path))
     first, second = (json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2))
     assert first == second
     assert verify(tmp_path / "run").state == "complete"

@@ -44,6 +44,12 @@ MANIFEST_FILE = "manifest.json"
 SUMMARY_FILE = "summary.json"
 RUN_STATES = ("running", "complete", "incomplete")
 
+UNITS = ("token", "entry", "block", "expert")
+ID_KINDS = ("position", "slot")
+DOORS = ("serve", "attach", "import", "layerwise")
+MISSING = ("scores", "timing", "tiers", "prefix")
+"""Values of these fields of the manifest's `selection`."""
+
 Number = TypeVar("Number", int, float)
 
 
@@ -54,7 +60,8 @@ class Field:
     `keys` makes it an object with those keys, each with `children`. `entry` makes it an object whose
     keys are data; the docs write the path to its `children` with it. `optional` fields may be absent:
     they were added later, or stand only where they apply. A whole number is at most `most`, and at least
-    its negative.
+    its negative. A step record's field whose `needs` the run's selections do not tell (see `told`) is null
+    or, where `is_absent`, not there.
     """
 
     name: str
@@ -67,9 +74,12 @@ class Field:
     entry: str = ""
     optional: bool = False
     most: int = 2**63 - 1
+    needs: tuple[str, ...] = ()
+    is_absent: bool = False
 
 
 _FULL: tuple[Level, ...] = ("full",)
+_LOCATED = ("positions",)
 _BLOCKS: tuple[Level, ...] = ("full", "blocks")
 
 # fmt: off
@@ -148,21 +158,28 @@ STEP_FIELDS = (
     Field("step_idx", "int", "", "the request's own decode step, 0-based; -1 for a prefill record"),
     Field("seq_len_current", "int", "tokens", "positions visible to the query, itself included"),
     Field("selected_token_pos", "int[]", "position", "absolute logical positions, ascending; with "
-          "`--trace-keep-order` by score descending, then position ascending", _FULL),
-    Field("unique_token_pos_count", "int", "tokens", "selected positions"),
-    Field("offset_min", "int", "tokens", "smallest offset; offset = query position - selected position"),
-    Field("offset_p50", "int", "tokens", "median offset, nearest rank"),
-    Field("offset_max", "int", "tokens", "largest offset"),
+          "`--trace-keep-order` by score descending, then position ascending", _FULL,
+          needs=("token positions",)),
+    Field("unique_token_pos_count", "int", "tokens", "selected positions: all tokens of the selected ids",
+          needs=("tokens",)),
+    Field("offset_min", "int", "tokens", "smallest offset; offset = query position - selected position",
+          needs=_LOCATED),
+    Field("offset_p50", "int", "tokens", "median offset, nearest rank", needs=_LOCATED),
+    Field("offset_max", "int", "tokens", "largest offset", needs=_LOCATED),
     _BLOCK_SIZE,
-    Field("selected_block_ids", "int[]", "block", "touched blocks (position // size), ascending", _BLOCKS),
-    Field("unique_blocks", "int", "blocks", "touched blocks"),
-    Field("tokens_per_touched_block", "object", "", "selected tokens per touched block", children=(
+    Field("selected_block_ids", "int[]", "block", "touched blocks (position // size), ascending", _BLOCKS,
+          needs=_LOCATED),
+    Field("unique_blocks", "int", "blocks", "touched blocks", needs=_LOCATED),
+    Field("tokens_per_touched_block", "object", "", "selected tokens per touched block", needs=_LOCATED,
+          children=(
         Field("mean", "float", "tokens", "selected tokens / touched blocks"),
         Field("p50", "int", "tokens", "median, nearest rank"),
         Field("p95", "int", "tokens", "95th percentile, nearest rank"),
     )),
-    Field("kv_fetch", "object", "", "what each tier served", keys=TIER_NAMES, children=_FETCH),
-    Field("prefix", "object", "", "the shared prefix, and how much of the selection lies in it", children=(
+    Field("kv_fetch", "object", "", "what each tier served", keys=TIER_NAMES, children=_FETCH,
+          needs=("positions", "tiers")),
+    Field("prefix", "object", "", "the shared prefix, and how much of the selection lies in it",
+          needs=("positions", "prefix"), children=(
         Field("prefix_cache_hit", "bool", "", "at least one full leading block is shared"),
         Field("prefix_cached_blocks", "int", "blocks", "full leading blocks that are shared: equal to an "
               "earlier request's or, where `prefix_source` is cache, whole within the request's "
@@ -171,27 +188,42 @@ STEP_FIELDS = (
         Field("intersection_ratio", "float", "", "touched prefix blocks / touched blocks"),
         Field("intersection_blocks", "int[]", "block", "touched prefix blocks, ascending", _BLOCKS),
     )),
-    Field("scores_stats", "object", "score", "absent where `scores_topk` stands", optional=True, children=(
+    Field("scores_stats", "object", "score", "absent where `scores_topk` stands", optional=True,
+          needs=("scores",), children=(
         Field("min", "float", "score", "lowest selected score"),
         Field("mean", "float", "score", "mean selected score"),
         Field("max", "float", "score", "highest selected score"),
     )),
     Field("scores_topk", "float[]", "score", "with `--trace-store-scores`: `scores_topk[i]` belongs to "
-          "`selected_token_pos[i]`", _FULL, optional=True),
+          "`selected_token_pos[i]` or `selected_ids[i]`", _FULL, optional=True, needs=("scores",),
+          is_absent=True),
     Field("forward_idx", "int", "", "the run's forward pass, 0-based; all records of one pass share it"),
-    Field("step_wall_us", "float", "us", "wall time around the forward pass"),
-    Field("step_synced", "bool", "", "the device was synchronised before the clock was read"),
-    Field("phase", "string", "", "decode, or prefill (the prompt's last position)"),
-    Field("path", "string", "", "dense while seq_len_current <= top-k, else sparse"),
-    Field("kth_margin", "float | null", "score", "k-th minus (k+1)-th score; null on the dense path"),
-    Field("indexer_scan", "object", "", "what the indexer read in order to select", children=(
-        Field("tokens", "int", "tokens", "keys scanned: all visible positions, or 0 with a `source_layer`"),
+    Field("step_wall_us", "float", "us", "wall time around the forward pass", needs=("timing",)),
+    Field("step_synced", "bool", "", "the device was synchronised before the clock was read",
+          needs=("timing",)),
+    Field("phase", "string", "", "decode, prefill (the prompt's last position) or layerwise (a step of a "
+          "given transcript)"),
+    Field("path", "string", "", "dense while seq_len_current <= top-k, else sparse. Other units: dense while "
+          "there are no more ids to choose from than top-k"),
+    Field("kth_margin", "float | null", "score", "k-th minus (k+1)-th score; null on the dense path",
+          needs=("scores",)),
+    Field("indexer_scan", "object", "", "what the indexer read in order to select", needs=("keys",),
+          children=(
+        Field("tokens", "int", "tokens", "keys scanned: all visible positions (entries: one key each), or 0 "
+              "with a `source_layer`"),
         Field("bytes_read", "int", "bytes", "tokens x indexer bytes per token and layer"),
     )),
     Field("source_layer", "int", "", "the earlier layer whose selection this one uses; stands only where "
           "this layer has no indexer. All that is derived from the selection is as in that layer's record",
           optional=True),
-    Field("needle", "object", "", "the answer in the prompt, where it is known", optional=True, children=(
+    Field("kv_head", "int", "", "which of the layer's sets this is, 0-based; stands only where the layer has "
+          "several", optional=True, needs=("heads",), is_absent=True),
+    Field("selected_ids", "int[]", "id", "ids that are no token positions, in the same order; stands only "
+          "where `selected_token_pos` is null", _FULL, optional=True, needs=("other ids",), is_absent=True),
+    Field("num_selected_ids", "int", "ids", "how many they are", optional=True, needs=("other ids",),
+          is_absent=True),
+    Field("needle", "object", "", "the answer in the prompt, where it is known", optional=True,
+          needs=_LOCATED, is_absent=True, children=(
         Field("tokens", "int", "tokens", "prompt positions that hold the answer"),
         Field("selected", "int", "tokens", "of those, the selected ones"),
     )),
@@ -224,8 +256,14 @@ REQUEST_FIELDS = (
     Field("prefill_s", "float", "s", "time of the forward passes that computed those", optional=True),
     Field("num_recomputes", "int", "", "times it was computed again because a tier lost its KV; stands where "
           "the manifest has `tiers`", optional=True),
+    Field("answer_tokens", "int", "tokens", "generated tokens before the first end of sequence, whether that "
+          "was sampled or gave way to the next best token; all of them where none came. Records with a "
+          "`step_idx` of this or more lie past the answer; `score` and `text` are of the answer alone. This "
+          "stands where the manifest has `answer_end`", optional=True),
     Field("error", "string", "", "why it was rejected or failed", optional=True),
     Field("text", "string", "", "the answer; only with `--save-text`", optional=True),
+    Field("text_past_answer", "string", "", "what was generated after the answer; only with `--save-text`, "
+          "where there is any", optional=True),
 )
 
 # manifest.json: what the run was.
@@ -249,8 +287,14 @@ _TIER_SETUP = (
 
 LAYER_FIELDS = (
     Field("top_k", "int", "", "most ids that a record selects"),
-    Field("heads", "int", "", "selections per step"),
+    Field("heads", "int", "", "selections per step: 1, one per KV head, or 0 where it selects nothing"),
     Field("source_layer", "int | null", "", "earlier layer whose selection it uses; null: it has an indexer"),
+    Field("always_selected", "object | null", "", "tokens that attention reads in any case, which no record "
+          "counts; null or absent: none", optional=True, children=(
+        Field("sinks", "int", "tokens", "the first tokens of the context"),
+        Field("window", "int", "tokens", "the last ones, the query's own included"),
+        Field("tail", "int", "tokens", "at most so many after the last whole id"),
+    )),
 )
 """Of each layer's selections."""
 
@@ -303,11 +347,27 @@ MANIFEST_FIELDS = (
           "everything", optional=True, children=_TIER_SETUP),
     Field("selection", "object | null", "", "what a selection is; null: no model ran; absent: every layer "
           "has an indexer", optional=True, children=(
-        Field("unit", "string", "", "what an id stands for: token"),
-        Field("unit_tokens", "int", "tokens", "tokens that an id covers"),
-        Field("id_kind", "string", "", "position: ids are absolute logical positions"),
+        Field("unit", "string", "", "what an id stands for: token, entry (a compressed group of tokens), "
+              "block (a block of tokens) or expert (routing)"),
+        Field("unit_tokens", "int", "tokens", "tokens that an id covers: id j covers those from j x "
+              "unit_tokens on. An entry is there to be selected once it is whole, a block once it begins"),
+        Field("id_kind", "string", "", "position: ids number tokens, entries or blocks from the context's "
+              "start (experts: as the model does); slot: an engine's places, which say nothing of positions"),
+        Field("num_ids", "int | null", "ids", "ids that a step chooses from; null or absent: those before "
+              "the query", optional=True),
         Field("layers", "object[]", "", "one entry per layer", children=LAYER_FIELDS),
-        Field("door", "string", "", "where the selections come from: serve (this tool's engine)"),
+        Field("door", "string", "", "where the selections come from: serve (this tool's engine), attach, "
+              "import or layerwise"),
+        Field("missing", "string[]", "", "what the door cannot tell: scores, timing, tiers, prefix",
+              optional=True),
+        Field("sparse_active", "int | null", "records", "records past top-k whose set is not just the newest "
+              "ids: evidence that sparse attention was active. null: the run has not ended, or ids do not "
+              "tell", optional=True),
+    )),
+    Field("answer_end", "object", "", "how answers were kept from ending; absent: they ended at an end of "
+          "sequence, or had the length that a log told", optional=True, children=(
+        Field("min_new_tokens", "int", "tokens", "no answer ended before so many new tokens; 0: no limit"),
+        Field("ignore_eos", "bool", "", "every answer went on to its most new tokens"),
     )),
     Field("trace", "object", "", "how the run was traced", children=(
         Field("level", "string", "", "full, blocks or stats"),
@@ -482,12 +542,15 @@ SUMMARY_FIELDS = (
         _RANDOM_MEAN,
         Field("per_layer", "float[] | null", "", "mean of each layer; null where there was no record"),
     )),
-    Field("kv_fetch", "object", "", "totals per tier", keys=TIER_NAMES, children=_FETCH_TOTALS),
-    Field("bytes_read", "object", "bytes", "totals over all records", children=(
-        Field("without_indexer_scan", "int", "bytes", "latents of the touched blocks, all tiers"),
-        Field("indexer_scan", "int", "bytes", "indexer keys"),
-        Field("with_indexer_scan", "int", "bytes", "the sum of both"),
+    Field("kv_fetch", "object | null", "", "totals per tier; null where no record has it", keys=TIER_NAMES,
+          children=_FETCH_TOTALS),
+    Field("bytes_read", "object", "bytes", "totals over all records; null where no record tells", children=(
+        Field("without_indexer_scan", "int | null", "bytes", "latents of the touched blocks, all tiers"),
+        Field("indexer_scan", "int | null", "bytes", "indexer keys"),
+        Field("with_indexer_scan", "int | null", "bytes", "the sum of both"),
     )),
+    Field("sparse_active", "int | null", "records", "records past top-k whose set is not just the newest "
+          "ids; null where ids do not tell; absent for the engine's runs", optional=True),
     Field("scores", "object | null", "", "the task's scores; null: there are none", optional=True, children=(
         *_SCORE,
         Field("by", "object", "", "the same in each group", entry="<label>.<value>", children=_SCORE),
@@ -503,6 +566,12 @@ SUMMARY_FIELDS = (
         Field("prefill_s", "float", "s", "time of the prefill forwards, counted in whole us per request"),
         Field("saved_s", "float | null", "s", "hit_tokens x prefill_s / computed_tokens"),
         Field("saved_kind", "string", "", "modelled: nobody timed what was not computed"),
+    )),
+    Field("past_answer", "object", "", "what requests generated after their answers; stands where they have "
+          "`answer_tokens`", optional=True, children=(
+        Field("requests", "int", "requests", "requests that went on past their answer"),
+        Field("decode_steps", "int", "steps", "decode steps of all requests, recorded or not"),
+        Field("past_steps", "int", "steps", "of those, steps that lie past the request's answer"),
     )),
     Field("prefix_cache_cold_starts", "int", "", "resumes of the run: each began with an empty prefix cache, "
           "so that prompts were computed which an undisturbed run finds there; absent: none", optional=True),
@@ -633,6 +702,37 @@ def value_at(record: Mapping[str, Any], path: str) -> Any:
     return value
 
 
+def told(selection: Mapping[str, Any] | None) -> frozenset[str]:
+    """What a run's selections tell, by its manifest's `selection`: the words of `Field.needs`."""
+    if selection is None:  # an older run, of the engine
+        return frozenset(("token positions", "tokens", "positions", "keys", *MISSING))
+    unit = selection["unit"]
+    is_located = selection["id_kind"] == "position" and unit != "expert"
+    tells = {
+        "token positions": is_located and unit == "token",
+        "other ids": not is_located or unit != "token",
+        "tokens": is_located or unit == "token",
+        "positions": is_located,
+        "keys": unit in ("token", "entry"),
+        "heads": any(layer["heads"] > 1 for layer in selection["layers"]),
+        **{name: name not in selection.get("missing", ()) for name in MISSING},
+    }
+    return frozenset(name for name, holds in tells.items() if holds)
+
+
+@functools.cache
+def record_fields(tells: frozenset[str]) -> tuple[Field, ...]:
+    """The table of step records of a run whose selections tell this (see `told`)."""
+    fields: list[Field] = []
+    for field in STEP_FIELDS:
+        if tells.issuperset(field.needs):
+            always = "other ids" in field.needs  # other fields stand where they apply
+            fields.append(dataclasses.replace(field, optional=False) if always else field)
+        elif not field.is_absent:
+            fields.append(dataclasses.replace(field, type="null", children=(), keys=(), optional=False))
+    return tuple(fields)
+
+
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "int": (int,),
@@ -699,7 +799,7 @@ def problems(
                 found += _inner_problems(value, level, field, where + name, in_order)
         elif not field.optional:
             found.append(f"{where}{name}: missing")
-    if fields is STEP_FIELDS and ("scores_stats" in record) == ("scores_topk" in record):
+    if expected.get("event") is STEP_FIELDS[0] and ("scores_stats" in record) == ("scores_topk" in record):
         found.append("scores_stats, scores_topk: exactly one of them must stand")
     if in_order and [n for n in record if n in expected] != [n for n in expected if n in record]:
         found.append(f"{where or 'record'}: fields out of order")
@@ -763,7 +863,34 @@ def records_markdown() -> str:
             row = (f"`{path}`", field.type.replace("|", "or"), field.unit, field.meaning, levels)
             lines.append(f"| {' | '.join(row[: len(head)])} |")
         lines.append("")
+    lines += [*_selections_markdown(), ""]
     return "\n".join((*lines, f"Quantiles: {QUANTILE_DEFINITION}.")) + "\n"
+
+
+def _selections_markdown() -> list[str]:
+    """For each field of a step record that not every run can tell, what it holds by unit, ids and door."""
+    columns: dict[str, frozenset[str]] = {}
+    for unit in UNITS:
+        for id_kind in ID_KINDS if unit != "expert" else ("position",):
+            layers = [{"heads": 2}]
+            name = unit if unit == "expert" else f"{unit}, {id_kind}"
+            columns[name] = told({"unit": unit, "id_kind": id_kind, "layers": layers})
+    lines = [
+        "### What a step record holds, by unit and ids",
+        "",
+        "By the manifest's `selection`: `unit` and `id_kind`. Where its `missing` names what stands in the "
+        "last column, the field is null too (`scores_topk`: absent). All other fields hold a value always.",
+        "",
+        f"| field | {' | '.join(columns)} | null where missing |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for field in STEP_FIELDS:
+        if field.needs:
+            lacking = "absent" if field.is_absent else "null"
+            cells = ["value" if tells.issuperset(field.needs) else lacking for tells in columns.values()]
+            missing = ", ".join(name for name in MISSING if name in field.needs)
+            lines.append(f"| `{field.name}` | {' | '.join(cells)} | {missing} |")
+    return lines
 
 
 if __name__ == "__main__":

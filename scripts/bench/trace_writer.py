@@ -66,6 +66,7 @@ EAGER_CONTEXT = 4096
 
 def naive_lines(capture: StepCapture) -> str:
     """The first way one would write it: plain Python, a record at a time."""
+    assert capture.score_stats is not None
     lines = []
     for b, request_id in enumerate(capture.request_ids):
         seq_len = int(capture.seq_len[b])
@@ -112,6 +113,7 @@ def naive_lines(capture: StepCapture) -> str:
 
 def numpy_lines(capture: StepCapture) -> bytes:
     """The second way: one numpy sort for the whole step, and orjson a record at a time."""
+    assert capture.score_stats is not None
     ordered = np.sort(capture.positions, axis=2)  # (L, B, K), all chosen: every context is longer than K
     num_layers, batch, k = ordered.shape
     block_of = ordered // BLOCK_SIZE

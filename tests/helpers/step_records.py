@@ -36,7 +36,7 @@ def step_records(step: StepRecords) -> Iterator[dict[str, Any]]:
     num_scanned = step.num_scanned.tolist()
 
     for r in range(step.num_records):
-        b, layer = divmod(r, step.num_layers)
+        b, layer = divmod(r, step.num_sets)
         low, high = token_ptr[r], token_ptr[r + 1]
         first, end = block_ptr[r], block_ptr[r + 1]
         num_tokens, num_blocks = high - low, end - first
@@ -70,7 +70,11 @@ def step_records(step: StepRecords) -> Iterator[dict[str, Any]]:
                 "tokens": num_scanned[r],
                 "bytes_read": num_scanned[r] * step.index_bytes_per_token,
             },
-            **({"source_layer": step.shared_layers[layer]} if layer in step.shared_layers else {}),
+            **(
+                {"source_layer": source}
+                if (source := step.kind.layers[layer].source_layer) is not None
+                else {}
+            ),
             **_needle_field(step, r),
         }
 
@@ -91,15 +95,15 @@ def _prefix_field(
 def _scores_field(step: StepRecords, r: int) -> dict[str, Any]:
     if step.scores is not None:
         return {"scores_topk": step.scores[step.stats.token_ptr[r] : step.stats.token_ptr[r + 1]]}
-    b, layer = divmod(r, step.num_layers)
+    b, layer = divmod(r, step.num_sets)
     low, mean, high = step.capture.score_stats[layer, b, :3]
     return {"scores_stats": {"min": low, "mean": mean, "max": high}}
 
 
 def _clock_and_path(step: StepRecords, r: int) -> dict[str, Any]:
     capture = step.capture
-    b, layer = divmod(r, step.num_layers)
-    sparse = int(capture.seq_len[b]) > step.top_k
+    b, layer = divmod(r, step.num_sets)
+    sparse = int(capture.seq_len[b]) > step.kind.max_width
     return {
         "forward_idx": capture.forward_idx,
         "step_wall_us": capture.step_wall_us,

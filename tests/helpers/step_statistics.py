@@ -41,6 +41,8 @@ def step_statistics(
     in_prefix = block_ids < np.repeat(np.repeat(cached_blocks, num_layers), np.diff(block_ptr))
     return StepStatistics(
         tokens=tokens,
+        ids=tokens,
+        id_ptr=token_ptr,
         token_ptr=token_ptr,
         offset_min=query - tokens[end - 1],
         offset_p50=query - tokens[median],

@@ -16,14 +16,16 @@ from dsatrace.commands.arguments import add_ignore_config_key
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.flags import add_flags
-from dsatrace.schema import LEVELS, Level
+from dsatrace.schema import LEVELS, MISSING, UNITS, Level
 from dsatrace.trace.config import FLAGS, TraceConfig
 from dsatrace.units import size_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from dsatrace.model.config import ModelArgs
     from dsatrace.trace.estimate import Size, TraceLoad
+    from dsatrace.trace.kind import SelectionKind
 
 
 @exits_cleanly
@@ -35,9 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dsatrace.trace.estimate import estimate_sizes, records_per_second
 
     levels: Sequence[Level] = LEVELS if args.level is None else (args.level,)
+    if load.kind is not None:
+        if levels not in (LEVELS, ("full",)):
+            raise UserError(
+                f"--trace-level {args.level}: selections of other units are recorded whole; use full"
+            )
+        levels = ("full",)
     sizes = {level: estimate_sizes(load, level) for level in levels}
     rate = records_per_second(load, levels[0])
-    step_records = load.num_layers * min(load.batch_size, load.requests)
+    step_records = load.num_sets * min(load.batch_size, load.requests)
     queue_steps = args.trace_queue_steps
     if args.json:
         estimate = {
@@ -103,7 +111,34 @@ def _load(args: argparse.Namespace) -> TraceLoad:
         sample_rate=args.trace_sample_rate,
         layout=named_layouts(model.kv_lora_rank, model.qk_rope_head_dim, model.index_head_dim)["demo"],
         shared_layers=shared_layers(model.source_layers),
+        kind=_kind(args, model),
     )
+
+
+def _kind(args: argparse.Namespace, model: ModelArgs) -> SelectionKind | None:
+    """None: token positions, one set per layer, as the engine records them."""
+    from dsatrace.trace.kind import Layer, SelectionKind
+
+    for flag in ("unit_tokens", "heads"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: use at least 1")
+    unit, sizes = args.unit, (args.unit_tokens, args.heads)
+    if unit in ("token", "expert") and args.unit_tokens != 1:
+        raise UserError(f"--unit-tokens {args.unit_tokens}: of a {unit} it is 1; give --unit entry or block")
+    if unit == "expert":
+        if sizes != (1, 1):
+            raise UserError(f"--heads {args.heads}: experts are routed once per layer; leave it out")
+        routed = model.n_layers - model.n_dense_layers
+        layers = [Layer(0, heads=0)] * model.n_dense_layers + [Layer(model.n_activated_experts)] * routed
+        missing = tuple(name for name in MISSING if name != "scores" or not args.trace_store_scores)
+        return SelectionKind(
+            tuple(layers), unit, num_ids=model.n_routed_experts, door="import", missing=missing
+        )
+    if (unit, *sizes) == ("token", 1, 1):
+        return None
+    sources = [source if source != i else None for i, source in enumerate(model.source_layers)]
+    of_layers = tuple(Layer(model.index_topk, args.heads, source) for source in sources)
+    return SelectionKind(of_layers, unit, args.unit_tokens, door="attach", missing=("tiers",))
 
 
 def _table(load: TraceLoad, sizes: Mapping[Level, Sequence[Size]]) -> Table:
@@ -111,7 +146,7 @@ def _table(load: TraceLoad, sizes: Mapping[Level, Sequence[Size]]) -> Table:
 
     table = Table(
         title=f"Estimate: {load.num_records:,} records = {load.requests} requests x {load.num_steps} steps x "
-        f"{load.num_layers} layers, {load.context:,} tokens of context",
+        f"{load.num_sets} {'layers' if load.kind is None else 'sets'}, {load.context:,} tokens of context",
         title_justify="left",
     )
     for name in ("level", "format", "bytes per record", "total"):
@@ -142,6 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--requests", type=int, help="total requests (default: one batch)")
     add("--context", type=int, help="tokens per prompt (default: what the config's max_seq_len leaves)")
     add("--trace-level", "--level", dest="level", choices=LEVELS, help="one level (default: every level)")
+    add("--unit", choices=UNITS, default="token", help="what an id stands for (default: token)")
+    add("--unit-tokens", type=int, default=1, metavar="N", help="tokens per entry or block (default: 1)")
+    add("--heads", type=int, default=1, metavar="N", help="sets per layer: KV heads (default: 1)")
     of_trace = ("store_scores", "sample_rate", "block_size", "queue_steps")
     add_flags(add, TraceConfig, {field: FLAGS[field] for field in of_trace})
     return parser

@@ -16,6 +16,8 @@ import numpy as np
 
 from ..errors import UserError
 from ..text import for_picture
+from ..trace.kind import engine_kind
+from ..trace.manifest import selection_kind
 from ..trace.reader import RunReader
 from .drawing import picture, whole_numbers
 from .tables import Summary, caveat
@@ -52,17 +54,20 @@ def draw(run: RunReader, layer_id: int | None = None) -> Path | None:
 
 def _panels(run: RunReader, summary: Summary, layer_id: int | None) -> Iterator[Callable[[Any], None]]:
     if summary["counts"]["records"]:
-        num_layers = run.manifest["model_config"]["n_layers"]
+        kind = selection_kind(run.manifest) or engine_kind(run.manifest["model_config"]["n_layers"], 1)
+        num_layers = len(kind.layers)
         if layer_id is not None and not 0 <= layer_id < num_layers:
             raise UserError(f"--layer {layer_id}: the run has layers 0 to {num_layers - 1}")
-        layer = num_layers - 1 if layer_id is None else layer_id
+        layer = int(kind.set_layers[-1]) if layer_id is None else layer_id
         is_sparse = summary["counts"]["sparse_records"] > 0
-        if is_sparse:
+        if is_sparse and kind.holds("unique_blocks"):
             yield lambda axes: _blocks_touched(axes, summary)
-        yield lambda axes: _heat_map(axes, run, layer, is_sparse)
+        if kind.holds("selected_token_pos"):
+            yield lambda axes: _heat_map(axes, run, layer, is_sparse)
         if is_sparse:
             yield lambda axes: _overlap(axes, summary)
-        yield lambda axes: _offsets(axes, summary)
+        if kind.holds("offset_max"):
+            yield lambda axes: _offsets(axes, summary)
     if serving := summary.get("serving"):
         yield lambda axes: _latencies(axes, summary["histograms"], serving["clock"])
         yield lambda axes: _over_time(axes, serving["requests_over_time"])
@@ -136,11 +141,15 @@ def _needle_positions(run: RunReader, request_id: str) -> list[int]:
 
 
 def _first_request(run: RunReader, layer_id: int, path: str) -> list[dict[str, Any]]:
-    """The decode records of one layer of the first request on that path, up to `MAX_STEPS` of them."""
+    """The decode records of one layer, and its first KV head, of the first request on that path, up to
+    `MAX_STEPS` of them."""
     of_layer = (
         record
         for record in run.steps()
-        if record["layer_id"] == layer_id and record["phase"] == "decode" and "selected_token_pos" in record
+        if record["layer_id"] == layer_id
+        and record["phase"] != "prefill"
+        and "selected_token_pos" in record
+        and record.get("kv_head", 0) == 0
     )
     first = next((record for record in of_layer if record["path"] == path), None)
     if first is None:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..trace.manifest import shared_layers_of
+from ..trace.kind import SelectionKind, engine_kind, inactive
+from ..trace.manifest import selection_kind, shared_layers_of
 from ..trace.reader import RunReader
 from ..units import size_text
 from .grid import Grid, first_rows, percent
@@ -33,6 +34,7 @@ NUM_SINKS = 16
 """Attention sinks: tokens at the start of the context."""
 NUM_RECENT = 64
 """The recent window: tokens at the end of the context, the query's own included."""
+_SCAN = "indexer keys (it scans every token)"
 MAX_RECORDS = 20_000
 """Records that are read for sinks and the recent window, from the run's start."""
 
@@ -58,22 +60,23 @@ def run_tables(run: RunReader) -> Iterator[str | Grid]:
     if counts["records"] == 0:
         yield "No step was recorded: there are no selections to show."
         return
-    if num_shared := len(shared_layers_of(run.manifest)):
-        num_layers = run.manifest["model_config"]["n_layers"]
-        yield (
-            f"{num_layers - num_shared} of {num_layers} layers have an indexer; each of the others uses the "
-            "selection of the last one before it, and is not compared with the layer before."
-        )
+    kind = selection_kind(run.manifest) or engine_kind(1, 1)  # an old manifest may not tell
+    yield from _kind(run.manifest, kind)
     if counts["sparse_records"] == 0:
         yield "No step saw more tokens than top-k: everything was selected, there is nothing sparse to show."
     else:
-        yield _blocks(summary)
-        yield _overlap(summary)
-        if run.manifest["trace"]["level"] == "full":
+        yield from _evidence(run.manifest, summary, kind)
+        if kind.holds("unique_blocks"):
+            yield _blocks(summary)
+        if grid := _overlap(summary):
+            yield grid
+        if run.manifest["trace"]["level"] == "full" and kind.holds("selected_token_pos"):
             yield from _sinks(run)
-    yield _prefix(summary)
+    if kind.holds("prefix"):
+        yield _prefix(summary)
     yield from tier_tables(run.manifest, summary)
-    yield _bytes(summary)
+    if grid := _bytes(summary):
+        yield grid
     yield _costs(run, summary)
 
 
@@ -87,7 +90,7 @@ def sink_shares(run: RunReader) -> dict[int, list[float]]:
     sparse = (
         record
         for record in run.steps(fields)
-        if record["path"] == "sparse" and record["phase"] == "decode" and "selected_token_pos" in record
+        if record["path"] == "sparse" and record["phase"] != "prefill" and "selected_token_pos" in record
     )
     shares: dict[int, list[tuple[float, ...]]] = {}
     for record in itertools.islice(sparse, MAX_RECORDS):
@@ -104,6 +107,39 @@ def sink_shares(run: RunReader) -> dict[int, list[float]]:
     return {layer: np.mean(rows, axis=0).tolist() for layer, rows in sorted(shares.items())}
 
 
+def _kind(manifest: Summary, kind: SelectionKind) -> Iterator[str]:
+    """What the selections are of, as far as that is not one set of tokens per layer."""
+    if kind.door != "serve":
+        unit = kind.unit if kind.unit_tokens == 1 else f"{kind.unit} of {kind.unit_tokens} tokens"
+        ids = (
+            "a place of the engine's that says nothing of positions"
+            if kind.id_kind == "slot"
+            else f"one {unit}"
+        )
+        missing = f" It does not tell: {', '.join(kind.missing)}." if kind.missing else ""
+        yield f"Selections of door {kind.door}; an id is {ids}.{missing}"
+    several = sum(layer.heads > 1 for layer in kind.layers)
+    if several:
+        yield f"In {several} of {len(kind.layers)} layers each KV head selects apart: a record is of one."
+    if idle := sum(layer.heads == 0 for layer in kind.layers):
+        yield f"{idle} of {len(kind.layers)} layers select nothing."
+    if num_shared := len(shared_layers_of(manifest)):
+        num_layers = len(kind.layers)
+        yield (
+            f"{num_layers - num_shared} of {num_layers} layers have an indexer; each of the others uses the "
+            "selection of the last one before it, and is not compared with the layer before."
+        )
+
+
+def _evidence(manifest: Summary, summary: Summary, kind: SelectionKind) -> Iterator[str]:
+    """That sparse attention was active, where the run does not show it."""
+    stored = (manifest.get("selection") or {}).get("sparse_active", summary.get("sparse_active"))
+    if warning := inactive(summary["counts"]["sparse_records"], stored):
+        yield warning
+    elif not kind.holds("offset_max") and kind.unit != "expert":
+        yield "Whether sparse attention was active, these ids cannot tell: they are no positions."
+
+
 def _blocks(summary: Summary) -> Grid:
     columns = ("block size", "measured", "p95", "uniform selector", "recency selector", "in context")
     rows = [
@@ -118,7 +154,7 @@ def _blocks(summary: Summary) -> Grid:
     return Grid("KV blocks touched by one decode step, per layer (mean)", columns, rows)
 
 
-def _overlap(summary: Summary) -> Grid:
+def _overlap(summary: Summary) -> Grid | None:
     rows = []
     for name, key in (("in the step before", "step_overlap"), ("in the layer before", "layer_overlap")):
         overlap = summary[key]
@@ -126,7 +162,7 @@ def _overlap(summary: Summary) -> Grid:
             shares = (percent(overlap["mean"]), percent(overlap["random_mean"]))
             rows.append((name, *shares, f"{overlap['pairs']}"))
     columns = ("", "measured", "random selector", "pairs")
-    return Grid("Share of a selection already selected ...", columns, rows)
+    return Grid("Share of a selection already selected ...", columns, rows) if rows else None
 
 
 def _sinks(run: RunReader) -> Iterator[Grid]:
@@ -154,18 +190,23 @@ def _prefix(summary: Summary) -> str | Grid:
     return Grid("Touched blocks that lie in a shared prefix", ("", ""), rows)
 
 
-def _bytes(summary: Summary) -> Grid:
-    total = summary["bytes_read"]["with_indexer_scan"]
+def _bytes(summary: Summary) -> Grid | None:
+    read = summary["bytes_read"]
+    if summary["kv_fetch"] is None or read["indexer_scan"] is None:
+        known = {"latents of the touched blocks": "without_indexer_scan", _SCAN: "indexer_scan"}
+        rows = [(name, size_text(read[key]), "") for name, key in known.items() if read[key] is not None]
+        return Grid("Bytes read, whole run", ("", "bytes", ""), rows) if rows else None
+    total = read["with_indexer_scan"]
     fetched = summary["kv_fetch"].values()
     in_tiers = "hit_tokens" in summary["kv_fetch"]["hbm"]
     whole = "latents read, all tiers" if in_tiers else "latents of the touched blocks"
-    rows = (
+    all_rows = (
         ("latents of the selected tokens alone", sum(one["bytes_useful"] for one in fetched)),
-        (whole, summary["bytes_read"]["without_indexer_scan"]),
-        ("indexer keys (it scans every token)", summary["bytes_read"]["indexer_scan"]),
+        (whole, read["without_indexer_scan"]),
+        (_SCAN, read["indexer_scan"]),
         ("latents and scan together" if in_tiers else "touched blocks and scan together", total),
     )
-    texts = [(name, size_text(count), percent(count, total) if total else "") for name, count in rows]
+    texts = [(name, size_text(count), percent(count, total) if total else "") for name, count in all_rows]
     return Grid("Bytes read, whole run", ("", "bytes", "share"), texts)
 
 

@@ -15,25 +15,30 @@ import numpy as np
 from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.kv.tiers.fetches import StepFetches
 
-Phase = Literal["decode", "prefill"]
+Phase = Literal["decode", "prefill", "layerwise"]
 
 
 @dataclasses.dataclass(frozen=True)
 class StepCapture:
-    """The selections of one forward, for the rows that are recorded: B rows, L layers, K = top-k."""
+    """The selections of one forward, for the rows that are recorded: B rows, L sets, K = top-k.
+
+    The engine's are token positions, one set per layer. Another door's `RunInfo.kind` says what the ids
+    are, which layer and KV head each set is of, and what the door cannot tell: that is None, or ().
+    """
 
     phase: Phase
     request_ids: tuple[str, ...]  # (B,)
     step_idx: tuple[int, ...]  # (B,) a request's own decode step, 0-based; -1 in prefill
     seq_len: np.ndarray  # (B,) int32, positions visible to the query, itself included
     batch_size: int  # requests in the forward, recorded or not
-    positions: np.ndarray  # (L, B, K) int32, score order; the first min(K, seq_len) are valid, the rest -1
-    score_stats: np.ndarray  # (L, B, 4) float32: min, mean, max over the selection; k-th margin
+    positions: np.ndarray  # (L, B, K) int32 ids, score order; the first min(K, seq_len) are valid, the rest
+    # -1. Another door's are sets: -1 may stand anywhere, and a layer with fewer than K ids leaves -1
+    score_stats: np.ndarray | None  # (L, B, 4) float32: min, mean, max over the selection; k-th margin
     scores: np.ndarray | None  # (L, B, K) float32, scores[i] belongs to positions[i]; None unless stored
     prefixes: tuple[RequestPrefix, ...]  # (B,)
     forward_idx: int  # the run's forward pass, 0-based
-    step_wall_us: float  # wall time around the forward
-    step_synced: bool  # the device was synchronised before the clock was read
+    step_wall_us: float | None  # wall time around the forward
+    step_synced: bool | None  # the device was synchronised before the clock was read
     needles: tuple[tuple[int, ...], ...] = ()  # (B,) prompt positions of the answer; () when none has any
     fetches: StepFetches | None = None  # which tier held each position; None where all is in HBM
     wait: Callable[[], None] = lambda: None  # returns when the arrays are whole; the writer calls it first

@@ -31,6 +31,7 @@ from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.schema import Level
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
+from dsatrace.trace.kind import SelectionKind, engine_kind
 from dsatrace.trace.parquet.file import GROUP_BYTES, GROUP_RECORDS, write_parquet
 from dsatrace.trace.records import RecordDeriver, StepLines
 
@@ -64,6 +65,16 @@ class TraceLoad:
     sample_rate: float = 1.0
     layout: CacheLayout = DEMO_LAYOUT  # only the number of its digits matters
     shared_layers: Mapping[int, int] = dataclasses.field(default_factory=dict)  # see `manifest.shared_layers`
+    kind: SelectionKind | None = None  # of another door than the engine's: stands for layers and top-k
+
+    @property
+    def selections(self) -> SelectionKind:
+        return self.kind or engine_kind(self.num_layers, self.top_k, tuple(self.shared_layers.items()))
+
+    @property
+    def num_sets(self) -> int:
+        """Records of one request in one step."""
+        return len(self.selections.set_layers)
 
     @property
     def requests(self) -> int:
@@ -71,14 +82,14 @@ class TraceLoad:
 
     @property
     def num_records(self) -> int:
-        """One per request, step and layer; with sampling, the mean."""
-        return round(self.requests * self.num_steps * self.sample_rate) * self.num_layers
+        """One per request, step and set; with sampling, the mean."""
+        return round(self.requests * self.num_steps * self.sample_rate) * self.num_sets
 
     @property
     def queue_slot_bytes(self) -> int:
         """Host memory of one step that waits for the writer."""
-        row = 4 * (self.top_k * (2 if self.store_scores else 1) + NUM_STATS)
-        return self.num_layers * min(self.batch_size, self.requests) * row
+        row = 4 * (self.selections.max_width * (2 if self.store_scores else 1) + NUM_STATS)
+        return self.num_sets * min(self.batch_size, self.requests) * row
 
     def ring_bytes(self, queue_steps: int) -> int:
         """Host memory of the ring that holds the queue's steps; the queue itself holds references."""
@@ -134,10 +145,10 @@ def draw_sample(load: TraceLoad, level: Level, kind: Kind, num_records: int = SA
         store_scores=load.store_scores and level == "full",
     )
     tiers = default_tiers(load.layout)
-    deriver = RecordDeriver(config, load.layout, tiers, shared_layers=load.shared_layers)
+    deriver = RecordDeriver(config, load.layout, tiers, kind=load.selections)
     encoder = StepLines()
-    source = SyntheticSelections(kind, load.num_layers, load.top_k, shared_layers=load.shared_layers)
-    num_steps = max(2, min(load.num_steps, -(-num_records // load.num_layers)))
+    source = SyntheticSelections(kind, selections=load.selections)
+    num_steps = max(2, min(load.num_steps, -(-num_records // load.num_sets)))
     lines: list[bytes] = []
     seconds = 0.0
     for i in range(num_steps):
@@ -178,23 +189,23 @@ def _file_bytes(lines: Sequence[bytes]) -> int:
 class SyntheticSelections:
     """Selections of `num_layers` layers over successive steps; the same seed gives the same ones.
 
-    `shared_layers` use another layer's (see `manifest.shared_layers`).
+    `shared_layers` use another layer's (see `manifest.shared_layers`). `selections` of another kind stand
+    for both, and for `top_k`.
     """
 
     def __init__(
         self,
         kind: Kind,
-        num_layers: int,
-        top_k: int,
+        num_layers: int = 1,
+        top_k: int = 1,
         seed: int = 0,
         shared_layers: Mapping[int, int] | None = None,
+        selections: SelectionKind | None = None,
     ) -> None:
         self._kind = kind
-        self._num_layers = num_layers
-        self._top_k = top_k
-        self._shared_layers = shared_layers or {}
+        self._selections = selections or engine_kind(num_layers, top_k, tuple((shared_layers or {}).items()))
         self._rng = np.random.default_rng(seed)
-        self._spots: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # by layer and request
+        self._spots: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # by set and request
 
     def capture(
         self,
@@ -206,20 +217,26 @@ class SyntheticSelections:
         batch_size: int | None = None,
     ) -> StepCapture:
         """One decode step, with scores, as the model thread would hand it over."""
-        batch, top_k, layers = len(seq_len), self._top_k, self._num_layers
-        positions = np.full((layers, batch, top_k), -1, dtype=np.int32)
-        for layer in range(layers):
-            for b, visible in enumerate(seq_len):
-                chosen = self._choose(layer, b, visible)
-                positions[layer, b, : len(chosen)] = self._rng.permutation(chosen)
-        scores = -np.sort(-self._rng.normal(2, 1, (layers, batch, top_k)).astype(np.float32))
+        of = self._selections
+        shape = len(of.set_layers), len(seq_len), of.max_width
+        positions = np.full(shape, -1, dtype=np.int32)
+        num_visible = of.visible(np.array(seq_len, dtype=np.int64)).tolist()
+        for s, top_k in enumerate(of.top_k.tolist()):
+            for b, visible in enumerate(num_visible):
+                chosen = self._choose(s, b, visible, top_k)
+                positions[s, b, : len(chosen)] = self._rng.permutation(chosen)
+        scores = -np.sort(-self._rng.normal(2, 1, shape).astype(np.float32))
         stats = np.stack(
-            [scores.min(-1), scores.mean(-1), scores.max(-1), self._rng.exponential(0.01, (layers, batch))],
+            [scores.min(-1), scores.mean(-1), scores.max(-1), self._rng.exponential(0.01, shape[:2])],
             axis=-1,
         ).astype(np.float32)
-        for layer, source in self._shared_layers.items():
-            for of_layers in (positions, scores, stats):
-                of_layers[layer] = of_layers[source]
+        for s, source in of.source_sets.items():
+            for of_sets in (positions, scores, stats):
+                of_sets[s] = of_sets[source]
+        batch = shape[1]
+        num_prefixes = batch if of.holds("prefix") else 0
+        keys = [f"{self._rng.integers(1 << 62):016x}" for _ in range(num_prefixes)]
+        step_wall_us = float(self._rng.uniform(20_000, 60_000))
         return StepCapture(
             phase="decode",
             request_ids=tuple(request_ids) or tuple(f"r{b}" for b in range(batch)),
@@ -227,39 +244,39 @@ class SyntheticSelections:
             seq_len=np.array(seq_len, dtype=np.int32),
             batch_size=batch if batch_size is None else batch_size,
             positions=positions,
-            score_stats=stats,
+            score_stats=stats if of.holds("kth_margin") else None,
             scores=scores,
-            prefixes=tuple(RequestPrefix(0, f"{self._rng.integers(1 << 62):016x}") for _ in range(batch)),
+            prefixes=tuple(RequestPrefix(0, key) for key in keys),
             forward_idx=step_idx if forward_idx is None else forward_idx,
-            step_wall_us=float(self._rng.uniform(20_000, 60_000)),
-            step_synced=True,
+            step_wall_us=step_wall_us if of.holds("step_wall_us") else None,
+            step_synced=True if of.holds("step_wall_us") else None,
         )
 
-    def _choose(self, layer: int, request: int, visible: int) -> np.ndarray:
-        """min(top_k, visible) distinct positions."""
-        if visible <= self._top_k:
+    def _choose(self, s: int, request: int, visible: int, top_k: int) -> np.ndarray:
+        """min(top_k, visible) distinct ids."""
+        if visible <= top_k:
             return np.arange(visible)
         if self._kind == "uniform":
-            return self._rng.choice(visible, self._top_k, replace=False)
-        num_noise = int(self._top_k * NOISE_SHARE)
+            return self._rng.choice(visible, top_k, replace=False)
+        num_noise = int(top_k * NOISE_SHARE)
         wanted = [
-            np.arange(self._top_k // 32),
-            np.arange(visible - self._top_k // 4, visible),
-            self._spot_tokens(layer, request, visible),
+            np.arange(top_k // 32),
+            np.arange(visible - top_k // 4, visible),
+            self._spot_ids(s, request, visible, top_k),
         ]
         regular = np.unique(np.concatenate(wanted))
-        regular = self._rng.permutation(regular)[: self._top_k - num_noise]
+        regular = self._rng.permutation(regular)[: top_k - num_noise]
         rest = np.setdiff1d(np.arange(visible), regular, assume_unique=True)
-        return np.concatenate([regular, self._rng.choice(rest, self._top_k - len(regular), replace=False)])
+        return np.concatenate([regular, self._rng.choice(rest, top_k - len(regular), replace=False)])
 
-    def _spot_tokens(self, layer: int, request: int, visible: int) -> np.ndarray:
-        """Tokens of the hot spots, of which every step draws some anew."""
-        rng, num_spots = self._rng, max(1, int(self._top_k * SPOT_SHARE / SPOT_TOKENS))
+    def _spot_ids(self, s: int, request: int, visible: int, top_k: int) -> np.ndarray:
+        """Ids of the hot spots, of which every step draws some anew."""
+        rng, num_spots = self._rng, max(1, int(top_k * SPOT_SHARE / SPOT_TOKENS))
         last_start = max(1, visible - SPOT_WIDTH)
-        if (layer, request) not in self._spots:
+        if (s, request) not in self._spots:
             offsets = rng.random((num_spots, SPOT_WIDTH)).argsort(1)[:, :SPOT_TOKENS]
-            self._spots[layer, request] = (rng.integers(last_start, size=num_spots), offsets)
-        starts, offsets = self._spots[layer, request]  # (spots,) positions; (spots, tokens) from there
+            self._spots[s, request] = (rng.integers(last_start, size=num_spots), offsets)
+        starts, offsets = self._spots[s, request]  # (spots,) positions; (spots, tokens) from there
         new = rng.random(num_spots) < SPOT_CHURN
         starts[new] = rng.integers(last_start, size=int(new.sum()))
         tokens = (starts[:, None] + offsets).ravel()

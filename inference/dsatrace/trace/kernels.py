@@ -65,11 +65,12 @@ def _nearest_rank(histogram, count, percent):  # type: ignore[no-untyped-def]
 
 
 @_kernel(
-    "boolean(int32[:, ::1], int64[::1], int64[::1], int64, int32[::1], int64[::1], int64[:, ::1],"
-    " int32[::1], int64[::1], int64[::1], int64[:, ::1])"
+    "boolean(int32[:, ::1], int64[::1], int64[::1], int64[::1], int64, int32[::1], int64[::1],"
+    " int64[:, ::1], int32[::1], int64[::1], int64[::1], int64[:, ::1])"
 )
 def derive_step(  # type: ignore[no-untyped-def]
     ordered,  # (R, K) positions, ascending; -1, where there is none, comes first
+    counts,  # (R,) positions that must be there
     visible,  # (R,) positions the query sees
     cached_blocks,  # (R,) blocks of the shared prefix
     block_size,
@@ -91,7 +92,7 @@ def derive_step(  # type: ignore[no-untyped-def]
     at, num_blocks = 0, 0
     token_ptr[0] = block_ptr[0] = 0
     for r in range(num_records):
-        count = min(k, visible[r])
+        count = counts[r]
         selected = ordered[r, k - count :]
         if (
             count < 1
@@ -163,31 +164,40 @@ def count_held(tokens, token_ptr, wanted, first, end, held):  # type: ignore[no-
             held[r] += low < token_ptr[r + 1] and tokens[low] == wanted[i]
 
 
-@_kernel("void(int32[:, ::1], int32[:, ::1], uint64[::1], int64[::1], int64[::1])")
-def count_shared(tokens, before, seen, with_before, with_layer):  # type: ignore[no-untyped-def]
-    """Counts how many of each layer's `tokens (L, K)` are in `before (L or 0, K)`, and in the layer before.
-
-    Writes `with_before (L or 0,)` and `with_layer (L,)`, which is 0 for the first layer. `seen` is a
-    bitmap of all positions, empty before and after.
-    """
-    num_layers = len(tokens)
-    with_layer[0] = 0
-    for layer in range(num_layers):
-        for token in tokens[layer]:
-            seen[token >> 6] |= np.uint64(1) << np.uint64(token & 63)
-        if len(before):
-            with_before[layer] = _count_marked(before[layer], seen)
-        if layer + 1 < num_layers:
-            with_layer[layer + 1] = _count_marked(tokens[layer + 1], seen)
-        for token in tokens[layer]:
-            seen[token >> 6] = 0
+@_kernel(
+    "void(int32[::1], int64[::1], int32[::1], int64[::1], int64[::1], uint64[::1], int64[::1], int64[::1])"
+)
+def count_shared(  # type: ignore[no-untyped-def]
+    ids,  # the ids of L sets
+    ptr,  # (L + 1,)
+    before,  # the same one step earlier
+    before_ptr,  # (L + 1,), or (1,) where there was none
+    set_before,  # (L,) the set in the layer before, -1 where none is compared
+    seen,  # a bitmap of all ids, empty before and after
+    with_before,  # out (L,)
+    with_layer,  # out (L,)
+):
+    """Counts how many of each set's ids it held a step earlier, and how many the layer before holds."""
+    for s in range(len(set_before)):
+        own = ids[ptr[s] : ptr[s + 1]]
+        if len(before_ptr) == 1 and set_before[s] < 0:
+            continue
+        for id_ in own:
+            seen[id_ >> 6] |= np.uint64(1) << np.uint64(id_ & 63)
+        if len(before_ptr) > 1:
+            with_before[s] = _count_marked(before[before_ptr[s] : before_ptr[s + 1]], seen)
+        if set_before[s] >= 0:
+            other = set_before[s]
+            with_layer[s] = _count_marked(ids[ptr[other] : ptr[other + 1]], seen)
+        for id_ in own:
+            seen[id_ >> 6] = 0
 
 
 @cached_njit(nogil=True)
-def _count_marked(tokens, seen):  # type: ignore[no-untyped-def]
+def _count_marked(ids, seen):  # type: ignore[no-untyped-def]
     count = np.uint64(0)
-    for token in tokens:
-        count += (seen[token >> 6] >> np.uint64(token & 63)) & np.uint64(1)
+    for id_ in ids:
+        count += (seen[id_ >> 6] >> np.uint64(id_ & 63)) & np.uint64(1)
     return np.int64(count)
 
 

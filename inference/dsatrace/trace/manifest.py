@@ -1,6 +1,6 @@
 """What a run is: the contents of `manifest.json`.
 
-Standard library only. The manifest is written first, so that a run that dies at once still says
+Needs nothing installed. The manifest is written first, so that a run that dies at once still says
 what it was. Holds no secret, no prompt text and no token id.
 
     record = manifest(run, config, "running", key_id="1f0a9c22")
@@ -19,6 +19,7 @@ from typing import Any, Literal
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.schema import QUANTILE_DEFINITION, SCHEMA_VERSION, TIER_CHOICES
 from dsatrace.trace.config import TraceConfig
+from dsatrace.trace.kind import SelectionKind, engine_kind
 from dsatrace.version import __version__
 
 Selections = Literal["model", "random_weights", "synthetic", "none"]
@@ -116,6 +117,8 @@ class RunInfo:
     prefix_source: PrefixSource = "analysis"
     tiers: TierSettings | None = None  # None: everything in HBM
     shared_layers: Mapping[int, int] = dataclasses.field(default_factory=dict)  # see `shared_layers`
+    answer_end: Mapping[str, Any] | None = None  # how answers were kept from ending; None: they were not
+    kind: SelectionKind | None = None  # of another door's selections; None: the engine's
 
     def __post_init__(self) -> None:
         if not self.layouts:
@@ -124,11 +127,23 @@ class RunInfo:
             not isinstance(self.serving.get("mode"), str) or self.serving.get("clock") not in CLOCKS
         ):
             raise ValueError(f"serving {self.serving}: name a mode, and a clock of {', '.join(CLOCKS)}")
+        if self.kind is not None:
+            self._check_kind(self.kind)
         latent_bytes = self.layouts[0].latent_bytes_per_token
         if self.tiers is not None and self.tiers.unit_bytes != self.tiers.unit_tokens * latent_bytes:
             raise ValueError(
                 f"a unit of {self.tiers.unit_tokens} tokens and {self.tiers.unit_bytes} bytes, "
                 f"{latent_bytes} bytes per token in layout {self.layouts[0].name}"
+            )
+
+    def _check_kind(self, kind: SelectionKind) -> None:
+        if kind.door == "serve" or self.tiers is not None or self.shared_layers:
+            raise ValueError(
+                f"door {kind.door}, tiers {self.tiers}: the engine alone serves, and has no kind"
+            )
+        if kind.holds("kv_fetch") and self.layouts[0].latent_bytes_per_token < 1:
+            raise ValueError(
+                f"layout {self.layouts[0].name} has no bytes to count; name them, or put tiers into `missing`"
             )
 
 
@@ -142,6 +157,7 @@ def manifest(
     error: str | None = None,
     failed_requests: int = 0,
     files: Mapping[str, Any] | None = None,  # of a run that has ended: name -> `files.digest`
+    sparse_active: int | None = None,  # of a run that has ended
 ) -> dict[str, Any]:
     """The record of manifest.json, in the schema's field order."""
     model_config = json.loads(json.dumps(dict(run.model_config)))  # as it is read back: no tuples
@@ -169,7 +185,8 @@ def manifest(
         "serving": None if run.serving is None else dict(run.serving),
         "prefix_source": run.prefix_source,
         "tiers": None if run.tiers is None else run.tiers.to_json(),
-        "selection": _selection(run),
+        "selection": _selection(run, sparse_active),
+        **({"answer_end": dict(run.answer_end)} if run.answer_end else {}),
         "trace": {
             "level": config.level,
             "block_size_tokens": config.block_size,
@@ -213,21 +230,24 @@ def prefix_cache_cold_starts(manifest: Mapping[str, Any]) -> int:
     return len(manifest.get("resumed_at_forward", ())) if has_cache else 0
 
 
-def _selection(run: RunInfo) -> dict[str, Any] | None:
+def selection_kind(manifest: Mapping[str, Any]) -> SelectionKind | None:
+    """Of a run's selections; None where its manifest does not tell."""
+    selection, model = manifest.get("selection"), manifest["model_config"]
+    if selection is not None:
+        return SelectionKind.of(selection)
+    top_k, num_layers = model.get("index_topk"), model.get("n_layers", 1)
+    return engine_kind(num_layers, top_k) if isinstance(top_k, int) else None
+
+
+def _selection(run: RunInfo, sparse_active: int | None) -> dict[str, Any] | None:
     """The manifest's `selection`; None where no model ran or its config does not give the layers."""
-    top_k, num_layers = (run.model_config.get(name) for name in ("index_topk", "n_layers"))
-    if run.selections == "none" or top_k is None or num_layers is None:
-        return None
-    return {
-        "unit": "token",
-        "unit_tokens": 1,
-        "id_kind": "position",
-        "layers": [
-            {"top_k": top_k, "heads": 1, "source_layer": run.shared_layers.get(layer)}
-            for layer in range(num_layers)
-        ],
-        "door": "serve",
-    }
+    kind = run.kind
+    if kind is None:
+        top_k, num_layers = (run.model_config.get(name) for name in ("index_topk", "n_layers"))
+        if run.selections == "none" or top_k is None or num_layers is None:
+            return None
+        kind = engine_kind(num_layers, top_k, tuple(run.shared_layers.items()))
+    return kind.to_json(sparse_active)
 
 
 def config_digest(model_config: Mapping[str, Any]) -> str:

@@ -1,12 +1,13 @@
 """Shares of a selection: held by the step and the layer before, and of the answer's tokens.
 
 Compares sparse selections only: a dense one holds everything. A layer that uses an earlier one's
-selection is not compared with the layer before it, which has the very same. A needle is a prompt
-position that holds the answer; the workload says which they are. Both shares mean something only
-beside k / N, what a random selector would have. Knows no prompt and no file.
+selection is not compared with the layer before it, which has the very same; nor are experts, which are
+others in each layer. A needle is a prompt position that holds the answer; the workload says which they
+are. Both shares mean something only beside k / N, what a random selector would have. Knows no prompt and
+no file.
 
     overlap = SelectionOverlap()
-    overlap.add("r0", step_idx=3, seq_len=4096, tokens=tokens, has_indexer=own)   # (L, K) ascending, (L,)
+    overlap.add("r0", step_idx=3, visible=4096, ids=ids, ptr=ptr, sparse=sparse, kind=kind)
     overlap.step.to_json()     # {"pairs": ..., "mean": ..., "random_mean": ..., "per_layer": [...]}
     counts = count_needles(((), (17, 18)), stats, num_layers=2)
     counts.tokens, counts.selected       # [0 0 2 2], [0 0 1 2]: the second request's two records
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from dsatrace.trace.kernels import compile_kernels, count_held, count_shared
+from dsatrace.trace.kind import SelectionKind
 from dsatrace.trace.statistics import StepStatistics
 
 
@@ -77,14 +79,16 @@ class OverlapTotals:
 @dataclasses.dataclass(frozen=True)
 class _Selection:
     step_idx: int
-    tokens: np.ndarray  # (L, K) int32, ascending
+    ids: np.ndarray  # (M,) int32, of all sets
+    ptr: np.ndarray  # (L + 1,) int64
+    sparse: np.ndarray  # (L,) bool
 
 
 class SelectionOverlap:
     """Compares every sparse selection with its neighbours in time and depth.
 
     Keeps each running request's last selection; `forget` a request when it finishes. Membership is
-    one bit per position, cleared by unmarking, so the cost follows the selection, not the context.
+    one bit per id, cleared by unmarking, so the cost follows the selection, not the context.
     """
 
     def __init__(self) -> None:
@@ -98,33 +102,39 @@ class SelectionOverlap:
         self,
         request_id: str,
         step_idx: int,
-        seq_len: int,
-        tokens: np.ndarray,
-        has_indexer: np.ndarray,
+        visible: int,  # ids that the query can choose from
+        ids: np.ndarray,  # (M,) int32, of L sets, each ascending
+        ptr: np.ndarray,  # (L + 1,) int64
+        sparse: np.ndarray,  # (L,) bool
+        kind: SelectionKind,
         own: tuple[OverlapTotals, OverlapTotals] | None = None,
     ) -> None:
-        """One request's selections in one step, (L, K) int32, ascending in each layer; `has_indexer` (L,).
+        """One request's selections in one step.
 
         Also adds to its `own` totals of steps and layers, where they are kept apart.
         """
-        num_layers, k = tokens.shape
-        if len(self._seen) * 64 < seq_len:
-            self._seen = np.zeros(2 * (seq_len // 64 + 1), dtype=np.uint64)
+        if len(self._seen) * 64 <= (largest := int(ids[ptr[1:] - 1].max())):
+            self._seen = np.zeros(2 * (largest // 64 + 1), dtype=np.uint64)
         last = self._last.get(request_id)
-        follows = last is not None and last.step_idx == step_idx - 1
-        before = last.tokens if last and follows else tokens[:0]
-        with_before, with_layer = np.zeros((2, num_layers), dtype=np.int64)
-        count_shared(tokens, before, self._seen, with_before, with_layer)
-        compared = has_indexer & (np.arange(num_layers) > 0)
-        for of_steps, of_layers in ((self.step, self.layer), *((own,) if own else ())):
-            if follows:
-                of_steps.add(with_before, np.full(num_layers, k), k / seq_len)
+        before = last if last and last.step_idx == step_idx - 1 else None
+        with_before, with_layer = np.zeros((2, len(sparse)), dtype=np.int64)
+        before_ids, before_ptr = (before.ids, before.ptr) if before else (ids[:0], np.zeros(1, np.int64))
+        set_before = kind.set_before
+        count_shared(ids, ptr, before_ids, before_ptr, set_before, self._seen, with_before, with_layer)
+        of_steps = sparse & before.sparse if before else np.zeros_like(sparse)
+        of_layers = sparse & (set_before >= 0) & sparse[set_before]
+        sizes = np.diff(ptr)
+        for i, (shared, compared) in enumerate(((with_before, of_steps), (with_layer, of_layers))):
             if compared.any():
-                of_layers.add(with_layer * compared, k * compared, k / seq_len)
+                selected = sizes * compared
+                random = int(selected @ selected) / (int(selected.sum()) * visible)
+                counts = kind.per_layer(shared * compared), kind.per_layer(selected)
+                for totals in ((self.step, self.layer)[i], *((own[i],) if own else ())):
+                    totals.add(*counts, random)
         # A copy: the caller may use its array for the next step too.
-        kept = last.tokens if last and last.tokens.shape == tokens.shape else np.empty_like(tokens)
-        np.copyto(kept, tokens)
-        self._last[request_id] = _Selection(step_idx, kept)
+        kept = last.ids if last and last.ids.shape == ids.shape else np.empty_like(ids)
+        np.copyto(kept, ids)
+        self._last[request_id] = _Selection(step_idx, kept, ptr, sparse)
 
     def forget(self, request_id: str) -> None:
         """Drops what is kept of a request."""
@@ -165,12 +175,19 @@ class RecallTotals:
         self._random = Counter[tuple[int, int]]()  # (k, N) -> records
 
     def add(
-        self, counts: NeedleCounts, layer: np.ndarray, seq_len: np.ndarray, k: int, counted: np.ndarray
+        self,
+        counts: NeedleCounts,
+        layer: np.ndarray,
+        seq_len: np.ndarray,
+        num_tokens: np.ndarray,
+        counted: np.ndarray,
     ) -> None:
         """Arrays are (R,); `counted` marks the sparse decode records; those without a needle add nothing."""
         counted = counted & (counts.tokens > 0)
-        columns = (layer, counts.tokens, counts.selected, seq_len)
-        for one_layer, tokens, selected, visible in zip(*(x[counted].tolist() for x in columns), strict=True):
+        columns = (layer, counts.tokens, counts.selected, seq_len, num_tokens)
+        for one_layer, tokens, selected, visible, k in zip(
+            *(x[counted].tolist() for x in columns), strict=True
+        ):
             self._selected[one_layer, tokens] += selected
             self._records[one_layer] += 1
             self._random[k, visible] += 1

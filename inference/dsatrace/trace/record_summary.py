@@ -4,7 +4,8 @@ At level full a forward's records hold its whole capture, so the live summary's 
 Below it the positions are gone: `add_columns` counts what is left, and `take_stored` adds the rest
 from the run's last summary.json. Knows no file.
 
-    summary = RecordSummary((16, 32, 64), shape=RunShape(block_size=16, top_k=2048, index_bytes=132))
+    shape = RunShape(block_size=16, kind=kind, index_bytes=132)
+    summary = RecordSummary((16, 32, 64), "model", shape)
     summary.add_forward(records)               # all records of one forward, level full
     summary.to_json("complete")
 """
@@ -18,20 +19,21 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dsatrace.errors import UserError
 from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.kv.tiers.account import FetchAccount, OffloadedAccount
 from dsatrace.schema import FETCH_TOTALS, OFFLOADED_FETCH, TIER_NAMES
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.histogram import Histogram
+from dsatrace.trace.kind import SelectionKind
 from dsatrace.trace.overlap import NeedleCounts
-from dsatrace.trace.records import StepRecords
+from dsatrace.trace.records import StepRecords, cached_blocks
 from dsatrace.trace.statistics import count_blocks, fused_statistics
 from dsatrace.trace.summary import Summary, context_blocks, recency_blocks, uniform_blocks
 from dsatrace.trace.unfinished import Shares
 
 NUMBER_FIELDS = (
-    *("layer_id", "seq_len_current", "step_idx", "forward_idx", "step_wall_us", "unique_blocks"),
+    *("layer_id", "seq_len_current", "step_idx", "forward_idx", "step_wall_us", "offset_max"),
+    "unique_blocks",
     *("prefix.intersection_ratio", "indexer_scan.bytes_read"),
     *(f"kv_fetch.{tier}.{name}" for tier in TIER_NAMES for name in FETCH_TOTALS),
     *("needle.tokens", "needle.selected"),
@@ -49,7 +51,7 @@ TIER_FIELDS = tuple(f"kv_fetch.{tier}.{name}" for tier in TIER_NAMES for name in
 
 FULL_FIELDS = (
     *("request_id", "layer_id", "step_idx", "seq_len_current", "selected_token_pos", "kv_fetch", "prefix"),
-    *("forward_idx", "step_wall_us", "phase", "needle"),
+    *("forward_idx", "step_wall_us", "phase", "kv_head", "selected_ids", "needle"),
 )
 """What `add_forward` reads."""
 
@@ -62,10 +64,13 @@ class RunShape:
     """What the manifest says that records are counted with."""
 
     block_size: int  # tokens
-    top_k: int
+    kind: SelectionKind  # of the selections
     index_bytes: int  # per token and layer
     offloaded: bool = False  # the manifest has `tiers`
-    shared_layers: Mapping[int, int] = dataclasses.field(default_factory=dict)  # see `manifest.shared_layers`
+
+    @property
+    def top_k(self) -> int:
+        return self.kind.max_width
 
 
 class RecordSummary(Summary):
@@ -78,48 +83,58 @@ class RecordSummary(Summary):
         shape: RunShape,
         serving: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(compared_block_sizes, selections, serving, offloaded=shape.offloaded)
+        kind = None if shape.kind.is_exact else shape.kind
+        super().__init__(compared_block_sizes, selections, serving, offloaded=shape.offloaded, kind=kind)
         self._shape = shape
         self._forward_idx: int | None = None
         self._contexts = Histogram()  # positions visible to sparse records below level full
 
+    @property
+    def sets(self) -> list[tuple[int, int | None]]:
+        """(layer, KV head) of the records of one request in one forward."""
+        kind = self._shape.kind
+        return list(zip(kind.set_layers.tolist(), kind.set_heads, strict=True))
+
+    @property
+    def num_sets(self) -> int:
+        return len(self._shape.kind.set_layers)
+
     def add_forward(self, records: Sequence[Record]) -> None:
-        """Takes all full records of one forward, request by request, layer by layer."""
-        first = records[0]
-        num_layers = 1 + max(record["layer_id"] for record in records)
-        rows = records[::num_layers]
-        if [record["layer_id"] for record in records] != list(range(num_layers)) * len(rows):
-            raise UserError(
-                f"forward {first['forward_idx']}: its records are not whole; see `dsatrace verify`"
-            )
+        """Takes all full records of one forward, request by request, set by set."""
+        first, kind = records[0], self._shape.kind
+        rows = records[:: self.num_sets]
         capture = StepCapture(
             phase=first["phase"],
             request_ids=tuple(record["request_id"] for record in rows),
             step_idx=tuple(record["step_idx"] for record in rows),
             seq_len=np.array([record["seq_len_current"] for record in rows], dtype=np.int32),
             batch_size=len(rows),
-            positions=_positions(records, num_layers, self._shape.top_k),
-            score_stats=np.zeros((num_layers, len(rows), 4), dtype=np.float32),
+            positions=_ids(records, kind),
+            score_stats=None,
             scores=None,
-            prefixes=tuple(RequestPrefix(record["prefix"]["prefix_cached_blocks"], "") for record in rows),
+            prefixes=tuple(
+                RequestPrefix(record["prefix"]["prefix_cached_blocks"], "")
+                for record in (rows if kind.holds("prefix") else ())
+            ),
             forward_idx=first["forward_idx"],
             step_wall_us=first["step_wall_us"],
             step_synced=True,
         )
-        cached = np.array([prefix.num_cached_blocks for prefix in capture.prefixes], dtype=np.int64)
-        stats = fused_statistics(capture.positions, capture.seq_len, cached, self._shape.block_size)
+        block_size, tiers = self._shape.block_size, TIER_NAMES if kind.holds("kv_fetch") else ()
+        cached = cached_blocks(capture)
+        stats = fused_statistics(capture.positions, capture.seq_len, cached, block_size, kind=kind)
         self.add_step(
             StepRecords(
                 capture=capture,
+                kind=kind,
                 stats=stats,
-                fetches={name: _account(records, name, self._shape.offloaded) for name in TIER_NAMES},
+                fetches={name: _account(records, name, self._shape.offloaded) for name in tiers},
                 level="full",
-                block_size=self._shape.block_size,
+                block_size=block_size,
                 index_bytes_per_token=self._shape.index_bytes,
-                positions=stats.tokens,
+                positions=stats.ids,
                 scores=None,
                 needles=_needles(records),
-                shared_layers=self._shape.shared_layers,
             )
         )
 
@@ -182,6 +197,8 @@ class RecordSummary(Summary):
         if not sparse.any():
             return
         self.counts["sparse_records"] += int(sparse.sum())
+        # The newest k positions reach back exactly k - 1.
+        self.sparse_active += int((np.asarray(columns["offset_max"])[sparse] != self._shape.top_k - 1).sum())
         self._contexts.add(seq_len[sparse])
         ids = list(itertools.compress(columns.get("selected_block_ids", ()), sparse.tolist()))
         pointers = np.array([0, *itertools.accumulate(map(len, ids))])
@@ -201,7 +218,8 @@ class RecordSummary(Summary):
         )
         decode = np.asarray(columns["step_idx"]) >= 0
         layer = np.asarray(columns["layer_id"])
-        self.recall.add(NeedleCounts(tokens, selected), layer, seq_len, self._shape.top_k, sparse & decode)
+        num_tokens = np.full(len(layer), self._shape.top_k)
+        self.recall.add(NeedleCounts(tokens, selected), layer, seq_len, num_tokens, sparse & decode)
 
     def _add_baselines(self) -> None:
         """Once per context length, so that the sums do not depend on the pieces."""
@@ -218,14 +236,15 @@ class RecordSummary(Summary):
         return size == own_size or (level == "blocks" and size % own_size == 0)
 
 
-def _positions(records: Sequence[Record], num_layers: int, top_k: int) -> np.ndarray:
+def _ids(records: Sequence[Record], kind: SelectionKind) -> np.ndarray:
     """(L, B, K) int32 as a capture holds them, -1 where there is none."""
-    positions = np.full((num_layers, len(records) // num_layers, top_k), -1, dtype=np.int32)
+    num_sets, name = len(kind.set_layers), kind.ids_field
+    ids = np.full((num_sets, len(records) // num_sets, kind.max_width), -1, dtype=np.int32)
     for r, record in enumerate(records):
-        b, layer = divmod(r, num_layers)
-        selected = record["selected_token_pos"]
-        positions[layer, b, : len(selected)] = selected
-    return positions
+        b, s = divmod(r, num_sets)
+        selected = record[name]
+        ids[s, b, : len(selected)] = selected
+    return ids
 
 
 def _needles(records: Sequence[Record]) -> NeedleCounts | None:

@@ -56,7 +56,7 @@ _TIMES = ("admitted_s", "first_token_s", "finish_s")
 _CHUNK_BYTES = 1 << 20
 _MAY_DIFFER = (
     *("tool_version", "state", "error", "started_utc", "argv", "resumed_at_forward", "files"),
-    "trace.queue_steps",
+    *("trace.queue_steps", "selection.sparse_active"),
 )
 _REMEDIES = {
     "model_config": "give the same --config",
@@ -69,13 +69,13 @@ _REMEDIES = {
     "seed": "give the same --seed",
     "prefix_source": "leave --prefix-caching as it was",
     "tiers": "give the same tiers",
+    "answer_end": "give the same --min-new-tokens and --ignore-eos",
     "trace.format": "give the same --trace-format",
     "trace.level": "give the same --trace-level",
     "trace.block_size_tokens": "give the same --kv-block-size",
     "trace.prefix_key_id": "set DSATRACE_PREFIX_KEY as it was then, or resume as the same user",
 }
-_SUPERSEDED = ("--resume", "--trace-out")
-"""Flags whose value is a run's folder."""
+_SUPERSEDED = ("--resume", "--trace-out")  # their value is a run's folder
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,6 +167,11 @@ def _require_resumable(run: RunReader, locked: bool = False) -> None:
     if not was_recorded_so or (run.is_parquet and "source_files" in run.manifest):
         what = "Parquet" if run.is_parquet else "JSON lines"
         raise UserError(f"{run.folder}: an export to {what}; resume the run that it was made from")
+    door = (run.manifest.get("selection") or {}).get("door", "serve")
+    if door != "serve":
+        raise UserError(
+            f"{run.folder}: a run of door {door}; the engine's alone can be resumed, start it anew"
+        )
     state = run.manifest["state"] if locked else run.state
     if state == "complete":
         raise UserError(f"{run.folder}: the run is complete, there is nothing to resume")
@@ -371,11 +376,12 @@ def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raises `UserError` naming the first field that says that the manifests are of two runs.
 
     What shapes a record must be the same, and so must what a step's time depends on (device, ranks,
-    tiers), since the summary pools times. Fields that only one of the manifests has are not
-    compared; a manifest without `tiers` had none.
+    tiers), since the summary pools times. A field that only one of the manifests has is not compared,
+    unless its absence says something.
     """
+    none = {"tiers": None, "answer_end": None}
     formats = [("trace.format", _format(old), _format(new))] if _format(old) != _format(new) else []
-    for path, was, now in (*_differences({"tiers": None, **old}, new), *formats):
+    for path, was, now in (*_differences({**none, **old}, {**none, **new}), *formats):
         remedy = next((said for name, said in _REMEDIES.items() if path.startswith(name)), "give what it was")
         raise UserError(f"cannot resume: {path} was {was!r} and is {now!r} now; {remedy}, or start a new run")
 

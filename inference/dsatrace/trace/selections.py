@@ -6,7 +6,7 @@ a part of its own. Parquet is read without a Python object per record. Derives n
 
     run = RunReader("outputs/mine")
     for request in read_selections(run):
-        layer = request.layers[0]
+        layer = request.layers[LayerSet(0)]
         layer.ids[layer.ptr[3] : layer.ptr[4]]      # what the layer selected in its 4th recorded step
     parts = selection_parts(run)                    # or: read_selections(run, parts[:2])
 """
@@ -34,10 +34,15 @@ from dsatrace.trace.reader import REQUEST_ID, RunReader
 PART_BYTES = 256 << 20
 """Selections held at a time, unless one request has more: bytes of int32 ids, or of JSON text."""
 
-_IDS = (POSITIONS, "selected_ids")
-"""Fields that hold the ids: positions, else what the run's unit is."""
 _INTS = ("layer_id", "step_idx", "seq_len_current", "forward_idx")
-_FIELDS = ("request_id", *_INTS, "phase", *_IDS)
+_HEAD = "kv_head"
+
+
+class LayerSet(NamedTuple):
+    """Whose selections they are: a layer's, or those of one of its KV heads."""
+
+    layer_id: int
+    kv_head: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +63,7 @@ class RequestSelections:
 
     request_id: str
     num_prompt_tokens: int | None  # None: a kill came before its line in requests.jsonl
-    layers: Mapping[int, LayerSelections]  # by layer, ascending
+    layers: Mapping[LayerSet, LayerSelections]  # by layer and KV head, ascending
 
 
 class Span(NamedTuple):
@@ -84,14 +89,10 @@ def selection_parts(run: RunReader, part_bytes: int = PART_BYTES) -> list[Select
 
     Raises `UserError` for a run whose records hold no selections.
     """
-    level = run.manifest["trace"]["level"]
-    if level != "full":
-        raise UserError(
-            f"{run.folder}: its records, of level {level}, hold no selections; record with --trace-level full"
-        )
+    fields = _id_fields(run)
     requests: dict[str, _Extent] = {}
     for path in run.step_paths:
-        found = _of_row_groups(path) if run.is_parquet else _of_lines(path)
+        found = _of_row_groups(path, fields) if run.is_parquet else _of_lines(path)
         for request_id, start, stop, num_records, num_bytes in found:
             extent = requests.get(request_id)
             if extent is None:
@@ -103,22 +104,32 @@ def selection_parts(run: RunReader, part_bytes: int = PART_BYTES) -> list[Select
 def read_selections(
     run: RunReader, parts: Iterable[SelectionPart] | None = None
 ) -> Iterator[RequestSelections]:
-    """The requests of these parts, or of all, in the parts' order.
+    """The requests of these parts, or of all, in the parts' order. At level blocks ids are touched blocks.
 
     Holds one part's selections at a time. Raises `UserError` for what cannot be read, and for a record
     without a field that it must have.
     """
-    parts = selection_parts(run) if parts is None else parts
+    parts, fields = selection_parts(run) if parts is None else parts, _id_fields(run)
     prompts = {line["request_id"]: line["num_prompt_tokens"] for line in run.requests()}
     for part in parts:
         chunks = [
             chunk
             for span in part.spans
-            for chunk in (_parquet_chunks if run.is_parquet else _line_chunks)(span, part.request_ids)
+            for chunk in (_parquet_chunks if run.is_parquet else _line_chunks)(span, part.request_ids, fields)
         ]
         for index, layers in _grouped(chunks):
             request_id = part.request_ids[index]
             yield RequestSelections(request_id, prompts.get(request_id), layers)
+
+
+def _id_fields(run: RunReader) -> tuple[str, ...]:
+    """Fields that hold the ids; a record has one of them."""
+    level = run.manifest["trace"]["level"]
+    if level == "stats":
+        raise UserError(
+            f"{run.folder}: its records, of level {level}, hold no selections; record with --trace-level full"
+        )
+    return ("selected_block_ids",) if level == "blocks" else (POSITIONS, "selected_ids")
 
 
 class _Extent:
@@ -181,11 +192,11 @@ def _of_lines(path: Path) -> Iterator[_Found]:
         raise UserError(f"{path}: cannot read it: {error.strerror}") from error
 
 
-def _of_row_groups(path: Path) -> Iterator[_Found]:
+def _of_row_groups(path: Path, fields: Sequence[str]) -> Iterator[_Found]:
     """One per request and row group; reads request ids only where the statistics name more than one."""
     with open_file(path) as file:
         columns = {file.schema.column(i).path: i for i in range(file.metadata.num_columns)}
-        ids = [i for name, i in columns.items() if name.partition(".")[0] in _IDS]
+        ids = [i for name, i in columns.items() if name.partition(".")[0] in fields]
         for index in range(file.metadata.num_row_groups):
             group = file.metadata.row_group(index)
             num_bytes = 4 * max((group.column(i).num_values for i in ids), default=0)
@@ -202,31 +213,31 @@ class _Chunk(NamedTuple):
     """R records of some requests, in file order."""
 
     request: np.ndarray  # (R,) index into the part's request ids
-    ints: np.ndarray  # (4, R) int64, of _INTS
+    ints: np.ndarray  # (5, R) int64, of _INTS and _HEAD
     phase: np.ndarray  # (R,) str
     ids: np.ndarray  # int32
     start: np.ndarray  # (R,) int64: record r selected ids[start[r] : stop[r]]
     stop: np.ndarray  # (R,) int64
 
 
-def _parquet_chunks(span: Span, request_ids: Sequence[str]) -> Iterator[_Chunk]:
+def _parquet_chunks(span: Span, request_ids: Sequence[str], fields: Sequence[str]) -> Iterator[_Chunk]:
     wanted = pa.array(request_ids, pa.string())
     with open_file(span.path) as file:
         for index in range(span.start, span.stop):
-            table = _table(file, index, _FIELDS)
+            table = _table(file, index, ("request_id", *_INTS, _HEAD, "phase", *fields))
             request = pc.index_in(table["request_id"], wanted).fill_null(-1).to_numpy()
             rows = np.flatnonzero(request >= 0)
             if not len(rows):
                 continue
-            names = [name for name in _IDS if name in table.schema.names and not table[name].null_count]
+            names = [name for name in fields if name in table.schema.names and not table[name].null_count]
             if not names:
-                raise UserError(f"{span.path}: a record without {POSITIONS}; see `dsatrace verify`")
+                raise UserError(f"{span.path}: a record without {fields[0]}; see `dsatrace verify`")
             lists = table[names[0]].chunk(0)
             ids, ends = lists.values.to_numpy(), lists.offsets.to_numpy().astype(np.int64)
             start, stop = ends[:-1][rows], ends[1:][rows]
             if len(rows) < len(request):  # do not hold what belongs to others
                 ids, start, stop = _copied(ids, start, stop)
-            ints = np.stack([_ints(table, field, span.path)[rows] for field in _INTS])
+            ints = np.stack([_ints(table, field, span.path)[rows] for field in (*_INTS, _HEAD)])
             phases = table["phase"].chunk(0).dictionary_encode()
             phase = np.array(phases.dictionary.to_pylist())[phases.indices.to_numpy()[rows]]
             yield _Chunk(request[rows], ints, phase, ids, start, stop)
@@ -248,13 +259,16 @@ def _table(file: pq.ParquetFile, group: int, fields: Sequence[str]) -> pa.Table:
 
 
 def _ints(table: pa.Table, field: str, path: Path) -> np.ndarray:
-    """(R,) int64."""
+    """(R,) int64; the KV head is 0 where a layer has one set."""
+    if field == _HEAD:
+        present = _HEAD in table.schema.names
+        return table[_HEAD].fill_null(0).to_numpy() if present else np.zeros(len(table), np.int64)
     if table[field].null_count:
         raise UserError(f"{path}: a record without {field}; see `dsatrace verify`")
     return table[field].to_numpy()
 
 
-def _line_chunks(span: Span, request_ids: Sequence[str]) -> Iterator[_Chunk]:
+def _line_chunks(span: Span, request_ids: Sequence[str], fields: Sequence[str]) -> Iterator[_Chunk]:
     """One chunk per record; the lines of other requests are not parsed."""
     wanted = {orjson.dumps(name): index for index, name in enumerate(request_ids)}
     with span.path.open("rb") as file:
@@ -270,7 +284,7 @@ def _line_chunks(span: Span, request_ids: Sequence[str]) -> Iterator[_Chunk]:
                 index = wanted[raw] = request_ids.index(name)
             if index is not None:
                 try:
-                    yield _line_chunk(line, index)
+                    yield _line_chunk(line, index, fields)
                 except _NO_RECORD as error:
                     raise UserError(
                         f"{span.path}: a line of request {request_ids[index]} is no whole record: "
@@ -281,24 +295,24 @@ def _line_chunks(span: Span, request_ids: Sequence[str]) -> Iterator[_Chunk]:
 _NO_RECORD = (LookupError, StopIteration, TypeError, ValueError, OverflowError)
 
 
-def _line_chunk(line: bytes, index: int) -> _Chunk:
+def _line_chunk(line: bytes, index: int, fields: Sequence[str]) -> _Chunk:
     record: dict[str, Any] = orjson.loads(line)
-    chosen = next(record[name] for name in _IDS if record.get(name) is not None)
-    ints = np.array([[record[field]] for field in _INTS], np.int64)
+    chosen = next(record[name] for name in fields if record.get(name) is not None)
+    ints = np.array([*([record[field]] for field in _INTS), [record.get(_HEAD, 0)]], np.int64)
     ids = np.array(chosen, np.int32)
     phase = np.array([record["phase"]])
     return _Chunk(np.array([index]), ints, phase, ids, np.zeros(1, np.int64), np.array([len(ids)]))
 
 
-def _grouped(chunks: Sequence[_Chunk]) -> Iterator[tuple[int, dict[int, LayerSelections]]]:
-    """The records by request, layer and step."""
+def _grouped(chunks: Sequence[_Chunk]) -> Iterator[tuple[int, dict[LayerSet, LayerSelections]]]:
+    """The records by request, layer, KV head and step."""
     if not chunks:
         return
     request = np.concatenate([chunk.request for chunk in chunks])
-    layer, step, seq_len, forward = np.concatenate([chunk.ints for chunk in chunks], axis=1)
+    layer, step, seq_len, forward, head = np.concatenate([chunk.ints for chunk in chunks], axis=1)
     phase = np.concatenate([chunk.phase for chunk in chunks])
     sizes = np.concatenate([chunk.stop - chunk.start for chunk in chunks])
-    order = np.lexsort((forward, step, layer, request))
+    order = np.lexsort((forward, step, head, layer, request))
     ends = np.concatenate([[0], np.cumsum(sizes[order])])
     targets = np.empty_like(sizes)
     targets[order] = ends[:-1]
@@ -307,14 +321,14 @@ def _grouped(chunks: Sequence[_Chunk]) -> Iterator[tuple[int, dict[int, LayerSel
     for chunk in chunks:
         _copy_runs(chunk.ids, chunk.start, chunk.stop, targets[row : row + len(chunk.request)], ids)
         row += len(chunk.request)
-    request, layer, step, seq_len, forward, phase = (
-        column[order] for column in (request, layer, step, seq_len, forward, phase)
+    request, layer, head, step, seq_len, forward, phase = (
+        column[order] for column in (request, layer, head, step, seq_len, forward, phase)
     )
-    new_request, new_layer = np.diff(request) != 0, np.diff(layer) != 0
-    bounds = [0, *(np.flatnonzero(new_request | new_layer) + 1).tolist(), len(order)]
-    layers: dict[int, LayerSelections] = {}
+    is_new = (np.diff(request) != 0) | (np.diff(layer) != 0) | (np.diff(head) != 0)
+    bounds = [0, *(np.flatnonzero(is_new) + 1).tolist(), len(order)]
+    layers: dict[LayerSet, LayerSelections] = {}
     for first, last in itertools.pairwise(bounds):
-        layers[int(layer[first])] = LayerSelections(
+        layers[LayerSet(int(layer[first]), int(head[first]))] = LayerSelections(
             step_idx=step[first:last],
             seq_len=seq_len[first:last],
             forward_idx=forward[first:last],

@@ -1,7 +1,8 @@
 """Derives the statistics of a whole step's selections in one compiled pass.
 
-Knows no file, no tier and no score. Records are request-major: record r is request r // L, layer
-r % L.
+Knows no file, no tier and no score. Records are request-major: record r is request r // L, set r % L,
+of L sets per request (see `kind`). Ids that say where tokens lie become those tokens first; of ids that
+do not, only `ids` means something, and what stands beside it is not written.
 
     stats = fused_statistics(positions, seq_len, cached_blocks, block_size=16)
     stats.block_ids[stats.block_ptr[0]:stats.block_ptr[1]]     # blocks of the first record
@@ -14,6 +15,7 @@ import dataclasses
 import numpy as np
 
 from dsatrace.trace.kernels import derive_step
+from dsatrace.trace.kind import SelectionKind, engine_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +33,16 @@ class StepStatistics:
     tokens_p50: np.ndarray  # (R,) int64, over the record's touched blocks
     tokens_p95: np.ndarray  # (R,) int64
     num_prefix_blocks: np.ndarray  # (R,) int64, those of the shared prefix: the record's first ones
+    ids: np.ndarray  # (M,) int32, selected ids, ascending within a record; `tokens` where they are those
+    id_ptr: np.ndarray  # (R + 1,) int64
 
     @property
     def num_tokens(self) -> np.ndarray:
         return np.diff(self.token_ptr)  # (R,)
+
+    @property
+    def num_ids(self) -> np.ndarray:
+        return np.diff(self.id_ptr)  # (R,)
 
     @property
     def num_blocks(self) -> np.ndarray:
@@ -66,26 +74,38 @@ class Scratch:
 
 
 def fused_statistics(
-    positions: np.ndarray,  # (L, B, K) int32, -1 where there is none
+    positions: np.ndarray,  # (L, B, K) int32 ids, -1 where there is none
     seq_len: np.ndarray,  # (B,) positions visible to the query
     cached_blocks: np.ndarray,  # (B,) blocks of the shared prefix
     block_size: int,  # tokens
     scratch: Scratch | None = None,
+    kind: SelectionKind | None = None,
 ) -> StepStatistics:
     """The statistics, in one pass without the GIL; call `compile_kernels` before the run.
 
-    With `scratch` the result is valid until the next call with it. Raises `ValueError` for a selection
-    that does not hold min(K, seq_len) positions, repeats one, or reaches into the future.
+    Without `kind` the ids are the engine's. With `scratch` the result is valid until the next call with
+    it. Raises `ValueError` for a selection that repeats an id, reaches into the future, or does not hold
+    as many as it must: of the engine min(K, seq_len), of another door 1 to top-k.
     """
     scratch = scratch or Scratch()
     num_layers, num_requests, k = positions.shape
+    kind = kind or engine_kind(num_layers, k)
     visible = np.repeat(np.asarray(seq_len, dtype=np.int64), num_layers)  # (R,)
     cached = np.repeat(np.asarray(cached_blocks, dtype=np.int64), num_layers)
     # numpy sorts with SIMD and without the GIL: faster than a bitmap of the context.
     ordered = scratch.take("ordered", positions.size, np.int32).reshape(-1, k)  # (R, K), -1 first
     ordered.reshape(num_requests, num_layers, k)[:] = positions.swapaxes(0, 1)
     ordered.sort(axis=1)
-    num_records, num_tokens = len(visible), int(np.minimum(visible, k).sum())
+    ids, limits = ordered, visible
+    if kind.is_exact:
+        counts = np.minimum(visible, k)
+    else:
+        limits = kind.limits(visible)
+        if fault := _fault(ids, limits, kind):
+            raise ValueError(fault)
+        ordered, visible = _tokens_of(ids, visible, kind)
+        counts = np.count_nonzero(ordered >= 0, axis=1)
+    num_records, num_tokens = len(visible), int(counts.sum())
     tokens = scratch.take("tokens", num_tokens, np.int32)
     block_ids = scratch.take("block_ids", num_tokens, np.int32)
     tokens_in_block = scratch.take("tokens_in_block", num_tokens, np.int64)
@@ -93,6 +113,7 @@ def fused_statistics(
     offsets, blocks = np.zeros((2, 3, num_records), dtype=np.int64)
     whole = derive_step(
         ordered,
+        counts,
         visible,
         cached,
         min(block_size, 2**31 - 1),  # no position lies higher
@@ -105,8 +126,10 @@ def fused_statistics(
         blocks,
     )
     if not whole:
-        raise ValueError(_what_is_wrong(ordered, visible, num_layers))
+        raise ValueError(_fault(ids, limits, kind))
     num_blocks = int(block_ptr[-1])
+    own_ids = kind.unit_tokens > 1
+    id_ptr = np.cumsum([0, *np.count_nonzero(ids >= 0, axis=1)]) if own_ids else token_ptr
     return StepStatistics(
         tokens=tokens,
         token_ptr=token_ptr,
@@ -119,6 +142,8 @@ def fused_statistics(
         tokens_p50=blocks[0],
         tokens_p95=blocks[1],
         num_prefix_blocks=blocks[2],
+        ids=ids[ids >= 0] if own_ids else tokens,
+        id_ptr=id_ptr,
     )
 
 
@@ -131,18 +156,59 @@ def count_blocks(tokens: np.ndarray, token_ptr: np.ndarray, block_size: int) -> 
     return np.add.reduceat(is_new, first, dtype=np.int64)
 
 
-def _what_is_wrong(ordered: np.ndarray, visible: np.ndarray, num_layers: int) -> str:
-    """Which record's selection is broken, and how, in a step that the compiled pass refuses."""
+def of_request(
+    values: np.ndarray, pointers: np.ndarray, b: int, num_sets: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One request's part of a CSR array, all sets: its values, and pointers (L + 1,) into them."""
+    own = pointers[b * num_sets : (b + 1) * num_sets + 1]
+    return values[own[0] : own[-1]], own - own[0]
+
+
+def _tokens_of(ids: np.ndarray, visible: np.ndarray, kind: SelectionKind) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending tokens (R, N) that ascending ids (R, K) cover, and what lies above all of them, (R,).
+
+    Ids that do not say where their tokens lie are taken as they are.
+    """
+    if "positions" not in kind.tells:
+        return ids, np.full(len(ids), 2**31 - 1)
+    if kind.unit_tokens == 1:
+        return ids, visible
+    tokens = ids[:, :, None] * kind.unit_tokens + np.arange(kind.unit_tokens, dtype=np.int32)
+    tokens[(ids < 0)[:, :, None] | (tokens >= visible[:, None, None])] = -1  # a last block is not full
+    tokens = tokens.reshape(len(ids), -1)
+    tokens.sort(axis=1)
+    return tokens, visible
+
+
+def _fault(ordered: np.ndarray, limits: np.ndarray, kind: SelectionKind) -> str:
+    """Which record's selection is broken, and how; "" where none is. `ordered` (R, K) ascends, every id
+    must lie below `limits` (R,)."""
     chosen = ordered >= 0  # (R, K)
-    faults = {
-        "the selection does not hold min(k, seq_len) positions": (
-            chosen.sum(axis=1) != np.minimum(visible, ordered.shape[1])
+    num_chosen, num_sets = chosen.sum(axis=1), len(kind.set_layers)
+    if kind.is_exact:
+        faults = {
+            "the selection does not hold min(k, seq_len) positions": (
+                num_chosen != np.minimum(limits, ordered.shape[1])
+            )
+        }
+    else:
+        most = np.tile(kind.top_k, len(ordered) // num_sets)
+        faults = {
+            "nothing is selected; leave the row out": num_chosen == 0,
+            "more ids than its top-k": num_chosen > most,
+        }
+    selected = "position" if kind.holds("selected_token_pos") else "id"
+    article = "a" if selected == "position" else "an"
+    future = f"a selected {selected} lies in the future"
+    faults |= {
+        future if kind.num_ids is None else "an id beyond num_ids": ordered[:, -1] >= limits,
+        f"{article} {selected} was selected twice": (chosen[:, 1:] & (ordered[:, 1:] == ordered[:, :-1])).any(
+            axis=1
         ),
-        "a selected position lies in the future": ordered[:, -1] >= visible,
-        "a position was selected twice": (chosen[:, 1:] & (ordered[:, 1:] == ordered[:, :-1])).any(axis=1),
     }
     for fault, bad in faults.items():
         if bad.any():
-            request, layer = divmod(int(bad.argmax()), num_layers)
-            return f"request {request} of the step, layer {layer}: {fault}"
-    raise AssertionError("the compiled pass refuses a step in which nothing is wrong")
+            request, s = divmod(int(bad.argmax()), num_sets)
+            head = "" if kind.set_heads[s] is None else f", KV head {kind.set_heads[s]}"
+            return f"request {request} of the step, layer {kind.set_layers[s]}{head}: {fault}"
+    return ""

@@ -17,7 +17,8 @@ from typing import Any
 from dsatrace.errors import UserError
 from dsatrace.schema import SUMMARY_FILE
 from dsatrace.trace.config import TraceConfig, is_sampled
-from dsatrace.trace.manifest import prefix_cache_cold_starts, shared_layers_of
+from dsatrace.trace.kind import SelectionKind, inactive
+from dsatrace.trace.manifest import prefix_cache_cold_starts, selection_kind, shared_layers
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.record_summary import (
     BLOCK_FIELDS,
@@ -94,24 +95,39 @@ def summarize_run(
             )
     for name, torn in run.torn_lines.items():
         on_note(f"{run.folder / name}: {torn}")
+    if warning := inactive(summary.counts["sparse_records"], summary.known_sparse_active):
+        on_note(f"{run.folder}: {warning}")
     return summary
 
 
 def _add_forwards(run: RunReader, summary: RecordSummary, on_records: OnRecords) -> None:
     finished = _FinishedRequests(run)
-    num_layers = run.manifest["model_config"].get("n_layers", 1)
+    num_sets = summary.num_sets
     records = _steps(run, FULL_FIELDS)
     for _, group in itertools.groupby(records, key=lambda record: record["forward_idx"]):
         forward = list(group)
         on_records(len(forward))
         if run.state != "complete":  # a killed run's last step may lack layers
-            del forward[len(forward) - len(forward) % num_layers :]
+            del forward[len(forward) - len(forward) % num_sets :]
         if forward:
+            _require_sets(run, forward, summary.sets)
             summary.add_forward(forward)
             for request in finished.after(forward):
                 summary.finish_request(request)
     for request in finished.rest():
         summary.finish_request(request)
+
+
+def _require_sets(
+    run: RunReader, forward: Sequence[Mapping[str, Any]], sets: list[tuple[int, int | None]]
+) -> None:
+    """Raises `UserError` unless each request of the forward has a record of every set, in order."""
+    found = [(record["layer_id"], record.get("kv_head")) for record in forward]
+    if found != sets * (len(found) // len(sets)):
+        raise UserError(
+            f"{run.step_paths[0]}: forward {forward[0]['forward_idx']}: its records are not whole; "
+            f"see `dsatrace verify {run.folder}`"
+        )
 
 
 def _add_thin_records(run: RunReader, summary: RecordSummary, level: str, on_records: OnRecords) -> None:
@@ -152,7 +168,7 @@ class _FinishedRequests:
     def after(self, forward: Sequence[Record]) -> Iterator[Record]:
         """Requests that end with this forward or before it."""
         self._last_step.update((record["request_id"], record["step_idx"]) for record in forward)
-        if forward[0]["phase"] == "decode":
+        if forward[0]["phase"] != "prefill":
             self._decoding = {record["request_id"] for record in forward}
         while self._head is not None and self._has_ended(self._head):
             yield self._pop()
@@ -194,13 +210,13 @@ def _shape(run: RunReader) -> RunShape:
     manifest = run.manifest
     block_size = manifest["trace"]["block_size_tokens"]
     if manifest["selections"] == "none":  # no model, no selection, no record
-        return RunShape(block_size, top_k=0, index_bytes=0, offloaded=is_offloaded(run))
+        return RunShape(block_size, SelectionKind(()), index_bytes=0, offloaded=is_offloaded(run))
     layout = next(x for x in manifest["cache_layouts"] if x["name"] == manifest["cache_layout"])
-    top_k = manifest["model_config"].get("index_topk")
-    if not isinstance(top_k, int):
+    kind = selection_kind(manifest)
+    if kind is None:
         raise UserError(f"{run.folder}: the manifest's model_config has no index_topk, the k of its top-k")
     index_bytes = layout["index_bytes_per_token"]
-    return RunShape(block_size, top_k, index_bytes, is_offloaded(run), shared_layers_of(manifest))
+    return RunShape(block_size, kind, index_bytes, is_offloaded(run))
 
 
 def is_offloaded(run: RunReader) -> bool:
@@ -232,10 +248,15 @@ def _check_alike(runs: Sequence[RunReader]) -> None:
 
 def _kind(run: RunReader) -> dict[str, Any]:
     shape, serving = _shape(run), run.manifest.get("serving")
+    kind = shape.kind
     return {
         "blocks": shape.block_size,
         "top-k": shape.top_k,
-        "shared layers": shape.shared_layers,
+        "shared layers": shared_layers([layer.source_layer for layer in kind.layers]),
+        "layers": ", ".join(f"{layer.heads} x {layer.top_k}" for layer in kind.layers),
+        "unit": f"{kind.unit} of {kind.unit_tokens} tokens",
+        "ids": f"{kind.id_kind}, of {kind.num_ids or 'all'}",
+        "door": " without ".join([kind.door, *sorted(kind.missing)]),
         "selections": run.manifest["selections"],
         "serving": f"{serving['mode']}, {serving['clock']} clock" if serving else "none",
         "prefix source": run.manifest.get("prefix_source", "analysis"),

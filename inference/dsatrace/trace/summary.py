@@ -20,10 +20,11 @@ import numpy as np
 from dsatrace.schema import FETCH_TOTALS, OFFLOADED_FETCH, SCHEMA_VERSION, TIER_NAMES
 from dsatrace.trace.histogram import Histogram, ValueCounts
 from dsatrace.trace.kernels import compile_kernels, count_offsets
+from dsatrace.trace.kind import SelectionKind
 from dsatrace.trace.overlap import RecallTotals, SelectionOverlap
 from dsatrace.trace.records import StepRecords
 from dsatrace.trace.request_totals import RequestTotals
-from dsatrace.trace.statistics import count_blocks
+from dsatrace.trace.statistics import count_blocks, of_request
 from dsatrace.trace.unfinished import Shares
 
 NUM_HOT_BLOCKS = 20
@@ -72,18 +73,31 @@ class _BlocksAtSize:
         self.context = Histogram()
         self.uniform_sum = 0.0
 
-    def add(self, step: StepRecords, seq_len: np.ndarray, records: np.ndarray) -> None:
-        """`seq_len` (S,) is that of the sparse requests, `records` (R,) marks their records."""
-        stats, k = step.stats, step.top_k
+    def add(self, step: StepRecords) -> None:
+        stats, records = step.stats, step.sparse
         if self.block_size % step.block_size:
             touched = count_blocks(stats.tokens, stats.token_ptr, self.block_size)
         else:  # a multiple of the records' block size: blocks are far fewer than tokens
             touched = count_blocks(stats.block_ids, stats.block_ptr, self.block_size // step.block_size)
         self.touched.add(touched[records])
-        per_layer = np.repeat(seq_len, step.num_layers)
+        seq_len = np.asarray(step.capture.seq_len, dtype=np.int64)
+        if not step.kind.is_exact:
+            self._add_selectors(step.kind, np.repeat(seq_len, step.num_sets)[records], stats.num_ids[records])
+            return
+        k, seq_len = step.kind.max_width, seq_len[records[:: step.num_sets]]
+        per_layer = np.repeat(seq_len, step.num_sets)
         self.recency.add(recency_blocks(per_layer, k, self.block_size))
         self.context.add(context_blocks(per_layer, self.block_size))
-        self.uniform_sum += float(uniform_blocks(seq_len, k, self.block_size).sum()) * step.num_layers
+        self.uniform_sum += float(uniform_blocks(seq_len, k, self.block_size).sum()) * step.num_sets
+
+    def _add_selectors(self, kind: SelectionKind, seq_len: np.ndarray, num_ids: np.ndarray) -> None:
+        """Of records that select `num_ids` ids of several tokens, or not as many as they could."""
+        pairs, counts = np.unique(np.stack([seq_len, num_ids]), axis=1, return_counts=True)
+        for (visible, k), count in zip(pairs.T.tolist(), counts, strict=True):
+            uniform, recency = unit_blocks(kind, visible, k, self.block_size)
+            self.recency.add_counted(np.array([recency]), count)
+            self.context.add_counted(context_blocks(np.array([visible]), self.block_size), count)
+            self.uniform_sum += uniform * int(count)
 
     def merge(self, other: _BlocksAtSize) -> None:
         self.touched.merge(other.touched)
@@ -114,8 +128,10 @@ class Summary:
         serving: Mapping[str, Any] | None = None,
         *,
         offloaded: bool = False,
+        kind: SelectionKind | None = None,
     ) -> None:
-        """`serving` is the manifest's; `offloaded`: the manifest has `tiers`."""
+        """`serving` is the manifest's; `offloaded`: the manifest has `tiers`; `kind`: of another door than
+        the engine's."""
         compile_kernels()
         self.selections = selections
         self.sections: Sections = {"tiers": None, "workload": None}
@@ -130,7 +146,9 @@ class Summary:
         self.recall = RecallTotals()
         self.requests = RequestTotals(serving)
         fetched = FETCH_TOTALS + (OFFLOADED_FETCH if offloaded else ())
-        self.fetch = {name: dict.fromkeys(fetched, 0) for name in TIER_NAMES}
+        self.kind = kind
+        self.fetch = {name: dict.fromkeys(fetched, 0) for name in TIER_NAMES if self._tells("kv_fetch")}
+        self.sparse_active = 0  # sparse records whose set is not just the newest ids
         self.scan_bytes = 0
         self.shares: Shares | None = None  # of unfinished requests, where a resume could not count them again
         self.prefix_cache_cold_starts = 0
@@ -139,17 +157,19 @@ class Summary:
 
     def add_step(self, step: StepRecords) -> None:
         capture, stats = step.capture, step.stats
-        decode = capture.phase == "decode"
+        decode = capture.phase != "prefill"
         self.counts["steps" if decode else "prefills"] += 1
         self.counts["records"] += step.num_records
-        if decode:
+        if decode and capture.step_wall_us is not None:
             self.step_us.add([round(capture.step_wall_us)])  # whole us: few distinct values
-        self.dense["unique_blocks"].add(stats.num_blocks)
-        self.dense["tokens_per_touched_block"].add(stats.tokens_in_block)
-        query = np.repeat(np.asarray(capture.seq_len, dtype=np.int64) - 1, step.num_layers)
-        offsets = self.dense["offsets"].counts_below(int(query.max()) + 1)
-        count_offsets(stats.tokens, stats.token_ptr, query, offsets)
-        self.ratios.add((stats.num_prefix_blocks / stats.num_blocks).tolist())
+        if step.kind.holds("offset_max"):
+            self.dense["unique_blocks"].add(stats.num_blocks)
+            self.dense["tokens_per_touched_block"].add(stats.tokens_in_block)
+            query = np.repeat(np.asarray(capture.seq_len, dtype=np.int64) - 1, step.num_sets)
+            offsets = self.dense["offsets"].counts_below(int(query.max()) + 1)
+            count_offsets(stats.tokens, stats.token_ptr, query, offsets)
+        if step.kind.holds("prefix"):
+            self.ratios.add((stats.num_prefix_blocks / stats.num_blocks).tolist())
         for name, account in step.fetches.items():
             totals = self.fetch[name]
             for total in totals:
@@ -195,6 +215,7 @@ class Summary:
             for total in totals:
                 totals[total] += other.fetch[name][total]
         self.scan_bytes += other.scan_bytes
+        self.sparse_active += other.sparse_active
         self.shares = None  # nobody resumes several runs
         self.prefix_cache_cold_starts += other.prefix_cache_cold_starts
         for request_id, touches in other._running.items():
@@ -203,7 +224,8 @@ class Summary:
 
     def to_json(self, state: str) -> dict[str, Any]:
         """The record of summary.json, in the schema's field order."""
-        latents = sum(totals["bytes_read"] for totals in self.fetch.values())
+        latents = sum(totals["bytes_read"] for totals in self.fetch.values()) if self.fetch else None
+        scanned = self.scan_bytes if self._tells("indexer_scan") else None
         hot = self._hot | {request_id: _hottest(touches) for request_id, touches in self._running.items()}
         distributions = {name: histogram.distribution() for name, histogram in self.dense.items()}
         of_requests, request_histograms = self.requests.to_json()
@@ -223,12 +245,13 @@ class Summary:
             "step_overlap": self.overlap.step.to_json(),
             "layer_overlap": self.overlap.layer.to_json(),
             "needle_recall": self.recall.to_json(),
-            "kv_fetch": {name: dict(totals) for name, totals in self.fetch.items()},
+            "kv_fetch": {name: dict(totals) for name, totals in self.fetch.items()} or None,
             "bytes_read": {
                 "without_indexer_scan": latents,
-                "indexer_scan": self.scan_bytes,
-                "with_indexer_scan": latents + self.scan_bytes,
+                "indexer_scan": scanned,
+                "with_indexer_scan": None if latents is None or scanned is None else latents + scanned,
             },
+            **({"sparse_active": self.known_sparse_active} if self.kind is not None else {}),
             **of_requests,
             **({"prefix_cache_cold_starts": cold_starts} if cold_starts else {}),
             "tiers": self.sections["tiers"],
@@ -244,12 +267,22 @@ class Summary:
             **({"unfinished": self.shares.to_json()} if self.shares is not None else {}),
         }
 
+    @property
+    def known_sparse_active(self) -> int | None:
+        """`sparse_active`, where ids tell."""
+        return self.sparse_active if self._tells("offset_max") else None
+
+    def _tells(self, name: str) -> bool:
+        return self.kind is None or self.kind.holds(name)
+
     def _add_prefix_blocks(self, step: StepRecords) -> None:
-        stats, num_layers = step.stats, step.num_layers
+        stats, num_sets = step.stats, step.num_sets
+        if not step.kind.holds("prefix"):
+            return
         prefixes = zip(step.capture.request_ids, step.capture.prefixes, strict=True)
         for b, (request_id, prefix) in enumerate(prefixes):
             if prefix.hit:
-                touched = _of_request(stats.block_ids, stats.block_ptr, b, num_layers)
+                touched, _ = of_request(stats.block_ids, stats.block_ptr, b, num_sets)
                 touched = touched[touched < prefix.num_cached_blocks]
                 self._touch(request_id, np.bincount(touched, minlength=prefix.num_cached_blocks))
 
@@ -258,31 +291,36 @@ class Summary:
         self._running[request_id] = touches if before is None else before + touches
 
     def _add_sparse(self, step: StepRecords) -> None:
-        sparse = step.sparse
+        sparse, stats, kind = step.sparse, step.stats, step.kind
         if not sparse.any():
             return
         seq_len = np.asarray(step.capture.seq_len, dtype=np.int64)
-        records = np.repeat(sparse, step.num_layers)
-        self.counts["sparse_records"] += int(records.sum())
-        for at_size in self.blocks_at:
-            at_size.add(step, seq_len[sparse], records)
-        if step.needles is not None and step.capture.phase == "decode":
-            layer = np.tile(np.arange(step.num_layers), len(seq_len))
-            self.recall.add(step.needles, layer, np.repeat(seq_len, step.num_layers), step.top_k, records)
-        request_ids, step_idx, has_indexer = step.capture.request_ids, step.capture.step_idx, step.has_indexer
-        for b in np.flatnonzero(sparse).tolist():
-            tokens = _of_request(step.stats.tokens, step.stats.token_ptr, b, step.num_layers)
-            tokens = tokens.reshape(step.num_layers, -1)  # (L, K): every layer selects exactly K
+        self.counts["sparse_records"] += int(sparse.sum())
+        if kind.holds("offset_max"):
+            self.sparse_active += int((sparse & ~_is_newest(step)).sum())
+            for at_size in self.blocks_at:
+                at_size.add(step)
+        if step.needles is not None and step.capture.phase != "prefill":
+            contexts = np.repeat(seq_len, step.num_sets)
+            self.recall.add(step.needles, step.layer, contexts, stats.num_tokens, sparse)
+        request_ids, step_idx, visible = step.capture.request_ids, step.capture.step_idx, step.visible
+        by_request = sparse.reshape(-1, step.num_sets)
+        for b in np.flatnonzero(by_request.any(axis=1)).tolist():
+            ids, ptr = of_request(stats.ids, stats.id_ptr, b, step.num_sets)
             own = None
             if self.shares is not None:
                 share = self.shares.of(request_ids[b])
                 own = share.step, share.layer
-            self.overlap.add(request_ids[b], int(step_idx[b]), int(seq_len[b]), tokens, has_indexer, own)
+            of_step = int(step_idx[b]), int(visible[b])
+            self.overlap.add(request_ids[b], *of_step, ids, ptr, by_request[b], kind, own)
 
 
-def _of_request(values: np.ndarray, pointers: np.ndarray, request: int, num_layers: int) -> np.ndarray:
-    """One request's part of a CSR array, all layers."""
-    return values[pointers[request * num_layers] : pointers[(request + 1) * num_layers]]
+def _is_newest(step: StepRecords) -> np.ndarray:
+    """(R,) bool: the set is the newest ids and no others, up to a last block that is not whole."""
+    stats = step.stats
+    first, last = stats.ids[stats.id_ptr[:-1]], stats.ids[stats.id_ptr[1:] - 1]
+    newest_whole = np.asarray(step.capture.seq_len, dtype=np.int64) // step.kind.unit_tokens - 1
+    return (last - first + 1 == stats.num_ids) & (last >= np.repeat(newest_whole, step.num_sets))
 
 
 def _hottest(touches: np.ndarray) -> list[dict[str, int]]:
@@ -321,3 +359,19 @@ def uniform_blocks(seq_len: np.ndarray, k: np.ndarray | int, block_size: int) ->
     missed = factors.cumprod(axis=1)  # (B, block_size)
     last = np.where(rest > 0, 1 - missed[np.arange(len(seq_len)), rest - 1], 0.0)
     return full * (1 - missed[:, -1]) + last
+
+
+def unit_blocks(kind: SelectionKind, seq_len: int, k: int, block_size: int) -> tuple[float, int]:
+    """Touched blocks of `k` ids that may cover several tokens each: expected of a uniform selector, exactly,
+    and of the newest `k`.
+
+    A block is missed if all c ids are that lie in it: with probability C(n - c, k) / C(n, k), of n ids.
+    """
+    n, size = int(kind.visible(np.array([seq_len]))[0]), kind.unit_tokens
+    end = min(n * size, seq_len)
+    starts = np.arange(0, end, block_size)
+    first, last = starts // size, np.minimum((starts + block_size - 1) // size, n - 1)
+    i = np.arange((last - first).max() + 1)
+    missed = np.cumprod(np.clip(n - k - i, 0, None) / np.maximum(n - i, 1))
+    newest = (end - 1) // block_size - (n - k) * size // block_size + 1
+    return float((1 - missed[last - first]).sum()), newest

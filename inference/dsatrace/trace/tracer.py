@@ -8,6 +8,8 @@ scheduler.
         if tracer.wants(step_number):
             tracer.put(capture, sync_us=35.0)
         tracer.finish_request(request, RequestFacts(num_output_tokens=64, state="stop", finish_s=1.9))
+
+Another door than the engine says in `RunInfo.kind` what its ids are, and puts captures that fit it.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from dsatrace.schema import MANIFEST_FILE, SUMMARY_FIELDS, problems
 from dsatrace.text import plain
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig, check_run_folder, is_sampled
+from dsatrace.trace.kind import SelectionKind
 from dsatrace.trace.manifest import RunInfo, manifest, prefix_cache_cold_starts
 from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.request_facts import RequestFacts, TracedRequest, request_line
@@ -58,6 +61,8 @@ class Tracer:
     ) -> None:
         if run.selections == "none":  # no model, so there is nothing to record of a step
             config = dataclasses.replace(config, sample_rate=0.0, prefill="off")
+        if run.kind is not None:
+            _check_config(config, run.kind)
         self.config = config
         self._run = run
         self._resumed = resumed
@@ -67,7 +72,10 @@ class Tracer:
         self._needles: dict[str, tuple[int, ...]] = {}  # of the unfinished requests that have any
         self._ids: set[str] = set(resumed.done) if resumed else set()
         # Only step records tell what is shared; with a prefix cache they tell what was found there.
-        self._compares_prompts = config.records_steps and run.prefix_source == "analysis"
+        self._knows_prefixes = run.kind is None or run.kind.holds("prefix")
+        self._compares_prompts = (
+            config.records_steps and run.prefix_source == "analysis" and self._knows_prefixes
+        )
         self._num_failed = 0
         self._closed = False
         self.tell_tiers: Callable[[], Mapping[str, Any]] | None = None
@@ -76,15 +84,16 @@ class Tracer:
         self._key_id = key_id(secret)
         self._analyzer = PrefixCacheAnalyzer(config.block_size, config.prefix_key_tokens, secret=secret)
         # Compiles the kernels, if this machine has not yet: before the run, not in its first step.
-        deriver = RecordDeriver(config, run.layouts[0], tiers_of(run), True, run.shared_layers)
+        deriver = RecordDeriver(config, run.layouts[0], tiers_of(run), True, run.shared_layers, run.kind)
         sizes, has_tiers = config.compared_block_sizes, run.tiers is not None
-        summary = Summary(sizes, run.selections, run.serving, offloaded=has_tiers)
+        summary = Summary(sizes, run.selections, run.serving, offloaded=has_tiers, kind=run.kind)
         if config.level != "full":
             summary.shares = Shares(sizes)
         if resumed is not None:
             summary = resumed.summary
             summary.prefix_cache_cold_starts = prefix_cache_cold_starts(self._manifest("running"))
         summary.cost = cost = TracingCost()
+        self._summary = summary
         sinks = self._open_folder(summary, sinks)
         policies = config.queue_policy, config.on_error
         self._writer = TraceWriter(deriver, sinks, config.queue_steps, cost, *policies, summary.sections)
@@ -148,8 +157,11 @@ class Tracer:
         """The shared prefixes of running requests, for a capture of them.
 
         Those that `add_request` found; or, where the run has a prefix cache, the blocks (of the trace's
-        block size) that lie whole in the request's `hit_tokens` when it is first captured.
+        block size) that lie whole in the request's `hit_tokens` when it is first captured; () where the
+        run's door knows of none.
         """
+        if not self._knows_prefixes:
+            return ()
         if self._run.prefix_source == "cache":
             for request_id, num_tokens in zip(request_ids, hit_tokens, strict=True):
                 if request_id not in self._prefixes:
@@ -220,7 +232,9 @@ class Tracer:
         elif not self._closed:
             # The user sees the error under way; the writer's own, if any, goes to the manifest.
             is_interrupt = isinstance(error, KeyboardInterrupt)
-            _warn(self._end("incomplete", None if is_interrupt else f"ended by {type(error).__name__}"))
+            refused = self._end("incomplete", None if is_interrupt else f"ended by {type(error).__name__}")
+            if self._writer.error is None or error is not self._writer.failure:
+                _warn(refused)  # else the error under way says that the disk is full, and once is enough
 
     def _end(self, state: str, reason: str | None = None) -> UserError | None:
         """Writes what waits and gives the manifest its last state; returns why the manifest could not be
@@ -281,6 +295,8 @@ class Tracer:
     def _manifest(
         self, state: str, error: str | None = None, files: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
+        # Of a run whose summary nobody kept there is no count.
+        has_ended = state != "running" and self._summary.counts["records"] > 0
         record = manifest(
             self._run,
             self.config,
@@ -290,6 +306,7 @@ class Tracer:
             error=error,
             failed_requests=self._num_failed,
             files=files or None,
+            sparse_active=self._summary.known_sparse_active if has_ended else None,
         )
         return self._resumed.continued(record) if self._resumed else record
 
@@ -297,6 +314,16 @@ class Tracer:
 def _warn(failure: UserError | None) -> None:
     if failure is not None:
         print(f"warning: {plain(failure)}", file=sys.stderr)
+
+
+def _check_config(config: TraceConfig, kind: SelectionKind) -> None:
+    if config.level != "full":
+        raise UserError(
+            f"--trace-level {config.level}: selections of door {kind.door} are recorded whole; use full"
+        )
+    if config.needs_scores and "scores" not in kind.tells:
+        flag = "--trace-store-scores" if config.store_scores else "--trace-keep-order"
+        raise UserError(f"{flag}: the door {kind.door} knows no scores here; leave it out")
 
 
 def tiers_of(run: RunInfo) -> Tiers:

@@ -21,7 +21,7 @@ from dsatrace.trace.histogram import Histogram
 from dsatrace.trace.kernels import count_offsets
 from dsatrace.trace.overlap import OverlapTotals
 from dsatrace.trace.records import StepRecords
-from dsatrace.trace.statistics import count_blocks
+from dsatrace.trace.statistics import count_blocks, of_request
 
 ENDED = ("stop", "length", "rejected")
 """States of a request that a resumed run does not serve again."""
@@ -41,14 +41,14 @@ class Share:
 
     def add(self, step: StepRecords, b: int) -> None:
         """Counts request `b` of a step, but for its overlaps, which `SelectionOverlap` adds."""
-        stats, num_layers, seq_len = step.stats, step.num_layers, int(step.capture.seq_len[b])
-        tokens, token_ptr = _part(stats.tokens, stats.token_ptr, b, num_layers)
-        blocks, block_ptr = _part(stats.block_ids, stats.block_ptr, b, num_layers)
-        in_block, _ = _part(stats.tokens_in_block, stats.block_ptr, b, num_layers)
+        stats, num_sets, seq_len = step.stats, step.num_sets, int(step.capture.seq_len[b])
+        tokens, token_ptr = of_request(stats.tokens, stats.token_ptr, b, num_sets)
+        blocks, block_ptr = of_request(stats.block_ids, stats.block_ptr, b, num_sets)
+        in_block, _ = of_request(stats.tokens_in_block, stats.block_ptr, b, num_sets)
         self._histograms["tokens_per_touched_block"].add(in_block)
-        query = np.full(num_layers, seq_len - 1, dtype=np.int64)
+        query = np.full(num_sets, seq_len - 1, dtype=np.int64)
         count_offsets(tokens, token_ptr, query, self._histograms["offsets"].counts_below(seq_len))
-        if seq_len <= step.top_k:
+        if seq_len <= step.kind.max_width:
             return
         for size, name in self._sizes.items():
             if size % step.block_size:
@@ -132,9 +132,3 @@ def without_unfinished(stored: Mapping[str, Any], top_k: int) -> dict[str, Any]:
         overlaps[name] = totals.to_json()
     nothing = Share([row["block_size_tokens"] for row in stored["blocks_touched"]]).to_json()
     return {**stored, **overlaps, "histograms": histograms, "unfinished": {**unfinished, **nothing}}
-
-
-def _part(values: np.ndarray, pointers: np.ndarray, b: int, num_layers: int) -> tuple[np.ndarray, np.ndarray]:
-    """One request's part of a CSR array, all layers: its values, and pointers (L + 1,) into them."""
-    own = pointers[b * num_layers : (b + 1) * num_layers + 1]
-    return values[own[0] : own[-1]], own - own[0]

@@ -19,6 +19,7 @@ from dsatrace.verify.check_tiers import Selected, check_fetches, offloaded_field
 from dsatrace.verify.mismatch import Mismatch, compare, require, require_range
 from dsatrace.verify.plain_record import PlainSelection, fetch_from_hbm, needle_field, step_record
 from dsatrace.verify.rules import Rules, require_schema
+from dsatrace.verify.selections import Set
 
 _FLOAT32_ROUNDING = 1e-5
 """Relative to the largest score: the mean of a selection is summed in float32."""
@@ -29,9 +30,13 @@ Record = Mapping[str, Any]
 def check_record(record: Record, rules: Rules, needles: Mapping[str, Sequence[int]]) -> None:
     """Raises `Mismatch` at the record's first wrong field. `needles` are the positions of each request's
     answer, for the requests that are known."""
-    require_schema(problems(record, rules.level))
+    kind = rules.selections
+    require_schema(problems(record, rules.level, kind.fields))
     check_given(record, rules)
     seq_len = record["seq_len_current"]
+    if not kind.is_engines:
+        _check_other(record, rules, needles.get(record["request_id"]))
+        return
     if rules.level == "full":
         positions: Sequence[int] | None = record["selected_token_pos"]
         _check_positions(record["selected_token_pos"], seq_len, rules)
@@ -46,22 +51,50 @@ def check_record(record: Record, rules: Rules, needles: Mapping[str, Sequence[in
         check_fetches(record, _selected(record, positions, rules), rules.tiers)
 
 
+def _check_other(record: Record, rules: Rules, known: Sequence[int] | None) -> None:
+    """A record of another door than the engine's, whose ids may be of any kind."""
+    kind, seq_len, name = rules.selections, record["seq_len_current"], rules.selections.ids_field
+    of_layer = [one for one in kind.sets if one.layer == record["layer_id"]]
+    heads = {one.head: one for one in of_layer}
+    require(bool(heads), "layer_id", record["layer_id"], "a layer that selects nothing")
+    head = record.get("kv_head")
+    require(head in heads, "kv_head", head, f"the layer's sets are {', '.join(map(str, heads))}")
+    ids: list[int] = record[name]
+    limit = 2**31 - 1 if kind.is_slot else kind.num_visible(seq_len)
+    require(
+        1 <= len(ids) <= heads[head].top_k, name, ids, f"{len(ids)} ids, derived 1 to {heads[head].top_k}"
+    )
+    require(min(ids) >= 0, name, min(ids), "below 0")
+    require(max(ids) < limit, name, max(ids), f"derived 0 to {limit - 1}")
+    require(len(set(ids)) == len(ids), name, ids, "an id stands twice")
+    tokens = kind.tokens(ids, seq_len)
+    if kind.is_located:
+        _check_needle(record, tokens, rules, known)
+    for stray in ("needle",) if not kind.is_located else ():
+        require(stray not in record, stray, record.get(stray), "but ids do not tell where their tokens lie")
+    for stray in ("selected_ids", "num_selected_ids") if name == "selected_token_pos" else ():
+        require(stray not in record, stray, record.get(stray), "but ids are token positions")
+    compare(record, _derived(record, ids, rules, heads[head]))
+
+
 def check_given(record: Record, rules: Rules) -> None:
     """What positions do not tell: scores, times, and what must hold before anything is derived."""
     require(rules.has_model, "event", record["event"], "a record, but no model ran")
     for path, parent, name in _dropped_fields(rules.level):
         require(name not in (record[parent] if parent else record), path, "a value", "the level drops it")
     for name in ("layer_id", "forward_idx", "step_wall_us"):
-        require(record[name] >= 0, name, record[name], "below 0")
+        require(record[name] is None or record[name] >= 0, name, record[name], "below 0")
     require(record["step_idx"] >= -1, "step_idx", record["step_idx"], "below -1")
-    if rules.tiers is None and (stray := offloaded_field(record)):
-        raise Mismatch(stray, "stands there, and the manifest has no tiers")
-    batch_size = record["kv_fetch"]["hbm"]["batch_size"]
-    require(batch_size >= 1, "kv_fetch.hbm.batch_size", batch_size, "below 1")
+    if record["kv_fetch"] is not None:
+        if rules.tiers is None and (stray := offloaded_field(record)):
+            raise Mismatch(stray, "stands there, and the manifest has no tiers")
+        batch_size = record["kv_fetch"]["hbm"]["batch_size"]
+        require(batch_size >= 1, "kv_fetch.hbm.batch_size", batch_size, "below 1")
     seq_len = record["seq_len_current"]
     require(seq_len >= 1 and seq_len > record["step_idx"], "seq_len_current", seq_len, "too few positions")
-    cached = record["prefix"]["prefix_cached_blocks"]
-    require_range("prefix.prefix_cached_blocks", cached, 0, seq_len // rules.block_size)
+    if record["prefix"] is not None:
+        cached = record["prefix"]["prefix_cached_blocks"]
+        require_range("prefix.prefix_cached_blocks", cached, 0, seq_len // rules.block_size)
     compare(record.get("source_layer"), rules.source_layers.get(record["layer_id"]), "source_layer")
     _check_scores(record, rules)
 
@@ -84,8 +117,12 @@ def _check_positions(positions: list[int], seq_len: int, rules: Rules) -> None:
     require(len(set(positions)) == count, name, positions, "a position stands twice")
 
 
-def _derived(record: Record, positions: Sequence[int], rules: Rules) -> dict[str, Any]:
+def _derived(
+    record: Record, positions: Sequence[int], rules: Rules, its_set: Set | None = None
+) -> dict[str, Any]:
+    """`its_set`: of another door than the engine's."""
     scores = record.get("scores_topk")
+    prefix, fetched = record["prefix"] or {}, record["kv_fetch"] or {}
     stats = record.get("scores_stats") or dict.fromkeys(("min", "mean", "max"), 0.0)
     margin = record["kth_margin"]
     selection = PlainSelection(
@@ -93,18 +130,20 @@ def _derived(record: Record, positions: Sequence[int], rules: Rules) -> dict[str
         layer_id=record["layer_id"],
         step_idx=record["step_idx"],
         seq_len=record["seq_len_current"],
-        top_k=rules.top_k,
+        top_k=its_set.top_k if its_set else rules.top_k,
         positions=positions,
         scores=scores,
         score_stats=(stats["min"], stats["mean"], stats["max"], math.nan if margin is None else margin),
-        num_cached_blocks=record["prefix"]["prefix_cached_blocks"],
-        prefix_key=record["prefix"]["prefix_key"],
-        batch_size=record["kv_fetch"]["hbm"]["batch_size"],
+        num_cached_blocks=prefix.get("prefix_cached_blocks", 0),
+        prefix_key=prefix.get("prefix_key", ""),
+        batch_size=fetched["hbm"]["batch_size"] if fetched else 0,
         phase=record["phase"],
         forward_idx=record["forward_idx"],
         step_wall_us=record["step_wall_us"],
         step_synced=record["step_synced"],
         source_layer=rules.source_layers.get(record["layer_id"]),
+        kv_head=its_set.head if its_set else None,
+        kind=rules.selections,
     )
     derived = step_record(
         selection,
@@ -116,7 +155,7 @@ def _derived(record: Record, positions: Sequence[int], rules: Rules) -> dict[str
         keep_order=rules.keep_order and scores is not None,
     )
     if rules.keep_order and scores is None:
-        del derived["selected_token_pos"]  # their order cannot be derived without scores
+        del derived[rules.selections.ids_field]  # their order cannot be derived without scores
     if rules.tiers is not None:
         del derived["kv_fetch"]  # positions do not tell which tier served them
     return derived
@@ -142,18 +181,28 @@ def _selected(record: Record, positions: Sequence[int] | None, rules: Rules) -> 
 
 def _check_scores(record: Record, rules: Rules) -> None:
     """Scores come from the model, so only what they must be like is checked."""
+    kind = rules.selections
+    if "scores" not in kind.tells:
+        require(
+            "scores_topk" not in record, "scores_topk", record.get("scores_topk"), "the door has no scores"
+        )
+        return
     scores, stats, margin = record.get("scores_topk"), record.get("scores_stats"), record["kth_margin"]
     stored = "scores_topk" if rules.store_scores else "scores_stats"
     require(stored in record, stored, None, "missing, as the manifest says whether scores are stored")
     if scores is not None:
         count = min(rules.top_k, record["seq_len_current"])
+        if not kind.is_engines:
+            count = len(record[kind.ids_field])
         require(len(scores) == count, "scores_topk", scores, f"{len(scores)} scores, derived {count}")
         require(None not in scores, "scores_topk", scores, "a score that is no number")
     if stats is not None:
         slack = _FLOAT32_ROUNDING * max(abs(stats["min"]), abs(stats["max"]))
         require(stats["min"] <= stats["max"], "scores_stats.min", stats["min"], f"above {stats['max']}")
         require_range("scores_stats.mean", stats["mean"], stats["min"] - slack, stats["max"] + slack)
-    if record["seq_len_current"] <= rules.top_k:
+    if not kind.is_engines:  # whether it is null on the dense path, `_derived` knows
+        require(margin is None or margin >= 0, "kth_margin", margin, "below 0")
+    elif record["seq_len_current"] <= rules.top_k:
         compare(margin, None, "kth_margin")
     else:
         require(margin is not None and margin >= 0, "kth_margin", margin, "not a number from 0")

@@ -35,7 +35,7 @@ _FILES = (STEPS_FILE, STEPS_PARQUET_FILE, REQUESTS_FILE, SUMMARY_FILE)
 _UNSEALED = "unsealed: the manifest has no digests; the run has not ended, was killed or failed, or is older"
 _PART = re.compile(rf"{STEPS_FOLDER}/\d{{6}}\.parquet")
 _SHA256 = re.compile("[0-9a-f]{64}")
-_READ_BYTES = 1 << 16
+_READ_BYTES = 1 << 18  # a thread that waits for the interpreter after each part must have large ones
 
 
 class Digests(threading.Thread):

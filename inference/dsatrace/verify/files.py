@@ -90,8 +90,8 @@ class PlainRun:
     def parquet_steps(self) -> ParquetSteps | None:
         """The step records, where they are Parquet."""
         whole = self.folder / STEPS_PARQUET_FILE
-        parts = [] if self.size(whole.name) else sorted((self.folder / STEPS_FOLDER).glob("[0-9]*.parquet"))
-        if self.size(STEPS_FILE) or not (parts or self.size(whole.name)):
+        parts = [] if whole.exists() else sorted((self.folder / STEPS_FOLDER).glob("[0-9]*.parquet"))
+        if self.size(STEPS_FILE) or not (parts or whole.exists()):
             return None
         try:
             from dsatrace.verify.parquet_steps import ParquetSteps

@@ -52,10 +52,12 @@ class RunOrder:
     def add(self, line: int, record: Mapping[str, Any]) -> str | None:
         """Takes the next record; returns its request id if it is the request's last."""
         self._line = line
-        if record["layer_id"] != len(self._row):
-            self.check_row()
-            what = f"stored {record['layer_id']}, derived {len(self._row)}: a record before it is missing, "
-            raise Mismatch("layer_id", what + "stands twice or lies elsewhere").at(STEPS_FILE, line, record)
+        expected = self._rules.selections.sets[len(self._row)]
+        for name, derived in (("layer_id", expected.layer), ("kv_head", expected.head)):
+            if record.get(name) != derived:
+                self.check_row()
+                what = f"stored {record.get(name)}, derived {derived}: a record before it is missing, "
+                raise Mismatch(name, what + "stands twice or lies elsewhere").at(STEPS_FILE, line, record)
         self._row.append((line, Row.of(record)))
         if len(self._row) < self._rules.num_layers:
             return None
@@ -106,7 +108,8 @@ class RunOrder:
             self._check_nothing_is_left(request_id, live)
         for request_id in self._requests.keys() - self._live.keys() - self._ended:
             self._check_nothing_is_left(request_id, None)
-        self._prefixes.close()
+        if "prefix" in self._rules.selections.tells:
+            self._prefixes.close()
         self._seams.enter(self._seams.last_part, len(self._live) + len(self._ended))
         if worst := self._seams.worst(len(self._requests)):
             line, num_cut = worst
@@ -145,6 +148,8 @@ class RunOrder:
         line, row = self._forward
         found = len(self._forward_requests)
         whole = row.phase == "decode" and self._rules.sample_rate >= 1
+        if row.batch_size is None:
+            return
         part, num_cut = self._seams.part_of(row.forward_idx), row.batch_size - found
         if num_cut < 0 or (whole and num_cut and not self._seams.excuse(part, num_cut, line)):
             with located(STEPS_FILE, line, row._asdict() | {"layer_id": 0}):
@@ -181,10 +186,10 @@ class RunOrder:
         if self._rules.prefix_cache and known is not None and known.state != "unfinished":
             num_hit = (known.prefix_hit_tokens or 0) // self._rules.block_size
             compare(row.cached_blocks, num_hit, _PATHS["cached_blocks"])
-        if is_new:
+        if is_new and "prefix" in self._rules.selections.tells:
             self._prefixes.add(line, row, live.prompt_tokens)
         if row.step_idx >= 0:
-            live.decode_us += row.step_wall_us
+            live.decode_us += row.step_wall_us or 0
         live.num_missing += num_missing
         self._num_missing += num_missing
         self._check_missing("step_idx", row.step_idx, live.num_missing)
@@ -199,7 +204,8 @@ class RunOrder:
         """Checks one step of a request: its phase, its sampling, its place before the request ends."""
         if row.step_idx < 0:
             require(self._rules.prefill, "step_idx", row.step_idx, "but the manifest records no prefill")
-        compare(row.phase, "prefill" if row.step_idx < 0 else "decode", "phase")
+        of_a_step = "layerwise" if self._rules.selections.door == "layerwise" else "decode"
+        compare(row.phase, "prefill" if row.step_idx < 0 else of_a_step, "phase")
         known = self._requests.get(row.request_id)
         last = known.last_step if known else None
         if last is not None:
@@ -309,6 +315,7 @@ class Seams:
 
 _OF_A_SELECTION = (
     *("selected_token_pos", "unique_token_pos_count", "offset_min", "offset_p50", "offset_max"),
+    *("selected_ids", "num_selected_ids"),
     *("selected_block_ids", "unique_blocks", "tokens_per_touched_block"),
     *("prefix.intersection_ratio", "prefix.intersection_blocks"),
     *("scores_stats", "scores_topk", "kth_margin", "needle"),
@@ -328,19 +335,19 @@ class Sharing:
         self._alike = (*_OF_A_SELECTION, *reads)
         self._source_layers = rules.source_layers
         self._sources = frozenset(rules.source_layers.values())
-        self._records: dict[int, Mapping[str, Any]] = {}  # of the sources, in the row under way
+        self._records: dict[tuple[int, Any], Mapping[str, Any]] = {}  # of the sources, in the row under way
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Raises `Mismatch` naming the field that differs from the source's."""
-        layer = record["layer_id"]
+        layer, head = record["layer_id"], record.get("kv_head")
         if layer in self._sources:
-            self._records[layer] = record
+            self._records[layer, head] = record
         source = self._source_layers.get(layer)
         if source is None:
             return
         for path in self._alike:
             try:
-                compare(value_at(record, path), value_at(self._records[source], path), path)
+                compare(value_at(record, path), value_at(self._records[source, head], path), path)
             except Mismatch as mismatch:
                 what = f"as in layer {source}, whose selection layer {layer} uses"
                 raise Mismatch(mismatch.field, f"{mismatch.what} {what}") from None

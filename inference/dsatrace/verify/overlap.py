@@ -15,41 +15,61 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dsatrace.verify.selections import ENGINES, Selections
+
 Record = Mapping[str, Any]
 _OF_A_PAIR = ("request_id", "layer_id", "step_idx", "seq_len_current", "unique_token_pos_count")
+Place = tuple[int, Any]
+"""A layer and, where it has several sets, the KV head."""
+
+
+def num_selected(record: Record) -> int:
+    """Ids of a record, of whatever kind."""
+    count: int = record.get("num_selected_ids", record["unique_token_pos_count"])
+    return count
 
 
 class Overlaps:
     """Share of a selection that the step before, and the layer before, held too; sparse records only."""
 
-    def __init__(self, with_tokens: bool) -> None:
+    def __init__(self, with_tokens: bool, kind: Selections = ENGINES) -> None:
         self._with_tokens = with_tokens
-        self._by_step = _Shares()
-        self._by_layer = _Shares()
+        self._kind = kind
+        self._by_step = _Shares(kind)
+        self._by_layer = _Shares(kind)
         self._layers: set[int] = set()
-        self._last: dict[str, dict[int, tuple[int, Any]]] = {}  # request -> layer -> step, selection
+        self._selecting = sorted({one.layer for one in kind.sets})
+        self._last: dict[str, dict[Place, tuple[int, Any]]] = {}  # request -> place -> step, selection
         self._first: dict[str, list[tuple[Record, Any]]] = {}  # request -> its first record of each layer
 
     def add(self, record: Record) -> None:
         step, layer = record["step_idx"], record["layer_id"]
+        place = layer, record.get("kv_head")
         self._layers.add(layer)
         last = self._last.setdefault(record["request_id"], {})
         selected = self.selection(record)
-        if layer not in last:
+        if place not in last:
             first = {name: record[name] for name in _OF_A_PAIR}
             self._first.setdefault(record["request_id"], []).append((first, selected))
-        neighbours = [(self._by_step, (step - 1, layer))]
-        if "source_layer" not in record:  # else the selection is another layer's
-            neighbours.append((self._by_layer, (step, layer - 1)))
-        for shares, before in neighbours:
-            step_there, tokens = last.get(before[1], (None, ()))
-            if step_there == before[0]:
+        neighbours = [(self._by_step, step - 1, place)]
+        # A selection may be another layer's; experts are others in each layer.
+        if "source_layer" not in record and self._kind.unit != "expert":
+            neighbours.append((self._by_layer, step, (self._layer_before(layer), place[1])))
+        for shares, at_step, at in neighbours:
+            step_there, tokens = last.get(at, (None, ()))
+            if step_there == at_step:
                 shares.add(record, self.num_shared(selected, tokens))
-        last[layer] = (step, selected)
+        last[place] = (step, selected)
+
+    def _layer_before(self, layer: int) -> int:
+        """The last one before it that selects."""
+        if self._kind.is_engines:
+            return layer - 1
+        return max((one for one in self._selecting if one < layer), default=-1)
 
     def selection(self, record: Record) -> Any:
-        """What is kept of a record's positions."""
-        return array("i", record["selected_token_pos"] if self._with_tokens else ())
+        """What is kept of a record's ids."""
+        return array("i", record[self._kind.ids_field] if self._with_tokens else ())
 
     def num_shared(self, selected: Any, before: Any) -> int:
         return len(set(selected).intersection(before))
@@ -59,7 +79,7 @@ class Overlaps:
         for request_id, firsts in later._first.items():
             last = self._last.get(request_id, {})
             for record, selected in firsts:
-                step, tokens = last.get(record["layer_id"], (None, ()))
+                step, tokens = last.get((record["layer_id"], None), (None, ()))
                 if step == record["step_idx"] - 1:
                     self._by_step.add(record, self.num_shared(selected, tokens))
         self._by_step.merge(later._by_step)
@@ -73,36 +93,52 @@ class Overlaps:
         self._first.pop(request_id, None)
 
     def to_json(self) -> dict[str, Any]:
+        layers = self._layers if self._kind.is_engines else range(self._kind.num_layers)
         return {
-            "step_overlap": self._by_step.to_json(self._layers, self._with_tokens),
-            "layer_overlap": self._by_layer.to_json(self._layers, self._with_tokens),
+            "step_overlap": self._by_step.to_json(layers, self._with_tokens),
+            "layer_overlap": self._by_layer.to_json(layers, self._with_tokens),
         }
 
 
 class _Shares:
-    """Sums over compared selections; a step is one pair, counted at the first layer compared."""
+    """Sums over compared selections; a step, all its sets together, is one pair."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Selections) -> None:
+        self._kind = kind
         self._tokens = Counter[int]()  # by layer
         self._shared = Counter[int]()
-        self._pairs: dict[int, Counter[float]] = {}  # layer -> a random selector's share -> pairs
+        self._pairs = Counter[float]()  # a random selector's share -> pairs
+        self._step: tuple[Any, ...] | None = None  # the one under way, and the sizes of its sets
+        self._sizes: list[int] = []
 
     def add(self, record: Record, num_shared: int) -> None:
-        layer, selected = record["layer_id"], record["unique_token_pos_count"]
+        layer, selected = record["layer_id"], num_selected(record)
         self._tokens[layer] += selected
         self._shared[layer] += num_shared
-        self._pairs.setdefault(layer, Counter())[selected / record["seq_len_current"]] += 1
+        step = record["request_id"], record["step_idx"], record["seq_len_current"]
+        if step != self._step:
+            self._end_pair()
+            self._step = step
+        self._sizes.append(selected)
+
+    def _end_pair(self) -> None:
+        """A random selector holds n of N ids, and so n / N of each set; sets weigh what they hold."""
+        if self._step is not None:
+            num_visible = self._kind.num_visible(self._step[2])
+            self._pairs[sum(n * n for n in self._sizes) / (sum(self._sizes) * num_visible)] += 1
+        self._step, self._sizes = None, []
 
     def merge(self, other: _Shares) -> None:
+        self._end_pair()
+        other._end_pair()
         self._tokens.update(other._tokens)
         self._shared.update(other._shared)
-        for layer, pairs in other._pairs.items():
-            self._pairs.setdefault(layer, Counter()).update(pairs)
+        self._pairs.update(other._pairs)
 
     def to_json(self, layers: Iterable[int], with_tokens: bool) -> dict[str, Any]:
-        at_first = self._pairs[min(self._pairs)] if self._pairs else Counter[float]()
-        pairs, tokens = at_first.total(), self._tokens.total()
-        random = math.fsum(share * n for share, n in at_first.items()) / pairs if pairs else None
+        self._end_pair()
+        pairs, tokens = self._pairs.total(), self._tokens.total()
+        random = math.fsum(share * n for share, n in self._pairs.items()) / pairs if pairs else None
         if not tokens:
             return {"pairs": pairs, "mean": None, "random_mean": random, "per_layer": None}
         if not with_tokens:
@@ -118,17 +154,16 @@ class _Shares:
 class Recalls:
     """Share of the answer's tokens that was selected, over sparse decode records."""
 
-    def __init__(self, top_k: int) -> None:
-        self._top_k = top_k
+    def __init__(self) -> None:
         self._found: dict[int, Counter[int]] = {}  # layer -> needle tokens -> selected ones, summed
         self._records = Counter[int]()  # by layer
-        self._contexts = Counter[int]()  # positions visible -> records
+        self._contexts = Counter[float]()  # share of the positions that is selected -> records
 
     def add(self, record: Record) -> None:
         layer, needle = record["layer_id"], record["needle"]
         self._found.setdefault(layer, Counter())[needle["tokens"]] += needle["selected"]
         self._records[layer] += 1
-        self._contexts[record["seq_len_current"]] += 1
+        self._contexts[record["unique_token_pos_count"] / record["seq_len_current"]] += 1
 
     def merge(self, other: Recalls) -> None:
         for layer, found in other._found.items():
@@ -140,7 +175,7 @@ class Recalls:
         if not self._found:
             return None
         total = self._records.total()
-        random = math.fsum(self._top_k * count / visible for visible, count in self._contexts.items())
+        random = math.fsum(share * count for share, count in self._contexts.items())
         layers = range(max(self._found) + 1)
         return {
             "records": total,

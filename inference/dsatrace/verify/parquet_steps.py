@@ -2,9 +2,9 @@
 texts stand for.
 
 The second reader of the format, from the schema alone: a leaf's column is named by its path; null
-means absent unless the schema allows null; touched blocks follow from the positions where they
-are not stored, and the intersection is so many of the first of them; `line` is a record whose
-columns would not give it back. Checks nothing.
+means absent unless the schema allows null, and `nulls` names fields that are null where it does not;
+touched blocks follow from the positions where they are not stored, and the intersection is so many of
+the first of them; `line` is a record whose columns would not give it back. Checks nothing.
 
     steps = ParquetSteps([Path("outputs/mine/trace_steps.parquet")])
     for row, record in steps.records((0, steps.num_records)): ...
@@ -15,7 +15,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +112,21 @@ def _records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
         if (text := columns["line"][row]) is not None:
             records.append(json.loads(text))
             continue
-        record = _object(STEP_FIELDS, "", columns, row) or {}
+        nulls = (columns.get("nulls", nothing)[row] or "").split(",")
+        record = _object(STEP_FIELDS, "", columns, row, nulls) or {}
         extra = columns["extra"][row]
         records.append(record | (json.loads(extra) if extra is not None else {}))
     return records
 
 
 def _object(
-    fields: tuple[Field, ...], above: str, columns: dict[str, list[Any]], row: int
+    fields: tuple[Field, ...],
+    above: str,
+    columns: dict[str, list[Any]],
+    row: int,
+    nulls: Collection[str] = (),
 ) -> dict[str, Any] | None:
-    """The fields that the row has; None where it has none."""
+    """The fields that the row has, and the `nulls`; None where it has none."""
     found: dict[str, Any] = {}
     for field in fields:
         path = above + field.name
@@ -138,7 +143,7 @@ def _object(
             value = stored[row] if stored is not None else None
             if stored is not None and value is None and field.type.endswith("| null"):
                 found[field.name] = None
-        if value is not None:
+        if value is not None or field.name in nulls:
             found[field.name] = value
     return found or None
 

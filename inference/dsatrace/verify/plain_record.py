@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from dsatrace.schema import TIER_NAMES, Level, at_level, quantile_sorted
+from dsatrace.verify.selections import ENGINES, Selections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class PlainSelection:
     step_idx: int
     seq_len: int
     top_k: int
-    positions: Sequence[int]  # in any order, without padding
+    positions: Sequence[int]  # or other ids, see `kind`; in any order, without padding
     scores: Sequence[float] | None  # scores[i] belongs to positions[i]
     score_stats: Sequence[float]  # min, mean, max, k-th margin
     num_cached_blocks: int
@@ -39,6 +40,8 @@ class PlainSelection:
     needle_positions: Sequence[int] = ()  # of the prompt; empty where they are not known
     fetches: PlainFetches | None = None  # None: everything is in HBM
     source_layer: int | None = None  # the layer whose selection this is; None: its own
+    kv_head: int | None = None  # which of the layer's sets it is; None: it has one
+    kind: Selections = ENGINES  # what the ids are
 
 
 def step_record(
@@ -52,16 +55,12 @@ def step_record(
     keep_order: bool = False,
 ) -> dict[str, Any]:
     """The record, with every field of the level in the schema's order."""
-    ascending = sorted(selection.positions)
-    offsets = sorted(selection.seq_len - 1 - position for position in ascending)
-    blocks = sorted({position // block_size for position in ascending})
-    tokens_in_block = dict.fromkeys(blocks, 0)
-    for position in ascending:
-        tokens_in_block[position // block_size] += 1
-    counts = sorted(tokens_in_block.values())
-    prefix_blocks = [block for block in blocks if block < selection.num_cached_blocks]
-    sparse = selection.seq_len > selection.top_k
-    num_scanned = selection.seq_len if selection.source_layer is None else 0
+    kind, ids = selection.kind, selection.positions
+    tokens = kind.tokens(list(ids), selection.seq_len)
+    num_visible = kind.num_visible(selection.seq_len)
+    sparse = num_visible > selection.top_k
+    num_scanned = num_visible if selection.source_layer is None else 0
+    margin = finite(selection.score_stats[3])
     record: dict[str, Any] = {
         "event": "dsa_topk",
         "request_id": selection.request_id,
@@ -69,19 +68,56 @@ def step_record(
         "step_idx": selection.step_idx,
         "seq_len_current": selection.seq_len,
         "selected_token_pos": recorded_positions(selection, keep_order),
-        "unique_token_pos_count": len(set(ascending)),
+        "unique_token_pos_count": len(tokens if kind.is_located else set(ids)),
+        "block_size_tokens": block_size,
+        **(tokens_fields(selection, tokens, block_size, latent_bytes) if kind.is_located else {}),
+        **scores_field(selection, level, store_scores, keep_order),
+        "forward_idx": selection.forward_idx,
+        "step_wall_us": selection.step_wall_us,
+        "step_synced": selection.step_synced,
+        "phase": selection.phase,
+        "path": "sparse" if sparse else "dense",
+        "kth_margin": margin if sparse else None,
+        "indexer_scan": {"tokens": num_scanned, "bytes_read": num_scanned * index_bytes},
+        **({} if selection.source_layer is None else {"source_layer": selection.source_layer}),
+        **({} if selection.kv_head is None else {"kv_head": selection.kv_head}),
+        "selected_ids": recorded_positions(selection, keep_order),
+        "num_selected_ids": len(set(ids)),
+        **needle_field(tokens, selection.needle_positions),
+    }
+    if "other ids" not in kind.tells:
+        del record["selected_ids"], record["num_selected_ids"]
+    told = {
+        field.name: None if field.type == "null" else record[field.name]
+        for field in kind.fields
+        if field.type == "null" or field.name in record
+    }
+    return at_level(told, level)
+
+
+def tokens_fields(
+    selection: PlainSelection, tokens: Sequence[int], block_size: int, latent_bytes: int
+) -> dict[str, Any]:
+    """What ascending tokens tell."""
+    offsets = sorted(selection.seq_len - 1 - token for token in tokens)
+    blocks = sorted({token // block_size for token in tokens})
+    in_block = dict.fromkeys(blocks, 0)
+    for token in tokens:
+        in_block[token // block_size] += 1
+    counts = sorted(in_block.values())
+    prefix_blocks = [block for block in blocks if block < selection.num_cached_blocks]
+    return {
         "offset_min": offsets[0],
         "offset_p50": quantile_sorted(offsets, 50),
         "offset_max": offsets[-1],
-        "block_size_tokens": block_size,
         "selected_block_ids": blocks,
         "unique_blocks": len(blocks),
         "tokens_per_touched_block": {
-            "mean": len(ascending) / len(blocks),
+            "mean": len(tokens) / len(blocks),
             "p50": quantile_sorted(counts, 50),
             "p95": quantile_sorted(counts, 95),
         },
-        "kv_fetch": kv_fetch(selection, blocks, block_size, latent_bytes),
+        "kv_fetch": kv_fetch(selection, len(tokens), blocks, block_size, latent_bytes),
         "prefix": {
             "prefix_cache_hit": selection.num_cached_blocks > 0,
             "prefix_cached_blocks": selection.num_cached_blocks,
@@ -89,18 +125,7 @@ def step_record(
             "intersection_ratio": len(prefix_blocks) / len(blocks),
             "intersection_blocks": prefix_blocks,
         },
-        **scores_field(selection, level, store_scores, keep_order),
-        "forward_idx": selection.forward_idx,
-        "step_wall_us": selection.step_wall_us,
-        "step_synced": selection.step_synced,
-        "phase": selection.phase,
-        "path": "sparse" if sparse else "dense",
-        "kth_margin": finite(selection.score_stats[3]) if sparse else None,
-        "indexer_scan": {"tokens": num_scanned, "bytes_read": num_scanned * index_bytes},
-        **({} if selection.source_layer is None else {"source_layer": selection.source_layer}),
-        **needle_field(selection.positions, selection.needle_positions),
     }
-    return at_level(record, level)
 
 
 def recorded_positions(selection: PlainSelection, keep_order: bool) -> list[int]:
@@ -135,7 +160,7 @@ def needle_field(positions: Sequence[int], needle_positions: Sequence[int]) -> d
 
 
 def kv_fetch(
-    selection: PlainSelection, blocks: list[int], block_size: int, latent_bytes: int
+    selection: PlainSelection, num_tokens: int, blocks: list[int], block_size: int, latent_bytes: int
 ) -> dict[str, Any]:
     """What each tier served; HBM holds everything unless the selection has `fetches`."""
     if selection.fetches is not None:
@@ -154,7 +179,7 @@ def kv_fetch(
         bytes_read=held * latent_bytes,
         read_ops=sum(block - 1 not in touched for block in blocks),
         batch_size=selection.batch_size,
-        bytes_useful=len(selection.positions) * latent_bytes,
+        bytes_useful=num_tokens * latent_bytes,
     )
 
 

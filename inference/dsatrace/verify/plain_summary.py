@@ -24,8 +24,9 @@ from dsatrace.schema import (
     distribution,
     quantile_histogram,
 )
-from dsatrace.verify.overlap import Overlaps, Recalls
+from dsatrace.verify.overlap import Overlaps, Recalls, num_selected
 from dsatrace.verify.requests import PlainRequests, histogram
+from dsatrace.verify.selections import ENGINES, Selections
 
 Record = Mapping[str, Any]
 _STEP_QUANTILES = (("p50", 50), ("p95", 95), ("p99", 99), ("max", 100))
@@ -57,9 +58,17 @@ class PlainSummary:
     """Takes records in the order of the file: layer by layer, request by request, forward by forward."""
 
     def __init__(
-        self, *, top_k: int, block_sizes: Sequence[int], level: Level = "full", offloaded: bool = False
+        self,
+        *,
+        top_k: int,
+        block_sizes: Sequence[int],
+        level: Level = "full",
+        offloaded: bool = False,
+        kind: Selections = ENGINES,
     ) -> None:
-        """`offloaded`: the manifest has `tiers`."""
+        """`offloaded`: the manifest has `tiers`; `kind`: what the ids are."""
+        self._kind = kind
+        self.sparse_active = 0  # sparse records whose set is not just the newest ids
         self.level = level
         self.num_records = 0
         self.num_tokens = 0
@@ -76,42 +85,65 @@ class PlainSummary:
         self._scan_bytes = 0
         self._hot: dict[str, Counter[int]] = {}  # live requests with a prefix hit
         self._hottest: dict[str, list[dict[str, int]]] = {}  # those that ended
-        self._blocks = [_BlocksTouched(size, top_k) for size in block_sizes]
-        self._overlaps = Overlaps(with_tokens=level == "full")
-        self._recalls = Recalls(top_k)
+        self._blocks = [_BlocksTouched(size, top_k, kind) for size in block_sizes]
+        self._overlaps = Overlaps(with_tokens=level == "full", kind=kind)
+        self._recalls = Recalls()
 
     def add(self, record: Record) -> None:
+        located = self._kind.is_located
         self.num_records += 1
-        self.num_tokens += record["unique_token_pos_count"]
-        offsets = (*self._offsets, record["offset_min"], record["offset_max"])
-        self._offsets = [min(offsets), max(offsets)]
+        if located:
+            self.num_tokens += record["unique_token_pos_count"]
+            offsets = (*self._offsets, record["offset_min"], record["offset_max"])
+            self._offsets = [min(offsets), max(offsets)]
         if record["forward_idx"] != self._forward_idx:
             self._forward_idx = record["forward_idx"]
-            self._counts[record["phase"]] += 1
-            if record["phase"] == "decode":
+            is_step = record["phase"] != "prefill"
+            self._counts["decode" if is_step else "prefill"] += 1
+            if is_step and record["step_wall_us"] is not None:
                 self._histograms["step_us"][round(record["step_wall_us"])] += 1
-        self._histograms["unique_blocks"][record["unique_blocks"]] += 1
-        self._histograms["prefix_intersection_ratio"][record["prefix"]["intersection_ratio"]] += 1
-        if self.level == "full":
-            self.add_positions(record)
-        for tier, totals in self._fetch.items():
-            for name in totals:
-                totals[name] += record["kv_fetch"][tier][name]
-        self._scan_bytes += record["indexer_scan"]["bytes_read"]
-        if record["prefix"]["prefix_cache_hit"] and self.level != "stats":
-            counts = self._hot.setdefault(record["request_id"], Counter())
-            counts.update(record["prefix"]["intersection_blocks"])
+        if located:
+            self._histograms["unique_blocks"][record["unique_blocks"]] += 1
+            if self.level == "full":
+                self.add_positions(record)
+        self._add_reads(record)
+        if record["prefix"] is not None:
+            self._histograms["prefix_intersection_ratio"][record["prefix"]["intersection_ratio"]] += 1
+            if record["prefix"]["prefix_cache_hit"] and self.level != "stats":
+                counts = self._hot.setdefault(record["request_id"], Counter())
+                counts.update(record["prefix"]["intersection_blocks"])
         if record["path"] == "sparse":
-            self._counts["sparse"] += 1
+            self._add_sparse(record)
+
+    def _add_reads(self, record: Record) -> None:
+        if record["kv_fetch"] is not None:
+            for tier, totals in self._fetch.items():
+                for name in totals:
+                    totals[name] += record["kv_fetch"][tier][name]
+        if record["indexer_scan"] is not None:
+            self._scan_bytes += record["indexer_scan"]["bytes_read"]
+
+    def _add_sparse(self, record: Record) -> None:
+        self._counts["sparse"] += 1
+        if self._kind.is_located:
+            self.sparse_active += not self._is_newest(record)
             for at_size in self._blocks:
                 at_size.add(record, self.num_blocks(record, at_size.size))
-            self._overlaps.add(record)
-            if record["phase"] == "decode" and "needle" in record:
-                self._recalls.add(record)
+        self._overlaps.add(record)
+        if record["phase"] != "prefill" and "needle" in record:
+            self._recalls.add(record)
+
+    def _is_newest(self, record: Record) -> bool:
+        """Whether the set is the newest ids and no others, up to a last block that is not whole."""
+        if self._kind.unit_tokens == 1:  # the newest k positions reach back exactly k - 1
+            return bool(record["offset_max"] == record["unique_token_pos_count"] - 1)
+        ids = sorted(record["selected_ids"])
+        newest_whole = record["seq_len_current"] // self._kind.unit_tokens - 1
+        return ids == list(range(ids[0], ids[-1] + 1)) and ids[-1] >= newest_whole
 
     def add_positions(self, record: Record) -> None:
         """The distributions that a record's positions give."""
-        positions: list[int] = record["selected_token_pos"]
+        positions = self._positions_of(record)
         query, size = record["seq_len_current"] - 1, record["block_size_tokens"]
         self._histograms["offsets"].update([query - position for position in positions])
         in_block = Counter([position // size for position in positions])
@@ -120,17 +152,24 @@ class PlainSummary:
     def num_blocks(self, record: Record, size: int) -> int | None:
         """Blocks of any size that a record touches; None where its level does not tell."""
         if self.level == "full":
-            return len({position // size for position in record["selected_token_pos"]})
+            return len({position // size for position in self._positions_of(record)})
         own_size = record["block_size_tokens"]
         if "selected_block_ids" in record and size % own_size == 0:
             return len({block // (size // own_size) for block in record["selected_block_ids"]})
         num_blocks: int = record["unique_blocks"]
         return num_blocks if size == own_size else None
 
+    def _positions_of(self, record: Record) -> list[int]:
+        """The record's token positions."""
+        if self._kind.ids_field == "selected_token_pos":
+            return list(record["selected_token_pos"])
+        return self._kind.tokens(record["selected_ids"], record["seq_len_current"])
+
     def merge(self, later: PlainSummary) -> None:
         """Adds the records of whole forwards that follow these."""
         self.num_records += later.num_records
         self.num_tokens += later.num_tokens
+        self.sparse_active += later.sparse_active
         offsets = self._offsets + later._offsets
         self._offsets = [min(offsets), max(offsets)] if offsets else []
         self._counts.update(later._counts)
@@ -164,7 +203,11 @@ class PlainSummary:
     ) -> dict[str, Any]:
         """The fields of summary.json that the files tell; at level full all but `tracing_cost`, `workload`
         and `tiers`."""
-        latents = sum(totals["bytes_read"] for totals in self._fetch.values())
+        tells = {field.name for field in self._kind.fields if field.type != "null"}
+        latents = (
+            sum(totals["bytes_read"] for totals in self._fetch.values()) if "kv_fetch" in tells else None
+        )
+        scanned = self._scan_bytes if "indexer_scan" in tells else None
         summary: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "state": state,
@@ -183,11 +226,11 @@ class PlainSummary:
             "blocks_touched": [at_size.to_json() for at_size in self._blocks],
             **self._overlaps.to_json(),
             "needle_recall": self._recalls.to_json(),
-            "kv_fetch": {tier: dict(totals) for tier, totals in self._fetch.items()},
+            "kv_fetch": None if latents is None else {tier: dict(x) for tier, x in self._fetch.items()},
             "bytes_read": {
                 "without_indexer_scan": latents,
-                "indexer_scan": self._scan_bytes,
-                "with_indexer_scan": latents + self._scan_bytes,
+                "indexer_scan": scanned,
+                "with_indexer_scan": None if latents is None or scanned is None else latents + scanned,
             },
             **requests.to_json(),
             "tiers": None,
@@ -197,6 +240,8 @@ class PlainSummary:
             | {f"unique_blocks_at_{x.size}": histogram(x.touched) for x in self._blocks if x.is_known}
             | requests.histograms(),
         }
+        if not self._kind.is_engines:
+            summary["sparse_active"] = self.sparse_active if self._kind.is_located else None
         if self.level != "full":
             summary["offsets"] = dict(zip(("min", "max"), self._offsets, strict=False))
         if self.level == "stats":
@@ -207,15 +252,17 @@ class PlainSummary:
 class _BlocksTouched:
     """Touched blocks of sparse records at one block size, beside a uniform and a recency selector."""
 
-    def __init__(self, size: int, top_k: int) -> None:
+    def __init__(self, size: int, top_k: int, kind: Selections) -> None:
         self.size = size
+        self._kind = kind
         self.is_known = True  # the level's records tell how many there are
         self.touched = Counter[int]()
         self._top_k = top_k
-        self._contexts = Counter[int]()  # positions visible -> records
+        self._contexts = Counter[tuple[int, int]]()  # positions visible, ids selected -> records
 
     def add(self, record: Record, num_blocks: int | None) -> None:
-        self._contexts[record["seq_len_current"]] += 1
+        num_ids = self._top_k if self._kind.is_engines else num_selected(record)
+        self._contexts[record["seq_len_current"], num_ids] += 1
         if num_blocks is None:
             self.is_known = False
         else:
@@ -227,23 +274,37 @@ class _BlocksTouched:
         self._contexts.update(other._contexts)
 
     def to_json(self) -> dict[str, Any]:
-        k, size = self._top_k, self.size
-        measured = described(self.touched)
+        size, measured = self.size, described(self.touched)
         names = ("mean", "p50", "p95") if self.is_known else ()
         return {
             "block_size_tokens": size,
             **{name: measured[name] for name in names},
-            "uniform_mean": self._mean({n: uniform_blocks(n, k, size) for n in self._contexts}),
-            "recency_mean": self._mean(
-                {n: len(range((n - k) // size * size, n, size)) for n in self._contexts}
-            ),
-            "context_mean": self._mean({n: math.ceil(n / size) for n in self._contexts}),
+            "uniform_mean": self._mean({(n, k): self._uniform(n, k) for n, k in self._contexts}),
+            "recency_mean": self._mean({(n, k): self._recency(n, k) for n, k in self._contexts}),
+            "context_mean": self._mean({(n, k): math.ceil(n / size) for n, k in self._contexts}),
         }
 
-    def _mean(self, blocks: Mapping[int, float]) -> float | None:
+    def _uniform(self, seq_len: int, k: int) -> float:
+        if self._kind.unit_tokens == 1:
+            return uniform_blocks(seq_len, k, self.size)
+        num_ids = self._kind.num_visible(seq_len)
+        ids_in = Counter[int]()  # block -> ids that lie in it, at least with one token
+        for one in range(num_ids):
+            ids_in.update({token // self.size for token in self._kind.tokens([one], seq_len)})
+        missed = {c: math.comb(num_ids - c, k) / math.comb(num_ids, k) for c in set(ids_in.values())}
+        return math.fsum(1 - missed[c] for c in ids_in.values())
+
+    def _recency(self, seq_len: int, k: int) -> int:
+        if self._kind.unit_tokens == 1:
+            return len(range((seq_len - k) // self.size * self.size, seq_len, self.size))
+        num_ids = self._kind.num_visible(seq_len)
+        newest = self._kind.tokens(list(range(num_ids - k, num_ids)), seq_len)
+        return len({token // self.size for token in newest})
+
+    def _mean(self, blocks: Mapping[tuple[int, int], float]) -> float | None:
         """Mean over the records, from the blocks at each context length."""
         total = sum(self._contexts.values())
-        return math.fsum(blocks[n] * count for n, count in self._contexts.items()) / total if total else None
+        return math.fsum(blocks[x] * count for x, count in self._contexts.items()) / total if total else None
 
 
 def described(counts: Counter[Any]) -> dict[str, Any]:

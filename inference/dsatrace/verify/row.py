@@ -20,23 +20,23 @@ class Row(NamedTuple):
     prefix_key: str
     needle_tokens: int
     forward_idx: int
-    batch_size: int
-    step_wall_us: float
-    step_synced: bool
+    batch_size: int | None  # this and what follows: None where the door does not know
+    step_wall_us: float | None
+    step_synced: bool | None
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Row:
-        prefix = record["prefix"]
+        prefix, fetched = record["prefix"] or {}, record["kv_fetch"]
         return cls(
             record["request_id"],
             record["step_idx"],
             record["seq_len_current"],
             record["phase"],
-            prefix["prefix_cached_blocks"],
-            prefix["prefix_key"],
+            prefix.get("prefix_cached_blocks", 0),
+            prefix.get("prefix_key", ""),
             record.get("needle", {}).get("tokens", 0),
             record["forward_idx"],
-            record["kv_fetch"]["hbm"]["batch_size"],
+            fetched["hbm"]["batch_size"] if fetched else None,
             record["step_wall_us"],
             record["step_synced"],
         )

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsatrace.schema import (
-    LAYER_FIELDS,
     LEVELS,
     MANIFEST_FIELDS,
     QUANTILE_DEFINITION,
@@ -28,6 +27,7 @@ from dsatrace.schema import (
     problems,
 )
 from dsatrace.verify.mismatch import Mismatch, compare, require
+from dsatrace.verify.selections import Selections
 
 _LAYOUT_FIELDS = next(field for field in MANIFEST_FIELDS if field.name == "cache_layouts").children
 
@@ -39,8 +39,8 @@ class Rules:
     level: Level
     has_model: bool  # without one there is no record
     block_size: int
-    top_k: int
-    num_layers: int
+    top_k: int  # of the largest set
+    num_layers: int  # records per row: layers, or their KV heads' sets
     latent_bytes: int  # per token and layer
     index_bytes: int  # per token and layer
     store_scores: bool
@@ -54,7 +54,9 @@ class Rules:
     is_virtual: bool  # the requests' times are not of a wall clock
     prefix_cache: bool  # the records' prefixes were found in the engine's cache
     tiers: TierRules | None  # None: everything was in HBM
+    answer_end: AnswerEnd | None  # None: answers were not kept from ending
     source_layers: Mapping[int, int]  # of a layer without an indexer, the layer whose selection it uses
+    selections: Selections
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Rules:
@@ -77,7 +79,9 @@ class Rules:
         require(len(named) == 1, "cache_layout", manifest["cache_layout"], "not one of cache_layouts")
         layout = named[0]
         has_model = manifest["selections"] != "none"
-        for name in ("index_topk", "n_layers") if has_model else ():
+        selection = manifest.get("selection")
+        is_engines = selection is None or selection["door"] == "serve"
+        for name in ("index_topk", "n_layers") if has_model and is_engines else ():
             count = model.get(name)
             require(type(count) is int and count >= 1, f"model_config.{name}", count, "not a count")
         rate = trace["sample_rate"]
@@ -91,12 +95,18 @@ class Rules:
         require(block_size >= 1, "trace.block_size_tokens", block_size, "not a count")
         key_tokens = trace["prefix_key_tokens"]
         require(key_tokens >= 1, "trace.prefix_key_tokens", key_tokens, "not a count")
+        selections = Selections.of(manifest) if has_model else Selections(())
+        if not selections.is_engines:
+            require(trace["level"] == "full", "trace.level", trace["level"], f"of door {selections.door}")
+            require(
+                manifest.get("tiers") is None, "tiers", manifest.get("tiers"), f"of door {selections.door}"
+            )
         return cls(
             level=trace["level"],
             block_size=block_size,
             has_model=has_model,
-            top_k=model["index_topk"] if has_model else 0,
-            num_layers=model["n_layers"] if has_model else 0,
+            top_k=max((one.top_k for one in selections.sets), default=0),
+            num_layers=len(selections.sets),
             latent_bytes=layout["latent_bytes_per_token"],
             index_bytes=layout["index_bytes_per_token"],
             store_scores=trace["store_scores"],
@@ -110,7 +120,9 @@ class Rules:
             is_virtual=(manifest.get("serving") or {}).get("clock", "real") != "real",
             prefix_cache=source == "cache",
             tiers=TierRules.of(manifest, layout["latent_bytes_per_token"]),
-            source_layers=_source_layers(manifest) if has_model else {},
+            answer_end=AnswerEnd.of(manifest),
+            source_layers=selections.source_layers,
+            selections=selections,
         )
 
     @property
@@ -126,29 +138,6 @@ class Rules:
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
         return self.sample_rate >= 1 or (z ^ z >> 31) < self.sample_rate * 2**64
-
-
-def _source_layers(manifest: Mapping[str, Any]) -> dict[int, int]:
-    """Of layers without an indexer; empty for a manifest that is older than `selection`."""
-    selection, model = manifest.get("selection"), manifest["model_config"]
-    if selection is None:
-        return {}
-    compare(
-        selection, {"unit": "token", "unit_tokens": 1, "id_kind": "position", "door": "serve"}, "selection"
-    )
-    layers, num_layers = selection["layers"], model["n_layers"]
-    require(len(layers) == num_layers, "selection.layers", layers, f"{num_layers} layers in model_config")
-    sources: dict[int, int] = {}
-    for i, layer in enumerate(layers):
-        path = f"selection.layers[{i}]"
-        require_schema(problems(layer, "full", LAYER_FIELDS, f"{path}."))
-        compare(layer, {"top_k": model["index_topk"], "heads": 1}, path)
-        source = layer["source_layer"]
-        if source is not None:
-            chose = 0 <= source < i and source not in sources
-            require(chose, f"{path}.source_layer", source, "no layer before it that has an indexer")
-            sources[i] = source
-    return sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +174,25 @@ class TierRules:
                 require(is_kind, f"tiers.{name}.latency_kind", kinds[name], "not measured or modelled")
         require(len(kinds) > 1, "tiers.local_pool", None, "and no remote_pool either")
         return cls(by_row, unit_tokens, tiers["unit_bytes"], tiers["index_keys"] == "offloaded", kinds)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerEnd:
+    """How answers were kept from ending."""
+
+    min_new_tokens: int
+    ignore_eos: bool
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> AnswerEnd | None:
+        """Of a manifest that follows the schema; raises `Mismatch` where it says nothing."""
+        said = manifest.get("answer_end")
+        if said is None:
+            return None
+        least, ignore = said["min_new_tokens"], said["ignore_eos"]
+        keeps = least > 0 or (ignore and least == 0)
+        require(keeps, "answer_end.min_new_tokens", least, "keeps no answer from ending")
+        return cls(least, ignore)
 
 
 def require_schema(found: Sequence[str]) -> None:

@@ -127,7 +127,7 @@ def _verify(run: PlainRun, on_bytes: Callable[[int], object] | None, jobs: int, 
     sizes = [row["block_size_tokens"] for row in summary["blocks_touched"]] if summary else _BLOCK_SIZES
     said = summary.get("tiers") if summary else None
     steps = StepChecks(run, rules, requests, order, sizes, said["since_forward"] if said else 0)
-    if plain or not _has_numpy():
+    if plain or not rules.selections.is_engines or not _has_numpy():
         steps.check_plainly(on_bytes)
     else:
         steps.check_in_chunks(jobs, on_bytes)
@@ -143,6 +143,9 @@ def _verify(run: PlainRun, on_bytes: Callable[[int], object] | None, jobs: int, 
             notes += [note] if note else []
     if rules.tiers is not None and totals.num_records:
         notes.append("which tier held a token: the engine's word, of which the accounts must add up")
+    if rules.selections.sparse_active is not None and state == "complete":
+        with located(MANIFEST_FILE):
+            compare(rules.selections.sparse_active, totals.sparse_active, "selection.sparse_active")
     faults = _faults(run.manifest, state, rules, totals.num_records, lines, dropped_steps)
     digests.check()  # last: what was derived names the record and the field
     if digests.note:
@@ -264,7 +267,7 @@ def _check_totals(
     if stored_only and was_resumed:
         del derived["step_overlap"], derived["layer_overlap"]
     compare(summary, derived, summed=True)
-    for name in ("scores", "serving", "prefix_cache"):  # no further key may be there either
+    for name in ("scores", "serving", "prefix_cache", "past_answer"):  # no further key may be there either
         require(summary.get(name) == derived.get(name), name, summary.get(name), "not what the requests say")
     if stored_only:
         notes.append(f"at level {totals.level} the records do not hold: {', '.join(stored_only)}")

@@ -9,6 +9,8 @@ null where the schema says so. What can be derived is not stored:
 - `selected_block_ids` only where a record has no `selected_token_pos` (they are
   `position // block_size_tokens`);
 - `num_prefix_intersection_blocks` stands for the list: that many of the first touched blocks;
+- `nulls`: names of fields that are null though the schema's table has no null there: the run's
+  selections do not tell them;
 - `extra`: keys the schema does not know, as JSON; `line`: the whole record as JSON, only
   where the columns would not give it back byte for byte (see `file.py`).
 
@@ -31,7 +33,7 @@ import pyarrow as pa
 
 from dsatrace.schema import STEP_FIELDS, Field
 
-EXTRA, LINE = "extra", "line"
+NULLS, EXTRA, LINE = "nulls", "extra", "line"
 POSITIONS, BLOCKS, INTERSECTION = "selected_token_pos", "selected_block_ids", "prefix.intersection_blocks"
 BLOCK_SIZE = "block_size_tokens"
 _NAMES = {INTERSECTION: "num_prefix_intersection_blocks"}
@@ -96,7 +98,7 @@ LEAVES = tuple(_leaves(TREE))
 def arrow_schema(score_type: pa.DataType) -> pa.Schema:
     """Every column of the file, scores held as `score_type`: float32 or float64."""
     columns = [(leaf.column, _stored_type(leaf, score_type)) for leaf in LEAVES]
-    return pa.schema([*columns, (EXTRA, pa.string()), (LINE, pa.string())])
+    return pa.schema([*columns, *((name, pa.string()) for name in (NULLS, EXTRA, LINE))])
 
 
 def _stored_type(leaf: Node, score_type: pa.DataType) -> pa.DataType:
@@ -112,6 +114,7 @@ def to_batch(records: Sequence[Mapping[str, Any]], score_type: pa.DataType) -> p
         leaf.column: pa.array(_column_values(records, leaf), schema.field(leaf.column).type)
         for leaf in LEAVES
     }
+    columns[NULLS] = pa.array([nulls_of(record) for record in records], pa.string())
     columns[EXTRA] = pa.array([_extra(record) for record in records], pa.string())
     columns[LINE] = pa.nulls(len(records), pa.string())
     return pa.RecordBatch.from_arrays(list(columns.values()), schema=schema)
@@ -131,6 +134,15 @@ def _column_values(records: Sequence[Mapping[str, Any]], leaf: Node) -> list[Any
     return values
 
 
+def nulls_of(record: Mapping[str, Any]) -> str | None:
+    """The column `nulls` of a record, or of a layout of several."""
+    return ",".join(node.name for node in TREE if _is_null(node, record)) or None
+
+
+def _is_null(node: Node, record: Mapping[str, Any]) -> bool:
+    return not node.nullable and node.name in record and record[node.name] is None
+
+
 def _extra(record: Mapping[str, Any]) -> str | None:
     unknown = {key: value for key, value in record.items() if key not in _KNOWN}
     return orjson.dumps(unknown).decode() if unknown else None
@@ -140,7 +152,7 @@ def columns_for(fields: Collection[str]) -> list[str]:
     """The columns that give back `fields`; a name the schema does not know raises `ValueError`."""
     if unknown := sorted(set(fields) - set(_paths(TREE))):
         raise ValueError(f"no field {', '.join(unknown)} in a step record; see schema.STEP_FIELDS")
-    names = {leaf.column for leaf in _leaves(_chosen(TREE, fields))} | {LINE}
+    names = {leaf.column for leaf in _leaves(_chosen(TREE, fields))} | {NULLS, LINE}
     if not names.isdisjoint((BLOCKS, _NAMES[INTERSECTION])):
         names |= {POSITIONS, BLOCKS, BLOCK_SIZE}
     return sorted(names)
@@ -186,7 +198,9 @@ def to_records(batch: pa.RecordBatch, fields: Collection[str] | None = None) -> 
 
 def _records(columns: _Columns, fields: Collection[str] | None = None) -> list[dict[str, Any]]:
     nodes = TREE if fields is None else _chosen(TREE, fields)
-    values = _objects(nodes, columns) or _Values([_ABSENT] * columns.num_rows, True)
+    whole = {node.name for node in nodes if node in TREE}  # of a part of an object, null is nothing
+    nulls = {name: rows for name, rows in columns.nulls().items() if name in whole}
+    values = _objects(nodes, columns, nulls) or _Values([_ABSENT] * columns.num_rows, True)
     records = [{} if row is _ABSENT else row for row in values.rows] if values.holes else values.rows
     if fields is None and (extra := columns.plain(EXTRA)) is not None:
         for record, text in zip(records, extra.rows, strict=True):
@@ -195,13 +209,22 @@ def _records(columns: _Columns, fields: Collection[str] | None = None) -> list[d
     return records
 
 
-def _objects(nodes: Sequence[Node], columns: _Columns) -> _Values | None:
-    """One object per row, filled column by column (the fastest way); None if no row has any of the nodes."""
-    found = {
-        node.name: values
-        for node in nodes
-        if (values := _objects(node.children, columns) if node.children else columns.leaf(node))
-    }
+def _objects(
+    nodes: Sequence[Node], columns: _Columns, nulls: Mapping[str, Collection[int]] | None = None
+) -> _Values | None:
+    """One object per row, filled column by column (the fastest way); None if no row has any of the nodes.
+
+    `nulls`: rows in which a field is null, by its name.
+    """
+    found: dict[str, _Values] = {}
+    for node in nodes:
+        values = _objects(node.children, columns) if node.children else columns.leaf(node)
+        if nulls and node.name in nulls:
+            values = values or _Values([_ABSENT] * columns.num_rows, True)
+            rows = [None if i in nulls[node.name] else row for i, row in enumerate(values.rows)]
+            values = _Values(rows, any(row is _ABSENT for row in rows))
+        if values:
+            found[node.name] = values
     if not found:
         return None
     objects: list[Any] = [{} for _ in range(columns.num_rows)]
@@ -248,6 +271,15 @@ class _Columns:
             return None
         values = _python_values(array, self._keep_float32)
         return _Values([_ABSENT if value is None else value for value in values], True)
+
+    def nulls(self) -> dict[str, set[int]]:
+        """The rows in which a field is null, by its name."""
+        found: dict[str, set[int]] = {}
+        stored = self.plain(NULLS)
+        for i, names in enumerate(stored.rows if stored else ()):
+            for name in names.split(",") if names is not _ABSENT else ():
+                found.setdefault(name, set()).add(i)
+        return found
 
     def _touched(self) -> list[list[int] | None]:
         """Every record's touched blocks, as stored or derived from its positions."""
