@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import os
 import signal
@@ -424,10 +425,9 @@ def test_a_concatenation_is_as_pyarrow_reads_it(tmp_path: Path) -> None:
             )
     with (tmp_path / "bad").open("wb") as out, Concatenation(out) as whole:
         pq.write_table(tables[0].drop_columns(["x"]), tmp_path / "other")
-        for name, refused in (("0", False), ("other", True)):
-            expected = pytest.raises(ValueError, match="schemas") if refused else contextlib.nullcontext()
-            with (tmp_path / name).open("rb") as file, expected:
-                whole.append(file)
+        whole.append(io.BytesIO((tmp_path / "0").read_bytes()))
+        with pytest.raises(ValueError, match="different schemas"):
+            whole.append(io.BytesIO((tmp_path / "other").read_bytes()))
 
 
 def test_small_parts_join_to_large_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
