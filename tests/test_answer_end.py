@@ -44,7 +44,7 @@ from helpers.models import SMALL, random_model, random_tokens
 
 BLOCK, CHUNK, NUM_NEW = 16, 32, 12
 NEEDLE = ROOT / "data" / "models" / "needle-2k"
-SIMULATED = ("--runner", "simulator", "--no-hub", "--save-text")
+SIMULATED = ("--runner", "simulator", "--no-hub", "--save-text", "--tokenizer", str(NEEDLE))
 RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 500, *SIMULATED)
 
 
@@ -231,7 +231,7 @@ def test_two_ranks_go_on_alike(needle: Path, tmp_path: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -142,7 +142,7 @@ def test_two_ranks_answer_as_one(tiny_hf: Path, tiny_args: ModelArgs, tmp_path: 
     command += ["--max-new-tokens", "5", "--temperature", "0", "--trace-out", str(tmp_path / "run")]
     done = subprocess.run(
         command, input="How many ships?\n/nothing\n/clear\nAnd today?\n/exit\n", capture_output=True,
-        cwd=INFERENCE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, timeout=240, check=False,
+        cwd=INFERENCE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for said in ("Chat with ", "/nothing is no command.", "is forgotten.", f"trace: {tmp_path / 'run'}"):

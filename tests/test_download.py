@@ -251,7 +251,7 @@ def run_script(name: str, hub: FakeHub, tmp_path: Path, **variables: str) -> sub
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 

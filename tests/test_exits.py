@@ -74,7 +74,7 @@ def test_a_closed_pipe_is_quiet(words: str, code: int, tmp_path: Path) -> None:
     os.close(reading)
     command = [sys.executable, "-m", "dsatrace", *words.split(), str(run)]
     done = subprocess.run(
-        command, cwd=INFERENCE, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+        command, cwd=INFERENCE, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=600, check=False
     )
     os.close(writing)
     assert done.stderr == ""
@@ -86,7 +86,7 @@ def test_a_full_disk_behind_stdout_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dsatrace", "verify", str(run)]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            command, cwd=INFERENCE, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+            command, cwd=INFERENCE, stdout=full, stderr=subprocess.PIPE, text=True, timeout=600, check=False
         )
     assert done.returncode == 70
     (line,) = done.stderr.splitlines()
@@ -153,7 +153,7 @@ def test_two_ranks_say_a_mistyped_file_once(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     said = "error: nowhere.json: cannot read the file"

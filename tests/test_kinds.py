@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from dsatrace.errors import UserError
 from dsatrace.report.figure import draw
 from dsatrace.report.grid import Grid
 from dsatrace.report.tables import run_tables
-from dsatrace.schema import STEPS_FILE, problems
+from dsatrace.schema import STEPS_FILE, SUMMARY_FILE, problems
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.estimate import TraceLoad, draw_sample, estimate_sizes
 from dsatrace.trace.export import export_run
@@ -30,9 +31,10 @@ from dsatrace.trace.tracer import Tracer
 from dsatrace.trace.writer import TraceWriterError
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
-from helpers.golden_run import read_lines, write_lines
+from helpers.golden_run import read_lines, write_golden, write_lines
 from helpers.json_edits import changed
 from helpers.kind_runs import KINDS, LAYOUT, NUM_STEPS, write_kind
+from helpers.tier_samples import SETUPS
 from helpers.trace_samples import SECRET, SampleRequest, config_for, sample_capture
 
 NUM_REQUESTS = 2
@@ -160,6 +162,8 @@ SPOILT: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
     ("expert", "path", lambda record: record.update(path="dense")),
     ("slots", "selected_ids", lambda record: record.update(selected_ids=[1, 1, 2, 3, 4, 5, 6, 7])),
     ("slots", "indexer_scan.tokens", lambda record: record["indexer_scan"].update(tokens=1)),
+    ("slots", "needle", lambda record: record.update(needle={"tokens": 1, "selected": 1})),
+    ("two heads", "selected_ids", lambda record: record.update(selected_ids=[1])),
     ("slots", "prefix", lambda record: record.update(prefix={})),
 ]
 
@@ -184,15 +188,17 @@ def test_verify_names_a_spoilt_total(runs: dict[str, Path], tmp_path: Path) -> N
         ("block", "sparse_active", 1),
         ("expert", "step_overlap.random_mean", 0.05),
         ("slots", "kv_fetch", {}),
+        ("block", "blocks_touched.1.block_size_tokens", 8),
     ):
         folder = copied(runs[name], tmp_path / name)
         edit_json(folder / "summary.json", path, value)
         with pytest.raises(Mismatch, match=path.split(".", maxsplit=1)[0]):
             verify(folder)
-    folder = copied(runs["entry"], tmp_path / "manifest")
-    edit_json(folder / "manifest.json", "selection.sparse_active", 3)
-    with pytest.raises(Mismatch, match=r"selection\.sparse_active: stored 3"):
-        verify(folder)
+    for name in ("entry", "expert", "slots"):
+        folder = copied(runs[name], tmp_path / f"manifest of {name}")
+        edit_json(folder / "manifest.json", "selection.sparse_active", 3)
+        with pytest.raises(Mismatch, match=r"selection\.sparse_active: stored 3"):
+            verify(folder)
 
 
 def test_verify_refuses_a_selection_that_contradicts_itself(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -201,6 +207,7 @@ def test_verify_refuses_a_selection_that_contradicts_itself(runs: dict[str, Path
             ("entry", "unit", "page"),
             ("entry", "unit_tokens", 0),
             ("entry", "missing", ["score"]),
+            ("entry", "missing", ["scores", "scores"]),
             ("entry", "door", "serve"),
             ("expert", "num_ids", 4),
             ("two heads", "layers.2.source_layer", 2),
@@ -399,3 +406,23 @@ def test_the_estimate_takes_a_unit(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert cli.main([*command, *flags]) == 2
         assert said in capsys.readouterr().err
+
+
+GOLDEN = {
+    "full": ({}, "d1ea231f047a0e8d", "49a72ae9c45d6676"),
+    "blocks": ({"level": "blocks"}, "609f9a66df47e3ba", None),
+    "stats": ({"level": "stats"}, "2fb24491632a9f22", None),
+    "scores": ({"store_scores": True, "keep_order": True}, "d2179cd9ef137034", "49a72ae9c45d6676"),
+    "shared layers": ({"shared_layers": {1: 0}}, "c6d654a8a88f0589", "70d8dae72620db93"),
+    "tiers": ({"tiers": SETUPS["block"]}, "58651f4e3cfacd90", None),
+}
+"""Ways of a run of the engine's, and digests of its steps and its summary from before there were kinds."""
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_engines_files_are_what_they_were(tmp_path: Path, name: str) -> None:
+    way, *digests = GOLDEN[name]
+    folder = write_golden(tmp_path / "run", **way)
+    for file, digest in zip((STEPS_FILE, SUMMARY_FILE), digests, strict=True):
+        found = hashlib.sha256((folder / file).read_bytes()).hexdigest()[:16]
+        assert digest in (found, None), file

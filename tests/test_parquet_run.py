@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import itertools
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -32,6 +34,7 @@ from dsatrace.trace.estimate import SyntheticSelections
 from dsatrace.trace.manifest import TierSettings
 from dsatrace.trace.parquet import parts, sink
 from dsatrace.trace.parquet.columns import to_lines
+from dsatrace.trace.parquet.concatenation import Concatenation
 from dsatrace.trace.parquet.steps import layout_batch, step_batch
 from dsatrace.trace.reader import RunReader, part_paths
 from dsatrace.trace.records import RecordDeriver, StepLines
@@ -119,11 +122,13 @@ def check_equal(folder: Path, undisturbed: Path) -> None:
     check_summary(folder)
 
 
-@pytest.mark.parametrize("part_records", [1, 7, 1 << 12])
+@pytest.mark.parametrize(("part_records", "least"), [(1, 1), (1, 3), (7, 1 << 12), (1 << 12, 1 << 12)])
 def test_a_run_holds_what_its_lines_would(
-    tmp_path: Path, undisturbed: Path, part_records: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, undisturbed: Path, part_records: int, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whether parts are copied or made larger when they are joined."""
     monkeypatch.setattr(sink, "PART_RECORDS", part_records)
+    monkeypatch.setattr(parts, "LEAST_RECORDS", least)
     folder = serve(tmp_path / "run", format="parquet")
     check_equal(folder, undisturbed)
     of_the_moment = {"step_wall_us": None}
@@ -361,7 +366,7 @@ def test_a_run_goes_on_in_its_format(tmp_path: Path, undisturbed: Path) -> None:
     with pytest.raises(UserError, match=r"trace\.format was 'jsonl' and is 'parquet' now"):
         resume(other, format="parquet")
     assert cli.main(["export", str(folder), "--to", "jsonl", "--out", str(tmp_path / "pj")]) == 0
-    with pytest.raises(UserError, match="an export; resume the run that it was made from"):
+    with pytest.raises(UserError, match="an export to JSON lines; resume the run"):
         resume(tmp_path / "pj")
     resume(folder, format="parquet")
     check_equal(folder, undisturbed)
@@ -385,6 +390,44 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
         list(RunReader(folder).steps())
     with pytest.raises(UserError, match=r"trace_steps/000001\.parquet: not a whole Parquet file"):
         verify(folder)
+
+
+def test_a_concatenation_is_as_pyarrow_reads_it(tmp_path: Path) -> None:
+    """Statistics, names and values of each file's row groups, in every encoding that pyarrow writes."""
+    tables = [
+        pa.table(
+            {
+                "n": pa.array(range(i, i + 2000), pa.int64()),
+                "x": pa.array(np.random.default_rng(i).random(2000), pa.float64()),
+                "who": pa.array([f"r{j % (i + 1)}" for j in range(2000)]),
+                "ids": pa.array([list(range(j % 5)) if j % 7 else None for j in range(2000)]),
+                "is": pa.array([j % 3 == 0 if j % 2 else None for j in range(2000)]),
+            }
+        )
+        for i in range(3)
+    ]
+    for i, table in enumerate(tables):
+        options = {"row_group_size": 700, "data_page_size": 512, "compression": "zstd"}
+        pq.write_table(table, tmp_path / f"{i}", write_page_index=i > 0, **options)
+    with (tmp_path / "whole").open("wb") as out, Concatenation(out) as whole:
+        for i in range(3):
+            with (tmp_path / f"{i}").open("rb") as file:
+                whole.append(file)
+    assert pq.read_table(tmp_path / "whole").equals(pa.concat_tables(tables))
+    with pq.ParquetFile(tmp_path / "whole") as file:
+        assert file.metadata.num_row_groups == 9
+        for group in range(9):
+            assert file.read_row_group(group).equals(tables[group // 3].slice(group % 3 * 700, 700))
+            first = file.metadata.row_group(group).column(0).statistics
+            assert (first.min, first.max) == (
+                group // 3 + group % 3 * 700,
+                group // 3 + min(group % 3 * 700 + 699, 1999),
+            )
+    with (tmp_path / "bad").open("wb") as out, Concatenation(out) as whole:
+        pq.write_table(tables[0].drop_columns(["x"]), tmp_path / "other")
+        whole.append(io.BytesIO((tmp_path / "0").read_bytes()))
+        with pytest.raises(ValueError, match="different schemas"):
+            whole.append(io.BytesIO((tmp_path / "other").read_bytes()))
 
 
 def test_small_parts_join_to_large_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

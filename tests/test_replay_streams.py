@@ -13,10 +13,18 @@ from hypothesis import strategies as st
 from dsatrace.errors import UserError
 from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes, parse_unit
 from dsatrace.selection_replay.steps import NO_ID, Steps
-from dsatrace.selection_replay.streams import Kind, in_blocks, in_unions, layer_steps, numbered_anew, pooled
-from dsatrace.trace.selections import LayerSelections, RequestSelections
+from dsatrace.selection_replay.streams import (
+    Recorded,
+    in_blocks,
+    in_unions,
+    layer_steps,
+    numbered_anew,
+    pooled,
+)
+from dsatrace.trace.kind import engine_kind
+from dsatrace.trace.selections import LayerSelections, LayerSet, RequestSelections
 
-TOKENS = Kind("token", 1, "position", (4, 4), None, 656, 132)
+TOKENS = Recorded(engine_kind(2, 4), 1, 656, 132)
 
 
 def sets_of(steps: Steps) -> list[list[int]]:
@@ -76,11 +84,11 @@ def selections(
         np.array([id_ for row in ids for id_ in row], np.int32),
         np.cumsum([0, *map(len, ids)]),
     )
-    return RequestSelections("r7", lengths[0], {0: layer})
+    return RequestSelections("r7", lengths[0], {LayerSet(0): layer})
 
 
 def steps_of(request: RequestSelections, **settings: Any) -> Steps:
-    return layer_steps(request, 0, TOKENS, ReplaySettings(**settings))
+    return layer_steps(request, LayerSet(0), TOKENS, ReplaySettings(**settings))
 
 
 def test_steps_that_select_everything_only_warm_up() -> None:
@@ -116,31 +124,33 @@ MANIFEST: dict[str, Any] = {
     "model_config": {"index_topk": 4, "n_layers": 2, "n_routed_experts": 64},
     "cache_layout": "fp8",
     "cache_layouts": [{"name": "fp8", "latent_bytes_per_token": 656, "index_bytes_per_token": 132}],
-    "trace": {"level": "full", "sample_rate": 1.0, "keep_order": False},
+    "trace": {"level": "full", "sample_rate": 1.0, "keep_order": False, "block_size_tokens": 16},
 }
 SELECTION: dict[str, Any] = {
     "unit": "token",
     "unit_tokens": 1,
     "id_kind": "position",
-    "layers": [{"top_k": 4}] * 2,
+    "layers": [{"top_k": 4, "heads": 1, "source_layer": None}] * 2,
+    "door": "attach",
 }
 
 
 def kind(
     selection: dict[str, Any] | None = None, settings: ReplaySettings | None = None, **trace: Any
-) -> Kind:
+) -> Recorded:
     manifest = {**MANIFEST, "trace": {**MANIFEST["trace"], **trace}}
     if selection is not None:
         manifest["selection"] = {**SELECTION, **selection}
-    return Kind.of(manifest, settings or ReplaySettings(), "outputs/mine")
+    return Recorded.of(manifest, settings or ReplaySettings(), "outputs/mine")
 
 
 def test_what_ids_are_is_read_from_the_manifest() -> None:
-    assert kind() == kind({}) == TOKENS
+    assert kind() == TOKENS
     entries = kind({"unit": "entry", "unit_tokens": 4})
     assert entries.bytes_per_id == 4 * 656
-    assert entries.visible(np.array([4, 5])).tolist() == [1, 2]
-    experts = kind({"unit": "expert"})
+    assert entries.visible(np.array([4, 5, 8])).tolist() == [1, 1, 2]
+    assert entries.newest(np.array([4, 5, 8])).tolist() == [0, NO_ID, 1]
+    experts = kind({"unit": "expert", "num_ids": 64})
     assert not experts.is_position and experts.bytes_per_id is None
     assert experts.visible(np.array([4, 5])).tolist() == [64, 64]
     assert not kind({"id_kind": "slot"}).is_position
@@ -151,9 +161,15 @@ def test_what_ids_are_is_read_from_the_manifest() -> None:
     [
         ({"sample_rate": 0.5}, {}, "outputs/mine: only a share of 0.5 of its steps"),
         ({"level": "stats"}, {}, "recorded at level stats, which holds no ids"),
-        ({"level": "blocks"}, {}, "recorded at level blocks"),
+        ({"level": "blocks"}, {}, "recorded at level blocks, so replay blocks: --unit block:16"),
+        ({"level": "blocks"}, {"block": 24}, "block:24: use a multiple of 16 tokens"),
+        ({"selection": {"unit": "entry", "unit_tokens": 4}}, {"block": 6}, "use a multiple of 4 tokens"),
         ({"selection": {"id_kind": "slot"}}, {"block": 16}, "no positions, so --unit block:N"),
-        ({"selection": {"unit": "expert"}}, {"pin_newest": True}, "no positions, so --pin-newest"),
+        (
+            {"selection": {"unit": "expert", "num_ids": 64}},
+            {"pin_newest": True},
+            "no positions, so --pin-newest",
+        ),
     ],
 )
 def test_what_cannot_be_replayed_is_refused(
@@ -166,7 +182,7 @@ def test_what_cannot_be_replayed_is_refused(
 
 def test_a_run_without_a_model_is_refused() -> None:
     with pytest.raises(UserError, match="no model ran"):
-        Kind.of({**MANIFEST, "selections": "none"}, ReplaySettings(), "outputs/mine")
+        Recorded.of({**MANIFEST, "selections": "none"}, ReplaySettings(), "outputs/mine")
 
 
 def test_sizes_are_ids_multiples_of_top_k_and_shares_of_the_context() -> None:

@@ -317,7 +317,7 @@ def spawn(*flags: object, cwd: Path = ROOT) -> subprocess.Popen:
 def test_runs_from_the_root_and_from_inference(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     done = spawn("--ckpt-path", checkpoint, "--config", CONFIG, "--trace-out", tmp_path / "r", *RULER,
                  "--limit", 1, cwd=folder)  # fmt: skip
-    out, err = done.communicate(timeout=120)
+    out, err = done.communicate(timeout=600)
     assert done.returncode == 0, err
     assert "ruler: generator" in out
     assert str(tmp_path / "r") in out
@@ -341,7 +341,7 @@ def test_ctrl_c_leaves_a_run_that_resume_completes(checkpoint: Path, tmp_path: P
     process = spawn("--ckpt-path", checkpoint, "--config", CONFIG, "--trace-out", folder, *flags)
     until_lines(process, folder / "requests.jsonl", 2)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130, (out, err)
     assert "--resume" in err
     assert RunReader(folder).state == "incomplete"

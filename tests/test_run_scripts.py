@@ -30,7 +30,7 @@ def call(checkout: Path, name: str, *flags: str, **variables: str) -> subprocess
         env=environment_in(checkout) | variables,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
 

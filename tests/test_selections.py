@@ -17,7 +17,7 @@ from dsatrace.schema import STEPS_FILE, STEPS_PARQUET_FILE
 from dsatrace.trace.export import export_run
 from dsatrace.trace.parquet import file as parquet
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.selections import SelectionPart, read_selections, selection_parts
+from dsatrace.trace.selections import LayerSet, SelectionPart, read_selections, selection_parts
 from helpers.golden_run import write_golden
 from helpers.resume_samples import serve
 
@@ -63,7 +63,7 @@ def as_read(run: RunReader, parts: list[SelectionPart] | None = None) -> dict[st
                     )
                 )
             ]
-            for layer, selected in request.layers.items()
+            for (layer, _), selected in request.layers.items()
         }
     return found
 
@@ -91,7 +91,7 @@ def test_prompts_are_those_of_the_requests(runs: Path) -> None:
 
 def test_arrays_have_the_types_of_a_replay(runs: Path) -> None:
     for format_ in FORMATS:
-        layer = next(read_selections(RunReader(runs / format_))).layers[0]
+        layer = next(read_selections(RunReader(runs / format_))).layers[LayerSet(0)]
         assert (layer.ids.dtype, layer.ptr.dtype, layer.step_idx.dtype) == (np.int32, np.int64, np.int64)
         assert layer.ids.flags.c_contiguous
 

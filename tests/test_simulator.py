@@ -138,7 +138,7 @@ def test_the_simulator_runs_where_torch_cannot_be_imported():
         env={"PYTHONPATH": str(INFERENCE)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert (done.stdout, done.stderr) == ("Hello world stop\n", "")

@@ -50,7 +50,7 @@ def pip(*arguments: str | Path) -> None:
         [sys.executable, "-m", "pip", *arguments, *flags],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -71,7 +71,7 @@ def test_the_verbs_run_outside_a_checkout(installed: Path, tmp_path: Path) -> No
             env=os.environ | {"PYTHONPATH": str(installed), "NUMBA_CACHE_DIR": str(installed / "kernels")},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             check=False,
         )
         assert done.returncode == 0, done.stderr

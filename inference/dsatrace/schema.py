@@ -35,8 +35,10 @@ TIER_CHOICES = {
 STEPS_FILE = "trace_steps.jsonl"
 STEPS_PARQUET_FILE = "trace_steps.parquet"  # the same records as columns
 STEPS_FOLDER = "trace_steps"  # several such files, in the order of their names, instead of one
-PART_RECORDS = 1 << 12
-"""A run writes such a file once it has so many records; a kill loses fewer than these, and a step's."""
+PART_RECORDS = 1 << 11
+"""A run writes such a file once it has so many records."""
+LOST_RECORDS = 2 * PART_RECORDS
+"""A kill loses fewer, and a step's: one file is being filled, and one written."""
 REQUESTS_FILE = "requests.jsonl"
 MANIFEST_FILE = "manifest.json"
 SUMMARY_FILE = "summary.json"

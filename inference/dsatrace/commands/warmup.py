@@ -25,7 +25,8 @@ PARTS = ("trace", "stores", "study", "replay")
 def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandParser(
         "warmup",
-        "Compile the kernels that the trace, the stores, the study and the replay use, and keep them.",
+        "Compile the kernels that the trace, the stores, the study and the replay use, and keep them for "
+        "later runs.",
         examples="""
         %(prog)s
         %(prog)s --for trace
@@ -53,7 +54,7 @@ def _jobs(part: str) -> list[Callable[[], str]]:
     if part == "stores":
         return [_stores]
     if part == "replay":
-        return [_locality]
+        return [_locality, _policies_of_sets]
     from dsatrace.kv.policies.registry import POLICIES
 
     return [_pool, _lru_at_all_sizes, *(functools.partial(_policy, name) for name in POLICIES)]
@@ -70,6 +71,16 @@ def _stores() -> str:
     for name in ("checksums", "ledger", "resp"):  # they compile when they are imported
         importlib.import_module(f"dsatrace.kv.stores.{name}")
     return "the stores"
+
+
+def _policies_of_sets() -> str:
+    from dsatrace.selection_replay.policies import POLICIES, misses
+    from dsatrace.selection_replay.steps import Steps
+
+    steps = Steps.of([[1, 0], [2, 1]])
+    for name in POLICIES:
+        misses(steps, name, 2)
+    return "the policies of selections"
 
 
 def _pool() -> str:

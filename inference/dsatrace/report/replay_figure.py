@@ -66,6 +66,10 @@ def _curves(axes: Any, record: Record) -> None:
         (points,) = axes.plot(*zip(*published[model], strict=True), mark, color="k", markersize=5)
         points.set(markerfacecolor="none", label=f"published: {model}")
     ticks = [tick for tick in (1, 2, 4, 8, 16, 32, 64) if tick <= max(largest / top_k, 4)]
+    context = (overall["contexts"]["p50"] or 0) / top_k
+    if context > 1:
+        axes.axvline(context, color="0.8", zorder=0)
+        axes.annotate(" N", (context, 0.97), xycoords=("data", "axes fraction"), color="0.5")
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick}k" if tick > 1 else "k" for tick in ticks])
     axes.set(
@@ -129,7 +133,7 @@ def _by_layer(axes: Any, record: Record) -> None:
     size = _middle_size(record)
     axes.set(title=f"Ids missed per step at {size} (LRU)", xlabel="layer", ylabel="ids")
     cells = [
-        (layer["layer"], layer["policies"]["lru"][size]["misses_per_step"])
+        (layer["name"], layer["policies"]["lru"][size]["misses_per_step"])
         for layer in record["layers"]
         if size in layer.get("missed_by_step", {})
     ]

@@ -144,14 +144,14 @@ def _chosen(record: Record) -> Iterator[str | Grid]:
 def _measured(measured: Record, size: str) -> Grid:
     rows = [
         ("miss rate", percent(measured["predicted_miss_rate"]), percent(measured["miss_rate"])),
-        ("bytes per miss", *(_bytes(measured[f"{name}bytes_per_miss"]) for name in ("predicted_", ""))),
+        ("bytes per miss", *(_count(measured[f"{name}bytes_per_miss"]) for name in ("predicted_", ""))),
     ]
     note = f"{measured['hits']:,} hits and {measured['misses']:,} misses counted by the engine"
     title = f"Prediction at {size} beside an engine's counters"
     return Grid(title, ("", "predicted", "measured"), rows, note=note)
 
 
-def _bytes(count: float | None) -> str:
+def _count(count: float | None) -> str:
     return NONE if count is None else f"{count:,.0f}"
 
 
@@ -220,12 +220,13 @@ def _predictors(overall: Record) -> Grid:
             _percent(found["recall"]),
             _percent(found["chance_recall"]),
             _percent(found["precision"]),
-            NONE if found["extra_ids_per_step"] is None else f"{found['extra_ids_per_step']:.1f}",
+            _count(found["extra_ids_per_step"]),
+            _count(found["extra_bytes_per_step"]),
         )
         for name, found in overall["predictors"].items()
     ]
-    columns = ("guess of the next selection", "recall", "chance", "precision", "fetched in vain per step")
-    return Grid("What a prefetch would have guessed", columns, rows)
+    columns = ("guess of the next selection", "recall", "chance", "precision", "ids in vain", "bytes in vain")
+    return Grid("What a prefetch would have guessed, per step of a layer", columns, rows)
 
 
 def _layers(record: Record) -> Grid:
@@ -235,7 +236,7 @@ def _layers(record: Record) -> Grid:
         cells = layer.get("policies", {}).get("lru", {})
         rows.append(
             (
-                f"{layer['layer']}",
+                f"{layer['name']}",
                 _percent(layer["overlap"]["run"]["share"][0]),
                 *(_rate(cells[size]) if size in cells else NONE for size in sizes),
                 _size((layer.get("served") or {"run": {}})["run"].get("95%"), max(record["top_k"])),

@@ -7,11 +7,11 @@ stands in slot i; so a sequence that outgrows the buffer finds the ids 0 to B - 
 oldest. So does "first-b", a prefill that the buffer was filled from; "empty" is a prefill on another
 machine. The newest token lies in a slot outside the order: `misses(..., pin_newest=True)`.
 
-Not a stack algorithm: a larger buffer can miss what a smaller one holds, since an id that one size
-misses and another holds gets another place. So it is replayed size by size.
+A larger buffer can miss what a smaller one holds: while the sequence fits the larger one, that one
+does not learn which ids are in use. So this is no stack algorithm, and is replayed size by size.
 
-Source: sgl-project/sglang, `hisparse.cuh` and `hisparse_coordinator.py` of 2026, for version 0.5.23.
-It was read, not run: no GPU has confirmed this replay.
+Source: sglang 0.5.23, `hisparse.cuh` and `hisparse_coordinator.py`. They were read, not run: no GPU has
+confirmed this replay. The kernel for speculative decoding, `hisparse_spec.cuh`, is another one.
 """
 
 from __future__ import annotations

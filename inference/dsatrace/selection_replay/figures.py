@@ -36,15 +36,20 @@ def figures(result: Result) -> dict[str, Any]:
     """All figures; `overall` holds those of all layers together."""
     num_buffers = len(result.buffers)
     intervals = _intervals(result)
+    bytes_per_id = result.header["bytes_per_id"]
     return {
         "num_requests": len(result.requests),
         "overall": {
             **_of_buffers(added(result.buffers.values()), result.header, num_buffers, intervals),
-            **_locality(added(result.locality.values())),
+            **_locality(added(result.locality.values()), bytes_per_id),
         },
         "layers": [
-            {"layer": int(layer), **_of_own_buffer(result, layer), **_locality(result.locality[layer])}
-            for layer in sorted(result.locality, key=int)
+            {
+                "name": layer,  # the layer, or layer.head where it has a set per KV head
+                **_of_own_buffer(result, layer),
+                **_locality(result.locality[layer], bytes_per_id),
+            }
+            for layer in sorted(result.locality, key=lambda name: [*map(int, name.split("."))])
         ],
         "layer_overlap": [_layer_overlap(group["layer_overlap"]) for group in result.between.values()],
     }
@@ -75,6 +80,7 @@ def _of_buffers(
         "steps": asked.steps,
         "selected": asked.selected,
         "largest_step": largest,
+        "contexts": _quantiles(asked.contexts, (50, 100)),
         "chance": _share(asked.chance * CHANCE_UNIT, asked.selected),
         "policies": cells,
         "missed_by_step": _by_step(streams[RUN]),
@@ -163,7 +169,7 @@ def _served(curve: Mapping[str, list[float]]) -> dict[str, float | None]:
     }
 
 
-def _locality(streams: Tree) -> dict[str, Any]:
+def _locality(streams: Tree, bytes_per_id: int | None) -> dict[str, Any]:
     """What says how local the selections are, without a buffer."""
     run = streams[RUN]
     reuse: Reuse = run["reuse"]
@@ -183,7 +189,7 @@ def _locality(streams: Tree) -> dict[str, Any]:
         },
         "frequency": {"ids": list(frequency.ids), "selected": list(frequency.selected)},
         "distance_to_newest": None if ages.selected is None else list(ages.selected),
-        "predictors": {name: _prediction(found) for name, found in run["predictors"].items()},
+        "predictors": {name: _prediction(found, bytes_per_id) for name, found in run["predictors"].items()},
     }
 
 
@@ -206,12 +212,14 @@ def _working_set(sets: WorkingSets) -> dict[str, Any]:
     return {"steps": list(WINDOWS), "mean_ids": list(sets.means())}
 
 
-def _prediction(found: Prediction) -> dict[str, float | None]:
+def _prediction(found: Prediction, bytes_per_id: int | None) -> dict[str, float | None]:
+    extra = _share(found.extra, found.steps)
     return {
         "recall": found.recall,
         "chance_recall": found.chance_recall,
         "precision": found.precision,
-        "extra_ids_per_step": _share(found.extra, found.steps),
+        "extra_ids_per_step": extra,
+        "extra_bytes_per_step": None if extra is None or bytes_per_id is None else extra * bytes_per_id,
     }
 
 

@@ -21,45 +21,42 @@ from dsatrace.selection_replay.steps import Start, Steps
 
 
 class _Uses(NamedTuple):
-    """D ids and U numbers of uses."""
+    """D ids and U numbers of uses. Of each id one row, so that it costs one line of the processor's cache."""
 
-    node: np.ndarray  # (D + U, 2) int32, OLDER and NEWER; node D + u ends the list of u uses, as a circle
-    uses: np.ndarray  # (D,) int32, of resident ids
+    node: np.ndarray  # (D + U, 4) int32: OLDER, NEWER, USES, USED; node D + u closes the circle of u uses
     words: np.ndarray  # (U / 64 + 1,) uint64; a list whose bit is not set is empty
+    num_ids: int
 
 
-OLDER, NEWER = 0, 1
+OLDER, NEWER, USES, USED = range(4)
 
 
 def lfu(steps: Steps, size: int, start: Start) -> Replayed:
     num_lists = steps.num_steps + 1  # a step adds one use
     misses = np.zeros(steps.num_steps, np.int64)
-    state = _Uses(
-        np.repeat(np.arange(steps.num_ids + num_lists, dtype=np.int32), 2).reshape(-1, 2),
-        np.zeros(steps.num_ids, np.int32),
-        np.zeros((num_lists >> 6) + 1, np.uint64),
-    )
+    node = np.full((steps.num_ids + num_lists, 4), ABSENT, np.int32)
+    node[:, OLDER] = node[:, NEWER] = np.arange(len(node))
+    scratch = np.empty((2, largest_step(steps) + 1), np.int32)  # one more: written before it is known
     evictions = _walk(
         *steps.ascending().arrays(),
         steps.num_warm,
         size,
         num_first(steps, size, start),
-        np.full(steps.num_ids, ABSENT, np.int32),
-        state,
-        np.empty(largest_step(steps) + 1, np.int32),
+        _Uses(node, np.zeros((num_lists >> 6) + 1, np.uint64), steps.num_ids),
+        scratch[0],
+        scratch[1],
         misses,
     )
     return Replayed(misses, evictions)
 
 
 @njit(nogil=True)
-def _append(state: _Uses, id_: int, uses: int) -> None:
+def _append(state: _Uses, id_: int, uses: int, step: int) -> None:
     node = state.node
-    end = len(state.uses) + uses
+    end = state.num_ids + uses
     last = node[end, OLDER]
-    node[last, NEWER], node[id_, OLDER] = id_, last
-    node[id_, NEWER], node[end, OLDER] = end, id_
-    state.uses[id_] = uses
+    node[last, NEWER] = node[end, OLDER] = id_
+    node[id_, OLDER], node[id_, NEWER], node[id_, USES], node[id_, USED] = last, end, uses, step
     state.words[uses >> 6] |= ONE << np.uint64(uses & 63)
 
 
@@ -70,8 +67,8 @@ def _take_out(state: _Uses, id_: int) -> None:
 
 
 @njit(nogil=True)
-def _evict(state: _Uses, used: np.ndarray, step: int, num_victims: int) -> None:
-    num_ids = len(state.uses)
+def _evict(state: _Uses, step: int, num_victims: int) -> None:
+    num_ids = state.num_ids
     word = 0
     bits = state.words[0]
     while num_victims:
@@ -80,9 +77,9 @@ def _evict(state: _Uses, used: np.ndarray, step: int, num_victims: int) -> None:
             bits = state.words[word]
         uses = (word << 6) + lowest_bit(bits)
         oldest = state.node[num_ids + uses, NEWER]
-        if oldest < num_ids and used[oldest] != step:
+        if oldest < num_ids and state.node[oldest, USED] != step:
             _take_out(state, oldest)
-            used[oldest] = ABSENT
+            state.node[oldest, USED] = ABSENT
             num_victims -= 1
             continue
         if oldest >= num_ids:
@@ -97,33 +94,31 @@ def _walk(
     num_warm: int,
     size: int,
     num_first: int,
-    used: np.ndarray,
     state: _Uses,
     missed: np.ndarray,
+    hits: np.ndarray,
     misses: np.ndarray,
 ) -> int:
     """Fills `misses`; returns the evictions."""
     num_held, evictions = num_first, 0
     for id_ in range(num_first):
-        _append(state, id_, 0)
-        used[id_] = BEFORE
+        _append(state, id_, 0, BEFORE)
     for step in range(len(ptr) - 1):
-        num_missed = 0
+        num_missed = num_hits = 0
         for id_ in ids[ptr[step] : ptr[step + 1]]:
-            if used[id_] == ABSENT:
-                missed[num_missed] = id_
-                num_missed += 1
-            else:
-                _take_out(state, id_)
-                _append(state, id_, state.uses[id_] + 1)
-                used[id_] = step
+            is_missed = state.node[id_, USED] == ABSENT
+            missed[num_missed] = hits[num_hits] = id_
+            num_missed += is_missed
+            num_hits += not is_missed
+        for id_ in hits[:num_hits]:
+            _take_out(state, id_)
+            _append(state, id_, state.node[id_, USES] + 1, step)
         misses[step] = num_missed
         num_victims = max(0, num_held + num_missed - size)
         num_held += num_missed - num_victims
         if step >= num_warm:
             evictions += num_victims
-        _evict(state, used, step, num_victims)
+        _evict(state, step, num_victims)
         for id_ in missed[:num_missed]:
-            _append(state, id_, 0)
-            used[id_] = step
+            _append(state, id_, 0, step)
     return evictions

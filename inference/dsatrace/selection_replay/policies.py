@@ -3,6 +3,10 @@
 A buffer holds B ids. A step's ids are resident together: a rule never evicts one of them, but goes on
 to the next of its own choice. Which ids miss is decided before the step changes anything.
 
+From an empty buffer, names of ids do not matter where the order inside a step is kept; to LRU and LFU
+their order matters, to a window they are positions. The order inside a step matters to SGLang's order,
+FIFO, random and S3-FIFO.
+
     misses(steps, "fifo", 4096).misses            # (T,) missed ids of each step
     misses(steps, "random", 4096, seed=7, start="first-b")
 """

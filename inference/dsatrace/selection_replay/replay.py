@@ -36,10 +36,16 @@ from dsatrace.selection_replay.replayed import Replayed
 from dsatrace.selection_replay.result import RUN, Asked, Cell, Curve, Misses, Result, Tree
 from dsatrace.selection_replay.settings import ReplaySettings
 from dsatrace.selection_replay.steps import Steps
-from dsatrace.selection_replay.streams import Kind, layer_steps, numbered_anew, pooled
+from dsatrace.selection_replay.streams import Recorded, layer_steps, numbered_anew, pooled
 from dsatrace.selection_replay.sums import histogram_of
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.selections import RequestSelections, SelectionPart, read_part, selection_parts
+from dsatrace.trace.selections import (
+    LayerSet,
+    RequestSelections,
+    SelectionPart,
+    read_part,
+    selection_parts,
+)
 from dsatrace.version import __version__
 
 NUM_SEEDS = 5
@@ -58,14 +64,15 @@ class Work:
     name: str  # of the run, as results show it
     part: SelectionPart
     content: str  # digest of the files that the part lies in
-    kind: Kind
+    recorded: Recorded
     header: dict[str, Any]  # of its result
 
     @property
     def key(self) -> str:
         """Names its result: the same records, settings and version give the same one."""
-        told = [self.name, self.content, self.part.request_ids, dataclasses.asdict(self.kind), self.header]
-        return hashlib.sha256(json.dumps([*told, __version__]).encode()).hexdigest()[:32]
+        recorded = dataclasses.asdict(self.recorded)
+        told = [self.name, self.content, self.part.request_ids, recorded, self.header, __version__]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
 
 def find_work(
@@ -81,8 +88,8 @@ def find_work(
     work: list[Work] = []
     for folder in folders:
         run = RunReader(folder)
-        kind = Kind.of(run.manifest, settings, str(folder))
-        header, name = _header(run.manifest, kind, settings), folder.absolute().name
+        recorded = Recorded.of(run.manifest, settings, str(folder))
+        header, name = _header(run.manifest, recorded, settings), folder.absolute().name
         if run.is_for_replay:
             paths = [path for path in run.step_paths if next(turns) % count == index]
             parts = selection_parts(run, paths=paths)
@@ -93,7 +100,7 @@ def find_work(
         digests = {path: _digest(path, known.get(path)) for path in paths}
         for part in parts:
             content = "".join(sorted(digests[span.path] for span in part.spans))
-            work.append(Work(folder, name, part, content, kind, header))
+            work.append(Work(folder, name, part, content, recorded, header))
     if next(turns) == 0:
         raise UserError(
             f"{', '.join(map(str, folders))}: no step was recorded, so there is nothing to replay"
@@ -171,20 +178,21 @@ def replay_part(work: Work, settings: ReplaySettings) -> Result:
     total = Result(work.header, {}, {}, {}, {})
     for request in read_part(work.part):
         name = f"{work.name}/{request.request_id}"
-        total.add(replay_request(request, name, work.kind, settings, work.header), work.name)
+        total.add(replay_request(request, name, work.recorded, settings, work.header), work.name)
     return total
 
 
-def _header(manifest: Mapping[str, Any], kind: Kind, settings: ReplaySettings) -> dict[str, Any]:
-    per_id = settings.block or 1
+def _header(manifest: Mapping[str, Any], recorded: Recorded, settings: ReplaySettings) -> dict[str, Any]:
+    per_id, selection = recorded.per_block(settings), recorded.selection
     return {
         "settings": settings.to_json(),
-        "unit": f"block of {settings.block}" if settings.block else kind.unit,
-        "unit_tokens": kind.unit_tokens * per_id,
-        "id_kind": kind.id_kind,
-        "top_k": list(kind.top_k),
-        "bytes_per_id": kind.bytes_per_id and kind.bytes_per_id * per_id,
-        "index_bytes_per_id": kind.index_bytes_per_id and kind.index_bytes_per_id * per_id,
+        "unit": f"block of {settings.block}" if settings.block else selection.unit,
+        "unit_tokens": settings.block or selection.unit_tokens,
+        "id_kind": selection.id_kind,
+        "door": selection.door,
+        "top_k": [layer.top_k for layer in selection.layers if layer.heads],
+        "bytes_per_id": recorded.bytes_per_id and recorded.bytes_per_id * per_id,
+        "index_bytes_per_id": recorded.index_bytes_per_id and recorded.index_bytes_per_id * per_id,
         "model_config_digest": manifest["model_config_digest"],
         "selections": manifest["selections"],
         "keeps_order": bool(manifest["trace"]["keep_order"]),
@@ -192,46 +200,52 @@ def _header(manifest: Mapping[str, Any], kind: Kind, settings: ReplaySettings) -
 
 
 def replay_request(
-    request: RequestSelections, name: str, kind: Kind, settings: ReplaySettings, header: dict[str, Any]
+    request: RequestSelections,
+    name: str,
+    recorded: Recorded,
+    settings: ReplaySettings,
+    header: dict[str, Any],
 ) -> Result:
     """One request's result, under `name`. Empty if none of its steps counts."""
-    layers = {layer: layer_steps(request, layer, kind, settings) for layer in request.layers}
+    has_heads = any(layer.kv_head for layer in request.layers)
+    layers = {layer: layer_steps(request, layer, recorded, settings) for layer in request.layers}
+    names = {layer: ".".join(map(str, layer if has_heads else layer[:1])) for layer in layers}
     result = Result(header, {}, {}, {}, {})
     if not any(steps.num_steps > steps.num_warm for steps in layers.values()):
         return result
-    seed = seed_of(settings.seed, name)
-    streams: dict[str, dict[int, Steps]] = {RUN: layers}
+    seed = seed_of(settings.seed, request.request_id)
+    streams: dict[str, dict[LayerSet, Steps]] = {RUN: layers}
     for layer, steps in layers.items():
-        for null, of_layer in nulls_of(steps, seed_of(seed, layer), kind.is_position).items():
+        for null, of_layer in nulls_of(steps, seed_of(seed, *layer), recorded.is_position).items():
             if of_layer is not None:
                 streams.setdefault(null, {})[layer] = of_layer
     for stream, of_stream in streams.items():
-        for buffer in _buffers(of_stream, kind, settings):
+        for buffer in _buffers(of_stream, names, recorded, settings):
             replayed = _replay(buffer, stream == RUN, settings, seed_of(seed, stream, buffer.name))
             result.buffers.setdefault(buffer.name, {})[stream] = replayed
         for layer, steps in of_stream.items():
             measured = {
-                measure: MEASURES[measure].of(steps, kind.is_position)
+                measure: MEASURES[measure].of(steps, recorded.is_position)
                 for measure in (MEASURES if stream == RUN else _NULL_MEASURES)
             }
-            result.locality.setdefault(f"{layer}", {})[stream] = measured
+            result.locality.setdefault(names[layer], {})[stream] = measured
     for group in _comparable(layers):
         for layer, before in zip(group, [None, *group], strict=False):
             predicted = predictions_of(layers[layer], None if before is None else layers[before])
-            result.locality[f"{layer}"][RUN]["predictors"] = {
+            result.locality[names[layer]][RUN]["predictors"] = {
                 predictor: found for predictor, found in predicted.items() if found is not None
             }
-        overlap = LayerOverlap.of({layer: layers[layer] for layer in group})
-        result.between[",".join(map(str, group))] = {"layer_overlap": overlap}
+        overlap = LayerOverlap.of({layer.layer_id: layers[layer] for layer in group})
+        result.between[",".join(names[layer] for layer in group)] = {"layer_overlap": overlap}
     result.requests[name] = {"misses": _of_request(result.buffers)}
     return result
 
 
-def _comparable(layers: Mapping[int, Steps]) -> list[list[int]]:
-    """Layers that choose from the same ids, ascending."""
-    groups: dict[bytes, list[int]] = {}
+def _comparable(layers: Mapping[LayerSet, Steps]) -> list[list[LayerSet]]:
+    """Layers that choose from the same ids, ascending; each KV head apart."""
+    groups: dict[tuple[int, bytes], list[LayerSet]] = {}
     for layer in sorted(layers):
-        groups.setdefault(layers[layer].visible.tobytes(), []).append(layer)
+        groups.setdefault((layer.kv_head, layers[layer].visible.tobytes()), []).append(layer)
     return list(groups.values())
 
 
@@ -253,29 +267,42 @@ class _Buffer:
     steps: Steps
     top_k: int  # of its layers together
     context: int  # ids that their last steps can choose from, together
+    per_id: int  # ids of the run's unit that one id of the steps stands for
 
 
-def _buffers(layers: Mapping[int, Steps], kind: Kind, settings: ReplaySettings) -> list[_Buffer]:
+def _buffers(
+    layers: Mapping[LayerSet, Steps],
+    names: Mapping[LayerSet, str],
+    recorded: Recorded,
+    settings: ReplaySettings,
+) -> list[_Buffer]:
     """A request's buffers: one per layer, or one."""
-    if not kind.is_position:
+    if not recorded.is_position:
         layers = {layer: numbered_anew(steps) for layer, steps in layers.items()}
+    per_id = recorded.per_block(settings)
     apart = [
-        _Buffer(f"{layer}", steps, kind.top_k[layer], int(steps.visible[-1]))
+        _Buffer(
+            names[layer],
+            steps,
+            recorded.selection.layers[layer.layer_id].top_k,
+            int(steps.visible[-1]),
+            per_id,
+        )
         for layer, steps in layers.items()
     ]
     if settings.share == "none":
         return apart
     together = pooled(list(layers.values()))
-    return [_Buffer("all", together, sum(one.top_k for one in apart), sum(one.context for one in apart))]
+    top_k, context = sum(one.top_k for one in apart), sum(one.context for one in apart)
+    return [_Buffer("all", together, top_k, context, per_id)]
 
 
 def _replay(buffer: _Buffer, is_run: bool, settings: ReplaySettings, seed: int) -> Tree:
     """What one buffer gives: the curve of LRU, and each policy at each size."""
-    steps, largest, per_id = buffer.steps, int(buffer.steps.sizes.max(initial=0)), settings.block or 1
+    steps, largest, per_id = buffer.steps, int(buffer.steps.sizes.max(initial=0)), buffer.per_id
     asked = Asked.of(steps)
-    sizes = {
-        size.label: -(-size.ids(buffer.top_k, buffer.context * per_id) // per_id) for size in settings.sizes
-    }
+    context = buffer.context * per_id
+    sizes = {size.label: -(-size.ids(buffer.top_k, context) // per_id) for size in settings.sizes}
     fitting = {label: size for label, size in sizes.items() if size >= largest}
     start: Any = "first-b" if settings.start == "first-b" else "empty"
     at_all = lru(steps, list(fitting.values()), start=start, pin_newest=settings.pin_newest)

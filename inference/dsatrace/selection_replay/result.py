@@ -43,14 +43,16 @@ class Asked(Sums):
     selected: int  # ids
     step_sizes: Counter[int]  # ids of a step -> steps, the warm-up's too
     at_step: Counter[int]  # counted step, from 0 -> buffers that have it
+    contexts: Counter[int]  # ids that the last step could choose from -> buffers
     chance: int  # of the selected ids, those that a random set of the same size would hold, in CHANCE_UNIT
 
     @classmethod
     def of(cls, steps: Steps) -> Asked:
         counted, visible = steps.sizes[steps.num_warm :], steps.visible[steps.num_warm :]
         chance = expected_shared(counted, counted, visible)
-        at_step = Counter(range(len(counted)))
-        return cls(1, len(counted), int(counted.sum()), histogram_of(steps.sizes), at_step, chance)
+        at_step, contexts = Counter(range(len(counted))), Counter(steps.visible[-1:].tolist())
+        sizes = histogram_of(steps.sizes)
+        return cls(1, len(counted), int(counted.sum()), sizes, at_step, contexts, chance)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,9 +27,9 @@ from dsatrace.errors import UserError
 from dsatrace.files import NO_LOCKS
 from dsatrace.schema import (
     LEVELS,
+    LOST_RECORDS,
     MANIFEST_FIELDS,
     MANIFEST_FILE,
-    PART_RECORDS,
     REQUEST_FIELDS,
     REQUESTS_FILE,
     RUN_STATES,
@@ -59,7 +59,7 @@ class RunReader:
         self.manifest = self._manifest()
         if self.is_parquet and self.state == "incomplete" and not (self.folder / STEPS_PARQUET_FILE).exists():
             self.torn_lines[STEPS_FOLDER] = (
-                f"what was not in a part yet is lost: less than {PART_RECORDS:,} records and a step's"
+                f"what was not in a part yet is lost: less than {LOST_RECORDS:,} records and a step's"
             )
 
     def _manifest(self) -> dict[str, Any]:

@@ -165,12 +165,11 @@ def _require_resumable(run: RunReader, locked: bool = False) -> None:
     """`locked`: by this process, so a manifest in state running is that of a killed run."""
     was_recorded_so = run.is_parquet == (_format(run.manifest) == "parquet")
     if not was_recorded_so or (run.is_parquet and "source_files" in run.manifest):
-        raise UserError(f"{run.folder}: an export; resume the run that it was made from")
+        what = "Parquet" if run.is_parquet else "JSON lines"
+        raise UserError(f"{run.folder}: an export to {what}; resume the run that it was made from")
     door = (run.manifest.get("selection") or {}).get("door", "serve")
     if door != "serve":
-        raise UserError(
-            f"{run.folder}: a run of door {door}; the engine's alone can be resumed, start it anew"
-        )
+        raise UserError(f"{run.folder}: a run of door {door}; only the engine's are resumed, start it anew")
     state = run.manifest["state"] if locked else run.state
     if state == "complete":
         raise UserError(f"{run.folder}: the run is complete, there is nothing to resume")

@@ -6,7 +6,7 @@ a part of its own. Parquet is read without a Python object per record. Derives n
 
     run = RunReader("outputs/mine")
     for request in read_selections(run):
-        layer = request.layers[0]
+        layer = request.layers[LayerSet(0)]
         layer.ids[layer.ptr[3] : layer.ptr[4]]      # what the layer selected in its 4th recorded step
     parts = selection_parts(run)                    # or: read_selections(run, parts[:2])
 """
@@ -39,10 +39,15 @@ MIN_PARTS, MIN_PART_BYTES = 32, 4 << 20
 URL_READERS = 16
 """Files at a URL whose footers are read at a time."""
 
-_IDS = (POSITIONS, "selected_ids")
-"""Fields that hold the ids: positions, else what the run's unit is."""
 _INTS = ("layer_id", "step_idx", "seq_len_current", "forward_idx")
-_FIELDS = ("request_id", *_INTS, "phase", *_IDS)
+_HEAD = "kv_head"
+
+
+class LayerSet(NamedTuple):
+    """Whose selections they are: a layer's, or those of one of its KV heads."""
+
+    layer_id: int
+    kv_head: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +68,7 @@ class RequestSelections:
 
     request_id: str
     num_prompt_tokens: int | None  # None: not asked for, or a kill came before its line in requests.jsonl
-    layers: Mapping[int, LayerSelections]  # by layer, ascending
+    layers: Mapping[LayerSet, LayerSelections]  # by layer and KV head, ascending
 
 
 class Span(NamedTuple):
@@ -82,6 +87,7 @@ class SelectionPart:
     spans: tuple[Span, ...]
     num_records: int
     num_bytes: int  # of ids, or of JSON text
+    id_fields: tuple[str, ...]  # that hold the ids; a record has one of them
 
 
 def selection_parts(
@@ -92,13 +98,9 @@ def selection_parts(
     Of some of its step files only, where `paths` names them. Raises `UserError` for a run whose records
     hold no selections.
     """
-    level = run.manifest["trace"]["level"]
-    if level != "full":
-        raise UserError(
-            f"{run.folder}: its records, of level {level}, hold no selections; record with --trace-level full"
-        )
+    fields = _id_fields(run)
     requests: dict[str, _Extent] = {}
-    for path, found in _found_in(run.step_paths if paths is None else paths):
+    for path, found in _found_in(run.step_paths if paths is None else paths, fields):
         for request_id, start, stop, num_records, num_bytes in found:
             extent = requests.get(request_id)
             if extent is None:
@@ -107,13 +109,13 @@ def selection_parts(
     if part_bytes is None:
         of_all = sum(extent.num_bytes for extent in requests.values())
         part_bytes = min(PART_BYTES, max(of_all // MIN_PARTS, MIN_PART_BYTES))
-    return list(_parts(requests, part_bytes))
+    return list(_parts(requests, part_bytes, fields))
 
 
 def read_selections(
     run: RunReader, parts: Iterable[SelectionPart] | None = None
 ) -> Iterator[RequestSelections]:
-    """The requests of these parts, or of all, in the parts' order.
+    """The requests of these parts, or of all, in the parts' order. At level blocks ids are touched blocks.
 
     Holds one part's selections at a time. Raises `UserError` for what cannot be read, and for a record
     without a field that it must have.
@@ -127,17 +129,26 @@ def read_selections(
 
 def read_part(part: SelectionPart) -> Iterator[RequestSelections]:
     """A part's requests, from its step files alone, so without `num_prompt_tokens`; raises the same."""
-    chunks = [
-        chunk
-        for span in part.spans
-        for chunk in (_parquet_chunks if _is_parquet(span.path) else _line_chunks)(span, part.request_ids)
-    ]
+    chunks: list[_Chunk] = []
+    for span in part.spans:
+        read = _parquet_chunks if _is_parquet(span.path) else _line_chunks
+        chunks.extend(read(span, part.request_ids, part.id_fields))
     for index, layers in _grouped(chunks):
         yield RequestSelections(part.request_ids[index], None, layers)
 
 
 def _is_parquet(path: Path) -> bool:
     return path.suffix == ".parquet"
+
+
+def _id_fields(run: RunReader) -> tuple[str, ...]:
+    """Fields that hold the ids; a record has one of them."""
+    level = run.manifest["trace"]["level"]
+    if level == "stats":
+        raise UserError(
+            f"{run.folder}: its records, of level {level}, hold no selections; record with --trace-level full"
+        )
+    return ("selected_block_ids",) if level == "blocks" else (POSITIONS, "selected_ids")
 
 
 class _Extent:
@@ -154,11 +165,13 @@ class _Extent:
         self.num_bytes += num_bytes
 
 
-def _parts(requests: Mapping[str, _Extent], part_bytes: int) -> Iterator[SelectionPart]:
+def _parts(
+    requests: Mapping[str, _Extent], part_bytes: int, fields: tuple[str, ...]
+) -> Iterator[SelectionPart]:
     together, names = _Extent(), list[str]()
     for request_id, extent in requests.items():
         if names and together.num_bytes + extent.num_bytes > part_bytes:
-            yield _part(names, together)
+            yield _part(names, together, fields)
             together, names = _Extent(), []
         names.append(request_id)
         for span in extent.spans.values():
@@ -166,24 +179,29 @@ def _parts(requests: Mapping[str, _Extent], part_bytes: int) -> Iterator[Selecti
         together.num_records += extent.num_records
         together.num_bytes += extent.num_bytes
     if names:
-        yield _part(names, together)
+        yield _part(names, together, fields)
 
 
-def _part(names: Sequence[str], extent: _Extent) -> SelectionPart:
-    return SelectionPart(tuple(names), tuple(extent.spans.values()), extent.num_records, extent.num_bytes)
+def _part(names: Sequence[str], extent: _Extent, fields: tuple[str, ...]) -> SelectionPart:
+    spans = tuple(extent.spans.values())
+    return SelectionPart(tuple(names), spans, extent.num_records, extent.num_bytes, fields)
 
 
 _Found = tuple[str, int, int, int, int]
 """A request id, where a stretch with its records starts and stops, its records there and their bytes."""
 
 
-def _found_in(paths: Sequence[Path]) -> Iterator[tuple[Path, Iterable[_Found]]]:
+def _found_in(paths: Sequence[Path], fields: Sequence[str]) -> Iterator[tuple[Path, Iterable[_Found]]]:
     """Of each file; files at a URL are looked into side by side."""
+
+    def found_in(path: Path) -> Iterator[_Found]:
+        return _of_row_groups(path, fields) if _is_parquet(path) else _of_lines(path)
+
     if not paths or isinstance(paths[0], Path) or not _is_parquet(paths[0]):
-        yield from ((path, _of_row_groups(path) if _is_parquet(path) else _of_lines(path)) for path in paths)
+        yield from ((path, found_in(path)) for path in paths)
         return
     with ThreadPoolExecutor(URL_READERS) as pool:
-        yield from zip(paths, pool.map(lambda path: list(_of_row_groups(path)), paths), strict=True)
+        yield from zip(paths, pool.map(lambda path: list(found_in(path)), paths), strict=True)
 
 
 def _of_lines(path: Path) -> Iterator[_Found]:
@@ -209,11 +227,11 @@ def _of_lines(path: Path) -> Iterator[_Found]:
         raise UserError(f"{path}: cannot read it: {error.strerror}") from error
 
 
-def _of_row_groups(path: Path) -> Iterator[_Found]:
+def _of_row_groups(path: Path, fields: Sequence[str]) -> Iterator[_Found]:
     """One per request and row group; reads request ids only where the statistics name more than one."""
     with open_file(path) as file:
         columns = {file.schema.column(i).path: i for i in range(file.metadata.num_columns)}
-        ids = [i for name, i in columns.items() if name.partition(".")[0] in _IDS]
+        ids = [i for name, i in columns.items() if name.partition(".")[0] in fields]
         for index in range(file.metadata.num_row_groups):
             group = file.metadata.row_group(index)
             num_bytes = 4 * max((group.column(i).num_values for i in ids), default=0)
@@ -230,31 +248,31 @@ class _Chunk(NamedTuple):
     """R records of some requests, in file order."""
 
     request: np.ndarray  # (R,) index into the part's request ids
-    ints: np.ndarray  # (4, R) int64, of _INTS
+    ints: np.ndarray  # (5, R) int64, of _INTS and _HEAD
     phase: np.ndarray  # (R,) str
     ids: np.ndarray  # int32
     start: np.ndarray  # (R,) int64: record r selected ids[start[r] : stop[r]]
     stop: np.ndarray  # (R,) int64
 
 
-def _parquet_chunks(span: Span, request_ids: Sequence[str]) -> Iterator[_Chunk]:
+def _parquet_chunks(span: Span, request_ids: Sequence[str], fields: Sequence[str]) -> Iterator[_Chunk]:
     wanted = pa.array(request_ids, pa.string())
     with open_file(span.path) as file:
         for index in range(span.start, span.stop):
-            table = _table(file, span.path, index, _FIELDS)
+            table = _table(file, span.path, index, ("request_id", *_INTS, _HEAD, "phase", *fields))
             request = pc.index_in(table["request_id"], wanted).fill_null(-1).to_numpy()
             rows = np.flatnonzero(request >= 0)
             if not len(rows):
                 continue
-            names = [name for name in _IDS if name in table.schema.names and not table[name].null_count]
+            names = [name for name in fields if name in table.schema.names and not table[name].null_count]
             if not names:
-                raise UserError(f"{span.path}: a record without {POSITIONS}; see `dsatrace verify`")
+                raise UserError(f"{span.path}: a record without {fields[0]}; see `dsatrace verify`")
             lists = table[names[0]].chunk(0)
             ids, ends = lists.values.to_numpy(), lists.offsets.to_numpy().astype(np.int64)
             start, stop = ends[:-1][rows], ends[1:][rows]
             if len(rows) < len(request):  # do not hold what belongs to others
                 ids, start, stop = _copied(ids, start, stop)
-            ints = np.stack([_ints(table, field, span.path)[rows] for field in _INTS])
+            ints = np.stack([_ints(table, field, span.path)[rows] for field in (*_INTS, _HEAD)])
             phases = table["phase"].chunk(0).dictionary_encode()
             phase = np.array(phases.dictionary.to_pylist())[phases.indices.to_numpy()[rows]]
             yield _Chunk(request[rows], ints, phase, ids, start, stop)
@@ -280,13 +298,16 @@ def _table(file: pq.ParquetFile, path: Path, group: int, fields: Sequence[str]) 
 
 
 def _ints(table: pa.Table, field: str, path: Path) -> np.ndarray:
-    """(R,) int64."""
+    """(R,) int64; the KV head is 0 where a layer has one set."""
+    if field == _HEAD:
+        present = _HEAD in table.schema.names
+        return table[_HEAD].fill_null(0).to_numpy() if present else np.zeros(len(table), np.int64)
     if table[field].null_count:
         raise UserError(f"{path}: a record without {field}; see `dsatrace verify`")
     return table[field].to_numpy()
 
 
-def _line_chunks(span: Span, request_ids: Sequence[str]) -> Iterator[_Chunk]:
+def _line_chunks(span: Span, request_ids: Sequence[str], fields: Sequence[str]) -> Iterator[_Chunk]:
     """One chunk per record; the lines of other requests are not parsed."""
     wanted = {orjson.dumps(name): index for index, name in enumerate(request_ids)}
     with span.path.open("rb") as file:
@@ -302,7 +323,7 @@ def _line_chunks(span: Span, request_ids: Sequence[str]) -> Iterator[_Chunk]:
                 index = wanted[raw] = request_ids.index(name)
             if index is not None:
                 try:
-                    yield _line_chunk(line, index)
+                    yield _line_chunk(line, index, fields)
                 except _NO_RECORD as error:
                     raise UserError(
                         f"{span.path}: a line of request {request_ids[index]} is no whole record: "
@@ -313,24 +334,24 @@ def _line_chunks(span: Span, request_ids: Sequence[str]) -> Iterator[_Chunk]:
 _NO_RECORD = (LookupError, StopIteration, TypeError, ValueError, OverflowError)
 
 
-def _line_chunk(line: bytes, index: int) -> _Chunk:
+def _line_chunk(line: bytes, index: int, fields: Sequence[str]) -> _Chunk:
     record: dict[str, Any] = orjson.loads(line)
-    chosen = next(record[name] for name in _IDS if record.get(name) is not None)
-    ints = np.array([[record[field]] for field in _INTS], np.int64)
+    chosen = next(record[name] for name in fields if record.get(name) is not None)
+    ints = np.array([*([record[field]] for field in _INTS), [record.get(_HEAD, 0)]], np.int64)
     ids = np.array(chosen, np.int32)
     phase = np.array([record["phase"]])
     return _Chunk(np.array([index]), ints, phase, ids, np.zeros(1, np.int64), np.array([len(ids)]))
 
 
-def _grouped(chunks: Sequence[_Chunk]) -> Iterator[tuple[int, dict[int, LayerSelections]]]:
-    """The records by request, layer and step."""
+def _grouped(chunks: Sequence[_Chunk]) -> Iterator[tuple[int, dict[LayerSet, LayerSelections]]]:
+    """The records by request, layer, KV head and step."""
     if not chunks:
         return
     request = np.concatenate([chunk.request for chunk in chunks])
-    layer, step, seq_len, forward = np.concatenate([chunk.ints for chunk in chunks], axis=1)
+    layer, step, seq_len, forward, head = np.concatenate([chunk.ints for chunk in chunks], axis=1)
     phase = np.concatenate([chunk.phase for chunk in chunks])
     sizes = np.concatenate([chunk.stop - chunk.start for chunk in chunks])
-    order = np.lexsort((forward, step, layer, request))
+    order = np.lexsort((forward, step, head, layer, request))
     ends = np.concatenate([[0], np.cumsum(sizes[order])])
     targets = np.empty_like(sizes)
     targets[order] = ends[:-1]
@@ -339,14 +360,14 @@ def _grouped(chunks: Sequence[_Chunk]) -> Iterator[tuple[int, dict[int, LayerSel
     for chunk in chunks:
         _copy_runs(chunk.ids, chunk.start, chunk.stop, targets[row : row + len(chunk.request)], ids)
         row += len(chunk.request)
-    request, layer, step, seq_len, forward, phase = (
-        column[order] for column in (request, layer, step, seq_len, forward, phase)
+    request, layer, head, step, seq_len, forward, phase = (
+        column[order] for column in (request, layer, head, step, seq_len, forward, phase)
     )
-    new_request, new_layer = np.diff(request) != 0, np.diff(layer) != 0
-    bounds = [0, *(np.flatnonzero(new_request | new_layer) + 1).tolist(), len(order)]
-    layers: dict[int, LayerSelections] = {}
+    is_new = (np.diff(request) != 0) | (np.diff(layer) != 0) | (np.diff(head) != 0)
+    bounds = [0, *(np.flatnonzero(is_new) + 1).tolist(), len(order)]
+    layers: dict[LayerSet, LayerSelections] = {}
     for first, last in itertools.pairwise(bounds):
-        layers[int(layer[first])] = LayerSelections(
+        layers[LayerSet(int(layer[first]), int(head[first]))] = LayerSelections(
             step_idx=step[first:last],
             seq_len=seq_len[first:last],
             forward_idx=forward[first:last],

@@ -8,6 +8,8 @@ scheduler.
         if tracer.wants(step_number):
             tracer.put(capture, sync_us=35.0)
         tracer.finish_request(request, RequestFacts(num_output_tokens=64, state="stop", finish_s=1.9))
+
+Another door than the engine says in `RunInfo.kind` what its ids are, and puts captures that fit it.
 """
 
 from __future__ import annotations

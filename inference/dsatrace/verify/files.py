@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from dsatrace.errors import UserError
 from dsatrace.schema import (
+    LOST_RECORDS,
     MANIFEST_FILE,
-    PART_RECORDS,
     SCHEMA_VERSION,
     STEPS_FILE,
     STEPS_FOLDER,
@@ -101,7 +101,7 @@ class PlainRun:
             ) from error
         if parts and self.state == "incomplete":
             self.torn_lines[STEPS_FOLDER] = (
-                f"what was not in a part yet is lost: less than {PART_RECORDS:,} records and a step's"
+                f"what was not in a part yet is lost: less than {LOST_RECORDS:,} records and a step's"
             )
         return ParquetSteps(parts or [whole])
 

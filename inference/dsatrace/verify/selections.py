@@ -60,7 +60,8 @@ class Selections:
             value = selection[name]
             require(value in choices, f"selection.{name}", value, f"not one of {', '.join(choices)}")
         for i, name in enumerate(selection.get("missing", ())):
-            require(name in MISSING, f"selection.missing[{i}]", name, f"not one of {', '.join(MISSING)}")
+            is_one = name in MISSING and name not in selection["missing"][:i]
+            require(is_one, f"selection.missing[{i}]", name, f"not one of {', '.join(MISSING)}, each once")
         size, unit = selection["unit_tokens"], selection["unit"]
         is_size = size == 1 if unit in ("token", "expert") else size >= 1
         require(is_size, "selection.unit_tokens", size, f"no size of a {unit}")

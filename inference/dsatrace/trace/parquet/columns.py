@@ -114,7 +114,7 @@ def to_batch(records: Sequence[Mapping[str, Any]], score_type: pa.DataType) -> p
         leaf.column: pa.array(_column_values(records, leaf), schema.field(leaf.column).type)
         for leaf in LEAVES
     }
-    columns[NULLS] = pa.array([_nulls(record) for record in records], pa.string())
+    columns[NULLS] = pa.array([nulls_of(record) for record in records], pa.string())
     columns[EXTRA] = pa.array([_extra(record) for record in records], pa.string())
     columns[LINE] = pa.nulls(len(records), pa.string())
     return pa.RecordBatch.from_arrays(list(columns.values()), schema=schema)
@@ -134,7 +134,8 @@ def _column_values(records: Sequence[Mapping[str, Any]], leaf: Node) -> list[Any
     return values
 
 
-def _nulls(record: Mapping[str, Any]) -> str | None:
+def nulls_of(record: Mapping[str, Any]) -> str | None:
+    """The column `nulls` of a record, or of a layout of several."""
     return ",".join(node.name for node in TREE if _is_null(node, record)) or None
 
 

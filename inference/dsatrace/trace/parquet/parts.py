@@ -13,18 +13,23 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from dsatrace.files import HeldFolder, digest_of, sync, temporary_of, write_atomically, written_atomically
-from dsatrace.schema import STEPS_FOLDER, STEPS_PARQUET_FILE
+from dsatrace.schema import PART_RECORDS, STEPS_FOLDER, STEPS_PARQUET_FILE
+from dsatrace.trace.parquet.concatenation import Concatenation
 from dsatrace.trace.parquet.file import GROUP_BYTES, GROUP_RECORDS, open_file, open_writer
 from dsatrace.trace.parquet.steps import SCHEMA
 from dsatrace.trace.reader import part_paths
+
+LEAST_RECORDS = PART_RECORDS // 4
+"""Of a part that keeps its row groups when the parts are joined."""
 
 
 class StepParts:
@@ -43,20 +48,23 @@ class StepParts:
         if not folder.exists():
             folder.mkdir()
             sync(folder.parent)
-        data = io.BytesIO()
-        with open_writer(data, table.schema, self._keep_order) as writer:
-            writer.write_table(table, row_group_size=len(table))
-        write_atomically(self._new_path(), data.getvalue(), durable=True)
+        write_atomically(self._new_path(), self._encoded([table]).getvalue(), durable=True)
 
     def join(self) -> dict[str, Any]:
-        """Makes the whole file of the parts, a row group at a time, removes them, and returns its digest."""
+        """Makes the whole file of the parts, removes them, and returns its digest.
+
+        Parts of a good size are copied as they are; of small ones, larger row groups are made.
+        """
         self._folder.check()
         parts = part_paths(self._folder.path)
         if len(parts) == 1:
             parts[0].replace(self._whole)
             sync(self._folder.path)
         else:
-            self._write(self._whole, _row_groups(parts))
+            with written_atomically(self._whole) as file, Concatenation(file) as whole:
+                whole.append(self._encoded([]))  # its footer is the model
+                for is_small, paths in itertools.groupby(parts, _is_small):
+                    self._append(whole, paths, is_small)
         self._remove_parts()
         return digest_of(self._whole)
 
@@ -86,11 +94,27 @@ class StepParts:
             path.replace(target)
         else:
             tables = (table.filter(pc.is_in(table["request_id"], kept)) for table in _row_groups([path]))
-            self._write(target, tables)
+            with written_atomically(target) as file:
+                self._write(file, _regrouped(tables))
 
-    def _write(self, path: Path, tables: Iterable[pa.Table]) -> None:
-        with written_atomically(path) as file, open_writer(file, SCHEMA, self._keep_order) as writer:
-            for table in _regrouped(tables):
+    def _append(self, whole: Concatenation, paths: Iterable[Path], are_small: bool) -> None:
+        if are_small:
+            for table in _regrouped(_row_groups(paths)):
+                whole.append(self._encoded([table]))
+            return
+        for path in paths:
+            with path.open("rb") as file:
+                whole.append(file)
+
+    def _encoded(self, tables: Iterable[pa.Table]) -> io.BytesIO:
+        """A Parquet file."""
+        data = io.BytesIO()
+        self._write(data, tables)
+        return data
+
+    def _write(self, file: IO[bytes], tables: Iterable[pa.Table]) -> None:
+        with open_writer(file, SCHEMA, self._keep_order) as writer:
+            for table in tables:
                 writer.write_table(table, row_group_size=len(table))
 
     def _new_path(self) -> Path:
@@ -103,6 +127,12 @@ class StepParts:
             path.unlink()
         with contextlib.suppress(OSError):  # there is none, or somebody else's file is in it
             folder.rmdir()
+
+
+def _is_small(path: Path) -> bool:
+    """Whether the part is not worth a row group, or was written before the schema had all its fields."""
+    with open_file(path) as file:
+        return bool(file.metadata.num_rows < LEAST_RECORDS or not file.schema_arrow.equals(SCHEMA))
 
 
 def _requests_of(path: Path) -> pa.Array:
