@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -42,3 +42,14 @@ def call_in_processes(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def in_order(results: Iterable[tuple[int, R]]) -> Iterator[R]:
+    """Of indexes from 0 on without gaps, each result as soon as those before it are there."""
+    waiting: dict[int, R] = {}
+    following = 0
+    for index, result in results:
+        waiting[index] = result
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1

@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from dsatrace.errors import UserError
 from dsatrace.files import digest_of
-from dsatrace.processes import call_in_processes
+from dsatrace.processes import call_in_processes, in_order
 from dsatrace.selection_replay.kept import KeptResults
 from dsatrace.selection_replay.layer_overlap import LayerOverlap
 from dsatrace.selection_replay.locality import MEASURES
@@ -129,7 +129,7 @@ def replay_all(
     who replayed what, nor on the order in which they were done.
     """
     total: Result | None = None
-    for part, result in zip(work, _in_order(_results(work, settings, jobs, keep, on_ray)), strict=True):
+    for part, result in zip(work, in_order(_results(work, settings, jobs, keep, on_ray)), strict=True):
         if total is None:
             total = result
         else:
@@ -142,16 +142,6 @@ def replay_all(
             "too few steps; trace longer prompts, with --ignore-eos if the answers are short"
         )
     return total
-
-
-def _in_order(results: Iterable[tuple[int, Result]]) -> Iterator[Result]:
-    waiting: dict[int, Result] = {}
-    following = 0
-    for index, result in results:
-        waiting[index] = result
-        while following in waiting:
-            yield waiting.pop(following)
-            following += 1
 
 
 def _results(

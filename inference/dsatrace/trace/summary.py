@@ -63,7 +63,7 @@ class TracingCost:
         }
 
 
-class _BlocksAtSize:
+class BlocksAtSize:
     """Touched blocks of sparse records at one block size, and what two other selectors would touch."""
 
     def __init__(self, block_size: int) -> None:
@@ -99,7 +99,7 @@ class _BlocksAtSize:
             self.context.add_counted(context_blocks(np.array([visible]), self.block_size), count)
             self.uniform_sum.add(uniform * int(count))
 
-    def merge(self, other: _BlocksAtSize) -> None:
+    def merge(self, other: BlocksAtSize) -> None:
         self.touched.merge(other.touched)
         self.recency.merge(other.recency)
         self.context.merge(other.context)
@@ -141,7 +141,7 @@ class Summary:
         self.dense = {name: Histogram() for name in ("unique_blocks", "tokens_per_touched_block", "offsets")}
         self.ratios = ValueCounts()
         self.step_us = ValueCounts()
-        self.blocks_at = [_BlocksAtSize(size) for size in compared_block_sizes]
+        self.blocks_at = [BlocksAtSize(size) for size in compared_block_sizes]
         self.overlap = SelectionOverlap()
         self.recall = RecallTotals()
         self.requests = RequestTotals(serving)
