@@ -128,7 +128,7 @@ def _replay(argv: Sequence[str]) -> int:
             raise UserError(
                 f"--shard {'/'.join(map(str, args.shard))}: the runs have fewer parts; use a smaller N"
             )
-        with counted_bar("replay", sum(one.part.num_records for one in work), "records") as advance:
+        with counted_bar("replay", sum(one.num_records for one in work), "records") as advance:
             result = replay_all(work, settings, args.jobs, out / "parts", advance, on_ray)
     return _finish(result, out, args)
 
