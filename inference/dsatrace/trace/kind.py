@@ -216,6 +216,8 @@ class SelectionKind:
 
     def per_layer(self, counts: np.ndarray) -> np.ndarray:
         """(S,) counts -> (layers,) int64, up to the last that selects."""
+        if self.is_exact:
+            return counts
         import numpy as np
 
         return np.bincount(self.set_layers, counts).astype(np.int64)
