@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 
 from conftest import INFERENCE
@@ -260,6 +261,23 @@ def test_export_there_and_back(run: tuple[str, Path], tmp_path: Path) -> None:
     fields = ("layer_id", KINDS[name].ids_field, "prefix.intersection_ratio", "kv_fetch")
     columns = list(RunReader(tmp_path / "parquet").steps(fields))
     assert columns == list(RunReader(folder).steps(fields))
+
+
+@pytest.mark.parametrize("field", ["kv_head", "selected_ids", "num_selected_ids", "prefix", "kv_fetch"])
+def test_what_a_record_lacks_it_lacks_in_parquet_too(
+    runs: dict[str, Path], tmp_path: Path, field: str
+) -> None:
+    """Absent, null and a value are three things, side by side in one file."""
+    folder, values = copied(runs["block"], tmp_path / "run"), {"kv_fetch": {}, "prefix": None}
+    records = read_lines(folder)
+    del records[3][field]
+    records[5][field] = values.get(field)
+    data = b"".join(orjson.dumps(record) + b"\n" for record in records)
+    (folder / STEPS_FILE).write_bytes(data)
+    done = export_run(RunReader(folder), "parquet", tmp_path / "parquet")
+    assert done.num_kept_as_text <= 1  # an object without any field
+    export_run(RunReader(tmp_path / "parquet"), "jsonl", tmp_path / "jsonl")
+    assert (tmp_path / "jsonl" / STEPS_FILE).read_bytes() == data
 
 
 def only_newest(capture: StepCapture) -> StepCapture:
