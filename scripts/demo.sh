@@ -31,3 +31,6 @@ dsatrace report "$out" --layer 1
 
 echo "== 5. whether that is so: every record re-derived by the second implementation"
 dsatrace verify "$out"
+
+echo "== 6. how large a fast memory must be: longer answers' selections, through buffers of every size"
+dsatrace replay data/traces/needle-2k/2k --out "${out}_replay"

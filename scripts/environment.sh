@@ -16,7 +16,8 @@ if [ "$VENV" != none ]; then
     if [ "$(cat "$VENV/.installed" 2>/dev/null)" != "$wanted" ]; then
         echo "== installing into $VENV (the first time takes a few minutes)"
         [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
-        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root[dev]"
+        # Not compiled: most modules are never imported, and the others are compiled when they are.
+        "$VENV/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check -e "$root[dev]"
         echo "$wanted" > "$VENV/.installed"
     fi
     # shellcheck disable=SC1091

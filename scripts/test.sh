@@ -6,5 +6,8 @@ cd "$root"
 
 ruff check .
 ruff format --check .
+# mypy keeps one core busy; meanwhile the others compile the kernels, once for all of pytest's workers.
+dsatrace warmup > /dev/null 2>&1 &
 mypy
+wait $!
 python -m pytest -n auto --maxprocesses=4 --dist=worksteal "$@"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.convert import convert_checkpoint
@@ -22,11 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 INFERENCE = ROOT / "inference"
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: the workers share the cores
 
 # In CI the same examples every time; elsewhere new ones, which is how the next bug is found.
-settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+# An example may take any time: how long says nothing but how busy the machine is.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("here"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,11 +18,9 @@ from dsatrace.model.convert import convert_checkpoint
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from helpers.stores import valkey
+from helpers.waiting import LIMIT_S, until_asleep
 
 pexpect = pytest.importorskip("pexpect")
-
-SETTLED_S = 0.5
-"""From the prompt's appearance until Python sleeps in `input()`: a signal before that waits for a key."""
 
 PROMPT = ">>> "
 NEW_TOKENS = 12
@@ -45,7 +42,7 @@ class Terminal:
             encoding="utf-8",
             codec_errors="replace",
             dimensions=(24, 1000),
-            timeout=60,
+            timeout=LIMIT_S,
         )
         self.child.delaybeforesend = None
         self.banner = self.expect_prompt()
@@ -54,6 +51,10 @@ class Terminal:
         """What was printed before the prompt that now waits."""
         self.child.expect_exact(PROMPT)
         return self.child.before
+
+    def settle(self) -> None:
+        """Python sleeps in `input()`: a signal before that waits for a key."""
+        until_asleep(self.child.pid)
 
     def say(self, line: str) -> str:
         """Sends a line and returns what is printed until the next prompt, without the line's echo."""
@@ -141,7 +142,7 @@ def test_two_ranks_answer_as_one(tiny_hf: Path, tiny_args: ModelArgs, tmp_path: 
     command += ["--max-new-tokens", "5", "--temperature", "0", "--trace-out", str(tmp_path / "run")]
     done = subprocess.run(
         command, input="How many ships?\n/nothing\n/clear\nAnd today?\n/exit\n", capture_output=True,
-        cwd=INFERENCE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, timeout=240, check=False,
+        cwd=INFERENCE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for said in ("Chat with ", "/nothing is no command.", "is forgotten.", f"trace: {tmp_path / 'run'}"):
@@ -177,7 +178,7 @@ def test_bytes_that_are_no_text_end_nothing(terminal: Terminal) -> None:
 
 @pytest.mark.parametrize("terminal", [20_000], indirect=True)
 def test_ctrl_c_ends_an_answer_and_not_the_program(terminal: Terminal, run: Path) -> None:
-    time.sleep(SETTLED_S)
+    terminal.settle()
     terminal.child.sendintr()
     assert "/exit ends" in terminal.expect_prompt()
 
@@ -186,7 +187,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(terminal: Terminal, run: Path
     terminal.child.sendintr()
     assert terminal.expect_prompt().endswith(" [stopped]\r\n")
 
-    time.sleep(SETTLED_S)
+    terminal.settle()
     terminal.child.sendintr()
     assert "/exit ends" in terminal.expect_prompt()
     terminal.child.sendline("Go on.")
@@ -256,7 +257,7 @@ def test_a_signal_ends_a_chat_and_takes_its_kv_along(
             terminal.child.sendline(STORY)
             if when == "at the prompt":
                 terminal.expect_prompt()
-                time.sleep(SETTLED_S)
+                terminal.settle()
             else:
                 terminal.child.expect(r"\n[a-z ]{20}")
                 assert client.dbsize() > 0

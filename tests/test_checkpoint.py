@@ -266,7 +266,7 @@ def test_loading_keeps_no_second_copy(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, tmp_path / "1", tmp_path / "12"],
         env={**os.environ, "PYTHONPATH": str(INFERENCE)},
-        capture_output=True, text=True, check=True, timeout=300,
+        capture_output=True, text=True, check=True, timeout=600,
     )  # fmt: skip
     growth = int(result.stdout)
     assert 10 * layer_bytes < growth < 14 * layer_bytes

@@ -81,7 +81,7 @@ def test_a_default_is_told_in_one_way(capsys: pytest.CaptureFixture[str]) -> Non
 )
 def test_a_usage_error_is_one_line_that_names_the_script(script: str, argv: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, INFERENCE / script, *argv], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, INFERENCE / script, *argv], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -122,7 +122,7 @@ def test_python_m_dsatrace() -> None:
         cwd=INFERENCE,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=True,
     )
     assert done.stdout == f"dsatrace {__version__}\n"

@@ -75,9 +75,11 @@ def test_ruler_keeps_its_layout(hub: FakeHub, tmp_path: Path, capsys: Any) -> No
     source = find_source(DATA_SETS["ruler"])
     assert source.description.startswith("folder ruler sha256:")
     assert f", exported from allenai/ruler_data@{COMMIT} data_100_samples.tgz sha256:" in source.description
-    assert download("ruler", "--revision", "main", "--limit", "1") == 0  # an export may be replaced
-    assert len(list(read_examples(folder))) == 4
-    (folder / "vt" / "validation_4096.jsonl").write_bytes(ROWS)
+    for limit in (1, 3, 4, 12, 13, 7):  # rows in all; an export may be replaced
+        assert download("ruler", "--revision", "main", "--limit", str(limit)) == 0
+        assert len(list(read_examples(folder))) == min(limit, 12)
+        assert len(list(folder.rglob("*.jsonl"))) == -(-min(limit, 12) // 3)  # none without a row
+    next(folder.rglob("*.jsonl")).write_bytes(ROWS * 2)
     assert (
         ", changed since its export from allenai/ruler_data@" in find_source(DATA_SETS["ruler"]).description
     )
@@ -249,7 +251,7 @@ def run_script(name: str, hub: FakeHub, tmp_path: Path, **variables: str) -> sub
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from conftest import INFERENCE, ROOT
+from dsatrace import cli, errors
 from dsatrace.commands import report
+from dsatrace.commands.interrupt import on_interrupt
 from dsatrace.errors import DEBUG, UserError, exits_cleanly
 from helpers.golden_run import write_golden
 
@@ -60,19 +63,22 @@ def test_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize("verb", ["report", "summarize", "verify"])
-def test_a_closed_pipe_is_quiet(verb: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("report", 141), ("summarize", 141), ("verify", 141), ("verify --help", 0), ("--help", 141)],
+)
+def test_a_closed_pipe_is_quiet(words: str, code: int, tmp_path: Path) -> None:
     """The reader is gone before the first line is written."""
     run = write_golden(tmp_path / "run")
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "dsatrace", verb, str(run)]
+    command = [sys.executable, "-m", "dsatrace", *words.split(), str(run)]
     done = subprocess.run(
-        command, cwd=INFERENCE, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+        command, cwd=INFERENCE, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=600, check=False
     )
     os.close(writing)
     assert done.stderr == ""
-    assert done.returncode in (1, 141)  # rich has its own code
+    assert done.returncode == code
 
 
 def test_a_full_disk_behind_stdout_is_one_line(tmp_path: Path) -> None:
@@ -80,7 +86,7 @@ def test_a_full_disk_behind_stdout_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dsatrace", "verify", str(run)]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            command, cwd=INFERENCE, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+            command, cwd=INFERENCE, stdout=full, stderr=subprocess.PIPE, text=True, timeout=600, check=False
         )
     assert done.returncode == 70
     (line,) = done.stderr.splitlines()
@@ -98,6 +104,31 @@ def test_torchrun_gets_the_line_for_its_summary(
     said = capsys.readouterr().err.splitlines()[-1]
     assert "--no-such-flag" in said
     assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == said
+
+
+@pytest.mark.parametrize(("rank", "is_told", "num_lines"), [(1, True, 0), (1, False, 1), (0, True, 1)])
+def test_a_rank_that_was_told_to_end_does_not_say_what_it_lost(
+    rank: int,
+    is_told: bool,
+    num_lines: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(errors, "GRACE_S", 0)
+    monkeypatch.setattr(errors, "_TOLD_TO_END", [])
+    asked = []
+
+    @exits_cleanly
+    def main() -> int:
+        with on_interrupt(lambda: asked.append(True)):
+            if is_told:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("connection closed by peer")
+
+    assert main() == 70
+    assert len(asked) == is_told
+    assert len(capsys.readouterr().err.splitlines()) == num_lines
 
 
 def test_two_ranks_say_a_mistyped_file_once(tmp_path: Path) -> None:
@@ -122,7 +153,7 @@ def test_two_ranks_say_a_mistyped_file_once(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     said = "error: nowhere.json: cannot read the file"
@@ -135,3 +166,15 @@ def test_two_ranks_say_a_mistyped_file_once(tmp_path: Path) -> None:
     assert "dsatrace/" not in torchruns
     assert done.stderr.count("Traceback") == 1  # torchrun's
     assert said in torchruns.splitlines()[-2]  # it is easily found: the last words but one rule
+
+
+@pytest.mark.parametrize("words", [["verify", "run"], ["warmup"]])
+@pytest.mark.parametrize("jobs", ["0", "-2", "many"])
+def test_no_processes_are_refused_by_name(
+    words: list[str], jobs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--jobs", jobs])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: argument --jobs: ") and jobs in line

@@ -249,7 +249,7 @@ def test_runs_from_the_root_and_from_inference(folder: Path, checkpoint: Path, t
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -63,10 +63,10 @@ def test_one_rank_and_two_whole_and_in_chunks(glm_hf: Path, glm_args: ModelArgs,
     prompts.write_text(PROMPTS)
     flags = ("--input-file", str(prompts), "--max-new-tokens", str(NEW_TOKENS))
     runs = {}
+    folders = {ranks: converted(glm_hf, tmp_path / f"mp{ranks}", ranks) for ranks in (1, 2)}
     for name, num_ranks, chunk in (("one", 1, 4096), ("chunks", 1, 48), ("two", 2, 256)):
-        folder = converted(glm_hf, tmp_path / f"mp{num_ranks}-{name}", num_ranks)
         out = tmp_path / name
-        run = generate(num_ranks, folder, config, out, "", *flags, "--prefill-chunk", str(chunk))
+        run = generate(num_ranks, folders[num_ranks], config, out, "", *flags, "--prefill-chunk", str(chunk))
         assert run.returncode == 0, run.stderr
         assert dsatrace(["verify", str(out)]) == 0
         runs[name] = answers(run.stdout), selections(out)

@@ -16,6 +16,7 @@ from dsatrace.commands.interrupt import ends_by_signal, on_ending, on_interrupt
 from dsatrace.errors import exits_cleanly
 from dsatrace.schema import MANIFEST_FILE, STEPS_FILE, SUMMARY_FILE
 from dsatrace.trace.reader import RunReader
+from helpers.waiting import LIMIT_S
 
 ENDINGS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 SLOW = """
@@ -37,7 +38,8 @@ def replaced(path, target):
     is_last = slow_file != "manifest.json" or seen.count(path.name) == 2
     if target.name == slow_file and is_last:
         print("slow", flush=True)
-        time.sleep(3)
+        while not Path(f"{folder}.go").exists():
+            time.sleep(0.01)
     return replace(path, target)
 
 @exits_cleanly
@@ -64,7 +66,9 @@ def test_no_temporary_file_stays(slow_file: str, how: str, number: signal.Signal
         assert run.stdout.readline() == "slow\n", run.communicate()
         assert (folder / f".{slow_file}.tmp").exists()
         run.send_signal(number)
-        _, err = run.communicate(timeout=30)
+        time.sleep(0.2)  # it is handled meanwhile
+        (tmp_path / "run.go").touch()
+        _, err = run.communicate(timeout=LIMIT_S)
     assert (run.returncode, err) == (130, "interrupted\n")
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
     assert RunReader(folder).state == "incomplete"

@@ -173,7 +173,11 @@ SPOILT: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "field", "spoil"), SPOILT, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("name", "field", "spoil"),
+    SPOILT,
+    ids=[f"{name} {field} {i}" for i, (name, field, _) in enumerate(SPOILT)],
+)
 def test_verify_names_a_spoilt_field(
     runs: dict[str, Path], tmp_path: Path, name: str, field: str, spoil: Callable[[dict[str, Any]], object]
 ) -> None:

@@ -49,6 +49,7 @@ RULES: dict[str, Rule] = {
     "engine": Rule(BASE | {"kv", "trace", "workloads"}, {"numpy"}),
     "runner": Rule(BASE | {"engine", "model", "kv", "trace"}, {"numpy", "torch"}),
     "study": Rule(BASE | {"kv", "trace", "workloads", "engine"}, {"numpy", "numba", "orjson"}),
+    "captures": Rule(BASE | {"kv", "trace"}, {"numpy"}, {"torch", "transformers", "pyarrow", "safetensors"}),
     "selection_replay": Rule(BASE | {"kv", "trace"}, {"numpy", "numba"}, {"pyarrow", "fsspec", "ray"}),
     "report": Rule(BASE | {"trace", "study", "selection_replay"}, {"numpy", "rich"}, {"matplotlib"}),
 }
@@ -57,6 +58,8 @@ EXCEPTIONS = {
     ("dsatrace.model.kernels.tilelang_kernels", "tilelang"): "itself imported only when asked for",
     ("dsatrace.verify.fast", "numpy"): "itself imported only where numpy is installed",
     ("dsatrace.verify.fast", "orjson"): "the same",
+    ("dsatrace.verify.chosen", "numpy"): "the same",
+    ("dsatrace.verify.fast_summary", "numpy"): "the same",
     ("dsatrace.verify.parquet_steps", "numpy"): "itself imported only for a run in Parquet",
     ("dsatrace.verify.parquet_steps", "pyarrow"): "the same",
 }

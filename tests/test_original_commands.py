@@ -119,7 +119,7 @@ def test_without_torch_the_install_is_named(command: str, tiny_checkpoint: Path)
         f"sys.exit(importlib.import_module('dsatrace.commands.{command}').main({argv!r}))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: torch is not installed; install it with `pip install ")
@@ -135,7 +135,7 @@ def test_a_wrong_value_is_met_before_torch_is_imported(command: str, argv: list[
         "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     (line,) = done.stderr.splitlines()

@@ -12,7 +12,7 @@ from dsatrace.kv.policies.registry import POLICIES, make_policy
 from dsatrace.kv.policies.simulate import Oversize, held_blocks, simulate
 from dsatrace.kv.policies.stream import AccessStream
 from helpers.plain_cache import plain_simulate
-from helpers.policy_streams import LENIENT, NAMES, PARAMS, WORKLOADS, prefixes, streams
+from helpers.policy_streams import EACH_BY_ALL, NAMES, PARAMS, WORKLOADS, prefixes, streams
 
 
 def check_against_plain(stream: AccessStream, name: str, capacity: int, leaf: bool, oversize: Oversize):
@@ -20,18 +20,18 @@ def check_against_plain(stream: AccessStream, name: str, capacity: int, leaf: bo
     result = simulate(stream, name, capacity, leaf=leaf, oversize=oversize, log_evictions=True, **params)
     policy = make_policy(name, capacity, leaf=leaf, workload_names=WORKLOADS, **params)
     hits, found, evicted = plain_simulate(stream, policy, held_blocks(stream, capacity, oversize))
-    assert result.hits.tolist() == hits
-    assert result.hits_any.tolist() == found
-    assert list(map(tuple, result.evictions.tolist())) == evicted
-    assert result.num_evictions == len(evicted)
+    assert result.hits.tolist() == hits, (name, leaf)
+    assert result.hits_any.tolist() == found, (name, leaf)
+    assert list(map(tuple, result.evictions.tolist())) == evicted, (name, leaf)
+    assert result.num_evictions == len(evicted), (name, leaf)
 
 
-@pytest.mark.parametrize("leaf", [False, True], ids=["flat", "leaf"])
-@pytest.mark.parametrize("name", NAMES)
-@LENIENT
+@EACH_BY_ALL
 @given(stream=streams(), capacity=st.integers(1, 14), oversize=st.sampled_from(["truncate", "reject"]))
-def test_the_compiled_replay_equals_the_plain_one(name, leaf, stream, capacity, oversize):
-    check_against_plain(stream, name, capacity, leaf, oversize)
+def test_the_compiled_replay_equals_the_plain_one(stream, capacity, oversize):
+    for name in NAMES:
+        for leaf in (False, True):
+            check_against_plain(stream, name, capacity, leaf, oversize)
 
 
 @pytest.mark.parametrize("leaf", [False, True], ids=["flat", "leaf"])
@@ -49,32 +49,37 @@ def test_the_same_with_hundreds_of_blocks(name, leaf):
     check_against_plain(stream, name, 250, leaf, "truncate")
 
 
-@pytest.mark.parametrize("name", NAMES)
-@LENIENT
+@EACH_BY_ALL
 @given(stream=streams(), capacity=st.integers(1, 14))
-def test_the_leaf_constraint_keeps_parents(name, stream, capacity):
+def test_the_leaf_constraint_keeps_parents(stream, capacity):
+    for name in NAMES:
+        check_parents_stay(stream, name, capacity)
+
+
+def check_parents_stay(stream: AccessStream, name: str, capacity: int) -> None:
     result = simulate(stream, name, capacity, leaf=True, log_evictions=True, **PARAMS.get(name, {}))
-    assert result.hits.tolist() == result.hits_any.tolist()
+    assert result.hits.tolist() == result.hits_any.tolist(), name
     cached: set[int] = set()
     evictions = iter(result.evictions.tolist())
     upcoming = next(evictions, None)
     for request in range(stream.num_requests):
         while upcoming is not None and upcoming[0] == request:
-            assert not [block for block in cached if stream.parents[block] == upcoming[1]]
+            assert not [block for block in cached if stream.parents[block] == upcoming[1]], name
             cached.discard(upcoming[1])
             upcoming = next(evictions, None)
         begin = stream.starts[request]
         cached |= set(stream.blocks[begin : min(begin + capacity, stream.starts[request + 1])].tolist())
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if POLICIES[name].leaf_first])
-@LENIENT
+@EACH_BY_ALL
 @given(stream=streams(), capacity=st.integers(1, 14))
-def test_policies_that_are_leaf_first_need_no_constraint(name, stream, capacity):
-    params = {} if name == "gdsf" else PARAMS.get(name, {})
-    flat = simulate(stream, name, capacity, **params)
-    assert flat.hits.tolist() == simulate(stream, name, capacity, leaf=True, **params).hits.tolist()
-    assert flat.hits.tolist() == flat.hits_any.tolist()
+def test_policies_that_are_leaf_first_need_no_constraint(stream, capacity):
+    for name in (name for name in NAMES if POLICIES[name].leaf_first):
+        params = {} if name == "gdsf" else PARAMS.get(name, {})
+        flat = simulate(stream, name, capacity, **params)
+        leaf = simulate(stream, name, capacity, leaf=True, **params)
+        assert flat.hits.tolist() == leaf.hits.tolist(), name
+        assert flat.hits.tolist() == flat.hits_any.tolist(), name
 
 
 def singles(text: str) -> AccessStream:

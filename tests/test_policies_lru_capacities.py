@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.policies.stack_distance import lru_hits_at
 from dsatrace.kv.policies.stream import AccessStream
-from helpers.policy_streams import LENIENT, streams
+from helpers.policy_streams import EACH_BY_ALL, streams
 
 CAPACITIES = [9, 1, 2, 3, 4, 6, 13, 1000]
 
@@ -27,12 +26,12 @@ def check(stream: AccessStream, oversize: str, leaf: bool) -> int:
     return swept.num_simulated
 
 
-@pytest.mark.parametrize("oversize", ["truncate", "reject"])
-@pytest.mark.parametrize("leaf", [False, True], ids=["flat", "leaf"])
-@LENIENT
+@EACH_BY_ALL
 @given(stream=streams())
-def test_one_pass_equals_simulation(leaf, oversize, stream):
-    check(stream, oversize, leaf)
+def test_one_pass_equals_simulation(stream):
+    for oversize in ("truncate", "reject"):
+        for leaf in (False, True):
+            check(stream, oversize, leaf)
 
 
 def test_empty_requests_keep_the_order_of_release():
@@ -45,13 +44,11 @@ def test_empty_requests_keep_the_order_of_release():
         check(dataclasses.replace(stream, release=release), oversize, leaf=True)
 
 
-@LENIENT
 @given(stream=streams(in_flight=False))
 def test_one_at_a_time_nothing_is_simulated(stream):
     assert check(stream, "truncate", leaf=False) == 0
 
 
-@LENIENT
 @given(
     sets=st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=5, unique=True), min_size=1, max_size=30)
 )

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
-import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.policies.stream import AccessStream
-from helpers.policy_streams import LENIENT, NAMES, PARAMS, streams
+from helpers.policy_streams import EACH_BY_ALL, NAMES, PARAMS, streams
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "opt"])
-@LENIENT
+@EACH_BY_ALL
 @given(stream=streams(), capacity=st.integers(1, 14), oversize=st.sampled_from(["truncate", "reject"]))
-def test_no_policy_beats_opt(name, stream, capacity, oversize):
+def test_no_policy_beats_opt(stream, capacity, oversize):
     flat = simulate(stream, "opt", capacity, oversize=oversize)
     leaf = simulate(stream, "opt", capacity, oversize=oversize, leaf=True)
-    for constrained in (False, True):
-        other = simulate(stream, name, capacity, oversize=oversize, leaf=constrained, **PARAMS.get(name, {}))
-        assert other.hits.sum() <= leaf.hits.sum()
-        assert other.hits_any.sum() <= flat.hits_any.sum()
+    for name, constrained in itertools.product(NAMES, (False, True)):
+        params = PARAMS.get(name, {})
+        other = simulate(stream, name, capacity, oversize=oversize, leaf=constrained, **params)
+        assert other.hits.sum() <= leaf.hits.sum(), name
+        assert other.hits_any.sum() <= flat.hits_any.sum(), name
 
 
-@LENIENT
 @given(stream=streams(), capacity=st.integers(1, 14))
 def test_the_leaf_constraint_costs_opt_nothing(stream, capacity):
     flat, leaf = (simulate(stream, "opt", capacity, leaf=leaf) for leaf in (False, True))
@@ -76,17 +75,15 @@ def _in_flight(request: int, stream: AccessStream, chains: list[tuple[int, ...]]
     return live
 
 
-@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "any"])
-@pytest.mark.parametrize("leaf", [False, True], ids=["flat", "leaf"])
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@EACH_BY_ALL
 @given(stream=streams(max_requests=8), capacity=st.integers(2, 6))
-def test_opt_finds_what_trying_everything_finds(leaf, contiguous, stream, capacity):
-    result = simulate(stream, "opt", capacity, leaf=leaf)
-    hits = result.hits if contiguous else result.hits_any
-    assert hits.sum() == most_hits(stream, capacity, leaf, contiguous)
+def test_opt_finds_what_trying_everything_finds(stream, capacity):
+    for leaf in (False, True):
+        result = simulate(stream, "opt", capacity, leaf=leaf)
+        assert result.hits.sum() == most_hits(stream, capacity, leaf, contiguous=True)
+        assert result.hits_any.sum() == most_hits(stream, capacity, leaf, contiguous=False)
 
 
-@LENIENT
 @given(
     sets=st.lists(st.sets(st.integers(0, 6), min_size=1, max_size=3), min_size=1, max_size=7),
     capacity=st.integers(3, 5),

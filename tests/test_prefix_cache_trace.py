@@ -241,11 +241,11 @@ def test_another_source_in_the_manifest_is_found(
 
 
 def test_conversations_prefill_less_and_are_answered_alike(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Every user turn of ShareGPT's sample is a request that begins with the turns before it."""
+    """Every user turn of some of ShareGPT's sample is a request that begins with the turns before it."""
     flags = [
         *("--ckpt-path", tiny_checkpoint, "--config", INFERENCE / "config_tiny.json", "--no-hub"),
         *("--dataset", "sharegpt", "--sharegpt-turn-mode", "per_user_turn", "--max-new-tokens", 4),
-        *("--cache-block-size", 16, "--save-text"),
+        *("--cache-block-size", 16, "--save-text", "--limit", 16),
     ]
     runs = {}
     for name, more in (("plain", []), ("cached", ["--prefix-caching"])):
@@ -272,7 +272,8 @@ def test_a_resumed_run_goes_on_with_a_cold_cache(tiny_checkpoint: Path, tmp_path
     flags = [
         *("--ckpt-path", tiny_checkpoint, "--config", INFERENCE / "config_tiny.json", "--no-hub"),
         *("--dataset", "sharegpt", "--sharegpt-turn-mode", "per_user_turn", "--max-new-tokens", 4),
-        *("--cache-block-size", 16, "--batch-size", 1, "--prefix-caching", "--trace-out", folder),
+        *("--cache-block-size", 16, "--batch-size", 1, "--prefix-caching", "--limit", 6),
+        *("--trace-out", folder),
     ]
     assert run_dataset([str(flag) for flag in flags]) == 0
     whole, lines = RunReader(folder).summary()["prefix_cache"], read_lines(folder, REQUESTS_FILE)

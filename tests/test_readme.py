@@ -1,32 +1,38 @@
 """The README's commands run as printed, and the records table is the schema's.
 
 Everything happens in a copy of the tree, in the active environment; the demo goes first, as
-it does for a reader. Commands for the 671B weights run verbatim with the variables of the
-tiny checkpoint.
+it does for a reader. What needs no shell runs in this process. Commands for the 671B weights
+run verbatim with the variables of the tiny checkpoint.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
+import shlex
 import subprocess
 import sys
-from pathlib import Path
-
-import pytest
+from collections.abc import Callable
 
 from conftest import ROOT
+from dsatrace.cli import main as dsatrace
+from dsatrace.commands import generate, run_burstgpt
 from dsatrace.schema import records_markdown
 from dsatrace.study.metrics import markdown_table
+from helpers.checkouts import copied_checkout, environment_in
+from test_run_scripts import SCRIPTS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOT_RUN_HERE = {
     "./scripts/test.sh": "it runs this very test",
     "./scripts/run_prefix_study.sh": "test_study_commands.py runs it, on less",
+    **{f"./scripts/run_trace_{name}.sh": "test_run_scripts.py runs it" for name in SCRIPTS},
 }
-PARTIAL = shutil.ignore_patterns("*.egg-info", "*.pyc.*", "*.tmp.*")
-"""Files that another process may be writing. Compiled code is copied: numba takes long to make it again."""
+IN_THIS_PROCESS = {
+    "dsatrace": dsatrace,
+    "python3 inference/generate.py": generate.main,
+    "python3 inference/run_burstgpt.py": run_burstgpt.main,
+}
+"""What needs no shell; a process of its own would load torch and the kernels once more."""
 TINY = {
     "HF_CKPT": "data/models/needle-2k",
     "CKPT": "data/demo/mp2",
@@ -43,43 +49,42 @@ def commands() -> list[str]:
     return [re.sub(r" +", " ", line) for line in lines if line and not line.startswith("export ")]
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    """A copy of what the commands need."""
-    copy = tmp_path_factory.mktemp("checkout")
-    for name in ("inference", "scripts"):
-        shutil.copytree(ROOT / name, copy / name, ignore=PARTIAL)
-    shutil.copytree(ROOT / "data" / "models", copy / "data" / "models")
-    (copy / "outputs").mkdir()
-    shutil.copy(ROOT / "pyproject.toml", copy)
-    return copy
+def call(command: str) -> Callable[[], int] | None:
+    """How to run it in this process; None where it takes a shell, or somebody who types."""
+    if "--interactive" in command or set("$()|<>;") & set(command):
+        return None
+    for start, main in IN_THIS_PROCESS.items():
+        if command.startswith(f"{start} "):
+            return lambda: main(shlex.split(command.removeprefix(start)))
+    return None
 
 
-def test_the_commands_run_as_printed(checkout):
+def test_the_commands_run_as_printed(tmp_path, monkeypatch, capfd):
     found = commands()
     assert found[0] == "./scripts/demo.sh"
-    assert "./scripts/test.sh" in found
-    env = {
-        **os.environ,
-        "VENV": "none",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(checkout / "inference"),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
+    assert set(NOT_RUN_HERE) <= set(found)
+    checkout = copied_checkout(tmp_path / "checkout")
+    monkeypatch.chdir(checkout)
+    env = environment_in(checkout)
+    num_in_this_process = 0
     for command in found:
         if command in NOT_RUN_HERE:
             continue
+        if here := call(command):
+            num_in_this_process += 1
+            assert here() == 0, (command, capfd.readouterr())
+            continue
         done = subprocess.run(
             ["bash", "-c", command],
-            cwd=checkout,
             env=env | TINY if "$" in command else env,
             input="/exit\n",
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             check=False,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert 10 < num_in_this_process < len(found) - 10
     assert (checkout / "outputs" / "mine" / "report.png").stat().st_size > 10_000
 
 

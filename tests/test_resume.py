@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from dsatrace.trace.writer import TraceWriterError
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
 from helpers.golden_run import read_lines, write_lines
+from helpers.killing_disk import Disk, Killed
 from helpers.resume_samples import (
     INFO,
     OUTPUTS,
@@ -43,45 +41,6 @@ from helpers.trace_samples import SECRET, SampleRequest
 
 NUM_FORWARDS = 10
 LEVELS_BELOW = ("blocks", "stats")
-
-
-class Killed(BaseException):
-    """What a kill looks like from inside: nothing after it happens, no handler cleans up."""
-
-
-class Disk:
-    """Counts what changes a run's folder, and ends or refuses it at the `at`th time, 1-based."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int = 0, *, full: bool = False) -> None:
-        self.num_changes = 0
-        self.at, self.full = at, full
-        disk, replace = self, Path.replace
-
-        class File(FileIO):
-            def write(self, data: Any) -> int:
-                disk.change(lambda: super(File, self).write(data[: len(data) // 2]))
-                return super().write(data)
-
-            def truncate(self, size: int | None = None) -> int:
-                if not disk.full:  # a full disk gives space back
-                    disk.change()
-                return super().truncate(size)
-
-        def replaced(path: Path, target: Path) -> Path:
-            if not disk.full:
-                disk.change()
-            return replace(path, target)
-
-        monkeypatch.setattr(files, "FileIO", File)
-        monkeypatch.setattr(Path, "replace", replaced)
-        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-    def change(self, half: Callable[[], object] = lambda: None) -> None:
-        self.num_changes += 1
-        if self.at and self.num_changes >= self.at:
-            if self.num_changes == self.at:
-                half()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if self.full else Killed
 
 
 @pytest.fixture(scope="module")

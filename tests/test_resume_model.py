@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import INFERENCE, ROOT
+from conftest import INFERENCE
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.settings import RunSettings
 from dsatrace.runner.settings import ModelSettings
@@ -24,6 +22,7 @@ from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
+from helpers.forked import call
 from helpers.resume_samples import answers_of, check_summary, records_of
 
 LENGTHS = (40, 70, 33, 90, 61)
@@ -66,20 +65,10 @@ def serve(engine: Engine, resumed: Resumed | None = None, die_after: int | None 
 
 
 def serve_and_die(checkpoint: Path, folder: Path, die_after: int) -> None:
-    """In a process of its own, which resumes the run if there is one."""
-    code = (
-        "import sys; from pathlib import Path; import torch; torch.set_num_threads(1)\n"
-        "from dsatrace.trace.resume import prepare_resume\n"
-        "from test_resume_model import engine_over, serve\n"
-        "checkpoint, folder = map(Path, sys.argv[1:3])\n"
-        "resumed = prepare_resume(folder) if folder.exists() else None\n"
-        "with engine_over(checkpoint, folder, resumed) as engine:\n"
-        "    serve(engine, resumed, die_after=int(sys.argv[3]))\n"
-    )
-    command = [sys.executable, "-c", code, str(checkpoint), str(folder), str(die_after)]
-    env = {**os.environ, "PYTHONPATH": f"{INFERENCE}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=False, env=env, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    """Serves until it is killed; resumes the run if there is one."""
+    resumed = prepare_resume(folder) if folder.exists() else None
+    with engine_over(checkpoint, folder, resumed) as engine:
+        serve(engine, resumed, die_after)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +85,9 @@ def test_killed_and_resumed(
 ) -> None:
     folder = tmp_path / "run"
     for die_after in kills:
-        serve_and_die(tiny_checkpoint, folder, die_after)
+        process = call(serve_and_die, tiny_checkpoint, folder, die_after)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert RunReader(folder).state == "incomplete"
         assert verify(folder).state == "incomplete"
     resumed = prepare_resume(folder)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import INFERENCE, ROOT
+from conftest import INFERENCE
 from dsatrace.commands.run_burstgpt import main
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from helpers.command_runs import runs_below
 from helpers.json_lines import read_json_lines
+from helpers.ranks import on_ranks
 from helpers.real_data import real_file
 
 CONFIG = INFERENCE / "config_tiny.json"
@@ -139,15 +137,8 @@ def test_two_ranks_agree_on_arrivals(tiny_hf: Path, tiny_args: Any, tmp_path: Pa
     converted = tmp_path / "mp2"
     convert_checkpoint(tiny_hf, converted, tiny_args.n_routed_experts, model_parallel=2)
     flags = ("--limit", "10", "--serving", "continuous", "--time-scale", "0.05", "--max-new-tokens-cap", "6")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "inference/run_burstgpt.py",
-         "--ckpt-path", converted, "--config", CONFIG, "--trace-out", tmp_path / "two", "--no-hub", *flags],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )  # fmt: skip
+    where = ("--ckpt-path", converted, "--config", CONFIG, "--trace-out", tmp_path / "two", "--no-hub")
+    done = on_ranks(2, "run_burstgpt", (*where, *flags), tmp_path / "said")
     assert done.returncode == 0, done.stderr
     assert verify(tmp_path / "two").state == "complete"
     assert RunReader(tmp_path / "two").summary()["serving"]["counts"]["served"] == 10

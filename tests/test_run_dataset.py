@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.data_set import Find, Flag, OpenedWorkload, PromptSettings
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import SHAREGPT, ShareGPTLoader, ShareGPTWorkload
-from helpers.command_runs import runs_below, told_error
+from helpers.command_runs import runs_below, told_error, until_lines
 from helpers.json_lines import read_json_lines
+from helpers.ranks import on_ranks
 from helpers.real_data import real_file
 
 CONFIG = INFERENCE / "config_tiny.json"
@@ -301,10 +301,10 @@ def test_an_entry_in_the_table_is_all_that_a_data_set_needs(
 # ---- processes
 
 
-def spawn(*flags: object, cwd: Path = ROOT, launch: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
+def spawn(*flags: object, cwd: Path = ROOT) -> subprocess.Popen:
     script = Path("inference/run_dataset.py") if cwd == ROOT else Path("run_dataset.py")
     return subprocess.Popen(
-        [*launch, str(script), *map(str, flags)],
+        [sys.executable, str(script), *map(str, flags)],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
@@ -317,7 +317,7 @@ def spawn(*flags: object, cwd: Path = ROOT, launch: tuple[str, ...] = (sys.execu
 def test_runs_from_the_root_and_from_inference(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     done = spawn("--ckpt-path", checkpoint, "--config", CONFIG, "--trace-out", tmp_path / "r", *RULER,
                  "--limit", 1, cwd=folder)  # fmt: skip
-    out, err = done.communicate(timeout=120)
+    out, err = done.communicate(timeout=600)
     assert done.returncode == 0, err
     assert "ruler: generator" in out
     assert str(tmp_path / "r") in out
@@ -327,11 +327,9 @@ def test_two_ranks_serve_the_same_requests(tiny_hf: Path, tmp_path: Path, run: R
     converted = tmp_path / "mp2"
     convert_checkpoint(tiny_hf, converted, tiny_args.n_routed_experts, model_parallel=2)
     flags = (*RULER, "--limit", 2)
-    launch = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-    done = spawn("--ckpt-path", converted, "--config", CONFIG, "--trace-out", tmp_path / "two", *flags,
-                 launch=launch)  # fmt: skip
-    _, err = done.communicate(timeout=240)
-    assert done.returncode == 0, err
+    where = ("--ckpt-path", converted, "--config", CONFIG, "--trace-out", tmp_path / "two")
+    done = on_ranks(2, "run_dataset", (*where, *flags), tmp_path / "said")
+    assert done.returncode == 0, done.stderr
     assert verify(tmp_path / "two").state == "complete"
     assert RunReader(tmp_path / "two").manifest["world_size"] == 2
     assert len(lines(tmp_path / "two", "requests.jsonl")) == 2
@@ -341,14 +339,9 @@ def test_ctrl_c_leaves_a_run_that_resume_completes(checkpoint: Path, tmp_path: P
     flags = (*RULER, "--limit", 6, "--batch-size", 1, "--max-new-tokens", 24)
     folder = tmp_path / "stopped"
     process = spawn("--ckpt-path", checkpoint, "--config", CONFIG, "--trace-out", folder, *flags)
-    requests = folder / "requests.jsonl"
-    deadline = time.monotonic() + 120
-    while not (requests.exists() and requests.read_bytes().count(b"\n") >= 2):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until_lines(process, folder / "requests.jsonl", 2)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130, (out, err)
     assert "--resume" in err
     assert RunReader(folder).state == "incomplete"

@@ -2,57 +2,42 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
+from helpers.checkouts import copied_checkout, environment_in
 
 CONFIG = "inference/config_tiny.json"
-SCRIPTS = {
-    "ruler": ("--ruler-length", "700", "--max-new-tokens", "4"),
-    "longbenchv2": ("--max-prompt-tokens", "500", "--max-new-tokens", "4"),
-    "sharegpt": ("--max-new-tokens", "4"),
-    "burstgpt": ("--max-new-tokens-cap", "4"),
-}
+SCRIPTS = ("ruler", "longbenchv2", "sharegpt", "burstgpt")
+SHORT = ("--ruler-length", "700", "--max-new-tokens", "4")
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the scripts need, so that the checkpoint they make is theirs."""
-    copy = tmp_path_factory.mktemp("checkout")
-    for name in ("inference", "scripts"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    shutil.copytree(ROOT / "data" / "models", copy / "data" / "models")
-    shutil.copy(ROOT / "pyproject.toml", copy)
-    return copy
+    return copied_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 def call(checkout: Path, name: str, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("CKPT", "CONFIG", "MP"))}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env |= {"VENV": "none", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout / "inference"), "PATH": path}
     return subprocess.run(
         ["bash", f"scripts/run_trace_{name}.sh", *flags],
         cwd=checkout,
-        env={**env, **variables},
+        env=environment_in(checkout) | variables,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_with_nothing_set_it_runs_offline_and_says_so(checkout: Path, name: str) -> None:
-    done = call(checkout, name, *SCRIPTS[name])
+    done = call(checkout, name)
     assert done.returncode == 0, done.stderr
     assert "needle-2k" in done.stdout
     assert ("generator" if name == "ruler" else "embedded") in done.stdout
@@ -70,7 +55,7 @@ def test_with_nothing_set_it_runs_offline_and_says_so(checkout: Path, name: str)
 def test_ranks_and_config_come_from_the_checkpoint(checkout: Path, tiny_hf: Path, tiny_args) -> None:
     convert_checkpoint(tiny_hf, checkout / "mp2", tiny_args.n_routed_experts, model_parallel=2)
     out = str(checkout / "outputs" / "two")
-    done = call(checkout, "ruler", *SCRIPTS["ruler"], CKPT_PATH="mp2", LIMIT="1", OUT=out)
+    done = call(checkout, "ruler", *SHORT, CKPT_PATH="mp2", LIMIT="1", OUT=out)
     assert done.returncode == 0, done.stderr
     manifest = RunReader(out).manifest
     assert manifest["world_size"] == 2
@@ -82,7 +67,7 @@ def test_arguments_reach_the_runner(checkout: Path) -> None:
     """KV of two requests, of which HBM holds what one step reads."""
     out = checkout / "outputs" / "tiers"
     tiers = ("--hbm-blocks", "8", "--granularity", "row", "--local", "ram")
-    done = call(checkout, "ruler", *SCRIPTS["ruler"], *tiers, OUT=str(out))
+    done = call(checkout, "ruler", *SHORT, *tiers, OUT=str(out))
     assert done.returncode == 0, done.stderr
     assert "tiers: " in done.stdout
     assert RunReader(out).summary()["tiers"]["local_pool"]["hit_units"] > 0

@@ -87,7 +87,7 @@ def test_gaps_take_no_time_on_a_virtual_clock():
     with simulator() as engine:
         (live,) = serve(engine, [request("a", 86_400.0, 2)])
     assert (live.admitted_s, live.finish_s) == (86_400.0, 86_400.025)
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 86_400 / 100
 
 
 def test_a_real_clock_sleeps_for_arrivals_and_for_modelled_steps():
@@ -98,17 +98,17 @@ def test_a_real_clock_sleeps_for_arrivals_and_for_modelled_steps():
     assert 0.15 <= live.admitted_s < live.first_token_s < live.finish_s <= elapsed
     assert live.first_token_s - live.admitted_s >= 0.015
     assert live.finish_s - live.first_token_s >= 0.02
-    assert elapsed < 2
 
 
 def test_a_real_clock_sleeps_briefly_and_resumes():
-    clock = RealClock(start_s=100.0)
     started = time.perf_counter()
+    clock = RealClock(start_s=100.0)
     clock.wait_until(to_ns(1e6))
-    assert MAX_SLEEP_NS / 1e9 <= time.perf_counter() - started < 1
-    assert 100 < clock.now_ns / 1e9 < 102
+    elapsed = time.perf_counter() - started
+    assert MAX_SLEEP_NS / 1e9 <= clock.now_ns / 1e9 - 100 <= elapsed < 1e6 / 100
+    started = time.perf_counter()
     clock.start()
-    assert clock.now_ns / 1e9 < 100.1
+    assert 0 <= clock.now_ns / 1e9 - 100 <= time.perf_counter() - started
     with simulator(clock=VirtualClock(start_s=7.0)) as engine:
         (live,) = serve(engine, [request("a", 0.0, 1)])
     assert live.finish_s == 7.015
@@ -242,7 +242,8 @@ def test_the_judge_and_the_tracer_hear_how_each_request_ended():
             if live.request_id == "a":
                 assert live.score == 0.75
                 engine.request_abort()
-    common = {"num_preemptions": 0, "num_recomputes": 0, "text": None}
+    common: dict[str, Any] = {"num_preemptions": 0, "num_recomputes": 0, "text": None}
+    common |= {"answer_tokens": None, "text_past_answer": None}
     assert lines["a"] == common | {
         "prefix_hit_tokens": 0,
         "num_prefill_tokens": 5,

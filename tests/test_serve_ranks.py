@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dsatrace.engine.clock import RealClock, to_ns
 from dsatrace.engine.engine import SingleProcess, Word, serve
@@ -20,13 +19,14 @@ from dsatrace.engine.simulator import StepTime, open_simulator
 from dsatrace.model.parallel import ParallelGroup
 from dsatrace.runner.distributed import BroadcastRanks, choose_ranks
 from dsatrace.workloads.request import Request
+from helpers.forked import call_on_ranks
 
 ARRIVALS = (0.0, 0.01, 0.02, 0.3, 1000.0)
 
 
 def test_two_ranks_decide_alike_though_their_clocks_differ(tmp_path):
     """Rank 1's clock is 0.2 s ahead of rank 0's and it would go on; rank 0 stops, waiting for an arrival."""
-    mp.spawn(_serve, args=(str(tmp_path),), nprocs=2)
+    call_on_ranks(2, _serve, str(tmp_path))
     first, second = (json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2))
     assert first == second
     assert [state for _, state, *_ in first["served"]] == ["length"] * 4

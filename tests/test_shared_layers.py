@@ -17,7 +17,6 @@ import orjson
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dsatrace import cli
 from dsatrace.commands.report import main as report
@@ -42,6 +41,7 @@ from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
 from helpers.checkpoints import tiny_config
 from helpers.command_runs import selections
+from helpers.forked import call_on_ranks
 from helpers.golden_run import write_golden
 from helpers.models import SMALL, random_model, random_tokens
 from helpers.step_records import step_lines
@@ -343,7 +343,7 @@ def test_the_estimate_knows_of_them(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_two_ranks_serve_it(tmp_path: Path) -> None:
     """Each rank holds half the heads; the digest compares what both chose, layer by layer."""
-    mp.spawn(_serve_on_a_rank, args=(str(tmp_path),), nprocs=2)
+    call_on_ranks(2, _serve_on_a_rank, str(tmp_path))
     first, second = (json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2))
     assert first == second
     assert verify(tmp_path / "run").state == "complete"

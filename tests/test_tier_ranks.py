@@ -23,7 +23,9 @@ from dsatrace.verify.run import verify
 from helpers.checkpoints import tiny_config
 from helpers.command_runs import recording
 from helpers.memory_store import MemoryStore
+from helpers.ranks import on_ranks
 from helpers.stores import valkey
+from helpers.waiting import LIMIT_S
 
 PROMPTS = "A ferry left the quay with hardly anyone on deck. " * 8 + "\n\nWhere to?\n"
 COMPARED = ("request_id", "layer_id", "step_idx", "seq_len_current", "selected_token_pos")
@@ -60,12 +62,13 @@ def under_way(folder: Path, *flags: object) -> contextlib.AbstractContextManager
     return recording(process, folder)
 
 
-def answers(*flags: object) -> list[str]:
-    process = start(*flags)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "Traceback" not in err
-    return [line for line in out.splitlines() if line.startswith("[r")]
+def answers(folder: Path, *flags: object) -> list[str]:
+    """Of a run that is recorded in `folder`."""
+    said = folder.with_name(f"{folder.name}.said")
+    done = on_ranks(2, "generate", (*flags, "--trace-out", folder), said)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return [line for line in done.stdout.splitlines() if line.startswith("[r")]
 
 
 def records(run: Path) -> list[dict]:
@@ -75,9 +78,9 @@ def records(run: Path) -> list[dict]:
 def test_two_ranks_with_tiers_answer_and_select_the_same(model: tuple[object, ...], tmp_path: Path) -> None:
     """A file of units each, under names of their own."""
     flags = (*model, "--max-new-tokens", 10)
-    whole = answers(*flags, "--cache-block-size", 16, "--trace-out", tmp_path / "whole")
+    whole = answers(tmp_path / "whole", *flags, "--cache-block-size", 16)
     tiers = (*ROWS, "--local-pool", f"mmap:{tmp_path}/units", "--prefetch", "previous-layer")
-    assert answers(*flags, *tiers, "--offload-index-keys", "--trace-out", tmp_path / "tiers") == whole
+    assert answers(tmp_path / "tiers", *flags, *tiers, "--offload-index-keys") == whole
     assert len(whole) == 2
     assert records(tmp_path / "tiers") == records(tmp_path / "whole")
     assert verify(tmp_path / "tiers").state == "complete"
@@ -125,7 +128,7 @@ def test_kv_that_is_lost_ends_all_ranks(model: tuple[object, ...], lost: str, tm
             for key in client.keys("*"):
                 if key[:NAMESPACE_BYTES] == one:
                     client.delete(key)
-        _, err = process.communicate(timeout=90)
+        _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode != 0
     told = [line for line in err.splitlines() if line.startswith("error: rank ")]
     assert told, err
@@ -143,7 +146,7 @@ def test_sigterm_ends_all_ranks_and_leaves_no_key(model: tuple[object, ...], tmp
         with under_way(folder, *model, *ROWS, "--remote", server.tcp) as process:
             assert client.dbsize() > 0
             process.send_signal(signal.SIGTERM)
-            _, err = process.communicate(timeout=90)
+            _, err = process.communicate(timeout=LIMIT_S)
         assert process.returncode != 0
         assert client.dbsize() == 0, err
     assert RunReader(folder).state == "incomplete"

@@ -472,7 +472,7 @@ def test_it_shares_nothing_but_the_schema() -> None:
         "dsatrace.schema",
         "dsatrace.verify",
     }
-    in_numpy = {"dsatrace.verify.fast", "dsatrace.verify.parquet_steps"}
+    in_numpy = {f"dsatrace.verify.{name}" for name in ("chosen", "fast", "fast_summary", "parquet_steps")}
     for modules, options, expected in (
         ("dsatrace.verify.run", ["-S"], own - in_numpy),  # without a single library
         (f"dsatrace.verify.run, {', '.join(in_numpy)}", [], own),

@@ -14,11 +14,15 @@ import pytest
 from dsatrace.errors import UserError
 from dsatrace.schema import LEVELS, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
 from dsatrace.trace.export import export_run
+from dsatrace.trace.manifest import TierSettings
 from dsatrace.trace.parquet import file as parquet_file
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify import fast, steps
 from dsatrace.verify.check_record import check_record
-from dsatrace.verify.fast import Checked, ChunkChecks, FastSummary, JsonSteps, checked_chunks
+from dsatrace.verify.check_tiers import Selected
+from dsatrace.verify.chosen import Chosen, FastSelected
+from dsatrace.verify.fast import Checked, ChunkChecks, JsonSteps, checked_chunks
+from dsatrace.verify.fast_summary import FastOverlaps, FastSummary
 from dsatrace.verify.files import PlainRun
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.plain_summary import PlainSummary
@@ -28,6 +32,7 @@ from dsatrace.verify.run import verify
 from helpers.golden_run import REQUESTS, GoldenRequest, read_lines, write_golden, write_lines
 from helpers.tier_samples import SETUPS
 from test_verify import SHARED, VARIANTS, leaves, spoilt
+from test_verify_tiers import altered
 
 KINDS: dict[str, dict[str, Any]] = {
     **{level: {"level": level} for level in LEVELS},
@@ -36,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "shared layers": {"num_layers": 4, "shared_layers": SHARED},
     "sampled": {"sample_rate": 0.5, "seed": 3},
     "no prefill": {"prefill": "off"},
-    "tiers": {"tiers": SETUPS["block"]},
+    **{f"tiers, {name}": {"tiers": setup} for name, setup in SETUPS.items()},
 }
 BLOCK_SIZES = (16, 32, 64)
 LONG = (*REQUESTS, GoldenRequest("r3", 300, 40, 9, needle_positions=(0, 1, 17, 290)))
@@ -104,7 +109,11 @@ def test_chunks_of_any_size_add_up_to_the_plain_totals(tmp_path: Path, kind: str
     assert verify(in_parquet) == verify(in_parquet, plain=True) == verify(folder)
 
 
-@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[-1]], ids=["full", "scores in order"])
+@pytest.mark.parametrize(
+    "variant",
+    [VARIANTS[0], VARIANTS[-1], *({"tiers": setup} for setup in SETUPS.values())],
+    ids=["full", "scores in order", *SETUPS],
+)
 def test_no_spoilt_record_is_called_right(tmp_path: Path, variant: dict[str, Any]) -> None:
     """It may call a right one wrong, which only costs time; here it calls none of the unspoilt so."""
     folder = write_golden(tmp_path / "run", LONG, **variant)
@@ -113,7 +122,8 @@ def test_no_spoilt_record_is_called_right(tmp_path: Path, variant: dict[str, Any
     for record in read_lines(folder)[::7]:
         assert checks.derive(record) is not None
         for path in leaves("full"):
-            for bad in spoilt(record, path):
+            of_tiers = "tiers" in variant and path.startswith("kv_fetch.")
+            for bad in (altered if of_tiers else spoilt)(record, path):
                 try:
                     check_record(bad, checks.rules, needles)
                 except Mismatch:
@@ -139,10 +149,11 @@ def test_true_is_no_position(tmp_path: Path, name: str) -> None:
     assert not _is_called_right(checks, record | {name: [record[name][0], True, *record[name][2:]]})
 
 
+@pytest.mark.parametrize("tiers", [None, SETUPS["block"]], ids=["in HBM", "tiers"])
 def test_the_ends_of_every_request_and_a_sample_go_the_plain_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiers: TierSettings | None
 ) -> None:
-    folder = write_golden(tmp_path / "run", LONG)
+    folder = write_golden(tmp_path / "run", LONG, tiers=tiers)
     seen = []
 
     def check(record: dict[str, Any], *others: Any) -> None:
@@ -177,6 +188,21 @@ def test_the_last_records_of_unfinished_requests_go_the_plain_way(
     last = {record["request_id"]: record["step_idx"] for record in records[: -2 * 3]}
     assert {(record["request_id"], record["step_idx"]) for record in seen} == set(last.items())
     assert len(seen) == len(last) * checks_of(folder).rules.num_layers
+
+
+def test_rows_walked_plainly_are_not_looked_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_golden(tmp_path / "run", LONG)
+    monkeypatch.setattr(fast, "CHUNK_BYTES", 20_000)
+    source = JsonSteps(folder / STEPS_FILE)
+    *_, last = source.chunks(fast.CHUNK_BYTES)
+    check = ChunkChecks.check
+    monkeypatch.setattr(
+        ChunkChecks, "check", lambda self, chunk: None if chunk == last else check(self, chunk)
+    )
+    seen = []
+    monkeypatch.setattr(steps, "check_record", lambda record, *others: seen.append(record))
+    verify(folder)
+    assert seen == [record for _, record in source.records(last)]
 
 
 @pytest.mark.parametrize("group_records", [1 << 14, 5])
@@ -242,10 +268,29 @@ def test_damage_is_named_as_the_plain_implementation_names_it(tmp_path: Path, da
 
 def test_shares_are_counted_alike(tmp_path: Path) -> None:
     """Selections with and without a common part, against sets."""
-    overlaps = fast.FastOverlaps(with_tokens=True)
+    overlaps = FastOverlaps(with_tokens=True)
     rng = np.random.default_rng(0)
     for first, second in itertools.pairwise(
         [np.sort(rng.choice(n, 8, replace=False)) for n in (9, 500, 20, 8)]
     ):
         shared = overlaps.num_shared(first.astype(np.int32), second.astype(np.int32))
         assert shared == len({*first.tolist()} & {*second.tolist()})
+
+
+def test_bounds_of_a_selection_are_alike() -> None:
+    """Tokens in blocks, runs and units, for every number of them, against loops."""
+    rng = np.random.default_rng(0)
+    for size, num, visible in ((1, 5, 5), (4, 1, 9), (4, 30, 60), (16, 64, 900), (3, 40, 41)):
+        positions = np.sort(rng.choice(visible, num, replace=False))
+        chosen = Chosen.of(positions, size)
+        blocks, tokens = chosen.blocks.tolist(), positions.tolist()
+        assert blocks == sorted({position // size for position in tokens})
+        assert chosen.in_block.tolist() == [sum(p // size == block for p in tokens) for block in blocks]
+        plain = Selected(num, len(blocks), size, 1152, 0, tokens, blocks)
+        quick = FastSelected(num, len(blocks), size, 1152, 0, None, None, chosen)
+        for by_row, num_all in ((False, len(blocks)), (True, num)):
+            for hit in range(num_all + 1):
+                assert quick.runs_of(hit, by_row) == plain.runs_of(hit, by_row)
+        for hit in range(len(blocks) + 1):
+            assert quick.tokens_of(hit) == plain.tokens_of(hit)
+        assert [quick.num_units(n) for n in (1, 2, 7)] == [plain.num_units(n) for n in (1, 2, 7)]

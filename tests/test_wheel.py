@@ -15,6 +15,7 @@ import pytest
 
 from conftest import INFERENCE, ROOT
 from dsatrace import __version__
+from helpers.checkouts import share_kernels
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("pip", "setuptools"))),
@@ -39,6 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("installed")
     pip("install", wheel, "--target", folder)
+    share_kernels(folder / "dsatrace", folder / "kernels")
     return folder
 
 
@@ -48,7 +50,7 @@ def pip(*arguments: str | Path) -> None:
         [sys.executable, "-m", "pip", *arguments, *flags],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -66,10 +68,10 @@ def test_the_verbs_run_outside_a_checkout(installed: Path, tmp_path: Path) -> No
         done = subprocess.run(
             [sys.executable, "-m", "dsatrace", *argv],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(installed)},
+            env=os.environ | {"PYTHONPATH": str(installed), "NUMBA_CACHE_DIR": str(installed / "kernels")},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             check=False,
         )
         assert done.returncode == 0, done.stderr

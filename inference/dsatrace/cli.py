@@ -16,6 +16,7 @@ VERBS = {
     "generate": Verb("dsatrace.commands.generate", "answer prompts, and trace what the indexer selects"),
     "run": Verb("dsatrace.commands.run", "serve RULER, LongBench v2, ShareGPT or BurstGPT, and trace"),
     "report": Verb("dsatrace.commands.report", "tables and a picture of a traced run"),
+    "replay": Verb("dsatrace.commands.replay", "what a hot buffer of any size would have missed"),
     "export": Verb("dsatrace.commands.export", "a run's records to Parquet, or back to JSON lines"),
     "estimate": Verb("dsatrace.commands.estimate", "how large a trace will be, before it is run"),
     "verify": Verb("dsatrace.commands.verify", "re-derive a run's records, and name the first bad one"),

@@ -52,11 +52,20 @@ def leave_to_rank_0() -> None:
         time.sleep(GRACE_S)
 
 
+_TOLD_TO_END: list[bool] = []
+"""Not empty once a signal has told this process to end, and it goes on for a while."""
+
+
+def note_ending() -> None:
+    """Call where SIGTERM or SIGHUP only asks: what another rank loses after it is not its fault."""
+    _TOLD_TO_END.append(True)
+
+
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wraps a `main()`, so that it ends on any exception with one line on stderr and an exit code.
 
     Of several ranks, which all meet a mistake in their flags or lose the rank that met it, only rank 0
-    prints the line.
+    prints the line. A pipe whose reader went away, such as `head`, is no error and has no line.
     """
 
     @functools.wraps(main)
@@ -71,12 +80,17 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
             return _end(f"error: {plain(error)}", USAGE)
         except KeyboardInterrupt:
             return _end("interrupted", INTERRUPTED) if is_rank_0() else INTERRUPTED
-        except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        except (BrokenPipeError, SystemExit) as error:
             _settle_output()
+            # rich makes its own exit of a closed pipe
+            if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+                raise
             return BROKEN_PIPE
         except Exception as error:
             leave_to_rank_0()  # which this one may only have lost
-            return _end(_unforeseen(error), UNFORESEEN)
+            # Whoever ends all ranks has said why.
+            said = bool(_TOLD_TO_END) and not is_rank_0()
+            return UNFORESEEN if said else _end(_unforeseen(error), UNFORESEEN)
 
     return run
 

@@ -14,13 +14,14 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dsatrace.errors import UserError
 
@@ -131,7 +132,7 @@ class LineFile:
 
         After a kill or an error the old contents stand. `chunks` may be read from them.
         """
-        temporary = _temporary(self.path)
+        temporary = temporary_of(self.path)
         with _naming(self.path), _removed_on_failure(temporary), contextlib.ExitStack() as on_failure:
             temporary.unlink(missing_ok=True)  # left by a kill
             new = LineFile(temporary)
@@ -191,7 +192,9 @@ class HeldFolder:
         _check_place(self._descriptor, self.path)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def _check_place(descriptor: int, path: Path) -> None:
@@ -210,13 +213,36 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces the file whole: a reader sees the old contents or the new ones, never a part."""
-    temporary = _temporary(path)
+def write_atomically(path: Path, data: bytes, durable: bool = False) -> None:
+    """Replaces the file whole: a reader sees the old contents or the new ones, never a part.
+
+    With `durable` the new ones survive a power cut once this returns.
+    """
+    with _replacing(path, durable) as file:
+        write_all(file, data)
+
+
+@contextlib.contextmanager
+def written_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which becomes `path`, durably, when the block ends without an error."""
+    with _replacing(path, durable=True) as file:
+        buffered = io.BufferedWriter(file)  # writes all that it is given, or raises
+        yield buffered
+        buffered.flush()
+        buffered.detach()
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, durable: bool) -> Iterator[FileIO]:
+    temporary = temporary_of(path)
     with _naming(path), _removed_on_failure(temporary):
         with FileIO(temporary, "wb") as file:
-            write_all(file, data)
+            yield file
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
+        if durable:
+            sync(path.parent)
 
 
 def write_json(path: Path, record: Mapping[str, Any], indent: int = 1) -> None:
@@ -235,7 +261,8 @@ def write_all(file: FileIO, data: bytes | memoryview) -> None:
         rest = rest[file.write(rest) :]
 
 
-def _temporary(path: Path) -> Path:
+def temporary_of(path: Path) -> Path:
+    """Where the new contents of a file stand until they replace it; a kill may leave them there."""
     return path.with_name(f".{path.name}.tmp")
 
 

@@ -34,6 +34,7 @@ _PARTS = {
     "dsatrace.kv.stores": "the stores",
     "dsatrace.kv.simulation": "the block pool's simulator",
     "dsatrace.kv.policies": "the eviction policies",
+    "dsatrace.selection_replay": "the replay of selections",
 }
 """What is compiled, as a user would call it."""
 

@@ -33,7 +33,12 @@ TIER_CHOICES = {
 }
 """Values of these fields of the manifest's `tiers`."""
 STEPS_FILE = "trace_steps.jsonl"
-STEPS_PARQUET_FILE = "trace_steps.parquet"  # the same records as columns, in an exported run
+STEPS_PARQUET_FILE = "trace_steps.parquet"  # the same records as columns
+STEPS_FOLDER = "trace_steps"  # several such files, in the order of their names, instead of one
+PART_RECORDS = 1 << 11
+"""A run writes such a file once it has so many records."""
+LOST_RECORDS = 2 * PART_RECORDS
+"""A kill loses fewer, and a step's: one file is being filled, and one written."""
 REQUESTS_FILE = "requests.jsonl"
 MANIFEST_FILE = "manifest.json"
 SUMMARY_FILE = "summary.json"
@@ -253,8 +258,14 @@ REQUEST_FIELDS = (
     Field("prefill_s", "float", "s", "time of the forward passes that computed those", optional=True),
     Field("num_recomputes", "int", "", "times it was computed again because a tier lost its KV; stands where "
           "the manifest has `tiers`", optional=True),
+    Field("answer_tokens", "int", "tokens", "generated tokens before the first end of sequence, whether that "
+          "was sampled or gave way to the next best token; all of them where none came. Records with a "
+          "`step_idx` of this or more lie past the answer; `score` and `text` are of the answer alone. This "
+          "stands where the manifest has `answer_end`", optional=True),
     Field("error", "string", "", "why it was rejected or failed", optional=True),
     Field("text", "string", "", "the answer; only with `--save-text`", optional=True),
+    Field("text_past_answer", "string", "", "what was generated after the answer; only with `--save-text`, "
+          "where there is any", optional=True),
 )
 
 # manifest.json: what the run was.
@@ -292,6 +303,10 @@ LAYER_FIELDS = (
 FILE_FIELDS = (
     Field("bytes", "int", "bytes", "size of the file"),
     Field("sha256", "string", "hex", "SHA-256 of its bytes"),
+    Field("records", "int", "", "step records that it holds; stands where there are several such files",
+          optional=True),
+    Field("requests", "int", "requests", "requests whose records it holds, all of each; likewise",
+          optional=True),
 )
 """What a manifest says of each of the run's other files."""
 
@@ -351,6 +366,11 @@ MANIFEST_FIELDS = (
               "ids: evidence that sparse attention was active. null: the run has not ended, or ids do not "
               "tell", optional=True),
     )),
+    Field("answer_end", "object", "", "how answers were kept from ending; absent: they ended at an end of "
+          "sequence, or had the length that a log told", optional=True, children=(
+        Field("min_new_tokens", "int", "tokens", "no answer ended before so many new tokens; 0: no limit"),
+        Field("ignore_eos", "bool", "", "every answer went on to its most new tokens"),
+    )),
     Field("trace", "object", "", "how the run was traced", children=(
         Field("level", "string", "", "full, blocks or stats"),
         _BLOCK_SIZE,
@@ -364,12 +384,16 @@ MANIFEST_FIELDS = (
         Field("queue_policy", "string", "", "if the writer lags: block (the model waits) or drop (the step)"),
         Field("queue_steps", "int", "steps", "steps that may wait for the writer"),
         Field("on_error", "string", "", "when writing fails: stop the run, or continue untraced"),
+        Field("format", "string", "", "what the run wrote its step records as: parquet; absent: JSON lines",
+              optional=True),
     )),
     Field("quantile", "string", "", "definition of every quantile"),
     Field("resumed_at_forward", "int[]", "", "`forward_idx` at which each resume of the run went on. Step "
           "times cover all parts, the tracing cost only the last one", optional=True),
     Field("files", "object | null", "", "the run's other files as they were when it ended; null: it has not "
           "ended, was killed, or could not write all", entry="<file>", children=FILE_FIELDS, optional=True),
+    Field("layout", "string", "", "of an export: replay (whole requests per file, by layer, then step); "
+          "absent: records stand in the order they were written", optional=True),
     Field("source_files", "object | null", "", "of an export: the `files` of the runs it was made from; "
           "null: they had none", entry="<file>", children=FILE_FIELDS, optional=True),
 )
@@ -545,6 +569,12 @@ SUMMARY_FIELDS = (
         Field("saved_s", "float | null", "s", "hit_tokens x prefill_s / computed_tokens"),
         Field("saved_kind", "string", "", "modelled: nobody timed what was not computed"),
     )),
+    Field("past_answer", "object", "", "what requests generated after their answers; stands where they have "
+          "`answer_tokens`", optional=True, children=(
+        Field("requests", "int", "requests", "requests that went on past their answer"),
+        Field("decode_steps", "int", "steps", "decode steps of all requests, recorded or not"),
+        Field("past_steps", "int", "steps", "of those, steps that lie past the request's answer"),
+    )),
     Field("prefix_cache_cold_starts", "int", "", "resumes of the run: each began with an empty prefix cache, "
           "so that prompts were computed which an undisturbed run finds there; absent: none", optional=True),
     Field("tiers", "object | null", "", "what the tiers' stores did, as the run itself counted; null where "
@@ -582,6 +612,12 @@ TABLES: dict[str, tuple[Field, ...]] = {
     MANIFEST_FILE: MANIFEST_FIELDS,
     SUMMARY_FILE: SUMMARY_FIELDS,
 }
+
+
+def locked_file(manifest: Mapping[str, Any]) -> str:
+    """The file that a live run holds a lock on, so that a reader can tell it from a killed one."""
+    return REQUESTS_FILE if manifest["trace"].get("format") == "parquet" else STEPS_FILE
+
 
 QUANTILE_DEFINITION = "nearest rank: the smallest value whose cumulative count reaches q"
 

@@ -30,15 +30,16 @@ from dsatrace.errors import exits_cleanly
 from dsatrace.files import write_json
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.kv.prefix import RequestPrefix
-from dsatrace.kv.tiers.account import default_tiers
+from dsatrace.kv.tiers.fetches import HBM, LOCAL, NUM_TIERS, StepFetches
 from dsatrace.schema import LEVELS, MANIFEST_FILE, STEPS_FILE, Level
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
-from dsatrace.trace.manifest import RunInfo, manifest
+from dsatrace.trace.manifest import PoolSettings, RunInfo, TierSettings, manifest
 from dsatrace.trace.records import RecordDeriver
 from dsatrace.trace.request_facts import RequestFacts, request_line
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.summary import Summary
+from dsatrace.trace.tracer import tiers_of
 from dsatrace.trace.writer import open_sinks
 from dsatrace.units import size_text
 from dsatrace.verify.run import verify
@@ -46,6 +47,17 @@ from dsatrace.workloads.request import Request
 
 LAYOUT = CacheLayout("demo", 1152, 132)
 STEPS_A_REQUEST = 64
+OFFLOADED = TierSettings(
+    granularity="block",
+    unit_tokens=16,
+    unit_bytes=16 * LAYOUT.latent_bytes_per_token,
+    policy="lru",
+    prefetch="none",
+    on_error="recompute",
+    index_keys="hbm",
+    hbm_blocks=8192,
+    local_pool=PoolSettings("ram", None, "measured"),
+)
 Advance = Callable[[int], object]
 
 
@@ -99,31 +111,42 @@ def summarize_stage(folder: Path, num_records: int, level: Level) -> str:
 
 
 def write_run(
-    folder: Path, num_records: int, level: Level, shape: Shape, advance: Advance = lambda count: None
+    folder: Path,
+    num_records: int,
+    level: Level,
+    shape: Shape,
+    advance: Advance = lambda count: None,
+    tiers: TierSettings | None = None,
 ) -> int:
-    """Writes a complete run of at least `num_records` records, all requests ended; returns how many."""
+    """Writes a complete run of at least `num_records` records, all requests ended; returns how many.
+
+    With `tiers`, every fourth block of a context comes from the local pool at every step.
+    """
     config = TraceConfig(out=folder, level=level)
     info = RunInfo(
         model_config={"n_layers": shape.num_layers, "index_topk": shape.top_k},
         layouts=(LAYOUT,),
         device="none",
         selections="synthetic",
+        tiers=tiers,
     )
     folder.mkdir(parents=True)
     write_json(folder / MANIFEST_FILE, manifest(info, config, "running", key_id="00000000"))
-    deriver = RecordDeriver(config, LAYOUT, default_tiers(LAYOUT), reuse=True)
-    sinks = open_sinks(folder, config, Summary(config.compared_block_sizes, info.selections))
+    deriver = RecordDeriver(config, LAYOUT, tiers_of(info), reuse=True)
+    summary = Summary(config.compared_block_sizes, info.selections, offloaded=tiers is not None)
+    sinks = open_sinks(folder, config, summary)
     prompt = (0,) * shape.num_prompt_tokens
     facts = RequestFacts(num_output_tokens=STEPS_A_REQUEST + 1, state="length")
     written = 0
     for capture in captures(num_records, shape):
-        step = deriver.derive(capture)
+        step = deriver.derive(capture if tiers is None else fetched(capture, tiers))
         for sink in sinks:
             sink.write_step(step)
             if capture.step_idx[0] == STEPS_A_REQUEST - 1:
                 for request_id in capture.request_ids:
                     request = Request(request_id, prompt, facts.num_output_tokens)
-                    sink.write_request(request_line(request, facts, has_prefix_cache=False, has_tiers=False))
+                    line = request_line(request, facts, has_prefix_cache=False, has_tiers=tiers is not None)
+                    sink.write_request(line)
         written += step.num_records
         advance(step.num_records)
     files = {name: digest for sink in sinks for name, digest in (sink.close("complete") or {}).items()}
@@ -158,6 +181,26 @@ def captures(num_records: int, shape: Shape) -> Iterator[StepCapture]:
             step_wall_us=float(rng.integers(30_000, 30_000 + shape.num_step_times)),
             step_synced=True,
         )
+
+
+def fetched(capture: StepCapture, tiers: TierSettings) -> StepCapture:
+    """The capture with every fourth unit fetched from the local pool; its positions ascend."""
+    unit_of = capture.positions // tiers.unit_tokens
+    is_far = unit_of % 4 == 0  # (L, B, K)
+    is_first = np.diff(unit_of, axis=2, prepend=-1) != 0
+    counted = {
+        name: np.zeros((*unit_of.shape[:2], NUM_TIERS), dtype=np.int64)
+        for name in ("bytes_read", "bytes_useful", "read_ops", "evicted_units", "bytes_written", "errors")
+    }
+    counted["read_ops"][..., LOCAL] = num_units = (is_far & is_first).sum(axis=2)
+    counted["bytes_read"][..., LOCAL] = counted["bytes_written"][..., HBM] = num_units * tiers.unit_bytes
+    counted["bytes_useful"][..., LOCAL] = is_far.sum(axis=2) * LAYOUT.latent_bytes_per_token
+    latency_us = np.zeros((len(unit_of), NUM_TIERS))
+    latency_us[:, LOCAL] = 25.0
+    served_by = np.where(is_far, LOCAL, HBM).astype(np.int8)
+    return dataclasses.replace(
+        capture, fetches=StepFetches(served_by=served_by, latency_us=latency_us, **counted)
+    )
 
 
 def in_own_process(stage: Callable[..., str], *arguments: object) -> tuple[str, float, float]:

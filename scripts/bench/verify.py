@@ -2,8 +2,9 @@
 
 Writes a run of full records (2,048 positions each, 32K context, evenly spread, made up), then lets
 each way verify it in a process of its own, one after the other, several rounds; prints the
-fastest round of each, the ratio, and the peak memory of all its processes. A run four times as
-long shows whether memory stays flat. Says nothing about any model.
+fastest round of each, the ratio, and the peak memory of all its processes; then the same of a run
+whose latents lie in two tiers. A run four times as long shows whether memory stays flat. On a
+machine with other work, processor time tells more than the clock. Says nothing about any model.
 
     python3 scripts/bench/verify.py
     python3 scripts/bench/verify.py --records 60000 --rounds 1
@@ -18,14 +19,15 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
-from long_run import Shape, in_own_process, write_run
+from long_run import OFFLOADED, Shape, in_own_process, write_run
 
 from dsatrace.errors import exits_cleanly
 from dsatrace.schema import STEPS_FILE
+from dsatrace.trace.manifest import TierSettings
 from dsatrace.verify.run import verify
 
 WAYS: dict[str, Any] = {
@@ -42,43 +44,66 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="the fastest counts (%(default)s)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="dsatrace-verify-") as temporary:
-        short, long = Path(temporary) / "short", Path(temporary) / "long"
-        num_records = write_run(short, args.records, "full", Shape())
-        size = (short / STEPS_FILE).stat().st_size
-        print(f"{num_records} full records, {size / num_records:.0f} bytes each", flush=True)
-        best: dict[str, float] = {}
-        for _ in range(args.rounds):
-            for name, how in WAYS.items():
-                best[name] = min(best.get(name, float("inf")), measured(name, short, num_records, **how))
-        plain = best["plain, 1 process"]
-        print()
-        for name, seconds in best.items():
-            per_record, ratio = seconds / num_records, plain / seconds
-            print(
-                f"{name:18} {per_record * 1e3:6.3f} ms a record {1 / per_record:8.0f} records/s {ratio:5.1f}x"
-            )
-        print()
-        num_long = write_run(long, 4 * num_records, "full", Shape())
-        measured(f"{num_long // num_records} times as long", long, num_long, **WAYS["fast, 2 processes"])
+        compare(Path(temporary) / "short", args.records, args.rounds, None)
+        compare(Path(temporary) / "offloaded", args.records, args.rounds, OFFLOADED)
+        long = Path(temporary) / "long"
+        num_long = write_run(long, 4 * args.records, "full", Shape())
+        measured("four times as long", long, num_long, **WAYS["fast, 2 processes"])
     return 0
 
 
-def measured(name: str, folder: Path, num_records: int, plain: bool, jobs: int) -> float:
-    """Seconds, without the start of the process that verifies; prints them, and its memory."""
+def compare(folder: Path, num_records: int, rounds: int, tiers: TierSettings | None) -> None:
+    """Writes a run and prints what each way takes of it."""
+    written = write_run(folder, num_records, "full", Shape(), tiers=tiers)
+    size = (folder / STEPS_FILE).stat().st_size
+    print(f"{folder.name}: {written} full records, {size / written:.0f} bytes each", flush=True)
+    best: dict[str, Spent] = {}
+    for _ in range(rounds):
+        for name, how in WAYS.items():
+            spent = measured(name, folder, written, **how)
+            best[name] = Spent(*map(min, zip(best.get(name, spent), spent, strict=True)))
+    plain = best["plain, 1 process"]
+    print()
+    for name, spent in best.items():
+        per_record, in_cpu = spent.seconds / written * 1e3, spent.cpu_s / written * 1e3
+        print(
+            f"{name:18} {per_record:6.3f} ms a record {plain.seconds / spent.seconds:5.1f}x   "
+            f"processors {in_cpu:6.3f} ms {plain.cpu_s / spent.cpu_s:5.1f}x"
+        )
+    print()
+
+
+class Spent(NamedTuple):
+    seconds: float
+    cpu_s: float  # of all processes
+
+
+def measured(name: str, folder: Path, num_records: int, plain: bool, jobs: int) -> Spent:
+    """Without the start of the process that verifies; prints it, and its memory."""
     said, _, own_mb = in_own_process(verify_stage, folder, plain, jobs)
-    seconds, of_workers_mb = map(float, said.split())
+    seconds, cpu_s, of_workers_mb = map(float, said.split())
     memory = (
         f"{own_mb:.0f} MB, and {of_workers_mb:.0f} MB in a worker" if of_workers_mb else f"{own_mb:.0f} MB"
     )
-    print(f"{name:18} {seconds:6.1f} s {num_records / seconds:8.0f} records/s   peak {memory}", flush=True)
-    return seconds
+    print(
+        f"{name:18} {seconds:6.1f} s {cpu_s:6.1f} s of processors {num_records / seconds:8.0f} records/s   "
+        f"peak {memory}",
+        flush=True,
+    )
+    return Spent(seconds, cpu_s)
 
 
 def verify_stage(folder: Path, plain: bool, jobs: int) -> str:
-    started = time.perf_counter()
+    started, before = time.perf_counter(), used_s()
     verify(folder, plain=plain, jobs=jobs)
-    seconds = time.perf_counter() - started
-    return f"{seconds} {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024}"
+    seconds, cpu_s = time.perf_counter() - started, used_s() - before
+    return f"{seconds} {cpu_s} {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024}"
+
+
+def used_s() -> float:
+    """Processor time of this process and of those that it waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 if __name__ == "__main__":

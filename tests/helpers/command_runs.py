@@ -6,14 +6,18 @@ import contextlib
 import itertools
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 from conftest import ROOT
 from dsatrace.trace.reader import RunReader
+from helpers.forked import Started
+from helpers.waiting import until
+
+Process = TypeVar("Process", subprocess.Popen[str], Started)
 
 
 def told_error(capsys: pytest.CaptureFixture[str], run: Callable[[], int]) -> str:
@@ -44,15 +48,21 @@ def runs_below(folder: Path, main: Callable[[list[str]], int], *fixed: object) -
     return run
 
 
+def until_lines(process: Process, file: Path, num_lines: int) -> None:
+    """Waits until the process, which goes on, has written so many lines."""
+
+    def has_written() -> bool:
+        assert process.poll() is None, process.communicate()
+        return file.exists() and file.read_bytes().count(b"\n") >= num_lines
+
+    until(has_written)
+
+
 @contextlib.contextmanager
-def recording(process: subprocess.Popen[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+def recording(process: Process, folder: Path) -> Iterator[Process]:
     """A process that has recorded a few steps into `folder`; it does not outlive the block."""
     try:
-        steps, deadline = folder / "trace_steps.jsonl", time.monotonic() + 120
-        while not (steps.exists() and steps.read_bytes().count(b"\n") >= 8):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until_lines(process, folder / "trace_steps.jsonl", 8)
         yield process
     finally:
         process.kill()
@@ -65,7 +75,7 @@ def bench(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(ROOT / "scripts" / "bench" / script), *flags],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
 

@@ -21,6 +21,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+SILENT_S = 300.0  # longer than anybody waits
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _URL = re.compile(r"/(?:datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 
@@ -79,7 +80,7 @@ class FakeHub:
         token = request.headers.get("Authorization")
         self.requests.append((request.command, request.path, wanted_range, token))
         if self.silent:
-            self._ended.wait(30)
+            self._ended.wait(SILENT_S)
             return
         match = _URL.fullmatch(request.path)
         files = self.repos.get(match["repo"]) if match else None

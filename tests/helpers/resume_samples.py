@@ -165,7 +165,7 @@ def resume(
 def records_of(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     """(request, step, layer) -> record without what belongs to the moment; no key may occur twice."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for record in read_lines(folder):
+    for record in RunReader(folder).steps():
         key = record["request_id"], record["step_idx"], record["layer_id"]
         assert key not in found
         for tier in record["kv_fetch"].values():

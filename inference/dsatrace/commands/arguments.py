@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from dsatrace.engine.ending import EndSettings
 from dsatrace.engine.settings import EngineSettings
 from dsatrace.errors import UserError
 from dsatrace.flags import add_flags, flags_of, option, values_of
@@ -19,6 +20,7 @@ from dsatrace.runner.settings import ModelSettings, OffloadSettings
 ENGINE_FLAGS = flags_of(EngineSettings)
 MODEL_FLAGS = {field: flag for field, flag in flags_of(ModelSettings).items() if field not in ENGINE_FLAGS}
 OFFLOAD_FLAGS = flags_of(OffloadSettings)
+END_FLAGS = flags_of(EndSettings)
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -55,6 +57,18 @@ def settings_from_args(args: argparse.Namespace) -> ModelSettings:
         ignore_config_keys=tuple(args.ignore_config_keys),
         offload=offload,
     )
+
+
+def end_settings_from_args(args: argparse.Namespace) -> EndSettings:
+    """When answers may end; raises `UserError` for a least length above `--max-new-tokens`."""
+    end = EndSettings(**values_of(args, END_FLAGS))
+    most = getattr(args, "max_new_tokens", None)  # None: the data set's own, which it checks
+    if most is not None and end.min_new_tokens > most:
+        raise UserError(
+            f"--min-new-tokens {end.min_new_tokens} is above --max-new-tokens {most}; lower the one or raise "
+            "the other"
+        )
+    return end
 
 
 def check_checkpoint(path: Path | None, has_weights: bool = True) -> None:

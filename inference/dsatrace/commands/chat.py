@@ -15,7 +15,7 @@ import sys
 import torch
 
 from dsatrace.commands.interrupt import on_ending, on_interrupt
-from dsatrace.commands.serving import Serving
+from dsatrace.commands.serving import PAST_ANSWER, Serving
 from dsatrace.engine.engine import Engine
 from dsatrace.engine.live import LiveRequest
 from dsatrace.text import plain, plain_lines
@@ -120,9 +120,14 @@ def _answer(serving: Serving, engine: Engine, ids: list[int], number: int) -> Li
     max_new_tokens = min(serving.max_new_tokens, engine.scheduler.max_tokens - len(ids) + 1)
     live = engine.submit(Request(f"r{number}", tuple(ids), max_new_tokens, serving.temperature))
     stream, stop_tokens = serving.chat.tokenizer.stream(), serving.chat.stop_tokens
-    for _, token in engine.run():
-        if serving.is_rank_0 and token not in stop_tokens:
-            print(plain_lines(stream.push(token)), end="", flush=True)
+    said_so = False
+    for i, (_, token) in enumerate(engine.run()):
+        if not serving.is_rank_0 or token in stop_tokens:
+            continue
+        if not said_so and live.answer_end is not None and i >= live.answer_end:
+            said_so = True
+            print(f"{plain_lines(stream.flush())}\n[{PAST_ANSWER}] ", end="")
+        print(plain_lines(stream.push(token)), end="", flush=True)
     if serving.is_rank_0:
         print(plain_lines(stream.flush()) + _ENDS.get(live.state, ""), flush=True)
     return live

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("name", choices=tuple(DATA_SETS), help="the data set")
-    add("--limit", type=int, help=f"rows to export; for ruler, from each file (default: all{limits})")
+    add("--limit", type=int, help=f"rows to export in all (default: all{limits})")
     add("--revision", help="branch, tag or commit, whose bytes are not checked (default: pinned)")
     add("--file", help="another file of the repository; its bytes are not checked")
     add("--out", type=Path, help="folder of the export (default: data/NAME)")

@@ -1,4 +1,5 @@
-"""`dsatrace export`: a run's records as Parquet for DuckDB, Polars and long storage, or back as JSON lines.
+"""`dsatrace export`: a run's records as Parquet for DuckDB, Polars and long storage, or laid out for
+replay, or back as JSON lines.
 
 dsatrace export outputs/mine --to parquet
 """
@@ -24,11 +25,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         examples="""
         %(prog)s outputs/mine --to parquet
         %(prog)s outputs/mine_parquet --to jsonl --out outputs/mine_again
+        %(prog)s outputs/mine --to replay
         """,
     )
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--to", choices=("parquet", "jsonl"), required=True, help="format of the copy")
-    parser.add_argument("--out", type=Path, help="new folder of the copy (default: RUN_parquet or RUN_jsonl)")
+    parser.add_argument(
+        "--to",
+        choices=("parquet", "jsonl", "replay"),
+        required=True,
+        help="format of the copy; replay: Parquet files of whole requests, by layer, then step",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="new folder of the copy (default: RUN_parquet, RUN_jsonl or RUN_replay)"
+    )
     args = parser.parse_args(argv)
 
     from rich.console import Console

@@ -15,16 +15,20 @@ from functools import partial
 from pathlib import Path
 
 from dsatrace.commands.arguments import (
+    END_FLAGS,
     add_chat_template_argument,
     add_engine_arguments,
     check_checkpoint,
     check_temperature,
     check_torch,
+    end_settings_from_args,
     settings_from_args,
 )
 from dsatrace.commands.interrupt import ends_by_signal
 from dsatrace.commands.parser import CommandParser
+from dsatrace.engine.ending import EndSettings
 from dsatrace.errors import UserError, exits_cleanly, is_rank_0
+from dsatrace.flags import add_flags
 from dsatrace.trace.config import add_trace_arguments, trace_config_from_args
 
 
@@ -37,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = settings_from_args(args)
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: use at least 1")
+    end = end_settings_from_args(args)
     check_temperature(args.temperature)
     prompts = [] if args.interactive else read_prompts(args.input_file)
     trace_config_from_args(args, name=None)
@@ -63,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(SAID_OF_PLAIN_TEXT, file=sys.stderr)
         run = RunSettings(
             stop_tokens=chat.stop_tokens,
-            answer_text=(lambda live: chat.text(live.answer)) if args.save_text else None,
+            end=end,
+            answer_text=chat.text if args.save_text else None,
             trace=trace,
             traced=bool(args.trace_enable or args.trace_out),
             info=partial(
@@ -118,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--input-file", type=Path, help="prompts, separated by blank lines")
     source.add_argument("--interactive", action="store_true", help="chat; /help lists its commands")
     group.add_argument("--max-new-tokens", type=int, default=200, help="new tokens per answer")
+    add_flags(group.add_argument, EndSettings, END_FLAGS)
     group.add_argument("--temperature", type=float, default=0.6, help="0 is greedy")
     group.add_argument("--thinking", action="store_true", help="let the model think before it answers")
     group.add_argument("--system-prompt", default="", help="text before the first turn")

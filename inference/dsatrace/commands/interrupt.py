@@ -15,7 +15,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-from dsatrace.errors import is_rank_0
+from dsatrace.errors import is_rank_0, note_ending
 
 _ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -55,6 +55,8 @@ def ends_by_signal(main: Callable[..., int]) -> Callable[..., int]:
 @contextlib.contextmanager
 def _on_signals(numbers: Sequence[signal.Signals], action: Callable[[], None]) -> Iterator[None]:
     def handler(signum: int, frame: FrameType | None) -> None:
+        if signum in _ENDINGS:
+            note_ending()
         action()
 
     # `nohup` ignores SIGHUP, and so does what it starts.

@@ -57,6 +57,14 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"{line}\n")
 
 
+def count(text: str) -> int:
+    """The `type` of a flag that counts something: 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: use at least 1")
+    return number
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """Adds `(default: X)` to every flag that has one, and keeps the lines of the examples.
 

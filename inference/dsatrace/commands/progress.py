@@ -74,6 +74,20 @@ def records_counter(label: str) -> Iterator[Advance]:
 
 
 @contextlib.contextmanager
+def counted_bar(label: str, total: int, noun: str) -> Iterator[Advance]:
+    """Yields a function to be told how many more of `total` were done."""
+    if not _is_watched():
+        yield lambda amount: None
+        return
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+
+    text = TextColumn(f"{{task.completed:,.0f}} of {total:,} {noun}")
+    columns = (TextColumn("{task.description}"), BarColumn(), text, TimeRemainingColumn())
+    with _bar(label, total, *columns) as update:
+        yield lambda amount: update(advance=amount)
+
+
+@contextlib.contextmanager
 def requests_bar(total: int | None, status: Callable[[], str]) -> Iterator[Advance]:
     """Yields a function to be told how many more requests have ended; `status` describes those under way."""
     if not _is_watched():

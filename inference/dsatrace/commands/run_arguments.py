@@ -11,16 +11,20 @@ import argparse
 from pathlib import Path
 
 from dsatrace.commands.arguments import (
+    END_FLAGS,
     add_bad_rows_argument,
     add_chat_template_argument,
     add_engine_arguments,
     check_checkpoint,
     check_temperature,
     check_torch,
+    end_settings_from_args,
     refuse_tiers,
     settings_from_args,
 )
+from dsatrace.engine.ending import EndSettings
 from dsatrace.errors import UserError, is_rank_0
+from dsatrace.flags import add_flags
 from dsatrace.trace.config import run_config_from_args
 from dsatrace.trace.resume import resumed_argv
 from dsatrace.workloads.rows import check_limit
@@ -37,6 +41,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="the simulator replays recorded answers through the same scheduler",
     )
     add("--resume", type=Path, metavar="RUN", help="continue an incomplete run; its own flags come first")
+    add_flags(add, EndSettings, END_FLAGS)
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add(
         "--tokenizer",
@@ -73,6 +78,7 @@ def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argpars
     args = parser.parse_args(argv)
     args.resume = run.resume
     check_temperature(args.temperature)
+    end_settings_from_args(args)
     check_limit("--limit", args.limit)
     if args.runner == "model" and args.ckpt_path is None:
         raise UserError("--ckpt-path is missing: name a converted checkpoint, or use --runner simulator")

@@ -26,6 +26,9 @@ from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.encoding import Message
 from dsatrace.workloads.request import Request
 
+PAST_ANSWER = "past its answer"
+"""Stands before what a model was made to say after the end of its answer."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
@@ -80,6 +83,8 @@ def answer_prompts(serving: Serving, prompts: Sequence[str]) -> int:
                 failed = request.error is not None
                 said = f"error: {request.error}" if failed else serving.chat.text(request.answer)
                 print(f"[{request.request_id}] {plain_lines(said)}\n")
+                if rest := serving.chat.text(request.past_answer):
+                    print(f"[{request.request_id}, {PAST_ANSWER}] {plain_lines(rest)}\n")
             print(report)
             if engine.tell_tiers is not None:
                 print(plain_lines(engine.tell_tiers()))
@@ -113,7 +118,7 @@ def _run_with_progress(engine: Engine, live: Sequence[LiveRequest], shown: bool)
             done += sum(request.num_computed for request in under_way)
             progress.update(bar, completed=done, description="prefill" if in_prefill else "decode")
     seconds = time.perf_counter() - started
-    generated = sum(len(request.answer) for request in live)
+    generated = sum(request.num_answered for request in live)
     cached_tokens = sum(request.prefix_hit_tokens or 0 for request in live)
     cached = f" ({cached_tokens} from the prefix cache)" if cached_tokens else ""
     report = f"{len(live)} requests, {prompt_tokens} tokens in{cached}, {generated} out in {seconds:.1f} s"

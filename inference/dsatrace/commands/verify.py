@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsatrace.commands.parser import CommandParser
+from dsatrace.commands.parser import CommandParser, count
 from dsatrace.commands.progress import bytes_bar
 from dsatrace.errors import exits_cleanly
 from dsatrace.schema import STEPS_FILE
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         """,
     )
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    parser.add_argument("--jobs", type=count, default=len(os.sched_getaffinity(0)), help="processes")
     args = parser.parse_args(argv)
     return verify_run(args.run, args.jobs)
 

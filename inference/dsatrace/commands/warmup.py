@@ -14,30 +14,31 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from dsatrace.commands.parser import CommandParser
+from dsatrace.commands.parser import CommandParser, count
 from dsatrace.errors import exits_cleanly
 from dsatrace.jit import kept_in
 
-PARTS = ("trace", "stores", "study")
+PARTS = ("trace", "stores", "study", "replay")
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandParser(
         "warmup",
-        "Compile the kernels that the trace, the stores and the study use, and keep them for later runs.",
+        "Compile the kernels that the trace, the stores, the study and the replay use, and keep them for "
+        "later runs.",
         examples="""
         %(prog)s
         %(prog)s --for trace
         """,
     )
     parser.add_argument("--for", dest="part", choices=("all", *PARTS), default="all", help="what to compile")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    parser.add_argument("--jobs", type=count, default=len(os.sched_getaffinity(0)), help="processes")
     args = parser.parse_args(argv)
     started = time.perf_counter()
     jobs = [job for part in PARTS if args.part in ("all", part) for job in _jobs(part)]
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(max(1, min(args.jobs, len(jobs))), context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(min(args.jobs, len(jobs)), context) as pool:
         for done in concurrent.futures.as_completed([pool.submit(job) for job in jobs]):
             print(f"compiled {done.result()}", file=sys.stderr)
     where = kept_in()
@@ -52,6 +53,8 @@ def _jobs(part: str) -> list[Callable[[], str]]:
         return [_trace]
     if part == "stores":
         return [_stores]
+    if part == "replay":
+        return [_locality, _policies_of_sets]
     from dsatrace.kv.policies.registry import POLICIES
 
     return [_pool, _lru_at_all_sizes, *(functools.partial(_policy, name) for name in POLICIES)]
@@ -68,6 +71,16 @@ def _stores() -> str:
     for name in ("checksums", "ledger", "resp"):  # they compile when they are imported
         importlib.import_module(f"dsatrace.kv.stores.{name}")
     return "the stores"
+
+
+def _policies_of_sets() -> str:
+    from dsatrace.selection_replay.policies import POLICIES, misses
+    from dsatrace.selection_replay.steps import Steps
+
+    steps = Steps.of([[1, 0], [2, 1]])
+    for name in POLICIES:
+        misses(steps, name, 2)
+    return "the policies of selections"
 
 
 def _pool() -> str:
@@ -93,6 +106,22 @@ def _lru_at_all_sizes() -> str:
 
     lru_hits_at(AccessStream.of([[0, 1], [0, 2]]), [1, 2])
     return "LRU at all sizes"
+
+
+def _locality() -> str:
+    from dsatrace.selection_replay.layer_overlap import LayerOverlap
+    from dsatrace.selection_replay.locality import MEASURES
+    from dsatrace.selection_replay.nulls import nulls_of
+    from dsatrace.selection_replay.predictors import predictions_of
+    from dsatrace.selection_replay.steps import Steps
+
+    steps = Steps.of([[0, 1], [0, 2], [1, 2]])
+    nulls_of(steps, seed=0)
+    LayerOverlap.of({0: steps, 1: steps})
+    predictions_of(steps, before=steps)
+    for kind in MEASURES.values():
+        kind.of(steps)
+    return "the locality of selections"
 
 
 if __name__ == "__main__":

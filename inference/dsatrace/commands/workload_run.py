@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from dsatrace.commands.arguments import settings_from_args
+from dsatrace.commands.arguments import end_settings_from_args, settings_from_args
 from dsatrace.commands.damage import damage_named
 from dsatrace.commands.interrupt import on_interrupt
 from dsatrace.commands.progress import Advance, requests_bar
@@ -140,10 +140,11 @@ class _Run:
     ) -> RunSettings:
         return RunSettings(
             stop_tokens=self.chat.stop_tokens,
+            end=end_settings_from_args(self.args),
             admission=self.serving.admission,
             clock=self.serving.new_clock(resume_point.elapsed_s),
             judge=self._judge(opened.workload) if is_rank_0() else None,
-            answer_text=self._text if self.args.save_text else None,
+            answer_text=self.chat.text if self.args.save_text else None,
             trace=self._trace_config(resumed) if is_rank_0() else None,
             traced=not self.args.no_trace,
             info=partial(
@@ -210,9 +211,6 @@ class _Run:
             return workload.judge(live.request_id, self.chat.tokenizer.decode(answer))
 
         return judge
-
-    def _text(self, live: LiveRequest) -> str:
-        return self.chat.text(live.answer)
 
 
 @dataclasses.dataclass

@@ -82,6 +82,7 @@ class Engine:
         self.ranks: Ranks = ranks or SingleProcess()
         self.judge = run.judge
         self.answer_text = run.answer_text
+        self.end = run.end
         self.on_tier_error = on_tier_error
         self.abort_requested = False
         self.tell_tiers: Callable[[], str] | None = None
@@ -216,7 +217,10 @@ class Engine:
             live.score = self.judge(live)
         if self.tracer is not None:
             live.num_output_tokens = live.num_answered
-            live.text = self.answer_text(live) if self.answer_text else None
+            live.answer_tokens = len(live.answer) if self.end.asked else None
+            if self.answer_text is not None:
+                live.text = self.answer_text(live.answer)
+                live.text_past_answer = self.answer_text(live.past_answer) or None
             self.tracer.finish_request(live.request, live)
 
 

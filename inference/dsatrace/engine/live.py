@@ -32,6 +32,7 @@ class LiveRequest(RequestFacts):
     num_computed: int = 0
     state: State = dataclasses.field(default="waiting", kw_only=True)
     num_decode_steps: int = 0  # what is computed again counts once
+    answer_end: int | None = None  # tokens generated when it first ended its answer and went on
     recomputes_in_vain: int = 0  # of `num_recomputes`, since its last token
     resumed_tokens: int = 0  # looked up when it was computed again: prompt and answer so far
     resumed_hit_tokens: int = 0  # found cached of those
@@ -54,9 +55,19 @@ class LiveRequest(RequestFacts):
         return self.held.block_ids if self.held is not None else []
 
     @property
-    def answer(self) -> list[int]:
-        """The generated tokens."""
+    def generated(self) -> list[int]:
+        """The tokens after the prompt."""
         return self.tokens[self.prompt_len :]
+
+    @property
+    def answer(self) -> list[int]:
+        """The generated tokens, up to where the answer ended if it went on past its end."""
+        return self.generated[: self.answer_end]
+
+    @property
+    def past_answer(self) -> list[int]:
+        """What it generated after its answer, the end of sequence included."""
+        return [] if self.answer_end is None else self.generated[self.answer_end :]
 
     @property
     def num_answered(self) -> int:

@@ -59,7 +59,8 @@ class BlocksLost(RuntimeError):
 
 
 class Runner(Protocol):
-    """Computes steps. It reads requests and never changes them; the scheduler does.
+    """Computes steps. It reads requests and never changes them; the scheduler does. One thing it adds: the
+    `answer_end` of a request whose end of sequence came too early, since only it has seen that token.
 
     A request's tokens depend on the request alone: not on the others in its batch, nor on how
     often it was preempted. A prefill step may compute tokens again.

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from dsatrace.engine.block_tables import BlockTables
+from dsatrace.engine.ending import ENDS_BY_ITSELF, EndSettings
 from dsatrace.engine.live import LiveRequest, State
 from dsatrace.engine.runner import Step, Work
 from dsatrace.kv.blocks import OutOfBlocks, blocks_needed
@@ -57,6 +58,7 @@ class Scheduler:
         max_seq_len: int | None = None,
         reserve_answer: bool = False,
         admission: Admission = "continuous",
+        end: EndSettings = ENDS_BY_ITSELF,
     ) -> None:
         """`max_seq_len` bounds the tokens of a request, as the pool itself does.
 
@@ -72,6 +74,7 @@ class Scheduler:
         self.max_seq_len = max_seq_len
         self.reserve_answer = reserve_answer
         self.admission = admission
+        self.end = end
         self.waiting: deque[LiveRequest] = deque()
         self.running: list[LiveRequest] = []
         self.num_recomputes = 0  # requests that started over because a tier lost their blocks
@@ -166,7 +169,10 @@ class Scheduler:
         for live, new in tokens:
             if live.first_token_s is None:
                 live.first_token_s = now
-            if live.request.stop_at_eos and new[-1] in self.stop_tokens:
+            if self.end.asked and live.answer_end is None:
+                live.answer_end = self._end_in(live, new)
+            stops = live.request.stop_at_eos and not self.end.ignore_eos
+            if stops and new[-1] in self.stop_tokens:
                 self._retire(live, "stop", now)
             elif live.tokens_left == 0:
                 self._retire(live, "length", now)
@@ -205,6 +211,11 @@ class Scheduler:
     def _decode_is_due(self) -> bool:
         """Short prompts could follow one another forever, so decoding requests get their turn."""
         return self._prompts_since_decode >= self.max_batch_size and not self.running[0].in_prefill
+
+    def _end_in(self, live: LiveRequest, new: Sequence[int]) -> int | None:
+        """Tokens generated before the first end of sequence among the `new` ones, its latest."""
+        before = live.num_answered - len(new)
+        return next((before + i for i, token in enumerate(new) if token in self.stop_tokens), None)
 
     def _why_it_never_fits(self, live: LiveRequest) -> str | None:
         in_pool = self.pool.num_blocks * self.pool.block_size

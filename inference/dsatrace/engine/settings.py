@@ -7,10 +7,11 @@ run = RunSettings(stop_tokens=frozenset({1}), admission="fifo-batch")
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from dsatrace.engine.clock import Clock
+from dsatrace.engine.ending import ENDS_BY_ITSELF, EndSettings
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.scheduler import Admission
 from dsatrace.flags import Flag, check
@@ -54,18 +55,20 @@ class EngineSettings:
 class RunSettings:
     """One run: what is known of its requests, how they are served, and what is kept of them.
 
-    `answer_text` gives the text for the trace, if the user asked for it. Under tensor parallel only rank 0
-    has a `trace` and what is `resumed`; `traced` tells the others to compare selections. `info` makes
-    the manifest's facts: `partial(RunInfo, ...)` with those that the command knows.
+    `answer_text` makes the text of generated tokens for the trace, if the user asked for it. Under tensor
+    parallel only rank 0 has a `trace` and what is `resumed`; `traced` tells the others to compare
+    selections. `info` makes the manifest's facts: `partial(RunInfo, ...)` with those that the command
+    knows.
     """
 
     longest: int | None = None  # tokens of the longest request with its answer; None: not known
     num_requests: int | None = None  # None: not known
     stop_tokens: frozenset[int] = frozenset()
+    end: EndSettings = ENDS_BY_ITSELF
     admission: Admission = "continuous"
     clock: Clock | None = None  # None: wall time; the simulator's is virtual
     judge: Judge | None = None
-    answer_text: Callable[[LiveRequest], str] | None = None
+    answer_text: Callable[[Sequence[int]], str] | None = None
     trace: TraceConfig | None = None
     traced: bool = False
     info: Callable[..., RunInfo] = RunInfo

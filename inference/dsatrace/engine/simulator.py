@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from dsatrace.engine.block_tables import new_pool
 from dsatrace.engine.clock import VirtualClock
+from dsatrace.engine.ending import ENDS_BY_ITSELF, EndSettings
 from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.runner import Step
@@ -88,24 +89,32 @@ class StepTime:
 class TokenSimulator:
     """Answers with what `respond` says, up to its first `end_token`, which is added where it has none.
 
-    A request that does not stop there gets the answer over and over, as many tokens as it asks for.
+    A request that does not stop there gets the answer over and over, as many tokens as it asks for; one
+    that `end` lets go on past its answer gets it over and over until it may end.
     """
 
-    def __init__(self, end_token: int, respond: Respond = echo, step_time: StepTime | None = None) -> None:
+    def __init__(
+        self,
+        end_token: int,
+        respond: Respond = echo,
+        step_time: StepTime | None = None,
+        end: EndSettings = ENDS_BY_ITSELF,
+    ) -> None:
         self.end_token = end_token
         self.respond = respond
         self.step_time = step_time or StepTime()
+        self.end = end
         self._answers: dict[str, list[int]] = {}  # of the running requests
 
     def run(self, step: Step) -> list[list[int]]:
         sampled = []
         for live in step.sampled:
-            answer = self._answer(live.request)
+            answer = self._answer(live)
             sampled.append(answer[live.num_answered : live.num_answered + step.num_steps])
         return sampled
 
     def lookahead(self, live: LiveRequest) -> int:
-        return len(self._answer(live.request)) - live.num_answered
+        return len(self._answer(live)) - live.num_answered
 
     def modelled_ns(self, step: Step, num_steps: int) -> int | None:
         return self.step_time.of(step, num_steps)
@@ -113,16 +122,28 @@ class TokenSimulator:
     def forget(self, request_id: str) -> None:
         self._answers.pop(request_id, None)
 
-    def _answer(self, request: Request) -> list[int]:
+    def _answer(self, live: LiveRequest) -> list[int]:
+        request = live.request
         answer = self._answers.get(request.request_id)
         if answer is None:
             answer = [*self.respond(request), self.end_token]
             if request.stop_at_eos:
                 del answer[answer.index(self.end_token) + 1 :]
+                answer = self._until_it_may_end(answer, live)
             else:
                 answer = self._repeated(answer, request.max_new_tokens)
             self._answers[request.request_id] = answer
         return answer
+
+    def _until_it_may_end(self, answer: list[int], live: LiveRequest) -> list[int]:
+        """`answer` ends with the end token; notes in `live` where it ended if it goes on."""
+        num_tokens, ignore = len(answer) - 1, self.end.ignore_eos
+        if not ignore and num_tokens >= self.end.min_new_tokens:
+            return answer
+        live.answer_end = num_tokens
+        if ignore:
+            return self._repeated(answer, live.request.max_new_tokens)
+        return [*self._repeated(answer, self.end.min_new_tokens), self.end_token]
 
     def _repeated(self, answer: list[int], num_tokens: int) -> list[int]:
         period = answer[:-1] or answer
@@ -152,6 +173,7 @@ def open_simulator(
         frozenset({end_token}),
         max_seq_len=max_seq_len,
         admission=run.admission,
+        end=run.end,
     )
     run = dataclasses.replace(run, clock=run.clock or VirtualClock())
     with contextlib.ExitStack() as stack:
@@ -164,9 +186,10 @@ def open_simulator(
                 seed=settings.seed,
                 selections="none",
                 prefix_source="cache" if settings.prefix_caching else "analysis",
+                answer_end=run.end.to_json(),
             )
             tracer = stack.enter_context(Tracer(run.trace, info, resumed=run.resumed))
-        yield Engine(scheduler, TokenSimulator(end_token, respond, step_time), tracer, run)
+        yield Engine(scheduler, TokenSimulator(end_token, respond, step_time, run.end), tracer, run)
 
 
 NO_TOKEN = -1

@@ -183,8 +183,8 @@ def _fill(
     if not target.is_meta:
         target.data.copy_(value)
         return
-    # A copy of our own: the value is a view into the mapped file.
-    filled = torch.empty_like(target, device=device).copy_(value)
+    # A copy of our own: the value is a view into the mapped file. empty_like of a meta tensor imports sympy.
+    filled = torch.empty(target.shape, dtype=target.dtype, device=device).copy_(value)
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     if isinstance(target, nn.Parameter):

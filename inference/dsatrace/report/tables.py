@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UserError
 from ..trace.kind import SelectionKind, engine_kind, inactive
 from ..trace.manifest import selection_kind, shared_layers_of
 from ..trace.reader import RunReader
@@ -45,6 +46,8 @@ def caveat(summary: Summary) -> str | None:
 
 def run_tables(run: RunReader) -> Iterator[str | Grid]:
     """What a run found, in the order of the questions people ask."""
+    if run.is_for_replay:  # the first records are those of one layer
+        raise UserError(f"{run.folder}: is laid out for replay; report on the run that it was made from")
     summary = run.summary()
     counts = summary["counts"]
     yield (
@@ -209,7 +212,7 @@ def _bytes(summary: Summary) -> Grid | None:
 
 def _costs(run: RunReader, summary: Summary) -> Grid:
     cost, step_ms = summary["tracing_cost"], summary["step_ms"]
-    trace_bytes = run.steps_path.stat().st_size
+    trace_bytes = sum(path.stat().st_size for path in run.step_paths)
     num_records = summary["counts"]["records"]
     per_record = f", {trace_bytes / num_records:,.0f} bytes per record" if num_records else ""
     median = "none" if step_ms["p50"] is None else f"{step_ms['p50']:.2f} ms"

@@ -28,6 +28,7 @@ def workload_tables(summary: Summary) -> Iterator[Grid]:
     sections = {
         "needle_recall": _recall,
         "scores": _scores,
+        "past_answer": _past_answer,
         "serving": _serving,
         "prefix_cache": _prefix_cache,
         "workload": _workload,
@@ -59,6 +60,14 @@ def _scores(scores: Summary) -> Grid:
         for value, group in values.items()
     ]
     return Grid("Scores", ("group", "mean", "requests"), [row("all", scores), *first_rows(groups)])
+
+
+def _past_answer(past: Summary) -> Grid:
+    steps = f"{past['past_steps']:,} of {past['decode_steps']:,}"
+    if past["decode_steps"]:
+        steps += f" ({percent(past['past_steps'] / past['decode_steps'])})"
+    rows = [("decode steps past the answer", steps), ("requests that went on", f"{past['requests']:,}")]
+    return Grid("Past the answer: made to go on, which the model would not have said", ("", ""), rows)
 
 
 def _serving(serving: Summary) -> Grid:

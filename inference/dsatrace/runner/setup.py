@@ -84,7 +84,7 @@ def open_engine(
         runner = ModelRunner(
             model,
             cache,
-            Sampler(settings.seed),
+            Sampler(settings.seed, run.stop_tokens, run.end.min_new_tokens),
             device,
             tracer,
             batch_size,
@@ -101,6 +101,7 @@ def open_engine(
             max_seq_len=args.max_seq_len,
             reserve_answer=num_blocks >= batch_size * blocks_needed(longest or args.max_seq_len, block_size),
             admission=run.admission,
+            end=run.end,
         )
         engine = Engine(
             scheduler,
@@ -137,6 +138,7 @@ def _run_info(
         if settings.offload and isinstance(cache, OffloadedCache)
         else None,
         shared_layers=shared_layers(args.source_layers),
+        answer_end=run.end.to_json(),
     )
 
 

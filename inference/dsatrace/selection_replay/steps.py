@@ -11,10 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
+from dsatrace.jit import cached_njit
+from dsatrace.selection_replay.bits import ONE, lowest_bit
+
 NO_ID = -1
+
+Start = Literal["empty", "first-b"]
+"""What a buffer of B ids holds before the first step: nothing, or the ids 0 to B - 1."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,9 +48,26 @@ class Steps:
         return self.ids[self.ptr[step] : self.ptr[step + 1]]
 
     def ascending(self) -> Steps:
-        """The same with each step's ids ascending."""
-        order = np.lexsort((self.ids, np.repeat(np.arange(self.num_steps), self.sizes)))
-        return dataclasses.replace(self, ids=self.ids[order])
+        """The same with each step's ids ascending; itself if they are."""
+        ids, ptr = self.arrays()
+        if _is_ascending(ids, ptr):
+            return self
+        ids = ids.copy()
+        _sort_rows(ids, ptr, np.zeros((self.num_ids >> 6) + 1, np.uint64))
+        return dataclasses.replace(self, ids=ids)
+
+    def without_newest(self) -> Steps:
+        """The same without each step's newest id; itself if no step asks for it."""
+        at = np.flatnonzero(self.ids == np.repeat(self.newest, self.sizes))
+        if not len(at):
+            return self
+        return dataclasses.replace(
+            self, ids=np.delete(self.ids, at), ptr=self.ptr - np.searchsorted(at, self.ptr)
+        )
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """`ids` and `ptr` as kernels take them: one type each, or they would be compiled anew."""
+        return np.require(self.ids, np.int32, ["C", "W"]), np.require(self.ptr, np.int64, ["C", "W"])
 
     @classmethod
     def of(
@@ -64,3 +88,32 @@ class Steps:
             num_ids,
             num_warm,
         )
+
+
+@cached_njit(nogil=True, _nrt=False)
+def _is_ascending(ids: np.ndarray, ptr: np.ndarray) -> bool:
+    for step in range(len(ptr) - 1):
+        for at in range(ptr[step] + 1, ptr[step + 1]):
+            if ids[at - 1] > ids[at]:
+                return False
+    return True
+
+
+@cached_njit(nogil=True, _nrt=False)
+def _sort_rows(ids: np.ndarray, ptr: np.ndarray, words: np.ndarray) -> None:
+    """Sorts each step's ids in place, through a set of bits: `words` is (num_ids / 64 + 1,) and 0."""
+    for step in range(len(ptr) - 1):
+        begin, end = ptr[step], ptr[step + 1]
+        first, last = len(words), -1
+        for at in range(begin, end):
+            word = ids[at] >> 6
+            words[word] |= ONE << np.uint64(ids[at] & 63)
+            first, last = min(first, word), max(last, word)
+        at = begin
+        for word in range(first, last + 1):
+            bits = words[word]
+            words[word] = 0
+            while bits:
+                ids[at] = (word << 6) + lowest_bit(bits)
+                at += 1
+                bits &= bits - ONE

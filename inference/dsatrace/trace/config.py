@@ -48,6 +48,7 @@ class TraceConfig:
     queue_steps: int = 8  # steps that may wait for the writer
     on_error: Literal["stop", "continue"] = "stop"  # when the writer fails: end the run, or go on untraced
     summary_interval_s: float = 5.0
+    format: Literal["jsonl", "parquet"] = "jsonl"  # of the step records
 
     def __post_init__(self) -> None:
         for name, (holds, remedy) in _RULES.items():
@@ -73,6 +74,9 @@ class TraceConfig:
 FLAGS = {
     "block_size": Flag("tokens in a block", ("--kv-block-size",)),
     "level": Flag("what a record holds", ("--trace-level",)),
+    "format": Flag(
+        "what step records are written as: lines to read, or columns for long runs", ("--trace-format",)
+    ),
     "sample_rate": Flag("share of the steps", ("--trace-sample-rate",)),
     "store_scores": Flag("record every selected score", ("--trace-store-scores",)),
     "keep_order": Flag("positions by score instead of ascending", ("--trace-keep-order",)),
@@ -94,6 +98,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "block_size": (lambda tokens: tokens >= 1, "use at least 1 token"),
     "level": (lambda level: level in LEVELS, f"use one of {', '.join(LEVELS)}"),
     "sample_rate": (lambda rate: 0 <= rate <= 1, _USE_A_SHARE),
+    "format": (lambda name: name in ("jsonl", "parquet"), "use jsonl or parquet"),
     "prefix_key_tokens": (lambda tokens: tokens >= 1, "use at least 1"),
     "prefill": (lambda what: what in ("off", "last"), "use off or last"),
     "compared_block_sizes": (lambda sizes: min(sizes, default=0) >= 1, "name sizes of 1 token or more"),

@@ -1,4 +1,4 @@
-"""Turns a run's folder from JSON lines into Parquet and back, without loss.
+"""Turns a run's folder from JSON lines into Parquet and back, without loss, or lays it out for replay.
 
 The new folder appears whole or not at all: it is filled under a hidden name beside its place and
 renamed last. The manifest is copied, so an export of a killed run says so too, but for the digests:
@@ -13,19 +13,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
+
+import pyarrow as pa
 
 from dsatrace.errors import UserError
 from dsatrace.files import NO_LOCKS, digest_of, sync, write_json
 from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, STEPS_PARQUET_FILE, SUMMARY_FILE
-from dsatrace.trace.parquet.file import Line, count_records, read_lines, write_parquet
+from dsatrace.trace.parquet.file import (
+    Line,
+    count_records,
+    lossless_batches,
+    open_file,
+    read_lines,
+    write_parquet,
+)
+from dsatrace.trace.parquet.replay_layout import Counts, write_replay_layout
 from dsatrace.trace.reader import RunReader
 
-Format = Literal["parquet", "jsonl"]
+Format = Literal["parquet", "jsonl", "replay"]
 
 Progress = Callable[[int, int], None]  # done and all: bytes of text, or records on the way back
 
@@ -51,56 +62,85 @@ def export_run(
     format already, for a file that is not as it was when the run ended, for a line that is not JSON,
     and for what the system refuses.
     """
-    source = run.steps_path
-    if run.is_parquet == (to == "parquet"):
+    if run.is_for_replay:
+        raise UserError(f"{run.folder}: is laid out for replay; export the run that it was made from")
+    if to != "replay" and run.is_parquet == (to == "parquet"):
         raise UserError(f"{run.folder}: its records are {to} already; nothing to export")
-    if not source.exists():
-        raise UserError(f"{source}: not there; a run killed before its first step has nothing to export")
+    sources = run.step_paths
+    if not all(path.exists() for path in sources) or not sources:
+        raise UserError(
+            f"{run.folder}: holds no step records; a run killed before its first step has nothing to export"
+        )
     if run.state == "running":
         raise UserError(
             f"{run.folder}: the run is still being written; export it when it has ended, or a copy of it"
         )
     try:
         with new_folder(out) as folder:
-            steps = folder / (STEPS_PARQUET_FILE if to == "parquet" else STEPS_FILE)
+            counts: dict[str, Counts] = {}
             if to == "parquet":
-                num_records, num_kept = _to_parquet(run, steps, progress)
+                num_records, num_kept = _to_parquet(run, folder / STEPS_PARQUET_FILE, progress)
+            elif to == "jsonl":
+                num_records, num_kept = _to_jsonl(run, folder / STEPS_FILE, progress), 0
             else:
-                num_records, num_kept = _to_jsonl(source, steps, progress), 0
+                counts = write_replay_layout(
+                    _tables(run, progress), folder, run.manifest["trace"]["keep_order"]
+                )
+                num_records, num_kept = sum(count.records for count in counts.values()), 0
+            written = [path for path in folder.rglob("*") if path.is_file()]
+            size, bytes_before = (sum(path.stat().st_size for path in paths) for paths in (written, sources))
             _copy_others(run, folder)
             _require_unchanged(run)
-            _write_manifest(run, folder)
-            size = steps.stat().st_size
+            _write_manifest(run, folder, counts)
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot export there: {error.strerror}") from error
-    return Exported(out, num_records, num_kept, source.stat().st_size, size, dict(run.torn_lines))
+    return Exported(out, num_records, num_kept, bytes_before, size, dict(run.torn_lines))
 
 
 def _to_parquet(run: RunReader, path: Path, progress: Progress) -> tuple[int, int]:
-    total, done = run.steps_path.stat().st_size, 0
+    total, done = sum(path.stat().st_size for path in run.step_paths), 0
 
     def advance(num_bytes: int) -> None:
         nonlocal done
         done += num_bytes
         progress(done, total)
 
-    def lines() -> Iterator[Line]:
-        for line, record in run.lines(STEPS_FILE):
-            yield line.removesuffix(b"\n"), record
-
-    written = write_parquet(path, lines(), advance)
+    written = write_parquet(path, _lines(run), advance, run.manifest["trace"]["keep_order"])
     return written.num_records, written.num_kept_as_text
 
 
-def _to_jsonl(source: Path, path: Path, progress: Progress) -> int:
-    total, done = count_records(source), 0
+def _to_jsonl(run: RunReader, path: Path, progress: Progress) -> int:
+    total, done = sum(map(count_records, run.step_paths)), 0
+    lines = itertools.chain.from_iterable(map(read_lines, run.step_paths))
     with path.open("wb") as file:
-        for done, line in enumerate(read_lines(source), 1):
+        for done, line in enumerate(lines, 1):
             file.write(line + b"\n")
             if done % 1000 == 0:
                 progress(done, total)
     progress(done, total)
     return done
+
+
+def _tables(run: RunReader, progress: Progress) -> Iterator[pa.Table]:
+    """The step records, a group of them at a time."""
+    total, done = sum(path.stat().st_size for path in run.step_paths), 0
+    if not run.is_parquet:
+        for group, batch in lossless_batches(_lines(run)):
+            yield pa.Table.from_batches([batch])
+            done += sum(len(line) + 1 for line, _ in group)
+            progress(done, total)
+        return
+    for path in run.step_paths:
+        with open_file(path) as file:
+            for index in range(file.metadata.num_row_groups):
+                yield file.read_row_group(index)
+                progress(done + path.stat().st_size * (index + 1) // file.metadata.num_row_groups, total)
+        done += path.stat().st_size
+
+
+def _lines(run: RunReader) -> Iterator[Line]:
+    for line, record in run.lines(STEPS_FILE):
+        yield line.removesuffix(b"\n"), record
 
 
 def _copy_others(run: RunReader, folder: Path) -> None:
@@ -123,11 +163,18 @@ def _require_unchanged(run: RunReader) -> None:
             )
 
 
-def _write_manifest(run: RunReader, folder: Path) -> None:
-    """The run's, with the digests of the files in `folder`, and of all that they were made from."""
+def _write_manifest(run: RunReader, folder: Path, counts: Mapping[str, Counts]) -> None:
+    """The run's, with the digests of the files in `folder`, what each of several holds, and the digests of
+    all that they were made from."""
     known = {**(run.manifest.get("source_files") or {}), **(run.manifest.get("files") or {})}
-    files = {path.name: digest_of(path) for path in sorted(folder.iterdir())}
-    write_json(folder / MANIFEST_FILE, {**run.manifest, "files": files, "source_files": known or None})
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    files = {name: digest_of(folder / name) for name in names}
+    for name, count in counts.items():
+        files[name] |= count._asdict()
+    layout = {"layout": "replay"} if counts else {}
+    write_json(
+        folder / MANIFEST_FILE, {**run.manifest, "files": files, **layout, "source_files": known or None}
+    )
 
 
 @contextlib.contextmanager
@@ -143,7 +190,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     with _locked(hidden):
         try:
             for leftover in hidden.iterdir():
-                leftover.unlink()
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             yield hidden
             for path in hidden.iterdir():
                 sync(path)

@@ -117,6 +117,7 @@ class RunInfo:
     prefix_source: PrefixSource = "analysis"
     tiers: TierSettings | None = None  # None: everything in HBM
     shared_layers: Mapping[int, int] = dataclasses.field(default_factory=dict)  # see `shared_layers`
+    answer_end: Mapping[str, Any] | None = None  # how answers were kept from ending; None: they were not
     kind: SelectionKind | None = None  # of another door's selections; None: the engine's
 
     def __post_init__(self) -> None:
@@ -188,6 +189,7 @@ def manifest(
         "prefix_source": run.prefix_source,
         "tiers": None if run.tiers is None else run.tiers.to_json(),
         "selection": _selection(run, sparse_active),
+        **({"answer_end": dict(run.answer_end)} if run.answer_end else {}),
         "trace": {
             "level": config.level,
             "block_size_tokens": config.block_size,
@@ -201,6 +203,7 @@ def manifest(
             "queue_policy": config.queue_policy,
             "queue_steps": config.queue_steps,
             "on_error": config.on_error,
+            **({"format": config.format} if config.format != "jsonl" else {}),
         },
         "quantile": QUANTILE_DEFINITION,
         "resumed_at_forward": [],

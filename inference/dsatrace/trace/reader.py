@@ -14,16 +14,20 @@ through; a last line that a kill cut short is reported, not raised. Derives noth
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Collection, Iterator, Mapping
+import itertools
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from dsatrace.errors import UserError
 from dsatrace.files import NO_LOCKS
 from dsatrace.schema import (
     LEVELS,
+    LOST_RECORDS,
     MANIFEST_FIELDS,
     MANIFEST_FILE,
     REQUEST_FIELDS,
@@ -31,13 +35,18 @@ from dsatrace.schema import (
     RUN_STATES,
     SCHEMA_VERSION,
     STEPS_FILE,
+    STEPS_FOLDER,
     STEPS_PARQUET_FILE,
     SUMMARY_FIELDS,
     SUMMARY_FILE,
     Field,
+    locked_file,
     problems,
     project,
 )
+
+REQUEST_ID = re.compile(rb'"request_id":\s*("(?:[^"\\]|\\.)*")')
+"""Finds a line's request id, as JSON: parsing the line would take longer than reading it."""
 
 
 class RunReader:
@@ -47,6 +56,10 @@ class RunReader:
         self.folder = Path(folder)
         self.torn_lines: dict[str, str] = {}
         self.manifest = self._manifest()
+        if self.is_parquet and self.state == "incomplete" and not (self.folder / STEPS_PARQUET_FILE).exists():
+            self.torn_lines[STEPS_FOLDER] = (
+                f"what was not in a part yet is lost: less than {LOST_RECORDS:,} records and a step's"
+            )
 
     def _manifest(self) -> dict[str, Any]:
         manifest, path = self._read_json(MANIFEST_FILE), self.folder / MANIFEST_FILE
@@ -68,7 +81,7 @@ class RunReader:
     def state(self) -> str:
         """`running | complete | incomplete`; a run whose process is gone is incomplete, not running."""
         state: str = self.manifest["state"]
-        if state == "running" and not _is_locked(self.folder / STEPS_FILE):
+        if state == "running" and not _is_locked(self.folder / locked_file(self.manifest)):
             # It may have ended between the two looks.
             state = self._manifest()["state"]
             return "incomplete" if state == "running" else state
@@ -76,16 +89,34 @@ class RunReader:
 
     @property
     def is_parquet(self) -> bool:
-        """Whether the step records are in trace_steps.parquet, as in an export."""
-        return not (self.folder / STEPS_FILE).exists() and (self.folder / STEPS_PARQUET_FILE).exists()
+        """Whether the step records are Parquet, as such a run or an export writes them."""
+        if (self.folder / STEPS_FILE).exists():
+            return False
+        if self.is_for_replay:
+            return True
+        was_recorded_so = self.manifest["trace"].get("format") == "parquet"
+        return was_recorded_so or (self.folder / STEPS_PARQUET_FILE).exists()
 
     @property
-    def steps_path(self) -> Path:
-        """The file of the step records."""
-        return self.folder / (STEPS_PARQUET_FILE if self.is_parquet else STEPS_FILE)
+    def is_for_replay(self) -> bool:
+        """Whether the records stand by request, layer and step, in several files."""
+        return bool(self.manifest.get("layout") == "replay")
+
+    @property
+    def step_paths(self) -> list[Path]:
+        """The files of the step records, in the order of the records."""
+        if not self.is_parquet:
+            return [self.folder / STEPS_FILE]
+        if self.is_for_replay:
+            names = self.manifest.get("files") or {}
+            return [self.folder / name for name in names if Path(name).parent == Path(STEPS_FOLDER)]
+        whole = self.folder / STEPS_PARQUET_FILE
+        if whole.exists() or self.state == "complete":
+            return [whole]
+        return part_paths(self.folder)
 
     def steps(self, fields: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-        """The step records, in the order they were written.
+        """The step records, in the order they were written, or by request where they are laid out for replay.
 
         With `fields` (dotted paths of `schema.STEP_FIELDS`; a parent's path takes all below it) a record
         holds only those, and of a Parquet run only their columns are read.
@@ -94,9 +125,17 @@ class RunReader:
             # pyarrow takes long to import, and most runs are not read with it.
             from dsatrace.trace.parquet.file import read_records
 
-            return read_records(self.steps_path, fields)
+            return itertools.chain.from_iterable(read_records(path, fields) for path in self.step_paths)
         records = (record for _, record in self.lines(STEPS_FILE))
         return records if fields is None else (project(record, fields) for record in records)
+
+    def numbers(self, fields: Sequence[str]) -> Iterator[Mapping[str, np.ndarray]] | None:
+        """(R,) arrays of the records' numbers, batch by batch; None where records must be built for them."""
+        if not self.is_parquet:
+            return None
+        from dsatrace.trace.parquet.file import read_numbers
+
+        return itertools.chain.from_iterable(read_numbers(path, fields) for path in self.step_paths)
 
     def requests(self) -> Iterator[dict[str, Any]]:
         """The records of requests.jsonl, in the order the requests finished."""
@@ -150,6 +189,11 @@ def _require_fields(record: Mapping[str, Any], fields: tuple[Field, ...], place:
     """Raises `UserError` naming the first field that is missing or of another type, wherever it stands."""
     if found := problems(record, fields=fields, in_order=False):
         raise UserError(f"{place}: {found[0]}; restore the file, or make the run again")
+
+
+def part_paths(folder: Path) -> list[Path]:
+    """The files of `schema.STEPS_FOLDER`, in the order of the records."""
+    return sorted((folder / STEPS_FOLDER).glob("[0-9]*.parquet"))
 
 
 def _is_locked(path: Path) -> bool:

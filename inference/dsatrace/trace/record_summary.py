@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dsatrace.errors import UserError
 from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.kv.tiers.account import FetchAccount, OffloadedAccount
 from dsatrace.schema import FETCH_TOTALS, OFFLOADED_FETCH, TIER_NAMES
@@ -91,19 +90,19 @@ class RecordSummary(Summary):
         self._contexts = Histogram()  # positions visible to sparse records below level full
 
     @property
+    def sets(self) -> list[tuple[int, int | None]]:
+        """(layer, KV head) of the records of one request in one forward."""
+        kind = self._shape.kind
+        return list(zip(kind.set_layers.tolist(), kind.set_heads, strict=True))
+
+    @property
     def num_sets(self) -> int:
-        """Records of one request in one forward."""
         return len(self._shape.kind.set_layers)
 
     def add_forward(self, records: Sequence[Record]) -> None:
         """Takes all full records of one forward, request by request, set by set."""
         first, kind = records[0], self._shape.kind
         rows = records[:: self.num_sets]
-        sets = list(zip(kind.set_layers.tolist(), kind.set_heads, strict=True))
-        if [(record["layer_id"], record.get("kv_head")) for record in records] != sets * len(rows):
-            raise UserError(
-                f"forward {first['forward_idx']}: its records are not whole; see `dsatrace verify`"
-            )
         capture = StepCapture(
             phase=first["phase"],
             request_ids=tuple(record["request_id"] for record in rows),

@@ -46,13 +46,15 @@ class RequestFacts:
     prefill_s: float = 0.0  # what those chunks took
     num_recomputes: int = 0  # times it was computed again because a tier lost its KV
     error: str | None = None  # one line without prompt text: why it was rejected or failed
+    answer_tokens: int | None = None  # generated before its first end of sequence; None: nobody asked
     text: str | None = None  # the answer, with `--save-text`
+    text_past_answer: str | None = None  # what came after it
 
 
 def request_line(
     request: TracedRequest, facts: RequestFacts, *, has_prefix_cache: bool, has_tiers: bool
 ) -> dict[str, Any]:
-    """The fields of `schema.REQUEST_FIELDS`, in their order; `error` and `text` only where there is one."""
+    """The fields of `schema.REQUEST_FIELDS`, in their order; the last ones only where there is one."""
     line = {
         "request_id": request.request_id,
         "source_row": request.source_row,
@@ -74,8 +76,7 @@ def request_line(
         line["prefill_s"] = facts.prefill_s
     if has_tiers:
         line["num_recomputes"] = facts.num_recomputes
-    if facts.error is not None:
-        line["error"] = facts.error
-    if facts.text is not None:
-        line["text"] = facts.text
+    for name in ("answer_tokens", "error", "text", "text_past_answer"):
+        if (fact := getattr(facts, name)) is not None:
+            line[name] = fact
     return line

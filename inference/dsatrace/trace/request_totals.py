@@ -59,6 +59,7 @@ class RequestTotals:
         self._spans: list[float] = []  # earliest arrival, latest finish
         self._arrived = Counter[int]()  # by second
         self._finished = Counter[int]()
+        self._past_answer = Counter[str]()  # empty where no request may go on past its answer
         self._prefix_cache = Counter[str]()  # tokens and microseconds; empty where no request met a cache
 
     def add(self, request: Request) -> None:
@@ -70,6 +71,10 @@ class RequestTotals:
             self._add_served(request)
         if "prefix_hit_tokens" in request:
             self._add_prefix_hit(request)
+        if "answer_tokens" in request:
+            num_steps = max(request["num_output_tokens"] - 1, 0)  # the first token comes with the prompt
+            num_past = max(num_steps - request["answer_tokens"], 0)
+            self._past_answer.update(requests=int(num_past > 0), decode_steps=num_steps, past_steps=num_past)
 
     def merge(self, other: RequestTotals) -> None:
         for group, counts in other._scores.items():
@@ -80,10 +85,12 @@ class RequestTotals:
         self._widen(other._spans)
         self._arrived.update(other._arrived)
         self._finished.update(other._finished)
+        self._past_answer.update(other._past_answer)
         self._prefix_cache.update(other._prefix_cache)
 
     def to_json(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The summary's `scores`, `serving` and `prefix_cache`; and the latencies' histograms, by name."""
+        """The summary's `scores`, `serving`, `prefix_cache` and, where there is one, `past_answer`; and the
+        latencies' histograms, by name."""
         histograms: dict[str, Any] = {}
         if self._serving is not None:
             histograms = {f"{name}_us": counted.to_json() for name, counted in self._durations.items()}
@@ -91,6 +98,7 @@ class RequestTotals:
             "scores": self._scores_json(),
             "serving": self._serving_json(histograms),
             "prefix_cache": self._prefix_cache_json(),
+            **({"past_answer": dict(self._past_answer)} if self._past_answer else {}),
         }
         return fields, histograms
 

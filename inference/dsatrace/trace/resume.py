@@ -32,26 +32,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
 from dsatrace.errors import UserError
 from dsatrace.files import LineFile
-from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
+from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE, locked_file
 from dsatrace.trace.config import TraceConfig, is_sampled
 from dsatrace.trace.manifest import REDACTED
-from dsatrace.trace.reader import RunReader
+from dsatrace.trace.reader import REQUEST_ID, RunReader
 from dsatrace.trace.summarize import OnRecords, is_offloaded, summarize_run
 from dsatrace.trace.summary import Summary
 from dsatrace.trace.unfinished import ENDED, Shares, without_unfinished
 
+if TYPE_CHECKING:
+    from dsatrace.trace.parquet.parts import StepParts
+
 _TIMES = ("admitted_s", "first_token_s", "finish_s")
-_REQUEST_ID = re.compile(rb'"request_id":\s*("(?:[^"\\]|\\.)*")')
 _CHUNK_BYTES = 1 << 20
 _MAY_DIFFER = (
     *("tool_version", "state", "error", "started_utc", "argv", "resumed_at_forward", "files"),
@@ -68,12 +69,13 @@ _REMEDIES = {
     "seed": "give the same --seed",
     "prefix_source": "leave --prefix-caching as it was",
     "tiers": "give the same tiers",
+    "answer_end": "give the same --min-new-tokens and --ignore-eos",
+    "trace.format": "give the same --trace-format",
     "trace.level": "give the same --trace-level",
     "trace.block_size_tokens": "give the same --kv-block-size",
     "trace.prefix_key_id": "set DSATRACE_PREFIX_KEY as it was then, or resume as the same user",
 }
-_SUPERSEDED = ("--resume", "--trace-out")
-"""Flags whose value is a run's folder."""
+_SUPERSEDED = ("--resume", "--trace-out")  # their value is a run's folder
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,7 +93,7 @@ class Resumed:
     next_forward_idx: int
     elapsed_s: float
     summary: Summary
-    steps: LineFile
+    steps: LineFile | StepParts
     requests: LineFile
 
     @functools.cached_property
@@ -106,8 +108,11 @@ class Resumed:
 
     def cut(self) -> None:
         """Drops the lines of requests that are not done; a file without any is not touched."""
-        for lines in (self.steps, self.requests):
-            _cut(lines, self.done)
+        if isinstance(self.steps, LineFile):
+            _cut(self.steps, self.done)
+        else:
+            self.steps.cut(self.done)
+        _cut(self.requests, self.done)
 
     def close(self) -> None:
         """Releases the run's files and its lock."""
@@ -121,18 +126,26 @@ def prepare_resume(folder: Path, on_records: OnRecords = lambda count: None) -> 
     Reads the steps twice, in bounded memory except for request ids; `on_records` hears of the second
     time, which takes longest.
     """
-    _require_resumable(RunReader(folder))
+    run = RunReader(folder)
+    _require_resumable(run)
     with contextlib.ExitStack() as on_failure, _naming_the_file():
-        steps = LineFile.reopen(folder / STEPS_FILE)
-        on_failure.callback(steps.close)
+        locked = LineFile.reopen(folder / locked_file(run.manifest))
+        on_failure.callback(locked.close)
         try:
-            steps.lock()
+            locked.lock()
         except BlockingIOError as error:
             raise _is_running(folder) from error
         run = RunReader(folder)  # the run may have ended between the two looks
         _require_resumable(run, locked=True)
-        requests = LineFile.reopen(folder / REQUESTS_FILE)
-        on_failure.callback(requests.close)
+        steps: LineFile | StepParts
+        if run.is_parquet:
+            from dsatrace.trace.parquet.parts import StepParts
+
+            requests, steps = locked, StepParts(folder, run.manifest["trace"]["keep_order"])
+            on_failure.callback(steps.close)
+        else:
+            steps, requests = locked, LineFile.reopen(folder / REQUESTS_FILE)
+            on_failure.callback(requests.close)
         found = _Found(run)
         resumed = Resumed(
             folder=folder,
@@ -150,8 +163,10 @@ def prepare_resume(folder: Path, on_records: OnRecords = lambda count: None) -> 
 
 def _require_resumable(run: RunReader, locked: bool = False) -> None:
     """`locked`: by this process, so a manifest in state running is that of a killed run."""
-    if run.is_parquet:
-        raise UserError(f"{run.folder}: an export to Parquet; resume the run that it was made from")
+    was_recorded_so = run.is_parquet == (_format(run.manifest) == "parquet")
+    if not was_recorded_so or (run.is_parquet and "source_files" in run.manifest):
+        what = "Parquet" if run.is_parquet else "JSON lines"
+        raise UserError(f"{run.folder}: an export to {what}; resume the run that it was made from")
     door = (run.manifest.get("selection") or {}).get("door", "serve")
     if door != "serve":
         raise UserError(f"{run.folder}: a run of door {door}; only the engine's are resumed, start it anew")
@@ -160,6 +175,11 @@ def _require_resumable(run: RunReader, locked: bool = False) -> None:
         raise UserError(f"{run.folder}: the run is complete, there is nothing to resume")
     if state == "running" and not locked:
         raise _is_running(run.folder)
+
+
+def _format(manifest: Mapping[str, Any]) -> str:
+    name: str = manifest["trace"].get("format", "jsonl")
+    return name
 
 
 def _is_running(folder: Path) -> UserError:
@@ -211,8 +231,8 @@ class _Found:
 
     def _read_steps(self, run: RunReader) -> None:
         forward_idx, busy_us = None, 0.0
-        for raw, record in run.lines(STEPS_FILE):
-            self._num_records[record["request_id"]] += raw.endswith(b"\n")
+        for is_whole, record in _step_records(run):
+            self._num_records[record["request_id"]] += is_whole
             if record["forward_idx"] != forward_idx:
                 forward_idx = record["forward_idx"]
                 busy_us += record["step_wall_us"]
@@ -227,6 +247,13 @@ class _Found:
         num_steps = num_sampled + (trace["prefill"] == "last" and num_output_tokens > 0)
         num_layers: int = run.manifest["model_config"].get("n_layers", 1)
         return num_steps - self._num_records[request_id] // num_layers
+
+
+def _step_records(run: RunReader) -> Iterator[tuple[bool, Mapping[str, Any]]]:
+    """Whether it is whole, and what `_Found` asks of it."""
+    if run.is_parquet:
+        return ((True, record) for record in run.steps(("request_id", "forward_idx", "step_wall_us")))
+    return ((line.endswith(b"\n"), record) for line, record in run.lines(STEPS_FILE))
 
 
 def _num_counted(run: RunReader) -> int | None:
@@ -255,6 +282,13 @@ class _Kept(RunReader):
 
     def lines(self, name: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
         return (pair for pair in super().lines(name) if pair[1]["request_id"] in self._done)
+
+    def steps(self, fields: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+        wanted = None if fields is None else {*fields, "request_id"}
+        return (record for record in super().steps(wanted) if record["request_id"] in self._done)
+
+    def numbers(self, fields: Sequence[str]) -> None:
+        return None
 
     def summary(self) -> dict[str, Any]:
         stored = super().summary()
@@ -323,8 +357,7 @@ def _take(lines: Iterator[bytes], num_bytes: int) -> Iterator[bytes]:
 
 
 def _stays(line: bytes, done: Collection[str]) -> bool:
-    """Looks for the request id only: parsing the line would take longer than reading it."""
-    found = _REQUEST_ID.search(line)
+    found = REQUEST_ID.search(line)
     return found is not None and line.endswith(b"\n") and orjson.loads(found[1]) in done
 
 
@@ -341,10 +374,12 @@ def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raises `UserError` naming the first field that says that the manifests are of two runs.
 
     What shapes a record must be the same, and so must what a step's time depends on (device, ranks,
-    tiers), since the summary pools times. Fields that only one of the manifests has are not
-    compared; a manifest without `tiers` had none.
+    tiers), since the summary pools times. A field that only one of the manifests has is not compared,
+    unless its absence says something.
     """
-    for path, was, now in _differences({"tiers": None, **old}, new):
+    none = {"tiers": None, "answer_end": None}
+    formats = [("trace.format", _format(old), _format(new))] if _format(old) != _format(new) else []
+    for path, was, now in (*_differences({**none, **old}, {**none, **new}), *formats):
         remedy = next((said for name, said in _REMEDIES.items() if path.startswith(name)), "give what it was")
         raise UserError(f"cannot resume: {path} was {was!r} and is {now!r} now; {remedy}, or start a new run")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsatrace.errors import UserError
-from dsatrace.schema import STEPS_PARQUET_FILE, SUMMARY_FILE
+from dsatrace.schema import SUMMARY_FILE
 from dsatrace.trace.config import TraceConfig, is_sampled
 from dsatrace.trace.kind import SelectionKind, inactive
 from dsatrace.trace.manifest import prefix_cache_cold_starts, selection_kind, shared_layers
@@ -65,6 +65,8 @@ def summarize_run(
     run: RunReader, on_records: OnRecords = lambda count: None, on_note: OnNote = lambda note: None
 ) -> RecordSummary:
     """One run's summary, from its files."""
+    if run.is_for_replay:
+        raise UserError(f"{run.folder}: is laid out for replay; summarize the run that it was made from")
     level = run.manifest["trace"]["level"]
     stored = run.summary() if (run.folder / SUMMARY_FILE).exists() else None
     if stored is None and level != "full":
@@ -108,11 +110,24 @@ def _add_forwards(run: RunReader, summary: RecordSummary, on_records: OnRecords)
         if run.state != "complete":  # a killed run's last step may lack layers
             del forward[len(forward) - len(forward) % num_sets :]
         if forward:
+            _require_sets(run, forward, summary.sets)
             summary.add_forward(forward)
             for request in finished.after(forward):
                 summary.finish_request(request)
     for request in finished.rest():
         summary.finish_request(request)
+
+
+def _require_sets(
+    run: RunReader, forward: Sequence[Mapping[str, Any]], sets: list[tuple[int, int | None]]
+) -> None:
+    """Raises `UserError` unless each request of the forward has a record of every set, in order."""
+    found = [(record["layer_id"], record.get("kv_head")) for record in forward]
+    if found != sets * (len(found) // len(sets)):
+        raise UserError(
+            f"{run.step_paths[0]}: forward {forward[0]['forward_idx']}: its records are not whole; "
+            f"see `dsatrace verify {run.folder}`"
+        )
 
 
 def _add_thin_records(run: RunReader, summary: RecordSummary, level: str, on_records: OnRecords) -> None:
@@ -126,11 +141,8 @@ def _add_thin_records(run: RunReader, summary: RecordSummary, level: str, on_rec
 def _columns(run: RunReader, level: str) -> Iterator[Mapping[str, Any]]:
     """The records below level full, chunk by chunk, as columns."""
     of_tiers = TIER_FIELDS if is_offloaded(run) else ()
-    if run.is_parquet and level == "stats":
-        # pyarrow takes long to import, and most runs are not read with it.
-        from dsatrace.trace.parquet.file import read_numbers
-
-        yield from read_numbers(run.folder / STEPS_PARQUET_FILE, (*NUMBER_FIELDS, *of_tiers))
+    if level == "stats" and (numbers := run.numbers((*NUMBER_FIELDS, *of_tiers))) is not None:
+        yield from numbers
         return
     fields = (*(BLOCK_FIELDS if level == "blocks" else NUMBER_FIELDS), *of_tiers)
     records = _steps(run, fields)

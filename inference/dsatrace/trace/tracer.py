@@ -232,7 +232,9 @@ class Tracer:
         elif not self._closed:
             # The user sees the error under way; the writer's own, if any, goes to the manifest.
             is_interrupt = isinstance(error, KeyboardInterrupt)
-            _warn(self._end("incomplete", None if is_interrupt else f"ended by {type(error).__name__}"))
+            refused = self._end("incomplete", None if is_interrupt else f"ended by {type(error).__name__}")
+            if self._writer.error is None or error is not self._writer.failure:
+                _warn(refused)  # else the error under way says that the disk is full, and once is enough
 
     def _end(self, state: str, reason: str | None = None) -> UserError | None:
         """Writes what waits and gives the manifest its last state; returns why the manifest could not be

@@ -252,6 +252,12 @@ class Sink(Protocol):
     def close(self, state: str) -> dict[str, dict[str, Any]] | None: ...
 
 
+class RecordSink(Sink, Protocol):
+    """Writes the records and the requests; after `flush` a process that dies has lost none of them."""
+
+    def flush(self) -> None: ...
+
+
 class JsonlSink:
     """`trace_steps.jsonl` and `requests.jsonl`: one unbuffered write per step, so a killed run loses
     at most the line it was writing.
@@ -260,15 +266,16 @@ class JsonlSink:
     whatever way, so a reader can tell a running run from a killed one.
     """
 
-    def __init__(self, folder: Path, resumed: Resumed | None = None) -> None:
-        """New files, or those of a resumed run, which are locked already."""
+    def __init__(self, steps: LineFile, requests: LineFile) -> None:
+        """`steps` is locked already."""
         self._lines = StepLines()
-        if resumed is not None:
-            self._steps, self._requests = resumed.steps, resumed.requests
-            return
-        self._steps = LineFile(folder / STEPS_FILE)
-        self._steps.lock()
-        self._requests = LineFile(folder / REQUESTS_FILE)
+        self._steps, self._requests = steps, requests
+
+    @classmethod
+    def new(cls, folder: Path) -> JsonlSink:
+        steps = LineFile(folder / STEPS_FILE)
+        steps.lock()
+        return cls(steps, LineFile(folder / REQUESTS_FILE))
 
     def write_step(self, step: StepRecords) -> None:
         self._steps.append(self._lines.encode(step))
@@ -276,6 +283,9 @@ class JsonlSink:
     def write_request(self, record: Mapping[str, Any]) -> None:
         self._steps.check_place()  # a run without step records writes nothing else
         self._requests.append(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+
+    def flush(self) -> None:
+        """Each line is written at once."""
 
     def close(self, state: str) -> dict[str, dict[str, Any]]:
         try:
@@ -288,12 +298,14 @@ class JsonlSink:
 class SummarySink:
     """`summary.json`: there from the start, replaced whole every `interval_s` seconds and at the end.
 
-    A folder that has taken the place of the run's is not written to.
+    The records that it counts are flushed first, but for its first and last time. A folder that has
+    taken the place of the run's is not written to.
     """
 
-    def __init__(self, folder: Path, summary: Summary, interval_s: float) -> None:
+    def __init__(self, folder: Path, summary: Summary, interval_s: float, records: RecordSink) -> None:
         self._folder = HeldFolder(folder)
         self._summary = summary
+        self._records = records
         self._dropped_before = summary.dropped_steps  # by the part of the run that this one resumes
         self._interval_s = interval_s
         self._write("running")
@@ -315,6 +327,7 @@ class SummarySink:
 
     def _refresh(self) -> None:
         if time.monotonic() >= self._due:
+            self._records.flush()
             self._write("running")
             # Counted from the end of the write, so that a large summary cannot fill the thread's time.
             self._due = time.monotonic() + self._interval_s
@@ -334,9 +347,23 @@ def open_sinks(
     folder: Path, config: TraceConfig, summary: Summary, resumed: Resumed | None = None
 ) -> tuple[Sink, ...]:
     """The sinks of a run's folder; a resumed run goes on with its files."""
-    lines = JsonlSink(folder, resumed)
+    records = _records_sink(folder, config, resumed)
     try:
-        return (lines, SummarySink(folder, summary, config.summary_interval_s))
+        return (records, SummarySink(folder, summary, config.summary_interval_s, records))
     except OSError:
-        lines.close("incomplete")
+        records.close("incomplete")
         raise
+
+
+def _records_sink(folder: Path, config: TraceConfig, resumed: Resumed | None) -> RecordSink:
+    if resumed is not None and isinstance(resumed.steps, LineFile):
+        return JsonlSink(resumed.steps, resumed.requests)
+    if resumed is None and config.format == "jsonl":
+        return JsonlSink.new(folder)
+    # pyarrow takes long to import, and most runs are written without it.
+    from dsatrace.trace.parquet.sink import ParquetSink
+
+    if resumed is None:
+        return ParquetSink.new(folder, config.keep_order)
+    assert not isinstance(resumed.steps, LineFile)
+    return ParquetSink(resumed.steps, resumed.requests)

@@ -8,6 +8,8 @@ rules.py           the manifest's settings that the records depend on
 selections.py      what its ids are, and whose a set is
 steps.py           the walk over the step records: plainly, or in chunks that processes share
 fast.py            the third implementation: a chunk's records in numpy, "right" or "look again"
+chosen.py          one record's selection there, and what bounds the accounts of its tiers
+fast_summary.py    what those records add up to
 parquet_steps.py   the second reader of trace_steps.parquet
 check_record.py    one record against its own positions
 check_tiers.py     its `kv_fetch`, and the totals of the tiers, where latents lie in several tiers

@@ -15,6 +15,7 @@ them, with requests.jsonl and with itself. Standard library only; keeps no recor
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from dsatrace.verify.requests import PlainRequests
 from dsatrace.verify.rules import Rules, TierRules
 
 Record = Mapping[str, Any]
+_OFFLOADED = frozenset(OFFLOADED_FETCH)
 _COUNTED = ("read_ops", "evicted_units", "errors", "bytes_read", "bytes_useful", "bytes_written")
 
 
@@ -40,11 +42,53 @@ class Selected:
     positions: Sequence[int] | None  # in any order
     blocks: Sequence[int] | None  # ascending
 
+    def tokens_of(self, blocks: int) -> tuple[int, int]:
+        """The fewest and the most selected tokens in `blocks` of the touched blocks."""
+        counts = self._tokens_in_blocks
+        if counts is not None:
+            return sum(counts[:blocks]), sum(counts[len(counts) - blocks :])
+        others = self.num_blocks - blocks
+        fewest = max(blocks, self.num_tokens - others * self.block_size)
+        return fewest, min(blocks * self.block_size, self.num_tokens - others)
+
+    def runs_of(self, num_hit: int, by_row: bool) -> tuple[int, int]:
+        """The fewest and the most runs of adjacent ids among `num_hit` of the tokens, or of the blocks."""
+        ids, num_all = (self.positions, self.num_tokens) if by_row else (self.blocks, self.num_blocks)
+        if ids is None:
+            return min(num_hit, 1), num_hit
+        lengths = sorted(_run_lengths(sorted(ids)), reverse=True)
+        fewest, covered = 0, 0
+        while covered < num_hit:
+            covered += lengths[fewest]
+            fewest += 1
+        # Leaving out an id splits at most one run.
+        return fewest, min(num_hit, len(lengths) + num_all - num_hit)
+
+    def num_units(self, unit_tokens: int) -> int | None:
+        """Units that the selection touches; None without positions."""
+        if self.positions is None:
+            return None
+        return len({position // unit_tokens for position in self.positions})
+
+    @functools.cached_property
+    def _tokens_in_blocks(self) -> list[int] | None:
+        """Selected tokens per touched block, ascending; None without positions."""
+        if self.positions is None:
+            return None
+        counts: dict[int, int] = {}
+        for position in self.positions:
+            block = position // self.block_size
+            counts[block] = counts.get(block, 0) + 1
+        return sorted(counts.values())
+
 
 def offloaded_field(record: Record) -> str | None:
     """The first field in any tier's account that only a run with tiers has."""
-    paths = ((tier, name) for tier in TIER_NAMES for name in OFFLOADED_FETCH)
-    return next((f"kv_fetch.{t}.{name}" for t, name in paths if name in record["kv_fetch"][t]), None)
+    for tier in TIER_NAMES:
+        fetched = record["kv_fetch"][tier]
+        if not _OFFLOADED.isdisjoint(fetched):
+            return next(f"kv_fetch.{tier}.{name}" for name in OFFLOADED_FETCH if name in fetched)
+    return None
 
 
 def check_fetches(record: Record, selected: Selected, rules: TierRules) -> None:
@@ -93,43 +137,21 @@ def _check_chain(fetched: Record, selected: Selected, rules: TierRules) -> None:
 
 def _check_tokens_in_blocks(fetched: Record, selected: Selected, rules: TierRules) -> None:
     """A block is hit in the furthest tier of its tokens, so hit tokens and hit blocks bound each other."""
-    size, total, num_blocks = selected.block_size, selected.num_tokens, selected.num_blocks
-    counts = _tokens_in_blocks(selected)
+    total, num_blocks = selected.num_tokens, selected.num_blocks
     # No unit ends inside a block: all its tokens come from one tier.
-    whole = not rules.by_row and rules.unit_tokens % size == 0
+    whole = not rules.by_row and rules.unit_tokens % selected.block_size == 0
     tokens_near = blocks_near = 0
     for name in rules.kinds:
         tokens, blocks = fetched[name]["hit_tokens"], fetched[name]["hit_blocks"]
         tokens_near, blocks_near = tokens_near + tokens, blocks_near + blocks
-        fewest, most = _tokens_of(blocks, counts, total, num_blocks, size)
+        fewest, most = selected.tokens_of(blocks)
         if whole:
             require_range(f"kv_fetch.{name}.hit_tokens", tokens, fewest, most)
         # Blocks hit up to this tier have all tokens there; each of the others has at least one beyond.
-        fewest, _ = _tokens_of(blocks_near, counts, total, num_blocks, size)
+        fewest, _ = selected.tokens_of(blocks_near)
         far = num_blocks - blocks_near
         low, high = fewest - (tokens_near - tokens), total - far - (tokens_near - tokens)
         require_range(f"kv_fetch.{name}.hit_tokens", tokens, max(low, blocks), high)
-
-
-def _tokens_in_blocks(selected: Selected) -> list[int] | None:
-    """Selected tokens per touched block, ascending; None without positions."""
-    if selected.positions is None:
-        return None
-    counts: dict[int, int] = {}
-    for position in selected.positions:
-        block = position // selected.block_size
-        counts[block] = counts.get(block, 0) + 1
-    return sorted(counts.values())
-
-
-def _tokens_of(
-    blocks: int, counts: Sequence[int] | None, total: int, num_blocks: int, size: int
-) -> tuple[int, int]:
-    """The fewest and the most selected tokens in `blocks` of the touched blocks."""
-    if counts is not None:
-        return sum(counts[:blocks]), sum(counts[len(counts) - blocks :])
-    others = num_blocks - blocks
-    return max(blocks, total - others * size), min(blocks * size, total - others)
 
 
 def _check_hbm(hbm: Record, selected: Selected, rules: TierRules) -> None:
@@ -143,9 +165,7 @@ def _check_hbm(hbm: Record, selected: Selected, rules: TierRules) -> None:
     field, read = "kv_fetch.hbm.bytes_read", hbm["bytes_read"]
     if rules.by_row:
         derived["bytes_read"] = derived["bytes_useful"]
-        ids, num_hit, num_all = selected.positions, hit_tokens, selected.num_tokens
     else:
-        ids, num_hit, num_all = selected.blocks, hit_blocks, selected.num_blocks
         whole = hit_blocks * selected.block_size
         # The request's last block, which holds fewer tokens, may be among them.
         possible = {whole - selected.missing} if hit_blocks == selected.num_blocks else {whole}
@@ -154,21 +174,8 @@ def _check_hbm(hbm: Record, selected: Selected, rules: TierRules) -> None:
         in_bytes = sorted(tokens * selected.latent_bytes for tokens in possible)
         require(read in in_bytes, field, read, f"derived {' or '.join(map(str, in_bytes))}")
     compare(hbm, derived, "kv_fetch.hbm")
-    fewest, most = _possible_runs(ids, num_hit, num_all)
+    fewest, most = selected.runs_of(hit_tokens if rules.by_row else hit_blocks, rules.by_row)
     require_range("kv_fetch.hbm.read_ops", hbm["read_ops"], fewest, most)
-
-
-def _possible_runs(ids: Sequence[int] | None, num_hit: int, num_all: int) -> tuple[int, int]:
-    """The fewest and the most runs of adjacent ids among `num_hit` of them."""
-    if ids is None:
-        return min(num_hit, 1), num_hit
-    lengths = sorted(_run_lengths(sorted(ids)), reverse=True)
-    fewest, covered = 0, 0
-    while covered < num_hit:
-        covered += lengths[fewest]
-        fewest += 1
-    # Leaving out an id splits at most one run.
-    return fewest, min(num_hit, len(lengths) + num_all - num_hit)
 
 
 def _run_lengths(ascending: Sequence[int]) -> Iterator[int]:
@@ -209,8 +216,9 @@ def _possible_units(pool: Record, selected: Selected, rules: TierRules) -> tuple
     if not rules.by_row and rules.unit_tokens % selected.block_size == 0:  # a block lies within a unit
         blocks_a_unit = rules.unit_tokens // selected.block_size
         fewest, most = max(fewest, -(-pool["hit_blocks"] // blocks_a_unit)), min(most, pool["hit_blocks"])
-    if selected.positions is not None:
-        most = min(most, len({position // rules.unit_tokens for position in selected.positions}))
+    touched = selected.num_units(rules.unit_tokens)
+    if touched is not None:
+        most = min(most, touched)
     return fewest, most
 
 

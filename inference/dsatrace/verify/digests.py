@@ -22,6 +22,7 @@ from dsatrace.schema import (
     MANIFEST_FILE,
     REQUESTS_FILE,
     STEPS_FILE,
+    STEPS_FOLDER,
     STEPS_PARQUET_FILE,
     SUMMARY_FILE,
     problems,
@@ -32,8 +33,9 @@ from dsatrace.verify.rules import require_schema
 
 _FILES = (STEPS_FILE, STEPS_PARQUET_FILE, REQUESTS_FILE, SUMMARY_FILE)
 _UNSEALED = "unsealed: the manifest has no digests; the run has not ended, was killed or failed, or is older"
+_PART = re.compile(rf"{STEPS_FOLDER}/\d{{6}}\.parquet")
 _SHA256 = re.compile("[0-9a-f]{64}")
-_READ_BYTES = 1 << 16
+_READ_BYTES = 1 << 18  # a thread that waits for the interpreter after each part must have large ones
 
 
 class Digests(threading.Thread):
@@ -78,7 +80,7 @@ def _said(manifest: Mapping[str, Any], field: str) -> dict[str, Any]:
     said: dict[str, Any] = manifest.get(field) or {}
     for name, known in said.items():
         path = f"{field}.{name}"
-        require(name in _FILES, path, known, "no file of a run")
+        require(name in _FILES or _PART.fullmatch(name) is not None, path, known, "no file of a run")
         require(isinstance(known, dict), path, known, "not object")
         require_schema(problems(known, "full", FILE_FIELDS, f"{path}."))
         require(known["bytes"] >= 0, f"{path}.bytes", known["bytes"], "below 0")

@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from dsatrace.errors import UserError
 from dsatrace.schema import (
+    LOST_RECORDS,
     MANIFEST_FILE,
     SCHEMA_VERSION,
     STEPS_FILE,
+    STEPS_FOLDER,
     STEPS_PARQUET_FILE,
     SUMMARY_FILE,
     decode,
+    locked_file,
 )
 from dsatrace.verify.mismatch import Mismatch
 
@@ -62,7 +65,11 @@ class PlainRun:
     def state(self) -> str:
         """The manifest's state, but `incomplete` for a running run that no process writes any more."""
         state: str = self.manifest["state"]
-        return "incomplete" if state == "running" and not _is_written(self.folder / STEPS_FILE) else state
+        return "incomplete" if state == "running" and not self._is_live else state
+
+    @property
+    def _is_live(self) -> bool:
+        return _is_written(self.folder / locked_file(self.manifest))
 
     def summary(self) -> dict[str, Any] | None:
         """summary.json, or None when there is none."""
@@ -82,7 +89,9 @@ class PlainRun:
     @functools.cached_property
     def parquet_steps(self) -> ParquetSteps | None:
         """The step records, where they are Parquet."""
-        if not self.size(STEPS_PARQUET_FILE) or self.size(STEPS_FILE):
+        whole = self.folder / STEPS_PARQUET_FILE
+        parts = [] if whole.exists() else sorted((self.folder / STEPS_FOLDER).glob("[0-9]*.parquet"))
+        if self.size(STEPS_FILE) or not (parts or whole.exists()):
             return None
         try:
             from dsatrace.verify.parquet_steps import ParquetSteps
@@ -90,7 +99,11 @@ class PlainRun:
             raise UserError(
                 f"{self.folder}: holds Parquet, which pyarrow and numpy read; install them"
             ) from error
-        return ParquetSteps(self.folder / STEPS_PARQUET_FILE)
+        if parts and self.state == "incomplete":
+            self.torn_lines[STEPS_FOLDER] = (
+                f"what was not in a part yet is lost: less than {LOST_RECORDS:,} records and a step's"
+            )
+        return ParquetSteps(parts or [whole])
 
     def steps(
         self,

@@ -1,11 +1,12 @@
-"""`trace_steps.parquet`, read for the verifier: the records that its columns and kept texts stand for.
+"""`trace_steps.parquet`, or the parts of it, read for the verifier: the records that columns and kept
+texts stand for.
 
 The second reader of the format, from the schema alone: a leaf's column is named by its path; null
 means absent unless the schema allows null, and `nulls` names fields that are null where it does not;
 touched blocks follow from the positions where they are not stored, and the intersection is so many of
 the first of them; `line` is a record whose columns would not give it back. Checks nothing.
 
-    steps = ParquetSteps(Path("outputs/mine/trace_steps.parquet"))
+    steps = ParquetSteps([Path("outputs/mine/trace_steps.parquet")])
     for row, record in steps.records((0, steps.num_records)): ...
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,18 @@ _INTERSECTION = "prefix.intersection_blocks"
 
 
 class ParquetSteps:
-    """The step records of one file; a file that cannot be read raises `UserError`."""
+    """The step records of files, one after the other; a file that cannot be read raises `UserError`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with self._open() as file:
-            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        self._starts = [0, *itertools.accumulate(group.num_rows for group in groups)]
-        self.num_bytes = path.stat().st_size
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._groups: list[tuple[Path, int]] = []  # each row group's file, and its index there
+        sizes: list[int] = []
+        for path in paths:
+            with _open(path) as file:
+                groups = range(file.metadata.num_row_groups)
+                sizes += [file.metadata.row_group(i).num_rows for i in groups]
+            self._groups += [(path, i) for i in groups]
+        self._starts = [0, *itertools.accumulate(sizes)]
+        self.num_bytes = sum(path.stat().st_size for path in paths)
 
     @property
     def num_records(self) -> int:
@@ -71,26 +76,26 @@ class ParquetSteps:
         """(first row, batch), of the wanted rows alone."""
         first = bisect.bisect_right(self._starts, start) - 1
         row = self._starts[first]
-        with self._open() as file:
-            groups = range(first, file.metadata.num_row_groups)
-            try:
-                for batch in file.iter_batches(_BATCH_RECORDS, row_groups=groups, columns=columns):
-                    if row >= end:
-                        return
-                    skipped = max(start - row, 0)
-                    if skipped < len(batch):
-                        yield row + skipped, batch.slice(skipped, end - row - skipped)
-                    row += len(batch)
-            except (OSError, pa.ArrowException) as error:
-                raise UserError(f"{self.path}: cannot read it: {error}; export the run again") from error
+        for path, of_file in itertools.groupby(self._groups[first:], key=lambda group: group[0]):
+            groups = [index for _, index in of_file]
+            with _open(path) as file:
+                try:
+                    for batch in file.iter_batches(_BATCH_RECORDS, row_groups=groups, columns=columns):
+                        if row >= end:
+                            return
+                        skipped = max(start - row, 0)
+                        if skipped < len(batch):
+                            yield row + skipped, batch.slice(skipped, end - row - skipped)
+                        row += len(batch)
+                except (OSError, pa.ArrowException) as error:
+                    raise UserError(f"{path}: cannot read it: {error}; export the run again") from error
 
-    def _open(self) -> pq.ParquetFile:
-        try:
-            return pq.ParquetFile(self.path)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                f"{self.path}: not a whole Parquet file: {error}; export the run again"
-            ) from error
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: not a whole Parquet file: {error}; export the run again") from error
 
 
 def _records(batch: pa.RecordBatch) -> list[dict[str, Any]]:

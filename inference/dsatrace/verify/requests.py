@@ -84,6 +84,7 @@ def read_requests(
             scores.check(record["score"])
             _check_prefix_cache(record, rules)
             _check_tier_losses(record, rules)
+            _check_answer_tokens(record, rules)
             require(record["request_id"] not in found, "request_id", record["request_id"], "stands twice")
         found[record["request_id"]] = RequestLine(
             line,
@@ -161,6 +162,23 @@ def _check_tier_losses(record: dict[str, Any], rules: Rules) -> None:
         require(bool(record.get("error")), "error", record.get("error"), "a request that failed says why")
 
 
+def _check_answer_tokens(record: dict[str, Any], rules: Rules) -> None:
+    """Where the answer ended, in a run that let answers go on past their end."""
+    name, end, state = "answer_tokens", rules.answer_end, record["state"]
+    if end is None or state == "unfinished":  # of one that was lost nobody knows the answer
+        rule = "the manifest has no answer_end" if end is None else f"state {state}"
+        require(name not in record, name, record.get(name), rule)
+        return
+    require(name in record, name, None, "missing, and the manifest has answer_end")
+    answer, num_output = record[name], record["num_output_tokens"]
+    require_range(name, answer, 0, num_output)
+    if state == "stop":  # with an end of sequence, which is its last token
+        require(not end.ignore_eos, "state", state, "but the end of sequence was ignored")
+        least = end.min_new_tokens
+        require(num_output > least, "num_output_tokens", num_output, f"ended before {least} new tokens")
+        require(answer < num_output, name, answer, f"state {state} with {num_output} tokens")
+
+
 class PlainRequests:
     """Takes the lines of requests.jsonl in any order; `serving` is the manifest's."""
 
@@ -174,6 +192,7 @@ class PlainRequests:
         self.num_by_task = Counter[str]()  # where they have that label
         self._of_state: dict[str, list[Line]] = {}
         self._with_prefix_cache: list[Line] = []
+        self._lengths: list[tuple[int, int]] = []  # (generated, answer's) tokens, where the latter is told
 
     def add(self, line: Line) -> None:
         self.num_requests += 1
@@ -191,9 +210,11 @@ class PlainRequests:
         if "prefix_hit_tokens" in line:
             names = ("num_prompt_tokens", *_OF_PREFIX_CACHE)
             self._with_prefix_cache.append({name: line[name] for name in names})
+        if "answer_tokens" in line:
+            self._lengths.append((line["num_output_tokens"], line["answer_tokens"]))
 
     def to_json(self) -> dict[str, Any]:
-        """The summary's `scores`, `serving` and `prefix_cache`."""
+        """The summary's `scores`, `serving`, `prefix_cache` and `past_answer`."""
         scores = None
         if self._scores:
             by = {
@@ -205,6 +226,7 @@ class PlainRequests:
             "scores": scores,
             "serving": self._serving and self._served_json(self._serving),
             "prefix_cache": _saved(self._with_prefix_cache),
+            **({"past_answer": _past_answer(self._lengths)} if self._lengths else {}),
         }
 
     def histograms(self) -> dict[str, Any]:
@@ -284,6 +306,17 @@ def _saved(lines: Sequence[Line]) -> dict[str, Any] | None:
         "prefill_s": prefill_us / 1e6,
         "saved_s": hit_tokens * prefill_us / computed_tokens / 1e6 if computed_tokens else None,
         "saved_kind": "modelled",
+    }
+
+
+def _past_answer(lengths: Sequence[tuple[int, int]]) -> dict[str, int]:
+    """Decode step i feeds generated token i; the last token is never fed."""
+    steps = [range(num_output - 1) for num_output, _ in lengths]
+    past = [range(answer, num_output - 1) for num_output, answer in lengths]
+    return {
+        "requests": sum(map(bool, past)),
+        "decode_steps": sum(map(len, steps)),
+        "past_steps": sum(map(len, past)),
     }
 
 

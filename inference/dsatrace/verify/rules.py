@@ -54,6 +54,7 @@ class Rules:
     is_virtual: bool  # the requests' times are not of a wall clock
     prefix_cache: bool  # the records' prefixes were found in the engine's cache
     tiers: TierRules | None  # None: everything was in HBM
+    answer_end: AnswerEnd | None  # None: answers were not kept from ending
     source_layers: Mapping[int, int]  # of a layer without an indexer, the layer whose selection it uses
     selections: Selections
 
@@ -119,6 +120,7 @@ class Rules:
             is_virtual=(manifest.get("serving") or {}).get("clock", "real") != "real",
             prefix_cache=source == "cache",
             tiers=TierRules.of(manifest, layout["latent_bytes_per_token"]),
+            answer_end=AnswerEnd.of(manifest),
             source_layers=selections.source_layers,
             selections=selections,
         )
@@ -172,6 +174,25 @@ class TierRules:
                 require(is_kind, f"tiers.{name}.latency_kind", kinds[name], "not measured or modelled")
         require(len(kinds) > 1, "tiers.local_pool", None, "and no remote_pool either")
         return cls(by_row, unit_tokens, tiers["unit_bytes"], tiers["index_keys"] == "offloaded", kinds)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerEnd:
+    """How answers were kept from ending."""
+
+    min_new_tokens: int
+    ignore_eos: bool
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> AnswerEnd | None:
+        """Of a manifest that follows the schema; raises `Mismatch` where it says nothing."""
+        said = manifest.get("answer_end")
+        if said is None:
+            return None
+        least, ignore = said["min_new_tokens"], said["ignore_eos"]
+        keeps = least > 0 or (ignore and least == 0)
+        require(keeps, "answer_end.min_new_tokens", least, "keeps no answer from ending")
+        return cls(least, ignore)
 
 
 def require_schema(found: Sequence[str]) -> None:

@@ -35,6 +35,7 @@ from dsatrace.verify.files import PlainRun
 from dsatrace.verify.mismatch import Mismatch, compare, located, require
 from dsatrace.verify.order import RunOrder
 from dsatrace.verify.plain_summary import PlainSummary, described
+from dsatrace.verify.replay_layout import check_layout
 from dsatrace.verify.requests import PlainRequests, read_requests
 from dsatrace.verify.rules import Rules, require_schema
 from dsatrace.verify.selections import Selections
@@ -58,9 +59,16 @@ class Verification:
     is_sealed: bool  # the manifest has the digests of the files, and they are right
     notes: tuple[str, ...]
     faults: tuple[str, ...] = ()
+    is_for_replay: bool = False  # only the layout and the digests were checked
 
     def text(self) -> str:
         """One line, and one per note."""
+        if self.is_for_replay:
+            line = (
+                f"verified: {self.num_records} records, {self.num_requests} requests, laid out for replay: "
+                "whole requests per file, by layer, then step; files unchanged since"
+            )
+            return "\n".join((line, *(f"not checked: {note}" for note in self.notes)))
         what = {
             "full": "every derived field re-derived from the positions",
             "blocks": "fields re-derived from the block ids, the others held within what is possible",
@@ -101,6 +109,14 @@ def _verify(run: PlainRun, on_bytes: Callable[[int], object] | None, jobs: int, 
         check_facts(run.manifest)
         digests = Digests(run)
     state = run.state
+    if run.manifest.get("layout") == "replay":
+        with located(MANIFEST_FILE):
+            num_records, num_requests = check_layout(run)
+        digests.check()
+        notes = ["what the records say: verify the run that they were made from"]
+        return Verification(
+            state, rules.level, num_records, num_requests, True, tuple(notes), is_for_replay=True
+        )
     with located(SUMMARY_FILE):
         summary = _summary(run, state)
         scores = Scores.of(summary)
@@ -262,7 +278,7 @@ def _check_totals(
     if stored_only and was_resumed:
         del derived["step_overlap"], derived["layer_overlap"]
     compare(summary, derived, summed=True)
-    for name in ("scores", "serving", "prefix_cache"):  # no further key may be there either
+    for name in ("scores", "serving", "prefix_cache", "past_answer"):  # no further key may be there either
         require(summary.get(name) == derived.get(name), name, summary.get(name), "not what the requests say")
     if stored_only:
         notes.append(f"at level {totals.level} the records do not hold: {', '.join(stored_only)}")

@@ -41,21 +41,25 @@ class StepChecks:
         self._block_sizes, self._since_forward = block_sizes, since_forward
         self._times, self._sharing = BatchTimes(), Sharing(rules)
         self.moved = TierTotals(rules, since_forward)
+        self._last_rows: dict[str, tuple[int, int]] = {}  # of live requests, not walked plainly: line, place
+        self.totals: PlainSummary
+
+    def check_plainly(self, on_bytes: Callable[[int], object] | None) -> None:
+        """Record by record, with the standard library."""
+        rules = self._rules
         self.totals = PlainSummary(
             top_k=rules.top_k,
-            block_sizes=block_sizes,
+            block_sizes=self._block_sizes,
             level=rules.level,
             offloaded=rules.tiers is not None,
             kind=rules.selections,
         )
+        self._walk(on_bytes, (0, None), first_line=1)
 
-    def check_plainly(
-        self,
-        on_bytes: Callable[[int], object] | None,
-        part: tuple[int, int | None] = (0, None),
-        first_line: int = 1,
+    def _walk(
+        self, on_bytes: Callable[[int], object] | None, part: tuple[int, int | None], first_line: int
     ) -> int:
-        """Record by record, with the standard library; returns the number of the next line."""
+        """The records of a part, plainly; returns the number of the next line."""
         line = first_line - 1
         for line, record in self._run.steps(on_bytes, part, first_line):
             try:
@@ -69,13 +73,15 @@ class StepChecks:
                 self._sharing.add(record)
             self.totals.add(record)
             self.moved.add(record)
+            self._last_rows.pop(record["request_id"], None)
             if ended is not None:
                 self.totals.end_request(ended)
         return line + 1
 
     def check_in_chunks(self, jobs: int, on_bytes: Callable[[int], object] | None) -> None:
         """Chunk by chunk in numpy, and plainly where a chunk is not found right."""
-        from dsatrace.verify.fast import ChunkChecks, FastSummary, JsonSteps, checked_chunks
+        from dsatrace.verify.fast import ChunkChecks, JsonSteps, checked_chunks
+        from dsatrace.verify.fast_summary import FastSummary
 
         if self._run.parquet_steps is None and not self._run.size(STEPS_FILE):
             self.check_plainly(on_bytes)
@@ -83,25 +89,24 @@ class StepChecks:
         steps = self._run.parquet_steps or JsonSteps(self._run.folder / STEPS_FILE)
         self.totals = FastSummary(self._rules, self._block_sizes)
         checks = ChunkChecks(steps, self._rules, self._requests, self._block_sizes, self._since_forward)
-        last_rows: dict[str, tuple[int, int]] = {}  # of live requests: line and place
         line = 1
         for chunk, found in checked_chunks(checks, jobs):
             if found is None or self._order.is_within_row:
-                line = self.check_plainly(on_bytes, chunk, line)
+                line = self._walk(on_bytes, chunk, line)
                 continue
             self.totals.merge(found.totals)
             self.moved.merge(found.moved)
             for number, place, row in found.rows:
-                last_rows[row.request_id] = (line + number, place)
+                self._last_rows[row.request_id] = (line + number, place)
                 ended = self._order.add_row(line + number, row)
                 if ended is not None:
                     self.totals.end_request(ended)
-                    del last_rows[ended]
+                    del self._last_rows[ended]
             line += found.num_lines
             if on_bytes:
                 on_bytes(steps.bytes_of(chunk))
         # The last records of the others are known only now.
-        for number, place in last_rows.values():
+        for number, place in self._last_rows.values():
             from_there = self._run.steps(part=(place, None), first_line=number)
             for at, record in itertools.islice(from_there, self._rules.num_layers):
                 with located(STEPS_FILE, at, record):

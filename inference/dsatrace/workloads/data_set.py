@@ -32,6 +32,7 @@ class PromptSettings:
     chat: Chat
     max_new_tokens: int | None = None
     temperature: float = 0.0
+    min_new_tokens: int = 0
     max_prompt_tokens: int | None = None  # chat template included; for data sets that cut prompts
 
     def __post_init__(self) -> None:
@@ -42,7 +43,21 @@ class PromptSettings:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, chat: Chat) -> PromptSettings:
-        return cls(chat, args.max_new_tokens, args.temperature, args.max_prompt_tokens)
+        least, most = args.min_new_tokens, args.max_new_tokens
+        return cls(chat, most, args.temperature, least, args.max_prompt_tokens)
+
+    def most_new_tokens(self, own: int, of: str) -> int:
+        """`max_new_tokens`, else the data set's `own`; a `UserError` where `min_new_tokens` is above that.
+
+        `of` names whose own it is: a data set, or one of its tasks.
+        """
+        most = self.max_new_tokens or own
+        if self.min_new_tokens > most:
+            raise UserError(
+                f"--min-new-tokens {self.min_new_tokens} is above the {most} new tokens of {of}; give "
+                f"--max-new-tokens {self.min_new_tokens} or more"
+            )
+        return most
 
 
 class Workload(abc.ABC):
@@ -164,7 +179,7 @@ class DataSet:
     file_flag: str  # which of the flags names a file of rows
     open: Callable[[argparse.Namespace, Chat, Find], OpenedWorkload]
     write: Callable[[Path, Path, int | None], int]
-    """Writes the first rows of a fetched file to a path (for RULER, those of each file); returns how many."""
+    """Writes the first rows of a fetched file to a path; returns how many."""
     export: str  # the exported file's name; {} becomes "" or "_limitN"
     patterns: tuple[str, ...]  # of the files that hold rows
     sample: str | None = None  # its embedded sample; None: a generator stands in

@@ -75,7 +75,7 @@ def export_data_set(
     limit: int | None = None,
     progress: Progress = no_progress,
 ) -> Export:
-    """Writes the first `limit` rows (for RULER, of each file); returns the content of `SOURCE.json`.
+    """Writes the first `limit` rows; returns the content of `SOURCE.json`.
 
     Raises `UserError` for a source that is not whole and for files that are not from an export.
     The folder then stays as it was.

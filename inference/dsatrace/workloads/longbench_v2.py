@@ -201,6 +201,7 @@ class LongBenchV2Workload(Workload):
         super().__init__(loader.bad_rows)
         self._loader = loader
         self._settings = settings
+        self._max_new_tokens = settings.most_new_tokens(MAX_NEW_TOKENS, self.name)
         self._counts: Counter[str] = Counter()
         self._open: dict[str, str] = {}  # the right letters
 
@@ -213,7 +214,7 @@ class LongBenchV2Workload(Workload):
             request = Request(
                 request_id=f"row{row.source_row}",
                 prompt_token_ids=prompt.token_ids,
-                max_new_tokens=settings.max_new_tokens or MAX_NEW_TOKENS,
+                max_new_tokens=self._max_new_tokens,
                 temperature=settings.temperature,
                 source_row=row.source_row,
                 labels={"difficulty": row.difficulty, "length": row.length},

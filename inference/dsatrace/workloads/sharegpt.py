@@ -217,6 +217,7 @@ class ShareGPTWorkload(Workload):
         check_limit("--limit", limit)
         self._loader = loader
         self._settings = settings
+        self._max_new_tokens = settings.most_new_tokens(MAX_NEW_TOKENS, self.name)
         self._mode: TurnMode = mode
         self._limit = limit
         self._open: dict[str, str] = {}  # the recorded answers
@@ -228,7 +229,7 @@ class ShareGPTWorkload(Workload):
             yield Request(
                 request_id=prompt.prompt_id,
                 prompt_token_ids=tuple(self._settings.chat.encode(prompt.messages)),
-                max_new_tokens=self._settings.max_new_tokens or MAX_NEW_TOKENS,
+                max_new_tokens=self._max_new_tokens,
                 temperature=self._settings.temperature,
                 source_row=prompt.source_row,
             )

@@ -97,7 +97,7 @@ def uniform_state(shape: Shape, *, seed: int) -> UniformState:
 
 
 @njit(nogil=True)
-def _splitmix(state: np.ndarray) -> np.uint64:
+def splitmix64(state: np.ndarray) -> np.uint64:
     state[0] += np.uint64(_GOLDEN)
     bits = state[0]
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(_MIX_1)
@@ -111,7 +111,7 @@ def _equal_key(policy: UniformState, cache: Cache, slot: int, access: Access) ->
 
 def _any_slot(policy: UniformState, cache: Cache) -> int:
     size = np.uint64(cache.heap_size[0])
-    at = ((_splitmix(policy.state) >> np.uint64(32)) * size) >> np.uint64(32)
+    at = ((splitmix64(policy.state) >> np.uint64(32)) * size) >> np.uint64(32)
     slot = cache.heap[0, np.int64(at)]
     withdraw(cache, slot)
     return slot

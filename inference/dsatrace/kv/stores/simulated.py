@@ -88,6 +88,8 @@ _ALL = (
             Figure(37, _ESS, "unverified"), Figure(43, _ESS, "unverified")),
     _preset("pcie4-x16", "host memory to GPU, one copy call per operation",
             Figure(25, "32 GB/s raw, rule of thumb", "unverified"), alpha_op_us=_COPY_CALL),
+    _preset("nvlink-c2c", "Grace memory to Hopper GPU",
+            Figure(450, "NVIDIA GH200 data sheet: 900 GB/s both ways, from memory", "unverified")),
     _preset("rdma-400g", "one 400 Gb/s link, 50 GB/s raw",
             Figure(23.75, "Mooncake README: 190 GB/s over 8 x 400 Gb/s RoCE", "published")),
     _preset("rdma-200g", "one 200 Gb/s link, 25 GB/s raw",

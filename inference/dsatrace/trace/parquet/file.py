@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import orjson
@@ -29,6 +29,7 @@ from dsatrace.trace.parquet.columns import (
     LEAVES,
     LINE,
     NOT_REPRESENTABLE,
+    POSITIONS,
     arrow_schema,
     columns_for,
     to_batch,
@@ -53,18 +54,20 @@ class Written:
     num_kept_as_text: int  # records whose line cannot be restored from their columns
 
 
-def write_parquet(path: Path, lines: Iterable[Line], advance: Advance = lambda num_bytes: None) -> Written:
-    """Writes the file and reads it back; a difference raises `UserError`."""
+def write_parquet(
+    path: Path, lines: Iterable[Line], advance: Advance = lambda num_bytes: None, keep_order: bool = False
+) -> Written:
+    """Writes the file and reads it back; a difference raises `UserError`.
+
+    `keep_order`: most positions do not ascend.
+    """
     num_records = num_kept = 0
     digest = hashlib.blake2b()
-    schema: pa.Schema | None = None
     writer: pq.ParquetWriter | None = None
     try:
-        for group in _groups(lines):
-            batch = _first_batch(group) if schema is None else _lossless_batch(group, schema)
+        for group, batch in lossless_batches(lines):
             if writer is None:
-                schema = batch.schema
-                writer = _open_writer(path, schema)
+                writer = open_writer(path, batch.schema, keep_order)
             writer.write_batch(batch, row_group_size=len(batch))
             num_records += len(batch)
             num_kept += len(batch) - batch.column(LINE).null_count
@@ -72,7 +75,7 @@ def write_parquet(path: Path, lines: Iterable[Line], advance: Advance = lambda n
                 digest.update(line + b"\n")
             advance(sum(len(line) + 1 for line, _ in group))
         if writer is None:
-            writer = _open_writer(path, arrow_schema(pa.float32()))
+            writer = open_writer(path, arrow_schema(pa.float32()))
     finally:
         if writer is not None:
             writer.close()
@@ -125,8 +128,17 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 def count_records(path: Path) -> int:
     """From the file's footer."""
-    with _open_file(path) as file:
+    with open_file(path) as file:
         return int(file.metadata.num_rows)
+
+
+def lossless_batches(lines: Iterable[Line]) -> Iterator[tuple[list[Line], pa.RecordBatch]]:
+    """Lines in groups of bounded size, and their columns, which give each line back."""
+    schema: pa.Schema | None = None
+    for group in _groups(lines):
+        batch = _first_batch(group) if schema is None else _lossless_batch(group, schema)
+        schema = batch.schema
+        yield group, batch
 
 
 def _groups(lines: Iterable[Line]) -> Iterator[list[Line]]:
@@ -173,27 +185,33 @@ def _fits(record: dict[str, Any], score_type: pa.DataType) -> bool:
     return True
 
 
-def _open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """Delta-encoded ints, dictionaries for strings and doubles, byte planes for floats."""
+def open_writer(
+    where: Path | IO[bytes], schema: pa.Schema, keep_order: bool = False, statistics: Sequence[str] = ()
+) -> pq.ParquetWriter:
+    """Delta-encoded ints, dictionaries for strings and doubles, byte planes for floats, and for positions
+    that do not ascend (`keep_order`). Statistics of all columns, or of those named."""
     dictionary: list[str] = []
     encodings: dict[str, str] = {}
     for field in schema:
         is_list = pa.types.is_list(field.type)
         inner = field.type.value_type if is_list else field.type
         name = f"{field.name}.list.element" if is_list else field.name
-        if pa.types.is_integer(inner):
+        if keep_order and field.name == POSITIONS:
+            encodings[name] = "BYTE_STREAM_SPLIT"
+        elif pa.types.is_integer(inner):
             encodings[name] = "DELTA_BINARY_PACKED"
         elif pa.types.is_float32(inner) or (is_list and pa.types.is_float64(inner)):
             encodings[name] = "BYTE_STREAM_SPLIT"
         elif not pa.types.is_boolean(inner) and field.name not in (EXTRA, LINE):
             dictionary.append(name)
     return pq.ParquetWriter(
-        path,
+        where,
         schema.with_metadata({"dsatrace.schema_version": str(SCHEMA_VERSION)}),
         compression="zstd",
         compression_level=1,
         use_dictionary=dictionary,
         column_encoding=encodings,
+        write_statistics=list(statistics) or True,
     )
 
 
@@ -205,7 +223,8 @@ def _check_written(path: Path, digest: bytes) -> None:
         raise UserError(f"{path.name}: what was written does not read back the same; check the disk")
 
 
-def _open_file(path: Path) -> pq.ParquetFile:
+def open_file(path: Path) -> pq.ParquetFile:
+    """The file; raises `UserError` for one that cannot be read or is not whole."""
     try:
         return pq.ParquetFile(path)
     except OSError as error:
@@ -216,7 +235,7 @@ def _open_file(path: Path) -> pq.ParquetFile:
 
 def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     """At most `BATCH_RECORDS` records at a time, so that memory stays bounded."""
-    with _open_file(path) as file:
+    with open_file(path) as file:
         present = set(file.schema_arrow.names)
         wanted = None if columns is None else [name for name in columns if name in present]
         try:

@@ -80,7 +80,7 @@ class RulerWorkload(Workload):
         return Request(
             request_id=".".join((*labels.values(), f"row{example.row}")),
             prompt_token_ids=tuple(chat.encode([Message("user", example.prompt)], prefix)),
-            max_new_tokens=self._settings.max_new_tokens or example.tokens_to_generate,
+            max_new_tokens=self._settings.most_new_tokens(example.tokens_to_generate, example.task),
             temperature=self._settings.temperature,
             source_row=example.row,
             labels=labels,
@@ -117,6 +117,8 @@ def open_ruler(args: argparse.Namespace, chat: Chat, find: Find) -> OpenedWorklo
     description = f"generator, seed {args.seed}, {haystack}"
     reason = "as asked" if source is None else source.reason
     tasks = tasks or (GENERATED_TASK,)
+    for task in tasks:
+        settings.most_new_tokens(TASKS[task].tokens_to_generate, task)
     spread = GENERATED_EXAMPLES if args.limit is None else -(-args.limit // len(tasks))
     per_task = args.limit_per_task or spread
     workload = RulerWorkload(
@@ -159,9 +161,14 @@ def _text(path: Path) -> str:
 
 
 def _write_archive(archive: Path, folder: Path, limit: int | None) -> int:
-    """The archive's row files under the names that the reader knows; `row_files` refuses unsafe members."""
+    """The archive's row files under the names that the reader knows, up to `limit` rows in all.
+
+    `row_files` refuses unsafe members.
+    """
     num_rows = 0
     for file, stream in row_files(archive):
+        if num_rows == limit:
+            break
         target = folder / file.task / f"validation_{file.max_length}.jsonl"
         if file.max_length is None:
             target = target.with_name("validation.jsonl")
@@ -171,7 +178,8 @@ def _write_archive(archive: Path, folder: Path, limit: int | None) -> int:
             )
         target.parent.mkdir(exist_ok=True)
         rows = read_rows(file.name, lines_of(stream, file.name), _json_line, WholeFile())
-        num_rows += write_lines(target, itertools.islice(rows, limit))
+        left = None if limit is None else limit - num_rows
+        num_rows += write_lines(target, itertools.islice(rows, left))
     return num_rows
 
 

@@ -1,0 +1,222 @@
+"""`dsatrace replay`: what a hot buffer of any size would have missed of recorded selections.
+
+dsatrace replay outputs/mine
+dsatrace replay merge shards/*/replay.json --out outputs/all
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from dsatrace.commands.parser import CommandParser
+from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.text import plain
+
+if TYPE_CHECKING:
+    from dsatrace.selection_replay.result import Result
+    from dsatrace.selection_replay.settings import ReplaySettings
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    """Replays, or merges results; prints the tables, and returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return _merge(argv[1:]) if argv[:1] == ["merge"] else _replay(argv)
+
+
+def _replay(argv: Sequence[str]) -> int:
+    from dsatrace.selection_replay.policies import POLICIES
+    from dsatrace.selection_replay.settings import ReplaySettings, Share, Start
+
+    parser = CommandParser(
+        "replay",
+        "Replay recorded selections through hot buffers: what each size and policy misses, and what the best "
+        "possible one would.",
+        examples="""
+        %(prog)s outputs/mine
+        %(prog)s outputs/mine --sizes 1k,2k,4k,10%% --policy lru,opt
+        %(prog)s outputs/mine --unit block:16 --sizes 8k,16k
+        %(prog)s s0 s1 s2 --shard 0/4 --out shards/0
+        %(prog)s merge shards/*/replay.json --out outputs/all
+        """,
+    )
+    defaults = ReplaySettings()
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    add = parser.add_argument
+    usual = ",".join(defaults.policies)
+    add("--policy", help=f"which id leaves: some of {', '.join(POLICIES)} (default: {usual})")
+    add(
+        "--sizes",
+        default=",".join(defaults.size_labels),
+        help="of the buffer, in ids of the run's unit: 4096, multiples of top-k such as 2k, or shares of the "
+        "context such as 10%%",
+    )
+    add(
+        "--unit",
+        default="run",
+        metavar="UNIT",
+        help="moved as one: the run's own unit, or block:N of N tokens",
+    )
+    add("--pin-newest", action="store_true", help="the query's own token has a slot outside the buffer")
+    add(
+        "--start",
+        choices=get_args(Start),
+        default=defaults.start,
+        help="what the buffer holds at first: nothing, the first ids, the first step's set (which is not "
+        "counted), or what the recorded prompt rows leave in it",
+    )
+    add(
+        "--share",
+        choices=get_args(Share),
+        default=defaults.share,
+        help="pool the layers of a request in one buffer",
+    )
+    add(
+        "--union",
+        type=int,
+        default=defaults.union,
+        metavar="N",
+        help="rows per step, as in speculative decoding",
+    )
+    add("--seed", type=int, default=defaults.seed, help="of the policy that draws lots, and of the nulls")
+    _add_answers(parser)
+    _add_output(parser, "RUN_replay")
+    add("--jobs", type=int, default=1, metavar="N", help="processes")
+    add("--shard", default="0/1", metavar="I/N", help="only every N-th part of the runs, from the I-th on")
+    args = parser.parse_args(argv)
+    settings = _settings(args)
+    index, count = _shard(args.shard)
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: use at least 1")
+    out = _out_folder(args.out or args.runs[0].absolute().with_name(f"{args.runs[0].absolute().name}_replay"))
+
+    from dsatrace.commands.damage import damage_named
+    from dsatrace.commands.progress import counted_bar
+    from dsatrace.selection_replay.replay import find_work, replay_all
+
+    with damage_named(*args.runs):
+        work = find_work(args.runs, settings)[index::count]
+        if not work:
+            raise UserError(f"--shard {args.shard}: the runs have fewer parts; use a smaller N")
+        with counted_bar("replay", sum(one.part.num_records for one in work), "records") as advance:
+            result = replay_all(work, settings, args.jobs, keep=out / "parts", advance=advance)
+    return _finish(result, out, args)
+
+
+def _merge(argv: Sequence[str]) -> int:
+    parser = CommandParser(
+        "replay merge",
+        "Add results of `dsatrace replay`, of other runs or other shards of them.",
+        examples="%(prog)s shards/*/replay.json --out outputs/all",
+    )
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="replay.json, or its folder")
+    _add_answers(parser)
+    _add_output(parser, "")
+    args = parser.parse_args(argv)
+    if args.out is None:
+        raise UserError("--out DIR is missing: name the folder of the merged result")
+
+    from dsatrace.selection_replay.result import Result
+
+    paths = [path / "replay.json" if path.is_dir() else path for path in args.results]
+    total = Result.read(paths[0])
+    for path in paths[1:]:
+        total.add(Result.read(path), str(path))
+    return _finish(total, _out_folder(args.out), args)
+
+
+def _add_answers(parser: argparse.ArgumentParser) -> None:
+    """The flags of what is derived from a result."""
+    add = parser.add_argument_group("the answer, for one size").add_argument
+    add("--choose", metavar="SIZE", help="one of --sizes (default: 2k)")
+    add(
+        "--link",
+        metavar="NAME",
+        help="model the fetches on it: pcie5-x16, nvlink-c2c, ..., or FILE.json#NAME",
+    )
+    add(
+        "--compute-us", metavar="US", help="of a layer's decode step on your device: BASE or BASE+PER_REQUEST"
+    )
+    add("--hbm-gb", type=float, metavar="GB", help="HBM for KV: from which batch and context the buffer pays")
+    add("--measured", type=Path, metavar="FILE", help="an engine's counters to set beside the prediction")
+
+
+def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    text = "folder of the result; a replay that was killed goes on there"
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help=f"{text} (default: {default})" if default else text
+    )
+    parser.add_argument("--no-figure", action="store_true", help="no pictures")
+
+
+def _settings(args: argparse.Namespace) -> ReplaySettings:
+    from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes, parse_unit
+
+    policies = ReplaySettings.policies
+    if args.policy is not None:
+        policies = tuple(name.strip() for name in args.policy.split(","))
+    elif args.share == "request":
+        policies = tuple(name for name in policies if name != "sglang")  # whose buffers are per layer
+    return ReplaySettings(
+        policies=policies,
+        sizes=parse_sizes(args.sizes),
+        block=parse_unit(args.unit),
+        pin_newest=args.pin_newest,
+        start=args.start,
+        share=args.share,
+        union=args.union,
+        seed=args.seed,
+    )
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UserError(f"--shard {text}: use I/N with I from 0 to N - 1, such as 0/4")
+    return int(index), int(count)
+
+
+def _out_folder(folder: Path) -> Path:
+    """Made if it is not there; refused if it holds anything but a replay."""
+    ours = {"replay.json", "replay.csv", "replay.png", "parts"}
+    try:
+        foreign = (
+            sorted(path.name for path in folder.iterdir() if path.name not in ours) if folder.exists() else []
+        )
+        if foreign:
+            raise UserError(
+                f"{folder}: holds {foreign[0]}, so it is no replay's folder; name another with --out"
+            )
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot make it: {error.strerror}; name another with --out") from error
+    return folder
+
+
+def _finish(result: Result, out: Path, args: argparse.Namespace) -> int:
+    """Writes and shows what was found."""
+    from dsatrace.report.grid import WIDE, show
+    from dsatrace.report.replay_tables import replay_parts
+    from dsatrace.selection_replay.answers import add_answers
+    from dsatrace.selection_replay.figures import figures
+    from dsatrace.selection_replay.output import write_result
+
+    record = {**result.header, **figures(result)}
+    add_answers(record, args.choose, args.link, args.compute_us, args.hbm_gb, args.measured)
+    write_result(record, result, out)
+    show(replay_parts(record), WIDE)
+    print(f"all figures: {plain(out / 'replay.json')}; as a table: replay.csv")
+    if not args.no_figure:
+        from dsatrace.report.replay_figure import draw_replay
+
+        draw_replay(record, out / "replay.png")
+        print(f"picture: {plain(out / 'replay.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

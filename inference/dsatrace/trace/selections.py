@@ -1,0 +1,361 @@
+"""What a run's requests selected, one request at a time, as arrays: what a replay reads.
+
+Reads JSON lines and Parquet, in whatever order the records lie. A run offers its work in parts of whole
+requests, which processes can share: a part's memory is bounded, and a request larger than the bound is
+a part of its own. Parquet is read without a Python object per record. Derives nothing.
+
+    run = RunReader("outputs/mine")
+    for request in read_selections(run):
+        layer = request.layers[LayerSet(0)]
+        layer.ids[layer.ptr[3] : layer.ptr[4]]      # what the layer selected in its 4th recorded step
+    parts = selection_parts(run)                    # or: read_selections(run, parts[:2])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dsatrace.errors import UserError
+from dsatrace.jit import cached_njit
+from dsatrace.trace.parquet.columns import LINE, POSITIONS
+from dsatrace.trace.parquet.file import open_file
+from dsatrace.trace.reader import REQUEST_ID, RunReader
+
+PART_BYTES = 256 << 20
+"""Selections held at a time, unless one request has more: bytes of int32 ids, or of JSON text."""
+
+_INTS = ("layer_id", "step_idx", "seq_len_current", "forward_idx")
+_HEAD = "kv_head"
+
+
+class LayerSet(NamedTuple):
+    """Whose selections they are: a layer's, or those of one of its KV heads."""
+
+    layer_id: int
+    kv_head: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerSelections:
+    """One layer's T recorded steps, ascending, which selected N ids in all."""
+
+    step_idx: np.ndarray  # (T,) int64; -1: the prompt's last position
+    seq_len: np.ndarray  # (T,) int64, positions visible to the query, itself included
+    forward_idx: np.ndarray  # (T,) int64
+    phase: np.ndarray  # (T,) str
+    ids: np.ndarray  # (N,) int32, within a step in the order they were recorded
+    ptr: np.ndarray  # (T + 1,) int64: step t selected ids[ptr[t] : ptr[t + 1]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RequestSelections:
+    """All that was recorded of a request."""
+
+    request_id: str
+    num_prompt_tokens: int | None  # None: a kill came before its line in requests.jsonl
+    layers: Mapping[LayerSet, LayerSelections]  # by layer and KV head, ascending
+
+
+class Span(NamedTuple):
+    """A stretch of a file: bytes of lines, or row groups of Parquet."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectionPart:
+    """Whole requests, and the stretches that hold their records, among records of others."""
+
+    request_ids: tuple[str, ...]
+    spans: tuple[Span, ...]
+    num_records: int
+    num_bytes: int  # of ids, or of JSON text
+
+
+def selection_parts(run: RunReader, part_bytes: int = PART_BYTES) -> list[SelectionPart]:
+    """The run's requests in the order of their first records, in parts of about `part_bytes`.
+
+    Raises `UserError` for a run whose records hold no selections.
+    """
+    fields = _id_fields(run)
+    requests: dict[str, _Extent] = {}
+    for path in run.step_paths:
+        found = _of_row_groups(path, fields) if run.is_parquet else _of_lines(path)
+        for request_id, start, stop, num_records, num_bytes in found:
+            extent = requests.get(request_id)
+            if extent is None:
+                extent = requests[request_id] = _Extent()
+            extent.add(Span(path, start, stop), num_records, num_bytes)
+    return list(_parts(requests, part_bytes))
+
+
+def read_selections(
+    run: RunReader, parts: Iterable[SelectionPart] | None = None
+) -> Iterator[RequestSelections]:
+    """The requests of these parts, or of all, in the parts' order. At level blocks ids are touched blocks.
+
+    Holds one part's selections at a time. Raises `UserError` for what cannot be read, and for a record
+    without a field that it must have.
+    """
+    parts, fields = selection_parts(run) if parts is None else parts, _id_fields(run)
+    prompts = {line["request_id"]: line["num_prompt_tokens"] for line in run.requests()}
+    for part in parts:
+        chunks = [
+            chunk
+            for span in part.spans
+            for chunk in (_parquet_chunks if run.is_parquet else _line_chunks)(span, part.request_ids, fields)
+        ]
+        for index, layers in _grouped(chunks):
+            request_id = part.request_ids[index]
+            yield RequestSelections(request_id, prompts.get(request_id), layers)
+
+
+def _id_fields(run: RunReader) -> tuple[str, ...]:
+    """Fields that hold the ids; a record has one of them."""
+    level = run.manifest["trace"]["level"]
+    if level == "stats":
+        raise UserError(
+            f"{run.folder}: its records, of level {level}, hold no selections; record with --trace-level full"
+        )
+    return ("selected_block_ids",) if level == "blocks" else (POSITIONS, "selected_ids")
+
+
+class _Extent:
+    """Where a request's records lie."""
+
+    def __init__(self) -> None:
+        self.spans: dict[Path, Span] = {}
+        self.num_records = self.num_bytes = 0
+
+    def add(self, span: Span, num_records: int, num_bytes: int) -> None:
+        known = self.spans.get(span.path, span)
+        self.spans[span.path] = Span(span.path, min(known.start, span.start), max(known.stop, span.stop))
+        self.num_records += num_records
+        self.num_bytes += num_bytes
+
+
+def _parts(requests: Mapping[str, _Extent], part_bytes: int) -> Iterator[SelectionPart]:
+    together, names = _Extent(), list[str]()
+    for request_id, extent in requests.items():
+        if names and together.num_bytes + extent.num_bytes > part_bytes:
+            yield _part(names, together)
+            together, names = _Extent(), []
+        names.append(request_id)
+        for span in extent.spans.values():
+            together.add(span, 0, 0)
+        together.num_records += extent.num_records
+        together.num_bytes += extent.num_bytes
+    if names:
+        yield _part(names, together)
+
+
+def _part(names: Sequence[str], extent: _Extent) -> SelectionPart:
+    return SelectionPart(tuple(names), tuple(extent.spans.values()), extent.num_records, extent.num_bytes)
+
+
+_Found = tuple[str, int, int, int, int]
+"""A request id, where a stretch with its records starts and stops, its records there and their bytes."""
+
+
+def _of_lines(path: Path) -> Iterator[_Found]:
+    """One per line; a last line that was cut short is left out."""
+    names: dict[bytes, str] = {}
+    start = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    return
+                found = REQUEST_ID.search(line)
+                if found is None:
+                    raise UserError(f"{path}: line {number} has no request_id; restore the file")
+                name = names.get(found[1])
+                if name is None:
+                    name = names[found[1]] = orjson.loads(found[1])
+                yield name, start, start + len(line), 1, len(line)
+                start += len(line)
+    except FileNotFoundError:
+        return  # killed before the file was made; otherwise `RunReader` has said so
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it: {error.strerror}") from error
+
+
+def _of_row_groups(path: Path, fields: Sequence[str]) -> Iterator[_Found]:
+    """One per request and row group; reads request ids only where the statistics name more than one."""
+    with open_file(path) as file:
+        columns = {file.schema.column(i).path: i for i in range(file.metadata.num_columns)}
+        ids = [i for name, i in columns.items() if name.partition(".")[0] in fields]
+        for index in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(index)
+            num_bytes = 4 * max((group.column(i).num_values for i in ids), default=0)
+            told = group.column(columns["request_id"]).statistics
+            if told is not None and told.has_min_max and told.min == told.max and not told.null_count:
+                yield told.min, index, index + 1, group.num_rows, num_bytes
+                continue
+            counted = _table(file, index, ("request_id",))["request_id"].value_counts()
+            for name, count in zip(*(counted.field(i).to_pylist() for i in (0, 1)), strict=True):
+                yield name, index, index + 1, count, num_bytes * count // group.num_rows
+
+
+class _Chunk(NamedTuple):
+    """R records of some requests, in file order."""
+
+    request: np.ndarray  # (R,) index into the part's request ids
+    ints: np.ndarray  # (5, R) int64, of _INTS and _HEAD
+    phase: np.ndarray  # (R,) str
+    ids: np.ndarray  # int32
+    start: np.ndarray  # (R,) int64: record r selected ids[start[r] : stop[r]]
+    stop: np.ndarray  # (R,) int64
+
+
+def _parquet_chunks(span: Span, request_ids: Sequence[str], fields: Sequence[str]) -> Iterator[_Chunk]:
+    wanted = pa.array(request_ids, pa.string())
+    with open_file(span.path) as file:
+        for index in range(span.start, span.stop):
+            table = _table(file, index, ("request_id", *_INTS, _HEAD, "phase", *fields))
+            request = pc.index_in(table["request_id"], wanted).fill_null(-1).to_numpy()
+            rows = np.flatnonzero(request >= 0)
+            if not len(rows):
+                continue
+            names = [name for name in fields if name in table.schema.names and not table[name].null_count]
+            if not names:
+                raise UserError(f"{span.path}: a record without {fields[0]}; see `dsatrace verify`")
+            lists = table[names[0]].chunk(0)
+            ids, ends = lists.values.to_numpy(), lists.offsets.to_numpy().astype(np.int64)
+            start, stop = ends[:-1][rows], ends[1:][rows]
+            if len(rows) < len(request):  # do not hold what belongs to others
+                ids, start, stop = _copied(ids, start, stop)
+            ints = np.stack([_ints(table, field, span.path)[rows] for field in (*_INTS, _HEAD)])
+            phases = table["phase"].chunk(0).dictionary_encode()
+            phase = np.array(phases.dictionary.to_pylist())[phases.indices.to_numpy()[rows]]
+            yield _Chunk(request[rows], ints, phase, ids, start, stop)
+
+
+def _table(file: pq.ParquetFile, group: int, fields: Sequence[str]) -> pa.Table:
+    """These columns of a row group, each in one piece; records that are kept as text among them."""
+    present = set(file.schema_arrow.names)
+    table = file.read_row_group(group, [name for name in (*fields, LINE) if name in present]).combine_chunks()
+    if LINE not in present or table[LINE].null_count == len(table):
+        return table
+    rows = table.to_pylist()
+    for row in rows:
+        if (text := row.pop(LINE)) is not None:
+            record = orjson.loads(text)
+            row.update({name: record.get(name) for name in fields})
+    schema = pa.schema([field for field in table.schema if field.name != LINE])
+    return pa.Table.from_pylist(rows, schema).combine_chunks()
+
+
+def _ints(table: pa.Table, field: str, path: Path) -> np.ndarray:
+    """(R,) int64; the KV head is 0 where a layer has one set."""
+    if field == _HEAD:
+        present = _HEAD in table.schema.names
+        return table[_HEAD].fill_null(0).to_numpy() if present else np.zeros(len(table), np.int64)
+    if table[field].null_count:
+        raise UserError(f"{path}: a record without {field}; see `dsatrace verify`")
+    return table[field].to_numpy()
+
+
+def _line_chunks(span: Span, request_ids: Sequence[str], fields: Sequence[str]) -> Iterator[_Chunk]:
+    """One chunk per record; the lines of other requests are not parsed."""
+    wanted = {orjson.dumps(name): index for index, name in enumerate(request_ids)}
+    with span.path.open("rb") as file:
+        file.seek(span.start)
+        at = span.start
+        while at < span.stop:
+            line = file.readline()
+            at += len(line)
+            found = REQUEST_ID.search(line)
+            raw = found[1] if found else b""
+            index = wanted.get(raw)
+            if index is None and raw and (name := orjson.loads(raw)) in request_ids:  # spelled in another way
+                index = wanted[raw] = request_ids.index(name)
+            if index is not None:
+                try:
+                    yield _line_chunk(line, index, fields)
+                except _NO_RECORD as error:
+                    raise UserError(
+                        f"{span.path}: a line of request {request_ids[index]} is no whole record: "
+                        f"{type(error).__name__} {error}; see `dsatrace verify`"
+                    ) from error
+
+
+_NO_RECORD = (LookupError, StopIteration, TypeError, ValueError, OverflowError)
+
+
+def _line_chunk(line: bytes, index: int, fields: Sequence[str]) -> _Chunk:
+    record: dict[str, Any] = orjson.loads(line)
+    chosen = next(record[name] for name in fields if record.get(name) is not None)
+    ints = np.array([*([record[field]] for field in _INTS), [record.get(_HEAD, 0)]], np.int64)
+    ids = np.array(chosen, np.int32)
+    phase = np.array([record["phase"]])
+    return _Chunk(np.array([index]), ints, phase, ids, np.zeros(1, np.int64), np.array([len(ids)]))
+
+
+def _grouped(chunks: Sequence[_Chunk]) -> Iterator[tuple[int, dict[LayerSet, LayerSelections]]]:
+    """The records by request, layer, KV head and step."""
+    if not chunks:
+        return
+    request = np.concatenate([chunk.request for chunk in chunks])
+    layer, step, seq_len, forward, head = np.concatenate([chunk.ints for chunk in chunks], axis=1)
+    phase = np.concatenate([chunk.phase for chunk in chunks])
+    sizes = np.concatenate([chunk.stop - chunk.start for chunk in chunks])
+    order = np.lexsort((forward, step, head, layer, request))
+    ends = np.concatenate([[0], np.cumsum(sizes[order])])
+    targets = np.empty_like(sizes)
+    targets[order] = ends[:-1]
+    ids = np.empty(ends[-1], np.int32)
+    row = 0
+    for chunk in chunks:
+        _copy_runs(chunk.ids, chunk.start, chunk.stop, targets[row : row + len(chunk.request)], ids)
+        row += len(chunk.request)
+    request, layer, head, step, seq_len, forward, phase = (
+        column[order] for column in (request, layer, head, step, seq_len, forward, phase)
+    )
+    is_new = (np.diff(request) != 0) | (np.diff(layer) != 0) | (np.diff(head) != 0)
+    bounds = [0, *(np.flatnonzero(is_new) + 1).tolist(), len(order)]
+    layers: dict[LayerSet, LayerSelections] = {}
+    for first, last in itertools.pairwise(bounds):
+        layers[LayerSet(int(layer[first]), int(head[first]))] = LayerSelections(
+            step_idx=step[first:last],
+            seq_len=seq_len[first:last],
+            forward_idx=forward[first:last],
+            phase=phase[first:last],
+            ids=ids[ends[first] : ends[last]],
+            ptr=ends[first : last + 1] - ends[first],
+        )
+        if last == len(order) or request[last] != request[first]:
+            yield int(request[first]), layers
+            layers = {}
+
+
+def _copied(
+    ids: np.ndarray, start: np.ndarray, stop: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Only the ids of these runs, and where those lie then."""
+    ends = np.concatenate([[0], np.cumsum(stop - start)])
+    out = np.empty(ends[-1], np.int32)
+    _copy_runs(ids, start, stop, ends[:-1], out)
+    return out, ends[:-1], ends[1:]
+
+
+@cached_njit(nogil=True)
+def _copy_runs(values, start, stop, at, out):  # type: ignore[no-untyped-def]
+    """Copies values[start[r] : stop[r]] to out[at[r] :]."""
+    for r in range(len(start)):
+        to = at[r]
+        for i in range(start[r], stop[r]):
+            out[to] = values[i]
+            to += 1

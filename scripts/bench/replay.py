@@ -1,0 +1,190 @@
+"""The replay of selections: microseconds per record, memory, and growth.
+
+A record is one step of 2,048 ids out of 131,072. The steps are synthetic: a share of each is kept from
+the step before, the rest are popular ids and some at random. Figures are CPU time of one core, the best
+of a few runs, after compilation. Ratios are what counts: absolute times move with the machine. It does
+not tell which policy is best; miss rates are printed to show what was replayed.
+
+Beside ours: libCacheSim, which is fed the same ids one by one, as an ordinary simulator is. It does not
+know that the ids of a step must lie in the buffer together.
+
+    python3 scripts/bench/replay.py                   # a minute
+    python3 scripts/bench/replay.py --long            # growth up to 1 million records
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from long_run import in_own_process
+from machine import machine
+from policies import cpu_seconds, empty_table, peak_bytes
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
+
+from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.selection_replay.lru import lru
+from dsatrace.selection_replay.policies import POLICIES, misses
+from dsatrace.selection_replay.steps import NO_ID, Steps
+
+TOP_K, NUM_IDS = 2048, 131072
+KEPT = (0.5, 0.7, 0.9)
+SIZES = (2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768)
+THEIRS = {"lru": "LRU", "fifo": "FIFO", "lfu": "LFU", "s3-fifo": "S3FIFO", "opt": "Belady"}
+
+
+def records(num_steps: int, kept: float, seed: int = 0) -> Steps:
+    """One request's steps at one layer; ids ascending, as a selection's positions are recorded."""
+    rng = np.random.default_rng(seed)
+    popular = rng.permutation(NUM_IDS)
+    current = rng.choice(NUM_IDS, TOP_K, replace=False)
+    ids = np.empty((num_steps, TOP_K), np.int32)
+    for step in range(num_steps):
+        chosen = np.zeros(NUM_IDS, bool)
+        chosen[rng.choice(current, round(kept * TOP_K), replace=False)] = True
+        while (num_missing := TOP_K - int(chosen.sum())) > 0:
+            ranks = (NUM_IDS * rng.random(num_missing) ** 3).astype(np.int64)
+            chosen[popular[ranks]] = True
+        current = np.flatnonzero(chosen)
+        ids[step] = current
+    ptr = np.arange(num_steps + 1, dtype=np.int64) * TOP_K
+    newest, visible = np.full(num_steps, NO_ID, np.int32), np.full(num_steps, NUM_IDS, np.int64)
+    return Steps(ids.ravel(), ptr, newest, visible, NUM_IDS)
+
+
+def per_record_us(steps: Steps, work: Callable[[], object], repeats: int) -> float:
+    work()  # compiles
+    return cpu_seconds(work, repeats) / steps.num_steps * 1e6
+
+
+def miss_rate(steps: Steps, per_step: np.ndarray) -> float:
+    return float(per_step.sum() / len(steps.ids))
+
+
+def policies_table(num_steps: int, size: int, repeats: int) -> Table:
+    headings = [f"{heading} at {kept}" for kept in KEPT for heading in ("us", "misses")]
+    title = f"One record of {TOP_K:,} ids, B = {size:,}, {num_steps} steps, by the share kept of a step"
+    table = empty_table(title, "policy", *headings)
+    traces = [records(num_steps, kept) for kept in KEPT]
+    for label, sizes in (("lru, all sizes", ()), (f"lru, and {len(SIZES)} sizes by step", SIZES)):
+        cells = [f"{per_record_us(steps, partial(lru, steps, sizes), repeats):.1f}" for steps in traces]
+        table.add_row(label, *(cell for us in cells for cell in (us, "")))
+    for name in POLICIES:
+        row = []
+        for steps in traces:
+            us = per_record_us(steps, partial(misses, steps, name, size), repeats)
+            row += [f"{us:.1f}", f"{miss_rate(steps, misses(steps, name, size).misses):.3f}"]
+        table.add_row(name, *row)
+    return table
+
+
+def flat_table(num_steps: int, repeats: int) -> Table:
+    """libCacheSim on the same ids, one by one."""
+    title = "Fed one by one to libCacheSim: its speed, and its miss rate beside the true one"
+    table = empty_table(title, "policy, B, kept", "us per record, theirs", "ours", "misses, theirs", "true")
+    with tempfile.TemporaryDirectory() as folder:
+        for kept in KEPT:
+            steps = records(num_steps, kept)
+            path = Path(folder) / f"{kept}.oracleGeneral"
+            write_flat(steps, path)
+            for size, name in itertools.product((TOP_K, 2 * TOP_K), THEIRS):
+                theirs, ours = partial(flat_miss_rate, path, name, size), partial(misses, steps, name, size)
+                table.add_row(
+                    f"{name}, {size:,}, {kept}",
+                    f"{per_record_us(steps, theirs, repeats):.0f}",
+                    f"{per_record_us(steps, ours, repeats):.1f}",
+                    f"{theirs():.3f}",
+                    f"{miss_rate(steps, ours().misses):.3f}",
+                )
+    return table
+
+
+def flat_miss_rate(path: Path, name: str, size: int) -> float:
+    theirs = importlib.import_module("libcachesim")
+    reader = theirs.TraceReader(str(path), theirs.TraceType.ORACLE_GENERAL_TRACE)
+    cache = getattr(theirs, THEIRS[name])(size, hashpower=18)  # the default's table is 128 MB
+    return float(cache.process_trace(reader)[0])
+
+
+def write_flat(steps: Steps, path: Path) -> None:
+    """libCacheSim's oracleGeneral: time, object, size and the next access of every access."""
+    num_accesses = len(steps.ids)
+    order = np.lexsort((np.arange(num_accesses), steps.ids))
+    following = np.full(num_accesses, -1, np.int64)
+    same = steps.ids[order[1:]] == steps.ids[order[:-1]]
+    following[order[:-1][same]] = order[1:][same]
+    fields = np.zeros(
+        num_accesses, np.dtype([("time", "<u4"), ("id", "<u8"), ("size", "<u4"), ("next", "<i8")])
+    )
+    fields["time"] = np.repeat(np.arange(steps.num_steps), steps.sizes)
+    fields["id"], fields["size"], fields["next"] = steps.ids + 1, 1, following
+    fields.tofile(path)
+
+
+def grow(num_records: int, num_steps: int, one_stream: bool) -> str:
+    """Replays so many records, as streams of `num_steps` or as one; the time and memory of its process."""
+    steps = records(num_steps, 0.7)
+    if one_stream:
+        times = -(-num_records // num_steps)
+        ptr = np.arange(times * num_steps + 1, dtype=np.int64) * TOP_K
+        newest, visible = np.tile(steps.newest, times), np.tile(steps.visible, times)
+        steps = Steps(np.tile(steps.ids, times), ptr, newest, visible, NUM_IDS)
+    lru(records(2, 0.7), SIZES)
+    misses(records(2, 0.7), "opt", 4096)
+    before, begin = peak_bytes(), time.process_time()
+    for _ in range(-(-num_records // steps.num_steps)):
+        lru(steps, SIZES)
+        misses(steps, "opt", 4096)
+    seconds = time.process_time() - begin
+    return f"{seconds / num_records * 1e6:.1f} {(peak_bytes() - before) / 1e6:.0f}"
+
+
+def growth_table(counts: Sequence[int], longest: int) -> Table:
+    title = f"Growth: LRU at all sizes, {len(SIZES)} by step, and OPT at one; memory beside the records"
+    table = empty_table(title, "records", "us per record", "memory, MB")
+    rows = [(count, 512, False) for count in counts] + [(longest, 512, True)]
+    for num_records, num_steps, one_stream in rows:
+        said, _, _ = in_own_process(grow, num_records, num_steps, one_stream)
+        label = f"{num_records:,} in {'one stream' if one_stream else f'streams of {num_steps}'}"
+        table.add_row(label, *said.split())
+    return table
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=512, help="steps of a stream (default: 512)")
+    parser.add_argument("--size", type=int, default=4096, help="ids in the buffer (default: 4096)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="the fastest of so many runs counts (default: 3)"
+    )
+    parser.add_argument("--long", action="store_true", help="grow to 1 million records (default: 100,000)")
+    args = parser.parse_args(argv)
+    if min(args.steps, args.repeats) < 1 or args.size < TOP_K:
+        raise UserError(f"--steps and --repeats must be at least 1, and --size at least {TOP_K}")
+    console = Console()
+    console.print(machine())
+    console.print(policies_table(args.steps, args.size, args.repeats))
+    if importlib.util.find_spec("libcachesim"):
+        console.print(flat_table(min(args.steps, 128), 1))
+    else:
+        console.print("libCacheSim is not installed, so nothing is fed to it: pip install libcachesim")
+    counts = (10_000, 100_000, 1_000_000) if args.long else (10_000, 100_000)
+    console.print(growth_table(counts, 100_000 if args.long else 10_000))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
