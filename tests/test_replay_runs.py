@@ -18,9 +18,11 @@ from dsatrace.selection_replay.result import Result
 from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes
 from dsatrace.trace import selections
 from dsatrace.trace.export import export_run
+from dsatrace.trace.kind import SelectionKind
 from dsatrace.trace.reader import RunReader
 from helpers.command_runs import told_error
 from helpers.golden_run import TOP_K, GoldenRequest, write_golden
+from helpers.kind_runs import KINDS, write_kind
 
 REQUESTS = [GoldenRequest(f"r{i}", 30 + 5 * i, 9 + i % 3) for i in range(6)]
 SETTINGS = ReplaySettings(policies=("lru", "fifo", "opt"), sizes=parse_sizes("1k,2k,50%"))
@@ -185,6 +187,31 @@ def test_touched_blocks_replay_as_the_positions_do(run: Path, tmp_path: Path) ->
         replayed(path, tmp_path / f"{i}", *flags)["overall"]["policies"] for i, path in enumerate((run, thin))
     )
     assert whole["lru"]["8k"]["miss_rate"] == blocks["lru"]["8k"]["miss_rate"] > 0
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_runs_of_every_kind_of_selection(name: str, tmp_path: Path) -> None:
+    """Whatever an id stands for, in both formats: at top-k, misses are what the step before lacked."""
+    run = write_kind(tmp_path / "run", name)
+    record = replayed(run, tmp_path / "out", "--sizes", "1k,2k,50%")
+    sets = [f"{layer}.{head}" if heads > 1 else f"{layer}" for layer, heads, head in _sets(KINDS[name])]
+    assert [layer["name"] for layer in record["layers"]] == sets
+    for layer in record["layers"]:
+        overlap, cell = layer["overlap"]["run"], layer["policies"]["lru"]["1k"]
+        assert 0 < overlap["share"][0] < 1
+        if KINDS[name].door != "attach":  # where a set may hold fewer, the buffer keeps older ones
+            assert cell["miss_rate"] == pytest.approx(1 - overlap["share"][0])
+        assert layer["policies"]["opt"]["2k"]["miss_rate"] <= layer["policies"]["lru"]["2k"]["miss_rate"]
+        is_position = KINDS[name].id_kind == "position" and KINDS[name].unit != "expert"
+        assert (overlap["shifted_share"] is not None) == is_position
+        assert ("recency" in layer["overlap"]) == is_position
+    export_run(RunReader(run), "parquet", tmp_path / "columns" / "run")
+    again = replayed(tmp_path / "columns" / "run", tmp_path / "again", "--sizes", "1k,2k,50%", "--no-figure")
+    assert again["sums"] == record["sums"]
+
+
+def _sets(kind: SelectionKind) -> list[tuple[int, int, int]]:
+    return [(i, layer.heads, head) for i, layer in enumerate(kind.layers) for head in range(layer.heads)]
 
 
 def test_layers_in_one_buffer(run: Path, tmp_path: Path) -> None:

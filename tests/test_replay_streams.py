@@ -13,10 +13,18 @@ from hypothesis import strategies as st
 from dsatrace.errors import UserError
 from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes, parse_unit
 from dsatrace.selection_replay.steps import NO_ID, Steps
-from dsatrace.selection_replay.streams import Kind, in_blocks, in_unions, layer_steps, numbered_anew, pooled
+from dsatrace.selection_replay.streams import (
+    Recorded,
+    in_blocks,
+    in_unions,
+    layer_steps,
+    numbered_anew,
+    pooled,
+)
+from dsatrace.trace.kind import engine_kind
 from dsatrace.trace.selections import LayerSelections, LayerSet, RequestSelections
 
-TOKENS = Kind("token", 1, 1, "position", (4, 4), None, 656, 132)
+TOKENS = Recorded(engine_kind(2, 4), 1, 656, 132)
 
 
 def sets_of(steps: Steps) -> list[list[int]]:
@@ -122,27 +130,29 @@ SELECTION: dict[str, Any] = {
     "unit": "token",
     "unit_tokens": 1,
     "id_kind": "position",
-    "layers": [{"top_k": 4}] * 2,
+    "layers": [{"top_k": 4, "heads": 1, "source_layer": None}] * 2,
+    "door": "attach",
 }
 
 
 def kind(
     selection: dict[str, Any] | None = None, settings: ReplaySettings | None = None, **trace: Any
-) -> Kind:
+) -> Recorded:
     manifest = {**MANIFEST, "trace": {**MANIFEST["trace"], **trace}}
     if selection is not None:
         manifest["selection"] = {**SELECTION, **selection}
-    return Kind.of(manifest, settings or ReplaySettings(), "outputs/mine")
+    return Recorded.of(manifest, settings or ReplaySettings(), "outputs/mine")
 
 
 def test_what_ids_are_is_read_from_the_manifest() -> None:
-    assert kind() == kind({}) == TOKENS
+    assert kind() == TOKENS
     entries = kind({"unit": "entry", "unit_tokens": 4})
     assert entries.bytes_per_id == 4 * 656
-    assert entries.visible(np.array([4, 5]), 4).tolist() == [1, 2]
-    experts = kind({"unit": "expert"})
+    assert entries.visible(np.array([4, 5, 8])).tolist() == [1, 1, 2]
+    assert entries.newest(np.array([4, 5, 8])).tolist() == [0, NO_ID, 1]
+    experts = kind({"unit": "expert", "num_ids": 64})
     assert not experts.is_position and experts.bytes_per_id is None
-    assert experts.visible(np.array([4, 5]), 1).tolist() == [64, 64]
+    assert experts.visible(np.array([4, 5])).tolist() == [64, 64]
     assert not kind({"id_kind": "slot"}).is_position
 
 
@@ -155,7 +165,11 @@ def test_what_ids_are_is_read_from_the_manifest() -> None:
         ({"level": "blocks"}, {"block": 24}, "block:24: use a multiple of 16 tokens"),
         ({"selection": {"unit": "entry", "unit_tokens": 4}}, {"block": 6}, "use a multiple of 4 tokens"),
         ({"selection": {"id_kind": "slot"}}, {"block": 16}, "no positions, so --unit block:N"),
-        ({"selection": {"unit": "expert"}}, {"pin_newest": True}, "no positions, so --pin-newest"),
+        (
+            {"selection": {"unit": "expert", "num_ids": 64}},
+            {"pin_newest": True},
+            "no positions, so --pin-newest",
+        ),
     ],
 )
 def test_what_cannot_be_replayed_is_refused(
@@ -168,7 +182,7 @@ def test_what_cannot_be_replayed_is_refused(
 
 def test_a_run_without_a_model_is_refused() -> None:
     with pytest.raises(UserError, match="no model ran"):
-        Kind.of({**MANIFEST, "selections": "none"}, ReplaySettings(), "outputs/mine")
+        Recorded.of({**MANIFEST, "selections": "none"}, ReplaySettings(), "outputs/mine")
 
 
 def test_sizes_are_ids_multiples_of_top_k_and_shares_of_the_context() -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from dsatrace.errors import UserError
 from dsatrace.kv.stores import backoff, resp
+from dsatrace.kv.stores import valkey as valkey_module
 from dsatrace.kv.stores.checked import CheckedStore
 from dsatrace.kv.stores.interface import NAMESPACE_BYTES, StoreError, StoreSettings, unit_keys
 from dsatrace.kv.stores.opening import open_store
@@ -38,6 +39,12 @@ def waiting(store: CheckedStore, seconds: float) -> Iterator[None]:
     before, connection._timeout_s = connection._timeout_s, seconds
     yield
     connection._timeout_s = before
+
+
+def close_unheard(store: CheckedStore) -> None:
+    """Nobody answers what it says at last."""
+    with waiting(store, 0.1):
+        store.close()
 
 
 def wire(key: int) -> bytes:
@@ -268,19 +275,34 @@ def test_a_store_that_hangs_is_left_alone_for_ever_longer(monkeypatch, capsys):
     assert said.startswith("warning: unix:///")
 
 
-def test_units_expire_unless_their_run_lives():
+@contextlib.contextmanager
+def renewing_often(spec: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckedStore]:
+    """A store whose units live for a minute and are renewed many times a second, with ten of them."""
+    monkeypatch.setattr(valkey_module, "RENEWALS", 600)
+    store = valkey_store(StoreSettings(f"{spec}?ttl_s=60", U, namespace=NAMESPACE))
+    store._medium._renewing._timeout_s = PATIENT_S
+    assert store.put(KEYS, DATA).all()
+    yield store
+    store.close()
+
+
+def until_renewed(ask: Connection) -> None:
+    """Takes half of a unit's time to live, and waits until it is given back."""
+    assert ask.lines(command("PEXPIRE", wire(0), "30000"), 1) == [b":1"]
+    until(lambda: int(ask.lines(command("PTTL", wire(0)), 1)[0][1:]) > 30_000)
+
+
+def test_units_expire_unless_their_run_lives(monkeypatch):
     """A handle that is no longer heard of, and one that renews."""
-    with valkey() as server:
-        spec = f"{server.tcp}?ttl_s=2"
-        ask = Connection(parse_spec(spec)[0], timeout_s=PATIENT_S)
-        alive, dead = open_store(spec, U), open_store(spec, U)
-        assert alive.put(KEYS, DATA).all()
+    with valkey() as server, renewing_often(server.tcp, monkeypatch) as alive:
+        ask = Connection(parse_spec(server.tcp)[0], timeout_s=PATIENT_S)
+        dead = open_store(f"{server.tcp}?ttl_s=0.5", U)
         dead._medium._closing.set()  # its thread ends, as if by SIGKILL
         dead._medium._renewer.join()
         assert dead.put(KEYS, DATA).all()
-        assert ask.lines(command("DBSIZE"), 1) == [b":20"]
         until(lambda: ask.lines(command("DBSIZE"), 1) == [b":10"])
-        assert fetched(alive).all()  # they were put before the others
+        until_renewed(ask)
+        assert fetched(alive).all()
         assert not fetched(dead).any()
         assert dead.stats().corrupt_units == 0
         alive.close()
@@ -289,19 +311,16 @@ def test_units_expire_unless_their_run_lives():
         ask.close()
 
 
-def test_a_renewal_outlives_a_broken_connection():
-    """Each is the next one's beginning, and all of them take longer than a unit lives."""
-    with valkey() as server:
-        store = open_store(f"{server.tcp}?ttl_s=2.4", U)
-        store.put(KEYS, DATA)
+def test_a_renewal_outlives_a_broken_connection(monkeypatch):
+    with valkey() as server, renewing_often(server.tcp, monkeypatch) as store:
         ask = Connection(parse_spec(server.tcp)[0], timeout_s=PATIENT_S)
         renewing = store._medium._renewing
-        for number in range(1, 6):
+        for _ in range(5):
             until(lambda: renewing._socket is not None)
             assert int(ask.lines(command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"), 1)[0][1:]) > 0
-            until(lambda number=number: renewing.num_retries == number)
+            until_renewed(ask)
+        assert renewing.num_retries > 0
         assert fetched(store).all()
-        store.close()
         ask.close()
 
 
@@ -357,9 +376,11 @@ def answering(*answers: bytes) -> Iterator[str]:
 
         thread = threading.Thread(target=serve)
         thread.start()
-        yield f"redis://127.0.0.1:{listener.getsockname()[1]}"
-        ended.set()
-        thread.join()
+        try:
+            yield f"redis://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            ended.set()
+            thread.join()
 
 
 def test_another_protocol_on_the_port():
@@ -394,7 +415,7 @@ def test_answers_that_are_none(answer, cause, kind):
         with waiting(store, 0.3 if kind == "timeout" else PATIENT_S), fails(kind, cause):
             store.fetch(KEYS[:1], np.zeros_like(DATA[:1]))
         assert store.stats().errors == 1
-        store.close()
+        close_unheard(store)
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad\r\n\r\n", b"-ERR one\r\n-ERR two\r\n"])
@@ -405,7 +426,7 @@ def test_a_strange_answer_to_a_write_leaves_none_for_later(answer):
         with pytest.raises(StoreError, match=r"does not speak|refuses: ERR one"):
             store.put(KEYS[:2], DATA[:2])
         assert store._medium._connection._socket is None
-        store.close()
+        close_unheard(store)
 
 
 def test_memory_that_somebody_else_wrote_into():

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import ROOT
 from dsatrace.commands.generate import main as generate
 from dsatrace.commands.run_dataset import main
 from dsatrace.engine.engine import Engine
@@ -21,6 +17,7 @@ from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from helpers.checkpoints import tiny_config
 from helpers.command_runs import recording
+from helpers.forked import Started
 from helpers.resume_samples import OF_THE_MOMENT, answers_of
 from helpers.stores import valkey
 from helpers.waiting import LIMIT_S, until
@@ -158,16 +155,9 @@ def test_ctrl_c_ends_generate_with_what_tiers_did(
     assert RunReader(folder).summary()["tiers"]["local_pool"]["stored_units"] > 0
 
 
-def started(folder: Path, *flags: object) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
-    """A process of `run_dataset.py` that has recorded a few steps."""
-    process = subprocess.Popen(
-        [sys.executable, "inference/run_dataset.py", *map(str, flags), "--trace-out", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def started(folder: Path, *flags: object) -> contextlib.AbstractContextManager[Started]:
+    """A process of `run_dataset` that has recorded a few steps."""
+    process = Started((*flags, "--trace-out", folder), folder.with_name(f"{folder.name}.said"))
     return recording(process, folder)
 
 

@@ -8,12 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 from conftest import ROOT
 from dsatrace.trace.reader import RunReader
+from helpers.forked import Started
 from helpers.waiting import until
+
+Process = TypeVar("Process", subprocess.Popen[str], Started)
 
 
 def told_error(capsys: pytest.CaptureFixture[str], run: Callable[[], int]) -> str:
@@ -44,7 +48,7 @@ def runs_below(folder: Path, main: Callable[[list[str]], int], *fixed: object) -
     return run
 
 
-def until_lines(process: subprocess.Popen[str], file: Path, num_lines: int) -> None:
+def until_lines(process: Process, file: Path, num_lines: int) -> None:
     """Waits until the process, which goes on, has written so many lines."""
 
     def has_written() -> bool:
@@ -55,7 +59,7 @@ def until_lines(process: subprocess.Popen[str], file: Path, num_lines: int) -> N
 
 
 @contextlib.contextmanager
-def recording(process: subprocess.Popen[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+def recording(process: Process, folder: Path) -> Iterator[Process]:
     """A process that has recorded a few steps into `folder`; it does not outlive the block."""
     try:
         until_lines(process, folder / "trace_steps.jsonl", 8)

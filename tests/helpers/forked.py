@@ -62,6 +62,34 @@ def call(function: Callable[..., object], *args: object) -> BaseProcess:
     return process
 
 
+class Started:
+    """A command under way, with what `subprocess.Popen` has for it; it says what it says in files."""
+
+    def __init__(self, argv: Sequence[object], folder: Path, command: str = "run_dataset") -> None:
+        """The files lie in `folder`, a new one."""
+        folder.mkdir()
+        self._said = folder / "out", folder / "err"
+        self._process = start(argv, self._said[0], command=command, errors=self._said[1])
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    poll = returncode.fget
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid or 0, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, ...]:
+        """What it said until its end."""
+        self._process.join(timeout)
+        assert self.returncode is not None, "it goes on"
+        return tuple(file.read_text() for file in self._said)
+
+
 def call_on_ranks(num_ranks: int, function: Callable[..., object], *args: object) -> None:
     """Calls `function(rank, *args)` in a process per rank, and waits for all of them to end well."""
     processes = [call(function, rank, *args) for rank in range(num_ranks)]

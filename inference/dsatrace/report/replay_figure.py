@@ -78,7 +78,7 @@ def _curves(axes: Any, record: Record) -> None:
         ylabel="share",
         ylim=(0, None),
     )
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
 
 
 def _middle_size(record: Record) -> str | None:
@@ -133,7 +133,7 @@ def _by_layer(axes: Any, record: Record) -> None:
     size = _middle_size(record)
     axes.set(title=f"Ids missed per step at {size} (LRU)", xlabel="layer", ylabel="ids")
     cells = [
-        (layer["layer"], layer["policies"]["lru"][size]["misses_per_step"])
+        (layer["name"], layer["policies"]["lru"][size]["misses_per_step"])
         for layer in record["layers"]
         if size in layer.get("missed_by_step", {})
     ]

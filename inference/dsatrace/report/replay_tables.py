@@ -236,7 +236,7 @@ def _layers(record: Record) -> Grid:
         cells = layer.get("policies", {}).get("lru", {})
         rows.append(
             (
-                f"{layer['layer']}",
+                f"{layer['name']}",
                 _percent(layer["overlap"]["run"]["share"][0]),
                 *(_rate(cells[size]) if size in cells else NONE for size in sizes),
                 _size((layer.get("served") or {"run": {}})["run"].get("95%"), max(record["top_k"])),

@@ -45,7 +45,7 @@ def figures(result: Result) -> dict[str, Any]:
         },
         "layers": [
             {
-                "layer": int(layer),
+                "name": layer,  # the layer, or layer.head where it has a set per KV head
                 **_of_own_buffer(result, layer),
                 **_locality(result.locality[layer], bytes_per_id),
             }

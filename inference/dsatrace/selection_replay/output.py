@@ -36,7 +36,7 @@ def _table(record: dict[str, Any]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    groups = [("all", record["overall"]), *((layer["layer"], layer) for layer in record["layers"])]
+    groups = [("all", record["overall"]), *((layer["name"], layer) for layer in record["layers"])]
     for layer, group in groups:
         for policy, sizes in group.get("policies", {}).items():
             for size, cell in sizes.items():

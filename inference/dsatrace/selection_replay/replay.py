@@ -34,7 +34,7 @@ from dsatrace.selection_replay.replayed import Replayed
 from dsatrace.selection_replay.result import RUN, Asked, Cell, Curve, Misses, Result, Tree
 from dsatrace.selection_replay.settings import ReplaySettings
 from dsatrace.selection_replay.steps import Steps
-from dsatrace.selection_replay.streams import Kind, layer_steps, numbered_anew, pooled
+from dsatrace.selection_replay.streams import Recorded, layer_steps, numbered_anew, pooled
 from dsatrace.selection_replay.sums import histogram_of
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.selections import (
@@ -74,7 +74,7 @@ def find_work(folders: Sequence[Path], settings: ReplaySettings) -> list[Work]:
     work: list[Work] = []
     for folder in folders:
         run = RunReader(folder)
-        Kind.of(run.manifest, settings, str(folder))
+        Recorded.of(run.manifest, settings, str(folder))
         known = run.manifest.get("files") or {}
         digests = {path: known.get(path.name) or digest_of(path) for path in run.step_paths}
         for part in selection_parts(run):
@@ -131,11 +131,11 @@ def replay_part(work: Work, settings: ReplaySettings, keep: Path | None = None) 
     if path is not None and path.exists():
         return Result.read(path)
     run = RunReader(work.folder)
-    kind = Kind.of(run.manifest, settings, str(work.folder))
-    total = Result(_header(run.manifest, kind, settings), {}, {}, {}, {})
+    recorded = Recorded.of(run.manifest, settings, str(work.folder))
+    total = Result(_header(run.manifest, recorded, settings), {}, {}, {}, {})
     for request in read_selections(run, [work.part]):
         total.add(
-            replay_request(request, f"{work.name}/{request.request_id}", kind, settings, total.header),
+            replay_request(request, f"{work.name}/{request.request_id}", recorded, settings, total.header),
             work.name,
         )
     if path is not None:
@@ -143,16 +143,17 @@ def replay_part(work: Work, settings: ReplaySettings, keep: Path | None = None) 
     return total
 
 
-def _header(manifest: Mapping[str, Any], kind: Kind, settings: ReplaySettings) -> dict[str, Any]:
-    per_id = kind.per_block(settings)
+def _header(manifest: Mapping[str, Any], recorded: Recorded, settings: ReplaySettings) -> dict[str, Any]:
+    per_id, selection = recorded.per_block(settings), recorded.selection
     return {
         "settings": settings.to_json(),
-        "unit": f"block of {settings.block}" if settings.block else kind.unit,
-        "unit_tokens": settings.block or kind.unit_tokens,
-        "id_kind": kind.id_kind,
-        "top_k": list(kind.top_k),
-        "bytes_per_id": kind.bytes_per_id and kind.bytes_per_id * per_id,
-        "index_bytes_per_id": kind.index_bytes_per_id and kind.index_bytes_per_id * per_id,
+        "unit": f"block of {settings.block}" if settings.block else selection.unit,
+        "unit_tokens": settings.block or selection.unit_tokens,
+        "id_kind": selection.id_kind,
+        "door": selection.door,
+        "top_k": [layer.top_k for layer in selection.layers if layer.heads],
+        "bytes_per_id": recorded.bytes_per_id and recorded.bytes_per_id * per_id,
+        "index_bytes_per_id": recorded.index_bytes_per_id and recorded.index_bytes_per_id * per_id,
         "model_config_digest": manifest["model_config_digest"],
         "selections": manifest["selections"],
         "keeps_order": bool(manifest["trace"]["keep_order"]),
@@ -160,28 +161,32 @@ def _header(manifest: Mapping[str, Any], kind: Kind, settings: ReplaySettings) -
 
 
 def replay_request(
-    request: RequestSelections, name: str, kind: Kind, settings: ReplaySettings, header: dict[str, Any]
+    request: RequestSelections,
+    name: str,
+    recorded: Recorded,
+    settings: ReplaySettings,
+    header: dict[str, Any],
 ) -> Result:
     """One request's result, under `name`. Empty if none of its steps counts."""
     has_heads = any(layer.kv_head for layer in request.layers)
-    layers = {layer: layer_steps(request, layer, kind, settings) for layer in request.layers}
+    layers = {layer: layer_steps(request, layer, recorded, settings) for layer in request.layers}
     names = {layer: ".".join(map(str, layer if has_heads else layer[:1])) for layer in layers}
     result = Result(header, {}, {}, {}, {})
     if not any(steps.num_steps > steps.num_warm for steps in layers.values()):
         return result
-    seed = seed_of(settings.seed, name)
+    seed = seed_of(settings.seed, request.request_id)
     streams: dict[str, dict[LayerSet, Steps]] = {RUN: layers}
     for layer, steps in layers.items():
-        for null, of_layer in nulls_of(steps, seed_of(seed, *layer), kind.is_position).items():
+        for null, of_layer in nulls_of(steps, seed_of(seed, *layer), recorded.is_position).items():
             if of_layer is not None:
                 streams.setdefault(null, {})[layer] = of_layer
     for stream, of_stream in streams.items():
-        for buffer in _buffers(of_stream, names, kind, settings):
+        for buffer in _buffers(of_stream, names, recorded, settings):
             replayed = _replay(buffer, stream == RUN, settings, seed_of(seed, stream, buffer.name))
             result.buffers.setdefault(buffer.name, {})[stream] = replayed
         for layer, steps in of_stream.items():
             measured = {
-                measure: MEASURES[measure].of(steps, kind.is_position)
+                measure: MEASURES[measure].of(steps, recorded.is_position)
                 for measure in (MEASURES if stream == RUN else _NULL_MEASURES)
             }
             result.locality.setdefault(names[layer], {})[stream] = measured
@@ -227,14 +232,23 @@ class _Buffer:
 
 
 def _buffers(
-    layers: Mapping[LayerSet, Steps], names: Mapping[LayerSet, str], kind: Kind, settings: ReplaySettings
+    layers: Mapping[LayerSet, Steps],
+    names: Mapping[LayerSet, str],
+    recorded: Recorded,
+    settings: ReplaySettings,
 ) -> list[_Buffer]:
     """A request's buffers: one per layer, or one."""
-    if not kind.is_position:
+    if not recorded.is_position:
         layers = {layer: numbered_anew(steps) for layer, steps in layers.items()}
-    per_id = kind.per_block(settings)
+    per_id = recorded.per_block(settings)
     apart = [
-        _Buffer(names[layer], steps, kind.top_k[layer.layer_id], int(steps.visible[-1]), per_id)
+        _Buffer(
+            names[layer],
+            steps,
+            recorded.selection.layers[layer.layer_id].top_k,
+            int(steps.visible[-1]),
+            per_id,
+        )
         for layer, steps in layers.items()
     ]
     if settings.share == "none":

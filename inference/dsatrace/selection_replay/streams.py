@@ -4,8 +4,8 @@ One stream per request and layer, as the buffers of serving engines have it; one
 `--share request` pools its layers. Says which rows count: those past top-k, since below it everything is
 selected; earlier ones warm the buffer up. Refuses runs whose steps do not follow one another.
 
-    kind = Kind.of(run.manifest, settings, "outputs/mine")
-    steps = layer_steps(request, LayerSet(3), kind, settings)
+    recorded = Recorded.of(run.manifest, settings, "outputs/mine")
+    steps = layer_steps(request, LayerSet(3), recorded, settings)
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import numpy as np
 from dsatrace.errors import UserError
 from dsatrace.selection_replay.settings import ReplaySettings
 from dsatrace.selection_replay.steps import NO_ID, Steps
+from dsatrace.trace.kind import SelectionKind
+from dsatrace.trace.manifest import selection_kind
 from dsatrace.trace.selections import LayerSet, RequestSelections
 
 MAX_ID = 1 << 24
@@ -26,76 +28,70 @@ MAX_ID = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """What the ids of a run are, as its manifest says."""
+class Recorded:
+    """What the recorded ids of a run are, as its manifest says."""
 
-    unit: str  # token, entry, block or expert
-    unit_tokens: int  # tokens that an id of the unit covers
-    recorded_tokens: int  # tokens that a recorded id covers: more where touched blocks stand for tokens
-    id_kind: str  # position or slot
-    top_k: tuple[int, ...]  # of each layer
-    num_choices: int | None  # ids that every step can choose from; None: it grows with the context
-    bytes_per_id: int | None  # latents of one layer; None: unknown
-    index_bytes_per_id: int | None  # the indexer's keys of one layer; None: unknown
+    selection: SelectionKind
+    id_tokens: int  # tokens that a recorded id covers: a block's, where touched blocks stand for tokens
+    bytes_per_id: int | None  # latents of one layer and id of the run's unit; None: unknown
+    index_bytes_per_id: int | None  # the indexer's keys, the same
 
     @classmethod
-    def of(cls, manifest: Mapping[str, Any], settings: ReplaySettings, name: str) -> Kind:
-        """Raises `UserError` for a run that cannot be replayed, with `name` and the reason."""
-        selection, config = manifest.get("selection"), manifest["model_config"]
-        if manifest["selections"] == "none":
+    def of(cls, manifest: Mapping[str, Any], settings: ReplaySettings, name: str) -> Recorded:
+        """Raises `UserError` for a run that cannot be replayed so, with `name` and the reason."""
+        selection, trace, block = selection_kind(manifest), manifest["trace"], settings.block
+        if manifest["selections"] == "none" or selection is None:
             raise UserError(f"{name}: no model ran, so there are no selections to replay")
-        if selection is None:  # a run of an earlier version: every layer has an indexer
-            selection = {"unit": "token", "unit_tokens": 1, "id_kind": "position"}
-            layers = [{"top_k": config["index_topk"]}] * config["n_layers"]
-        else:
-            layers = selection["layers"]
-        trace = manifest["trace"]
         if trace["sample_rate"] < 1:
             raise UserError(
                 f"{name}: only a share of {trace['sample_rate']} of its steps was recorded; misses depend on "
                 "the step before, so trace every step (--trace-sample-rate 1)"
             )
-        unit_tokens = recorded = selection["unit_tokens"]
+        id_tokens = selection.unit_tokens
         if trace["level"] == "stats":
             raise UserError(f"{name}: recorded at level stats, which holds no ids; use --trace-level full")
         if trace["level"] == "blocks":
-            recorded = trace["block_size_tokens"]
-            if settings.block is None:
+            id_tokens = trace["block_size_tokens"]
+            if block is None:
                 raise UserError(
-                    f"{name}: recorded at level blocks, so replay blocks: --unit block:{recorded}"
+                    f"{name}: recorded at level blocks, so replay blocks: --unit block:{id_tokens}"
                 )
-        if settings.block is not None and settings.block % recorded:
-            raise UserError(f"{name}: --unit block:{settings.block}: use a multiple of {recorded} tokens")
-        is_position = selection["id_kind"] == "position" and selection["unit"] != "expert"
-        for given, flag in ((settings.block, "--unit block:N"), (settings.pin_newest, "--pin-newest")):
-            if given and not is_position:
-                raise UserError(f"{name}: its ids are no positions, so {flag} has no meaning; leave it out")
+        if block is not None and block % id_tokens:
+            raise UserError(f"{name}: --unit block:{block}: use a multiple of {id_tokens} tokens")
         latent, index = _bytes_per_token(manifest)
-        choices = config.get("n_routed_experts") if selection["unit"] == "expert" else None
-        return cls(
-            unit=selection["unit"],
-            unit_tokens=unit_tokens,
-            recorded_tokens=recorded,
-            id_kind="position" if is_position else "slot",
-            top_k=tuple(layer["top_k"] for layer in layers),
-            num_choices=choices,
-            bytes_per_id=None if choices or latent is None else latent * unit_tokens,
-            index_bytes_per_id=None if choices or index is None else index * unit_tokens,
-        )
+        if selection.unit == "expert":
+            latent = index = None  # what an expert weighs is not recorded
+        unit_tokens = selection.unit_tokens
+        recorded = cls(selection, id_tokens, latent and latent * unit_tokens, index and index * unit_tokens)
+        for given, flag in ((block, "--unit block:N"), (settings.pin_newest, "--pin-newest")):
+            if given and not recorded.is_position:
+                raise UserError(f"{name}: its ids are no positions, so {flag} has no meaning; leave it out")
+        return recorded
 
     @property
     def is_position(self) -> bool:
-        return self.id_kind == "position"
+        """Whether ids have an order in time."""
+        return self.selection.id_kind == "position" and self.selection.unit != "expert"
 
-    def visible(self, seq_len: np.ndarray, tokens: int) -> np.ndarray:
-        """(T,) int64, ids of so many tokens that each row can choose from."""
-        if self.num_choices is not None:
-            return np.full(len(seq_len), self.num_choices, np.int64)
-        return -(-seq_len.astype(np.int64) // tokens)
+    def visible(self, seq_len: np.ndarray) -> np.ndarray:
+        """(T,) int64, recorded ids that each row can choose from."""
+        if self.id_tokens != self.selection.unit_tokens:
+            return -(-seq_len // self.id_tokens)
+        return self.selection.visible(seq_len)
+
+    def newest(self, seq_len: np.ndarray) -> np.ndarray:
+        """(T,) int32, the id that the query's own token belongs to; NO_ID where it belongs to none yet."""
+        if not self.is_position:
+            return np.full(len(seq_len), NO_ID, np.int32)
+        last = seq_len - 1
+        newest = last // self.id_tokens
+        if self.selection.unit == "entry" and self.id_tokens == self.selection.unit_tokens:
+            newest = np.where(seq_len % self.id_tokens == 0, newest, NO_ID)  # whole entries only
+        return newest.astype(np.int32)
 
     def per_block(self, settings: ReplaySettings) -> int:
-        """Ids of the unit that move as one."""
-        return 1 if settings.block is None else settings.block // self.unit_tokens
+        """Ids of the run's unit that move as one."""
+        return 1 if settings.block is None else settings.block // self.selection.unit_tokens
 
 
 def _bytes_per_token(manifest: Mapping[str, Any]) -> tuple[int | None, int | None]:
@@ -106,7 +102,9 @@ def _bytes_per_token(manifest: Mapping[str, Any]) -> tuple[int | None, int | Non
     return None, None
 
 
-def layer_steps(request: RequestSelections, name: LayerSet, kind: Kind, settings: ReplaySettings) -> Steps:
+def layer_steps(
+    request: RequestSelections, name: LayerSet, recorded: Recorded, settings: ReplaySettings
+) -> Steps:
     """One layer's rows of a request, as the settings want them: in blocks, several rows to a step."""
     layer, layer_id = request.layers[name], name.layer_id
     first = int(np.searchsorted(layer.step_idx, 0))  # prompt rows have step_idx -1 and come first
@@ -119,14 +117,13 @@ def layer_steps(request: RequestSelections, name: LayerSet, kind: Kind, settings
     begin = 0 if settings.start == "prefill" else first
     ids = layer.ids[layer.ptr[begin] :].astype(np.int32)
     ptr, seq_len = layer.ptr[begin:] - layer.ptr[begin], layer.seq_len[begin:]
-    visible = kind.visible(seq_len, kind.recorded_tokens)
-    newest = _newest(seq_len, kind)
-    is_dense = kind.visible(seq_len, kind.unit_tokens) <= kind.top_k[layer_id]
+    visible, newest = recorded.visible(seq_len), recorded.newest(seq_len)
+    is_dense = recorded.selection.visible(seq_len) <= recorded.selection.layers[layer_id].top_k
     # They come first, since a request's context only grows.
     num_warm = max(first - begin, int(np.count_nonzero(is_dense)))
     steps = Steps(ids, ptr, newest, visible, _num_ids(ids, newest), num_warm)
     if settings.block is not None:
-        steps = in_blocks(steps, settings.block // kind.recorded_tokens)
+        steps = in_blocks(steps, settings.block // recorded.id_tokens)
     if settings.union > 1:
         steps = in_unions(steps, settings.union)
     if settings.start == "first-set":
@@ -141,12 +138,6 @@ def _require_all_steps(request: RequestSelections, layer_id: int, step_idx: np.n
             f"request {request.request_id}, layer {layer_id}: step {int(gaps[0])} was not recorded; misses "
             "depend on the step before, so a run that lost steps cannot be replayed"
         )
-
-
-def _newest(seq_len: np.ndarray, kind: Kind) -> np.ndarray:
-    if not kind.is_position:
-        return np.full(len(seq_len), NO_ID, np.int32)
-    return ((seq_len - 1) // kind.recorded_tokens).astype(np.int32)
 
 
 def _num_ids(ids: np.ndarray, newest: np.ndarray) -> int:

@@ -44,6 +44,13 @@ class Layer:
     source_layer: int | None = None  # the earlier layer whose sets it uses
     always_selected: Always | None = None
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Layer:
+        always = record.get("always_selected")
+        if always is not None:
+            always = Always(always["sinks"], always["window"], always["tail"])
+        return cls(record["top_k"], record["heads"], record["source_layer"], always)
+
     def to_json(self) -> dict[str, Any]:
         record = dataclasses.asdict(self)
         if self.always_selected is None:  # as in manifests that are older than the field
@@ -94,27 +101,18 @@ class SelectionKind:
         if layer.heads < 0 or (layer.heads and layer.top_k < 1):
             raise ValueError(f"layer {i}: {layer.heads} sets of at most {layer.top_k} ids")
         source = layer.source_layer
-        if source is not None:
-            chose = 0 <= source < i and self.layers[source].source_layer is None
-            if not chose or (layer.heads, layer.top_k) != (
-                self.layers[source].heads,
-                self.layers[source].top_k,
-            ):
-                raise ValueError(f"layer {i}: source_layer {source} selects nothing that it could use")
+        if source is None:
+            return
+        its = self.layers[source] if 0 <= source < i else Layer(0, heads=0)
+        has_sets = its.heads > 0 and its.source_layer is None
+        if not has_sets or (layer.heads, layer.top_k) != (its.heads, its.top_k):
+            raise ValueError(f"layer {i}: source_layer {source} selects nothing that it could use")
 
     @classmethod
     def of(cls, selection: Mapping[str, Any]) -> SelectionKind:
         """From the manifest's `selection`."""
         return cls(
-            layers=tuple(
-                Layer(
-                    layer["top_k"],
-                    layer["heads"],
-                    layer["source_layer"],
-                    Always(**always) if (always := layer.get("always_selected")) else None,
-                )
-                for layer in selection["layers"]
-            ),
+            layers=tuple(map(Layer.of, selection["layers"])),
             unit=selection["unit"],
             unit_tokens=selection["unit_tokens"],
             id_kind=selection["id_kind"],
@@ -182,6 +180,11 @@ class SelectionKind:
     def set_heads(self) -> list[int | None]:
         """(S,): which of its layer's sets it is; None where there is one."""
         return [head if layer.heads > 1 else None for layer in self.layers for head in range(layer.heads)]
+
+    @functools.cached_property
+    def num_heads(self) -> np.ndarray:
+        """(S,) int64: sets of the set's layer. Bytes per token and layer are shared among them."""
+        return _int64(self.layers[i].heads for i in self.set_layers.tolist())
 
     @functools.cached_property
     def set_sources(self) -> list[int | None]:

@@ -169,9 +169,7 @@ def _require_resumable(run: RunReader, locked: bool = False) -> None:
         raise UserError(f"{run.folder}: an export to {what}; resume the run that it was made from")
     door = (run.manifest.get("selection") or {}).get("door", "serve")
     if door != "serve":
-        raise UserError(
-            f"{run.folder}: a run of door {door}; the engine's alone can be resumed, start it anew"
-        )
+        raise UserError(f"{run.folder}: a run of door {door}; only the engine's are resumed, start it anew")
     state = run.manifest["state"] if locked else run.state
     if state == "complete":
         raise UserError(f"{run.folder}: the run is complete, there is nothing to resume")

@@ -38,6 +38,7 @@ from dsatrace.verify.plain_summary import PlainSummary, described
 from dsatrace.verify.replay_layout import check_layout
 from dsatrace.verify.requests import PlainRequests, read_requests
 from dsatrace.verify.rules import Rules, require_schema
+from dsatrace.verify.selections import Selections
 from dsatrace.verify.steps import StepChecks
 from dsatrace.verify.workload import Scores, check_workload
 
@@ -143,9 +144,8 @@ def _verify(run: PlainRun, on_bytes: Callable[[int], object] | None, jobs: int, 
             notes += [note] if note else []
     if rules.tiers is not None and totals.num_records:
         notes.append("which tier held a token: the engine's word, of which the accounts must add up")
-    if rules.selections.sparse_active is not None and state == "complete":
-        with located(MANIFEST_FILE):
-            compare(rules.selections.sparse_active, totals.sparse_active, "selection.sparse_active")
+    with located(MANIFEST_FILE):
+        _check_evidence(rules.selections, totals.sparse_active, state)
     faults = _faults(run.manifest, state, rules, totals.num_records, lines, dropped_steps)
     digests.check()  # last: what was derived names the record and the field
     if digests.note:
@@ -159,6 +159,15 @@ def _verify(run: PlainRun, on_bytes: Callable[[int], object] | None, jobs: int, 
         notes=tuple(notes),
         faults=tuple(faults),
     )
+
+
+def _check_evidence(selections: Selections, sparse_active: int, state: str) -> None:
+    """The manifest's count of what shows that sparse attention was active; a run under way has none."""
+    stored = selections.sparse_active
+    if stored is None or state != "complete":
+        return
+    require(selections.is_located, "selection.sparse_active", stored, "and ids do not tell")
+    compare(stored, sparse_active, "selection.sparse_active")
 
 
 def _faults(
@@ -214,7 +223,9 @@ def _check_shapes(summary: dict[str, Any]) -> None:
     """Shapes that the schema leaves open and the checks below rely on."""
     for i, row in enumerate(summary["blocks_touched"]):
         size = row.get("block_size_tokens")
-        require(type(size) is int and size >= 1, f"blocks_touched[{i}].block_size_tokens", size, "no size")
+        is_new = size not in [other.get("block_size_tokens") for other in summary["blocks_touched"][:i]]
+        is_size = type(size) is int and size >= 1 and is_new
+        require(is_size, f"blocks_touched[{i}].block_size_tokens", size, "no size, or one that stands above")
     for name, stored in summary["histograms"].items():
         require(_is_histogram(stored), f"histograms.{name}", stored, "not values with a count each")
 
