@@ -100,8 +100,9 @@ class _SortedRuns:
     def requests(self) -> Iterator[pa.Table]:
         """Each request's records, by layer and step."""
         rest = self._sorted_by_request()
+        self._waiting = []
         for name, places in self._places.items():
-            pieces = [*map(_row_group, places), *([rest[name]] if name in rest else [])]
+            pieces = [*map(_row_group, places), *([rest.pop(name)] if name in rest else [])]
             table = pa.concat_tables(pieces).combine_chunks()
             keys = [table[name] for name in reversed(_ORDER) if name in table.schema.names]
             order = np.lexsort([pc.fill_null(key, 0).to_numpy() for key in keys])
