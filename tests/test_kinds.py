@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 
 from conftest import INFERENCE
 from dsatrace import cli
 from dsatrace.errors import UserError
+from dsatrace.kv.layout import CacheLayout
 from dsatrace.report.figure import draw
 from dsatrace.report.grid import Grid
 from dsatrace.report.tables import run_tables
@@ -140,6 +142,9 @@ def test_heads_and_layers_stand_in_order(runs: dict[str, Path]) -> None:
     ]
     assert [record["layer_id"] for record in records_of(runs["uneven layers"])[:4]] == [0, 2, 0, 2]
     assert "kv_head" not in records_of(runs["expert"])[0]
+    for record in first:  # a layer's bytes are those of both heads
+        of_head = record["unique_token_pos_count"] * LAYOUT.latent_bytes_per_token // 2
+        assert record["kv_fetch"]["hbm"]["bytes_useful"] == of_head
 
 
 SPOILT: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
@@ -168,7 +173,11 @@ SPOILT: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "field", "spoil"), SPOILT, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("name", "field", "spoil"),
+    SPOILT,
+    ids=[f"{name} {field} {i}" for i, (name, field, _) in enumerate(SPOILT)],
+)
 def test_verify_names_a_spoilt_field(
     runs: dict[str, Path], tmp_path: Path, name: str, field: str, spoil: Callable[[dict[str, Any]], object]
 ) -> None:
@@ -260,6 +269,23 @@ def test_export_there_and_back(run: tuple[str, Path], tmp_path: Path) -> None:
     fields = ("layer_id", KINDS[name].ids_field, "prefix.intersection_ratio", "kv_fetch")
     columns = list(RunReader(tmp_path / "parquet").steps(fields))
     assert columns == list(RunReader(folder).steps(fields))
+
+
+@pytest.mark.parametrize("field", ["kv_head", "selected_ids", "num_selected_ids", "prefix", "kv_fetch"])
+def test_what_a_record_lacks_it_lacks_in_parquet_too(
+    runs: dict[str, Path], tmp_path: Path, field: str
+) -> None:
+    """Absent, null and a value are three things, side by side in one file."""
+    folder, values = copied(runs["block"], tmp_path / "run"), {"kv_fetch": {}, "prefix": None}
+    records = read_lines(folder)
+    del records[3][field]
+    records[5][field] = values.get(field)
+    data = b"".join(orjson.dumps(record) + b"\n" for record in records)
+    (folder / STEPS_FILE).write_bytes(data)
+    done = export_run(RunReader(folder), "parquet", tmp_path / "parquet")
+    assert done.num_kept_as_text <= 1  # an object without any field
+    export_run(RunReader(tmp_path / "parquet"), "jsonl", tmp_path / "jsonl")
+    assert (tmp_path / "jsonl" / STEPS_FILE).read_bytes() == data
 
 
 def only_newest(capture: StepCapture) -> StepCapture:
@@ -366,6 +392,18 @@ def test_kinds_that_contradict_themselves_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             SelectionKind(**({"layers": one} | changes))  # type: ignore[arg-type]
+
+
+def test_layouts_that_a_kind_cannot_use_are_refused() -> None:
+    three = SelectionKind((Layer(8, heads=5),), door="attach")
+    for kind, layout, said in (
+        (three, LAYOUT, "cannot be shared among 5 heads"),
+        (KINDS["entry"], CacheLayout("none", 0, 0), "layout none has no bytes to count"),
+        (SelectionKind((Layer(8),)), LAYOUT, "the engine alone serves"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            RunInfo(model_config={}, layouts=(layout,), device="cpu", kind=kind)
+    RunInfo(model_config={}, layouts=(CacheLayout("none", 0, 0),), device="cpu", kind=KINDS["expert"])
 
 
 def test_only_the_engines_runs_are_resumed(tmp_path: Path) -> None:

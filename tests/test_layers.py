@@ -50,6 +50,7 @@ RULES: dict[str, Rule] = {
     "engine": Rule(BASE | {"kv", "trace", "workloads"}, {"numpy"}),
     "runner": Rule(BASE | {"engine", "model", "kv", "trace"}, {"numpy", "torch"}),
     "study": Rule(BASE | {"kv", "trace", "workloads", "engine"}, {"numpy", "numba", "orjson"}),
+    "captures": Rule(BASE | {"kv", "trace"}, {"numpy"}, {"torch", "transformers", "pyarrow", "safetensors"}),
     "selection_replay": Rule(BASE | {"kv", "trace"}, {"numpy", "numba"}, {"ray"}),
     "report": Rule(BASE | {"trace", "study", "selection_replay"}, {"numpy", "rich"}, {"matplotlib"}),
 }

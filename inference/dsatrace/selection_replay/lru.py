@@ -25,6 +25,7 @@ from numba import njit
 
 from dsatrace.jit import cached_njit
 from dsatrace.selection_replay.bits import ALL, ONE, lowest_bit, popcount
+from dsatrace.selection_replay.replayed import largest_step
 from dsatrace.selection_replay.steps import Start, Steps
 
 ABSENT = -1
@@ -66,7 +67,7 @@ def lru(
         ages=np.zeros((len(sizes), max(steps.num_steps, 1)), np.int64),
     )
     num_first = steps.num_ids if start == "first-b" else 0
-    stack = _empty_stack(steps.num_ids, 2 * steps.num_ids + int(asked.sizes.max(initial=0)))
+    stack = _empty_stack(steps.num_ids, 2 * steps.num_ids + largest_step(asked))
     before, after, deepest_never = _walk(ids, ptr, steps.num_warm, ascending, num_first, stack, counts)
     back = np.argsort(order)
     misses = counts.misses[:, ::-1].cumsum(axis=1)[:, ::-1][:, back]  # what one size misses, smaller ones do

@@ -24,7 +24,7 @@ from dsatrace.selection_replay.lfu import lfu
 from dsatrace.selection_replay.lru import lru
 from dsatrace.selection_replay.optimum import optimum
 from dsatrace.selection_replay.random_choice import random_choice
-from dsatrace.selection_replay.replayed import Replayed
+from dsatrace.selection_replay.replayed import Replayed, largest_step
 from dsatrace.selection_replay.s3fifo import s3fifo
 from dsatrace.selection_replay.steps import Start, Steps
 from dsatrace.selection_replay.without_order import nothing, previous, window
@@ -93,7 +93,7 @@ def misses(
         raise UserError(f"unknown policy {policy!r}; choose from {', '.join(POLICIES)}")
     chosen = POLICIES[policy]
     asked = steps.without_newest() if pin_newest else steps
-    largest = int(asked.sizes.max(initial=0))
+    largest = largest_step(asked)
     if chosen.fills and largest > size:
         raise UserError(f"a buffer of {size} ids does not hold a step of {largest}; give at least {largest}")
     settings = {"seed": seed, "start": start, "sinks": sinks}

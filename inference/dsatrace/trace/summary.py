@@ -174,7 +174,7 @@ class Summary:
             totals = self.fetch[name]
             for total in totals:
                 totals[total] += int(getattr(account, total).sum())
-        self.scan_bytes += int(step.num_scanned.sum()) * step.index_bytes_per_token
+        self.scan_bytes += int(step.scan_bytes.sum())
         if self.shares is not None:
             for b, request_id in enumerate(capture.request_ids):
                 self.shares.of(request_id).add(step, b)
