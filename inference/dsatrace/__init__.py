@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dsatrace.model.attention import MLA
     from dsatrace.model.indexer import Indexer
     from dsatrace.trace.config import TraceConfig
+    from dsatrace.trace.load import load
     from dsatrace.trace.tracer import Tracer
     from dsatrace.trace.writer import TraceWriter
     from dsatrace.workloads.chat_format import ChatTemplateFormatter
@@ -33,6 +34,7 @@ __all__ = [
     "TraceWriter",
     "Tracer",
     "__version__",
+    "load",
 ]
 
 _HOME = {
@@ -45,6 +47,7 @@ _HOME = {
     "TraceConfig": "dsatrace.trace.config",
     "Tracer": "dsatrace.trace.tracer",
     "TraceWriter": "dsatrace.trace.writer",
+    "load": "dsatrace.trace.load",
 }
 
 
