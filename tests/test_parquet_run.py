@@ -31,6 +31,7 @@ from dsatrace.schema import (
     SUMMARY_FILE,
 )
 from dsatrace.trace.estimate import SyntheticSelections
+from dsatrace.trace.export import export_run
 from dsatrace.trace.manifest import TierSettings
 from dsatrace.trace.parquet import parts, sink
 from dsatrace.trace.parquet.columns import to_lines
@@ -45,6 +46,7 @@ from dsatrace.trace.writer import TraceWriterError
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
 from helpers.killing_disk import Disk, Killed
+from helpers.kind_runs import KINDS, write_kind
 from helpers.resume_samples import INFO, answers_of, check_summary, config_of, records_of, resume, serve
 from helpers.tier_samples import SETUPS, SimulatedTiers
 from helpers.trace_samples import (
@@ -86,6 +88,25 @@ def test_columns_are_those_of_the_lines(how: dict[str, Any], seq_lens: list[int]
     deriver = RecordDeriver(config_for(**how), LAYOUT, accounts, shared_layers=shared_layers)
     step = deriver.derive(capture)
     assert to_lines(step_batch(step)) == bytes(StepLines().encode(step)).splitlines()
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_other_kinds_of_selection(tmp_path: Path, name: str) -> None:
+    """Recorded as columns, and laid out for replay."""
+    lines, folder = write_kind(tmp_path / "j", name), write_kind(tmp_path / "p", name, format="parquet")
+    assert list(RunReader(folder).steps()) == list(RunReader(lines).steps())
+    assert verify(folder).is_sealed
+    export_run(RunReader(folder), "replay", tmp_path / "r")
+    assert verify(tmp_path / "r").is_sealed
+    found = {request.request_id: request.layers for request in read_selections(RunReader(tmp_path / "r"))}
+    for request in read_selections(RunReader(lines)):
+        layers = found.pop(request.request_id)
+        assert list(layers) == list(request.layers)
+        for which, selected in request.layers.items():
+            for field in dataclasses.fields(selected):
+                ours, theirs = (getattr(one, field.name) for one in (selected, layers[which]))
+                np.testing.assert_array_equal(ours, theirs)
+    assert not found
 
 
 def test_columns_do_not_change_with_the_next_step() -> None:

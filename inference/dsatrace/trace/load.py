@@ -46,6 +46,7 @@ from dsatrace.trace.selections import (
     LayerSet,
     RequestSelections,
     SelectionPart,
+    read_part,
     read_selections,
     selection_parts,
 )
@@ -177,7 +178,7 @@ class Run:
             raise UserError(
                 f"{self.folder}: no request {request_id!r} with records; it has {_some(self.request_ids)}"
             )
-        found = next(read_selections(self.reader, [part], layer), None)
+        found = next(read_part(part, layer), None)
         chosen = None if found is None else found.layers.get(LayerSet(layer, kv_head))
         if chosen is None:
             heads = [] if found is None else [head for _, head in found.layers]
