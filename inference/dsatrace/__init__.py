@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dsatrace.kv.prefix import PrefixCacheAnalyzer
     from dsatrace.model.attention import MLA
     from dsatrace.model.indexer import Indexer
+    from dsatrace.report.parts import tables
     from dsatrace.trace.config import TraceConfig
     from dsatrace.trace.load import load
     from dsatrace.trace.tracer import Tracer
@@ -35,6 +36,7 @@ __all__ = [
     "Tracer",
     "__version__",
     "load",
+    "tables",
 ]
 
 _HOME = {
@@ -48,6 +50,7 @@ _HOME = {
     "Tracer": "dsatrace.trace.tracer",
     "TraceWriter": "dsatrace.trace.writer",
     "load": "dsatrace.trace.load",
+    "tables": "dsatrace.report.parts",
 }
 
 

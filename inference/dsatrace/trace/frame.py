@@ -11,7 +11,7 @@ batch by batch. pandas and polars need not be installed. Knows no file.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -35,6 +35,12 @@ class Frame:
     def __init__(self, schema: pa.Schema, read: Read) -> None:
         self.schema = schema
         self._read = read
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Sequence[Any]]) -> Frame:
+        """From values in memory, those of a column of one type or None."""
+        table = pa.table({name: pa.array(values) for name, values in columns.items()})
+        return cls(table.schema, lambda wanted: table.select(list(wanted)).to_batches())
 
     @property
     def columns(self) -> list[str]:
