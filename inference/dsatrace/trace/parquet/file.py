@@ -226,7 +226,9 @@ def _check_written(path: Path, digest: bytes) -> None:
 def open_file(path: Path) -> pq.ParquetFile:
     """The file; raises `UserError` for one that cannot be read or is not whole."""
     try:
-        return pq.ParquetFile(path)
+        if isinstance(path, Path):
+            return pq.ParquetFile(path)
+        return pq.ParquetFile(path.open("rb"), pre_buffer=True)  # at a URL: columns in few requests
     except OSError as error:
         raise UserError(f"{path}: cannot read it: {error.strerror or error}") from error
     except pa.ArrowException as error:

@@ -33,6 +33,8 @@ GROUP_RECORDS = (512, 1 << 12)
 """A row group has fewer only at a request's end, and more never."""
 
 _KEYS = ("request_id", "layer_id", "step_idx", "forward_idx")
+_ORDER = ("layer_id", "kv_head", "step_idx", "forward_idx")
+"""Of a request's records; only layers with several sets have a `kv_head`."""
 
 
 class Counts(NamedTuple):
@@ -98,10 +100,12 @@ class _SortedRuns:
     def requests(self) -> Iterator[pa.Table]:
         """Each request's records, by layer and step."""
         rest = self._sorted_by_request()
+        self._waiting = []
         for name, places in self._places.items():
-            pieces = [*map(_row_group, places), *([rest[name]] if name in rest else [])]
+            pieces = [*map(_row_group, places), *([rest.pop(name)] if name in rest else [])]
             table = pa.concat_tables(pieces).combine_chunks()
-            order = np.lexsort([table[key].to_numpy() for key in reversed(_KEYS[1:])])
+            keys = [table[name] for name in reversed(_ORDER) if name in table.schema.names]
+            order = np.lexsort([pc.fill_null(key, 0).to_numpy() for key in keys])
             yield table.take(pa.array(order))
 
     def _spill(self) -> None:
