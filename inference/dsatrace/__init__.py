@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from dsatrace.kv.prefix import PrefixCacheAnalyzer
     from dsatrace.model.attention import MLA
     from dsatrace.model.indexer import Indexer
+    from dsatrace.report.parts import tables
     from dsatrace.trace.config import TraceConfig
+    from dsatrace.trace.load import load
     from dsatrace.trace.tracer import Tracer
     from dsatrace.trace.writer import TraceWriter
     from dsatrace.workloads.chat_format import ChatTemplateFormatter
@@ -33,6 +35,8 @@ __all__ = [
     "TraceWriter",
     "Tracer",
     "__version__",
+    "load",
+    "tables",
 ]
 
 _HOME = {
@@ -45,6 +49,8 @@ _HOME = {
     "TraceConfig": "dsatrace.trace.config",
     "Tracer": "dsatrace.trace.tracer",
     "TraceWriter": "dsatrace.trace.writer",
+    "load": "dsatrace.trace.load",
+    "tables": "dsatrace.report.parts",
 }
 
 
