@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dsatrace.version import __version__
 
 if TYPE_CHECKING:
+    from dsatrace.captures.attach import attach
     from dsatrace.kv.prefix import PrefixCacheAnalyzer
     from dsatrace.model.attention import MLA
     from dsatrace.model.indexer import Indexer
@@ -33,6 +34,7 @@ __all__ = [
     "TraceWriter",
     "Tracer",
     "__version__",
+    "attach",
 ]
 
 _HOME = {
@@ -45,6 +47,7 @@ _HOME = {
     "TraceConfig": "dsatrace.trace.config",
     "Tracer": "dsatrace.trace.tracer",
     "TraceWriter": "dsatrace.trace.writer",
+    "attach": "dsatrace.captures.attach",
 }
 
 
