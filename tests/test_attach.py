@@ -560,7 +560,7 @@ def test_a_long_prompt_is_written_in_parts(
     model = models["deepseek_v32"]
     with attached(model, tmp_path / "whole", prefill="all"):
         generate(model, prompts(2))
-    monkeypatch.setattr("dsatrace.captures.rows._CAPTURE_BYTES", 4 * 4 * 8 * 5)
+    monkeypatch.setattr("dsatrace.captures.forward_rows._CAPTURE_BYTES", 4 * 4 * 8 * 5)
     with attached(model, tmp_path / "parts", prefill="all") as trace:
         generate(model, prompts(2))
     assert trace.tracer._writer.cost.traced_steps == 9 + NEW - 1

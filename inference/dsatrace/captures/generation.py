@@ -23,7 +23,7 @@ import numpy as np
 
 from dsatrace.captures.attached_run import AttachedRun
 from dsatrace.captures.families import FAMILIES, json_config, selects_of
-from dsatrace.captures.rows import Columns, SetRoom
+from dsatrace.captures.forward_rows import Columns, SetRoom
 from dsatrace.errors import UserError
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.text import plain
