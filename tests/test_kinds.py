@@ -16,6 +16,7 @@ import pytest
 from conftest import INFERENCE
 from dsatrace import cli
 from dsatrace.errors import UserError
+from dsatrace.kv.layout import CacheLayout
 from dsatrace.report.figure import draw
 from dsatrace.report.grid import Grid
 from dsatrace.report.tables import run_tables
@@ -141,6 +142,9 @@ def test_heads_and_layers_stand_in_order(runs: dict[str, Path]) -> None:
     ]
     assert [record["layer_id"] for record in records_of(runs["uneven layers"])[:4]] == [0, 2, 0, 2]
     assert "kv_head" not in records_of(runs["expert"])[0]
+    for record in first:  # a layer's bytes are those of both heads
+        of_head = record["unique_token_pos_count"] * LAYOUT.latent_bytes_per_token // 2
+        assert record["kv_fetch"]["hbm"]["bytes_useful"] == of_head
 
 
 SPOILT: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
@@ -169,7 +173,11 @@ SPOILT: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "field", "spoil"), SPOILT, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("name", "field", "spoil"),
+    SPOILT,
+    ids=[f"{name} {field} {i}" for i, (name, field, _) in enumerate(SPOILT)],
+)
 def test_verify_names_a_spoilt_field(
     runs: dict[str, Path], tmp_path: Path, name: str, field: str, spoil: Callable[[dict[str, Any]], object]
 ) -> None:
@@ -384,6 +392,18 @@ def test_kinds_that_contradict_themselves_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             SelectionKind(**({"layers": one} | changes))  # type: ignore[arg-type]
+
+
+def test_layouts_that_a_kind_cannot_use_are_refused() -> None:
+    three = SelectionKind((Layer(8, heads=5),), door="attach")
+    for kind, layout, said in (
+        (three, LAYOUT, "cannot be shared among 5 heads"),
+        (KINDS["entry"], CacheLayout("none", 0, 0), "layout none has no bytes to count"),
+        (SelectionKind((Layer(8),)), LAYOUT, "the engine alone serves"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            RunInfo(model_config={}, layouts=(layout,), device="cpu", kind=kind)
+    RunInfo(model_config={}, layouts=(CacheLayout("none", 0, 0),), device="cpu", kind=KINDS["expert"])
 
 
 def test_only_the_engines_runs_are_resumed(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from conftest import INFERENCE
 
 PACKAGE = INFERENCE / "dsatrace"
-BASE = {"schema", "errors", "version", "files", "flags", "jit", "text", "units"}
+BASE = {"schema", "errors", "version", "files", "flags", "jit", "processes", "text", "units"}
 
 
 class Rule(NamedTuple):
@@ -35,12 +35,13 @@ RULES: dict[str, Rule] = {
     "version": Rule(set()),
     "files": Rule({"errors"}),
     "jit": Rule(set(), {"numba"}),
+    "processes": Rule({"errors"}),
     "flags": Rule({"errors"}),
     "units": Rule(set()),
     "verify": Rule({"schema", "errors"}, set(), {"numpy", "pyarrow"}),
     "kv": Rule({"schema", "errors", "jit"}, {"numpy", "numba"}, {"memcache_hybrid", "mooncake", "nixl"}),
     "model": Rule({"errors", "files"}, {"torch", "safetensors"}, {"tilelang", "fast_hadamard_transform"}),
-    "trace": Rule(BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}),
+    "trace": Rule(BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}, {"fsspec", "pandas", "polars"}),
     "workloads": Rule(
         {"schema", "errors", "files", "units", "text"},
         set(),
@@ -50,7 +51,7 @@ RULES: dict[str, Rule] = {
     "runner": Rule(BASE | {"engine", "model", "kv", "trace"}, {"numpy", "torch"}),
     "study": Rule(BASE | {"kv", "trace", "workloads", "engine"}, {"numpy", "numba", "orjson"}),
     "captures": Rule(BASE | {"kv", "trace"}, {"numpy"}, {"torch", "transformers", "pyarrow", "safetensors"}),
-    "selection_replay": Rule(BASE | {"kv", "trace"}, {"numpy", "numba"}, {"pyarrow", "fsspec", "ray"}),
+    "selection_replay": Rule(BASE | {"kv", "trace"}, {"numpy", "numba"}, {"ray"}),
     "report": Rule(BASE | {"trace", "study", "selection_replay"}, {"numpy", "rich"}, {"matplotlib"}),
 }
 EXCEPTIONS = {

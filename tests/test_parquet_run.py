@@ -21,6 +21,7 @@ import pytest
 
 from conftest import INFERENCE, ROOT
 from dsatrace import cli, files
+from dsatrace.commands.generate import main as generate
 from dsatrace.errors import UserError
 from dsatrace.schema import (
     MANIFEST_FILE,
@@ -31,6 +32,7 @@ from dsatrace.schema import (
     SUMMARY_FILE,
 )
 from dsatrace.trace.estimate import SyntheticSelections
+from dsatrace.trace.export import export_run
 from dsatrace.trace.manifest import TierSettings
 from dsatrace.trace.parquet import parts, sink
 from dsatrace.trace.parquet.columns import to_lines
@@ -45,6 +47,7 @@ from dsatrace.trace.writer import TraceWriterError
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
 from helpers.killing_disk import Disk, Killed
+from helpers.kind_runs import KINDS, write_kind
 from helpers.resume_samples import INFO, answers_of, check_summary, config_of, records_of, resume, serve
 from helpers.tier_samples import SETUPS, SimulatedTiers
 from helpers.trace_samples import (
@@ -86,6 +89,25 @@ def test_columns_are_those_of_the_lines(how: dict[str, Any], seq_lens: list[int]
     deriver = RecordDeriver(config_for(**how), LAYOUT, accounts, shared_layers=shared_layers)
     step = deriver.derive(capture)
     assert to_lines(step_batch(step)) == bytes(StepLines().encode(step)).splitlines()
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_other_kinds_of_selection(tmp_path: Path, name: str) -> None:
+    """Recorded as columns, and laid out for replay."""
+    lines, folder = write_kind(tmp_path / "j", name), write_kind(tmp_path / "p", name, format="parquet")
+    assert list(RunReader(folder).steps()) == list(RunReader(lines).steps())
+    assert verify(folder).is_sealed
+    export_run(RunReader(folder), "replay", tmp_path / "r")
+    assert verify(tmp_path / "r").is_sealed
+    found = {request.request_id: request.layers for request in read_selections(RunReader(tmp_path / "r"))}
+    for request in read_selections(RunReader(lines)):
+        layers = found.pop(request.request_id)
+        assert list(layers) == list(request.layers)
+        for which, selected in request.layers.items():
+            for field in dataclasses.fields(selected):
+                ours, theirs = (getattr(one, field.name) for one in (selected, layers[which]))
+                np.testing.assert_array_equal(ours, theirs)
+    assert not found
 
 
 def test_columns_do_not_change_with_the_next_step() -> None:
@@ -140,6 +162,20 @@ def test_a_run_holds_what_its_lines_would(
     assert trace.pop("format") == "parquet"
     assert trace == RunReader(undisturbed).manifest["trace"]
     assert (folder / STEPS_PARQUET_FILE).stat().st_size > 0
+
+
+def test_the_flag(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The same tokens' records by either format; the manifest differs in its format alone."""
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("The tide pulled back and left its usual collection of rope. " * 5)
+    flags = ["--ckpt-path", str(tiny_checkpoint), "--config", str(INFERENCE / "config_tiny.json")]
+    flags += ["--input-file", str(prompt), "--max-new-tokens", "4", "--temperature", "0", "--trace-out"]
+    for format_ in ("jsonl", "parquet"):
+        assert generate([*flags, str(tmp_path / format_), "--trace-format", format_]) == 0
+    assert records_of(tmp_path / "parquet") == records_of(tmp_path / "jsonl")
+    assert (tmp_path / "parquet" / STEPS_PARQUET_FILE).exists()
+    assert "format" not in RunReader(tmp_path / "jsonl").manifest["trace"]
+    assert cli.main(["verify", str(tmp_path / "parquet")]) == 0
 
 
 def test_exported_it_is_the_lines(tmp_path: Path, undisturbed: Path) -> None:

@@ -155,7 +155,7 @@ def check_what_is_left(folder: Path, disk: Disk, sound: list[dict[str, Any]], be
     steps = [record["selected_token_pos"] for record in run.steps()]
     assert steps == [record["selected_token_pos"] for record in sound[: len(steps)]]
     assert len(steps) >= disk.lines
-    untouched = run.steps_path.read_bytes() == before  # refused before the kill's torn line was cut off
+    untouched = run.step_paths[0].read_bytes() == before  # refused before the kill's torn line was cut off
     assert not run.torn_lines or disk.refused_cut or untouched
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import csv
+import dataclasses
 import json
+import os
 import random
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,9 @@ import pytest
 
 from dsatrace.commands.replay import main
 from dsatrace.errors import UserError
+from dsatrace.processes import call_in_processes
 from dsatrace.selection_replay import replay
+from dsatrace.selection_replay.kept import KeptResults
 from dsatrace.selection_replay.replay import Work, find_work, replay_all, replay_part
 from dsatrace.selection_replay.result import Result
 from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes
@@ -36,8 +42,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def parts(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[Work]:
     """One request each."""
-    monkeypatch.setattr(selections, "PART_BYTES", 1)
-    monkeypatch.setattr(replay, "selection_parts", lambda run: selections.selection_parts(run, 1))
+    monkeypatch.setattr(selections, "MIN_PARTS", 1 << 40)
+    monkeypatch.setattr(selections, "MIN_PART_BYTES", 1)
     work = find_work([run], SETTINGS)
     assert len(work) == len(REQUESTS)
     return work
@@ -101,14 +107,65 @@ def test_a_replay_that_was_killed_goes_on(
     assert len(replayed) == 3 + 4
 
 
+@pytest.mark.parametrize("damage", ["a digit", "cut short", "emptied"])
+def test_a_damaged_kept_part_is_replayed_anew(parts: list[Work], tmp_path: Path, damage: str) -> None:
+    whole = replay_all(parts, SETTINGS, keep=tmp_path).to_json()
+    path = next(tmp_path.glob("*.part"))
+    good = path.read_bytes()
+    digit = zlib.decompress(good[65:]).replace(b'"missed":', b'"missed":9', 1)
+    bad = {"a digit": good[:65] + zlib.compress(digit), "cut short": good[:-9], "emptied": b""}
+    path.write_bytes(bad[damage])
+    assert path.read_bytes() != good
+    assert replay_all(parts, SETTINGS, keep=tmp_path).to_json() == whole
+    assert path.read_bytes() == good
+
+
+def test_two_replays_may_keep_in_one_folder(parts: list[Work], tmp_path: Path) -> None:
+    """Each writes under a name of its own first, so that neither sees half of the other's."""
+    result, key = replay_part(parts[0], SETTINGS), parts[0].key
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: KeptResults(tmp_path).put(key, result), range(40)))
+    assert [path.name for path in tmp_path.iterdir()] == [f"{key}.part"]
+    kept = KeptResults(tmp_path).get(key)
+    assert kept is not None and kept.to_json() == json.loads(json.dumps(result.to_json()))
+
+
+def test_a_small_run_of_lines_is_cut_for_many_processes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selections, "MIN_PART_BYTES", 1)
+    assert len(find_work([run], SETTINGS)) == len(REQUESTS)
+
+
+def test_a_run_of_many_parts_is_few_pieces(
+    run: Path, parts: list[Work], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "MOST_WORK", 4)
+    work = find_work([run], SETTINGS)
+    assert [len(one.parts) for one in work] == [2, 2, 2]
+    assert replay_all(work, SETTINGS).to_json() == replay_all(parts, SETTINGS).to_json()
+
+
+def test_a_shard_opens_only_its_own_files(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsatrace.trace.parquet.replay_layout.FILE_BYTES", 1)
+    export_run(RunReader(run), "replay", tmp_path / "run")
+    paths = RunReader(tmp_path / "run").step_paths
+    assert len(paths) == len(REQUESTS)
+    for path in paths[1::2]:
+        path.unlink()
+    found = find_work([tmp_path / "run"], SETTINGS, (0, 2))
+    assert {span.path for work in found for part in work.parts for span in part.spans} == set(paths[::2])
+
+
+def test_a_killed_process_is_said_to_be() -> None:
+    with pytest.raises(UserError, match="a process of --jobs was killed"):
+        list(call_in_processes(os._exit, [9, 9], jobs=2))
+
+
 def test_a_part_of_other_content_is_replayed(parts: list[Work]) -> None:
     part = parts[0]
-    keys = {
-        part.key(SETTINGS),
-        part.key(ReplaySettings()),
-        Work(part.folder, part.name, part.part, "0").key(SETTINGS),
-    }
-    assert len(keys) == 3
+    (of_other_settings, *_) = find_work([part.folder], ReplaySettings())
+    changes: list[dict[str, Any]] = [{"content": "0"}, {"name": "other"}, {"header": {"bytes_per_id": 656}}]
+    keys = {part.key, of_other_settings.key, *(dataclasses.replace(part, **one).key for one in changes)}
+    assert len(keys) == 5
 
 
 def replayed(run: Path, out: Path, *flags: str) -> dict[str, Any]:
@@ -233,9 +290,11 @@ def test_a_foreign_folder_is_not_written_to(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--shard", "2/2"], "--shard 2/2"),
+        (["--shard", "2/2"], "--shard: 2/2: use I/N"),
         (["--shard", "1/3"], "--shard 1/3: the runs have fewer parts"),
-        (["--jobs", "0"], "--jobs 0"),
+        (["--jobs", "0"], "--jobs: 0: use at least 1"),
+        (["--out", "s3://bucket/out"], "--out: name a folder of this machine"),
+        (["--engine", "ray", "--jobs", "2"], "--jobs 2 with --engine ray"),
         (["--choose", "3k"], "--choose 3k: choose one of the replayed sizes, 1k, 2k, 4k"),
         (["--link", "pcie5-x16"], "--link without --compute-us"),
         (["--compute-us", "50"], "--compute-us without --link"),

@@ -41,6 +41,12 @@ def waiting(store: CheckedStore, seconds: float) -> Iterator[None]:
     connection._timeout_s = before
 
 
+def close_unheard(store: CheckedStore) -> None:
+    """Nobody answers what it says at last."""
+    with waiting(store, 0.1):
+        store.close()
+
+
 def wire(key: int) -> bytes:
     return NAMESPACE + int(KEYS[key]).to_bytes(8, "big")
 
@@ -370,9 +376,11 @@ def answering(*answers: bytes) -> Iterator[str]:
 
         thread = threading.Thread(target=serve)
         thread.start()
-        yield f"redis://127.0.0.1:{listener.getsockname()[1]}"
-        ended.set()
-        thread.join()
+        try:
+            yield f"redis://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            ended.set()
+            thread.join()
 
 
 def test_another_protocol_on_the_port():
@@ -407,7 +415,7 @@ def test_answers_that_are_none(answer, cause, kind):
         with waiting(store, 0.3 if kind == "timeout" else PATIENT_S), fails(kind, cause):
             store.fetch(KEYS[:1], np.zeros_like(DATA[:1]))
         assert store.stats().errors == 1
-        store.close()
+        close_unheard(store)
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad\r\n\r\n", b"-ERR one\r\n-ERR two\r\n"])
@@ -418,7 +426,7 @@ def test_a_strange_answer_to_a_write_leaves_none_for_later(answer):
         with pytest.raises(StoreError, match=r"does not speak|refuses: ERR one"):
             store.put(KEYS[:2], DATA[:2])
         assert store._medium._connection._socket is None
-        store.close()
+        close_unheard(store)
 
 
 def test_memory_that_somebody_else_wrote_into():

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from dsatrace.kv.prefix import PrefixCacheAnalyzer
     from dsatrace.model.attention import MLA
     from dsatrace.model.indexer import Indexer
+    from dsatrace.report.parts import tables
     from dsatrace.trace.config import TraceConfig
+    from dsatrace.trace.load import load
     from dsatrace.trace.tracer import Tracer
     from dsatrace.trace.writer import TraceWriter
     from dsatrace.workloads.chat_format import ChatTemplateFormatter
@@ -35,6 +37,8 @@ __all__ = [
     "Tracer",
     "__version__",
     "attach",
+    "load",
+    "tables",
 ]
 
 _HOME = {
@@ -48,6 +52,8 @@ _HOME = {
     "Tracer": "dsatrace.trace.tracer",
     "TraceWriter": "dsatrace.trace.writer",
     "attach": "dsatrace.captures.attach",
+    "load": "dsatrace.trace.load",
+    "tables": "dsatrace.report.parts",
 }
 
 

@@ -15,9 +15,13 @@ from dsatrace.version import __version__
 VERBS = {
     "generate": Verb("dsatrace.commands.generate", "answer prompts, and trace what the indexer selects"),
     "run": Verb("dsatrace.commands.run", "serve RULER, LongBench v2, ShareGPT or BurstGPT, and trace"),
+    "import": Verb("dsatrace.commands.import_capture", "what SGLang, vLLM or your own script captured"),
+    "check": Verb("dsatrace.commands.check", "what a capture or a run really is, and if it was sparse"),
     "report": Verb("dsatrace.commands.report", "tables and a picture of a traced run"),
     "replay": Verb("dsatrace.commands.replay", "what a hot buffer of any size would have missed"),
-    "export": Verb("dsatrace.commands.export", "a run's records to Parquet, or back to JSON lines"),
+    "export": Verb(
+        "dsatrace.commands.export", "a run's records to Parquet, for replay, or back to JSON lines"
+    ),
     "estimate": Verb("dsatrace.commands.estimate", "how large a trace will be, before it is run"),
     "verify": Verb("dsatrace.commands.verify", "re-derive a run's records, and name the first bad one"),
     "summarize": Verb("dsatrace.commands.summarize", "recompute a summary from runs' files, and merge runs"),

@@ -177,7 +177,8 @@ STEP_FIELDS = (
         Field("p50", "int", "tokens", "median, nearest rank"),
         Field("p95", "int", "tokens", "95th percentile, nearest rank"),
     )),
-    Field("kv_fetch", "object", "", "what each tier served", keys=TIER_NAMES, children=_FETCH,
+    Field("kv_fetch", "object", "", "what each tier served; bytes per layer, of a `kv_head` its share",
+          keys=TIER_NAMES, children=_FETCH,
           needs=("positions", "tiers")),
     Field("prefix", "object", "", "the shared prefix, and how much of the selection lies in it",
           needs=("positions", "prefix"), children=(
@@ -212,7 +213,8 @@ STEP_FIELDS = (
           children=(
         Field("tokens", "int", "tokens", "keys scanned: all visible positions (entries: one key each), or 0 "
               "with a `source_layer`"),
-        Field("bytes_read", "int", "bytes", "tokens x indexer bytes per token and layer"),
+        Field("bytes_read", "int", "bytes", "tokens x indexer bytes per token and layer, of a `kv_head` its "
+              "share"),
     )),
     Field("source_layer", "int", "", "the earlier layer whose selection this one uses; stands only where "
           "this layer has no indexer. All that is derived from the selection is as in that layer's record",

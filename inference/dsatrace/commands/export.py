@@ -15,6 +15,9 @@ from dsatrace.errors import exits_cleanly
 from dsatrace.text import plain
 from dsatrace.units import size_text
 
+_SUFFIXES = {"parquet": "parquet", "jsonl": "jsonl", "replay": "for_replay"}
+"""Format to the end of the copy's name; what `dsatrace replay` writes is RUN_replay."""
+
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument(
         "--to",
-        choices=("parquet", "jsonl", "replay"),
+        choices=tuple(_SUFFIXES),
         required=True,
         help="format of the copy; replay: Parquet files of whole requests, by layer, then step",
     )
     parser.add_argument(
-        "--out", type=Path, help="new folder of the copy (default: RUN_parquet, RUN_jsonl or RUN_replay)"
+        "--out", type=Path, help="new folder of the copy (default: RUN_parquet, RUN_jsonl or RUN_for_replay)"
     )
     args = parser.parse_args(argv)
 
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     run = RunReader(args.run)
     folder = args.run.absolute()
-    out = args.out or folder.with_name(f"{folder.name}_{args.to}")
+    out = args.out or folder.with_name(f"{folder.name}_{_SUFFIXES[args.to]}")
     console = Console(stderr=True)
     shown = Progress(console=console, transient=True, disable=not console.is_terminal)
     with damage_named(args.run), shown as bar:

@@ -65,6 +65,14 @@ def count(text: str) -> int:
     return number
 
 
+def shard(text: str) -> tuple[int, int]:
+    """The `type` of a flag that names one of N parts of the work: I/N."""
+    index, _, of = text.partition("/")
+    if not (index.isdecimal() and of.isdecimal() and int(index) < int(of)):
+        raise argparse.ArgumentTypeError(f"{text}: use I/N with I from 0 to N - 1, such as 0/4")
+    return int(index), int(of)
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """Adds `(default: X)` to every flag that has one, and keeps the lines of the examples.
 

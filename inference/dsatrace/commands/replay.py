@@ -1,6 +1,7 @@
 """`dsatrace replay`: what a hot buffer of any size would have missed of recorded selections.
 
 dsatrace replay outputs/mine
+dsatrace replay s3://bucket/run --jobs 16 --out outputs/run_replay
 dsatrace replay merge shards/*/replay.json --out outputs/all
 """
 
@@ -12,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from dsatrace.commands.parser import CommandParser
+from dsatrace.commands.parser import CommandParser, count, shard
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.text import plain
+from dsatrace.trace.url import is_url, run_path
 
 if TYPE_CHECKING:
     from dsatrace.selection_replay.result import Result
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _replay(argv: Sequence[str]) -> int:
+    from dsatrace.selection_replay.on_ray import require_ray
     from dsatrace.selection_replay.policies import POLICIES
     from dsatrace.selection_replay.settings import ReplaySettings, Share, Start
 
@@ -40,12 +43,18 @@ def _replay(argv: Sequence[str]) -> int:
         %(prog)s outputs/mine
         %(prog)s outputs/mine --sizes 1k,2k,4k,10%% --policy lru,opt
         %(prog)s outputs/mine --unit block:16 --sizes 8k,16k
-        %(prog)s s0 s1 s2 --shard 0/4 --out shards/0
+        %(prog)s s3://bucket/run --shard 0/4 --out shards/0
         %(prog)s merge shards/*/replay.json --out outputs/all
         """,
     )
     defaults = ReplaySettings()
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=run_path,
+        metavar="RUN",
+        help="folder of a run, or its URL (s3://, gs://, ...)",
+    )
     add = parser.add_argument
     usual = ",".join(defaults.policies)
     add("--policy", help=f"which id leaves: some of {', '.join(POLICIES)} (default: {usual})")
@@ -85,25 +94,42 @@ def _replay(argv: Sequence[str]) -> int:
     add("--seed", type=int, default=defaults.seed, help="of the policy that draws lots, and of the nulls")
     _add_answers(parser)
     _add_output(parser, "RUN_replay")
-    add("--jobs", type=int, default=1, metavar="N", help="processes")
-    add("--shard", default="0/1", metavar="I/N", help="only every N-th part of the runs, from the I-th on")
+    add("--jobs", type=count, default=1, metavar="N", help="processes")
+    add(
+        "--shard",
+        type=shard,
+        default=(0, 1),
+        metavar="I/N",
+        help="only every N-th file of a run laid out for replay, or part of another, from the I-th on "
+        "(default: 0/1, all)",
+    )
+    add(
+        "--engine",
+        choices=("processes", "ray"),
+        default="processes",
+        help="who replays: --jobs processes, or all of a ray cluster (default: processes)",
+    )
     args = parser.parse_args(argv)
     settings = _settings(args)
-    index, count = _shard(args.shard)
-    if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: use at least 1")
-    out = _out_folder(args.out or args.runs[0].absolute().with_name(f"{args.runs[0].absolute().name}_replay"))
+    on_ray = args.engine == "ray"
+    if on_ray:
+        if args.jobs > 1:
+            raise UserError(f"--jobs {args.jobs} with --engine ray: the cluster's CPUs decide; leave it out")
+        require_ray()
+    out = _out_folder(args.out or _beside(args.runs[0]))
 
     from dsatrace.commands.damage import damage_named
     from dsatrace.commands.progress import counted_bar
     from dsatrace.selection_replay.replay import find_work, replay_all
 
     with damage_named(*args.runs):
-        work = find_work(args.runs, settings)[index::count]
+        work = find_work(args.runs, settings, args.shard)
         if not work:
-            raise UserError(f"--shard {args.shard}: the runs have fewer parts; use a smaller N")
-        with counted_bar("replay", sum(one.part.num_records for one in work), "records") as advance:
-            result = replay_all(work, settings, args.jobs, keep=out / "parts", advance=advance)
+            raise UserError(
+                f"--shard {'/'.join(map(str, args.shard))}: the runs have fewer parts; use a smaller N"
+            )
+        with counted_bar("replay", sum(one.num_records for one in work), "records") as advance:
+            result = replay_all(work, settings, args.jobs, out / "parts", advance, on_ray)
     return _finish(result, out, args)
 
 
@@ -173,15 +199,16 @@ def _settings(args: argparse.Namespace) -> ReplaySettings:
     )
 
 
-def _shard(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise UserError(f"--shard {text}: use I/N with I from 0 to N - 1, such as 0/4")
-    return int(index), int(count)
+def _beside(run: Path) -> Path:
+    """The usual folder of a run's result; of a run at a URL it is here."""
+    name = f"{run.absolute().name}_replay"
+    return run.absolute().with_name(name) if isinstance(run, Path) else Path(name)
 
 
 def _out_folder(folder: Path) -> Path:
     """Made if it is not there; refused if it holds anything but a replay."""
+    if is_url(folder):
+        raise UserError("--out: name a folder of this machine, and copy it to a URL when it is done")
     ours = {"replay.json", "replay.csv", "replay.png", "parts"}
     try:
         foreign = (

@@ -78,7 +78,7 @@ def _curves(axes: Any, record: Record) -> None:
         ylabel="share",
         ylim=(0, None),
     )
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
 
 
 def _middle_size(record: Record) -> str | None:

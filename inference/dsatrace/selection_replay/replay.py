@@ -9,12 +9,11 @@ machines or to a cluster alike, and those that are done are kept.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,10 +23,13 @@ import numpy as np
 
 from dsatrace.errors import UserError
 from dsatrace.files import digest_of
+from dsatrace.processes import call_in_processes, in_order
+from dsatrace.selection_replay.kept import KeptResults
 from dsatrace.selection_replay.layer_overlap import LayerOverlap
 from dsatrace.selection_replay.locality import MEASURES
 from dsatrace.selection_replay.lru import lru
 from dsatrace.selection_replay.nulls import nulls_of, seed_of
+from dsatrace.selection_replay.on_ray import call_on_ray
 from dsatrace.selection_replay.policies import POLICIES, misses
 from dsatrace.selection_replay.predictors import predictions_of
 from dsatrace.selection_replay.replayed import Replayed
@@ -41,11 +43,13 @@ from dsatrace.trace.selections import (
     LayerSet,
     RequestSelections,
     SelectionPart,
-    read_selections,
+    read_part,
     selection_parts,
 )
 from dsatrace.version import __version__
 
+MOST_WORK = 2048
+"""Pieces that a run is cut into: a result takes some MB and a second to add, however much it sums up."""
 NUM_SEEDS = 5
 """Times that a policy which draws lots is replayed."""
 _NULL_POLICIES = ("lru", "opt")
@@ -56,35 +60,67 @@ _NULL_MEASURES = ("lags", "working_sets")
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Some of a run's requests."""
+    """Some of a run's requests, with all that replaying them needs but their step files."""
 
     folder: Path
     name: str  # of the run, as results show it
-    part: SelectionPart
-    content: str  # digest of the files that the part lies in
+    parts: tuple[SelectionPart, ...]
+    content: str  # digests of the files that the parts lie in
+    recorded: Recorded
+    header: dict[str, Any]  # of its result
 
-    def key(self, settings: ReplaySettings) -> str:
+    @property
+    def key(self) -> str:
         """Names its result: the same records, settings and version give the same one."""
-        told = [self.content, self.part.request_ids, settings.digest, __version__]
+        recorded = dataclasses.asdict(self.recorded)
+        requests = [part.request_ids for part in self.parts]
+        told = [self.name, self.content, requests, recorded, self.header, __version__]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
+    @property
+    def num_records(self) -> int:
+        return sum(part.num_records for part in self.parts)
 
-def find_work(folders: Sequence[Path], settings: ReplaySettings) -> list[Work]:
-    """The parts of these runs. Raises `UserError` for one that cannot be replayed, naming why."""
+
+def find_work(
+    folders: Sequence[Path], settings: ReplaySettings, shard: tuple[int, int] = (0, 1)
+) -> list[Work]:
+    """The parts of these runs, or those of shard (i, n): every n-th file where files hold whole requests,
+    else every n-th part. A shard may have none.
+
+    Raises `UserError` for a run that cannot be replayed, naming why.
+    """
+    index, count = shard
+    turns = itertools.count()
     work: list[Work] = []
     for folder in folders:
         run = RunReader(folder)
-        Recorded.of(run.manifest, settings, str(folder))
-        known = run.manifest.get("files") or {}
-        digests = {path: known.get(path.name) or digest_of(path) for path in run.step_paths}
-        for part in selection_parts(run):
-            content = "".join(sorted({digests[span.path]["sha256"] for span in part.spans}))
-            work.append(Work(folder, folder.absolute().name, part, content))
-    if not work:
+        recorded = Recorded.of(run.manifest, settings, str(folder))
+        header, name = _header(run.manifest, recorded, settings), folder.absolute().name
+        if run.is_for_replay:
+            paths = [path for path in run.step_paths if next(turns) % count == index]
+            parts = selection_parts(run, paths=paths)
+        else:
+            parts = [part for part in selection_parts(run) if next(turns) % count == index]
+        known = {folder / file: told for file, told in (run.manifest.get("files") or {}).items()}
+        paths = sorted({span.path for part in parts for span in part.spans})
+        digests = {path: _digest(path, known.get(path)) for path in paths}
+        size = -(-len(parts) // MOST_WORK) or 1
+        for together in (tuple(parts[i : i + size]) for i in range(0, len(parts), size)):
+            content = "".join(sorted(digests[span.path] for part in together for span in part.spans))
+            work.append(Work(folder, name, together, content, recorded, header))
+    if next(turns) == 0:
         raise UserError(
             f"{', '.join(map(str, folders))}: no step was recorded, so there is nothing to replay"
         )
     return work
+
+
+def _digest(path: Path, known: Mapping[str, Any] | None) -> str:
+    """As the manifest has it, of a file that still has its size."""
+    if known is None or path.stat().st_size != known["bytes"]:
+        known = digest_of(path)
+    return str(known["sha256"])
 
 
 def replay_all(
@@ -93,16 +129,21 @@ def replay_all(
     jobs: int = 1,
     keep: Path | None = None,
     advance: Callable[[int], None] = lambda records: None,
+    on_ray: bool = False,
 ) -> Result:
-    """The sum of all parts. In the folder `keep` each part's result is kept, and those there are taken."""
+    """The sum of all parts, replayed in `jobs` processes or on a ray cluster.
+
+    In the folder `keep` each part's result is kept, and those there are taken. The sum does not depend on
+    who replayed what, nor on the order in which they were done.
+    """
     total: Result | None = None
-    for done, result in _results(work, settings, jobs, keep):
+    for part, result in zip(work, in_order(_results(work, settings, jobs, keep, on_ray)), strict=True):
         if total is None:
             total = result
         else:
-            total.add(result, str(done.folder))
-        advance(done.part.num_records)
-    assert total is not None, "find_work gives at least one part"
+            total.add(result, str(part.folder))
+        advance(part.num_records)
+    assert total is not None, "there is at least one part"
     if not total.requests:
         raise UserError(
             "no request has a step that counts: each saw at most top-k ids, which are all selected, or has "
@@ -112,34 +153,30 @@ def replay_all(
 
 
 def _results(
-    work: Sequence[Work], settings: ReplaySettings, jobs: int, keep: Path | None
-) -> Iterator[tuple[Work, Result]]:
-    """In the order of `work`."""
-    one = functools.partial(replay_part, settings=settings, keep=keep)
-    if min(jobs, len(work)) == 1:
-        yield from ((part, one(part)) for part in work)
-        return
-    with concurrent.futures.ProcessPoolExecutor(
-        min(jobs, len(work)), multiprocessing.get_context("spawn")
-    ) as pool:
-        yield from zip(work, pool.map(one, work), strict=True)
+    work: Sequence[Work], settings: ReplaySettings, jobs: int, keep: Path | None, on_ray: bool
+) -> Iterator[tuple[int, Result]]:
+    """Each part's index and result, as they are done; kept by this process, which all workers report to."""
+    kept = None if keep is None else KeptResults(keep)
+    todo = []
+    for index, part in enumerate(work):
+        if kept is not None and (result := kept.get(part.key)) is not None:
+            yield index, result
+        else:
+            todo.append(index)
+    one, parts = functools.partial(replay_part, settings=settings), [work[index] for index in todo]
+    call = call_on_ray if on_ray else functools.partial(call_in_processes, jobs=jobs)
+    for done, result in call(one, parts):
+        if kept is not None:
+            kept.put(parts[done].key, result)
+        yield todo[done], result
 
 
-def replay_part(work: Work, settings: ReplaySettings, keep: Path | None = None) -> Result:
-    """The sum of a part's requests, from `keep` if it was replayed before."""
-    path = keep / f"{work.key(settings)}.json" if keep else None
-    if path is not None and path.exists():
-        return Result.read(path)
-    run = RunReader(work.folder)
-    recorded = Recorded.of(run.manifest, settings, str(work.folder))
-    total = Result(_header(run.manifest, recorded, settings), {}, {}, {}, {})
-    for request in read_selections(run, [work.part]):
-        total.add(
-            replay_request(request, f"{work.name}/{request.request_id}", recorded, settings, total.header),
-            work.name,
-        )
-    if path is not None:
-        total.write(path)
+def replay_part(work: Work, settings: ReplaySettings) -> Result:
+    """The sum of a part's requests."""
+    total = Result(work.header, {}, {}, {}, {})
+    for request in itertools.chain.from_iterable(map(read_part, work.parts)):
+        name = f"{work.name}/{request.request_id}"
+        total.add(replay_request(request, name, work.recorded, settings, work.header), work.name)
     return total
 
 

@@ -127,11 +127,9 @@ def _on_grid(depths: np.ndarray) -> Counter[int]:
     depth = np.flatnonzero(depths)
     size = depth + 1
     unit = 1 << np.maximum(np.ceil(np.log2((size + 1) / (2 * _PER_OCTAVE))), 0).astype(np.int64)
-    points = -(-size // unit) * unit
-    served: Counter[int] = Counter()
-    for point, count in zip(points.tolist(), depths[depth].tolist(), strict=True):
-        served[point] += count
-    return served
+    points, first = np.unique(-(-size // unit) * unit, return_index=True)  # they ascend with the depth
+    counts = np.add.reduceat(depths[depth], first) if len(first) else first
+    return Counter(dict(zip(points.tolist(), counts.tolist(), strict=True)))
 
 
 def _above(counts: Counter[int], sizes: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Exact counts of values: quantiles without a sketch, merged by addition.
 
 `Histogram` counts small integers >= 0 that come in large arrays, `ValueCounts` numbers of any size
-with few distinct values. Neither knows what it counts.
+with few distinct values, `ExactSum` adds floats of parts. None knows what it counts.
 
     offsets = Histogram()
     offsets.add(np.array([3, 1, 3]))
@@ -117,3 +117,21 @@ class ValueCounts(_Counts):
     def items(self) -> tuple[list[Any], list[int]]:
         values = sorted(self._counts)
         return values, [self._counts[value] for value in values]
+
+
+class ExactSum:
+    """A sum of floats: rounded as it grows within a part, once over all parts, so their order cannot show."""
+
+    def __init__(self) -> None:
+        self._own = 0.0
+        self._others: list[float] = []
+
+    def add(self, value: float) -> None:
+        self._own += value
+
+    def merge(self, other: ExactSum) -> None:
+        self._others += [other._own, *other._others]
+
+    @property
+    def total(self) -> float:
+        return math.fsum((self._own, *self._others))

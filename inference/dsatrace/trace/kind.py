@@ -182,6 +182,11 @@ class SelectionKind:
         return [head if layer.heads > 1 else None for layer in self.layers for head in range(layer.heads)]
 
     @functools.cached_property
+    def num_heads(self) -> np.ndarray:
+        """(S,) int64: sets of the set's layer. Bytes per token and layer are shared among them."""
+        return _int64(self.layers[i].heads for i in self.set_layers.tolist())
+
+    @functools.cached_property
     def set_sources(self) -> list[int | None]:
         """(S,): the layer whose set it is, where that is another."""
         return [self.layers[i].source_layer for i in self.set_layers.tolist()]
@@ -211,6 +216,8 @@ class SelectionKind:
 
     def per_layer(self, counts: np.ndarray) -> np.ndarray:
         """(S,) counts -> (layers,) int64, up to the last that selects."""
+        if self.is_exact:
+            return counts
         import numpy as np
 
         return np.bincount(self.set_layers, counts).astype(np.int64)

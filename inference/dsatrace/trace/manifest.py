@@ -145,6 +145,9 @@ class RunInfo:
             raise ValueError(
                 f"layout {self.layouts[0].name} has no bytes to count; name them, or put tiers into `missing`"
             )
+        heads = max((layer.heads for layer in kind.layers), default=0)
+        if any(self.layouts[0].latent_bytes_per_token % layer.heads for layer in kind.layers if layer.heads):
+            raise ValueError(f"layout {self.layouts[0].name}: its bytes cannot be shared among {heads} heads")
 
 
 def manifest(

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from dsatrace.trace.histogram import ExactSum
 from dsatrace.trace.kernels import compile_kernels, count_held, count_shared
 from dsatrace.trace.kind import SelectionKind
 from dsatrace.trace.statistics import StepStatistics
@@ -35,7 +36,7 @@ class OverlapTotals:
         self.pairs = 0
         self._shared = np.zeros(0, dtype=np.int64)  # (L,) tokens held by both
         self._tokens = np.zeros(0, dtype=np.int64)  # (L,) tokens selected
-        self._random = 0.0  # sum of k / N over pairs
+        self._random = ExactSum()  # of k / N over pairs
 
     def add(self, shared: np.ndarray, tokens: np.ndarray, random: float, pairs: int = 1) -> None:
         """(L,) counts of `pairs` comparisons; a layer that was not compared has 0 tokens."""
@@ -44,11 +45,12 @@ class OverlapTotals:
             self._tokens = np.pad(self._tokens, (0, len(tokens) - len(self._tokens)))
         self._shared[: len(shared)] += shared
         self._tokens[: len(tokens)] += tokens
-        self._random += random
+        self._random.add(random)
         self.pairs += pairs
 
     def merge(self, other: OverlapTotals) -> None:
-        self.add(other._shared, other._tokens, other._random, other.pairs)
+        self.add(other._shared, other._tokens, 0.0, other.pairs)
+        self._random.merge(other._random)
 
     def add_json(self, stored: Mapping[str, Any], k: int) -> None:
         """Adds what `to_json` gave, for selections of `k` tokens."""
@@ -63,7 +65,7 @@ class OverlapTotals:
         """Takes off what `to_json` gave of a part of this."""
         part = OverlapTotals()
         part.add_json(stored, k)
-        self.add(-part._shared, -part._tokens, -part._random, -part.pairs)
+        self.add(-part._shared, -part._tokens, -part._random.total, -part.pairs)
 
     def to_json(self) -> dict[str, Any]:
         pairs = zip(self._shared.tolist(), self._tokens.tolist(), strict=True)
@@ -71,7 +73,7 @@ class OverlapTotals:
         return {
             "pairs": self.pairs,
             "mean": shared / tokens if tokens else None,
-            "random_mean": self._random / self.pairs if tokens else None,
+            "random_mean": self._random.total / self.pairs if tokens else None,
             "per_layer": [s / t if t else None for s, t in pairs] if tokens else None,
         }
 

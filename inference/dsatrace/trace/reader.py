@@ -44,16 +44,17 @@ from dsatrace.schema import (
     problems,
     project,
 )
+from dsatrace.trace.url import run_path
 
 REQUEST_ID = re.compile(rb'"request_id":\s*("(?:[^"\\]|\\.)*")')
 """Finds a line's request id, as JSON: parsing the line would take longer than reading it."""
 
 
 class RunReader:
-    """One run's files. A file that is missing or broken raises `UserError` naming it."""
+    """A run's files, in a folder or at a URL; one that is missing or broken raises `UserError` naming it."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = run_path(folder) if isinstance(folder, str) else folder
         self.torn_lines: dict[str, str] = {}
         self.manifest = self._manifest()
         if self.is_parquet and self.state == "incomplete" and not (self.folder / STEPS_PARQUET_FILE).exists():
@@ -197,7 +198,9 @@ def part_paths(folder: Path) -> list[Path]:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a live process writes the file (see `JsonlSink`)."""
+    """Whether a live process writes the file (see `JsonlSink`); nobody can tell of one at a URL."""
+    if not isinstance(path, Path):
+        return False
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -228,7 +228,7 @@ class RecordSummary(Summary):
             size, k = at_size.block_size, self._shape.top_k
             at_size.recency.add_counted(recency_blocks(seq_len, k, size), counts)
             at_size.context.add_counted(context_blocks(seq_len, size), counts)
-            at_size.uniform_sum += float(uniform_blocks(seq_len, k, size) @ counts)
+            at_size.uniform_sum.add(float(uniform_blocks(seq_len, k, size) @ counts))
 
     def _tells_blocks_at(self, size: int, level: str) -> bool:
         """Whether a record of the level says how many blocks of `size` it touches."""

@@ -65,6 +65,12 @@ class StepRecords:
         return np.greater.outer(self.visible, self.kind.top_k).ravel()
 
     @property
+    def scan_bytes(self) -> np.ndarray:
+        """(R,) int64: bytes of those keys; of a KV head its share."""
+        num_heads = np.tile(self.kind.num_heads, len(self.capture.request_ids))
+        return self.num_scanned * self.index_bytes_per_token // num_heads
+
+    @property
     def num_scanned(self) -> np.ndarray:
         """(R,) int64: keys that the layer's indexer read, one per visible id; 0 without an indexer."""
         return np.outer(self.visible, self.kind.has_indexer).ravel()
@@ -114,7 +120,7 @@ class RecordDeriver:
             capture=capture,
             kind=kind,
             stats=stats,
-            fetches=self._accounts(capture, stats) if kind.holds("kv_fetch") else {},
+            fetches=self._accounts(capture, stats, kind) if kind.holds("kv_fetch") else {},
             level=config.level,
             block_size=config.block_size,
             index_bytes_per_token=self._layout.index_bytes_per_token,
@@ -123,7 +129,9 @@ class RecordDeriver:
             needles=count_needles(needles, stats, capture.positions.shape[0]),
         )
 
-    def _accounts(self, capture: StepCapture, stats: StepStatistics) -> Mapping[str, FetchAccount]:
+    def _accounts(
+        self, capture: StepCapture, stats: StepStatistics, kind: SelectionKind
+    ) -> Mapping[str, FetchAccount]:
         reads = StepReads(
             seq_len=np.repeat(np.asarray(capture.seq_len, dtype=np.int64), capture.positions.shape[0]),
             block_size=self._config.block_size,
@@ -137,9 +145,20 @@ class RecordDeriver:
             fetches=capture.fetches,
         )
         try:
-            return self._tiers.accounts(reads)
+            accounts = self._tiers.accounts(reads)
         except ValueError as error:
             raise ValueError(f"forward {capture.forward_idx}: {error}") from error
+        if (kind.num_heads == 1).all():
+            return accounts
+        num_heads = np.tile(kind.num_heads, len(capture.request_ids))
+        return {
+            name: dataclasses.replace(
+                account,
+                bytes_read=account.bytes_read // num_heads,
+                bytes_useful=account.bytes_useful // num_heads,
+            )
+            for name, account in accounts.items()
+        }
 
 
 def _check_capture(capture: StepCapture, kind: SelectionKind) -> None:
@@ -207,7 +226,7 @@ def record_layout(step: StepRecords) -> Layout:
     request, of_set = np.divmod(np.arange(step.num_records), step.num_sets)  # (R,) each
     seq_len = np.asarray(capture.seq_len, dtype=np.int64)[request]
     with_positions, with_blocks = step.level == "full", step.level != "stats"
-    num_tokens, num_blocks, num_scanned = stats.num_tokens, stats.num_blocks, step.num_scanned
+    num_tokens, num_blocks = stats.num_tokens, stats.num_blocks
     first_block, end_block = stats.block_ptr[:-1], stats.block_ptr[1:]
     record = {
         "event": "dsa_topk",
@@ -237,7 +256,7 @@ def record_layout(step: StepRecords) -> Layout:
         "phase": capture.phase,
         "path": Choice(("dense", "sparse"), step.sparse.astype(np.int64)),
         "kth_margin": _margin(step, request, of_set),
-        "indexer_scan": {"tokens": num_scanned, "bytes_read": num_scanned * step.index_bytes_per_token},
+        "indexer_scan": {"tokens": step.num_scanned, "bytes_read": step.scan_bytes},
         **_of_set("source_layer", kind.set_sources, of_set),
         **_of_set("kv_head", kind.set_heads, of_set),
         **_other_ids(step, with_positions),

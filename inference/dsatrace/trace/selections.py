@@ -8,6 +8,7 @@ a part of its own. Parquet is read without a Python object per record. Derives n
     for request in read_selections(run):
         layer = request.layers[LayerSet(0)]
         layer.ids[layer.ptr[3] : layer.ptr[4]]      # what the layer selected in its 4th recorded step
+        layer.array()                               # all its steps, (T, k)
     parts = selection_parts(run)                    # or: read_selections(run, parts[:2])
 """
 
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +36,10 @@ from dsatrace.trace.reader import REQUEST_ID, RunReader
 
 PART_BYTES = 256 << 20
 """Selections held at a time, unless one request has more: bytes of int32 ids, or of JSON text."""
+MIN_PARTS, MIN_PART_BYTES = 32, 4 << 20
+"""A run of less than `MIN_PARTS` times `PART_BYTES` is cut finer, for many processes."""
+URL_READERS = 16
+"""Files at a URL whose footers are read at a time."""
 
 _INTS = ("layer_id", "step_idx", "seq_len_current", "forward_idx")
 _HEAD = "kv_head"
@@ -56,13 +63,27 @@ class LayerSelections:
     ids: np.ndarray  # (N,) int32, within a step in the order they were recorded
     ptr: np.ndarray  # (T + 1,) int64: step t selected ids[ptr[t] : ptr[t + 1]]
 
+    def __len__(self) -> int:
+        return len(self.step_idx)
+
+    def rows(self) -> list[np.ndarray]:
+        """What each step selected: T views of `ids`, of as many ids as it has."""
+        return np.split(self.ids, self.ptr[1:-1]) if len(self) else []
+
+    def array(self) -> np.ndarray:
+        """(T, k) int32, k the ids of the largest step; a step that has fewer is filled up with -1."""
+        sizes = np.diff(self.ptr)
+        out = np.full((len(self), int(sizes.max(initial=0))), -1, np.int32)
+        out[np.arange(out.shape[1]) < sizes[:, None]] = self.ids
+        return out
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RequestSelections:
     """All that was recorded of a request."""
 
     request_id: str
-    num_prompt_tokens: int | None  # None: a kill came before its line in requests.jsonl
+    num_prompt_tokens: int | None  # None: not asked for, or a kill came before its line in requests.jsonl
     layers: Mapping[LayerSet, LayerSelections]  # by layer and KV head, ascending
 
 
@@ -82,23 +103,29 @@ class SelectionPart:
     spans: tuple[Span, ...]
     num_records: int
     num_bytes: int  # of ids, or of JSON text
+    id_fields: tuple[str, ...]  # that hold the ids; a record has one of them
 
 
-def selection_parts(run: RunReader, part_bytes: int = PART_BYTES) -> list[SelectionPart]:
+def selection_parts(
+    run: RunReader, part_bytes: int | None = None, paths: Sequence[Path] | None = None
+) -> list[SelectionPart]:
     """The run's requests in the order of their first records, in parts of about `part_bytes`.
 
-    Raises `UserError` for a run whose records hold no selections.
+    Of some of its step files only, where `paths` names them. Raises `UserError` for a run whose records
+    hold no selections.
     """
     fields = _id_fields(run)
     requests: dict[str, _Extent] = {}
-    for path in run.step_paths:
-        found = _of_row_groups(path, fields) if run.is_parquet else _of_lines(path)
+    for path, found in _found_in(run.step_paths if paths is None else paths, fields):
         for request_id, start, stop, num_records, num_bytes in found:
             extent = requests.get(request_id)
             if extent is None:
                 extent = requests[request_id] = _Extent()
             extent.add(Span(path, start, stop), num_records, num_bytes)
-    return list(_parts(requests, part_bytes))
+    if part_bytes is None:
+        of_all = sum(extent.num_bytes for extent in requests.values())
+        part_bytes = min(PART_BYTES, max(of_all // MIN_PARTS, MIN_PART_BYTES))
+    return list(_parts(requests, part_bytes, fields))
 
 
 def read_selections(
@@ -109,17 +136,28 @@ def read_selections(
     Holds one part's selections at a time. Raises `UserError` for what cannot be read, and for a record
     without a field that it must have.
     """
-    parts, fields = selection_parts(run) if parts is None else parts, _id_fields(run)
+    parts = selection_parts(run) if parts is None else parts
     prompts = {line["request_id"]: line["num_prompt_tokens"] for line in run.requests()}
     for part in parts:
-        chunks = [
-            chunk
-            for span in part.spans
-            for chunk in (_parquet_chunks if run.is_parquet else _line_chunks)(span, part.request_ids, fields)
-        ]
-        for index, layers in _grouped(chunks):
-            request_id = part.request_ids[index]
-            yield RequestSelections(request_id, prompts.get(request_id), layers)
+        for request in read_part(part):
+            yield dataclasses.replace(request, num_prompt_tokens=prompts.get(request.request_id))
+
+
+def read_part(part: SelectionPart, layer_id: int | None = None) -> Iterator[RequestSelections]:
+    """A part's requests, from its step files alone, so without `num_prompt_tokens`; raises the same.
+
+    With `layer_id` that layer alone is read, and a request without it is left out.
+    """
+    chunks: list[_Chunk] = []
+    for span in part.spans:
+        read = _parquet_chunks if _is_parquet(span.path) else _line_chunks
+        chunks.extend(read(span, part.request_ids, part.id_fields, layer_id))
+    for index, layers in _grouped(chunks):
+        yield RequestSelections(part.request_ids[index], None, layers)
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix == ".parquet"
 
 
 def _id_fields(run: RunReader) -> tuple[str, ...]:
@@ -146,11 +184,13 @@ class _Extent:
         self.num_bytes += num_bytes
 
 
-def _parts(requests: Mapping[str, _Extent], part_bytes: int) -> Iterator[SelectionPart]:
+def _parts(
+    requests: Mapping[str, _Extent], part_bytes: int, fields: tuple[str, ...]
+) -> Iterator[SelectionPart]:
     together, names = _Extent(), list[str]()
     for request_id, extent in requests.items():
         if names and together.num_bytes + extent.num_bytes > part_bytes:
-            yield _part(names, together)
+            yield _part(names, together, fields)
             together, names = _Extent(), []
         names.append(request_id)
         for span in extent.spans.values():
@@ -158,15 +198,29 @@ def _parts(requests: Mapping[str, _Extent], part_bytes: int) -> Iterator[Selecti
         together.num_records += extent.num_records
         together.num_bytes += extent.num_bytes
     if names:
-        yield _part(names, together)
+        yield _part(names, together, fields)
 
 
-def _part(names: Sequence[str], extent: _Extent) -> SelectionPart:
-    return SelectionPart(tuple(names), tuple(extent.spans.values()), extent.num_records, extent.num_bytes)
+def _part(names: Sequence[str], extent: _Extent, fields: tuple[str, ...]) -> SelectionPart:
+    spans = tuple(extent.spans.values())
+    return SelectionPart(tuple(names), spans, extent.num_records, extent.num_bytes, fields)
 
 
 _Found = tuple[str, int, int, int, int]
 """A request id, where a stretch with its records starts and stops, its records there and their bytes."""
+
+
+def _found_in(paths: Sequence[Path], fields: Sequence[str]) -> Iterator[tuple[Path, Iterable[_Found]]]:
+    """Of each file; files at a URL are looked into side by side."""
+
+    def found_in(path: Path) -> Iterator[_Found]:
+        return _of_row_groups(path, fields) if _is_parquet(path) else _of_lines(path)
+
+    if not paths or isinstance(paths[0], Path) or not _is_parquet(paths[0]):
+        yield from ((path, found_in(path)) for path in paths)
+        return
+    with ThreadPoolExecutor(URL_READERS) as pool:
+        yield from zip(paths, pool.map(lambda path: list(found_in(path)), paths), strict=True)
 
 
 def _of_lines(path: Path) -> Iterator[_Found]:
@@ -204,7 +258,7 @@ def _of_row_groups(path: Path, fields: Sequence[str]) -> Iterator[_Found]:
             if told is not None and told.has_min_max and told.min == told.max and not told.null_count:
                 yield told.min, index, index + 1, group.num_rows, num_bytes
                 continue
-            counted = _table(file, index, ("request_id",))["request_id"].value_counts()
+            counted = _table(file, path, index, ("request_id",))["request_id"].value_counts()
             for name, count in zip(*(counted.field(i).to_pylist() for i in (0, 1)), strict=True):
                 yield name, index, index + 1, count, num_bytes * count // group.num_rows
 
@@ -220,13 +274,20 @@ class _Chunk(NamedTuple):
     stop: np.ndarray  # (R,) int64
 
 
-def _parquet_chunks(span: Span, request_ids: Sequence[str], fields: Sequence[str]) -> Iterator[_Chunk]:
+def _parquet_chunks(
+    span: Span, request_ids: Sequence[str], fields: Sequence[str], layer_id: int | None
+) -> Iterator[_Chunk]:
     wanted = pa.array(request_ids, pa.string())
     with open_file(span.path) as file:
         for index in range(span.start, span.stop):
-            table = _table(file, index, ("request_id", *_INTS, _HEAD, "phase", *fields))
+            if layer_id is not None and not _may_hold(file, index, layer_id):
+                continue
+            table = _table(file, span.path, index, ("request_id", *_INTS, _HEAD, "phase", *fields))
             request = pc.index_in(table["request_id"], wanted).fill_null(-1).to_numpy()
-            rows = np.flatnonzero(request >= 0)
+            is_asked = request >= 0
+            if layer_id is not None:
+                is_asked &= _ints(table, "layer_id", span.path) == layer_id
+            rows = np.flatnonzero(is_asked)
             if not len(rows):
                 continue
             names = [name for name in fields if name in table.schema.names and not table[name].null_count]
@@ -243,10 +304,22 @@ def _parquet_chunks(span: Span, request_ids: Sequence[str], fields: Sequence[str
             yield _Chunk(request[rows], ints, phase, ids, start, stop)
 
 
-def _table(file: pq.ParquetFile, group: int, fields: Sequence[str]) -> pa.Table:
+def _may_hold(file: pq.ParquetFile, group: int, layer_id: int) -> bool:
+    """Whether the row group has records of the layer, as far as its statistics tell."""
+    told = file.metadata.row_group(group).column(file.schema.names.index("layer_id")).statistics
+    if told is None or not told.has_min_max or told.null_count:
+        return True
+    return bool(told.min <= layer_id <= told.max)
+
+
+def _table(file: pq.ParquetFile, path: Path, group: int, fields: Sequence[str]) -> pa.Table:
     """These columns of a row group, each in one piece; records that are kept as text among them."""
     present = set(file.schema_arrow.names)
-    table = file.read_row_group(group, [name for name in (*fields, LINE) if name in present]).combine_chunks()
+    wanted = [name for name in (*fields, LINE) if name in present]
+    try:
+        table = file.read_row_group(group, wanted).combine_chunks()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot read it: {error}; export the run again") from error
     if LINE not in present or table[LINE].null_count == len(table):
         return table
     rows = table.to_pylist()
@@ -268,8 +341,13 @@ def _ints(table: pa.Table, field: str, path: Path) -> np.ndarray:
     return table[field].to_numpy()
 
 
-def _line_chunks(span: Span, request_ids: Sequence[str], fields: Sequence[str]) -> Iterator[_Chunk]:
-    """One chunk per record; the lines of other requests are not parsed."""
+_LAYER_ID = re.compile(rb'"layer_id":\s*(\d+)')
+
+
+def _line_chunks(
+    span: Span, request_ids: Sequence[str], fields: Sequence[str], layer_id: int | None
+) -> Iterator[_Chunk]:
+    """One chunk per record; the lines of other requests and layers are not parsed."""
     wanted = {orjson.dumps(name): index for index, name in enumerate(request_ids)}
     with span.path.open("rb") as file:
         file.seek(span.start)
@@ -282,6 +360,9 @@ def _line_chunks(span: Span, request_ids: Sequence[str], fields: Sequence[str]) 
             index = wanted.get(raw)
             if index is None and raw and (name := orjson.loads(raw)) in request_ids:  # spelled in another way
                 index = wanted[raw] = request_ids.index(name)
+            if index is not None and layer_id is not None:
+                told = _LAYER_ID.search(line)
+                index = index if told is None or int(told[1]) == layer_id else None
             if index is not None:
                 try:
                     yield _line_chunk(line, index, fields)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dsatrace.errors import UserError
+from dsatrace.processes import call_in_processes, in_order
 from dsatrace.schema import SUMMARY_FILE
 from dsatrace.trace.config import TraceConfig, is_sampled
 from dsatrace.trace.kind import SelectionKind, inactive
@@ -29,6 +30,7 @@ from dsatrace.trace.record_summary import (
     RunShape,
     columns_of,
 )
+from dsatrace.trace.summed_runs import SummedRuns, require_alike
 
 CHUNK_RECORDS = 4096
 Record = Mapping[str, Any]
@@ -37,28 +39,63 @@ OnNote = Callable[[str], object]
 
 
 def summarize_runs(
-    folders: Sequence[Path], on_records: OnRecords = lambda count: None, on_note: OnNote = lambda note: None
+    folders: Sequence[Path],
+    on_records: OnRecords = lambda count: None,
+    on_note: OnNote = lambda note: None,
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """The record of summary.json of all the runs together, without a cost of tracing.
 
     `on_records` gets the number of records read since its last call, `on_note` what a reader of the
-    numbers should know. Runs that cannot be added up raise `UserError`.
+    numbers should know. Each of `jobs` processes takes a run at a time. Runs that cannot be added up
+    raise `UserError`.
     """
+    return sum_runs(folders, distinct_names(folders), on_records, on_note, jobs).to_json()
+
+
+def sum_runs(
+    folders: Sequence[Path],
+    names: Sequence[str],  # what requests of each run are called by, where that tells runs apart
+    on_records: OnRecords = lambda count: None,
+    on_note: OnNote = lambda note: None,
+    jobs: int = 1,
+) -> SummedRuns:
+    """The same before it is told; so that sums of other runs can be added."""
     runs = [RunReader(folder) for folder in folders]
-    _check_alike(runs)
-    names = _distinct_names(folders)
+    kinds = [_kind(run) for run in runs]
+    for run, kind in zip(runs, kinds, strict=True):
+        require_alike(str(run.folder), kind, str(runs[0].folder), kinds[0])
     merged: RecordSummary | None = None
-    for run, name in zip(runs, names, strict=True):
-        summary = summarize_run(run, on_records, on_note)
-        if len(runs) > 1:
+    for name, summary in zip(names, _summaries(runs, on_records, on_note, jobs), strict=True):
+        if name:
             summary.name_requests(name)
         if merged is None:
             merged = summary
         else:
             merged.merge(summary)
     assert merged is not None
-    complete = all(run.state == "complete" for run in runs)
-    return merged.to_json("complete" if complete else "incomplete")
+    return SummedRuns(merged, all(run.state == "complete" for run in runs), kinds[0])
+
+
+def _summaries(
+    runs: Sequence[RunReader], on_records: OnRecords, on_note: OnNote, jobs: int
+) -> Iterator[RecordSummary]:
+    if min(jobs, len(runs)) == 1:
+        for run in runs:
+            yield summarize_run(run, on_records, on_note)
+        return
+    folders = [run.folder for run in runs]
+    for summary, notes in in_order(call_in_processes(_summarize_there, folders, jobs)):
+        on_records(summary.counts["records"])
+        for note in notes:
+            on_note(note)
+        yield summary
+
+
+def _summarize_there(folder: Path) -> tuple[RecordSummary, list[str]]:
+    """In another process: the summary, and the notes of making it."""
+    notes: list[str] = []
+    return summarize_run(RunReader(folder), on_note=notes.append), notes
 
 
 def summarize_run(
@@ -233,20 +270,8 @@ def _tiers(run: RunReader) -> str:
     return ", ".join([f"{tiers['granularity']}s of {tiers['unit_tokens']} tokens", hbm, *pools])
 
 
-def _check_alike(runs: Sequence[RunReader]) -> None:
-    """A sum of runs means something only where blocks, k, the source of the selections and such agree."""
-    first, *others = runs
-    expected = _kind(first)
-    for run in others:
-        for what, found in _kind(run).items():
-            if found != expected[what]:
-                raise UserError(
-                    f"{run.folder}: {what} {found}, but {expected[what]} in {first.folder}; "
-                    "summarize them apart, the sum would say nothing"
-                )
-
-
 def _kind(run: RunReader) -> dict[str, Any]:
+    """What runs that add up must share."""
     shape, serving = _shape(run), run.manifest.get("serving")
     kind = shape.kind
     return {
@@ -264,7 +289,9 @@ def _kind(run: RunReader) -> dict[str, Any]:
     }
 
 
-def _distinct_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, or their whole paths where two are called the same."""
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, or their whole paths where two are called the same; of a run alone an empty one."""
+    if len(folders) == 1:
+        return [""]
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dsatrace.schema import FETCH_TOTALS, OFFLOADED_FETCH, SCHEMA_VERSION, TIER_NAMES
-from dsatrace.trace.histogram import Histogram, ValueCounts
+from dsatrace.trace.histogram import ExactSum, Histogram, ValueCounts
 from dsatrace.trace.kernels import compile_kernels, count_offsets
 from dsatrace.trace.kind import SelectionKind
 from dsatrace.trace.overlap import RecallTotals, SelectionOverlap
@@ -63,7 +63,7 @@ class TracingCost:
         }
 
 
-class _BlocksAtSize:
+class BlocksAtSize:
     """Touched blocks of sparse records at one block size, and what two other selectors would touch."""
 
     def __init__(self, block_size: int) -> None:
@@ -71,7 +71,7 @@ class _BlocksAtSize:
         self.touched = Histogram()
         self.recency = Histogram()
         self.context = Histogram()
-        self.uniform_sum = 0.0
+        self.uniform_sum = ExactSum()
 
     def add(self, step: StepRecords) -> None:
         stats, records = step.stats, step.sparse
@@ -88,7 +88,7 @@ class _BlocksAtSize:
         per_layer = np.repeat(seq_len, step.num_sets)
         self.recency.add(recency_blocks(per_layer, k, self.block_size))
         self.context.add(context_blocks(per_layer, self.block_size))
-        self.uniform_sum += float(uniform_blocks(seq_len, k, self.block_size).sum()) * step.num_sets
+        self.uniform_sum.add(float(uniform_blocks(seq_len, k, self.block_size).sum()) * step.num_sets)
 
     def _add_selectors(self, kind: SelectionKind, seq_len: np.ndarray, num_ids: np.ndarray) -> None:
         """Of records that select `num_ids` ids of several tokens, or not as many as they could."""
@@ -97,13 +97,13 @@ class _BlocksAtSize:
             uniform, recency = unit_blocks(kind, visible, k, self.block_size)
             self.recency.add_counted(np.array([recency]), count)
             self.context.add_counted(context_blocks(np.array([visible]), self.block_size), count)
-            self.uniform_sum += uniform * int(count)
+            self.uniform_sum.add(uniform * int(count))
 
-    def merge(self, other: _BlocksAtSize) -> None:
+    def merge(self, other: BlocksAtSize) -> None:
         self.touched.merge(other.touched)
         self.recency.merge(other.recency)
         self.context.merge(other.context)
-        self.uniform_sum += other.uniform_sum
+        self.uniform_sum.merge(other.uniform_sum)
 
     def to_json(self) -> dict[str, Any]:
         total = self.context.total
@@ -112,7 +112,7 @@ class _BlocksAtSize:
             "mean": self.touched.mean,
             "p50": self.touched.quantile(50),
             "p95": self.touched.quantile(95),
-            "uniform_mean": self.uniform_sum / total if total else None,
+            "uniform_mean": self.uniform_sum.total / total if total else None,
             "recency_mean": self.recency.mean,
             "context_mean": self.context.mean,
         }
@@ -141,7 +141,7 @@ class Summary:
         self.dense = {name: Histogram() for name in ("unique_blocks", "tokens_per_touched_block", "offsets")}
         self.ratios = ValueCounts()
         self.step_us = ValueCounts()
-        self.blocks_at = [_BlocksAtSize(size) for size in compared_block_sizes]
+        self.blocks_at = [BlocksAtSize(size) for size in compared_block_sizes]
         self.overlap = SelectionOverlap()
         self.recall = RecallTotals()
         self.requests = RequestTotals(serving)
@@ -174,7 +174,7 @@ class Summary:
             totals = self.fetch[name]
             for total in totals:
                 totals[total] += int(getattr(account, total).sum())
-        self.scan_bytes += int(step.num_scanned.sum()) * step.index_bytes_per_token
+        self.scan_bytes += int(step.scan_bytes.sum())
         if self.shares is not None:
             for b, request_id in enumerate(capture.request_ids):
                 self.shares.of(request_id).add(step, b)

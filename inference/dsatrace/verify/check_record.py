@@ -146,12 +146,13 @@ def _derived(
         step_synced=record["step_synced"],
         source_layer=rules.source_layers.get(record["layer_id"]),
         kv_head=its_set.head if its_set else None,
+        num_heads=its_set.num_heads if its_set else 1,
         kind=rules.selections,
     )
     derived = step_record(
         selection,
         block_size=rules.block_size,
-        latent_bytes=rules.latent_bytes,
+        latent_bytes=rules.latent_bytes // (its_set.num_heads if its_set else 1),
         index_bytes=rules.index_bytes,
         level=rules.level,
         store_scores=rules.store_scores,

@@ -41,6 +41,7 @@ class PlainSelection:
     fetches: PlainFetches | None = None  # None: everything is in HBM
     source_layer: int | None = None  # the layer whose selection this is; None: its own
     kv_head: int | None = None  # which of the layer's sets it is; None: it has one
+    num_heads: int = 1  # sets of the layer
     kind: Selections = ENGINES  # what the ids are
 
 
@@ -78,7 +79,10 @@ def step_record(
         "phase": selection.phase,
         "path": "sparse" if sparse else "dense",
         "kth_margin": margin if sparse else None,
-        "indexer_scan": {"tokens": num_scanned, "bytes_read": num_scanned * index_bytes},
+        "indexer_scan": {
+            "tokens": num_scanned,
+            "bytes_read": num_scanned * index_bytes // selection.num_heads,
+        },
         **({} if selection.source_layer is None else {"source_layer": selection.source_layer}),
         **({} if selection.kv_head is None else {"kv_head": selection.kv_head}),
         "selected_ids": recorded_positions(selection, keep_order),

@@ -16,6 +16,8 @@ from dsatrace.verify.mismatch import compare, require
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_KEYS = ("request_id", "layer_id", "kv_head", "step_idx")
+
 
 def check_layout(run: PlainRun) -> tuple[int, int]:
     """Returns the records and the requests."""
@@ -27,17 +29,19 @@ def check_layout(run: PlainRun) -> tuple[int, int]:
         table = _keys_of(run, name)
         requests = table["request_id"].to_pylist()
         layers, steps = table["layer_id"].to_pylist(), table["step_idx"].to_pylist()
+        heads = table["kv_head"].to_pylist() if "kv_head" in table.schema.names else [None] * len(layers)
+        sets = [(layer, head or 0) for layer, head in zip(layers, heads, strict=True)]
         compare(known.get("records"), len(requests), f"files.{name}.records")
         compare(known.get("requests"), len(set(requests)), f"files.{name}.requests")
         before = None
-        for request, layer, step in zip(requests, layers, steps, strict=True):
+        for request, set_, step in zip(requests, sets, steps, strict=True):
             if before is None or before[0] != request:
                 require(request not in seen, f"files.{name}", request, "a request that stands elsewhere too")
                 seen.add(request)
             else:
-                rule = f"after layer {before[1]}, step {before[2]} of request {request}"
-                require((layer, step) > before[1:], f"files.{name}", [layer, step], rule)
-            before = request, layer, step
+                rule = f"after layer {before[1][0]}, step {before[2]} of request {request}"
+                require((set_, step) > before[1:], f"files.{name}", [set_[0], step], rule)
+            before = request, set_, step
         num_records += len(requests)
     return num_records, len(seen)
 
@@ -50,6 +54,7 @@ def _keys_of(run: PlainRun, name: str) -> pa.Table:
         raise UserError(f"{run.folder}: holds Parquet, which pyarrow and numpy read; install them") from error
     try:
         with pq.ParquetFile(run.folder / name) as file:
-            return file.read(["request_id", "layer_id", "step_idx"])
+            names = [name for name in _KEYS if name in file.schema_arrow.names]
+            return file.read(names)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{run.folder / name}: cannot read it: {error}; export the run again") from error

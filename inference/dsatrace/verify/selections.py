@@ -4,7 +4,7 @@ A second reading of the manifest's `selection`, beside the writer's own. Standar
 record. A *set* is one record's selection: a layer's, or that of one of its KV heads.
 
     selections = Selections.of(manifest)       # raises Mismatch for one that contradicts itself
-    selections.sets[0]                         # Set(layer=0, head=None, top_k=2048, source=None)
+    selections.sets[0]                         # Set(layer=0, head=None, num_heads=1, top_k=2048, source=None)
     selections.num_visible(seq_len=4099)
 """
 
@@ -33,6 +33,7 @@ class Set(NamedTuple):
 
     layer: int
     head: int | None  # of a layer with several
+    num_heads: int  # sets of the layer, which share its bytes
     top_k: int
     source: int | None  # the layer whose set it is, where that is another
 
@@ -55,7 +56,7 @@ class Selections:
         """Of a manifest that follows the schema; one that is older than `selection` is of the engine."""
         selection, model = manifest.get("selection"), manifest["model_config"]
         if selection is None:
-            return cls(tuple(Set(i, None, model["index_topk"], None) for i in range(model["n_layers"])))
+            return cls(tuple(Set(i, None, 1, model["index_topk"], None) for i in range(model["n_layers"])))
         for name, choices in (("unit", UNITS), ("id_kind", ID_KINDS), ("door", DOORS)):
             value = selection[name]
             require(value in choices, f"selection.{name}", value, f"not one of {', '.join(choices)}")
@@ -154,7 +155,7 @@ def _sets_of(i: int, layer: Any, before: list[Set]) -> list[Set]:
         same = [one for one in before if one.layer == source and one.source is None]
         fits = len(same) == heads and all(one.top_k == top_k for one in same)
         require(bool(same) and fits, f"{path}.source_layer", source, "no layer before it that has an indexer")
-    return [Set(i, head if heads > 1 else None, top_k, source) for head in range(heads)]
+    return [Set(i, head if heads > 1 else None, heads, top_k, source) for head in range(heads)]
 
 
 def _check_engine(selection: Mapping[str, Any], model: Mapping[str, Any]) -> None:

@@ -33,6 +33,8 @@ GROUP_RECORDS = (512, 1 << 12)
 """A row group has fewer only at a request's end, and more never."""
 
 _KEYS = ("request_id", "layer_id", "step_idx", "forward_idx")
+_ORDER = ("layer_id", "kv_head", "step_idx", "forward_idx")
+"""Of a request's records; only layers with several sets have a `kv_head`."""
 
 
 class Counts(NamedTuple):
@@ -50,28 +52,36 @@ def write_replay_layout(
     Requests stand in the order of their first records. Raises `UserError` for a record without a
     request, layer, step or forward.
     """
-    written: dict[str, Counts] = {}
-    (folder / STEPS_FOLDER).mkdir()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         runs = _SortedRuns(Path(scratch))
         for table in tables:
             runs.add(table)
-        requests = runs.requests()
-        following = next(requests, None)
-        while following is not None:
-            name = f"{STEPS_FOLDER}/{len(written) + 1:06}.parquet"
-            num_records = num_requests = 0
-            with (
-                written_atomically(folder / name) as file,
-                open_writer(file, following.schema, keep_order, _KEYS) as writer,
-            ):
-                while following is not None and (not num_requests or file.tell() < FILE_BYTES):
-                    for group in _row_groups(following):
-                        writer.write_table(group, row_group_size=len(group))
-                    num_records += len(following)
-                    num_requests += 1
-                    following = next(requests, None)
-            written[name] = Counts(num_records, num_requests)
+        return write_requests(runs.requests(), folder, keep_order)
+
+
+def write_requests(
+    requests: Iterator[pa.Table],  # each a request's records, by layer and step
+    folder: Path,
+    keep_order: bool = False,
+) -> dict[str, Counts]:
+    """The same of requests that are sorted already."""
+    written: dict[str, Counts] = {}
+    (folder / STEPS_FOLDER).mkdir()
+    following = next(requests, None)
+    while following is not None:
+        name = f"{STEPS_FOLDER}/{len(written) + 1:06}.parquet"
+        num_records = num_requests = 0
+        with (
+            written_atomically(folder / name) as file,
+            open_writer(file, following.schema, keep_order, _KEYS) as writer,
+        ):
+            while following is not None and (not num_requests or file.tell() < FILE_BYTES):
+                for group in _row_groups(following):
+                    writer.write_table(group, row_group_size=len(group))
+                num_records += len(following)
+                num_requests += 1
+                following = next(requests, None)
+        written[name] = Counts(num_records, num_requests)
     return written
 
 
@@ -98,10 +108,12 @@ class _SortedRuns:
     def requests(self) -> Iterator[pa.Table]:
         """Each request's records, by layer and step."""
         rest = self._sorted_by_request()
+        self._waiting = []
         for name, places in self._places.items():
-            pieces = [*map(_row_group, places), *([rest[name]] if name in rest else [])]
+            pieces = [*map(_row_group, places), *([rest.pop(name)] if name in rest else [])]
             table = pa.concat_tables(pieces).combine_chunks()
-            order = np.lexsort([table[key].to_numpy() for key in reversed(_KEYS[1:])])
+            keys = [table[name] for name in reversed(_ORDER) if name in table.schema.names]
+            order = np.lexsort([pc.fill_null(key, 0).to_numpy() for key in keys])
             yield table.take(pa.array(order))
 
     def _spill(self) -> None:

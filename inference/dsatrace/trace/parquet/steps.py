@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from dsatrace.trace.json_lines import Choice, Layout, Optional, Runs
-from dsatrace.trace.parquet.columns import BLOCKS, INTERSECTION, POSITIONS, TREE, Node, arrow_schema
+from dsatrace.trace.parquet.columns import BLOCKS, INTERSECTION, POSITIONS, TREE, Node, arrow_schema, nulls_of
 from dsatrace.trace.records import StepRecords, record_layout
 
 SCHEMA = arrow_schema(pa.float32())
@@ -30,9 +30,10 @@ def layout_batch(layout: Layout, num_records: int) -> pa.RecordBatch:
     if unknown := set(layout) - {node.name for node in TREE}:
         raise ValueError(f"the schema knows no field {', '.join(sorted(unknown))}; add it to STEP_FIELDS")
     hidden = {BLOCKS} if layout.get(POSITIONS) is not None else set()
+    values = [*_leaf_values(TREE, layout, hidden), nulls_of(layout), None, None]
     columns = [
         pa.nulls(num_records, field.type) if value is None else _column(value, field.type, num_records)
-        for value, field in zip([*_leaf_values(TREE, layout, hidden), None, None], SCHEMA, strict=True)
+        for value, field in zip(values, SCHEMA, strict=True)
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
