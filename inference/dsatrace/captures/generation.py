@@ -132,16 +132,18 @@ class GenerationRun(AttachedRun):
         else:
             self._model.generate = self._own_generate
 
-    def why_empty(self) -> str | None:
+    def finish(self) -> None:
         if self._num_rows:
-            return None
+            return
         if not self._num_calls:
             others = f" ({self._num_other_forwards} forwards outside of it)" * bool(self._num_other_forwards)
-            return (
+            raise UserError(
                 f"nothing was recorded, since the model's generate was not called{others}; call it, or hand "
                 "ids over with trace.selection (docs/attach.md)"
             )
-        return "nothing was recorded: no decode step ran; raise max_new_tokens, or attach with prefill='last'"
+        raise UserError(
+            "nothing was recorded: no decode step ran; raise max_new_tokens, or attach with prefill='last'"
+        )
 
     # The call
 

@@ -99,10 +99,11 @@ class OwnModelRun(AttachedRun):
         if len(self._caught) == layers:
             self._put()
 
-    def why_empty(self) -> str | None:
+    def finish(self) -> None:
         self._require_whole()
         self._end_all()
-        return None if self._num_steps else "nothing was recorded: trace.selection was not called"
+        if not self._num_steps:
+            raise UserError("trace.selection was not called, or only for a prompt, with prefill='off'")
 
     def _require_whole(self) -> None:
         missing = set(range(len(self._kind.layers))) - self._caught.keys()
