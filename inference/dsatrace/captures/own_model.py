@@ -9,7 +9,6 @@ Knows no model: where a step ends and where a request begins is told by the posi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,16 +49,15 @@ def own_kind(
 class OwnModelRun(AttachedRun):
     """Records what `selection` is given. A step is whole when every layer has given its ids."""
 
-    def __init__(
-        self, config: TraceConfig, kind: SelectionKind, selections: Any = "model", argv: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, config: TraceConfig, kind: SelectionKind, **about: Any) -> None:
+        """`about`: fields of `RunInfo`."""
         info = RunInfo(
             model_config={"num_layers": len(kind.layers)},
             layouts=(CacheLayout("own", 0, 0),),
             device="",
-            argv=argv,
-            selections=selections,
+            seed=config.seed,
             kind=kind,
+            **about,
         )
         super().__init__(config, info)
         self._kind = kind
