@@ -14,49 +14,12 @@ from dsatrace.captures.description import Description
 from dsatrace.captures.import_run import ImportSettings, examine, open_captures, write_run
 from dsatrace.errors import UserError
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.selections import read_selections
 from dsatrace.verify.run import verify
 from helpers.captured import as_slots, position_rows, random_slots, response, write_responses
+from helpers.imports import expected, imported, refused, sets_of
 
 K, PROMPT = 8, 5
 FLAGS = ["--layers", "2", "--top-k", "8"]
-
-
-def imported(folder: Path, *argv: object) -> Path:
-    """A run imported by the command."""
-    out = folder / f"run{len(list(folder.iterdir()))}"
-    assert cli.main(["import", *map(str, argv), "--out", str(out)]) == 0
-    return out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """The one line of an import that leaves nothing behind."""
-    out = Path(str(argv[0])).parent / "refused"
-    before = sorted(out.parent.rglob("*"))
-    capsys.readouterr()
-    assert cli.main(["import", *map(str, argv), "--out", str(out)]) == 2
-    assert sorted(out.parent.rglob("*")) == before
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "read," not in line]
-    assert line.startswith("error: ")
-    return line
-
-
-def sets_of(run: Path) -> dict[str, dict[int, list[set[int]]]]:
-    """Request -> position -> the sets of its layers."""
-    found: dict[str, dict[int, list[set[int]]]] = {}
-    for request in read_selections(RunReader(run)):
-        rows: dict[int, list[set[int]]] = {}
-        for layer in request.layers.values():
-            for t, seq_len in enumerate(layer.seq_len.tolist()):
-                rows.setdefault(seq_len - 1, []).append(
-                    set(layer.ids[layer.ptr[t] : layer.ptr[t + 1]].tolist())
-                )
-        found[request.request_id] = rows
-    return found
-
-
-def expected(ids: np.ndarray, first: int = 0) -> dict[int, list[set[int]]]:
-    return {first + t: [set(row[row >= 0].tolist()) for row in sets] for t, sets in enumerate(ids)}
 
 
 def saved(path: Path, ids: np.ndarray) -> Path:
@@ -297,7 +260,7 @@ def test_captures_that_are_not_what_they_claim(tmp_path: Path, ids: np.ndarray, 
     slots = as_slots(ids, random_slots(np.random.default_rng(1), 60) + 60)
     path = saved(tmp_path / "a.npy", slots)
     line = refused(capsys, path, "--format", "npy", "--prompt-tokens", PROMPT, "--ids", "position")
-    assert "so these are slots" in line
+    assert "these are slots" in line
 
 
 def test_files_that_are_damaged(tmp_path: Path, ids: np.ndarray, capsys: Any) -> None:
@@ -308,10 +271,7 @@ def test_files_that_are_damaged(tmp_path: Path, ids: np.ndarray, capsys: Any) ->
     for content, said in (
         (text[:-900], "line 1 is cut short"),
         (text + "\n{]\n", "line 2: not JSON"),
-        (
-            text.replace(base, base[:-4]),
-            "are no whole rows of 2 layers of 8 ids; correct --layers or --top-k",
-        ),
+        (text.replace(base, base[:-4]), "are no whole rows of 2 layers of 8 ids; correct"),
         (text.replace(base, base[:-3]), "characters are no whole base64"),
         (text.replace(base, base[:500] + "\\u0041" + base[506:]), "holds backslashes"),
         (text.replace(base, base[:500] + "!" + base[501:]), "no base64"),
@@ -320,9 +280,9 @@ def test_files_that_are_damaged(tmp_path: Path, ids: np.ndarray, capsys: Any) ->
         ("[1]", "not a response"),
         ("", "holds no rows"),
         (json.dumps(response(ids, 10, completion_tokens=90)), "60 rows; 10 prompt and 90 answer tokens"),
-        (json.dumps(response(ids, 10, prompt_tokens="x")), "meta_info.prompt_tokens is no count"),
-        (json.dumps(response(ids, 10, prompt_tokens=None)), "add --prompt-tokens"),
-        (text.replace('"id', '"id').replace("}}", ', "id": "\\u001b[2J\\n"}}', 1)[:-5], "not JSON"),
+        (text.replace('"prompt_tokens": 5', '"prompt_tokens": "x"'), "line 1: prompt_tokens is no count"),
+        (text.replace('"prompt_tokens": 5', '"prompt_tokens": null'), "add --prompt-tokens"),
+        (text.replace('"prompt_tokens": 5', '"prompt_tokens": 4.5'), "is no count"),
     ):
         path.write_text(content)
         line = refused(capsys, path, "--format", "sglang", *FLAGS)
@@ -358,9 +318,9 @@ def test_files_that_are_damaged(tmp_path: Path, ids: np.ndarray, capsys: Any) ->
     broken = tmp_path / "a.safetensors"
     whole = safetensors_of({"a": ids})
     for content, said in (
-        (whole[:-9], "it is cut short"),
+        (whole[:-9], "the file ends 9 bytes early"),
         (whole[:20], "no whole safetensors file"),
-        (whole[:8] + b"x" * 80, "no safetensors header"),
+        (whole[:8] + b"x" * 800, "no safetensors header"),
         (whole.replace(b"I32", b"F32"), "F32; use whole numbers"),
         (whole.replace(b"[60,2,8]", b"[61,2,8]"), "contradicts itself"),
     ):

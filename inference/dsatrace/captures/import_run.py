@@ -21,7 +21,15 @@ import numpy as np
 from dsatrace.captures.description import Description
 from dsatrace.captures.detector import Broken, Detector, Found, PhaseFound
 from dsatrace.captures.formats import FORMATS
-from dsatrace.captures.rows import Advance, Capture, CapturedRequest, one_shape, request_name
+from dsatrace.captures.rows import (
+    Advance,
+    Capture,
+    CapturedRequest,
+    WithoutSets,
+    one_shape,
+    request_name,
+    silent_sets,
+)
 from dsatrace.errors import UserError
 from dsatrace.flags import Flag, check, flags_of
 from dsatrace.kv.layout import named_layouts
@@ -79,6 +87,7 @@ class Examined:
     kind: SelectionKind  # as if ids were positions
     found: Found
     described: Description
+    num_silent: int = 0  # layers that hold zeros only
 
     @property
     def id_kind(self) -> Literal["position", "slot"]:
@@ -97,6 +106,8 @@ class Examined:
         """What was concluded, one line each."""
         for capture in self.captures:
             yield from capture.notes
+        if self.num_silent:
+            yield f"layers left out: {self.num_silent} that hold zeros only, so they select nothing"
         found = self.found
         for name, phase in (("prompt", found.prompt), ("decode", found.decode)):
             if phase.rows:
@@ -150,7 +161,7 @@ class Examined:
                     f"the row is another request's: {REMEDY}"
                 )
             elif declared == "position" and phase is found.decode:
-                yield f"--ids position: {self._where(broken)}, so these are {phase.what}s; {REMEDY}"
+                yield f"said to be positions, but {self._where(broken)}; these are {phase.what}s; {REMEDY}"
         if self.kind.unit != "expert" and not self.num_active:
             yield self._inactive()
 
@@ -217,6 +228,15 @@ def examine(
         )
     opened = zip(paths, captures, strict=True)
     shape = one_shape([(str(path), capture.shape) for path, capture in opened if capture.requests])
+    for capture in captures:
+        described = described.with_said(capture.said)
+    silent = silent_sets(captures) if (described.heads or 1) == 1 else []
+    if silent:
+        layers = described.layer_ids or list(range(shape[0]))
+        if len(layers) == shape[0]:
+            kept = [layer for s, layer in enumerate(layers) if s not in silent]
+            described = described.with_layers(kept)
+            captures, shape = [WithoutSets(one, silent) for one in captures], (len(kept), shape[1])
     kind = described.kind(FORMATS[format].unit, shape)
     detector = Detector(kind)
     for capture in captures:
@@ -227,7 +247,7 @@ def examine(
             left[chunk.request] -= len(chunk.ids)
             if not left[chunk.request]:
                 detector.end(request.name)
-    return Examined(paths, format, captures, kind, detector.found(), described)
+    return Examined(paths, format, captures, kind, detector.found(), described, len(silent))
 
 
 @dataclasses.dataclass(frozen=True)
