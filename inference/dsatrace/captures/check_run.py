@@ -30,7 +30,8 @@ def check_run(folder: Path, advance: Callable[[int], None] = lambda num_records:
     """Raises `UserError` for a folder that is no run, or whose records hold no ids."""
     run = RunReader(folder)
     kind = kind_of(run)
-    detector, num_records = Detector(kind), 0
+    # A hook may see fewer ids than top-k: sets without those that attention reads in any case.
+    detector, num_records = Detector(kind, False if kind.door in ("attach", "layerwise") else None), 0
     for request in read_selections(run):
         prompt_tokens = request.num_prompt_tokens or 0
         for first, ids in recorded_rows(request, kind):
