@@ -11,7 +11,8 @@ import pytest
 
 from dsatrace import cli
 from dsatrace.captures.description import Description
-from dsatrace.captures.import_run import ImportSettings, examine, open_captures, write_run
+from dsatrace.captures.examine import examine, open_captures
+from dsatrace.captures.import_run import ImportSettings, write_run
 from dsatrace.errors import UserError
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
@@ -371,3 +372,61 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, ids: np.ndarray) -> None:
 def test_settings_are_checked() -> None:
     with pytest.raises(UserError, match="--block-size 0"):
         ImportSettings(block_size=0)
+
+
+def test_what_sglang_captures_by_default(tmp_path: Path, ids: np.ndarray, capsys: Any) -> None:
+    """Offsets in the prompt's rows, other ones after a prefix-cache hit, and slots in the steps'."""
+    rng = np.random.default_rng(2)
+    slots = as_slots(ids, random_slots(rng, 60, page=4) + 60)
+    prompt = np.where(ids[:20] >= 0, ids[:20] + 300, -1)
+    hit = prompt.copy()
+    hit[:6] = np.where(ids[:6] >= 0, ids[:6] + 9000, -1)
+    path = write_responses(
+        tmp_path / "a.jsonl",
+        response(np.concatenate([ids[:20], slots[20:]]), 20, id="first of its batch"),
+        response(np.concatenate([prompt, slots[20:]]), 20, id="second"),
+        response(np.concatenate([hit, slots[20:]]), 20, id="hit", cached_tokens=6),
+    )
+    run = imported(tmp_path, path, "--format", "sglang", *FLAGS)
+    said = capsys.readouterr().out
+    assert "1 of 3 requests found part of their prompt in the prefix cache" in said
+    assert "decode rows: 120, the engine's slots" in said
+    assert "the prompt's rows are not recorded" in said
+    assert RunReader(run).manifest["selection"]["id_kind"] == "slot"
+    rows = expected(slots)
+    assert list(sets_of(run).values()) == [{t: rows[t] for t in range(20, 60)}] * 3
+    verify(run)
+    assert cli.main(["check", str(path), "--format", "sglang", *FLAGS]) == 1
+    assert "SGLANG_DSA_FUSE_TOPK=0" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_not_to_be_used(tmp_path: Path, ids: np.ndarray, capsys: Any) -> None:
+    """Rows of a prompt that are another request's, before steps that are proven."""
+    ids[2] = [5, 6, 7, -1, -1, -1, -1, -1]
+    path = saved(tmp_path / "a.npy", ids)
+    flags = ("--format", "npy", "--prompt-tokens", PROMPT)
+    assert "prompt rows are mixed: 3 are positions, and 1 are not" in refused(capsys, path, *flags)
+    run = imported(tmp_path, path, *flags, "--prompt-rows", "off")
+    assert min(sets_of(run)["a"]) == PROMPT
+    verify(run)
+
+
+def test_entries_that_nothing_proves(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids = np.stack([[rng.choice((t + 1) // 4, K, replace=False) for _ in range(2)] for t in range(64, 110)])
+    path = saved(tmp_path / "a.npy", ids)
+    run = imported(tmp_path, path, "--format", "npy", "--start", 64, "--unit", "entry", "--unit-tokens", 4)
+    selection = RunReader(run).manifest["selection"]
+    assert (selection["unit"], selection["unit_tokens"], selection["id_kind"]) == ("entry", 4, "slot")
+    verify(run)
+
+
+def test_a_layer_that_was_captured_late(tmp_path: Path, ids: np.ndarray, capsys: Any) -> None:
+    from dsatrace.captures import rows
+
+    ids[:40, 1] = 0
+    path = saved(tmp_path / "a.npy", ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "CHUNK_BYTES", 20 * 2 * K * 4)
+        line = refused(capsys, path, "--format", "npy", "--prompt-tokens", PROMPT)
+    assert "a layer holds zeros at first, and ids from position 40 on" in line

@@ -135,7 +135,7 @@ class ArrayRows:
     """Rows of an array in C order: (rows, layers, k), (rows, k), or (rows, layers, heads, k)."""
 
     def __init__(self, source: Source, dtype: np.dtype, shape: Sequence[int]) -> None:
-        if dtype.kind not in "iu" or not 2 <= len(shape) <= 4 or min(shape[1:]) < 1:
+        if dtype.kind not in "iu" or not 2 <= len(shape) <= 4 or min(shape[1:]) < 1 or shape[0] < 0:
             raise UserError(
                 f"{source.place}: {dtype} of shape {tuple(shape)}; use whole numbers of (rows, layers, k)"
             )
@@ -187,7 +187,7 @@ class WithoutSets:
     """A capture without some of its sets: those of layers that select nothing."""
 
     def __init__(self, capture: Capture, left_out: Sequence[int]) -> None:
-        self._capture = capture
+        self._capture, self._left_out = capture, list(left_out)
         self._kept = np.setdiff1d(np.arange(capture.shape[0]), left_out)
         self.requests, self.num_bytes = capture.requests, capture.num_bytes
         self.notes, self.said = capture.notes, capture.said
@@ -195,6 +195,12 @@ class WithoutSets:
 
     def chunks(self, starts: Mapping[int, int], advance: Advance) -> Iterator[Chunk]:
         for chunk in self._capture.chunks(starts, advance):
+            if chunk.ids[:, self._left_out].any():
+                place = self.requests[chunk.request].place
+                raise UserError(
+                    f"{place}: a layer holds zeros at first, and ids from position {chunk.first} on; part "
+                    "of it was never captured, capture it again"
+                )
             yield chunk._replace(ids=chunk.ids[:, self._kept])
 
 
