@@ -38,7 +38,8 @@ from dsatrace.study.request_files import read_requests
 from dsatrace.study.requests import block_trace
 from dsatrace.trace.export import export_run
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.resume import prepare_resume, resumed_argv
+from dsatrace.trace.resume import prepare_resume
+from dsatrace.trace.resumed_argv import resumed_argv
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
 from dsatrace.workloads.burstgpt import read_burstgpt

@@ -21,6 +21,7 @@ import pytest
 
 from conftest import INFERENCE, ROOT
 from dsatrace import cli, files
+from dsatrace.commands.generate import main as generate
 from dsatrace.errors import UserError
 from dsatrace.schema import (
     MANIFEST_FILE,
@@ -161,6 +162,20 @@ def test_a_run_holds_what_its_lines_would(
     assert trace.pop("format") == "parquet"
     assert trace == RunReader(undisturbed).manifest["trace"]
     assert (folder / STEPS_PARQUET_FILE).stat().st_size > 0
+
+
+def test_the_flag(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The same tokens' records by either format; the manifest differs in its format alone."""
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("The tide pulled back and left its usual collection of rope. " * 5)
+    flags = ["--ckpt-path", str(tiny_checkpoint), "--config", str(INFERENCE / "config_tiny.json")]
+    flags += ["--input-file", str(prompt), "--max-new-tokens", "4", "--temperature", "0", "--trace-out"]
+    for format_ in ("jsonl", "parquet"):
+        assert generate([*flags, str(tmp_path / format_), "--trace-format", format_]) == 0
+    assert records_of(tmp_path / "parquet") == records_of(tmp_path / "jsonl")
+    assert (tmp_path / "parquet" / STEPS_PARQUET_FILE).exists()
+    assert "format" not in RunReader(tmp_path / "jsonl").manifest["trace"]
+    assert cli.main(["verify", str(tmp_path / "parquet")]) == 0
 
 
 def test_exported_it_is_the_lines(tmp_path: Path, undisturbed: Path) -> None:

@@ -14,7 +14,8 @@ from dsatrace.errors import UserError
 from dsatrace.files import write_json
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.manifest import RunInfo, manifest
-from dsatrace.trace.resume import check_resumable, resumed_argv
+from dsatrace.trace.resume import check_resumable
+from dsatrace.trace.resumed_argv import resumed_argv
 from helpers.json_edits import at, changed
 from helpers.trace_samples import LAYOUT
 

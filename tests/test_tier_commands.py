@@ -243,7 +243,7 @@ def test_the_simulator_and_hbm_alone_have_no_tiers(
 
 
 def test_the_flags_of_tiers_survive_in_the_manifest(call: Call, tmp_path: Path) -> None:
-    from dsatrace.trace.resume import resumed_argv
+    from dsatrace.trace.resumed_argv import resumed_argv
 
     flags = (*ROWS, "--local", "ram", "--prefetch", "previous-step", "--offload-index-keys")
     flags += ("--tier-policy", "sieve", "--on-tier-error", "fail", "--tier-timeout-s", "2.5")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -30,6 +31,7 @@ from typing import Any
 import numba
 import numpy as np
 import orjson
+import pyarrow as pa
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -48,7 +50,8 @@ from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.estimate import KINDS, SyntheticSelections
 from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.observe import ForwardRecorder, ForwardRow, Hook, OnSelect, Slot, hooked
-from dsatrace.trace.parquet.file import write_parquet
+from dsatrace.trace.parquet.file import open_writer, write_parquet
+from dsatrace.trace.parquet.steps import step_batch
 from dsatrace.trace.records import RecordDeriver, StepLines
 from dsatrace.trace.summary import Summary
 from dsatrace.trace.tracer import Tracer
@@ -182,8 +185,22 @@ class Encoders:
             "numpy": numpy_lines,
             "ours": lambda capture: self._lines.encode(self._deriver.derive(capture)),
             "ours_with_summary": self.with_summary,
+            "columns": self.columns,
+            "parquet": self.parquet,
         }
         self._files = {name: (folder / name).open("wb", buffering=0) for name in self.ways}
+
+    def columns(self, capture: StepCapture) -> bytes:
+        """What the writer's thread does where a run writes Parquet: no bytes yet."""
+        step_batch(self._deriver.derive(capture))
+        return b""
+
+    def parquet(self, capture: StepCapture) -> bytes:
+        """That, and what the thread beside it does, were every step a part."""
+        table, data = pa.Table.from_batches([step_batch(self._deriver.derive(capture))]), io.BytesIO()
+        with open_writer(data, table.schema) as writer:
+            writer.write_table(table)
+        return data.getvalue()
 
     def with_summary(self, capture: StepCapture) -> memoryview:
         """All that the writer's thread does."""

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 
 Advance = Callable[[int], None]
+LINE_INTERVAL_S = 30.0
+"""Between lines off a terminal."""
 
 
 @contextlib.contextmanager
@@ -58,6 +60,29 @@ def totals_bar(
             print(lines.pop().format(size_text(total)), file=sys.stderr, flush=True)
 
     yield say_once
+
+
+@contextlib.contextmanager
+def amount_bar(label: str, total: int) -> Iterator[Advance]:
+    """Yields a function to be told how many more of `total` bytes were read.
+
+    A bar on a terminal; off it a line now and then that says what was read and what is left.
+    """
+    if _is_watched():
+        with _bar(label, total, *_byte_columns()) as update:
+            yield lambda amount: update(advance=amount)
+        return
+    done, said = 0, time.monotonic()
+
+    def advance(amount: int) -> None:
+        nonlocal done, said
+        done += amount
+        if time.monotonic() >= said + LINE_INTERVAL_S:
+            said = time.monotonic()
+            left = size_text(max(total - done, 0))
+            print(f"{label}: {size_text(done)} read, {left} left", file=sys.stderr, flush=True)
+
+    yield advance
 
 
 @contextlib.contextmanager
@@ -111,8 +136,6 @@ def requests_bar(total: int | None, status: Callable[[], str]) -> Iterator[Advan
 class _LinesOfRequests:
     """A line on stderr whenever a request has ended and the last line is old enough."""
 
-    INTERVAL_S = 30.0
-
     def __init__(self, total: int | None, status: Callable[[], str]) -> None:
         self._of = "" if total is None else f"/{total}"
         self._status = status
@@ -121,7 +144,7 @@ class _LinesOfRequests:
 
     def advance(self, amount: int) -> None:
         self._done += amount
-        if time.monotonic() >= self._said + self.INTERVAL_S:
+        if time.monotonic() >= self._said + LINE_INTERVAL_S:
             self._said = time.monotonic()
             print(f"{self._done}{self._of} requests, {self._status()}", file=sys.stderr)
 

@@ -26,7 +26,7 @@ from dsatrace.engine.ending import EndSettings
 from dsatrace.errors import UserError, is_rank_0
 from dsatrace.flags import add_flags
 from dsatrace.trace.config import run_config_from_args
-from dsatrace.trace.resume import resumed_argv
+from dsatrace.trace.resumed_argv import resumed_argv
 from dsatrace.workloads.rows import check_limit
 
 

@@ -43,7 +43,6 @@ from dsatrace.errors import UserError
 from dsatrace.files import LineFile
 from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE, locked_file
 from dsatrace.trace.config import TraceConfig, is_sampled
-from dsatrace.trace.manifest import REDACTED
 from dsatrace.trace.reader import REQUEST_ID, RunReader
 from dsatrace.trace.summarize import OnRecords, is_offloaded, summarize_run
 from dsatrace.trace.summary import Summary
@@ -75,7 +74,6 @@ _REMEDIES = {
     "trace.block_size_tokens": "give the same --kv-block-size",
     "trace.prefix_key_id": "set DSATRACE_PREFIX_KEY as it was then, or resume as the same user",
 }
-_SUPERSEDED = ("--resume", "--trace-out")  # their value is a run's folder
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,7 +176,7 @@ def _require_resumable(run: RunReader, locked: bool = False) -> None:
 
 
 def _format(manifest: Mapping[str, Any]) -> str:
-    name: str = manifest["trace"].get("format", "jsonl")
+    name: str = manifest.get("trace", {}).get("format", "jsonl")
     return name
 
 
@@ -384,27 +382,6 @@ def check_resumable(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         raise UserError(f"cannot resume: {path} was {was!r} and is {now!r} now; {remedy}, or start a new run")
 
 
-def resumed_argv(folder: Path, given: Sequence[str] = ()) -> list[str]:
-    """The flags the run was started with, to be parsed before those `given` at the resume.
-
-    Without `--trace-out` and `--resume`. Raises `UserError` for a flag whose value the manifest hides
-    (a secret, a prompt) unless it is given again.
-    """
-    given_flags = {argument.partition("=")[0] for argument in given if _is_flag(argument)}
-    argv: list[str] = []
-    for flag, arguments in _by_flag(RunReader(folder).manifest["argv"]):
-        if flag in _SUPERSEDED:
-            continue
-        if any(REDACTED in argument for argument in arguments):
-            if flag not in given_flags:
-                raise UserError(
-                    f"{folder}: the manifest does not keep the value of {flag}; give it again beside --resume"
-                )
-            continue
-        argv += arguments
-    return argv
-
-
 def _differences(
     old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
@@ -417,21 +394,3 @@ def _differences(
             yield from _differences(was, now, f"{path}.")
         elif was != now:
             yield path, was, now
-
-
-def _is_flag(argument: str) -> bool:
-    """As argparse decides it: an argument with a space in it is a value."""
-    return argument.startswith("--") and " " not in argument.partition("=")[0]
-
-
-def _by_flag(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """(flag, the flag and its values) in order; arguments before the first flag come with an empty flag."""
-    flag, arguments = "", list[str]()
-    for argument in argv:
-        if _is_flag(argument):
-            if arguments:
-                yield flag, arguments
-            flag, arguments = argument.partition("=")[0], []
-        arguments.append(argument)
-    if arguments:
-        yield flag, arguments

@@ -1,0 +1,122 @@
+"""What the records of a run say of its ids: the detector over a run's folder.
+
+checked = check_run(Path("outputs/mine"))
+checked.findings, checked.problems
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dsatrace.captures.detector import Detector, Found
+from dsatrace.errors import UserError
+from dsatrace.text import plain
+from dsatrace.trace.kind import SelectionKind
+from dsatrace.trace.manifest import selection_kind
+from dsatrace.trace.reader import RunReader
+from dsatrace.trace.selections import RequestSelections, read_selections
+
+_CHUNK_BYTES = 16 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What was concluded of a run, one line each."""
+
+    findings: list[str]
+    problems: list[str]
+
+
+def check_run(folder: Path, advance: Callable[[int], None] = lambda num_records: None) -> Checked:
+    """Raises `UserError` for a folder that is no run, or whose records hold no ids."""
+    run = RunReader(folder)
+    kind = selection_kind(run.manifest)
+    if kind is None:
+        raise UserError(f"{folder}: its manifest does not say what was selected; record it anew")
+    if run.manifest["trace"]["level"] != "full":
+        raise UserError(f"{folder}: its records hold no ids; record with --trace-level full")
+    detector, num_records = Detector(kind), 0
+    for request in read_selections(run):
+        prompt_tokens = request.num_prompt_tokens or 0
+        for first, ids in _rows(request, kind):
+            detector.add(request.request_id, first, prompt_tokens, ids)
+            num_records += ids.shape[0] * ids.shape[1]
+            advance(ids.shape[0] * ids.shape[1])
+        detector.end(request.request_id)
+    found = detector.found()
+    return Checked(list(_findings(run, kind, found)), list(_problems(kind, found, num_records)))
+
+
+def _rows(request: RequestSelections, kind: SelectionKind) -> Iterator[tuple[int, np.ndarray]]:
+    """Stretches of consecutive rows: the first's position, and (R, S, K) int32."""
+    layers = list(request.layers.values())
+    seq_len, width = layers[0].seq_len, kind.max_width
+    num_sets = len(kind.set_layers)
+    if len(layers) != num_sets or any(len(one.seq_len) != len(seq_len) for one in layers):
+        raise UserError(f"request {plain(request.request_id)}: layers are missing; see `dsatrace verify`")
+    size = max(_CHUNK_BYTES // (4 * num_sets * width), 1)
+    bounds = np.flatnonzero(np.diff(seq_len) != 1) + 1
+    for stretch in np.split(np.arange(len(seq_len)), bounds):
+        for at in range(0, len(stretch), size):
+            rows = stretch[at : at + size]
+            ids = np.full((len(rows), num_sets, width), -1, dtype=np.int32)
+            for s, layer in enumerate(layers):
+                for r, row in enumerate(rows.tolist()):
+                    held = layer.ids[layer.ptr[row] : layer.ptr[row + 1]]
+                    ids[r, s, : len(held)] = held[:width]
+            yield int(seq_len[rows[0]]) - 1, ids
+
+
+def _findings(run: RunReader, kind: SelectionKind, found: Found) -> Iterator[str]:
+    yield (
+        f"door {kind.door}, {kind.unit} ids, {kind.id_kind}s: {found.rows:,} rows, {found.sparse_records:,} "
+        f"records past top-k"
+    )
+    if found.sparse_records and kind.unit != "expert":
+        yield f"sparse attention was active in {_num_active(kind, found):,} of them"
+    if found.overlaps.share is not None:
+        yield f"step overlap past top-k: {found.overlaps.share:.1%}, by chance {found.overlaps.chance:.1%}"
+    if shared := found.shared_with_before:
+        layers = kind.set_layers
+        yield "layers equal to the one before them in every row: " + ", ".join(
+            f"{layers[s]}={layers[s - 1]}" for s in shared
+        )
+    if "scores" in kind.tells:
+        margins = [record["kth_margin"] for record in run.steps(("kth_margin",))]
+        known = [margin for margin in margins if margin is not None]
+        if known:
+            ties = sum(margin == 0 for margin in known)
+            yield f"ties at the k-th score: {ties:,} of {len(known):,} records"
+
+
+def _num_active(kind: SelectionKind, found: Found) -> int:
+    return found.active_positions if kind.id_kind == "position" else found.active_slots
+
+
+def _problems(kind: SelectionKind, found: Found, num_records: int) -> Iterator[str]:
+    if not num_records:
+        yield "holds no step records: nothing was recorded"
+        return
+    for name, phase in (("prompt", found.prompt), ("decode", found.decode)):
+        if phase.not_captured:
+            request, position = phase.first_not_captured or ("", 0)
+            yield (
+                f"{phase.not_captured:,} {name} rows are zeros, the first of request {plain(request)} at "
+                f"position {position}: never captured; capture it again"
+            )
+        broken = phase.first_broken
+        if broken is not None and (kind.id_kind == "position" or phase.miscounted):
+            yield (
+                f"{phase.broken:,} {name} rows are no {kind.id_kind}s, the first of request "
+                f"{plain(broken.request)} at position {broken.position}, layer "
+                f"{kind.set_layers[broken.set_index]}: {broken.why}"
+            )
+    if kind.unit != "expert" and not _num_active(kind, found):
+        where = f"each of {found.sparse_records:,} records past top-k is the newest ids and no others"
+        if not found.sparse_records:
+            where = f"no row chooses from more than {kind.max_width} ids, the longest from {found.longest}"
+        yield f"sparse attention was never active: {where}"

@@ -1,0 +1,34 @@
+"""What captures are written as: each format once, with the unit of its ids and who reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+from dsatrace.captures.description import Description
+from dsatrace.captures.rows import Capture
+from dsatrace.trace.kind import Unit
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One format of captures."""
+
+    opener: str  # module and function of this package: (path, described, taken names) -> Capture
+    meaning: str
+    unit: Unit = "token"
+
+    def open(self, path: Path, described: Description, taken: set[str]) -> Capture:
+        """What the file holds. Raises `UserError` naming what is wrong with it."""
+        module, _, function = self.opener.partition(":")
+        opened: Capture = getattr(importlib.import_module(f"dsatrace.captures.{module}"), function)(
+            path, described, taken
+        )
+        return opened
+
+
+FORMATS = {
+    "npy": Format("npy:open_arrays", "arrays (rows, layers, k) in .npy, .npz or .safetensors"),
+    "sglang": Format("sglang:open_responses", "SGLang's responses, one per line, with indexer_topk"),
+}

@@ -1,0 +1,420 @@
+"""From captures to a run: look at every row, conclude what the ids are, then write.
+
+The captures are read twice, a few rows at a time: the detector sees all of them before the run's folder
+appears, and the folder appears whole or not at all. Rows that were never captured split a request:
+each stretch of rows without a gap is a request of the run, so that its steps are consecutive.
+
+    examined = examine(paths, "sglang", description)
+    run = write_run(examined, Path("outputs/mine"))
+    run.num_rows, examined.findings()
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+
+from dsatrace.captures.description import Description
+from dsatrace.captures.detector import Broken, Detector, Found, PhaseFound
+from dsatrace.captures.formats import FORMATS
+from dsatrace.captures.rows import Advance, Capture, CapturedRequest, one_shape, request_name
+from dsatrace.errors import UserError
+from dsatrace.flags import Flag, check, flags_of
+from dsatrace.kv.layout import named_layouts
+from dsatrace.text import plain
+from dsatrace.trace.capture import StepCapture
+from dsatrace.trace.config import TraceConfig
+from dsatrace.trace.export import new_folder
+from dsatrace.trace.kind import SelectionKind
+from dsatrace.trace.manifest import RunInfo
+from dsatrace.trace.request_facts import RequestFacts
+from dsatrace.trace.tracer import Tracer
+
+REMEDY = (
+    "start SGLang with SGLANG_DSA_FUSE_TOPK=0 and --disable-radix-cache, so that ids are positions and no "
+    "row is another request's; for other engines see docs/import.md"
+)
+LAYOUTS = named_layouts(kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportSettings:
+    """How a run is made of a capture."""
+
+    prompt_rows: Annotated[
+        Literal["last", "off"],
+        Flag("record the prompt's last row, where every request has it and its ids are positions"),
+    ] = "last"
+    allow_inactive: Annotated[bool, Flag("import a capture in which sparse attention was never active")] = (
+        False
+    )
+    cache_layout: Annotated[
+        str, Flag("bytes per token that are counted: those of DeepSeek-V3.2 in it", choices=tuple(LAYOUTS))
+    ] = "serving_fp8"
+    block_size: Annotated[int, Flag("tokens in a block", ("--kv-block-size",), at_least=1)] = (
+        TraceConfig.block_size
+    )
+    format: Annotated[
+        Literal["jsonl", "parquet"], Flag("what step records are written as", ("--trace-format",))
+    ] = "jsonl"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+IMPORT_FLAGS = flags_of(ImportSettings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """Captures, and what the detector found in them."""
+
+    paths: Sequence[Path]
+    format: str
+    captures: Sequence[Capture]
+    kind: SelectionKind  # as if ids were positions
+    found: Found
+    described: Description
+
+    @property
+    def id_kind(self) -> Literal["position", "slot"]:
+        """What a run's ids are called: only what is proven, or declared, is called a position."""
+        if self.kind.unit == "expert":
+            return "position"
+        if self.described.ids is not None:
+            return self.described.ids
+        return "position" if self._judged.what == "position" else "slot"
+
+    @property
+    def _judged(self) -> PhaseFound:
+        return self.found.decode
+
+    def findings(self) -> Iterator[str]:
+        """What was concluded, one line each."""
+        for capture in self.captures:
+            yield from capture.notes
+        found = self.found
+        for name, phase in (("prompt", found.prompt), ("decode", found.decode)):
+            if phase.rows:
+                yield f"{name} rows: {phase.rows:,}, {_said(phase, self.kind)}"
+            if phase.not_captured:
+                request, position = phase.first_not_captured or ("", 0)
+                yield (
+                    f"{name} rows left out: {phase.not_captured:,} of zeros, which were never captured, the "
+                    f"first of request {plain(request)} at position {position}"
+                )
+        if self.id_kind == "slot" and found.decode.what == "undetermined":
+            yield (
+                "decode ids are recorded as slots: past top-k, slots can pass for positions; if the server "
+                "emits positions (SGLANG_DSA_FUSE_TOPK=0, HiSparse), say --ids position"
+            )
+        if found.overlaps.share is not None:
+            yield (
+                f"step overlap past top-k: {found.overlaps.share:.1%}, by chance {found.overlaps.chance:.1%}"
+            )
+        if shared := found.shared_with_before:
+            layers = self.kind.set_layers
+            pairs = ", ".join(f"{layers[s]}={layers[s - 1]}" for s in shared[:16])
+            yield f"layers equal to the one before them in every row: {pairs}{' ...' * (len(shared) > 16)}"
+
+    def problems(self) -> Iterator[str]:
+        """What makes it another thing than it claims to be, each with a remedy."""
+        found, declared = self.found, self.described.ids
+        if not found.rows:
+            yield "holds no rows: the engine captured nothing; check its flags and its log"
+            return
+        if found.prompt.what in ("not captured", "no rows") and found.decode.what in (
+            "not captured",
+            "no rows",
+        ):
+            yield f"none of its {found.rows:,} rows was captured: all are zeros; check the engine's flags"
+            return
+        for name, phase in (("decode", found.decode), ("prompt", found.prompt)):
+            broken = phase.first_broken
+            if broken is None:
+                continue
+            if self.kind.unit == "expert":
+                yield f"{self._where(broken)}: no routing of experts; correct --top-k, --experts or --layers"
+            elif phase.what == "mixed" and phase.proven:
+                yield (
+                    f"{name} rows are mixed: {phase.proven:,} are positions, and {phase.broken:,} are not: "
+                    f"{self._where(broken)}; {REMEDY}"
+                )
+            elif phase.what == "mixed":
+                yield (
+                    f"{self._where(broken)}; either --start, --layers or --top-k is not the capture's, or "
+                    f"the row is another request's: {REMEDY}"
+                )
+            elif declared == "position" and phase is found.decode:
+                yield f"--ids position: {self._where(broken)}, so these are {phase.what}s; {REMEDY}"
+        if self.kind.unit != "expert" and not self.num_active:
+            yield self._inactive()
+
+    @property
+    def num_active(self) -> int:
+        if self.described.ids is not None:
+            is_position = self.described.ids == "position"
+            return self.found.active_positions if is_position else self.found.active_slots
+        return self.found.num_active
+
+    def _inactive(self) -> str:
+        if not self.found.sparse_records:
+            return (
+                f"sparse attention was never active: no row chooses from more than {self.kind.max_width} "
+                f"ids, the longest from {self.found.longest}; capture a longer context"
+            )
+        return (
+            f"sparse attention was never active: each of {self.found.sparse_records:,} sets past top-k is "
+            "the newest ids and no others; check that the engine ran it"
+        )
+
+    def _where(self, broken: Broken) -> str:
+        layer, head = self.kind.set_layers[broken.set_index], self.kind.set_heads[broken.set_index]
+        of_head = "" if head is None else f", KV head {head}"
+        return (
+            f"request {plain(broken.request)}, row of position {broken.position}, layer {layer}{of_head}: "
+            f"{broken.why}"
+        )
+
+
+def _said(phase: PhaseFound, kind: SelectionKind) -> str:
+    if kind.unit == "expert":
+        return "experts" if not phase.broken else f"{phase.broken:,} of them no routing"
+    what = {
+        "position": f"positions ({phase.proven:,} rows within top-k prove it)",
+        "ragged": "offsets into a batch, repaired: minus row 0's id",
+        "slot": f"the engine's slots ({phase.broken:,} rows cannot be positions)",
+        "undetermined": "undetermined: no row within top-k proves what the ids are",
+        "mixed": f"mixed: {phase.broken:,} rows contradict the others",
+        "not captured": "never captured",
+        "no rows": "none",
+    }[phase.what]
+    return what + (f"; {phase.future:,} with future ids, which are cut" if phase.future else "")
+
+
+def open_captures(paths: Sequence[Path], format: str, described: Description) -> list[Capture]:
+    """Looks through the files for the requests that they hold."""
+    taken: set[str] = set()
+    return [FORMATS[format].open(path, described, taken) for path in paths]
+
+
+def examine(
+    paths: Sequence[Path],
+    format: str,
+    described: Description,
+    captures: Sequence[Capture],
+    advance: Advance = lambda num_bytes: None,
+) -> Examined:
+    """Every row through the detector. Raises `UserError` for captures without a row."""
+    requests = [request for capture in captures for request in capture.requests]
+    if not sum(request.num_rows for request in requests):
+        raise UserError(
+            f"{plain(paths[0])}: holds no rows: the engine captured nothing; check its flags and its log"
+        )
+    opened = zip(paths, captures, strict=True)
+    shape = one_shape([(str(path), capture.shape) for path, capture in opened if capture.requests])
+    kind = described.kind(FORMATS[format].unit, shape)
+    detector = Detector(kind)
+    for capture in captures:
+        left = [request.num_rows for request in capture.requests]
+        for chunk in capture.chunks({}, advance):
+            request = capture.requests[chunk.request]
+            detector.add(request.name, chunk.first, request.prompt_tokens, chunk.ids)
+            left[chunk.request] -= len(chunk.ids)
+            if not left[chunk.request]:
+                detector.end(request.name)
+    return Examined(paths, format, captures, kind, detector.found(), described)
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """What was written."""
+
+    folder: Path
+    num_requests: int
+    num_rows: int
+    num_left_out: int  # rows of decode steps that were never captured
+    has_prompt_rows: bool
+
+
+def write_run(
+    examined: Examined,
+    out: Path,
+    settings: ImportSettings | None = None,
+    advance: Advance = lambda num_bytes: None,
+    argv: Sequence[str] = (),
+) -> Imported:
+    """Writes the run; `out` must be new or empty. Raises `UserError`, and leaves nothing behind."""
+    settings = settings or ImportSettings()
+    for problem in examined.problems():
+        if not (settings.allow_inactive and problem.startswith("sparse attention was never active")):
+            remedy = ", or add --allow-inactive" if problem.startswith("sparse attention") else ""
+            raise UserError(f"{plain(examined.paths[0])}: {problem}{remedy}")
+    shape = len(examined.kind.set_layers), examined.kind.max_width
+    unit = FORMATS[examined.format].unit
+    kind = examined.described.kind(unit, shape, examined.id_kind, _anchors(examined))
+    takes_prompt = settings.prompt_rows == "last" and _has_last_prompt_rows(examined)
+    num_decode = sum(
+        max(one.end - one.prompt_tokens, 0) for capture in examined.captures for one in capture.requests
+    )
+    if not num_decode and not takes_prompt:
+        raise UserError(
+            f"{plain(examined.paths[0])}: holds no rows of decode steps; to record the prompt's rows as "
+            "steps, say --prompt-tokens 1"
+        )
+    try:
+        with new_folder(out) as folder:
+            config = TraceConfig(
+                folder,
+                block_size=settings.block_size,
+                format=settings.format,
+                prefill="last" if takes_prompt else "off",
+            )
+            run = RunInfo(
+                model_config={"name": examined.described.model or "unknown"},
+                layouts=(LAYOUTS[settings.cache_layout],),
+                device="unknown",
+                argv=argv,
+                data_source=f"{examined.format}: {', '.join(path.name for path in examined.paths)}",
+                kind=kind,
+            )
+            with Tracer(config, run) as tracer:
+                writer = _Writer(tracer, kind, examined)
+                for capture in examined.captures:
+                    writer.write(capture, takes_prompt, advance)
+                tracer.describe_workload(
+                    {
+                        "name": "import",
+                        "counts": {
+                            "rows": writer.num_rows,
+                            "rows_never_captured": writer.num_left_out,
+                            "captured_requests": sum(len(one.requests) for one in examined.captures),
+                        },
+                    }
+                )
+            if not writer.num_rows:
+                raise UserError(f"{plain(examined.paths[0])}: none of its decode rows was captured")
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: cannot write there: {error.strerror}") from error
+    return Imported(out, writer.num_requests, writer.num_rows, writer.num_left_out, takes_prompt)
+
+
+def _anchors(examined: Examined) -> dict[int, int]:
+    """Of each shared layer, the one whose selection it is; only where a layer has one set."""
+    if (examined.described.heads or 1) > 1 or examined.kind.unit == "expert":
+        return {}
+    anchors: dict[int, int] = {}
+    for s in examined.found.shared_with_before:
+        anchors[s] = anchors.get(s - 1, s - 1)
+    return anchors
+
+
+def _has_last_prompt_rows(examined: Examined) -> bool:
+    """Whether every request has the row, captured, and with ids in the decode rows' own space."""
+    prompt, decode = examined.found.prompt, examined.found.decode
+    is_known = prompt.what in ("position", "ragged") or (
+        examined.described.ids == "position" and prompt.what == "undetermined"
+    )
+    return (
+        (examined.id_kind == "position")
+        and (is_known or examined.kind.unit == "expert")
+        and not prompt.not_captured + decode.not_captured
+        and all(
+            one.first < one.prompt_tokens <= one.end
+            for capture in examined.captures
+            for one in capture.requests
+        )
+    )
+
+
+class _Request(NamedTuple):
+    """One request of the run; what the trace reads of a request."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]  # their number counts
+    source_row: int | None = None
+    arrival_s: float = 0.0
+    labels: Mapping[str, str] = {}
+    needle_positions: Sequence[int] = ()
+
+
+class _Writer:
+    """Puts rows, and begins a new request of the run after each gap."""
+
+    def __init__(self, tracer: Tracer, kind: SelectionKind, examined: Examined) -> None:
+        self._tracer, self._kind, self._bases = tracer, kind, examined.found.bases
+        self._names = {one.name for capture in examined.captures for one in capture.requests}
+        self._open: dict[str, tuple[_Request, int]] = {}  # captured request -> the run's, its next position
+        self.num_requests = self.num_rows = self.num_left_out = 0
+
+    def write(self, capture: Capture, takes_prompt: bool, advance: Advance) -> None:
+        starts = {i: one.prompt_tokens - takes_prompt for i, one in enumerate(capture.requests)}
+        for chunk in capture.chunks(starts, advance):
+            captured = capture.requests[chunk.request]
+            ids = self._as_recorded(captured, chunk.first, chunk.ids)
+            for row in range(len(ids)):
+                self._put(captured, chunk.first + row, ids[row])
+            if chunk.first + len(ids) >= captured.end:
+                self._end(captured)
+
+    def _as_recorded(self, captured: CapturedRequest, first: int, ids: np.ndarray) -> np.ndarray:
+        """Rows without what their queries cannot see, and with positions for offsets."""
+        position = first + np.arange(len(ids))
+        if base := self._bases.get(captured.name, 0):
+            is_prompt = (position < captured.prompt_tokens)[:, None, None]
+            ids = np.where(is_prompt & (ids >= 0), ids - base, ids)
+        visible = self._kind.visible(position + 1)
+        is_dense = (visible <= self._kind.max_width)[:, None, None]
+        if self._kind.id_kind == "position" and is_dense.any():
+            ids = np.where(is_dense & (ids >= visible[:, None, None]), -1, ids)
+        return np.asarray(ids, dtype=np.int32)
+
+    def _put(self, captured: CapturedRequest, position: int, ids: np.ndarray) -> None:
+        is_zero = (ids == 0).all(axis=1) & (self._kind.top_k > 1)
+        if is_zero.any() or (ids < 0).all(axis=1).any():
+            self.num_left_out += 1
+            return
+        request, expected = self._open.get(captured.name, (None, position))
+        if request is None or position != expected:
+            request = self._begin(captured, position)
+        num_prompt = len(request.prompt_token_ids)
+        self._tracer.put(
+            StepCapture(
+                phase="prefill" if position < num_prompt else "decode",
+                request_ids=(request.request_id,),
+                step_idx=(position - num_prompt,),
+                seq_len=np.array([position + 1], dtype=np.int32),
+                batch_size=1,
+                positions=ids[:, None, :],
+                score_stats=None,
+                scores=None,
+                prefixes=(),
+                forward_idx=self.num_rows,
+                step_wall_us=None,
+                step_synced=None,
+            )
+        )
+        self.num_rows += 1
+        self._open[captured.name] = request, position + 1
+
+    def _begin(self, captured: CapturedRequest, position: int) -> _Request:
+        is_first = captured.name not in self._open
+        if not is_first:
+            self._end(captured)
+        name = captured.name if is_first else request_name(f"{captured.name} from {position}", self._names)
+        request = _Request(name, range(max(captured.prompt_tokens, position)))
+        self._tracer.add_request(request)
+        self.num_requests += 1
+        return request
+
+    def _end(self, captured: CapturedRequest) -> None:
+        if captured.name not in self._open:
+            return
+        request, end = self._open.pop(captured.name)
+        num_output = end - len(request.prompt_token_ids) + 1  # the last one is never fed back
+        state = captured.state if end == captured.end else "length"
+        self._tracer.finish_request(request, RequestFacts(num_output_tokens=num_output, state=state))

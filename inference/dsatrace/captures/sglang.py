@@ -1,0 +1,106 @@
+"""SGLang's responses with `meta_info["indexer_topk"]`: base64 of raw int32, (rows, layers, k).
+
+The response tells neither layers nor k, and what an id is depends on the server; see docs/import.md.
+
+    capture = open_responses(Path("responses.jsonl"), Description(layers="61", top_k=2048), taken=set())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsatrace.captures.description import Description
+from dsatrace.captures.json_responses import base64_source, read_responses
+from dsatrace.captures.npy import array_request
+from dsatrace.captures.rows import ArrayCapture, ArrayRows, CapturedRequest, check_row
+from dsatrace.errors import UserError
+
+_NAME = "indexer_topk"
+STATES = {"stop": "stop", "length": "length", "abort": "aborted"}
+
+
+def open_responses(path: Path, described: Description, taken: set[str]) -> ArrayCapture:
+    layers = described.layer_ids
+    if layers is None or described.top_k is None:
+        missing = "--layers" if layers is None else "--top-k"
+        raise UserError(f"{missing} is missing: SGLang's response does not say it; see the model's config")
+    shape = len(layers) * (described.heads or 1), described.top_k
+    requests, arrays, from_cache = list[CapturedRequest](), list[ArrayRows](), 0
+    for record, place in read_responses(path):
+        meta = record.get("meta_info")
+        if not isinstance(meta, Mapping) or meta.get(_NAME) is None:
+            raise UserError(
+                f"{place}: no meta_info.{_NAME}; start the server with --enable-return-indexer-topk, and "
+                "send return_indexer_topk: true to its native /generate; the OpenAI routes lack the field"
+            )
+        source = base64_source(path, meta[_NAME], place, f"meta_info.{_NAME}")
+        rows = raw_rows(source, shape, place)
+        first, prompt_tokens = _lengths(meta, rows.num_rows, described, place)
+        name = str(meta.get("id") or f"{path.stem}-{len(requests)}")
+        requests.append(
+            array_request(
+                name,
+                place,
+                rows.num_rows,
+                described,
+                taken,
+                first=first,
+                prompt_tokens=prompt_tokens,
+                state=state_of(meta.get("finish_reason")),
+            )
+        )
+        arrays.append(rows)
+        from_cache += bool(meta.get("cached_tokens"))
+    notes = []
+    if from_cache:
+        notes.append(
+            f"{path}: {from_cache} of {len(requests)} requests found part of their prompt in the prefix "
+            "cache, so those rows are of other requests"
+        )
+    return ArrayCapture(requests, arrays, notes)
+
+
+def raw_rows(source: Any, shape: tuple[int, int], place: str) -> ArrayRows:
+    """Rows of plain int32; raises `UserError` where they are not whole."""
+    check_row(shape, place)
+    row_bytes = 4 * shape[0] * shape[1]
+    if source.num_bytes % row_bytes:
+        raise UserError(
+            f"{place}: {source.num_bytes:,} bytes are no whole rows of {shape[0]} layers of {shape[1]} ids; "
+            "correct --layers or --top-k"
+        )
+    return ArrayRows(source, np.dtype("<i4"), (source.num_bytes // row_bytes, *shape))
+
+
+def _lengths(
+    meta: Mapping[str, Any], num_rows: int, described: Description, place: str
+) -> tuple[int | None, int | None]:
+    """The first row's position and the prompt's length, as far as the response tells them."""
+    prompt, answer = (_count(meta, name, place) for name in ("prompt_tokens", "completion_tokens"))
+    if prompt is None or answer is None or described.start is not None:
+        return None, prompt
+    whole = prompt + max(answer, 1) - 1  # the last token is never fed back
+    if num_rows == whole:
+        return 0, prompt
+    if num_rows == answer - 1:  # a decode instance has no rows of the prompt
+        return prompt, prompt
+    raise UserError(
+        f"{place}: {num_rows:,} rows; {prompt:,} prompt and {answer:,} answer tokens have {whole:,}, or "
+        f"{max(answer - 1, 0):,} without the prompt's; correct --layers and --top-k, or say --start"
+    )
+
+
+def _count(meta: Mapping[str, Any], name: str, place: str) -> int | None:
+    value = meta.get(name)
+    if value is not None and (type(value) is not int or not 0 <= value < 2**31):
+        raise UserError(f"{place}: meta_info.{name} is no count; correct it")
+    return value
+
+
+def state_of(reason: object) -> str:
+    kind = reason.get("type") if isinstance(reason, Mapping) else reason
+    return STATES.get(str(kind), "length")
