@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dsatrace.version import __version__
 
 if TYPE_CHECKING:
+    from dsatrace.captures.attach import attach
     from dsatrace.kv.prefix import PrefixCacheAnalyzer
     from dsatrace.model.attention import MLA
     from dsatrace.model.indexer import Indexer
@@ -35,6 +36,7 @@ __all__ = [
     "TraceWriter",
     "Tracer",
     "__version__",
+    "attach",
     "load",
     "tables",
 ]
@@ -49,6 +51,7 @@ _HOME = {
     "TraceConfig": "dsatrace.trace.config",
     "Tracer": "dsatrace.trace.tracer",
     "TraceWriter": "dsatrace.trace.writer",
+    "attach": "dsatrace.captures.attach",
     "load": "dsatrace.trace.load",
     "tables": "dsatrace.report.parts",
 }
