@@ -220,7 +220,7 @@ class GenerationRun(AttachedRun):
             ForwardRow(call.requests[b], b * num_new + column - call.fed, seq_len, step_idx)
             for b, column, seq_len, step_idx in places
         ]
-        self._room.columns = call.columns
+        self._room.columns, self._room.num_new = call.columns, num_new
         self._room.seq_len = {row.row: row.seq_len for row in rows}
         self._num_rows += len(rows)
         if is_prefill and self.tracer.config.prefill == "all":
