@@ -379,6 +379,26 @@ def test_ways_to_generate(models: dict[str, Any], tmp_path: Path) -> None:
     verify(tmp_path / "several")
 
 
+def test_another_forward_within_generate_is_not_recorded(models: dict[str, Any], tmp_path: Path) -> None:
+    """Classifier-free guidance runs the model a second time per step."""
+    model = models["deepseek_v32"]
+    seen = Seen(model)
+    with attached(model, tmp_path / "run", prefill="all"):
+        generate(model, prompts(1), guidance_scale=1.5)
+    forwards = seen.close()
+    assert len(forwards) == 2 * NEW
+    assert recorded_sets(tmp_path / "run") == expected_sets("deepseek_v32", forwards[::2], [[1] * PROMPT])
+    verify(tmp_path / "run")
+
+
+def test_a_share_of_the_steps(models: dict[str, Any], tmp_path: Path) -> None:
+    with attached(models["deepseek_v32"], tmp_path / "run", sample_rate=0.4, seed=3):
+        generate(models["deepseek_v32"], prompts(2), max_new_tokens=20)
+    steps = {step for _, step, _, _ in recorded_sets(tmp_path / "run")}
+    assert 0 < len(steps) < 19
+    verify(tmp_path / "run")
+
+
 def test_a_conversation_goes_on_from_its_cache(models: dict[str, Any], tmp_path: Path) -> None:
     model = models["deepseek_v32"]
     first = generate(model, prompts(1), return_dict_in_generate=True)

@@ -3,9 +3,10 @@
 A small random model of DeepSeek-V3.2's family generates on the CPU, with top-k and context as they are in
 practice; the prompt is computed once, and each turn goes on from its cache. Ways take turns: nothing
 attached; an empty hook on every indexer; the naive hook (`.tolist()` of each output, a line of JSON); and
-`attach`. A step lasts from one forward's begin to the next one's; the figure is the lower quartile, since the
-machine may be busy. `cpu` is the processor time of the thread that runs the model; `wall` holds what that
-thread waits for, too, and the writer's thread takes the same cores.
+`attach`. Two figures, both of the thread that runs the model: the processor time inside the hooks that a way
+registers, and how much longer a step takes, from one forward's begin to the next one's, in processor time and
+on the clock. The second holds what the first leaves out (caches, waiting for the writer's thread), and needs
+an idle machine. All are lower quartiles.
 
     python3 scripts/bench/attach.py
     python3 scripts/bench/attach.py --layers 16 --context 8192 --turns 10
@@ -40,10 +41,11 @@ Way = Callable[[Any, Path], contextlib.AbstractContextManager[Any]]
 
 
 class StepTimes(NamedTuple):
-    """Of one `generate`, in microseconds."""
+    """Of one `generate`, step by step, in microseconds."""
 
     cpu: list[float]
     wall: list[float]
+    hooks: list[float]
 
 
 def main() -> int:
@@ -67,14 +69,14 @@ def main() -> int:
     ways: dict[str, Way] = {"nothing": nothing, "hook alone": empty_hook, "naive": naive, "attach": attached}
     with torch.inference_mode():
         cache = model(input_ids=prompt[:, :-1], use_cache=True).past_key_values
-    times = {name: StepTimes([], []) for name in ways}
+    times = {name: StepTimes([], [], []) for name in ways}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(args.turns + 1):
             for name, way in ways.items():
                 found = measure(model, prompt, cache, args.steps, way, Path(folder) / f"{name}{turn}")
                 if turn:  # the first one warms up
-                    times[name].cpu.extend(found.cpu)
-                    times[name].wall.extend(found.wall)
+                    for kept, new in zip(times[name], found, strict=True):
+                        kept.extend(new)
     record = {
         "machine": machine(),
         **{name: getattr(args, name) for name in ("layers", "top_k", "context", "batch", "steps", "turns")},
@@ -89,8 +91,9 @@ def main() -> int:
     for name, cost in record["us_per_layer_and_step"].items():
         step = record["step_us"][name]
         print(
-            f"{name:10}  {cost['cpu']:8.1f} us cpu  {cost['wall']:8.1f} us wall per layer and step "
-            f"(step {step['wall'] / 1000:.2f} ms, {plain['wall'] / 1000:.2f} ms with nothing attached)"
+            f"{name:10}  {cost['hooks']:7.1f} us in hooks  {cost['cpu']:7.1f} us cpu  {cost['wall']:7.1f} us "
+            f"wall per layer and step (a step: {step['wall'] / 1000:.2f} ms, {plain['wall'] / 1000:.2f} ms "
+            "with nothing attached)"
         )
     print(json.dumps(record))
     return 0
@@ -101,13 +104,14 @@ def measure(
 ) -> StepTimes:
     """Times between the forwards of one `generate`; the prompt's and the first step's are left out."""
     cache = copy.deepcopy(cache)
-    begins: list[tuple[int, int]] = []
+    begins: list[tuple[int, int, int]] = []
+    in_hooks = [0]
 
     def begin(*args: Any) -> None:
-        begins.append((time.thread_time_ns(), time.perf_counter_ns()))
+        begins.append((time.thread_time_ns(), time.perf_counter_ns(), in_hooks[0]))
 
     handle = model.register_forward_pre_hook(begin)
-    with way(model, folder), torch.inference_mode():
+    with timed_hooks(in_hooks), way(model, folder), torch.inference_mode():
         model.generate(
             input_ids=prompt,
             cache=cache,
@@ -119,9 +123,38 @@ def measure(
     kept = begins[2:]
     spans = [
         [(after[clock] - before[clock]) / 1000 for before, after in itertools.pairwise(kept)]
-        for clock in (0, 1)
+        for clock in range(3)
     ]
     return StepTimes(*spans)
+
+
+@contextlib.contextmanager
+def timed_hooks(total_ns: list[int]) -> Iterator[None]:
+    """Adds up the thread's time in every hook that is registered inside."""
+    names = ("register_forward_hook", "register_forward_pre_hook")
+    plain = {name: getattr(torch.nn.Module, name) for name in names}
+
+    def timed(hook: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            start = time.thread_time_ns()
+            try:
+                return hook(*args)
+            finally:
+                total_ns[0] += time.thread_time_ns() - start
+
+        return call
+
+    for name, register in plain.items():
+        setattr(
+            torch.nn.Module,
+            name,
+            lambda module, hook, register=register, **how: register(module, timed(hook), **how),
+        )
+    try:
+        yield
+    finally:
+        for name, register in plain.items():
+            setattr(torch.nn.Module, name, register)
 
 
 def lower_quartiles(times: StepTimes) -> dict[str, float]:
