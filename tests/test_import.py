@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import numpy as np
 import pytest
 
 from dsatrace import cli
+from dsatrace.captures.description import FLAGS as FLAG_NAMES
 from dsatrace.captures.description import Description
 from dsatrace.captures.examine import examine, open_captures
+from dsatrace.captures.formats import FORMATS
 from dsatrace.captures.import_run import ImportSettings, write_run
 from dsatrace.errors import UserError
 from dsatrace.trace.reader import RunReader
@@ -430,3 +434,14 @@ def test_a_layer_that_was_captured_late(tmp_path: Path, ids: np.ndarray, capsys:
         patch.setattr(rows, "CHUNK_BYTES", 20 * 2 * K * 4)
         line = refused(capsys, path, "--format", "npy", "--prompt-tokens", PROMPT)
     assert "a layer holds zeros at first, and ids from position 40 on" in line
+
+
+def test_the_docs_description_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "import.md").read_text()
+    (example,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "capture.json").write_text(example)
+    described = Description.of(argparse.Namespace(**dict.fromkeys(FLAG_NAMES)), tmp_path / "capture.json")
+    assert described.layer_ids == [0, 1, 2, 6]
+    assert described.of_request("second", "start") == 120
+    assert [name for name in FORMATS if f"`{name}`" not in text] == []
+    assert [key for key in FLAG_NAMES if f"`{key}`" not in text and key != "model"] == []
