@@ -41,7 +41,7 @@ RULES: dict[str, Rule] = {
     "verify": Rule({"schema", "errors"}, set(), {"numpy", "pyarrow"}),
     "kv": Rule({"schema", "errors", "jit"}, {"numpy", "numba"}, {"memcache_hybrid", "mooncake", "nixl"}),
     "model": Rule({"errors", "files"}, {"torch", "safetensors"}, {"tilelang", "fast_hadamard_transform"}),
-    "trace": Rule(BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}, {"fsspec"}),
+    "trace": Rule(BASE | {"kv"}, {"numpy", "numba", "orjson", "pyarrow"}, {"fsspec", "pandas", "polars"}),
     "workloads": Rule(
         {"schema", "errors", "files", "units", "text"},
         set(),

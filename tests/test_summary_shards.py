@@ -14,6 +14,7 @@ from dsatrace.schema import LEVELS
 from dsatrace.trace.histogram import ExactSum
 from helpers.command_runs import told_error
 from helpers.golden_run import SERVING, GoldenRequest, write_golden
+from helpers.kind_runs import KINDS, write_kind
 from helpers.tier_samples import setup
 
 NUM_RUNS = 5
@@ -82,6 +83,14 @@ def test_processes_add_up_to_it_too(
     whole, told = summarized(runs_at(level), tmp_path / "one"), capsys.readouterr()
     assert summarized(runs_at(level), tmp_path / "two", "--jobs", "2") == whole
     assert capsys.readouterr().err == told.err, "the same notes, in the same order"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_selection_adds_up(kind: str, tmp_path: Path) -> None:
+    runs = [str(write_kind(tmp_path / f"run{i}", kind)) for i in range(2)]
+    shards = map(str, shards_of(runs, tmp_path, 2))
+    assert main(["merge", *shards, "--out", str(tmp_path / "merged")]) == 0
+    assert (tmp_path / "merged").read_bytes() == summarized(runs, tmp_path / "whole")
 
 
 def test_a_run_alone_is_a_shard_too(runs_at: Callable[[str], list[str]], tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 from dsatrace.version import __version__
 
 if TYPE_CHECKING:
+    from dsatrace.captures.attach import attach
     from dsatrace.kv.prefix import PrefixCacheAnalyzer
     from dsatrace.model.attention import MLA
     from dsatrace.model.indexer import Indexer
+    from dsatrace.report.parts import tables
     from dsatrace.trace.config import TraceConfig
+    from dsatrace.trace.load import load
     from dsatrace.trace.tracer import Tracer
     from dsatrace.trace.writer import TraceWriter
     from dsatrace.workloads.chat_format import ChatTemplateFormatter
@@ -33,6 +36,9 @@ __all__ = [
     "TraceWriter",
     "Tracer",
     "__version__",
+    "attach",
+    "load",
+    "tables",
 ]
 
 _HOME = {
@@ -45,6 +51,9 @@ _HOME = {
     "TraceConfig": "dsatrace.trace.config",
     "Tracer": "dsatrace.trace.tracer",
     "TraceWriter": "dsatrace.trace.writer",
+    "attach": "dsatrace.captures.attach",
+    "load": "dsatrace.trace.load",
+    "tables": "dsatrace.report.parts",
 }
 
 

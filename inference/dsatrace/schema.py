@@ -155,7 +155,8 @@ STEP_FIELDS = (
     Field("event", "string", "", '`"dsa_topk"`'),
     Field("request_id", "string", "", "the request, as in requests.jsonl"),
     Field("layer_id", "int", "", "layer, 0-based"),
-    Field("step_idx", "int", "", "the request's own decode step, 0-based; -1 for a prefill record"),
+    Field("step_idx", "int", "", "the request's own decode step, 0-based; in the prompt -1 for its last "
+          "position, -2 for the one before, ..."),
     Field("seq_len_current", "int", "tokens", "positions visible to the query, itself included"),
     Field("selected_token_pos", "int[]", "position", "absolute logical positions, ascending; with "
           "`--trace-keep-order` by score descending, then position ascending", _FULL,
@@ -202,8 +203,8 @@ STEP_FIELDS = (
     Field("step_wall_us", "float", "us", "wall time around the forward pass", needs=("timing",)),
     Field("step_synced", "bool", "", "the device was synchronised before the clock was read",
           needs=("timing",)),
-    Field("phase", "string", "", "decode, prefill (the prompt's last position) or layerwise (a step of a "
-          "given transcript)"),
+    Field("phase", "string", "", "decode, prefill (a position of the prompt) or layerwise (a step of a given "
+          "transcript)"),
     Field("path", "string", "", "dense while seq_len_current <= top-k, else sparse. Other units: dense while "
           "there are no more ids to choose from than top-k"),
     Field("kth_margin", "float | null", "score", "k-th minus (k+1)-th score; null on the dense path",
@@ -377,7 +378,8 @@ MANIFEST_FIELDS = (
         Field("sample_rate", "float", "", "share of the steps that are recorded; 0: requests only"),
         Field("store_scores", "bool", "", "scores are recorded"),
         Field("keep_order", "bool", "", "positions stand in score order"),
-        Field("prefill", "string", "", "off, or last (the prompt's last position is recorded)"),
+        Field("prefill", "string", "", "rows of the prompt that are recorded: off, last (of its last "
+              "position) or all (of those that have anything to select)"),
         Field("sync_cuda", "bool", "", "the device is synchronised once per step"),
         Field("prefix_key_tokens", "int", "tokens", "tokens hashed into prefix_key"),
         Field("prefix_key_id", "string", "hex", "names the secret of the keyed hashes"),

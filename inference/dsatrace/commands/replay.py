@@ -40,10 +40,8 @@ def _replay(argv: Sequence[str]) -> int:
         "Replay recorded selections through hot buffers: what each size and policy misses, and what the best "
         "possible one would.",
         examples="""
-        %(prog)s outputs/mine
-        %(prog)s outputs/mine --sizes 1k,2k,4k,10%% --policy lru,opt
+        %(prog)s outputs/mine --sizes 1k,2k,4k --policy lru,opt
         %(prog)s outputs/mine --unit block:16 --sizes 8k,16k
-        %(prog)s s3://bucket/run --shard 0/4 --out shards/0
         %(prog)s merge shards/*/replay.json --out outputs/all
         """,
     )
@@ -128,7 +126,7 @@ def _replay(argv: Sequence[str]) -> int:
             raise UserError(
                 f"--shard {'/'.join(map(str, args.shard))}: the runs have fewer parts; use a smaller N"
             )
-        with counted_bar("replay", sum(one.part.num_records for one in work), "records") as advance:
+        with counted_bar("replay", sum(one.num_records for one in work), "records") as advance:
             result = replay_all(work, settings, args.jobs, out / "parts", advance, on_ray)
     return _finish(result, out, args)
 

@@ -5,6 +5,8 @@ dsatrace report outputs/generate_20260101_120000
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,25 +24,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         examples="""
         %(prog)s outputs/generate_20260101_120000
         %(prog)s outputs/mine --layer 2
+        %(prog)s outputs/mine --json
         """,
     )
     parser.add_argument("run", type=Path, help="folder of the run, or of a study")
     parser.add_argument("--layer", type=int, default=None, help="layer of the heat map (default: the last)")
     parser.add_argument("--no-figure", action="store_true", help="tables only")
+    parser.add_argument(
+        "--json", action="store_true", help="the tables as JSON, numbers for texts; draws no picture"
+    )
     args = parser.parse_args(argv)
 
     from dsatrace.report.figure import draw
-    from dsatrace.report.grid import WIDE, show
-    from dsatrace.report.study_folder import is_study, study_parts
-    from dsatrace.report.tables import run_tables
+    from dsatrace.report.grid import WIDE, WIDTH, show
+    from dsatrace.report.parts import parts_json, report_parts
+    from dsatrace.report.study_folder import is_study
     from dsatrace.trace.reader import RunReader
 
-    if is_study(args.run):
-        show(study_parts(args.run), WIDE)
-        return 0
-    run = RunReader(args.run)
-    with damage_named(args.run):
-        show(run_tables(run))
-        if not args.no_figure and (picture := draw(run, args.layer)):
+    a_study = is_study(args.run)
+    with damage_named(args.run) if not a_study else contextlib.nullcontext():
+        parts = report_parts(args.run)
+        if args.json:
+            print(json.dumps(parts_json(parts), indent=1, allow_nan=False))
+            return 0
+        show(parts, WIDE if a_study else WIDTH)
+        if not (a_study or args.no_figure) and (picture := draw(RunReader(args.run), args.layer)):
             show([f"picture: {picture}"])
     return 0

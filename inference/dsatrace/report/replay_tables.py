@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..units import size_text
-from .grid import NONE, Grid, first_rows, percent
+from .grid import MAX_ROWS, NONE, Cell, Grid, number, percent, size
 from .tables import caveat
 
 Record = Mapping[str, Any]
@@ -65,16 +65,15 @@ def _miss_rates(record: Record) -> Grid:
     return Grid(title, ("policy", *sizes), rows, note=f"{note}; opt is the least that any policy can miss")
 
 
-def _rate(cell: Record) -> str:
+def _rate(cell: Record) -> Cell:
     if cell["miss_rate"] is None:
-        return "too small" if cell.get("too_small") else NONE
+        return number(None, none="too small" if cell.get("too_small") else NONE)
     interval = cell.get("interval")
-    shown = percent(cell["miss_rate"])
-    return f"{shown} ({interval[0]:.1%} to {interval[1]:.1%})" if interval else shown
+    return number(cell["miss_rate"], ".1%", f" ({interval[0]:.1%} to {interval[1]:.1%})" if interval else "")
 
 
-def _percent(share: float | None) -> str:
-    return NONE if share is None else percent(share)
+def _percent(share: float | None) -> Cell:
+    return number(share, ".1%")
 
 
 def _range(values: list[int]) -> str:
@@ -92,28 +91,28 @@ def _served(record: Record) -> Grid:
     return Grid("Ids in the smallest LRU buffer that serves ...", ("", *served["run"]), rows, note=note)
 
 
-def _size(size: float | None, top_k: int) -> str:
-    return NONE if size is None else f"{size:,} ({size / top_k:.1f}k)"
+def _size(ids: float | None, top_k: int) -> Cell:
+    return number(ids, ",", "" if ids is None else f" ({ids / top_k:.1f}k)")
 
 
 def _per_size(cells: Mapping[str, Record]) -> Grid:
     rows = []
-    for size, cell in cells.items():
+    for name, cell in cells.items():
         if cell["miss_rate"] is None:
-            rows.append((size, cell.get("too_small") or NONE, *[""] * 6))
+            rows.append((name, number(None, none=cell.get("too_small") or NONE), *[""] * 6))
             continue
         missed = cell["misses_per_step"]
-        moved = cell["bytes_per_token"]
+        quantiles = [missed[key] for key in ("p50", "p95", "p99")]
         rows.append(
             (
-                size,
-                f"{cell['ids']:,.0f}",
-                f"{missed['mean']:.1f}",
-                f"{missed['p50']} / {missed['p95']} / {missed['p99']}",
+                name,
+                number(cell["ids"], ",.0f"),
+                number(missed["mean"], ".1f"),
+                Cell(" / ".join(map(str, quantiles)), quantiles),
                 percent(cell["step_miss_rate"]),
-                NONE if moved is None else size_text(moved),
-                f"{cell['reads_per_token']:,.0f}",
-                f"{cell['steps_since_selected']['p50']}",
+                size(cell["bytes_per_token"]),
+                number(cell["reads_per_token"], ",.0f"),
+                Cell(f"{cell['steps_since_selected']['p50']}", cell["steps_since_selected"]["p50"]),
             )
         )
     columns = (
@@ -151,17 +150,17 @@ def _measured(measured: Record, size: str) -> Grid:
     return Grid(title, ("", "predicted", "measured"), rows, note=note)
 
 
-def _count(count: float | None) -> str:
-    return NONE if count is None else f"{count:,.0f}"
+def _count(count: float | None) -> Cell:
+    return number(count, ",.0f")
 
 
 def _cost(cost: Record, size: str) -> Grid:
     link = cost["link"]
     rows = [
         (
-            f"{row['batch']}",
-            *(f"{row[name]:.2f}" for name in ("whole_ms", "overlapped_ms", "serial_ms")),
-            f"{row['overlapped_ms'] / row['whole_ms']:.2f}",
+            number(row["batch"]),
+            *(number(row[name], ".2f") for name in ("whole_ms", "overlapped_ms", "serial_ms")),
+            number(row["overlapped_ms"] / row["whole_ms"], ".2f"),
         )
         for row in cost["by_batch"]
     ]
@@ -176,12 +175,12 @@ def _cost(cost: Record, size: str) -> Grid:
 def _budget(cost: Record, size: str) -> Grid:
     rows = [
         (
-            f"{row['context']:,}",
-            f"{row['most_requests']:,}",
-            f"{row['most_requests_offloaded']:,}",
-            f"{row['tokens_per_s']:,.0f}",
-            f"{row['tokens_per_s_offloaded']:,.0f}",
-            NONE if row["pays_from_batch"] is None else f"{row['pays_from_batch']:,}",
+            number(row["context"], ","),
+            number(row["most_requests"], ","),
+            number(row["most_requests_offloaded"], ","),
+            number(row["tokens_per_s"], ",.0f"),
+            number(row["tokens_per_s_offloaded"], ",.0f"),
+            number(row["pays_from_batch"], ","),
         )
         for row in cost["by_context"]
     ]
@@ -236,7 +235,7 @@ def _layers(record: Record) -> Grid:
         cells = layer.get("policies", {}).get("lru", {})
         rows.append(
             (
-                f"{layer['name']}",
+                Cell(f"{layer['name']}", layer["name"]),
                 _percent(layer["overlap"]["run"]["share"][0]),
                 *(_rate(cells[size]) if size in cells else NONE for size in sizes),
                 _size((layer.get("served") or {"run": {}})["run"].get("95%"), max(record["top_k"])),
@@ -248,16 +247,16 @@ def _layers(record: Record) -> Grid:
         *(f"LRU misses at {size}" for size in sizes),
         "serves 95%",
     )
-    return Grid("By layer: what LRU misses", columns, first_rows(rows))
+    return Grid("By layer: what LRU misses", columns, rows, most=MAX_ROWS)
 
 
 def _sharing(record: Record) -> Iterator[str | Grid]:
     for group in record["layer_overlap"]:
         rows = [
             (
-                f"{entry['least_recall']:.0%}",
+                number(entry["least_recall"], ".0%"),
                 entry["pattern"],
-                f"{entry['full_layers']} of {len(group['layers'])}",
+                number(entry["full_layers"], unit=f" of {len(group['layers'])}"),
                 _percent(entry["recall_of_shared"]),
             )
             for entry in group["suggested"]

@@ -14,8 +14,9 @@ from ..study.engine_check import EngineCheck
 from ..study.explain import Definition
 from ..study.measure import Value
 from ..study.metrics import UNITS
-from ..study.sweep_cells import OPT, OVERALL, Cell
-from .grid import NONE, Grid
+from ..study.sweep_cells import OPT, OVERALL
+from ..study.sweep_cells import Cell as SweepCell
+from .grid import NONE, Cell, Grid, number
 
 TURNS_SHOWN = 10
 HEADLINES = (
@@ -38,16 +39,18 @@ TURN_COLUMNS = {
 }
 
 
-def shown(name: str, value: Value) -> str:
+def shown(name: str, value: Value) -> Cell:
     """A metric's value with its unit."""
-    if value is None:
-        return NONE
     unit = UNITS[name]
     if unit == "share":
-        return f"{100 * value:.2f} %"
+        return _share(value)
     if unit == "s":
-        return f"{value:,.2f} s"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+        return number(value, ",.2f", " s")
+    return number(value, "," if isinstance(value, int) else ",.2f")
+
+
+def _share(value: Value, unit: str = " %") -> Cell:
+    return Cell(NONE if value is None else f"{100 * value:.2f}{unit}", value)
 
 
 def run_grids(name: str, statistics: Mapping[str, Any]) -> Iterator[Grid]:
@@ -70,13 +73,13 @@ def run_grids(name: str, statistics: Mapping[str, Any]) -> Iterator[Grid]:
 def engine_grid(check: EngineCheck) -> Grid:
     """What the engine's own scheduler found, beside the replay."""
     rows = [
-        ("requests", f"{check.num_requests:,}"),
-        ("of these with the replay's hits", f"{check.num_equal:,}"),
-        ("rejected", f"{check.num_rejected:,}"),
-        ("hit rate, first prefill", f"{check.hit_rate:.2%}"),
-        ("hit tokens, the replay's", f"{check.hit_tokens:,}, {check.replay_hit_tokens:,}"),
-        ("tokens prefilled", f"{check.num_prefill_tokens:,}"),
-        ("preemptions", f"{check.num_preemptions:,}"),
+        ("requests", number(check.num_requests, ",")),
+        ("of these with the replay's hits", number(check.num_equal, ",")),
+        ("rejected", number(check.num_rejected, ",")),
+        ("hit rate, first prefill", number(check.hit_rate, ".2%")),
+        ("hit tokens, the replay's", number(check.hit_tokens, ",", f", {check.replay_hit_tokens:,}")),
+        ("tokens prefilled", number(check.num_prefill_tokens, ",")),
+        ("preemptions", number(check.num_preemptions, ",")),
     ]
     return Grid("Through the engine's scheduler, with the token simulator", ("", "value"), rows)
 
@@ -89,10 +92,10 @@ def compare_grids(comparison: Comparison, cache: Mapping[str, Any]) -> Iterator[
             continue
         both = comparison.metrics[key]
         if both.unit == "share":
-            between = NONE if both.points is None else f"{both.points:+.2f} points"
+            between = number(both.points, "+.2f", " points")
         else:
-            between = NONE if both.difference is None else f"{both.difference:+,.6g}"
-        ratio = NONE if both.ratio is None else f"{both.ratio:.2f} x"
+            between = number(both.difference, "+,.6g")
+        ratio = number(both.ratio, ".2f", " x")
         rows.append((key, shown(key, both.single), shown(key, both.multi), between, ratio))
     columns = ("metric", "single turn", "multi turn", "multi - single", "multi / single")
     yield Grid(f"Single turn against multi turn: {cache_text(cache)}", columns, rows)
@@ -104,15 +107,15 @@ def compare_grids(comparison: Comparison, cache: Mapping[str, Any]) -> Iterator[
 def explain_grid(definitions: Sequence[Definition], cache: Mapping[str, Any]) -> Grid:
     """Every definition with both sides of its fraction."""
 
-    def number(value: float | None) -> str:
-        return NONE if value is None else f"{value:,.6g}" if isinstance(value, float) else f"{value:,}"
+    def count(value: float | None) -> Cell:
+        return number(value, ",.6g" if isinstance(value, float) else ",")
 
     rows = [
         (
             line.name,
-            NONE if line.value is None else f"{100 * line.value:.2f} %",
-            number(line.numerator),
-            number(line.denominator),
+            _share(line.value),
+            count(line.numerator),
+            count(line.denominator),
             line.formula + (f" ({line.used_by})" if line.used_by else ""),
         )
         for line in definitions
@@ -124,7 +127,7 @@ def explain_grid(definitions: Sequence[Definition], cache: Mapping[str, Any]) ->
 def rejected_grid(rejected: Mapping[str, Mapping[str, int]]) -> Grid:
     """Requests that were rejected or cut, by reason. Shown even if there are none."""
     reasons = list(next(iter(rejected.values())))
-    rows = [(name, *(f"{counts[reason]:,}" for reason in reasons)) for name, counts in rejected.items()]
+    rows = [(name, *(number(counts[reason], ",") for reason in reasons)) for name, counts in rejected.items()]
     return Grid(
         "Requests rejected, or cut", ("trace", *(reason.replace("_", " ") for reason in reasons)), rows
     )
@@ -139,19 +142,19 @@ def cache_text(cache: Mapping[str, Any]) -> str:
     return text + ("" if cache["prefix_caching"] else ", prefix caching off")
 
 
-def sweep_grids(cells: Sequence[Cell]) -> Iterator[Grid]:
+def sweep_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
     """A table per workload and block size; a column per capacity."""
     for workload, size in dict.fromkeys((cell.workload, cell.block_size) for cell in cells):
         chosen = [cell for cell in cells if (cell.workload, cell.block_size) == (workload, size)]
         capacities = sorted({cell.capacity_blocks for cell in chosen})
         by_place = {(cell.policy, cell.capacity_blocks): cell for cell in chosen}
         rows = [
-            (policy, *(_percent(by_place.get((policy, capacity))) for capacity in capacities))
+            (policy, *(_hit_rate(by_place.get((policy, capacity))) for capacity in capacities))
             for policy in _opt_last(cell.policy for cell in chosen)
         ]
         for field in ("accesses", "rejected"):
             numbers = (getattr(by_place[OPT, capacity], field) for capacity in capacities)
-            rows.append((field, *(f"{number:,}" for number in numbers)))
+            rows.append((field, *(number(count, ",") for count in numbers)))
         yield Grid(
             f"{workload}, blocks of {size} tokens: hit rate in % of prompt blocks, "
             f"{chosen[0].requests:,} requests",
@@ -160,17 +163,19 @@ def sweep_grids(cells: Sequence[Cell]) -> Iterator[Grid]:
         )
 
 
-def mixed_grid(cells: Sequence[Cell]) -> Grid:
+def mixed_grid(cells: Sequence[SweepCell]) -> Grid:
     """A row per policy; a column for all workloads together and one for each."""
     workloads = list(dict.fromkeys(cell.workload for cell in cells))
     by_place = {(cell.policy, cell.workload): cell for cell in cells}
     rows = []
     for policy in _opt_last(cell.policy for cell in cells):
         overall = by_place[policy, OVERALL]
-        counts = (f"{overall.hits:,}", f"{overall.misses:,}")
-        rows.append((policy, *(_percent(by_place.get((policy, name))) for name in workloads), *counts))
+        counts = (number(overall.hits, ","), number(overall.misses, ","))
+        rows.append((policy, *(_hit_rate(by_place.get((policy, name))) for name in workloads), *counts))
     for field in ("requests", "rejected", "accesses"):
-        rows.append((field, *(f"{getattr(by_place[OPT, name], field):,}" for name in workloads), "", ""))
+        rows.append(
+            (field, *(number(getattr(by_place[OPT, name], field), ",") for name in workloads), "", "")
+        )
     cell = cells[0]
     title = (
         f"Mixed: hit rate in % of prompt blocks, {cell.capacity_blocks} blocks of {cell.block_size} tokens"
@@ -183,7 +188,7 @@ def _turns(title: str, turns: Sequence[Mapping[str, Value]]) -> Iterator[Grid]:
         return
     rows = [
         (
-            "unknown" if row["turn"] is None else f"{row['turn']}",
+            number(row["turn"], none="unknown"),
             *(shown(key, row[key]) for key in TURN_COLUMNS),
         )
         for row in turns[:TURNS_SHOWN]
@@ -192,8 +197,8 @@ def _turns(title: str, turns: Sequence[Mapping[str, Value]]) -> Iterator[Grid]:
     yield Grid(title + more, ("turn", *TURN_COLUMNS.values()), rows)
 
 
-def _percent(cell: Cell | None) -> str:
-    return NONE if cell is None or not cell.accesses else f"{100 * cell.hit_rate:.2f}"
+def _hit_rate(cell: SweepCell | None) -> Cell:
+    return _share(None if cell is None or not cell.accesses else cell.hit_rate, unit="")
 
 
 def _opt_last(policies: Iterable[str]) -> list[str]:

@@ -19,7 +19,7 @@ from ..trace.kind import SelectionKind, engine_kind, inactive
 from ..trace.manifest import selection_kind, shared_layers_of
 from ..trace.reader import RunReader
 from ..units import size_text
-from .grid import Grid, first_rows, percent
+from .grid import MAX_ROWS, Cell, Grid, number, percent, size
 from .tier_tables import tier_tables
 from .workload_tables import workload_tables
 
@@ -144,10 +144,10 @@ def _blocks(summary: Summary) -> Grid:
     columns = ("block size", "measured", "p95", "uniform selector", "recency selector", "in context")
     rows = [
         (
-            f"{row['block_size_tokens']} tokens",
-            f"{row['mean']:.1f}",
-            f"{row['p95']}",
-            *(f"{row[key]:.1f}" for key in ("uniform_mean", "recency_mean", "context_mean")),
+            number(row["block_size_tokens"], unit=" tokens"),
+            number(row["mean"], ".1f"),
+            number(row["p95"]),
+            *(number(row[key], ".1f") for key in ("uniform_mean", "recency_mean", "context_mean")),
         )
         for row in summary["blocks_touched"]
     ]
@@ -160,7 +160,7 @@ def _overlap(summary: Summary) -> Grid | None:
         overlap = summary[key]
         if overlap["pairs"]:
             shares = (percent(overlap["mean"]), percent(overlap["random_mean"]))
-            rows.append((name, *shares, f"{overlap['pairs']}"))
+            rows.append((name, *shares, number(overlap["pairs"])))
     columns = ("", "measured", "random selector", "pairs")
     return Grid("Share of a selection already selected ...", columns, rows) if rows else None
 
@@ -171,9 +171,8 @@ def _sinks(run: RunReader) -> Iterator[Grid]:
         return
     title = f"Share of a selection: first {NUM_SINKS} tokens (sinks), last {NUM_RECENT}"
     columns = ("layer", "sinks", "uniform", "recent", "uniform", "recency selector")
-    yield Grid(
-        title, columns, first_rows([(f"{layer}", *map(percent, row)) for layer, row in shares.items()])
-    )
+    rows = [(number(layer), *map(percent, row)) for layer, row in shares.items()]
+    yield Grid(title, columns, rows, most=MAX_ROWS)
 
 
 def _prefix(summary: Summary) -> str | Grid:
@@ -186,7 +185,8 @@ def _prefix(summary: Summary) -> str | Grid:
     ]
     for request_id, hot in summary["prefix_hot_blocks"].items():
         hottest = ", ".join(f"{entry['block_id']} ({entry['touches']}x)" for entry in hot[:5])
-        rows.append((f"hottest of {request_id}", hottest))
+        touches = [[entry["block_id"], entry["touches"]] for entry in hot[:5]]
+        rows.append((f"hottest of {request_id}", Cell(hottest, touches)))
     return Grid("Touched blocks that lie in a shared prefix", ("", ""), rows)
 
 
@@ -194,7 +194,7 @@ def _bytes(summary: Summary) -> Grid | None:
     read = summary["bytes_read"]
     if summary["kv_fetch"] is None or read["indexer_scan"] is None:
         known = {"latents of the touched blocks": "without_indexer_scan", _SCAN: "indexer_scan"}
-        rows = [(name, size_text(read[key]), "") for name, key in known.items() if read[key] is not None]
+        rows = [(name, size(read[key]), "") for name, key in known.items() if read[key] is not None]
         return Grid("Bytes read, whole run", ("", "bytes", ""), rows) if rows else None
     total = read["with_indexer_scan"]
     fetched = summary["kv_fetch"].values()
@@ -206,7 +206,7 @@ def _bytes(summary: Summary) -> Grid | None:
         (_SCAN, read["indexer_scan"]),
         ("latents and scan together" if in_tiers else "touched blocks and scan together", total),
     )
-    texts = [(name, size_text(count), percent(count, total) if total else "") for name, count in all_rows]
+    texts = [(name, size(count), percent(count, total) if total else "") for name, count in all_rows]
     return Grid("Bytes read, whole run", ("", "bytes", "share"), texts)
 
 
@@ -215,12 +215,14 @@ def _costs(run: RunReader, summary: Summary) -> Grid:
     trace_bytes = sum(path.stat().st_size for path in run.step_paths)
     num_records = summary["counts"]["records"]
     per_record = f", {trace_bytes / num_records:,.0f} bytes per record" if num_records else ""
-    median = "none" if step_ms["p50"] is None else f"{step_ms['p50']:.2f} ms"
-    rows = [("size", f"{size_text(trace_bytes)}{per_record}"), ("decode step (median)", median)]
+    rows = [
+        ("size", Cell(f"{size_text(trace_bytes)}{per_record}", trace_bytes)),
+        ("decode step (median)", number(step_ms["p50"], ".2f", " ms", none="none")),
+    ]
     if cost is not None:  # as in a summary that was recomputed
         for name, key in (("without", "without_sync_us_mean"), ("with", "with_sync_us_mean")):
-            shown = "none" if cost[key] is None else f"{cost[key] / 1e3:.2f} ms per step"
+            held_ms = None if cost[key] is None else cost[key] / 1e3
+            shown = number(held_ms, ".2f", " ms per step", none="none")
             rows.append((f"model thread held up, {name} synchronisation", shown))
-        rows.append(("writer thread busy, whole run", f"{cost['writer_busy_ms']:.1f} ms"))
-    rows.append(("files", str(run.folder)))
-    return Grid("The trace itself", ("", ""), rows)
+        rows.append(("writer thread busy, whole run", number(cost["writer_busy_ms"], ".1f", " ms")))
+    return Grid("The trace itself", ("", ""), [*rows, ("files", str(run.folder))])

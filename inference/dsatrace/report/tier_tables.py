@@ -12,7 +12,7 @@ from typing import Any
 
 from ..schema import TIER_NAMES
 from ..units import size_text
-from .grid import Grid, percent
+from .grid import Cell, Grid, number, percent, size
 
 Record = Mapping[str, Any]
 TIER_TITLES = {"hbm": "HBM", "local_pool": "local pool", "remote_pool": "remote pool"}
@@ -42,13 +42,13 @@ def _served(setup: Record, summary: Record) -> Grid:
     rows = (
         ("selected tokens", *(percent(one["hit_tokens"], tokens) for one in fetched)),
         ("touched blocks", *(percent(one["hit_blocks"], blocks) for one in fetched)),
-        ("read", *(size_text(one["bytes_read"]) for one in fetched)),
+        ("read", *(size(one["bytes_read"]) for one in fetched)),
         ("read / useful (amplification)", *map(_amplification, fetched)),
-        ("reads", *(f"{one['read_ops']:,}" for one in fetched)),
+        ("reads", *(number(one["read_ops"], ",") for one in fetched)),
         ("a batch of them took (mean)", *(_mean_us(stores.get(name)) for name in names)),
-        ("written", *(size_text(one["bytes_written"]) for one in fetched)),
-        (f"{setup['granularity']}s evicted", *(f"{one['evicted_units']:,}" for one in fetched)),
-        ("errors", *(f"{one['errors']:,}" for one in fetched)),
+        ("written", *(size(one["bytes_written"]) for one in fetched)),
+        (f"{setup['granularity']}s evicted", *(number(one["evicted_units"], ",") for one in fetched)),
+        ("errors", *(number(one["errors"], ",") for one in fetched)),
     )
     columns = ("", *(TIER_TITLES[name] for name in names))
     return Grid("Where the selected KV was (recorded steps)", columns, rows, note=_setup_text(setup))
@@ -59,12 +59,12 @@ def _stores(stores: Record) -> Grid:
     names = [name for name in TIER_NAMES[1:] if stores[name] is not None]
     pools = [stores[name] for name in names]
     rows = (
-        ("batches of reads", *(f"{pool['read_batches']:,}" for pool in pools)),
-        ("read, for recorded steps", *(size_text(pool["bytes_read"]["in_records"]) for pool in pools)),
-        ("read, for anything else", *(size_text(pool["bytes_read"]["elsewhere"]) for pool in pools)),
-        ("written", *(size_text(pool["bytes_written"]["store"]) for pool in pools)),
-        ("units not found", *(f"{pool['missed_units']:,}" for pool in pools)),
-        ("errors", *(f"{pool['errors']:,}" for pool in pools)),
+        ("batches of reads", *(number(pool["read_batches"], ",") for pool in pools)),
+        ("read, for recorded steps", *(size(pool["bytes_read"]["in_records"]) for pool in pools)),
+        ("read, for anything else", *(size(pool["bytes_read"]["elsewhere"]) for pool in pools)),
+        ("written", *(size(pool["bytes_written"]["store"]) for pool in pools)),
+        ("units not found", *(number(pool["missed_units"], ",") for pool in pools)),
+        ("errors", *(number(pool["errors"], ",") for pool in pools)),
     )
     since = f", since forward {stores['since_forward']}" if stores["since_forward"] else ""
     columns = ("", *(TIER_TITLES[name] for name in names))
@@ -96,13 +96,13 @@ def _setup_text(setup: Record) -> str:
     return f"{setup['hbm']['blocks']} blocks per layer in HBM ({setup['policy']}), {unit}; {', '.join(pools)}"
 
 
-def _mean_us(pool: Record | None) -> str:
+def _mean_us(pool: Record | None) -> Cell:
     """Mean of all the run's batches, and how the time was had; `none` for HBM, which reads in place."""
     if pool is None or not pool["read_batches"]:
-        return "none"
-    return f"{pool['read_us'] / pool['read_batches']:,.1f} us, {pool['latency_kind']}"
+        return number(None, none="none")
+    return number(pool["read_us"] / pool["read_batches"], ",.1f", f" us, {pool['latency_kind']}")
 
 
-def _amplification(fetched: Record) -> str:
+def _amplification(fetched: Record) -> Cell:
     useful = fetched["bytes_useful"]
-    return f"{fetched['bytes_read'] / useful:.2f}x" if useful else "none"
+    return number(fetched["bytes_read"] / useful if useful else None, ".2f", "x", none="none")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .grid import Grid, first_rows, percent
+from .grid import MAX_ROWS, Cell, Grid, number, percent
 
 Summary = Mapping[str, Any]
 
@@ -42,31 +42,35 @@ def _recall(recall: Summary) -> Grid:
     title = f"Share of the answer's tokens that a step selected ({recall['records']} sparse decode records)"
     random = percent(recall["random_mean"])
     layers = [
-        (f"{layer}", percent(share), random)
+        (number(layer), percent(share), random)
         for layer, share in enumerate(recall["per_layer"])
         if share is not None
     ]
-    rows = [("all", percent(recall["mean"]), random), *first_rows(layers)]
-    return Grid(title, ("layer", "measured", "random selector (k / N)"), rows)
+    rows = [("all", percent(recall["mean"]), random), *layers]
+    return Grid(title, ("layer", "measured", "random selector (k / N)"), rows, most=MAX_ROWS + 1)
 
 
 def _scores(scores: Summary) -> Grid:
     def row(name: str, group: Summary) -> tuple[str, str, str]:
-        return name, f"{group['mean']:.2f}", f"{group['num_scored']}"
+        return name, number(group["mean"], ".2f"), number(group["num_scored"])
 
     groups = [
         row(f"{label} {value}", group)
         for label, values in scores["by"].items()
         for value, group in values.items()
     ]
-    return Grid("Scores", ("group", "mean", "requests"), [row("all", scores), *first_rows(groups)])
+    rows = [row("all", scores), *groups]
+    return Grid("Scores", ("group", "mean", "requests"), rows, most=MAX_ROWS + 1)
 
 
 def _past_answer(past: Summary) -> Grid:
     steps = f"{past['past_steps']:,} of {past['decode_steps']:,}"
     if past["decode_steps"]:
         steps += f" ({percent(past['past_steps'] / past['decode_steps'])})"
-    rows = [("decode steps past the answer", steps), ("requests that went on", f"{past['requests']:,}")]
+    rows = [
+        ("decode steps past the answer", Cell(steps, past["past_steps"])),
+        ("requests that went on", number(past["requests"], ",")),
+    ]
     return Grid("Past the answer: made to go on, which the model would not have said", ("", ""), rows)
 
 
@@ -76,7 +80,7 @@ def _serving(serving: Summary) -> Grid:
     rows = []
     for name, key in _DURATIONS:
         values = (serving[key][column] for column in columns)
-        rows.append((name, *("none" if value is None else f"{value:,.1f}" for value in values)))
+        rows.append((name, *(number(value, ",.1f", none="none") for value in values)))
     notes = [f"{count} {name}" for name, count in serving["counts"].items()]
     if serving["span_s"]:
         notes += [
@@ -89,19 +93,19 @@ def _serving(serving: Summary) -> Grid:
 
 def _prefix_cache(cache: Summary) -> Grid:
     rows = [
-        ("prompt tokens found in it", f"{cache['hit_tokens']:,} of {cache['prompt_tokens']:,}"),
-        ("hit rate", "none" if cache["hit_rate"] is None else percent(cache["hit_rate"])),
-        ("tokens prefilled", f"{cache['computed_tokens']:,} in {cache['prefill_s']:,.2f} s"),
+        ("prompt tokens found in it", number(cache["hit_tokens"], ",", f" of {cache['prompt_tokens']:,}")),
+        ("hit rate", number(cache["hit_rate"], ".1%", none="none")),
+        ("tokens prefilled", number(cache["computed_tokens"], ",", f" in {cache['prefill_s']:,.2f} s")),
     ]
     if cache["saved_s"] is not None:
-        rows.append((f"prefill time saved, {cache['saved_kind']}", f"{cache['saved_s']:,.2f} s"))
+        rows.append((f"prefill time saved, {cache['saved_kind']}", number(cache["saved_s"], ",.2f", " s")))
     return Grid("Prefix cache", ("", ""), rows)
 
 
 def _workload(workload: Summary) -> Grid:
     """Every value as `group name | value`; zeros and nulls are in summary.json only."""
     rows = [(name, value) for name, value in _leaves(workload) if value not in ("0", "None")]
-    return Grid("The workload, in its own words", ("", ""), first_rows(rows))
+    return Grid("The workload, in its own words", ("", ""), rows, most=MAX_ROWS)
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -109,4 +113,5 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         for key, inner in value.items():
             yield from _leaves(inner, f"{name} {key}".strip())
     else:
-        yield name, f"{value}"
+        is_number = type(value) in (int, float)
+        yield name, number(value) if is_number else f"{value}"

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import uuid
+import zlib
 from pathlib import Path
 
 from dsatrace.errors import UserError
@@ -37,10 +38,10 @@ class KeptResults:
             raise UserError(f"{path}: cannot read it: {error.strerror}") from error
         if digest != _digest(text):
             return None
-        return Result.from_json(json.loads(text), str(path))
+        return Result.from_json(json.loads(zlib.decompress(text)), str(path))
 
     def put(self, key: str, result: Result) -> None:
-        text = json.dumps(result.to_json(), separators=(",", ":")).encode()
+        text = zlib.compress(json.dumps(result.to_json(), separators=(",", ":")).encode(), level=1)
         own = self._path(f"{key}.{uuid.uuid4().hex}")  # another process may keep the same part
         write_atomically(own, _digest(text) + b"\n" + text)
         own.replace(self._path(key))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from dsatrace.errors import UserError
@@ -31,7 +31,7 @@ def require_ray() -> None:
         raise UserError("--engine ray: ray is not installed; pip install 'dsatrace[ray]' on every node")
 
 
-def call_on_ray(function: Callable[[A], R], arguments: Sequence[A]) -> Iterator[tuple[int, R]]:
+def call_on_ray(function: Callable[[A], R], arguments: Iterable[A]) -> Iterator[tuple[int, R]]:
     """Each argument's index and result, as they are done.
 
     Joins the cluster that `RAY_ADDRESS` or `ray start` on this machine names, else starts one of this
@@ -41,14 +41,18 @@ def call_on_ray(function: Callable[[A], R], arguments: Sequence[A]) -> Iterator[
     import ray
 
     with _joined(ray):
-        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(function)
+
+        @ray.remote(num_cpus=1, max_retries=RETRIES)  # takes functions only, and no partial
+        def call(argument: A) -> R:
+            return function(argument)
+
         most = max(1, int(WAITING_PER_CPU * ray.cluster_resources().get("CPU", 1)))
         running: dict[Any, int] = {}
         todo = iter(enumerate(arguments))
         try:
             while True:
                 while len(running) < most and (following := next(todo, None)) is not None:
-                    running[remote.remote(following[1])] = following[0]
+                    running[call.remote(following[1])] = following[0]
                 if not running:
                     return
                 (done,), _ = ray.wait(list(running), num_returns=1)
@@ -60,8 +64,8 @@ def call_on_ray(function: Callable[[A], R], arguments: Sequence[A]) -> Iterator[
         except ray.exceptions.RayError as error:
             raise UserError(f"--engine ray: {_last_line(error)}; {_REMEDY}") from error
         finally:
-            for call in running:
-                ray.cancel(call)
+            for waiting in running:
+                ray.cancel(waiting)
 
 
 _REMEDY = "see that every node has this version of dsatrace and the files; the same command goes on"

@@ -48,6 +48,8 @@ from dsatrace.trace.selections import (
 )
 from dsatrace.version import __version__
 
+MOST_WORK = 2048
+"""Pieces that a run is cut into: a result takes some MB and a second to add, however much it sums up."""
 NUM_SEEDS = 5
 """Times that a policy which draws lots is replayed."""
 _NULL_POLICIES = ("lru", "opt")
@@ -62,8 +64,8 @@ class Work:
 
     folder: Path
     name: str  # of the run, as results show it
-    part: SelectionPart
-    content: str  # digest of the files that the part lies in
+    parts: tuple[SelectionPart, ...]
+    content: str  # digests of the files that the parts lie in
     recorded: Recorded
     header: dict[str, Any]  # of its result
 
@@ -71,15 +73,20 @@ class Work:
     def key(self) -> str:
         """Names its result: the same records, settings and version give the same one."""
         recorded = dataclasses.asdict(self.recorded)
-        told = [self.name, self.content, self.part.request_ids, recorded, self.header, __version__]
+        requests = [part.request_ids for part in self.parts]
+        told = [self.name, self.content, requests, recorded, self.header, __version__]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+
+    @property
+    def num_records(self) -> int:
+        return sum(part.num_records for part in self.parts)
 
 
 def find_work(
     folders: Sequence[Path], settings: ReplaySettings, shard: tuple[int, int] = (0, 1)
 ) -> list[Work]:
     """The parts of these runs, or those of shard (i, n): every n-th file where files hold whole requests,
-    else every n-th part. It may have none.
+    else every n-th part. A shard may have none.
 
     Raises `UserError` for a run that cannot be replayed, naming why.
     """
@@ -98,9 +105,10 @@ def find_work(
         known = {folder / file: told for file, told in (run.manifest.get("files") or {}).items()}
         paths = sorted({span.path for part in parts for span in part.spans})
         digests = {path: _digest(path, known.get(path)) for path in paths}
-        for part in parts:
-            content = "".join(sorted(digests[span.path] for span in part.spans))
-            work.append(Work(folder, name, part, content, recorded, header))
+        size = -(-len(parts) // MOST_WORK) or 1
+        for together in (tuple(parts[i : i + size]) for i in range(0, len(parts), size)):
+            content = "".join(sorted(digests[span.path] for part in together for span in part.spans))
+            work.append(Work(folder, name, together, content, recorded, header))
     if next(turns) == 0:
         raise UserError(
             f"{', '.join(map(str, folders))}: no step was recorded, so there is nothing to replay"
@@ -134,7 +142,7 @@ def replay_all(
             total = result
         else:
             total.add(result, str(part.folder))
-        advance(part.part.num_records)
+        advance(part.num_records)
     assert total is not None, "there is at least one part"
     if not total.requests:
         raise UserError(
@@ -166,7 +174,7 @@ def _results(
 def replay_part(work: Work, settings: ReplaySettings) -> Result:
     """The sum of a part's requests."""
     total = Result(work.header, {}, {}, {}, {})
-    for request in read_part(work.part):
+    for request in itertools.chain.from_iterable(map(read_part, work.parts)):
         name = f"{work.name}/{request.request_id}"
         total.add(replay_request(request, name, work.recorded, settings, work.header), work.name)
     return total

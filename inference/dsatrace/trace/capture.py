@@ -28,7 +28,8 @@ class StepCapture:
 
     phase: Phase
     request_ids: tuple[str, ...]  # (B,)
-    step_idx: tuple[int, ...]  # (B,) a request's own decode step, 0-based; -1 in prefill
+    step_idx: tuple[int, ...]  # (B,) a request's own decode step, 0-based; below 0 in the prompt: -1 is its
+    # last position
     seq_len: np.ndarray  # (B,) int32, positions visible to the query, itself included
     batch_size: int  # requests in the forward, recorded or not
     positions: np.ndarray  # (L, B, K) int32 ids, score order; the first min(K, seq_len) are valid, the rest
@@ -41,5 +42,6 @@ class StepCapture:
     step_synced: bool | None  # the device was synchronised before the clock was read
     needles: tuple[tuple[int, ...], ...] = ()  # (B,) prompt positions of the answer; () when none has any
     fetches: StepFetches | None = None  # which tier held each position; None where all is in HBM
+    goes_on: bool = False  # more rows of the forward that was captured before
     wait: Callable[[], None] = lambda: None  # returns when the arrays are whole; the writer calls it first
     release: Callable[[], None] = lambda: None  # lets the arrays be reused; the writer calls it last

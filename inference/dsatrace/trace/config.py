@@ -41,7 +41,7 @@ class TraceConfig:
     keep_order: bool = False  # positions by score instead of ascending
     prefix_key_tokens: int = 256
     sync_cuda: bool = True
-    prefill: Literal["off", "last"] = "off"
+    prefill: Literal["off", "last", "all"] = "off"  # positions of the prompt; all: not the engine's
     seed: int = 0
     compared_block_sizes: tuple[int, ...] = (16, 32, 64)  # tokens; the summary's table of touched blocks
     queue_policy: Literal["block", "drop"] = "block"  # when the queue is full: wait, or lose the step
@@ -82,7 +82,7 @@ FLAGS = {
     "keep_order": Flag("positions by score instead of ascending", ("--trace-keep-order",)),
     "prefix_key_tokens": Flag("tokens hashed into a prefix's key", ("--trace-prefix-key-tokens",)),
     "sync_cuda": Flag("do not synchronise the device every step", ("--trace-no-sync-cuda",), negated=True),
-    "prefill": Flag("record the prompt's last position too", ("--trace-prefill",)),
+    "prefill": Flag("record the prompt's last position too", ("--trace-prefill",), choices=("off", "last")),
     "queue_policy": Flag(
         "when the writer falls behind: wait for it, or drop the step and count it", ("--trace-queue-policy",)
     ),
@@ -100,7 +100,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sample_rate": (lambda rate: 0 <= rate <= 1, _USE_A_SHARE),
     "format": (lambda name: name in ("jsonl", "parquet"), "use jsonl or parquet"),
     "prefix_key_tokens": (lambda tokens: tokens >= 1, "use at least 1"),
-    "prefill": (lambda what: what in ("off", "last"), "use off or last"),
+    "prefill": (lambda what: what in ("off", "last", "all"), "use off, last or all"),
     "compared_block_sizes": (lambda sizes: min(sizes, default=0) >= 1, "name sizes of 1 token or more"),
     "queue_policy": (lambda policy: policy in ("block", "drop"), "use block or drop"),
     "queue_steps": (lambda steps: steps >= 1, "let at least 1 step wait"),

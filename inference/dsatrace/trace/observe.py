@@ -45,7 +45,38 @@ OnSelect = Callable[[int, Any], None]
 Hook = Callable[..., contextlib.AbstractContextManager[None]]
 """`hook(*callbacks)` calls each `OnSelect` for every layer of the forwards run inside."""
 
-HostArrays = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+HostArrays = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
+"""Ids (L, B, K) int32, statistics of their scores (L, B, 4) and scores (L, B, K); None where unknown."""
+
+
+class Recorded(Protocol):
+    """Some rows of one forward, being recorded."""
+
+    def on_select(self, layer_id: int, selection: Any) -> None:
+        """Takes one layer's selection, of all rows of the forward."""
+
+    def finish(self) -> None:
+        """Ends the forward."""
+
+    def wait(self) -> None:
+        """Returns when `arrays` are whole; the writer's thread calls it, not the model's."""
+
+    def arrays(self) -> HostArrays: ...
+
+    def release(self) -> None:
+        """Lets the arrays be used again."""
+
+
+class Room(Protocol):
+    """Where what is recorded of a forward is kept until it is written."""
+
+    max_rows: int  # in one `Recorded`
+
+    def record(self, num_rows: int, rows: Sequence[int] | None = None, wait: bool = True) -> Recorded | None:
+        """Room for a forward's `num_rows` recorded rows: those at `rows`, or all of them.
+
+        Without `wait` it returns None when there is none now.
+        """
 
 
 @contextlib.contextmanager
@@ -106,6 +137,7 @@ class SelectionRing:
         num_slots: int = 8,
     ) -> None:
         self.device = torch.device(device)
+        self.max_rows = max_rows
         self.free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for _ in range(num_slots):
             self.free.put(Slot(num_layers, max_rows, topk, with_scores, device=None))
@@ -186,6 +218,7 @@ class Recording:
         """Views `positions (L, B, K) int32`, `stats (L, B, 4)` and `scores (L, B, K)` or None."""
         assert self.slot.arrays is not None
         positions, stats, scores = self.slot.arrays
+        assert stats is not None
         kept = slice(self.num_rows)
         return positions[:, kept], stats[:, kept], None if scores is None else scores[:, kept]
 
@@ -281,8 +314,10 @@ class ForwardRecorder:
         tiers: TierReports | None = None,
         compare_ranks: bool = False,
         first_forward_idx: int = 0,
+        room: Room | None = None,
     ) -> None:
-        """Records at most `max_rows` rows of a forward, of at most `top_k` selected positions each.
+        """A capture holds at most `max_rows` rows of a forward, of at most `top_k` selected positions each.
+        Without `room` they are the engine's, and lie in a ring.
 
         Only rank 0 has a `tracer`; with `compare_ranks` the other ranks have a recorder for its digest.
         `first_forward_idx` counts the forwards that a resumed run has behind it.
@@ -290,16 +325,17 @@ class ForwardRecorder:
         self.tracer = tracer
         self.forward_idx = first_forward_idx
         self.ring: SelectionRing | None = None
+        self._room = room
         self._hook = hook
         self._top_k = top_k
         self._device = torch.device(device)
         self._tiers = tiers
         self._digest = SelectionDigest(num_layers, device) if compare_ranks else None
         self._synchronises = tracer is not None and tracer.config.sync_cuda and self._device.type == "cuda"
-        if tracer is not None and tracer.config.records_steps:
+        if room is None and tracer is not None and tracer.config.records_steps:
             num_slots = tracer.config.queue_steps + 2  # beside those waiting: one written, one filled
             scores = tracer.config.needs_scores
-            self.ring = SelectionRing(num_layers, max_rows, top_k, device, scores, num_slots)
+            self._room = self.ring = SelectionRing(num_layers, max_rows, top_k, device, scores, num_slots)
 
     @contextlib.contextmanager
     def recording(
@@ -307,36 +343,41 @@ class ForwardRecorder:
     ) -> Iterator[None]:
         """Records the forward run inside, which computes `num_rows` rows for `batch_size` requests.
 
-        `rows` may be recorded, one per request; the tracer takes all, some or none of them. A forward
-        that raises is not recorded.
+        `rows` may be recorded; the tracer takes all, some or none of them. A forward that raises is not
+        recorded.
         """
         started = time.perf_counter()
         wanted = [row for row in rows if self._wants(phase, row)]
-        recording = self._new_recording(wanted, num_rows) if wanted else None
-        callbacks = [watcher.on_select for watcher in (self._digest, recording) if watcher is not None]
+        parts = self._new_recordings(wanted, num_rows) if wanted else []
+        callbacks = [recorded.on_select for _, recorded in parts]
+        if self._digest is not None:
+            callbacks.insert(0, self._digest.on_select)
         fetches: list[LayerFetch] = []
         began = time.perf_counter()
         try:
             with contextlib.ExitStack() as watched:
                 if callbacks:
                     watched.enter_context(self._hook(*callbacks))
-                if recording is not None and self._tiers is not None:
+                if parts and self._tiers is not None:
                     watched.enter_context(self._tiers.reporting(fetches.append))
                 yield
         except BaseException:
-            if recording is not None:
-                recording.release()
+            for _, recorded in parts:
+                recorded.release()
             raise
-        if recording is not None:
+        if parts:
             computed = time.perf_counter()
             if self._synchronises:
                 torch.cuda.synchronize(self._device)
             ended = time.perf_counter()
-            recording.finish()
-            capture = self._capture(phase, wanted, batch_size, recording, fetches, ended - began)
-            handover_s = began - started + time.perf_counter() - ended
-            assert self.tracer is not None
-            self.tracer.put(capture, handover_us=handover_s * 1e6, sync_us=(ended - computed) * 1e6)
+            handover_s, sync_s = began - started - ended, ended - computed
+            for i, (part, recorded) in enumerate(parts):
+                recorded.finish()
+                capture = self._capture(phase, part, batch_size, recorded, fetches, ended - began, i > 0)
+                handover_s += time.perf_counter()
+                assert self.tracer is not None
+                self.tracer.put(capture, handover_us=handover_s * 1e6, sync_us=sync_s * 1e6)
+                handover_s, sync_s = -time.perf_counter(), 0.0
         self.forward_idx += 1
         if self._digest is not None:
             self._digest.step_done()
@@ -349,26 +390,34 @@ class ForwardRecorder:
     def _wants(self, phase: Phase, row: ForwardRow) -> bool:
         if self.tracer is None:
             return False
-        return self.tracer.config.prefill == "last" if phase == "prefill" else self.tracer.wants(row.step_idx)
+        return self.tracer.config.prefill != "off" if phase == "prefill" else self.tracer.wants(row.step_idx)
 
-    def _new_recording(self, wanted: Sequence[ForwardRow], num_rows: int) -> Recording | None:
-        """Room for these rows; None when the step is dropped."""
-        assert self.ring is not None and self.tracer is not None
-        rows = None if len(wanted) == num_rows else [row.row for row in wanted]
+    def _new_recordings(
+        self, wanted: Sequence[ForwardRow], num_rows: int
+    ) -> list[tuple[Sequence[ForwardRow], Recorded]]:
+        """Room for these rows, by parts of `max_rows`; without what is dropped."""
+        assert self._room is not None and self.tracer is not None
         may_wait = self.tracer.config.queue_policy == "block"
-        recording = self.ring.record(len(wanted), rows, may_wait) if self.tracer.accepts else None
-        if recording is None:
-            self.tracer.drop_step()
-        return recording
+        parts = []
+        for first in range(0, len(wanted), self._room.max_rows):
+            part = wanted[first : first + self._room.max_rows]
+            rows = None if len(part) == num_rows else [row.row for row in part]
+            recorded = self._room.record(len(part), rows, may_wait) if self.tracer.accepts else None
+            if recorded is None:
+                self.tracer.drop_step()
+            else:
+                parts.append((part, recorded))
+        return parts
 
     def _capture(
         self,
         phase: Phase,
         rows: Sequence[ForwardRow],
         batch_size: int,
-        recording: Recording,
+        recorded: Recorded,
         layers: Sequence[LayerFetch],
         wall_s: float,
+        goes_on: bool,
     ) -> StepCapture:
         assert self.tracer is not None
         fetches = None
@@ -376,7 +425,7 @@ class ForwardRecorder:
             reported = [0] if phase == "prefill" else [row.row for row in rows]
             fetches = StepFetches.of(layers, reported, self._top_k)
             self._tiers.record(fetches)
-        positions, score_stats, scores = recording.arrays()
+        positions, score_stats, scores = recorded.arrays()
         request_ids = tuple(row.request_id for row in rows)
         return StepCapture(
             phase=phase,
@@ -393,6 +442,7 @@ class ForwardRecorder:
             step_wall_us=wall_s * 1e6,
             step_synced=self._synchronises or self._device.type != "cuda",
             fetches=fetches,
-            wait=recording.wait,
-            release=recording.release,
+            wait=recorded.wait,
+            release=recorded.release,
+            goes_on=goes_on,
         )

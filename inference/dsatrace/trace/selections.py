@@ -8,6 +8,7 @@ a part of its own. Parquet is read without a Python object per record. Derives n
     for request in read_selections(run):
         layer = request.layers[LayerSet(0)]
         layer.ids[layer.ptr[3] : layer.ptr[4]]      # what the layer selected in its 4th recorded step
+        layer.array()                               # all its steps, (T, k)
     parts = selection_parts(run)                    # or: read_selections(run, parts[:2])
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,6 +62,20 @@ class LayerSelections:
     phase: np.ndarray  # (T,) str
     ids: np.ndarray  # (N,) int32, within a step in the order they were recorded
     ptr: np.ndarray  # (T + 1,) int64: step t selected ids[ptr[t] : ptr[t + 1]]
+
+    def __len__(self) -> int:
+        return len(self.step_idx)
+
+    def rows(self) -> list[np.ndarray]:
+        """What each step selected: T views of `ids`, of as many ids as it has."""
+        return np.split(self.ids, self.ptr[1:-1]) if len(self) else []
+
+    def array(self) -> np.ndarray:
+        """(T, k) int32, k the ids of the largest step; a step that has fewer is filled up with -1."""
+        sizes = np.diff(self.ptr)
+        out = np.full((len(self), int(sizes.max(initial=0))), -1, np.int32)
+        out[np.arange(out.shape[1]) < sizes[:, None]] = self.ids
+        return out
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -127,12 +143,15 @@ def read_selections(
             yield dataclasses.replace(request, num_prompt_tokens=prompts.get(request.request_id))
 
 
-def read_part(part: SelectionPart) -> Iterator[RequestSelections]:
-    """A part's requests, from its step files alone, so without `num_prompt_tokens`; raises the same."""
+def read_part(part: SelectionPart, layer_id: int | None = None) -> Iterator[RequestSelections]:
+    """A part's requests, from its step files alone, so without `num_prompt_tokens`; raises the same.
+
+    With `layer_id` that layer alone is read, and a request without it is left out.
+    """
     chunks: list[_Chunk] = []
     for span in part.spans:
         read = _parquet_chunks if _is_parquet(span.path) else _line_chunks
-        chunks.extend(read(span, part.request_ids, part.id_fields))
+        chunks.extend(read(span, part.request_ids, part.id_fields, layer_id))
     for index, layers in _grouped(chunks):
         yield RequestSelections(part.request_ids[index], None, layers)
 
@@ -255,13 +274,20 @@ class _Chunk(NamedTuple):
     stop: np.ndarray  # (R,) int64
 
 
-def _parquet_chunks(span: Span, request_ids: Sequence[str], fields: Sequence[str]) -> Iterator[_Chunk]:
+def _parquet_chunks(
+    span: Span, request_ids: Sequence[str], fields: Sequence[str], layer_id: int | None
+) -> Iterator[_Chunk]:
     wanted = pa.array(request_ids, pa.string())
     with open_file(span.path) as file:
         for index in range(span.start, span.stop):
+            if layer_id is not None and not _may_hold(file, index, layer_id):
+                continue
             table = _table(file, span.path, index, ("request_id", *_INTS, _HEAD, "phase", *fields))
             request = pc.index_in(table["request_id"], wanted).fill_null(-1).to_numpy()
-            rows = np.flatnonzero(request >= 0)
+            is_asked = request >= 0
+            if layer_id is not None:
+                is_asked &= _ints(table, "layer_id", span.path) == layer_id
+            rows = np.flatnonzero(is_asked)
             if not len(rows):
                 continue
             names = [name for name in fields if name in table.schema.names and not table[name].null_count]
@@ -276,6 +302,14 @@ def _parquet_chunks(span: Span, request_ids: Sequence[str], fields: Sequence[str
             phases = table["phase"].chunk(0).dictionary_encode()
             phase = np.array(phases.dictionary.to_pylist())[phases.indices.to_numpy()[rows]]
             yield _Chunk(request[rows], ints, phase, ids, start, stop)
+
+
+def _may_hold(file: pq.ParquetFile, group: int, layer_id: int) -> bool:
+    """Whether the row group has records of the layer, as far as its statistics tell."""
+    told = file.metadata.row_group(group).column(file.schema.names.index("layer_id")).statistics
+    if told is None or not told.has_min_max or told.null_count:
+        return True
+    return bool(told.min <= layer_id <= told.max)
 
 
 def _table(file: pq.ParquetFile, path: Path, group: int, fields: Sequence[str]) -> pa.Table:
@@ -307,8 +341,13 @@ def _ints(table: pa.Table, field: str, path: Path) -> np.ndarray:
     return table[field].to_numpy()
 
 
-def _line_chunks(span: Span, request_ids: Sequence[str], fields: Sequence[str]) -> Iterator[_Chunk]:
-    """One chunk per record; the lines of other requests are not parsed."""
+_LAYER_ID = re.compile(rb'"layer_id":\s*(\d+)')
+
+
+def _line_chunks(
+    span: Span, request_ids: Sequence[str], fields: Sequence[str], layer_id: int | None
+) -> Iterator[_Chunk]:
+    """One chunk per record; the lines of other requests and layers are not parsed."""
     wanted = {orjson.dumps(name): index for index, name in enumerate(request_ids)}
     with span.path.open("rb") as file:
         file.seek(span.start)
@@ -321,6 +360,9 @@ def _line_chunks(span: Span, request_ids: Sequence[str], fields: Sequence[str]) 
             index = wanted.get(raw)
             if index is None and raw and (name := orjson.loads(raw)) in request_ids:  # spelled in another way
                 index = wanted[raw] = request_ids.index(name)
+            if index is not None and layer_id is not None:
+                told = _LAYER_ID.search(line)
+                index = index if told is None or int(told[1]) == layer_id else None
             if index is not None:
                 try:
                     yield _line_chunk(line, index, fields)
@@ -343,7 +385,7 @@ def _line_chunk(line: bytes, index: int, fields: Sequence[str]) -> _Chunk:
     return _Chunk(np.array([index]), ints, phase, ids, np.zeros(1, np.int64), np.array([len(ids)]))
 
 
-def _grouped(chunks: Sequence[_Chunk]) -> Iterator[tuple[int, dict[LayerSet, LayerSelections]]]:
+def _grouped(chunks: list[_Chunk]) -> Iterator[tuple[int, dict[LayerSet, LayerSelections]]]:
     """The records by request, layer, KV head and step."""
     if not chunks:
         return
@@ -360,6 +402,7 @@ def _grouped(chunks: Sequence[_Chunk]) -> Iterator[tuple[int, dict[LayerSet, Lay
     for chunk in chunks:
         _copy_runs(chunk.ids, chunk.start, chunk.stop, targets[row : row + len(chunk.request)], ids)
         row += len(chunk.request)
+    chunks.clear()  # their ids are copied, and large
     request, layer, head, step, seq_len, forward, phase = (
         column[order] for column in (request, layer, head, step, seq_len, forward, phase)
     )

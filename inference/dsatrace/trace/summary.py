@@ -158,9 +158,9 @@ class Summary:
     def add_step(self, step: StepRecords) -> None:
         capture, stats = step.capture, step.stats
         decode = capture.phase != "prefill"
-        self.counts["steps" if decode else "prefills"] += 1
+        self.counts["steps" if decode else "prefills"] += not capture.goes_on
         self.counts["records"] += step.num_records
-        if decode and capture.step_wall_us is not None:
+        if decode and capture.step_wall_us is not None and not capture.goes_on:
             self.step_us.add([round(capture.step_wall_us)])  # whole us: few distinct values
         if step.kind.holds("offset_max"):
             self.dense["unique_blocks"].add(stats.num_blocks)

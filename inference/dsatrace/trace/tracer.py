@@ -63,6 +63,8 @@ class Tracer:
             config = dataclasses.replace(config, sample_rate=0.0, prefill="off")
         if run.kind is not None:
             _check_config(config, run.kind)
+        elif config.prefill == "all":
+            raise UserError("--trace-prefill all: the engine records a prompt's last position; use last")
         self.config = config
         self._run = run
         self._resumed = resumed

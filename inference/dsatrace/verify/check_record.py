@@ -85,17 +85,19 @@ def check_given(record: Record, rules: Rules) -> None:
         require(name not in (record[parent] if parent else record), path, "a value", "the level drops it")
     for name in ("layer_id", "forward_idx", "step_wall_us"):
         require(record[name] is None or record[name] >= 0, name, record[name], "below 0")
-    require(record["step_idx"] >= -1, "step_idx", record["step_idx"], "below -1")
+    step_idx = record["step_idx"]
+    require(rules.whole_prompt or step_idx >= -1, "step_idx", step_idx, "below -1")
     if record["kv_fetch"] is not None:
         if rules.tiers is None and (stray := offloaded_field(record)):
             raise Mismatch(stray, "stands there, and the manifest has no tiers")
         batch_size = record["kv_fetch"]["hbm"]["batch_size"]
         require(batch_size >= 1, "kv_fetch.hbm.batch_size", batch_size, "below 1")
     seq_len = record["seq_len_current"]
-    require(seq_len >= 1 and seq_len > record["step_idx"], "seq_len_current", seq_len, "too few positions")
+    require(seq_len >= 1 and seq_len > step_idx, "seq_len_current", seq_len, "too few positions")
     if record["prefix"] is not None:
         cached = record["prefix"]["prefix_cached_blocks"]
-        require_range("prefix.prefix_cached_blocks", cached, 0, seq_len // rules.block_size)
+        most = seq_len - min(step_idx + 1, 0)  # inside the prompt, the whole prompt
+        require_range("prefix.prefix_cached_blocks", cached, 0, most // rules.block_size)
     compare(record.get("source_layer"), rules.source_layers.get(record["layer_id"]), "source_layer")
     _check_scores(record, rules)
 

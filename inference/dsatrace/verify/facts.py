@@ -24,13 +24,14 @@ _SCALE_GROUP, _SCALE_BYTES = 128, 4
 def check_facts(manifest: Mapping[str, Any]) -> None:
     _check_date(manifest["started_utc"])
     model, ranks = manifest["model_config"], manifest["world_size"]
-    for name in _COUNTS:
+    is_engines = (manifest.get("selection") or {"door": "serve"})["door"] == "serve"
+    for name in _COUNTS if is_engines else ():  # other models mean other things by these names
         count = model.get(name, 1)
         require(type(count) is int and count >= 1, f"model_config.{name}", count, "not a count")
     require(ranks >= 1, "world_size", ranks, "not a count")
-    heads = model.get("n_heads", ranks)
+    heads = model.get("n_heads", ranks) if is_engines else ranks
     require(heads % ranks == 0, "world_size", ranks, f"{heads} heads cannot be shared out to so many ranks")
-    if all(name in model for name in _OF_A_LATENT):
+    if is_engines and all(name in model for name in _OF_A_LATENT):
         for i, layout in enumerate(manifest["cache_layouts"]):
             _check_layout(layout, model, f"cache_layouts[{i}]")
 

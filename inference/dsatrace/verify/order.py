@@ -138,7 +138,9 @@ class RunOrder:
             stored, other = getattr(row, name), getattr(self._forward[1], name)
             rule = f"{other!r} in the same forward from line {self._forward[0]}"
             require(stored == other, _PATHS.get(name, name), stored, rule)
-        require(row.request_id not in self._forward_requests, "request_id", row.request_id, "stands twice")
+        is_new = row.request_id not in self._forward_requests
+        of_prompt = self._rules.whole_prompt and row.phase == "prefill"  # a row per position
+        require(is_new or of_prompt, "request_id", row.request_id, "stands twice")
         self._forward_requests.add(row.request_id)
 
     def _check_forward_is_whole(self) -> None:
@@ -164,7 +166,8 @@ class RunOrder:
         if live is None:
             expected = prompt_tokens if known is None else known.num_prompt_tokens
             live = self._live[row.request_id] = _Live(row, expected)
-            num_missing = self._count_sampled(-1 if self._rules.prefill else 0, row.step_idx)
+            first = self._rules.first_prompt_step(expected)
+            num_missing = self._count_sampled(first, row.step_idx, expected)
             is_new = True
         else:
             before = live.row
@@ -174,10 +177,11 @@ class RunOrder:
             require(in_one_part, "forward_idx", row.forward_idx, rule)
             forwards = row.forward_idx - before.forward_idx
             rule = f"{forwards} forwards after step {before.step_idx}"
-            require(row.step_idx - before.step_idx <= forwards, "step_idx", row.step_idx, rule)
+            most = max(before.step_idx, -1) + forwards
+            require(row.step_idx < 0 or row.step_idx <= most, "step_idx", row.step_idx, rule)
             for name in ("cached_blocks", "prefix_key", "needle_tokens"):
                 compare(getattr(row, name), getattr(before, name), _PATHS[name])
-            num_missing = self._count_sampled(before.step_idx + 1, row.step_idx)
+            num_missing = self._count_sampled(before.step_idx + 1, row.step_idx, live.prompt_tokens)
             live.row = row
             is_new = False
         compare(row.seq_len_current, live.prompt_tokens + row.step_idx + 1, "seq_len_current")
@@ -213,15 +217,16 @@ class RunOrder:
         sampled = row.step_idx < 0 or self._rules.is_sampled(row.step_idx)
         require(sampled, "step_idx", row.step_idx, "a step that the sampling leaves out")
 
-    def _count_sampled(self, start: int, end: int) -> int:
-        """Steps in [start, end) that should be recorded; -1 is the prefill."""
+    def _count_sampled(self, start: int, end: int, prompt_tokens: int) -> int:
+        """Steps in [start, end) that should be recorded: those that have anything to select from."""
         if self._rules.sample_rate <= 0:
             end = min(end, 0)
+        start = max(start, self._rules.selections.least_visible - prompt_tokens - 1)
         return sum(step < 0 or self._rules.is_sampled(step) for step in range(start, end))
 
     def _num_left(self, step_idx: int, known: RequestLine) -> int:
         assert known.last_step is not None
-        return self._count_sampled(step_idx + 1, known.last_step + 1)
+        return self._count_sampled(step_idx + 1, known.last_step + 1, known.num_prompt_tokens)
 
     def _check_missing(self, field: str, stored: object, num_missing: int) -> None:
         if self._may_miss is not None and num_missing > self._may_miss:
@@ -241,7 +246,8 @@ class RunOrder:
         known = self._requests[request_id]
         if not known.has_ended:
             return
-        before = live.row.step_idx if live else (-2 if self._rules.prefill else -1)
+        first = self._rules.first_prompt_step(known.num_prompt_tokens)
+        before = live.row.step_idx if live else first - 1
         num_left = self._num_left(before, known)
         self._num_missing += num_left
         num_missing = num_left + (live.num_missing if live else 0)

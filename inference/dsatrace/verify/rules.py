@@ -45,7 +45,8 @@ class Rules:
     index_bytes: int  # per token and layer
     store_scores: bool
     keep_order: bool
-    prefill: bool
+    prefill: bool  # the prompt's last position is recorded
+    whole_prompt: bool  # and all before it
     sample_rate: float
     seed: int
     may_lose: bool  # steps may be missing; they are counted then
@@ -63,6 +64,8 @@ class Rules:
         """Raises `Mismatch` for a manifest that contradicts itself."""
         require_schema(problems(manifest, "full", MANIFEST_FIELDS))
         trace, model = manifest["trace"], manifest["model_config"]
+        prefill = trace["prefill"]
+        require(prefill in ("off", "last", "all"), "trace.prefill", prefill, "not off, last or all")
         require(trace["level"] in LEVELS, "trace.level", trace["level"], f"not one of {', '.join(LEVELS)}")
         for name in ("store_scores", "keep_order") if trace["level"] != "full" else ():
             require(
@@ -111,7 +114,8 @@ class Rules:
             index_bytes=layout["index_bytes_per_token"],
             store_scores=trace["store_scores"],
             keep_order=trace["keep_order"],
-            prefill=trace["prefill"] == "last",
+            prefill=trace["prefill"] != "off",
+            whole_prompt=trace["prefill"] == "all",
             sample_rate=rate,
             seed=manifest["seed"],
             may_lose=trace["queue_policy"] == "drop" or trace["on_error"] == "continue",
@@ -127,10 +131,15 @@ class Rules:
 
     @property
     def first_step(self) -> int | None:
-        """The first step that is recorded of a request that lives long enough; -1 is the prefill."""
+        """The first step that is recorded of a request that lives long enough; -1 is the prompt's last
+        position, and counted backwards those before it."""
         if self.prefill:
             return -1
         return next(filter(self.is_sampled, itertools.count()), None) if self.sample_rate > 0 else None
+
+    def first_prompt_step(self, num_prompt_tokens: int) -> int:
+        """The step from which rows may be recorded of a prompt; 0 where none are."""
+        return -num_prompt_tokens if self.whole_prompt else -int(self.prefill)
 
     def is_sampled(self, step_idx: int) -> bool:
         """Whether decode step `step_idx` of every request is recorded: splitmix64 of seed and step."""

@@ -115,6 +115,11 @@ class Selections:
     def source_layers(self) -> dict[int, int]:
         return {one.layer: one.source for one in self.sets if one.source is not None}
 
+    @property
+    def least_visible(self) -> int:
+        """Positions that a query must see so that there is an id to choose."""
+        return self.unit_tokens if self.unit == "entry" else 1
+
     def num_visible(self, seq_len: int) -> int:
         """Ids to choose from: an entry once it is whole, a block once it begins."""
         if self.num_ids is not None:

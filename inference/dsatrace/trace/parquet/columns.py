@@ -107,16 +107,23 @@ def _stored_type(leaf: Node, score_type: pa.DataType) -> pa.DataType:
     return pa.list_(score_type) if pa.types.is_list(leaf.type) else score_type
 
 
-def to_batch(records: Sequence[Mapping[str, Any]], score_type: pa.DataType) -> pa.RecordBatch:
-    """The records' columns, `line` left empty. A value its column cannot hold raises `NOT_REPRESENTABLE`."""
+def to_batch(
+    records: Sequence[Mapping[str, Any]], score_type: pa.DataType, wanted: Collection[str] | None = None
+) -> pa.RecordBatch:
+    """The records' columns, or those `wanted` and `nulls`, `extra` and `line`, which is left empty.
+
+    A value its column cannot hold raises `NOT_REPRESENTABLE`.
+    """
     schema = arrow_schema(score_type)
     columns = {
         leaf.column: pa.array(_column_values(records, leaf), schema.field(leaf.column).type)
         for leaf in LEAVES
+        if wanted is None or leaf.column in wanted
     }
     columns[NULLS] = pa.array([nulls_of(record) for record in records], pa.string())
     columns[EXTRA] = pa.array([_extra(record) for record in records], pa.string())
     columns[LINE] = pa.nulls(len(records), pa.string())
+    schema = pa.schema([schema.field(name) for name in columns])
     return pa.RecordBatch.from_arrays(list(columns.values()), schema=schema)
 
 
@@ -288,7 +295,9 @@ class _Columns:
             stored = _python_values(self._batch.column(BLOCKS)) if BLOCKS in names else None
             derived = None
             if POSITIONS in names and BLOCK_SIZE in names:
-                derived = _derive_blocks(self._batch.column(POSITIONS), self._batch.column(BLOCK_SIZE))
+                positions = self._batch.column(POSITIONS)
+                if positions.null_count < len(positions):
+                    derived = _python_values(derived_blocks(positions, self._batch.column(BLOCK_SIZE)))
             nothing: list[list[int] | None] = [None] * len(self._batch)
             self._blocks = [
                 mine if mine is not None else ours
@@ -302,11 +311,10 @@ def _or_none(rows: list[Any]) -> _Values | None:
     return None if num_absent == len(rows) else _Values(rows, num_absent > 0)
 
 
-def _derive_blocks(positions: pa.ListArray, block_sizes: pa.Array) -> list[list[int] | None] | None:
-    """Distinct `position // block size`, ascending; None for a record without positions."""
-    if positions.null_count == len(positions):
-        return None
+def derived_blocks(positions: pa.ListArray, block_sizes: pa.Array) -> pa.ListArray:
+    """list<int32>: each record's distinct `position // block size`, ascending; null without positions."""
     values, offsets = positions.values.to_numpy(zero_copy_only=False), positions.offsets.to_numpy()
+    values = values[offsets[0] : offsets[-1]]  # a slice holds those of its neighbours too
     sizes = np.maximum(block_sizes.fill_null(1).to_numpy(), 1)
     record = np.repeat(np.arange(len(positions)), np.diff(offsets))
     blocks = values // sizes[record]
@@ -315,10 +323,10 @@ def _derive_blocks(positions: pa.ListArray, block_sizes: pa.Array) -> list[list[
         blocks = blocks[np.lexsort((blocks, record))]
     is_new = np.ones(len(blocks), dtype=bool)
     is_new[1:] = (np.diff(blocks) != 0) | (np.diff(record) > 0)
-    blocks, counts = blocks[is_new], np.bincount(record[is_new], minlength=len(positions))
-    flat, ends = blocks.tolist(), [0, *np.cumsum(counts).tolist()]
-    valid = positions.is_valid().to_pylist()
-    return [flat[ends[i] : ends[i + 1]] if valid[i] else None for i in range(len(positions))]
+    counts = np.bincount(record[is_new], minlength=len(positions))
+    ends = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    flat = pa.array(blocks[is_new].astype(np.int32))
+    return pa.ListArray.from_arrays(pa.array(ends), flat, mask=positions.is_null())
 
 
 def _python_values(array: pa.Array, keep_float32: bool = False) -> list[Any]:

@@ -29,6 +29,7 @@ from dsatrace.trace.parquet.columns import (
     LEAVES,
     LINE,
     NOT_REPRESENTABLE,
+    NULLS,
     POSITIONS,
     arrow_schema,
     columns_for,
@@ -108,6 +109,22 @@ def read_numbers(path: Path, fields: Sequence[str]) -> Iterator[dict[str, np.nda
                     values[row] = value_at(record, field)
                 numbers[field] = np.array(values)
         yield numbers
+
+
+def read_batches(path: Path, columns: Collection[str]) -> Iterator[pa.RecordBatch]:
+    """These columns as they are stored, as far as the file has them, those of records kept as text too."""
+    for batch in _batches(path, sorted({*columns, EXTRA, NULLS, LINE})):
+        kept = dict(_kept_lines(batch))
+        if not kept:
+            yield batch
+            continue
+        records = to_records(batch)
+        for row, text in kept.items():
+            records[row] = orjson.loads(text)
+        try:
+            yield to_batch(records, pa.float32(), columns)
+        except NOT_REPRESENTABLE as error:
+            raise UserError(f"{path}: a record kept as text fits no column: {error}") from error
 
 
 def _numbers(batch: pa.RecordBatch, column: str) -> np.ndarray:

@@ -52,28 +52,36 @@ def write_replay_layout(
     Requests stand in the order of their first records. Raises `UserError` for a record without a
     request, layer, step or forward.
     """
-    written: dict[str, Counts] = {}
-    (folder / STEPS_FOLDER).mkdir()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         runs = _SortedRuns(Path(scratch))
         for table in tables:
             runs.add(table)
-        requests = runs.requests()
-        following = next(requests, None)
-        while following is not None:
-            name = f"{STEPS_FOLDER}/{len(written) + 1:06}.parquet"
-            num_records = num_requests = 0
-            with (
-                written_atomically(folder / name) as file,
-                open_writer(file, following.schema, keep_order, _KEYS) as writer,
-            ):
-                while following is not None and (not num_requests or file.tell() < FILE_BYTES):
-                    for group in _row_groups(following):
-                        writer.write_table(group, row_group_size=len(group))
-                    num_records += len(following)
-                    num_requests += 1
-                    following = next(requests, None)
-            written[name] = Counts(num_records, num_requests)
+        return write_requests(runs.requests(), folder, keep_order)
+
+
+def write_requests(
+    requests: Iterator[pa.Table],  # each a request's records, by layer and step
+    folder: Path,
+    keep_order: bool = False,
+) -> dict[str, Counts]:
+    """The same of requests that are sorted already."""
+    written: dict[str, Counts] = {}
+    (folder / STEPS_FOLDER).mkdir()
+    following = next(requests, None)
+    while following is not None:
+        name = f"{STEPS_FOLDER}/{len(written) + 1:06}.parquet"
+        num_records = num_requests = 0
+        with (
+            written_atomically(folder / name) as file,
+            open_writer(file, following.schema, keep_order, _KEYS) as writer,
+        ):
+            while following is not None and (not num_requests or file.tell() < FILE_BYTES):
+                for group in _row_groups(following):
+                    writer.write_table(group, row_group_size=len(group))
+                num_records += len(following)
+                num_requests += 1
+                following = next(requests, None)
+        written[name] = Counts(num_records, num_requests)
     return written
 
 
