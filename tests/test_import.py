@@ -247,7 +247,8 @@ def test_captures_that_are_not_what_they_claim(tmp_path: Path, ids: np.ndarray, 
         (ids[:K], [], "sparse attention was never active: no row chooses from more than 8 ids"),
         (window, [], "sets past top-k is the newest ids and no others"),
         (stale, [], "SGLANG_DSA_FUSE_TOPK=0"),
-        (stale, ["--ids", "slot"], "SGLANG_DSA_FUSE_TOPK=0"),
+        (ids, ["--top-k", "9"], "--top-k 9: rows of "),
+        (ids, ["--experts", "9"], "--experts 9: its ids are of unit token"),
         (ids[:, :1], ["--layers", "2"], "its rows hold 1 sets, not 2 layers"),
         (ids, ["--start", "3"], "either --start, --layers or --top-k is not the capture's"),
         (ids.astype(np.float32), [], "float32 of shape (60, 2, 8); use whole numbers"),
@@ -262,6 +263,10 @@ def test_captures_that_are_not_what_they_claim(tmp_path: Path, ids: np.ndarray, 
     path = saved(tmp_path / "a.npy", window)
     run = imported(tmp_path, path, "--format", "npy", "--prompt-tokens", PROMPT, "--allow-inactive")
     assert RunReader(run).manifest["selection"]["sparse_active"] == 0
+    run = imported(
+        tmp_path, saved(path, stale), "--format", "npy", "--prompt-tokens", PROMPT, "--ids", "slot"
+    )
+    verify(run)
     slots = as_slots(ids, random_slots(np.random.default_rng(1), 60) + 60)
     path = saved(tmp_path / "a.npy", slots)
     line = refused(capsys, path, "--format", "npy", "--prompt-tokens", PROMPT, "--ids", "position")

@@ -133,7 +133,8 @@ class Detector:
         num_sets = len(kind.set_layers)
         self._is_exact = kind.unit in ("token", "expert") if is_exact is None else is_exact
         self._prompt, self._decode = PhaseFound(), PhaseFound()
-        self._last: dict[str, tuple[int, np.ndarray]] = {}  # of each live request: its last row, sorted
+        self._last: dict[str, tuple[int, np.ndarray]] = {}  # of each live request: its last row, sorted,
+        # if it was captured
         self._bases: dict[str, int] = {}
         self._pairs, self._shared, self._selected = np.zeros((3, num_sets), dtype=np.int64)
         self._chance = np.zeros(num_sets)
@@ -176,10 +177,15 @@ class Detector:
         if request in self._last and self._last[request][0] == first - 1:
             before = self._last[request][1]
         measured = _measure(ordered, before, visible)  # (R, S, 8) int64
-        self._last[request] = first + num_rows - 1, ordered[-1:].copy()
         count, low, high = measured[..., _COUNT], measured[..., _LOW], measured[..., _HIGH]
         is_zero = (high == 0) & (count == width) & (kind.top_k > 1)
         is_captured = ~is_zero.any(axis=1)  # (R,)
+        # Rows of the prompt and of steps may name ids in two ways, and zeros are nobody's.
+        follows = np.concatenate([[True], is_captured[:-1]]) & (position != prompt_tokens)
+        measured[~follows, :, _SHARED] = -1
+        self._last.pop(request, None)
+        if is_captured[-1]:
+            self._last[request] = first + num_rows - 1, ordered[-1:].copy()
         many, is_twice = np.minimum(visible[:, None], kind.top_k), measured[..., _TWICE] > 0
         is_counted = (count == many) if self._is_exact else (count > 0) & (count <= many)
         is_counted &= ~is_twice
