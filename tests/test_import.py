@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import numpy as np
 import pytest
 
 from dsatrace import cli
+from dsatrace.captures.description import FLAGS as FLAG_NAMES
 from dsatrace.captures.description import Description
 from dsatrace.captures.examine import examine, open_captures
+from dsatrace.captures.formats import FORMATS
 from dsatrace.captures.import_run import ImportSettings, write_run
 from dsatrace.errors import UserError
 from dsatrace.trace.reader import RunReader
@@ -243,7 +247,8 @@ def test_captures_that_are_not_what_they_claim(tmp_path: Path, ids: np.ndarray, 
         (ids[:K], [], "sparse attention was never active: no row chooses from more than 8 ids"),
         (window, [], "sets past top-k is the newest ids and no others"),
         (stale, [], "SGLANG_DSA_FUSE_TOPK=0"),
-        (stale, ["--ids", "slot"], "SGLANG_DSA_FUSE_TOPK=0"),
+        (ids, ["--top-k", "9"], "--top-k 9: rows of "),
+        (ids, ["--experts", "9"], "--experts 9: its ids are of unit token"),
         (ids[:, :1], ["--layers", "2"], "its rows hold 1 sets, not 2 layers"),
         (ids, ["--start", "3"], "either --start, --layers or --top-k is not the capture's"),
         (ids.astype(np.float32), [], "float32 of shape (60, 2, 8); use whole numbers"),
@@ -258,6 +263,10 @@ def test_captures_that_are_not_what_they_claim(tmp_path: Path, ids: np.ndarray, 
     path = saved(tmp_path / "a.npy", window)
     run = imported(tmp_path, path, "--format", "npy", "--prompt-tokens", PROMPT, "--allow-inactive")
     assert RunReader(run).manifest["selection"]["sparse_active"] == 0
+    run = imported(
+        tmp_path, saved(path, stale), "--format", "npy", "--prompt-tokens", PROMPT, "--ids", "slot"
+    )
+    verify(run)
     slots = as_slots(ids, random_slots(np.random.default_rng(1), 60) + 60)
     path = saved(tmp_path / "a.npy", slots)
     line = refused(capsys, path, "--format", "npy", "--prompt-tokens", PROMPT, "--ids", "position")
@@ -430,3 +439,14 @@ def test_a_layer_that_was_captured_late(tmp_path: Path, ids: np.ndarray, capsys:
         patch.setattr(rows, "CHUNK_BYTES", 20 * 2 * K * 4)
         line = refused(capsys, path, "--format", "npy", "--prompt-tokens", PROMPT)
     assert "a layer holds zeros at first, and ids from position 40 on" in line
+
+
+def test_the_docs_description_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "import.md").read_text()
+    (example,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "capture.json").write_text(example)
+    described = Description.of(argparse.Namespace(**dict.fromkeys(FLAG_NAMES)), tmp_path / "capture.json")
+    assert described.layer_ids == [0, 1, 2, 6]
+    assert described.of_request("second", "start") == 120
+    assert [name for name in FORMATS if f"`{name}`" not in text] == []
+    assert [key for key in FLAG_NAMES if f"`{key}`" not in text and key != "model"] == []

@@ -85,6 +85,17 @@ def test_a_log_says_what_its_ids_are(tmp_path: Path, capsys: Any) -> None:
     assert "said to be positions, but request" in refused(capsys, path, "--format", "sgltopk1")
 
 
+def test_logs_that_do_not_belong_together(tmp_path: Path, capsys: Any) -> None:
+    write_log(tmp_path / "a.bin")
+    write_log(tmp_path / "b.bin", model_path="another")
+    line = refused(capsys, tmp_path / "a.bin", tmp_path / "b.bin", "--format", "sgltopk1")
+    assert "b.bin: says of its ids what" in line
+    write_log(tmp_path / "b.bin")
+    run = imported(tmp_path, tmp_path / "a.bin", tmp_path / "b.bin", "--format", "sgltopk1")
+    assert len(sets_of(run)) == 8
+    verify(run)
+
+
 def test_damaged_logs(tmp_path: Path, capsys: Any) -> None:
     path = tmp_path / "log.bin"
     write_log(path)

@@ -103,6 +103,8 @@ class Description:
             )
         layer_ids = list(range(num_sets // heads)) if layer_ids is None else layer_ids
         unit = self.unit or unit
+        if unit != "expert" and self.experts is not None:
+            raise UserError(f"--experts {self.experts}: its ids are of unit {unit}; leave it out")
         if unit == "expert" and self.experts is None:
             raise UserError("--experts is missing: say from how many experts each layer chooses")
         layers = [Layer(0, heads=0)] * (layer_ids[-1] + 1)

@@ -45,11 +45,7 @@ class Examined:
             return "position"
         if self.described.ids is not None:
             return self.described.ids
-        return "position" if self._judged.what == "position" else "slot"
-
-    @property
-    def _judged(self) -> PhaseFound:
-        return self.found.decode
+        return "position" if self.found.decode.what == "position" else "slot"
 
     def findings(self) -> Iterator[str]:
         """What was concluded, one line each."""
@@ -98,6 +94,8 @@ class Examined:
             broken = phase.first_broken
             if broken is None or (phase is found.prompt and not of_prompt):
                 continue
+            if declared == "slot" and not phase.miscounted:
+                continue  # whatever they pass for
             if self.kind.unit == "expert":
                 yield f"{self._where(broken)}: no routing of experts; correct --top-k, --experts or --layers"
             elif phase.what == "mixed" and phase.proven:
@@ -178,8 +176,16 @@ def examine(
         )
     opened = zip(paths, captures, strict=True)
     shape = one_shape([(str(path), capture.shape) for path, capture in opened if capture.requests])
-    for capture in captures:
-        described = described.with_said(capture.said)
+    if described.top_k not in (None, shape[1]):
+        raise UserError(
+            f"--top-k {described.top_k}: rows of {plain(paths[0])} hold {shape[1]} ids; correct it"
+        )
+    for path, capture in zip(paths, captures, strict=True):
+        if capture.said != captures[0].said:
+            raise UserError(
+                f"{plain(path)}: says of its ids what {plain(paths[0])} does not say; import them apart"
+            )
+    described = described.with_said(captures[0].said)
     silent = silent_sets(captures) if (described.heads or 1) == 1 else []
     if silent:
         layers = described.layer_ids or list(range(shape[0]))

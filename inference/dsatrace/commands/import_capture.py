@@ -15,6 +15,9 @@ from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.flags import add_flags, values_of
 from dsatrace.text import plain
+from dsatrace.units import size_text
+
+_LARGE_BYTES = 1 << 30
 
 if TYPE_CHECKING:
     from dsatrace.captures.examine import Examined
@@ -83,6 +86,9 @@ def examine_files(args: argparse.Namespace) -> Examined:
     from dsatrace.commands.progress import amount_bar
 
     described = Description.of(args, args.describe)
+    size = sum(path.stat().st_size for path in args.files if path.is_file())
+    if size >= _LARGE_BYTES:
+        print(f"looking through {size_text(size)} for requests ...", file=sys.stderr, flush=True)
     captures = open_captures(args.files, args.format, described)
     with amount_bar("check", sum(one.num_bytes for one in captures)) as advance:
         return examine(args.files, args.format, described, captures, advance)
