@@ -15,6 +15,7 @@ from dsatrace.version import __version__
 VERBS = {
     "generate": Verb("dsatrace.commands.generate", "answer prompts, and trace what the indexer selects"),
     "run": Verb("dsatrace.commands.run", "serve RULER, LongBench v2, ShareGPT or BurstGPT, and trace"),
+    "attach": Verb("dsatrace.commands.attach", "run a transformers checkpoint, and trace what it selects"),
     "import": Verb("dsatrace.commands.import_capture", "what SGLang, vLLM or your own script captured"),
     "check": Verb("dsatrace.commands.check", "what a capture or a run really is, and if it was sparse"),
     "report": Verb("dsatrace.commands.report", "tables and a picture of a traced run"),

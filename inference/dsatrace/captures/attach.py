@@ -12,7 +12,6 @@ Loads torch only when it is called.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +23,37 @@ _NO_SETTINGS = ("out", "level", "store_scores", "keep_order")
 """Of `TraceConfig`: what a run of this door has no choice of, since it knows no scores."""
 _SETTINGS = tuple(field.name for field in dataclasses.fields(TraceConfig) if field.name not in _NO_SETTINGS)
 _OWN = ("num_layers", "top_k", "heads", "unit", "unit_tokens")
+_ABOUT = ("selections", "argv", "tokenizer", "chat", "data_source")
+"""Of `RunInfo`: what the manifest says of the run."""
 
 
-def attach(
-    model: Any, out: str | Path, *, selections: str = "model", argv: Sequence[str] = (), **settings: Any
-) -> AttachedRun:
+def attach(model: Any, out: str | Path, **settings: Any) -> AttachedRun:
     """Records what `model` selects into the folder `out`, new or empty, until the result is closed.
 
     Any transformers model with an indexer: each prompt of a `generate` call is a request. `prefill`:
     "off" records decode steps, "last" also the prompt's last position, "all" all its positions. Other
-    settings are those of `TraceConfig`: `block_size`, `format`, `sample_rate`, `queue_policy`, ...
-    `selections`: "random_weights" for a model that was not trained. `argv` goes to the manifest.
+    settings are those of `TraceConfig`: `block_size`, `format`, `sample_rate`, `queue_policy`, ... For the
+    manifest: `selections`, "random_weights" for a model that was not trained, `argv`, `tokenizer`, `chat`,
+    `data_source`.
 
     With `num_layers` and `top_k` the model is the caller's own, which `model` may leave None, and hands
     its selections over with `selection(layer, ids, positions)`; `heads`, `unit` and `unit_tokens` say what
     the ids are. Raises `UserError` for what cannot be recorded, before anything is written.
     """
-    own = {name: settings.pop(name) for name in _OWN if name in settings}
+    own, about = ({name: settings.pop(name) for name in of if name in settings} for of in (_OWN, _ABOUT))
     for name in settings:
         if name not in _SETTINGS:
-            known = ", ".join((*_SETTINGS, *_OWN))
+            known = ", ".join((*_SETTINGS, *_ABOUT, *_OWN))
             raise UserError(f"attach: {name} is no setting of it; use some of {known}")
-    if selections not in ("model", "random_weights"):
-        raise UserError(f"selections {selections}: use model or random_weights")
+    if about.get("selections", "model") not in ("model", "random_weights"):
+        raise UserError(f"attach: selections {about['selections']}: use model or random_weights")
     config = TraceConfig(Path(out).absolute(), **settings)
     check_run_folder(config.out)
     if own:
         from dsatrace.captures.own_model import OwnModelRun, own_kind
 
-        return OwnModelRun(config, own_kind(**own), selections, argv)
+        return OwnModelRun(config, own_kind(**own), **about)
 
     from dsatrace.captures.generation import GenerationRun
 
-    return GenerationRun(model, config, selections, argv)
+    return GenerationRun(model, config, **about)

@@ -81,8 +81,8 @@ class AttachedRun:
         )
         self.tracer.finish_request(request, facts)
 
-    def why_empty(self) -> str | None:
-        """Why nothing was recorded, and the remedy; None where something was."""
+    def finish(self) -> None:
+        """Ends what is under way. Raises `UserError` if nothing was recorded, or not all of a step."""
         raise NotImplementedError
 
     def detach(self) -> None:
@@ -90,14 +90,11 @@ class AttachedRun:
 
     def close(self) -> None:
         """Ends the run. Raises `UserError` if nothing was recorded; the run then says `incomplete`."""
-        if not self._is_open:
-            return
-        self._is_open = False
-        self.detach()
-        reason = self.why_empty()
-        self.tracer.close("complete" if reason is None else "incomplete")
-        if reason is not None:
-            raise UserError(f"{self.tracer.config.out}: {reason}")
+        if self._is_open:
+            self._is_open = False
+            with self.tracer:
+                self.detach()
+                self.finish()
 
     def __enter__(self) -> AttachedRun:
         return self

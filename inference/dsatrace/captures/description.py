@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,6 +72,15 @@ class Description:
         given = {name: value for name, value in values_of(args, FLAGS).items() if value is not None}
         return cls(**{**(_read(file) if file else {}), **given})
 
+    def with_said(self, said: Mapping[str, Any]) -> Description:
+        """With what a capture says of itself, where nothing was given."""
+        return dataclasses.replace(
+            self, **{name: value for name, value in said.items() if getattr(self, name) is None}
+        )
+
+    def with_layers(self, layer_ids: Sequence[int]) -> Description:
+        return dataclasses.replace(self, layers=layers_text(layer_ids))
+
     @property
     def layer_ids(self) -> list[int] | None:
         """The model's layer of each row's set, ascending."""
@@ -121,6 +130,11 @@ class Description:
 FLAGS = flags_of(Description)
 
 
+def layers_text(layer_ids: Sequence[object]) -> str:
+    """As the flag has it."""
+    return ",".join(f"{layer}-{layer}" for layer in layer_ids)
+
+
 def _layer_ids(text: str) -> list[int]:
     """`61`: layers 0 to 60; `0,1,2,6-60`: those."""
     remedy = "use a count such as 61, or layers such as 0,1,2,6-60, ascending"
@@ -160,7 +174,7 @@ def _read(path: Path) -> dict[str, Any]:
     if type(layers) is int:
         record["layers"] = str(layers)
     elif isinstance(layers, list):
-        record["layers"] = ",".join(f"{layer}-{layer}" for layer in layers)
+        record["layers"] = layers_text(layers)
     for key, value in record.items():
         _check_key(path, key, value)
     return record

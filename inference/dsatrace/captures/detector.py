@@ -127,10 +127,11 @@ class Found:
 class Detector:
     """Fed with every row of a capture, request by request or side by side."""
 
-    def __init__(self, kind: SelectionKind) -> None:
+    def __init__(self, kind: SelectionKind, is_exact: bool | None = None) -> None:
+        """`is_exact`: a row must hold as many ids as it can; None: as the unit has it."""
         self._kind = kind
         num_sets = len(kind.set_layers)
-        self._is_exact = kind.unit in ("token", "expert")
+        self._is_exact = kind.unit in ("token", "expert") if is_exact is None else is_exact
         self._prompt, self._decode = PhaseFound(), PhaseFound()
         self._last: dict[str, tuple[int, np.ndarray]] = {}  # of each live request: its last row, sorted
         self._bases: dict[str, int] = {}

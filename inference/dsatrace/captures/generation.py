@@ -16,7 +16,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,10 +77,9 @@ class _Call:
 class GenerationRun(AttachedRun):
     """Records what a transformers model with an indexer selects in its `generate` calls."""
 
-    def __init__(
-        self, model: Any, config: TraceConfig, selections: Any = "model", argv: Sequence[str] = ()
-    ) -> None:
-        """Raises `UserError` for a model without an indexer, before anything is written."""
+    def __init__(self, model: Any, config: TraceConfig, **about: Any) -> None:
+        """`about`: fields of `RunInfo`. Raises `UserError` for a model without an indexer, before anything is
+        written."""
         indexers, text_config = _indexers(model)
         self._selects = selects = selects_of(text_config, indexers.keys())
         self._text_config = text_config
@@ -89,9 +88,9 @@ class GenerationRun(AttachedRun):
             model_config=json_config(text_config.to_dict()),
             layouts=(CacheLayout("transformers", 0, selects.index_head_dim * dtype_bytes),),
             device=str(model.device),
-            argv=argv,
-            selections=selections,
+            seed=config.seed,
             kind=selects.kind,
+            **about,
         )
         super().__init__(config, info)
         # Here, since it loads torch: `dsatrace.attach` must not before it is called.
@@ -132,16 +131,18 @@ class GenerationRun(AttachedRun):
         else:
             self._model.generate = self._own_generate
 
-    def why_empty(self) -> str | None:
+    def finish(self) -> None:
         if self._num_rows:
-            return None
+            return
         if not self._num_calls:
             others = f" ({self._num_other_forwards} forwards outside of it)" * bool(self._num_other_forwards)
-            return (
+            raise UserError(
                 f"nothing was recorded, since the model's generate was not called{others}; call it, or hand "
                 "ids over with trace.selection (docs/attach.md)"
             )
-        return "nothing was recorded: no decode step ran; raise max_new_tokens, or attach with prefill='last'"
+        raise UserError(
+            "nothing was recorded: no decode step ran; raise max_new_tokens, or attach with prefill='last'"
+        )
 
     # The call
 

@@ -9,7 +9,6 @@ Knows no model: where a step ends and where a request begins is told by the posi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,16 +49,15 @@ def own_kind(
 class OwnModelRun(AttachedRun):
     """Records what `selection` is given. A step is whole when every layer has given its ids."""
 
-    def __init__(
-        self, config: TraceConfig, kind: SelectionKind, selections: Any = "model", argv: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, config: TraceConfig, kind: SelectionKind, **about: Any) -> None:
+        """`about`: fields of `RunInfo`."""
         info = RunInfo(
             model_config={"num_layers": len(kind.layers)},
             layouts=(CacheLayout("own", 0, 0),),
             device="",
-            argv=argv,
-            selections=selections,
+            seed=config.seed,
             kind=kind,
+            **about,
         )
         super().__init__(config, info)
         self._kind = kind
@@ -99,10 +97,11 @@ class OwnModelRun(AttachedRun):
         if len(self._caught) == layers:
             self._put()
 
-    def why_empty(self) -> str | None:
+    def finish(self) -> None:
         self._require_whole()
         self._end_all()
-        return None if self._num_steps else "nothing was recorded: trace.selection was not called"
+        if not self._num_steps:
+            raise UserError("trace.selection was not called, or only for a prompt, with prefill='off'")
 
     def _require_whole(self) -> None:
         missing = set(range(len(self._kind.layers))) - self._caught.keys()

@@ -17,7 +17,7 @@ from dsatrace.flags import add_flags, values_of
 from dsatrace.text import plain
 
 if TYPE_CHECKING:
-    from dsatrace.captures.import_run import Examined
+    from dsatrace.captures.examine import Examined
 
 
 @exits_cleanly
@@ -79,7 +79,7 @@ def add_capture_arguments(parser: argparse.ArgumentParser, required: bool) -> No
 def examine_files(args: argparse.Namespace) -> Examined:
     """Looks through the files that the flags name, showing progress."""
     from dsatrace.captures.description import Description
-    from dsatrace.captures.import_run import examine, open_captures
+    from dsatrace.captures.examine import examine, open_captures
     from dsatrace.commands.progress import amount_bar
 
     described = Description.of(args, args.describe)
