@@ -450,3 +450,33 @@ def test_the_docs_description_is_one(tmp_path: Path) -> None:
     assert described.of_request("second", "start") == 120
     assert [name for name in FORMATS if f"`{name}`" not in text] == []
     assert [key for key in FLAG_NAMES if f"`{key}`" not in text and key != "model"] == []
+
+
+def test_all_rows_of_a_prompt(tmp_path: Path, ids: np.ndarray, capsys: Any) -> None:
+    moved = ids.copy()
+    moved[:40] = np.where(ids[:40] >= 0, ids[:40] + 700, -1)
+    flags = ("--format", "npy", "--prompt-rows", "all")
+    path = saved(tmp_path / "a.npy", ids)
+    for num_prompt in (PROMPT, 60):  # with steps, and without any
+        run = imported(tmp_path, path, *flags, "--prompt-tokens", num_prompt)
+        assert sets_of(run) == {"a": expected(ids)}
+        assert RunReader(run).manifest["trace"]["prefill"] == "all"
+        verify(run)
+        for command in (["report"], ["check"], ["summarize"]):
+            assert cli.main([*command, str(run)]) == 0
+    run = imported(tmp_path, saved(path, moved), *flags, "--prompt-tokens", 40, "--ids", "position")
+    assert sets_of(run) == {"a": expected(ids)}
+    verify(run)
+    arrays = tmp_path / "arrays"
+    assert cli.main(["export", str(run), "--to", "npy", "--out", str(arrays)]) == 0
+    (file,) = arrays.glob("*.npy")
+    assert np.array_equal(np.sort(np.load(file)), np.sort(ids))
+    for changed, more, said in (
+        (moved, (), "--prompt-rows all: the ids are slots"),
+        (ids[10:], ("--start", 10, "--ids", "position"), "some requests lack rows of it"),
+        (ids[3:], ("--start", 3), "some requests lack rows of it"),
+    ):
+        line = refused(capsys, saved(path, changed), *flags, "--prompt-tokens", 40, *more)
+        assert said in line, said
+    ids[3] = 0
+    assert "never captured" in refused(capsys, saved(path, ids), *flags, "--prompt-tokens", PROMPT)
