@@ -474,9 +474,10 @@ def test_all_rows_of_a_prompt(tmp_path: Path, ids: np.ndarray, capsys: Any) -> N
     for changed, more, said in (
         (moved, (), "--prompt-rows all: the ids are slots"),
         (ids[10:], ("--start", 10, "--ids", "position"), "some requests lack rows of it"),
-        (ids[3:], ("--start", 3), "some requests lack rows of it"),
     ):
         line = refused(capsys, saved(path, changed), *flags, "--prompt-tokens", 40, *more)
         assert said in line, said
+    line = refused(capsys, saved(path, ids), "--format", "npy", "--prompt-tokens", 60)
+    assert "holds no rows of decode steps; to record the prompt's, say --prompt-rows all" in line
     ids[3] = 0
     assert "never captured" in refused(capsys, saved(path, ids), *flags, "--prompt-tokens", PROMPT)

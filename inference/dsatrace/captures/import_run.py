@@ -102,8 +102,8 @@ def write_run(
     )
     if not num_decode and prompt_rows != "all":
         raise UserError(
-            f"{plain(examined.paths[0])}: holds no rows of decode steps; to record the prompt's rows as "
-            "steps, say --prompt-tokens 1"
+            f"{plain(examined.paths[0])}: holds no rows of decode steps; to record the prompt's, say "
+            "--prompt-rows all"
         )
     try:
         with new_folder(out) as folder:
