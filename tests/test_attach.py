@@ -173,7 +173,7 @@ def test_rows_of_the_prompt(models: dict[str, Any], tmp_path: Path, name: str, p
     verify(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["glm_moe_dsa", "hy_v4", "mistral_large4", "glm5_next"])
+@pytest.mark.parametrize("name", ["glm_moe_dsa", "hy_v4", "hy_v4_vl", "mistral_large4", "glm5_next"])
 def test_layers_that_share_a_selection(models: dict[str, Any], tmp_path: Path, name: str) -> None:
     model = models[name]
     with attached(model, tmp_path / "run"):
@@ -182,7 +182,7 @@ def test_layers_that_share_a_selection(models: dict[str, Any], tmp_path: Path, n
     sources = {
         i: layer["source_layer"] for i, layer in enumerate(layers) if layer["source_layer"] is not None
     }
-    assert sources == {"hy_v4": {2: 1, 3: 1}}.get(name, {2: 1})
+    assert sources == ({2: 1, 3: 1} if name.startswith("hy_v4") else {2: 1})
     own, shared = recorded_sets(tmp_path / "run"), recorded_sets(tmp_path / "run", shared=True)
     assert len(shared) == len(sources) * (NEW - 1)
     for (request, step, layer, head), ids in shared.items():
@@ -377,6 +377,26 @@ def test_ways_to_generate(models: dict[str, Any], tmp_path: Path) -> None:
     requests = [json.loads(line) for line in (tmp_path / "several/requests.jsonl").open()]
     assert [request["request_id"] for request in requests] == ["r0", "r1", "r2", "r3"]
     verify(tmp_path / "several")
+
+
+def test_another_forward_within_generate_is_not_recorded(models: dict[str, Any], tmp_path: Path) -> None:
+    """Classifier-free guidance runs the model a second time per step."""
+    model = models["deepseek_v32"]
+    seen = Seen(model)
+    with attached(model, tmp_path / "run", prefill="all"):
+        generate(model, prompts(1), guidance_scale=1.5)
+    forwards = seen.close()
+    assert len(forwards) == 2 * NEW
+    assert recorded_sets(tmp_path / "run") == expected_sets("deepseek_v32", forwards[::2], [[1] * PROMPT])
+    verify(tmp_path / "run")
+
+
+def test_a_share_of_the_steps(models: dict[str, Any], tmp_path: Path) -> None:
+    with attached(models["deepseek_v32"], tmp_path / "run", sample_rate=0.4, seed=3):
+        generate(models["deepseek_v32"], prompts(2), max_new_tokens=20)
+    steps = {step for _, step, _, _ in recorded_sets(tmp_path / "run")}
+    assert 0 < len(steps) < 19
+    verify(tmp_path / "run")
 
 
 def test_a_conversation_goes_on_from_its_cache(models: dict[str, Any], tmp_path: Path) -> None:

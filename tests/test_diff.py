@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+import dsatrace
 from conftest import ROOT
 from dsatrace import cli
 from dsatrace.captures.diff import Diff, diff
@@ -21,6 +24,8 @@ from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE
 from dsatrace.trace.export import export_run
 from dsatrace.trace.load import load
 from dsatrace.trace.reader import RunReader
+from dsatrace.workloads.encoding import Message, encode_chat
+from dsatrace.workloads.tokenizer import load_tokenizer
 from helpers.checkpoints import tiny_config
 from helpers.golden_run import read_lines, write_golden, write_lines
 from helpers.kind_runs import KINDS, write_kind
@@ -292,6 +297,35 @@ def test_fp32_against_bf16(checkpoint: Path, tmp_path: Path) -> None:
     assert len(first.only_a) == len(first.only_b) == 1 and first.is_tie(2.0**-7)
     overlaps = [layer.overlap or 0 for layer in found.layers.values()]
     assert 1 > overlaps[0] > 0.9 and overlaps[0] > overlaps[3] > 0.4  # what differs adds up over the layers
+
+
+TALE = (
+    "The lighthouse keeper counted 41 ships, and wrote their names into the book that nobody but him had "
+    "ever read; then he slept until the morning came."
+)
+
+
+def test_the_engine_against_transformers(tiny_checkpoint: Path, tiny_hf: Path, tmp_path: Path) -> None:
+    """One checkpoint, two doors: the last of 129 prompt rows is the first that leaves an id out, so that no
+    row before it can have met a tie."""
+    parts = (TALE[at : at + 125] for at in range(len(TALE) - 124))
+    texts = [part for part in parts if part == part.strip()][:4]
+    (tmp_path / "prompts.txt").write_text("\n\n".join(texts))
+    flags = ("--config", tiny_config(tmp_path), "--max-new-tokens", 1, "--trace-prefill", "last")
+    paths = ("--ckpt-path", tiny_checkpoint, "--input-file", tmp_path / "prompts.txt")
+    given = map(str, (*flags, *paths, "--trace-out", tmp_path / "engine"))
+    assert cli.main(["generate", *given]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tiny_hf, dtype=torch.float32)
+    tokenizer = load_tokenizer(tiny_checkpoint)
+    with dsatrace.attach(model, tmp_path / "attached", prefill="last", selections="random_weights"):
+        for one in texts:
+            ids = torch.tensor([encode_chat([Message("user", one)], tokenizer)])
+            assert ids.shape == (1, 129)
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
+    found = compare(tmp_path / "engine", tmp_path / "attached")
+    assert (found.num_requests, found.num_rows, found.num_differing) == (4, 16, 0)
+    paths_taken = load(tmp_path / "attached").records.to_arrow(["path"])["path"].to_pylist()
+    assert paths_taken == ["sparse"] * 16
 
 
 def test_the_open_trace_is_itself() -> None:

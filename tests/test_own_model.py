@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import dsatrace
+from conftest import ROOT
 from dsatrace.errors import UserError
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
@@ -143,3 +144,16 @@ def test_settings_are_checked(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             dsatrace.attach(None, tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_example_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "attach.md").read_text(encoding="utf-8")
+    [example] = [block for block in page.split("```") if "trace.selection(layer" in block]
+    monkeypatch.chdir(tmp_path)
+    steps = [np.array([40 + step, 50 + step]) for step in range(3)]
+
+    def select(layer: int, positions: np.ndarray) -> torch.Tensor:
+        return torch.arange(16).repeat(len(positions), 1) + layer
+
+    exec(example.removeprefix("python\n"), {"dsatrace": dsatrace, "steps": steps, "select": select})
+    assert verify(tmp_path / "outputs/mine").num_records == 3 * 2 * 4

@@ -103,6 +103,7 @@ _QWEN = _IDS | {
     "max_position_embeddings": 512,
     "layer_types": ["indexed_attention", "linear_attention", "indexed_attention", "linear_attention"],
 }
+_MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -119,6 +120,12 @@ FAMILIES = {
     "glm_moe_dsa": Family("GlmMoeDsaConfig", "GlmMoeDsaForCausalLM", _MLA | {"index_topk_freq": 2}),
     "axk2": Family("AXK2Config", "AXK2ForCausalLM", _MLA | {"n_group": None, "topk_group": None}),
     "hy_v4": Family("HYV4Config", "HYV4ForCausalLM", _MLA),
+    "hy_v4_vl": Family(
+        "HYV4VLTextConfig",
+        "HYV4VLForConditionalGeneration",
+        _MLA | {"rope_parameters": _MROPE},
+        "HYV4VLConfig",
+    ),
     "dots3_note": Family("Dots3NoteTextConfig", "Dots3NoteForCausalLM", _MLA),
     "mistral_large4": Family(
         "MistralLarge4TextConfig",

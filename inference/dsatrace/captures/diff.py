@@ -175,6 +175,7 @@ def _same_kind(a: Run, b: Run) -> SelectionKind:
             "unit": kind.unit,
             "tokens per id": kind.unit_tokens,
             "kind of id": kind.id_kind,
+            "ids to choose from": kind.num_ids,
             "layers": len(kind.layers),
             "level": run.manifest["trace"]["level"],
             **{f"top-k of layer {i}": layer.top_k for i, layer in enumerate(kind.layers)},
@@ -240,7 +241,7 @@ def _digests(run: Run) -> dict[str, Any]:
 
 def _rounding(run: Run) -> float:
     config = run.manifest["model_config"]
-    name = f"{config.get('dtype') or config.get('torch_dtype')}"
+    name = f"{config.get('dtype') or config.get('torch_dtype')}".removeprefix("torch.")
     long = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
     return ROUNDING.get(long.get(name, name), max(ROUNDING.values()))
 

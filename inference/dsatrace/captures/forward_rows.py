@@ -6,7 +6,7 @@ and padding; no model, no request and no file.
     columns = Columns.of(np.array([False, False, True, True, True]))      # two of padding, three tokens
     columns.positions(np.array([2, 4, 5]))                                # [0 2 3]: the last one is new
     room = SetRoom(selects, max_rows=1000)
-    room.columns = [columns]                                              # of the forward that comes next
+    room.columns, room.num_new = [columns], 1                             # of the forward that comes next
     room.seq_len = {0: 4}                                                 # of its rows to record
 """
 
@@ -72,13 +72,14 @@ class Columns:
 
 
 class SetRoom:
-    """Room for the sets of a forward's rows; set `columns` and `seq_len` before each forward."""
+    """Room for the sets of a forward's rows; its attributes are set before each forward."""
 
     def __init__(self, selects: Selects) -> None:
         kind = selects.kind
         self.selects = selects
         self.max_rows = max(1, _CAPTURE_BYTES // (4 * len(kind.set_layers) * kind.max_width))
         self.columns: Sequence[Columns] = ()  # (B,)
+        self.num_new = 1  # S, columns that the forward computes
         self.seq_len: Mapping[int, int] = {}  # row of the forward's B x S -> positions visible to it
 
     def record(self, num_rows: int, rows: Sequence[int] | None = None, wait: bool = True) -> SetRecording:
@@ -99,7 +100,7 @@ class SetRecording:
         self._are_all = are_all
         self._columns = room.columns
         self._seq_len = np.array([room.seq_len[row] for row in rows], dtype=np.int64)
-        self._new = 1  # columns of the forward
+        self._num_new = room.num_new
         self._caught: dict[int, torch.Tensor] = {}  # by layer
         self._picked: torch.Tensor | None = None
         self._copied: dict[Any, torch.cuda.Event] = {}  # by device
@@ -107,15 +108,12 @@ class SetRecording:
 
     def on_select(self, layer_id: int, selection: Any) -> None:
         """Takes (B, S, K) or (B, H, S, K) ids, or a (B, 1, S, T) mask."""
-        if selection.dim() == 3:
-            selection = selection.unsqueeze(1)
-        self._new = selection.shape[2]
-        by_row = selection.transpose(1, 2).flatten(0, 1)  # (B * S, H, ...)
-        if not self._are_all:
-            by_row = by_row[self._picked_on(by_row)]
-        if by_row.is_cuda:
-            by_row = self._to_host(by_row)
-        self._caught[layer_id] = by_row
+        if not self._are_all:  # a few rows of many: do not keep the others alive
+            selection = _by_row(selection)
+            selection = selection[self._picked_on(selection)]
+        if selection.is_cuda:
+            selection = self._to_host(selection)
+        self._caught[layer_id] = selection
 
     def finish(self) -> None:
         """Raises `UserError` if an indexer did not run."""
@@ -142,7 +140,8 @@ class SetRecording:
         for event in self._copied.values():
             event.synchronize()
         kind = self._selects.kind
-        raw = np.stack([tensor.numpy() for tensor in self._caught.values()])  # (L, R, H, K or T)
+        by_row = [_by_row(tensor) if self._are_all else tensor for tensor in self._caught.values()]
+        raw = np.stack([tensor.numpy() for tensor in by_row])  # (L, R, H, K or T)
         layers = list(self._caught)
         self._caught.clear()
         ids = self._read(raw)
@@ -181,12 +180,19 @@ class SetRecording:
         ids = _columns_of(raw) if raw.dtype == np.bool_ else raw.astype(np.int64)
         if kind.unit == "token" or self._selects.comes_as_tokens:
             for r, row in enumerate(self._rows):
-                ids[:, r] = self._columns[row // self._new].positions(ids[:, r])
+                ids[:, r] = self._columns[row // self._num_new].positions(ids[:, r])
         visible = kind.visible(self._seq_len)
         if self._selects.comes_as_tokens:
             return _groups_of(ids, visible, kind.unit_tokens, kind.max_width)
         ids[(ids < 0) | (ids >= visible[None, :, None, None])] = -1
         return _fitted(ids, kind.max_width)
+
+
+def _by_row(selection: torch.Tensor) -> torch.Tensor:
+    """(B, S, K) or (B, H, S, K) -> (B * S, H, K)."""
+    if selection.dim() == 3:
+        return selection.flatten(0, 1).unsqueeze(1)
+    return selection.transpose(1, 2).flatten(0, 1)
 
 
 def _columns_of(mask: np.ndarray) -> np.ndarray:

@@ -63,7 +63,8 @@ class _Call:
     arrival_s: float
     requests: list[str] = dataclasses.field(default_factory=list)  # (B,) empty until the first forward
     columns: list[Columns] = dataclasses.field(default_factory=list)  # (B,)
-    cache: Any = None  # that the caller gave
+    given_cache: Any = None  # by the caller, with what it holds
+    its_cache: Any = None  # of all its forwards
     fed: int = 0  # columns computed so far
     feeding: int = 0  # by the forward under way
     ended: dict[int, float] = dataclasses.field(default_factory=dict)  # row -> seconds, before the call ends
@@ -183,7 +184,7 @@ class GenerationRun(AttachedRun):
             may_stop=criteria,
             max_new_tokens=setting("max_new_tokens"),
             arrival_s=self.now(),
-            cache=given.get("past_key_values", given.get("cache")),
+            given_cache=given.get("past_key_values", given.get("cache")),
         )
 
     def _end_call(self, call: _Call, result: Any) -> None:
@@ -206,9 +207,13 @@ class GenerationRun(AttachedRun):
         if call is None:
             self._num_other_forwards += 1
             return
-        tokens = kwargs["input_ids"]  # (B, S)
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if not call.requests:
             self._begin_requests(call, kwargs)
+            call.its_cache = cache
+        elif cache is not call.its_cache:
+            return  # a logits processor's own, as for classifier-free guidance
+        tokens = kwargs["input_ids"]  # (B, S)
         num_new, is_prefill = tokens.shape[1], call.fed < call.num_prompt
         if not is_prefill and num_new != 1:
             raise UserError(f"generate: a forward of {num_new} tokens after the prompt: {_ASSISTED}")
@@ -220,7 +225,7 @@ class GenerationRun(AttachedRun):
             ForwardRow(call.requests[b], b * num_new + column - call.fed, seq_len, step_idx)
             for b, column, seq_len, step_idx in places
         ]
-        self._room.columns = call.columns
+        self._room.columns, self._room.num_new = call.columns, num_new
         self._room.seq_len = {row.row: row.seq_len for row in rows}
         self._num_rows += len(rows)
         if is_prefill and self.tracer.config.prefill == "all":
@@ -263,8 +268,8 @@ class GenerationRun(AttachedRun):
                 f"which tokens the {kind.unit} of {kind.unit_tokens} tokens holds; give prompts of one "
                 f"length, or one prompt per call{', or pad on the left' * bool(self._selects.padding)}"
             )
-        if call.cache is not None:
-            call.fed = int(call.cache.get_seq_length())
+        if call.given_cache is not None:
+            call.fed = int(call.given_cache.get_seq_length())
             if call.fed and self.tracer.config.prefill == "all":
                 raise UserError(
                     f"generate: past_key_values: {call.fed} positions of the prompt are computed already, so "

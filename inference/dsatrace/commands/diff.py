@@ -14,6 +14,7 @@ from dsatrace.commands.damage import damage_named
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.text import plain
+from dsatrace.trace.url import run_path
 
 FILES = ("diff.json", "diff.png")
 
@@ -30,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         """,
     )
     add = parser.add_argument
-    add("a", type=Path, metavar="A", help="folder of a run")
-    add("b", type=Path, metavar="B", help="folder of the other")
+    add("a", type=run_path, metavar="A", help="folder of a run, or its URL")
+    add("b", type=run_path, metavar="B", help="folder of the other, or its URL")
     add("--max-differing", default="0", metavar="N", help="rows that may differ, or a share of them: 12, 1%%")
     add(
         "--tie",
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit, is_share = _limit(args.max_differing)
     if args.tie is not None and not 0 <= args.tie < 1:
         raise UserError(f"--tie {args.tie}: use a share from 0 to below 1")
+    if args.out is None and not isinstance(args.a, Path):
+        raise UserError("--out DIR is missing: name the folder of the result, since A is a URL")
     out = args.out or args.a.absolute().with_name(f"{args.a.absolute().name}_diff")
     _require_free(out)
 

@@ -61,7 +61,7 @@ _LABEL = "labels_"
 
 
 def load(folder: str | Path) -> Run:
-    """The run in this folder. Raises `UserError` if there is none."""
+    """The run in this folder or at this URL. Raises `UserError` if there is none."""
     return Run(folder)
 
 
