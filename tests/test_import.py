@@ -184,6 +184,17 @@ def test_a_long_text_is_left_in_the_file(tmp_path: Path) -> None:
         assert [{key: whole(value) for key, value in one.items()} for one in found] == records
 
 
+def test_a_line_that_is_large_beside_its_texts(tmp_path: Path, capsys: Any) -> None:
+    from dsatrace.captures import json_responses
+
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"logprobs": list(range(1000))}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_responses, "_MOST_BYTES", 2000)
+        line = refused(capsys, path, "--format", "sglang", *FLAGS)
+    assert "line 1: more than 0 MiB beside its long texts; ask the engine for less" in line
+
+
 def test_arrays_of_several_requests(tmp_path: Path, ids: np.ndarray) -> None:
     other = position_rows(np.random.default_rng(1), 30, first=12)
     describe = tmp_path / "capture.json"

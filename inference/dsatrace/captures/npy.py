@@ -13,6 +13,7 @@ import math
 import tokenize
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -151,7 +152,7 @@ class _Member:
                 self._file = zipfile.ZipFile(self._path).open(self._member)  # noqa: SIM115 - kept
             self._file.seek(at)
             data = self._file.read(size)
-        except (OSError, EOFError, zipfile.BadZipFile, zipfile.zlib.error, NotImplementedError) as error:  # type: ignore[attr-defined]
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
             raise UserError(f"{self.place}: cannot unpack it: {error}; copy it again") from error
         if len(data) < size:
             raise UserError(f"{self.place}: ends {size - len(data)} bytes early; copy it again")
