@@ -492,3 +492,13 @@ def test_all_rows_of_a_prompt(tmp_path: Path, ids: np.ndarray, capsys: Any) -> N
     assert "holds no rows of decode steps; to record the prompt's, say --prompt-rows all" in line
     ids[3] = 0
     assert "never captured" in refused(capsys, saved(path, ids), *flags, "--prompt-tokens", PROMPT)
+
+
+def test_an_archive_that_is_encrypted(tmp_path: Path, ids: np.ndarray, capsys: Any) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, a=ids)
+    data = bytearray(path.read_bytes())
+    for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flags of each header
+        data[data.index(mark) + at] |= 1
+    path.write_bytes(data)
+    assert "cannot unpack it" in refused(capsys, path, "--format", "npy", "--prompt-tokens", PROMPT)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import struct
 import tokenize
 import warnings
 import zipfile
@@ -35,6 +36,8 @@ from dsatrace.errors import UserError
 
 _NO_HEADER = (ValueError, EOFError, SyntaxError, TypeError, LookupError, RecursionError, tokenize.TokenError)
 """What numpy raises for a damaged header, which it reads as Python's text."""
+_NO_MEMBER = (OSError, EOFError, RuntimeError, LookupError, struct.error, zipfile.BadZipFile, zlib.error)
+"""What zipfile raises for a damaged file, an encrypted one, or one packed in another way."""
 _HEADER_BYTES = 1 << 16
 _MOST_HEADER_BYTES = 100 << 20
 _SAFETENSORS = {"I8": "i1", "U8": "u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8"}
@@ -130,12 +133,12 @@ def _of_npz(path: Path) -> Iterator[tuple[str, ArrayRows]]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-        for member in members:
-            if member.filename.endswith(".npy"):
-                name = member.filename.removesuffix(".npy")
-                yield name, npy_rows(_Member(path, member, f"{path}: {name}"))
-    except zipfile.BadZipFile as error:
+    except _NO_MEMBER as error:
         raise UserError(f"{path}: no whole .npz: {error}; copy it again") from error
+    for member in members:
+        if member.filename.endswith(".npy"):
+            name = member.filename.removesuffix(".npy")
+            yield name, npy_rows(_Member(path, member, f"{path}: {name}"))
 
 
 class _Member:
@@ -152,7 +155,7 @@ class _Member:
                 self._file = zipfile.ZipFile(self._path).open(self._member)  # noqa: SIM115 - kept
             self._file.seek(at)
             data = self._file.read(size)
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        except _NO_MEMBER as error:
             raise UserError(f"{self.place}: cannot unpack it: {error}; copy it again") from error
         if len(data) < size:
             raise UserError(f"{self.place}: ends {size - len(data)} bytes early; copy it again")
