@@ -74,7 +74,6 @@ class Imported:
     folder: Path
     num_requests: int
     num_rows: int
-    num_left_out: int  # rows of decode steps that were never captured
     prompt_rows: PromptRows
 
 
@@ -139,7 +138,7 @@ def write_run(
                 raise UserError(f"{plain(examined.paths[0])}: none of its decode rows was captured")
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot write there: {error.strerror}") from error
-    return Imported(out, writer.num_requests, writer.num_rows, writer.num_left_out, prompt_rows)
+    return Imported(out, writer.num_requests, writer.num_rows, prompt_rows)
 
 
 def _anchors(examined: Examined) -> dict[int, int]:

@@ -25,7 +25,6 @@ from dsatrace.captures.description import Description
 from dsatrace.captures.rows import (
     ArrayCapture,
     ArrayRows,
-    Base64Bytes,
     CapturedRequest,
     FileBytes,
     Source,
@@ -105,11 +104,6 @@ class Shifted:
 
     def read(self, at: int, size: int) -> bytes:
         return self._source.read(self._offset + at, size)
-
-
-def base64_npy(path: Path, offset: int, num_chars: int, place: str) -> ArrayRows:
-    """The rows of an array that a file holds as base64."""
-    return npy_rows(Base64Bytes(path, offset, num_chars, place))
 
 
 def _npy_header(file: IO[bytes], place: str) -> tuple[tuple[int, ...], np.dtype, int]:
