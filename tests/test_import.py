@@ -184,6 +184,17 @@ def test_a_long_text_is_left_in_the_file(tmp_path: Path) -> None:
         assert [{key: whole(value) for key, value in one.items()} for one in found] == records
 
 
+def test_a_line_that_is_large_beside_its_texts(tmp_path: Path, capsys: Any) -> None:
+    from dsatrace.captures import json_responses
+
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"logprobs": list(range(1000))}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_responses, "_MOST_BYTES", 2000)
+        line = refused(capsys, path, "--format", "sglang", *FLAGS)
+    assert "line 1: more than 0 MiB beside its long texts; ask the engine for less" in line
+
+
 def test_arrays_of_several_requests(tmp_path: Path, ids: np.ndarray) -> None:
     other = position_rows(np.random.default_rng(1), 30, first=12)
     describe = tmp_path / "capture.json"
@@ -450,3 +461,44 @@ def test_the_docs_description_is_one(tmp_path: Path) -> None:
     assert described.of_request("second", "start") == 120
     assert [name for name in FORMATS if f"`{name}`" not in text] == []
     assert [key for key in FLAG_NAMES if f"`{key}`" not in text and key != "model"] == []
+
+
+def test_all_rows_of_a_prompt(tmp_path: Path, ids: np.ndarray, capsys: Any) -> None:
+    moved = ids.copy()
+    moved[:40] = np.where(ids[:40] >= 0, ids[:40] + 700, -1)
+    flags = ("--format", "npy", "--prompt-rows", "all")
+    path = saved(tmp_path / "a.npy", ids)
+    for num_prompt in (PROMPT, 60):  # with steps, and without any
+        run = imported(tmp_path, path, *flags, "--prompt-tokens", num_prompt)
+        assert sets_of(run) == {"a": expected(ids)}
+        assert RunReader(run).manifest["trace"]["prefill"] == "all"
+        verify(run)
+        for command in (["report"], ["check"], ["summarize"]):
+            assert cli.main([*command, str(run)]) == 0
+    run = imported(tmp_path, saved(path, moved), *flags, "--prompt-tokens", 40, "--ids", "position")
+    assert sets_of(run) == {"a": expected(ids)}
+    verify(run)
+    arrays = tmp_path / "arrays"
+    assert cli.main(["export", str(run), "--to", "npy", "--out", str(arrays)]) == 0
+    (file,) = arrays.glob("*.npy")
+    assert np.array_equal(np.sort(np.load(file)), np.sort(ids))
+    for changed, more, said in (
+        (moved, (), "--prompt-rows all: the ids are slots"),
+        (ids[10:], ("--start", 10, "--ids", "position"), "some requests lack rows of it"),
+    ):
+        line = refused(capsys, saved(path, changed), *flags, "--prompt-tokens", 40, *more)
+        assert said in line, said
+    line = refused(capsys, saved(path, ids), "--format", "npy", "--prompt-tokens", 60)
+    assert "holds no rows of decode steps; to record the prompt's, say --prompt-rows all" in line
+    ids[3] = 0
+    assert "never captured" in refused(capsys, saved(path, ids), *flags, "--prompt-tokens", PROMPT)
+
+
+def test_an_archive_that_is_encrypted(tmp_path: Path, ids: np.ndarray, capsys: Any) -> None:
+    path = tmp_path / "a.npz"
+    np.savez(path, a=ids)
+    data = bytearray(path.read_bytes())
+    for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flags of each header
+        data[data.index(mark) + at] |= 1
+    path.write_bytes(data)
+    assert "cannot unpack it" in refused(capsys, path, "--format", "npy", "--prompt-tokens", PROMPT)

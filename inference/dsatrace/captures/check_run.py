@@ -7,6 +7,7 @@ checked.findings, checked.problems
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -58,11 +59,10 @@ def _findings(run: RunReader, kind: SelectionKind, found: Found) -> Iterator[str
             f"{layers[s]}={layers[s - 1]}" for s in shared
         )
     if "scores" in kind.tells:
-        margins = [record["kth_margin"] for record in run.steps(("kth_margin",))]
-        known = [margin for margin in margins if margin is not None]
-        if known:
-            ties = sum(margin == 0 for margin in known)
-            yield f"ties at the k-th score: {ties:,} of {len(known):,} records"
+        margins = (record["kth_margin"] for record in run.steps(("kth_margin",)))
+        ties = Counter(margin == 0 for margin in margins if margin is not None)
+        if ties:
+            yield f"ties at the k-th score: {ties[True]:,} of {ties.total():,} records"
 
 
 def _num_active(kind: SelectionKind, found: Found) -> int:

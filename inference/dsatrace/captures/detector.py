@@ -112,7 +112,6 @@ class Found:
     overlaps: Overlaps
     shared_with_before: list[int]  # sets that were, in every row past top-k, equal to the set before them
     bases: dict[str, int]  # of requests whose prompt's rows count from another position than 0
-    top_k: int
 
     @property
     def rows(self) -> int:
@@ -165,7 +164,6 @@ class Detector:
             overlaps=Overlaps(self._pairs, self._shared, self._selected, self._chance),
             shared_with_before=shared.tolist(),
             bases={request: base for request, base in self._bases.items() if base},
-            top_k=self._kind.max_width,
         )
 
     def _add(self, request: str, first: int, prompt_tokens: int, ids: np.ndarray) -> None:

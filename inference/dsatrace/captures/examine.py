@@ -45,7 +45,8 @@ class Examined:
             return "position"
         if self.described.ids is not None:
             return self.described.ids
-        return "position" if self.found.decode.what == "position" else "slot"
+        judged = self.found.decode if self.found.decode.rows else self.found.prompt
+        return "position" if judged.what in ("position", "ragged") else "slot"
 
     def findings(self) -> Iterator[str]:
         """What was concluded, one line each."""

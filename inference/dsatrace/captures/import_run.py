@@ -32,6 +32,7 @@ from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.tracer import Tracer
 
+PromptRows = Literal["last", "off", "all"]
 LAYOUTS = named_layouts(kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128)
 
 
@@ -40,8 +41,11 @@ class ImportSettings:
     """How a run is made of a capture."""
 
     prompt_rows: Annotated[
-        Literal["last", "off"],
-        Flag("record the prompt's last row, where every request has it and its ids are positions"),
+        PromptRows,
+        Flag(
+            "rows of the prompt to record: its last one, where every request has it and its ids are "
+            "positions; none; or all, from position 0 on, and else nothing is imported"
+        ),
     ] = "last"
     allow_inactive: Annotated[bool, Flag("import a capture in which sparse attention was never active")] = (
         False
@@ -70,8 +74,7 @@ class Imported:
     folder: Path
     num_requests: int
     num_rows: int
-    num_left_out: int  # rows of decode steps that were never captured
-    has_prompt_rows: bool
+    prompt_rows: PromptRows
 
 
 def write_run(
@@ -85,21 +88,21 @@ def write_run(
     settings = settings or ImportSettings()
     prompt = examined.found.prompt
     needs_prompt = examined.id_kind == "position" or prompt.miscounted > 0  # miscounted: a wrong --start
-    for problem in examined.problems(of_prompt=settings.prompt_rows == "last" and needs_prompt):
+    for problem in examined.problems(of_prompt=settings.prompt_rows != "off" and needs_prompt):
         if not (settings.allow_inactive and problem.startswith("sparse attention was never active")):
             remedy = ", or add --allow-inactive" if problem.startswith("sparse attention") else ""
             raise UserError(f"{plain(examined.paths[0])}: {problem}{remedy}")
     shape = len(examined.kind.set_layers), examined.kind.max_width
     unit = FORMATS[examined.format].unit
     kind = examined.described.kind(unit, shape, examined.id_kind, _anchors(examined))
-    takes_prompt = settings.prompt_rows == "last" and _has_last_prompt_rows(examined)
+    prompt_rows = _prompt_rows(examined, settings.prompt_rows)
     num_decode = sum(
         max(one.end - one.prompt_tokens, 0) for capture in examined.captures for one in capture.requests
     )
-    if not num_decode and not takes_prompt:
+    if not num_decode and prompt_rows != "all":
         raise UserError(
-            f"{plain(examined.paths[0])}: holds no rows of decode steps; to record the prompt's rows as "
-            "steps, say --prompt-tokens 1"
+            f"{plain(examined.paths[0])}: holds no rows of decode steps; to record the prompt's, say "
+            "--prompt-rows all"
         )
     try:
         with new_folder(out) as folder:
@@ -107,7 +110,7 @@ def write_run(
                 folder,
                 block_size=settings.block_size,
                 format=settings.format,
-                prefill="last" if takes_prompt else "off",
+                prefill=prompt_rows,
             )
             run = RunInfo(
                 model_config={"name": examined.described.model or "unknown"},
@@ -120,7 +123,7 @@ def write_run(
             with Tracer(config, run) as tracer:
                 writer = _Writer(tracer, kind, examined)
                 for capture in examined.captures:
-                    writer.write(capture, takes_prompt, advance)
+                    writer.write(capture, prompt_rows, advance)
                 tracer.describe_workload(
                     {
                         "name": "import",
@@ -135,7 +138,7 @@ def write_run(
                 raise UserError(f"{plain(examined.paths[0])}: none of its decode rows was captured")
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot write there: {error.strerror}") from error
-    return Imported(out, writer.num_requests, writer.num_rows, writer.num_left_out, takes_prompt)
+    return Imported(out, writer.num_requests, writer.num_rows, prompt_rows)
 
 
 def _anchors(examined: Examined) -> dict[int, int]:
@@ -148,22 +151,31 @@ def _anchors(examined: Examined) -> dict[int, int]:
     return anchors
 
 
-def _has_last_prompt_rows(examined: Examined) -> bool:
-    """Whether every request has the row, captured, and with ids in the decode rows' own space."""
+def _prompt_rows(examined: Examined, asked: PromptRows) -> PromptRows:
+    """Those that are recorded: what is asked for, or off where not every request has those rows, captured,
+    with ids in the decode rows' own space. Raises `UserError` where all are asked for and there are not."""
     prompt, decode = examined.found.prompt, examined.found.decode
-    is_known = prompt.what in ("position", "ragged") or (
-        examined.described.ids == "position" and prompt.what == "undetermined"
-    )
-    return (
-        (examined.id_kind == "position")
-        and (is_known or examined.kind.unit == "expert")
-        and not prompt.not_captured + decode.not_captured
-        and all(
-            one.first < one.prompt_tokens <= one.end
-            for capture in examined.captures
-            for one in capture.requests
-        )
-    )
+    is_declared = examined.described.ids == "position" and prompt.what == "undetermined"
+    is_known = is_declared or prompt.what in ("position", "ragged") or examined.kind.unit == "expert"
+    requests = [one for capture in examined.captures for one in capture.requests]
+    reasons = {
+        "the ids are slots": examined.id_kind == "slot",
+        f"the ids of its rows are {prompt.what}": not is_known,
+        "some rows were never captured": prompt.not_captured + decode.not_captured > 0,
+        "some requests lack rows of it": any(
+            one.first > _first_recorded(one, asked) or one.prompt_tokens > one.end for one in requests
+        ),
+        "its first rows see no whole entry": asked == "all" and examined.kind.unit == "entry",
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if asked == "all" and found:
+        raise UserError(f"--prompt-rows all: {found[0]}; use last, or off")
+    return "off" if found else asked
+
+
+def _first_recorded(request: CapturedRequest, prompt_rows: PromptRows) -> int:
+    """Position of its first row that is recorded."""
+    return {"off": request.prompt_tokens, "last": request.prompt_tokens - 1, "all": 0}[prompt_rows]
 
 
 class _Request(NamedTuple):
@@ -186,8 +198,8 @@ class _Writer:
         self._open: dict[str, tuple[_Request, int]] = {}  # captured request -> the run's, its next position
         self.num_requests = self.num_rows = self.num_left_out = 0
 
-    def write(self, capture: Capture, takes_prompt: bool, advance: Advance) -> None:
-        starts = {i: one.prompt_tokens - takes_prompt for i, one in enumerate(capture.requests)}
+    def write(self, capture: Capture, prompt_rows: PromptRows, advance: Advance) -> None:
+        starts = {i: _first_recorded(one, prompt_rows) for i, one in enumerate(capture.requests)}
         for chunk in capture.chunks(starts, advance):
             captured = capture.requests[chunk.request]
             ids = self._as_recorded(captured, chunk.first, chunk.ids)

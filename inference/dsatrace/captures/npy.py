@@ -10,9 +10,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import struct
 import tokenize
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -23,7 +25,6 @@ from dsatrace.captures.description import Description
 from dsatrace.captures.rows import (
     ArrayCapture,
     ArrayRows,
-    Base64Bytes,
     CapturedRequest,
     FileBytes,
     Source,
@@ -34,6 +35,8 @@ from dsatrace.errors import UserError
 
 _NO_HEADER = (ValueError, EOFError, SyntaxError, TypeError, LookupError, RecursionError, tokenize.TokenError)
 """What numpy raises for a damaged header, which it reads as Python's text."""
+_NO_MEMBER = (OSError, EOFError, RuntimeError, LookupError, struct.error, zipfile.BadZipFile, zlib.error)
+"""What zipfile raises for a damaged file, an encrypted one, or one packed in another way."""
 _HEADER_BYTES = 1 << 16
 _MOST_HEADER_BYTES = 100 << 20
 _SAFETENSORS = {"I8": "i1", "U8": "u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8"}
@@ -103,11 +106,6 @@ class Shifted:
         return self._source.read(self._offset + at, size)
 
 
-def base64_npy(path: Path, offset: int, num_chars: int, place: str) -> ArrayRows:
-    """The rows of an array that a file holds as base64."""
-    return npy_rows(Base64Bytes(path, offset, num_chars, place))
-
-
 def _npy_header(file: IO[bytes], place: str) -> tuple[tuple[int, ...], np.dtype, int]:
     """Shape, type, and where the numbers begin."""
     form = np.lib.format
@@ -129,12 +127,12 @@ def _of_npz(path: Path) -> Iterator[tuple[str, ArrayRows]]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-        for member in members:
-            if member.filename.endswith(".npy"):
-                name = member.filename.removesuffix(".npy")
-                yield name, npy_rows(_Member(path, member, f"{path}: {name}"))
-    except zipfile.BadZipFile as error:
+    except _NO_MEMBER as error:
         raise UserError(f"{path}: no whole .npz: {error}; copy it again") from error
+    for member in members:
+        if member.filename.endswith(".npy"):
+            name = member.filename.removesuffix(".npy")
+            yield name, npy_rows(_Member(path, member, f"{path}: {name}"))
 
 
 class _Member:
@@ -151,7 +149,7 @@ class _Member:
                 self._file = zipfile.ZipFile(self._path).open(self._member)  # noqa: SIM115 - kept
             self._file.seek(at)
             data = self._file.read(size)
-        except (OSError, EOFError, zipfile.BadZipFile, zipfile.zlib.error, NotImplementedError) as error:  # type: ignore[attr-defined]
+        except _NO_MEMBER as error:
             raise UserError(f"{self.place}: cannot unpack it: {error}; copy it again") from error
         if len(data) < size:
             raise UserError(f"{self.place}: ends {size - len(data)} bytes early; copy it again")

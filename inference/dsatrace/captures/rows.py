@@ -10,6 +10,7 @@ member. Knows no format.
 
 from __future__ import annotations
 
+import base64
 import binascii
 import dataclasses
 import math
@@ -112,7 +113,7 @@ class Base64Bytes:
     def read(self, at: int, size: int) -> bytes:
         first, end = at // 3, -(-(at + size) // 3)  # groups of 4 characters
         try:
-            data = binascii.a2b_base64(self._characters(4 * first, 4 * (end - first)), strict_mode=True)
+            data = base64.b64decode(self._characters(4 * first, 4 * (end - first)), validate=True)
         except binascii.Error as error:
             raise UserError(f"{self.place}: no base64: {error}; capture it again") from error
         data = data[at - 3 * first :][:size]

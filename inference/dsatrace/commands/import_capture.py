@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(plain(line))
     with amount_bar("write", sum(one.num_bytes for one in examined.captures)) as advance:
         imported = write_run(examined, args.out, settings, advance, argv)
-    if not imported.has_prompt_rows:
+    if imported.prompt_rows == "off":
         print("the prompt's rows are not recorded")
     print(f"{imported.num_rows:,} steps of {imported.num_requests:,} requests: {plain(imported.folder)}")
     return 0
