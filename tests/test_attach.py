@@ -17,6 +17,7 @@ import dsatrace
 from dsatrace import cli
 from dsatrace.errors import UserError
 from dsatrace.trace.reader import RunReader
+from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
 from helpers.families import END, FAMILIES, TOKEN_FAMILIES, VOCABULARY, tiny_model
 
@@ -598,3 +599,35 @@ dsatrace.attach
 assert not {"torch", "transformers"} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_verify_sees_a_prompt_row_that_is_missing(models: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with attached(models["deepseek_v4"], folder, prefill="all"):
+        generate(models["deepseek_v4"], prompts(1))
+    lines = (folder / "trace_steps.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step_idx"] for line in lines]
+    assert steps[0] == 3 - PROMPT  # the first position that sees a whole entry
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"files": None, "state": "complete"}
+
+    def found(kept: list[str], **trace: Any) -> str:
+        copy = tmp_path / "copy"
+        copy.mkdir(exist_ok=True)
+        for name in ("requests.jsonl", "summary.json"):
+            (copy / name).write_text((folder / name).read_text())
+        (copy / "trace_steps.jsonl").write_text("".join(f"{line}\n" for line in kept))
+        (copy / "manifest.json").write_text(json.dumps(manifest | {"trace": manifest["trace"] | trace}))
+        with pytest.raises(Mismatch) as mismatch:
+            verify(copy)
+        return str(mismatch.value)
+
+    for step in (steps[0], -9, -1):
+        kept = [line for line, of in zip(lines, steps, strict=True) if of != step]
+        assert "1 sampled steps of the request are missing" in found(kept), step
+    end = steps.index(-4)
+    assert "step_idx: stored -5, after -5" in found(lines[:end] + lines[end - 4 :])
+    assert "trace.prefill" in found(lines, prefill="most")
+    assert "below -1" in found(lines, prefill="last")
+    assert "records no prefill" in found(
+        [line for line, of in zip(lines, steps, strict=True) if of >= -1], prefill="off"
+    )
