@@ -41,6 +41,7 @@ from dsatrace.workloads.request import Request
 from helpers.command_runs import runs_below, told_error
 from helpers.golden_run import read_lines, write_golden, write_lines
 from helpers.models import SMALL, random_model, random_tokens
+from helpers.ranks import on_ranks
 
 BLOCK, CHUNK, NUM_NEW = 16, 32, 12
 NEEDLE = ROOT / "data" / "models" / "needle-2k"
@@ -224,16 +225,8 @@ def test_what_follows_the_answer_is_told_apart(
 def test_two_ranks_go_on_alike(needle: Path, tmp_path: Path) -> None:
     flags = ("--max-new-tokens", 9, "--min-new-tokens", 8)
     assert generate([str(x) for x in (*asked(needle), *flags, "--trace-out", tmp_path / "one")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = [*asked(needle, ranks=2), *flags, "--trace-out", tmp_path / "two"]
-    done = subprocess.run(
-        [*launch, str(INFERENCE / "generate.py"), *map(str, two)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    two = (*asked(needle, ranks=2), *flags, "--trace-out", tmp_path / "two")
+    done = on_ranks(2, "generate", two, tmp_path / "said")
     assert done.returncode == 0, done.stderr
     kept = ("num_output_tokens", "answer_tokens", "state", "text", "text_past_answer")
     lines = [read_lines(tmp_path / name, REQUESTS_FILE) for name in ("one", "two")]

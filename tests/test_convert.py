@@ -413,7 +413,7 @@ def test_a_killed_conversion_leaves_only_a_folder_that_says_so(tiny_hf: Path, tm
 
 def test_terminating_the_command_leaves_nothing(tmp_path: Path) -> None:
     source, target = tmp_path / "hf", tmp_path / "out"
-    make_large(source, num_layers=3)
+    make_large(source, num_layers=8)
     command = [sys.executable, "convert.py", "--hf-ckpt-path", source, "--save-path", target]
     process = subprocess.Popen(
         [*command, "--n-experts", "0", "--model-parallel", "1"],
@@ -440,15 +440,15 @@ def test_the_command_reports_faults_on_one_line(
     ]
 
 
-LARGE_TENSOR_BYTES = 64 << 20
+LARGE_TENSOR_BYTES = 16 << 20
 
 
 def make_large(folder: Path, num_layers: int) -> None:
-    """Dense layers with `down_proj` and `o_proj` of 64 MiB (the ones cut by columns), a shard a layer."""
+    """Dense layers with `down_proj` and `o_proj` of 16 MiB (the ones cut by columns), a shard a layer."""
     args = ModelArgs(
-        vocab_size=64, dim=1024, inter_dim=32768, n_layers=num_layers, n_dense_layers=num_layers,
+        vocab_size=64, dim=1024, inter_dim=8192, n_layers=num_layers, n_dense_layers=num_layers,
         n_heads=2, n_routed_experts=0, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=16,
-        qk_rope_head_dim=16, v_head_dim=16384, index_n_heads=2, index_head_dim=16, dtype="bf16",
+        qk_rope_head_dim=16, v_head_dim=4096, index_n_heads=2, index_head_dim=16, dtype="bf16",
     )  # fmt: skip
     folder.mkdir()
     layout = tiny._layout(args, "bf16")

@@ -182,6 +182,19 @@ def test_overlap_is_that_of_the_row_before() -> None:
     assert found.overlaps.chance == pytest.approx(np.mean([K / (t + 1) for t in range(K, 50)]))
 
 
+def test_a_window_with_gaps_and_two_spaces_is_still_one() -> None:
+    """What begins after rows that were not captured, or after the prompt, is not seen to change."""
+    positions = np.arange(60)[:, None] - np.arange(K)
+    ids = np.repeat(np.where(positions >= 0, positions, -1)[:, None], 2, axis=1).astype(np.int32)
+    ids = as_slots(ids, random_slots(np.random.default_rng(0), 60) + 60)
+    ids[30:] = np.where(ids[30:] >= 0, ids[30:] + 1000, -1)
+    ids[40:44] = 0
+    for step in (1, 7, 60):
+        found = looked_at(ids, prompt_tokens=30, step=step)
+        assert found.active_slots == 0
+        assert found.overlaps.share == (K - 1) / K
+
+
 def test_shared_layers_are_found() -> None:
     ids = position_rows(np.random.default_rng(0), 40, num_sets=4)
     ids[:, 2] = ids[:, 1, ::-1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,53 +12,19 @@ import numpy as np
 import pytest
 
 from dsatrace import cli
+from dsatrace.captures.description import FLAGS as FLAG_NAMES
 from dsatrace.captures.description import Description
-from dsatrace.captures.import_run import ImportSettings, examine, open_captures, write_run
+from dsatrace.captures.examine import examine, open_captures
+from dsatrace.captures.formats import FORMATS
+from dsatrace.captures.import_run import ImportSettings, write_run
 from dsatrace.errors import UserError
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.selections import read_selections
 from dsatrace.verify.run import verify
 from helpers.captured import as_slots, position_rows, random_slots, response, write_responses
+from helpers.imports import expected, imported, refused, sets_of
 
 K, PROMPT = 8, 5
 FLAGS = ["--layers", "2", "--top-k", "8"]
-
-
-def imported(folder: Path, *argv: object) -> Path:
-    """A run imported by the command."""
-    out = folder / f"run{len(list(folder.iterdir()))}"
-    assert cli.main(["import", *map(str, argv), "--out", str(out)]) == 0
-    return out
-
-
-def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """The one line of an import that leaves nothing behind."""
-    out = Path(str(argv[0])).parent / "refused"
-    before = sorted(out.parent.rglob("*"))
-    capsys.readouterr()
-    assert cli.main(["import", *map(str, argv), "--out", str(out)]) == 2
-    assert sorted(out.parent.rglob("*")) == before
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "read," not in line]
-    assert line.startswith("error: ")
-    return line
-
-
-def sets_of(run: Path) -> dict[str, dict[int, list[set[int]]]]:
-    """Request -> position -> the sets of its layers."""
-    found: dict[str, dict[int, list[set[int]]]] = {}
-    for request in read_selections(RunReader(run)):
-        rows: dict[int, list[set[int]]] = {}
-        for layer in request.layers.values():
-            for t, seq_len in enumerate(layer.seq_len.tolist()):
-                rows.setdefault(seq_len - 1, []).append(
-                    set(layer.ids[layer.ptr[t] : layer.ptr[t + 1]].tolist())
-                )
-        found[request.request_id] = rows
-    return found
-
-
-def expected(ids: np.ndarray, first: int = 0) -> dict[int, list[set[int]]]:
-    return {first + t: [set(row[row >= 0].tolist()) for row in sets] for t, sets in enumerate(ids)}
 
 
 def saved(path: Path, ids: np.ndarray) -> Path:
@@ -279,7 +247,8 @@ def test_captures_that_are_not_what_they_claim(tmp_path: Path, ids: np.ndarray, 
         (ids[:K], [], "sparse attention was never active: no row chooses from more than 8 ids"),
         (window, [], "sets past top-k is the newest ids and no others"),
         (stale, [], "SGLANG_DSA_FUSE_TOPK=0"),
-        (stale, ["--ids", "slot"], "SGLANG_DSA_FUSE_TOPK=0"),
+        (ids, ["--top-k", "9"], "--top-k 9: rows of "),
+        (ids, ["--experts", "9"], "--experts 9: its ids are of unit token"),
         (ids[:, :1], ["--layers", "2"], "its rows hold 1 sets, not 2 layers"),
         (ids, ["--start", "3"], "either --start, --layers or --top-k is not the capture's"),
         (ids.astype(np.float32), [], "float32 of shape (60, 2, 8); use whole numbers"),
@@ -294,10 +263,14 @@ def test_captures_that_are_not_what_they_claim(tmp_path: Path, ids: np.ndarray, 
     path = saved(tmp_path / "a.npy", window)
     run = imported(tmp_path, path, "--format", "npy", "--prompt-tokens", PROMPT, "--allow-inactive")
     assert RunReader(run).manifest["selection"]["sparse_active"] == 0
+    run = imported(
+        tmp_path, saved(path, stale), "--format", "npy", "--prompt-tokens", PROMPT, "--ids", "slot"
+    )
+    verify(run)
     slots = as_slots(ids, random_slots(np.random.default_rng(1), 60) + 60)
     path = saved(tmp_path / "a.npy", slots)
     line = refused(capsys, path, "--format", "npy", "--prompt-tokens", PROMPT, "--ids", "position")
-    assert "so these are slots" in line
+    assert "these are slots" in line
 
 
 def test_files_that_are_damaged(tmp_path: Path, ids: np.ndarray, capsys: Any) -> None:
@@ -308,10 +281,7 @@ def test_files_that_are_damaged(tmp_path: Path, ids: np.ndarray, capsys: Any) ->
     for content, said in (
         (text[:-900], "line 1 is cut short"),
         (text + "\n{]\n", "line 2: not JSON"),
-        (
-            text.replace(base, base[:-4]),
-            "are no whole rows of 2 layers of 8 ids; correct --layers or --top-k",
-        ),
+        (text.replace(base, base[:-4]), "are no whole rows of 2 layers of 8 ids; correct"),
         (text.replace(base, base[:-3]), "characters are no whole base64"),
         (text.replace(base, base[:500] + "\\u0041" + base[506:]), "holds backslashes"),
         (text.replace(base, base[:500] + "!" + base[501:]), "no base64"),
@@ -320,9 +290,9 @@ def test_files_that_are_damaged(tmp_path: Path, ids: np.ndarray, capsys: Any) ->
         ("[1]", "not a response"),
         ("", "holds no rows"),
         (json.dumps(response(ids, 10, completion_tokens=90)), "60 rows; 10 prompt and 90 answer tokens"),
-        (json.dumps(response(ids, 10, prompt_tokens="x")), "meta_info.prompt_tokens is no count"),
-        (json.dumps(response(ids, 10, prompt_tokens=None)), "add --prompt-tokens"),
-        (text.replace('"id', '"id').replace("}}", ', "id": "\\u001b[2J\\n"}}', 1)[:-5], "not JSON"),
+        (text.replace('"prompt_tokens": 5', '"prompt_tokens": "x"'), "line 1: prompt_tokens is no count"),
+        (text.replace('"prompt_tokens": 5', '"prompt_tokens": null'), "add --prompt-tokens"),
+        (text.replace('"prompt_tokens": 5', '"prompt_tokens": 4.5'), "is no count"),
     ):
         path.write_text(content)
         line = refused(capsys, path, "--format", "sglang", *FLAGS)
@@ -358,9 +328,9 @@ def test_files_that_are_damaged(tmp_path: Path, ids: np.ndarray, capsys: Any) ->
     broken = tmp_path / "a.safetensors"
     whole = safetensors_of({"a": ids})
     for content, said in (
-        (whole[:-9], "it is cut short"),
+        (whole[:-9], "the file ends 9 bytes early"),
         (whole[:20], "no whole safetensors file"),
-        (whole[:8] + b"x" * 80, "no safetensors header"),
+        (whole[:8] + b"x" * 800, "no safetensors header"),
         (whole.replace(b"I32", b"F32"), "F32; use whole numbers"),
         (whole.replace(b"[60,2,8]", b"[61,2,8]"), "contradicts itself"),
     ):
@@ -411,3 +381,72 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, ids: np.ndarray) -> None:
 def test_settings_are_checked() -> None:
     with pytest.raises(UserError, match="--block-size 0"):
         ImportSettings(block_size=0)
+
+
+def test_what_sglang_captures_by_default(tmp_path: Path, ids: np.ndarray, capsys: Any) -> None:
+    """Offsets in the prompt's rows, other ones after a prefix-cache hit, and slots in the steps'."""
+    rng = np.random.default_rng(2)
+    slots = as_slots(ids, random_slots(rng, 60, page=4) + 60)
+    prompt = np.where(ids[:20] >= 0, ids[:20] + 300, -1)
+    hit = prompt.copy()
+    hit[:6] = np.where(ids[:6] >= 0, ids[:6] + 9000, -1)
+    path = write_responses(
+        tmp_path / "a.jsonl",
+        response(np.concatenate([ids[:20], slots[20:]]), 20, id="first of its batch"),
+        response(np.concatenate([prompt, slots[20:]]), 20, id="second"),
+        response(np.concatenate([hit, slots[20:]]), 20, id="hit", cached_tokens=6),
+    )
+    run = imported(tmp_path, path, "--format", "sglang", *FLAGS)
+    said = capsys.readouterr().out
+    assert "1 of 3 requests found part of their prompt in the prefix cache" in said
+    assert "decode rows: 120, the engine's slots" in said
+    assert "the prompt's rows are not recorded" in said
+    assert RunReader(run).manifest["selection"]["id_kind"] == "slot"
+    rows = expected(slots)
+    assert list(sets_of(run).values()) == [{t: rows[t] for t in range(20, 60)}] * 3
+    verify(run)
+    assert cli.main(["check", str(path), "--format", "sglang", *FLAGS]) == 1
+    assert "SGLANG_DSA_FUSE_TOPK=0" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_not_to_be_used(tmp_path: Path, ids: np.ndarray, capsys: Any) -> None:
+    """Rows of a prompt that are another request's, before steps that are proven."""
+    ids[2] = [5, 6, 7, -1, -1, -1, -1, -1]
+    path = saved(tmp_path / "a.npy", ids)
+    flags = ("--format", "npy", "--prompt-tokens", PROMPT)
+    assert "prompt rows are mixed: 3 are positions, and 1 are not" in refused(capsys, path, *flags)
+    run = imported(tmp_path, path, *flags, "--prompt-rows", "off")
+    assert min(sets_of(run)["a"]) == PROMPT
+    verify(run)
+
+
+def test_entries_that_nothing_proves(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids = np.stack([[rng.choice((t + 1) // 4, K, replace=False) for _ in range(2)] for t in range(64, 110)])
+    path = saved(tmp_path / "a.npy", ids)
+    run = imported(tmp_path, path, "--format", "npy", "--start", 64, "--unit", "entry", "--unit-tokens", 4)
+    selection = RunReader(run).manifest["selection"]
+    assert (selection["unit"], selection["unit_tokens"], selection["id_kind"]) == ("entry", 4, "slot")
+    verify(run)
+
+
+def test_a_layer_that_was_captured_late(tmp_path: Path, ids: np.ndarray, capsys: Any) -> None:
+    from dsatrace.captures import rows
+
+    ids[:40, 1] = 0
+    path = saved(tmp_path / "a.npy", ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "CHUNK_BYTES", 20 * 2 * K * 4)
+        line = refused(capsys, path, "--format", "npy", "--prompt-tokens", PROMPT)
+    assert "a layer holds zeros at first, and ids from position 40 on" in line
+
+
+def test_the_docs_description_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "import.md").read_text()
+    (example,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "capture.json").write_text(example)
+    described = Description.of(argparse.Namespace(**dict.fromkeys(FLAG_NAMES)), tmp_path / "capture.json")
+    assert described.layer_ids == [0, 1, 2, 6]
+    assert described.of_request("second", "start") == 120
+    assert [name for name in FORMATS if f"`{name}`" not in text] == []
+    assert [key for key in FLAG_NAMES if f"`{key}`" not in text and key != "model"] == []

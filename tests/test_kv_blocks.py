@@ -12,6 +12,7 @@ from dsatrace.kv.blocks import EVICT, BlockPool, Key, OutOfBlocks, blocks_needed
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.policies.stream import AccessStream
 from helpers.policy_streams import prefixes
+from helpers.power import examples
 
 
 def test_blocks_needed_rounds_up() -> None:
@@ -81,7 +82,7 @@ def test_a_pool_has_at_least_one_usable_block() -> None:
 PREFIX_TREES = st.lists(st.lists(st.integers(0, 1), max_size=5), min_size=1, max_size=30)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(PREFIX_TREES, st.integers(6, 14), st.integers(1, 3), st.booleans())
 def test_the_pool_evicts_what_an_lru_policy_evicts(
     words: list[list[int]], num_blocks: int, concurrency: int, leaf: bool

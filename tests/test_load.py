@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import orjson
 import pyarrow as pa
@@ -17,6 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import dsatrace
+from conftest import ROOT
+from dsatrace.captures.diff import diff
 from dsatrace.errors import UserError
 from dsatrace.schema import REQUESTS_FILE, STEP_FIELDS, STEPS_FILE, STEPS_PARQUET_FILE, value_at
 from dsatrace.trace import load as loading
@@ -30,6 +34,7 @@ from helpers.golden_run import write_golden
 from helpers.kind_runs import KINDS, write_kind
 from helpers.resume_samples import serve
 
+OPEN = ROOT / "data" / "traces" / "needle-2k" / "2k"
 FORMATS = ("jsonl", "parquet", "replay")
 WAYS = ("golden", "blocks", *KINDS)
 
@@ -171,6 +176,35 @@ def test_arrow_streams_batch_by_batch(runs: Path, monkeypatch: pytest.MonkeyPatc
         assert pa.table(run.records) == run.records.to_arrow()
 
 
+def test_a_large_run_is_read_in_little_memory(tmp_path: Path) -> None:
+    """The open trace thirty times over, 113 MB as a table: batches and one layer hold a small part of it."""
+    shutil.copytree(OPEN, tmp_path / "run")
+    path = tmp_path / "run" / STEPS_PARQUET_FILE
+    table = pq.read_table(path)
+    with parquet.open_writer(path, table.schema, keep_order=True) as writer:
+        for i in range(30):
+            names = pa.array([f"{i}.{name}" for name in table["request_id"].to_pylist()])
+            writer.write_table(table.set_column(1, "request_id", names), row_group_size=520)
+    code = """
+import sys, pyarrow as pa, dsatrace
+pa.set_memory_pool(pa.system_memory_pool())  # which gives back at once
+pool, run, told = pa.default_memory_pool(), dsatrace.load(sys.argv[1]), []
+start = pool.max_memory()
+assert sum(len(batch) for batch in run.records.batches()) == 30 * 2080
+told.append(pool.max_memory() - start)
+assert run.selections(run.request_ids[-1], 3).array().shape == (65, 192)
+told.append(pool.max_memory() - start)
+told.append(run.records.to_arrow().nbytes)
+print(*told)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, check=True
+    )
+    streamed, one_layer, whole = map(int, done.stdout.split())
+    assert whole > 100_000_000
+    assert 0 < streamed <= one_layer < whole / 10
+
+
 def test_one_layer_is_read_alone(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Laid out for replay, a layer's selections are a few row groups; of JSON lines its lines are parsed."""
     run = load(runs / "golden" / "replay")
@@ -198,6 +232,22 @@ def test_one_layer_is_read_alone(runs: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("dsatrace.trace.selections.orjson.loads", counted_loads)
     assert len(run.selections(request, 2)) == 6
     assert sum(b"dsa_topk" in text for text in parsed) == 6
+
+
+def test_a_run_at_a_url_is_the_same(runs: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(runs / "golden"), "/loaded", recursive=True)
+    try:
+        for format_ in FORMATS:
+            there, here = load(f"memory://loaded/{format_}"), load(runs / "golden" / format_)
+            assert there.records.to_arrow() == here.records.to_arrow()
+            assert there.selections("r1", 2).array().tolist() == here.selections("r1", 2).array().tolist()
+        assert diff(load("memory://loaded/replay"), load(runs / "golden" / "jsonl")).num_differing == 0
+        assert list(dsatrace.tables("memory://loaded/jsonl")) == list(
+            dsatrace.tables(runs / "golden" / "jsonl")
+        )
+    finally:
+        memory.rm("/loaded", recursive=True)
 
 
 def test_a_killed_run_gives_its_whole_lines(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from dsatrace.runner.settings import Granularity, PrefetchKind
 from dsatrace.workloads.request import Request
 from helpers.memory_store import MemoryStore
 from helpers.models import SMALL, SelectionLog, prefill, random_model, random_tokens
+from helpers.power import examples
 
 BLOCK = 8
 GRANULARITIES = get_args(Granularity)
@@ -158,7 +159,7 @@ def check_conservation(cache: OffloadedCache) -> None:
     assert total.missed_units <= total.requested_units
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(cases(), st.data())
 def test_the_same_run_at_any_capacity(case: Case, data: st.DataObject) -> None:
     expected = case.serve(case.all_hbm())

@@ -35,7 +35,7 @@ NAMES = {
     "formula": "$x^",
     "formulas": "$\\frac{$ and $x_{$",
     "path": "../../x",
-    "long": "n" * 20_000,
+    "long": "n" * (MAX_CHARS + 1_000),
     "override": f"{OVERRIDE}eman",
 }
 HALF = "\ud800"

@@ -62,9 +62,10 @@ def check_parents_stay(stream: AccessStream, name: str, capacity: int) -> None:
     cached: set[int] = set()
     evictions = iter(result.evictions.tolist())
     upcoming = next(evictions, None)
+    parents = stream.parents.tolist()
     for request in range(stream.num_requests):
         while upcoming is not None and upcoming[0] == request:
-            assert not [block for block in cached if stream.parents[block] == upcoming[1]], name
+            assert upcoming[1] not in {parents[block] for block in cached}, name
             cached.discard(upcoming[1])
             upcoming = next(evictions, None)
         begin = stream.starts[request]

@@ -13,9 +13,10 @@ from dsatrace.selection_replay import layer_overlap, predictors
 from dsatrace.selection_replay.layer_overlap import LayerOverlap, sharing_of, suggest_sharing
 from dsatrace.selection_replay.predictors import PREDICTORS, predictions_of
 from dsatrace.selection_replay.steps import Steps
+from helpers.power import examples
 from helpers.visible_steps import chance_of, sets_of, visible_steps
 
-SETTINGS = settings(max_examples=60, deadline=None)
+SETTINGS = settings(max_examples=examples(20), deadline=None)
 SLIDING = [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5], [3, 4, 5, 6]]
 
 

@@ -6,7 +6,6 @@ import concurrent.futures
 import csv
 import dataclasses
 import json
-import os
 import random
 import zlib
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 
 from dsatrace.commands.replay import main
 from dsatrace.errors import UserError
-from dsatrace.processes import call_in_processes
 from dsatrace.selection_replay import replay
 from dsatrace.selection_replay.kept import KeptResults
 from dsatrace.selection_replay.replay import Work, find_work, replay_all, replay_part
@@ -153,11 +151,6 @@ def test_a_shard_opens_only_its_own_files(run: Path, tmp_path: Path, monkeypatch
         path.unlink()
     found = find_work([tmp_path / "run"], SETTINGS, (0, 2))
     assert {span.path for work in found for part in work.parts for span in part.spans} == set(paths[::2])
-
-
-def test_a_killed_process_is_said_to_be() -> None:
-    with pytest.raises(UserError, match="a process of --jobs was killed"):
-        list(call_in_processes(os._exit, [9, 9], jobs=2))
 
 
 def test_a_part_of_other_content_is_replayed(parts: list[Work]) -> None:

@@ -26,6 +26,7 @@ from dsatrace.workloads.data_set import Find, Flag, OpenedWorkload, PromptSettin
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import SHAREGPT, ShareGPTLoader, ShareGPTWorkload
 from helpers.command_runs import runs_below, told_error, until_lines
+from helpers.forked import Started
 from helpers.json_lines import read_json_lines
 from helpers.ranks import on_ranks
 from helpers.real_data import real_file
@@ -315,8 +316,10 @@ def spawn(*flags: object, cwd: Path = ROOT) -> subprocess.Popen:
 
 @pytest.mark.parametrize("folder", [ROOT, INFERENCE], ids=["root", "inference"])
 def test_runs_from_the_root_and_from_inference(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
-    done = spawn("--ckpt-path", checkpoint, "--config", CONFIG, "--trace-out", tmp_path / "r", *RULER,
-                 "--limit", 1, cwd=folder)  # fmt: skip
+    """The model from the root; the simulator, which imports no torch, from `inference`."""
+    model = ("--ckpt-path", checkpoint, "--config", CONFIG)
+    how = model if folder == ROOT else ("--runner", "simulator")
+    done = spawn(*how, "--trace-out", tmp_path / "r", *RULER, "--limit", 1, cwd=folder)
     out, err = done.communicate(timeout=600)
     assert done.returncode == 0, err
     assert "ruler: generator" in out
@@ -338,7 +341,8 @@ def test_two_ranks_serve_the_same_requests(tiny_hf: Path, tmp_path: Path, run: R
 def test_ctrl_c_leaves_a_run_that_resume_completes(checkpoint: Path, tmp_path: Path, run: Run) -> None:
     flags = (*RULER, "--limit", 6, "--batch-size", 1, "--max-new-tokens", 24)
     folder = tmp_path / "stopped"
-    process = spawn("--ckpt-path", checkpoint, "--config", CONFIG, "--trace-out", folder, *flags)
+    where = ("--ckpt-path", checkpoint, "--config", CONFIG, "--trace-out", folder)
+    process = Started((*where, *flags), tmp_path / "said")
     until_lines(process, folder / "requests.jsonl", 2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=600)

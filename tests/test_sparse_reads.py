@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import INFERENCE, ROOT
+from conftest import INFERENCE
 from dsatrace.model.batch import Batch, Span
+from dsatrace.model.config import ModelArgs
+from helpers.forked import call
 from helpers.models import SMALL, SelectionLog, new_cache, prefill, random_model, random_tokens
 
 CONTEXT = 400
@@ -42,38 +43,30 @@ def test_decode_reads_only_the_selected_latents():
     assert decode(model, cache, tokens[CONTEXT]).isnan().any(), "a selected one does matter"
 
 
+def peak_bytes() -> int:
+    """Not getrusage: its peak is inherited from the parent process."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+def prefill_at_32k(said: Path) -> None:
+    torch.set_num_threads(2)
+    args = ModelArgs.from_json(INFERENCE / "config_tiny.json")
+    model, length, chunk = random_model(args), 32768, 256
+    before = peak_bytes()
+    cache = new_cache(model, length)
+    for tensor in (*cache.latent, *cache.index_k, *cache.index_scale):
+        tensor.normal_()
+    for start in (0, length - chunk):
+        span = Span(range(cache.num_blocks), start, random_tokens(chunk, args))
+        assert model(Batch.build([span], cache.block_size), cache).isfinite().all()
+    said.write_text(f"{peak_bytes() - before}")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-def test_prefill_at_32k_stays_within_2_gb():
-    """The last chunks of a 32K prompt, where a chunk costs most, in a process of their own."""
-    script = f"""
-        import sys, torch
-        from pathlib import Path
-        sys.path[:0] = [{str(INFERENCE)!r}, {str(ROOT / "tests")!r}]
-        from helpers.models import ModelArgs, new_cache, random_model, random_tokens
-        from dsatrace.model.batch import Batch, Span
-        torch.set_num_threads(2)
-        args = ModelArgs.from_json({str(INFERENCE / "config_tiny.json")!r})
-        model, length, chunk = random_model(args), 32768, 256
-
-        def peak():  # not getrusage: its peak is inherited from the parent process
-            status = Path("/proc/self/status").read_text().splitlines()
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-
-        before = peak()
-        cache = new_cache(model, length)
-        for tensor in (*cache.latent, *cache.index_k, *cache.index_scale):
-            tensor.normal_()
-        for start in (0, length - 2 * chunk, length - chunk):
-            span = Span(range(cache.num_blocks), start, random_tokens(chunk, args))
-            assert model(Batch.build([span], cache.block_size), cache).isfinite().all()
-        print(peak() - before)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=600,
-    )
-    extra_bytes = int(done.stdout)
-    assert 10e6 < extra_bytes < 2e9
+def test_prefill_at_32k_stays_within_2_gb(tmp_path: Path) -> None:
+    """The last chunk of a 32K prompt, where a chunk costs most, in a process of its own."""
+    process = call(prefill_at_32k, tmp_path / "extra_bytes")
+    process.join()
+    assert process.exitcode == 0
+    assert 10e6 < int((tmp_path / "extra_bytes").read_text()) < 2e9

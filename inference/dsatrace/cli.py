@@ -20,6 +20,7 @@ VERBS = {
     "check": Verb("dsatrace.commands.check", "what a capture or a run really is, and if it was sparse"),
     "report": Verb("dsatrace.commands.report", "tables and a picture of a traced run"),
     "replay": Verb("dsatrace.commands.replay", "what a hot buffer of any size would have missed"),
+    "diff": Verb("dsatrace.commands.diff", "whether two runs of the same tokens selected the same"),
     "export": Verb(
         "dsatrace.commands.export", "a run's records to Parquet, for replay, or back to JSON lines"
     ),

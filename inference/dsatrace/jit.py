@@ -31,6 +31,7 @@ config: Any = numba_config
 
 _PARTS = {
     "dsatrace.trace": "the trace's writer",
+    "dsatrace.captures": "the detector of captures",
     "dsatrace.kv.stores": "the stores",
     "dsatrace.kv.simulation": "the block pool's simulator",
     "dsatrace.kv.policies": "the eviction policies",

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
 from typing import TypeVar
 
 from dsatrace.errors import UserError
@@ -30,7 +33,8 @@ def call_in_processes(
     if jobs <= 1:
         yield from ((index, function(argument)) for index, argument in enumerate(arguments))
         return
-    pool = concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, spawn, initializer=_end_with_parent)
     try:
         running = {pool.submit(function, argument): index for index, argument in enumerate(arguments)}
         for future in concurrent.futures.as_completed(running):
@@ -42,6 +46,18 @@ def call_in_processes(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Else the processes of a pool outlive one that was killed, with all that they hold."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def in_order(results: Iterable[tuple[int, R]]) -> Iterator[R]:

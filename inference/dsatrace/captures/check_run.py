@@ -10,17 +10,12 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from dsatrace.captures.detector import Detector, Found
-from dsatrace.errors import UserError
+from dsatrace.captures.run_arrays import kind_of, recorded_rows
 from dsatrace.text import plain
 from dsatrace.trace.kind import SelectionKind
-from dsatrace.trace.manifest import selection_kind
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.selections import RequestSelections, read_selections
-
-_CHUNK_BYTES = 16 << 20
+from dsatrace.trace.selections import read_selections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,41 +29,18 @@ class Checked:
 def check_run(folder: Path, advance: Callable[[int], None] = lambda num_records: None) -> Checked:
     """Raises `UserError` for a folder that is no run, or whose records hold no ids."""
     run = RunReader(folder)
-    kind = selection_kind(run.manifest)
-    if kind is None:
-        raise UserError(f"{folder}: its manifest does not say what was selected; record it anew")
-    if run.manifest["trace"]["level"] != "full":
-        raise UserError(f"{folder}: its records hold no ids; record with --trace-level full")
-    detector, num_records = Detector(kind), 0
+    kind = kind_of(run)
+    # A hook may see fewer ids than top-k: sets without those that attention reads in any case.
+    detector, num_records = Detector(kind, False if kind.door in ("attach", "layerwise") else None), 0
     for request in read_selections(run):
         prompt_tokens = request.num_prompt_tokens or 0
-        for first, ids in _rows(request, kind):
+        for first, ids in recorded_rows(request, kind):
             detector.add(request.request_id, first, prompt_tokens, ids)
             num_records += ids.shape[0] * ids.shape[1]
             advance(ids.shape[0] * ids.shape[1])
         detector.end(request.request_id)
     found = detector.found()
     return Checked(list(_findings(run, kind, found)), list(_problems(kind, found, num_records)))
-
-
-def _rows(request: RequestSelections, kind: SelectionKind) -> Iterator[tuple[int, np.ndarray]]:
-    """Stretches of consecutive rows: the first's position, and (R, S, K) int32."""
-    layers = list(request.layers.values())
-    seq_len, width = layers[0].seq_len, kind.max_width
-    num_sets = len(kind.set_layers)
-    if len(layers) != num_sets or any(len(one.seq_len) != len(seq_len) for one in layers):
-        raise UserError(f"request {plain(request.request_id)}: layers are missing; see `dsatrace verify`")
-    size = max(_CHUNK_BYTES // (4 * num_sets * width), 1)
-    bounds = np.flatnonzero(np.diff(seq_len) != 1) + 1
-    for stretch in np.split(np.arange(len(seq_len)), bounds):
-        for at in range(0, len(stretch), size):
-            rows = stretch[at : at + size]
-            ids = np.full((len(rows), num_sets, width), -1, dtype=np.int32)
-            for s, layer in enumerate(layers):
-                for r, row in enumerate(rows.tolist()):
-                    held = layer.ids[layer.ptr[row] : layer.ptr[row + 1]]
-                    ids[r, s, : len(held)] = held[:width]
-            yield int(seq_len[rows[0]]) - 1, ids
 
 
 def _findings(run: RunReader, kind: SelectionKind, found: Found) -> Iterator[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -72,6 +72,15 @@ class Description:
         given = {name: value for name, value in values_of(args, FLAGS).items() if value is not None}
         return cls(**{**(_read(file) if file else {}), **given})
 
+    def with_said(self, said: Mapping[str, Any]) -> Description:
+        """With what a capture says of itself, where nothing was given."""
+        return dataclasses.replace(
+            self, **{name: value for name, value in said.items() if getattr(self, name) is None}
+        )
+
+    def with_layers(self, layer_ids: Sequence[int]) -> Description:
+        return dataclasses.replace(self, layers=layers_text(layer_ids))
+
     @property
     def layer_ids(self) -> list[int] | None:
         """The model's layer of each row's set, ascending."""
@@ -94,6 +103,8 @@ class Description:
             )
         layer_ids = list(range(num_sets // heads)) if layer_ids is None else layer_ids
         unit = self.unit or unit
+        if unit != "expert" and self.experts is not None:
+            raise UserError(f"--experts {self.experts}: its ids are of unit {unit}; leave it out")
         if unit == "expert" and self.experts is None:
             raise UserError("--experts is missing: say from how many experts each layer chooses")
         layers = [Layer(0, heads=0)] * (layer_ids[-1] + 1)
@@ -119,6 +130,11 @@ class Description:
 
 
 FLAGS = flags_of(Description)
+
+
+def layers_text(layer_ids: Sequence[object]) -> str:
+    """As the flag has it."""
+    return ",".join(f"{layer}-{layer}" for layer in layer_ids)
 
 
 def _layer_ids(text: str) -> list[int]:
@@ -160,7 +176,7 @@ def _read(path: Path) -> dict[str, Any]:
     if type(layers) is int:
         record["layers"] = str(layers)
     elif isinstance(layers, list):
-        record["layers"] = ",".join(f"{layer}-{layer}" for layer in layers)
+        record["layers"] = layers_text(layers)
     for key, value in record.items():
         _check_key(path, key, value)
     return record

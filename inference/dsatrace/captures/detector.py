@@ -35,9 +35,9 @@ What = Literal["position", "ragged", "slot", "undetermined", "not captured", "mi
 
 _SORTED_BYTES = 16 << 20
 """Of ids that are sorted at a time."""
-_MEASURED_BYTES = 7 * 8
+_MEASURED_BYTES = 8 * 8
 """Of a row and set, in `_measure`."""
-_COUNT, _LOW, _HIGH, _TWICE, _SHARED, _NEW, _FUTURE = range(7)
+_COUNT, _LOW, _HIGH, _TWICE, _SHARED, _NEW, _FUTURE, _SAME = range(8)
 """Columns of `_measure`."""
 MIN_EQUAL_ROWS = 8
 """Rows past top-k in which a layer must repeat the one before it to be called shared."""
@@ -127,12 +127,14 @@ class Found:
 class Detector:
     """Fed with every row of a capture, request by request or side by side."""
 
-    def __init__(self, kind: SelectionKind) -> None:
+    def __init__(self, kind: SelectionKind, is_exact: bool | None = None) -> None:
+        """`is_exact`: a row must hold as many ids as it can; None: as the unit has it."""
         self._kind = kind
         num_sets = len(kind.set_layers)
-        self._is_exact = kind.unit in ("token", "expert")
+        self._is_exact = kind.unit in ("token", "expert") if is_exact is None else is_exact
         self._prompt, self._decode = PhaseFound(), PhaseFound()
-        self._last: dict[str, tuple[int, np.ndarray]] = {}  # of each live request: its last row, sorted
+        self._last: dict[str, tuple[int, np.ndarray]] = {}  # of each live request: its last row, sorted,
+        # if it was captured
         self._bases: dict[str, int] = {}
         self._pairs, self._shared, self._selected = np.zeros((3, num_sets), dtype=np.int64)
         self._chance = np.zeros(num_sets)
@@ -174,11 +176,16 @@ class Detector:
         before = np.full((1, num_sets, width), -1, dtype=ids.dtype)
         if request in self._last and self._last[request][0] == first - 1:
             before = self._last[request][1]
-        measured = _measure(ordered, before, visible)  # (R, S, 7) int64
-        self._last[request] = first + num_rows - 1, ordered[-1:].copy()
+        measured = _measure(ordered, before, visible)  # (R, S, 8) int64
         count, low, high = measured[..., _COUNT], measured[..., _LOW], measured[..., _HIGH]
         is_zero = (high == 0) & (count == width) & (kind.top_k > 1)
         is_captured = ~is_zero.any(axis=1)  # (R,)
+        # Rows of the prompt and of steps may name ids in two ways, and zeros are nobody's.
+        follows = np.concatenate([[True], is_captured[:-1]]) & (position != prompt_tokens)
+        measured[~follows, :, _SHARED] = -1
+        self._last.pop(request, None)
+        if is_captured[-1]:
+            self._last[request] = first + num_rows - 1, ordered[-1:].copy()
         many, is_twice = np.minimum(visible[:, None], kind.top_k), measured[..., _TWICE] > 0
         is_counted = (count == many) if self._is_exact else (count > 0) & (count <= many)
         is_counted &= ~is_twice
@@ -214,7 +221,7 @@ class Detector:
                 s = int((~fits[row]).argmax())
                 why = _why(measured[row, s], int(many[row, s]), int(visible[row]), bool(is_counted[row, s]))
                 phase.first_broken = Broken(request, int(position[row]), s, why)
-        self._add_sparse(ordered, measured, visible, is_captured)
+        self._add_sparse(measured, visible, is_captured)
 
     def _base(self, request: str, first: int, low: np.ndarray) -> int:
         """The id of the request's first token, where its row 0 was captured."""
@@ -223,9 +230,7 @@ class Detector:
             self._bases[request] = int(low[0, 0]) if same and low[0, 0] > 0 else 0
         return self._bases.get(request, 0)
 
-    def _add_sparse(
-        self, ordered: np.ndarray, measured: np.ndarray, visible: np.ndarray, is_captured: np.ndarray
-    ) -> None:
+    def _add_sparse(self, measured: np.ndarray, visible: np.ndarray, is_captured: np.ndarray) -> None:
         kind = self._kind
         self._longest = max(self._longest, int(visible.max(initial=0)))
         is_sparse = (visible[:, None] > kind.top_k) & is_captured[:, None]  # (R, S)
@@ -245,9 +250,7 @@ class Detector:
         self._chance += chance.sum(axis=0)
         whole = is_sparse.all(axis=1)
         self._sparse_rows += int(whole.sum())
-        if len(self._equal) > 1 and whole.any():
-            same = (ordered[whole, 1:] == ordered[whole, :-1]).all(axis=2)
-            self._equal[1:] += same.sum(axis=0)
+        self._equal += measured[whole, :, _SAME].sum(axis=0)
 
 
 def _why(measured: np.ndarray, many: int, visible: int, is_counted: bool) -> str:
@@ -264,9 +267,10 @@ def _why(measured: np.ndarray, many: int, visible: int, is_counted: bool) -> str
 @cached_njit(nogil=True)
 def _measure(ordered, before, visible):  # type: ignore[no-untyped-def]
     """Per row and set: valid ids, the lowest, the highest, repeats; ids shared with the row before and new
-    against it (-1: there is none); ids 0, 1, 2, ... in unbroken order that the query can see."""
+    against it (-1: there is none); ids 0, 1, 2, ... in unbroken order that the query can see; whether the
+    set before it is equal."""
     rows, sets, width = ordered.shape
-    out = np.zeros((rows, sets, 7), np.int64)
+    out = np.zeros((rows, sets, 8), np.int64)
     for r in range(rows):
         for s in range(sets):
             row = ordered[r, s]
@@ -297,4 +301,5 @@ def _measure(ordered, before, visible):  # type: ignore[no-untyped-def]
             out[r, s, 4] = shared if had_last else -1
             out[r, s, 5] = count - shared if had_last else -1
             out[r, s, 6] = run
+            out[r, s, 7] = s > 0 and (row == ordered[r, s - 1]).all()
     return out

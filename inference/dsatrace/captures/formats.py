@@ -31,4 +31,10 @@ class Format:
 FORMATS = {
     "npy": Format("npy:open_arrays", "arrays (rows, layers, k) in .npy, .npz or .safetensors"),
     "sglang": Format("sglang:open_responses", "SGLang's responses, one per line, with indexer_topk"),
+    "sgltopk1": Format("sgltopk1:open_log", "the SGLTOPK1 log of a fork of SGLang"),
+    "vllm": Format("vllm:open_responses", "vLLM's responses, as proposed, with indexer_topk"),
+    "routed-experts": Format(
+        "routed_experts:open_responses", "responses of SGLang or vLLM with routed_experts", "expert"
+    ),
+    "route-trace": Format("route_trace:open_trace", "colibri's ROUTE_TRACE text", "expert"),
 }

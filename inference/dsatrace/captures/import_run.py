@@ -1,27 +1,25 @@
-"""From captures to a run: look at every row, conclude what the ids are, then write.
+"""From captures that were examined to a run.
 
-The captures are read twice, a few rows at a time: the detector sees all of them before the run's folder
-appears, and the folder appears whole or not at all. Rows that were never captured split a request:
-each stretch of rows without a gap is a request of the run, so that its steps are consecutive.
+The captures are read a second time, a few rows at a time, and the run's folder appears whole or not at
+all. Rows that were never captured split a request: each stretch of rows without a gap is a request of
+the run, so that its steps are consecutive.
 
-    examined = examine(paths, "sglang", description)
-    run = write_run(examined, Path("outputs/mine"))
-    run.num_rows, examined.findings()
+    imported = write_run(examined, Path("outputs/mine"))
+    imported.num_rows
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 
-from dsatrace.captures.description import Description
-from dsatrace.captures.detector import Broken, Detector, Found, PhaseFound
+from dsatrace.captures.examine import Examined
 from dsatrace.captures.formats import FORMATS
-from dsatrace.captures.rows import Advance, Capture, CapturedRequest, one_shape, request_name
+from dsatrace.captures.rows import Advance, Capture, CapturedRequest, request_name
 from dsatrace.errors import UserError
 from dsatrace.flags import Flag, check, flags_of
 from dsatrace.kv.layout import named_layouts
@@ -34,10 +32,6 @@ from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.tracer import Tracer
 
-REMEDY = (
-    "start SGLang with SGLANG_DSA_FUSE_TOPK=0 and --disable-radix-cache, so that ids are positions and no "
-    "row is another request's; for other engines see docs/import.md"
-)
 LAYOUTS = named_layouts(kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128)
 
 
@@ -70,167 +64,6 @@ IMPORT_FLAGS = flags_of(ImportSettings)
 
 
 @dataclasses.dataclass(frozen=True)
-class Examined:
-    """Captures, and what the detector found in them."""
-
-    paths: Sequence[Path]
-    format: str
-    captures: Sequence[Capture]
-    kind: SelectionKind  # as if ids were positions
-    found: Found
-    described: Description
-
-    @property
-    def id_kind(self) -> Literal["position", "slot"]:
-        """What a run's ids are called: only what is proven, or declared, is called a position."""
-        if self.kind.unit == "expert":
-            return "position"
-        if self.described.ids is not None:
-            return self.described.ids
-        return "position" if self._judged.what == "position" else "slot"
-
-    @property
-    def _judged(self) -> PhaseFound:
-        return self.found.decode
-
-    def findings(self) -> Iterator[str]:
-        """What was concluded, one line each."""
-        for capture in self.captures:
-            yield from capture.notes
-        found = self.found
-        for name, phase in (("prompt", found.prompt), ("decode", found.decode)):
-            if phase.rows:
-                yield f"{name} rows: {phase.rows:,}, {_said(phase, self.kind)}"
-            if phase.not_captured:
-                request, position = phase.first_not_captured or ("", 0)
-                yield (
-                    f"{name} rows left out: {phase.not_captured:,} of zeros, which were never captured, the "
-                    f"first of request {plain(request)} at position {position}"
-                )
-        if self.id_kind == "slot" and found.decode.what == "undetermined":
-            yield (
-                "decode ids are recorded as slots: past top-k, slots can pass for positions; if the server "
-                "emits positions (SGLANG_DSA_FUSE_TOPK=0, HiSparse), say --ids position"
-            )
-        if found.overlaps.share is not None:
-            yield (
-                f"step overlap past top-k: {found.overlaps.share:.1%}, by chance {found.overlaps.chance:.1%}"
-            )
-        if shared := found.shared_with_before:
-            layers = self.kind.set_layers
-            pairs = ", ".join(f"{layers[s]}={layers[s - 1]}" for s in shared[:16])
-            yield f"layers equal to the one before them in every row: {pairs}{' ...' * (len(shared) > 16)}"
-
-    def problems(self) -> Iterator[str]:
-        """What makes it another thing than it claims to be, each with a remedy."""
-        found, declared = self.found, self.described.ids
-        if not found.rows:
-            yield "holds no rows: the engine captured nothing; check its flags and its log"
-            return
-        if found.prompt.what in ("not captured", "no rows") and found.decode.what in (
-            "not captured",
-            "no rows",
-        ):
-            yield f"none of its {found.rows:,} rows was captured: all are zeros; check the engine's flags"
-            return
-        for name, phase in (("decode", found.decode), ("prompt", found.prompt)):
-            broken = phase.first_broken
-            if broken is None:
-                continue
-            if self.kind.unit == "expert":
-                yield f"{self._where(broken)}: no routing of experts; correct --top-k, --experts or --layers"
-            elif phase.what == "mixed" and phase.proven:
-                yield (
-                    f"{name} rows are mixed: {phase.proven:,} are positions, and {phase.broken:,} are not: "
-                    f"{self._where(broken)}; {REMEDY}"
-                )
-            elif phase.what == "mixed":
-                yield (
-                    f"{self._where(broken)}; either --start, --layers or --top-k is not the capture's, or "
-                    f"the row is another request's: {REMEDY}"
-                )
-            elif declared == "position" and phase is found.decode:
-                yield f"--ids position: {self._where(broken)}, so these are {phase.what}s; {REMEDY}"
-        if self.kind.unit != "expert" and not self.num_active:
-            yield self._inactive()
-
-    @property
-    def num_active(self) -> int:
-        if self.described.ids is not None:
-            is_position = self.described.ids == "position"
-            return self.found.active_positions if is_position else self.found.active_slots
-        return self.found.num_active
-
-    def _inactive(self) -> str:
-        if not self.found.sparse_records:
-            return (
-                f"sparse attention was never active: no row chooses from more than {self.kind.max_width} "
-                f"ids, the longest from {self.found.longest}; capture a longer context"
-            )
-        return (
-            f"sparse attention was never active: each of {self.found.sparse_records:,} sets past top-k is "
-            "the newest ids and no others; check that the engine ran it"
-        )
-
-    def _where(self, broken: Broken) -> str:
-        layer, head = self.kind.set_layers[broken.set_index], self.kind.set_heads[broken.set_index]
-        of_head = "" if head is None else f", KV head {head}"
-        return (
-            f"request {plain(broken.request)}, row of position {broken.position}, layer {layer}{of_head}: "
-            f"{broken.why}"
-        )
-
-
-def _said(phase: PhaseFound, kind: SelectionKind) -> str:
-    if kind.unit == "expert":
-        return "experts" if not phase.broken else f"{phase.broken:,} of them no routing"
-    what = {
-        "position": f"positions ({phase.proven:,} rows within top-k prove it)",
-        "ragged": "offsets into a batch, repaired: minus row 0's id",
-        "slot": f"the engine's slots ({phase.broken:,} rows cannot be positions)",
-        "undetermined": "undetermined: no row within top-k proves what the ids are",
-        "mixed": f"mixed: {phase.broken:,} rows contradict the others",
-        "not captured": "never captured",
-        "no rows": "none",
-    }[phase.what]
-    return what + (f"; {phase.future:,} with future ids, which are cut" if phase.future else "")
-
-
-def open_captures(paths: Sequence[Path], format: str, described: Description) -> list[Capture]:
-    """Looks through the files for the requests that they hold."""
-    taken: set[str] = set()
-    return [FORMATS[format].open(path, described, taken) for path in paths]
-
-
-def examine(
-    paths: Sequence[Path],
-    format: str,
-    described: Description,
-    captures: Sequence[Capture],
-    advance: Advance = lambda num_bytes: None,
-) -> Examined:
-    """Every row through the detector. Raises `UserError` for captures without a row."""
-    requests = [request for capture in captures for request in capture.requests]
-    if not sum(request.num_rows for request in requests):
-        raise UserError(
-            f"{plain(paths[0])}: holds no rows: the engine captured nothing; check its flags and its log"
-        )
-    opened = zip(paths, captures, strict=True)
-    shape = one_shape([(str(path), capture.shape) for path, capture in opened if capture.requests])
-    kind = described.kind(FORMATS[format].unit, shape)
-    detector = Detector(kind)
-    for capture in captures:
-        left = [request.num_rows for request in capture.requests]
-        for chunk in capture.chunks({}, advance):
-            request = capture.requests[chunk.request]
-            detector.add(request.name, chunk.first, request.prompt_tokens, chunk.ids)
-            left[chunk.request] -= len(chunk.ids)
-            if not left[chunk.request]:
-                detector.end(request.name)
-    return Examined(paths, format, captures, kind, detector.found(), described)
-
-
-@dataclasses.dataclass(frozen=True)
 class Imported:
     """What was written."""
 
@@ -250,7 +83,9 @@ def write_run(
 ) -> Imported:
     """Writes the run; `out` must be new or empty. Raises `UserError`, and leaves nothing behind."""
     settings = settings or ImportSettings()
-    for problem in examined.problems():
+    prompt = examined.found.prompt
+    needs_prompt = examined.id_kind == "position" or prompt.miscounted > 0  # miscounted: a wrong --start
+    for problem in examined.problems(of_prompt=settings.prompt_rows == "last" and needs_prompt):
         if not (settings.allow_inactive and problem.startswith("sparse attention was never active")):
             remedy = ", or add --allow-inactive" if problem.startswith("sparse attention") else ""
             raise UserError(f"{plain(examined.paths[0])}: {problem}{remedy}")

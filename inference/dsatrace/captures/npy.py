@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import tokenize
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +32,8 @@ from dsatrace.captures.rows import (
 )
 from dsatrace.errors import UserError
 
+_NO_HEADER = (ValueError, EOFError, SyntaxError, TypeError, LookupError, RecursionError, tokenize.TokenError)
+"""What numpy raises for a damaged header, which it reads as Python's text."""
 _HEADER_BYTES = 1 << 16
 _MOST_HEADER_BYTES = 100 << 20
 _SAFETENSORS = {"I8": "i1", "U8": "u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8"}
@@ -110,8 +114,10 @@ def _npy_header(file: IO[bytes], place: str) -> tuple[tuple[int, ...], np.dtype,
     try:
         version = form.read_magic(file)
         read = form.read_array_header_1_0 if version == (1, 0) else form.read_array_header_2_0
-        shape, is_fortran, dtype = read(file)
-    except (ValueError, EOFError, SyntaxError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers from Python 2
+            shape, is_fortran, dtype = read(file)
+    except _NO_HEADER as error:
         raise UserError(f"{place}: no array of numpy's: {error}; save it with numpy.save") from error
     if dtype.hasobject or (is_fortran and len(shape) > 1):
         what = "pickled objects" if dtype.hasobject else "columns first"

@@ -15,7 +15,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,6 +26,9 @@ CHUNK_BYTES = 16 << 20
 """Of ids that are read at a time."""
 ROW_BYTES = 64 << 20
 """A row with more is none of a model's."""
+
+MIN_ROWS = 8
+"""Rows that must be alike before a layer is called silent."""
 
 Advance = Callable[[int], None]  # so many more bytes were read
 
@@ -60,6 +63,7 @@ class Capture(Protocol):
     requests: Sequence[CapturedRequest]
     shape: tuple[int, int]
     notes: Sequence[str]  # what the user must know: a torn end, for example
+    said: Mapping[str, Any]  # what the file says of itself: fields of `Description`
     num_bytes: int  # that all chunks together report
 
     def chunks(self, starts: Mapping[int, int], advance: Advance) -> Iterator[Chunk]:
@@ -131,7 +135,7 @@ class ArrayRows:
     """Rows of an array in C order: (rows, layers, k), (rows, k), or (rows, layers, heads, k)."""
 
     def __init__(self, source: Source, dtype: np.dtype, shape: Sequence[int]) -> None:
-        if dtype.kind not in "iu" or not 2 <= len(shape) <= 4 or min(shape[1:]) < 1:
+        if dtype.kind not in "iu" or not 2 <= len(shape) <= 4 or min(shape[1:]) < 1 or shape[0] < 0:
             raise UserError(
                 f"{source.place}: {dtype} of shape {tuple(shape)}; use whole numbers of (rows, layers, k)"
             )
@@ -169,6 +173,7 @@ class ArrayCapture:
         self, requests: Sequence[CapturedRequest], arrays: Sequence[ArrayRows], notes: Sequence[str] = ()
     ) -> None:
         self.requests, self.notes, self._arrays = requests, notes, arrays
+        self.said: Mapping[str, Any] = {}
         self.num_bytes = sum(rows.num_bytes for rows in arrays)
         self.shape = one_shape([(one.place, rows.shape) for one, rows in zip(requests, arrays, strict=True)])
 
@@ -176,6 +181,42 @@ class ArrayCapture:
         for i, (request, rows) in enumerate(zip(self.requests, self._arrays, strict=True)):
             skipped = min(max(starts.get(i, 0) - request.first, 0), rows.num_rows)
             yield from rows.chunks(i, request.first, skipped, advance)
+
+
+class WithoutSets:
+    """A capture without some of its sets: those of layers that select nothing."""
+
+    def __init__(self, capture: Capture, left_out: Sequence[int]) -> None:
+        self._capture, self._left_out = capture, list(left_out)
+        self._kept = np.setdiff1d(np.arange(capture.shape[0]), left_out)
+        self.requests, self.num_bytes = capture.requests, capture.num_bytes
+        self.notes, self.said = capture.notes, capture.said
+        self.shape = len(self._kept), capture.shape[1]
+
+    def chunks(self, starts: Mapping[int, int], advance: Advance) -> Iterator[Chunk]:
+        for chunk in self._capture.chunks(starts, advance):
+            if chunk.ids[:, self._left_out].any():
+                place = self.requests[chunk.request].place
+                raise UserError(
+                    f"{place}: a layer holds zeros at first, and ids from position {chunk.first} on; part "
+                    "of it was never captured, capture it again"
+                )
+            yield chunk._replace(ids=chunk.ids[:, self._kept])
+
+
+def silent_sets(captures: Sequence[Capture]) -> list[int]:
+    """Sets that hold zeros only in the first rows, where others hold ids: no layer selects there.
+
+    Engines give dense layers a place in the buffer too.
+    """
+    for capture in captures:
+        for chunk in capture.chunks({}, lambda num_bytes: None):
+            held = (chunk.ids != 0).any(axis=2)  # (R, S)
+            held = held[held.any(axis=1)]
+            if len(held) >= MIN_ROWS and chunk.ids.shape[2] > 1:
+                return np.flatnonzero(~held.any(axis=0)).tolist()
+            break
+    return []
 
 
 def one_shape(shapes: Sequence[tuple[str, tuple[int, int]]]) -> tuple[int, int]:

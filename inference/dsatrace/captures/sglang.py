@@ -7,7 +7,7 @@ The response tells neither layers nor k, and what an id is depends on the server
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +24,49 @@ STATES = {"stop": "stop", "length": "length", "abort": "aborted"}
 
 
 def open_responses(path: Path, described: Description, taken: set[str]) -> ArrayCapture:
+    def missing(place: str) -> str:
+        return (
+            f"{place}: no meta_info.{_NAME}; start the server with --enable-return-indexer-topk, and send "
+            "return_indexer_topk: true to its native /generate; the OpenAI routes lack the field"
+        )
+
+    return meta_capture(path, described, taken, _NAME, missing)
+
+
+def meta_capture(
+    path: Path,
+    described: Description,
+    taken: set[str],
+    name: str,
+    missing: Callable[[str], str],
+    start: str = "",
+) -> ArrayCapture:
+    """Plain int32 that stands in field `name` of each response's `meta_info`, from the position on that
+    its field `start` names."""
     layers = described.layer_ids
     if layers is None or described.top_k is None:
-        missing = "--layers" if layers is None else "--top-k"
-        raise UserError(f"{missing} is missing: SGLang's response does not say it; see the model's config")
+        flag = "--layers" if layers is None else "--top-k"
+        raise UserError(f"{flag} is missing: SGLang's response does not say it; see the model's config")
     shape = len(layers) * (described.heads or 1), described.top_k
     requests, arrays, from_cache = list[CapturedRequest](), list[ArrayRows](), 0
     for record, place in read_responses(path):
         meta = record.get("meta_info")
-        if not isinstance(meta, Mapping) or meta.get(_NAME) is None:
-            raise UserError(
-                f"{place}: no meta_info.{_NAME}; start the server with --enable-return-indexer-topk, and "
-                "send return_indexer_topk: true to its native /generate; the OpenAI routes lack the field"
-            )
-        source = base64_source(path, meta[_NAME], place, f"meta_info.{_NAME}")
-        rows = raw_rows(source, shape, place)
-        first, prompt_tokens = _lengths(meta, rows.num_rows, described, place)
-        name = str(meta.get("id") or f"{path.stem}-{len(requests)}")
-        requests.append(
-            array_request(
-                name,
-                place,
-                rows.num_rows,
-                described,
-                taken,
-                first=first,
-                prompt_tokens=prompt_tokens,
-                state=state_of(meta.get("finish_reason")),
-            )
+        if not isinstance(meta, Mapping) or meta.get(name) is None:
+            raise UserError(missing(place))
+        rows = raw_rows(base64_source(path, meta[name], place, f"meta_info.{name}"), shape, place)
+        skipped = count(meta, start, place) or 0
+        first, prompt_tokens = _lengths(meta, rows.num_rows, skipped, described, place)
+        request = array_request(
+            str(meta.get("id") or f"{path.stem}-{len(requests)}"),
+            place,
+            rows.num_rows,
+            described,
+            taken,
+            first=first,
+            prompt_tokens=prompt_tokens,
+            state=_state_of(meta.get("finish_reason")),
         )
+        requests.append(request)
         arrays.append(rows)
         from_cache += bool(meta.get("cached_tokens"))
     notes = []
@@ -77,15 +91,15 @@ def raw_rows(source: Any, shape: tuple[int, int], place: str) -> ArrayRows:
 
 
 def _lengths(
-    meta: Mapping[str, Any], num_rows: int, described: Description, place: str
+    meta: Mapping[str, Any], num_rows: int, skipped: int, described: Description, place: str
 ) -> tuple[int | None, int | None]:
     """The first row's position and the prompt's length, as far as the response tells them."""
-    prompt, answer = (_count(meta, name, place) for name in ("prompt_tokens", "completion_tokens"))
+    prompt, answer = (count(meta, name, place) for name in ("prompt_tokens", "completion_tokens"))
     if prompt is None or answer is None or described.start is not None:
         return None, prompt
     whole = prompt + max(answer, 1) - 1  # the last token is never fed back
-    if num_rows == whole:
-        return 0, prompt
+    if num_rows == whole - skipped:
+        return skipped, prompt
     if num_rows == answer - 1:  # a decode instance has no rows of the prompt
         return prompt, prompt
     raise UserError(
@@ -94,13 +108,14 @@ def _lengths(
     )
 
 
-def _count(meta: Mapping[str, Any], name: str, place: str) -> int | None:
+def count(meta: Mapping[str, Any], name: str, place: str) -> int | None:
+    """A number of tokens; None where the field is absent."""
     value = meta.get(name)
     if value is not None and (type(value) is not int or not 0 <= value < 2**31):
-        raise UserError(f"{place}: meta_info.{name} is no count; correct it")
+        raise UserError(f"{place}: {name} is no count; correct it")
     return value
 
 
-def state_of(reason: object) -> str:
+def _state_of(reason: object) -> str:
     kind = reason.get("type") if isinstance(reason, Mapping) else reason
     return STATES.get(str(kind), "length")

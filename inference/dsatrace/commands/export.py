@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsatrace.commands.damage import damage_named
 from dsatrace.commands.parser import CommandParser
@@ -15,7 +16,10 @@ from dsatrace.errors import exits_cleanly
 from dsatrace.text import plain
 from dsatrace.units import size_text
 
-_SUFFIXES = {"parquet": "parquet", "jsonl": "jsonl", "replay": "for_replay"}
+if TYPE_CHECKING:
+    from dsatrace.trace.reader import RunReader
+
+_SUFFIXES = {"parquet": "parquet", "jsonl": "jsonl", "replay": "for_replay", "npy": "npy"}
 """Format to the end of the copy's name; what `dsatrace replay` writes is RUN_replay."""
 
 
@@ -28,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         examples="""
         %(prog)s outputs/mine --to parquet
         %(prog)s outputs/mine_parquet --to jsonl --out outputs/mine_again
-        %(prog)s outputs/mine --to replay
+        %(prog)s outputs/mine --to npy
         """,
     )
     parser.add_argument("run", type=Path, help="folder of the run")
@@ -36,10 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--to",
         choices=tuple(_SUFFIXES),
         required=True,
-        help="format of the copy; replay: Parquet files of whole requests, by layer, then step",
+        help="format of the copy; replay: Parquet files of whole requests, by layer, then step; npy: the "
+        "selections alone, an array (rows, layers, k) int32 per request",
     )
     parser.add_argument(
-        "--out", type=Path, help="new folder of the copy (default: RUN_parquet, RUN_jsonl or RUN_for_replay)"
+        "--out",
+        type=Path,
+        help="new folder of the copy (default: RUN_parquet, RUN_jsonl, RUN_for_replay or RUN_npy)",
     )
     args = parser.parse_args(argv)
 
@@ -52,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = RunReader(args.run)
     folder = args.run.absolute()
     out = args.out or folder.with_name(f"{folder.name}_{_SUFFIXES[args.to]}")
+    if args.to == "npy":
+        return _export_arrays(run, out)
     console = Console(stderr=True)
     shown = Progress(console=console, transient=True, disable=not console.is_terminal)
     with damage_named(args.run), shown as bar:
@@ -63,4 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kept as text, since their columns would not give them back: {done.num_kept_as_text}")
     before, after = size_text(done.bytes_before), size_text(done.bytes_after)
     print(f"{done.num_records:,} records, {before} -> {after}: {plain(out)}")
+    return 0
+
+
+def _export_arrays(run: RunReader, out: Path) -> int:
+    from dsatrace.captures.run_arrays import export_arrays
+    from dsatrace.commands.progress import records_counter
+
+    with damage_named(run.folder), records_counter("exporting to npy") as advance:
+        written = export_arrays(run, out, advance)
+    told = f"{written.num_rows:,} rows of {written.num_requests:,} requests, {size_text(written.num_bytes)}"
+    print(f"{told}: {plain(out)}")
     return 0

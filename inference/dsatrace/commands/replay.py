@@ -40,10 +40,8 @@ def _replay(argv: Sequence[str]) -> int:
         "Replay recorded selections through hot buffers: what each size and policy misses, and what the best "
         "possible one would.",
         examples="""
-        %(prog)s outputs/mine
-        %(prog)s outputs/mine --sizes 1k,2k,4k,10%% --policy lru,opt
+        %(prog)s outputs/mine --sizes 1k,2k,4k --policy lru,opt
         %(prog)s outputs/mine --unit block:16 --sizes 8k,16k
-        %(prog)s s3://bucket/run --shard 0/4 --out shards/0
         %(prog)s merge shards/*/replay.json --out outputs/all
         """,
     )

@@ -32,7 +32,6 @@ def _summarize(argv: Sequence[str]) -> int:
         "Recompute summary.json from runs' records; several runs are merged into one.",
         examples="""
         %(prog)s outputs/killed
-        %(prog)s outputs/a outputs/b --jobs 2 --out both.json
         %(prog)s s3://bucket/a s3://bucket/b --shard 0/2 --out 0.json
         %(prog)s merge 0.json 1.json --out both.json
         """,

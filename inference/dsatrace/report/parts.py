@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..trace.reader import RunReader
+from ..trace.url import run_path
 from .grid import Grid
 from .study_folder import is_study, study_parts
 from .tables import run_tables
@@ -26,7 +27,8 @@ def report_parts(folder: Path) -> Iterator[str | Grid]:
 
 def tables(folder: str | Path) -> dict[str, Frame]:
     """Every table of `dsatrace report` as a data frame, by its title. Shares are of 1, times as titled."""
-    grids = (part for part in report_parts(Path(folder)) if isinstance(part, Grid))
+    place = run_path(folder) if isinstance(folder, str) else folder
+    grids = (part for part in report_parts(place) if isinstance(part, Grid))
     return {grid.title: grid.frame() for grid in grids}
 
 

@@ -115,7 +115,7 @@ def layer_steps(
             "with --trace-prefill last, or use another --start"
         )
     begin = 0 if settings.start == "prefill" else first
-    ids = layer.ids[layer.ptr[begin] :].astype(np.int32)
+    ids = layer.ids[layer.ptr[begin] :].astype(np.int32, copy=False)
     ptr, seq_len = layer.ptr[begin:] - layer.ptr[begin], layer.seq_len[begin:]
     visible, newest = recorded.visible(seq_len), recorded.newest(seq_len)
     is_dense = recorded.selection.visible(seq_len) <= recorded.selection.layers[layer_id].top_k

@@ -61,7 +61,7 @@ _LABEL = "labels_"
 
 
 def load(folder: str | Path) -> Run:
-    """The run in this folder. Raises `UserError` if there is none."""
+    """The run in this folder or at this URL. Raises `UserError` if there is none."""
     return Run(folder)
 
 
@@ -166,6 +166,13 @@ class Run:
         """Where each request's selections lie."""
         return {name: part for part in selection_parts(self.reader, 1) for name in part.request_ids}
 
+    def _part(self, request_id: str) -> SelectionPart:
+        if (part := self._parts.get(request_id)) is None:
+            raise UserError(
+                f"{self.folder}: no request {request_id!r} with records; it has {_some(self.request_ids)}"
+            )
+        return part
+
     def selections(self, request_id: str, layer: int, kv_head: int = 0) -> LayerSelections:
         """What a layer, or one KV head of it, selected in the T recorded steps of a request.
 
@@ -173,12 +180,7 @@ class Run:
         whose steps they are. Ids are of the run's unit, at level blocks touched blocks. Of Parquet only
         the row groups that can hold the layer are read, of JSON lines only its records are parsed.
         """
-        part = self._parts.get(request_id)
-        if part is None:
-            raise UserError(
-                f"{self.folder}: no request {request_id!r} with records; it has {_some(self.request_ids)}"
-            )
-        found = next(read_part(part, layer), None)
+        found = next(read_part(self._part(request_id), layer), None)
         chosen = None if found is None else found.layers.get(LayerSet(layer, kv_head))
         if chosen is None:
             heads = [] if found is None else [head for _, head in found.layers]
@@ -187,6 +189,10 @@ class Run:
                 + (f"; its KV heads are {heads[0]} to {heads[-1]}" if heads else "")
             )
         return chosen
+
+    def request_selections(self, request_id: str) -> RequestSelections:
+        """All layers of one request."""
+        return next(read_selections(self.reader, [self._part(request_id)]))
 
     def all_selections(self) -> Iterator[RequestSelections]:
         """Request by request, all layers; holds some requests at a time, at least one."""

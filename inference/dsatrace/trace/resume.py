@@ -176,7 +176,7 @@ def _require_resumable(run: RunReader, locked: bool = False) -> None:
 
 
 def _format(manifest: Mapping[str, Any]) -> str:
-    name: str = manifest["trace"].get("format", "jsonl")
+    name: str = manifest.get("trace", {}).get("format", "jsonl")
     return name
 
 

@@ -385,7 +385,7 @@ def _line_chunk(line: bytes, index: int, fields: Sequence[str]) -> _Chunk:
     return _Chunk(np.array([index]), ints, phase, ids, np.zeros(1, np.int64), np.array([len(ids)]))
 
 
-def _grouped(chunks: Sequence[_Chunk]) -> Iterator[tuple[int, dict[LayerSet, LayerSelections]]]:
+def _grouped(chunks: list[_Chunk]) -> Iterator[tuple[int, dict[LayerSet, LayerSelections]]]:
     """The records by request, layer, KV head and step."""
     if not chunks:
         return
@@ -402,6 +402,7 @@ def _grouped(chunks: Sequence[_Chunk]) -> Iterator[tuple[int, dict[LayerSet, Lay
     for chunk in chunks:
         _copy_runs(chunk.ids, chunk.start, chunk.stop, targets[row : row + len(chunk.request)], ids)
         row += len(chunk.request)
+    chunks.clear()  # their ids are copied, and large
     request, layer, head, step, seq_len, forward, phase = (
         column[order] for column in (request, layer, head, step, seq_len, forward, phase)
     )

