@@ -570,9 +570,18 @@ def test_what_follows_a_run_takes_it(
         ["replay", str(folder), "--sizes", "2k", "--out", str(tmp_path / "replay"), "--no-figure"],
         ["replay", str(folder), "--start", "prefill", "--out", str(tmp_path / "warm"), "--no-figure"],
         ["export", str(folder), "--to", "jsonl", "--out", str(tmp_path / "lines")],
+        ["check", str(folder)],
+        ["diff", str(folder), str(folder)],
     ):
         assert cli.main(command) == 0, (command, capsys.readouterr().err)
     verify(tmp_path / "lines")
+    own = recorded_sets(tmp_path / "lines")
+    request, layer = "r1", min(layer for _, _, layer, _ in own)
+    loaded = dsatrace.load(folder).selections(request, layer)
+    expected = {
+        step: ids for (name, step, at, head), ids in own.items() if (name, at, head) == ("r1", layer, 0)
+    }
+    assert {int(step) for step in loaded.step_idx} == set(expected)
 
 
 def test_a_long_prompt_is_written_in_parts(
