@@ -601,6 +601,15 @@ def test_a_long_prompt_is_written_in_parts(
         assert (counts["prefills"], counts["steps"]) == (1, NEW - 1)
 
 
+def test_all_says_its_size_first(
+    models: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with attached(models["deepseek_v32"], tmp_path / "run", prefill="all"):
+        generate(models["deepseek_v32"], prompts(2), max_new_tokens=2, prefill_chunk_size=8)
+    said = f"prefill all: {2 * PROMPT} prompt positions x 4 sets of up to 8 ids: 0 MiB in memory"
+    assert capsys.readouterr().err.count(said) == 1
+
+
 def test_the_import_costs_nothing() -> None:
     script = """
 import sys, dsatrace
