@@ -311,9 +311,9 @@ def test_the_engine_against_transformers(tiny_checkpoint: Path, tiny_hf: Path, t
     parts = (TALE[at : at + 125] for at in range(len(TALE) - 124))
     texts = [part for part in parts if part == part.strip()][:4]
     (tmp_path / "prompts.txt").write_text("\n\n".join(texts))
-    flags = ("--config", tiny_config(tmp_path), "--max-new-tokens", 1, "--trace-prefill", "last")
+    flags = ("--config", tiny_config(tmp_path, index_fp8=False), "--max-new-tokens", 1)
     paths = ("--ckpt-path", tiny_checkpoint, "--input-file", tmp_path / "prompts.txt")
-    given = map(str, (*flags, *paths, "--trace-out", tmp_path / "engine"))
+    given = map(str, (*flags, *paths, "--trace-out", tmp_path / "engine", "--trace-prefill", "last"))
     assert cli.main(["generate", *given]) == 0
     model = AutoModelForCausalLM.from_pretrained(tiny_hf, dtype=torch.float32)
     tokenizer = load_tokenizer(tiny_checkpoint)
@@ -324,8 +324,22 @@ def test_the_engine_against_transformers(tiny_checkpoint: Path, tiny_hf: Path, t
             model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False)
     found = compare(tmp_path / "engine", tmp_path / "attached")
     assert (found.num_requests, found.num_rows, found.num_differing) == (4, 16, 0)
+    assert found.tie == 2.0**-20
     paths_taken = load(tmp_path / "attached").records.to_arrow(["path"])["path"].to_pylist()
     assert paths_taken == ["sparse"] * 16
+
+
+def test_keys_in_fp8_are_coarser(golden: Path, tmp_path: Path) -> None:
+    def with_fp8(manifest: dict[str, Any]) -> None:
+        manifest["model_config"] |= {"dtype": "fp32", "index_fp8": True}
+
+    def in_fp32(manifest: dict[str, Any]) -> None:
+        manifest["model_config"] |= {"dtype": "torch.float32"}
+
+    fp8 = with_manifest(golden, tmp_path / "fp8", with_fp8)
+    fp32 = with_manifest(golden, tmp_path / "fp32", in_fp32)
+    assert compare(fp8, fp32).tie == 2.0**-4
+    assert compare(fp8, fp8).tie == compare(fp32, fp32).tie == 2.0**-20
 
 
 def test_the_open_trace_is_itself() -> None:

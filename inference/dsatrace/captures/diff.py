@@ -25,6 +25,7 @@ from dsatrace.trace.selections import LayerSelections, LayerSet, RequestSelectio
 
 ROUNDING = {"bf16": 2.0**-8, "fp8": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-20, "fp64": 2.0**-44}
 """Of a score, relative, by the model's numbers; of several roundings where one would be too small to see."""
+FP8_KEYS = 2.0**-4  # the same of scores whose keys are in fp8
 MAX_ROWS = 100
 """Differing rows that the JSON holds, the first ones."""
 
@@ -154,7 +155,7 @@ def diff(a: Run, b: Run, tie: float | None = None) -> Diff:
     kind = _same_kind(a, b)
     pairs, matched_by = _matched(a, b)
     _require_same_prompts(a, b, pairs)
-    tie = max(map(_rounding, (a, b))) if tie is None else tie
+    tie = _rounding(a, b) if tie is None else tie
     found = Diff((str(a.folder), str(b.folder)), len(kind.layers), tie, matched_by)
     for one, other in _requests(a, b, pairs):
         found.num_requests += one is not None and other is not None
@@ -240,11 +241,16 @@ def _digests(run: Run) -> dict[str, Any]:
     return found
 
 
-def _rounding(run: Run) -> float:
-    config = run.manifest["model_config"]
-    name = f"{config.get('dtype') or config.get('torch_dtype')}".removeprefix("torch.")
+def _rounding(a: Run, b: Run) -> float:
+    """The coarser model's; where one alone keeps its indexer's keys in fp8, that of fp8."""
+    configs = [run.manifest["model_config"] for run in (a, b)]
+    if len({bool(config.get("index_fp8")) for config in configs}) > 1:
+        return FP8_KEYS
     long = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
-    return ROUNDING.get(long.get(name, name), max(ROUNDING.values()))
+    names = [
+        f"{config.get('dtype') or config.get('torch_dtype')}".removeprefix("torch.") for config in configs
+    ]
+    return max(ROUNDING.get(long.get(name, name), max(ROUNDING.values())) for name in names)
 
 
 def _requests(

@@ -107,8 +107,9 @@ class RequestTotals:
         if None not in self._scores:
             return None
         by: dict[str, dict[str, Any]] = {}
-        for label, value in sorted(group for group in self._scores if group is not None):
-            by.setdefault(label, {})[value] = _mean_score(self._scores[label, value])
+        groups = [group for group in self._scores if group is not None]
+        for label, value in sorted(groups, key=lambda group: (group[0], str(group[1]))):
+            by.setdefault(label, {})[str(value)] = _mean_score(self._scores[label, value])
         return {**_mean_score(self._scores[None]), "by": by}
 
     def _serving_json(self, histograms: Mapping[str, Any]) -> dict[str, Any] | None:
