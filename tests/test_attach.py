@@ -17,6 +17,7 @@ import dsatrace
 from dsatrace import cli
 from dsatrace.errors import UserError
 from dsatrace.trace.reader import RunReader
+from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
 from helpers.families import END, FAMILIES, TOKEN_FAMILIES, VOCABULARY, tiny_model
 
@@ -569,9 +570,18 @@ def test_what_follows_a_run_takes_it(
         ["replay", str(folder), "--sizes", "2k", "--out", str(tmp_path / "replay"), "--no-figure"],
         ["replay", str(folder), "--start", "prefill", "--out", str(tmp_path / "warm"), "--no-figure"],
         ["export", str(folder), "--to", "jsonl", "--out", str(tmp_path / "lines")],
+        ["check", str(folder)],
+        ["diff", str(folder), str(folder)],
     ):
         assert cli.main(command) == 0, (command, capsys.readouterr().err)
     verify(tmp_path / "lines")
+    own = recorded_sets(tmp_path / "lines")
+    request, layer = "r1", min(layer for _, _, layer, _ in own)
+    loaded = dsatrace.load(folder).selections(request, layer)
+    expected = {
+        step: ids for (name, step, at, head), ids in own.items() if (name, at, head) == ("r1", layer, 0)
+    }
+    assert {int(step) for step in loaded.step_idx} == set(expected)
 
 
 def test_a_long_prompt_is_written_in_parts(
@@ -591,6 +601,15 @@ def test_a_long_prompt_is_written_in_parts(
         assert (counts["prefills"], counts["steps"]) == (1, NEW - 1)
 
 
+def test_all_says_its_size_first(
+    models: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with attached(models["deepseek_v32"], tmp_path / "run", prefill="all"):
+        generate(models["deepseek_v32"], prompts(2), max_new_tokens=2, prefill_chunk_size=8)
+    said = f"prefill all: {2 * PROMPT} prompt positions x 4 sets of up to 8 ids: 0 MiB in memory"
+    assert capsys.readouterr().err.count(said) == 1
+
+
 def test_the_import_costs_nothing() -> None:
     script = """
 import sys, dsatrace
@@ -598,3 +617,35 @@ dsatrace.attach
 assert not {"torch", "transformers"} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_verify_sees_a_prompt_row_that_is_missing(models: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with attached(models["deepseek_v4"], folder, prefill="all"):
+        generate(models["deepseek_v4"], prompts(1))
+    lines = (folder / "trace_steps.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step_idx"] for line in lines]
+    assert steps[0] == 3 - PROMPT  # the first position that sees a whole entry
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"files": None, "state": "complete"}
+
+    def found(kept: list[str], **trace: Any) -> str:
+        copy = tmp_path / "copy"
+        copy.mkdir(exist_ok=True)
+        for name in ("requests.jsonl", "summary.json"):
+            (copy / name).write_text((folder / name).read_text())
+        (copy / "trace_steps.jsonl").write_text("".join(f"{line}\n" for line in kept))
+        (copy / "manifest.json").write_text(json.dumps(manifest | {"trace": manifest["trace"] | trace}))
+        with pytest.raises(Mismatch) as mismatch:
+            verify(copy)
+        return str(mismatch.value)
+
+    for step in (steps[0], -9, -1):
+        kept = [line for line, of in zip(lines, steps, strict=True) if of != step]
+        assert "1 sampled steps of the request are missing" in found(kept), step
+    end = steps.index(-4)
+    assert "step_idx: stored -5, after -5" in found(lines[:end] + lines[end - 4 :])
+    assert "trace.prefill" in found(lines, prefill="most")
+    assert "below -1" in found(lines, prefill="last")
+    assert "records no prefill" in found(
+        [line for line, of in zip(lines, steps, strict=True) if of >= -1], prefill="off"
+    )

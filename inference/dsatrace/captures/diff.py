@@ -115,6 +115,7 @@ class Diff:
         layer.differing += int(np.count_nonzero(shared < of_all))
         layer.shared_ids += int(shared.sum())
         layer.all_ids += int(of_all.sum())
+        steps = np.maximum(steps, -1)  # all rows of a prompt are one column
         missing = int(steps.max(initial=-1)) + 2 - self._steps.shape[2]
         if missing > 0:
             self._steps = np.pad(self._steps, ((0, 0), (0, 0), (0, missing)))

@@ -180,7 +180,9 @@ class SetRecording:
         ids = _columns_of(raw) if raw.dtype == np.bool_ else raw.astype(np.int64)
         if kind.unit == "token" or self._selects.comes_as_tokens:
             for r, row in enumerate(self._rows):
-                ids[:, r] = self._columns[row // self._num_new].positions(ids[:, r])
+                columns = self._columns[row // self._num_new]
+                if columns.padding is not None:
+                    ids[:, r] = columns.positions(ids[:, r])
         visible = kind.visible(self._seq_len)
         if self._selects.comes_as_tokens:
             return _groups_of(ids, visible, kind.unit_tokens, kind.max_width)

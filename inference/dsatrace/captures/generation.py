@@ -228,8 +228,6 @@ class GenerationRun(AttachedRun):
         self._room.columns, self._room.num_new = call.columns, num_new
         self._room.seq_len = {row.row: row.seq_len for row in rows}
         self._num_rows += len(rows)
-        if is_prefill and self.tracer.config.prefill == "all":
-            self._say_size(len(rows))
         recording = self._recorder.recording(
             "prefill" if is_prefill else "decode", rows, tokens.numel(), len(tokens)
         )
@@ -275,6 +273,8 @@ class GenerationRun(AttachedRun):
                     f"generate: past_key_values: {call.fed} positions of the prompt are computed already, so "
                     "prefill='all' cannot record them; use 'last'"
                 )
+        if self.tracer.config.prefill == "all":
+            self._say_size(sum(columns.num_tokens for columns in call.columns))
         prompts = call.prompts.repeat(batch // len(call.prompts), axis=0)
         for prompt, columns in zip(prompts, call.columns, strict=True):
             tokens = prompt[columns.prompt_columns()].tolist()
