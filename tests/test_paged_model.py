@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from dsatrace.model.batch import Batch, Span
 from helpers.models import SMALL, SelectionLog, new_cache, prefill, random_model, random_tokens
+from helpers.power import examples
 
 ARGS = dataclasses.replace(SMALL, dtype="fp64")
 
@@ -54,7 +55,7 @@ def test_chunks_of_any_size_select_what_decode_selects(model, by_step, chunk):
     torch.testing.assert_close(last, logits[-1], rtol=0, atol=1e-10)
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(12))
 @given(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=5),
     block=st.integers(1, 24),

@@ -45,6 +45,7 @@ from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
 from helpers.golden_run import read_lines, write_lines
 from helpers.models import SMALL, random_model, random_tokens
+from helpers.power import examples
 from helpers.trace_samples import SECRET
 
 STATISTICS_BLOCK = 8
@@ -112,7 +113,7 @@ def of_heads(heads: list[int], parts: list[tuple[int, int, int]], temperature: f
     ]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(5), deadline=None)
 @given(
     heads=st.lists(st.integers(1, 90), min_size=1, max_size=2),
     parts=st.lists(

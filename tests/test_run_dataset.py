@@ -191,9 +191,9 @@ def test_real_files_of_each_data_set(run: Run) -> None:
     assert summary(longbench)["scores"]["num_scored"] == 1
     sharegpt = run(
         "--dataset", "sharegpt", "--sharegpt-json", real_file("sharegpt/ShareGPT_V3_tiny40.json"),
-        "--limit", 3, *SMALL,
+        "--limit", 2, *SMALL,
     )  # fmt: skip
-    assert len(lines(sharegpt, "requests.jsonl")) == 3
+    assert len(lines(sharegpt, "requests.jsonl")) == 2
     for folder in (ruler, longbench, sharegpt):
         assert verify(folder).state == "complete"
         assert RunReader(folder).manifest["data_source"].startswith(("file ", "folder "))
@@ -339,7 +339,7 @@ def test_two_ranks_serve_the_same_requests(tiny_hf: Path, tmp_path: Path, run: R
 
 
 def test_ctrl_c_leaves_a_run_that_resume_completes(checkpoint: Path, tmp_path: Path, run: Run) -> None:
-    flags = (*RULER, "--limit", 6, "--batch-size", 1, "--max-new-tokens", 24)
+    flags = (*RULER, "--limit", 4, "--batch-size", 1, "--max-new-tokens", 16)
     folder = tmp_path / "stopped"
     where = ("--ckpt-path", checkpoint, "--config", CONFIG, "--trace-out", folder)
     process = Started((*where, *flags), tmp_path / "said")

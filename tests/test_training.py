@@ -17,6 +17,7 @@ from dsatrace.workloads.encoding import Message, encode_chat
 from dsatrace.workloads.ruler.generator import generate
 from dsatrace.workloads.tokenizer import load_tokenizer
 from helpers.models import SMALL, new_cache, random_model, random_tokens
+from helpers.power import examples
 from train_needle.batches import make_batch
 from train_needle.evaluate import HELD_OUT_SEED, Measured, answer, measure, would_say
 from train_needle.export import load_exported
@@ -268,6 +269,7 @@ def test_a_shuffled_indexer_selects_as_many_but_others(tokenizer):
 
 
 SHIPPED = ROOT / "data" / "models" / "needle-2k"
+TASKS = ("niah_single_1", "niah_multikey_2")
 
 
 @pytest.fixture(scope="module")
@@ -275,13 +277,15 @@ def shipped(tmp_path_factory):
     return load_exported(SHIPPED, tmp_path_factory.mktemp("shipped"))
 
 
-def test_the_shipped_checkpoint_answers_ten_held_out_needles(shipped):
+def test_the_shipped_checkpoint_answers_held_out_needles(shipped):
     """Through conversion, paged cache and the indexer's own top-k, at the trained length."""
     tokenizer = load_tokenizer(SHIPPED)
-    measured = [measure(shipped, tokenizer, task, 2048, 5) for task in ("niah_single_1", "niah_multikey_2")]
+    measured = [
+        measure(shipped, tokenizer, task, 2048, examples(3)) for task in ("niah_single_1", "niah_multikey_2")
+    ]
     assert shipped.args.index_topk <= 2048 // 8
     assert sum(each.accuracy for each in measured) / 2 >= 90
-    for each in measured:  # 15 steps each; the card's 0.97 and 0.96 are of 600
+    for each in measured:  # 9 steps each; the card's 0.97 and 0.96 are of 600
         assert each.chance <= 0.125
         assert max(each.recall_due) >= 0.85, each.line()
         assert max(each.recall) >= 0.6, each.line()
