@@ -109,6 +109,13 @@ def test_starts(start: Any, num_steps: int, num_warm: int) -> None:
     assert sets_of(steps)[-1] == [7, 8, 9, 10]
 
 
+def test_only_the_last_prompt_rows_warm_up() -> None:
+    rows = [*range(-40, 0), 0, 1]
+    steps = steps_of(selections(list(range(8, 50)), prompt_rows=40, step_idx=rows), start="prefill")
+    assert (steps.num_steps, steps.num_warm) == (34, 32)
+    assert sets_of(steps)[0] == [12, 13, 14, 15]
+
+
 def test_a_start_from_prompt_rows_needs_some() -> None:
     with pytest.raises(UserError, match=r"r7: --start prefill needs prompt rows.*--trace-prefill last"):
         steps_of(selections([8, 9]), start="prefill")

@@ -23,8 +23,8 @@ from dsatrace.trace.kind import SelectionKind
 from dsatrace.trace.manifest import selection_kind
 from dsatrace.trace.selections import LayerSet, RequestSelections
 
-MAX_ID = 1 << 24
-"""Largest id that buffers are indexed by; larger ones, such as physical slots, are numbered anew."""
+PROMPT_ROWS = 32
+"""Of the prompt's end, which warm a buffer up: as many as ESS takes (arXiv 2512.10576)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def layer_steps(
             f"request {request.request_id}: --start prefill needs prompt rows, and there are none; trace "
             "with --trace-prefill last, or use another --start"
         )
-    begin = 0 if settings.start == "prefill" else first
+    begin = max(0, first - PROMPT_ROWS) if settings.start == "prefill" else first
     ids = layer.ids[layer.ptr[begin] :].astype(np.int32, copy=False)
     ptr, seq_len = layer.ptr[begin:] - layer.ptr[begin], layer.seq_len[begin:]
     visible, newest = recorded.visible(seq_len), recorded.newest(seq_len)
