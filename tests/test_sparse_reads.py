@@ -50,7 +50,6 @@ def peak_bytes() -> int:
 
 
 def prefill_at_32k(said: Path) -> None:
-    torch.set_num_threads(2)
     args = ModelArgs.from_json(INFERENCE / "config_tiny.json")
     model, length, chunk = random_model(args), 32768, 256
     before = peak_bytes()
