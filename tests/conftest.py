@@ -17,6 +17,7 @@ from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.tiny import write_checkpoint
 from dsatrace.workloads.tokenizer import Tokenizer, load_tokenizer, write_byte_tokenizer
 from helpers.checkpoints import endless_letters
+from helpers.power import examples
 
 ROOT = Path(__file__).resolve().parents[1]
 INFERENCE = ROOT / "inference"
@@ -27,7 +28,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: the wo
 # In CI the same examples every time; elsewhere new ones, which is how the next bug is found.
 # An example may take any time: how long says nothing but how busy the machine is.
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", settings.get_profile("here"), derandomize=True)
+settings.register_profile("ci", settings.get_profile("here"), derandomize=True, max_examples=examples(40))
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 SLOWEST = ("test_readme.py", "test_run_scripts.py", "test_offload.py", "test_training.py")

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Compare what two runs of the same tokens selected, row by row.",
         examples="""
         %(prog)s outputs/mine outputs/theirs
-        %(prog)s outputs/fp32 outputs/bf16 --max-differing 1%%
+        %(prog)s outputs/fp32 outputs/bf16 --max-differing 20
         """,
     )
     add = parser.add_argument
