@@ -18,6 +18,7 @@ from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.run import verify
 
 SLACK_BYTES = 300_000  # the summary keeps the hot blocks of each of twelve more requests
+DIGEST_BYTES = 1 << 19  # two parts of a file that the hashing thread of verify holds, at the peak or not
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_memory_does_not_grow_with_the_run(
         peaks.append(found)
         assert verified.num_records == rounds * one_round
     for short, long in zip(*peaks, strict=True):
-        assert long < short + SLACK_BYTES
+        assert long < short + SLACK_BYTES + DIGEST_BYTES
 
 
 def test_the_script_says_what_it_did() -> None:
