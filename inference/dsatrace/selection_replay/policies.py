@@ -44,6 +44,7 @@ class Policy:
     source: str
     replay: Callable[..., Replayed]
     takes: tuple[str, ...] = ()
+    pins_newest: bool = False  # has a slot of its own for the newest id, whatever the others have
     fills: bool = True  # every id of a step becomes resident, so the largest step must fit
 
 
@@ -52,7 +53,7 @@ _POLICIES = (
     Policy("lru", "the least recently selected id; of one step, the lowest", "Mattson et al. 1970, on sets",
            _lru, ("start",)),
     Policy("sglang", "LRU in the order of SGLang's kernel", "SGLang 0.5.23, hisparse.cuh; read, not run",
-           engine_order, ("start",)),
+           engine_order, ("start",), pins_newest=True),
     Policy("fifo", "the id that became resident first", "SGLang's fifo, on sets", fifo, ("start",)),
     Policy("random", "any id, each as likely as the others", "SplitMix64, by the seed",
            random_choice, ("start", "seed")),

@@ -53,8 +53,6 @@ MOST_WORK = 2048
 NUM_SEEDS = 5
 """Times that a policy which draws lots is replayed."""
 _NULL_POLICIES = ("lru", "opt")
-_PINS_NEWEST = "sglang"
-"""Has a slot of its own for the newest id, whatever the settings say of the others."""
 _NULL_MEASURES = ("lags", "working_sets")
 
 
@@ -304,13 +302,14 @@ def _replay(buffer: _Buffer, is_run: bool, settings: ReplaySettings, seed: int) 
     fitting = {label: size for label, size in sizes.items() if size >= largest}
     start: Any = "first-b" if settings.start == "first-b" else "empty"
     at_all = lru(steps, list(fitting.values()), start=start, pin_newest=settings.pin_newest)
-    seeds = [seed_of(seed, i) for i in range(NUM_SEEDS)]
+    seeds, without_newest = [seed_of(seed, i) for i in range(NUM_SEEDS)], steps.without_newest()
     policies: dict[str, dict[str, Cell]] = {}
     for policy in settings.policies if is_run else _NULL_POLICIES:
         if policy not in settings.policies:
             continue
         num_lots = NUM_SEEDS if "seed" in POLICIES[policy].takes else 0
-        pin = settings.pin_newest or policy == _PINS_NEWEST
+        pins = settings.pin_newest or POLICIES[policy].pins_newest
+        of_buffer = without_newest if pins else steps  # the newest id hits in a slot outside
         cells = policies[policy] = {}
         for label, size in sizes.items():
             ages = None
@@ -323,7 +322,7 @@ def _replay(buffer: _Buffer, is_run: bool, settings: ReplaySettings, seed: int) 
                 ages = at_all.ages[column]
             else:
                 drawn = seeds[: max(num_lots, 1)]
-                replays = [misses(steps, policy, size, seed=s, start=start, pin_newest=pin) for s in drawn]
+                replays = [misses(of_buffer, policy, size, seed=s, start=start) for s in drawn]
             cells[label] = _cell(asked, steps.num_warm, size, replays, num_lots, ages)
     return {"asked": asked, "curve": Curve.of(at_all), "policies": policies}
 
