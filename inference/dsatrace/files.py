@@ -245,6 +245,20 @@ def _replacing(path: Path, durable: bool) -> Iterator[FileIO]:
             sync(path.parent)
 
 
+def read_json(path: Path, name: str = "", *, unreadable: str = "", broken: str = "") -> Any:
+    """The JSON of a file. Raises `UserError`, which begins with `name`, or the path.
+
+    It ends with `unreadable` where the system refuses the file, with `broken` where the text is no JSON.
+    """
+    name = name or f"{path}"
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{name}: cannot read it: {error.strerror}{unreadable}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: not JSON: {error}{broken}") from error
+
+
 def write_json(path: Path, record: Mapping[str, Any], indent: int = 1) -> None:
     """Replaces the file with the record as JSON for people to read.
 

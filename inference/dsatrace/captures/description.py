@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dsatrace.errors import UserError
+from dsatrace.files import read_json
 from dsatrace.flags import Flag, check, flags_of, option, values_of
 from dsatrace.trace.kind import Layer, SelectionKind, Unit
 
@@ -164,12 +164,7 @@ def _number(text: str) -> int:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"--describe {path}: cannot read it: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"--describe {path}: not JSON: {error}") from error
+    record = read_json(path, f"--describe {path}")
     if not isinstance(record, dict):
         raise UserError(f"--describe {path}: not a JSON object")
     layers = record.get("layers")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import read_json
 from ..study.compare import Comparison, Difference
 from ..study.engine_check import EngineCheck
 from ..study.explain import Definition
@@ -106,12 +107,7 @@ def _of(kind: type[Any], record: Record) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it: {error.strerror}; check the folder") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}; run the study again") from error
+    record = read_json(path, unreadable="; check the folder", broken="; run the study again")
     if not isinstance(record, dict):
         raise UserError(f"{path}: not a JSON object; run the study again")
     return record

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.files import write_atomically
+from dsatrace.files import read_json, write_atomically
 from dsatrace.selection_replay.layer_overlap import LayerOverlap
 from dsatrace.selection_replay.locality import MEASURES
 from dsatrace.selection_replay.lru import LruResult
@@ -202,12 +202,7 @@ class Result:
 
     @classmethod
     def read(cls, path: Path) -> Result:
-        try:
-            record = json.loads(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"{path}: cannot read it: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not JSON: {error}; replay the runs again") from error
+        record = read_json(path, broken="; replay the runs again")
         return cls.from_json(record.get("sums", record) if isinstance(record, dict) else record, str(path))
 
 

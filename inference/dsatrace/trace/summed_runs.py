@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.files import write_atomically
+from dsatrace.files import read_json, write_atomically
 from dsatrace.trace.histogram import ExactSum, Histogram, ValueCounts
 from dsatrace.trace.kind import SelectionKind
 from dsatrace.trace.overlap import OverlapTotals, RecallTotals
@@ -120,12 +120,7 @@ def require_alike(name: str, kind: Mapping[str, Any], first_name: str, first: Ma
 
 
 def _read_shard(path: Path) -> tuple[Shard, SummedRuns]:
-    try:
-        record = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}; summarize the shard again") from error
+    record = read_json(path, broken="; summarize the shard again")
     if not isinstance(record, dict) or record.get("summary_shard") != SHARD_VERSION:
         raise UserError(f"{path}: no shard of this version's; make it by `dsatrace summarize --shard I/N`")
     if record.pop("sha256", None) != _digest(record):
