@@ -1,4 +1,4 @@
-"""Steps past the answer, of runs whose answers were kept from ending: told, or left out (`--steps answer`)."""
+"""Steps past the answer, where answers were kept from ending: told, or left out (`--steps answer`)."""
 
 from __future__ import annotations
 
