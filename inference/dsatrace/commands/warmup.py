@@ -124,12 +124,13 @@ def _lru_at_all_sizes() -> str:
 def _locality() -> str:
     from dsatrace.selection_replay.layer_overlap import LayerOverlap
     from dsatrace.selection_replay.locality import MEASURES
-    from dsatrace.selection_replay.nulls import nulls_of
+    from dsatrace.selection_replay.nulls import NULLS, null_of
     from dsatrace.selection_replay.predictors import predictions_of
     from dsatrace.selection_replay.steps import Steps
 
     steps = Steps.of([[0, 1], [0, 2], [1, 2]])
-    nulls_of(steps, seed=0)
+    for name in NULLS:
+        null_of(steps, name, seed=0)
     LayerOverlap.of({0: steps, 1: steps})
     predictions_of(steps, before=steps)
     for kind in MEASURES.values():

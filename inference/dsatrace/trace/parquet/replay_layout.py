@@ -32,7 +32,8 @@ RUN_BYTES = 32 << 20
 GROUP_RECORDS = (512, 1 << 12)
 """A row group has fewer only at a request's end, and more never."""
 
-_KEYS = ("request_id", "layer_id", "step_idx", "forward_idx")
+KEYS = ("request_id", "layer_id", "step_idx", "forward_idx")
+"""Columns with statistics."""
 _ORDER = ("layer_id", "kv_head", "step_idx", "forward_idx")
 """Of a request's records; only layers with several sets have a `kv_head`."""
 
@@ -73,7 +74,7 @@ def write_requests(
         num_records = num_requests = 0
         with (
             written_atomically(folder / name) as file,
-            open_writer(file, following.schema, keep_order, _KEYS) as writer,
+            open_writer(file, following.schema, keep_order, KEYS) as writer,
         ):
             while following is not None and (not num_requests or file.tell() < FILE_BYTES):
                 for group in _row_groups(following):
@@ -95,7 +96,7 @@ class _SortedRuns:
         self._num_bytes = self._num_runs = 0
 
     def add(self, table: pa.Table) -> None:
-        for name in _KEYS:
+        for name in KEYS:
             if table[name].null_count:
                 raise UserError(f"a record has no {name}: it cannot be laid out; see `dsatrace verify`")
         for name in table["request_id"].unique().to_pylist():
