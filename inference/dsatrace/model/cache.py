@@ -91,7 +91,7 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token in all layers here: a latent in each, an indexer key where one has an indexer."""
+        """Bytes of one token in all layers here: a latent in each, an indexer key if it has an indexer."""
         latents = sum(latent.numel() > 0 for latent in self.latent) * self.latent_bytes_per_token
         return latents + len(self.indexer_layers) * self.index_bytes_per_token
 

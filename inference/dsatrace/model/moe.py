@@ -107,6 +107,6 @@ class MoE(nn.Module):
 
 
 def rows_of(expert_id: int, weights: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows `(n,)` that chose the expert, and its weight in each `(n, 1)`; the rest is what `Gate` gave."""
+    """The rows `(n,)` that chose the expert, and its weight in each `(n, 1)`, of what `Gate` gave."""
     rows, slot = (chosen == expert_id).nonzero(as_tuple=True)
     return rows, weights[rows, slot, None]
