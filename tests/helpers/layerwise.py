@@ -30,13 +30,13 @@ from dsatrace.model.selection import Selection
 from dsatrace.model.transformer import Transformer
 from helpers.models import SMALL
 
-V32 = dataclasses.replace(SMALL, n_layers=4, max_seq_len=512)
+V32 = dataclasses.replace(SMALL, max_seq_len=512)
 GLM = dataclasses.replace(
     V32,
     model_type="glm_moe_dsa",
     index_rope="interleaved",
-    n_layers=5,
-    indexer_types=("full", "shared", "full", "full", "shared"),
+    n_layers=4,
+    indexer_types=("full", "shared", "full", "shared"),
     n_shared_experts=2,
 )
 """Both families; the second shares selections."""

@@ -253,8 +253,8 @@ class _Progress:
         left_s = done.seconds * done.bytes_left / read
         print(
             f"layer {done.layer}: {done.unit} of {done.num_units} parts, {done.num_done} of "
-            f"{done.num_layers} layers done; {size_text(done.bytes_read)} read, {size_text(done.bytes_left)} left, "
-            f"about {left_s / 60:.1f} minutes",
+            f"{done.num_layers} layers done; {size_text(done.bytes_read)} read, "
+            f"{size_text(done.bytes_left)} left, about {left_s / 60:.1f} minutes",
             file=sys.stderr,
             flush=True,
         )

@@ -52,7 +52,8 @@ class RowFile:
                 os.close(descriptor)
         except OSError as error:
             raise UserError(
-                f"{path}: cannot hold {num_bytes:,} bytes: {error.strerror}; make room and go on with --resume"
+                f"{path}: cannot hold {num_bytes:,} bytes: {error.strerror}; make room and go on "
+                "with --resume"
             ) from error
         self.rows = torch.frombuffer(self._map, dtype=dtype).view(shape)
 
