@@ -17,8 +17,12 @@ from ...errors import UserError
 from ...files import write_atomically
 from ...trace.reader import RunReader
 from ...version import __version__
+from .layer_misses import misses_by_layer, misses_by_step
+from .layer_overlap import layer_overlap
 from .made import how_it_was_made
 from .material import Material
+from .miss_curve import miss_curve
+from .reuse import reuse, step_overlap, working_set
 from .section import LeftOut, Section, told
 from .verdict import header
 
@@ -27,7 +31,16 @@ POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'"
 )
-SECTIONS: tuple[Callable[[Material], Section | LeftOut], ...] = (how_it_was_made,)
+SECTIONS: tuple[Callable[[Material], Section | LeftOut], ...] = (
+    miss_curve,
+    misses_by_step,
+    misses_by_layer,
+    layer_overlap,
+    reuse,
+    step_overlap,
+    working_set,
+    how_it_was_made,
+)
 """In the page's order: what it misses, where, what it touches, what that costs, how it was made."""
 
 
