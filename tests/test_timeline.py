@@ -28,6 +28,7 @@ from dsatrace.trace import timeline as timelines
 from dsatrace.trace.load import Run
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.timeline import Timeline
+from dsatrace.workloads.tokenizer import write_byte_tokenizer
 from helpers.command_runs import told_error
 from helpers.golden_run import REQUESTS, SERVING, read_lines, write_golden
 from helpers.kind_runs import KINDS, NUM_STEPS, PROMPTS, write_kind
@@ -248,7 +249,8 @@ def test_every_kind_and_door(exported, tmp_path, name):
 
 def test_a_simulated_run_has_requests_only(exported, tmp_path):
     flags = ["--runner", "simulator", "--burstgpt-generate", "--limit", "10", "--serving", "continuous"]
-    flags += ["--max-new-tokens-cap", "4", "--no-hub"]
+    write_byte_tokenizer(tmp_path / "bytes")
+    flags += ["--max-new-tokens-cap", "4", "--no-hub", "--tokenizer", str(tmp_path / "bytes")]
     assert run_burstgpt([*flags, "--trace-out", str(tmp_path / "run")]) == 0
     found = exported(tmp_path / "run")
     assert len(found.requests()) == 10 and not found.slices(perfetto.STEPS)
