@@ -249,6 +249,7 @@ def test_every_kind_and_door(exported, tmp_path, name):
 
 def test_a_simulated_run_has_requests_only(exported, tmp_path):
     flags = ["--runner", "simulator", "--burstgpt-generate", "--limit", "10", "--serving", "continuous"]
+    (tmp_path / "bytes").mkdir()
     write_byte_tokenizer(tmp_path / "bytes")
     flags += ["--max-new-tokens-cap", "4", "--no-hub", "--tokenizer", str(tmp_path / "bytes")]
     assert run_burstgpt([*flags, "--trace-out", str(tmp_path / "run")]) == 0
