@@ -26,6 +26,8 @@ class Material:
     kind: SelectionKind
     replay: Record | None  # as in replay.json
     no_replay: str  # why there is none: a clause
+    request: str | None = None  # whose positions are drawn; None: by the rule of position_maps
+    layer: int | None = None
 
     @classmethod
     def of(cls, run: RunReader, replay: Record | str) -> Material:

@@ -17,8 +17,15 @@ from ...errors import UserError
 from ...files import write_atomically
 from ...trace.reader import RunReader
 from ...version import __version__
+from .blocks_touched import blocks_touched
+from .cost import cost_and_crossover
 from .made import how_it_was_made
 from .material import Material
+from .moved import kv_found_and_moved
+from .offsets import offsets
+from .over_time import requests_over_time
+from .position_maps import position_maps
+from .prefix import shared_prefix
 from .section import LeftOut, Section, told
 from .verdict import header
 
@@ -27,7 +34,16 @@ POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
     "base-uri 'none'; form-action 'none'"
 )
-SECTIONS: tuple[Callable[[Material], Section | LeftOut], ...] = (how_it_was_made,)
+SECTIONS: tuple[Callable[[Material], Section | LeftOut], ...] = (
+    position_maps,
+    blocks_touched,
+    kv_found_and_moved,
+    shared_prefix,
+    offsets,
+    cost_and_crossover,
+    requests_over_time,
+    how_it_was_made,
+)
 """In the page's order: what it misses, where, what it touches, what that costs, how it was made."""
 
 
@@ -65,7 +81,7 @@ def page_html(material: Material) -> str:
         + _left_out(left_out)
         + f"\n</main>\n<footer><p>Made by dsatrace {told(__version__)} from {told(material.run.folder)}. "
         f"Everything is in this file.</p></footer>\n"
-        f"<script>\n{_asset('page.js')}</script>\n</body>\n</html>\n"
+        f"<script>\n{_asset('page.js')}{_asset('cost.js')}</script>\n</body>\n</html>\n"
     )
 
 
