@@ -75,12 +75,14 @@ def position_maps(material: Material) -> Section | LeftOut:
     shown, selections = _read(run, kind, material, layers)
     if not len(shown.step_idx):
         return LeftOut(TITLE, f"request {plain(shown.request_id)} has no decode step")
-    maps = [_map(layer, layers[layer], one, shown, len(layers)) for layer, one in selections.items()]
+    maps = [
+        map_of(layer, layers[layer], one, shown.visible, len(layers)) for layer, one in selections.items()
+    ]
     unit = _unit(material)
-    rows = [_shares_row(one, shown) for one in maps]
-    columns = ("layer", *_share_columns(shown))
     body = ""
     if shown.id_tokens:
+        rows = [_shares_row(one, shown) for one in maps]
+        columns = ("layer", *_share_columns(shown))
         caption = f"Where the selections of request {shown.request_id} lie"
         body = table_html((columns, rows), caption, "position-shares")
     body += "".join(_figure(one, shown, unit, kind) for one in maps)
@@ -188,17 +190,20 @@ def _decode_steps(layer: LayerSelections) -> LayerSelections:
     )
 
 
-def _map(
-    layer: int, why: Sequence[str], selections: LayerSelections, shown: Shown, num_maps: int
+def map_of(
+    layer: int, why: Sequence[str], selections: LayerSelections, visible: np.ndarray, num_maps: int
 ) -> PositionMap:
-    """In as fine cells as the limits allow; ids share a cell in powers of two, so that blocks stay whole."""
+    """Of T steps that choose from `visible` (T,) ids, in as fine cells as the limits allow.
+
+    Ids share a cell in powers of two, so that blocks stay whole.
+    """
     steps = -(-len(selections) // MOST_STEPS)
-    ids = 1
-    while ids * MOST_IDS < shown.num_ids:
+    ids, most = 1, int(visible.max())
+    while ids * MOST_IDS < most:
         ids *= 2
     while True:
-        cells = counted(selections, shown.visible, steps, ids)
-        if len(packed(cells, float(np.nanmax(cells)))) <= MAX_BYTES // num_maps or ids >= shown.num_ids:
+        cells = counted(selections, visible, steps, ids)
+        if len(packed(cells, float(np.nanmax(cells)))) <= MAX_BYTES // num_maps or ids >= most:
             return PositionMap(layer, why, selections, cells, steps, ids)
         ids *= 2
 

@@ -26,13 +26,13 @@ MOST_REQUESTS, MOST_BLOCKS = 4, 10
 
 def shared_prefix(material: Material) -> Section | LeftOut:
     summary, kind = material.summary, material.kind
-    hot = summary["prefix_hot_blocks"]
+    hot = {name: blocks for name, blocks in summary["prefix_hot_blocks"].items() if blocks}
     if not summary["counts"]["records"]:
         return LeftOut(TITLE, "no step was recorded")
     if not kind.holds("prefix"):
         return LeftOut(TITLE, "the records do not tell which prefixes are shared")
     if not hot:
-        return LeftOut(TITLE, "no request began like an earlier one")
+        return LeftOut(TITLE, "no step touched a block that an earlier request had too")
     ratio = summary["prefix_intersection_ratio"]
     said = (
         f"{percent(ratio['mean'])} of a record's touched blocks lie in the shared prefix (mean; p95 "
