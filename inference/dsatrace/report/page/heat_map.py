@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from .section import told
-from .svg import NUM_RAMP, Axis, box, compact, drawing, frame, ramp_level, swatch
+from .svg import NUM_RAMP, Axis, Plot, box, compact, drawing, frame, ramp_level, swatch
 
 MOST_COLUMNS, MOST_ROWS = 2000, 500
 MAX_BYTES = 150_000
@@ -93,12 +93,18 @@ def heat_map(
         by[0 if y_labels is None and pooled.shape[0] > pooled.shape[1] / 4 else 1] *= 2
     rows, columns = values.shape
     height = 14 + 46 + (min(max(rows * 18, 120), 420) if y_labels is not None else 300)
-    labels = None if y_labels is None else [(i + 0.5, label) for i, label in enumerate(y_labels)]
-    if labels is not None:
-        y = Axis(y.title, 0, rows)
+    labels = None
+    if y_labels is not None:
+        labels, y = [(i + 0.5, label) for i, label in enumerate(y_labels)], Axis(y.title, 0, rows)
+    whole_rows, whole_columns = (
+        cells.shape[0] * by[0],
+        cells.shape[1] * by[1],
+    )  # the last cell may stand for fewer
+    x, y = _stretched(x, whole_columns / columns), _stretched(y, whole_rows / rows)
     plot = frame(x, y, height=height, y_labels=labels, grid=False, down=True)
-    coarse = pooled_by(values, -(-rows // _COARSE_ROWS), -(-columns // _COARSE_COLUMNS), pool)
-    preview = _preview(coarse, high, ramp.root, plot.left, plot.top, plot.width, plot.height)
+    coarse_by = -(-rows // _COARSE_ROWS), -(-columns // _COARSE_COLUMNS)
+    coarse = pooled_by(values, *coarse_by, pool)
+    preview = _preview(coarse, high, ramp.root, plot, coarse_by[0] / whole_rows, coarse_by[1] / whole_columns)
     svg = drawing(title, desc, plot, f'<g class="preview">{preview}</g>')
     sides = {
         "left": plot.left / plot.total_width,
@@ -118,8 +124,8 @@ def heat_map(
         f'data-facts="{told(json.dumps(facts), None)}" data-cells="{data.decode()}" '
         'aria-hidden="true"></canvas>'
     )
-    over = "".join(_mark(mark, rows, columns) for mark in marks)
-    over += "".join(_outline(one, rows, columns) for one in outlines)
+    over = "".join(_mark(mark, whole_rows, whole_columns) for mark in marks)
+    over += "".join(_outline(one, whole_rows, whole_columns) for one in outlines)
     if over:
         over = (
             f'<svg class="marks" style="{style}" viewBox="0 0 1000 1000" preserveAspectRatio="none" '
@@ -195,27 +201,28 @@ def pooling_said(rows: int, columns: int, pool: Pool) -> str:
     return f"Pooled to fit: a cell of the figure shows {what} of {' by '.join(parts)}."
 
 
-def _preview(
-    values: np.ndarray, high: float, root: bool, left: float, top: float, width: float, height: float
-) -> str:
-    """A path for each colour of the ramp; equal neighbours in a row are one box."""
-    rows, columns = values.shape
-    if not rows or not columns:
-        return ""
-    wide, tall = width / columns, height / rows
+def _stretched(axis: Axis, by: float) -> Axis:
+    return dataclasses.replace(axis, high=axis.low + (axis.high - axis.low) * by)
+
+
+def _preview(values: np.ndarray, high: float, root: bool, plot: Plot, tall: float, wide: float) -> str:
+    """A path for each colour of the ramp; equal neighbours in a row are one box.
+
+    `tall` and `wide` are a cell's size as a share of the plot's.
+    """
+    columns = values.shape[1]
     paths: list[list[str]] = [[] for _ in range(NUM_RAMP)]
-    for row in range(rows):
+    for row, shown in enumerate(values.tolist()):
+        top, bottom = row * tall, min((row + 1) * tall, 1.0)
+        levels = [-1 if math.isnan(value) else ramp_level(_place(value, high, root), 1) for value in shown]
         start = 0
-        levels = [
-            -1 if math.isnan(value) else ramp_level(_place(value, high, root), 1)
-            for value in values[row].tolist()
-        ]
         for end in range(1, columns + 1):
             if end == columns or levels[end] != levels[start]:
                 if levels[start] >= 0:
-                    at, across = left + start * wide, (end - start) * wide
-                    run = f"M{at:.1f} {top + row * tall:.1f}h{across:.1f}v{tall:.1f}h{-across:.1f}z"
-                    paths[levels[start]].append(run)
+                    at, across = start * wide * plot.width, (min(end * wide, 1.0) - start * wide) * plot.width
+                    down = (bottom - top) * plot.height
+                    place = f"M{plot.left + at:.1f} {plot.top + top * plot.height:.1f}"
+                    paths[levels[start]].append(f"{place}h{across:.1f}v{down:.1f}h{-across:.1f}z")
                 start = end
     return "".join(
         f'<path class="r{level}" d="{"".join(path)}"/>' for level, path in enumerate(paths) if path
@@ -252,8 +259,7 @@ def _mark(mark: Mark, rows: int, columns: int) -> str:
 
 def _ramp_key(ramp: Ramp, high: float) -> str:
     """The colours, with the values at their ends and the name of what they show."""
-    ends = ("0 %", f"{high * 100:.3g} %") if ramp.share else ("0", compact(high))
+    ends = ("0%", f"{high * 100:.3g}%") if ramp.share else ("0", compact(high))
     boxes = "".join(f'<rect class="r{i}" x="{i * 14}" width="14.5" height="12"/>' for i in range(NUM_RAMP))
-    width = NUM_RAMP * 14
-    bar = f'<svg class="ramp" viewBox="0 0 {width} 12" aria-hidden="true">{boxes}</svg>'
-    return f"{told(ramp.title)}: {ends[0]} {bar} {ends[1]}"
+    fit = f'viewBox="0 0 {NUM_RAMP * 14} 12" preserveAspectRatio="none" aria-hidden="true"'
+    return f'{told(ramp.title)}: {ends[0]} <svg class="ramp" {fit}>{boxes}</svg> {ends[1]}'

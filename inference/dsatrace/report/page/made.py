@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 
 from ...version import __version__
-from ..grid import Cell, number
+from ..grid import number
 from .material import Material
 from .section import Row, Section, table_html
 
@@ -46,4 +46,3 @@ def _facts(material: Material) -> Iterator[Row]:
     if material.replay is not None:
         settings = json.dumps(material.replay["settings"], ensure_ascii=False)
         yield "replay's settings", settings
-    yield "records", Cell(f"{material.summary['counts']['records']:,}", material.summary["counts"]["records"])

@@ -37,10 +37,10 @@
   }
 
   const number = (value) => value.toLocaleString("en", { maximumSignificantDigits: 4 });
-  const span = (axis, index, count) => {
-    const [title, low, high] = axis;
-    const from = low + ((high - low) * index) / count, to = low + ((high - low) * (index + 1)) / count;
-    return `${title} ${number(Math.floor(from))}${to - from > 1.5 ? ` to ${number(Math.ceil(to) - 1)}` : ""}`;
+  const span = ([title, low, high], index, count) => {
+    const edge = (i) => Math.ceil(low + ((high - low) * i) / count - 1e-6);
+    const first = edge(index), last = edge(index + 1) - 1;
+    return `${title} ${first.toLocaleString("en")}${last > first ? ` to ${last.toLocaleString("en")}` : ""}`;
   };
 
   async function heatMap(canvas) {
@@ -56,7 +56,7 @@
       const row = at(event.clientY - box.top, box.height, facts.rows);
       const cell = cells[row * facts.columns + column];
       const value = ((cell - 1) / facts.levels) * facts.high;
-      const said = !cell ? "none" : facts.share ? `${number(value * 100)} %` : number(value);
+      const said = !cell ? "none" : facts.share ? `${number(value * 100)}%` : number(value);
       const where = facts.yLabels.length && facts.rowsPerCell === 1
         ? `${facts.y[0]} ${facts.yLabels[row]}` : span(facts.y, row, facts.rows);
       readout.textContent = `${where}, ${span(facts.x, column, facts.columns)}: ${facts.value} ${said}`;

@@ -19,13 +19,17 @@ from ...trace.reader import RunReader
 from ...version import __version__
 from .blocks_touched import blocks_touched
 from .cost import cost_and_crossover
+from .layer_misses import misses_by_layer, misses_by_step
+from .layer_overlap import layer_overlap
 from .made import how_it_was_made
 from .material import Material
+from .miss_curve import miss_curve
 from .moved import kv_found_and_moved
 from .offsets import offsets
 from .over_time import requests_over_time
 from .position_maps import position_maps
 from .prefix import shared_prefix
+from .reuse import reuse, step_overlap, working_set
 from .section import LeftOut, Section, told
 from .verdict import header
 
@@ -35,10 +39,17 @@ POLICY = (
     "base-uri 'none'; form-action 'none'"
 )
 SECTIONS: tuple[Callable[[Material], Section | LeftOut], ...] = (
+    miss_curve,
+    misses_by_step,
+    misses_by_layer,
+    layer_overlap,
     position_maps,
     blocks_touched,
     kv_found_and_moved,
     shared_prefix,
+    reuse,
+    step_overlap,
+    working_set,
     offsets,
     cost_and_crossover,
     requests_over_time,

@@ -50,6 +50,19 @@ class Section:
         return "\n".join([*parts, "</section>"])
 
 
+def figures_html(parts: Sequence[str]) -> str:
+    """A paragraph of texts and numbers in turn; each number stands whole in the page too."""
+    if not parts:
+        return ""
+    return f'<p class="answer">{"".join(map(figure_html, parts))}</p>'
+
+
+def figure_html(part: str) -> str:
+    """A text, or a number with its whole value."""
+    shown = told(part, None)
+    return f'<data value="{told(_value(part.value))}">{shown}</data>' if isinstance(part, Cell) else shown
+
+
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
     """A section that this run has no data for, and why: a clause that follows its title and a colon."""
@@ -72,10 +85,11 @@ def table_html(table: Table, caption: str, key: str = "") -> str:
     columns, rows = table
     name = f' id="{key}"' if key else ""
     head = "".join(f'<th scope="col">{told(column)}</th>' for column in columns)
+    head = f"<thead><tr>{head}</tr></thead>\n" if any(columns) else ""
     body = "".join(f"<tr>{''.join(map(_cell, row, range(len(row))))}</tr>\n" for row in rows)
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{told(caption)}"><table{name}>'
-        f"<caption>{told(caption)}</caption><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+        f"<caption>{told(caption)}</caption>{head}<tbody>{body}</tbody></table></div>"
     )
 
 
@@ -86,5 +100,5 @@ def _cell(cell: str, column: int) -> str:
 
 
 def _value(value: Any) -> str:
-    """As JSON has it; empty for none."""
+    """As Python writes it, which gives the same number when read; empty for none."""
     return "" if value is None else f"{value}"

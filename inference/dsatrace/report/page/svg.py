@@ -74,6 +74,7 @@ class Axis:
     log: bool = False
     share: bool = False
     whole: bool = False  # ticks at whole numbers only
+    nice: bool = False  # ends at a tick
     ticks: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
@@ -86,6 +87,10 @@ class Axis:
             low, high = (self.low / 2, self.low * 2) if self.log else (self.low - 0.5, self.low + 0.5)
             object.__setattr__(self, "low", low)
             object.__setattr__(self, "high", high)
+        if self.nice:
+            ticks = _ticks(self.low, self.high, 6, self.whole)
+            step = ticks[1] - ticks[0] if len(ticks) > 1 else self.high - ticks[-1]
+            object.__setattr__(self, "high", max(self.high, ticks[-1] + step if ticks[-1] < self.high else 0))
 
     def place(self, value: float) -> float:
         """From 0 to 1 along the axis."""
@@ -101,7 +106,7 @@ class Axis:
         return _ticks(self.low, self.high, most, self.whole)
 
     def label(self, value: float) -> str:
-        return f"{value * 100:.3g} %" if self.share else compact(value)
+        return f"{value * 100:.3g}%" if self.share else compact(value)
 
 
 def _ticks(low: float, high: float, most: int, whole: bool) -> list[float]:
@@ -134,6 +139,12 @@ class Series:
     null: bool = False
     line: bool = True
     marked: bool = False  # a marker at every point
+
+
+def known_points(xs: Iterable[float], ys: Iterable[float | None]) -> tuple[list[float], list[float]]:
+    """Those of the points that have a value."""
+    pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
+    return [x for x, _ in pairs], [y for _, y in pairs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,9 +288,7 @@ def line_chart(
     for place, label in shown:
         parts.append(f'<path class="at" d="M{place:.1f} {plot.top:.1f}v{plot.height:.1f}"/>')
         if place in labelled:
-            parts.append(
-                f'<text class="small" x="{place:.1f}" y="10" text-anchor="middle">{told(label)}</text>'
-            )
+            parts.append(text_at(place, 10, label, kind="small"))
     for one in sorted(series, key=lambda one: not one.null):  # grey lines below the others
         points = [(plot.x(a), plot.y(b)) for a, b in zip(one.xs, one.ys, strict=True)]
         if not points:
@@ -389,9 +398,7 @@ def matrix(
             parts.append(text_at(a + size / 2 - 0.5, b + size / 2 + 4, shown, kind=f"small cell{dark}"))
     for row, column in outlined:
         a, b = plot.x(column) - size / 2 + 0.5, plot.y(row) - size / 2 + 0.5
-        parts.append(
-            f'<rect class="outline" x="{a:.1f}" y="{b:.1f}" width="{size - 2:.1f}" height="{size - 2:.1f}"/>'
-        )
+        parts.append(box("outline", a, b, size - 2, size - 2))
     svg = drawing(title, desc, plot, "".join(parts))
     fixed = f'<div class="fixed" style="max-width:{width:.0f}px">{svg}</div>'
     return figure(fixed)

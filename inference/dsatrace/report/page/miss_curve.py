@@ -1,0 +1,175 @@
+"""How large a buffer must be: what LRU misses at every size, beside the optimum, other policies and nulls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from ..grid import Cell, number, percent
+from ..replay_tables import NULL_TITLES
+from .material import Material, Record
+from .section import LeftOut, Row, Section, figures_html
+from .svg import Axis, Series, known_points, line_chart
+
+TITLE = "How large must the buffer be?"
+MAX_POINTS = 160
+"""Of a drawn curve."""
+NAMES = {"lru": "LRU", "opt": "OPT, the least that any policy misses", "fifo": "FIFO", "sglang": "SGLang"}
+"""Of policies that are not written as they are named."""
+STARTS = {
+    "first-set": "a buffer begins with the first step's set, which is not counted",
+    "empty": "a buffer begins empty",
+    "first-b": "a buffer begins with the first ids of the context",
+    "prefill": "a buffer begins with what the prompt's last rows leave in it",
+}
+Points = tuple[list[float], list[float]]
+
+
+def miss_curve(material: Material) -> Section | LeftOut:
+    record = material.replay
+    if record is None:
+        return LeftOut(TITLE, material.no_replay)
+    overall, ids = record["overall"], material.ids
+    curves = {name: thinned(curve) for name, curve in overall["curves"].items() if curve["sizes"]}
+    series = list(_series(overall, curves))
+    sizes = [size for one in series for size in one.xs]
+    if not sizes:
+        return LeftOut(TITLE, "no step counts")
+    largest = max(*sizes, overall["contexts"]["p100"] or 0)
+    chart = line_chart(
+        TITLE,
+        _said(overall),
+        Axis(f"buffer per layer, {ids}", min(sizes), largest, log=True),
+        Axis(f"missed, share of the selected {ids}", 0, 1, share=True),
+        [_to_the_end(one, largest) if one.xs in [xs for xs, _ in curves.values()] else one for one in series],
+        list(_lines_at(record)),
+    )
+    body = figures_html(_answer(material, record)) + chart
+    return Section("curve", TITLE, body, _note(record), material.replay_command, _table(overall, curves))
+
+
+def thinned(curve: Mapping[str, Sequence[float]]) -> Points:
+    """Sizes and miss rates, at most about MAX_POINTS of them, the first and the last among them."""
+    sizes, rates = list(curve["sizes"]), list(curve["miss_rate"])
+    if len(sizes) <= MAX_POINTS:
+        return sizes, rates
+    step = math.log(sizes[-1] / sizes[0]) / MAX_POINTS
+    kept = [0]
+    for i in range(1, len(sizes) - 1):
+        if math.log(sizes[i] / sizes[kept[-1]]) >= step:
+            kept.append(i)
+    kept.append(len(sizes) - 1)
+    return [sizes[i] for i in kept], [rates[i] for i in kept]
+
+
+def _to_the_end(series: Series, largest: float) -> Series:
+    """A larger buffer than the largest of a curve misses the same: what was never selected before."""
+    return Series(series.name, [*series.xs, largest], [*series.ys, series.ys[-1]], series.style, series.null)
+
+
+def _series(overall: Record, curves: Mapping[str, Points]) -> Iterator[Series]:
+    if "run" in curves:
+        yield Series(NAMES["lru"], *curves["run"])
+    others = [name for name in ("opt", *overall["policies"]) if name in overall["policies"] and name != "lru"]
+    for style, name in enumerate(dict.fromkeys(others), 1):
+        cells = [cell for cell in overall["policies"][name].values() if cell["miss_rate"] is not None]
+        cells.sort(key=lambda cell: cell["ids"])
+        sizes, rates = known_points((cell["ids"] for cell in cells), (cell["miss_rate"] for cell in cells))
+        yield Series(NAMES.get(name, name), sizes, rates, style, marked=True)
+    for style, (null, title) in enumerate(NULL_TITLES.items(), 3):
+        if null in curves:
+            whose = "its" if null == "shuffled" else "a"
+            yield Series(f"LRU on {whose} {title}", *curves[null], style, null=True)
+
+
+def _lines_at(record: Record) -> Iterator[tuple[float, str]]:
+    """Multiples of top-k, where it is one number of the replayed ids, and the context."""
+    own_ids, own_buffers = record["settings"]["block"] is None, record["settings"]["share"] == "none"
+    if own_ids and own_buffers and len(set(record["top_k"])) == 1:
+        top_k = record["top_k"][0]
+        yield from ((top_k * times, "k" if times == 1 else f"{times}k") for times in (1, 2, 4, 8, 16, 32))
+    if context := record["overall"]["contexts"]["p100"]:
+        yield context, "N"
+
+
+def _answer(material: Material, record: Record) -> list[str | Cell]:
+    """The sizes that serve most reads, and what no buffer serves; texts and numbers in turn."""
+    overall = record["overall"]
+    served = {share: size for share, size in overall["served"]["run"].items() if size is not None}
+    not_served = [share for share in overall["served"]["run"] if share not in served]
+    said: list[str | Cell] = []
+    for i, (share, size) in enumerate(served.items()):
+        said += [", " if i else "LRU serves ", f"{share} of the reads from ", number(size, ",")]
+    if served:
+        said.append(f" {material.ids} per layer on")
+    if not_served:
+        said.append(f"{'; none' if served else 'No LRU buffer'} serves {_listed(not_served)}")
+    said.append(". ")
+    if (never := overall["reuse"]["never_selected_before"]) is not None:
+        said += [percent(never), " of the reads are first ones, which no buffer holds."]
+    return said
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _said(overall: Record) -> str:
+    """The figure in words."""
+    cells = overall["policies"].get("lru", {}).values()
+    rates = [
+        f"{cell['miss_rate']:.1%} at {cell['ids']:,.0f}" for cell in cells if cell["miss_rate"] is not None
+    ]
+    return f"Miss rate by buffer size. LRU misses {', '.join(rates) or 'nothing'}."
+
+
+def _note(record: Record) -> str:
+    overall, settings = record["overall"], record["settings"]
+    few = record["num_requests"] < 5
+    return " ".join((
+        f"Missed of selected ids, over {overall['steps']:,} steps of a layer in {record['num_requests']:,}"
+        f" requests and {len(record['layers']):,} layers; {STARTS[settings['start']]}.",
+        *(("The layers of a request share a buffer.",) if settings["share"] != "none" else ()),
+        "A step's ids are in the buffer together; at k, every policy misses what the step before did not"
+        " select. Grey: sets of the same sizes, but of other ids; the distance to them is locality.",
+        "N: the largest context.",
+        "No intervals: they need five requests." if few else "The numbers have 95% intervals over requests.",
+        "Replayed from the recorded selections; nothing was timed.",
+    ))  # fmt: skip
+
+
+def _table(overall: Record, curves: Mapping[str, Points]) -> tuple[Sequence[str], list[Row]]:
+    """A row per size that was replayed, then one per point of LRU's curves."""
+    policies, nulls = overall["policies"], [name for name in NULL_TITLES if name in overall["curves"]]
+    null_policies = [name for name in ("lru", "opt") if name in policies]
+    columns = [
+        "buffer, ids",
+        "size",
+        *(f"{name} missed" for name in policies),
+        *(("lru, 95% from", "to") if "lru" in policies else ()),
+        *(f"{name}, {NULL_TITLES[null]}" for name in null_policies for null in nulls),
+    ]
+    rows: list[Row] = []
+    for size in next(iter(policies.values()), {}):
+        cells = {name: policies[name][size] for name in policies}
+        known = [cell for cell in cells.values() if cell["miss_rate"] is not None]
+        if known:
+            interval = (cells["lru"]["interval"] or (None, None)) if "lru" in cells else ()
+            of_nulls = (cells[name].get("nulls", {}).get(null) for name in null_policies for null in nulls)
+            shares = (*(cell["miss_rate"] for cell in cells.values()), *interval, *of_nulls)
+            rows.append((number(known[0]["ids"], ",.0f"), size, *map(rate, shares)))
+    points: dict[float, dict[str, float]] = {}
+    for name, curve in curves.items():
+        for size_ids, share in zip(*curve, strict=True):
+            points.setdefault(size_ids, {})[name] = share
+    empty: dict[str, str] = dict.fromkeys(columns, "")
+    for size_ids, shares_at in sorted(points.items()):
+        at = {f"lru, {NULL_TITLES[null]}": rate(shares_at.get(null)) for null in nulls}
+        row = empty | at | {"buffer, ids": number(size_ids, ","), "lru missed": rate(shares_at.get("run"))}
+        rows.append([row[column] for column in columns])
+    return columns, rows
+
+
+def rate(share: float | None) -> str:
+    """Nothing for none, as where a column has no such point."""
+    return "" if share is None else number(share, ".2%")
