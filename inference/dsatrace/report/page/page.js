@@ -24,7 +24,10 @@
 
   function paint(canvas, cells, facts) {
     const stops = ramp();
-    const colours = Array.from({ length: facts.levels + 1 }, (_, i) => colour(stops, i / facts.levels));
+    const colours = Array.from({ length: facts.levels + 1 }, (_, i) => {
+      const share = i / facts.levels;
+      return colour(stops, facts.root ? Math.sqrt(share) : share);
+    });
     const image = new ImageData(facts.columns, facts.rows);
     cells.forEach((cell, i) => {
       if (cell) image.data.set([...colours[cell - 1], 255], 4 * i);
