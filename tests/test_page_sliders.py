@@ -155,15 +155,37 @@ def test_what_is_no_number_goes_back(page):
 
 
 def test_the_pixels_of_a_map_are_its_cells(page, page_file):
-    """One colour a level, and nothing where no position was visible."""
-    for i, heat in enumerate(PageParts(page_file.read_text()).maps):
-        page.value("document.querySelectorAll('canvas.heat').forEach((one, i) => one.id = `map${i}`)")
+    """Each pixel is the mean of its cells: the more are selected, the darker; blank where none is visible."""
+    page.value("document.querySelectorAll('#positions canvas').forEach((one, i) => one.id = `map${i}`)")
+    maps = [heat for heat in PageParts(page_file.read_text()).maps if heat.facts["pool"] == "mean"]
+    assert len(maps) == 3
+    for i, heat in enumerate(maps):
         pixels = page.pixels(f"#map{i}")
-        assert pixels.shape[:2] == heat.cells.shape
-        np.testing.assert_array_equal(pixels[..., 3] > 0, heat.cells > 0)
-        for level in np.unique(heat.cells[heat.cells > 0]):
-            assert len(np.unique(pixels[heat.cells == level], axis=0)) == 1
-        assert len(np.unique(pixels[heat.cells > 0], axis=0)) == len(np.unique(heat.cells[heat.cells > 0]))
+        rows, columns = heat.cells.shape
+        assert pixels.shape[0] == rows
+        assert pixels.shape[1] == page.value(f"document.getElementById('map{i}').clientWidth") < columns
+        at = np.arange(columns) * pixels.shape[1] // columns
+        edges = np.searchsorted(at, np.arange(pixels.shape[1]))
+        known = np.add.reduceat(heat.cells > 0, edges, axis=1, dtype=int)
+        sums = np.add.reduceat(np.nan_to_num(heat.values), edges, axis=1)
+        np.testing.assert_array_equal(pixels[..., 3] > 0, known > 0)
+        shares = sums[known > 0] / known[known > 0]
+        light = pixels[known > 0][:, :3].sum(axis=1, dtype=int)
+        _, level = np.unique(shares, return_inverse=True)
+        by_level = [np.unique(light[level == one]) for one in range(level.max() + 1)]
+        assert all(len(found) == 1 for found in by_level)
+        assert np.all(np.diff(np.concatenate(by_level)) < 0)
+
+
+def test_a_map_reads_out_by_keyboard(page):
+    page.value("document.querySelector('#positions canvas').focus()")
+    readout = "document.querySelector('#positions .readout').textContent"
+    assert page.value(readout).startswith("decode step 0, position (tokens) 0: selected ")
+    page.press("ArrowDown")
+    page.press("ArrowRight", modifiers=8)
+    assert page.value(readout).startswith("decode step 1, position (tokens) 10: selected ")
+    page.press("Home")
+    assert page.value(readout).startswith("decode step 1, position (tokens) 0: selected ")
 
 
 def test_controls_take_the_keyboard_and_fit_a_narrow_screen(page):
