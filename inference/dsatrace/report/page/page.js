@@ -59,7 +59,7 @@
 
   const number = (value) => value.toLocaleString("en", { maximumSignificantDigits: 4 });
   const span = ([title, low, high], index, count) => {
-    const edge = (i) => Math.ceil(low + ((high - low) * i) / count - 1e-6);
+    const edge = (i) => Math.ceil(low + ((high - low) * i) / count - 1e-6) + 0; // + 0: no minus zero
     const first = edge(index), last = edge(index + 1) - 1;
     return `${title} ${first.toLocaleString("en")}${last > first ? ` to ${last.toLocaleString("en")}` : ""}`;
   };
