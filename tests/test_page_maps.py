@@ -28,7 +28,7 @@ from dsatrace.trace.selections import LayerSelections
 from dsatrace.trace.summary import recency_blocks, uniform_blocks
 from helpers.golden_run import SERVING, GoldenRequest, write_golden
 from helpers.kind_runs import KINDS, write_kind
-from helpers.page_parts import PageParts
+from helpers.page import Page
 from helpers.tier_samples import SETUPS
 
 NEEDLE = ROOT / "data/traces/needle-2k/2k"
@@ -40,7 +40,7 @@ def material_of(folder, replay=NO_REPLAY, **choice):
 
 
 def parts_of(section):
-    return PageParts(section.html())
+    return Page(section.html())
 
 
 @pytest.fixture(scope="module")
@@ -78,24 +78,23 @@ def dense(folder, request_id, layer):
 
 def test_a_maps_bytes_are_the_selected_positions(maps):
     """Layers 0, 1 and 3: the first, the one that knows the answer, the last."""
-    assert len(maps.maps) == 3
-    for layer, shown in zip((0, 1, 3), maps.maps, strict=True):
-        np.testing.assert_array_equal(shown.values, dense(NEEDLE, "niah_single_1.2048.row0", layer))
+    for layer, (shown, _) in zip((0, 1, 3), maps.heat_maps("positions"), strict=True):
+        np.testing.assert_array_equal(shown, dense(NEEDLE, "niah_single_1.2048.row0", layer))
 
 
 def test_a_maps_numbers_are_the_sums_of_its_bytes(maps):
-    for layer, shown in zip((0, 1, 3), maps.maps, strict=True):
-        rows = [row for row in maps.tables["positions-table"] if row[0] == layer]
+    for layer, (shown, _) in zip((0, 1, 3), maps.heat_maps("positions"), strict=True):
+        rows = [row for row in maps.rows("positions-table") if row[0] == layer]
         assert len(rows) == 16
         for _, first, last, count, share in rows:
-            assert count == np.nansum(shown.values[:, int(first) : int(last) + 1])
-            assert share == pytest.approx(count / np.nansum(shown.values))
+            assert count == np.nansum(shown[:, int(first) : int(last) + 1])
+            assert share == pytest.approx(count / np.nansum(shown))
 
 
 def test_the_shares_of_sinks_recent_band_and_answer(maps):
     (line,) = [r for r in RunReader(NEEDLE).requests() if r["request_id"] == "niah_single_1.2048.row0"]
     answer = line["needle_positions"]
-    for row in maps.tables["position-shares"]:
+    for row in maps.rows("position-shares"):
         values = dense(NEEDLE, line["request_id"], int(row[0]))
         visible = np.isfinite(values).sum(axis=1)
         k = np.nansum(values, axis=1)
@@ -109,13 +108,13 @@ def test_the_shares_of_sinks_recent_band_and_answer(maps):
             (k / visible).mean(),
         ]
         assert row[1:] == pytest.approx(expected)
-    assert maps.tables["position-shares"][1][5] > 0.6  # layer 1 looks the answer up
+    assert maps.rows("position-shares")[1][5] > 0.6  # layer 1 looks the answer up
 
 
 def test_other_requests_and_layers_on_demand(needle):
     other = material_of(NEEDLE, request="niah_single_1.2048.row1", layer=2)
-    (shown,) = parts_of(position_maps(other)).maps
-    np.testing.assert_array_equal(shown.values, dense(NEEDLE, "niah_single_1.2048.row1", 2))
+    ((shown, _),) = parts_of(position_maps(other)).heat_maps("positions")
+    np.testing.assert_array_equal(shown, dense(NEEDLE, "niah_single_1.2048.row1", 2))
     with pytest.raises(UserError, match="no request 'nobody'"):
         position_maps(material_of(NEEDLE, request="nobody"))
     with pytest.raises(UserError, match="--layer 9"):
@@ -159,7 +158,7 @@ def test_a_pooled_cell_counts_its_ids(steps, ids):
 
 
 def test_blocks_touched_are_the_summarys_and_add_up_over_layers(needle):
-    table = parts_of(blocks_touched(needle)).tables["blocks-table"]
+    table = parts_of(blocks_touched(needle)).rows("blocks-table")
     overall = {row[1]: row[2:] for row in table if row[0] == "all"}
     for row in needle.summary["blocks_touched"]:
         keys = ("mean", "uniform_mean", "recency_mean", "context_mean")
@@ -191,7 +190,7 @@ def test_blocks_by_layer_counted_by_hand():
 def test_tiers_are_the_summarys(tmp_path, name):
     material = material_of(write_golden(tmp_path / "run", tiers=SETUPS[name]))
     section = kv_found_and_moved(material)
-    table = {(row[0], row[1]): row[3] for row in parts_of(section).tables["bytes-table"]}
+    table = {(row[0], row[1]): row[3] for row in parts_of(section).rows("bytes-table")}
     fetch = material.summary["kv_fetch"]
     titles = {"hbm": "HBM", "local_pool": "local pool", "remote_pool": "remote pool"}
     for tier in fetch:
@@ -214,7 +213,7 @@ def test_tiers_are_the_summarys(tmp_path, name):
 
 
 def test_bytes_without_tiers_are_the_summarys(needle):
-    table = {row[1]: row[3] for row in parts_of(kv_found_and_moved(needle)).tables["bytes-table"]}
+    table = {row[1]: row[3] for row in parts_of(kv_found_and_moved(needle)).rows("bytes-table")}
     read = needle.summary["bytes_read"]
     assert table["latents of the touched blocks"] == read["without_indexer_scan"]
     assert table["indexer keys (it scans every token)"] == read["indexer_scan"]
@@ -222,7 +221,7 @@ def test_bytes_without_tiers_are_the_summarys(needle):
 
 
 def test_hot_blocks_are_the_summarys(needle):
-    table = parts_of(shared_prefix(needle)).tables["prefix-table"]
+    table = parts_of(shared_prefix(needle)).rows("prefix-table")
     hot = needle.summary["prefix_hot_blocks"]
     expected = [[name, one["block_id"], one["touches"]] for name, blocks in hot.items() for one in blocks]
     assert table == expected
@@ -231,7 +230,7 @@ def test_hot_blocks_are_the_summarys(needle):
 def test_offsets_beside_selectors_counted_by_hand(golden):
     material = material_of(golden)
     records = list(material.run.steps())
-    table = parts_of(offsets(material)).tables["offsets-table"]
+    table = parts_of(offsets(material)).rows("offsets-table")
     everything = [r["seq_len_current"] - 1 - p for r in records for p in r["selected_token_pos"]]
     for offset, share, uniform, recency in table:
         assert share == pytest.approx(np.mean(np.array(everything) <= offset))
@@ -260,8 +259,8 @@ def test_requests_over_time_are_the_summarys(golden):
     parts = parts_of(requests_over_time(material))
     buckets = serving["requests_over_time"]
     expected = [[one["start_s"], one["arrived"], one["finished"]] for one in buckets]
-    assert [row[:3] for row in parts.tables["requests-table"]] == expected
-    assert parts.tables["served"][0][1:] == [
+    assert [row[:3] for row in parts.rows("requests-table")] == expected
+    assert parts.rows("served")[0][1:] == [
         serving["latency_ms"][name] for name in ("p50", "p95", "p99", "max", "mean")
     ]
     assert in_flight([{"arrived": 3, "finished": 1}, {"arrived": 0, "finished": 2}]) == [2, 0]
@@ -273,12 +272,12 @@ def test_costs_are_the_models(golden, replayed):
     cost, hbm = Cost.stored(replayed)
     assert cost == Cost.of(replayed, "2k", LINKS["pcie5-gather"], Compute(50, 1.5))
     record = cost.to_json(hbm)
-    assert parts.tables["cost-batches"] == [
+    assert parts.rows("cost-batches") == [
         [row["batch"], row["whole_ms"], row["overlapped_ms"], row["serial_ms"]] for row in record["by_batch"]
     ]
     keys = ("context", "most_requests", "most_requests_offloaded", "tokens_per_s", "tokens_per_s_offloaded",
             "pays_from_batch")  # fmt: skip
-    assert parts.tables["cost-contexts"] == [[row[key] for key in keys] for row in record["by_context"]]
+    assert parts.rows("cost-contexts") == [[row[key] for key in keys] for row in record["by_context"]]
 
 
 def test_costs_follow_what_the_replay_was_asked(golden, tmp_path):
@@ -313,28 +312,29 @@ LEFT_OUT = {  # sections of this file that a kind cannot have
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_has_its_sections(tmp_path, name):
     folder = write_kind(tmp_path / "run", name)
-    page = PageParts(page_html(material_of(folder)))
-    shown = {"positions", "blocks", "bytes", "prefix", "offsets"} & set(page.ids)
-    assert {"positions", "blocks", "bytes", "prefix", "offsets"} - shown == LEFT_OUT[name]
-    for heat in page.maps:
-        assert heat.cells.any()
+    page = Page(page_html(material_of(folder)))
+    shown = page.sections()
+    assert {"positions", "blocks", "bytes", "prefix", "offsets"} - shown.keys() == LEFT_OUT[name]
+    maps = page.heat_maps("positions") if "positions" in shown else []
+    for values, _ in maps:
+        assert np.nansum(values) > 0
     if name == "expert":
-        assert page.maps[0].facts["x"] == ["expert", 0, 256]
-        assert "sinks" not in page.text
+        assert maps[0][1]["x"] == ["expert", 0, 256]
+        assert "sinks" not in shown["positions"].text
     if name == "entry":  # of 4 tokens: the axis counts tokens
-        title, low, high = page.maps[0].facts["x"]
+        title, low, high = maps[0][1]["x"]
         assert (title, low, high % 4) == ("position (tokens)", 0, 0)
     if name == "slots":
-        assert "its ids are an engine's slots, which say nothing of positions" in page.text
+        assert "its ids are an engine's slots, which say nothing of positions" in page.root.text
 
 
 @pytest.mark.parametrize("level", ["stats", "blocks"])
 def test_records_of_less_than_full_level(tmp_path, level):
-    page = PageParts(page_html(material_of(write_golden(tmp_path / "run", level=level))))
-    assert ("positions" in page.ids) == (level == "blocks")
-    assert "blocks" in page.ids
+    page = Page(page_html(material_of(write_golden(tmp_path / "run", level=level))))
+    assert ("positions" in page.sections()) == (level == "blocks")
+    assert "blocks" in page.sections()
     if level == "stats":
-        assert "records of level stats hold no positions" in page.text
+        assert "records of level stats hold no positions" in page.root.text
 
 
 def test_hostile_names_stay_text(tmp_path):
@@ -342,10 +342,11 @@ def test_hostile_names_stay_text(tmp_path):
     requests = (GoldenRequest(name, 40, 6, 3, (4, 5)), GoldenRequest("</textarea>", 40, 6, 7))
     folder = write_golden(tmp_path / "<img src=x onerror=alert(1)>", requests, serving=SERVING)
     html = page_html(material_of(folder))
-    page = PageParts(html)
-    assert page.tags.count("script") == 1
-    assert not {"img", "textarea"} & set(page.tags)
-    assert "<script>alert" in page.text
+    page = Page(html)
+    tags = [element.tag for element in page.root.all()]
+    assert tags.count("script") == 1
+    assert not {"img", "textarea"} & set(tags)
+    assert "<script>alert" in page.root.text
     assert "\x1b" not in html
 
 
@@ -354,4 +355,4 @@ def test_a_deep_model_of_long_context_stays_small(tmp_path):
     folder = write_golden(tmp_path / "run", requests, num_layers=61)
     html = page_html(material_of(folder))
     assert len(html.encode()) < MAX_BYTES
-    assert PageParts(html).maps
+    assert len(Page(html).heat_maps("positions")) >= 2

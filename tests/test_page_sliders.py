@@ -15,7 +15,7 @@ from dsatrace.report.page.material import Material
 from dsatrace.report.page.page import page_html
 from dsatrace.selection_replay.cost import LINKS, Cost
 from dsatrace.trace.reader import RunReader
-from helpers.page_parts import PageParts
+from helpers.page import Page
 
 NEEDLE = ROOT / "data/traces/needle-2k/2k"
 
@@ -84,13 +84,13 @@ def number_of(key):
 
 
 def test_the_scripts_figures_are_pythons_as_the_page_opens(page, page_file, replayed):
-    before = PageParts(page_file.read_text())
+    before = Page.read(page_file)
     expected = tables_of(*Cost.stored(replayed))
     assert_tables(page, expected)
     for name, rows in zip(("cost-batches", "cost-contexts"), expected, strict=True):
-        assert before.tables[name] == rows
+        assert before.rows(name) == rows
     said = page.value("document.querySelector('[data-cost=said]').textContent")
-    assert said in before.text
+    assert said in before.root.text
     shown = page.value("[...document.querySelectorAll('#cost-batches td')].map((cell) => cell.textContent)")
     assert shown[:4] == shown_cells(page_file, "cost-batches")[:4]
 
@@ -155,15 +155,35 @@ def test_what_is_no_number_goes_back(page):
 
 
 def test_the_pixels_of_a_map_are_its_cells(page, page_file):
-    """One colour a level, and nothing where no position was visible."""
-    for i, heat in enumerate(PageParts(page_file.read_text()).maps):
-        page.value("document.querySelectorAll('canvas.heat').forEach((one, i) => one.id = `map${i}`)")
+    """Each pixel is the mean of its cells: the more are selected, the darker; blank where none is visible."""
+    page.value("document.querySelectorAll('#positions canvas').forEach((one, i) => one.id = `map${i}`)")
+    for i, (values, _) in enumerate(Page.read(page_file).heat_maps("positions")):
         pixels = page.pixels(f"#map{i}")
-        assert pixels.shape[:2] == heat.cells.shape
-        np.testing.assert_array_equal(pixels[..., 3] > 0, heat.cells > 0)
-        for level in np.unique(heat.cells[heat.cells > 0]):
-            assert len(np.unique(pixels[heat.cells == level], axis=0)) == 1
-        assert len(np.unique(pixels[heat.cells > 0], axis=0)) == len(np.unique(heat.cells[heat.cells > 0]))
+        rows, columns = values.shape
+        assert pixels.shape[0] == rows
+        assert pixels.shape[1] == page.value(f"document.getElementById('map{i}').clientWidth") < columns
+        at = np.arange(columns) * pixels.shape[1] // columns
+        edges = np.searchsorted(at, np.arange(pixels.shape[1]))
+        known = np.add.reduceat(np.isfinite(values), edges, axis=1, dtype=int)
+        sums = np.add.reduceat(np.nan_to_num(values), edges, axis=1)
+        np.testing.assert_array_equal(pixels[..., 3] > 0, known > 0)
+        shares = sums[known > 0] / known[known > 0]
+        light = pixels[known > 0][:, :3].sum(axis=1, dtype=int)
+        _, level = np.unique(shares, return_inverse=True)
+        by_level = [np.unique(light[level == one]) for one in range(level.max() + 1)]
+        assert all(len(found) == 1 for found in by_level)
+        assert np.all(np.diff(np.concatenate(by_level)) < 0)
+
+
+def test_a_map_reads_out_by_keyboard(page):
+    page.value("document.querySelector('#positions canvas').focus()")
+    readout = "document.querySelector('#positions .readout').textContent"
+    assert page.value(readout).startswith("decode step 0, position (tokens) 0: selected ")
+    page.press("ArrowDown")
+    page.press("ArrowRight", modifiers=8)
+    assert page.value(readout).startswith("decode step 1, position (tokens) 10: selected ")
+    page.press("Home")
+    assert page.value(readout).startswith("decode step 1, position (tokens) 0: selected ")
 
 
 def test_controls_take_the_keyboard_and_fit_a_narrow_screen(page):
@@ -179,4 +199,4 @@ def test_without_javascript_there_are_no_controls_but_all_figures(browser, page_
     with browser.open(page_file, javascript=False) as page:
         assert page.errors == []
         assert page.value("getComputedStyle(document.querySelector('.controls')).display") == "none"
-        assert table_of(page, "cost-contexts") == PageParts(page_file.read_text()).tables["cost-contexts"]
+        assert table_of(page, "cost-contexts") == Page.read(page_file).rows("cost-contexts")

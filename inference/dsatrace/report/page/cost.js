@@ -50,7 +50,7 @@
   const svg = root.querySelector("[data-cost=chart] figure svg[role=img]");
   const box = { left: 74, top: 14, right: 660, bottom: 274 };
   const node = (name, attributes, content) => {
-    const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+    const made = document.createElementNS(svg.namespaceURI, name);
     Object.entries(attributes).forEach(([key, value]) => made.setAttribute(key, value));
     if (content !== undefined) made.textContent = content;
     svg.append(made);

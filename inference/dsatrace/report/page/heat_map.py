@@ -117,12 +117,12 @@ def heat_map(
         "rows": cells.shape[0], "columns": cells.shape[1], "high": high, "levels": _levels(high, pooled),
         "share": ramp.share, "root": ramp.root, "value": ramp.title,
         "x": [x.title, x.low, x.high], "y": [y.title, y.low, y.high], "yLabels": list(y_labels or ()),
-        "rowsPerCell": by[0], "columnsPerCell": by[1],
+        "rowsPerCell": by[0], "columnsPerCell": by[1], "pool": pool,
     }  # fmt: skip
     canvas = (
         f'<canvas class="heat" style="{style}" width="{cells.shape[1]}" height="{cells.shape[0]}" '
         f'data-facts="{told(json.dumps(facts), None)}" data-cells="{data.decode()}" '
-        'aria-hidden="true"></canvas>'
+        f'tabindex="0" role="img" aria-label="{told(title)}, read cell by cell with the arrow keys"></canvas>'
     )
     over = "".join(_mark(mark, whole_rows, whole_columns) for mark in marks)
     over += "".join(_outline(one, whole_rows, whole_columns) for one in outlines)
@@ -143,7 +143,8 @@ def heat_map(
         f'<figure class="chart">{legend}'
         f'<div class="scroll" tabindex="0" role="region" aria-label="{told(title)}">'
         f'<div class="stack">{svg}{canvas}{over}</div></div>'
-        f'<figcaption><span class="readout" aria-live="off"></span>{told(said)}</figcaption></figure>'
+        f'<figcaption><span class="readout" aria-live="polite"></span>{told(said)}<span class="fit"></span>'
+        "</figcaption></figure>"
     )
 
 

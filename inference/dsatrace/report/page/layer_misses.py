@@ -14,8 +14,8 @@ from .svg import Axis, Bar, bars
 BY_STEP = "Which layers miss, and when?"
 BY_LAYER = "How many misses has a step, by layer?"
 PERCENTILES = ("p50", "p95", "p99")
-MOST_TABLE_STEPS = 64
-"""Columns of steps in the table; beyond, steps are averaged."""
+MOST_TABLE_STEPS, MOST_TABLE_CELLS = 64, 2000
+"""Columns of steps in the table, and cells; beyond, steps are averaged."""
 
 
 def misses_by_step(material: Material) -> Section | LeftOut:
@@ -37,7 +37,7 @@ def misses_by_step(material: Material) -> Section | LeftOut:
         Axis("layer", 0, len(rows)),
         y_labels=list(layers),
     )
-    by = -(-num_steps // MOST_TABLE_STEPS)
+    by = -(-num_steps // max(min(MOST_TABLE_STEPS, MOST_TABLE_CELLS // len(rows)), 1))
     starts = range(0, num_steps, by)
     heads = (f"{i + 1}" if by == 1 else f"{i + 1}-{min(i + by, num_steps)}" for i in starts)
     means = (

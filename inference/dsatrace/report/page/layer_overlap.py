@@ -127,8 +127,8 @@ def _beside_the_one_before(material: Material) -> Section | LeftOut:
     by_layer: dict[float, dict[str, float]] = {}
     for style, key in enumerate(("layer_overlap", "step_overlap")):
         overlap = material.summary[key]
-        per_layer = overlap["per_layer"] or ()  # None where nothing was compared
-        layers, shares = known_points(range(len(per_layer)), per_layer)
+        of_layers = overlap["per_layer"] or []  # None where nothing was recorded
+        layers, shares = known_points(range(len(of_layers)), of_layers)
         if not layers:
             continue
         name = f"in the {key.removesuffix('_overlap')} before"

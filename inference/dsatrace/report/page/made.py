@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from collections.abc import Iterator
 
 from ...version import __version__
-from ..grid import number
+from ..grid import MAX_ROWS, number
 from .material import Material
 from .section import Row, Section, table_html
 
@@ -15,9 +16,13 @@ from .section import Row, Section, table_html
 def how_it_was_made(material: Material) -> Section:
     body = table_html((("", ""), list(_facts(material))), "The run")
     files = material.manifest.get("files") or {}
-    digests = [(name, number(told["bytes"], ",d"), told["sha256"]) for name, told in files.items()]
+    digests = [
+        (name, number(told["bytes"], ",d"), told["sha256"])
+        for name, told in itertools.islice(files.items(), MAX_ROWS)
+    ]
     if digests:
-        body += table_html((("file", "bytes", "SHA-256"), digests), "Its files, as the manifest has them")
+        more = f" (and {len(files) - MAX_ROWS:,} more in its manifest)" if len(files) > MAX_ROWS else ""
+        body += table_html((("file", "bytes", "SHA-256"), digests), f"Its files{more}")
     note = "Digests are those of the run's end: dsatrace verify compares them and re-derives every record."
     return Section("made", "How it was made", body, note, material.command("verify"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,7 +13,7 @@ from .section import LeftOut, Row, Section, figures_html
 from .svg import Axis, Series, known_points, line_chart
 
 TITLE = "How large must the buffer be?"
-MAX_POINTS = 160
+MAX_POINTS = 128
 """Of a drawn curve."""
 NAMES = {"lru": "LRU", "opt": "OPT, the least that any policy misses", "fifo": "FIFO", "sglang": "SGLang"}
 """Of policies that are not written as they are named."""
@@ -30,7 +31,7 @@ def miss_curve(material: Material) -> Section | LeftOut:
     if record is None:
         return LeftOut(TITLE, material.no_replay)
     overall, ids = record["overall"], material.ids
-    curves = {name: thinned(curve) for name, curve in overall["curves"].items() if curve["sizes"]}
+    curves = on_one_grid(overall["curves"])
     series = list(_series(overall, curves))
     sizes = [size for one in series for size in one.xs]
     if not sizes:
@@ -41,30 +42,33 @@ def miss_curve(material: Material) -> Section | LeftOut:
         _said(overall),
         Axis(f"buffer per layer, {ids}", min(sizes), largest, log=True),
         Axis(f"missed, share of the selected {ids}", 0, 1, share=True),
-        [_to_the_end(one, largest) if one.xs in [xs for xs, _ in curves.values()] else one for one in series],
+        series,
         list(_lines_at(record)),
     )
     body = figures_html(_answer(material, record)) + chart
     return Section("curve", TITLE, body, _note(record), material.replay_command, _table(overall, curves))
 
 
-def thinned(curve: Mapping[str, Sequence[float]]) -> Points:
-    """Sizes and miss rates, at most about MAX_POINTS of them, the first and the last among them."""
-    sizes, rates = list(curve["sizes"]), list(curve["miss_rate"])
-    if len(sizes) <= MAX_POINTS:
-        return sizes, rates
-    step = math.log(sizes[-1] / sizes[0]) / MAX_POINTS
-    kept = [0]
-    for i in range(1, len(sizes) - 1):
-        if math.log(sizes[i] / sizes[kept[-1]]) >= step:
-            kept.append(i)
-    kept.append(len(sizes) - 1)
-    return [sizes[i] for i in kept], [rates[i] for i in kept]
+def on_one_grid(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Points]:
+    """LRU's curves as (sizes, miss rates), at most about MAX_POINTS of the sizes of all, the same for each.
 
-
-def _to_the_end(series: Series, largest: float) -> Series:
-    """A larger buffer than the largest of a curve misses the same: what was never selected before."""
-    return Series(series.name, [*series.xs, largest], [*series.ys, series.ys[-1]], series.style, series.null)
+    Between two of its sizes a curve is flat, so nothing is estimated; one begins where it holds a step.
+    """
+    sizes = sorted({size for curve in curves.values() for size in curve["sizes"]})
+    if len(sizes) > MAX_POINTS:
+        step = math.log(sizes[-1] / sizes[0]) / MAX_POINTS
+        kept = [sizes[0]]
+        for size in sizes[1:-1]:
+            if math.log(size / kept[-1]) >= step:
+                kept.append(size)
+        sizes = [*kept, sizes[-1]]
+    found = {}
+    for name, curve in curves.items():
+        if curve["sizes"]:
+            own = [size for size in sizes if size >= curve["sizes"][0]]
+            places = (bisect.bisect_right(curve["sizes"], size) - 1 for size in own)
+            found[name] = own, [curve["miss_rate"][place] for place in places]
+    return found
 
 
 def _series(overall: Record, curves: Mapping[str, Points]) -> Iterator[Series]:
@@ -83,13 +87,13 @@ def _series(overall: Record, curves: Mapping[str, Points]) -> Iterator[Series]:
 
 
 def _lines_at(record: Record) -> Iterator[tuple[float, str]]:
-    """Multiples of top-k, where it is one number of the replayed ids, and the context."""
+    """The context, and multiples of top-k where it is one number of the replayed ids."""
+    if context := record["overall"]["contexts"]["p100"]:
+        yield context, "N"
     own_ids, own_buffers = record["settings"]["block"] is None, record["settings"]["share"] == "none"
     if own_ids and own_buffers and len(set(record["top_k"])) == 1:
         top_k = record["top_k"][0]
         yield from ((top_k * times, "k" if times == 1 else f"{times}k") for times in (1, 2, 4, 8, 16, 32))
-    if context := record["overall"]["contexts"]["p100"]:
-        yield context, "N"
 
 
 def _answer(material: Material, record: Record) -> list[str | Cell]:

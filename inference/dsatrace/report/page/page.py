@@ -3,19 +3,17 @@
 What a section shows and why it may be left out, its own file knows; here are their order and the page
 around them. The same run and the same replay give the same bytes.
 
-    write_page(Path("outputs/mine"), Path("page.html"), record)
+    write_page(Material.of(RunReader("outputs/mine"), record), Path("page.html"))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from ...errors import UserError
 from ...files import write_atomically
-from ...trace.reader import RunReader
 from ...version import __version__
 from .blocks_touched import blocks_touched
 from .cost import cost_and_crossover
@@ -58,12 +56,9 @@ SECTIONS: tuple[Callable[[Material], Section | LeftOut], ...] = (
 """In the page's order: what it misses, where, what it touches, what that costs, how it was made."""
 
 
-def write_page(folder: Path, out: Path, replay: Mapping[str, Any] | str) -> None:
-    """Writes the page of the run in `folder`. `replay` is replay.json's record, or why there is none.
-
-    Raises `UserError` for what is no run, and if the file cannot be written.
-    """
-    page = page_html(Material.of(RunReader(folder), replay)).encode()
+def write_page(material: Material, out: Path) -> None:
+    """Raises `UserError` for what is no run, and if the file cannot be written."""
+    page = page_html(material).encode()
     try:
         write_atomically(out, page)
     except OSError as error:

@@ -269,6 +269,8 @@ def _figure(one: PositionMap, shown: Shown, unit: str, kind: SelectionKind) -> s
     per_id = shown.id_tokens or 1
     x_title = "position (tokens)" if shown.id_tokens else unit
     high = float(np.nanmax(one.cells))
+    follows = bool(np.all(np.diff(steps) == 1))  # else some were not recorded
+    first, y_title = (int(steps[0]), "decode step") if follows else (0, "recorded decode step")
     what = "selected ids" if unit != "token" else "selected tokens"
     cell = one.steps_per_row * one.ids_per_column
     head = ", its first KV head" if kind.layers[one.layer].heads > 1 else ""
@@ -278,9 +280,11 @@ def _figure(one: PositionMap, shown: Shown, unit: str, kind: SelectionKind) -> s
         f"{len(steps)} decode steps by {shown.num_ids:,} {_plural(unit)}; the table above and the numbers "
         "below say the same in figures.",
         one.cells,
-        Ramp(f"{what} in a cell of {cell:,}" if cell > 1 else "selected", high, root=high > 2),
+        Ramp(f"{what} in a cell of {cell:,}" if cell > 1 else "selected", high, root=True),
         Axis(x_title, 0, one.cells.shape[1] * one.ids_per_column * per_id),
-        Axis("decode step", float(steps[0]), float(steps[0] + one.cells.shape[0] * one.steps_per_row)),
+        Axis(y_title, first, first + one.cells.shape[0] * one.steps_per_row),
+        pool="mean",
+        max_bytes=MAX_BYTES,
         outlines=_outlines(one, shown),
         said=_pooled(one, unit),
     )
@@ -384,7 +388,7 @@ def _note(material: Material, shown: Shown, maps: Sequence[PositionMap], unit: s
     if shown.id_tokens:
         parts.append(
             "Shares are of the selected ids; uniform: expected of a selector that draws as many of the "
-            "visible ids at random. White: not yet visible."
+            "visible ids at random. Blank: not yet visible."
         )
     return " ".join(parts)
 

@@ -53,7 +53,7 @@ def stacked(title: str, desc: str, stacks: Sequence[Stack]) -> str:
             content.append(text_at(left + room, y + 13, ", ".join(beside), "end"))
             y += 16
         y += _ROW - _TALL
-    return figure(_drawn(title, desc, y, content), [_key(i, name) for i, name in enumerate(names)])
+    return figure(title, _drawn(title, desc, y, content), [_key(i, name) for i, name in enumerate(names)])
 
 
 def amounts(title: str, desc: str, groups: Sequence[Stack]) -> str:
@@ -75,7 +75,7 @@ def amounts(title: str, desc: str, groups: Sequence[Stack]) -> str:
             content.append(_part(names.index(part.name), left, y, wide))
         content.append(text_at(left + wide + 7, y + _TALL / 2 + 4, part.text, "start"))
         y += _TALL + (14 if part is group.parts[-1] and len(group.parts) > 1 else 5)
-    return figure(_drawn(title, desc, y, content))
+    return figure(title, _drawn(title, desc, y, content))
 
 
 def _drawn(title: str, desc: str, height: float, content: Sequence[str]) -> str:

@@ -35,6 +35,18 @@ def text_width(text: str, size: float = FONT) -> float:
     return ems * size
 
 
+def lines_of(text: str, width: float, size: float = FONT) -> list[str]:
+    """The text in lines that are not wider, as far as its words allow."""
+    lines: list[str] = []
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and text_width(longer, size) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
 def text_at(x: float, y: float, text: str, anchor: str = "middle", kind: str = "") -> str:
     """A label whose baseline is at y. `kind`: a class of the style sheet's."""
     named = f' class="{kind}"' if kind else ""
@@ -180,8 +192,9 @@ def frame(
     """
     if y_labels is None:
         y_labels = [(tick, y.label(tick)) for tick in y.tick_values(6)]
-    left = 26 + max((text_width(text) for _, text in y_labels), default=0) + 6
     top, bottom, right = 14.0, 46.0, 18.0
+    y_title = lines_of(y.title, height - top - bottom + 20)
+    left = 11 + _LINE * len(y_title) + max((text_width(text) for _, text in y_labels), default=0) + 6
     if x_labels is None:
         x_labels = [(tick, x.label(tick)) for tick in x.tick_values(9)]
     if x_labels:
@@ -206,12 +219,10 @@ def frame(
         parts.append(text_at(left - 7, place + 4, text, "end"))
     base = top + inner_height
     parts.append(f'<path class="axis" d="M{left:.1f} {top:.1f}V{base:.1f}H{left + inner_width:.1f}"/>')
-    middle_x, middle_y = left + inner_width / 2, top + inner_height / 2
-    parts.append(text_at(middle_x, height - 8, x.title, kind="title"))
-    parts.append(
-        f'<text class="title" transform="translate(14 {middle_y:.1f}) rotate(-90)" text-anchor="middle">'
-        f"{told(y.title)}</text>"
-    )
+    parts.append(text_at(left + inner_width / 2, height - 8, x.title, kind="title"))
+    for i, line in enumerate(y_title):
+        turned = f"translate({14 + _LINE * i} {top + inner_height / 2:.1f}) rotate(-90)"
+        parts.append(f'<text class="title" transform="{turned}" text-anchor="middle">{told(line)}</text>')
     return Plot(left, top, inner_width, inner_height, width, height, "".join(parts), at_x, at_y)
 
 
@@ -235,10 +246,11 @@ def drawing(title: str, desc: str, plot: Plot, content: str) -> str:
     )
 
 
-def figure(svg: str, legend: Sequence[str] = ()) -> str:
+def figure(title: str, svg: str, legend: Sequence[str] = ()) -> str:
     """A drawing in a frame that scrolls where the page is narrow, its legend above it."""
     keys = f'<ul class="legend">{"".join(f"<li>{key}</li>" for key in legend)}</ul>' if legend else ""
-    return f'<figure class="chart">{keys}<div class="scroll" tabindex="0" role="region">{svg}</div></figure>'
+    scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="{told(title)}">{svg}</div>'
+    return f'<figure class="chart">{keys}{scroll}</figure>'
 
 
 def marker(kind: int, x: float, y: float, size: float = 3.4) -> str:
@@ -280,14 +292,21 @@ def line_chart(
     series: Sequence[Series],
     lines_at: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """Lines over x; `lines_at` (x, label) are drawn upright, their labels above the plot."""
+    """Lines over x; `lines_at` (x, label) are drawn upright, their labels above the plot.
+
+    Where two of those labels have no room, the first stays.
+    """
     plot = frame(x, y)
     parts = []
     shown = [(plot.x(value), label) for value, label in lines_at if x.low <= value <= x.high]
-    labelled = {place for place, _ in spaced(shown, lambda label: text_width(label, 11) + 8)}
+    labelled: list[tuple[float, str]] = []
+    for place, label in shown:
+        wide = text_width(label, 11) + 8
+        if all(abs(place - other) >= (wide + text_width(text, 11) + 8) / 2 for other, text in labelled):
+            labelled.append((place, label))
     for place, label in shown:
         parts.append(f'<path class="at" d="M{place:.1f} {plot.top:.1f}v{plot.height:.1f}"/>')
-        if place in labelled:
+        if (place, label) in labelled:
             parts.append(text_at(place, 10, label, kind="small"))
     for one in sorted(series, key=lambda one: not one.null):  # grey lines below the others
         points = [(plot.x(a), plot.y(b)) for a, b in zip(one.xs, one.ys, strict=True)]
@@ -298,7 +317,7 @@ def line_chart(
         marked = points if one.marked or not one.line or len(points) == 1 else _some(points)
         dots = "" if one.null and len(points) > 1 else "".join(marker(one.style, *point) for point in marked)
         parts.append(f'<g class="s{one.style % 8}{" null" if one.null else ""}">{line}{dots}</g>')
-    return figure(drawing(title, desc, plot, "".join(parts)), [line_key(one) for one in series])
+    return figure(title, drawing(title, desc, plot, "".join(parts)), [line_key(one) for one in series])
 
 
 def _some(points: Sequence[tuple[float, float]], apart: float = 70) -> list[tuple[float, float]]:
@@ -349,7 +368,7 @@ def bars(
     keys = [swatch(box("bar s0", 9, 2, 16, 12), names[0])]
     for place, name in enumerate(names[1:]):
         keys.append(swatch(f'<g class="s{place + 1}">{marker(place + 2, 17, 8, 4.5)}</g>', name))
-    return figure(drawing(title, desc, plot, "".join(parts)), keys if len(names) > 1 else ())
+    return figure(title, drawing(title, desc, plot, "".join(parts)), keys if len(names) > 1 else ())
 
 
 def histogram(
@@ -361,7 +380,7 @@ def histogram(
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
         a, b, top = plot.x(low), plot.x(high), plot.y(count)
         parts.append(box("bar s0", a, top, max(b - a - 0.8, 0.6), plot.top + plot.height - top))
-    return figure(drawing(title, desc, plot, "".join(parts)))
+    return figure(title, drawing(title, desc, plot, "".join(parts)))
 
 
 def matrix(
@@ -378,10 +397,11 @@ def matrix(
     n = len(labels)
     cell = max(min(520 / max(n, 1), 56), 14)
     labelled = [(i, label) for i, label in enumerate(labels)]
-    left = 26 + max((text_width(label) for label in labels), default=0) + 6
-    width, height = max(n * cell + left + 24, 240), n * cell + 60
-    x = Axis(titles[1], -0.5, (width - left - 18) / cell - 0.5)
+    height = n * cell + 60
+    names = _LINE * len(lines_of(titles[0], height - 40)) + max(map(text_width, labels), default=0)
+    width = max(n * cell + names + 40, text_width(titles[1]) * 2)
     y = Axis(titles[0], -0.5, n - 0.5)
+    x = dataclasses.replace(y, title=titles[1], high=-0.5 + (width - names - 40) / cell)
     plot = frame(x, y, width, height, x_labels=labelled, y_labels=labelled, grid=False, down=True)
     size = plot.height / max(n, 1)
     parts = []
@@ -400,8 +420,8 @@ def matrix(
         a, b = plot.x(column) - size / 2 + 0.5, plot.y(row) - size / 2 + 0.5
         parts.append(box("outline", a, b, size - 2, size - 2))
     svg = drawing(title, desc, plot, "".join(parts))
-    fixed = f'<div class="fixed" style="max-width:{width:.0f}px">{svg}</div>'
-    return figure(fixed)
+    fixed = f'<div style="width:{width:.0f}px">{svg}</div>'
+    return figure(title, fixed)
 
 
 def ramp_level(value: float, high: float) -> int:
