@@ -382,7 +382,7 @@ def test_without_javascript_all_but_the_controls_remain(browser, made):
 def test_the_keyboard_reaches_everything(page):
     """Tab goes through all that can be used, in the order of the page; what has the focus shows it."""
     usable = (
-        "[...document.querySelectorAll('a[href], button, summary, input, select, .scroll[tabindex]')]"
+        "[...document.querySelectorAll('a[href], button, summary, input, select, [tabindex]')]"
         ".filter((one) => one.checkVisibility() && !one.disabled)"
     )
     page.value(f"window.usable = {usable}; document.activeElement.blur()")
