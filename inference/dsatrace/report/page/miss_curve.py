@@ -31,16 +31,16 @@ def miss_curve(material: Material) -> Section | LeftOut:
     if record is None:
         return LeftOut(TITLE, material.no_replay)
     overall, ids = record["overall"], material.ids
-    curves = on_one_grid(overall["curves"])
+    context = overall["contexts"]["p100"] or 0
+    curves = on_one_grid(overall["curves"], context)
     series = list(_series(overall, curves))
     sizes = [size for one in series for size in one.xs]
     if not sizes:
         return LeftOut(TITLE, "no step counts")
-    largest = max(*sizes, overall["contexts"]["p100"] or 0)
     chart = line_chart(
         TITLE,
         _said(overall),
-        Axis(f"buffer per layer, {ids}", min(sizes), largest, log=True),
+        Axis(f"buffer per layer, {ids}", min(sizes), max(sizes), log=True),
         Axis(f"missed, share of the selected {ids}", 0, 1, share=True),
         series,
         list(_lines_at(record)),
@@ -49,12 +49,15 @@ def miss_curve(material: Material) -> Section | LeftOut:
     return Section("curve", TITLE, body, _note(record), material.replay_command, _table(overall, curves))
 
 
-def on_one_grid(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Points]:
+def on_one_grid(curves: Mapping[str, Mapping[str, Sequence[float]]], context: float) -> dict[str, Points]:
     """LRU's curves as (sizes, miss rates), at most about MAX_POINTS of the sizes of all, the same for each.
 
-    Between two of its sizes a curve is flat, so nothing is estimated; one begins where it holds a step.
+    Up to the context, where that is more. Between two of its sizes, and above them, a curve is flat, so
+    nothing is estimated; it begins where a step fits in.
     """
     sizes = sorted({size for curve in curves.values() for size in curve["sizes"]})
+    if sizes and context > sizes[-1]:
+        sizes.append(context)
     if len(sizes) > MAX_POINTS:
         step = math.log(sizes[-1] / sizes[0]) / MAX_POINTS
         kept = [sizes[0]]
@@ -137,6 +140,8 @@ def _note(record: Record) -> str:
         "A step's ids are in the buffer together; at k, every policy misses what the step before did not"
         " select. Grey: sets of the same sizes, but of other ids; the distance to them is locality.",
         "N: the largest context.",
+        *(("Where top-k differs by layer, policies stand at the mean size of a layer's buffer.",)
+          if len(set(record["top_k"])) > 1 else ()),
         "No intervals: they need five requests." if few else "The numbers have 95% intervals over requests.",
         "Replayed from the recorded selections; nothing was timed.",
     ))  # fmt: skip

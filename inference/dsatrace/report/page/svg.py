@@ -350,10 +350,13 @@ def bars(title: str, desc: str, x_title: str, y: Axis, values: Sequence[Bar], na
         known = [mark for mark in bar.marks if mark is not None]
         if known:
             parts.append(f'<path class="whisker" d="M{middle:.1f} {top:.1f}V{plot.y(max(known)):.1f}"/>')
+        drawn: list[float] = []
         for place, mark in enumerate(bar.marks):
             if mark is not None:
-                size = min(wide / 2, 4.5)
-                parts.append(f'<g class="s{place + 1}">{marker(place + 2, middle, plot.y(mark), size)}</g>')
+                size, high = min(wide / 2, 4.5), plot.y(mark)
+                aside = sum(abs(high - other) < 2 * size for other in drawn) * 2.4 * size  # not over another
+                drawn.append(high)
+                parts.append(f'<g class="s{place + 1}">{marker(place + 2, middle + aside, high, size)}</g>')
     keys = [swatch(box("bar s0", 9, 2, 16, 12), names[0])]
     for place, name in enumerate(names[1:]):
         keys.append(swatch(f'<g class="s{place + 1}">{marker(place + 2, 17, 8, 4.5)}</g>', name))
