@@ -16,6 +16,7 @@ from dsatrace import cli
 from dsatrace.report.page.material import Material
 from dsatrace.report.page.page import MAX_BYTES, POLICY, SECTIONS, page_html, write_page
 from dsatrace.report.page.svg import DASHES, MARKERS
+from dsatrace.report.published import FIGURES
 from dsatrace.trace.reader import RunReader
 from helpers.command_runs import told_error
 from helpers.golden_run import REQUESTS, write_golden
@@ -59,7 +60,13 @@ def test_the_curves_numbers_are_the_replays(needle: Page, replay: dict[str, Any]
         assert [row["lru, 95% from"], row["to"]] == cell["interval"]
         assert row["lru, uniform selector"] == cell["nulls"]["uniform"]
         assert row["opt, recency window"] == overall["policies"]["opt"][size]["nulls"]["recency"]
-    points = {row["buffer, ids"]: row for row in rows if not row["size"]}
+    published = {(row["buffer, ids"] / 192, row["published"], row["of"]) for row in rows if row["published"]}
+    assert published == {
+        (figure.buffer_k, figure.low, figure.of.model)
+        for figure in FIGURES
+        if figure.policy == "lru" and figure.low == figure.high and (figure.buffer_k or 0) * 192 <= 1976
+    }
+    points = {row["buffer, ids"]: row for row in rows if not row["size"] and not row["published"]}
     assert len(points) > 50
     for name, column in (("run", "lru missed"), ("shuffled", "lru, own steps, shuffled in time")):
         curve = dict(zip(overall["curves"][name]["sizes"], overall["curves"][name]["miss_rate"], strict=True))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..grid import Cell, number, percent
+from ..published import Figure, lru_points
 from ..replay_tables import NULL_TITLES
 from .material import Material, Record
 from .section import LeftOut, Row, Section, figures_html
@@ -37,6 +38,10 @@ def miss_curve(material: Material) -> Section | LeftOut:
     sizes = [size for one in series for size in one.xs]
     if not sizes:
         return LeftOut(TITLE, "no step counts")
+    published = _published(record, max(sizes))
+    for style, (model, points) in enumerate(published.items(), 5):
+        xs, ys = [size for size, _ in points], [figure.low for _, figure in points]
+        series.append(Series(f"published: {model}, LRU", xs, ys, style, line=False))
     chart = line_chart(
         TITLE,
         _said(overall),
@@ -46,7 +51,9 @@ def miss_curve(material: Material) -> Section | LeftOut:
         list(_lines_at(record)),
     )
     body = figures_html(_answer(material, record)) + chart
-    return Section("curve", TITLE, body, _note(record), material.replay_command, _table(overall, curves))
+    table = _table(overall, curves, [point for points in published.values() for point in points])
+    note = _note(record, [figure for points in published.values() for _, figure in points])
+    return Section("curve", TITLE, body, note, material.replay_command, table)
 
 
 def on_one_grid(curves: Mapping[str, Mapping[str, Sequence[float]]], context: float) -> dict[str, Points]:
@@ -93,10 +100,27 @@ def _lines_at(record: Record) -> Iterator[tuple[float, str]]:
     """The context, and multiples of top-k where it is one number of the replayed ids."""
     if context := record["overall"]["contexts"]["p100"]:
         yield context, "N"
-    own_ids, own_buffers = record["settings"]["block"] is None, record["settings"]["share"] == "none"
-    if own_ids and own_buffers and len(set(record["top_k"])) == 1:
-        top_k = record["top_k"][0]
+    if top_k := _top_k(record):
         yield from ((top_k * times, "k" if times == 1 else f"{times}k") for times in (1, 2, 4, 8, 16, 32))
+
+
+def _top_k(record: Record) -> int | None:
+    """In replayed ids per buffer, where it is one number."""
+    own_ids, own_buffers = record["settings"]["block"] is None, record["settings"]["share"] == "none"
+    return record["top_k"][0] if own_ids and own_buffers and len(set(record["top_k"])) == 1 else None
+
+
+def _published(record: Record, largest: float) -> dict[str, list[tuple[float, Figure]]]:
+    """By model, what others found LRU to miss, at as many times top-k; only beside a model's own choice."""
+    top_k = _top_k(record)
+    if top_k is None or record["unit"] == "expert" or record["selections"] != "model":
+        return {}
+    found = {
+        model: [(figure.buffer_k * top_k, figure) for figure in figures if figure.buffer_k is not None]
+        for model, figures in lru_points().items()
+    }
+    inside = {model: [point for point in points if point[0] <= largest] for model, points in found.items()}
+    return {model: points for model, points in inside.items() if points}
 
 
 def _answer(material: Material, record: Record) -> list[str | Cell]:
@@ -130,7 +154,7 @@ def _said(overall: Record) -> str:
     return f"Miss rate by buffer size. LRU misses {', '.join(rates) or 'nothing'}."
 
 
-def _note(record: Record) -> str:
+def _note(record: Record, published: Sequence[Figure]) -> str:
     overall, settings = record["overall"], record["settings"]
     few = record["num_requests"] < 5
     return " ".join((
@@ -140,6 +164,7 @@ def _note(record: Record) -> str:
         "A step's ids are in the buffer together; at k, every policy misses what the step before did not"
         " select. Grey: sets of the same sizes, but of other ids; the distance to them is locality.",
         "N: the largest context.",
+        *((f"Published (of other data, at as many k): {_sources(published)}.",) if published else ()),
         *(("Where top-k differs by layer, policies stand at the mean size of a layer's buffer.",)
           if len(set(record["top_k"])) > 1 else ()),
         "No intervals: they need five requests." if few else "The numbers have 95% intervals over requests.",
@@ -147,8 +172,14 @@ def _note(record: Record) -> str:
     ))  # fmt: skip
 
 
-def _table(overall: Record, curves: Mapping[str, Points]) -> tuple[Sequence[str], list[Row]]:
-    """A row per size that was replayed, then one per point of LRU's curves."""
+def _sources(published: Sequence[Figure]) -> str:
+    return "; ".join(dict.fromkeys(f"{figure.of.source} ({figure.of.seen})" for figure in published))
+
+
+def _table(
+    overall: Record, curves: Mapping[str, Points], published: Sequence[tuple[float, Figure]]
+) -> tuple[Sequence[str], list[Row]]:
+    """A row per size that was replayed, then one per point of LRU's curves, then what others published."""
     policies, nulls = overall["policies"], [name for name in NULL_TITLES if name in overall["curves"]]
     null_policies = [name for name in ("lru", "opt") if name in policies]
     columns = [
@@ -157,7 +188,9 @@ def _table(overall: Record, curves: Mapping[str, Points]) -> tuple[Sequence[str]
         *(f"{name} missed" for name in policies),
         *(("lru, 95% from", "to") if "lru" in policies else ()),
         *(f"{name}, {NULL_TITLES[null]}" for name in null_policies for null in nulls),
+        *(("published", "of") if published else ()),
     ]
+    empty: dict[str, str] = dict.fromkeys(columns, "")
     rows: list[Row] = []
     for size in next(iter(policies.values()), {}):
         cells = {name: policies[name][size] for name in policies}
@@ -166,16 +199,19 @@ def _table(overall: Record, curves: Mapping[str, Points]) -> tuple[Sequence[str]
             interval = (cells["lru"]["interval"] or (None, None)) if "lru" in cells else ()
             of_nulls = (cells[name].get("nulls", {}).get(null) for name in null_policies for null in nulls)
             shares = (*(cell["miss_rate"] for cell in cells.values()), *interval, *of_nulls)
-            rows.append((number(known[0]["ids"], ",.0f"), size, *map(rate, shares)))
+            of_size = (number(known[0]["ids"], ",.0f"), size, *map(rate, shares))
+            rows.append((*of_size, *[""] * (len(columns) - len(of_size))))
     points: dict[float, dict[str, float]] = {}
     for name, curve in curves.items():
         for size_ids, share in zip(*curve, strict=True):
             points.setdefault(size_ids, {})[name] = share
-    empty: dict[str, str] = dict.fromkeys(columns, "")
     for size_ids, shares_at in sorted(points.items()):
         at = {f"lru, {NULL_TITLES[null]}": rate(shares_at.get(null)) for null in nulls}
         row = empty | at | {"buffer, ids": number(size_ids, ","), "lru missed": rate(shares_at.get("run"))}
         rows.append([row[column] for column in columns])
+    for size_ids, figure in published:
+        shown = {"buffer, ids": number(size_ids, ",.0f"), "published": rate(figure.low)}
+        rows.append(list((empty | shown | {"of": figure.of.model}).values()))
     return columns, rows
 
 
