@@ -97,22 +97,30 @@ class Page(HTMLParser):
         table = self.root.first("table", id=f"{key}-table")
         columns = [cell.text for cell in table.first("thead").all("th")]
         assert len(set(columns)) == len(columns), f"{key}: two columns have one name: {columns}"
-        rows = []
-        for row in table.first("tbody").all("tr"):
-            cells = [_value(cell) for cell in row.content if isinstance(cell, Element)]
-            rows.append(dict(zip(columns, cells, strict=True)))
-        return rows
+        return [dict(zip(columns, cells, strict=True)) for cells in self.rows(f"{key}-table")]
+
+    def rows(self, name: str) -> list[list[Any]]:
+        """The cells of the table with this id, the same way."""
+        rows = self.root.first("table", id=name).first("tbody").all("tr")
+        return [[_value(cell) for cell in row.content if isinstance(cell, Element)] for row in rows]
 
     def column(self, key: str, name: str) -> list[Any]:
         return [row[name] for row in self.table(key)]
 
     def heat_map(self, key: str) -> tuple[np.ndarray, dict[str, Any]]:
         """The (rows, columns) values of a section's first canvas, NaN for none, and its facts."""
-        canvas = self.sections()[key].first("canvas")
-        facts = json.loads(canvas.attributes["data-facts"] or "")
-        packed = gzip.decompress(base64.b64decode(canvas.attributes["data-cells"] or ""))
-        cells = np.frombuffer(packed, np.uint8).reshape(facts["rows"], facts["columns"]).astype(float)
-        return np.where(cells == 0, np.nan, (cells - 1) / facts["levels"] * facts["high"]), facts
+        return self.heat_maps(key)[0]
+
+    def heat_maps(self, key: str) -> list[tuple[np.ndarray, dict[str, Any]]]:
+        """The same of all its canvases."""
+        found = []
+        for canvas in self.sections()[key].all("canvas"):
+            facts = json.loads(canvas.attributes["data-facts"] or "")
+            packed = gzip.decompress(base64.b64decode(canvas.attributes["data-cells"] or ""))
+            cells = np.frombuffer(packed, np.uint8).reshape(facts["rows"], facts["columns"]).astype(float)
+            values = np.where(cells == 0, np.nan, (cells - 1) / facts["levels"] * facts["high"])
+            found.append((values, facts))
+        return found
 
     def addresses(self) -> list[str]:
         """Everything that a browser could follow or load: attributes, style sheets and scripts."""

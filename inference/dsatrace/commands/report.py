@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dsatrace.commands.damage import damage_named
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.text import plain
 
 if TYPE_CHECKING:
     from dsatrace.trace.reader import RunReader
@@ -38,7 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         """,
     )
     parser.add_argument("run", type=Path, help="folder of the run, or of a study")
-    parser.add_argument("--layer", type=int, default=None, help="layer of the heat map (default: the last)")
+    parser.add_argument(
+        "--layer",
+        type=int,
+        default=None,
+        help="layer of the heat map (default: the last; of the page: some, chosen by a rule that it states)",
+    )
+    parser.add_argument(
+        "--request",
+        metavar="ID",
+        help="whose positions the page draws (default: the first request past top-k, of those whose answer's "
+        "place is known where any is)",
+    )
     parser.add_argument("--no-figure", action="store_true", help="tables only")
     parser.add_argument(
         "--json", action="store_true", help="the tables as JSON, numbers for texts; draws no picture"
@@ -57,13 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "what takes up to a minute)",
     )
     args = parser.parse_args(argv)
-    if args.html is None and args.replay is not None:
-        raise UserError(f"--replay {args.replay}: only the page shows a replay; add --html FILE")
+    for_page = {"--replay": args.replay, "--request": args.request}
+    for flag, value in for_page.items():
+        if args.html is None and value is not None:
+            raise UserError(f"{flag} {plain(value)}: is for the page; add --html FILE")
     if args.html is not None:
-        given = {"--layer": args.layer is not None, "--no-figure": args.no_figure, "--json": args.json}
+        given = {"--no-figure": args.no_figure, "--json": args.json}
         if wrong := [flag for flag, is_given in given.items() if is_given]:
             raise UserError(f"{wrong[0]} with --html: it has no meaning for the page; leave it out")
-        return _page(args.run, args.html, args.replay)
+        return _page(args.run, args.html, args.replay, args.request, args.layer)
 
     from dsatrace.report.figure import draw
     from dsatrace.report.grid import WIDE, WIDTH, show
@@ -83,8 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _page(folder: Path, out: Path, replay: Path | None) -> int:
+def _page(folder: Path, out: Path, replay: Path | None, request: str | None, layer: int | None) -> int:
     from dsatrace.report.grid import show
+    from dsatrace.report.page.material import Material
     from dsatrace.report.page.page import write_page
     from dsatrace.report.study_folder import is_study
     from dsatrace.trace.reader import RunReader
@@ -94,7 +109,7 @@ def _page(folder: Path, out: Path, replay: Path | None) -> int:
     with damage_named(folder):
         run = RunReader(folder)
         record = _read_replay(run, replay) if replay is not None else _replay(run)
-        write_page(folder, out, record)
+        write_page(Material.of(run, record, request, layer), out)
     show([f"page: {out}"])
     return 0
 

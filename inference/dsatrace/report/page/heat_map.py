@@ -37,6 +37,7 @@ class Ramp:
     title: str
     high: float | None = None  # None: the largest value
     share: bool = False  # of 1; the ramp ends at 100 % unless `high` says otherwise
+    root: bool = False  # colours go with the square root, which spreads small values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,16 @@ class Mark:
     style: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A line through points (column, row), in cells; a negative row lies above the map."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    style: int = 0
+    wide: bool = False
+
+
 def heat_map(
     title: str,
     desc: str,
@@ -62,11 +73,13 @@ def heat_map(
     y_labels: Sequence[str] | None = None,
     pool: Pool = "max",
     marks: Sequence[Mark] = (),
+    outlines: Sequence[Outline] = (),
+    said: str = "",
     max_bytes: int = MAX_BYTES,
 ) -> str:
     """(R, C) values, NaN for none, row 0 on top; x and y are the axes' ranges over all columns and rows.
 
-    `y_labels` name the rows instead of the axis' ticks.
+    `y_labels` name the rows instead of the axis' ticks; `said` stands below the map.
     """
     values = np.asarray(values, np.float64)
     by = [-(-values.shape[0] // MOST_ROWS), -(-values.shape[1] // MOST_COLUMNS)]
@@ -74,8 +87,7 @@ def heat_map(
     while True:
         pooled = pooled_by(values, by[0], by[1], pool)
         high = _high(pooled, ramp)
-        cells = quantized(pooled, high)
-        data = base64.b64encode(gzip.compress(cells.tobytes(), 9, mtime=0))
+        cells, data = quantized(pooled, high), packed(pooled, high)
         if len(data) <= max_bytes or max(pooled.shape) <= 1:
             break
         by[0 if y_labels is None and pooled.shape[0] > pooled.shape[1] / 4 else 1] *= 2
@@ -92,7 +104,7 @@ def heat_map(
     plot = frame(x, y, height=height, y_labels=labels, grid=False, down=True)
     coarse_by = -(-rows // _COARSE_ROWS), -(-columns // _COARSE_COLUMNS)
     coarse = pooled_by(values, *coarse_by, pool)
-    preview = _preview(coarse, high, plot, coarse_by[0] / whole_rows, coarse_by[1] / whole_columns)
+    preview = _preview(coarse, high, ramp.root, plot, coarse_by[0] / whole_rows, coarse_by[1] / whole_columns)
     svg = drawing(title, desc, plot, f'<g class="preview">{preview}</g>')
     sides = {
         "left": plot.left / plot.total_width,
@@ -103,16 +115,17 @@ def heat_map(
     style = ";".join(f"{name}:{100 * part:.3f}%" for name, part in sides.items())
     facts = {
         "rows": cells.shape[0], "columns": cells.shape[1], "high": high, "levels": _levels(high, pooled),
-        "share": ramp.share, "value": ramp.title,
+        "share": ramp.share, "root": ramp.root, "value": ramp.title,
         "x": [x.title, x.low, x.high], "y": [y.title, y.low, y.high], "yLabels": list(y_labels or ()),
-        "rowsPerCell": by[0], "columnsPerCell": by[1],
+        "rowsPerCell": by[0], "columnsPerCell": by[1], "pool": pool,
     }  # fmt: skip
     canvas = (
         f'<canvas class="heat" style="{style}" width="{cells.shape[1]}" height="{cells.shape[0]}" '
         f'data-facts="{told(json.dumps(facts), None)}" data-cells="{data.decode()}" '
-        'aria-hidden="true"></canvas>'
+        f'tabindex="0" role="img" aria-label="{told(title)}, read cell by cell with the arrow keys"></canvas>'
     )
     over = "".join(_mark(mark, whole_rows, whole_columns) for mark in marks)
+    over += "".join(_outline(one, whole_rows, whole_columns) for one in outlines)
     if over:
         over = (
             f'<svg class="marks" style="{style}" viewBox="0 0 1000 1000" preserveAspectRatio="none" '
@@ -122,13 +135,16 @@ def heat_map(
     keys = "".join(
         f"<li>{swatch(box(f'mark m{mark.style}', 6, 2, 22, 12), mark.name)}</li>" for mark in names.values()
     )
+    lines = {one.name: f'<path class="{_kind(one)}" d="{_swatch_path(one)}"/>' for one in outlines}
+    keys += "".join(f"<li>{swatch(line, name)}</li>" for name, line in lines.items())
     legend = f'<ul class="legend"><li>{_ramp_key(ramp, high)}</li>{keys}</ul>'
-    said = pooling_said(by[0], by[1], pool)
+    said = " ".join(text for text in (pooling_said(by[0], by[1], pool), said) if text)
     return (
         f'<figure class="chart">{legend}'
         f'<div class="scroll" tabindex="0" role="region" aria-label="{told(title)}">'
         f'<div class="stack">{svg}{canvas}{over}</div></div>'
-        f'<figcaption><span class="readout" aria-live="off"></span>{told(said)}</figcaption></figure>'
+        f'<figcaption><span class="readout" aria-live="polite"></span>{told(said)}<span class="fit"></span>'
+        "</figcaption></figure>"
     )
 
 
@@ -158,6 +174,11 @@ def quantized(values: np.ndarray, high: float) -> np.ndarray:
     return np.where(np.isnan(values), 0, scaled + 1).astype(np.uint8)
 
 
+def packed(values: np.ndarray, high: float) -> bytes:
+    """The quantised cells as the page holds them, row by row."""
+    return base64.b64encode(gzip.compress(quantized(values, high).tobytes(), 9, mtime=0))
+
+
 def _levels(high: float, values: np.ndarray) -> int:
     """Whole numbers up to 254 have a level each, so nothing is rounded."""
     known = values[~np.isnan(values)]
@@ -185,7 +206,7 @@ def _stretched(axis: Axis, by: float) -> Axis:
     return dataclasses.replace(axis, high=axis.low + (axis.high - axis.low) * by)
 
 
-def _preview(values: np.ndarray, high: float, plot: Plot, tall: float, wide: float) -> str:
+def _preview(values: np.ndarray, high: float, root: bool, plot: Plot, tall: float, wide: float) -> str:
     """A path for each colour of the ramp; equal neighbours in a row are one box.
 
     `tall` and `wide` are a cell's size as a share of the plot's.
@@ -194,7 +215,7 @@ def _preview(values: np.ndarray, high: float, plot: Plot, tall: float, wide: flo
     paths: list[list[str]] = [[] for _ in range(NUM_RAMP)]
     for row, shown in enumerate(values.tolist()):
         top, bottom = row * tall, min((row + 1) * tall, 1.0)
-        levels = [-1 if math.isnan(value) else ramp_level(value, high) for value in shown]
+        levels = [-1 if math.isnan(value) else ramp_level(_place(value, high, root), 1) for value in shown]
         start = 0
         for end in range(1, columns + 1):
             if end == columns or levels[end] != levels[start]:
@@ -207,6 +228,28 @@ def _preview(values: np.ndarray, high: float, plot: Plot, tall: float, wide: flo
     return "".join(
         f'<path class="r{level}" d="{"".join(path)}"/>' for level, path in enumerate(paths) if path
     )
+
+
+def _place(value: float, high: float, root: bool) -> float:
+    """On the ramp, from 0 to 1."""
+    share = value / high if high else 0.0
+    return math.sqrt(share) if root else share
+
+
+def _outline(one: Outline, rows: int, columns: int) -> str:
+    x, y = 1000 / max(columns, 1), 1000 / max(rows, 1)
+    points = "L".join(f"{a * x:.1f} {b * y:.1f}" for a, b in one.points)
+    halo = "" if one.wide else f'<path class="halo" d="M{points}"/>'
+    return f'{halo}<path class="{_kind(one)}" d="M{points}"/>'
+
+
+def _swatch_path(one: Outline) -> str:
+    is_upright = one.wide and one.points[0][0] == one.points[-1][0]
+    return "M17 3V13" if is_upright else "M3 8H31"
+
+
+def _kind(one: Outline) -> str:
+    return f"line-mark m{one.style}{' wide' if one.wide else ''}"
 
 
 def _mark(mark: Mark, rows: int, columns: int) -> str:

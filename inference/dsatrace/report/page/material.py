@@ -38,13 +38,17 @@ class Material:
     kind: SelectionKind
     replay: Record | None  # as in replay.json
     no_replay: str  # why there is none: a clause
+    request: str | None = None  # whose positions are drawn; None: by the rule of position_maps
+    layer: int | None = None
 
     @classmethod
-    def of(cls, run: RunReader, replay: Record | str) -> Material:
+    def of(
+        cls, run: RunReader, replay: Record | str, request: str | None = None, layer: int | None = None
+    ) -> Material:
         """`replay` is the record of a replay.json, or why there is none."""
         kind = selection_kind(run.manifest) or engine_kind(1, 1)  # an old manifest may not tell
         record, why = (None, replay) if isinstance(replay, str) else (replay, "")
-        return cls(run, run.manifest, run.summary(), kind, record, why)
+        return cls(run, run.manifest, run.summary(), kind, record, why, request, layer)
 
     def command(self, verb: str, *flags: str) -> str:
         """A command line on this run, to paste into a shell."""

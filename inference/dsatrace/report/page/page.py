@@ -3,25 +3,30 @@
 What a section shows and why it may be left out, its own file knows; here are their order and the page
 around them. The same run and the same replay give the same bytes.
 
-    write_page(Path("outputs/mine"), Path("page.html"), record)
+    write_page(Material.of(RunReader("outputs/mine"), record), Path("page.html"))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from ...errors import UserError
 from ...files import write_atomically
-from ...trace.reader import RunReader
 from ...version import __version__
+from .blocks_touched import blocks_touched
+from .cost import cost_and_crossover
 from .layer_misses import misses_by_layer, misses_by_step
 from .layer_overlap import layer_overlap
 from .made import how_it_was_made
 from .material import Material
 from .miss_curve import miss_curve
+from .moved import kv_found_and_moved
+from .offsets import offsets
+from .over_time import requests_over_time
+from .position_maps import position_maps
+from .prefix import shared_prefix
 from .reuse import reuse, step_overlap, working_set
 from .section import LeftOut, Section, told
 from .verdict import header
@@ -36,20 +41,24 @@ SECTIONS: tuple[Callable[[Material], Section | LeftOut], ...] = (
     misses_by_step,
     misses_by_layer,
     layer_overlap,
+    position_maps,
+    blocks_touched,
+    kv_found_and_moved,
+    shared_prefix,
     reuse,
     step_overlap,
     working_set,
+    offsets,
+    cost_and_crossover,
+    requests_over_time,
     how_it_was_made,
 )
 """In the page's order: what it misses, where, what it touches, what that costs, how it was made."""
 
 
-def write_page(folder: Path, out: Path, replay: Mapping[str, Any] | str) -> None:
-    """Writes the page of the run in `folder`. `replay` is replay.json's record, or why there is none.
-
-    Raises `UserError` for what is no run, and if the file cannot be written.
-    """
-    page = page_html(Material.of(RunReader(folder), replay)).encode()
+def write_page(material: Material, out: Path) -> None:
+    """Raises `UserError` for what is no run, and if the file cannot be written."""
+    page = page_html(material).encode()
     try:
         write_atomically(out, page)
     except OSError as error:
@@ -78,7 +87,7 @@ def page_html(material: Material) -> str:
         + _left_out(left_out)
         + f"\n</main>\n<footer><p>Made by dsatrace {told(__version__)} from {told(material.run.folder)}. "
         f"Everything is in this file.</p></footer>\n"
-        f"<script>\n{_asset('page.js')}</script>\n</body>\n</html>\n"
+        f"<script>\n{_asset('page.js')}{_asset('cost.js')}</script>\n</body>\n</html>\n"
     )
 
 

@@ -338,17 +338,27 @@ class Bar:
     marks: Sequence[float | None] = ()
 
 
-def bars(title: str, desc: str, x_title: str, y: Axis, values: Sequence[Bar], names: Sequence[str]) -> str:
-    """Upright bars; `names` are the legend's: of the bar, then of each mark."""
+def bars(
+    title: str,
+    desc: str,
+    x_title: str,
+    y: Axis,
+    values: Sequence[Bar],
+    names: Sequence[str],
+    *,
+    whiskers: bool = True,
+    height: float = HEIGHT,
+) -> str:
+    """Upright bars; `names` are the legend's: of the bar, then of each mark, to which a whisker leads."""
     x = Axis(x_title, -0.5, len(values) - 0.5)
-    plot = frame(x, y, x_labels=[(i, bar.label) for i, bar in enumerate(values)])
+    plot = frame(x, y, height=height, x_labels=[(i, bar.label) for i, bar in enumerate(values)])
     wide = min(plot.width / max(len(values), 1) * 0.7, 60)
     parts = []
     for i, bar in enumerate(values):
         middle, top = plot.x(i), plot.y(bar.value)
         parts.append(box("bar s0", middle - wide / 2, top, wide, plot.top + plot.height - top))
         known = [mark for mark in bar.marks if mark is not None]
-        if known:
+        if known and whiskers:
             parts.append(f'<path class="whisker" d="M{middle:.1f} {top:.1f}V{plot.y(max(known)):.1f}"/>')
         drawn: list[float] = []
         for place, mark in enumerate(bar.marks):
@@ -356,7 +366,8 @@ def bars(title: str, desc: str, x_title: str, y: Axis, values: Sequence[Bar], na
                 size, high = min(wide / 2, 4.5), plot.y(mark)
                 aside = sum(abs(high - other) < 2 * size for other in drawn) * 2.4 * size  # not over another
                 drawn.append(high)
-                parts.append(f'<g class="s{place + 1}">{marker(place + 2, middle + aside, high, size)}</g>')
+                point = marker(place + 2, middle + aside, high, size)
+                parts.append(f'<g class="s{place + 1} on-bar">{point}</g>')
     keys = [swatch(box("bar s0", 9, 2, 16, 12), names[0])]
     for place, name in enumerate(names[1:]):
         keys.append(swatch(f'<g class="s{place + 1}">{marker(place + 2, 17, 8, 4.5)}</g>', name))
