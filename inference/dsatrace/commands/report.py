@@ -1,6 +1,7 @@
-"""`dsatrace report`: what a traced run or a study found, as tables; of a run also a picture in its folder.
+"""`dsatrace report`: what a traced run or a study found: tables and a picture of a run, or its page.
 
 dsatrace report outputs/generate_20260101_120000
+dsatrace report outputs/generate_20260101_120000 --html page.html
 """
 
 from __future__ import annotations
@@ -9,31 +10,74 @@ import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dsatrace.commands.damage import damage_named
 from dsatrace.commands.parser import CommandParser
-from dsatrace.errors import exits_cleanly
+from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.text import plain
+
+if TYPE_CHECKING:
+    from dsatrace.trace.reader import RunReader
+
+PAGE_POLICIES = ("lru", "fifo", "opt")
+PAGE_SIZES = "1k,1.5k,2k,3k,4k,8k"
+MOST_IDS = 20_000_000
+"""Selected ids that the page's command replays itself: about a minute of one core."""
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the tables and draws the picture; returns the exit code."""
+    """Prints the tables and draws the picture, or writes the page; returns the exit code."""
     parser = CommandParser(
         "report",
         "Show what a traced run or a study found.",
         examples="""
         %(prog)s outputs/generate_20260101_120000
-        %(prog)s outputs/mine --layer 2
+        %(prog)s outputs/mine --html page.html
         %(prog)s outputs/mine --json
         """,
     )
     parser.add_argument("run", type=Path, help="folder of the run, or of a study")
-    parser.add_argument("--layer", type=int, default=None, help="layer of the heat map (default: the last)")
+    parser.add_argument(
+        "--layer",
+        type=int,
+        default=None,
+        help="layer of the heat map (default: the last; of the page: some, chosen by a rule that it states)",
+    )
+    parser.add_argument(
+        "--request",
+        metavar="ID",
+        help="whose positions the page draws (default: the first request past top-k, of those whose answer's "
+        "place is known where any is)",
+    )
     parser.add_argument("--no-figure", action="store_true", help="tables only")
     parser.add_argument(
         "--json", action="store_true", help="the tables as JSON, numbers for texts; draws no picture"
     )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write all of it as one page that opens in a browser; prints no tables and draws no picture",
+    )
+    parser.add_argument(
+        "--replay",
+        type=Path,
+        metavar="DIR",
+        help="what `dsatrace replay` found in this run, for the page (default: the page's command replays "
+        "what takes up to a minute)",
+    )
     args = parser.parse_args(argv)
+    for_page = {"--replay": args.replay, "--request": args.request}
+    for flag, value in for_page.items():
+        if args.html is None and value is not None:
+            raise UserError(f"{flag} {plain(value)}: is for the page; add --html FILE")
+    if args.html is not None:
+        given = {"--no-figure": args.no_figure, "--json": args.json}
+        if wrong := [flag for flag, is_given in given.items() if is_given]:
+            raise UserError(f"{wrong[0]} with --html: it has no meaning for the page; leave it out")
+        return _page(args.run, args.html, args.replay, args.request, args.layer)
 
     from dsatrace.report.figure import draw
     from dsatrace.report.grid import WIDE, WIDTH, show
@@ -51,3 +95,72 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (a_study or args.no_figure) and (picture := draw(RunReader(args.run), args.layer)):
             show([f"picture: {picture}"])
     return 0
+
+
+def _page(folder: Path, out: Path, replay: Path | None, request: str | None, layer: int | None) -> int:
+    from dsatrace.report.grid import show
+    from dsatrace.report.page.material import Material
+    from dsatrace.report.page.page import write_page
+    from dsatrace.report.study_folder import is_study
+    from dsatrace.trace.reader import RunReader
+
+    if is_study(folder):
+        raise UserError(f"{folder}: is a study, which has no page; leave out --html")
+    with damage_named(folder):
+        run = RunReader(folder)
+        record = _read_replay(run, replay) if replay is not None else _replay(run)
+        write_page(Material.of(run, record, request, layer), out)
+    show([f"page: {out}"])
+    return 0
+
+
+def _read_replay(run: RunReader, folder: Path) -> dict[str, Any]:
+    """The figures of a finished replay. Raises `UserError` unless it is one of this run alone."""
+    from dsatrace.files import read_json
+    from dsatrace.selection_replay.result import Result
+
+    path = folder / "replay.json" if folder.is_dir() else folder
+    record = read_json(path, f"--replay {path}", broken="; replay the run again")
+    result = Result.from_json(record.get("sums") if isinstance(record, dict) else None, f"--replay {path}")
+    replayed = {name.partition("/")[2] for name in result.requests}
+    if not (
+        record["model_config_digest"] == run.manifest["model_config_digest"]
+        and len(replayed) == len(result.requests)
+        and replayed <= {request["request_id"] for request in run.requests()}
+    ):
+        raise UserError(
+            f"--replay {path}: is not of {run.folder} alone; name the folder of that run's replay"
+        )
+    del record["sums"]
+    return record
+
+
+def _replay(run: RunReader) -> dict[str, Any] | str:
+    """The figures of a replay of the run, as replay.json has them; or why there are none: a clause."""
+    from dsatrace.commands.progress import counted_bar
+    from dsatrace.selection_replay.answers import add_answers
+    from dsatrace.selection_replay.figures import figures
+    from dsatrace.selection_replay.replay import find_work, replay_all
+    from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes
+    from dsatrace.trace.manifest import selection_kind
+
+    counts, kind = run.summary()["counts"], selection_kind(run.manifest)
+    if not counts["sparse_records"]:
+        return "no record is past top-k, so no buffer could miss anything"
+    if kind is not None and counts["records"] * kind.max_width > MOST_IDS:
+        return (
+            f"replaying its {counts['records']:,} records takes more than a minute; run "
+            f"`dsatrace replay {run.folder}`, then add --replay with its folder"
+        )
+    trace = run.manifest["trace"]
+    block = trace["block_size_tokens"] if trace["level"] == "blocks" else None
+    settings = ReplaySettings(policies=PAGE_POLICIES, sizes=parse_sizes(PAGE_SIZES), block=block)
+    try:
+        work = find_work([run.folder], settings)
+        with counted_bar("replay", sum(one.num_records for one in work), "records") as advance:
+            result = replay_all(work, settings, advance=advance)
+    except UserError as error:  # its selections cannot be replayed; the rest of the page stands
+        return f"{error}".removeprefix(f"{run.folder}: ")
+    record = {**result.header, **figures(result)}
+    add_answers(record, None, None, None, None, None)
+    return record
