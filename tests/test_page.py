@@ -114,6 +114,20 @@ def test_overlap_and_reuse_are_the_replays(needle: Page, replay: dict[str, Any])
     assert sum(row["share"] for row in (*octaves, never)) == pytest.approx(1)
 
 
+def test_layers_that_share_an_index_are_outlined(tmp_path: Path, needle: Page) -> None:
+    page = page_of(write_kind(tmp_path / "run", "slots"), tmp_path / "page.html")  # layer 1 uses 0's
+    section = page.sections()["layers"]
+    (outlined,) = section.all("rect", class_="outline")
+    cells = {
+        (cell.attributes["x"], cell.attributes["y"]) for cell in section.all("rect") if cell is not outlined
+    }
+    place = [f"{float(outlined.attributes[name] or 0) - 0.5:.1f}" for name in ("x", "y")]
+    assert tuple(place) in cells
+    assert "in this model" in section.first("p", class_="note").text
+    assert not list(needle.sections()["layers"].all("rect", class_="outline"))
+    assert "Nothing is outlined" in needle.sections()["layers"].first("p", class_="note").text
+
+
 def test_the_verdict_names_the_run_and_its_numbers(needle: Page, replay: dict[str, Any]) -> None:
     verdict = needle.root.first("p", class_="verdict")
     for word in (

@@ -25,7 +25,7 @@ def layer_overlap(material: Material) -> Section | LeftOut:
         return _beside_the_one_before(material)
     groups = [group for group in record["layer_overlap"] if len(group["layers"]) > 1]
     chance = [share for group in groups for row in group["chance"] for share in row if share is not None]
-    if not chance:
+    if not chance:  # nor then is there a share
         return LeftOut(TITLE, "no two layers choose from the same ids")
     body, rows, outlines = figures_html(_answer(groups)), [], []
     for group in groups:
@@ -38,9 +38,10 @@ def layer_overlap(material: Material) -> Section | LeftOut:
     at_random = dict.fromkeys((f"{min(chance):.1%}", f"{max(chance):.1%}"))
     note = (
         "Row: a layer whose selection is used; column: the layer that uses it. A cell is the share of the "
-        "column's own ids that the row selects in the same step, over "
+        "column's own ids that the row selects in the same step (the diagonal is all of them), over "
         f"{record['overall']['steps']:,} steps of a layer; chance (k / N) is {' to '.join(at_random)}. "
-        f"{' '.join(dict.fromkeys(outlines))} Overlap only: what sharing costs in quality is not known."
+        f"{' '.join(dict.fromkeys(outlines))} Colours run up to the largest share. Overlap "
+        "only: what sharing costs in quality is not known."
     )
     columns = ("selection of layer", "used by layer", "share", "chance")
     return Section("layers", TITLE, body, note, material.replay_command, (columns, rows))
@@ -49,16 +50,17 @@ def layer_overlap(material: Material) -> Section | LeftOut:
 def _drawn(group: Record, outlined: list[tuple[int, int]]) -> str:
     recall = np.array([[math.nan if v is None else v for v in row] for row in group["recall"]])
     labels = [f"{layer}" for layer in group["layers"]]
-    others = recall[~np.eye(len(labels), dtype=bool)]
-    said = f"Shares from {np.nanmin(others):.1%} to {np.nanmax(others):.1%} between different layers."
+    np.fill_diagonal(recall, math.nan)  # a layer has all of its own ids
+    others, high = recall[~np.isnan(recall)], float(np.nanmax(recall)) or 1.0
+    said = f"Shares from {others.min():.1%} to {others.max():.1%} between different layers."
     if len(labels) <= MOST_MATRIX:
         titles = ("selection of layer", "used by layer")
-        return matrix(TITLE, said, recall, labels, titles, lambda share: f"{share:.0%}", outlined)
+        return matrix(TITLE, said, recall, labels, titles, lambda share: f"{share:.0%}", outlined, high)
     return heat_map(
         TITLE,
         said,
         recall,
-        Ramp("share of the using layer's ids", share=True),
+        Ramp("share of the using layer's ids", high, share=True),
         Axis("used by layer (its place)", -0.5, len(labels) - 0.5, whole=True),
         Axis("selection of layer", 0, len(labels)),
         y_labels=labels,

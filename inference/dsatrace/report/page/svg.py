@@ -417,7 +417,7 @@ def matrix(
         parts.append(box(f"r{level}", a, b, size - 1, size - 1))
         shown = text(value)
         if text_width(shown, 11) <= size - 4:
-            dark = " on-dark" if level >= NUM_RAMP / 2 else ""
+            dark = " on-dark" if level > NUM_RAMP / 2 else ""
             parts.append(text_at(a + size / 2 - 0.5, b + size / 2 + 4, shown, kind=f"small cell{dark}"))
     for row, column in outlined:
         a, b = plot.x(column) - size / 2 + 0.5, plot.y(row) - size / 2 + 0.5
