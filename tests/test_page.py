@@ -414,6 +414,14 @@ def test_every_figure_is_told_in_words_and_numbers(needle: Page) -> None:
             assert section.first("p", class_="note").text
 
 
+def test_the_docs_name_every_section(needle: Page) -> None:
+    docs = (ROOT / "docs" / "page.md").read_text()
+    shown = [section.first("h2").text for key, section in needle.sections().items() if key != "left-out"]
+    titles = [*shown, *(title for _, of_reason in needle.left_out() for title in of_reason)]
+    assert len(titles) == len(SECTIONS)
+    assert [title for title in titles if title not in docs] == []
+
+
 def test_lines_of_a_chart_differ_without_colour(needle: Page) -> None:
     assert len(set(DASHES)) == len(DASHES)
     assert len(set(MARKERS)) == len(MARKERS)
