@@ -16,6 +16,7 @@ from dsatrace import cli
 from dsatrace.report.page.material import Material
 from dsatrace.report.page.page import MAX_BYTES, POLICY, SECTIONS, page_html, write_page
 from dsatrace.report.page.svg import DASHES, MARKERS
+from dsatrace.report.published import FIGURES
 from dsatrace.trace.reader import RunReader
 from helpers.command_runs import told_error
 from helpers.golden_run import REQUESTS, write_golden
@@ -33,8 +34,16 @@ def page_of(folder: Path, out: Path, *flags: str | Path) -> Page:
 
 
 @pytest.fixture(scope="module")
-def needle(tmp_path_factory: pytest.TempPathFactory) -> Page:
-    return page_of(NEEDLE, tmp_path_factory.mktemp("page") / "page.html")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a real run, which its command replayed itself."""
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    page_of(NEEDLE, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def needle(file: Path) -> Page:
+    return Page.read(file)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +68,13 @@ def test_the_curves_numbers_are_the_replays(needle: Page, replay: dict[str, Any]
         assert [row["lru, 95% from"], row["to"]] == cell["interval"]
         assert row["lru, uniform selector"] == cell["nulls"]["uniform"]
         assert row["opt, recency window"] == overall["policies"]["opt"][size]["nulls"]["recency"]
-    points = {row["buffer, ids"]: row for row in rows if not row["size"]}
+    published = {(row["buffer, ids"] / 192, row["published"], row["of"]) for row in rows if row["published"]}
+    assert published == {
+        (figure.buffer_k, figure.low, figure.of.model)
+        for figure in FIGURES
+        if figure.policy == "lru" and figure.low == figure.high and (figure.buffer_k or 0) * 192 <= 1976
+    }
+    points = {row["buffer, ids"]: row for row in rows if not row["size"] and not row["published"]}
     assert len(points) > 50
     for name, column in (("run", "lru missed"), ("shuffled", "lru, own steps, shuffled in time")):
         curve = dict(zip(overall["curves"][name]["sizes"], overall["curves"][name]["miss_rate"], strict=True))
@@ -122,11 +137,10 @@ def test_the_verdict_names_the_run_and_its_numbers(needle: Page, replay: dict[st
     assert f"{counts['records']}" in [one.attributes["value"] for one in facts.all("data")]
 
 
-def test_a_finished_replay_is_taken_as_it_is(replay: dict[str, Any], tmp_path: Path) -> None:
+def test_a_finished_replay_is_taken_as_it_is(file: Path, replay: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "replay.json").write_text(json.dumps(replay))
-    page_of(NEEDLE, tmp_path / "given.html", "--replay", tmp_path)
-    page_of(NEEDLE, tmp_path / "own.html")
-    assert (tmp_path / "given.html").read_bytes() == (tmp_path / "own.html").read_bytes()
+    page_of(NEEDLE, tmp_path / "page.html", "--replay", tmp_path)
+    assert (tmp_path / "page.html").read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize("change", ["another run", "another model", "no replay"])
@@ -138,7 +152,7 @@ def test_a_replay_of_another_run_is_refused(
         requests = record["sums"]["requests"]
         requests["2k/other"] = requests.pop(next(iter(requests)))
     elif change == "another model":
-        record["model_config_digest"] = "0" * 16
+        record["sums"]["header"]["model_config_digest"] = "0" * 16
     else:
         record = {}
     path = tmp_path / "replay.json"
@@ -146,6 +160,14 @@ def test_a_replay_of_another_run_is_refused(
     flags = ["--html", str(tmp_path / "page.html"), "--replay", str(path)]
     assert f"--replay {path}" in told_error(capsys, lambda: cli.main(["report", str(NEEDLE), *flags]))
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_run_laid_out_for_replay_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_golden(tmp_path / "run")
+    layout = tmp_path / "layout"
+    assert cli.main(["export", str(run), "--to", "replay", "--out", str(layout)]) == 0
+    flags = ["report", str(layout), "--html", str(tmp_path / "page.html")]
+    assert "report on the run that it was made from" in told_error(capsys, lambda: cli.main(flags))
 
 
 @pytest.mark.parametrize(
@@ -233,8 +255,9 @@ def test_a_run_of_any_kind_has_a_page(name: str, tmp_path: Path) -> None:
     every_kind(tmp_path)[name](folder)
     page = page_of(folder, tmp_path / "page.html")
     shown, left_out = page.sections(), page.left_out()
-    assert len(shown) - ("left-out" in shown) + len(left_out) == len(SECTIONS)
-    assert all(line.partition(": ")[2] for line in left_out), left_out
+    titles = [title for _, of_reason in left_out for title in of_reason]
+    assert len(shown) - ("left-out" in shown) + len(titles) == len(SECTIONS)
+    assert all(len(why) > 10 for why, _ in left_out)
     for word in ("None", "nan", "inf ", "{", "}"):
         assert word not in page.root.first("main").first("section").text, word
     for section in shown.values():

@@ -83,9 +83,14 @@ class Page(HTMLParser):
         """By key."""
         return {f"{one.attributes['id']}": one for one in self.root.all("section")}
 
-    def left_out(self) -> list[str]:
+    def left_out(self) -> list[tuple[str, list[str]]]:
+        """Every reason, and the titles of what is not shown for it."""
         section = self.sections().get("left-out")
-        return [] if section is None else [line.text for line in section.all("li")]
+        lines = [] if section is None else list(section.all("li"))
+        return [
+            (f"{line.content[-1]}".removeprefix(": "), [one.text for one in line.all("span")])
+            for line in lines
+        ]
 
     def table(self, key: str) -> list[dict[str, Any]]:
         """A section's numbers, row by row: a cell is its number, or its text."""

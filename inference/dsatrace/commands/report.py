@@ -145,22 +145,21 @@ def _page(
 def _read_replay(run: RunReader, folder: Path) -> dict[str, Any]:
     """The figures of a finished replay. Raises `UserError` unless it is one of this run alone."""
     from dsatrace.files import read_json
+    from dsatrace.selection_replay.figures import figures
     from dsatrace.selection_replay.result import Result
 
     path = folder / "replay.json" if folder.is_dir() else folder
-    record = read_json(path, f"--replay {path}", broken="; replay the run again")
-    result = Result.from_json(record.get("sums") if isinstance(record, dict) else None, f"--replay {path}")
-    replayed = {name.partition("/")[2] for name in result.requests}
+    name = f"--replay {path}"
+    record = read_json(path, name, broken="; replay the run again")
+    result = Result.from_json(record.get("sums") if isinstance(record, dict) else None, name)
+    replayed = {request.partition("/")[2] for request in result.requests}
     if not (
-        record["model_config_digest"] == run.manifest["model_config_digest"]
+        result.header["model_config_digest"] == run.manifest["model_config_digest"]
         and len(replayed) == len(result.requests)
         and replayed <= {request["request_id"] for request in run.requests()}
     ):
-        raise UserError(
-            f"--replay {path}: is not of {run.folder} alone; name the folder of that run's replay"
-        )
-    del record["sums"]
-    return record
+        raise UserError(f"{name}: is not of {run.folder} alone; name the folder of that run's replay")
+    return {**result.header, **figures(result), "chosen": record.get("chosen")}
 
 
 def _replay(run: RunReader) -> dict[str, Any] | str:
@@ -172,6 +171,8 @@ def _replay(run: RunReader) -> dict[str, Any] | str:
     from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes
     from dsatrace.trace.manifest import selection_kind
 
+    if run.is_for_replay:
+        return "it is laid out for replay"  # which the page then refuses
     counts, kind = run.summary()["counts"], selection_kind(run.manifest)
     if not counts["sparse_records"]:
         return "no record is past top-k, so no buffer could miss anything"

@@ -128,6 +128,6 @@ def _answer(material: Material, missed: dict[str, Record]) -> list[str | Cell]:
 
     by_mean = sorted(missed, key=lambda name: -missed[name]["mean"])
     said = [f"A step of layer {by_mean[0]} misses most {material.ids}: ", *of(by_mean[0])]
-    if len(by_mean) > 1:
+    if of(by_mean[0]) != of(by_mean[-1]):
         said += [f"; of layer {by_mean[-1]} fewest: ", *of(by_mean[-1])]
     return [*said, "."]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..grid import Cell, number, percent
+from ..published import Figure, lru_points
 from ..replay_tables import NULL_TITLES
 from .material import Material, Record
 from .section import LeftOut, Row, Section, figures_html
@@ -31,30 +32,39 @@ def miss_curve(material: Material) -> Section | LeftOut:
     if record is None:
         return LeftOut(TITLE, material.no_replay)
     overall, ids = record["overall"], material.ids
-    curves = on_one_grid(overall["curves"])
+    context = overall["contexts"]["p100"] or 0
+    curves = on_one_grid(overall["curves"], context)
     series = list(_series(overall, curves))
     sizes = [size for one in series for size in one.xs]
     if not sizes:
         return LeftOut(TITLE, "no step counts")
-    largest = max(*sizes, overall["contexts"]["p100"] or 0)
+    published = _published(record, max(sizes))
+    for style, (model, points) in enumerate(published.items(), 5):
+        xs, ys = [size for size, _ in points], [figure.low for _, figure in points]
+        series.append(Series(f"published: {model}, LRU", xs, ys, style, line=False))
     chart = line_chart(
         TITLE,
         _said(overall),
-        Axis(f"buffer per layer, {ids}", min(sizes), largest, log=True),
+        Axis(f"buffer per layer, {ids}", min(sizes), max(sizes), log=True),
         Axis(f"missed, share of the selected {ids}", 0, 1, share=True),
         series,
         list(_lines_at(record)),
     )
     body = figures_html(_answer(material, record)) + chart
-    return Section("curve", TITLE, body, _note(record), material.replay_command, _table(overall, curves))
+    table = _table(overall, curves, [point for points in published.values() for point in points])
+    note = _note(record, [figure for points in published.values() for _, figure in points])
+    return Section("curve", TITLE, body, note, material.replay_command, table)
 
 
-def on_one_grid(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Points]:
+def on_one_grid(curves: Mapping[str, Mapping[str, Sequence[float]]], context: float) -> dict[str, Points]:
     """LRU's curves as (sizes, miss rates), at most about MAX_POINTS of the sizes of all, the same for each.
 
-    Between two of its sizes a curve is flat, so nothing is estimated; one begins where it holds a step.
+    Up to the context, where that is more. Between two of its sizes, and above them, a curve is flat, so
+    nothing is estimated; it begins where a step fits in.
     """
     sizes = sorted({size for curve in curves.values() for size in curve["sizes"]})
+    if sizes and context > sizes[-1]:
+        sizes.append(context)
     if len(sizes) > MAX_POINTS:
         step = math.log(sizes[-1] / sizes[0]) / MAX_POINTS
         kept = [sizes[0]]
@@ -90,10 +100,27 @@ def _lines_at(record: Record) -> Iterator[tuple[float, str]]:
     """The context, and multiples of top-k where it is one number of the replayed ids."""
     if context := record["overall"]["contexts"]["p100"]:
         yield context, "N"
-    own_ids, own_buffers = record["settings"]["block"] is None, record["settings"]["share"] == "none"
-    if own_ids and own_buffers and len(set(record["top_k"])) == 1:
-        top_k = record["top_k"][0]
+    if top_k := _top_k(record):
         yield from ((top_k * times, "k" if times == 1 else f"{times}k") for times in (1, 2, 4, 8, 16, 32))
+
+
+def _top_k(record: Record) -> int | None:
+    """In replayed ids per buffer, where it is one number."""
+    own_ids, own_buffers = record["settings"]["block"] is None, record["settings"]["share"] == "none"
+    return record["top_k"][0] if own_ids and own_buffers and len(set(record["top_k"])) == 1 else None
+
+
+def _published(record: Record, largest: float) -> dict[str, list[tuple[float, Figure]]]:
+    """By model, what others found LRU to miss, at as many times top-k; only beside a model's own choice."""
+    top_k = _top_k(record)
+    if top_k is None or record["unit"] == "expert" or record["selections"] != "model":
+        return {}
+    found = {
+        model: [(figure.buffer_k * top_k, figure) for figure in figures if figure.buffer_k is not None]
+        for model, figures in lru_points().items()
+    }
+    inside = {model: [point for point in points if point[0] <= largest] for model, points in found.items()}
+    return {model: points for model, points in inside.items() if points}
 
 
 def _answer(material: Material, record: Record) -> list[str | Cell]:
@@ -127,7 +154,7 @@ def _said(overall: Record) -> str:
     return f"Miss rate by buffer size. LRU misses {', '.join(rates) or 'nothing'}."
 
 
-def _note(record: Record) -> str:
+def _note(record: Record, published: Sequence[Figure]) -> str:
     overall, settings = record["overall"], record["settings"]
     few = record["num_requests"] < 5
     return " ".join((
@@ -137,13 +164,22 @@ def _note(record: Record) -> str:
         "A step's ids are in the buffer together; at k, every policy misses what the step before did not"
         " select. Grey: sets of the same sizes, but of other ids; the distance to them is locality.",
         "N: the largest context.",
+        *((f"Published (of other data, at as many k): {_sources(published)}.",) if published else ()),
+        *(("Where top-k differs by layer, policies stand at the mean size of a layer's buffer.",)
+          if len(set(record["top_k"])) > 1 else ()),
         "No intervals: they need five requests." if few else "The numbers have 95% intervals over requests.",
         "Replayed from the recorded selections; nothing was timed.",
     ))  # fmt: skip
 
 
-def _table(overall: Record, curves: Mapping[str, Points]) -> tuple[Sequence[str], list[Row]]:
-    """A row per size that was replayed, then one per point of LRU's curves."""
+def _sources(published: Sequence[Figure]) -> str:
+    return "; ".join(dict.fromkeys(f"{figure.of.source} ({figure.of.seen})" for figure in published))
+
+
+def _table(
+    overall: Record, curves: Mapping[str, Points], published: Sequence[tuple[float, Figure]]
+) -> tuple[Sequence[str], list[Row]]:
+    """A row per size that was replayed, then one per point of LRU's curves, then what others published."""
     policies, nulls = overall["policies"], [name for name in NULL_TITLES if name in overall["curves"]]
     null_policies = [name for name in ("lru", "opt") if name in policies]
     columns = [
@@ -152,7 +188,9 @@ def _table(overall: Record, curves: Mapping[str, Points]) -> tuple[Sequence[str]
         *(f"{name} missed" for name in policies),
         *(("lru, 95% from", "to") if "lru" in policies else ()),
         *(f"{name}, {NULL_TITLES[null]}" for name in null_policies for null in nulls),
+        *(("published", "of") if published else ()),
     ]
+    empty: dict[str, str] = dict.fromkeys(columns, "")
     rows: list[Row] = []
     for size in next(iter(policies.values()), {}):
         cells = {name: policies[name][size] for name in policies}
@@ -161,16 +199,19 @@ def _table(overall: Record, curves: Mapping[str, Points]) -> tuple[Sequence[str]
             interval = (cells["lru"]["interval"] or (None, None)) if "lru" in cells else ()
             of_nulls = (cells[name].get("nulls", {}).get(null) for name in null_policies for null in nulls)
             shares = (*(cell["miss_rate"] for cell in cells.values()), *interval, *of_nulls)
-            rows.append((number(known[0]["ids"], ",.0f"), size, *map(rate, shares)))
+            of_size = (number(known[0]["ids"], ",.0f"), size, *map(rate, shares))
+            rows.append((*of_size, *[""] * (len(columns) - len(of_size))))
     points: dict[float, dict[str, float]] = {}
     for name, curve in curves.items():
         for size_ids, share in zip(*curve, strict=True):
             points.setdefault(size_ids, {})[name] = share
-    empty: dict[str, str] = dict.fromkeys(columns, "")
     for size_ids, shares_at in sorted(points.items()):
         at = {f"lru, {NULL_TITLES[null]}": rate(shares_at.get(null)) for null in nulls}
         row = empty | at | {"buffer, ids": number(size_ids, ","), "lru missed": rate(shares_at.get("run"))}
         rows.append([row[column] for column in columns])
+    for size_ids, figure in published:
+        shown = {"buffer, ids": number(size_ids, ",.0f"), "published": rate(figure.low)}
+        rows.append(list((empty | shown | {"of": figure.of.model}).values()))
     return columns, rows
 
 

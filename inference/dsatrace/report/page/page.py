@@ -99,9 +99,13 @@ def document(
 
 
 def _left_out(sections: list[LeftOut]) -> str:
+    """A line per reason, with the titles that it keeps from the page."""
     if not sections:
         return ""
-    lines = "".join(f"<li>{told(one.title)}: {told(one.why)}</li>" for one in sections)
+    titles: dict[str, list[str]] = {}
+    for one in sections:
+        titles.setdefault(one.why, []).append(f"<span>{told(one.title)}</span>")
+    lines = "".join(f"<li>{' '.join(names)}: {told(why, None)}</li>" for why, names in titles.items())
     return (
         '\n<section id="left-out" aria-labelledby="left-out-title">'
         '<h2 id="left-out-title">Not shown, and why</h2>'

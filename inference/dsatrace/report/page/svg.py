@@ -360,10 +360,13 @@ def bars(
         known = [mark for mark in bar.marks if mark is not None]
         if known and whiskers:
             parts.append(f'<path class="whisker" d="M{middle:.1f} {top:.1f}V{plot.y(max(known)):.1f}"/>')
+        drawn: list[float] = []
         for place, mark in enumerate(bar.marks):
             if mark is not None:
-                size = min(wide / 2, 4.5)
-                point = marker(place + 2, middle, plot.y(mark), size)
+                size, high = min(wide / 2, 4.5), plot.y(mark)
+                aside = sum(abs(high - other) < 2 * size for other in drawn) * 2.4 * size  # not over another
+                drawn.append(high)
+                point = marker(place + 2, middle + aside, high, size)
                 parts.append(f'<g class="s{place + 1} on-bar">{point}</g>')
     keys = [swatch(box("bar s0", 9, 2, 16, 12), names[0])]
     for place, name in enumerate(names[1:]):

@@ -46,7 +46,8 @@ def verdict(material: Material) -> list[str | Cell]:
     summary, replay, size = material.summary, material.replay, material.size
     counts, overlap = summary["counts"], summary["step_overlap"]
     kind = KINDS[material.manifest["selections"]]
-    said: list[str | Cell] = [f"{kind[:1].upper()}{kind[1:]}: {_model(material)} on {_data(material)}. "]
+    model = "" if material.manifest["selections"] == "none" else f"{_model(material)} on "
+    said: list[str | Cell] = [f"{kind[:1].upper()}{kind[1:]}: {model}{_data(material)}. "]
     of_these: list[str | Cell] = [
         "Of the ",
         *_top_k(material),
@@ -137,7 +138,7 @@ def warnings_of(material: Material) -> Iterator[str]:
     if summary["dropped_steps"]:
         yield f"{summary['dropped_steps']:,} steps were dropped while tracing: their selections are missing."
     rate = manifest["trace"]["sample_rate"]
-    if rate < 1:
+    if rate < 1 and counts["records"]:
         yield f"Only a share of {rate:g} of the steps was recorded: the step before is often not there."
     if material.run.state != "complete":
         yield f"The run is {material.run.state}: it shows what was recorded so far."
