@@ -216,15 +216,17 @@ class Curves:
 
 
 def _miss_curve(material: Material) -> Points | str:
-    if material.replay is None:
-        return material.no_replay
-    return on_one_grid(material.replay["overall"]["curves"]).get("run", ([], []))
+    return material.no_replay if material.replay is None else _lru(material).get("run", ([], []))
 
 
 def _uniform_curve(material: Material) -> Points | None:
-    return (
-        None if material.replay is None else on_one_grid(material.replay["overall"]["curves"]).get("uniform")
-    )
+    return None if material.replay is None else _lru(material).get("uniform")
+
+
+def _lru(material: Material) -> dict[str, tuple[list[float], list[float]]]:
+    assert material.replay is not None, "only a replay has curves"
+    overall = material.replay["overall"]
+    return on_one_grid(overall["curves"], overall["contexts"]["p100"] or 0)
 
 
 def _misses_by_layer(material: Material) -> Points | str:
