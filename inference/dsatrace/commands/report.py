@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _page(folder: Path, out: Path, replay: Path | None, request: str | None, layer: int | None) -> int:
     from dsatrace.report.grid import show
     from dsatrace.report.page.material import Material
-    from dsatrace.report.page.page import write_page
+    from dsatrace.report.page.page import said_first, write_page
     from dsatrace.report.study_folder import is_study
     from dsatrace.trace.reader import RunReader
 
@@ -109,8 +109,9 @@ def _page(folder: Path, out: Path, replay: Path | None, request: str | None, lay
     with damage_named(folder):
         run = RunReader(folder)
         record = _read_replay(run, replay) if replay is not None else _replay(run)
-        write_page(Material.of(run, record, request, layer), out)
-    show([f"page: {out}"])
+        material = Material.of(run, record, request, layer)
+        write_page(material, out)
+    show([*said_first(material), f"page: {out}"])
     return 0
 
 
