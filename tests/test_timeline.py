@@ -21,8 +21,9 @@ from conftest import ROOT
 from dsatrace.cli import main
 from dsatrace.commands.run_burstgpt import main as run_burstgpt
 from dsatrace.selection_replay.per_step import buffers_of
-from dsatrace.selection_replay.replay import find_work, replay_all
+from dsatrace.selection_replay.replay import replay_all
 from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes
+from dsatrace.selection_replay.work import find_work
 from dsatrace.trace import perfetto
 from dsatrace.trace import timeline as timelines
 from dsatrace.trace.load import Run

@@ -141,8 +141,9 @@ def _replay(run: RunReader) -> dict[str, Any] | str:
     from dsatrace.commands.progress import counted_bar
     from dsatrace.selection_replay.answers import add_answers
     from dsatrace.selection_replay.figures import figures
-    from dsatrace.selection_replay.replay import find_work, replay_all
+    from dsatrace.selection_replay.replay import replay_all
     from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes
+    from dsatrace.selection_replay.work import find_work
     from dsatrace.trace.manifest import selection_kind
 
     counts, kind = run.summary()["counts"], selection_kind(run.manifest)
