@@ -34,8 +34,16 @@ def page_of(folder: Path, out: Path, *flags: str | Path) -> Page:
 
 
 @pytest.fixture(scope="module")
-def needle(tmp_path_factory: pytest.TempPathFactory) -> Page:
-    return page_of(NEEDLE, tmp_path_factory.mktemp("page") / "page.html")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a real run, which its command replayed itself."""
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    page_of(NEEDLE, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def needle(file: Path) -> Page:
+    return Page.read(file)
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +137,10 @@ def test_the_verdict_names_the_run_and_its_numbers(needle: Page, replay: dict[st
     assert f"{counts['records']}" in [one.attributes["value"] for one in facts.all("data")]
 
 
-def test_a_finished_replay_is_taken_as_it_is(replay: dict[str, Any], tmp_path: Path) -> None:
+def test_a_finished_replay_is_taken_as_it_is(file: Path, replay: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "replay.json").write_text(json.dumps(replay))
-    page_of(NEEDLE, tmp_path / "given.html", "--replay", tmp_path)
-    page_of(NEEDLE, tmp_path / "own.html")
-    assert (tmp_path / "given.html").read_bytes() == (tmp_path / "own.html").read_bytes()
+    page_of(NEEDLE, tmp_path / "page.html", "--replay", tmp_path)
+    assert (tmp_path / "page.html").read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize("change", ["another run", "another model", "no replay"])
@@ -145,7 +152,7 @@ def test_a_replay_of_another_run_is_refused(
         requests = record["sums"]["requests"]
         requests["2k/other"] = requests.pop(next(iter(requests)))
     elif change == "another model":
-        record["model_config_digest"] = "0" * 16
+        record["sums"]["header"]["model_config_digest"] = "0" * 16
     else:
         record = {}
     path = tmp_path / "replay.json"
@@ -153,6 +160,14 @@ def test_a_replay_of_another_run_is_refused(
     flags = ["--html", str(tmp_path / "page.html"), "--replay", str(path)]
     assert f"--replay {path}" in told_error(capsys, lambda: cli.main(["report", str(NEEDLE), *flags]))
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_run_laid_out_for_replay_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_golden(tmp_path / "run")
+    layout = tmp_path / "layout"
+    assert cli.main(["export", str(run), "--to", "replay", "--out", str(layout)]) == 0
+    flags = ["report", str(layout), "--html", str(tmp_path / "page.html")]
+    assert "report on the run that it was made from" in told_error(capsys, lambda: cli.main(flags))
 
 
 @pytest.mark.parametrize(
