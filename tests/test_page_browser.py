@@ -78,12 +78,14 @@ def test_no_error_and_no_request_but_the_file(browser, pages, name, javascript):
         assert page.value("document.title")
 
 
-def test_the_same_run_gives_the_same_bytes(made, tmp_path):
-    page = tmp_path / "page.html"
-    replay = made[0].parent / "replay"
-    assert main(["report", str(RUN), "--html", str(page), "--replay", str(replay)]) == 0
-    assert page.read_bytes() == made[0].read_bytes()
-    assert page.stat().st_size < 2_000_000
+def test_the_same_run_gives_the_same_bytes_and_says_what_they_say(page, made, tmp_path, capsys):
+    again = tmp_path / "page.html"
+    assert main(["report", str(RUN), "--html", str(again), "--replay", str(made[0].parent / "replay")]) == 0
+    assert again.read_bytes() == made[0].read_bytes()
+    assert again.stat().st_size < 2_000_000
+    first = ".warnings li, .verdict, [aria-labelledby=curve-title] .answer"
+    shown = page.value(f"[...document.querySelectorAll('{first}')].map((one) => one.textContent.trim())")
+    assert capsys.readouterr().out.splitlines() == [*shown, f"page: {again}"]
 
 
 def test_hostile_names_are_text(browser, hostile):

@@ -119,7 +119,7 @@ def _page(
     from dsatrace.report.grid import show
     from dsatrace.report.page.comparison import MOST_RUNS, comparison_html, require_comparable
     from dsatrace.report.page.material import Material
-    from dsatrace.report.page.page import page_html, write_page
+    from dsatrace.report.page.page import page_html, said_first, write_page
     from dsatrace.report.study_folder import is_study
     from dsatrace.trace.reader import RunReader
 
@@ -139,6 +139,8 @@ def _page(
         ]
         page = page_html(materials[0]) if len(materials) == 1 else comparison_html(materials)
         write_page(page, out)
+    for material in materials:
+        show([f"{material.run.folder}"] * (len(materials) > 1) + said_first(material))
     show([f"page: {out}"])
     return 0
 
