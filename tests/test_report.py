@@ -13,7 +13,7 @@ from rich.console import Console
 from conftest import INFERENCE
 from dsatrace import cli
 from dsatrace.commands.generate import main as generate
-from dsatrace.report.figure import draw_tiers
+from dsatrace.report.figure import PANELS, RunSubject
 from dsatrace.report.tables import sink_shares
 from dsatrace.report.tier_tables import tier_tables
 from dsatrace.report.workload_tables import workload_tables
@@ -233,17 +233,23 @@ def test_where_the_selected_kv_was(tmp_path, capsys, name):
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_the_bars_of_tiers_are_their_shares(tmp_path, name):
-    run = RunReader(write_golden(tmp_path / "run", tiers=SETUPS[name]))
-    fetched = run.summary()["kv_fetch"]
-    axes = Figure().subplots()
-    draw_tiers(axes, run.manifest["tiers"], fetched)
-    bars = axes.containers
+    subject = RunSubject(RunReader(write_golden(tmp_path / "run", tiers=SETUPS[name])))
+    fetched = subject.summary["kv_fetch"]
+    found, moved = Figure().subplots(2)
+    PANELS["found"].draw(found, subject)
+    bars = found.containers
     pools = [pool.replace("_", " ") for pool in SETUPS[name].pools]
     assert [bar.get_label() for bar in bars] == ["HBM", *pools]
     tokens = [tier["hit_tokens"] for tier in fetched.values() if tier["requested_tokens"]]
     assert [bar[0].get_width() for bar in bars] == pytest.approx([n / sum(tokens) for n in tokens])
     for measure in zip(*bars, strict=True):
         assert sum(part.get_width() for part in measure) == pytest.approx(1)
+    PANELS["moved"].draw(moved, subject)
+    shown = [text.get_text() for text in moved.texts]
+    read, written = [fetched[pool] for pool in SETUPS[name].pools], [fetched["hbm"]]
+    expected = [f"{one['bytes_read'] / 2**20:,.2f} MiB, {one['read_ops']:,} reads" for one in read]
+    expected += [f"{one['bytes_written'] / 2**20:,.2f} MiB" for one in (*written, *read)]
+    assert shown == expected
 
 
 def test_a_run_in_hbm_has_no_table_of_tiers(tmp_path, capsys):
