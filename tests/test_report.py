@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 
 import pytest
@@ -17,6 +18,7 @@ from dsatrace.report.figure import PANELS, RunSubject
 from dsatrace.report.tables import sink_shares
 from dsatrace.report.tier_tables import tier_tables
 from dsatrace.report.workload_tables import workload_tables
+from dsatrace.trace.rates import RATES, run_words
 from dsatrace.trace.reader import RunReader
 from dsatrace.units import size_text
 from helpers.command_runs import told_error
@@ -250,6 +252,40 @@ def test_the_bars_of_tiers_are_their_shares(tmp_path, name):
     expected = [f"{one['bytes_read'] / 2**20:,.2f} MiB, {one['read_ops']:,} reads" for one in read]
     expected += [f"{one['bytes_written'] / 2**20:,.2f} MiB" for one in (*written, *read)]
     assert shown == expected
+
+
+def test_every_hit_rate_has_one_name_and_the_summarys_number(tmp_path, capsys):
+    """Of what it is and over which steps stands beside each, in words that are told once."""
+    cache = {
+        "prompt_tokens": 91, "hit_tokens": 28, "hit_rate": 28 / 91, "computed_tokens": 63,
+        "prefill_s": 3.0, "saved_s": 1.0, "saved_kind": "modelled",
+    }  # fmt: skip
+    folder, summary = golden_run(tmp_path / "run", {"prefix_cache": cache}, tiers=SETUPS["block"])
+    words = run_words(json.loads((folder / "manifest.json").read_text()))
+    tables = json.loads(report(capsys, folder, "--json"))["tables"]
+
+    def table(title):
+        return next(table for table in tables if table["title"] == title)
+
+    shares = {}
+    for name, rate in RATES.items():
+        hits, asked = rate.counts(summary)
+        shares[name] = hits / asked
+        assert 0 < hits < asked, name
+    for name in ("tokens", "blocks"):
+        over = RATES[name].over.format(**words)
+        assert over == "recorded steps, prompts' last positions included"
+        served = table(f"Where the selected KV was ({over})")
+        (row,) = (row for row in served["rows"] if row[0] == RATES[name].of.format(**words))
+        assert row[served["columns"].index("HBM")] == pytest.approx(shares[name])
+    note = table("What the pools did (whole run)")["note"]
+    assert f"{shares['units']:.1%} of the {RATES['units'].name(words)}" in note
+    rows = dict(table(f"Prefix cache ({RATES['prompts'].over})")["rows"])
+    assert rows["hit rate, of those prompt tokens"] == pytest.approx(shares["prompts"])
+    assert len({rate.name(words) for rate in RATES.values()}) == len(RATES) == len(set(shares.values()))
+    printed = " ".join(report(capsys, folder, "--no-figure").split())
+    assert f"{shares['units']:.1%} of the {RATES['units'].name(words)}" in printed
+    assert re.search(r"\d [kMGT]B\b", printed) is None
 
 
 def test_a_run_in_hbm_has_no_table_of_tiers(tmp_path, capsys):

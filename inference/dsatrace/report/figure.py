@@ -9,6 +9,7 @@ draw(RunReader(folder)).paths      # report.png in the run's folder
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections import Counter
 from typing import Any
 
@@ -18,7 +19,9 @@ from ..errors import UserError
 from ..text import for_picture, plain
 from ..trace.kind import SelectionKind, engine_kind
 from ..trace.manifest import selection_kind
+from ..trace.rates import RATES, run_words, unit_words
 from ..trace.reader import RunReader
+from ..units import MIB
 from .drawing import whole_numbers
 from .panels import (
     BASELINE_STYLES,
@@ -38,7 +41,6 @@ MAX_STEPS = 1000
 """Columns of the map. More would be narrower than a pixel."""
 MAX_ROWS = 512
 """Its rows, of one block or of several: the most selected of them is shown."""
-_MIB = 1 << 20
 _FIELDS = (
     *("request_id", "layer_id", "kv_head", "step_idx", "phase", "path", "seq_len_current"),
     *("unique_token_pos_count", "block_size_tokens", "selected_token_pos"),
@@ -102,7 +104,7 @@ class RunSubject:
         """The decode records of `layer`, and its first KV head, of the first request past top-k."""
         return self._read[2]
 
-    def facts(self, *own: str, pooled: bool = False) -> list[str]:
+    def facts(self, *own: object, pooled: bool = False) -> list[str]:
         """Of a panel over all layers and steps: means, or `pooled`."""
         counts, num_layers = self.summary["counts"], len(self.kind.layers)
         requests = _several(counts["requests"], "request")
@@ -110,16 +112,11 @@ class RunSubject:
             requests = f"mean of {requests}"
         steps = _several(counts["steps"], "decode step")
         layers = _several(num_layers, "layer")
-        return [model_name(self.run.manifest), requests, layers, *own, self.unit, steps]
+        return [model_name(self.run.manifest), requests, layers, *map(str, own), self.unit, steps]
 
     @property
     def unit(self) -> str:
         return f"unit: {unit_text(self.kind)}"
-
-    @property
-    def block_size(self) -> int:
-        """Tokens of a block of the statistics."""
-        return int(self.run.manifest["trace"]["block_size_tokens"])
 
 
 def _several(count: int, what: str) -> str:
@@ -135,9 +132,8 @@ def draw(run: RunReader, layer: int | None = None, settings: PictureSettings | N
     """Draws the sheet, or each panel that `settings` names, into the run's folder; the map shows `layer`."""
     subject = RunSubject(run, layer)
     counts = subject.summary["counts"]
-    heading = (
-        f"{plain(run.folder.name, 80)}: {counts['requests']:,} requests, {counts['steps']:,} decode steps"
-    )
+    numbers = [_several(counts["requests"], "request"), _several(counts["steps"], "decode step")]
+    heading = f"{plain(run.folder.name, 80)}: {', '.join(numbers)}"
     stem = run.folder / "report"
     return draw_panels(PANELS, subject, stem, heading, settings, caveat(subject.summary) or "")
 
@@ -202,7 +198,11 @@ def _nothing_moved(subject: RunSubject) -> str | None:
 
 def _blocks_touched(axes: Any, subject: RunSubject) -> list[str]:
     rows = subject.summary["blocks_touched"]
-    selectors = (("mean", "measured"), ("uniform_mean", "uniform"), ("recency_mean", "recency selector"))
+    selectors = (
+        ("mean", "measured"),
+        ("uniform_mean", "uniform selector"),
+        ("recency_mean", "recency selector"),
+    )
     for i, (key, label) in enumerate(selectors):
         there = [
             (place, row[key] / row["context_mean"]) for place, row in enumerate(rows) if row[key] is not None
@@ -219,7 +219,8 @@ def _blocks_touched(axes: Any, subject: RunSubject) -> list[str]:
             linewidth=0.5,
         )
         for bar, share in zip(bars, shares, strict=True):
-            _number(axes, bar, f"{100 * share:.0f}", share, upright=True)
+            text = f"{100 * share:.0f}" if share >= 0.01 else f"{100 * share:.1g}"
+            _number(axes, bar, text, share, upright=True)
     axes.set_xticks(range(len(rows)), [f"{row['block_size_tokens']}" for row in rows])
     axes.set(xlabel="block size (tokens)", ylabel="share of the context's blocks")
     shares_axis(axes.yaxis)
@@ -255,9 +256,7 @@ def _map(axes: Any, subject: RunSubject) -> list[str]:
     steps = [record["step_idx"] for record in records]
     whole_numbers(axes.xaxis)
     whole_numbers(axes.yaxis)
-    axes.xaxis.set_major_formatter(
-        lambda place, _: f"{steps[round(place)]}" if 0 <= place < len(steps) else ""
-    )
+    axes.xaxis.set_major_formatter(lambda place, _: f"{steps[int(place)]}" if 0 <= place < len(steps) else "")
     axes.set(xlabel="decode step of the request", ylabel=f"block of {size} tokens")
     answer = {position // size for position in _needle_positions(subject.run, records[0]["request_id"])}
     for block in sorted({block // per_row for block in answer}):
@@ -346,9 +345,10 @@ def _cumulative(histogram: Summary) -> np.ndarray:
 def _found(axes: Any, subject: RunSubject) -> list[str]:
     """In which tier the selected tokens were, and the touched blocks; each adds up to 100 %."""
     setup, fetched = subject.run.manifest["tiers"], subject.summary["kv_fetch"]
+    words = run_words(subject.run.manifest)
     measures = {
-        "hit_tokens": "selected\ntokens",
-        "hit_blocks": f"touched blocks\nof {subject.block_size} tokens",
+        key: textwrap.fill(RATES[name].of.format(**words), 14)
+        for key, name in (("hit_tokens", "tokens"), ("hit_blocks", "blocks"))
     }
     names = tiers_of(setup)
     thick = 0.8 / len(names)
@@ -366,7 +366,7 @@ def _found(axes: Any, subject: RunSubject) -> list[str]:
     axes.set_yticks(range(len(measures)), list(measures.values()))
     axes.set(xlabel="share found in the tier", ylim=(len(measures) - 0.5, -0.5))
     shares_axis(axes.xaxis)
-    return subject.facts(_moved_as(setup), pooled=True)
+    return subject.facts(words["recorded"], _moved_as(setup), pooled=True)
 
 
 def _moved(axes: Any, subject: RunSubject) -> list[str]:
@@ -374,16 +374,16 @@ def _moved(axes: Any, subject: RunSubject) -> list[str]:
     moves = _moves(subject)
     largest = max(num_bytes for _, num_bytes, _, _ in moves)
     for i, (_, num_bytes, useful, operations) in enumerate(moves):
-        (bar,) = axes.barh(i, num_bytes / _MIB, 0.7, color="C2", edgecolor="k", linewidth=0.5)
+        (bar,) = axes.barh(i, num_bytes / MIB, 0.7, color="C2", edgecolor="k", linewidth=0.5)
         if useful is not None:
-            axes.barh(i, useful / _MIB, 0.7, **_hatched(1))
-        text = f"{num_bytes / _MIB:,.2f} MiB"
+            axes.barh(i, useful / MIB, 0.7, **_hatched(1))
+        text = f"{num_bytes / MIB:,.2f} MiB"
         text += "" if operations is None else f", {operations:,} reads"
         _number(axes, bar, text, num_bytes / largest)
     axes.barh(0, 0, color="C2", edgecolor="k", linewidth=0.5, label="moved")
     axes.barh(0, 0, **_hatched(1), label="of that, selected")
     axes.set_yticks(range(len(moves)), [label for label, *_ in moves])
-    axes.set(xlabel="MiB, recorded steps", ylim=(len(moves) - 0.5, -0.5), xlim=(0, 1.02 * largest / _MIB))
+    axes.set(xlabel="MiB, recorded steps", ylim=(len(moves) - 0.5, -0.5), xlim=(0, 1.02 * largest / MIB))
     return subject.facts(_moved_as(subject.run.manifest["tiers"]), pooled=True)
 
 
@@ -402,8 +402,7 @@ def _moves(subject: RunSubject) -> list[tuple[str, int, int | None, int | None]]
 
 
 def _moved_as(setup: Summary) -> str:
-    unit = "rows" if setup["granularity"] == "row" else f"blocks of {setup['unit_tokens']} tokens"
-    return f"moved as {unit}"
+    return f"moved as {unit_words(setup['unit_tokens'])}"
 
 
 def _hatched(i: int) -> dict[str, Any]:
@@ -441,11 +440,11 @@ def _latencies(axes: Any, subject: RunSubject) -> list[str]:
     times = {name: np.asarray(histograms[f"{name}_us"]["values"]) / 1000 for name in _DURATIONS}
     largest = max((ms.max() for ms in times.values() if len(ms)), default=0) or 1.0
     smallest = min((ms[ms > 0].min() for ms in times.values() if (ms > 0).any()), default=largest)
-    for name, (label, style) in _DURATIONS.items():
+    for (name, (label, style)), color in zip(_DURATIONS.items(), ("C0", "C1", "C3"), strict=True):
         if len(ms := times[name]):
             share = _cumulative(histograms[f"{name}_us"])
             x, y = np.concatenate((ms[:1], ms, [largest])), np.concatenate(([0], share, [1]))
-            axes.step(x, y, style, where="post", label=label, linewidth=1.8)
+            axes.step(x, y, style, color=color, where="post", label=label, linewidth=1.8)
     if largest > 100 * smallest:
         axes.set_xscale("symlog", linthresh=10.0 ** np.floor(np.log10(smallest)), linscale=0.5)
         numbers_axis(axes.xaxis)

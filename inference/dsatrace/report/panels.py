@@ -161,9 +161,9 @@ def draw_panels(
 
 def style_rc(style: Style) -> dict[str, Any]:
     """All of matplotlib's settings for it."""
-    import matplotlib as mpl
+    from matplotlib.rcsetup import cycler
 
-    return {"axes.prop_cycle": mpl.cycler(color=_COLOURS), **style.rc}
+    return {"axes.prop_cycle": cycler(color=_COLOURS), **style.rc}
 
 
 def draw_panel(place: Any, panel: Panel[Subject], subject: Subject, style: Style, warning: str) -> str:

@@ -210,7 +210,7 @@ def _bytes(summary: Summary) -> Grid | None:
     if summary["kv_fetch"] is None or read["indexer_scan"] is None:
         known = {"latents of the touched blocks": "without_indexer_scan", _SCAN: "indexer_scan"}
         rows = [(name, size(read[key]), "") for name, key in known.items() if read[key] is not None]
-        return Grid("Bytes read, whole run", ("", "bytes", ""), rows) if rows else None
+        return Grid("Bytes read, all records", ("", "bytes", ""), rows) if rows else None
     total = read["with_indexer_scan"]
     fetched = summary["kv_fetch"].values()
     in_tiers = "hit_tokens" in summary["kv_fetch"]["hbm"]
@@ -222,7 +222,7 @@ def _bytes(summary: Summary) -> Grid | None:
         ("latents and scan together" if in_tiers else "touched blocks and scan together", total),
     )
     texts = [(name, size(count), percent(count, total) if total else "") for name, count in all_rows]
-    return Grid("Bytes read, whole run", ("", "bytes", "share"), texts)
+    return Grid("Bytes read, all records", ("", "bytes", "share"), texts)
 
 
 def _costs(run: RunReader, summary: Summary) -> Grid:
