@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from conftest import INFERENCE
+from conftest import INFERENCE, ROOT
 from dsatrace import cli
 from dsatrace.commands.generate import main as generate
 from dsatrace.report.figure import PANELS, RunSubject
@@ -286,6 +286,15 @@ def test_every_hit_rate_has_one_name_and_the_summarys_number(tmp_path, capsys):
     printed = " ".join(report(capsys, folder, "--no-figure").split())
     assert f"{shares['units']:.1%} of the {RATES['units'].name(words)}" in printed
     assert re.search(r"\d [kMGT]B\b", printed) is None
+
+
+def test_sizes_are_in_binary_units_everywhere():
+    """As on the terminal; rates of links stay in GB/s."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "data").glob("*/*/README.md")]
+    decimal = re.compile(r"\d ?[kKMGT]B\b(?!/s)")
+    lines = [(page.name, line) for page in pages for line in page.read_text("utf-8").splitlines()]
+    assert len(lines) > 500
+    assert [one for one in lines if decimal.search(one[1])] == []
 
 
 def test_a_run_in_hbm_has_no_table_of_tiers(tmp_path, capsys):

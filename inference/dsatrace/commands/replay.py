@@ -169,7 +169,12 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
     add(
         "--compute-us", metavar="US", help="of a layer's decode step on your device: BASE or BASE+PER_REQUEST"
     )
-    add("--hbm-gb", type=float, metavar="GB", help="HBM for KV: from which batch and context the buffer pays")
+    add(
+        "--hbm-gb",
+        type=float,
+        metavar="GB",
+        help="HBM for KV (10^9 bytes): from which batch and context the buffer pays",
+    )
     add("--measured", type=Path, metavar="FILE", help="an engine's counters to set beside the prediction")
 
 
