@@ -105,8 +105,18 @@ def test_run_writes_everything(qa_run: tuple[Path, str]) -> None:
         assert not [word for word in words if len(word) > 7 and word in text], f"{name} holds text"
 
 
-def test_sweep_reads_what_run_wrote(qa_run: tuple[Path, str], tmp_path: Path) -> None:
-    assert study_json(tmp_path / "out", "sweep.json", "sweep", "--trace-file", qa_run[0])["cells"]
+def test_every_verb_reads_what_run_wrote(qa_run: tuple[Path, str], tmp_path: Path) -> None:
+    """The folder's block ids give what the text gave."""
+    source = ("--trace-file", qa_run[0])
+    assert study_json(tmp_path / "sweep", "sweep.json", "sweep", *source)["cells"]
+    sizes = ("--num-blocks", 64, "--host-blocks", 50)
+    again = study_json(tmp_path / "run", "trace_stats.json", "run", *source, *sizes)
+    first = json.loads((qa_run[0] / "multi_turn_stats.json").read_text())
+    assert again["metrics"] == first["metrics"]
+    assert study("explain", *source, "--output-dir", tmp_path / "explain") == 0
+    lines = json.loads((tmp_path / "explain" / "explain.json").read_text())["definitions"]
+    assert lines["chained_hashes"]["value"] > 0
+    assert lines["chained_hashes_with_partial"]["value"] is None  # not recorded
 
 
 def test_compare_writes_everything(tmp_path: Path, capsys: Any) -> None:
@@ -124,6 +134,63 @@ def test_as_many_single_turn_requests_as_multi_turn_ones(tmp_path: Path) -> None
     flags = ("compare", "--workload", "chat_multi", "--max-conversations", 12, "--match-requests")
     counts = study_json(tmp_path / "out", "comparison.json", *flags)["metrics"]["num_requests"]
     assert counts["single_turn"] == counts["multi_turn"] > 12
+
+
+QA = ("--workload", "qa", "--num-requests", 120, "--seed", 7)
+
+
+@pytest.mark.parametrize("workload", ["qa", "chat_single", "chat_multi", "summarization"])
+def test_a_workload_has_one_hit_rate_in_every_verb(workload: str, tmp_path: Path) -> None:
+    """The same workload, seed and size: `run`, `compare`, `explain` and `sweep` tell the same number."""
+    flags = ("--workload", workload, "--num-requests", 60, "--seed", 7, "--num-blocks", 48)
+    sides = {"chat_single": "single_turn"}
+    side = sides.get(workload, "multi_turn")
+    of_run = study_json(tmp_path / "run", f"{side}_stats.json", "run", *flags)["metrics"]
+    assert study("explain", *flags, "--output-dir", tmp_path / "explain") == 0
+    lines = json.loads((tmp_path / "explain" / "explain.json").read_text())["definitions"]
+    assert lines["token_weighted_with_rejected"]["value"] == of_run["hit_rate_first_prefill"]
+    sizes = ("--block-size", 16, "--policies", "lru")
+    cells = study_json(tmp_path / "sweep", "sweep.json", "sweep", *flags, *sizes)["cells"]
+    (pool,) = (cell for cell in cells if cell["policy"] == "vllm")
+    assert pool["hit_rate"] == pytest.approx(of_run["hit_rate_blocks"], abs=1e-6)
+    assert (pool["hits"] > 0) == (workload != "chat_single")
+    if workload.startswith("chat"):
+        flags = (*flags, "--min-turns", 1)
+        both = study_json(tmp_path / "compare", "comparison.json", "compare", *flags)["metrics"]
+        assert both["hit_rate_blocks"][side] == of_run["hit_rate_blocks"]
+
+
+def test_a_mix_has_one_hit_rate_in_both_verbs(tmp_path: Path) -> None:
+    flags = ("--workloads", "qa", "chat_multi", "--num-requests", 40, "--num-blocks", 96)
+    of_run = study_json(tmp_path / "run", "multi_turn_stats.json", "run", *flags)
+    cells = study_json(tmp_path / "mixed", "mixed.json", "mixed", *flags, "--policies", "lru")["cells"]
+    pool = {cell["workload"]: cell["hit_rate"] for cell in cells if cell["policy"] == "vllm"}
+    assert pool.pop("overall") == pytest.approx(of_run["metrics"]["hit_rate_blocks"], abs=1e-6)
+    parts = {name: part["metrics"]["hit_rate_blocks"] for name, part in of_run["workloads"].items()}
+    assert pool == pytest.approx(parts, abs=1e-6)
+
+
+def test_a_verb_takes_several_caches(tmp_path: Path, capsys: Any) -> None:
+    flags = (*QA, "--skip-visualization", "--num-blocks", 40, 90, "--block-size", 16, 32)
+    assert study("run", *flags, "--output-dir", tmp_path / "all") == 0
+    shown = capsys.readouterr().out
+    assert "90 blocks of 32 tokens" in shown
+    one = ("--num-blocks", 90, "--block-size", 32)
+    of_one = study_json(tmp_path / "one", "multi_turn_stats.json", "run", *QA, *one)
+    assert json.loads((tmp_path / "all" / "multi_turn_stats_block32_cache90.json").read_text()) == of_one
+    assert len(list((tmp_path / "all").glob("*_stats_*.json"))) == 4
+    manifest = json.loads((tmp_path / "all" / "manifest.json").read_text())
+    assert manifest["caches"]["block32_cache90"] == of_one["cache"]
+
+
+def test_the_folder_has_a_default_in_every_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ("--workloads", "qa", "chat_multi", "--num-requests", 5)
+    for verb in VERBS:
+        pictures = [] if verb in ("prepare", "explain") else ["--skip-visualization"]
+        assert study(verb, *small, *pictures) == 0
+        (folder,) = (tmp_path / "outputs").glob(f"study_{verb}_*")
+        assert json.loads((folder / "manifest.json").read_text())["study"] == verb
 
 
 def test_three_turns_from_a_file_of_token_ids(tmp_path: Path) -> None:
@@ -160,7 +227,15 @@ def test_conversation_by_conversation(tmp_path: Path) -> None:
     [
         (["run", "--data-path", "missing.json"], "missing.json: cannot read the file"),
         (["run", "--trace-file", "missing.jsonl"], "missing.jsonl: cannot read the file"),
-        (["run", "--data-path", "a", "--workload", "qa"], "--data-path and --workload exclude each other"),
+        (["run", "--data-path", "a", "--workload", "qa"], "--data-path holds chats; name one of chat_single"),
+        (["run", "--trace-file", "a", "--workload", "qa"], "--trace-file is a source by itself"),
+        (["run", "--workload", "qa", "qa"], "name each workload once"),
+        (["run", "--block-size", "16", "16"], "--block-size: name each number once"),
+        (
+            ["run", "--block-size", "8", "16", "--write-accesses"],
+            "--write-accesses writes blocks of one size",
+        ),
+        (["run", "--workload", "qa", "--pattern", "qa"], "name two or more with --workloads"),
         (["run", "--trace-file", "t.jsonl", "--arrival-rate", "2"], "--arrival-rate makes a trace"),
         (["compare", "--trace-file", "t.jsonl", "--match-requests"], "--match-requests makes a trace"),
         (["run", "--block-size", "0"], "--block-size must lie between 1"),
@@ -179,7 +254,7 @@ def test_conversation_by_conversation(tmp_path: Path) -> None:
         (["run", "--output-file", "../stats.json"], "give a plain file name"),
         (["run", "--output-file", "manifest.json"], "another file of that name"),
         (["run", "--workload", "qa", "--max-conversations", "all"], "say how many with --max-conversations"),
-        (["compare", "--workload", "qa", "--max-conversations", "5"], "no conversation is left"),
+        (["compare", "--workload", "qa", "--max-conversations", "5"], "has one turn per conversation"),
         (["prepare", "--output-file", "t.jsonl"], "choose it with --mode"),
         (["prepare", "--trace-file", "t.jsonl"], "say what to make of it with --hash-ids"),
         (["nothing"], "study has no verb 'nothing'"),

@@ -24,14 +24,13 @@ from .study_tables import (
     compare_grids,
     engine_grid,
     explain_grid,
-    mixed_grid,
+    mixed_grids,
     rejected_grid,
     run_grids,
     sweep_grids,
 )
 
 Record = Mapping[str, Any]
-_REQUESTS = "_request_metrics.csv"
 _FAULTS = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 """What a file that is not a study's result raises when it is taken for one."""
 
@@ -77,14 +76,14 @@ def _grids(study: str, path: Path) -> Iterator[Grid]:
         yield rejected_grid({"trace": record["rejected"]})
     elif "cells" in record:
         cells = [_of(Cell, row) for row in record["cells"]]
-        yield from [mixed_grid(cells)] if study == "mixed" else sweep_grids(cells)
+        yield from mixed_grids(cells) if study == "mixed" else sweep_grids(cells)
     elif "num_prefill_tokens" in record:
         yield engine_grid(_of(EngineCheck, record))
     elif "metrics" in record and study == "compare":
         if all(isinstance(both, dict) for both in record["metrics"].values()):  # else those of one trace
             yield from compare_grids(_comparison(record), record["cache"])
     elif "metrics" in record:
-        yield from run_grids(_name(path), record)
+        yield from run_grids(record.get("trace", path.stem), record)
 
 
 def _comparison(record: Record) -> Comparison:
@@ -93,12 +92,6 @@ def _comparison(record: Record) -> Comparison:
         for name, both in record["metrics"].items()
     }
     return Comparison(metrics, record["per_turn"], record["rejected"])
-
-
-def _name(path: Path) -> str:
-    """The trace's name, which stands in the names of its other files: --output-file renames this one."""
-    tables = [file.name.removesuffix(_REQUESTS) for file in path.parent.glob(f"*{_REQUESTS}")]
-    return tables[0] if len(tables) == 1 else path.stem
 
 
 def _of(kind: type[Any], record: Record) -> Any:

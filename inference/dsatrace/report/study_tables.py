@@ -21,7 +21,8 @@ from .grid import NONE, Cell, Grid, number
 TURNS_SHOWN = 10
 HEADLINES = (
     "num_requests", "prompt_tokens", "sharing_fraction_mean", "sharing_fraction_median",
-    "sharing_fraction_p90", "sharing_above_0", "hit_rate_first_prefill", "hit_rate_with_preempted",
+    "sharing_fraction_p90", "sharing_above_0", "hit_rate_first_prefill", "hit_rate_served",
+    "hit_rate_with_preempted",
     "hit_rate_blocks", "hit_rate_blocks_any", "hit_rate_infinite", "hit_rate_chunks_recounted",
     "hit_rate_with_host", "host_hit_blocks", "block_reuse_rate", "blocks_allocated", "blocks_reused",
     "blocks_unique", "blocks_evicted", "blocks_hit", "accesses_per_block_mean", "hits_per_block_mean",
@@ -142,6 +143,15 @@ def cache_text(cache: Mapping[str, Any]) -> str:
     return text + ("" if cache["prefix_caching"] else ", prefix caching off")
 
 
+COUNTS = {
+    "requests": "requests",
+    "accesses": "prompt blocks",
+    "rejected": "rejected requests",
+    "rejected_accesses": "their prompt blocks",
+}
+"""The last rows of a sweep's table: what the hit rates are of, and what is missed for want of room."""
+
+
 def sweep_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
     """A table per workload and block size; a column per capacity."""
     for workload, size in dict.fromkeys((cell.workload, cell.block_size) for cell in cells):
@@ -152,35 +162,32 @@ def sweep_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
             (policy, *(_hit_rate(by_place.get((policy, capacity))) for capacity in capacities))
             for policy in _opt_last(cell.policy for cell in chosen)
         ]
-        for field in ("accesses", "rejected"):
+        for field, text in COUNTS.items():
             numbers = (getattr(by_place[OPT, capacity], field) for capacity in capacities)
-            rows.append((field, *(number(count, ",") for count in numbers)))
+            rows.append((text, *(number(count, ",") for count in numbers)))
         yield Grid(
-            f"{workload}, blocks of {size} tokens: hit rate in % of prompt blocks, "
-            f"{chosen[0].requests:,} requests",
+            f"{workload}, blocks of {size} tokens: hit rate in % of prompt blocks",
             ("policy", *(f"{capacity:,} blocks" for capacity in capacities)),
             rows,
         )
 
 
-def mixed_grid(cells: Sequence[SweepCell]) -> Grid:
-    """A row per policy; a column for all workloads together and one for each."""
-    workloads = list(dict.fromkeys(cell.workload for cell in cells))
-    by_place = {(cell.policy, cell.workload): cell for cell in cells}
-    rows = []
-    for policy in _opt_last(cell.policy for cell in cells):
-        overall = by_place[policy, OVERALL]
-        counts = (number(overall.hits, ","), number(overall.misses, ","))
-        rows.append((policy, *(_hit_rate(by_place.get((policy, name))) for name in workloads), *counts))
-    for field in ("requests", "rejected", "accesses"):
-        rows.append(
-            (field, *(number(getattr(by_place[OPT, name], field), ",") for name in workloads), "", "")
-        )
-    cell = cells[0]
-    title = (
-        f"Mixed: hit rate in % of prompt blocks, {cell.capacity_blocks} blocks of {cell.block_size} tokens"
-    )
-    return Grid(title, ("policy", *workloads, "hits", "misses"), rows)
+def mixed_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
+    """A table per cache: a row per policy; a column for all workloads together and one for each."""
+    for size, capacity in dict.fromkeys((cell.block_size, cell.capacity_blocks) for cell in cells):
+        here = [cell for cell in cells if (cell.block_size, cell.capacity_blocks) == (size, capacity)]
+        workloads = list(dict.fromkeys(cell.workload for cell in here))
+        by_place = {(cell.policy, cell.workload): cell for cell in here}
+        rows = []
+        for policy in _opt_last(cell.policy for cell in here):
+            overall = by_place[policy, OVERALL]
+            counts = (number(overall.hits, ","), number(overall.misses, ","))
+            rows.append((policy, *(_hit_rate(by_place.get((policy, name))) for name in workloads), *counts))
+        for field, text in COUNTS.items():
+            of_each = (number(getattr(by_place[OPT, name], field), ",") for name in workloads)
+            rows.append((text, *of_each, "", ""))
+        title = f"Mixed: hit rate in % of prompt blocks, {capacity} blocks of {size} tokens"
+        yield Grid(title, ("policy", *workloads, "hits", "misses"), rows)
 
 
 def _turns(title: str, turns: Sequence[Mapping[str, Value]]) -> Iterator[Grid]:

@@ -71,9 +71,9 @@ def per_turn(replayed: Replayed) -> list[dict[str, Value]]:
 
 
 def sharing_fractions(replayed: Replayed, chosen: Mask | None = None) -> NDArray[np.float64]:
-    """Hit tokens / prompt tokens of each served request, in order."""
-    served = replayed.result.served if chosen is None else replayed.result.served & chosen
-    fractions: NDArray[np.float64] = replayed.result.hit_tokens[served] / replayed.trace.prompt_tokens[served]
+    """Hit tokens / prompt tokens of each request, in order; 0 for a rejected one."""
+    chosen = np.ones(len(replayed.requests), bool) if chosen is None else chosen
+    fractions: NDArray[np.float64] = replayed.result.hit_tokens[chosen] / replayed.trace.prompt_tokens[chosen]
     return fractions
 
 
@@ -132,11 +132,11 @@ def _of_requests(replayed: Replayed, chosen: Mask) -> dict[str, Value]:
     result, trace = replayed.result, replayed.trace
     served = result.served & chosen
 
-    def total(values: NDArray[np.integer]) -> int:
-        return int(values[served].sum())
+    def total(values: NDArray[np.integer], of: Mask = chosen) -> int:
+        return int(values[of].sum())
 
     prompt, hit = total(trace.prompt_tokens), total(result.hit_tokens)
-    full_blocks = total(replayed.full_blocks)
+    full_blocks = total(replayed.trace.prompt_blocks)
     resumed, resumed_hit = total(result.resumed_tokens), total(result.resumed_hit_tokens)
     found, looked_up, _ = recounted_by_chunk(replayed, replayed.settings.chunk_tokens, served)
     fractions = sharing_fractions(replayed, chosen)
@@ -148,16 +148,15 @@ def _of_requests(replayed: Replayed, chosen: Mask) -> dict[str, Value]:
         **_statistics("sharing_fraction", fractions, SHARING),
         "sharing_above_0": ratio(int((fractions > 0).sum()), len(fractions)),
         "hit_rate_first_prefill": ratio(hit, prompt),
+        "hit_rate_served": ratio(hit, total(trace.prompt_tokens, served)),
         "hit_rate_with_preempted": ratio(hit + resumed_hit, prompt + resumed),
         "hit_rate_blocks": ratio(hit // trace.block_size, full_blocks),
-        "hit_rate_blocks_any": ratio(total(result.cached_blocks), full_blocks),
-        "hit_rate_infinite": ratio(
-            int(replayed.unlimited.hit_tokens[chosen].sum()), int(trace.prompt_tokens[chosen].sum())
-        ),
+        "hit_rate_blocks_any": ratio(total(result.cached_blocks, served), full_blocks),
+        "hit_rate_infinite": ratio(total(replayed.unlimited.hit_tokens), prompt),
         "hit_rate_chunks_recounted": ratio(found, looked_up),
     }
     if replayed.host_hits is not None:
-        host = total(replayed.host_hits)
+        host = total(replayed.host_hits, served)
         values["hit_rate_with_host"] = ratio(hit + host * trace.block_size, prompt)
         values["host_hit_blocks"] = host
     return values

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import io
 import time
@@ -33,9 +34,19 @@ class OutputFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._names: list[str] = [MANIFEST_FILE]
+        self._label = ""
+
+    def labelled(self, label: str) -> OutputFolder:
+        """The same folder; names get the label, if it is not empty, before their suffix."""
+        part = copy.copy(self)
+        part._label = label
+        return part
 
     def file(self, name: str) -> Path:
         """The path of a new file; raises a `UserError` for a name outside the folder or taken."""
+        if self._label:
+            stem, dot, suffix = name.rpartition(".")
+            name = f"{stem}_{self._label}.{suffix}" if dot else f"{name}_{self._label}"
         if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
             raise UserError(f"output file {name!r}: give a plain file name; it is put into {self.path}")
         if name in self._names:

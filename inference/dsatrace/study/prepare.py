@@ -49,7 +49,8 @@ SHORT = "single-turn requests missing to match: no more conversations"
 class ClientSettings:
     """Which conversations are taken, and when their requests arrive.
 
-    The first `max_conversations` are read (None: all). A conversation is dropped whole if it has
+    The first `max_conversations` are read (None: all); a seeded generator makes `num_requests`
+    conversations (None: as many). A conversation is dropped whole if it has
     fewer human turns than `min_turns`, or a request of more than `max_tokens` tokens, prompt and
     recorded answer together. `match_requests` lengthens the single-turn trace to the number of
     requests of the multi-turn one, with the conversations that follow in the file. `order` is
@@ -57,6 +58,7 @@ class ClientSettings:
     """
 
     max_conversations: int | None = DEFAULT_MAX_CONVERSATIONS
+    num_requests: int | None = None
     max_tokens: int | None = None
     min_turns: int = 1
     match_requests: bool = False
@@ -68,21 +70,19 @@ class ClientSettings:
 
     def __post_init__(self) -> None:
         check_limit("--max-conversations", self.max_conversations)
+        check_limit("--num-requests", self.num_requests)
         check_limit("--max-tokens", self.max_tokens)
         if self.min_turns < 1:
             raise UserError(f"--min-turns must be at least 1, not {self.min_turns}")
-        check_arrivals(self.arrival_rate, self.turn_delay)
-
-
-def check_arrivals(arrival_rate: float, turn_delay: float) -> None:
-    """Raises a `UserError` that names the flag, for values that `RequestGenerator` refuses."""
-    if not SLOWEST_RATE <= arrival_rate <= FASTEST_RATE:
-        raise UserError(
-            f"--arrival-rate must be conversations per second from {SLOWEST_RATE:g} to {FASTEST_RATE:g}, "
-            f"not {arrival_rate}"
-        )
-    if not 0 <= turn_delay <= MAX_TURN_DELAY_S:
-        raise UserError(f"--turn-delay must be seconds from 0 to {MAX_TURN_DELAY_S:g}, not {turn_delay}")
+        if not SLOWEST_RATE <= self.arrival_rate <= FASTEST_RATE:
+            raise UserError(
+                f"--arrival-rate must be conversations per second from {SLOWEST_RATE:g} to {FASTEST_RATE:g}, "
+                f"not {self.arrival_rate}"
+            )
+        if not 0 <= self.turn_delay <= MAX_TURN_DELAY_S:
+            raise UserError(
+                f"--turn-delay must be seconds from 0 to {MAX_TURN_DELAY_S:g}, not {self.turn_delay}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
+from dsatrace.flags import option
 from dsatrace.kv.blocks import EVICT, MISS, FreeOrder
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, Schedule, replay
@@ -27,6 +28,12 @@ from dsatrace.study.requests import StudyRequests, block_trace
 Runner = Callable[[StudyRequests, BlockTrace, ReplayConfig], ReplayResult]
 """Replays requests; it must record events if the config asks for them."""
 LARGEST = 2**31 - 1
+
+
+def check_size(flag: str, value: int | None) -> None:
+    """Raises a `UserError` that names the flag."""
+    if value is not None and not 1 <= value <= LARGEST:
+        raise UserError(f"{flag} must lie between 1 and {LARGEST}, not {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +58,7 @@ class StudySettings:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "num_blocks", "concurrency", "chunk_tokens", "host_blocks"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= LARGEST:
-                raise UserError(f"--{name.replace('_', '-')} must lie between 1 and {LARGEST}, not {value}")
+            check_size(option(name), getattr(self, name))
 
     def config(self, num_blocks_at_most: int = LARGEST) -> ReplayConfig:
         """Blocks beyond `num_blocks_at_most`, the most that the trace can use, are not allocated."""
@@ -90,12 +95,6 @@ class Replayed:
     def evictions(self) -> np.ndarray:
         assert self.result.events is not None, "a study records events"
         return self.result.events[self.result.events["kind"] == EVICT]
-
-    @property
-    def full_blocks(self) -> NDArray[np.int64]:
-        """(R,) full blocks of the prompts."""
-        blocks: NDArray[np.int64] = self.trace.prompt_tokens // self.trace.block_size
-        return blocks
 
 
 def offline_replay(_requests: StudyRequests, trace: BlockTrace, config: ReplayConfig) -> ReplayResult:
