@@ -23,6 +23,7 @@ from dsatrace.study.requests import RequestsBuilder, StudyRequests, block_trace,
 from dsatrace.study.sources import Client, Source
 from dsatrace.study.sweep import BY_WORKLOAD, SweepSettings, num_jobs, policy_runs, sweep
 from dsatrace.study.sweep_cells import (
+    BYPASS,
     OPT,
     OVERALL,
     POOL,
@@ -148,9 +149,14 @@ def test_no_policy_in_either_form_beats_opt(concurrency):
     options = SweepSettings((8, 16, 40), runs, concurrency=concurrency)
     cells = [cell for cell in sweep(inputs, options) if cell.workload == OVERALL]
     bound = {(cell.block_size, cell.capacity_blocks): cell for cell in cells if cell.policy == OPT}
+    bounds = {(c.block_size, c.capacity_blocks): c for c in cells if c.policy == BYPASS}
     assert len({cell.policy for cell in cells}) > 18
+    assert any(bounds[place].hits > bound[place].hits for place in bound)
+    assert {cell.rejected for cell in bounds.values()} == {0} != {cell.rejected for cell in bound.values()}
     for cell in cells:
-        if cell.policy != POOL:
+        outer = bounds[cell.block_size, cell.capacity_blocks]
+        assert cell.hits <= outer.hits and outer.accesses == cell.accesses
+        if cell.policy not in (POOL, BYPASS):
             best = bound[cell.block_size, cell.capacity_blocks]
             assert cell.hits <= best.hits
             assert cell.block_hits <= best.block_hits
@@ -202,8 +208,17 @@ def test_any_number_of_workers_gives_the_same_cells():
     assert alone == sweep(inputs, options, 2)
     assert len(told) == num_jobs(inputs, options) > 20
     assert [cell.workload for cell in alone] == sorted((c.workload for c in alone), reverse=True)
-    assert {cell.policy for cell in alone} == {"fifo", "fifo-flat", "random", "random-flat", "lru", OPT, POOL}
-    assert len(alone) == 2 * 2 * 2 * 7
+    assert {cell.policy for cell in alone} == {
+        "fifo",
+        "fifo-flat",
+        "random",
+        "random-flat",
+        "lru",
+        OPT,
+        POOL,
+        BYPASS,
+    }
+    assert len(alone) == 2 * 2 * 2 * 8
 
 
 def test_outputs_are_cached_but_not_looked_up():
@@ -288,7 +303,7 @@ def test_the_command_writes_tables_pictures_and_what_they_mean(tmp_path, capsys)
     result = json.loads((out / "sweep.json").read_text())
     manifest = json.loads((out / "manifest.json").read_text())
     rows = read_csv(out / "sweep.csv")
-    assert len(rows) == len(result["cells"]) == 2 * 2 * 4
+    assert len(rows) == len(result["cells"]) == 2 * 2 * 5
     assert [row["hits"] for row in rows] == [str(cell["hits"]) for cell in result["cells"]]
     assert manifest["state"] == "complete"
     assert manifest["argv"][:3] == ["dsatrace", "study", "sweep"]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..study.compare import Comparison
-from ..study.sweep_cells import OPT, OVERALL, POOL, Cell
+from ..study.sweep_cells import BYPASS, OPT, OVERALL, POOL, Cell
 from .drawing import picture, plain_label, whole_numbers
 
 Series = Mapping[str, np.ndarray]
@@ -130,7 +130,7 @@ def draw_capacities(path: Path, workload: str, policy: str, cells: Sequence[Cell
 def draw_mixed(path: Path, cells: Sequence[Cell]) -> None:
     """A panel for all workloads together and one for each; a bar per policy, OPT as a dashed line."""
     workloads = sorted(dict.fromkeys(cell.workload for cell in cells), key=lambda name: name != OVERALL)
-    policies = [name for name in dict.fromkeys(cell.policy for cell in cells) if name != OPT]
+    policies = [name for name in dict.fromkeys(cell.policy for cell in cells) if name not in (OPT, BYPASS)]
     by_place = {(cell.policy, cell.workload): cell for cell in cells}
     size = (2.2 + 2.3 * len(workloads), 1.4 + 0.24 * len(policies))
     with _picture(path, size, columns=len(workloads), share_y=True) as (figure, panels):

@@ -14,7 +14,7 @@ from ..study.engine_check import EngineCheck
 from ..study.explain import Definition
 from ..study.measure import Value
 from ..study.metrics import UNITS
-from ..study.sweep_cells import OPT, OVERALL
+from ..study.sweep_cells import BYPASS, OPT, OVERALL
 from ..study.sweep_cells import Cell as SweepCell
 from .grid import NONE, Cell, Grid, number
 
@@ -143,6 +143,7 @@ def cache_text(cache: Mapping[str, Any]) -> str:
     return text + ("" if cache["prefix_caching"] else ", prefix caching off")
 
 
+BOUNDS = (OPT, BYPASS)
 COUNTS = {
     "requests": "requests",
     "accesses": "prompt blocks",
@@ -160,7 +161,7 @@ def sweep_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
         by_place = {(cell.policy, cell.capacity_blocks): cell for cell in chosen}
         rows = [
             (policy, *(_hit_rate(by_place.get((policy, capacity))) for capacity in capacities))
-            for policy in _opt_last(cell.policy for cell in chosen)
+            for policy in _bounds_last(cell.policy for cell in chosen)
         ]
         for field, text in COUNTS.items():
             numbers = (getattr(by_place[OPT, capacity], field) for capacity in capacities)
@@ -179,7 +180,7 @@ def mixed_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
         workloads = list(dict.fromkeys(cell.workload for cell in here))
         by_place = {(cell.policy, cell.workload): cell for cell in here}
         rows = []
-        for policy in _opt_last(cell.policy for cell in here):
+        for policy in _bounds_last(cell.policy for cell in here):
             overall = by_place[policy, OVERALL]
             counts = (number(overall.hits, ","), number(overall.misses, ","))
             rows.append((policy, *(_hit_rate(by_place.get((policy, name))) for name in workloads), *counts))
@@ -208,7 +209,7 @@ def _hit_rate(cell: SweepCell | None) -> Cell:
     return _share(None if cell is None or not cell.accesses else cell.hit_rate, unit="")
 
 
-def _opt_last(policies: Iterable[str]) -> list[str]:
-    """Different names in order, but OPT, the bound, below the others."""
+def _bounds_last(policies: Iterable[str]) -> list[str]:
+    """Different names in order, but the bounds below the others."""
     names = list(dict.fromkeys(policies))
-    return [name for name in names if name != OPT] + [name for name in names if name == OPT]
+    return [name for name in names if name not in BOUNDS] + [name for name in BOUNDS if name in names]

@@ -1,7 +1,8 @@
 """Sweeps block sizes, capacities and policies over traces; the result is the same for any number of workers.
 
 LRU gives all capacities in one pass; every other policy is one job per capacity. OPT always runs
-as well: no policy may hit more, and that is checked. Knows no file.
+as well, once as a device's cache and once as a tier that may leave blocks out: no policy may hit
+more, and that is checked. Knows no file.
 
     inputs = {("qa", 16): block_trace(requests, 16)}
     cells = sweep(inputs, SweepSettings(capacities=(64, 128), runs=policy_runs(["lru", "fifo"])), workers=2)
@@ -25,6 +26,7 @@ from dsatrace.kv.policies.simulate import Oversize, simulate
 from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.study.sweep_cells import (
+    BYPASS,
     LRU,
     OPT,
     OVERALL,
@@ -33,6 +35,7 @@ from dsatrace.study.sweep_cells import (
     Cells,
     Given,
     PolicyRun,
+    bypass_cells,
     lru_cells,
     pool_cells,
     simulated_cells,
@@ -65,11 +68,11 @@ class SweepSettings:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One replay: `run` None is the pool; LRU has all capacities at once."""
+    """One replay: a policy, or the pool or the bound by its name; LRU has all capacities at once."""
 
     trace: str
     block_size: int
-    run: PolicyRun | None
+    run: PolicyRun | str
     capacities: tuple[int, ...]
 
 
@@ -100,7 +103,7 @@ def sweep(
     workers: int = 1,
     on_done: Callable[[], None] = lambda: None,
 ) -> Cells:
-    """All cells, in the order of inputs, policies (the pool last) and capacities.
+    """All cells, in the order of inputs, policies (then the pool and `opt-bypass`) and capacities.
 
     An input of several workloads must be the only one; it gives `overall` and a cell for each.
     More than one worker means fresh processes, at most one per job, so a script that calls this
@@ -113,13 +116,13 @@ def sweep(
     for of_job in _results(jobs, given, settings, min(workers, len(jobs))):
         cells += of_job
         on_done()
-    order = {run.name: i for i, run in enumerate(settings.runs)}
+    order = {name: i for i, name in enumerate((*(run.name for run in settings.runs), POOL, BYPASS))}
     traces = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in inputs))}
     cells.sort(
         key=lambda cell: (
             traces.get(cell.workload, 0),
             cell.block_size,
-            order.get(cell.policy, len(order)),
+            order[cell.policy],
             cell.capacity_blocks,
         )
     )
@@ -151,16 +154,18 @@ def _jobs(inputs: Inputs, settings: SweepSettings) -> Iterator[_Job]:
             continue
         for capacity in settings.capacities:
             yield _Job(trace, block_size, run, (capacity,))
-    if settings.oversize == "reject":
-        for trace, block_size in inputs:
-            yield _Job(trace, block_size, None, settings.capacities)
+    for (trace, block_size), capacity in itertools.product(inputs, settings.capacities):
+        if settings.oversize == "reject":
+            yield _Job(trace, block_size, POOL, (capacity,))
+        yield _Job(trace, block_size, BYPASS, (capacity,))
 
 
 def _run_job(job: _Job, inputs: _InMemory, settings: SweepSettings) -> Cells:
     given = inputs[job.trace, job.block_size]
-    if job.run is None:
-        each = (pool_cells(job.trace, given, size, settings.concurrency) for size in job.capacities)
-        return list(itertools.chain.from_iterable(each))
+    if job.run == POOL:
+        return pool_cells(job.trace, given, job.capacities[0], settings.concurrency)
+    if isinstance(job.run, str):
+        return bypass_cells(job.trace, given, job.capacities[0])
     if job.run.policy == LRU:
         return lru_cells(job.trace, given, job.capacities, settings.oversize)
     return simulated_cells(job.trace, given, job.run, job.capacities[0], settings.oversize)
@@ -210,13 +215,14 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
 
 
 def _check_bound(cells: Iterable[Cell]) -> None:
-    """No policy hits more than OPT. Takes only cells over a whole trace, since OPT bounds no part of one."""
+    """No policy hits more than both OPTs. Takes only cells over a whole trace: they bound no part of one."""
     by_place: dict[tuple[str, int, int], list[Cell]] = {}
     for cell in cells:
         by_place.setdefault((cell.workload, cell.block_size, cell.capacity_blocks), []).append(cell)
     for here in by_place.values():
-        bound = next(cell for cell in here if cell.policy == OPT)
+        bound, outer = (next(cell for cell in here if cell.policy == name) for name in (OPT, BYPASS))
         for cell in here:
-            if cell.policy != POOL:
+            assert cell.hits <= outer.hits, f"{cell} hits more than any cache can: {outer}"
+            if cell.policy not in (POOL, BYPASS):
                 hits, most = (one.hits + one.output_hits for one in (cell, bound))
                 assert hits <= most, f"{cell} hits more than OPT: {bound}"

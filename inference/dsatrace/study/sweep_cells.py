@@ -17,7 +17,8 @@ That is vLLM's block pool under LRU, except that the pool (the cell `vllm`, whic
 3. computes the last block of a wholly cached prompt again if the prompt ends with it;
 4. gives room to output blocks of unknown content while they are in use.
 So LRU at C - 1 <= pool at C <= LRU at C, except for 2 to 4. OPT bounds hits and output hits
-together, so it bounds hits if no output repeats. Knows no file and no process.
+together, so it bounds hits if no output repeats; `opt-bypass` bounds them always. Knows no file
+and no process.
 
     given = Given.of(trace)
     lru_cells("qa", given, [64, 128], "reject")
@@ -34,6 +35,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsatrace.kv.policies.bypass import bypassing_hits
 from dsatrace.kv.policies.registry import policy_info
 from dsatrace.kv.policies.simulate import Oversize, simulate
 from dsatrace.kv.policies.stack_distance import lru_hits_at
@@ -42,7 +44,7 @@ from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, replay
 
 OVERALL = "overall"
-OPT, LRU, POOL = "opt", "lru", "vllm"
+OPT, LRU, POOL, BYPASS = "opt", "lru", "vllm", "opt-bypass"
 
 SEMANTICS = {
     "accesses": "full blocks of all prompts, those of rejected requests too",
@@ -56,8 +58,11 @@ SEMANTICS = {
     "outputs": "full blocks of outputs are cached, where the trace tells their content",
     "rejected": "prompts of more blocks than the cache has, the last partial one included",
     "rejected_accesses": "full blocks of the prompts of rejected requests, all of them misses",
-    "opt": "evicts the block whose next use is farthest: over all of a trace no policy has more hits and "
-    "output_hits together",
+    "opt": "evicts the block whose next use is farthest. It holds every request that it serves and leaves "
+    "no block out: over all of a trace no such policy has more hits and output_hits together",
+    "opt-bypass": "keeps after each request the blocks that are looked up again first, and leaves the others "
+    "out; it holds no request, so it rejects none: the most hits that any cache can have, and the bound "
+    "of a tier behind the device",
     "vllm": "vLLM's block pool (free order of 2026-05 and later) with as many usable blocks; unlike lru it "
     "also takes a block for each partial one in use and for second copies, and computes the last block "
     "of a wholly cached prompt again",
@@ -205,6 +210,13 @@ def simulated_cells(trace: str, given: Given, run: PolicyRun, capacity: int, ove
     hits = np.minimum(result.hits, prompt_blocks)
     columns = (hits, np.minimum(result.hits_any, prompt_blocks), result.hits - hits)
     return served.cells(trace, capacity, run.name, served.by_workload(columns))
+
+
+def bypass_cells(trace: str, given: Given, capacity: int) -> Cells:
+    """The bound of a tier behind the device, which need not hold what it serves."""
+    hits = bypassing_hits(given.stream, given.trace.prompt_blocks, capacity)
+    served = _Served.at(given, capacity, "truncate")
+    return served.cells(trace, capacity, BYPASS, served.by_workload((hits, hits, np.zeros_like(hits))))
 
 
 def pool_cells(trace: str, given: Given, capacity: int, concurrency: int) -> Cells:

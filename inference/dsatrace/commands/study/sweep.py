@@ -44,7 +44,7 @@ from dsatrace.study.sweep import (
     policy_runs,
     sweep,
 )
-from dsatrace.study.sweep_cells import OPT, OVERALL, SEMANTICS, Cell, num_repeated_outputs
+from dsatrace.study.sweep_cells import BYPASS, OPT, OVERALL, SEMANTICS, Cell, num_repeated_outputs
 from dsatrace.text import plain
 from dsatrace.workloads.synthetic import WORKLOADS
 
@@ -212,7 +212,7 @@ def _draw(folder: OutputFolder, cells: Sequence[Cell], together: bool) -> None:
         return
     labels = file_labels(list(dict.fromkeys(cell.workload for cell in cells)))
     for workload, label in labels.items():
-        for policy in dict.fromkeys(cell.policy for cell in cells if cell.policy != OPT):
+        for policy in dict.fromkeys(cell.policy for cell in cells if cell.policy not in (OPT, BYPASS)):
             draw_capacities(folder.file(f"cache_hits_{label}_{policy}.png"), workload, policy, cells)
 
 
