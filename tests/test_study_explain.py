@@ -109,7 +109,7 @@ def test_definitions_hold_together(
         ("per_request_mean_rejected_as_0", "sharing_fraction_mean"),
         ("block_reuse_rate", "block_reuse_rate"),
         ("infinite_cache", "hit_rate_infinite"),
-        ("chunks_of_2048_recounted", "hit_rate_chunks_recounted"),
+        ("chunks_of_64_recounted", "hit_rate_chunks_recounted"),
     )
     if_none_is_rejected = (
         ("with_preempted", "hit_rate_with_preempted"),

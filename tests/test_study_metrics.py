@@ -224,7 +224,7 @@ def test_chunks_recounted_one_by_one(rows: Any, settings: StudySettings, chunk: 
     ):
         at = hit
         while at < prompt:
-            found += at // settings.block_size * settings.block_size
+            found += at // settings.block_size * settings.block_size * settings.prefix_caching
             prompts += prompt
             ends += min(at + chunk, prompt)
             at += chunk

@@ -1,4 +1,5 @@
-"""A study's folder as the tables that the study printed, read back from its JSON. Computes nothing.
+"""A study's folder as the tables that the study printed, read back from its JSON, and its pictures
+from these and its CSV files. Computes nothing.
 
 if is_study(folder):
     show(study_parts(folder), WIDE)
@@ -6,21 +7,26 @@ if is_study(folder):
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import UserError
 from ..files import read_json
 from ..study.compare import Comparison, Difference
 from ..study.engine_check import EngineCheck
 from ..study.explain import Definition
-from ..study.output_folder import MANIFEST_FILE
+from ..study.output_folder import MANIFEST_FILE, OutputFolder
 from ..study.sweep_cells import Cell
+from . import study_figures as figures
 from .grid import Grid
 from .study_tables import (
+    cache_text,
     compare_grids,
     engine_grid,
     explain_grid,
@@ -58,6 +64,52 @@ def study_parts(folder: Path) -> Iterator[str | Grid]:
     if not num_tables:
         yield "There is no table: the study writes traces only, or it did not end."
     yield f"files: {folder}"
+
+
+def draw_again(folder: Path, output: OutputFolder) -> Iterator[str]:
+    """Draws a study's pictures from its files into another folder; yields a line for each, and for those
+    that the files do not hold."""
+    manifest = _read(folder / MANIFEST_FILE)
+    about = f"{manifest['study']} of {folder}"
+    for path in _results(folder, manifest):
+        record = _read(path)
+        suffix = path.stem.removeprefix("comparison") if "per_turn" in record else ""
+        try:
+            if "cells" in record:
+                cells = [_of(Cell, row) for row in record["cells"]]
+                draw = figures.draw_all_mixed if manifest["study"] == "mixed" else figures.draw_all_capacities
+                yield from map(str, draw(output, cells))
+            elif isinstance(record.get("metrics", {}).get("num_requests"), dict):
+                title = f"{about}, {cache_text(record['cache'])}"
+                picture = output.file(f"comparison{suffix}.png")
+                figures.draw_comparison(picture, title, _comparison(record))
+                yield str(picture)
+        except _FAULTS as error:
+            raise UserError(f"{path}: not a result of a study: {error!r}; run the study again") from error
+    shares = {
+        "request_metrics": ("sharing_fraction", "sharing_fraction_cdf", figures.draw_sharing),
+        "block_metrics": ("hits", "block_hit_distribution", figures.draw_block_hits),
+    }
+    for table, (column, picture_name, draw_series) in shares.items():
+        series = {
+            path.stem.replace(f"_{table}", ""): _column(path, column)
+            for path in sorted(folder.glob(f"*_{table}*.csv"))
+        }
+        if series:
+            picture = output.file(f"{picture_name}.png")
+            draw_series(picture, about, series)
+            yield str(picture)
+    if any(folder.glob("*_block_metrics*.csv")):
+        yield "reuse_gap_cdf.png: the files hold each block's mean gap and no others; run the study again"
+
+
+def _column(path: Path, name: str) -> np.ndarray:
+    """The numbers of a CSV's column."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return np.array([float(row[name]) for row in csv.DictReader(file)])
+    except (OSError, KeyError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}: cannot read column {name}: {error!r}; run the study again") from error
 
 
 def _results(folder: Path, manifest: Record) -> list[Path]:

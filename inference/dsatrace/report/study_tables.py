@@ -18,21 +18,23 @@ from ..study.sweep_cells import BYPASS, OPT, OVERALL
 from ..study.sweep_cells import Cell as SweepCell
 from .grid import NONE, Cell, Grid, number
 
-TURNS_SHOWN = 10
 HEADLINES = (
     "num_requests", "prompt_tokens", "sharing_fraction_mean", "sharing_fraction_median",
-    "sharing_fraction_p90", "sharing_above_0", "hit_rate_first_prefill", "hit_rate_served",
-    "hit_rate_with_preempted",
-    "hit_rate_blocks", "hit_rate_blocks_any", "hit_rate_infinite", "hit_rate_chunks_recounted",
-    "hit_rate_with_host", "host_hit_blocks", "block_reuse_rate", "blocks_allocated", "blocks_reused",
-    "blocks_unique", "blocks_evicted", "blocks_hit", "accesses_per_block_mean", "hits_per_block_mean",
-    "hits_per_hit_block_mean", "reuse_gap_s_median", "hit_gap_s_median",
+    "sharing_fraction_min", "sharing_fraction_max", "sharing_above_0", "hit_rate_first_prefill",
+    "hit_rate_served", "hit_rate_with_preempted", "hit_rate_blocks", "hit_rate_blocks_any",
+    "hit_rate_infinite", "hit_rate_chunks_recounted", "hit_rate_host", "hit_rate_with_host",
+    "host_hit_blocks", "block_reuse_rate", "blocks_allocated", "blocks_reused", "blocks_unique",
+    "blocks_evicted", "blocks_hit", "accesses_per_block_mean", "hits_per_block_mean",
+    "hits_per_block_median", "hits_per_block_min", "hits_per_block_max", "hits_per_hit_block_mean",
+    "reuse_gap_s_mean", "reuse_gap_s_median", "reuse_gap_s_min", "reuse_gap_s_max", "hit_gap_s_median",
 )  # fmt: skip
 """The metrics of a printed table; the stats files hold all of them."""
 assert set(HEADLINES) <= set(UNITS)
 
 TURN_COLUMNS = {
     "num_requests": "requests",
+    "hit_blocks": "hit blocks",
+    "prompt_blocks": "of blocks",
     "sharing_fraction_mean": "sharing, mean",
     "sharing_above_0": "sharing above 0",
     "hit_rate_first_prefill": "hit rate",
@@ -96,7 +98,7 @@ def compare_grids(comparison: Comparison, cache: Mapping[str, Any]) -> Iterator[
             between = number(both.points, "+.2f", " points")
         else:
             between = number(both.difference, "+,.6g")
-        ratio = number(both.ratio, ".2f", " x")
+        ratio = number(both.ratio, ",.2f" if both.ratio is None or both.ratio < 100 else ",.0f", " x")
         rows.append((key, shown(key, both.single), shown(key, both.multi), between, ratio))
     columns = ("metric", "single turn", "multi turn", "multi - single", "multi / single")
     yield Grid(f"Single turn against multi turn: {cache_text(cache)}", columns, rows)
@@ -192,17 +194,17 @@ def mixed_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
 
 
 def _turns(title: str, turns: Sequence[Mapping[str, Value]]) -> Iterator[Grid]:
+    """Every turn; of a folder that an earlier version wrote, the columns that it has."""
     if [row["turn"] for row in turns] == [None]:
         return
     rows = [
         (
             number(row["turn"], none="unknown"),
-            *(shown(key, row[key]) for key in TURN_COLUMNS),
+            *(shown(key, row.get(key)) for key in TURN_COLUMNS),
         )
-        for row in turns[:TURNS_SHOWN]
+        for row in turns
     ]
-    more = f" (the first {TURNS_SHOWN} of {len(turns)})" if len(turns) > TURNS_SHOWN else ""
-    yield Grid(title + more, ("turn", *TURN_COLUMNS.values()), rows)
+    yield Grid(title, ("turn", *TURN_COLUMNS.values()), rows)
 
 
 def _hit_rate(cell: SweepCell | None) -> Cell:

@@ -20,7 +20,7 @@ from dsatrace.kv.simulation.replay import replay
 from dsatrace.study.measure import Mask, ratio, recounted_by_chunk, sharing_fractions
 from dsatrace.study.run import Replayed
 
-CHUNK_SIZES = (256, 512, 2048, 8192)
+CHUNK_SIZES = (64, 256, 512, 2048, 8192)
 
 
 @dataclasses.dataclass(frozen=True)

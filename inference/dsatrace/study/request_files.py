@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, KeysView
 from pathlib import Path
 
 from dsatrace.errors import UserError
@@ -51,7 +51,7 @@ def read_requests(
     path = Path(path)
     if path.is_dir() or path.name == ACCESSES_FILE:
         return read_accesses(path if path.is_dir() else path.parent, bad_rows)
-    columns = next(read_json_rows(path, lambda _, row: row.keys(), BadRows("skip")))
+    columns = _columns(path)
     if "prompt" in columns:
         return tokenize_rows(read_trace_rows(path, bad_rows), vocabulary, progress)
     if "input_tok_ids" in columns:
@@ -63,6 +63,16 @@ def read_requests(
         f"{path}: not a request trace: its first row has no column prompt, input_tok_ids or hash_ids; "
         "make one from conversations with `dsatrace study prepare`"
     )
+
+
+def holds_text(path: Path) -> bool:
+    """Whether a file or folder that `read_requests` takes needs a tokenizer."""
+    return not path.is_dir() and path.name != ACCESSES_FILE and "prompt" in _columns(path)
+
+
+def _columns(path: Path) -> KeysView[str]:
+    """Those of the first usable row."""
+    return next(read_json_rows(path, lambda _, row: row.keys(), BadRows("skip")))
 
 
 def requests_from_token_ids(rows: Iterable[TokenIdRow]) -> StudyRequests:

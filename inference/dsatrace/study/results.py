@@ -52,7 +52,7 @@ def write_results(
 ) -> dict[str, Any]:
     """Writes the three files of a trace called `name`; returns the statistics."""
     record = {"trace": name, **statistics(replayed)}
-    folder.write_json(stats_file or f"{name}_stats.json", record)
+    folder.write_chosen(stats_file, f"{name}_stats.json", record)
     folder.write_csv(f"{name}_request_metrics.csv", REQUEST_COLUMNS, _request_rows(replayed))
     folder.write_csv(f"{name}_block_metrics.csv", BLOCK_COLUMNS, block_rows(replayed))
     return record

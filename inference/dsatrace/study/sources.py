@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 from dsatrace.errors import UserError
 from dsatrace.study.accesses import ACCESSES_FILE
 from dsatrace.study.prepare import ClientSettings, PreparedTraces, limit_requests, prepare_traces
-from dsatrace.study.request_files import read_requests
+from dsatrace.study.request_files import holds_text, read_requests
 from dsatrace.study.requests import UNKNOWN, StudyRequests, by_workload, conversation_groups
 from dsatrace.study.tokenization import NamedVocabulary, Progress, tokenize_rows
 from dsatrace.workloads.digests import file_sha256, folder_sha256
@@ -53,15 +53,20 @@ class Source:
 
     A trace file excludes the rest. Of the workloads, the chats are made of the conversations of
     `data_path` if there is one, and the others by seeded generators. `pattern` is the order in
-    which the workloads of a mix take turns; without it they mix by arrival.
+    which the workloads of a mix take turns; without it they mix by arrival. A workload of `rates` has
+    that arrival rate; the others share the common one.
     """
 
     data_path: Path | None = None  # ShareGPT conversations
     trace_file: Path | None = None  # requests, in any layout that `read_requests` knows
     workloads: tuple[str, ...] = ()
     pattern: tuple[str, ...] | None = None
+    rates: Mapping[str, float] = dataclasses.field(default_factory=dict)  # conversations per second
 
     def __post_init__(self) -> None:
+        strange = [name for name in self.rates if name not in self.workloads]
+        if strange:
+            raise UserError(f"--rates {strange[0]}=...: name it with --workloads too")
         unknown = [name for name in self.workloads if name not in WORKLOADS]
         if unknown:
             raise UserError(f"unknown workload {unknown[0]!r}; use one of {', '.join(WORKLOADS)}")
@@ -80,25 +85,40 @@ class Source:
         """Whether the workload is made of conversations that people had."""
         return workload in CHATS and (self.data_path is not None or not self.workloads)
 
+    @property
+    def kind(self) -> str:
+        if self.trace_file is not None:
+            return "trace file"
+        if self.data_path is not None:
+            return "conversations"
+        return SYNTHETIC if self.workloads else "embedded sample"
+
+    @property
+    def path(self) -> Path | None:
+        """The file that is read, None without one."""
+        if self.kind == SYNTHETIC:
+            return None
+        return self.trace_file or self.data_path or sample_file("sharegpt")
+
+    def text(self) -> str:
+        """Kind, file and workloads in a line."""
+        path = () if self.path is None else (str(self.path),)
+        return " ".join((self.kind, *path, *self.workloads))
+
     def describe(self) -> dict[str, Any]:
         """For the manifest: the kind of source, the workloads if named, a file's path and digest."""
-        named = {"workloads": list(self.workloads)} if self.workloads else {}
-        if self.trace_file is not None:
-            kind, path = "trace file", self.trace_file
-        elif self.data_path is not None:
-            kind, path = "conversations", self.data_path
-        elif self.workloads:
-            return {"kind": SYNTHETIC, **named}
-        else:
-            kind, path = "embedded sample", sample_file("sharegpt")
-        digest = folder_sha256(path) if path.is_dir() else file_sha256(path)
-        return {"kind": kind, **named, "path": str(path), "sha256": digest}
+        record: dict[str, Any] = {"kind": self.kind}
+        if self.workloads:
+            record["workloads"] = list(self.workloads)
+        if self.path is not None:
+            digest = folder_sha256(self.path) if self.path.is_dir() else file_sha256(self.path)
+            record |= {"path": str(self.path), "sha256": digest}
+        return record
 
     def origin(self, workload: str) -> str:
         """Where one workload's requests come from, in a few words."""
-        if self.trace_file is not None:
-            return str(self.trace_file)
-        return str(self.data_path or "embedded sample") if self.is_real(workload) else SYNTHETIC
+        real = self.trace_file is not None or self.is_real(workload)
+        return str(self.path) if real else SYNTHETIC
 
 
 class Client:
@@ -194,11 +214,9 @@ class Client:
             conversations = itertools.islice(conversations, place, None, 2)
             if real and limit is not None:
                 limit = max(1, (limit + 1 - place) // 2)
-        if len(together) > 1:
-            seed = settings.seed + WORKLOADS.index(name) * _SEED_STEP
-            settings = dataclasses.replace(
-                settings, seed=seed, arrival_rate=settings.arrival_rate / len(together)
-            )
+        rate = self.source.rates.get(name, settings.arrival_rate / len(together))
+        seed = settings.seed + (WORKLOADS.index(name) * _SEED_STEP if len(together) > 1 else 0)
+        settings = dataclasses.replace(settings, seed=seed, arrival_rate=rate)
         min_turns = settings.min_turns if name in CHATS else 1  # the others have one turn each
         settings = dataclasses.replace(settings, max_conversations=limit, min_turns=min_turns)
         chosen = self.vocabulary
@@ -225,6 +243,10 @@ class Client:
             self.source.trace_file, self.vocabulary.vocabulary, self.bad_rows, counts, self._progress
         )
         requests = _first_conversations(requests, self.settings.max_conversations)
+        if not holds_text(self.source.trace_file):
+            unit = "tokens" if requests.tokens_per_id == 1 else f"blocks of {requests.tokens_per_id} tokens"
+            label = {"name": f"none: the trace holds ids of {unit}"}
+            self.vocabulary = dataclasses.replace(self.vocabulary, label=label)
         kept, dropped = limit_requests(requests, self.settings.max_tokens, self.settings.min_turns)
         self.counts |= {**counts, **dropped}
         return kept

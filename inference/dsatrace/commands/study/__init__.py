@@ -18,6 +18,8 @@ VERBS = {
     "mixed": Verb(
         "dsatrace.commands.study.sweep", "several workloads in one cache, policy by policy", ("--together",)
     ),
+    "report": Verb("dsatrace.commands.study.report", "tables and pictures of finished studies again"),
+    "three-turns": Verb("dsatrace.commands.study.three_turns", "one conversation of three turns by hand"),
 }
 
 

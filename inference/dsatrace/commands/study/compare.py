@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             comparison = compare(replayed[SINGLE_TURN], replayed[MULTI_TURN])
             for mode in options.TURNS:
                 cache = write_results(part, mode, replayed[mode])["cache"]
-            part.write_json(args.output_file or "comparison.json", {"cache": cache, **comparison.record()})
+            part.write_chosen(args.output_file, "comparison.json", {"cache": cache, **comparison.record()})
             if not args.skip_visualization:
-                draw_compared(part, replayed, comparison)
+                draw_compared(part, options.title_of(client, settings), replayed, comparison)
             grids += compare_grids(comparison, cache)
         for mode in options.TURNS if client.has_text else ():
             write_trace_rows(folder.file(f"{mode}_trace.jsonl"), client.rows(mode))
@@ -61,21 +61,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def draw_compared(folder: OutputFolder, replayed: Mapping[str, Replayed], comparison: Comparison) -> None:
+def draw_compared(
+    folder: OutputFolder, about: str, replayed: Mapping[str, Replayed], comparison: Comparison
+) -> None:
     """The three distributions with both traces in them, and the comparison."""
     from dsatrace.report import study_figures as figures
     from dsatrace.study.measure import block_counts, reuse_gaps, sharing_fractions
 
     fractions = {mode: sharing_fractions(each) for mode, each in replayed.items()}
-    figures.draw_sharing(folder.file("sharing_fraction_cdf.png"), fractions)
+    figures.draw_sharing(folder.file("sharing_fraction_cdf.png"), about, fractions)
     hits = {mode: block_counts(each).hits for mode, each in replayed.items()}
-    figures.draw_block_hits(folder.file("block_hit_distribution.png"), hits)
+    figures.draw_block_hits(folder.file("block_hit_distribution.png"), about, hits)
     gaps = {}
     for mode, each in replayed.items():
         gaps[f"{mode}, between accesses"] = reuse_gaps(each)
         gaps[f"{mode}, hit to hit"] = reuse_gaps(each, hits_only=True)
-    figures.draw_gaps(folder.file("reuse_gap_cdf.png"), gaps)
-    figures.draw_comparison(folder.file("comparison.png"), comparison)
+    figures.draw_gaps(folder.file("reuse_gap_cdf.png"), about, gaps)
+    figures.draw_comparison(folder.file("comparison.png"), about, comparison)
 
 
 def _parser() -> argparse.ArgumentParser:

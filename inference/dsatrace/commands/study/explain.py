@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             cache, rejected = dataclasses.asdict(settings), rejections(replayed)
             record = {"cache": cache, "rejected": rejected}
             record["definitions"] = {line.name: line.record() for line in definitions}
-            folder.labelled(label).write_json(args.output_file or "explain.json", record)
+            folder.labelled(label).write_chosen(args.output_file, "explain.json", record)
             grids += [explain_grid(definitions, cache), rejected_grid({"trace": rejected})]
     options.say_what_was_read(client)
     options.show(grids, args.markdown)

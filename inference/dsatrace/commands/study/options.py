@@ -57,7 +57,8 @@ POOL_FLAGS = {
     "prefix_caching": Flag("share no block", ("--no-prefix-caching",), negated=True),
     "free_order": Flag("new: free partial blocks first, as vLLM does since PR 42656; old: by release"),
     "schedule": Flag("in_order: one request after the other; continuous: steps with preemption"),
-    "chunk_tokens": Flag("tokens of a prefill chunk"),
+    "chunk_tokens": Flag("tokens of a prefill chunk, if continuous"),
+    "recount_tokens": Flag("tokens of a chunk, for the hit rate that counts lookups before every chunk"),
     "decode": Flag("end requests with their prompt: answers are not cached", ("--no-decode",), negated=True),
     "host_blocks": Flag("blocks of a host pool that takes what is evicted (default: no host pool)"),
 }
@@ -95,6 +96,12 @@ def add_request_arguments(
         nargs="+",
         metavar="NAME",
         help="interleave the workloads in rounds of these names, each at least once (default: by arrival)",
+    )
+    add(
+        "--rates",
+        nargs="+",
+        metavar="NAME=NUMBER",
+        help="conversations per second of workloads by name (default: an equal share of --arrival-rate)",
     )
     add(
         "--max-conversations",
@@ -150,7 +157,7 @@ def add_pool_arguments(parser: argparse.ArgumentParser) -> None:
 def add_output_arguments(parser: argparse.ArgumentParser, file_help: str, *, pictures: bool = True) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", type=Path, help="new or empty folder (default: outputs/study_<verb>_<time>)")
-    add("--output-file", help=f"name of {file_help}, inside the folder")
+    add("--output-file", help=f"name of {file_help} in the folder, or the path of a copy")
     if pictures:
         add("--skip-visualization", action="store_true", help="no pictures")
     add("--markdown", action="store_true", help="print tables as markdown, to paste into a report")
@@ -188,7 +195,8 @@ def open_client(args: argparse.Namespace, workloads: Sequence[str] = ()) -> Iter
     """
     named = args.workloads or (workloads if args.trace_file is None else ())
     pattern = None if args.pattern is None else tuple(args.pattern)
-    source = Source(args.data_path, args.trace_file, tuple(named), pattern)
+    rates = numbers_by_name("--rates", args.rates or ())
+    source = Source(args.data_path, args.trace_file, tuple(named), pattern, rates)
     settings = _client_settings(args)
     with records_counter("tokenize requests") as advance:
         done = 0
@@ -234,10 +242,17 @@ def show(grids: Iterable[Grid], as_markdown: bool) -> None:
         show_in_terminal(grids, WIDE)
 
 
+def title_of(client: Client, settings: StudySettings) -> str:
+    """What a picture is of: workload, source, cache, tokenizer."""
+    from dsatrace.report.study_tables import cache_text
+
+    cache = cache_text(dataclasses.asdict(settings))
+    return f"{client.source.text()}\n{cache}; tokenizer: {client.vocabulary.label['name']}"
+
+
 def say_what_was_read(client: Client) -> None:
     """Source, vocabulary, and what was dropped: nothing is left out silently."""
-    source = client.source.describe()
-    print("source:", plain(" ".join([source["kind"], source.get("path", ""), *source.get("workloads", ())])))
+    print("source:", plain(client.source.text()))
     print(f"tokenizer: {plain(client.vocabulary.label['name'])}")
     for what, count in client.counts.items():
         print(f"{what}: {count:,}")
@@ -285,6 +300,20 @@ def _none_by_default(add: Callable[..., argparse.Action]) -> Callable[..., argpa
         return add(*names, default=None, **options)
 
     return add_flag
+
+
+def numbers_by_name(flag: str, pairs: Sequence[str]) -> dict[str, float]:
+    """What `NAME=NUMBER ...` says. Raises a `UserError` that names the flag."""
+    numbers = {}
+    for pair in pairs:
+        name, equals, number = pair.rpartition("=")
+        try:
+            numbers[name] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or numbers[name] != numbers[name]:
+            raise UserError(f"{flag} {pair!r}: write a workload and a number, such as qa=2")
+    return numbers
 
 
 def _count_or_all(text: str) -> int | str:

@@ -14,6 +14,7 @@ from dsatrace.commands.study import options
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.study.output_folder import OutputFolder, file_labels
 from dsatrace.study.run import Replayed
+from dsatrace.study.sources import Client
 
 MAX_WORKLOAD_PICTURES = 12
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 part.write_json("engine_stats.json", check.to_json())
                 grids.append(engine_grid(check))
             if not args.skip_visualization:
-                draw_run(part, replayed, name)
+                draw_run(part, replayed, name, client)
         if client.has_text:
             write_trace_rows(folder.file(f"{name}_trace.jsonl"), client.rows(args.mode))
         if args.write_accesses:
@@ -66,29 +67,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def draw_run(folder: OutputFolder, replayed: Replayed, name: str) -> None:
+def draw_run(folder: OutputFolder, replayed: Replayed, name: str, client: Client) -> None:
     """The three distributions, over all requests and over those of each workload."""
     from dsatrace.report import study_figures as figures
     from dsatrace.study.measure import block_counts, of_workload, reuse_gaps, sharing_fractions, workloads_in
 
-    figures.draw_sharing(folder.file("sharing_fraction_cdf.png"), {name: sharing_fractions(replayed)})
-    figures.draw_block_hits(folder.file("block_hit_distribution.png"), {name: block_counts(replayed).hits})
+    about = options.title_of(client, replayed.settings)
+    fractions, hits = {name: sharing_fractions(replayed)}, {name: block_counts(replayed).hits}
+    figures.draw_sharing(folder.file("sharing_fraction_cdf.png"), about, fractions)
+    figures.draw_block_hits(folder.file("block_hit_distribution.png"), about, hits)
     gaps = {"between accesses": reuse_gaps(replayed), "hit to hit": reuse_gaps(replayed, hits_only=True)}
-    figures.draw_gaps(folder.file("reuse_gap_cdf.png"), gaps)
+    figures.draw_gaps(folder.file("reuse_gap_cdf.png"), about, gaps)
     workloads = workloads_in(replayed)
     labels = file_labels([workload or name for workload in workloads])
     for workload in _drawn(workloads):
         chosen, shown = of_workload(replayed, workload), workload or name
         label = labels[shown]
-        figures.draw_sharing(
-            folder.file(f"reuse_fraction_cdf_{label}.png"), {shown: sharing_fractions(replayed, chosen)}
-        )
-        figures.draw_block_hits_cdf(
-            folder.file(f"block_hits_cdf_{label}.png"), {shown: block_counts(replayed, chosen).hits}
-        )
-        figures.draw_gaps(
-            folder.file(f"block_reuse_gaps_cdf_{label}.png"), {shown: reuse_gaps(replayed, chosen)}
-        )
+        fractions = {shown: sharing_fractions(replayed, chosen)}
+        hits = {shown: block_counts(replayed, chosen).hits}
+        gaps = {shown: reuse_gaps(replayed, chosen)}
+        figures.draw_sharing(folder.file(f"reuse_fraction_cdf_{label}.png"), about, fractions)
+        figures.draw_block_hits_cdf(folder.file(f"block_hits_cdf_{label}.png"), about, hits)
+        figures.draw_gaps(folder.file(f"block_reuse_gaps_cdf_{label}.png"), about, gaps)
 
 
 def _drawn(workloads: Sequence[str]) -> Iterable[str]:

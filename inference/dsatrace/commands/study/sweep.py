@@ -21,7 +21,6 @@ from dsatrace.commands.study import options
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.flags import Flag, add_flags
 from dsatrace.kv.policies.registry import POLICIES
-from dsatrace.study.output_folder import OutputFolder, file_labels
 from dsatrace.study.profile import (
     NEED_PROFILE,
     WARM_UP_SHARE,
@@ -44,7 +43,7 @@ from dsatrace.study.sweep import (
     policy_runs,
     sweep,
 )
-from dsatrace.study.sweep_cells import BYPASS, OPT, OVERALL, SEMANTICS, Cell, num_repeated_outputs
+from dsatrace.study.sweep_cells import OVERALL, SEMANTICS, num_repeated_outputs
 from dsatrace.text import plain
 from dsatrace.workloads.synthetic import WORKLOADS
 
@@ -77,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     capacities = options.capacities_of(args, verb.capacities)
     check_size("--concurrency", args.concurrency)
     policies = _policies(args, verb)
+    priorities = None if args.priorities is None else options.numbers_by_name("--priorities", args.priorities)
     given_profile = None if args.profile is None else read_profile(args.profile)
     path = options.output_path(args, verb.name)
 
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for size in options.sizes_of(args, verb.block_sizes, requests.tokens_per_id)
     }
     profile, how = _profile(args, inputs, given_profile, policies)
-    params = params_of(policies, profile, _priorities(args.priorities), client.settings.seed)
+    params = params_of(policies, profile, priorities, client.settings.seed)
     runs = policy_runs(policies, args.forms, params)
     settings = SweepSettings(capacities, runs, args.oversize, args.concurrency)
     about = {"settings": dataclasses.asdict(settings), "semantics": SEMANTICS}
@@ -109,7 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if profile is not None:
             folder.write_json("profile.json", profile_record(profile))
         if not args.skip_visualization:
-            _draw(folder, cells, args.together)
+            from dsatrace.report.study_figures import draw_all_capacities, draw_all_mixed
+
+            list((draw_all_mixed if args.together else draw_all_capacities)(folder, cells))
 
         from dsatrace.report.study_tables import mixed_grids, sweep_grids
 
@@ -161,21 +163,6 @@ def _profile(
     return learned_profile(trace, args.warm_up), f"learned from the first {num_first:,} requests"
 
 
-def _priorities(pairs: Sequence[str] | None) -> dict[str, float] | None:
-    if pairs is None:
-        return None
-    priorities = {}
-    for pair in pairs:
-        name, equals, number = pair.rpartition("=")
-        try:
-            priorities[name] = float(number)
-        except ValueError:
-            equals = ""
-        if not equals or priorities[name] != priorities[name]:
-            raise UserError(f"--priorities {pair!r}: write a workload and a number, such as qa=2")
-    return priorities
-
-
 def _workers(given: int | None, inputs: Inputs, settings: SweepSettings) -> int:
     """Processes: as many as pay, at most one per core."""
     if given is not None:
@@ -198,22 +185,6 @@ def _described(traces: Mapping[str, StudyRequests], inputs: Inputs, client: Clie
         }
         for name, requests in traces.items()
     ]
-
-
-def _draw(folder: OutputFolder, cells: Sequence[Cell], together: bool) -> None:
-    from dsatrace.report.study_figures import draw_capacities, draw_mixed
-
-    if together:
-        places = {(cell.block_size, cell.capacity_blocks) for cell in cells}
-        for size, capacity in sorted(places):
-            label = f"block{size}_cache{capacity}" if len(places) > 1 else ""
-            here = [cell for cell in cells if (cell.block_size, cell.capacity_blocks) == (size, capacity)]
-            draw_mixed(folder.labelled(label).file("mixed_hit_rates.png"), here)
-        return
-    labels = file_labels(list(dict.fromkeys(cell.workload for cell in cells)))
-    for workload, label in labels.items():
-        for policy in dict.fromkeys(cell.policy for cell in cells if cell.policy not in (OPT, BYPASS)):
-            draw_capacities(folder.file(f"cache_hits_{label}_{policy}.png"), workload, policy, cells)
 
 
 def _parser(verb: _Verb) -> argparse.ArgumentParser:
