@@ -2,6 +2,7 @@
 
 dsatrace report outputs/generate_20260101_120000
 dsatrace report outputs/generate_20260101_120000 --html page.html
+dsatrace report outputs/a outputs/b --html both.html
 """
 
 from __future__ import annotations
@@ -36,10 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         examples="""
         %(prog)s outputs/generate_20260101_120000
         %(prog)s outputs/mine --html page.html
-        %(prog)s outputs/mine --json
+        %(prog)s outputs/mine outputs/theirs --html both.html
         """,
     )
-    parser.add_argument("run", type=Path, help="folder of the run, or of a study")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="folder of the run, or of a study; of two or three runs, which a page compares",
+    )
     parser.add_argument(
         "--layer",
         type=int,
@@ -65,20 +72,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--replay",
         type=Path,
+        action="append",
         metavar="DIR",
-        help="what `dsatrace replay` found in this run, for the page (default: the page's command replays "
-        "what takes up to a minute)",
+        help="what `dsatrace replay` found in this run, for the page; of several runs one each, in their "
+        "order (default: the page's command replays what takes up to a minute)",
     )
     args = parser.parse_args(argv)
-    for_page = {"--replay": args.replay, "--request": args.request}
+    for_page = {"--replay": args.replay and args.replay[0], "--request": args.request}
     for flag, value in for_page.items():
         if args.html is None and value is not None:
             raise UserError(f"{flag} {plain(value)}: is for the page; add --html FILE")
+    if args.html is None and len(args.runs) > 1:
+        raise UserError(f"{plain(args.runs[1])}: several runs are compared on a page; add --html FILE")
     if args.html is not None:
         given = {"--no-figure": args.no_figure, "--json": args.json}
         if wrong := [flag for flag, is_given in given.items() if is_given]:
             raise UserError(f"{wrong[0]} with --html: it has no meaning for the page; leave it out")
-        return _page(args.run, args.html, args.replay, args.request, args.layer)
+        return _page(args.runs, args.html, args.replay, args.request, args.layer)
 
     from dsatrace.report.figure import draw
     from dsatrace.report.grid import WIDE, WIDTH, show
@@ -86,31 +96,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dsatrace.report.study_folder import is_study
     from dsatrace.trace.reader import RunReader
 
-    a_study = is_study(args.run)
-    with damage_named(args.run) if not a_study else contextlib.nullcontext():
-        parts = report_parts(args.run)
+    (folder,) = args.runs
+    a_study = is_study(folder)
+    with damage_named(folder) if not a_study else contextlib.nullcontext():
+        parts = report_parts(folder)
         if args.json:
             print(json.dumps(parts_json(parts), indent=1, allow_nan=False))
             return 0
         show(parts, WIDE if a_study else WIDTH)
-        if not (a_study or args.no_figure) and (picture := draw(RunReader(args.run), args.layer)):
+        if not (a_study or args.no_figure) and (picture := draw(RunReader(folder), args.layer)):
             show([f"picture: {picture}"])
     return 0
 
 
-def _page(folder: Path, out: Path, replay: Path | None, request: str | None, layer: int | None) -> int:
+def _page(
+    folders: Sequence[Path],
+    out: Path,
+    replays: Sequence[Path] | None,
+    request: str | None,
+    layer: int | None,
+) -> int:
     from dsatrace.report.grid import show
+    from dsatrace.report.page.comparison import MOST_RUNS, comparison_html, require_comparable
     from dsatrace.report.page.material import Material
-    from dsatrace.report.page.page import write_page
+    from dsatrace.report.page.page import page_html, write_page
     from dsatrace.report.study_folder import is_study
     from dsatrace.trace.reader import RunReader
 
-    if is_study(folder):
-        raise UserError(f"{folder}: is a study, which has no page; leave out --html")
-    with damage_named(folder):
-        run = RunReader(folder)
-        record = _read_replay(run, replay) if replay is not None else _replay(run)
-        write_page(Material.of(run, record, request, layer), out)
+    for folder in folders:
+        if is_study(folder):
+            raise UserError(f"{folder}: is a study, which has no page; leave out --html")
+    if len(folders) > MOST_RUNS:
+        raise UserError(f"{folders[MOST_RUNS]}: a page compares at most {MOST_RUNS} runs; leave some out")
+    if replays is not None and len(replays) != len(folders):
+        raise UserError(f"--replay: {len(replays)} for {len(folders)} runs; give one per run, in their order")
+    with damage_named(*folders):
+        runs = [RunReader(folder) for folder in folders]
+        require_comparable([Material.of(run, "", request, layer) for run in runs])  # before the minutes
+        records = list(map(_replay, runs)) if replays is None else list(map(_read_replay, runs, replays))
+        materials = [
+            Material.of(run, record, request, layer) for run, record in zip(runs, records, strict=True)
+        ]
+        page = page_html(materials[0]) if len(materials) == 1 else comparison_html(materials)
+        write_page(page, out)
     show([f"page: {out}"])
     return 0
 

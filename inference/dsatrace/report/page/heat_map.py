@@ -263,4 +263,5 @@ def _ramp_key(ramp: Ramp, high: float) -> str:
     ends = ("0%", f"{high * 100:.3g}%") if ramp.share else ("0", compact(high))
     boxes = "".join(f'<rect class="r{i}" x="{i * 14}" width="14.5" height="12"/>' for i in range(NUM_RAMP))
     fit = f'viewBox="0 0 {NUM_RAMP * 14} 12" preserveAspectRatio="none" aria-hidden="true"'
-    return f'{told(ramp.title)}: {ends[0]} <svg class="ramp" {fit}>{boxes}</svg> {ends[1]}'
+    scale = " (square-root scale)" if ramp.root and high != 1 else ""
+    return f'{told(ramp.title)}{scale}: {ends[0]} <svg class="ramp" {fit}>{boxes}</svg> {ends[1]}'

@@ -101,7 +101,7 @@ def _waits(histograms: Mapping[str, Record], clock: str) -> str:
     for style, (name, key) in enumerate(_CURVES):
         stored = histograms.get(key) or {"values": [], "counts": []}
         if stored["values"]:
-            xs, ys = _cdf(stored)
+            xs, ys = cdf_of(stored)
             series.append(Series(name, xs, ys, style))
     if not series:
         return ""
@@ -115,7 +115,7 @@ def _waits(histograms: Mapping[str, Record], clock: str) -> str:
     )  # fmt: skip
 
 
-def _cdf(stored: Record) -> tuple[list[float], list[float]]:
+def cdf_of(stored: Record) -> tuple[list[float], list[float]]:
     """Upper ends in ms, 0.1 at least since the axis is logarithmic, and the share within."""
     share = np.cumsum(stored["counts"]) / np.sum(stored["counts"])
     kept = np.unique(np.linspace(0, len(share) - 1, min(len(share), _MOST_POINTS)).round().astype(int))

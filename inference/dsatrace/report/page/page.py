@@ -3,12 +3,12 @@
 What a section shows and why it may be left out, its own file knows; here are their order and the page
 around them. The same run and the same replay give the same bytes.
 
-    write_page(Material.of(RunReader("outputs/mine"), record), Path("page.html"))
+    write_page(page_html(Material.of(RunReader("outputs/mine"), record)), Path("page.html"))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -56,11 +56,10 @@ SECTIONS: tuple[Callable[[Material], Section | LeftOut], ...] = (
 """In the page's order: what it misses, where, what it touches, what that costs, how it was made."""
 
 
-def write_page(material: Material, out: Path) -> None:
-    """Raises `UserError` for what is no run, and if the file cannot be written."""
-    page = page_html(material).encode()
+def write_page(page: str, out: Path) -> None:
+    """Raises `UserError` if the file cannot be written."""
     try:
-        write_atomically(out, page)
+        write_atomically(out, page.encode())
     except OSError as error:
         raise UserError(f"--html {out}: cannot write the page: {error.strerror}") from error
 
@@ -71,21 +70,29 @@ def page_html(material: Material) -> str:
             f"{material.run.folder}: is laid out for replay; report on the run that it was made from"
         )
     made = [make(material) for make in SECTIONS]
+    name = material.run.folder.absolute().name
+    return document(name, header(material), made, f"{material.run.folder}")
+
+
+def document(
+    name: str, head: str, made: Sequence[Section | LeftOut], source: str, *, wide: bool = False
+) -> str:
+    """The page around its head, which is HTML, and its sections; `source` is what it was made from."""
     sections = [one for one in made if isinstance(one, Section)]
     left_out = [one for one in made if isinstance(one, LeftOut)]
-    title = f"{material.run.folder.absolute().name} - dsatrace"
+    body = '<body class="wide">' if wide else "<body>"
     links = "".join(f'<li><a href="#{one.key}">{told(one.title)}</a></li>' for one in sections)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{told(POLICY)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="generator" content="dsatrace {told(__version__)}">\n'
-        f"<title>{told(title)}</title>\n<style>\n{_asset('style.css')}</style>\n</head>\n<body>\n"
-        f"{header(material)}\n<main>\n"
+        f"<title>{told(f'{name} - dsatrace')}</title>\n<style>\n{_asset('style.css')}</style>\n</head>\n"
+        f"{body}\n{head}\n<main>\n"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n'
         + "\n".join(one.html() for one in sections)
         + _left_out(left_out)
-        + f"\n</main>\n<footer><p>Made by dsatrace {told(__version__)} from {told(material.run.folder)}. "
+        + f"\n</main>\n<footer><p>Made by dsatrace {told(__version__)} from {told(source)}. "
         f"Everything is in this file.</p></footer>\n"
         f"<script>\n{_asset('page.js')}{_asset('cost.js')}</script>\n</body>\n</html>\n"
     )

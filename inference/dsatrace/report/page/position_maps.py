@@ -31,9 +31,8 @@ from .svg import Axis
 TITLE = "Which positions are selected, step by step?"
 MOST_STEPS, MOST_IDS = 500, 2000
 """Rows and columns of a map."""
-MAX_BYTES = 480_000
-"""Of all maps' cells in the page."""
-MAX_MAPS = 12
+MAX_BYTES, MOST_MAP_BYTES = 480_000, 160_000
+"""Of all maps' cells in the page, and of one's."""
 _RANGES = 16
 """Ranges of ids in the table of numbers."""
 
@@ -101,7 +100,7 @@ def layers_to_draw(material: Material) -> dict[int, list[str]]:
                 f"--layer {material.layer}: selects nothing; the run's layers are {has_sets[0]} to "
                 f"{has_sets[-1]}"
             )
-        return {material.layer: ["asked for with --layer"]}
+        return {material.layer: ["the chosen layer"]}
     found: dict[int, list[str]] = {}
     overlap = _known(material.summary["step_overlap"]["per_layer"])
     recall = _known((material.summary.get("needle_recall") or {}).get("per_layer"))
@@ -203,7 +202,10 @@ def map_of(
         ids *= 2
     while True:
         cells = counted(selections, visible, steps, ids)
-        if len(packed(cells, float(np.nanmax(cells)))) <= MAX_BYTES // num_maps or ids >= most:
+        if (
+            len(packed(cells, float(np.nanmax(cells)))) <= min(MAX_BYTES // num_maps, MOST_MAP_BYTES)
+            or ids >= most
+        ):
             return PositionMap(layer, why, selections, cells, steps, ids)
         ids *= 2
 
@@ -306,7 +308,7 @@ def _pooled(one: PositionMap, unit: str) -> str:
         return ""
     return (
         f"Pooled to fit: a cell is {' by '.join(parts)} and shows how many of their ids were selected, so "
-        "the mean times the cell's size. The faintest colour is one."
+        "the mean times the cell's size."
     )
 
 

@@ -35,8 +35,9 @@ class Section:
     title: str  # the question, or the answer
     body: str
     note: str  # definition, denominator, sample size, measured or modelled
-    command: str  # gives the same numbers in a terminal; "" for none
+    command: str  # gives the same numbers in a terminal; a line each; "" for none
     table: Table | None = None  # what the figure shows, to read and to copy
+    is_open: bool = False  # the table is shown at once
 
     def html(self) -> str:
         heading = f'<h2 id="{self.key}-title"><a href="#{self.key}">{told(self.title)}</a></h2>'
@@ -44,9 +45,12 @@ class Section:
         if self.note:
             parts.append(f'<p class="note">{told(self.note, None)}</p>')
         if self.table is not None:
-            parts.append(_numbers(self.key, self.title, self.table))
-        if self.command:
-            parts.append(f'<p class="command"><code>{told(self.command, None)}</code></p>')
+            parts.append(_numbers(self.key, self.title, self.table, self.is_open))
+        parts += [
+            f'<p class="command"><code>{told(line, None)}</code></p>'
+            for line in self.command.split("\n")
+            if line
+        ]
         return "\n".join([*parts, "</section>"])
 
 
@@ -71,10 +75,11 @@ class LeftOut:
     why: str
 
 
-def _numbers(key: str, title: str, table: Table) -> str:
-    """The table, closed at first, with a button that copies it."""
+def _numbers(key: str, title: str, table: Table, is_open: bool) -> str:
+    """The table, mostly closed at first, with a button that copies it."""
+    state = ' whole" open' if is_open else '"'
     return (
-        f'<details class="numbers"><summary>Numbers</summary>'
+        f'<details class="numbers{state}><summary>Numbers</summary>'
         f'<button type="button" class="copy" data-table="{key}-table">Copy CSV</button>'
         f"{table_html(table, title, f'{key}-table')}</details>"
     )

@@ -27,14 +27,17 @@ def header(material: Material) -> str:
     facts = "".join(
         f"<div><dt>{told(name)}</dt><dd>{figure_html(text)}</dd></div>" for name, text in facts_of(material)
     )
-    said = "".join(
-        f"<strong>{figure_html(part)}</strong>" if part.endswith("%") else figure_html(part)
-        for part in verdict(material)
-    )
     return (
         f"<header>\n<h1>{told(material.run.folder.absolute().name)}</h1>\n"
         + (f'<ul class="warnings">{warnings}</ul>\n' if warnings else "")
-        + f'<p class="verdict">{said}</p>\n<dl class="facts">{facts}</dl>\n</header>'
+        + f'<p class="verdict">{verdict_html(material)}</p>\n<dl class="facts">{facts}</dl>\n</header>'
+    )
+
+
+def verdict_html(material: Material) -> str:
+    return "".join(
+        f"<strong>{figure_html(part)}</strong>" if part.endswith("%") else figure_html(part)
+        for part in verdict(material)
     )
 
 
