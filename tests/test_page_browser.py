@@ -54,8 +54,17 @@ def hostile(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pages(made, hostile):
-    return {"real": made[0], "hostile": hostile}
+def compared(hostile):
+    """The page that sets the hostile run beside another of its kind."""
+    other = write_golden(hostile.parent / "other", serving=SERVING, tiers=SETUPS["block"], seed=1)
+    page = hostile.parent / "two.html"
+    assert main(["report", str(hostile.parent / HOSTILE), str(other), "--html", str(page)]) == 0
+    return page
+
+
+@pytest.fixture(scope="module")
+def pages(made, hostile, compared):
+    return {"real": made[0], "hostile": hostile, "compared": compared}
 
 
 @pytest.fixture
@@ -65,7 +74,7 @@ def page(browser, made):
         yield opened
 
 
-@pytest.mark.parametrize("name", ["real", "hostile"])
+@pytest.mark.parametrize("name", ["real", "hostile", "compared"])
 @pytest.mark.parametrize("javascript", [True, False])
 def test_no_error_and_no_request_but_the_file(browser, pages, name, javascript):
     with browser.open(pages[name], javascript=javascript) as page:
@@ -88,8 +97,9 @@ def test_the_same_run_gives_the_same_bytes_and_says_what_they_say(page, made, tm
     assert capsys.readouterr().out.splitlines() == [*shown, f"page: {again}"]
 
 
-def test_hostile_names_are_text(browser, hostile):
-    with browser.open(hostile) as page:
+@pytest.mark.parametrize("name", ["hostile", "compared"])
+def test_hostile_names_are_text(browser, pages, name):
+    with browser.open(pages[name]) as page:
         page.wait(READY)
         assert page.value("window.hacked === undefined && document.images.length === 0")
         text = page.value("document.body.innerText")
@@ -259,7 +269,7 @@ OVERLAPS = """(() => {
             if (a.left < whole.left - 1 || a.right > whole.right + 1 || a.top < whole.top - 1
                 || a.bottom > whole.bottom + 1) said.push(`cut off: ${name(one)}`);
             texts.slice(i + 1).forEach(([other, b]) => {
-                if (meet(a, b, 1.5)) said.push(`text on text: ${name(one)} | ${name(other)}`);
+                if (meet(a, b, a.height / 8)) said.push(`text on text: ${name(one)} | ${name(other)}`);
             });
         });
     }
@@ -312,7 +322,7 @@ CONTRASTS = """(() => {
 })()"""
 
 
-@pytest.mark.parametrize("name", ["real", "hostile"])
+@pytest.mark.parametrize("name", ["real", "hostile", "compared"])
 @pytest.mark.parametrize(("width", "dark"), SCREENS)
 def test_it_fits_the_screen(browser, pages, name, width, dark):
     with browser.open(pages[name], width=width, dark=dark) as page:

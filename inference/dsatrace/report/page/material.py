@@ -24,6 +24,7 @@ REPLAY_FLAGS = {
     "pin_newest": "--pin-newest",
     "start": "--start",
     "share": "--share",
+    "steps": "--steps",
     "union": "--union",
     "seed": "--seed",
 }
@@ -69,6 +70,12 @@ class Material:
         chosen = (self.replay.get("chosen") or {}).get("size")
         fitting = [size for size in cells if cells[size]["miss_rate"] is not None]
         return chosen if chosen in fitting else next(iter(fitting), None)
+
+    @property
+    def per(self) -> str:
+        """What has a buffer of its own in the replay."""
+        shares = self.replay is not None and self.replay["settings"]["share"] == "request"
+        return "per request" if shares else "per layer"
 
     @property
     def ids(self) -> str:
