@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,26 @@ def test_several_row_groups(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(parquet, "GROUP_BYTES", 1)
     assert there_and_back(lines, scratch) == 0
     assert pq.ParquetFile(scratch).num_row_groups == len(lines)
+
+
+def test_memory_does_not_grow_with_the_run(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor with the row group: lines become Python objects, and come back, a few at a time."""
+    monkeypatch.setattr(parquet, "OBJECT_BYTES", 1 << 14)
+    lines = sample_lines()
+
+    def repeated(num: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        for _ in range(num):
+            for line in lines:
+                yield line, orjson.loads(line)
+
+    peaks = []
+    for num in (5, 25):
+        tracemalloc.start()
+        write_parquet(scratch, repeated(num))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert pq.ParquetFile(scratch).num_row_groups == 1
+    assert peaks[1] < 1.5 * peaks[0], peaks
 
 
 def test_no_record_at_all(scratch: Path) -> None:

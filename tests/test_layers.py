@@ -47,6 +47,7 @@ RULES: dict[str, Rule] = {
         set(),
         {"tokenizers", "transformers", "datasets", "huggingface_hub"},
     ),
+    "layerwise": Rule(BASE | {"kv", "model", "trace", "workloads"}, {"numpy", "torch"}),
     "engine": Rule(BASE | {"kv", "trace", "workloads"}, {"numpy"}),
     "runner": Rule(BASE | {"engine", "model", "kv", "trace"}, {"numpy", "torch"}),
     "study": Rule(BASE | {"kv", "trace", "workloads", "engine"}, {"numpy", "numba", "orjson"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from dsatrace.report.page.svg import DASHES, MARKERS
 from dsatrace.report.published import FIGURES
 from dsatrace.trace.reader import RunReader
 from helpers.command_runs import told_error
-from helpers.golden_run import REQUESTS, write_golden
+from helpers.golden_run import REQUESTS, GoldenRequest, write_golden
 from helpers.kind_runs import KINDS, write_kind
 from helpers.page import Element, Page
 from test_trace_requests import serve_without_steps
@@ -112,6 +113,20 @@ def test_overlap_and_reuse_are_the_replays(needle: Page, replay: dict[str, Any])
     assert sum(row["ids"] for row in octaves) == sum(overall["reuse"]["distances"]["counts"])
     assert never["share"] == overall["reuse"]["never_selected_before"]
     assert sum(row["share"] for row in (*octaves, never)) == pytest.approx(1)
+
+
+def test_layers_that_share_an_index_are_outlined(tmp_path: Path, needle: Page) -> None:
+    page = page_of(write_kind(tmp_path / "run", "slots"), tmp_path / "page.html")  # layer 1 uses 0's
+    section = page.sections()["layers"]
+    (outlined,) = section.all("rect", class_="outline")
+    cells = {
+        (cell.attributes["x"], cell.attributes["y"]) for cell in section.all("rect") if cell is not outlined
+    }
+    place = [f"{float(outlined.attributes[name] or 0) - 0.5:.1f}" for name in ("x", "y")]
+    assert tuple(place) in cells
+    assert "in this model" in section.first("p", class_="note").text
+    assert not list(needle.sections()["layers"].all("rect", class_="outline"))
+    assert "Nothing is outlined" in needle.sections()["layers"].first("p", class_="note").text
 
 
 def test_the_verdict_names_the_run_and_its_numbers(needle: Page, replay: dict[str, Any]) -> None:
@@ -226,34 +241,32 @@ def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
-def every_kind(tmp_path: Path) -> dict[str, Callable[[Path], object]]:
-    """Runs that lack something, by name."""
-
-    def without_steps(folder: Path) -> None:
-        serve_without_steps(folder)
-
-    return {
-        **{name: lambda folder, name=name: write_kind(folder, name) for name in KINDS},  # type: ignore[misc]
-        "golden": write_golden,
-        "blocks": lambda folder: write_golden(folder, level="blocks"),
-        "stats": lambda folder: write_golden(folder, level="stats"),
-        "one layer": lambda folder: write_golden(folder, num_layers=1),
-        "one request": lambda folder: write_golden(folder, requests=REQUESTS[:1]),
-        "no steps": without_steps,
-        "sampled": lambda folder: write_golden(folder, sample_rate=0.5),
-    }
+RUNS: dict[str, Callable[[Path], object]] = {
+    **{name: functools.partial(write_kind, name=name) for name in KINDS},
+    "golden": write_golden,
+    "blocks": functools.partial(write_golden, level="blocks"),
+    "stats": functools.partial(write_golden, level="stats"),
+    "one layer": functools.partial(write_golden, num_layers=1),
+    "one request": functools.partial(write_golden, requests=REQUESTS[:1]),
+    "one step": functools.partial(write_golden, requests=[GoldenRequest("r0", 40, 2)]),
+    "dense": functools.partial(write_golden, requests=[GoldenRequest("r0", 3, 4)]),
+    "no steps": serve_without_steps,
+    "sampled": functools.partial(write_golden, sample_rate=0.5),
+}
+"""Runs of all kinds, most of which lack something."""
 
 
-RUNS = (*KINDS, "golden", "blocks", "stats", "one layer", "one request", "no steps", "sampled")
+def page_of_kind(name: str, tmp_path: Path) -> Page:
+    folder = tmp_path / "run"
+    if name == "no steps":
+        folder.mkdir()
+    RUNS[name](folder)
+    return page_of(folder, tmp_path / "page.html")
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_of_any_kind_has_a_page(name: str, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    if name == "no steps":
-        folder.mkdir()
-    every_kind(tmp_path)[name](folder)
-    page = page_of(folder, tmp_path / "page.html")
+    page = page_of_kind(name, tmp_path)
     shown, left_out = page.sections(), page.left_out()
     titles = [title for _, of_reason in left_out for title in of_reason]
     assert len(shown) - ("left-out" in shown) + len(titles) == len(SECTIONS)
@@ -270,6 +283,7 @@ def test_a_run_of_any_kind_has_a_page(name: str, tmp_path: Path) -> None:
 EXPECTED = {
     "slots": ["an engine's slots"],
     "no steps": ["No step was recorded"],
+    "dense": ["everything was selected"],
     "sampled": ["share of 0.5"],
     "stats": ["synthetic"],
 }
@@ -277,11 +291,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_warnings_stand_before_the_verdict(name: str, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    if name == "no steps":
-        folder.mkdir()
-    every_kind(tmp_path)[name](folder)
-    page = page_of(folder, tmp_path / "page.html")
+    page = page_of_kind(name, tmp_path)
     header = page.root.first("header")
     warnings = header.first("ul", class_="warnings")
     for text in EXPECTED[name]:
@@ -402,6 +412,14 @@ def test_every_figure_is_told_in_words_and_numbers(needle: Page) -> None:
             assert section.first("button", class_="copy").attributes["data-table"] == f"{key}-table"
             assert section.first("p", class_="command").text.startswith("dsatrace ")
             assert section.first("p", class_="note").text
+
+
+def test_the_docs_name_every_section(needle: Page) -> None:
+    docs = (ROOT / "docs" / "page.md").read_text()
+    shown = [section.first("h2").text for key, section in needle.sections().items() if key != "left-out"]
+    titles = [*shown, *(title for _, of_reason in needle.left_out() for title in of_reason)]
+    assert len(titles) == len(SECTIONS)
+    assert [title for title in titles if title not in docs] == []
 
 
 def test_lines_of_a_chart_differ_without_colour(needle: Page) -> None:

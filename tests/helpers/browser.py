@@ -246,7 +246,9 @@ class Page:
         codes = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32, "End": 35, "Home": 36}
         codes |= {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
         told = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key], "modifiers": modifiers}
-        self.call("Input.dispatchKeyEvent", type="rawKeyDown", **told)
+        text = {"Enter": "\r", " ": " "}.get(key)
+        down = {"type": "rawKeyDown"} if text is None else {"type": "keyDown", "text": text}
+        self.call("Input.dispatchKeyEvent", **down, **told)
         self.call("Input.dispatchKeyEvent", type="keyUp", **told)
 
     def pixels(self, selector: str) -> np.ndarray:

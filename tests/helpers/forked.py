@@ -51,7 +51,7 @@ def start(
 ) -> BaseProcess:
     """A started process; what it says goes to a file, its errors too unless they have one of their own."""
     variables = {name: str(value) for name, value in (environment or {}).items()}
-    return call(_run, command, [str(arg) for arg in argv], (stdin, said, errors or said), variables)
+    return call(run_command, command, [str(arg) for arg in argv], (stdin, said, errors or said), variables)
 
 
 def call(function: Callable[..., object], *args: object) -> BaseProcess:
@@ -103,7 +103,10 @@ def _call(function: Callable[..., object], args: tuple[object, ...]) -> None:
     function(*args)
 
 
-def _run(command: str, argv: list[str], files: tuple[Path, Path, Path], environment: dict[str, str]) -> None:
+def run_command(
+    command: str, argv: list[str], files: tuple[Path, Path, Path], environment: dict[str, str]
+) -> None:
+    """Ends this process as the command does; `files` become its stdin, stdout and stderr."""
     os.environ.update(environment)
     for fd, file in enumerate(files):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND if fd else os.O_RDONLY), fd)

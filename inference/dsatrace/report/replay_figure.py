@@ -89,7 +89,8 @@ def _middle_size(record: Record) -> str | None:
 
 def _heat_map(axes: Any, record: Record) -> None:
     size = _middle_size(record)
-    axes.set(title=f"Ids missed at {size} (LRU), by step", xlabel="counted decode step", ylabel="layer")
+    whose = "decode step" if record["settings"]["share"] == "none" else "step of the buffer"
+    axes.set(title=f"Ids missed at {size} (LRU), by step", xlabel=f"counted {whose}", ylabel="layer")
     rows = [
         layer["missed_by_step"][size] for layer in record["layers"] if size in layer.get("missed_by_step", {})
     ]

@@ -4,8 +4,7 @@
 own sets and forgets their order in time. `chance` is the share that a random selector holds of any other
 set: k / N. Random numbers come from a counter and a seed, so a null is the same on every machine.
 
-    nulls = nulls_of(steps, seed=seed_of(0, "r17", 5), ordered=True)
-    nulls["uniform"]            # Steps; nulls["recency"] is None where ids have no order
+    null_of(steps, "uniform", seed=seed_of(0, "r17", 5))        # Steps
     chance(steps)               # 0.0156 at 2,048 of 131,072
 """
 
@@ -98,9 +97,9 @@ NULLS: dict[str, Callable[[Steps, int], Steps]] = {
 }
 
 
-def nulls_of(steps: Steps, seed: int, ordered: bool = True) -> dict[str, Steps | None]:
-    """Every null by its name; None for recency where ids have no order (slots, experts)."""
-    return {name: null(steps, seed) if ordered or name != "recency" else None for name, null in NULLS.items()}
+def null_of(steps: Steps, name: str, seed: int, ordered: bool = True) -> Steps | None:
+    """One of `NULLS`; None for recency where ids have no order (slots, experts)."""
+    return NULLS[name](steps, seed) if ordered or name != "recency" else None
 
 
 def _num_ids(steps: Steps) -> int:

@@ -107,11 +107,15 @@ class SelectionPart:
 
 
 def selection_parts(
-    run: RunReader, part_bytes: int | None = None, paths: Sequence[Path] | None = None
+    run: RunReader,
+    part_bytes: int | None = None,
+    paths: Sequence[Path] | None = None,
+    groups: Mapping[str, str] | None = None,
 ) -> list[SelectionPart]:
     """The run's requests in the order of their first records, in parts of about `part_bytes`.
 
-    Of some of its step files only, where `paths` names them. Raises `UserError` for a run whose records
+    Of some of its step files only, where `paths` names them. Requests of one group, by name, stay in one
+    part. Raises `UserError` for a run whose records
     hold no selections.
     """
     fields = _id_fields(run)
@@ -125,7 +129,10 @@ def selection_parts(
     if part_bytes is None:
         of_all = sum(extent.num_bytes for extent in requests.values())
         part_bytes = min(PART_BYTES, max(of_all // MIN_PARTS, MIN_PART_BYTES))
-    return list(_parts(requests, part_bytes, fields))
+    together: dict[str, list[str]] = {}
+    for request_id in requests:
+        together.setdefault((groups or {}).get(request_id, request_id), []).append(request_id)
+    return list(_parts(requests, together.values(), part_bytes, fields))
 
 
 def read_selections(
@@ -185,18 +192,24 @@ class _Extent:
 
 
 def _parts(
-    requests: Mapping[str, _Extent], part_bytes: int, fields: tuple[str, ...]
+    requests: Mapping[str, _Extent],
+    groups: Iterable[Sequence[str]],
+    part_bytes: int,
+    fields: tuple[str, ...],
 ) -> Iterator[SelectionPart]:
     together, names = _Extent(), list[str]()
-    for request_id, extent in requests.items():
-        if names and together.num_bytes + extent.num_bytes > part_bytes:
+    for group in groups:
+        num_bytes = sum(requests[request_id].num_bytes for request_id in group)
+        if names and together.num_bytes + num_bytes > part_bytes:
             yield _part(names, together, fields)
             together, names = _Extent(), []
-        names.append(request_id)
-        for span in extent.spans.values():
-            together.add(span, 0, 0)
-        together.num_records += extent.num_records
-        together.num_bytes += extent.num_bytes
+        for request_id in group:
+            names.append(request_id)
+            extent = requests[request_id]
+            for span in extent.spans.values():
+                together.add(span, 0, 0)
+            together.num_records += extent.num_records
+            together.num_bytes += extent.num_bytes
     if names:
         yield _part(names, together, fields)
 

@@ -18,8 +18,6 @@ cache), `hits_any` do not. What is cached does not depend on which of them is us
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -33,13 +31,15 @@ from dsatrace.kv.policies.compiled import (
     Cache,
     Shape,
     again,
+    clear,
     compiled_whole,
     empty_cache,
     enter,
+    fill,
+    left,
     miss,
     offer,
     released,
-    tick,
     victim,
     withdraw,
 )
@@ -109,32 +109,6 @@ def _missing_pins(cache: Cache, requests: Requests, request: int, end: int) -> i
 
 
 @njit(nogil=True)
-def _clear(cache: Cache, slot: int) -> None:
-    """The evicted block is gone; its parent may have become a leaf."""
-    block = cache.block_of[slot]
-    cache.slot_of[block] = ABSENT
-    if cache.leaf and cache.parent[block] != NO_PARENT:
-        parent = cache.parent[block]
-        cache.children[parent] -= 1
-        above = cache.slot_of[parent]
-        if cache.children[parent] == 0 and above != ABSENT and cache.pins[above] == 0:
-            offer(cache, above)
-
-
-@njit(nogil=True)
-def _fill(cache: Cache, slot: int, block: int) -> None:
-    cache.slot_of[block] = slot
-    cache.block_of[slot] = block
-    cache.pins[slot] = 1
-    cache.counts[IN_USE] += 1
-    cache.value[slot] = 0.0
-    cache.queue[slot] = 0
-    cache.stamp[slot] = tick(cache)
-    if cache.leaf and cache.parent[block] != NO_PARENT:
-        cache.children[cache.parent[block]] += 1
-
-
-@njit(nogil=True)
 def _release(policy: Any, cache: Cache, requests: Requests, request: int) -> None:
     """Unpins the request's blocks, tail first."""
     begin = requests.starts[request]
@@ -174,10 +148,12 @@ def _slot_for_new(policy: Any, cache: Cache, requests: Requests, request: int, n
     if len(requests.evicted):
         requests.evicted[num_evictions, 0] = request
         requests.evicted[num_evictions, 1] = cache.block_of[slot]
-    _clear(cache, slot)
+    left(policy, cache, slot)
+    clear(cache, slot)
     return slot
 
 
+@compiled_whole
 def _loop(policy: Any, cache: Cache, requests: Requests) -> tuple[int, int]:
     num_evictions = num_waited = num_released = 0
     num_requests, num_slots = len(requests.release), len(cache.block_of)
@@ -200,18 +176,9 @@ def _loop(policy: Any, cache: Cache, requests: Requests) -> tuple[int, int]:
             miss(policy, cache, block, access)
             num_evictions += cache.counts[CACHED] == num_slots
             slot = _slot_for_new(policy, cache, requests, request, num_evictions - 1)
-            _fill(cache, slot, block)
+            fill(cache, slot, block)
             enter(policy, cache, slot, access)
     return num_evictions, num_waited
-
-
-# numba caches a compiled function by its name and source file, but this loop contains the rules and
-# heaps of other files, too. The digest of all of them in its name makes every change recompile it.
-_SOURCES = hashlib.sha256(
-    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-).hexdigest()
-_loop.__qualname__ += f"_{_SOURCES[:16]}"
-_compiled_loop = compiled_whole(_loop)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -267,7 +234,7 @@ def simulate(
     )
     num_queues = info.num_queues or stream.num_workloads
     cache = empty_cache(shape, num_queues, stream.parents if leaf else None)
-    num_evictions, num_waited = _compiled_loop(info.state(shape, **settings), cache, requests)
+    num_evictions, num_waited = _loop(info.state(shape, **settings), cache, requests)
     return SimResult(
         accesses=np.where((held == 0) & (oversize == "reject"), 0, stream.lengths),
         hits=requests.hits,

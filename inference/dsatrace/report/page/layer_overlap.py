@@ -12,7 +12,22 @@ from .heat_map import Mark, Ramp, heat_map
 from .material import Material, Record
 from .miss_curve import rate
 from .section import LeftOut, Row, Section, figures_html, told
-from .svg import Axis, Series, known_points, line_chart, matrix
+from .svg import (
+    LINE,
+    NUM_RAMP,
+    Axis,
+    Series,
+    box,
+    drawing,
+    figure,
+    frame,
+    known_points,
+    line_chart,
+    lines_of,
+    ramp_level,
+    text_at,
+    text_width,
+)
 
 TITLE = "Do layers select the same?"
 MOST_MATRIX = 32
@@ -25,7 +40,7 @@ def layer_overlap(material: Material) -> Section | LeftOut:
         return _beside_the_one_before(material)
     groups = [group for group in record["layer_overlap"] if len(group["layers"]) > 1]
     chance = [share for group in groups for row in group["chance"] for share in row if share is not None]
-    if not chance:
+    if not chance:  # nor then is there a share
         return LeftOut(TITLE, "no two layers choose from the same ids")
     body, rows, outlines = figures_html(_answer(groups)), [], []
     for group in groups:
@@ -38,9 +53,10 @@ def layer_overlap(material: Material) -> Section | LeftOut:
     at_random = dict.fromkeys((f"{min(chance):.1%}", f"{max(chance):.1%}"))
     note = (
         "Row: a layer whose selection is used; column: the layer that uses it. A cell is the share of the "
-        "column's own ids that the row selects in the same step, over "
+        "column's own ids that the row selects in the same step (the diagonal is all of them), over "
         f"{record['overall']['steps']:,} steps of a layer; chance (k / N) is {' to '.join(at_random)}. "
-        f"{' '.join(dict.fromkeys(outlines))} Overlap only: what sharing costs in quality is not known."
+        f"{' '.join(dict.fromkeys(outlines))} Colours run up to the largest share. Overlap "
+        "only: what sharing costs in quality is not known."
     )
     columns = ("selection of layer", "used by layer", "share", "chance")
     return Section("layers", TITLE, body, note, material.replay_command, (columns, rows))
@@ -49,22 +65,50 @@ def layer_overlap(material: Material) -> Section | LeftOut:
 def _drawn(group: Record, outlined: list[tuple[int, int]]) -> str:
     recall = np.array([[math.nan if v is None else v for v in row] for row in group["recall"]])
     labels = [f"{layer}" for layer in group["layers"]]
-    others = recall[~np.eye(len(labels), dtype=bool)]
-    said = f"Shares from {np.nanmin(others):.1%} to {np.nanmax(others):.1%} between different layers."
+    np.fill_diagonal(recall, math.nan)  # a layer has all of its own ids
+    others, high = recall[~np.isnan(recall)], float(np.nanmax(recall)) or 1.0
+    said = f"Shares from {others.min():.1%} to {others.max():.1%} between different layers."
     if len(labels) <= MOST_MATRIX:
-        titles = ("selection of layer", "used by layer")
-        return matrix(TITLE, said, recall, labels, titles, lambda share: f"{share:.0%}", outlined)
+        return _matrix(said, recall, labels, outlined, high)
     return heat_map(
         TITLE,
         said,
         recall,
-        Ramp("share of the using layer's ids", share=True),
+        Ramp("share of the using layer's ids", high, share=True),
         Axis("used by layer (its place)", -0.5, len(labels) - 0.5, whole=True),
         Axis("selection of layer", 0, len(labels)),
         y_labels=labels,
         pool="mean",
         marks=[Mark("shares the index", using, using + 1, used, used + 1) for used, using in outlined],
     )
+
+
+def _matrix(
+    said: str, shares: np.ndarray, labels: list[str], outlined: list[tuple[int, int]], high: float
+) -> str:
+    """(L, L) shares, NaN for none, with their texts where they fit; the ramp ends at `high`."""
+    n, used, using = len(labels), "selection of layer", "used by layer"
+    cell = max(min(520 / n, 56), 14)
+    height = n * cell + 60
+    beside = LINE * len(lines_of(used, height - 40)) + max(map(text_width, labels)) + 40
+    width = max(n * cell + beside, text_width(using) * 2)
+    y = Axis(used, -0.5, n - 0.5)
+    x = Axis(using, -0.5, (width - beside) / cell - 0.5)
+    places = list(enumerate(labels))
+    plot = frame(x, y, width, height, x_labels=places, y_labels=places, grid=False, down=True)
+    size, parts = plot.height / n, []
+    for row, column in zip(*np.nonzero(~np.isnan(shares)), strict=True):
+        level, text = ramp_level(shares[row, column], high), f"{shares[row, column]:.0%}"
+        middle, centre = plot.x(column), plot.y(row)
+        parts.append(box(f"r{level}", middle - size / 2, centre - size / 2, size - 1, size - 1))
+        if text_width(text, 11) <= size - 4:
+            dark = " on-dark" if level > NUM_RAMP / 2 else ""
+            parts.append(text_at(middle - 0.5, centre + 4, text, kind=f"small cell{dark}"))
+    for row, column in outlined:
+        left, top = plot.x(column) - size / 2 + 0.5, plot.y(row) - size / 2 + 0.5
+        parts.append(box("outline", left, top, size - 2, size - 2))
+    svg = drawing(TITLE, said, plot, "".join(parts))
+    return figure(TITLE, f'<div style="width:{width:.0f}px">{svg}</div>')
 
 
 def _outlined(material: Material, group: Record) -> tuple[list[tuple[int, int]], str]:

@@ -50,7 +50,7 @@ def miss_curve(material: Material) -> Section | LeftOut:
         series,
         list(_lines_at(record)),
     )
-    body = figures_html(_answer(material, record)) + chart
+    body = figures_html(sizes_that_serve(material, record)) + chart
     table = _table(overall, curves, [point for points in published.values() for point in points])
     note = _note(record, [figure for points in published.values() for _, figure in points])
     return Section("curve", TITLE, body, note, material.replay_command, table)
@@ -123,7 +123,7 @@ def _published(record: Record, largest: float) -> dict[str, list[tuple[float, Fi
     return {model: points for model, points in inside.items() if points}
 
 
-def _answer(material: Material, record: Record) -> list[str | Cell]:
+def sizes_that_serve(material: Material, record: Record) -> list[str | Cell]:
     """The sizes that serve most reads, and what no buffer serves; texts and numbers in turn."""
     overall = record["overall"]
     served = {share: size for share, size in overall["served"]["run"].items() if size is not None}

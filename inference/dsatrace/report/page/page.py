@@ -21,7 +21,7 @@ from .layer_misses import misses_by_layer, misses_by_step
 from .layer_overlap import layer_overlap
 from .made import how_it_was_made
 from .material import Material
-from .miss_curve import miss_curve
+from .miss_curve import miss_curve, sizes_that_serve
 from .moved import kv_found_and_moved
 from .offsets import offsets
 from .over_time import requests_over_time
@@ -29,7 +29,7 @@ from .position_maps import position_maps
 from .prefix import shared_prefix
 from .reuse import reuse, step_overlap, working_set
 from .section import LeftOut, Section, told
-from .verdict import header
+from .verdict import header, verdict, warnings_of
 
 MAX_BYTES = 2_000_000
 POLICY = (
@@ -62,6 +62,14 @@ def write_page(page: str, out: Path) -> None:
         write_atomically(out, page.encode())
     except OSError as error:
         raise UserError(f"--html {out}: cannot write the page: {error.strerror}") from error
+
+
+def said_first(material: Material) -> list[str]:
+    """The page's answer as lines for a terminal: what forbids believing it, the verdict, sizes that serve."""
+    lines = [*warnings_of(material), "".join(verdict(material))]
+    if material.replay is not None:
+        lines.append("".join(sizes_that_serve(material, material.replay)).strip())
+    return lines
 
 
 def page_html(material: Material) -> str:

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: lines, bars with percentiles, a matrix, a histogram. Each reads without colour.
+"""Charts as inline SVG: axes, lines, bars with percentiles. Each reads without colour.
 
 Colours are the style sheet's variables, so that one drawing serves a light and a dark page. A legend is
 HTML above the plot, never over the data. Text widths are estimated, since nobody measures them here.
@@ -14,14 +14,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
-
 from .section import told
 
 WIDTH, HEIGHT = 680, 320
 """Of a chart, in its own units; on the page it takes the column's width."""
 FONT = 12
-_LINE = 15
+LINE = 15
 DASHES = ("", "7 4", "2 3", "9 3 2 3", "1 4", "12 4", "5 2 1 2 1 2", "3 3")
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "plus", "ring", "bar")
 NUM_RAMP = 8
@@ -194,7 +192,7 @@ def frame(
         y_labels = [(tick, y.label(tick)) for tick in y.tick_values(6)]
     top, bottom, right = 14.0, 46.0, 18.0
     y_title = lines_of(y.title, height - top - bottom + 20)
-    left = 11 + _LINE * len(y_title) + max((text_width(text) for _, text in y_labels), default=0) + 6
+    left = 11 + LINE * len(y_title) + max((text_width(text) for _, text in y_labels), default=0) + 6
     if x_labels is None:
         x_labels = [(tick, x.label(tick)) for tick in x.tick_values(9)]
     if x_labels:
@@ -213,7 +211,7 @@ def frame(
     for place, text in spaced(lines, lambda label: text_width(label) + 10):
         parts.append(f'<path class="tick" d="M{place:.1f} {top + inner_height:.1f}v4"/>')
         parts.append(text_at(place, top + inner_height + 17, text))
-    for place, text in spaced([(at_y(value), text) for value, text in y_labels], lambda _: _LINE):
+    for place, text in spaced([(at_y(value), text) for value, text in y_labels], lambda _: LINE):
         if grid:
             parts.append(f'<path class="grid" d="M{left:.1f} {place:.1f}h{inner_width:.1f}"/>')
         parts.append(text_at(left - 7, place + 4, text, "end"))
@@ -221,7 +219,7 @@ def frame(
     parts.append(f'<path class="axis" d="M{left:.1f} {top:.1f}V{base:.1f}H{left + inner_width:.1f}"/>')
     parts.append(text_at(left + inner_width / 2, height - 8, x.title, kind="title"))
     for i, line in enumerate(y_title):
-        turned = f"translate({14 + _LINE * i} {top + inner_height / 2:.1f}) rotate(-90)"
+        turned = f"translate({14 + LINE * i} {top + inner_height / 2:.1f}) rotate(-90)"
         parts.append(f'<text class="title" transform="{turned}" text-anchor="middle">{told(line)}</text>')
     return Plot(left, top, inner_width, inner_height, width, height, "".join(parts), at_x, at_y)
 
@@ -372,59 +370,6 @@ def bars(
     for place, name in enumerate(names[1:]):
         keys.append(swatch(f'<g class="s{place + 1}">{marker(place + 2, 17, 8, 4.5)}</g>', name))
     return figure(title, drawing(title, desc, plot, "".join(parts)), keys if len(names) > 1 else ())
-
-
-def histogram(
-    title: str, desc: str, x: Axis, y: Axis, edges: Sequence[float], counts: Sequence[float]
-) -> str:
-    """Adjacent bars: `counts` (B,) between `edges` (B + 1,), which ascend."""
-    plot = frame(x, y)
-    parts = []
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        a, b, top = plot.x(low), plot.x(high), plot.y(count)
-        parts.append(box("bar s0", a, top, max(b - a - 0.8, 0.6), plot.top + plot.height - top))
-    return figure(title, drawing(title, desc, plot, "".join(parts)))
-
-
-def matrix(
-    title: str,
-    desc: str,
-    values: np.ndarray,
-    labels: Sequence[str],
-    titles: tuple[str, str],
-    text: Callable[[float], str],
-    outlined: Iterable[tuple[int, int]] = (),
-    high: float = 1.0,
-) -> str:
-    """(N, N) values, NaN for none, row 0 on top, with their texts where they fit; `high` ends the ramp."""
-    n = len(labels)
-    cell = max(min(520 / max(n, 1), 56), 14)
-    labelled = [(i, label) for i, label in enumerate(labels)]
-    height = n * cell + 60
-    names = _LINE * len(lines_of(titles[0], height - 40)) + max(map(text_width, labels), default=0)
-    width = max(n * cell + names + 40, text_width(titles[1]) * 2)
-    y = Axis(titles[0], -0.5, n - 0.5)
-    x = dataclasses.replace(y, title=titles[1], high=-0.5 + (width - names - 40) / cell)
-    plot = frame(x, y, width, height, x_labels=labelled, y_labels=labelled, grid=False, down=True)
-    size = plot.height / max(n, 1)
-    parts = []
-    for row, column in itertools.product(range(n), range(n)):
-        value = float(values[row, column])
-        if math.isnan(value):
-            continue
-        level = ramp_level(value, high)
-        a, b = plot.x(column) - size / 2, plot.y(row) - size / 2
-        parts.append(box(f"r{level}", a, b, size - 1, size - 1))
-        shown = text(value)
-        if text_width(shown, 11) <= size - 4:
-            dark = " on-dark" if level >= NUM_RAMP / 2 else ""
-            parts.append(text_at(a + size / 2 - 0.5, b + size / 2 + 4, shown, kind=f"small cell{dark}"))
-    for row, column in outlined:
-        a, b = plot.x(column) - size / 2 + 0.5, plot.y(row) - size / 2 + 0.5
-        parts.append(box("outline", a, b, size - 2, size - 2))
-    svg = drawing(title, desc, plot, "".join(parts))
-    fixed = f'<div style="width:{width:.0f}px">{svg}</div>'
-    return figure(title, fixed)
 
 
 def ramp_level(value: float, high: float) -> int:
