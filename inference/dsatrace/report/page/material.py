@@ -72,6 +72,12 @@ class Material:
         return chosen if chosen in fitting else next(iter(fitting), None)
 
     @property
+    def per(self) -> str:
+        """What has a buffer of its own in the replay."""
+        shares = self.replay is not None and self.replay["settings"]["share"] == "request"
+        return "per request" if shares else "per layer"
+
+    @property
     def ids(self) -> str:
         """What a replayed id is, in the plural."""
         unit = self.replay["unit"] if self.replay is not None else self.kind.unit

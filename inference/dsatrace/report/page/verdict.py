@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from ...trace.kind import inactive
 from ..grid import Cell, number, percent
+from ..replay_tables import past_answers
 from ..tables import caveat
 from .material import Material, Record
 from .section import figure_html, told
@@ -58,9 +59,11 @@ def verdict(material: Material) -> list[str | Cell]:
     elif not counts["sparse_records"]:
         said += ["All ", number(counts["records"], ","), " records are dense: no step saw more than top-k"]
     elif size is not None and replay is not None:
+        if replay["settings"]["block"] is not None:
+            of_these = [f"Of the {material.ids} that a step touches per layer, "]
         policies = replay["overall"]["policies"]
         lru, opt = _lru(material), policies.get("opt", {}).get(size)
-        said += [*of_these, "an LRU buffer of ", number(lru["ids"], ",.0f")]
+        said += [*of_these, f"an LRU buffer {material.per} of ", number(lru["ids"], ",.0f")]
         said += [f" ({size})" if size[-1:] in "k%" else "", " misses ", percent(lru["miss_rate"])]
         if opt is not None:
             said += ["; the best possible policy would miss ", percent(opt["miss_rate"])]
@@ -137,6 +140,8 @@ def warnings_of(material: Material) -> Iterator[str]:
         yield "Ids are an engine's slots: they tell no positions, and what needs positions is not shown."
     if summary["dropped_steps"]:
         yield f"{summary['dropped_steps']:,} steps were dropped while tracing: their selections are missing."
+    if material.replay is not None and material.replay["settings"]["steps"] == "all":
+        yield from past_answers(material.replay)
     rate = manifest["trace"]["sample_rate"]
     if rate < 1 and counts["records"]:
         yield f"Only a share of {rate:g} of the steps was recorded: the step before is often not there."
