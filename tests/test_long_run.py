@@ -70,4 +70,4 @@ def test_the_script_says_what_it_did() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["write", "verify", "summarize"]
-    assert all("15616 records" in line and "MB peak" in line for line in lines)
+    assert all("15616 records" in line and "MiB peak" in line for line in lines)

@@ -367,7 +367,7 @@ def large_replay(record: dict[str, Any], num_layers: int, num_steps: int) -> dic
 
 def test_a_large_run_has_a_small_page(replay: dict[str, Any], tmp_path: Path) -> None:
     large = large_replay(replay, 78, 20_000)
-    write_page(Material.of(RunReader(NEEDLE), large), tmp_path / "page.html")
+    write_page(page_html(Material.of(RunReader(NEEDLE), large)), tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size < MAX_BYTES / 2
     page = Page.read(tmp_path / "page.html")
     values, facts = page.heat_map("by-step")

@@ -38,6 +38,9 @@ def page_file(replayed, tmp_path_factory):
 @pytest.fixture
 def page(browser, page_file):
     with browser.open(page_file) as opened:
+        opened.call(
+            "Emulation.setFocusEmulationEnabled", enabled=True
+        )  # keys go to it, whatever lies in front
         opened.wait("document.querySelectorAll('canvas.heat:not(.ready)').length === 0")
         yield opened
         assert opened.errors == []

@@ -15,9 +15,10 @@ import pytest
 from conftest import ROOT
 from dsatrace.trace.reader import RunReader
 from helpers.forked import Started
+from helpers.ranks import Ranks
 from helpers.waiting import until
 
-Process = TypeVar("Process", subprocess.Popen[str], Started)
+Process = TypeVar("Process", subprocess.Popen[str], Started, Ranks)
 
 
 def told_error(capsys: pytest.CaptureFixture[str], run: Callable[[], int]) -> str:

@@ -6,8 +6,9 @@ missing: a contiguous prefix. `misses` are the rest. `block_hits` also has those
 gap. The full blocks of the output are cached too, and never looked up; one that was cached
 already, behind a cached prompt, counts as an `output_hit` only, because an engine computes it
 again. A prompt that needs more blocks than the cache has, its last partial one included, is
-rejected and counts nothing (`oversize="reject"`), or its first blocks are held and the rest are
-misses (`"truncate"`). Output blocks that do not fit are dropped.
+rejected, and all its blocks are misses (`oversize="reject"`), or its first blocks are held and the
+rest are misses (`"truncate"`): the accesses are the same at every capacity. Output blocks that do
+not fit are dropped.
 
 That is vLLM's block pool under LRU, except that the pool (the cell `vllm`, which replays it)
 1. also needs a block for each request's last, partial one. One request at a time, with one
@@ -16,8 +17,10 @@ That is vLLM's block pool under LRU, except that the pool (the cell `vllm`, whic
 3. computes the last block of a wholly cached prompt again if the prompt ends with it;
 4. gives room to output blocks of unknown content while they are in use.
 So LRU at C - 1 <= pool at C <= LRU at C, except for 2 to 4. OPT bounds hits and output hits
-together, so it bounds hits if no output repeats. Knows no file and no process.
+together, so it bounds hits if no output repeats; `opt-bypass` bounds them always. Knows no file
+and no process.
 
+    given = Given.of(trace)
     lru_cells("qa", given, [64, 128], "reject")
     simulated_cells("qa", given, PolicyRun("fifo", leaf=True), 64, "reject")
 """
@@ -32,18 +35,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsatrace.kv.policies.bypass import bypassing_hits
 from dsatrace.kv.policies.registry import policy_info
 from dsatrace.kv.policies.simulate import Oversize, simulate
 from dsatrace.kv.policies.stack_distance import lru_hits_at
 from dsatrace.kv.policies.stream import AccessStream
+from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, replay
-from dsatrace.study.sweep_streams import CacheInput
 
 OVERALL = "overall"
-OPT, LRU, POOL = "opt", "lru", "vllm"
+OPT, LRU, POOL, BYPASS = "opt", "lru", "vllm", "opt-bypass"
 
 SEMANTICS = {
-    "accesses": "full blocks of the prompts of served requests",
+    "accesses": "full blocks of all prompts, those of rejected requests too",
     "hits": "of those, cached blocks before a request's first that is not (contiguous prefix)",
     "misses": "accesses - hits",
     "block_hits": "cached blocks wherever they stand in the prompt (flat: or in an output that repeats)",
@@ -53,8 +57,12 @@ SEMANTICS = {
     "in flight": "a request holds its blocks until --concurrency later ones have come",
     "outputs": "full blocks of outputs are cached, where the trace tells their content",
     "rejected": "prompts of more blocks than the cache has, the last partial one included",
-    "opt": "evicts the block whose next use is farthest: over all of a trace no policy has more hits and "
-    "output_hits together",
+    "rejected_accesses": "full blocks of the prompts of rejected requests, all of them misses",
+    "opt": "evicts the block whose next use is farthest. It holds every request that it serves and leaves "
+    "no block out: over all of a trace no such policy has more hits and output_hits together",
+    "opt-bypass": "keeps after each request the blocks that are looked up again first, and leaves the others "
+    "out; it holds no request, so it rejects none: the most hits that any cache can have, and the bound "
+    "of a tier behind the device",
     "vllm": "vLLM's block pool (free order of 2026-05 and later) with as many usable blocks; unlike lru it "
     "also takes a block for each partial one in use and for second copies, and computes the last block "
     "of a wholly cached prompt again",
@@ -93,6 +101,7 @@ class Cell:
     misses: int
     block_hits: int
     output_hits: int
+    rejected_accesses: int  # of the misses
 
     @property
     def capacity_tokens(self) -> int:
@@ -118,16 +127,36 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Given:
+    """R requests in blocks, as the pool and as the policies read them."""
+
+    trace: BlockTrace
+    stream: AccessStream
+
+    @classmethod
+    def of(cls, trace: BlockTrace, concurrency: int = 1) -> Given:
+        return cls(trace, AccessStream.of_trace(trace, concurrency))
+
+
+def num_repeated_outputs(trace: BlockTrace) -> int:
+    """Blocks of outputs that occurred before in the trace."""
+    place = np.arange(len(trace.keys))
+    is_output = place >= np.repeat(trace.key_ptr[:-1] + trace.prompt_blocks, np.diff(trace.key_ptr))
+    first = np.unique(trace.keys, return_index=True)[1]
+    return int(np.count_nonzero(is_output & (first[trace.keys] != place)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Served:
     """The requests that a cache of one size serves; `part` is their stream."""
 
-    given: CacheInput
+    given: Given
     mask: NDArray[np.bool_]  # (R,)
     part: AccessStream
 
     @classmethod
-    def at(cls, given: CacheInput, capacity: int, oversize: Oversize) -> _Served:
-        mask = (given.needed_blocks <= capacity) | (oversize == "truncate")
+    def at(cls, given: Given, capacity: int, oversize: Oversize) -> _Served:
+        mask = (given.trace.needed_blocks <= capacity) | (oversize == "truncate")
         return cls(given, mask, given.stream if mask.all() else given.stream.select(mask))
 
     def by_workload(self, columns: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
@@ -136,28 +165,29 @@ class _Served:
 
     def cells(self, trace: str, capacity: int, policy: str, counts: Sequence[NDArray[Any]]) -> Cells:
         """From hits, block hits and output hits, (W,) each: a cell per workload, and `overall` of several."""
-        stream = self.given.stream
+        stream, blocks = self.given.stream, self.given.trace.prompt_blocks
         size = stream.num_workloads
         requests = np.bincount(stream.workloads, minlength=size)
         rejected = np.bincount(stream.workloads, ~self.mask, size)
-        accesses = np.bincount(stream.workloads, np.where(self.mask, self.given.prompt_blocks, 0), size)
+        accesses = np.bincount(stream.workloads, blocks, size)
+        rejected_accesses = np.bincount(stream.workloads, np.where(self.mask, 0, blocks), size)
 
         def cell(name: str, which: slice | int) -> Cell:
             columns = (requests, rejected, accesses, counts[0], accesses - counts[0], *counts[1:])
-            sums = [int(column[which].sum()) for column in columns]
-            return Cell(name, self.given.block_size, capacity, policy, *sums)
+            sums = [int(column[which].sum()) for column in (*columns, rejected_accesses)]
+            return Cell(name, self.given.trace.block_size, capacity, policy, *sums)
 
         if size == 1:
             return [cell(trace, slice(None))]
         return [cell(OVERALL, slice(None)), *(cell(n, i) for i, n in enumerate(stream.workload_names))]
 
 
-def lru_cells(trace: str, given: CacheInput, capacities: Sequence[int], oversize: Oversize) -> Cells:
+def lru_cells(trace: str, given: Given, capacities: Sequence[int], oversize: Oversize) -> Cells:
     """LRU at all capacities, in one pass per different set of rejected requests.
 
     If outputs repeat it is simulated, since one pass cannot tell which hits end in an output.
     """
-    if given.num_repeated:
+    if num_repeated_outputs(given.trace):
         each = (simulated_cells(trace, given, PolicyRun(LRU), size, oversize) for size in capacities)
         return list(itertools.chain.from_iterable(each))
     served = [_Served.at(given, capacity, oversize) for capacity in capacities]
@@ -172,23 +202,28 @@ def lru_cells(trace: str, given: CacheInput, capacities: Sequence[int], oversize
     return cells
 
 
-def simulated_cells(
-    trace: str, given: CacheInput, run: PolicyRun, capacity: int, oversize: Oversize
-) -> Cells:
+def simulated_cells(trace: str, given: Given, run: PolicyRun, capacity: int, oversize: Oversize) -> Cells:
     """Any policy at one capacity."""
     served = _Served.at(given, capacity, oversize)
     result = simulate(served.part, run.policy, capacity, leaf=run.leaf, **run.params)
-    prompt_blocks = given.prompt_blocks[served.mask]
+    prompt_blocks = given.trace.prompt_blocks[served.mask]
     hits = np.minimum(result.hits, prompt_blocks)
     columns = (hits, np.minimum(result.hits_any, prompt_blocks), result.hits - hits)
     return served.cells(trace, capacity, run.name, served.by_workload(columns))
 
 
-def pool_cells(trace: str, given: CacheInput, capacity: int, concurrency: int) -> Cells:
+def bypass_cells(trace: str, given: Given, capacity: int) -> Cells:
+    """The bound of a tier behind the device, which need not hold what it serves."""
+    hits = bypassing_hits(given.stream, given.trace.prompt_blocks, capacity)
+    served = _Served.at(given, capacity, "truncate")
+    return served.cells(trace, capacity, BYPASS, served.by_workload((hits, hits, np.zeros_like(hits))))
+
+
+def pool_cells(trace: str, given: Given, capacity: int, concurrency: int) -> Cells:
     """vLLM's block pool with `capacity` usable blocks; it rejects prompts that are too long."""
     result = replay(given.trace, ReplayConfig(capacity, concurrency=concurrency))
     served = _Served.at(given, capacity, "reject")
     assert np.array_equal(served.mask, result.served), "the pool and the policies reject different requests"
-    hits = result.hit_tokens[served.mask] // given.block_size
+    hits = result.hit_tokens[served.mask] // given.trace.block_size
     columns = (hits, result.cached_blocks[served.mask], np.zeros_like(hits))
     return served.cells(trace, capacity, POOL, served.by_workload(columns))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...errors import UserError
@@ -20,7 +20,7 @@ from .differences import differences
 from .layer_misses import misses_by_step
 from .layer_overlap import layer_overlap
 from .made import how_it_was_made
-from .material import Material, Record
+from .material import Material
 from .miss_curve import on_one_grid
 from .moved import kv_found_and_moved
 from .offsets import measured, points
@@ -216,17 +216,16 @@ class Curves:
 
 
 def _miss_curve(material: Material) -> Points | str:
-    if material.replay is None:
-        return material.no_replay
-    return _curves(material.replay).get("run", ([], []))
+    return material.no_replay if material.replay is None else _lru(material).get("run", ([], []))
 
 
 def _uniform_curve(material: Material) -> Points | None:
-    return None if material.replay is None else _curves(material.replay).get("uniform")
+    return None if material.replay is None else _lru(material).get("uniform")
 
 
-def _curves(replay: Record) -> Mapping[str, Points]:
-    overall = replay["overall"]
+def _lru(material: Material) -> dict[str, tuple[list[float], list[float]]]:
+    assert material.replay is not None, "only a replay has curves"
+    overall = material.replay["overall"]
     return on_one_grid(overall["curves"], overall["contexts"]["p100"] or 0)
 
 
