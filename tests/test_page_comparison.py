@@ -128,10 +128,34 @@ def test_two_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert {row["run"] for row in page.table("step-overlap")} == {"A run", "B run"}
 
 
+def test_runs_of_the_same_tokens_are_compared_row_by_row(tmp_path: Path) -> None:
+    run = write_golden(tmp_path / "run")
+    page = compared(tmp_path / "page.html", run, write_golden(tmp_path / "again"))
+    assert "0 of " in page.sections()["same"].text
+    assert set(page.column("same", "differ")) == {0}
+    values, _ = page.heat_map("same")
+    assert np.nanmin(values) == 1
+    other = write_golden(tmp_path / "other", seed=1)
+    page = compared(tmp_path / "page.html", run, other)
+    out = tmp_path / "diff"
+    assert cli.main(["diff", str(run), str(other), "--out", str(out), "--no-figure"]) == 1
+    record = json.loads((out / "diff.json").read_bytes())
+    assert page.column("same", "differ") == [layer["differing"] for layer in record["layers"]]
+    assert page.column("same", "overlap") == [layer["overlap"] for layer in record["layers"]]
+
+
+def test_runs_of_other_tokens_are_not(traces: Page) -> None:
+    assert "same" not in traces.sections()
+    (why,) = (
+        why for why, titles in traces.left_out() if "Do they select the same, token by token?" in titles
+    )
+    assert "not the same tokens" in why
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_beside_itself(tmp_path: Path, name: str) -> None:
     folder = write_kind(tmp_path / "run", name)
-    page = Page(comparison_html(materials_of(folder, folder)))
+    page = Page(comparison_html(materials_of(folder, folder), "not compared"))
     assert [row["B - A"] for row in page.table("differences") if row["B - A"]] == []
     assert len(page.sections()) + len(page.left_out()) > len(CURVES)
 

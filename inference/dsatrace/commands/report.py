@@ -20,6 +20,7 @@ from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.text import plain
 
 if TYPE_CHECKING:
+    from dsatrace.report.page.material import Material
     from dsatrace.trace.reader import RunReader
 
 PAGE_POLICIES = ("lru", "fifo", "opt")
@@ -142,12 +143,31 @@ def _page(
         materials = [
             Material.of(run, record, request, layer) for run, record in zip(runs, records, strict=True)
         ]
-        page = page_html(materials[0]) if len(materials) == 1 else comparison_html(materials)
+        page = (
+            page_html(materials[0]) if len(materials) == 1 else comparison_html(materials, _same(materials))
+        )
         write_page(page, out)
     for material in materials:
         show([f"{material.run.folder}"] * (len(materials) > 1) + said_first(material))
     show([f"page: {out}"])
     return 0
+
+
+def _same(materials: Sequence[Material]) -> dict[str, Any] | str:
+    """What `dsatrace diff` says of two runs, or why it cannot: a clause."""
+    from dsatrace.captures.diff import diff
+    from dsatrace.trace.load import load
+
+    if len(materials) > 2:
+        return "only two runs are compared so"
+    ids = sum(m.summary["counts"]["records"] * m.kind.max_width for m in materials)
+    if ids > MOST_IDS:
+        return "reading both runs takes more than a minute; run `dsatrace diff`"
+    try:
+        a, b = (load(material.run.folder) for material in materials)
+        return diff(a, b).to_json()
+    except UserError as error:
+        return f"{error}"
 
 
 def _read_replay(run: RunReader, folder: Path) -> dict[str, Any]:

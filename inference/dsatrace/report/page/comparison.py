@@ -2,7 +2,7 @@
 
 A run has one colour, dash and marker on the whole page. Only runs whose ids mean the same are compared.
 
-    comparison_html([Material.of(RunReader(folder), record) for folder, record in replayed.items()])
+    comparison_html([Material.of(RunReader(folder), record) for folder, record in replayed.items()], diff)
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .over_time import cdf_of
 from .page import document
 from .position_maps import layers_to_draw, position_maps
 from .prefix import shared_prefix
+from .same_tokens import same_tokens
 from .section import LeftOut, Row, Section, told
 from .svg import Axis, Series, known_points, line_chart, line_key
 from .verdict import verdict_html, warnings_of
@@ -44,14 +45,19 @@ SIDE_BY_SIDE = (
 )
 
 
-def comparison_html(materials: Sequence[Material]) -> str:
-    """The page. Raises `UserError` for runs that cannot be compared."""
+def comparison_html(materials: Sequence[Material], same: Record | str) -> str:
+    """The page. `same` is diff.json's record of two runs, or why there is none.
+
+    Raises `UserError` for runs that cannot be compared.
+    """
     require_comparable(materials)
     if all(material.layer is None for material in materials):  # one map a run, of the same layer
         layer = _mapped_layer(materials[0])
         materials = [dataclasses.replace(material, layer=layer) for material in materials]
     names = run_names(materials)
     made: list[Section | LeftOut] = [differences(materials, names, _command(materials))]
+    folders = [f"{material.run.folder}" for material in materials]
+    made.append(same_tokens(same, shlex.join(["dsatrace", "diff", *folders])))
     made += [curves.section(materials, names, _command(materials)) for curves in CURVES]
     made += [_beside(make, materials, names) for make in SIDE_BY_SIDE]
     title = " beside ".join(material.run.folder.absolute().name for material in materials)

@@ -24,6 +24,7 @@ REPLAY_FLAGS = {
     "pin_newest": "--pin-newest",
     "start": "--start",
     "share": "--share",
+    "steps": "--steps",
     "union": "--union",
     "seed": "--seed",
 }
