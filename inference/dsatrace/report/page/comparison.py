@@ -20,7 +20,7 @@ from .differences import differences
 from .layer_misses import misses_by_step
 from .layer_overlap import layer_overlap
 from .made import how_it_was_made
-from .material import Material
+from .material import Material, Record
 from .miss_curve import on_one_grid
 from .moved import kv_found_and_moved
 from .offsets import measured, points
