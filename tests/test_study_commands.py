@@ -151,7 +151,7 @@ def test_a_workload_has_one_hit_rate_in_every_verb(workload: str, tmp_path: Path
     assert study("explain", *flags, "--output-dir", tmp_path / "explain") == 0
     lines = json.loads((tmp_path / "explain" / "explain.json").read_text())["definitions"]
     assert lines["token_weighted_with_rejected"]["value"] == of_run["hit_rate_first_prefill"]
-    sizes = ("--block-size", 16, "--policies", "lru")
+    sizes = ("--block-size", 16, "--policies", "lru", "--seeds", 1)
     cells = study_json(tmp_path / "sweep", "sweep.json", "sweep", *flags, *sizes)["cells"]
     (pool,) = (cell for cell in cells if cell["policy"] == "vllm")
     assert pool["hit_rate"] == pytest.approx(of_run["hit_rate_blocks"], abs=1e-6)
@@ -165,7 +165,8 @@ def test_a_workload_has_one_hit_rate_in_every_verb(workload: str, tmp_path: Path
 def test_a_mix_has_one_hit_rate_in_both_verbs(tmp_path: Path) -> None:
     flags = ("--workloads", "qa", "chat_multi", "--num-requests", 40, "--num-blocks", 96)
     of_run = study_json(tmp_path / "run", "multi_turn_stats.json", "run", *flags)
-    cells = study_json(tmp_path / "mixed", "mixed.json", "mixed", *flags, "--policies", "lru")["cells"]
+    one = ("--policies", "lru", "--seeds", 1)
+    cells = study_json(tmp_path / "mixed", "mixed.json", "mixed", *flags, *one)["cells"]
     pool = {cell["workload"]: cell["hit_rate"] for cell in cells if cell["policy"] == "vllm"}
     assert pool.pop("overall") == pytest.approx(of_run["metrics"]["hit_rate_blocks"], abs=1e-6)
     parts = {name: part["metrics"]["hit_rate_blocks"] for name, part in of_run["workloads"].items()}

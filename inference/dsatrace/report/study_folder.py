@@ -147,8 +147,14 @@ def _comparison(record: Record) -> Comparison:
 
 
 def _of(kind: type[Any], record: Record) -> Any:
-    """The dataclass from its fields in a record, which may have more."""
-    return kind(**{field.name: record[field.name] for field in dataclasses.fields(kind)})
+    """The dataclass from its fields in a record, which may have more, and lack those with a default."""
+    required = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: record[name] for name in required} | {n: v for n, v in record.items() if n in known})
 
 
 def _read(path: Path) -> dict[str, Any]:

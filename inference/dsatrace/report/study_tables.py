@@ -183,14 +183,14 @@ def mixed_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
         by_place = {(cell.policy, cell.workload): cell for cell in here}
         rows = []
         for policy in _bounds_last(cell.policy for cell in here):
-            overall = by_place[policy, OVERALL]
-            counts = (number(overall.hits, ","), number(overall.misses, ","))
-            rows.append((policy, *(_hit_rate(by_place.get((policy, name))) for name in workloads), *counts))
+            one = by_place[policy, OVERALL]
+            gain = _with_interval(one.gain, one.gain_low, one.gain_high, "+.2f")
+            rows.append((policy, *(_hit_rate(by_place.get((policy, name))) for name in workloads), gain))
         for field, text in COUNTS.items():
             of_each = (number(getattr(by_place[OPT, name], field), ",") for name in workloads)
-            rows.append((text, *of_each, "", ""))
+            rows.append((text, *of_each, ""))
         title = f"Mixed: hit rate in % of prompt blocks, {capacity} blocks of {size} tokens"
-        yield Grid(title, ("policy", *workloads, "hits", "misses"), rows)
+        yield Grid(title, ("policy", *workloads, "gain over lru"), rows)
 
 
 def _turns(title: str, turns: Sequence[Mapping[str, Value]]) -> Iterator[Grid]:
@@ -208,7 +208,17 @@ def _turns(title: str, turns: Sequence[Mapping[str, Value]]) -> Iterator[Grid]:
 
 
 def _hit_rate(cell: SweepCell | None) -> Cell:
-    return _share(None if cell is None or not cell.accesses else cell.hit_rate, unit="")
+    """In %, with half the width of its interval if it has one."""
+    if cell is None or not cell.accesses:
+        return _share(None)
+    return _with_interval(cell.hit_rate, cell.hit_rate_low, cell.hit_rate_high, ".2f")
+
+
+def _with_interval(share: float | None, low: float | None, high: float | None, form: str) -> Cell:
+    if share is None:
+        return Cell(NONE, None)
+    width = "" if low is None or high is None else f" ± {50 * (high - low):.2f}"
+    return Cell(f"{100 * share:{form}}{width}", share)
 
 
 def _bounds_last(policies: Iterable[str]) -> list[str]:
