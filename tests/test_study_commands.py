@@ -278,6 +278,28 @@ def test_ids_need_no_tokenizer_and_name_no_conversation(tmp_path: Path, capsys: 
     assert "no limit of 512 tokens" in said  # its own block size
 
 
+def test_a_run_tells_its_interval(tmp_path: Path, capsys: Any) -> None:
+    """Over eight seeds of a generator; over conversations of what people wrote."""
+    flags = ("run", "--workload", "qa", "--num-requests", 60, "--num-blocks", 64)
+    stats = study_json(tmp_path / "seeds", "multi_turn_stats.json", *flags)
+    assert "mean over 8 seeds" in capsys.readouterr().out
+    spread = stats["intervals"]["metrics"]["hit_rate_blocks"]
+    rates = [
+        study_json(tmp_path / f"{seed}", "multi_turn_stats.json", *flags, "--seed", seed, "--seeds", 1)
+        for seed in stats["intervals"]["seeds"]
+    ]
+    values = [rate["metrics"]["hit_rate_blocks"] for rate in rates]
+    assert rates[0]["metrics"] == stats["metrics"]
+    assert spread["mean"] == pytest.approx(sum(values) / 8)
+    assert spread["low"] < spread["mean"] < spread["high"]
+    assert len(set(values)) == 8
+    capsys.readouterr()
+    stats = study_json(tmp_path / "real", "multi_turn_stats.json", "run", "--num-blocks", 64)
+    assert "95 % over conversations" in capsys.readouterr().out
+    spread = stats["intervals"]["metrics"]["hit_rate_first_prefill"]
+    assert spread["low"] < stats["metrics"]["hit_rate_first_prefill"] < spread["high"]
+
+
 def test_a_large_ratio_is_a_whole_number() -> None:
     both = Difference("blocks_reused", 1, 54090)
     grid = next(iter(compare_grids(Comparison({"blocks_reused": both}, {}, {"t": {"cut": 0}}), CACHE)))
@@ -388,6 +410,7 @@ def test_conversation_by_conversation(tmp_path: Path) -> None:
         (["run", "--output-file", "kept/stats.json/x"], "kept/stats.json/x: cannot write"),
         (["run", "--workload", "qa", "--rates", "qa"], "--rates 'qa': write a workload and a number"),
         (["run", "--workload", "qa", "--rates", "chat_multi=1"], "name it with --workloads too"),
+        (["run", "--seeds", "3"], "--seeds draws seeded workloads again"),
         (["run", "--recount-tokens", "0"], "--recount-tokens must lie between 1"),
         (["report", "kept"], "kept: not the folder of a study"),
         (["run", "--output-file", "manifest.json"], "another file of that name"),

@@ -52,15 +52,31 @@ def shown(name: str, value: Value) -> Cell:
     return number(value, "," if isinstance(value, int) else ",.2f")
 
 
+def _spread(name: str, entry: Mapping[str, float] | None) -> tuple[Cell, Cell]:
+    """Mean and interval of a metric."""
+    if entry is None:
+        return Cell(NONE, None), Cell(NONE, None)
+    low, high = shown(name, entry["low"]), shown(name, entry["high"])
+    return shown(name, entry.get("mean")), Cell(f"{low} to {high}", [entry["low"], entry["high"]])
+
+
 def _share(value: Value, unit: str = " %") -> Cell:
     return Cell(NONE if value is None else f"{100 * value:.2f}{unit}", value)
 
 
 def run_grids(name: str, statistics: Mapping[str, Any]) -> Iterator[Grid]:
     """One replay: metrics, rejections, workloads if there are several, turns if they are known."""
-    metrics = statistics["metrics"]
-    rows = [(key, shown(key, metrics[key])) for key in HEADLINES if key in metrics]
-    yield Grid(f"{name}: {cache_text(statistics['cache'])}", ("metric", "value"), rows)
+    metrics, intervals = statistics["metrics"], statistics.get("intervals", {})
+    head = ["metric", "value"]
+    if intervals:
+        seeds = f"{len(intervals.get('seeds', ()))} seeds"
+        over_seeds = intervals["over"] == "seeds"  # over conversations, it is around the value itself
+        head += [f"mean over {seeds}", f"95 % over {seeds}"] if over_seeds else ["95 % over conversations"]
+    rows = []
+    for key in (key for key in HEADLINES if key in metrics):
+        spread = _spread(key, intervals.get("metrics", {}).get(key))
+        rows.append((key, shown(key, metrics[key]), *spread[4 - len(head) :]))
+    yield Grid(f"{name}: {cache_text(statistics['cache'])}", tuple(head), rows)
     yield rejected_grid({name: statistics["rejected"]})
     workloads = statistics.get("workloads", {})
     if workloads:

@@ -1,4 +1,4 @@
-"""How far a sweep's figures would move with other seeds, or with other conversations of the same kind.
+"""How far the study's figures would move with other seeds, or with other conversations of the same kind.
 
 A cell's hits and accesses are also kept by parts: a part per seed of the generators, or of a log at
 most `MAX_GROUPS` groups of its conversations. Intervals are 95 %: over seeds Student's t of the
@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dsatrace.study.sweep_cells import COUNTED, LRU, Cell, Cells
+from dsatrace.study.metrics import Values
+from dsatrace.study.run import Replayed
+from dsatrace.study.sweep_cells import COUNTED, LRU, Cell, Cells, conversation_parts
 
 Kind = Literal["seeds", "conversations"]
 NUM_SEEDS = 8
@@ -70,7 +72,37 @@ def with_intervals(cells: Sequence[Cell], kind: Kind) -> Cells:
     return result
 
 
-def interval(numerator: NDArray[np.int64], denominator: NDArray[np.int64], kind: Kind) -> Interval:
+def over_seeds(of_seeds: Sequence[Values]) -> dict[str, dict[str, float]]:
+    """Mean and interval of each metric that every seed has."""
+    spread = {}
+    for name in of_seeds[0]:
+        values = np.array([one[name] for one in of_seeds], float)  # None becomes nan
+        low, high = interval(values, np.ones(len(values)), "seeds")
+        if low is not None and high is not None and np.isfinite(values).all():
+            spread[name] = {"mean": float(values.mean()), "low": low, "high": high}
+    return spread
+
+
+def over_conversations(replayed: Replayed) -> dict[str, dict[str, float]]:
+    """Bootstrapped intervals of the rates that are sums over requests."""
+    trace, result = replayed.trace, replayed.result
+    part = conversation_parts(trace)
+    hit_blocks = result.hit_tokens // trace.block_size
+    columns = {
+        "hit_rate_first_prefill": (result.hit_tokens, trace.prompt_tokens),
+        "hit_rate_blocks": (hit_blocks, trace.prompt_blocks),
+        "hit_rate_infinite": (replayed.unlimited.hit_tokens, trace.prompt_tokens),
+        "sharing_above_0": (result.hit_tokens > 0, np.ones(trace.num_requests)),
+    }
+    spread = {}
+    for name, (hit, of) in columns.items():
+        low, high = interval(np.bincount(part, hit), np.bincount(part, of), "conversations")
+        if low is not None and high is not None:
+            spread[name] = {"low": low, "high": high}
+    return spread
+
+
+def interval(numerator: NDArray[Any], denominator: NDArray[Any], kind: Kind) -> Interval:
     """Of sum(numerator) / sum(denominator), both (P,) by part; (None, None) for fewer than two parts."""
     size, total = len(numerator), float(denominator.sum())
     if size < 2 or not total:

@@ -168,6 +168,15 @@ class Cell:
         }
 
 
+def conversation_parts(trace: BlockTrace) -> NDArray[np.int64]:
+    """(R,) at most `MAX_GROUPS` groups of whole conversations; a request of none is a conversation."""
+    unknown = trace.conversation < 0
+    own = trace.conversation.max(initial=0) + 1 + np.arange(trace.num_requests)
+    _, number = np.unique(np.where(unknown, own, trace.conversation), return_inverse=True)
+    shuffled = np.random.default_rng(0).permutation(number.max(initial=0) + 1)
+    return (shuffled[number] % MAX_GROUPS).astype(np.int64)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Given:
     """R requests in blocks, as the pool and as the policies read them, in W workloads and P parts."""
@@ -181,12 +190,7 @@ class Given:
     def of(cls, trace: BlockTrace, concurrency: int = 1, by_conversation: bool = False) -> Given:
         """One part, or at most `MAX_GROUPS` groups of conversations; without one, a request is its own."""
         stream = AccessStream.of_trace(trace, concurrency)
-        part = np.zeros(trace.num_requests, np.int64)
-        if by_conversation:
-            unknown = trace.conversation < 0
-            own = trace.conversation.max(initial=0) + 1 + np.arange(trace.num_requests)
-            _, part = np.unique(np.where(unknown, own, trace.conversation), return_inverse=True)
-            part = np.random.default_rng(0).permutation(part.max(initial=0) + 1)[part] % MAX_GROUPS
+        part = conversation_parts(trace) if by_conversation else np.zeros(trace.num_requests, np.int64)
         return cls(trace, stream, part, int(part.max(initial=0)) + 1)
 
     @property
