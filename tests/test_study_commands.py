@@ -278,6 +278,23 @@ def test_ids_need_no_tokenizer_and_name_no_conversation(tmp_path: Path, capsys: 
     assert "no limit of 512 tokens" in said  # its own block size
 
 
+def test_every_table_says_what_is_assumed(tmp_path: Path, capsys: Any) -> None:
+    """A token that is a word, and times that nobody recorded; again where the folder is shown."""
+    small = ("--num-requests", 8, "--num-blocks", 64, "--skip-visualization", "--markdown")
+    verbs = {"run": (), "sweep": ("--policies", "lru", "--seeds", 2)}
+    for verb, flags in verbs.items():
+        assert study(verb, "--workload", "qa", *small, *flags, "--output-dir", tmp_path / verb) == 0
+        printed = capsys.readouterr().out
+        assert study("report", tmp_path / verb, "--markdown") == 0
+        for text in (printed, capsys.readouterr().out):
+            titles = [line for line in text.splitlines() if line.startswith(("#", "**"))]
+            assert titles
+            assert all("(a token is a word; times are assumed)" in title for title in titles), titles
+    trace = ("--trace-file", write_three_turns(tmp_path / "ids.jsonl"), "--block-size", 4)
+    assert study("run", *trace, "--skip-visualization", "--output-dir", tmp_path / "ids") == 0
+    assert "assumed" not in capsys.readouterr().out
+
+
 def test_a_run_tells_its_interval(tmp_path: Path, capsys: Any) -> None:
     """Over eight seeds of a generator; over conversations of what people wrote."""
     flags = ("run", "--workload", "qa", "--num-requests", 60, "--num-blocks", 64)

@@ -6,6 +6,7 @@ for grid in sweep_grids(cells): console.print(grid)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -62,6 +63,19 @@ def _spread(name: str, entry: Mapping[str, float] | None) -> tuple[Cell, Cell]:
 
 def _share(value: Value, unit: str = " %") -> Cell:
     return Cell(NONE if value is None else f"{100 * value:.2f}{unit}", value)
+
+
+def notes_of(manifest: Mapping[str, Any]) -> list[str]:
+    """What every table and picture must say: a token that is a word, times that nobody recorded."""
+    notes = ["a token is a word"] if manifest.get("tokenizer", {}).get("unit") == "word" else []
+    return notes + (["times are assumed"] if manifest.get("times") == "assumed" else [])
+
+
+def noted(grids: Iterable[Grid], manifest: Mapping[str, Any]) -> Iterator[Grid]:
+    """The tables with the notes in their titles."""
+    notes = "; ".join(notes_of(manifest))
+    for grid in grids:
+        yield dataclasses.replace(grid, title=f"{grid.title} ({notes})") if notes else grid
 
 
 def run_grids(name: str, statistics: Mapping[str, Any]) -> Iterator[Grid]:

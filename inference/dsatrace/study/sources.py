@@ -156,6 +156,11 @@ class Client:
         """Whether the source gives rows of text, which can be written."""
         return self.source.trace_file is None
 
+    @property
+    def times(self) -> str:
+        """Whether arrivals, and so the gaps between uses, are those of a file."""
+        return "assumed" if self.has_text else "recorded"
+
     def rows(self, mode: str | None = None) -> list[TraceRow]:
         """All requests as text. A trace file raises a `UserError`.
 
@@ -197,6 +202,7 @@ class Client:
         return {
             "source": self.source.describe(),
             "tokenizer": self.vocabulary.label,
+            "times": self.times,
             "client": dataclasses.asdict(self.settings),
             "counts": self.counts,
             "bad_rows": self.bad_rows.summary(),

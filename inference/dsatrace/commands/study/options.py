@@ -248,6 +248,15 @@ def described(pools: Mapping[str, StudySettings]) -> dict[str, Any]:
     return {"cache": records[""]} if "" in records else {"caches": records}
 
 
+def show_of(client: Client, grids: Iterable[Grid], as_markdown: bool) -> None:
+    """Prints what was read, and the tables with their notes."""
+    from dsatrace.report.study_tables import noted
+
+    say_what_was_read(client)
+    manifest = {"tokenizer": client.vocabulary.label, "times": client.times}
+    show(noted(grids, manifest), as_markdown)
+
+
 def show(grids: Iterable[Grid], as_markdown: bool) -> None:
     """Prints tables, for a terminal or as markdown."""
     from dsatrace.report.grid import WIDE
@@ -262,10 +271,11 @@ def show(grids: Iterable[Grid], as_markdown: bool) -> None:
 
 def title_of(client: Client, settings: StudySettings) -> str:
     """What a picture is of: workload, source, cache, tokenizer."""
-    from dsatrace.report.study_tables import cache_text
+    from dsatrace.report.study_tables import cache_text, notes_of
 
     cache = cache_text(dataclasses.asdict(settings))
-    return f"{client.source.text()}\n{cache}; tokenizer: {client.vocabulary.label['name']}"
+    notes = notes_of({"tokenizer": client.vocabulary.label, "times": client.times})
+    return f"{client.source.text()}\n{'; '.join([cache, *notes])}"
 
 
 def say_what_was_read(client: Client) -> None:

@@ -63,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.write_accesses:
             folder.reserve(REQUESTS_FILE, ACCESSES_FILE)
             write_accesses(folder.path, requests, replayed.trace)
-    options.say_what_was_read(client)
-    options.show(grids, args.markdown)
+    options.show_of(client, grids, args.markdown)
     options.say_where(path, client)
     return 0
 

@@ -122,8 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from dsatrace.report.study_tables import mixed_grids, sweep_grids
 
-    options.say_what_was_read(client)
-    options.show((mixed_grids if args.together else sweep_grids)(cells), args.markdown)
+    options.show_of(client, (mixed_grids if args.together else sweep_grids)(cells), args.markdown)
     if args.together:
         print(f"profile of the workloads: {plain(how)}")
     of = f"{len(seeds)} seeds" if kind == "seeds" else "conversations, bootstrapped"
