@@ -17,6 +17,7 @@ from dsatrace.kv.policies.registry import POLICIES, make_policy
 from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.tiers.residency import ABSENT, TIER_POLICIES, Moves, PolicyOrder, Residency, StampOrder
 from helpers.plain_cache import plain_simulate
+from helpers.power import examples
 
 NUM_UNITS = 12
 
@@ -119,7 +120,7 @@ def histories(draw: st.DrawFn) -> tuple[int, list[tuple[str, list[int]]]]:
 
 
 @pytest.mark.parametrize("policy", TIER_POLICIES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(75), deadline=None)
 @given(histories())
 def test_every_policy_keeps_the_map(policy: str, history) -> None:
     num_slots, actions = history
@@ -130,7 +131,7 @@ def test_every_policy_keeps_the_map(policy: str, history) -> None:
 
 
 @pytest.mark.parametrize("policy", GOES_FIRST)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(75), deadline=None)
 @given(histories())
 def test_the_victims_are_those_of_a_dictionary(policy: str, history) -> None:
     num_slots, actions = history
@@ -150,7 +151,7 @@ def test_the_victims_are_those_of_a_dictionary(policy: str, history) -> None:
 
 
 @pytest.mark.parametrize("policy", ["lru", "fifo"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(75), deadline=None)
 @given(histories())
 def test_the_fast_orders_equal_the_registrys(policy: str, history) -> None:
     num_slots, actions = history
