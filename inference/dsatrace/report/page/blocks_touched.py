@@ -211,4 +211,5 @@ def _note(material: Material, found: LayerBlocks | None) -> str:
     if found is None:
         return f"{note} By layer records of level stats do not tell."
     which = "all" if found.is_whole else "the first"
-    return f"{note} By layer: {found.num_records:,} of these, {which} {found.num_requests} request{'s' if found.num_requests > 1 else ''}."
+    requests = f"{found.num_requests} request{'s' if found.num_requests > 1 else ''}"
+    return f"{note} By layer: {found.num_records:,} of these, {which} {requests}."
