@@ -119,10 +119,10 @@ def test_what_is_neither(tmp_path: Path, capsys: Any) -> None:
 
 def test_what_is_read_and_left_is_said(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LINE_INTERVAL_S", 0.0)
-    with progress.amount_bar("check", 3_000_000) as advance:
-        advance(1_000_000)
-        advance(2_000_000)
+    with progress.amount_bar("check", 3 << 20) as advance:
+        advance(1 << 20)
+        advance(2 << 20)
     assert capsys.readouterr().err.splitlines() == [
-        "check: 1.0 MB read, 2.0 MB left",
-        "check: 3.0 MB read, 0.0 kB left",
+        "check: 1.0 MiB read, 2.0 MiB left",
+        "check: 3.0 MiB read, 0.0 KiB left",
     ]

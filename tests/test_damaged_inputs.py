@@ -33,7 +33,7 @@ from dsatrace.kv.stores.simulated import load_preset
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.shards import read_header
 from dsatrace.runner.settings import user_errors
-from dsatrace.study.mixed import read_profile
+from dsatrace.study.profile import read_profile
 from dsatrace.study.request_files import read_requests
 from dsatrace.study.requests import block_trace
 from dsatrace.trace.export import export_run

@@ -151,4 +151,4 @@ def test_loading_is_one_line_off_a_terminal(capsys: pytest.CaptureFixture[str]) 
         with totals_bar("load", shown=shown, elsewhere="loading {} of weights ...") as progress:
             progress(1, 671_000_000)
             progress(671_000_000, 671_000_000)
-    assert capsys.readouterr().err == "loading 671.0 MB of weights ...\n"
+    assert capsys.readouterr().err == "loading 639.9 MiB of weights ...\n"

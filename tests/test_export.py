@@ -37,6 +37,7 @@ from dsatrace.trace.reader import RunReader
 from dsatrace.trace.records import RecordDeriver, StepLines
 from dsatrace.trace.tracer import tiers_of
 from helpers.json_edits import changed
+from helpers.power import examples
 from helpers.tier_samples import SETUPS, SimulatedTiers
 from helpers.trace_samples import LAYOUT, RUN, WAYS, config_for, sample_capture, sample_needles
 
@@ -84,7 +85,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("export") / "steps.parquet"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     seq_lens=st.lists(st.integers(1, 120), min_size=1, max_size=3),
@@ -188,7 +189,7 @@ PATHS = sorted(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     how=st.sampled_from(HOWS),
     changes=st.lists(st.tuples(st.integers(0, 5), st.sampled_from(PATHS), JSON), max_size=4),

@@ -238,7 +238,7 @@ def test_a_full_disk_is_one_line(hub: FakeHub, tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(file_download, "http_get", full)
         line = one_line(lambda: fetch(FILE, tmp_path, REMEDY))
-    assert "cannot write 1.0 MB: No space left on device; make room and start again" in line
+    assert "cannot write 1000.0 KiB: No space left on device; make room and start again" in line
     usage = os.statvfs(tmp_path)
     too_large = usage.f_bavail * usage.f_frsize * 2
     located = locate(FILE, tmp_path, REMEDY, 3)

@@ -74,7 +74,7 @@ def test_the_readme_has_its_figures() -> None:
             f"{summary['past_answer']['decode_steps']:,}",
             f"{summary['counts']['records']:,}",
         ]
-        assert cells[5:] == [f"{size / 1e6:.2f} MB", f"{summary['scores']['mean']:g}"]
+        assert cells[5:] == [f"{size / 2**20:.2f} MiB", f"{summary['scores']['mean']:g}"]
 
 
 def test_the_script_makes_such_runs(tmp_path: Path) -> None:

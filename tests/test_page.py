@@ -155,11 +155,11 @@ def test_the_verdict_names_the_run_and_its_numbers(needle: Page, replay: dict[st
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"--share": "request", "--policy": "lru"}, "buffer per request of 48 (2k)"),
+        ({"--share": "request", "--policy": "lru"}, "buffer of 48 (2k) for all layers misses"),
         ({"--unit": "block:4", "--sizes": "32,64"}, "Of the blocks of 4 tokens that a step touches"),
         (
             {"--unit": "block:4", "--sizes": "32,64", "--share": "prefix", "--policy": "lru"},
-            "per layer of 8 ",
+            "buffer of 8 misses",
         ),
         ({"--union": "2", "--seed": "3", "--start": "empty", "--policy": "opt,lru"}, "of 16 (2k) misses"),
     ],

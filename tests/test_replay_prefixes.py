@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from dsatrace.commands.replay import main
 from dsatrace.errors import UserError
+from dsatrace.files import write_json
 from dsatrace.kv.prefix import PrefixCacheAnalyzer
+from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE
 from dsatrace.selection_replay.buffers import Member, buffers_of
 from dsatrace.selection_replay.policies import misses
 from dsatrace.selection_replay.prefixes import Beginning, Prefix, find_prefixes, span_of_blocks
@@ -32,7 +34,7 @@ from dsatrace.trace.request_facts import RequestFacts
 from dsatrace.trace.selections import LayerSet
 from dsatrace.trace.tracer import Tracer
 from helpers.command_runs import told_error
-from helpers.golden_run import GoldenRequest, write_golden
+from helpers.golden_run import GoldenRequest, read_lines, write_golden, write_lines
 from helpers.kind_runs import LAYOUT, write_kind
 from helpers.trace_samples import SECRET, SampleRequest, config_for
 
@@ -325,6 +327,29 @@ def test_what_is_untold_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert record["shared_prefixes"] == {"requests": 0, "tokens": 0, "untold": 28}
     said = " ".join(capsys.readouterr().out.split())
     assert "28 more are some other request's too" in said and "--trace-prefix-key-tokens" in said
+
+
+def test_a_request_whose_steps_do_not_count_still_fills_the_buffer(tmp_path: Path) -> None:
+    """r0 has one step, and r2 none; r1 finds what r0 has fetched."""
+    requests = [GoldenRequest(f"r{i}", 40 + i, 9, cached_blocks=[0, 9, 9][i]) for i in range(3)]
+    run = write_golden(tmp_path / "run", requests)
+    lines = read_lines(run, REQUESTS_FILE)
+    for line in lines:
+        line["answer_tokens"] = {"r0": 1, "r1": 7, "r2": 0}[line["request_id"]]
+    write_lines(run, lines, REQUESTS_FILE)
+    manifest = json.loads((run / MANIFEST_FILE).read_bytes())
+    write_json(run / MANIFEST_FILE, manifest | {"answer_end": {"min_new_tokens": 0, "ignore_eos": True}})
+    flags = ("--steps", "answer", "--start", "first-set")
+    together, apart = (
+        replayed(run, tmp_path / share, *flags, "--share", share) for share in ("prefix", "none")
+    )
+    assert together["num_requests"] == apart["num_requests"] == 1 and together["num_groups"] == 1
+    assert together["sums"]["locality"] == apart["sums"]["locality"]
+    for layer, streams in together["sums"]["buffers"].items():
+        cells = [
+            one["policies"]["lru"]["4k"] for one in (streams["run"], apart["sums"]["buffers"][layer]["run"])
+        ]
+        assert cells[0]["selected"] == cells[1]["selected"] and cells[0]["missed"] <= cells[1]["missed"]
 
 
 @pytest.mark.parametrize(

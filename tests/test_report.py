@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from conftest import INFERENCE
+from conftest import INFERENCE, ROOT
 from dsatrace import cli
 from dsatrace.commands.generate import main as generate
-from dsatrace.report.figure import draw_tiers
+from dsatrace.report.figure import PANELS, RunSubject
 from dsatrace.report.tables import sink_shares
 from dsatrace.report.tier_tables import tier_tables
 from dsatrace.report.workload_tables import workload_tables
+from dsatrace.trace.rates import RATES, run_words
 from dsatrace.trace.reader import RunReader
 from dsatrace.units import size_text
 from helpers.command_runs import told_error
@@ -233,17 +235,66 @@ def test_where_the_selected_kv_was(tmp_path, capsys, name):
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_the_bars_of_tiers_are_their_shares(tmp_path, name):
-    run = RunReader(write_golden(tmp_path / "run", tiers=SETUPS[name]))
-    fetched = run.summary()["kv_fetch"]
-    axes = Figure().subplots()
-    draw_tiers(axes, run.manifest["tiers"], fetched)
-    bars = axes.containers
+    subject = RunSubject(RunReader(write_golden(tmp_path / "run", tiers=SETUPS[name])))
+    fetched = subject.summary["kv_fetch"]
+    found, moved = Figure().subplots(2)
+    PANELS["found"].draw(found, subject)
+    bars = found.containers
     pools = [pool.replace("_", " ") for pool in SETUPS[name].pools]
     assert [bar.get_label() for bar in bars] == ["HBM", *pools]
     tokens = [tier["hit_tokens"] for tier in fetched.values() if tier["requested_tokens"]]
     assert [bar[0].get_width() for bar in bars] == pytest.approx([n / sum(tokens) for n in tokens])
     for measure in zip(*bars, strict=True):
         assert sum(part.get_width() for part in measure) == pytest.approx(1)
+    PANELS["moved"].draw(moved, subject)
+    shown = [text.get_text() for text in moved.texts]
+    read, written = [fetched[pool] for pool in SETUPS[name].pools], [fetched["hbm"]]
+    expected = [f"{one['bytes_read'] / 2**20:,.2f} MiB, {one['read_ops']:,} reads" for one in read]
+    expected += [f"{one['bytes_written'] / 2**20:,.2f} MiB" for one in (*written, *read)]
+    assert shown == expected
+
+
+def test_every_hit_rate_has_one_name_and_the_summarys_number(tmp_path, capsys):
+    """Of what it is and over which steps stands beside each, in words that are told once."""
+    cache = {
+        "prompt_tokens": 91, "hit_tokens": 28, "hit_rate": 28 / 91, "computed_tokens": 63,
+        "prefill_s": 3.0, "saved_s": 1.0, "saved_kind": "modelled",
+    }  # fmt: skip
+    folder, summary = golden_run(tmp_path / "run", {"prefix_cache": cache}, tiers=SETUPS["block"])
+    words = run_words(json.loads((folder / "manifest.json").read_text()))
+    tables = json.loads(report(capsys, folder, "--json"))["tables"]
+
+    def table(title):
+        return next(table for table in tables if table["title"] == title)
+
+    shares = {}
+    for name, rate in RATES.items():
+        hits, asked = rate.counts(summary)
+        shares[name] = hits / asked
+        assert 0 < hits < asked, name
+    for name in ("tokens", "blocks"):
+        over = RATES[name].over.format(**words)
+        assert over == "recorded steps, prompts' last positions included"
+        served = table(f"Where the selected KV was ({over})")
+        (row,) = (row for row in served["rows"] if row[0] == RATES[name].of.format(**words))
+        assert row[served["columns"].index("HBM")] == pytest.approx(shares[name])
+    note = table("What the pools did (whole run)")["note"]
+    assert f"{shares['units']:.1%} of the {RATES['units'].name(words)}" in note
+    rows = dict(table(f"Prefix cache ({RATES['prompts'].over})")["rows"])
+    assert rows["hit rate, of those prompt tokens"] == pytest.approx(shares["prompts"])
+    assert len({rate.name(words) for rate in RATES.values()}) == len(RATES) == len(set(shares.values()))
+    printed = " ".join(report(capsys, folder, "--no-figure").split())
+    assert f"{shares['units']:.1%} of the {RATES['units'].name(words)}" in printed
+    assert re.search(r"\d [kMGT]B\b", printed) is None
+
+
+def test_sizes_are_in_binary_units_everywhere():
+    """As on the terminal; rates of links stay in GB/s."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "data").glob("*/*/README.md")]
+    decimal = re.compile(r"\d ?[kKMGT]B\b(?!/s)")
+    lines = [(page.name, line) for page in pages for line in page.read_text("utf-8").splitlines()]
+    assert len(lines) > 500
+    assert [one for one in lines if decimal.search(one[1])] == []
 
 
 def test_a_run_in_hbm_has_no_table_of_tiers(tmp_path, capsys):

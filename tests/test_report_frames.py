@@ -48,7 +48,7 @@ def grids_of(folder: Path) -> list[Grid]:
     return [part for part in report_parts(folder) if isinstance(part, Grid)]
 
 
-NUMERIC = re.compile(r"[-+]?[\d,]+(\.\d+)?( ?(%|x|s|ms|us|kB|MB|GB|TB|tokens|points)\b.*)?")
+NUMERIC = re.compile(r"[-+]?[\d,]+(\.\d+)?( ?(%|x|s|ms|us|KiB|MiB|GiB|TiB|tokens|points)\b.*)?")
 
 
 def unkept(grid: Grid) -> Iterator[str]:
@@ -69,7 +69,7 @@ def shows(cell: Cell) -> bool:
     assert found, cell
     shown = float(found[0].replace(",", ""))
     half = 0.5 * 10 ** -len(found[0].partition(".")[2]) * 1.001
-    scales = (1, 100, 1e-3, 1e-6, 1e-9, 1e-12)
+    scales = (1, 100, 1e-3, *(1024.0**-i for i in range(1, 5)))
     return any(abs(shown - cell.value * scale) <= max(half, abs(shown) * 1e-5) for scale in scales)
 
 

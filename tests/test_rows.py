@@ -212,7 +212,7 @@ def test_a_row_that_never_ends_is_refused(file: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 1 << 20)
     for content in (b'[{"a": [', b'{"a": '):
         file.write_bytes(content + b"1," * (2 << 20))
-        with pytest.raises(UserError, match=r"row at byte \d is longer than 1\.0 MB"):
+        with pytest.raises(UserError, match=r"row at byte \d is longer than 1\.0 MiB"):
             read(file)
 
 

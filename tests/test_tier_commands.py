@@ -16,6 +16,7 @@ from dsatrace.commands.run_burstgpt import main as run_burstgpt
 from dsatrace.commands.run_dataset import main as run_dataset
 from dsatrace.schema import MANIFEST_FIELDS, problems
 from dsatrace.trace.reader import RunReader
+from dsatrace.units import size_text
 from dsatrace.verify.run import verify
 from helpers.checkpoints import tiny_config
 from helpers.command_runs import selections, told_error
@@ -30,7 +31,10 @@ LOG = """Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type
 0,ChatGPT,400,4,404,API log
 0,ChatGPT,640,4,644,API log
 """
-SHARE = r"tiers: \d+\.\d % of the selected (blocks|tokens) were in HBM; "
+SHARE = (
+    r"tiers: (\d+\.\d) % of the selected (blocks of 16 tokens|rows of one token) found in HBM "
+    r"\(whole run, prefill included\); "
+)
 FULL = ("--maxmemory", "1mb", "--maxmemory-policy", "noeviction")
 """Of a server that takes nothing: it needs as much for itself."""
 
@@ -86,7 +90,13 @@ def test_the_same_answers_and_a_line_of_what_tiers_did(
         line for line in whole.splitlines() if line.startswith("[r")
     ]
     (told,) = [line for line in said.splitlines() if line.startswith("tiers:")]
-    assert re.match(SHARE + r"local pool \d+\.\d [kM]B read, \d+\.\d [kM]B written in [\d.e-]+ s$", told)
+    shown = re.match(SHARE + r"local pool (.*) read, (.*) written in [\d.e-]+ s$", told)
+    summary = RunReader(tmp_path / "tiers").summary()
+    units, pool = summary["tiers"]["selected_units"], summary["tiers"]["local_pool"]
+    assert shown is not None
+    assert shown[1] == f"{100 * units['hit_units'] / units['requested_units']:.1f}"
+    assert shown[3] == size_text(pool["bytes_read"]["store"])
+    assert shown[4] == size_text(pool["bytes_written"]["store"])
     assert selections(tmp_path / "tiers") == selections(tmp_path / "whole")
     assert ends(tmp_path / "tiers") == ends(tmp_path / "whole")
     assert verify(tmp_path / "tiers").state == "complete"

@@ -482,6 +482,12 @@ _INDEX_TOTALS = (
 
 _TIER_TOTALS = (
     Field("since_forward", "int", "", "`forward_idx` that counting began at: the start or last resume"),
+    Field("selected_units", "object", "", "units that layers selected, each once a forward, prefill "
+          "included; absent in older runs", optional=True, children=(
+        Field("requested_units", "int", "units", "distinct units that a layer's rows selected"),
+        Field("hit_units", "int", "units", "of those, units that were in HBM"),
+        Field("missed_units", "int", "units", "the others"),
+    )),
     *_pools(_POOL_TOTALS),
     Field("prefetch", "object | null", "", "what was fetched ahead; null where nothing is", children=(
         Field("units", "int", "units", "units fetched ahead"),

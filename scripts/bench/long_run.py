@@ -86,9 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="dsatrace-long-") as temporary:
         folder = args.keep or Path(temporary) / "run"
         for stage in (write_stage, verify_stage, summarize_stage):
-            text, seconds, peak_mb = in_own_process(stage, folder, args.records, args.level)
+            text, seconds, peak_mib = in_own_process(stage, folder, args.records, args.level)
             name = stage.__name__.removesuffix("_stage")
-            print(f"{name:10} {seconds:8.1f} s {peak_mb:8.0f} MB peak   {text}", flush=True)
+            print(f"{name:10} {seconds:8.1f} s {peak_mib:8.0f} MiB peak   {text}", flush=True)
     return 0
 
 
@@ -204,7 +204,7 @@ def fetched(capture: StepCapture, tiers: TierSettings) -> StepCapture:
 
 
 def in_own_process(stage: Callable[..., str], *arguments: object) -> tuple[str, float, float]:
-    """What the stage says, its seconds, and the peak memory of its process in MB."""
+    """What the stage says, its seconds, and the peak memory of its process in MiB."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run_stage, args=(sender, stage, *arguments))

@@ -54,6 +54,7 @@ from dsatrace.model.batch import Batch, Span
 from dsatrace.model.cache import KVCache
 from dsatrace.model.selection import Selection
 from dsatrace.model.transformer import Transformer
+from dsatrace.report.drawing import FORMATS, picture
 from dsatrace.runner.offload.cache import OffloadedCache, tokens_of_unit, unit_bytes
 from dsatrace.runner.offload.opening import open_tiers
 from dsatrace.runner.settings import Granularity, OffloadSettings, PrefetchKind
@@ -72,6 +73,7 @@ REPORTED = 4  # every so many rounds the engine reports what it fetched, which t
 ROWS = "row"
 ROW_BLOCK = 16  # tokens of a block where rows move: a unit of allocation only
 MARKERS = "osD^v*P"
+DASHES = ("-", "--", "-.", ":", (0, (4, 1, 1, 1, 1, 1)))
 CONSOLE = Console(width=150, highlight=False)
 
 
@@ -249,6 +251,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"use --context from 512, --steps from {REPORTED} and --threads from 1 on")
     if not all(1 <= share <= 100 for share in args.shares):
         raise UserError(f"--shares {' '.join(map(str, args.shares))}: they are percent, from 1 to 100")
+    if args.plot and args.plot.suffix.removeprefix(".") not in FORMATS:
+        raise UserError(f"--plot {args.plot}: name a file that ends in .{', .'.join(FORMATS)}")
     for unit in args.units:
         if unit != ROWS and not (unit.isdecimal() and int(unit)):
             raise UserError(f"--units {unit}: use row, or the tokens of a block")
@@ -457,58 +461,69 @@ def unit_name(unit: str) -> str:
 
 
 def plot(outcome: Outcome, path: Path) -> None:
-    """Speed, hits and bytes against the share in HBM; without prefetch. Colours are units, marks policies."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
-
-    selected = outcome.selected_bytes / 1024
-    panels: list[tuple[str, Callable[[Measured], float], float]] = [
-        ("tokens/s, everything in HBM = 1", lambda m: m.ratio, 1.0),
-        ("selected tokens found in HBM, %", lambda m: 100 * m.hit_rate, 100.0),
-        (f"KiB read a step (dotted: selected, {selected:.0f})", lambda m: m.read_bytes / 1024, selected),
-    ]
+    """Speed, hits and bytes against the share in HBM, without prefetch: by what moves as one under the first
+    policy, and by policy for what moves first. Points of one share stand side by side."""
     lines = [line for line in outcome.lines if line.case.prefetch == "none"]
+    shares = sorted({line.case.share for line in lines})
     needs = {line.case.unit: line.needs_blocks / line.num_blocks for line in lines}
     policies = list(dict.fromkeys(line.case.policy for line in lines))
-    color = {unit: f"C{at}" for at, unit in enumerate(needs)}
-    marker = {policy: MARKERS[at % len(MARKERS)] for at, policy in enumerate(policies)}
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4.8), layout="constrained")
-    for axis, (what, value, reference) in zip(axes, panels, strict=True):
-        axis.axhline(reference, color="grey", linestyle=":", zorder=0)
-        for unit, policy in itertools.product(needs, policies):
-            points = sorted(
-                (line.case.share, value(line.measured))
-                for line in lines
-                if line.measured and line.case.unit == unit
-                if line.case.policy == policy or line.case.share == 100
-            )
-            axis.plot(
-                [share for share, _ in points],
-                [height for _, height in points],
-                color=color[unit],
-                marker=marker[policy],
-                markersize=5,
-                linewidth=1,
-                alpha=0.8,
-            )
-        axis.set(xlabel="blocks in HBM, %", title=what, ylim=(0, None))
-        axis.set_xticks(sorted({line.case.share for line in lines}))
-        axis.grid(alpha=0.3)
-    handles = [
-        Line2D([], [], color=color[unit], label=f"{unit_name(unit)} (one step needs {share:.0%} in HBM)")
-        for unit, share in needs.items()
-    ] + [
-        Line2D([], [], color="grey", linestyle="", marker=marker[policy], label=policy) for policy in policies
+    unit, policy = next(iter(needs)), policies[0]
+    groups: list[tuple[str, dict[str, list[Line]]]] = [
+        (
+            f"policy {policy}",
+            {
+                f"{unit_name(name)}\n(a step needs {need:.0%})": [
+                    line for line in lines if line.case.unit == name and line.case.policy == policy
+                ]
+                for name, need in needs.items()
+            },
+        ),
+        (
+            f"moved as {unit_name(unit)}",
+            {
+                name: [
+                    line
+                    for line in lines
+                    if line.case.unit == unit and (line.case.policy == name or line.case.share == 100)
+                ]
+                for name in policies
+            },
+        ),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(len(needs), len(policies)))
-    figure.suptitle(
-        f"What a smaller HBM costs: needle-2k at {outcome.prompt_tokens:,} tokens, pool {outcome.store}"
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    selected = outcome.selected_bytes / 1024
+    panels: list[tuple[str, Callable[[Measured], float], float, float | None]] = [
+        ("tokens/s, everything in HBM = 1", lambda m: m.ratio, 1.0, None),
+        ("selected tokens found in HBM, %", lambda m: 100 * m.hit_rate, 100.0, 100.0),
+        (f"KiB read a step (grey: selected, {selected:.0f})", lambda m: m.read_bytes / 1024, selected, None),
+    ]
+    with picture(path, (13, 7.6), rows=2, columns=3, without="another --plot") as (figure, axes):
+        for row, (what, series) in enumerate(groups):
+            for place, (title, value, reference, top) in zip(axes[3 * row :], panels, strict=False):
+                place.axhline(reference, color="0.7", zorder=0)
+                for i, (label, of_label) in enumerate(series.items()):
+                    aside = 0.14 * (i - (len(series) - 1) / 2)
+                    points = sorted(
+                        (shares.index(line.case.share) + aside, value(line.measured))
+                        for line in of_label
+                        if line.measured
+                    )
+                    place.plot(
+                        [x for x, _ in points],
+                        [height for _, height in points],
+                        color=f"C{i}",
+                        marker=MARKERS[i % len(MARKERS)],
+                        linestyle=DASHES[i % len(DASHES)],
+                        linewidth=1,
+                        label=label,
+                        clip_on=False,
+                    )
+                place.set_xticks(range(len(shares)), [f"{share} %" for share in shares])
+                place.set(xlabel="blocks in HBM", title=f"{title}\n{what}", ylim=(0, top))
+            axes[3 * row + 2].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+        figure.suptitle(
+            f"What a smaller HBM costs: needle-2k at {outcome.prompt_tokens:,} tokens, 1 request, 4 layers, "
+            f"{outcome.steps} decode steps, pool {outcome.store}"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -531,7 +546,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--store", default="ram", help="the pool: ram, mmap:PATH, redis://HOST:PORT, sim:...")
     add("--threads", type=int, default=1, help="torch threads")
     add("--json", type=Path, help="write everything there")
-    add("--plot", type=Path, help="draw it there (PNG)")
+    add("--plot", type=Path, help="draw it there: .png, .svg or .pdf")
     return parser
 
 

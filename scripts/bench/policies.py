@@ -166,7 +166,7 @@ def _measure(path: str, name: str, capacity: int, sender: Connection) -> None:
 
 def memory_table(stream: AccessStream, capacity: int) -> Table:
     title = f"Memory, {stream.num_accesses:,} accesses to {stream.num_blocks:,} blocks"
-    headings = ("process before, MB", "added, MB", "bytes per access")
+    headings = ("process before, MiB", "added, MiB", "bytes per access")
     table = empty_table(title, "policy, leaf-constrained", *headings)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +182,7 @@ def memory_table(stream: AccessStream, capacity: int) -> Table:
             process.join()
             added = after - before
             table.add_row(
-                name, f"{before / 1e6:.0f}", f"{added / 1e6:.0f}", f"{added / stream.num_accesses:.1f}"
+                name, f"{before / 2**20:.0f}", f"{added / 2**20:.0f}", f"{added / stream.num_accesses:.1f}"
             )
     return table
 

@@ -316,7 +316,7 @@ SECTIONS = {
         {"accesses": ("accesses", ""), "recorded": ("recorded", ""),
          "Maccesses/s": ("maccesses_per_s", ".1f"),
          "bytes/access recorded": ("event_bytes_per_access", ".1f"),
-         "trace": ("trace_bytes_per_access", ".1f"), "peak RSS MB": ("peak_rss_mb", ".0f")},
+         "trace": ("trace_bytes_per_access", ".1f"), "peak RSS MiB": ("peak_rss_mb", ".0f")},
     ),
 }  # fmt: skip
 

@@ -148,12 +148,12 @@ def grow(num_records: int, num_steps: int, one_stream: bool) -> str:
         lru(steps, SIZES)
         misses(steps, "opt", 4096)
     seconds = time.process_time() - begin
-    return f"{seconds / num_records * 1e6:.1f} {(peak_bytes() - before) / 1e6:.0f}"
+    return f"{seconds / num_records * 1e6:.1f} {(peak_bytes() - before) / 2**20:.0f}"
 
 
 def growth_table(counts: Sequence[int], longest: int) -> Table:
     title = f"Growth: LRU at all sizes, {len(SIZES)} by step, and OPT at one; memory beside the records"
-    table = empty_table(title, "records", "us per record", "memory, MB")
+    table = empty_table(title, "records", "us per record", "memory, MiB")
     rows = [(count, 512, False) for count in counts] + [(longest, 512, True)]
     for num_records, num_steps, one_stream in rows:
         said, _, _ = in_own_process(grow, num_records, num_steps, one_stream)

@@ -168,8 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         wall, cpu = found["wall_s"], found["cpu_s"]
         print(
             f"--jobs {jobs}: {wall:,.0f} s, {cpu:,.0f} s CPU; per record {1e3 * wall / num_records:.3f} ms, "
-            f"{1e3 * cpu / num_records:.3f} CPU; largest process {found['largest_process_mb']:,.0f} MB; "
-            f"{found['parts']} results of {found['part_kb']:,.0f} kB",
+            f"{1e3 * cpu / num_records:.3f} CPU; largest process {found['largest_process_mb']:,.0f} MiB; "
+            f"{found['parts']} results of {found['part_kb']:,.0f} KiB",
             flush=True,
         )
         sums.append(found["sums"])

@@ -80,11 +80,11 @@ class Spent(NamedTuple):
 
 def measured(name: str, folder: Path, num_records: int, plain: bool, jobs: int) -> Spent:
     """Without the start of the process that verifies; prints it, and its memory."""
-    said, _, own_mb = in_own_process(verify_stage, folder, plain, jobs)
-    seconds, cpu_s, of_workers_mb = map(float, said.split())
-    memory = (
-        f"{own_mb:.0f} MB, and {of_workers_mb:.0f} MB in a worker" if of_workers_mb else f"{own_mb:.0f} MB"
-    )
+    said, _, own_mib = in_own_process(verify_stage, folder, plain, jobs)
+    seconds, cpu_s, of_workers_mib = map(float, said.split())
+    memory = f"{own_mib:.0f} MiB"
+    if of_workers_mib:
+        memory += f", and {of_workers_mib:.0f} MiB in a worker"
     print(
         f"{name:18} {seconds:6.1f} s {cpu_s:6.1f} s of processors {num_records / seconds:8.0f} records/s   "
         f"peak {memory}",

@@ -234,7 +234,7 @@ class Page:
         """What the expression gives, once it is there if it is a promise; raises what it throws."""
         told = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in told:
-            raise BrowserError(f"{expression}: {_thrown(told['exceptionDetails'])}")
+            raise BrowserError(f"{expression[:200]}: {_thrown(told['exceptionDetails'])}")
         return told["result"].get("value")
 
     def wait(self, condition: str) -> None:

@@ -135,6 +135,7 @@ class SimulatedTiers:
         pools = {TIER_NAMES[pool]: self._described(pool) for pool in self._pools}
         return {
             "since_forward": self.since_forward,
+            "selected_units": {"requested_units": 40, "hit_units": 29, "missed_units": 11},
             "local_pool": pools.get("local_pool"),
             "remote_pool": pools.get("remote_pool"),
             "prefetch": {"units": 9, "used_units": 6, "missed_units": 3, "recall": 2 / 3, "precision": 2 / 3},

@@ -8,17 +8,20 @@ dsatrace replay merge shards/*/replay.json --out outputs/all
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from dsatrace.commands.parser import CommandParser, count, shard
+from dsatrace.commands.picture_flags import add_picture_flags, picture_settings
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.text import plain
 from dsatrace.trace.url import is_url, run_path
 
 if TYPE_CHECKING:
+    from dsatrace.report.panels import PictureSettings
     from dsatrace.selection_replay.result import Result
     from dsatrace.selection_replay.settings import ReplaySettings
 
@@ -114,7 +117,7 @@ def _replay(argv: Sequence[str]) -> int:
         help="who replays: --jobs processes, or all of a ray cluster (default: processes)",
     )
     args = parser.parse_args(argv)
-    settings = _settings(args)
+    settings, pictures = _settings(args), _pictures(args)
     on_ray = args.engine == "ray"
     if on_ray:
         if args.jobs > 1:
@@ -135,7 +138,7 @@ def _replay(argv: Sequence[str]) -> int:
             )
         with counted_bar("replay", sum(one.num_records for one in work), "records") as advance:
             result = replay_all(work, settings, args.jobs, out / "parts", advance, on_ray)
-    return _finish(result, out, args)
+    return _finish(result, out, args, pictures)
 
 
 def _merge(argv: Sequence[str]) -> int:
@@ -150,6 +153,7 @@ def _merge(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.out is None:
         raise UserError("--out DIR is missing: name the folder of the merged result")
+    pictures = _pictures(args)
 
     from dsatrace.selection_replay.result import Result
 
@@ -157,7 +161,7 @@ def _merge(argv: Sequence[str]) -> int:
     total = Result.read(paths[0])
     for path in paths[1:]:
         total.add(Result.read(path), str(path))
-    return _finish(total, _out_folder(args.out), args)
+    return _finish(total, _out_folder(args.out), args, pictures)
 
 
 def _add_answers(parser: argparse.ArgumentParser) -> None:
@@ -172,7 +176,12 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
     add(
         "--compute-us", metavar="US", help="of a layer's decode step on your device: BASE or BASE+PER_REQUEST"
     )
-    add("--hbm-gb", type=float, metavar="GB", help="HBM for KV: from which batch and context the buffer pays")
+    add(
+        "--hbm-gb",
+        type=float,
+        metavar="GB",
+        help="HBM for KV (10^9 bytes): from which batch and context the buffer pays",
+    )
     add("--measured", type=Path, metavar="FILE", help="an engine's counters to set beside the prediction")
 
 
@@ -181,7 +190,7 @@ def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help=f"{text} (default: {default})" if default else text
     )
-    parser.add_argument("--no-figure", action="store_true", help="no pictures")
+    add_picture_flags(parser)
 
 
 def _settings(args: argparse.Namespace) -> ReplaySettings:
@@ -215,10 +224,12 @@ def _out_folder(folder: Path) -> Path:
     """Made if it is not there; refused if it holds anything but a replay."""
     if is_url(folder):
         raise UserError("--out: name a folder of this machine, and copy it to a URL when it is done")
-    ours = {"replay.json", "replay.csv", "replay.png", "parts"}
+    ours = re.compile(r"parts|replay\.(json|csv)|replay(_[a-z]+)?\.(png|svg|pdf)")
     try:
         foreign = (
-            sorted(path.name for path in folder.iterdir() if path.name not in ours) if folder.exists() else []
+            sorted(path.name for path in folder.iterdir() if not ours.fullmatch(path.name))
+            if folder.exists()
+            else []
         )
         if foreign:
             raise UserError(
@@ -230,7 +241,14 @@ def _out_folder(folder: Path) -> Path:
     return folder
 
 
-def _finish(result: Result, out: Path, args: argparse.Namespace) -> int:
+def _pictures(args: argparse.Namespace) -> PictureSettings | None:
+    """What to draw; asked before anything is replayed."""
+    from dsatrace.report.replay_figure import PANELS
+
+    return picture_settings(args, PANELS)
+
+
+def _finish(result: Result, out: Path, args: argparse.Namespace, pictures: PictureSettings | None) -> int:
     """Writes and shows what was found."""
     from dsatrace.report.grid import WIDE, show
     from dsatrace.report.replay_tables import replay_parts
@@ -243,11 +261,10 @@ def _finish(result: Result, out: Path, args: argparse.Namespace) -> int:
     write_result(record, result, out)
     show(replay_parts(record), WIDE)
     print(f"all figures: {plain(out / 'replay.json')}; as a table: replay.csv")
-    if not args.no_figure:
+    if pictures:
         from dsatrace.report.replay_figure import draw_replay
 
-        draw_replay(record, out / "replay.png")
-        print(f"picture: {plain(out / 'replay.png')}")
+        show(draw_replay(record, out / "replay", pictures).lines())
     return 0
 
 

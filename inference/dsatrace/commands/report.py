@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsatrace.commands.damage import damage_named
 from dsatrace.commands.parser import CommandParser, count
+from dsatrace.commands.picture_flags import add_picture_flags, picture_flags_given, picture_settings
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.text import plain
 
@@ -37,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Show what a traced run or a study found.",
         examples="""
         %(prog)s outputs/generate_20260101_120000
-        %(prog)s outputs/mine --html page.html
         %(prog)s outputs/mine outputs/theirs --html both.html
+        %(prog)s outputs/mine --panel overlap --panel map --layer 2 --format pdf --style paper
         """,
     )
     parser.add_argument(
@@ -51,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--layer",
         type=int,
-        default=None,
-        help="layer of the heat map (default: the last; of the page: some, chosen by a rule that it states)",
+        help="layer of the map (default: the one that selects most of the answer; without an answer the one "
+        "with the least overlap with the step before; of the page: some, chosen by a rule that it states)",
     )
     parser.add_argument(
         "--request",
@@ -67,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of a study's page: KV that a token takes in all layers together, such as 40016 for "
         "DeepSeek-V3.2 in fp8; capacities are then told in GiB too",
     )
-    parser.add_argument("--no-figure", action="store_true", help="tables only")
     parser.add_argument(
         "--json", action="store_true", help="the tables as JSON, numbers for texts; draws no picture"
     )
@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what `dsatrace replay` found in this run, for the page; of several runs one each, in their "
         "order (default: the page's command replays what takes up to a minute)",
     )
+    add_picture_flags(parser)
     args = parser.parse_args(argv)
     for_page = {
         "--replay": args.replay and args.replay[0],
@@ -97,12 +98,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.html is None and len(args.runs) > 1:
         raise UserError(f"{plain(args.runs[1])}: several runs are compared on a page; add --html FILE")
     if args.html is not None:
-        given = {"--no-figure": args.no_figure, "--json": args.json}
-        if wrong := [flag for flag, is_given in given.items() if is_given]:
+        others = {"--no-figure": args.no_figure, "--json": args.json}
+        if wrong := [*(flag for flag, given in others.items() if given), *picture_flags_given(args)]:
             raise UserError(f"{wrong[0]} with --html: it has no meaning for the page; leave it out")
         return _page(args.runs, args.html, args.replay, args.request, args.layer, args.bytes_per_token)
 
-    from dsatrace.report.figure import draw
+    from dsatrace.report.figure import PANELS, draw
     from dsatrace.report.grid import WIDE, WIDTH, show
     from dsatrace.report.parts import parts_json, report_parts
     from dsatrace.report.study_folder import is_study
@@ -110,14 +111,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     (folder,) = args.runs
     a_study = is_study(folder)
+    given = [*picture_flags_given(args), *(["--layer"] if args.layer is not None else [])]
+    if a_study and given:
+        raise UserError(f"{given[0]}: {folder} is a study, which drew its pictures when it ran; leave it out")
+    settings = picture_settings(args, PANELS, none="--json" if args.json else "--no-figure")
     with damage_named(folder) if not a_study else contextlib.nullcontext():
         parts = report_parts(folder)
         if args.json:
             print(json.dumps(parts_json(parts), indent=1, allow_nan=False))
             return 0
         show(parts, WIDE if a_study else WIDTH)
-        if not (a_study or args.no_figure) and (picture := draw(RunReader(folder), args.layer)):
-            show([f"picture: {picture}"])
+        if settings and not a_study:
+            show(draw(RunReader(folder), args.layer, settings).lines())
     return 0
 
 

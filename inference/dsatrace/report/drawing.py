@@ -1,12 +1,15 @@
 """What every picture shares: a figure that is saved when it is done, and labels that are plain text.
 
-with picture(path, (7, 5), without="--skip-visualization") as (figure, (axes,)):
-    axes.plot(values, label=plain_label(name))
+A picture is a PNG, an SVG or a PDF, as its file's name ends. The same figure is the same bytes: no file
+holds a date or a drawn number, and vector files hold text as text.
+
+    with picture(path, (7, 5), without="--skip-visualization") as (figure, (axes,)):
+        axes.plot(values, label=plain_label(name))
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,36 @@ from typing import Any
 from ..errors import UserError
 from ..text import for_picture
 
+FORMATS = ("png", "svg", "pdf")
 DPI = 120
 LABEL_CHARS = 40
+
+_NO_DATE: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+_ALWAYS = {"svg.fonttype": "none", "svg.hashsalt": "dsatrace", "pdf.fonttype": 42}
+
+
+@contextmanager
+def blank_picture(
+    path: Path, size: tuple[float, float], *, without: str, rc: Mapping[str, Any] | None = None
+) -> Iterator[Any]:
+    """A figure of `size` inches, drawn under matplotlib's settings `rc`. It is saved if the block does not
+    raise.
+
+    Raises a `UserError` if the file cannot be written; `without` is the flag that draws none.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    settings: Any = {"figure.dpi": DPI, "savefig.dpi": DPI, **_ALWAYS, **(rc or {})}
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        try:
+            figure.savefig(path, metadata=_NO_DATE[path.suffix.removeprefix(".")])
+        except OSError as error:
+            raise UserError(f"{path}: cannot write the picture: {error.strerror}; use {without}") from error
 
 
 @contextmanager
@@ -28,25 +59,9 @@ def picture(
     share_y: bool = False,
     without: str,
 ) -> Iterator[tuple[Any, list[Any]]]:
-    """A figure of `size` inches and its axes, row by row. It is saved if the block does not raise.
-
-    Raises a `UserError` if the file cannot be written; `without` is the flag that draws none.
-    """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        rows, columns, figsize=size, layout="constrained", squeeze=False, sharey=share_y
-    )
-    try:
-        yield figure, list(axes.flat)
-        figure.savefig(path, dpi=DPI)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write the picture: {error.strerror}; use {without}") from error
-    finally:
-        plt.close(figure)
+    """The same with axes, row by row."""
+    with blank_picture(path, size, without=without) as figure:
+        yield figure, list(figure.subplots(rows, columns, squeeze=False, sharey=share_y).flat)
 
 
 def plain_label(label: str) -> str:
@@ -56,5 +71,5 @@ def plain_label(label: str) -> str:
 
 
 def whole_numbers(axis: Any) -> None:
-    """Ticks at whole numbers only."""
-    axis.get_major_locator().set_params(integer=True)
+    """Ticks at whole numbers only, be it a single one."""
+    axis.get_major_locator().set_params(integer=True, min_n_ticks=1)

@@ -1,138 +1,283 @@
-"""One picture of a run: blocks touched, where they lie over time, overlap and age, tiers, serving.
+"""A run's pictures: blocks touched, where they lie over time, overlap and age, tiers, serving.
 
-A panel is there only if the run has something to show in it.
+`PANELS` is the table of them. Every share stands beside its baselines, which marks, dashes or hatches tell
+apart without colour.
 
-draw(RunReader(folder))      # writes report.png into the run's folder
+draw(RunReader(folder)).paths      # report.png in the run's folder
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import functools
+import textwrap
+from collections import Counter
 from typing import Any
 
 import numpy as np
 
 from ..errors import UserError
-from ..text import for_picture
-from ..trace.kind import engine_kind
+from ..text import for_picture, plain
+from ..trace.kind import SelectionKind, engine_kind
 from ..trace.manifest import selection_kind
+from ..trace.rates import RATES, run_words, unit_words
 from ..trace.reader import RunReader
-from .drawing import picture, whole_numbers
-from .tables import Summary, caveat
+from ..units import MIB
+from .drawing import whole_numbers
+from .panels import (
+    BASELINE_STYLES,
+    HATCHES,
+    Drawn,
+    Panel,
+    PictureSettings,
+    draw_panels,
+    layers_axis,
+    numbers_axis,
+    shares_axis,
+)
+from .tables import Summary, caveat, model_name, unit_text
 from .tier_tables import TIER_TITLES, tiers_of
 
-FIGURE_FILE = "report.png"
 MAX_STEPS = 1000
-"""Columns of the heat map. More would be narrower than a pixel."""
+"""Columns of the map. More would be narrower than a pixel."""
+MAX_ROWS = 512
+"""Its rows, of one block or of several: the most selected of them is shown."""
+_FIELDS = (
+    *("request_id", "layer_id", "kv_head", "step_idx", "phase", "path", "seq_len_current"),
+    *("unique_token_pos_count", "block_size_tokens", "selected_token_pos"),
+)
 
 
-def draw(run: RunReader, layer_id: int | None = None) -> Path | None:
-    """Draws the panels; the heat map shows the first request in `layer_id` (default: the last layer).
+class RunSubject:
+    """What a run's panels draw: its summary, and of its records those of one layer and request."""
 
-    Returns None, without a picture, if there is nothing to show.
-    """
-    summary = run.summary()
-    panels = list(_panels(run, summary, layer_id))
-    if not panels:
-        return None
-    path, num_rows = run.folder / FIGURE_FILE, -(-len(panels) // 2)
-    with picture(path, (12, 4 * num_rows), rows=num_rows, columns=2, without="--no-figure") as (figure, axes):
-        for panel, place in itertools.zip_longest(panels, axes):
-            if panel is None:
-                place.set_axis_off()
-            else:
-                panel(place)
-        counts = summary["counts"]
-        title = (
-            f"{for_picture(run.folder.name)}: {counts['requests']} requests, {counts['steps']} decode steps"
+    def __init__(self, run: RunReader, layer: int | None = None) -> None:
+        """`layer` is the map's. Raises a `UserError` if the run does not have it."""
+        self.run, self.summary = run, run.summary()
+        self.kind: SelectionKind = selection_kind(run.manifest) or engine_kind(
+            run.manifest["model_config"].get("n_layers", 1), 1
         )
-        figure.suptitle(f"{title}\n{caveat(summary)}" if caveat(summary) else title)
-    return path
+        if layer is not None and not 0 <= layer < len(self.kind.layers):
+            raise UserError(f"--layer {layer}: the run has layers 0 to {len(self.kind.layers) - 1}")
+        self.layer, self.why_layer = (layer, "as asked") if layer is not None else self._telling_layer()
+
+    def _telling_layer(self) -> tuple[int, str]:
+        """The layer that finds the answer; else the one that moves most; else the last."""
+        layers = sorted(set(self.kind.set_layers.tolist()))
+        recall = _of_layers(self.summary.get("needle_recall"), layers)
+        overlap = _of_layers(self.summary["step_overlap"], layers)
+        if recall:
+            return max(recall, key=lambda layer: recall[layer]), "selects most of the answer"
+        if len(overlap) > 1:
+            return min(overlap, key=lambda layer: overlap[layer]), "least overlap with the step before"
+        return (layers[-1], "the last") if layers else (0, "")
+
+    @functools.cached_property
+    def _read(self) -> tuple[Counter[int], Counter[int], list[dict[str, Any]]]:
+        contexts: Counter[int] = Counter()
+        sizes: Counter[int] = Counter()
+        of_map: list[dict[str, Any]] = []
+        for record in self.run.steps(_FIELDS):
+            num_selected = record["unique_token_pos_count"] or 0
+            contexts[record["seq_len_current"]] += num_selected
+            sizes[num_selected] += num_selected
+            is_shown = record["layer_id"] == self.layer and record.get("kv_head", 0) == 0
+            if not is_shown or record["phase"] == "prefill" or len(of_map) == MAX_STEPS:
+                continue
+            if of_map and record["request_id"] != of_map[0]["request_id"]:
+                continue
+            if of_map or record["path"] == "sparse":
+                of_map.append(record)
+        return contexts, sizes, of_map
+
+    @property
+    def contexts(self) -> Counter[int]:
+        """Selected tokens, by the tokens that their query could see."""
+        return self._read[0]
+
+    @property
+    def sizes(self) -> Counter[int]:
+        """Selected tokens, by how many their selection has."""
+        return self._read[1]
+
+    @property
+    def map_records(self) -> list[dict[str, Any]]:
+        """The decode records of `layer`, and its first KV head, of the first request past top-k."""
+        return self._read[2]
+
+    def facts(self, *own: object, pooled: bool = False) -> list[str]:
+        """Of a panel over all layers and steps: means, or `pooled`."""
+        counts, num_layers = self.summary["counts"], len(self.kind.layers)
+        requests = _several(counts["requests"], "request")
+        if counts["requests"] > 1 and not pooled:
+            requests = f"mean of {requests}"
+        steps = _several(counts["steps"], "decode step")
+        layers = _several(num_layers, "layer")
+        return [model_name(self.run.manifest), requests, layers, *map(str, own), self.unit, steps]
+
+    @property
+    def unit(self) -> str:
+        return f"unit: {unit_text(self.kind)}"
 
 
-def _panels(run: RunReader, summary: Summary, layer_id: int | None) -> Iterator[Callable[[Any], None]]:
-    if summary["counts"]["records"]:
-        kind = selection_kind(run.manifest) or engine_kind(run.manifest["model_config"]["n_layers"], 1)
-        num_layers = len(kind.layers)
-        if layer_id is not None and not 0 <= layer_id < num_layers:
-            raise UserError(f"--layer {layer_id}: the run has layers 0 to {num_layers - 1}")
-        layer = int(kind.set_layers[-1]) if layer_id is None else layer_id
-        is_sparse = summary["counts"]["sparse_records"] > 0
-        if is_sparse and kind.holds("unique_blocks"):
-            yield lambda axes: _blocks_touched(axes, summary)
-        if kind.holds("selected_token_pos"):
-            yield lambda axes: _heat_map(axes, run, layer, is_sparse)
-        if is_sparse:
-            yield lambda axes: _overlap(axes, summary)
-        if kind.holds("offset_max"):
-            yield lambda axes: _offsets(axes, summary)
-    if serving := summary.get("serving"):
-        yield lambda axes: _latencies(axes, summary["histograms"], serving["clock"])
-        yield lambda axes: _over_time(axes, serving["requests_over_time"])
-    if recall := summary.get("needle_recall"):
-        yield lambda axes: _needle_recall(axes, recall)
-    if (setup := run.manifest.get("tiers")) and summary["counts"]["records"]:
-        yield lambda axes: draw_tiers(axes, setup, summary["kv_fetch"])
+def _several(count: int, what: str) -> str:
+    return f"1 {what}" if count == 1 else f"{count:,} {what}s"
 
 
-def _blocks_touched(axes: Any, summary: Summary) -> None:
-    rows = summary["blocks_touched"]
-    selectors = (("mean", "measured"), ("uniform_mean", "uniform"), ("recency_mean", "recency"))
-    place = np.arange(len(rows))
-    for i, (key, label) in enumerate(selectors):
-        shares = [row[key] / row["context_mean"] if row[key] is not None else 0 for row in rows]
-        axes.bar(place + 0.27 * (i - 1), shares, 0.25, label=label)
-    axes.set_xticks(place, [f"{row['block_size_tokens']}" for row in rows])
-    axes.set(
-        title="Share of the context's blocks touched by a step", xlabel="block size (tokens)", ylim=(0, 1.2)
+def _of_layers(section: Summary | None, layers: list[int]) -> dict[int, float]:
+    shares = (section or {}).get("per_layer") or []
+    return {layer: shares[layer] for layer in layers if layer < len(shares) and shares[layer] is not None}
+
+
+def draw(run: RunReader, layer: int | None = None, settings: PictureSettings | None = None) -> Drawn:
+    """Draws the sheet, or each panel that `settings` names, into the run's folder; the map shows `layer`."""
+    subject = RunSubject(run, layer)
+    counts = subject.summary["counts"]
+    numbers = [_several(counts["requests"], "request"), _several(counts["steps"], "decode step")]
+    heading = f"{plain(run.folder.name, 80)}: {', '.join(numbers)}"
+    stem = run.folder / "report"
+    return draw_panels(PANELS, subject, stem, heading, settings, caveat(subject.summary) or "")
+
+
+def _not_sparse(subject: RunSubject) -> str | None:
+    counts = subject.summary["counts"]
+    if not counts["records"]:
+        return "no step was recorded"
+    return None if counts["sparse_records"] else "no step saw more than top-k, so everything was selected"
+
+
+def _no_positions(subject: RunSubject) -> str | None:
+    if reason := _not_sparse(subject):
+        return reason
+    return None if subject.kind.holds("offset_max") else "its ids are no positions"
+
+
+def _no_map(subject: RunSubject) -> str | None:
+    if reason := _no_positions(subject):
+        return reason
+    if subject.run.manifest["trace"]["level"] != "full" or not subject.kind.holds("selected_token_pos"):
+        return "positions were not recorded"
+    return None if subject.map_records else f"no step of layer {subject.layer} went past top-k"
+
+
+def _no_overlap(subject: RunSubject) -> str | None:
+    if reason := _not_sparse(subject):
+        return reason
+    compared = any(subject.summary[key]["pairs"] for key, _ in _OVERLAPS)
+    return None if compared else "there are no two selections to compare"
+
+
+def _no_needle(subject: RunSubject) -> str | None:
+    recall = subject.summary.get("needle_recall")
+    return None if recall and recall["records"] else "no answer is known"
+
+
+def _no_latencies(subject: RunSubject) -> str | None:
+    if not subject.summary.get("serving"):
+        return "no requests arrived over time"
+    histograms = subject.summary["histograms"]
+    return None if any(histograms[f"{name}_us"]["values"] for name in _DURATIONS) else "none was served"
+
+
+def _no_arrivals(subject: RunSubject) -> str | None:
+    serving = subject.summary.get("serving")
+    return None if serving and serving["requests_over_time"] else "no requests arrived over time"
+
+
+def _not_tiered(subject: RunSubject) -> str | None:
+    if subject.run.manifest.get("tiers") is None:
+        return "HBM held everything"
+    return None if subject.summary["counts"]["records"] else "no step was recorded"
+
+
+def _nothing_moved(subject: RunSubject) -> str | None:
+    if reason := _not_tiered(subject):
+        return reason
+    moved = any(num_bytes for _, num_bytes, _, _ in _moves(subject))
+    return None if moved else "nothing was moved in a recorded step"
+
+
+def _blocks_touched(axes: Any, subject: RunSubject) -> list[str]:
+    rows = subject.summary["blocks_touched"]
+    selectors = (
+        ("mean", "measured"),
+        ("uniform_mean", "uniform selector"),
+        ("recency_mean", "recency selector"),
     )
-    axes.legend(loc="upper center", ncols=3)
+    for i, (key, label) in enumerate(selectors):
+        there = [
+            (place, row[key] / row["context_mean"]) for place, row in enumerate(rows) if row[key] is not None
+        ]
+        places, shares = zip(*there, strict=True) if there else ((), ())
+        bars = axes.bar(
+            np.array(places) + 0.29 * (i - 1),
+            shares,
+            0.27,
+            label=label,
+            color=f"C{i}",
+            hatch=HATCHES[i],
+            edgecolor="k",
+            linewidth=0.5,
+        )
+        for bar, share in zip(bars, shares, strict=True):
+            text = f"{100 * share:.0f}" if share >= 0.01 else f"{100 * share:.1g}"
+            _number(axes, bar, text, share, upright=True)
+    axes.set_xticks(range(len(rows)), [f"{row['block_size_tokens']}" for row in rows])
+    axes.set(xlabel="block size (tokens)", ylabel="share of the context's blocks")
+    shares_axis(axes.yaxis)
+    return subject.facts("blocks of " + ", ".join(f"{row['block_size_tokens']}" for row in rows))
 
 
-def _heat_map(axes: Any, run: RunReader, layer_id: int, is_sparse: bool) -> None:
-    """Tokens selected of each block, step by step, of the first request that is past top-k.
-
-    Arrows mark the blocks that hold the answer, if the workload knows them.
-    """
+def _map(axes: Any, subject: RunSubject) -> list[str]:
+    """Tokens selected of each block, step by step. Arrows mark the blocks that hold the answer."""
     from matplotlib.colors import PowerNorm
 
-    records = _first_request(run, layer_id, "sparse" if is_sparse else "dense")
-    axes.set(title=f"Tokens selected per block, layer {layer_id}", xlabel="decode step", ylabel="block")
-    if not records:
-        axes.text(0.5, 0.5, "positions were not recorded", ha="center", transform=axes.transAxes)
-        return
-    block_size = records[0]["block_size_tokens"]
-    num_blocks = max(record["seq_len_current"] for record in records) // block_size + 1
-    touched = np.zeros((num_blocks, len(records)))
-    for step, record in enumerate(records):
-        blocks = np.asarray(record["selected_token_pos"]) // block_size
-        touched[:, step] = np.bincount(blocks, minlength=num_blocks)
+    records = subject.map_records
+    size = records[0]["block_size_tokens"]
+    num_blocks = (max(record["seq_len_current"] for record in records) - 1) // size + 1
+    per_row = -(-num_blocks // MAX_ROWS)
+    selected = np.zeros((-(-num_blocks // per_row) * per_row, len(records)))
+    for column, record in enumerate(records):
+        blocks = np.asarray(record["selected_token_pos"]) // size
+        selected[:num_blocks, column] = np.bincount(blocks, minlength=num_blocks)
+    pooled = selected.reshape(-1, per_row, len(records)).max(axis=1)
+    end = len(pooled) * per_row
     # The root spreads the small counts, which are most of them; 0 is white.
     image = axes.imshow(
-        touched,
+        pooled,
         norm=PowerNorm(0.5, vmin=0),
         cmap="Blues",
         aspect="auto",
         origin="lower",
         interpolation="nearest",
+        extent=(-0.5, len(records) - 0.5, -0.5, end - 0.5),
     )
-    axes.figure.colorbar(image, ax=axes, label="selected tokens")
+    bar = axes.figure.colorbar(image, ax=axes, label="selected tokens (root scale)")
+    whole_numbers(bar.ax.yaxis)
+    steps = [record["step_idx"] for record in records]
     whole_numbers(axes.xaxis)
     whole_numbers(axes.yaxis)
-    needle = {position // block_size for position in _needle_positions(run, records[0]["request_id"])}
-    for block in needle:
-        where = {"xy": (1, block), "xycoords": ("axes fraction", "data")}
+    axes.xaxis.set_major_formatter(lambda place, _: f"{steps[int(place)]}" if 0 <= place < len(steps) else "")
+    axes.set(xlabel="decode step of the request", ylabel=f"block of {size} tokens")
+    answer = {position // size for position in _needle_positions(subject.run, records[0]["request_id"])}
+    for block in sorted({block // per_row for block in answer}):
         axes.annotate(
             "",
-            **where,
+            xy=(1, min((block + 0.5) * per_row - 0.5, end)),
+            xycoords=("axes fraction", "data"),
             xytext=(8, 0),
             textcoords="offset points",
-            arrowprops={"color": "C3", "headwidth": 6, "headlength": 6, "width": 1},
+            arrowprops={"color": "C1", "headwidth": 6, "headlength": 6, "width": 1},
         )
-    if needle:
-        axes.set_title(f"{axes.get_title()}; arrows: the answer")
+    return [
+        model_name(subject.run.manifest),
+        f"request {plain(records[0]['request_id'], 40)}",
+        f"layer {subject.layer} ({subject.why_layer})",
+        f"blocks of {size} tokens",
+        *([f"a row is the most of {per_row} blocks"] if per_row > 1 else []),
+        subject.unit,
+        _several(len(records), "decode step"),
+        *(["arrows: the answer"] if answer else []),
+    ]
 
 
 def _needle_positions(run: RunReader, request_id: str) -> list[int]:
@@ -140,110 +285,215 @@ def _needle_positions(run: RunReader, request_id: str) -> list[int]:
     return next(same, {}).get("needle_positions", [])
 
 
-def _first_request(run: RunReader, layer_id: int, path: str) -> list[dict[str, Any]]:
-    """The decode records of one layer, and its first KV head, of the first request on that path, up to
-    `MAX_STEPS` of them."""
-    of_layer = (
-        record
-        for record in run.steps()
-        if record["layer_id"] == layer_id
-        and record["phase"] != "prefill"
-        and "selected_token_pos" in record
-        and record.get("kv_head", 0) == 0
-    )
-    first = next((record for record in of_layer if record["path"] == path), None)
-    if first is None:
-        return []
-    same = (record for record in of_layer if record["request_id"] == first["request_id"])
-    return [first, *itertools.islice(same, MAX_STEPS - 1)]
+_OVERLAPS = (("step_overlap", "the step before"), ("layer_overlap", "the layer before"))
 
 
-def _overlap(axes: Any, summary: Summary) -> None:
-    axes.set(title="Overlap of selections", ylim=(0, 1))
-    for key, label in (("step_overlap", "step before"), ("layer_overlap", "layer before")):
-        if summary[key]["pairs"]:
-            _by_layer(axes, summary[key], f"already in the {label}", "random selector")
+def _overlap(axes: Any, subject: RunSubject) -> list[str]:
+    for i, (key, label) in enumerate(_OVERLAPS):
+        if subject.summary[key]["pairs"]:
+            _by_layer(axes, subject, i, subject.summary[key], f"in {label}", f"at random, {label}")
+    axes.set_ylabel("share of a selection")
+    return subject.facts()
 
 
-def _needle_recall(axes: Any, recall: Summary) -> None:
-    axes.set(title="Share of the answer's tokens selected", ylim=(0, 1.02))
-    _by_layer(axes, recall, "measured", "random selector (k / N)")
+def _needle_recall(axes: Any, subject: RunSubject) -> list[str]:
+    _by_layer(axes, subject, 0, subject.summary["needle_recall"], "measured", "random selector (k / N)")
+    axes.set_ylabel("share of the answer's tokens")
+    return subject.facts()
 
 
-def _by_layer(axes: Any, section: Summary, label: str, baseline: str) -> None:
-    """A line over the layers, and its random baseline dotted in the same colour."""
+def _by_layer(axes: Any, subject: RunSubject, i: int, section: Summary, label: str, baseline: str) -> None:
+    """A line over the layers, and its random baseline, dashed or dotted."""
+    num_layers = len(subject.kind.layers)
     shares = [np.nan if share is None else share for share in section["per_layer"]]
-    (line,) = axes.plot(range(len(shares)), shares, marker="o", label=label)
-    axes.axhline(section["random_mean"], color=line.get_color(), linestyle=":", label=baseline)
-    axes.set(xlabel="layer", ylabel="share")
-    whole_numbers(axes.xaxis)
-    axes.legend()
+    axes.plot(range(len(shares)), shares, marker="os"[i], color=f"C{i}", label=label, clip_on=False)
+    random = section["random_mean"]
+    if random is not None:
+        axes.axhline(random, color=f"C{i}", linestyle=BASELINE_STYLES[i], linewidth=1.8, label=baseline)
+    layers_axis(axes.xaxis, range(num_layers))
+    shares_axis(axes.yaxis)
 
 
-def _offsets(axes: Any, summary: Summary) -> None:
-    labels = {"xlabel": "offset from the query (tokens)", "ylabel": "CDF"}
-    axes.set(title="How far back a selected token lies", **labels)
-    _cdf(axes, summary["histograms"]["offsets"])
-
-
-def _cdf(axes: Any, histogram: Summary, per_unit: float = 1, label: str | None = None) -> None:
-    """A cumulative share over `values / per_unit`; nothing if the histogram is empty."""
-    values, counts = np.asarray(histogram["values"]), np.asarray(histogram["counts"], dtype=float)
-    if len(values):
-        axes.step(values / per_unit, np.cumsum(counts) / counts.sum(), where="post", label=label)
-        axes.set_xscale("symlog")
-        axes.set_ylim(0, 1.02)
-
-
-def draw_tiers(axes: Any, setup: Summary, fetched: Summary) -> None:
-    """What each tier served and moved; the parts of a bar add up to all of the recorded steps."""
-    there = tiers_of(setup)
-    measures = {
-        "hit_tokens": "selected tokens",
-        "hit_blocks": "touched blocks",
-        "bytes_read": "bytes read",
-        "read_ops": "reads",
-        "bytes_written": "bytes written",
-    }
-    place, begins = np.arange(len(measures)), np.zeros(len(measures))
-    totals = [sum(fetched[name][measure] for name in there) for measure in measures]
-    for name in there:
-        shares = [
-            fetched[name][measure] / total if total else 0
-            for measure, total in zip(measures, totals, strict=True)
-        ]
-        axes.barh(place, shares, 0.6, begins, label=TIER_TITLES[name])
-        begins += shares
-    axes.set_yticks(place, list(measures.values()))
-    axes.set(
-        title="Where the selected KV was",
-        xlabel="share of all tiers",
-        xlim=(0, 1),
-        ylim=(len(measures) - 0.5, -1.4),
+def _offsets(axes: Any, subject: RunSubject) -> list[str]:
+    """How far back selected tokens lie, beside the same of selectors that take any, or the newest."""
+    histogram = subject.summary["histograms"]["offsets"]
+    back, share = np.asarray(histogram["values"]) + 1, _cumulative(histogram)
+    farthest = max(max(subject.contexts, default=1), int(back[-1]), 2)
+    grid = np.unique(np.geomspace(1, farthest, 300).round())
+    axes.step(
+        np.append(back, farthest), np.append(share, 1), where="post", color="C0", label="selected tokens"
     )
-    axes.legend(loc="upper center", ncols=len(there))
+    baselines = (("uniform selector", subject.contexts), ("recency selector", subject.sizes))
+    for i, (label, reach) in enumerate(baselines):
+        ends, weights = np.array(sorted(reach)), np.array([reach[end] for end in sorted(reach)], dtype=float)
+        expected = (np.minimum(grid[:, None], ends) / np.maximum(ends, 1) * weights).sum(axis=1)
+        axes.plot(grid, expected / weights.sum(), color="0.35", linestyle=BASELINE_STYLES[i], label=label)
+    axes.set_xscale("log")
+    axes.set(
+        xlabel="tokens back from the query (1: itself)", ylabel="share of selected tokens", xlim=(1, farthest)
+    )
+    numbers_axis(axes.xaxis)
+    shares_axis(axes.yaxis)
+    return subject.facts(pooled=True)
 
 
-def _latencies(axes: Any, histograms: Summary, clock: str) -> None:
-    axes.set(title="From a request's arrival to ...", xlabel=f"ms ({for_picture(clock)} clock)", ylabel="CDF")
-    durations = (("queue", "admission"), ("time_to_first_token", "first token"), ("latency", "finish"))
-    for name, label in durations:
-        _cdf(axes, histograms[f"{name}_us"], 1000, label)
-    if axes.lines:
-        axes.legend(loc="lower right")
+def _cumulative(histogram: Summary) -> np.ndarray:
+    counts = np.asarray(histogram["counts"], dtype=float)
+    return np.cumsum(counts) / counts.sum()
 
 
-def _over_time(axes: Any, buckets: list[Summary]) -> None:
-    axes.set(title="Requests over time", xlabel="s from the run's start", ylabel="requests")
-    if not buckets:
-        return
+def _found(axes: Any, subject: RunSubject) -> list[str]:
+    """In which tier the selected tokens were, and the touched blocks; each adds up to 100 %."""
+    setup, fetched = subject.run.manifest["tiers"], subject.summary["kv_fetch"]
+    words = run_words(subject.run.manifest)
+    measures = {
+        key: textwrap.fill(RATES[name].of.format(**words), 14)
+        for key, name in (("hit_tokens", "tokens"), ("hit_blocks", "blocks"))
+    }
+    names = tiers_of(setup)
+    thick = 0.8 / len(names)
+    for i, name in enumerate(names):
+        counts = [fetched[name][key] for key in measures]
+        shares = [
+            count / (sum(fetched[other][key] for other in names) or 1)
+            for key, count in zip(measures, counts, strict=True)
+        ]
+        places = np.arange(len(measures)) + thick * (i - (len(names) - 1) / 2)
+        bars = axes.barh(places, shares, 0.9 * thick, label=TIER_TITLES[name], **_hatched(i))
+        texts = [f"{100 * share:.1f} % ({count:,})" for share, count in zip(shares, counts, strict=True)]
+        for bar, text, share in zip(bars, texts, shares, strict=True):
+            _number(axes, bar, text, share)
+    axes.set_yticks(range(len(measures)), list(measures.values()))
+    axes.set(xlabel="share found in the tier", ylim=(len(measures) - 0.5, -0.5))
+    shares_axis(axes.xaxis)
+    return subject.facts(words["recorded"], _moved_as(setup), pooled=True)
+
+
+def _moved(axes: Any, subject: RunSubject) -> list[str]:
+    """What was read from each pool and written into each tier, and how much of it was selected."""
+    moves = _moves(subject)
+    largest = max(num_bytes for _, num_bytes, _, _ in moves)
+    for i, (_, num_bytes, useful, operations) in enumerate(moves):
+        (bar,) = axes.barh(i, num_bytes / MIB, 0.7, color="C2", edgecolor="k", linewidth=0.5)
+        if useful is not None:
+            axes.barh(i, useful / MIB, 0.7, **_hatched(1))
+        text = f"{num_bytes / MIB:,.2f} MiB"
+        text += "" if operations is None else f", {operations:,} reads"
+        _number(axes, bar, text, num_bytes / largest)
+    axes.barh(0, 0, color="C2", edgecolor="k", linewidth=0.5, label="moved")
+    axes.barh(0, 0, **_hatched(1), label="of that, selected")
+    axes.set_yticks(range(len(moves)), [label for label, *_ in moves])
+    axes.set(xlabel="MiB, recorded steps", ylim=(len(moves) - 0.5, -0.5), xlim=(0, 1.02 * largest / MIB))
+    return subject.facts(_moved_as(subject.run.manifest["tiers"]), pooled=True)
+
+
+def _moves(subject: RunSubject) -> list[tuple[str, int, int | None, int | None]]:
+    """What was moved: its label, bytes, of those the selected ones, and reads."""
+    fetched, names = subject.summary["kv_fetch"], tiers_of(subject.run.manifest["tiers"])
+    reads = [
+        (f"read from\n{TIER_TITLES[name]}", one["bytes_read"], one["bytes_useful"], one["read_ops"])
+        for name in names[1:]
+        if (one := fetched[name])
+    ]
+    written = [
+        (f"written to\n{TIER_TITLES[name]}", fetched[name]["bytes_written"], None, None) for name in names
+    ]
+    return [*reads, *written]
+
+
+def _moved_as(setup: Summary) -> str:
+    return f"moved as {unit_words(setup['unit_tokens'])}"
+
+
+def _hatched(i: int) -> dict[str, Any]:
+    return {"color": f"C{i}", "hatch": HATCHES[i], "edgecolor": "k", "linewidth": 0.5}
+
+
+def _number(axes: Any, bar: Any, text: str, share: float, upright: bool = False) -> None:
+    """At the end of a bar, in it where there is no room behind: `share` is of the axis."""
+    inside = share > 0.55
+    back = -3 if inside else 3
+    middle = bar.get_x() + bar.get_width() / 2, bar.get_y() + bar.get_height() / 2
+    aligned = {"ha": "center", "va": "top" if inside else "bottom"}
+    if not upright:
+        aligned = {"ha": "right" if inside else "left", "va": "center"}
+    axes.annotate(
+        text,
+        (middle[0], bar.get_height()) if upright else (bar.get_width(), middle[1]),
+        xytext=(0, back) if upright else (back, 0),
+        textcoords="offset points",
+        fontsize="small",
+        bbox={"facecolor": "w", "edgecolor": "none", "pad": 1} if inside else None,
+        **aligned,
+    )
+
+
+_DURATIONS = {
+    "queue": ("admission", "-"),
+    "time_to_first_token": ("first token", "--"),
+    "latency": ("finish", ":"),
+}
+
+
+def _latencies(axes: Any, subject: RunSubject) -> list[str]:
+    serving, histograms = subject.summary["serving"], subject.summary["histograms"]
+    times = {name: np.asarray(histograms[f"{name}_us"]["values"]) / 1000 for name in _DURATIONS}
+    largest = max((ms.max() for ms in times.values() if len(ms)), default=0) or 1.0
+    smallest = min((ms[ms > 0].min() for ms in times.values() if (ms > 0).any()), default=largest)
+    for (name, (label, style)), color in zip(_DURATIONS.items(), ("C0", "C1", "C3"), strict=True):
+        if len(ms := times[name]):
+            share = _cumulative(histograms[f"{name}_us"])
+            x, y = np.concatenate((ms[:1], ms, [largest])), np.concatenate(([0], share, [1]))
+            axes.step(x, y, style, color=color, where="post", label=label, linewidth=1.8)
+    if largest > 100 * smallest:
+        axes.set_xscale("symlog", linthresh=10.0 ** np.floor(np.log10(smallest)), linscale=0.5)
+        numbers_axis(axes.xaxis)
+    axes.set(
+        xlim=(0, 1.02 * largest),
+        xlabel=f"ms since arrival ({for_picture(serving['clock'], 40)} clock)",
+        ylabel="share of served requests",
+    )
+    shares_axis(axes.yaxis)
+    return [
+        model_name(subject.run.manifest),
+        f"{serving['counts']['served']:,} served requests",
+        f"{plain(serving['mode'], 40)} batching",
+    ]
+
+
+def _arrivals(axes: Any, subject: RunSubject) -> list[str]:
+    serving = subject.summary["serving"]
+    buckets = serving["requests_over_time"]
     starts = np.array([bucket["start_s"] for bucket in buckets])
     width = starts[1] - starts[0] if len(starts) > 1 else 1
     edges = np.append(starts, starts[-1] + width)
-    axes.set_ylabel(f"requests in {width} s")
-    for name, filled in (("arrived", True), ("finished", False)):
-        counts = [bucket[name] for bucket in buckets]
-        axes.stairs(counts, edges, label=name, fill=filled, alpha=0.4 if filled else 1, linewidth=1.5)
-    axes.set_ylim(bottom=0)
+    counts = {name: [bucket[name] for bucket in buckets] for name in ("arrived", "finished")}
+    axes.stairs(counts["arrived"], edges, label="arrived", fill=True, color="C2")
+    axes.stairs(counts["finished"], edges, label="finished", color="C0", linewidth=1.8)
+    top = max(max(values) for values in counts.values())
+    axes.set(
+        xlim=(edges[0], edges[-1]),
+        ylim=(0, 1.05 * max(top, 1)),
+        xlabel="s since the run's start",
+        ylabel=f"requests in {width} s",
+    )
     whole_numbers(axes.yaxis)
-    axes.legend()
+    return [
+        model_name(subject.run.manifest),
+        f"{sum(counts['arrived']):,} requests",
+        f"{plain(serving['mode'], 40)} batching",
+    ]
+
+
+PANELS: dict[str, Panel[RunSubject]] = {
+    "blocks": Panel("KV blocks that a step touches", _blocks_touched, _no_positions),
+    "map": Panel("Tokens selected per block, step by step", _map, _no_map),
+    "overlap": Panel("Share of a selection that was selected before", _overlap, _no_overlap),
+    "offsets": Panel("How far back selected tokens lie", _offsets, _no_positions),
+    "needle": Panel("Share of the answer's tokens that a step selects", _needle_recall, _no_needle),
+    "found": Panel("Where the selected KV was found", _found, _not_tiered),
+    "moved": Panel("What was moved between tiers", _moved, _nothing_moved),
+    "latencies": Panel("From a request's arrival to ...", _latencies, _no_latencies),
+    "arrivals": Panel("Requests over time", _arrivals, _no_arrivals),
+}
+"""In the order of the sheet."""

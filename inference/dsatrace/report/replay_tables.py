@@ -222,7 +222,11 @@ def _budget(cost: Record, size: str) -> Grid:
     )
     note = "at the run's own miss rate, whatever the context; - : no batch that fits is faster"
     return Grid(
-        f"Modelled: {size_text(cost['hbm_bytes'])} of HBM for KV, buffers of {size}", columns, rows, note=note
+        f"Modelled: {cost['hbm_bytes'] / 1e9:g} GB ({size_text(cost['hbm_bytes'])}) of HBM for KV, "
+        f"buffers of {size}",
+        columns,
+        rows,
+        note=note,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..text import plain
 from ..trace.kind import SelectionKind, engine_kind, inactive
 from ..trace.manifest import selection_kind, shared_layers_of
 from ..trace.reader import RunReader
@@ -42,6 +43,21 @@ MAX_RECORDS = 20_000
 def caveat(summary: Summary) -> str | None:
     """What forbids reading locality off this run, or None."""
     return CAVEATS.get(summary["selections"])
+
+
+def model_name(manifest: Summary) -> str:
+    """What the manifest calls the model, and the digest of its hyperparameters."""
+    config = manifest["model_config"]
+    keys = ("name", "_name_or_path", "model_type")
+    named = next((config[key] for key in keys if isinstance(config.get(key), str) and config[key]), None)
+    if not config:
+        return "no model"
+    return f"{plain(named, 40) if named else 'model'} (config {plain(manifest['model_config_digest'][:8])})"
+
+
+def unit_text(kind: SelectionKind) -> str:
+    """What one id stands for: `token`, `entry of 4 tokens`."""
+    return kind.unit if kind.unit_tokens == 1 else f"{kind.unit} of {kind.unit_tokens} tokens"
 
 
 def run_tables(run: RunReader) -> Iterator[str | Grid]:
@@ -110,11 +126,10 @@ def sink_shares(run: RunReader) -> dict[int, list[float]]:
 def _kind(manifest: Summary, kind: SelectionKind) -> Iterator[str]:
     """What the selections are of, as far as that is not one set of tokens per layer."""
     if kind.door != "serve":
-        unit = kind.unit if kind.unit_tokens == 1 else f"{kind.unit} of {kind.unit_tokens} tokens"
         ids = (
             "a place of the engine's that says nothing of positions"
             if kind.id_kind == "slot"
-            else f"one {unit}"
+            else f"one {unit_text(kind)}"
         )
         missing = f" It does not tell: {', '.join(kind.missing)}." if kind.missing else ""
         yield f"Selections of door {kind.door}; an id is {ids}.{missing}"
@@ -195,7 +210,7 @@ def _bytes(summary: Summary) -> Grid | None:
     if summary["kv_fetch"] is None or read["indexer_scan"] is None:
         known = {"latents of the touched blocks": "without_indexer_scan", _SCAN: "indexer_scan"}
         rows = [(name, size(read[key]), "") for name, key in known.items() if read[key] is not None]
-        return Grid("Bytes read, whole run", ("", "bytes", ""), rows) if rows else None
+        return Grid("Bytes read, all records", ("", "bytes", ""), rows) if rows else None
     total = read["with_indexer_scan"]
     fetched = summary["kv_fetch"].values()
     in_tiers = "hit_tokens" in summary["kv_fetch"]["hbm"]
@@ -207,7 +222,7 @@ def _bytes(summary: Summary) -> Grid | None:
         ("latents and scan together" if in_tiers else "touched blocks and scan together", total),
     )
     texts = [(name, size(count), percent(count, total) if total else "") for name, count in all_rows]
-    return Grid("Bytes read, whole run", ("", "bytes", "share"), texts)
+    return Grid("Bytes read, all records", ("", "bytes", "share"), texts)
 
 
 def _costs(run: RunReader, summary: Summary) -> Grid:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..schema import TIER_NAMES
+from ..trace.rates import RATES, run_words, unit_words
 from ..units import size_text
 from .grid import Cell, Grid, number, percent, size
 
@@ -20,12 +21,11 @@ TIER_TITLES = {"hbm": "HBM", "local_pool": "local pool", "remote_pool": "remote 
 
 def tier_tables(manifest: Record, summary: Record) -> Iterator[Grid]:
     """Nothing for a run that had everything in HBM."""
-    setup = manifest.get("tiers")
-    if setup is None:
+    if manifest.get("tiers") is None:
         return
-    yield _served(setup, summary)
-    if stores := summary.get("tiers"):
-        yield _stores(stores)
+    yield _served(manifest, summary)
+    if summary.get("tiers"):
+        yield _stores(manifest, summary)
 
 
 def tiers_of(setup: Record) -> list[str]:
@@ -33,15 +33,17 @@ def tiers_of(setup: Record) -> list[str]:
     return [name for name in TIER_NAMES if setup[name] is not None]
 
 
-def _served(setup: Record, summary: Record) -> Grid:
+def _served(manifest: Record, summary: Record) -> Grid:
     """Shares are of all selected tokens and of all touched blocks, so each row adds up to 100 %."""
+    setup = manifest["tiers"]
     stores = summary.get("tiers") or {}
     names = tiers_of(setup)
     fetched = [summary["kv_fetch"][name] for name in names]
     tokens, blocks = (sum(one[name] for one in fetched) for name in ("hit_tokens", "hit_blocks"))
+    words = run_words(manifest)
     rows = (
-        ("selected tokens", *(percent(one["hit_tokens"], tokens) for one in fetched)),
-        ("touched blocks", *(percent(one["hit_blocks"], blocks) for one in fetched)),
+        (RATES["tokens"].of, *(percent(one["hit_tokens"], tokens) for one in fetched)),
+        (RATES["blocks"].of.format(**words), *(percent(one["hit_blocks"], blocks) for one in fetched)),
         ("read", *(size(one["bytes_read"]) for one in fetched)),
         ("read / useful (amplification)", *map(_amplification, fetched)),
         ("reads", *(number(one["read_ops"], ",") for one in fetched)),
@@ -51,11 +53,12 @@ def _served(setup: Record, summary: Record) -> Grid:
         ("errors", *(number(one["errors"], ",") for one in fetched)),
     )
     columns = ("", *(TIER_TITLES[name] for name in names))
-    return Grid("Where the selected KV was (recorded steps)", columns, rows, note=_setup_text(setup))
+    return Grid(f"Where the selected KV was ({words['recorded']})", columns, rows, note=_setup_text(setup))
 
 
-def _stores(stores: Record) -> Grid:
+def _stores(manifest: Record, summary: Record) -> Grid:
     """What the stores counted themselves, including steps without a record."""
+    stores = summary["tiers"]
     names = [name for name in TIER_NAMES[1:] if stores[name] is not None]
     pools = [stores[name] for name in names]
     rows = (
@@ -68,11 +71,16 @@ def _stores(stores: Record) -> Grid:
     )
     since = f", since forward {stores['since_forward']}" if stores["since_forward"] else ""
     columns = ("", *(TIER_TITLES[name] for name in names))
-    return Grid(f"What the pools did (whole run{since})", columns, rows, note=", ".join(_notes(stores)))
+    return Grid(
+        f"What the pools did (whole run{since})", columns, rows, note=", ".join(_notes(manifest, summary))
+    )
 
 
-def _notes(stores: Record) -> Iterator[str]:
-    """What has no column per tier: losses, prefetch, and the indexer's keys."""
+def _notes(manifest: Record, summary: Record) -> Iterator[str]:
+    """What has no column per pool: what HBM held, losses, prefetch, and the indexer's keys."""
+    stores, rate = summary["tiers"], RATES["units"]
+    if counts := rate.counts(summary):
+        yield f"{percent(*counts)} of the {rate.name(run_words(manifest))}"
     losses = (
         ("units lost", "lost_units"),
         ("requests computed again", "num_recomputes"),
@@ -91,7 +99,7 @@ def _notes(stores: Record) -> Iterator[str]:
 
 def _setup_text(setup: Record) -> str:
     """One line: how much HBM holds, the unit that moves, and where the rest lies."""
-    unit = "rows" if setup["granularity"] == "row" else f"blocks of {setup['unit_tokens']} tokens"
+    unit = unit_words(setup["unit_tokens"])
     pools = [f"{TIER_TITLES[name]} {setup[name]['store']}" for name in tiers_of(setup) if name != "hbm"]
     return f"{setup['hbm']['blocks']} blocks per layer in HBM ({setup['policy']}), {unit}; {', '.join(pools)}"
 

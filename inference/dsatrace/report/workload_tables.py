@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..trace.rates import RATES
 from .grid import MAX_ROWS, Cell, Grid, number, percent
 
 Summary = Mapping[str, Any]
@@ -94,12 +95,12 @@ def _serving(serving: Summary) -> Grid:
 def _prefix_cache(cache: Summary) -> Grid:
     rows = [
         ("prompt tokens found in it", number(cache["hit_tokens"], ",", f" of {cache['prompt_tokens']:,}")),
-        ("hit rate", number(cache["hit_rate"], ".1%", none="none")),
+        ("hit rate, of those prompt tokens", number(cache["hit_rate"], ".1%", none="none")),
         ("tokens prefilled", number(cache["computed_tokens"], ",", f" in {cache['prefill_s']:,.2f} s")),
     ]
     if cache["saved_s"] is not None:
         rows.append((f"prefill time saved, {cache['saved_kind']}", number(cache["saved_s"], ",.2f", " s")))
-    return Grid("Prefix cache", ("", ""), rows)
+    return Grid(f"Prefix cache ({RATES['prompts'].over})", ("", ""), rows)
 
 
 def _workload(workload: Summary) -> Grid:

@@ -19,6 +19,7 @@ import numpy as np
 from dsatrace.jit import cached_njit
 from dsatrace.selection_replay.bits import ONE, lowest_bit
 from dsatrace.selection_replay.steps import Steps
+from dsatrace.trace.selections import copy_runs
 
 CHANCE_BITS = 32
 CHANCE_UNIT = 2.0**-CHANCE_BITS
@@ -84,9 +85,10 @@ def shuffled(steps: Steps, seed: int) -> Steps:
     _shuffle(order[steps.num_warm :], np.uint64(seed))
     sizes = steps.sizes[order]
     ptr = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    source = np.repeat(steps.ptr[:-1][order] - ptr[:-1], sizes) + np.arange(len(steps.ids))
+    ids = np.empty(len(steps.ids), np.int32)
+    copy_runs(steps.ids, steps.ptr[:-1][order], steps.ptr[1:][order], ptr[:-1], ids)
     return dataclasses.replace(
-        steps, ids=steps.ids[source], ptr=ptr, newest=steps.newest[order], visible=steps.visible[order]
+        steps, ids=ids, ptr=ptr, newest=steps.newest[order], visible=steps.visible[order]
     )
 
 

@@ -1,7 +1,7 @@
 """What a hot buffer would have missed of a run, step by step: for a timeline, where a replay has only sums.
 
 buffers = buffers_of(RunReader("outputs/mine"), "2k")
-buffers.name                      # "LRU buffer of 2k, replayed"
+buffers.name                      # "LRU 2k, replayed"
 for one in buffers.each: ...      # a layer of a request: its missed and resident ids after each step
 """
 
@@ -27,7 +27,7 @@ def buffers_of(run: RunReader, size: str) -> Buffers:
     """
     settings = ReplaySettings(policies=("lru",), sizes=parse_sizes(size))
     recorded = Recorded.of(run.manifest, settings, str(run.folder))
-    return Buffers(f"LRU buffer of {size}, replayed", _each(run, settings.sizes[0], recorded, settings))
+    return Buffers(f"LRU {size}, replayed", _each(run, settings.sizes[0], recorded, settings))
 
 
 def _each(run: RunReader, size: Size, recorded: Recorded, settings: ReplaySettings) -> Iterator[Buffered]:

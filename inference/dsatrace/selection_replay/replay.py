@@ -128,23 +128,23 @@ def _together(requests: Iterable[RequestSelections], work: Work) -> Iterable[lis
 
 def replay_requests(requests: Sequence[RequestSelections], work: Work, settings: ReplaySettings) -> Result:
     """The result of one request, or of several that share buffers. Empty if none of their steps counts."""
-    result = Result(work.header, {}, {}, {}, {})
+    result, recorded = Result(work.header, {}, {}, {}, {}), work.recorded
     members: list[list[Member]] = []
     counting: list[str] = []
     for request in requests:
         layers = _members(request, work, settings)
+        if not any(member.steps.num_steps for member in layers):
+            continue
         members.append(layers)
-        if any(member.steps.counted.any() for member in layers):
-            counting.append(request.request_id)
-            result.requests[f"{work.name}/{request.request_id}"] = _told(request, work)
+        if not any(member.steps.counted.any() for member in layers):
+            continue  # though others find what it has fetched
+        counting.append(request.request_id)
+        result.requests[f"{work.name}/{request.request_id}"] = _told(request, work)
+        for member in layers:
+            add_to(result.locality, {member.name: {RUN: _locality(member.steps, recorded)}})
+        _compare_layers(result, layers)
     if not counting:
         return result
-    recorded = work.recorded
-    for layers in members:
-        for member in layers:
-            found = _locality(member.steps, recorded)
-            add_to(result.locality, {member.name: {RUN: found}})
-        _compare_layers(result, layers)
     seed = seed_of(settings.seed, counting[0])
     for buffer in buffers_of(members, recorded, settings):
         for stream in (RUN, *NULLS):
@@ -156,8 +156,9 @@ def replay_requests(requests: Sequence[RequestSelections], work: Work, settings:
             add_to(result.buffers, {buffer.name: {stream: replayed}})
             if stream != RUN:
                 for member, one in zip(buffer.members, streams, strict=True):
-                    found = _locality(one, recorded, _NULL_MEASURES)
-                    add_to(result.locality, {member.name: {stream: found}})
+                    if member.request_id in counting:
+                        found = _locality(one, recorded, _NULL_MEASURES)
+                        add_to(result.locality, {member.name: {stream: found}})
     result.requests[f"{work.name}/{counting[0]}"]["misses"] = _of_request(result.buffers)
     return result
 

@@ -22,7 +22,7 @@ from dsatrace.selection_replay.settings import ReplaySettings
 from dsatrace.selection_replay.steps import NO_ID, Steps
 from dsatrace.trace.kind import SelectionKind
 from dsatrace.trace.manifest import selection_kind
-from dsatrace.trace.selections import LayerSelections, LayerSet, RequestSelections
+from dsatrace.trace.selections import LayerSelections, LayerSet, RequestSelections, copy_runs
 
 PROMPT_ROWS = 32
 """Of the prompt's end, which warm a buffer up: as many as ESS takes (arXiv 2512.10576)."""
@@ -223,25 +223,28 @@ def pooled(layers: Sequence[Steps]) -> Steps:
     )
 
 
-def in_order(streams: Sequence[Steps], ids: Sequence[np.ndarray], when: Sequence[np.ndarray]) -> Steps:
+def in_order(streams: Sequence[Steps], names: Sequence[np.ndarray], when: Sequence[np.ndarray]) -> Steps:
     """The steps of all streams as one buffer is asked for them, by `when` (T,) and in the order of streams.
 
-    `ids[s][i]` is what id i of stream s is called there. A step counts where it did.
+    `names[s][i]` is what id i of stream s is called there. A step counts where it did.
     """
     order = np.argsort(np.concatenate(when), kind="stable")
-    named = [names[one.ids].astype(np.int32) for one, names in zip(streams, ids, strict=True)]
-    newest = [np.append(names, NO_ID)[one.newest] for one, names in zip(streams, ids, strict=True)]
-    starts = np.cumsum([0, *(len(one) for one in named)])[:-1]
-    first = np.concatenate([one.ptr[:-1] + start for one, start in zip(streams, starts, strict=True)])[order]
-    sizes = np.concatenate([one.sizes for one in streams])[order]
-    ptr = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
-    source = np.repeat(first - ptr[:-1], sizes) + np.arange(ptr[-1])
+    ptr = np.concatenate(([0], np.cumsum(np.concatenate([one.sizes for one in streams])[order])))
+    starts = np.empty(len(order), np.int64)
+    starts[order] = ptr[:-1]
+    ids = np.empty(ptr[-1], np.int32)
+    num_before = 0
+    for one, called in zip(streams, names, strict=True):
+        targets = starts[num_before : num_before + one.num_steps]
+        copy_runs(called[one.ids].astype(np.int32), one.ptr[:-1], one.ptr[1:], targets, ids)
+        num_before += one.num_steps
+    newest = [np.append(called, NO_ID)[one.newest] for one, called in zip(streams, names, strict=True)]
     return Steps(
-        np.concatenate(named)[source],
-        ptr,
+        ids,
+        ptr.astype(np.int64),
         np.concatenate(newest)[order].astype(np.int32),
         np.concatenate([one.visible for one in streams])[order],
-        max((int(names.max(initial=-1)) for names in ids), default=-1) + 1,
+        max((int(called.max(initial=-1)) for called in names), default=-1) + 1,
         is_counted=np.concatenate([one.counted for one in streams])[order],
     )
 

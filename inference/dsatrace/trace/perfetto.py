@@ -79,7 +79,7 @@ def _request_events(timeline: Timeline, notes: list[str]) -> Iterator[Event]:
     spans = timeline.spans()
     if not spans:
         return
-    yield from _named(REQUESTS, "requests" if timeline.is_timed else f"requests, {timeline.time}")
+    yield from _named(REQUESTS, "requests" if timeline.is_timed else f"requests; {timeline.time}")
     yield from _counter(REQUESTS, "requests", *_under_way(timeline, spans))
     if len(spans) > MOST_REQUESTS:
         notes.append(f"{len(spans):,} requests, more than {MOST_REQUESTS:,}: only their counter is drawn")
@@ -122,7 +122,8 @@ def _step_events(timeline: Timeline, notes: list[str]) -> Iterator[Event]:
     recorded, per_slice = timeline.recorded, timeline.sums.per_stretch
     if not len(recorded):
         return
-    yield from _named(STEPS, "steps" if timeline.is_timed else f"steps, {timeline.time}")
+    name = "steps; counters are per step"
+    yield from _named(STEPS, name if timeline.is_timed else f"{name}; {timeline.time}")
     yield from _named(STEPS, "steps", 1)
     if per_slice > 1:
         notes.append(f"{len(recorded):,} steps: drawn {per_slice} to a slice, counters as their means")
@@ -152,17 +153,17 @@ def _counters(timeline: Timeline, places: np.ndarray) -> dict[str, dict[str, np.
         return {group: sums[f"{name} {group}"] for group in timeline.groups}
 
     found = {
-        "selected ids per step": of_groups("selected"),
-        "bytes read per step": {name: sums[f"bytes {name}"] for name in BYTES},
-        "context, tokens": {"tokens": sums["context"]},
-        "rows per step": {"rows": sums["rows"]},
+        "selected ids": of_groups("selected"),
+        "bytes read": {name: sums[f"bytes {name}"] for name in BYTES},
+        "context": {"tokens": sums["context"]},
+        "rows": {"rows": sums["rows"]},
     }
     if timeline.has_tiers:
-        found["ids missed in HBM per step, measured"] = of_groups("missed")
-        found["selected ids resident in HBM, measured"] = of_groups("resident")
+        found["missed in HBM (measured)"] = of_groups("missed")
+        found["found in HBM (measured)"] = of_groups("resident")
     elif timeline.buffers is not None:
-        found[f"ids missed per step, {timeline.buffers.name}"] = of_groups("missed")
-        found[f"resident ids, {timeline.buffers.name}"] = of_groups("resident")
+        found[f"missed ({timeline.buffers.name})"] = of_groups("missed")
+        found[f"resident ({timeline.buffers.name})"] = of_groups("resident")
     taken = {name: {line: all_[places] for line, all_ in lines.items()} for name, lines in found.items()}
     shown = {
         name: {line: values for line, values in lines.items() if values.any()}

@@ -40,6 +40,7 @@ MIN_PARTS, MIN_PART_BYTES = 32, 4 << 20
 """A run of less than `MIN_PARTS` times `PART_BYTES` is cut finer, for many processes."""
 URL_READERS = 16
 """Files at a URL whose footers are read at a time."""
+_LARGE_BYTES = 1 << 20
 
 _INTS = ("layer_id", "step_idx", "seq_len_current", "forward_idx")
 _HEAD = "kv_head"
@@ -412,10 +413,14 @@ def _grouped(chunks: list[_Chunk]) -> Iterator[tuple[int, dict[LayerSet, LayerSe
     targets[order] = ends[:-1]
     ids = np.empty(ends[-1], np.int32)
     row = 0
-    for chunk in chunks:
-        _copy_runs(chunk.ids, chunk.start, chunk.stop, targets[row : row + len(chunk.request)], ids)
+    chunks.reverse()
+    while chunks:  # ids are large, so what is copied goes, and arrow gives its pages back
+        chunk = chunks.pop()
+        copy_runs(chunk.ids, chunk.start, chunk.stop, targets[row : row + len(chunk.request)], ids)
         row += len(chunk.request)
-    chunks.clear()  # their ids are copied, and large
+        if chunk.ids.nbytes >= _LARGE_BYTES:
+            del chunk
+            pa.default_memory_pool().release_unused()
     request, layer, head, step, seq_len, forward, phase = (
         column[order] for column in (request, layer, head, step, seq_len, forward, phase)
     )
@@ -442,13 +447,13 @@ def _copied(
     """Only the ids of these runs, and where those lie then."""
     ends = np.concatenate([[0], np.cumsum(stop - start)])
     out = np.empty(ends[-1], np.int32)
-    _copy_runs(ids, start, stop, ends[:-1], out)
+    copy_runs(ids, start, stop, ends[:-1], out)
     return out, ends[:-1], ends[1:]
 
 
 @cached_njit(nogil=True)
-def _copy_runs(values, start, stop, at, out):  # type: ignore[no-untyped-def]
-    """Copies values[start[r] : stop[r]] to out[at[r] :]."""
+def copy_runs(values, start, stop, at, out):  # type: ignore[no-untyped-def]
+    """Copies values[start[r] : stop[r]] to out[at[r] :], for all r."""
     for r in range(len(start)):
         to = at[r]
         for i in range(start[r], stop[r]):

@@ -285,7 +285,10 @@ def check_tier_totals(
     if whole:
         compare(said["since_forward"], last_part, "tiers.since_forward")
     for name, field in _FIELDS.items():
-        _check_counts(said[name], field, f"tiers.{name}")
+        if name in said:  # an older run has not all
+            _check_counts(said[name], field, f"tiers.{name}")
+    if "selected_units" in said:
+        _check_asked(said["selected_units"], "tiers.selected_units")
     index_keys = said["index_keys"]
     require(
         (index_keys is not None) == rules.tiers.offloads_index, "tiers.index_keys", index_keys, _AS_MANIFEST
@@ -315,11 +318,15 @@ def _check_counts(value: Any, field: Field, path: str) -> None:
         require(value >= 0, path, value, "below 0")
 
 
+def _check_asked(tier: Record, path: str) -> None:
+    asked = tier["hit_units"] + tier["missed_units"]
+    rule = f"but {tier['hit_units']} hit and {tier['missed_units']} missed"
+    require(tier["requested_units"] == asked, f"{path}.requested_units", tier["requested_units"], rule)
+
+
 def _check_pool_totals(pool: Record, path: str, unit_bytes: int) -> None:
     """A pool's counts add up: every unit is hit or missed, every byte is counted somewhere."""
-    asked = pool["hit_units"] + pool["missed_units"]
-    rule = f"but {pool['hit_units']} hit and {pool['missed_units']} missed"
-    require(pool["requested_units"] == asked, f"{path}.requested_units", pool["requested_units"], rule)
+    _check_asked(pool, path)
     for name, units in (("bytes_read", "hit_units"), ("bytes_written", "stored_units")):
         moved = pool[name]
         compare(moved["store"], pool[units] * unit_bytes, f"{path}.{name}.store")

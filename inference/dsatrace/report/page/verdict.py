@@ -63,8 +63,9 @@ def verdict(material: Material) -> list[str | Cell]:
             of_these = [f"Of the {material.ids} that a step touches per layer, "]
         policies = replay["overall"]["policies"]
         lru, opt = _lru(material), policies.get("opt", {}).get(size)
-        said += [*of_these, f"an LRU buffer {material.per} of ", number(lru["ids"], ",.0f")]
-        said += [f" ({size})" if size[-1:] in "k%" else "", " misses ", percent(lru["miss_rate"])]
+        said += [*of_these, "an LRU buffer of ", number(lru["ids"], ",.0f")]
+        shared = " for all layers" if replay["settings"]["share"] == "request" else ""
+        said += [f" ({size})" if size[-1:] in "k%" else "", f"{shared} misses ", percent(lru["miss_rate"])]
         if opt is not None:
             said += ["; the best possible policy would miss ", percent(opt["miss_rate"])]
         if (uniform := lru["nulls"].get("uniform")) is not None:

@@ -3,7 +3,7 @@
 totals = TierTotals(cache, since_forward=0)
 totals.record(fetches)                        # what went into a capture
 totals.to_json(num_recomputes=0, failed_requests=0)
-totals.to_text()                              # "tiers: 93.1 % of the selected blocks were in HBM; ..."
+totals.to_text()                              # "tiers: 93.1 % of the selected blocks of 4 tokens found ..."
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dsatrace.kv.tiers.stack import TierStack
 from dsatrace.runner.offload.cache import OffloadedCache
 from dsatrace.runner.offload.layer_units import UnitsLost
 from dsatrace.schema import TIER_NAMES
+from dsatrace.trace.rates import RATES, unit_words
 from dsatrace.units import size_text
 
 _STORE_STATS = (
@@ -30,6 +31,7 @@ _STORE_STATS = (
     *("skipped_batches", "retries"),
 )
 """Fields of `StoreStats` in the summary."""
+_SELECTED_UNITS = ("requested_units", "hit_units", "missed_units")
 
 
 @dataclasses.dataclass
@@ -63,6 +65,7 @@ class TierTotals:
         pools = {name: self._pool(tier) for tier, name in enumerate(TIER_NAMES) if tier != 0}
         return {
             "since_forward": self.since_forward,
+            "selected_units": {name: getattr(self.cache.total, name) for name in _SELECTED_UNITS},
             **pools,
             "prefetch": self.cache.prefetcher.to_json(),
             "index_keys": self.cache.index and _index_keys(self.cache.index.tiers),
@@ -72,13 +75,12 @@ class TierTotals:
         }
 
     def to_text(self) -> str:
-        """A line for users; shares are of distinct units, prefill included."""
-        total = self.cache.total
-        unit = "block" if self.cache.unit_tokens > 1 else "token"
+        """A line for users."""
+        total, rate = self.cache.total, RATES["units"]
         parts = []
         if total.requested_units:
             share = 100 * total.hit_units / total.requested_units
-            parts.append(f"{share:.1f} % of the selected {unit}s were in HBM")
+            parts.append(f"{share:.1f} % of the {rate.name({'unit': unit_words(self.cache.unit_tokens)})}")
         for name, stats in zip(TIER_NAMES, self.cache.tiers.stats(), strict=True):
             if stats is not None:
                 parts.append(f"{name.replace('_', ' ')} {_moved(stats)}")
