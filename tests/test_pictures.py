@@ -266,6 +266,24 @@ def test_the_same_run_is_the_same_bytes(folder_of: Callable[[str], Path], format
     assert b"CreationDate" not in path.read_bytes()
 
 
+def test_a_replay_draws_single_panels(
+    folder_of: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, flags = (
+        tmp_path / "out",
+        ("--policy", "lru", "--sizes", "1k", "--panel", "curves", "--format", "svg"),
+    )
+    for _ in range(2):  # the folder is a replay's still
+        assert cli.main(["replay", str(folder_of("one layer")), *flags, "--out", str(out)]) == 0
+        assert f"picture: {out / 'replay_curves.svg'}" in capsys.readouterr().out
+        assert "<text" in (out / "replay_curves.svg").read_text()
+    assert not (out / "replay.png").exists()
+    asked = ["replay", str(folder_of("one layer")), "--panel", "map", "--out", str(tmp_path / "no")]
+    line = told_error(capsys, lambda: cli.main(asked))
+    assert "--panel map: no such panel; use curves, misses, between, layers, reuse, lags" in line
+    assert not (tmp_path / "no").exists()
+
+
 REFUSED = {
     ("--panel", "heat"): "--panel heat: no such panel; use blocks, map, overlap, offsets, needle, found",
     ("--panel", "found"): "--panel found: HBM held everything. Leave it out",

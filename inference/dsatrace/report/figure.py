@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..text import for_picture, plain
+from ..text import plain
 from ..trace.kind import SelectionKind, engine_kind
 from ..trace.manifest import selection_kind
 from ..trace.rates import RATES, run_words, unit_words
@@ -275,7 +275,7 @@ def _map(axes: Any, subject: RunSubject) -> list[str]:
         f"blocks of {size} tokens",
         *([f"a row is the most of {per_row} blocks"] if per_row > 1 else []),
         subject.unit,
-        _several(len(records), "decode step"),
+        f"{'the first ' if len(records) == MAX_STEPS else ''}{_several(len(records), 'decode step')}",
         *(["arrows: the answer"] if answer else []),
     ]
 
@@ -321,13 +321,18 @@ def _offsets(axes: Any, subject: RunSubject) -> list[str]:
     farthest = max(max(subject.contexts, default=1), int(back[-1]), 2)
     grid = np.unique(np.geomspace(1, farthest, 300).round())
     axes.step(
-        np.append(back, farthest), np.append(share, 1), where="post", color="C0", label="selected tokens"
+        np.append(back, farthest),
+        np.append(share, 1),
+        where="post",
+        color="C0",
+        linewidth=2.4,
+        label="selected tokens",
     )
-    baselines = (("uniform selector", subject.contexts), ("recency selector", subject.sizes))
-    for i, (label, reach) in enumerate(baselines):
+    baselines = (("uniform selector", subject.contexts, "C1"), ("recency selector", subject.sizes, "0.35"))
+    for i, (label, reach, color) in enumerate(baselines):
         ends, weights = np.array(sorted(reach)), np.array([reach[end] for end in sorted(reach)], dtype=float)
         expected = (np.minimum(grid[:, None], ends) / np.maximum(ends, 1) * weights).sum(axis=1)
-        axes.plot(grid, expected / weights.sum(), color="0.35", linestyle=BASELINE_STYLES[i], label=label)
+        axes.plot(grid, expected / weights.sum(), color=color, linestyle=BASELINE_STYLES[i], label=label)
     axes.set_xscale("log")
     axes.set(
         xlabel="tokens back from the query (1: itself)", ylabel="share of selected tokens", xlim=(1, farthest)
@@ -450,7 +455,7 @@ def _latencies(axes: Any, subject: RunSubject) -> list[str]:
         numbers_axis(axes.xaxis)
     axes.set(
         xlim=(0, 1.02 * largest),
-        xlabel=f"ms since arrival ({for_picture(serving['clock'], 40)} clock)",
+        xlabel="ms since arrival",
         ylabel="share of served requests",
     )
     shares_axis(axes.yaxis)
@@ -458,6 +463,7 @@ def _latencies(axes: Any, subject: RunSubject) -> list[str]:
         model_name(subject.run.manifest),
         f"{serving['counts']['served']:,} served requests",
         f"{plain(serving['mode'], 40)} batching",
+        f"{plain(serving['clock'], 40)} clock",
     ]
 
 
