@@ -16,10 +16,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dsatrace import cli
-from dsatrace.report.figure import PANELS, RunSubject, draw
+from dsatrace.report.figure import PANELS, draw
 from dsatrace.report.panels import STYLES, PictureSettings, draw_panel, left_out, style_rc
 from dsatrace.report.replay_figure import PANELS as REPLAY_PANELS
 from dsatrace.report.replay_figure import draw_replay
+from dsatrace.report.run_subject import RunSubject
 from dsatrace.selection_replay.figures import figures
 from dsatrace.selection_replay.replay import find_work, replay_all
 from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes

@@ -14,7 +14,8 @@ from rich.console import Console
 from conftest import INFERENCE, ROOT
 from dsatrace import cli
 from dsatrace.commands.generate import main as generate
-from dsatrace.report.figure import PANELS, RunSubject
+from dsatrace.report.figure import PANELS
+from dsatrace.report.run_subject import RunSubject
 from dsatrace.report.tables import sink_shares
 from dsatrace.report.tier_tables import tier_tables
 from dsatrace.report.workload_tables import workload_tables
