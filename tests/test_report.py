@@ -154,6 +154,10 @@ def test_a_study_without_a_table_and_a_damaged_one(tmp_path, capsys):
     assert cli.main(["study", "prepare", "--output-dir", str(tmp_path / "traces")]) == 0
     capsys.readouterr()
     assert "There is no table" in report(capsys, tmp_path / "traces")
+    for flags in (("--panel", "map"), ("--format", "pdf"), ("--layer", "1")):
+        line = told_error(capsys, lambda flags=flags: cli.main(["report", str(tmp_path / "traces"), *flags]))
+        assert line.startswith(f"error: {flags[0]}: ") or "no such panel" in line
+        assert "a study, which drew its pictures when it ran" in line
     for damage in ('{"cells": [{"workload": "qa"}]}', '{"definitions": 3, "cache": 1}', "[]", "{"):
         (tmp_path / "traces" / "sweep.json").write_text(damage)
         line = told_error(capsys, lambda: cli.main(["report", str(tmp_path / "traces")]))

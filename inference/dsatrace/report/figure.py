@@ -20,7 +20,6 @@ from ..units import MIB
 from .drawing import whole_numbers
 from .panels import (
     BASELINE_STYLES,
-    HATCHES,
     Drawn,
     Panel,
     PictureSettings,
@@ -124,10 +123,7 @@ def _blocks_touched(axes: Any, subject: RunSubject) -> list[str]:
             shares,
             0.27,
             label=label,
-            color=f"C{i}",
-            hatch=HATCHES[i],
-            edgecolor="k",
-            linewidth=0.5,
+            **hatched(i),
         )
         for bar, share in zip(bars, shares, strict=True):
             text = f"{100 * share:.0f}" if share >= 0.01 else f"{100 * share:.1g}"
