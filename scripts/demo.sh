@@ -21,16 +21,22 @@ dsatrace needle --tokenizer "$work/converted" --tokens 2000 --seed 3 --out "$wor
 python inference/generate.py --ckpt-path "$work/converted" --config "$config" --device cpu \
     --input-file "$work/prompt.txt" --max-new-tokens 16 --temperature 0
 
-echo "== 3. eight RULER needles, traced: was the answer among the 192 tokens that each step reads?"
-python inference/run_dataset.py --ckpt-path "$work/converted" --config "$config" --device cpu \
-    --dataset ruler --ruler-generate --ruler-task niah_single_1,niah_multikey_2 --ruler-length 2048 --limit 8 \
-    --max-new-tokens 16 --trace-out "$out"
+# Eight needles for the run $1; further flags say how the model goes on. What it says is the report's, too.
+needles() {
+    local run="$1"
+    shift
+    python inference/run_dataset.py --ckpt-path "$work/converted" --config "$config" --device cpu \
+        --dataset ruler --ruler-generate --ruler-task niah_single_1,niah_multikey_2 --ruler-length 2048 --limit 8 \
+        "$@" --trace-out "$run" > "$work/said.txt"
+}
 
-echo "== 4. what it read; layer 1 is the one that looks the answer up"
+echo "== 3. eight RULER needles, traced: was the answer among the 192 tokens that each step reads? Layer 1 looks it up"
+needles "$out" --max-new-tokens 16
 dsatrace report "$out" --layer 1
 
-echo "== 5. whether that is so: every record re-derived by the second implementation"
+echo "== 4. whether that is so: every record re-derived by the second implementation"
 dsatrace verify "$out"
 
-echo "== 6. how large a fast memory must be: longer answers' selections, through buffers of every size"
-dsatrace replay data/traces/needle-2k/2k --out "${out}_replay"
+echo "== 5. the same needles, but each answer goes on for 64 decode steps: what would a smaller fast memory miss?"
+needles "${out}_64" --min-new-tokens 65 --max-new-tokens 65
+dsatrace report "${out}_64" --html "${out}_64/page.html"

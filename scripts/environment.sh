@@ -24,5 +24,9 @@ if [ "$VENV" != none ]; then
     . "$VENV/bin/activate"
 fi
 
+# pip did not compile what it installed; without this no process would keep what it compiles of torch.
+unset PYTHONDONTWRITEBYTECODE
+# pip did not compile what it installed; without this no process would keep what it compiles of torch.
+unset PYTHONDONTWRITEBYTECODE
 # Nothing below needs the network.
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1

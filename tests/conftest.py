@@ -6,6 +6,8 @@ The checkpoints are read-only by agreement; a test that changes one copies it fi
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from dsatrace.model.config import ModelArgs
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.tiny import write_checkpoint
 from dsatrace.workloads.tokenizer import Tokenizer, load_tokenizer, write_byte_tokenizer
+from helpers.browser import Browser, find_browser
 from helpers.checkpoints import endless_letters
 from helpers.power import examples
 
@@ -23,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 INFERENCE = ROOT / "inference"
 
 torch.set_num_threads(1)
+# As in the foreground: what a shell's background job or nohup starts ignores these.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: the workers share the cores
 
 # In CI the same examples every time; elsewhere new ones, which is how the next bug is found.
@@ -106,3 +112,13 @@ def fp8_hf(fp8_args: ModelArgs, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("fp8") / "hf"
     write_checkpoint(folder, fp8_args, seed=1, weights="fp8", num_shards=2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium, started once a session."""
+    if (program := find_browser()) is None:
+        missing = "needs Chromium: apt-get install chromium"
+        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+    with Browser(program) as started:
+        yield started

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import dsatrace
 from dsatrace import cli
@@ -458,6 +457,8 @@ def test_the_settings_of_the_model_count_too(models: dict[str, Any], tmp_path: P
 
 
 def test_models_without_an_indexer_are_refused_by_name(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel  # late: every worker collects this file
+
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16))
     with pytest.raises(UserError, match=r"gpt2: no layer has an indexer.* deepseek_v32, .*qwen4_exp"):
         dsatrace.attach(model, tmp_path / "run")

@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from conftest import INFERENCE
+from dsatrace.commands import generate
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
+from helpers.forked import call
 from helpers.stores import valkey
-from helpers.waiting import LIMIT_S, until_asleep
+from helpers.waiting import LIMIT_S, until, until_asleep
 
 pexpect = pytest.importorskip("pexpect")
+fdspawn = pytest.importorskip("pexpect.fdpexpect").fdspawn
 
 PROMPT = ">>> "
+CTRL_C, CTRL_D = b"\x03", b"\x04"
 NEW_TOKENS = 12
 CHAT_TOKENS = 4  # begin of sentence, user, assistant, end of thinking
+
+
+def on_terminal(name: str, flags: list[str]) -> None:
+    """A chat whose terminal this becomes, as of a process of its own."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)  # the first one that a session opens is the one it obeys
+    for number in range(3):
+        os.dup2(terminal, number)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", 1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    os.chdir(INFERENCE)
+    sys.exit(generate.main(flags))
 
 
 class Terminal:
@@ -34,18 +54,25 @@ class Terminal:
         flags = ["--ckpt-path", checkpoint, "--config", "config_tiny.json", "--interactive"]
         flags += ["--max-new-tokens", max_new_tokens, "--temperature", 0, "--device", "cpu"]
         flags += ["--trace-out", run, *more]
-        self.child = pexpect.spawn(
-            sys.executable,
-            ["generate.py", *map(str, flags)],
-            cwd=str(INFERENCE),
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:strict"},
-            encoding="utf-8",
-            codec_errors="replace",
-            dimensions=(24, 1000),
-            timeout=LIMIT_S,
-        )
+        self._ours, theirs = os.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 1000, 0, 0))
+        self.process = call(on_terminal, os.ttyname(theirs), list(map(str, flags)))
+        until(lambda: Path(f"/proc/{self.process.pid}/fd/0").readlink() == Path(os.ttyname(theirs)))
+        os.close(theirs)  # now the end of the process is the end of what can be read
+        self.child = fdspawn(self._ours, encoding="utf-8", codec_errors="replace", timeout=LIMIT_S)
         self.child.delaybeforesend = None
         self.banner = self.expect_prompt()
+
+    def press(self, key: bytes) -> None:
+        os.write(self._ours, key)
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.join()
+        os.close(self._ours)
 
     def expect_prompt(self) -> str:
         """What was printed before the prompt that now waits."""
@@ -54,7 +81,7 @@ class Terminal:
 
     def settle(self) -> None:
         """Python sleeps in `input()`: a signal before that waits for a key."""
-        until_asleep(self.child.pid)
+        until_asleep(self.process.pid)
 
     def say(self, line: str) -> str:
         """Sends a line and returns what is printed until the next prompt, without the line's echo."""
@@ -63,11 +90,10 @@ class Terminal:
 
     def exit_code(self) -> int:
         self.child.expect(pexpect.EOF)
-        self.child.close()
+        self.process.join(LIMIT_S)
         self.last_words = self.child.before or ""
         assert "Traceback" not in self.last_words
-        assert self.child.signalstatus is None
-        return self.child.exitstatus
+        return self.process.exitcode
 
 
 @pytest.fixture
@@ -80,7 +106,7 @@ def terminal(request: pytest.FixtureRequest, checkpoint: Path, run: Path) -> Ite
     """A chat whose answers are `request.param` tokens long."""
     terminal = Terminal(checkpoint, run, request.param)
     yield terminal
-    terminal.child.close(force=True)
+    terminal.close()
 
 
 @pytest.mark.parametrize("terminal", [NEW_TOKENS], indirect=True)
@@ -162,7 +188,7 @@ def test_thoughts_that_never_ended_are_shown_and_not_told_again(checkpoint: Path
         terminal.child.sendline("/exit")
         assert terminal.exit_code() == 0
     finally:
-        terminal.child.close(force=True)
+        terminal.close()
     first_len = CHAT_TOKENS + len(opening)
     second_len = first_len + 1 + (CHAT_TOKENS - 1) + len(followup)  # an empty answer, and its end
     assert [turn["num_prompt_tokens"] for turn in RunReader(run).requests()] == [first_len, second_len]
@@ -170,7 +196,7 @@ def test_thoughts_that_never_ended_are_shown_and_not_told_again(checkpoint: Path
 
 @pytest.mark.parametrize("terminal", [NEW_TOKENS], indirect=True)
 def test_bytes_that_are_no_text_end_nothing(terminal: Terminal) -> None:
-    os.write(terminal.child.child_fd, "Grüße\n".encode("latin-1"))
+    terminal.press("Grüße\n".encode("latin-1"))
     assert re.search(rf"\n[a-z ]{{{NEW_TOKENS}}}\r\n$", terminal.expect_prompt())
     terminal.child.sendline("/exit")
     assert terminal.exit_code() == 0
@@ -179,22 +205,22 @@ def test_bytes_that_are_no_text_end_nothing(terminal: Terminal) -> None:
 @pytest.mark.parametrize("terminal", [20_000], indirect=True)
 def test_ctrl_c_ends_an_answer_and_not_the_program(terminal: Terminal, run: Path) -> None:
     terminal.settle()
-    terminal.child.sendintr()
+    terminal.press(CTRL_C)
     assert "/exit ends" in terminal.expect_prompt()
 
     terminal.child.sendline("Tell me everything.")
     terminal.child.expect(r"\n[a-z ]{20}")  # streamed: the answer is far from its end
-    terminal.child.sendintr()
+    terminal.press(CTRL_C)
     assert terminal.expect_prompt().endswith(" [stopped]\r\n")
 
     terminal.settle()
-    terminal.child.sendintr()
+    terminal.press(CTRL_C)
     assert "/exit ends" in terminal.expect_prompt()
     terminal.child.sendline("Go on.")
     terminal.child.expect(r"\n[a-z ]{20}")
-    terminal.child.sendintr()
+    terminal.press(CTRL_C)
     assert terminal.expect_prompt().endswith(" [stopped]\r\n")
-    terminal.child.sendeof()
+    terminal.press(CTRL_D)
     assert terminal.exit_code() == 0
 
     trace = RunReader(run)
@@ -232,7 +258,7 @@ def test_a_store_that_dies_fails_an_answer_and_not_the_program(checkpoint: Path,
             terminal.child.sendline("/exit")
             assert terminal.exit_code() == 1
         finally:
-            terminal.child.close(force=True)
+            terminal.close()
     assert [turn["state"] for turn in RunReader(run).requests()] == ["length", "failed", "length"]
     assert RunReader(run).manifest["failed_requests"] == 1
     assert verify(run).state == "complete"
@@ -261,10 +287,10 @@ def test_a_signal_ends_a_chat_and_takes_its_kv_along(
             else:
                 terminal.child.expect(r"\n[a-z ]{20}")
                 assert client.dbsize() > 0
-            terminal.child.kill(number)
+            terminal.signal(number)
             assert terminal.exit_code() == 0
         finally:
-            terminal.child.close(force=True)
+            terminal.close()
         assert client.dbsize() == 0
     assert RunReader(run).state == "complete"
     assert RunReader(run).summary()["tiers"]["remote_pool"]["stored_units"] > 0

@@ -33,7 +33,7 @@ from dsatrace.kv.stores.simulated import load_preset
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.shards import read_header
 from dsatrace.runner.settings import user_errors
-from dsatrace.study.mixed import read_profile
+from dsatrace.study.profile import read_profile
 from dsatrace.study.request_files import read_requests
 from dsatrace.study.requests import block_trace
 from dsatrace.trace.export import export_run
@@ -57,11 +57,11 @@ from helpers.real_data import real_file
 from helpers.ruler_samples import ROW, write_rows
 from helpers.study_samples import write_three_turns
 from helpers.tier_samples import SETUPS
+from helpers.waiting import LIMIT_S
 
 SEED = int(os.environ.get("DSATRACE_FUZZ_SEED", "0"))
 NUM_CASES = int(os.environ.get("DSATRACE_FUZZ_CASES", "0"))
 """Per family: readers, and verbs on runs. 0: a few, for CI."""
-LIMIT_S = 30
 SAMPLES = INFERENCE / "dsatrace" / "workloads" / "samples"
 
 Reader = Callable[[Path], object]
@@ -72,14 +72,14 @@ class HungError(Exception):
 
 
 @contextlib.contextmanager
-def at_most(seconds: int) -> Iterator[None]:
+def at_most(seconds: float) -> Iterator[None]:
     """Raises `HungError` in a block that takes longer."""
 
     def hung(signum: int, frame: FrameType | None) -> None:
         raise HungError
 
     previous = signal.signal(signal.SIGALRM, hung)
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:

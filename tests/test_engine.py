@@ -33,6 +33,7 @@ BLOCK = 16
 CPU = torch.device("cpu")
 NEW_TOKENS = 6
 LENGTHS = (130, 1, 47, 64, 90)
+TEMPERATURES = (0.0, 0.9)
 
 
 def new_engine(
@@ -69,16 +70,27 @@ def exact_model():
     return random_model(dataclasses.replace(SMALL, dtype="fp64"))
 
 
+@pytest.fixture(scope="module")
+def alone(exact_model) -> dict[float, dict[str, list[int]]]:
+    """The answers of each temperature, each request alone, one token a chunk."""
+    return {
+        temperature: {
+            name: answer
+            for request in requests(exact_model.args, temperature)
+            for name, answer in serve(new_engine(exact_model, batch_size=1, chunk=1), [request]).items()
+        }
+        for temperature in TEMPERATURES
+    }
+
+
 @pytest.mark.parametrize(("batch_size", "chunk"), [(1, 32), (2, 7), (3, 64), (8, 1024)])
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_same_tokens_at_any_batch_and_chunk_size(exact_model, batch_size, chunk, temperature):
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_same_tokens_at_any_batch_and_chunk_size(exact_model, alone, batch_size, chunk, temperature):
     """In float64, nothing forgiven: each request alone, one token a chunk, against every batch."""
     wanted = requests(exact_model.args, temperature)
     together = serve(new_engine(exact_model, batch_size=batch_size, chunk=chunk), wanted)
-    for request in wanted:
-        alone = serve(new_engine(exact_model, batch_size=1, chunk=1), [request])
-        assert together[request.request_id] == alone[request.request_id]
-        assert len(together[request.request_id]) == NEW_TOKENS
+    assert together == alone[temperature]
+    assert {len(answer) for answer in together.values()} == {NEW_TOKENS}
 
 
 def test_float32_first_difference_lies_within_rounding():
@@ -196,7 +208,7 @@ def traced(model, folder: Path, wanted: list[Request], **changes) -> tuple[dict,
     return {one.request_id: one.answer for one in live}, selections, sum(one.num_preemptions for one in live)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_preemption_leaves_no_trace_in_tokens_and_selections(exact_model, tmp_path, temperature):
     """In float64, nothing forgiven: alone, in a batch, and in a cache so small that they give way."""
     long_answers = [

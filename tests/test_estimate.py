@@ -17,7 +17,15 @@ from dsatrace import cli
 from dsatrace.commands.generate import main as generate
 from dsatrace.schema import LEVELS, Level
 from dsatrace.trace.config import TraceConfig
-from dsatrace.trace.estimate import KINDS, Kind, SyntheticSelections, TraceLoad, draw_sample, estimate_sizes
+from dsatrace.trace.estimate import (
+    FORMATS,
+    KINDS,
+    Kind,
+    SyntheticSelections,
+    TraceLoad,
+    draw_sample,
+    estimate_sizes,
+)
 from dsatrace.trace.export import export_run
 from dsatrace.trace.observe import ForwardRecorder, hooked
 from dsatrace.trace.reader import RunReader
@@ -41,6 +49,10 @@ def runs(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for name, (_, how) in WAYS.items():
         assert generate([*flags, *how, "--trace-out", str(folder / name)]) == 0
         export_run(RunReader(folder / name), "parquet", folder / f"{name}_parquet")
+        if name != "stats":
+            export_run(RunReader(folder / name), "replay", folder / f"{name}_replay")
+    how = [*WAYS["full"][1], "--trace-format", "parquet"]
+    assert generate([*flags, *how, "--trace-out", str(folder / "full_direct")]) == 0
     return folder
 
 
@@ -59,12 +71,20 @@ def test_within_15_percent_of_real_runs(runs: Path, name: str) -> None:
     )
     assert {request["num_output_tokens"] for request in requests} == {NEW_TOKENS}
     assert load.num_records == len(list(run.steps()))
-    jsonl, columns = estimate_sizes(load, WAYS[name][0])
-    for size, path in (
-        (jsonl, runs / name / "trace_steps.jsonl"),
-        (columns, runs / f"{name}_parquet" / "trace_steps.parquet"),
-    ):
-        real = path.stat().st_size
+    paths = {
+        "jsonl": f"{name}/trace_steps.jsonl",
+        "parquet": f"{name}_parquet/trace_steps.parquet",
+        "parquet, direct": f"{name}_direct/trace_steps.parquet",
+        "replay": f"{name}_replay/trace_steps",
+    }
+    sizes = estimate_sizes(load, WAYS[name][0])
+    assert [size.format for size in sizes] == [one for one in FORMATS if name != "stats" or one != "replay"]
+    for size in sizes:
+        path = runs / paths[size.format]
+        if not path.exists():
+            assert size.format == "parquet, direct" and name != "full"
+            continue
+        real = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
         low, high = size.total_bytes
         assert low <= high
         assert real == pytest.approx(high, rel=0.15), size.format
@@ -77,7 +97,7 @@ def test_levels_and_contexts_are_in_order() -> None:
     @functools.cache
     def bytes_a_record(context: int, level: Level) -> tuple[float, float]:
         load = TraceLoad(num_layers=8, top_k=256, context=context, num_steps=100, batch_size=1)
-        jsonl, _ = estimate_sizes(load, level)
+        jsonl, *_ = estimate_sizes(load, level)
         return jsonl.bytes_per_record
 
     for context in (1_000, 8_000):

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from dsatrace.trace.reader import RunReader
 from dsatrace.trace.records import RecordDeriver, StepLines
 from dsatrace.trace.tracer import tiers_of
 from helpers.json_edits import changed
+from helpers.power import examples
 from helpers.tier_samples import SETUPS, SimulatedTiers
 from helpers.trace_samples import LAYOUT, RUN, WAYS, config_for, sample_capture, sample_needles
 
@@ -82,7 +85,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("export") / "steps.parquet"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     seq_lens=st.lists(st.integers(1, 120), min_size=1, max_size=3),
@@ -132,6 +135,26 @@ def test_several_row_groups(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert pq.ParquetFile(scratch).num_row_groups == len(lines)
 
 
+def test_memory_does_not_grow_with_the_run(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor with the row group: lines become Python objects, and come back, a few at a time."""
+    monkeypatch.setattr(parquet, "OBJECT_BYTES", 1 << 14)
+    lines = sample_lines()
+
+    def repeated(num: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        for _ in range(num):
+            for line in lines:
+                yield line, orjson.loads(line)
+
+    peaks = []
+    for num in (5, 25):
+        tracemalloc.start()
+        write_parquet(scratch, repeated(num))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert pq.ParquetFile(scratch).num_row_groups == 1
+    assert peaks[1] < 1.5 * peaks[0], peaks
+
+
 def test_no_record_at_all(scratch: Path) -> None:
     assert there_and_back([], scratch) == 0
 
@@ -166,7 +189,7 @@ PATHS = sorted(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     how=st.sampled_from(HOWS),
     changes=st.lists(st.tuples(st.integers(0, 5), st.sampled_from(PATHS), JSON), max_size=4),

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from dsatrace import files
 from dsatrace.commands.verify import verify_run
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.convert import convert_checkpoint
@@ -29,7 +31,7 @@ from dsatrace.schema import MANIFEST_FILE, STEPS_FILE
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from helpers.checkpoints import tiny_config
-from helpers.forked import start
+from helpers.forked import call, run_command, start
 from helpers.resume_samples import answers_of, check_summary, records_of
 from helpers.stores import free_port
 from test_damaged_inputs import ended
@@ -212,3 +214,32 @@ def test_killed_at_any_moment(name: str, model: dict[int, Path], tmp_path: Path)
     print(f"\n{name}: {dict(counts)}, killed {dict(stages)}, values that differ {dict(differing)}")
     print(f"{duration_s:.2f} s a run, {manifest_s:.2f} to its manifest; {time.monotonic() - begin:.0f} s")
     assert differing.keys() <= set(kind.may_differ)
+
+
+def run_until(killed_at: str, argv: list[str], said: Path) -> None:
+    """A run that kills itself before it writes its manifest, or before it renames it."""
+
+    def kill(*args: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(*{"write": (files, "write_all"), "rename": (Path, "replace")}[killed_at], kill)
+    run_command("run_dataset", argv, (Path(os.devnull), said, said), {})
+
+
+def test_killed_before_its_manifest(model: dict[int, Path], tmp_path: Path) -> None:
+    """What such a run leaves does not keep the next start out of its folder."""
+    shared = ("--ckpt-path", model[1], "--config", model[1].parent / "config.json")
+    runs = Runs(KINDS["plain"], (*shared, "--sharegpt-json", model[1].parent / "chats.json"), tmp_path)
+    folder, lengths = tmp_path / "run", []
+    argv = [*runs.flags, "--limit", 1, "--trace-out", folder]
+    for killed_at in ("write", "rename"):
+        process = call(run_until, killed_at, list(map(str, argv)), runs.said)
+        process.join(LONGEST_S)
+        assert process.exitcode == -signal.SIGKILL, runs.said.read_text()
+        (left,) = folder.iterdir()
+        assert left.name == ".manifest.json.tmp"
+        lengths.append(left.stat().st_size)
+    assert lengths[0] == 0 < lengths[1]
+    runs.finish(folder, *argv)
+    assert (verify(folder).state, verify(folder).faults) == ("complete", ())
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]

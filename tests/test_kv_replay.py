@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dsatrace.kv.blocks import HIT, MISS
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, replay
+from helpers.power import examples
 from helpers.replay_plain import replay_plain
 
 TOKENS = st.lists(st.integers(0, 1), max_size=14)
@@ -50,7 +51,7 @@ def assert_equal(fast: ReplayResult, plain: ReplayResult) -> None:
             np.testing.assert_array_equal(one, other, err_msg=field.name)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(TRACES, CONFIGS)
 def test_equals_the_plain_replay(trace: BlockTrace, config: ReplayConfig) -> None:
     assert_equal(replay(trace, config), replay_plain(trace, config))

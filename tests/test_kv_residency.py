@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from dsatrace.errors import UserError
 from dsatrace.kv.policies.registry import POLICIES, make_policy
 from dsatrace.kv.policies.stream import AccessStream
-from dsatrace.kv.tiers.residency import ABSENT, TIER_POLICIES, Moves, PolicyOrder, Residency, StampOrder
+from dsatrace.kv.tiers.residency import ABSENT, STAMP_POLICIES, TIER_POLICIES, Moves, Residency, StampOrder
 from helpers.plain_cache import plain_simulate
+from helpers.plain_order import PlainOrder
+from helpers.power import examples
 
 NUM_UNITS = 12
 
@@ -119,7 +121,7 @@ def histories(draw: st.DrawFn) -> tuple[int, list[tuple[str, list[int]]]]:
 
 
 @pytest.mark.parametrize("policy", TIER_POLICIES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(75), deadline=None)
 @given(histories())
 def test_every_policy_keeps_the_map(policy: str, history) -> None:
     num_slots, actions = history
@@ -130,7 +132,7 @@ def test_every_policy_keeps_the_map(policy: str, history) -> None:
 
 
 @pytest.mark.parametrize("policy", GOES_FIRST)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(75), deadline=None)
 @given(histories())
 def test_the_victims_are_those_of_a_dictionary(policy: str, history) -> None:
     num_slots, actions = history
@@ -149,14 +151,14 @@ def test_the_victims_are_those_of_a_dictionary(policy: str, history) -> None:
                 plain.units[unit].dirty = True
 
 
-@pytest.mark.parametrize("policy", ["lru", "fifo"])
-@settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize("policy", TIER_POLICIES)
+@settings(max_examples=examples(75), deadline=None)
 @given(histories())
-def test_the_fast_orders_equal_the_registrys(policy: str, history) -> None:
+def test_the_fast_orders_equal_the_plain_policies(policy: str, history) -> None:
     num_slots, actions = history
     fast, plain = Carried(num_slots, policy), Carried(num_slots, policy)
-    plain.residency._order = PolicyOrder(policy, num_slots, plain.residency.slot_of)
-    assert isinstance(fast.residency._order, StampOrder)
+    plain.residency._order = PlainOrder(policy, num_slots, plain.residency.slot_of)
+    assert isinstance(fast.residency._order, StampOrder) == (policy in STAMP_POLICIES)
     for action, wanted in actions:
         moves, others = fast.apply(action, wanted), plain.apply(action, wanted)
         if moves is None or others is None:

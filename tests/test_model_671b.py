@@ -19,24 +19,27 @@ def args():
     return ModelArgs.from_json(CONFIG)
 
 
+@pytest.fixture(scope="module")
+def model(args):
+    with torch.device("meta"):
+        return Transformer(args)
+
+
 def num_params(model: torch.nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if not name.endswith(".scale"))
 
 
-def test_parameter_count_equals_transformers(args):
+def test_parameter_count_equals_transformers(args, model):
     transformers = pytest.importorskip("transformers")
     with torch.device("meta"):
-        ours = Transformer(args)
         theirs = transformers.DeepseekV32ForCausalLM(transformers.DeepseekV32Config())
     gate_biases = args.n_routed_experts * (args.n_layers - args.n_dense_layers)  # a buffer over there
-    assert num_params(ours) == sum(p.numel() for p in theirs.parameters()) + gate_biases
-    assert 671e9 < num_params(ours) < 673e9
+    assert num_params(model) == sum(p.numel() for p in theirs.parameters()) + gate_biases
+    assert 671e9 < num_params(model) < 673e9
 
 
-def test_cache_bytes_per_token_and_layer(args):
+def test_cache_bytes_per_token_and_layer(args, model):
     """1,152 latent bytes in bf16; 128 fp8 key bytes and a 4-byte scale (as stored where fp8 exists)."""
-    with torch.device("meta"):
-        model = Transformer(args)
     cache = model.new_cache(4, 64, "meta")
     assert cache.latent_bytes_per_token == 1152
     per_key = args.index_head_dim * torch.float8_e4m3fn.itemsize + 4

@@ -159,7 +159,7 @@ def check_conservation(cache: OffloadedCache) -> None:
     assert total.missed_units <= total.requested_units
 
 
-@settings(max_examples=examples(12), deadline=None)
+@settings(max_examples=examples(6), deadline=None)
 @given(cases(), st.data())
 def test_the_same_run_at_any_capacity(case: Case, data: st.DataObject) -> None:
     expected = case.serve(case.all_hbm())

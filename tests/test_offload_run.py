@@ -274,21 +274,23 @@ def check_failed(served: Served, expected: Served, cause: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("prefix_caching", "changes"),
     [
-        {"granularity": "block"},
-        {"granularity": "row"},
-        {"granularity": "row", "prefetch": "previous-layer"},
-        {"granularity": "row", "local": "ram", "local_blocks": 3},
-        {"granularity": "row", "offload_index_keys": True},
+        (False, {"granularity": "block"}),
+        (True, {"granularity": "row"}),
+        (True, {"granularity": "row", "prefetch": "previous-layer"}),
+        (False, {"granularity": "row", "local": "ram", "local_blocks": 3}),
+        (True, {"granularity": "row", "offload_index_keys": True}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("prefix_caching", [False, True])
 def test_an_emptied_server_costs_time_and_nothing_else(
     bench: Bench, expected: Served, changes: dict[str, object], prefix_caching: bool
 ) -> None:
-    """Emptied twice: the second time it is what was computed again that is lost."""
+    """Emptied twice: the second time it is what was computed again that is lost.
+
+    test_offload_faults.py tries these settings in any mixture.
+    """
     with valkey() as server, client(server) as redis:
 
         def disturb(step: int) -> None:

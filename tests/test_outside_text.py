@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -243,24 +242,42 @@ def test_the_studies_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert "[/nope]" in shown or verb in ("explain", "mixed")  # mixed folds its columns
 
 
+EACH = """
+import sys
+from dsatrace import cli
+for command in sys.argv[1].split(" ; "):
+    try:
+        code = cli.main(command.split())
+    except SystemExit as exit:
+        code = exit.code
+    print("", f"exit {code}", sep="\\n", end="\\n", flush=True)
+"""
+"""One process for many commands: each of its own would load numba and matplotlib once more."""
+
+
 def test_a_name_that_is_no_text_at_all(tmp_path: Path) -> None:
-    """Folders whose names are not UTF-8, in processes that may write nothing else."""
+    """Folders whose names are not UTF-8, in a process that may write nothing else."""
     folder = tmp_path / b"\xff\x1b[31m".decode("utf-8", "surrogateescape")
     env = {"PYTHONPATH": str(INFERENCE), "PATH": "/usr/bin:/bin", "PYTHONIOENCODING": "utf-8:strict"}
-
-    def dsatrace(*argv: object) -> tuple[int, bytes]:
-        command = [sys.executable, "-m", "dsatrace", *map(os.fspath, argv)]  # type: ignore[call-overload]
-        done = subprocess.run(command, capture_output=True, env=env, check=False)
-        said = done.stdout + done.stderr
-        assert b"\x1b" not in said and b"\xff" not in said and b"Traceback" not in said, said
-        return done.returncode, said
-
-    run = ("run", "sharegpt", "--runner", "simulator", "--no-hub", "--limit", "1", "--trace-out", folder)
-    assert dsatrace(*run)[0] == 0
     study = folder / "study"
-    assert dsatrace("study", "explain", "--output-dir", study)[0] == 0
-    for verb, where in (("report", folder), ("verify", folder), ("summarize", folder), ("report", study)):
-        code, said = dsatrace(verb, where)
-        assert code == 0, said
-    code, said = dsatrace("report", folder / "gone")
-    assert code == 2 and said.startswith(b"error: ")
+    commands = (
+        ("run", "sharegpt", "--runner", "simulator", "--no-hub", "--limit", "1", "--trace-out", folder),
+        ("study", "explain", "--output-dir", study),
+        ("report", folder),
+        ("verify", folder),
+        ("summarize", folder),
+        ("report", study),
+        ("report", folder / "gone"),
+    )
+    argv = " ; ".join(" ".join(map(str, command)) for command in commands)
+    done = subprocess.run(
+        [sys.executable, "-c", EACH, argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=env,
+        check=False,
+    )
+    said = done.stdout
+    assert b"\x1b" not in said and b"\xff" not in said and b"Traceback" not in said, said
+    assert re.findall(rb"\nexit (\d+)\n", said) == [b"0"] * 6 + [b"2"], said
+    assert said.rpartition(b"exit 0\n")[2].startswith(b"error: ")

@@ -55,7 +55,7 @@ def test_chunks_of_any_size_select_what_decode_selects(model, by_step, chunk):
     torch.testing.assert_close(last, logits[-1], rtol=0, atol=1e-10)
 
 
-@settings(max_examples=examples(12))
+@settings(max_examples=examples(6))
 @given(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=5),
     block=st.integers(1, 24),

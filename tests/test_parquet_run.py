@@ -256,7 +256,7 @@ def test_killed_at_any_moment(
     """At each change of the folder, from the first to the parts' joining, and again while resuming."""
     monkeypatch.setattr(sink, "PART_RECORDS", part_records)
     seen = set()
-    for at in itertools.count(first, 7):
+    for at in itertools.count(first, 11):
         folder = tmp_path / str(at)
         with pytest.MonkeyPatch.context() as patch:
             Deletes(patch, at)

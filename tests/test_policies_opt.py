@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import itertools
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsatrace.kv.policies.bypass import bypassing_hits
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.policies.stream import AccessStream
 from helpers.policy_streams import EACH_BY_ALL, NAMES, PARAMS, streams
@@ -100,3 +102,51 @@ def test_opt_does_not_bound_unbroken_hits_of_any_sets():
     assert (opt.hits.sum(), opt.hits_any.sum()) == (1, 2)
     assert most_hits(stream, 2, False, contiguous=True) == 2
     assert most_hits(stream, 2, False, contiguous=False) == 2
+
+
+@EACH_BY_ALL
+@given(stream=streams(), capacity=st.integers(1, 14))
+def test_no_policy_beats_the_opt_that_may_leave_blocks_out(stream, capacity):
+    bound = bypassing_hits(stream, stream.lengths, capacity).sum()
+    for name in NAMES:
+        params = PARAMS.get(name, {})
+        for oversize in ("truncate", "reject"):
+            assert simulate(stream, name, capacity, oversize=oversize, **params).hits.sum() <= bound, name
+
+
+def most_hits_of_an_outer_tier(stream: AccessStream, looked_up: list[int], capacity: int) -> int:
+    """The most hits if after each request any blocks may stay: all choices are tried."""
+    chains = [
+        tuple(stream.blocks[begin:end].tolist())
+        for begin, end in zip(stream.starts[:-1], stream.starts[1:], strict=True)
+    ]
+
+    @functools.cache
+    def best(request: int, cached: frozenset[int]) -> int:
+        if request == len(chains):
+            return 0
+        chain = chains[request]
+        found = [block in cached for block in chain[: looked_up[request]]]
+        gained = found.index(False) if False in found else len(found)
+        there = sorted(cached | set(chain))
+        kept = itertools.combinations(there, min(capacity, len(there)))
+        return gained + max(best(request + 1, frozenset(blocks)) for blocks in kept)
+
+    return best(0, frozenset())
+
+
+@EACH_BY_ALL
+@given(stream=streams(max_requests=6), capacity=st.integers(1, 4), data=st.data())
+def test_the_opt_that_may_leave_blocks_out_is_optimal(stream, capacity, data):
+    """Also where requests produce blocks that they do not look up."""
+    looked_up = [data.draw(st.integers(0, length)) for length in stream.lengths.tolist()]
+    hits = bypassing_hits(stream, np.array(looked_up), capacity)
+    assert hits.sum() == most_hits_of_an_outer_tier(stream, looked_up, capacity)
+    assert (hits <= looked_up).all()
+
+
+def test_leaving_blocks_out_pays():
+    """A request that comes once pushes out what returns, unless it may pass by."""
+    stream = AccessStream.of([["a"], ["b", "c"], ["a"]])
+    assert simulate(stream, "opt", 2).hits.sum() == 0
+    assert bypassing_hits(stream, stream.lengths, 1).tolist() == [0, 0, 1]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dsatrace.errors import UserError
+from dsatrace.kv.policies import batches
 from dsatrace.kv.policies import simulate as simulate_module
 from dsatrace.kv.policies.policy import NEVER, NO_PARENT, Access, PlainPolicy
 from dsatrace.kv.policies.registry import POLICIES, make_policy
@@ -145,9 +146,9 @@ def test_the_reuse_profile_by_hand():
     assert profile.mean_s.tolist() == [2.0, 4.0]
 
 
-def test_the_loop_is_cached_by_all_rules_sources():
+def test_the_loops_are_cached_by_all_rules_sources():
     """Else an edited policy would run as compiled before, and a renamed one would break the cache."""
     folder = Path(simulate_module.__file__).parent
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
-    simulate(STREAM, "lru", 3)
-    assert digest[:16] in str(simulate_module._compiled_loop._cache._cache_file._index_name)
+    for loop in (simulate_module._loop, batches._admit, batches._forget):
+        assert digest[:16] in str(loop._cache._cache_file._index_name)

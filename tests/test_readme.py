@@ -18,6 +18,7 @@ from dsatrace.cli import main as dsatrace
 from dsatrace.commands import generate, run_burstgpt
 from dsatrace.schema import records_markdown
 from dsatrace.study.metrics import markdown_table
+from dsatrace.trace.reader import RunReader
 from helpers.checkouts import copied_checkout, environment_in
 from test_run_scripts import SCRIPTS
 
@@ -86,6 +87,10 @@ def test_the_commands_run_as_printed(tmp_path, monkeypatch, capfd):
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert 10 < num_in_this_process < len(found) - 10
     assert (checkout / "outputs" / "mine" / "report.png").stat().st_size > 10_000
+    for name in ("rows", "blocks"):  # the flags of a script reach the runner
+        run = RunReader(checkout / "outputs" / name)
+        assert run.manifest["tiers"]["granularity"] == name.removesuffix("s")
+        assert run.summary()["tiers"]["local_pool"]["hit_units"] > 0
 
 
 def test_the_records_table_is_the_schemas():

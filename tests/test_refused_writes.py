@@ -155,7 +155,9 @@ def check_what_is_left(folder: Path, disk: Disk, sound: list[dict[str, Any]], be
     steps = [record["selected_token_pos"] for record in run.steps()]
     assert steps == [record["selected_token_pos"] for record in sound[: len(steps)]]
     assert len(steps) >= disk.lines
-    untouched = run.step_paths[0].read_bytes() == before  # refused before the kill's torn line was cut off
+    untouched = (
+        before and run.step_paths[0].read_bytes() == before
+    )  # refused before the kill's torn line was cut
     assert not run.torn_lines or disk.refused_cut or untouched
 
 
@@ -215,6 +217,19 @@ def test_every_write_refused(
     print(f"\n{start}, {error}, stays {stays}: {len(changes)} writes, {dict(counts)}, {len(faults)} wrong")
     assert counts["refused"] == len(changes) // STRIDE > 0
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_resume_whose_second_file_is_refused(error: str, killed: Path, tmp_path: Path) -> None:
+    """The first is closed again, which fails as well where the disk stays so."""
+    shutil.copytree(killed, folder := tmp_path / "run")
+    disk = Disk(tmp_path, 2, stays=True, error=ERRORS[error])
+    with disk.patched():
+        code, said = ended(partial(main, ["--resume", str(folder)]))
+    assert disk.changes == ["open trace_steps.jsonl", "open requests.jsonl", "fsync trace_steps.jsonl"]
+    assert (code, is_one_line(said)) == (2, True), said
+    assert f"cannot resume: {os.strerror(ERRORS[error])}" in said
+    assert (folder / STEPS_FILE).read_bytes() == (killed / STEPS_FILE).read_bytes()
 
 
 @contextlib.contextmanager

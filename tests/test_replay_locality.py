@@ -255,7 +255,8 @@ def test_warmup() -> None:
     # What only other kernels call is loaded within them.
     assert sum(map(bool, compiled)) >= 7
     steps = Steps.of(SLIDING * 30)
-    for null in nulls.nulls_of(steps, 1).values():
+    for name in nulls.NULLS:
+        null = nulls.null_of(steps, name, 1)
         assert null is not None
         predictions_of(null, steps)
         LayerOverlap.of({0: steps, 1: steps})

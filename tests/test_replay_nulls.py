@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.selection_replay.locality import LagOverlap
-from dsatrace.selection_replay.nulls import chance, nulls_of, recency, seed_of, shuffled, uniform
+from dsatrace.selection_replay.nulls import NULLS, chance, null_of, recency, seed_of, shuffled, uniform
 from dsatrace.selection_replay.steps import Steps
 from helpers.visible_steps import sets_of, visible_steps
 
@@ -31,7 +31,8 @@ def decode(num_steps: int, k: int, context: int) -> Steps:
 @given(steps=visible_steps(), seed=st.integers(0, 2**64 - 1))
 def test_keep(steps: Steps, seed: int) -> None:
     """Sizes stay, ids are distinct, and each was visible."""
-    for name, null in nulls_of(steps, seed).items():
+    for name in NULLS:
+        null = null_of(steps, name, seed)
         assert null is not None
         assert null.num_warm == steps.num_warm and null.ids.dtype == np.int32
         if name != "shuffled":
@@ -128,7 +129,7 @@ def test_recency() -> None:
 def test_unordered() -> None:
     """Experts and slots have no last ones."""
     steps = Steps.of([[200, 3], [3, 9]], visible=[8, 8])
-    nulls = nulls_of(steps, 0, ordered=False)
+    nulls = {name: null_of(steps, name, 0, ordered=False) for name in NULLS}
     assert nulls["recency"] is None
     assert nulls["uniform"] is not None and nulls["uniform"].ids.max() < 8
     assert nulls["shuffled"] is not None and nulls["shuffled"].num_ids == 201
@@ -148,5 +149,6 @@ def test_too_many(null) -> None:  # type: ignore[no-untyped-def]
 
 def test_no_steps() -> None:
     steps = Steps.of([])
-    for null in nulls_of(steps, 0).values():
+    for name in NULLS:
+        null = null_of(steps, name, 0)
         assert null is not None and null.num_steps == 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from conftest import INFERENCE
 from dsatrace.commands.replay import main
 from dsatrace.errors import UserError
 from dsatrace.selection_replay import on_ray
@@ -32,17 +33,18 @@ def test_ray_may_be_missing(
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes of one CPU each, on this machine."""
+    """Two nodes of one CPU each, on this machine; their workers can import what the tests call."""
     pytest.importorskip("ray", reason="needs ray: pip install 'dsatrace[ray]'")
     from ray.cluster_utils import Cluster
 
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    started.add_node(num_cpus=1)
-    started.wait_for_nodes()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(INFERENCE), str(Path(__file__).parent)]))
+        started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        started.add_node(num_cpus=1)
+        started.wait_for_nodes()
         patch.setenv("RAY_ADDRESS", started.address)
         yield started
-    started.shutdown()
+        started.shutdown()
 
 
 def where_it_runs(_: int) -> str:

@@ -15,11 +15,12 @@ import pytest
 
 from dsatrace.commands.replay import main
 from dsatrace.errors import UserError
-from dsatrace.selection_replay import replay
+from dsatrace.selection_replay import replay, work
 from dsatrace.selection_replay.kept import KeptResults
-from dsatrace.selection_replay.replay import Work, find_work, replay_all, replay_part
+from dsatrace.selection_replay.replay import replay_all, replay_part
 from dsatrace.selection_replay.result import Result
 from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes
+from dsatrace.selection_replay.work import Work, find_work
 from dsatrace.trace import selections
 from dsatrace.trace.export import export_run
 from dsatrace.trace.kind import SelectionKind
@@ -87,15 +88,15 @@ def test_a_replay_that_was_killed_goes_on(
     parts: list[Work], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = replay_all(parts, SETTINGS).to_json()
-    real, replayed = replay.replay_request, []
+    real, replayed = replay.replay_requests, []
 
-    def until_the_third(request: Any, *rest: Any) -> Result:
-        replayed.append(request.request_id)
+    def until_the_third(requests: Any, *rest: Any) -> Result:
+        replayed.append(requests[0].request_id)
         if len(replayed) == 3:
             raise KeyboardInterrupt
-        return real(request, *rest)
+        return real(requests, *rest)
 
-    monkeypatch.setattr(replay, "replay_request", until_the_third)
+    monkeypatch.setattr(replay, "replay_requests", until_the_third)
     with pytest.raises(KeyboardInterrupt):
         replay_all(parts, SETTINGS, keep=tmp_path)
     assert len(replayed) == 3 and len(list(tmp_path.iterdir())) == 2
@@ -136,10 +137,10 @@ def test_a_small_run_of_lines_is_cut_for_many_processes(run: Path, monkeypatch: 
 def test_a_run_of_many_parts_is_few_pieces(
     run: Path, parts: list[Work], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replay, "MOST_WORK", 4)
-    work = find_work([run], SETTINGS)
-    assert [len(one.parts) for one in work] == [2, 2, 2]
-    assert replay_all(work, SETTINGS).to_json() == replay_all(parts, SETTINGS).to_json()
+    monkeypatch.setattr(work, "MOST_WORK", 4)
+    pieces = find_work([run], SETTINGS)
+    assert [len(one.parts) for one in pieces] == [2, 2, 2]
+    assert replay_all(pieces, SETTINGS).to_json() == replay_all(parts, SETTINGS).to_json()
 
 
 def test_a_shard_opens_only_its_own_files(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,6 +269,9 @@ def test_layers_in_one_buffer(run: Path, tmp_path: Path) -> None:
     record = replayed(run, tmp_path, "--share", "request")
     assert record["overall"]["policies"]["lru"]["1k"]["ids"] == 3 * TOP_K
     assert [layer.get("policies") for layer in record["layers"]] == [None] * 3
+    cell = record["overall"]["policies"]["lru"]["1k"]
+    assert cell["reads_per_token"] == pytest.approx(3 * cell["misses_per_step"]["mean"]), "of all layers"
+    assert "engines" not in record["chosen"], "whose buffers are per layer"
     assert (tmp_path / "replay.png").exists()
 
 

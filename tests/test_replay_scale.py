@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from bench import replay_scale
-from dsatrace.selection_replay.replay import find_work, replay_all
+from dsatrace.selection_replay.replay import replay_all
 from dsatrace.selection_replay.settings import ReplaySettings
+from dsatrace.selection_replay.work import find_work
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.selections import read_selections
 

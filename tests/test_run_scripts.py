@@ -63,17 +63,6 @@ def test_ranks_and_config_come_from_the_checkpoint(checkout: Path, tiny_hf: Path
     assert verify(Path(out)).state == "complete"
 
 
-def test_arguments_reach_the_runner(checkout: Path) -> None:
-    """KV of two requests, of which HBM holds what one step reads."""
-    out = checkout / "outputs" / "tiers"
-    tiers = ("--hbm-blocks", "8", "--granularity", "row", "--local", "ram")
-    done = call(checkout, "ruler", *SHORT, *tiers, OUT=str(out))
-    assert done.returncode == 0, done.stderr
-    assert "tiers: " in done.stdout
-    assert RunReader(out).summary()["tiers"]["local_pool"]["hit_units"] > 0
-    assert verify(out).state == "complete"
-
-
 @pytest.mark.parametrize(
     ("variables", "said"),
     [

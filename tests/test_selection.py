@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.model.selection import mask_future, select_topk
+from helpers.power import examples
 
 
 def plain_topk(row: list[float], k: int) -> set[int]:
@@ -14,7 +15,7 @@ def plain_topk(row: list[float], k: int) -> set[int]:
     return set(sorted(range(len(row)), key=lambda t: (-row[t], t))[:k])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(data=st.data(), first_pos=st.integers(0, 40), num_rows=st.integers(1, 9), k=st.integers(1, 20))
 def test_equals_the_definition_with_many_ties(data, first_pos, num_rows, k):
     length = first_pos + num_rows

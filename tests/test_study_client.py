@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import statistics
 from pathlib import Path
@@ -268,10 +269,18 @@ def test_matched_requests_come_from_later_conversations() -> None:
     chats = [chat("a", *"qaqaq"), chat("b", "q"), chat("c", *"qaq"), chat("d", *"qaq")]
     options = ClientSettings(max_conversations=1, min_turns=2, match_requests=True)
     prepared = prepare_traces(iter(chats), options, BYTES)
-    assert [row.conversation_id for row in prepared.single] == ["a", "c", "d"]
+    assert [row.conversation_id for row in prepared.single] == ["a", "b", "c"]  # b has one turn
     assert len(prepared.multi) == 3 and prepared.counts[SHORT] == 0
-    short = prepare_traces(chats[:3], options, BYTES)
+    short = prepare_traces(chats[:2], options, BYTES)
     assert len(short.single) == 2 and short.counts[SHORT] == 1
+    first = prepare_traces(
+        chats[1:2] + chats[:1] + chats[2:], dataclasses.replace(options, max_conversations=2), BYTES
+    )
+    assert [row.conversation_id for row in first.single] == ["a", "b", "c"]  # b was dropped, and serves here
+    assert first.counts[TOO_FEW_TURNS] == 1
+    wide = dataclasses.replace(options, max_tokens=30)
+    chats[1] = chat("b", "q" * 99)
+    assert [row.conversation_id for row in prepare_traces(chats, wide, BYTES).single] == ["a", "c", "d"]
 
 
 def test_filters_that_leave_nothing_say_so() -> None:

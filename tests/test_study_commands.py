@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from conftest import ROOT
 from dsatrace import cli
 from dsatrace.commands.study import VERBS
+from dsatrace.report.study_tables import compare_grids
+from dsatrace.study.compare import Comparison, Difference
 from dsatrace.workloads.trace_rows import read_trace_rows
 from helpers.real_data import real_file
 from helpers.study_samples import check_mistake, study, study_json, write_three_turns
@@ -105,8 +107,18 @@ def test_run_writes_everything(qa_run: tuple[Path, str]) -> None:
         assert not [word for word in words if len(word) > 7 and word in text], f"{name} holds text"
 
 
-def test_sweep_reads_what_run_wrote(qa_run: tuple[Path, str], tmp_path: Path) -> None:
-    assert study_json(tmp_path / "out", "sweep.json", "sweep", "--trace-file", qa_run[0])["cells"]
+def test_every_verb_reads_what_run_wrote(qa_run: tuple[Path, str], tmp_path: Path) -> None:
+    """The folder's block ids give what the text gave."""
+    source = ("--trace-file", qa_run[0])
+    assert study_json(tmp_path / "sweep", "sweep.json", "sweep", *source)["cells"]
+    sizes = ("--num-blocks", 64, "--host-blocks", 50)
+    again = study_json(tmp_path / "run", "trace_stats.json", "run", *source, *sizes)
+    first = json.loads((qa_run[0] / "multi_turn_stats.json").read_text())
+    assert again["metrics"] == first["metrics"]
+    assert study("explain", *source, "--output-dir", tmp_path / "explain") == 0
+    lines = json.loads((tmp_path / "explain" / "explain.json").read_text())["definitions"]
+    assert lines["chained_hashes"]["value"] > 0
+    assert lines["chained_hashes_with_partial"]["value"] is None  # not recorded
 
 
 def test_compare_writes_everything(tmp_path: Path, capsys: Any) -> None:
@@ -124,6 +136,233 @@ def test_as_many_single_turn_requests_as_multi_turn_ones(tmp_path: Path) -> None
     flags = ("compare", "--workload", "chat_multi", "--max-conversations", 12, "--match-requests")
     counts = study_json(tmp_path / "out", "comparison.json", *flags)["metrics"]["num_requests"]
     assert counts["single_turn"] == counts["multi_turn"] > 12
+
+
+QA = ("--workload", "qa", "--num-requests", 120, "--seed", 7)
+
+
+@pytest.mark.parametrize("workload", ["qa", "chat_single", "chat_multi", "summarization"])
+def test_a_workload_has_one_hit_rate_in_every_verb(workload: str, tmp_path: Path) -> None:
+    """The same workload, seed and size: `run`, `compare`, `explain` and `sweep` tell the same number."""
+    flags = ("--workload", workload, "--num-requests", 60, "--seed", 7, "--num-blocks", 48)
+    sides = {"chat_single": "single_turn"}
+    side = sides.get(workload, "multi_turn")
+    of_run = study_json(tmp_path / "run", f"{side}_stats.json", "run", *flags)["metrics"]
+    assert study("explain", *flags, "--output-dir", tmp_path / "explain") == 0
+    lines = json.loads((tmp_path / "explain" / "explain.json").read_text())["definitions"]
+    assert lines["token_weighted_with_rejected"]["value"] == of_run["hit_rate_first_prefill"]
+    sizes = ("--block-size", 16, "--policies", "lru", "--seeds", 1)
+    cells = study_json(tmp_path / "sweep", "sweep.json", "sweep", *flags, *sizes)["cells"]
+    (pool,) = (cell for cell in cells if cell["policy"] == "vllm")
+    assert pool["hit_rate"] == pytest.approx(of_run["hit_rate_blocks"], abs=1e-6)
+    assert (pool["hits"] > 0) == (workload != "chat_single")
+    if workload.startswith("chat"):
+        flags = (*flags, "--min-turns", 1)
+        both = study_json(tmp_path / "compare", "comparison.json", "compare", *flags)["metrics"]
+        assert both["hit_rate_blocks"][side] == of_run["hit_rate_blocks"]
+
+
+def test_a_mix_has_one_hit_rate_in_both_verbs(tmp_path: Path) -> None:
+    flags = ("--workloads", "qa", "chat_multi", "--num-requests", 40, "--num-blocks", 96)
+    of_run = study_json(tmp_path / "run", "multi_turn_stats.json", "run", *flags)
+    one = ("--policies", "lru", "--seeds", 1)
+    cells = study_json(tmp_path / "mixed", "mixed.json", "mixed", *flags, *one)["cells"]
+    pool = {cell["workload"]: cell["hit_rate"] for cell in cells if cell["policy"] == "vllm"}
+    assert pool.pop("overall") == pytest.approx(of_run["metrics"]["hit_rate_blocks"], abs=1e-6)
+    parts = {name: part["metrics"]["hit_rate_blocks"] for name, part in of_run["workloads"].items()}
+    assert pool == pytest.approx(parts, abs=1e-6)
+
+
+def test_a_verb_takes_several_caches(tmp_path: Path, capsys: Any) -> None:
+    flags = (*QA, "--skip-visualization", "--num-blocks", 40, 90, "--block-size", 16, 32)
+    assert study("run", *flags, "--output-dir", tmp_path / "all") == 0
+    shown = capsys.readouterr().out
+    assert "90 blocks of 32 tokens" in shown
+    one = ("--num-blocks", 90, "--block-size", 32)
+    of_one = study_json(tmp_path / "one", "multi_turn_stats.json", "run", *QA, *one)
+    assert json.loads((tmp_path / "all" / "multi_turn_stats_block32_cache90.json").read_text()) == of_one
+    assert len(list((tmp_path / "all").glob("*_stats_*.json"))) == 4
+    manifest = json.loads((tmp_path / "all" / "manifest.json").read_text())
+    assert manifest["caches"]["block32_cache90"] == of_one["cache"]
+
+
+def test_the_folder_has_a_default_in_every_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ("--workloads", "qa", "chat_multi", "--num-requests", 5)
+    for verb in (verb for verb in VERBS if verb not in ("report", "three-turns")):
+        pictures = [] if verb in ("prepare", "explain") else ["--skip-visualization"]
+        assert study(verb, *small, *pictures) == 0
+        (folder,) = (tmp_path / "outputs").glob(f"study_{verb}_*")
+        assert json.loads((folder / "manifest.json").read_text())["study"] == verb
+
+
+def test_a_path_gets_a_copy_of_the_file(tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere" / "mine.json"
+    flags = (*QA, "--num-blocks", 64, "--output-file", copy)
+    stats = study_json(tmp_path / "out", "multi_turn_stats.json", "run", *flags)
+    assert json.loads(copy.read_text()) == stats
+
+
+def test_without_caching_every_rate_is_0(tmp_path: Path) -> None:
+    flags = ("run", *QA, "--no-prefix-caching", "--num-blocks", 64)
+    metrics = study_json(tmp_path / "out", "multi_turn_stats.json", *flags)["metrics"]
+    rates = {name: value for name, value in metrics.items() if name.startswith("hit_rate")}
+    assert len(rates) > 6 and set(rates.values()) == {0}
+
+
+def test_no_schedule_lowers_the_ceiling(tmp_path: Path) -> None:
+    """Turns that come while the turn before them runs find less, but not in a cache without a limit."""
+    flags = ("run", "--workload", "chat_multi", "--max-conversations", 30, "--turn-delay", 0)
+    ceilings, rates = set(), {}
+    for schedule in ("in_order", "continuous"):
+        more = ("--schedule", schedule, "--concurrency", 8)
+        stats = study_json(tmp_path / schedule, "multi_turn_stats.json", *flags, *more)["metrics"]
+        ceilings.add(stats["hit_rate_infinite"])
+        rates[schedule] = stats["hit_rate_first_prefill"]
+    assert len(ceilings) == 1
+    assert rates["continuous"] < rates["in_order"] == ceilings.pop()
+
+
+def test_the_recounted_rate_differs_by_default(tmp_path: Path) -> None:
+    rates = study_json(tmp_path / "a", "multi_turn_stats.json", "run", *QA)["metrics"]
+    assert abs(rates["hit_rate_chunks_recounted"] - rates["hit_rate_first_prefill"]) > 0.01
+    long = ("--recount-tokens", 4096)
+    whole = study_json(tmp_path / "b", "multi_turn_stats.json", "run", *QA, *long)["metrics"]
+    assert whole["hit_rate_chunks_recounted"] == whole["hit_rate_first_prefill"]
+
+
+def test_the_host_pool_has_a_line_of_its_own(qa_run: tuple[Path, str]) -> None:
+    stats = json.loads((qa_run[0] / "multi_turn_stats.json").read_text())["metrics"]
+    prompt, host = stats["prompt_tokens"], 16 * stats["host_hit_blocks"]
+    assert stats["hit_rate_host"] == host / (prompt * (1 - stats["hit_rate_first_prefill"]))
+    assert "hit_rate_host " in qa_run[1]
+
+
+def test_every_turn_is_shown_with_its_blocks(tmp_path: Path, capsys: Any) -> None:
+    flags = ("run", "--workload", "chat_multi", "--max-conversations", 60, "--markdown")
+    stats = study_json(tmp_path / "out", "multi_turn_stats.json", *flags)
+    turns, shown = stats["per_turn"], capsys.readouterr().out
+    assert len(turns) > 10
+    for row in turns:
+        assert 0 <= row["hit_blocks"] <= row["prompt_blocks"]
+        begin = (
+            f"| {row['turn']} | {row['num_requests']} | {row['hit_blocks']:,} | {row['prompt_blocks']:,} |"
+        )
+        assert begin in shown
+    assert sum(row["hit_blocks"] for row in turns) == stats["metrics"]["hit_blocks"]
+
+
+def test_workloads_of_a_mix_keep_their_own_rates(tmp_path: Path) -> None:
+    flags = ("--workloads", "qa", "summarization", "--num-requests", 200, "--arrival-rate", 2)
+    rates = ("--rates", "qa=0.5", "summarization=8")
+    seconds = {}
+    for name, more in (("shared", ()), ("own", rates)):
+        out = tmp_path / name
+        assert study("run", *flags, *more, "--skip-visualization", "--output-dir", out) == 0
+        rows = list(read_trace_rows(out / "multi_turn_trace.jsonl"))
+        seconds[name] = {row.workload: row.timestamp for row in rows}  # the last of each
+    assert seconds["shared"] == pytest.approx({"qa": 200, "summarization": 200}, rel=0.25)
+    assert seconds["own"] == pytest.approx({"qa": 400, "summarization": 25}, rel=0.25)
+
+
+def test_ids_need_no_tokenizer_and_name_no_conversation(tmp_path: Path, capsys: Any) -> None:
+    trace = tmp_path / "mooncake.jsonl"
+    rows = [{"timestamp": i, "input_length": 600, "output_length": 1, "hash_ids": [0, i]} for i in (1, 2, 3)]
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("run", "--trace-file", trace, "--skip-visualization", "--output-dir", tmp_path / "out")
+    assert study(*flags) == 0
+    said = capsys.readouterr().out
+    assert "tokenizer: none: the trace holds ids of blocks of 512 tokens" in said
+    assert "requests of no known conversation: 3\n" in said
+    assert "\nconversations: " not in said
+    assert "no limit of 512 tokens" in said  # its own block size
+
+
+def test_every_table_says_what_is_assumed(tmp_path: Path, capsys: Any) -> None:
+    """A token that is a word, and times that nobody recorded; again where the folder is shown."""
+    small = ("--num-requests", 8, "--num-blocks", 64, "--skip-visualization", "--markdown")
+    verbs = {"run": (), "sweep": ("--policies", "lru", "--seeds", 2)}
+    for verb, flags in verbs.items():
+        assert study(verb, "--workload", "qa", *small, *flags, "--output-dir", tmp_path / verb) == 0
+        printed = capsys.readouterr().out
+        assert study("report", tmp_path / verb, "--markdown") == 0
+        for text in (printed, capsys.readouterr().out):
+            titles = [line for line in text.splitlines() if line.startswith(("#", "**"))]
+            assert titles
+            assert all("(a token is a word; times are assumed)" in title for title in titles), titles
+    trace = ("--trace-file", write_three_turns(tmp_path / "ids.jsonl"), "--block-size", 4)
+    assert study("run", *trace, "--skip-visualization", "--output-dir", tmp_path / "ids") == 0
+    assert "assumed" not in capsys.readouterr().out
+
+
+def test_a_run_tells_its_interval(tmp_path: Path, capsys: Any) -> None:
+    """Over eight seeds of a generator; over conversations of what people wrote."""
+    flags = ("run", "--workload", "qa", "--num-requests", 60, "--num-blocks", 64)
+    stats = study_json(tmp_path / "seeds", "multi_turn_stats.json", *flags)
+    assert "mean over 8 seeds" in capsys.readouterr().out
+    spread = stats["intervals"]["metrics"]["hit_rate_blocks"]
+    rates = [
+        study_json(tmp_path / f"{seed}", "multi_turn_stats.json", *flags, "--seed", seed, "--seeds", 1)
+        for seed in stats["intervals"]["seeds"]
+    ]
+    values = [rate["metrics"]["hit_rate_blocks"] for rate in rates]
+    assert rates[0]["metrics"] == stats["metrics"]
+    assert spread["mean"] == pytest.approx(sum(values) / 8)
+    assert spread["low"] < spread["mean"] < spread["high"]
+    assert len(set(values)) == 8
+    capsys.readouterr()
+    stats = study_json(tmp_path / "real", "multi_turn_stats.json", "run", "--num-blocks", 64)
+    assert "95 % over conversations" in capsys.readouterr().out
+    spread = stats["intervals"]["metrics"]["hit_rate_first_prefill"]
+    assert spread["low"] < stats["metrics"]["hit_rate_first_prefill"] < spread["high"]
+
+
+def test_a_large_ratio_is_a_whole_number() -> None:
+    both = Difference("blocks_reused", 1, 54090)
+    grid = next(iter(compare_grids(Comparison({"blocks_reused": both}, {}, {"t": {"cut": 0}}), CACHE)))
+    assert grid.rows[0][-1] == "54,090 x"
+
+
+CACHE = {
+    "num_blocks": 8, "block_size": 16, "concurrency": 1, "schedule": "in_order", "host_blocks": None,
+    "prefix_caching": True,
+}  # fmt: skip
+
+
+def test_three_turns_by_hand(capsys: Any) -> None:
+    """The numbers of the study's original document: 0, 40 and 57 % of the blocks."""
+    assert study("three-turns", "--markdown") == 0
+    without, _, cached = capsys.readouterr().out.partition("answers cached")
+    rates = [
+        [line.split(" | ")[4] for line in text.splitlines() if "%" in line] for text in (without, cached)
+    ]
+    assert rates == [["0%", "40%", "57%"], ["0%", "60%", "71%"]]
+
+
+def test_finished_studies_are_shown_and_drawn_again(
+    qa_run: tuple[Path, str], tmp_path: Path, capsys: Any
+) -> None:
+    small = ("--workloads", "qa", "chat_multi", "--num-requests", 10, "--policies", "lru")
+    assert study("compare", "--output-dir", tmp_path / "compare", "--skip-visualization") == 0
+    for verb in ("sweep", "mixed"):
+        assert study(verb, *small, "--skip-visualization", "--output-dir", tmp_path / verb) == 0
+    capsys.readouterr()
+    folders = (qa_run[0], tmp_path / "compare", tmp_path / "sweep", tmp_path / "mixed")
+    assert study("report", *folders, "--output-dir", tmp_path / "again") == 0
+    said = capsys.readouterr().out
+    for folder in folders:
+        assert f"files: {folder}" in said
+    drawn = names(tmp_path / "again")
+    assert {"sharing_fraction_cdf_run.png", "block_hit_distribution_compare.png"} <= drawn
+    assert {"comparison_compare.png", "cache_hits_qa_lru_sweep.png", "mixed_hit_rates_mixed.png"} <= drawn
+    assert "reuse_gap_cdf.png: the files hold each block's mean gap" in said
+    (qa_run[0] / "multi_turn_block_metrics.csv").rename(tmp_path / "kept.csv")
+    (qa_run[0] / "multi_turn_block_metrics.csv").write_text("block\n1\n")
+    try:
+        assert study("report", qa_run[0], "--output-dir", tmp_path / "broken") == 2
+        assert "multi_turn_block_metrics.csv: cannot read column hits" in capsys.readouterr().err
+    finally:
+        (tmp_path / "kept.csv").replace(qa_run[0] / "multi_turn_block_metrics.csv")
 
 
 def test_three_turns_from_a_file_of_token_ids(tmp_path: Path) -> None:
@@ -160,7 +399,15 @@ def test_conversation_by_conversation(tmp_path: Path) -> None:
     [
         (["run", "--data-path", "missing.json"], "missing.json: cannot read the file"),
         (["run", "--trace-file", "missing.jsonl"], "missing.jsonl: cannot read the file"),
-        (["run", "--data-path", "a", "--workload", "qa"], "--data-path and --workload exclude each other"),
+        (["run", "--data-path", "a", "--workload", "qa"], "--data-path holds chats; name one of chat_single"),
+        (["run", "--trace-file", "a", "--workload", "qa"], "--trace-file is a source by itself"),
+        (["run", "--workload", "qa", "qa"], "name each workload once"),
+        (["run", "--block-size", "16", "16"], "--block-size: name each number once"),
+        (
+            ["run", "--block-size", "8", "16", "--write-accesses"],
+            "--write-accesses writes blocks of one size",
+        ),
+        (["run", "--workload", "qa", "--pattern", "qa"], "name two or more with --workloads"),
         (["run", "--trace-file", "t.jsonl", "--arrival-rate", "2"], "--arrival-rate makes a trace"),
         (["compare", "--trace-file", "t.jsonl", "--match-requests"], "--match-requests makes a trace"),
         (["run", "--block-size", "0"], "--block-size must lie between 1"),
@@ -176,10 +423,16 @@ def test_conversation_by_conversation(tmp_path: Path) -> None:
         (["run", "--arrival-rate", "nan"], "--arrival-rate must be"),
         (["run", "--turn-delay", "-1"], "--turn-delay must be"),
         (["run", "--tokenizer", "nowhere"], "cannot read the tokenizer"),
-        (["run", "--output-file", "../stats.json"], "give a plain file name"),
+        (["run", "--output-file", "kept/stats.json"], "kept/stats.json: exists already"),
+        (["run", "--output-file", "kept/stats.json/x"], "kept/stats.json/x: cannot write"),
+        (["run", "--workload", "qa", "--rates", "qa"], "--rates 'qa': write a workload and a number"),
+        (["run", "--workload", "qa", "--rates", "chat_multi=1"], "name it with --workloads too"),
+        (["run", "--seeds", "3"], "--seeds draws seeded workloads again"),
+        (["run", "--recount-tokens", "0"], "--recount-tokens must lie between 1"),
+        (["report", "kept"], "kept: not the folder of a study"),
         (["run", "--output-file", "manifest.json"], "another file of that name"),
         (["run", "--workload", "qa", "--max-conversations", "all"], "say how many with --max-conversations"),
-        (["compare", "--workload", "qa", "--max-conversations", "5"], "no conversation is left"),
+        (["compare", "--workload", "qa", "--max-conversations", "5"], "has one turn per conversation"),
         (["prepare", "--output-file", "t.jsonl"], "choose it with --mode"),
         (["prepare", "--trace-file", "t.jsonl"], "say what to make of it with --hash-ids"),
         (["nothing"], "study has no verb 'nothing'"),
@@ -189,6 +442,8 @@ def test_a_mistake_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, argv: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "stats.json").touch()
     code = study(*argv, *([] if argv == ["nothing"] else ["--output-dir", "out"]))
     check_mistake(capsys, code, message)
 

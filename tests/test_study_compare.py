@@ -90,7 +90,7 @@ def test_tables_show_every_headline_and_rejections() -> None:
     assert "| hit_rate_first_prefill | 0.00 % | 60.00 % | +60.00 points | - |" in text
     assert "| blocks_allocated | 3 | 7 | +4 | 2.33 x |" in text
     assert "| multi_turn | 0 | 0 | 0 |" in text
-    assert "| 2 | 1 | 80.00 % | 100.00 % | 80.00 % | 80.00 % |" in text
+    assert "| 2 | 1 | 4 | 5 | 80.00 % | 100.00 % | 80.00 % | 80.00 % |" in text
     text = "\n".join(grid.markdown() for grid in run_grids("multi_turn", statistics(both[1])))
     assert "| block_reuse_rate | 46.15 % |" in text
     assert "no limit of 4 tokens, 1 live, in_order" in text
@@ -105,5 +105,5 @@ def test_a_trace_cannot_break_a_table() -> None:
 
 def test_a_comparison_without_hits_can_be_drawn(tmp_path: Any) -> None:
     nothing = run_study(requests_of([([1], [], "")]), SETTINGS)
-    draw_comparison(tmp_path / "comparison.png", compare(nothing, nothing))
+    draw_comparison(tmp_path / "comparison.png", "nothing", compare(nothing, nothing))
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")

@@ -103,17 +103,22 @@ def test_definitions_hold_together(
     replayed = run_study(requests_of(rows), settings)
     lines = {line.name: line for line in explain(replayed)}
     values = measure(replayed)
-    for name, metric in (
-        ("token_weighted", "hit_rate_first_prefill"),
+    of_all = (
+        ("token_weighted", "hit_rate_served"),
+        ("token_weighted_with_rejected", "hit_rate_first_prefill"),
+        ("per_request_mean_rejected_as_0", "sharing_fraction_mean"),
+        ("block_reuse_rate", "block_reuse_rate"),
+        ("infinite_cache", "hit_rate_infinite"),
+        ("chunks_of_64_recounted", "hit_rate_chunks_recounted"),
+    )
+    if_none_is_rejected = (
         ("with_preempted", "hit_rate_with_preempted"),
         ("per_request_mean", "sharing_fraction_mean"),
         ("requests_with_a_hit", "sharing_above_0"),
         ("blocks_full", "hit_rate_blocks"),
         ("blocks_any_position", "hit_rate_blocks_any"),
-        ("block_reuse_rate", "block_reuse_rate"),
-        ("infinite_cache", "hit_rate_infinite"),
-        ("chunks_of_2048_recounted", "hit_rate_chunks_recounted"),
-    ):
+    )
+    for name, metric in (*of_all, *(() if values["num_rejected"] else if_none_is_rejected)):
         assert lines[name].value == pytest.approx(values[metric]), name
     for line in lines.values():
         assert line.value is None or 0 <= line.value <= 1

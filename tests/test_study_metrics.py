@@ -90,7 +90,8 @@ def test_three_turns_do_not_fit_a_small_cache() -> None:
     assert rejections(replayed) == {"output_cut": 0, "prompt_too_long": 1, "request_too_long": 0}
     values = measure(replayed)
     assert (values["num_served"], values["num_rejected"]) == (2, 1)
-    assert values["hit_rate_first_prefill"] == 8 / 20  # the rejected one is in neither side
+    assert values["hit_rate_first_prefill"] == 8 / 40  # the rejected one finds nothing
+    assert values["hit_rate_served"] == 8 / 20  # and here it is in neither side
 
 
 @settings(deadline=None)  # the first call loads compiled code
@@ -223,7 +224,7 @@ def test_chunks_recounted_one_by_one(rows: Any, settings: StudySettings, chunk: 
     ):
         at = hit
         while at < prompt:
-            found += at // settings.block_size * settings.block_size
+            found += at // settings.block_size * settings.block_size * settings.prefix_caching
             prompts += prompt
             ends += min(at + chunk, prompt)
             at += chunk

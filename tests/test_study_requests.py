@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
+from dsatrace.study.prepare import ClientSettings
 from dsatrace.study.requests import RequestsBuilder, StudyRequests, block_trace
-from dsatrace.workloads.chat_format import ChatTemplateFormatter
+from dsatrace.study.sources import Client, Source
+from dsatrace.study.tokenization import open_vocabulary
 from dsatrace.workloads.request_generator import num_turns
 from dsatrace.workloads.synthetic import (
     CHAT_MULTI,
@@ -28,10 +30,9 @@ from dsatrace.workloads.synthetic import (
     interleave,
     qa_conversations,
     summarization_conversations,
-    workload_rows,
+    synthetic_conversations,
 )
-
-TRANSCRIPT = ChatTemplateFormatter()
+from dsatrace.workloads.trace_rows import TraceRow
 
 parts = st.lists(
     st.tuples(st.lists(st.integers(0, 99), min_size=1, max_size=5), st.sampled_from(["", "a", "b"])),
@@ -149,7 +150,7 @@ def test_documents_are_long_and_some_come_again() -> None:
         (lambda: QaSettings(num_contexts=0), "num_contexts"),
         (lambda: QaSettings(zipf_exponent=-1), "zipf_exponent"),
         (lambda: SummarizationSettings(again_share=2), "again_share must lie between"),
-        (lambda: workload_rows("chess", TRANSCRIPT), "unknown workload 'chess'"),
+        (lambda: Source(workloads=("chess",)), "unknown workload 'chess'"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(make, message) -> None:
@@ -157,22 +158,27 @@ def test_settings_that_mean_nothing_are_refused(make, message) -> None:
         make()
 
 
+def workload_rows(name: str, num_requests: int, seed: int = 42) -> list[TraceRow]:
+    """As a client makes them."""
+    client = Client(
+        Source(workloads=(name,)), ClientSettings(num_requests=num_requests, seed=seed), open_vocabulary(None)
+    )
+    return client.rows()
+
+
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_a_workload_is_the_same_for_the_same_seed(name: str) -> None:
-    rows = list(workload_rows(name, TRANSCRIPT, num_requests=20, seed=3))
-    assert rows == list(workload_rows(name, TRANSCRIPT, num_requests=20, seed=3))
-    assert rows != list(workload_rows(name, TRANSCRIPT, num_requests=20, seed=4))
+    rows = workload_rows(name, 20, seed=3)
+    assert rows == workload_rows(name, 20, seed=3)
+    assert rows != workload_rows(name, 20, seed=4)
+    more = synthetic_conversations(name, 40, seed=3)
+    assert more[:20] == synthetic_conversations(name, 20, seed=3)
     assert {row.workload for row in rows} == {name}
     assert len(rows) == 20 or (name == CHAT_MULTI and len(rows) > 20)
 
 
 def four(num_requests: int = 12) -> list[list]:
-    return [list(workload_rows(name, TRANSCRIPT, num_requests=num_requests)) for name in WORKLOADS]
-
-
-def test_chats_of_a_synthetic_mix_do_not_share_their_texts() -> None:
-    prompts = {name: {row.prompt for row in rows} for name, rows in zip(WORKLOADS, four(), strict=True)}
-    assert not prompts[CHAT_SINGLE] & prompts[CHAT_MULTI]
+    return [workload_rows(name, num_requests) for name in WORKLOADS]
 
 
 def test_a_mix_by_arrival_is_sorted_and_complete() -> None:

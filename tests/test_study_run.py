@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import stat
 from collections.abc import Callable
@@ -15,11 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.kv.policies.simulate import simulate
-from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.simulation.block_trace import BlockTrace
-from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult
-from dsatrace.study.accesses import ACCESSES_FILE, REQUESTS_FILE, Accesses, read_accesses, write_accesses
+from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, replay
+from dsatrace.study.accesses import ACCESSES_FILE, REQUESTS_FILE, read_accesses, write_accesses
 from dsatrace.study.output_folder import check_output, file_labels, open_study
 from dsatrace.study.requests import StudyRequests, block_trace
 from dsatrace.study.results import REQUEST_COLUMNS, statistics, write_results
@@ -43,7 +40,9 @@ def test_another_runner_takes_the_same_requests() -> None:
     assert replayed.result.hit_tokens.tolist() == [0, 8, 16]
 
 
-@pytest.mark.parametrize("name", ["block_size", "num_blocks", "concurrency", "chunk_tokens", "host_blocks"])
+@pytest.mark.parametrize(
+    "name", ["block_size", "num_blocks", "concurrency", "chunk_tokens", "host_blocks", "recount_tokens"]
+)
 @pytest.mark.parametrize("value", [0, -3, 2**31])
 def test_a_bad_setting_is_named(name: str, value: int) -> None:
     flag = f"--{name.replace('_', '-')}"
@@ -64,7 +63,7 @@ def test_without_prefix_caching_nothing_is_shared() -> None:
     values = statistics(replayed)["metrics"]
     assert (values["blocks_reused"], values["blocks_unique"], values["hit_rate_first_prefill"]) == (0, 0, 0)
     assert values["blocks_allocated"] == 3 + 4 + 6
-    assert values["hit_rate_infinite"] == 24 / 40  # what it could have been
+    assert values["hit_rate_infinite"] == values["hit_rate_chunks_recounted"] == 0
 
 
 def test_the_files_of_a_replay(tmp_path: Path) -> None:
@@ -142,39 +141,43 @@ def test_workloads_in_file_names(names: list[str]) -> None:
 
 
 @settings(deadline=None)  # the first call loads compiled code
-@given(ROWS, st.integers(1, 4))
-def test_accesses_are_read_as_written(tmp_path_factory: Any, rows: Any, block_size: int) -> None:
+@given(ROWS, st.integers(1, 4), st.integers(1, 3))
+def test_accesses_are_read_as_written(tmp_path_factory: Any, rows: Any, block_size: int, factor: int) -> None:
+    """Requests and blocks, at the size that was written and at its multiples."""
     folder = tmp_path_factory.mktemp("accesses")
     requests = requests_of(rows)
-    trace = block_trace(requests, block_size)
-    accesses = Accesses.of(requests, trace)
-    write_accesses(folder, accesses)
+    write_accesses(folder, requests, block_trace(requests, block_size))
     again = read_accesses(folder)
-    for name, value in vars(accesses).items():
-        assert np.array_equal(getattr(again, name), value), name
-    for i, (prompt, answer, _) in enumerate(rows):
-        keys = trace.keys_of(i)
-        num_full = len(prompt) // block_size
-        assert again.blocks[again.starts[i] : again.starts[i + 1]].tolist() == keys[:num_full]
-        in_output = again.output_blocks[again.output_starts[i] : again.output_starts[i + 1]].tolist()
-        assert in_output == keys[num_full:]
-        assert len(keys) == (len(prompt) + len(answer)) // block_size
+    for name in ("arrival_s", "turn", "num_prompt_tokens", "num_response_tokens", "conversation", "workload"):
+        assert np.array_equal(getattr(again, name), getattr(requests, name)), name
+    assert again.workload_names == requests.workload_names
+    size = block_size * factor
+    wanted, trace = block_trace(requests, size), block_trace(again, size)
+    assert trace.key_ptr.tolist() == wanted.key_ptr.tolist()
+    same = dict(zip(trace.keys.tolist(), wanted.keys.tolist(), strict=True))
+    assert [same[key] for key in trace.keys.tolist()] == wanted.keys.tolist()
+    assert len(set(same.values())) == len(same)
+    if block_size > 1:
+        tokens = again.as_tokens()
+        assert tokens.num_prompt_tokens.tolist() == np.diff(tokens.prompt_offsets).tolist()
+        hits = [
+            replay(each, ReplayConfig(None)).hit_tokens.tolist()
+            for each in (block_trace(tokens, size), wanted)
+        ]
+        assert hits[0] == hits[1]
 
 
 def write_three_turns_accesses(folder: Path) -> None:
     requests = three_turns()
-    write_accesses(folder, Accesses.of(requests, block_trace(requests, 4)))
+    write_accesses(folder, requests, block_trace(requests, 4))
 
 
-def test_the_policies_replay_what_a_run_wrote(tmp_path: Path) -> None:
+def test_access_files_are_their_owners(tmp_path: Path) -> None:
     write_three_turns_accesses(tmp_path)
-    accesses = read_accesses(tmp_path)
-    assert set(accesses.workloads) == {"chat_multi"}
-    prompts = [accesses.blocks[low:high].tolist() for low, high in itertools.pairwise(accesses.starts)]
-    stream = AccessStream.of(prompts)
-    assert simulate(stream, "lru", 16).hits.tolist() == [0, 1, 3]  # prompts alone: answers are not accesses
     for name in (REQUESTS_FILE, ACCESSES_FILE):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+    access = json.loads((tmp_path / ACCESSES_FILE).read_text().splitlines()[1])
+    assert (access["block_ids"], access["output_block_ids"]) == ([0, 1, 2], [3])
 
 
 def _edit(name: str, change: Callable[[list[dict[str, Any]]], object]) -> Callable[[Path], None]:
@@ -196,6 +199,7 @@ def _edit(name: str, change: Callable[[list[dict[str, Any]]], object]) -> Callab
         (_edit(ACCESSES_FILE, lambda rows: rows[2].update(block_size=8)), "row 2: block size 8 after 4"),
         (_edit(ACCESSES_FILE, lambda rows: rows[0].update(block_size=0)), "row 0.*block size below 1"),
         (_edit(ACCESSES_FILE, lambda rows: rows[0]["block_ids"].extend([7, 8])), "row 0: more block ids"),
+        (_edit(ACCESSES_FILE, lambda rows: rows[1]["block_ids"].pop()), "row 1: output_block_ids without"),
         (_edit(ACCESSES_FILE, lambda rows: rows.reverse()), "row 0.*requests out of order"),
         (_edit(REQUESTS_FILE, lambda rows: rows[2].update(arrival_s=1.0)), "row 2.*runs backwards"),
         (_edit(REQUESTS_FILE, lambda rows: rows[1].pop("num_tokens")), "row 1.*missing column"),

@@ -23,7 +23,7 @@ from dsatrace.verify.run import verify
 from helpers.checkpoints import tiny_config
 from helpers.command_runs import recording
 from helpers.memory_store import MemoryStore
-from helpers.ranks import on_ranks
+from helpers.ranks import Ranks, on_ranks
 from helpers.stores import valkey
 from helpers.waiting import LIMIT_S
 
@@ -44,22 +44,9 @@ def model(tiny_hf: Path, tiny_args, tmp_path_factory: pytest.TempPathFactory) ->
     return (*flags, "--input-file", folder / "prompts.txt", "--temperature", 0)
 
 
-def start(*flags: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    return subprocess.Popen(
-        [*command, str(INFERENCE / "generate.py"), *map(str, flags)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def under_way(folder: Path, *flags: object) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
-    """A run of many tokens, of which a few are recorded."""
-    process = start(*flags, "--max-new-tokens", 3000, "--max-seq-len", 4096, "--trace-out", folder)
-    return recording(process, folder)
+def many_tokens(folder: Path, *flags: object) -> tuple[object, ...]:
+    """The flags of a run of many tokens."""
+    return (*flags, "--max-new-tokens", 3000, "--max-seq-len", 4096, "--trace-out", folder)
 
 
 def answers(folder: Path, *flags: object) -> list[str]:
@@ -116,11 +103,11 @@ def test_kv_that_is_lost_ends_all_ranks(model: tuple[object, ...], lost: str, tm
     """The rank that lost it says so; the other does not wait for it forever."""
     redis = pytest.importorskip("redis", reason="redis-py plays the stranger at the server")
     folder = tmp_path / "run"
-    with (
-        valkey() as server,
-        redis.Redis.from_url(server.tcp) as client,
-        under_way(folder, *model, *ROWS, "--remote", server.tcp) as process,
-    ):
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(valkey())
+        client = stack.enter_context(redis.Redis.from_url(server.tcp))
+        flags = many_tokens(folder, *model, *ROWS, "--remote", server.tcp)
+        process = stack.enter_context(recording(Ranks(2, "generate", flags, tmp_path / "said"), folder))
         if lost == "of both":
             server.kill()
         else:
@@ -143,7 +130,17 @@ def test_sigterm_ends_all_ranks_and_leaves_no_key(model: tuple[object, ...], tmp
     redis = pytest.importorskip("redis", reason="redis-py counts the server's keys")
     folder = tmp_path / "run"
     with valkey() as server, redis.Redis.from_url(server.tcp) as client:
-        with under_way(folder, *model, *ROWS, "--remote", server.tcp) as process:
+        flags = many_tokens(folder, *model, *ROWS, "--remote", server.tcp)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        process = subprocess.Popen(
+            [*launch, str(INFERENCE / "generate.py"), *map(str, flags)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with recording(process, folder):
             assert client.dbsize() > 0
             process.send_signal(signal.SIGTERM)
             _, err = process.communicate(timeout=LIMIT_S)

@@ -19,6 +19,7 @@ from dsatrace.kv.tiers.stack import LOCAL, LOST, REMOTE, TierStack
 from dsatrace.schema import TIER_NAMES
 from helpers.flaky_store import FlakyStore
 from helpers.memory_store import MemoryStore
+from helpers.power import examples
 from helpers.stores import opener_of, valkey, valkey_server
 
 __all__ = ["valkey_server"]
@@ -94,7 +95,7 @@ def members(local_capacity: int | None, remote_capacity: int | None) -> tuple[Me
     )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     st.sampled_from([(c, None) for c in (0, 1, 2, 3, 4, 7, 10, None)] + [(10, 0), (None, 0)]),
     st.sampled_from(TIER_POLICIES),
@@ -126,7 +127,7 @@ def check_room(stack: TierStack) -> None:
         assert here.tolist() == stack._is_current[LOCAL].tolist()
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     st.sampled_from([(c, r) for c in (0, 1, 2, 4, None) for r in (0, 3, None) if (c, r) != (0, 0)]),
     st.sampled_from(TIER_POLICIES),
@@ -210,7 +211,7 @@ class PlainWriteBack:
         self.remote.difference_update(units)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.sampled_from([1, 2, 3, 5, 9, 10]), histories())
 def test_it_is_a_write_back_cache_and_its_counts_add_up(capacity: int, history: list[Action]) -> None:
     stack = stack_of(MemoryStore(U, capacity), MemoryStore(U))

@@ -129,6 +129,11 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
         parse("--trace-out", str(tmp_path))
     with pytest.raises(UserError, match="not a folder"):
         parse("--trace-out", str(tmp_path / "manifest.json"))
+    (tmp_path / "manifest.json").rename(tmp_path / ".manifest.json.tmp")  # of a start that was killed
+    assert parse("--trace-out", str(tmp_path)) is not None
+    (tmp_path / "mine").touch()
+    with pytest.raises(UserError, match="holds files already"):
+        parse("--trace-out", str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.requests import PlainRequests
 from dsatrace.verify.run import verify
 from helpers.golden_run import SERVING, read_lines, write_lines
+from helpers.power import examples
 from helpers.trace_samples import LAYOUT, SECRET, SampleRequest, config_for
 
 SERVING_FIELDS: tuple[Field, ...] = next(f for f in SUMMARY_FIELDS if f.name == "serving").children
@@ -131,7 +132,7 @@ def request_lines(draw: st.DrawFn) -> dict[str, Any]:
     return parsed
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(75), deadline=None)
 @given(lines=st.lists(request_lines(), max_size=20), cut=st.integers(0, 20), with_serving=st.booleans())
 def test_fast_equals_plain_and_the_sum_of_its_parts(
     lines: list[dict[str, Any]], cut: int, with_serving: bool

@@ -29,6 +29,7 @@ from dsatrace.verify.plain_summary import summarize
 from dsatrace.verify.run import verify
 from helpers import resume_samples
 from helpers.golden_run import SERVING, read_lines, write_golden
+from helpers.power import examples
 from helpers.step_records import step_lines
 from helpers.tier_samples import LATENT, SETUPS, SimulatedTiers, setup
 from helpers.trace_samples import (
@@ -46,7 +47,7 @@ LINES = StepLines()
 NOTE = "which tier held a token: the engine's word, of which the accounts must add up"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(75), deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     seq_lens=st.lists(st.integers(1, 200), min_size=1, max_size=4),

@@ -18,6 +18,7 @@ from dsatrace.workloads.ruler.generator import generate
 from dsatrace.workloads.tokenizer import load_tokenizer
 from helpers.models import SMALL, new_cache, random_model, random_tokens
 from helpers.power import examples
+from train_needle import trainer
 from train_needle.batches import make_batch
 from train_needle.evaluate import HELD_OUT_SEED, Measured, answer, measure, would_say
 from train_needle.export import load_exported
@@ -114,6 +115,18 @@ def test_the_sparse_phase_moves_everything_but_what_only_chooses(tokenizer):
     moved = gradients(model, SPARSE_PHASE, tokenizer)
     still = {name for name, _ in model.named_parameters()} - moved
     assert all("gate.bias" in name or ".experts." in name for name in still), still
+
+
+@pytest.mark.parametrize("faster", [torch.bfloat16, torch.float32])
+def test_dense_phases_take_the_faster_numbers(tokenizer, tmp_path, monkeypatch, faster):
+    """A resumed run keeps those it began with."""
+    monkeypatch.setattr(trainer, "_matmul_s", lambda dtype: 1.0 if dtype == faster else 2.0)
+    args, plan = small_args(tokenizer), recipe("dense", "sparse")
+    Trainer(args, plan, tokenizer, tmp_path).run()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["bf16"] for line in lines] == [faster == torch.bfloat16, False]
+    monkeypatch.setattr(trainer, "_matmul_s", lambda dtype: 2.0 if dtype == faster else 1.0)
+    assert Trainer(args, plan, tokenizer, tmp_path).bf16 == (faster == torch.bfloat16)
 
 
 def test_the_divergence_is_zero_where_scores_are_the_attention(tokenizer):

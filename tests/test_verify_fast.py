@@ -15,6 +15,7 @@ import pytest
 from dsatrace.errors import UserError
 from dsatrace.schema import LEVELS, MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
 from dsatrace.trace.export import export_run
+from dsatrace.trace.kind import Layer, SelectionKind
 from dsatrace.trace.manifest import TierSettings
 from dsatrace.trace.parquet import file as parquet_file
 from dsatrace.trace.reader import RunReader
@@ -31,6 +32,8 @@ from dsatrace.verify.requests import PlainRequests, RequestLine
 from dsatrace.verify.rules import Rules
 from dsatrace.verify.run import verify
 from helpers.golden_run import REQUESTS, GoldenRequest, read_lines, write_golden, write_lines
+from helpers.kind_runs import KINDS as KINDS_OF_RUNS
+from helpers.kind_runs import write_kind
 from helpers.tier_samples import SETUPS
 from test_verify import SHARED, VARIANTS, leaves, spoilt
 from test_verify_tiers import altered
@@ -44,6 +47,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "no prefill": {"prefill": "off"},
     **{f"tiers, {name}": {"tiers": setup} for name, setup in SETUPS.items()},
 }
+DOORS: dict[str, SelectionKind] = {
+    "uneven layers, no timing or prefix": KINDS_OF_RUNS["uneven layers"],
+    "attached, sets that hold fewer, a shared layer": SelectionKind(
+        (Layer(8), Layer(8, source_layer=0), Layer(6)), door="attach", missing=("scores",)
+    ),
+    "imported, without scores, times and tiers": SelectionKind(
+        (Layer(8), Layer(8)), door="import", missing=("scores", "timing", "tiers", "prefix")
+    ),
+}
+"""Other doors whose ids are token positions."""
 BLOCK_SIZES = (16, 32, 64)
 STRIDE = int(os.environ.get("DSATRACE_SPOILT_STRIDE", "20"))  # every so many records are spoilt
 LONG = (*REQUESTS, GoldenRequest("r3", 300, 40, 9, needle_positions=(0, 1, 17, 290)))
@@ -77,13 +90,23 @@ def found_in(checks: ChunkChecks, size: int) -> Iterator[Checked]:
         yield found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def write_run(folder: Path, kind: str) -> Path:
+    if kind in KINDS:
+        return write_golden(folder, LONG, sealed=True, **KINDS[kind])
+    return write_kind(folder, kind, kind=DOORS[kind])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *DOORS])
 def test_chunks_of_any_size_add_up_to_the_plain_totals(tmp_path: Path, kind: str) -> None:
-    folder = write_golden(tmp_path / "run", LONG, sealed=True, **KINDS[kind])
+    folder = write_run(tmp_path / "run", kind)
     checks, records = checks_of(folder), read_lines(folder)
     rules = checks.rules
     plain = PlainSummary(
-        top_k=rules.top_k, block_sizes=BLOCK_SIZES, level=rules.level, offloaded=rules.tiers is not None
+        top_k=rules.top_k,
+        block_sizes=BLOCK_SIZES,
+        level=rules.level,
+        offloaded=rules.tiers is not None,
+        kind=rules.selections,
     )
     for record in records:
         plain.add(record)
@@ -132,6 +155,28 @@ def test_no_spoilt_record_is_called_right(tmp_path: Path, variant: dict[str, Any
                     num_bad += 1
                     assert not _is_called_right(checks, bad), path
     assert num_bad > 7000 // STRIDE
+
+
+@pytest.mark.parametrize("kind", DOORS)
+def test_no_spoilt_record_of_another_door_is_called_right(tmp_path: Path, kind: str) -> None:
+    folder = write_run(tmp_path / "run", kind)
+    checks, num_bad = checks_of(folder), 0
+    needles = {name: known.needle_positions for name, known in checks._requests.items()}
+    for record in read_lines(folder)[::7]:
+        assert checks.derive(record) is not None
+        for path in leaves("full"):
+            for bad in spoilt(record, path) if _holds(record, path) else ():
+                try:
+                    check_record(bad, checks.rules, needles)
+                except Mismatch:
+                    num_bad += 1
+                    assert not _is_called_right(checks, bad), path
+    assert num_bad > 100
+
+
+def _holds(record: dict[str, Any], path: str) -> bool:
+    """Whether the door tells what the field is part of."""
+    return record.get(path.partition(".")[0]) is not None
 
 
 def _is_called_right(checks: ChunkChecks, record: dict[str, Any]) -> bool:

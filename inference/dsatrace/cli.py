@@ -17,6 +17,7 @@ VERBS = {
     "run": Verb("dsatrace.commands.run", "serve RULER, LongBench v2, ShareGPT or BurstGPT, and trace"),
     "attach": Verb("dsatrace.commands.attach", "run a transformers checkpoint, and trace what it selects"),
     "import": Verb("dsatrace.commands.import_capture", "what SGLang, vLLM or your own script captured"),
+    "layerwise": Verb("dsatrace.commands.layerwise", "transcripts through a checkpoint, a layer at a time"),
     "check": Verb("dsatrace.commands.check", "what a capture or a run really is, and if it was sparse"),
     "report": Verb("dsatrace.commands.report", "tables and a picture of a traced run"),
     "replay": Verb("dsatrace.commands.replay", "what a hot buffer of any size would have missed"),

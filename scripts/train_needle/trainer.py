@@ -78,11 +78,12 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, betas=recipe.betas)
         self.phase, self.step, self.running = 0, 0, 0.0
         self.seconds = dict[str, float]()
+        self.bf16 = is_bf16_faster(self.device)
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / STATE).exists():
             progress = load_state(folder, self.model, self.optimizer)
             self.phase, self.step, self.running = progress["phase"], progress["step"], progress["running"]
-            self.seconds = progress["seconds"]
+            self.seconds, self.bf16 = progress["seconds"], progress["bf16"]
 
     def run(self, minutes: float = math.inf, report: Report | None = None) -> bool:
         """Trains until the recipe or the time is over; True in the first case."""
@@ -113,7 +114,8 @@ class Trainer:
 
     def save(self) -> None:
         """Puts the state into the run's folder."""
-        progress = {"phase": self.phase, "step": self.step, "running": self.running, "seconds": self.seconds}
+        names = ("phase", "step", "running", "seconds", "bf16")
+        progress = {name: getattr(self, name) for name in names}
         save_state(self.folder, self.model, self.optimizer, progress)
 
     def _train_step(self, phase: Phase) -> dict[str, float]:
@@ -124,7 +126,7 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trains(phase, name))
         self.optimizer.zero_grad(set_to_none=True)
-        loss, sums = phase_loss(self.model, phase, batch)
+        loss, sums = phase_loss(self.model, phase, batch, self.bf16)
         loss.backward()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
@@ -146,6 +148,7 @@ class Trainer:
                 kind = name.removeprefix("answers_")
                 line[kind] = round(sums[f"right_{kind}"] / sums[name], 3)
         line["lr"] = learning_rate(phase, max(0, self.step - 1))
+        line["bf16"] = self.bf16 and phase.mode == "dense"
         line["seconds"] = round(sum(self.seconds.values()), 1)
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
@@ -166,12 +169,14 @@ def learning_rate(phase: Phase, step: int) -> float:
     return phase.last_lr + (phase.lr - phase.last_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def phase_loss(model: Transformer, phase: Phase, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
-    """The phase's loss on a batch, and sums for the log."""
+def phase_loss(
+    model: Transformer, phase: Phase, batch: Batch, bf16: bool = False
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The phase's loss on a batch, and sums for the log; `bf16` is for dense phases."""
     attentions = list[Attention]()
     observe = attentions.append if phase.index_weight else None
     # bf16 only where nothing is selected: a selection is to be the one that serves.
-    half = torch.autocast(batch.targets.device.type, torch.bfloat16, enabled=phase.mode == "dense")
+    half = torch.autocast(batch.targets.device.type, torch.bfloat16, enabled=bf16 and phase.mode == "dense")
     with torch.set_grad_enabled(phase.mode != "indexer"), half:
         logits = forward(model, batch.sequences, phase.mode == "sparse", observe)
         loss = answer_loss(logits, batch.targets, batch.weights)
@@ -183,6 +188,22 @@ def phase_loss(model: Transformer, phase: Phase, batch: Batch) -> tuple[torch.Te
         sums[f"kl_{attention.layer_id}"] = float(divergence.detach())
         loss = loss + phase.index_weight * divergence
     return loss, sums
+
+
+def is_bf16_faster(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 faster than fp32: a CPU without units for it emulates them."""
+    return device.type != "cpu" or _matmul_s(torch.bfloat16) < _matmul_s(torch.float32)
+
+
+def _matmul_s(dtype: torch.dtype) -> float:
+    """The fastest of a few products of the size that training takes."""
+    a, b = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 @torch.no_grad()

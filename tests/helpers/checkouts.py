@@ -15,7 +15,7 @@ from numba.core.caching import _CacheLocator
 from conftest import ROOT
 from dsatrace import jit
 
-PARTIAL = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.tmp.*")
+PARTIAL = shutil.ignore_patterns("*.egg-info", "*.tmp.*", "*.pyc.*")
 """Not sources, or files that another process may be writing."""
 
 

@@ -25,7 +25,7 @@ from dsatrace.trace.selections import LayerSelections, LayerSet, RequestSelectio
 
 ROUNDING = {"bf16": 2.0**-8, "fp8": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-20, "fp64": 2.0**-44}
 """Of a score, relative, by the model's numbers; of several roundings where one would be too small to see."""
-FP8_KEYS = 2.0**-4  # the same of scores whose keys are in fp8
+FP8_CACHE = 2.0**-4  # the same where one model alone keeps its indexer's keys or its latents in fp8
 MAX_ROWS = 100
 """Differing rows that the JSON holds, the first ones."""
 
@@ -242,10 +242,10 @@ def _digests(run: Run) -> dict[str, Any]:
 
 
 def _rounding(a: Run, b: Run) -> float:
-    """The coarser model's; where one alone keeps its indexer's keys in fp8, that of fp8."""
+    """The coarser model's; where one alone keeps its cache in fp8, that of fp8."""
     configs = [run.manifest["model_config"] for run in (a, b)]
-    if len({bool(config.get("index_fp8")) for config in configs}) > 1:
-        return FP8_KEYS
+    if any(len({bool(config.get(key)) for config in configs}) > 1 for key in ("index_fp8", "latent_fp8")):
+        return FP8_CACHE
     long = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
     names = [
         f"{config.get('dtype') or config.get('torch_dtype')}".removeprefix("torch.") for config in configs

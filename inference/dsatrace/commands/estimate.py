@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     load = _load(args)
 
-    from dsatrace.trace.estimate import estimate_sizes, records_per_second
+    from dsatrace.trace.estimate import draw_sample, estimate_sizes
 
     levels: Sequence[Level] = LEVELS if args.level is None else (args.level,)
     if load.kind is not None:
@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         levels = ("full",)
     sizes = {level: estimate_sizes(load, level) for level in levels}
-    rate = records_per_second(load, levels[0])
+    sample = draw_sample(load, levels[0], "clustered")
+    rate = sample.records_per_second
     step_records = load.num_sets * min(load.batch_size, load.requests)
     queue_steps = args.trace_queue_steps
     if args.json:
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ],
             "ring_bytes": load.ring_bytes(queue_steps),
             "queue_bytes": queue_steps * load.queue_slot_bytes,
+            "parquet_waiting_bytes": sample.waiting_bytes,
             "measured_level": levels[0],
             "measured_records_per_s": round(rate),
             "records_per_step": step_records,
@@ -72,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     console.print(
         f"Host memory: {size_text(load.ring_bytes(queue_steps))} of ring, of which the queue's {queue_steps} "
-        f"waiting steps take {size_text(queue_steps * load.queue_slot_bytes)}."
+        f"waiting steps take {size_text(queue_steps * load.queue_slot_bytes)}; with --trace-format parquet "
+        f"up to {size_text(sample.waiting_bytes)} of records that wait for their part, too."
     )
     console.print(
         f"Measured here, level {levels[0]}: {rate:,.0f} records/s from one writer thread, so tracing "
@@ -144,18 +147,20 @@ def _kind(args: argparse.Namespace, model: ModelArgs) -> SelectionKind | None:
 def _table(load: TraceLoad, sizes: Mapping[Level, Sequence[Size]]) -> Table:
     from rich.table import Table
 
+    from dsatrace.trace.estimate import FORMATS
+
     table = Table(
         title=f"Estimate: {load.num_records:,} records = {load.requests} requests x {load.num_steps} steps x "
         f"{load.num_sets} {'layers' if load.kind is None else 'sets'}, {load.context:,} tokens of context",
         title_justify="left",
     )
-    for name in ("level", "format", "bytes per record", "total"):
+    for name in ("level", "format", "bytes per record", "total", "how"):
         table.add_column(name, justify="right" if name in ("bytes per record", "total") else "left")
     for level, of_level in sizes.items():
         for size in of_level:
             low, high = size.bytes_per_record
             total = " - ".join(size_text(n) for n in size.total_bytes)
-            table.add_row(level, size.format, f"{low:,.0f} - {high:,.0f}", total)
+            table.add_row(level, size.format, f"{low:,.0f} - {high:,.0f}", total, FORMATS[size.format])
     return table
 
 

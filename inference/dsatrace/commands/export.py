@@ -1,7 +1,8 @@
 """`dsatrace export`: a run's records as Parquet for DuckDB, Polars and long storage, or laid out for
-replay, or back as JSON lines.
+replay, or back as JSON lines; its selections as arrays, or a timeline of it.
 
 dsatrace export outputs/mine --to parquet
+dsatrace export outputs/mine --to perfetto
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ from typing import TYPE_CHECKING
 
 from dsatrace.commands.damage import damage_named
 from dsatrace.commands.parser import CommandParser
-from dsatrace.errors import exits_cleanly
+from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.text import plain
 from dsatrace.units import size_text
 
 if TYPE_CHECKING:
     from dsatrace.trace.reader import RunReader
 
-_SUFFIXES = {"parquet": "parquet", "jsonl": "jsonl", "replay": "for_replay", "npy": "npy"}
+_SUFFIXES = {
+    "parquet": "parquet",
+    "jsonl": "jsonl",
+    "replay": "for_replay",
+    "npy": "npy",
+    "perfetto": "trace.json.gz",
+}
 """Format to the end of the copy's name; what `dsatrace replay` writes is RUN_replay."""
 
 
@@ -28,11 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exports, showing progress; returns the exit code."""
     parser = CommandParser(
         "export",
-        "Copy a run with its records in another format, without loss.",
+        "Copy a run with its records in another format, without loss, or draw a timeline of it.",
         examples="""
         %(prog)s outputs/mine --to parquet
         %(prog)s outputs/mine_parquet --to jsonl --out outputs/mine_again
-        %(prog)s outputs/mine --to npy
+        %(prog)s outputs/mine --to perfetto
         """,
     )
     parser.add_argument("run", type=Path, help="folder of the run")
@@ -41,14 +48,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=tuple(_SUFFIXES),
         required=True,
         help="format of the copy; replay: Parquet files of whole requests, by layer, then step; npy: the "
-        "selections alone, an array (rows, layers, k) int32 per request",
+        "selections alone, an array (rows, layers, k) int32 per request; perfetto: a timeline, one file for "
+        "ui.perfetto.dev or chrome://tracing",
     )
     parser.add_argument(
         "--out",
         type=Path,
-        help="new folder of the copy (default: RUN_parquet, RUN_jsonl, RUN_for_replay or RUN_npy)",
+        help="new folder of the copy, or new file of the timeline (default: RUN_parquet, RUN_jsonl, "
+        "RUN_for_replay, RUN_npy or RUN_trace.json.gz)",
+    )
+    parser.add_argument(
+        "--buffer",
+        metavar="SIZE",
+        help="of perfetto, for a run without tiers: draw what an LRU buffer of this size, one per request "
+        "and layer, would miss; ids, multiples of top-k or shares of the context (default: 2k)",
     )
     args = parser.parse_args(argv)
+    if args.buffer is not None and args.to != "perfetto":
+        raise UserError(f"--buffer {args.buffer}: belongs to --to perfetto; leave it out")
 
     from rich.console import Console
     from rich.progress import Progress
@@ -61,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = args.out or folder.with_name(f"{folder.name}_{_SUFFIXES[args.to]}")
     if args.to == "npy":
         return _export_arrays(run, out)
+    if args.to == "perfetto":
+        return _export_timeline(run, out, args.buffer)
     console = Console(stderr=True)
     shown = Progress(console=console, transient=True, disable=not console.is_terminal)
     with damage_named(args.run), shown as bar:
@@ -83,4 +102,36 @@ def _export_arrays(run: RunReader, out: Path) -> int:
         written = export_arrays(run, out, advance)
     told = f"{written.num_rows:,} rows of {written.num_requests:,} requests, {size_text(written.num_bytes)}"
     print(f"{told}: {plain(out)}")
+    return 0
+
+
+def _export_timeline(run: RunReader, out: Path, size: str | None) -> int:
+    from dsatrace.commands.progress import records_counter
+    from dsatrace.selection_replay.per_step import buffers_of
+    from dsatrace.trace.load import Run
+    from dsatrace.trace.perfetto import write_perfetto
+    from dsatrace.trace.timeline import Timeline
+
+    if run.state == "running":
+        raise UserError(
+            f"{run.folder}: the run is still being written; export it when it has ended, or a copy of it"
+        )
+    if out.exists():  # told before the run is read
+        raise UserError(f"{out}: exists already and is never overwritten; name another with --out")
+    buffers, without = None, None
+    if run.manifest.get("tiers"):
+        if size is not None:
+            raise UserError(f"--buffer {size}: the run has tiers, whose misses were measured; leave it out")
+    else:
+        try:
+            buffers = buffers_of(run, size or "2k")
+        except UserError as error:
+            if size is not None:
+                raise
+            without = f"no misses are drawn: {error}"
+    with damage_named(run.folder), records_counter("reading") as advance:
+        written = write_perfetto(Timeline(Run(run.folder), buffers, advance), out)
+    for note in filter(None, (without, *written.notes)):
+        print(plain(note))
+    print(f"{written.num_events:,} events, {size_text(written.num_bytes)}: {plain(out)}")
     return 0

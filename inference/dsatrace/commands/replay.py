@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _replay(argv: Sequence[str]) -> int:
     from dsatrace.selection_replay.on_ray import require_ray
     from dsatrace.selection_replay.policies import POLICIES
-    from dsatrace.selection_replay.settings import ReplaySettings, Share, Start
+    from dsatrace.selection_replay.settings import ReplaySettings, Share, Start, WhichSteps
 
     parser = CommandParser(
         "replay",
@@ -83,7 +83,13 @@ def _replay(argv: Sequence[str]) -> int:
         "--share",
         choices=get_args(Share),
         default=defaults.share,
-        help="pool the layers of a request in one buffer",
+        help="one buffer for the layers of a request, or per layer for requests that begin alike (blocks)",
+    )
+    add(
+        "--steps",
+        choices=get_args(WhichSteps),
+        default=defaults.steps,
+        help="all, or those that say the answer, of runs made with --ignore-eos or --min-new-tokens",
     )
     add(
         "--union",
@@ -121,7 +127,8 @@ def _replay(argv: Sequence[str]) -> int:
 
     from dsatrace.commands.damage import damage_named
     from dsatrace.commands.progress import counted_bar
-    from dsatrace.selection_replay.replay import find_work, replay_all
+    from dsatrace.selection_replay.replay import replay_all
+    from dsatrace.selection_replay.work import find_work
 
     with damage_named(*args.runs):
         work = find_work(args.runs, settings, args.shard)
@@ -187,13 +194,13 @@ def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _settings(args: argparse.Namespace) -> ReplaySettings:
-    from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes, parse_unit
+    from dsatrace.selection_replay.settings import OWN_BUFFERS, ReplaySettings, parse_sizes, parse_unit
 
     policies = ReplaySettings.policies
     if args.policy is not None:
         policies = tuple(name.strip() for name in args.policy.split(","))
-    elif args.share == "request":
-        policies = tuple(name for name in policies if name != "sglang")  # whose buffers are per layer
+    elif args.share != "none":
+        policies = tuple(name for name in policies if name not in OWN_BUFFERS)
     return ReplaySettings(
         policies=policies,
         sizes=parse_sizes(args.sizes),
@@ -201,6 +208,7 @@ def _settings(args: argparse.Namespace) -> ReplaySettings:
         pin_newest=args.pin_newest,
         start=args.start,
         share=args.share,
+        steps=args.steps,
         union=args.union,
         seed=args.seed,
     )

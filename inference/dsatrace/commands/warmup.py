@@ -52,7 +52,9 @@ def _jobs(part: str) -> list[Callable[[], str]]:
     if part == "trace":
         return [_trace]
     if part == "stores":
-        return [_stores]
+        from dsatrace.kv.tiers.residency import COMPILED_POLICIES
+
+        return [_stores, *(functools.partial(_tier_policy, name) for name in COMPILED_POLICIES)]
     if part == "replay":
         return [_locality, _policies_of_sets]
     from dsatrace.kv.policies.registry import POLICIES
@@ -71,6 +73,17 @@ def _stores() -> str:
     for name in ("checksums", "ledger", "resp"):  # they compile when they are imported
         importlib.import_module(f"dsatrace.kv.stores.{name}")
     return "the stores"
+
+
+def _tier_policy(name: str) -> str:
+    import numpy as np
+
+    from dsatrace.kv.policies.batches import BatchOrder
+
+    order = BatchOrder(name, num_blocks=4, num_slots=2)
+    order.admit(np.array([0, 1]), free=np.array([0, 1]))
+    order.forget(np.array([0, 1]))
+    return f"policy {name} of the tiers"
 
 
 def _policies_of_sets() -> str:
@@ -111,12 +124,13 @@ def _lru_at_all_sizes() -> str:
 def _locality() -> str:
     from dsatrace.selection_replay.layer_overlap import LayerOverlap
     from dsatrace.selection_replay.locality import MEASURES
-    from dsatrace.selection_replay.nulls import nulls_of
+    from dsatrace.selection_replay.nulls import NULLS, null_of
     from dsatrace.selection_replay.predictors import predictions_of
     from dsatrace.selection_replay.steps import Steps
 
     steps = Steps.of([[0, 1], [0, 2], [1, 2]])
-    nulls_of(steps, seed=0)
+    for name in NULLS:
+        null_of(steps, name, seed=0)
     LayerOverlap.of({0: steps, 1: steps})
     predictions_of(steps, before=steps)
     for kind in MEASURES.values():

@@ -68,12 +68,8 @@ class MLA(nn.Module):
         previous: Selection | None = None,
     ) -> tuple[torch.Tensor, Selection]:
         """The rows' output and selection; `previous` is the selection of the layer before."""
-        q_latent = self.q_norm(self.wq_a(x))
-        cache.write_latent(self.layer_id, batch, self._latent(x, rope))
-        if isinstance(self.indexer, SharedIndexer):
-            selection = self.indexer(previous)
-        else:
-            selection = self.indexer(x, q_latent, rope, batch, cache)
+        self.remember(x, rope, batch, cache)
+        q_latent, selection = self.select(x, rope, batch, cache, previous)
         slots = cache.resolve(self.layer_id, batch, selection.positions)  # (N, K)
         query = self._absorbed_query(q_latent, rope)  # (N, H, C + R)
 
@@ -87,6 +83,21 @@ class MLA(nn.Module):
         attended = torch.cat(pieces).transpose(0, 1)  # (H, N, C)
         out = self._product(attended, value_up).transpose(0, 1)  # (N, H, v)
         return self.wo(out.flatten(1).to(self.setup.compute_dtype)), selection
+
+    def remember(self, x: torch.Tensor, rope: Rope, batch: Batch, cache: KVCache) -> None:
+        """Puts into the cache what later rows read of these: latents and the indexer's keys."""
+        cache.write_latent(self.layer_id, batch, self._latent(x, rope))
+        if isinstance(self.indexer, Indexer):
+            self.indexer.remember(x, rope, batch, cache)
+
+    def select(
+        self, x: torch.Tensor, rope: Rope, batch: Batch, cache: KVCache, previous: Selection | None = None
+    ) -> tuple[torch.Tensor, Selection]:
+        """The latents of the rows' queries `(N, q_lora_rank)` and what they choose of the cache's keys."""
+        q_latent = self.q_norm(self.wq_a(x))
+        if isinstance(self.indexer, SharedIndexer):
+            return q_latent, self.indexer(previous)
+        return q_latent, self.indexer.select(x, q_latent, rope, batch, cache)
 
     def _latent(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """The row to cache: normed (and, as the released model does, fp8-rounded) KV, then the rope key."""

@@ -7,7 +7,7 @@ selection and attention, where positions become slots, tiers fetch, and forced s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -34,9 +34,13 @@ class KVCache:
         *,
         latent_blocks: int | None = None,
         index_layers: int | None = None,
+        only_layer: int | None = None,
     ) -> None:
-        """For a subclass that keeps the rest elsewhere: `latent_blocks` with latents, and indexer keys of
-        `index_layers` layers, which layers use in turn."""
+        """`only_layer`: of one layer alone, when the model is computed layer by layer.
+
+        For a subclass that keeps the rest elsewhere: `latent_blocks` with latents, and indexer keys of
+        `index_layers` layers, which layers use in turn.
+        """
         args = setup.args
         self.block_size = block_size
         self.num_blocks = num_blocks
@@ -48,21 +52,26 @@ class KVCache:
             shape = (blocks, block_size, *width)
             return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(count)]
 
-        self.indexer_layers = [layer for layer, source in enumerate(args.source_layers) if source == layer]
+        layers = list(range(args.n_layers)) if only_layer is None else [only_layer]
+        self.indexer_layers = [layer for layer in layers if args.source_layers[layer] == layer]
 
-        def of_indexers(*width: int, dtype: torch.dtype) -> list[torch.Tensor]:
-            """A tensor per layer; an empty one where another layer's indexer chooses."""
-            made = tensors(index_layers or len(self.indexer_layers), num_blocks, *width, dtype=dtype)
+        def of(
+            layers: Sequence[int], count: int, blocks: int, *width: int, dtype: torch.dtype
+        ) -> list[torch.Tensor]:
+            """A tensor per layer of the model: `count` that `layers` use in turn, and an empty one else."""
+            made = tensors(count, blocks, *width, dtype=dtype) if layers else []
             by_layer = tensors(1, 0, *width, dtype=dtype) * args.n_layers
-            for i, layer in enumerate(self.indexer_layers):
+            for i, layer in enumerate(layers):
                 by_layer[layer] = made[i % len(made)]
             return by_layer
 
-        self.latent = tensors(  # L x (num_blocks, block, C + R)
-            args.n_layers,
-            num_blocks if latent_blocks is None else latent_blocks,
-            args.latent_dim,
-            dtype=setup.compute_dtype,
+        def of_indexers(*width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+            count = index_layers or len(self.indexer_layers)
+            return of(self.indexer_layers, count, num_blocks, *width, dtype=dtype)
+
+        latent_blocks = num_blocks if latent_blocks is None else latent_blocks
+        self.latent = of(  # L x (num_blocks, block, C + R)
+            layers, len(layers), latent_blocks, args.latent_dim, dtype=setup.compute_dtype
         )
         self.index_k = of_indexers(args.index_head_dim, dtype=key_dtype)  # L x (num_blocks, block, D)
         self.index_scale = (  # L x (num_blocks, block)
@@ -82,8 +91,8 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token in all layers: a latent in each, an indexer key where there is an indexer."""
-        latents = len(self.latent) * self.latent_bytes_per_token
+        """Bytes of one token in all layers here: a latent in each, an indexer key if it has an indexer."""
+        latents = sum(latent.numel() > 0 for latent in self.latent) * self.latent_bytes_per_token
         return latents + len(self.indexer_layers) * self.index_bytes_per_token
 
     def write_latent(self, layer_id: int, batch: Batch, latent: torch.Tensor) -> None:  # (N, C + R)

@@ -64,7 +64,43 @@ def load_checkpoint(
     raises `CheckpointError` and leaves the model as it was.
     """
     file = _find(Path(path), rank, world_size)
-    stored, targets = read_header(file), dict(model.state_dict(keep_vars=True))
+    stored = read_header(file)
+    targets = _targets(model, dict(model.state_dict(keep_vars=True)), stored, file)
+    total = sum(stored[name].num_bytes for name in targets)
+    done = 0
+    # Opened anew for each layer: a mapped page counts as the process's memory until the file is closed.
+    for _, names in itertools.groupby(sorted(targets), key=_layer_of):
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            for name in names:
+                value = _read(tensors.get_tensor, name, stored, targets)
+                _fill(model, name, targets[name], value, device)
+                done += stored[name].num_bytes
+                if progress is not None:
+                    progress(done, total)
+
+
+def fill_part(
+    model: nn.Module,
+    stored: dict[str, StoredTensor],
+    read: Callable[[str], torch.Tensor],
+    device: torch.device | str = "cpu",
+) -> None:
+    """Fills the parameters that `stored` names, by their names in `model`, and leaves the others as they are.
+
+    `read` gives the stored tensor of a name, which becomes the parameter itself where it need not be
+    converted. Types are treated, and mistakes raised, as `load_checkpoint` does.
+    """
+    wanted = stored.keys() | {_scale_name(name) for name in stored}
+    targets = {name: value for name, value in model.state_dict(keep_vars=True).items() if name in wanted}
+    where = next(iter(stored.values())).path
+    for name, target in _targets(model, targets, stored, where).items():
+        _set(model, name, target, _read(read, name, stored, targets).to(device, target.dtype))
+
+
+def _targets(
+    model: nn.Module, targets: dict[str, torch.Tensor], stored: dict[str, StoredTensor], file: Path
+) -> dict[str, torch.Tensor]:
+    """`targets` as they will be filled, each checked against what is stored."""
     unquantised = _left_unquantised(stored, targets)
     for name in unquantised:
         del targets[_scale_name(name)]
@@ -74,16 +110,7 @@ def load_checkpoint(
         layer = model.get_submodule(name.rpartition(".")[0])
         layer.leave_unquantised()  # type: ignore[operator]
         targets[name] = layer.get_parameter("weight")
-    total = sum(stored[name].num_bytes for name in targets)
-    done = 0
-    # Opened anew for each layer: a mapped page counts as the process's memory until the file is closed.
-    for _, names in itertools.groupby(sorted(targets), key=_layer_of):
-        with safe_open(file, framework="pt", device="cpu") as tensors:
-            for name in names:
-                _fill(model, name, targets[name], _read(tensors, name, stored, targets), device)
-                done += stored[name].num_bytes
-                if progress is not None:
-                    progress(done, total)
+    return targets
 
 
 def _find(folder: Path, rank: int, world_size: int) -> Path:
@@ -164,12 +191,14 @@ def _is_dequantised(tensor: StoredTensor, target: torch.Tensor) -> bool:
 
 
 def _read(
-    tensors: safe_open, name: str, stored: dict[str, StoredTensor], targets: dict[str, torch.Tensor]
+    read: Callable[[str], torch.Tensor],
+    name: str,
+    stored: dict[str, StoredTensor],
+    targets: dict[str, torch.Tensor],
 ) -> torch.Tensor:
-    tensor = tensors.get_tensor(name)
     if _is_dequantised(stored[name], targets[name]):
-        return dequantise(tensor, tensors.get_tensor(_scale_name(name)))
-    return tensor
+        return dequantise(read(name), read(_scale_name(name)))
+    return read(name)
 
 
 def dequantise(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -185,6 +214,10 @@ def _fill(
         return
     # A copy of our own: the value is a view into the mapped file. empty_like of a meta tensor imports sympy.
     filled = torch.empty(target.shape, dtype=target.dtype, device=device).copy_(value)
+    _set(model, name, target, filled)
+
+
+def _set(model: nn.Module, name: str, target: torch.Tensor, filled: torch.Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     if isinstance(target, nn.Parameter):

@@ -63,16 +63,25 @@ class Indexer(nn.Module):
         batch: Batch,
         cache: KVCache,
     ) -> Selection:
+        self.remember(x, rope, batch, cache)
+        return self.select(x, q_latent, rope, batch, cache)
+
+    def remember(self, x: torch.Tensor, rope: Rope, batch: Batch, cache: KVCache) -> None:
+        """Puts the rows' keys into the cache."""
+        key, key_scale = self._rotate_and_quantise(self.k_norm(self.wk(x)), rope)  # (N, D)
+        cache.write_index(self.layer_id, batch, key, None if key_scale is None else key_scale.squeeze(-1))
+
+    def select(
+        self, x: torch.Tensor, q_latent: torch.Tensor, rope: Rope, batch: Batch, cache: KVCache
+    ) -> Selection:
+        """What the rows choose of the keys in the cache, theirs among them."""
         args = self.setup.args
         query = self.wq_b(q_latent).view(-1, args.index_n_heads, args.index_head_dim)  # (N, H, D)
         cos, sin = rope
         query, query_scale = self._rotate_and_quantise(query, (cos.unsqueeze(1), sin.unsqueeze(1)))
-        key, key_scale = self._rotate_and_quantise(self.k_norm(self.wk(x)), rope)  # (N, D)
         weights = self.weights_proj(x) * self.score_scale  # (N, H)
         if query_scale is not None:
             weights = weights * query_scale.squeeze(-1)
-        cache.write_index(self.layer_id, batch, key, None if key_scale is None else key_scale.squeeze(-1))
-
         selection = self._select(query, weights, batch, cache)
         if self.on_select is not None:
             self.on_select(self.layer_id, selection)

@@ -89,14 +89,24 @@ class MoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, dim) -> (N, dim)
         weights, chosen = self.gate(x)
-        if self.shared_experts is None:
-            y = torch.zeros_like(x, dtype=self.precise_dtype)
-        else:
-            y = self.shared_experts(x)
+        y = self.common(x)
         rows_per_expert = torch.bincount(chosen.flatten(), minlength=self.num_experts).tolist()
         for expert_id, expert in self.experts.items():
             if rows_per_expert[int(expert_id)] == 0:
                 continue
-            rows, slot = (chosen == int(expert_id)).nonzero(as_tuple=True)
-            y.index_add_(0, rows, expert(x[rows]) * weights[rows, slot, None])
+            rows, share = rows_of(int(expert_id), weights, chosen)
+            y.index_add_(0, rows, expert(x[rows]) * share)
         return self.group.all_reduce(y)
+
+    def common(self, x: torch.Tensor) -> torch.Tensor:
+        """What every row gets, whatever it chose: `(N, dim)`, to which the experts' shares are added."""
+        if self.shared_experts is None:
+            return torch.zeros_like(x, dtype=self.precise_dtype)
+        shared: torch.Tensor = self.shared_experts(x)
+        return shared
+
+
+def rows_of(expert_id: int, weights: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows `(n,)` that chose the expert, and its weight in each `(n, 1)`, of what `Gate` gave."""
+    rows, slot = (chosen == expert_id).nonzero(as_tuple=True)
+    return rows, weights[rows, slot, None]

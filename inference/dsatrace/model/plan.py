@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .config import PLAIN_NUMERICS, ModelArgs
@@ -23,6 +23,7 @@ from .names import HEAD, Target, checkpoint_tensors, scale_of
 from .shards import CheckpointError, StoredTensor, read_header
 
 FP8 = "F8_E4M3"
+INDEX = "model.safetensors.index.json"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 
@@ -40,30 +41,68 @@ class Piece:
 
 def read_source(hf_path: Path) -> dict[str, StoredTensor]:
     """Every tensor of a Hugging Face folder, in file order; by its index when it has one."""
-    index = hf_path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            weight_map = {str(k): str(v) for k, v in json.loads(index.read_bytes())["weight_map"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from error
-        files = [hf_path / name for name in sorted(set(weight_map.values()))]
-    else:
-        weight_map = {}
-        files = sorted(hf_path.glob("*.safetensors"))
+    weight_map = shard_places(hf_path) or {}
+    files = [hf_path / name for name in sorted(set(weight_map.values()))]
+    files = files or sorted(hf_path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{hf_path}: no safetensors files there; give the folder of the checkpoint")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{file}: this shard is missing, though {index.name} names it; fetch it")
+            raise CheckpointError(f"{file}: this shard is missing, though {INDEX} names it; fetch it")
         for name, stored in read_header(file).items():
             if name in tensors:
                 raise CheckpointError(f"{name}: stands in both {tensors[name].path} and {file}; remove one")
             tensors[name] = stored
     for name, shard in weight_map.items():
         if name not in tensors or tensors[name].path.name != shard:
-            raise CheckpointError(f"{hf_path / shard}: lacks {name}, which {index.name} places there")
+            raise CheckpointError(f"{hf_path / shard}: lacks {name}, which {INDEX} places there")
     return tensors
+
+
+def read_part(hf_path: Path, args: ModelArgs, names: Iterable[str]) -> dict[str, StoredTensor]:
+    """Some tensors of a Hugging Face folder, and the scales of those in fp8; its other shards may be missing.
+
+    Raises `CheckpointError` naming every shard that holds one of them and is not there.
+    """
+    asked = set(names)
+    targets = {name: target for name, target in checkpoint_tensors(args).items() if name in asked}
+    wanted = targets.keys() | {scale_of(name, target)[0] for name, target in targets.items()}
+    tensors = {}
+    places = shard_places(hf_path)
+    if places is None:
+        tensors = {name: stored for name, stored in read_source(hf_path).items() if name in wanted}
+    else:
+        files = sorted({places[name] for name in wanted if name in places})
+        if missing := [file for file in files if not (hf_path / file).is_file()]:
+            raise CheckpointError(
+                f"{hf_path}: lacks {len(missing)} of the {len(files)} shards that are needed: "
+                f"{', '.join(missing)}; fetch them"
+            )
+        for file in files:
+            held = read_header(hf_path / file)
+            tensors.update({name: held[name] for name in wanted if name in held})
+    for name, target in targets.items():
+        if name not in tensors:
+            raise CheckpointError(f"{hf_path}: lacks {name}; fetch the checkpoint again")
+        if tensors[name].dtype == FP8 and scale_of(name, target)[0] not in tensors:
+            raise CheckpointError(
+                f"{tensors[name].path}: {name} is fp8, and {scale_of(name, target)[0]} is missing; fetch the "
+                "checkpoint again"
+            )
+        _check_shapes(name, tensors, target, 1)
+    return tensors
+
+
+def shard_places(hf_path: Path) -> dict[str, str] | None:
+    """The file that holds each tensor, by the folder's index; None where there is no index."""
+    index = hf_path / INDEX
+    if not index.is_file():
+        return None
+    try:
+        return {str(k): str(v) for k, v in json.loads(index.read_bytes())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from error
 
 
 def read_model(hf_path: Path, ignore_keys: Sequence[str] = ()) -> ModelArgs:

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -49,6 +50,7 @@ class CheckpointError(ValueError):
 class StoredTensor:
     """Where one tensor lies: `num_bytes` from byte `begin` of `path`, row-major."""
 
+    name: str
     path: Path
     dtype: str
     shape: tuple[int, ...]
@@ -86,7 +88,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
         base = _HEADER_LENGTH.size + length
-        tensors = {name: _stored(path, base, entry) for name, entry in entries.items()}
+        tensors = {name: _stored(name, path, base, entry) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors file, or damaged: {error}") from error
     end = max((tensor.begin + tensor.num_bytes for tensor in tensors.values()), default=base)
@@ -95,7 +97,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return dict(sorted(tensors.items(), key=lambda item: item[1].begin))
 
 
-def _stored(path: Path, base: int, entry: dict[str, object]) -> StoredTensor:
+def _stored(name: str, path: Path, base: int, entry: dict[str, object]) -> StoredTensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in DTYPES:
         raise ValueError(f"unknown element type {dtype!r}")
@@ -105,7 +107,36 @@ def _stored(path: Path, base: int, entry: dict[str, object]) -> StoredTensor:
     begin, end = offsets
     if end - begin != num_bytes(dtype, tuple(shape)) or begin < 0:
         raise ValueError(f"{end - begin} bytes for a {dtype} tensor of shape {shape}")
-    return StoredTensor(path, dtype, tuple(shape), base + begin, end - begin)
+    return StoredTensor(name, path, dtype, tuple(shape), base + begin, end - begin)
+
+
+def read_tensor(stored: StoredTensor, rows: Sequence[int] | None = None) -> torch.Tensor:
+    """A tensor, or some of its rows, by reads of its own bytes; `CheckpointError` names it and its file."""
+    row_bytes = stored.num_bytes // stored.shape[0] if rows is not None else stored.num_bytes
+    begins = [stored.begin] if rows is None else [stored.begin + row * row_bytes for row in rows]
+    buffer = torch.empty(len(begins) * row_bytes, dtype=torch.uint8)
+    view = buffer.numpy().data
+    try:
+        with stored.path.open("rb", buffering=0) as file:
+            for i, begin in enumerate(begins):
+                if not _read_at(file.fileno(), begin, view[i * row_bytes : (i + 1) * row_bytes]):
+                    raise CheckpointError(
+                        f"{stored.path}: ends within {stored.name}: it was cut short; fetch it again"
+                    )
+    except OSError as error:
+        raise CheckpointError(f"{stored.path}: cannot read {stored.name}: {error.strerror}") from error
+    shape = stored.shape if rows is None else (len(rows), *stored.shape[1:])
+    return buffer.view(DTYPES[stored.dtype]).view(shape)
+
+
+def _read_at(fd: int, offset: int, target: memoryview) -> bool:
+    """Whether the file holds all that `target` wants, from byte `offset` on."""
+    while target:  # one read takes at most 2 GiB
+        count = os.preadv(fd, [target], offset)
+        if count == 0:
+            return False
+        target, offset = target[count:], offset + count
+    return True
 
 
 class ShardWriter:

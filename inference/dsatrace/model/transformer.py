@@ -43,8 +43,12 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, Selection]:
         """The layer's rows `(N, dim)`, not yet rounded, and its selection, which the next may share."""
         attended, selection = self.attn(self.attn_norm(x), rope, batch, cache, previous)
-        x = x.to(self.residual_dtype) + attended
-        return x.to(self.residual_dtype) + self.ffn(self.ffn_norm(x)), selection
+        x = self.add(x, attended)
+        return self.add(x, self.ffn(self.ffn_norm(x))), selection
+
+    def add(self, residual: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
+        """The sum of both `(N, dim)`, in the precise dtype of `term`."""
+        return residual.to(self.residual_dtype) + term
 
 
 class Transformer(nn.Module):

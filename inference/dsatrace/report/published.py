@@ -127,6 +127,15 @@ def miss_rates(buffer_k: float, policy: str | None = None) -> list[Figure]:
     ]
 
 
+def lru_points() -> dict[str, list[Figure]]:
+    """By model, the published miss rates of LRU that are one number, by size."""
+    points: dict[str, list[Figure]] = {}
+    for figure in sorted(FIGURES, key=lambda figure: figure.buffer_k or 0):
+        if figure.policy == "lru" and figure.buffer_k is not None and figure.low == figure.high:
+            points.setdefault(figure.of.model.partition(",")[0], []).append(figure)
+    return points
+
+
 def share_text(low: float, high: float, about: bool = False) -> str:
     """`30.0 %`, `35.0 to 50.0 %`, `about 60.0 %`."""
     value = f"{100 * low:.1f}" if low == high else f"{100 * low:.1f} to {100 * high:.1f}"

@@ -173,7 +173,8 @@ def _heat_map(axes: Any, record: Record) -> list[str]:
     if not np.nanmax(misses):
         image.set_clim(0, 1)
     axes.figure.colorbar(image, ax=axes, label="mean of missed ids")
-    axes.set_xlabel("counted decode step")
+    whose = "decode step" if record["settings"]["share"] == "none" else "step of the buffer"
+    axes.set_xlabel(f"counted {whose}")
     whole_numbers(axes.xaxis)
     layers_axis(axes.yaxis, [layer["name"] for layer in layers])
     return _facts(record, f"LRU, a buffer of {size} a layer")

@@ -30,6 +30,8 @@ def replay_parts(record: Record) -> Iterator[str | Grid]:
     )
     if warning := caveat(record):
         yield warning
+    yield from past_answers(record)
+    yield from shared_prefixes(record)
     if "sglang" in overall["policies"] and not record["keeps_order"]:
         yield (
             "sglang is approximate: the run keeps ids by position, not in the order they were selected "
@@ -46,6 +48,31 @@ def replay_parts(record: Record) -> Iterator[str | Grid]:
     yield from _sharing(record)
 
 
+def past_answers(record: Record) -> Iterator[str]:
+    """Whether steps past the answers are among those replayed."""
+    if past := record["past_answer"]:
+        is_cut = record["settings"]["steps"] == "answer"
+        taken = "left out" if is_cut else "counted with the rest: `--steps answer` leaves them out"
+        untold = f"; of {past['untold']:,} more nothing says whether they do" if past["untold"] else ""
+        yield f"{past['past']:,} of {past['steps']:,} decode steps lie past the answers, {taken}{untold}."
+
+
+def shared_prefixes(record: Record) -> Iterator[str]:
+    """What requests share, where those that begin alike have one buffer."""
+    if shared := record["shared_prefixes"]:
+        untold = shared["untold"]
+        unsure = (
+            f" {untold:,} more are some other request's too, nobody can tell whose, and count as the "
+            "request's own: record with --trace-prefix-key-tokens no longer than what prompts share."
+            if untold
+            else ""
+        )
+        yield (
+            f"A buffer per layer for requests that begin alike: {shared['requests']} of "
+            f"{record['num_requests']} begin with {shared['tokens']:,} tokens of others.{unsure}"
+        )
+
+
 def _miss_rates(record: Record) -> Grid:
     overall = record["overall"]
     sizes = record["settings"]["sizes"]
@@ -58,8 +85,9 @@ def _miss_rates(record: Record) -> Grid:
             if any(null in cells[size].get("nulls", {}) for size in cells):
                 rates = (cells[size].get("nulls", {}).get(null) for size in sizes)
                 rows.append((f"{policy}, {title}", *(_percent(rate) for rate in rates)))
-    few = record["num_requests"] < 5
-    note = "no intervals: they need five requests" if few else "in brackets: 95 % interval over requests"
+    drawn = "requests" if record["num_groups"] == record["num_requests"] else "groups of requests"
+    few = record["num_groups"] < 5
+    note = f"no intervals: they need five {drawn}" if few else f"in brackets: 95 % interval over {drawn}"
     start = record["settings"]["start"]
     title = f"Share of the selected ids that a buffer misses (start: {start})"
     return Grid(title, ("policy", *sizes), rows, note=f"{note}; opt is the least that any policy can miss")

@@ -1,9 +1,10 @@
 """The study's pictures: distributions, single turn beside multi turn, and hit rates of sweeps and mixes.
 
 A series is a label and its values; an empty one is named in the legend, and a picture of empty
-series says so. Computes only cumulative shares.
+series says so. `about` says above each picture of which workload, source and cache it is. Computes
+only cumulative shares.
 
-    draw_sharing(folder.file("sharing_fraction_cdf.png"), {"multi_turn": fractions})
+    draw_sharing(folder.file("sharing_fraction_cdf.png"), "qa, synthetic, 256 blocks", {"qa": fractions})
     draw_capacities(folder.file("cache_hits_qa_lru.png"), "qa", "lru", cells)
 """
 
@@ -18,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from ..study.compare import Comparison
-from ..study.sweep_cells import OPT, OVERALL, POOL, Cell
+from ..study.output_folder import OutputFolder, file_labels
+from ..study.sweep_cells import BYPASS, OPT, OVERALL, POOL, Cell
+from ..text import for_picture
 from .drawing import picture, plain_label, whole_numbers
 
 Series = Mapping[str, np.ndarray]
@@ -34,21 +37,24 @@ COMPARED = {
     "sharing_above_0": "requests\nwith a hit",
 }
 MAX_TURNS = 30
+ABOUT_CHARS = 100
 
 _picture = functools.partial(picture, without="--skip-visualization")
 
 
-def draw_sharing(path: Path, series: Series) -> None:
+def draw_sharing(path: Path, about: str, series: Series) -> None:
     """How much of each request's prompt was cached."""
     labels = ("hit tokens / prompt tokens, first prefill", "share of requests")
-    with _axes(path, "Sharing fraction of requests", *labels) as axes:
+    with _axes(path, about, "Sharing fraction of requests", *labels) as axes:
         _cdfs(axes, series, "requests")
         axes.set_xlim(-0.02, 1.02)
 
 
-def draw_block_hits(path: Path, series: Series) -> None:
+def draw_block_hits(path: Path, about: str, series: Series) -> None:
     """The share of different blocks that were hit at least so often."""
-    with _axes(path, "Hits per block", "hits", "share of different blocks hit at least so often") as axes:
+    with _axes(
+        path, about, "Hits per block", "hits", "share of different blocks hit at least so often"
+    ) as axes:
         for i, (label, hits) in enumerate(series.items()):
             if not len(hits):
                 axes.plot([], [], label=f"{plain_label(label)}: no block")
@@ -64,24 +70,27 @@ def draw_block_hits(path: Path, series: Series) -> None:
         _say_if_empty(axes, series, "No full block was cached")
 
 
-def draw_block_hits_cdf(path: Path, series: Series) -> None:
+def draw_block_hits_cdf(path: Path, about: str, series: Series) -> None:
     """The same as a cumulative share, of one workload's blocks."""
-    with _axes(path, "Hits per block", "hits", "share of different blocks hit at most so often") as axes:
+    with _axes(
+        path, about, "Hits per block", "hits", "share of different blocks hit at most so often"
+    ) as axes:
         _cdfs(axes, series, "blocks")
         _from_zero(axes, series, linear_up_to=1)
 
 
-def draw_gaps(path: Path, series: Series) -> None:
+def draw_gaps(path: Path, about: str, series: Series) -> None:
     """Trace time between accesses of a block."""
     labels = ("trace time between accesses of a block (s)", "share of gaps")
-    with _axes(path, "Reuse gaps of blocks", *labels) as axes:
+    with _axes(path, about, "Reuse gaps of blocks", *labels) as axes:
         _cdfs(axes, series, "gaps")
         _from_zero(axes, series, linear_up_to=0.1)
 
 
-def draw_comparison(path: Path, comparison: Comparison) -> None:
+def draw_comparison(path: Path, about: str, comparison: Comparison) -> None:
     """Single turn beside multi turn: rates, and the hit rate turn by turn."""
-    with _picture(path, (12, 4.8), columns=2) as (_, (bars, turns)):
+    with _picture(path, (12, 4.8), columns=2) as (figure, (bars, turns)):
+        figure.suptitle(_lines(about), fontsize=9)
         names = [name for name in COMPARED if name in comparison.metrics]
         place = np.arange(len(names))
         for i, side in enumerate(("single", "multi")):
@@ -130,7 +139,7 @@ def draw_capacities(path: Path, workload: str, policy: str, cells: Sequence[Cell
 def draw_mixed(path: Path, cells: Sequence[Cell]) -> None:
     """A panel for all workloads together and one for each; a bar per policy, OPT as a dashed line."""
     workloads = sorted(dict.fromkeys(cell.workload for cell in cells), key=lambda name: name != OVERALL)
-    policies = [name for name in dict.fromkeys(cell.policy for cell in cells) if name != OPT]
+    policies = [name for name in dict.fromkeys(cell.policy for cell in cells) if name not in (OPT, BYPASS)]
     by_place = {(cell.policy, cell.workload): cell for cell in cells}
     size = (2.2 + 2.3 * len(workloads), 1.4 + 0.24 * len(policies))
     with _picture(path, size, columns=len(workloads), share_y=True) as (figure, panels):
@@ -153,6 +162,26 @@ def draw_mixed(path: Path, cells: Sequence[Cell]) -> None:
             f"Blue: leaf-constrained, orange: flat, green: vLLM's pool; dashed: opt, a bound {OVERALL} only",
             fontsize=10,
         )
+
+
+def draw_all_capacities(folder: OutputFolder, cells: Sequence[Cell]) -> Iterator[Path]:
+    """A picture for each workload and policy; yields each path once it is drawn."""
+    labels = file_labels(list(dict.fromkeys(cell.workload for cell in cells)))
+    for workload, label in labels.items():
+        for policy in dict.fromkeys(cell.policy for cell in cells if cell.policy not in (OPT, BYPASS)):
+            path = folder.file(f"cache_hits_{label}_{policy}.png")
+            draw_capacities(path, workload, policy, cells)
+            yield path
+
+
+def draw_all_mixed(folder: OutputFolder, cells: Sequence[Cell]) -> Iterator[Path]:
+    """A picture for each cache; yields each path once it is drawn."""
+    places = {(cell.block_size, cell.capacity_blocks) for cell in cells}
+    for size, capacity in sorted(places):
+        label = f"_block{size}_cache{capacity}" if len(places) > 1 else ""
+        path = folder.file(f"mixed_hit_rates{label}.png")
+        draw_mixed(path, [c for c in cells if (c.block_size, c.capacity_blocks) == (size, capacity)])
+        yield path
 
 
 def _per_turn(axes: Any, comparison: Comparison) -> None:
@@ -220,12 +249,19 @@ def _cdf(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @contextmanager
-def _axes(path: Path, title: str, xlabel: str, ylabel: str) -> Iterator[Any]:
+def _axes(path: Path, about: str, title: str, xlabel: str, ylabel: str) -> Iterator[Any]:
     with _picture(path, (7, 5)) as (figure, (axes,)):
         yield axes
-        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_title(title)
+        figure.suptitle(_lines(about), fontsize=9)
         axes.grid(alpha=0.3)
         figure.legend(loc="outside lower center", fontsize=9)  # below: no curve runs under it
+
+
+def _lines(about: str) -> str:
+    """Each line as plain text, cut to the width of a picture."""
+    return "\n".join(for_picture(line)[:ABOUT_CHARS] for line in about.splitlines())
 
 
 def _color(policy: str) -> str:

@@ -1,4 +1,5 @@
-"""A study's folder as the tables that the study printed, read back from its JSON. Computes nothing.
+"""A study's folder as the tables that the study printed, read back from its JSON, and its pictures
+from these and its CSV files. Computes nothing.
 
 if is_study(folder):
     show(study_parts(folder), WIDE)
@@ -6,32 +7,38 @@ if is_study(folder):
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import UserError
 from ..files import read_json
 from ..study.compare import Comparison, Difference
 from ..study.engine_check import EngineCheck
 from ..study.explain import Definition
-from ..study.output_folder import MANIFEST_FILE
+from ..study.output_folder import MANIFEST_FILE, OutputFolder
 from ..study.sweep_cells import Cell
+from . import study_figures as figures
 from .grid import Grid
 from .study_tables import (
+    cache_text,
     compare_grids,
     engine_grid,
     explain_grid,
-    mixed_grid,
+    mixed_grids,
+    noted,
+    notes_of,
     rejected_grid,
     run_grids,
     sweep_grids,
 )
 
 Record = Mapping[str, Any]
-_REQUESTS = "_request_metrics.csv"
 _FAULTS = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 """What a file that is not a study's result raises when it is taken for one."""
 
@@ -55,10 +62,56 @@ def study_parts(folder: Path) -> Iterator[str | Grid]:
         except _FAULTS as error:
             raise UserError(f"{path}: not a result of a study: {error!r}; run the study again") from error
         num_tables += len(grids)
-        yield from grids
+        yield from noted(grids, manifest)
     if not num_tables:
         yield "There is no table: the study writes traces only, or it did not end."
     yield f"files: {folder}"
+
+
+def draw_again(folder: Path, output: OutputFolder) -> Iterator[str]:
+    """Draws a study's pictures from its files into another folder; yields a line for each, and for those
+    that the files do not hold."""
+    manifest = _read(folder / MANIFEST_FILE)
+    about = "; ".join([f"{manifest['study']} of {folder}", *notes_of(manifest)])
+    for path in _results(folder, manifest):
+        record = _read(path)
+        suffix = path.stem.removeprefix("comparison") if "per_turn" in record else ""
+        try:
+            if "cells" in record:
+                cells = [_of(Cell, row) for row in record["cells"]]
+                draw = figures.draw_all_mixed if manifest["study"] == "mixed" else figures.draw_all_capacities
+                yield from map(str, draw(output, cells))
+            elif isinstance(record.get("metrics", {}).get("num_requests"), dict):
+                title = f"{about}, {cache_text(record['cache'])}"
+                picture = output.file(f"comparison{suffix}.png")
+                figures.draw_comparison(picture, title, _comparison(record))
+                yield str(picture)
+        except _FAULTS as error:
+            raise UserError(f"{path}: not a result of a study: {error!r}; run the study again") from error
+    shares = {
+        "request_metrics": ("sharing_fraction", "sharing_fraction_cdf", figures.draw_sharing),
+        "block_metrics": ("hits", "block_hit_distribution", figures.draw_block_hits),
+    }
+    for table, (column, picture_name, draw_series) in shares.items():
+        series = {
+            path.stem.replace(f"_{table}", ""): _column(path, column)
+            for path in sorted(folder.glob(f"*_{table}*.csv"))
+        }
+        if series:
+            picture = output.file(f"{picture_name}.png")
+            draw_series(picture, about, series)
+            yield str(picture)
+    if any(folder.glob("*_block_metrics*.csv")):
+        yield "reuse_gap_cdf.png: the files hold each block's mean gap and no others; run the study again"
+
+
+def _column(path: Path, name: str) -> np.ndarray:
+    """The numbers of a CSV's column."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return np.array([float(row[name]) for row in csv.DictReader(file)])
+    except (OSError, KeyError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}: cannot read column {name}: {error!r}; run the study again") from error
 
 
 def _results(folder: Path, manifest: Record) -> list[Path]:
@@ -77,14 +130,14 @@ def _grids(study: str, path: Path) -> Iterator[Grid]:
         yield rejected_grid({"trace": record["rejected"]})
     elif "cells" in record:
         cells = [_of(Cell, row) for row in record["cells"]]
-        yield from [mixed_grid(cells)] if study == "mixed" else sweep_grids(cells)
+        yield from mixed_grids(cells) if study == "mixed" else sweep_grids(cells)
     elif "num_prefill_tokens" in record:
         yield engine_grid(_of(EngineCheck, record))
     elif "metrics" in record and study == "compare":
         if all(isinstance(both, dict) for both in record["metrics"].values()):  # else those of one trace
             yield from compare_grids(_comparison(record), record["cache"])
     elif "metrics" in record:
-        yield from run_grids(_name(path), record)
+        yield from run_grids(record.get("trace", path.stem), record)
 
 
 def _comparison(record: Record) -> Comparison:
@@ -95,15 +148,15 @@ def _comparison(record: Record) -> Comparison:
     return Comparison(metrics, record["per_turn"], record["rejected"])
 
 
-def _name(path: Path) -> str:
-    """The trace's name, which stands in the names of its other files: --output-file renames this one."""
-    tables = [file.name.removesuffix(_REQUESTS) for file in path.parent.glob(f"*{_REQUESTS}")]
-    return tables[0] if len(tables) == 1 else path.stem
-
-
 def _of(kind: type[Any], record: Record) -> Any:
-    """The dataclass from its fields in a record, which may have more."""
-    return kind(**{field.name: record[field.name] for field in dataclasses.fields(kind)})
+    """The dataclass from its fields in a record, which may have more, and lack those with a default."""
+    required = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: record[name] for name in required} | {n: v for n, v in record.items() if n in known})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ for grid in sweep_grids(cells): console.print(grid)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,24 +15,27 @@ from ..study.engine_check import EngineCheck
 from ..study.explain import Definition
 from ..study.measure import Value
 from ..study.metrics import UNITS
-from ..study.sweep_cells import OPT, OVERALL
+from ..study.sweep_cells import BYPASS, OPT, OVERALL
 from ..study.sweep_cells import Cell as SweepCell
 from .grid import NONE, Cell, Grid, number
 
-TURNS_SHOWN = 10
 HEADLINES = (
     "num_requests", "prompt_tokens", "sharing_fraction_mean", "sharing_fraction_median",
-    "sharing_fraction_p90", "sharing_above_0", "hit_rate_first_prefill", "hit_rate_with_preempted",
-    "hit_rate_blocks", "hit_rate_blocks_any", "hit_rate_infinite", "hit_rate_chunks_recounted",
-    "hit_rate_with_host", "host_hit_blocks", "block_reuse_rate", "blocks_allocated", "blocks_reused",
-    "blocks_unique", "blocks_evicted", "blocks_hit", "accesses_per_block_mean", "hits_per_block_mean",
-    "hits_per_hit_block_mean", "reuse_gap_s_median", "hit_gap_s_median",
+    "sharing_fraction_min", "sharing_fraction_max", "sharing_above_0", "hit_rate_first_prefill",
+    "hit_rate_served", "hit_rate_with_preempted", "hit_rate_blocks", "hit_rate_blocks_any",
+    "hit_rate_infinite", "hit_rate_chunks_recounted", "hit_rate_host", "hit_rate_with_host",
+    "host_hit_blocks", "block_reuse_rate", "blocks_allocated", "blocks_reused", "blocks_unique",
+    "blocks_evicted", "blocks_hit", "accesses_per_block_mean", "hits_per_block_mean",
+    "hits_per_block_median", "hits_per_block_min", "hits_per_block_max", "hits_per_hit_block_mean",
+    "reuse_gap_s_mean", "reuse_gap_s_median", "reuse_gap_s_min", "reuse_gap_s_max", "hit_gap_s_median",
 )  # fmt: skip
 """The metrics of a printed table; the stats files hold all of them."""
 assert set(HEADLINES) <= set(UNITS)
 
 TURN_COLUMNS = {
     "num_requests": "requests",
+    "hit_blocks": "hit blocks",
+    "prompt_blocks": "of blocks",
     "sharing_fraction_mean": "sharing, mean",
     "sharing_above_0": "sharing above 0",
     "hit_rate_first_prefill": "hit rate",
@@ -49,15 +53,44 @@ def shown(name: str, value: Value) -> Cell:
     return number(value, "," if isinstance(value, int) else ",.2f")
 
 
+def _spread(name: str, entry: Mapping[str, float] | None) -> tuple[Cell, Cell]:
+    """Mean and interval of a metric."""
+    if entry is None:
+        return Cell(NONE, None), Cell(NONE, None)
+    low, high = shown(name, entry["low"]), shown(name, entry["high"])
+    return shown(name, entry.get("mean")), Cell(f"{low} to {high}", [entry["low"], entry["high"]])
+
+
 def _share(value: Value, unit: str = " %") -> Cell:
     return Cell(NONE if value is None else f"{100 * value:.2f}{unit}", value)
 
 
+def notes_of(manifest: Mapping[str, Any]) -> list[str]:
+    """What every table and picture must say: a token that is a word, times that nobody recorded."""
+    notes = ["a token is a word"] if manifest.get("tokenizer", {}).get("unit") == "word" else []
+    return notes + (["times are assumed"] if manifest.get("times") == "assumed" else [])
+
+
+def noted(grids: Iterable[Grid], manifest: Mapping[str, Any]) -> Iterator[Grid]:
+    """The tables with the notes in their titles."""
+    notes = "; ".join(notes_of(manifest))
+    for grid in grids:
+        yield dataclasses.replace(grid, title=f"{grid.title} ({notes})") if notes else grid
+
+
 def run_grids(name: str, statistics: Mapping[str, Any]) -> Iterator[Grid]:
     """One replay: metrics, rejections, workloads if there are several, turns if they are known."""
-    metrics = statistics["metrics"]
-    rows = [(key, shown(key, metrics[key])) for key in HEADLINES if key in metrics]
-    yield Grid(f"{name}: {cache_text(statistics['cache'])}", ("metric", "value"), rows)
+    metrics, intervals = statistics["metrics"], statistics.get("intervals", {})
+    head = ["metric", "value"]
+    if intervals:
+        seeds = f"{len(intervals.get('seeds', ()))} seeds"
+        over_seeds = intervals["over"] == "seeds"  # over conversations, it is around the value itself
+        head += [f"mean over {seeds}", f"95 % over {seeds}"] if over_seeds else ["95 % over conversations"]
+    rows = []
+    for key in (key for key in HEADLINES if key in metrics):
+        spread = _spread(key, intervals.get("metrics", {}).get(key))
+        rows.append((key, shown(key, metrics[key]), *spread[4 - len(head) :]))
+    yield Grid(f"{name}: {cache_text(statistics['cache'])}", tuple(head), rows)
     yield rejected_grid({name: statistics["rejected"]})
     workloads = statistics.get("workloads", {})
     if workloads:
@@ -95,7 +128,7 @@ def compare_grids(comparison: Comparison, cache: Mapping[str, Any]) -> Iterator[
             between = number(both.points, "+.2f", " points")
         else:
             between = number(both.difference, "+,.6g")
-        ratio = number(both.ratio, ".2f", " x")
+        ratio = number(both.ratio, ",.2f" if both.ratio is None or both.ratio < 100 else ",.0f", " x")
         rows.append((key, shown(key, both.single), shown(key, both.multi), between, ratio))
     columns = ("metric", "single turn", "multi turn", "multi - single", "multi / single")
     yield Grid(f"Single turn against multi turn: {cache_text(cache)}", columns, rows)
@@ -142,6 +175,16 @@ def cache_text(cache: Mapping[str, Any]) -> str:
     return text + ("" if cache["prefix_caching"] else ", prefix caching off")
 
 
+BOUNDS = (OPT, BYPASS)
+COUNTS = {
+    "requests": "requests",
+    "accesses": "prompt blocks",
+    "rejected": "rejected requests",
+    "rejected_accesses": "their prompt blocks",
+}
+"""The last rows of a sweep's table: what the hit rates are of, and what is missed for want of room."""
+
+
 def sweep_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
     """A table per workload and block size; a column per capacity."""
     for workload, size in dict.fromkeys((cell.workload, cell.block_size) for cell in cells):
@@ -150,58 +193,65 @@ def sweep_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
         by_place = {(cell.policy, cell.capacity_blocks): cell for cell in chosen}
         rows = [
             (policy, *(_hit_rate(by_place.get((policy, capacity))) for capacity in capacities))
-            for policy in _opt_last(cell.policy for cell in chosen)
+            for policy in _bounds_last(cell.policy for cell in chosen)
         ]
-        for field in ("accesses", "rejected"):
+        for field, text in COUNTS.items():
             numbers = (getattr(by_place[OPT, capacity], field) for capacity in capacities)
-            rows.append((field, *(number(count, ",") for count in numbers)))
+            rows.append((text, *(number(count, ",") for count in numbers)))
         yield Grid(
-            f"{workload}, blocks of {size} tokens: hit rate in % of prompt blocks, "
-            f"{chosen[0].requests:,} requests",
+            f"{workload}, blocks of {size} tokens: hit rate in % of prompt blocks",
             ("policy", *(f"{capacity:,} blocks" for capacity in capacities)),
             rows,
         )
 
 
-def mixed_grid(cells: Sequence[SweepCell]) -> Grid:
-    """A row per policy; a column for all workloads together and one for each."""
-    workloads = list(dict.fromkeys(cell.workload for cell in cells))
-    by_place = {(cell.policy, cell.workload): cell for cell in cells}
-    rows = []
-    for policy in _opt_last(cell.policy for cell in cells):
-        overall = by_place[policy, OVERALL]
-        counts = (number(overall.hits, ","), number(overall.misses, ","))
-        rows.append((policy, *(_hit_rate(by_place.get((policy, name))) for name in workloads), *counts))
-    for field in ("requests", "rejected", "accesses"):
-        rows.append(
-            (field, *(number(getattr(by_place[OPT, name], field), ",") for name in workloads), "", "")
-        )
-    cell = cells[0]
-    title = (
-        f"Mixed: hit rate in % of prompt blocks, {cell.capacity_blocks} blocks of {cell.block_size} tokens"
-    )
-    return Grid(title, ("policy", *workloads, "hits", "misses"), rows)
+def mixed_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
+    """A table per cache: a row per policy; a column for all workloads together and one for each."""
+    for size, capacity in dict.fromkeys((cell.block_size, cell.capacity_blocks) for cell in cells):
+        here = [cell for cell in cells if (cell.block_size, cell.capacity_blocks) == (size, capacity)]
+        workloads = list(dict.fromkeys(cell.workload for cell in here))
+        by_place = {(cell.policy, cell.workload): cell for cell in here}
+        rows = []
+        for policy in _bounds_last(cell.policy for cell in here):
+            one = by_place[policy, OVERALL]
+            gain = _with_interval(one.gain, one.gain_low, one.gain_high, "+.2f")
+            rows.append((policy, *(_hit_rate(by_place.get((policy, name))) for name in workloads), gain))
+        for field, text in COUNTS.items():
+            of_each = (number(getattr(by_place[OPT, name], field), ",") for name in workloads)
+            rows.append((text, *of_each, ""))
+        title = f"Mixed: hit rate in % of prompt blocks, {capacity} blocks of {size} tokens"
+        yield Grid(title, ("policy", *workloads, "gain over lru"), rows)
 
 
 def _turns(title: str, turns: Sequence[Mapping[str, Value]]) -> Iterator[Grid]:
+    """Every turn; of a folder that an earlier version wrote, the columns that it has."""
     if [row["turn"] for row in turns] == [None]:
         return
     rows = [
         (
             number(row["turn"], none="unknown"),
-            *(shown(key, row[key]) for key in TURN_COLUMNS),
+            *(shown(key, row.get(key)) for key in TURN_COLUMNS),
         )
-        for row in turns[:TURNS_SHOWN]
+        for row in turns
     ]
-    more = f" (the first {TURNS_SHOWN} of {len(turns)})" if len(turns) > TURNS_SHOWN else ""
-    yield Grid(title + more, ("turn", *TURN_COLUMNS.values()), rows)
+    yield Grid(title, ("turn", *TURN_COLUMNS.values()), rows)
 
 
 def _hit_rate(cell: SweepCell | None) -> Cell:
-    return _share(None if cell is None or not cell.accesses else cell.hit_rate, unit="")
+    """In %, with half the width of its interval if it has one."""
+    if cell is None or not cell.accesses:
+        return _share(None)
+    return _with_interval(cell.hit_rate, cell.hit_rate_low, cell.hit_rate_high, ".2f")
 
 
-def _opt_last(policies: Iterable[str]) -> list[str]:
-    """Different names in order, but OPT, the bound, below the others."""
+def _with_interval(share: float | None, low: float | None, high: float | None, form: str) -> Cell:
+    if share is None:
+        return Cell(NONE, None)
+    width = "" if low is None or high is None else f" ± {50 * (high - low):.2f}"
+    return Cell(f"{100 * share:{form}}{width}", share)
+
+
+def _bounds_last(policies: Iterable[str]) -> list[str]:
+    """Different names in order, but the bounds below the others."""
     names = list(dict.fromkeys(policies))
-    return [name for name in names if name != OPT] + [name for name in names if name == OPT]
+    return [name for name in names if name not in BOUNDS] + [name for name in BOUNDS if name in names]

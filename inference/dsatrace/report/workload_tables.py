@@ -16,7 +16,7 @@ from .grid import MAX_ROWS, Cell, Grid, number, percent
 
 Summary = Mapping[str, Any]
 
-_DURATIONS = (
+DURATIONS = (
     ("latency", "latency_ms"),
     ("time to first token", "time_to_first_token_ms"),
     ("time per output token", "time_per_output_token_ms"),
@@ -79,7 +79,7 @@ def _serving(serving: Summary) -> Grid:
     title = f"Serving, {serving['mode']}, times of the {serving['clock']} clock (ms)"
     columns = ("p50", "p95", "p99", "max", "mean")
     rows = []
-    for name, key in _DURATIONS:
+    for name, key in DURATIONS:
         values = (serving[key][column] for column in columns)
         rows.append((name, *(number(value, ",.1f", none="none") for value in values)))
     notes = [f"{count} {name}" for name, count in serving["counts"].items()]

@@ -34,12 +34,16 @@ def add_answers(
     if (link is None) != (compute_us is None):
         missing, given = ("--compute-us", "--link") if compute_us is None else ("--link", "--compute-us")
         raise UserError(f"{given} without {missing}: a cost needs both; add {missing}")
+    share = record["settings"]["share"]
+    if link is not None and share != "none":
+        raise UserError(f"--link with --share {share}: its buffers are per request and layer; leave one out")
     if hbm_gb is not None and not (link and 0 < hbm_gb < math.inf):
         raise UserError(f"--hbm-gb {hbm_gb}: a budget above 0, beside --link and --compute-us")
     size = size or (_USUAL if _USUAL in sizes else sizes[0])
     cell = record["overall"]["policies"].get("lru", {}).get(size, {"miss_rate": None})
     chosen: dict[str, Any] = {"size": size}
-    if cell["miss_rate"] is not None and record["unit"] in ("token", "entry"):
+    # The engines' buffers are per request and layer.
+    if share == "none" and cell["miss_rate"] is not None and record["unit"] in ("token", "entry"):
         ids = math.ceil(cell["ids"])
         settings = engine_settings(ids, max(record["top_k"]), record["settings"]["union"])
         chosen["engines"] = [setting._asdict() for setting in settings]

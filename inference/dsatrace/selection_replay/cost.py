@@ -17,11 +17,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dsatrace.errors import UserError
-from dsatrace.kv.stores.simulated import Preset
+from dsatrace.kv.stores.simulated import PRESETS, Figure, Preset
 
 CONTEXTS = (8192, 16384, 32768, 65536, 131072)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_MOST_REQUESTS = 1 << 16
+MOST_REQUESTS = 1 << 16
+"""Looked at for the batch from which a buffer pays."""
+LINKS = PRESETS
+USUAL_LINK, USUAL_HBM_BYTES = "pcie5-gather", 40e9
 _FIGURES = ("alpha_batch_us", "alpha_op_us", "read_gb_per_s")
 
 
@@ -33,6 +36,10 @@ class Compute(NamedTuple):
 
     def us(self, batch: int) -> float:
         return self.base + batch * self.per_request
+
+
+USUAL_COMPUTE = Compute(50, 1.5)
+"""Assumed where nobody told what a layer's step computes for; no device was measured."""
 
 
 def parse_compute(text: str) -> Compute:
@@ -77,6 +84,23 @@ class Cost:
             record["unit_tokens"],
         )
 
+    @classmethod
+    def stored(cls, record: Mapping[str, Any]) -> tuple[Cost, float]:
+        """As the replay was asked for it, else on the usual link; and the budget of HBM, in bytes.
+
+        Raises `UserError` as `of` does.
+        """
+        chosen = record.get("chosen") or {}
+        sizes = record["settings"]["sizes"]
+        size = chosen.get("size") or ("2k" if "2k" in sizes else sizes[0])
+        asked = chosen.get("cost")
+        if asked is None:
+            return cls.of(record, size, LINKS[USUAL_LINK], USUAL_COMPUTE), USUAL_HBM_BYTES
+        alpha, per_op, read = (Figure(**asked["link"][name]) for name in _FIGURES)
+        link = Preset(asked["link"]["name"], asked["link"]["what"], alpha, per_op, read, read)
+        cost = cls.of(record, size, link, Compute(**asked["compute_us"]))
+        return cost, asked.get("hbm_bytes", USUAL_HBM_BYTES)
+
     def step_us(self, batch: int, overlapped: bool = True) -> float:
         """A whole decode step of `batch` requests with buffers."""
         computed, total = self.compute.us(batch), 0.0
@@ -111,7 +135,7 @@ class Cost:
         buffers; None where none is. Below that everything fits in HBM, and a fetch only costs."""
         whole = self.most_requests(context, hbm_bytes, offloaded=False)
         rate = whole / self.whole_step_us(whole) if whole else 0.0
-        most = min(self.most_requests(context, hbm_bytes, offloaded=True), _MOST_REQUESTS)
+        most = min(self.most_requests(context, hbm_bytes, offloaded=True), MOST_REQUESTS)
         for batch in range(whole + 1, most + 1):
             if batch / self.step_us(batch) > rate:
                 return batch

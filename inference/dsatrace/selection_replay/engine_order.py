@@ -30,7 +30,7 @@ def engine_order(steps: Steps, size: int, start: Start) -> Replayed:
     evictions = _walk(
         *steps.arrays(),
         np.require(steps.visible, np.int64, ["C", "W"]),
-        steps.num_warm,
+        steps.counted,
         num_first(steps, size, start),
         np.full(steps.num_ids, ABSENT, np.int32),
         np.empty(size + 1, np.int32),
@@ -54,7 +54,7 @@ def _walk(
     ids: np.ndarray,
     ptr: np.ndarray,
     visible: np.ndarray,
-    num_warm: int,
+    counted: np.ndarray,
     num_first: int,
     used: np.ndarray,
     order: np.ndarray,
@@ -82,8 +82,7 @@ def _walk(
             used[id_] = ABSENT if used[id_] == ABSENT else step
         misses[step] = num_missed
         num_victims = max(0, num_held + num_missed - size)
-        if step >= num_warm:
-            evictions += num_victims
+        evictions += num_victims * counted[step]
         num_hits = num_stale = num_kept = 0
         for at in range(num_held):
             id_ = order[at]

@@ -18,7 +18,7 @@ def fifo(steps: Steps, size: int, start: Start) -> Replayed:
     scratch = np.empty((2, largest_step(steps) + 1), np.int32)  # one more: written before it is known
     evictions = _walk(
         *steps.arrays(),
-        steps.num_warm,
+        steps.counted,
         num_first(steps, size, start),
         np.full(steps.num_ids, ABSENT, np.int32),
         np.empty(size, np.int32),
@@ -33,7 +33,7 @@ def fifo(steps: Steps, size: int, start: Start) -> Replayed:
 def _walk(
     ids: np.ndarray,
     ptr: np.ndarray,
-    num_warm: int,
+    counted: np.ndarray,
     num_first: int,
     used: np.ndarray,
     ring: np.ndarray,
@@ -57,8 +57,7 @@ def _walk(
         misses[step] = num_missed
         num_victims = max(0, num_held + num_missed - size)
         num_held -= num_victims
-        if step >= num_warm:
-            evictions += num_victims
+        evictions += num_victims * counted[step]
         num_passed = 0
         while num_victims:
             id_ = ring[head]

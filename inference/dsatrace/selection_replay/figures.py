@@ -9,6 +9,8 @@ buffer smaller than a step, an interval over fewer than five requests.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -34,13 +36,16 @@ _DRAWS = 2000
 
 def figures(result: Result) -> dict[str, Any]:
     """All figures; `overall` holds those of all layers together."""
-    num_buffers = len(result.buffers)
+    num_sets = len(result.locality)
     intervals = _intervals(result)
     bytes_per_id = result.header["bytes_per_id"]
     return {
         "num_requests": len(result.requests),
+        "num_groups": sum("misses" in told for told in result.requests.values()),
+        "past_answer": _told(result, "answer"),
+        "shared_prefixes": _told(result, "prefix"),
         "overall": {
-            **_of_buffers(added(result.buffers.values()), result.header, num_buffers, intervals),
+            **_of_buffers(added(result.buffers.values()), result.header, num_sets, intervals),
             **_locality(added(result.locality.values()), bytes_per_id),
         },
         "layers": [
@@ -55,6 +60,12 @@ def figures(result: Result) -> dict[str, Any]:
     }
 
 
+def _told(result: Result, name: str) -> dict[str, Any] | None:
+    """The sum of what requests tell; None where none does."""
+    found = [told[name] for told in result.requests.values() if name in told]
+    return functools.reduce(operator.add, found).to_json() if found else None
+
+
 def _of_own_buffer(result: Result, layer: str) -> dict[str, Any]:
     """Nothing where a request's layers share one."""
     streams = result.buffers.get(layer)
@@ -62,14 +73,14 @@ def _of_own_buffer(result: Result, layer: str) -> dict[str, Any]:
 
 
 def _of_buffers(
-    streams: Tree, header: Mapping[str, Any], num_buffers: int, intervals: Mapping[str, Any]
+    streams: Tree, header: Mapping[str, Any], num_sets: int, intervals: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """`num_buffers`: that a decode step reads from."""
+    """`num_sets`: that a decode step selects."""
     asked: Asked = streams[RUN]["asked"]
     largest = max(asked.step_sizes, default=0)
     cells = {
         policy: {
-            size: _cell(cell, _null_rates(streams, policy, size), largest, header, num_buffers)
+            size: _cell(cell, _null_rates(streams, policy, size), largest, header, num_sets)
             | {"interval": intervals.get(policy, {}).get(size)}
             for size, cell in sizes.items()
         }
@@ -111,7 +122,7 @@ def _null_rates(streams: Tree, policy: str, size: str) -> dict[str, float | None
 
 
 def _cell(
-    cell: Cell, nulls: Mapping[str, float | None], largest: int, header: Mapping[str, Any], num_buffers: int
+    cell: Cell, nulls: Mapping[str, float | None], largest: int, header: Mapping[str, Any], num_sets: int
 ) -> dict[str, Any]:
     """The figures of one policy at one size, or why there are none."""
     if cell.too_small:
@@ -125,8 +136,8 @@ def _cell(
         "nulls": dict(nulls),
         "step_miss_rate": cell.missed_steps / cell.steps,
         "misses_per_step": {"mean": per_step, **_quantiles(cell.misses, (50, 95, 99))},
-        "reads_per_token": per_step * num_buffers,
-        "bytes_per_token": None if bytes_per_id is None else per_step * num_buffers * bytes_per_id,
+        "reads_per_token": per_step * num_sets,
+        "bytes_per_token": None if bytes_per_id is None else per_step * num_sets * bytes_per_id,
         "evictions_per_step": cell.evictions / cell.steps,
     }
     if cell.by_seed is not None:
@@ -244,8 +255,9 @@ def _layer_overlap(overlap: LayerOverlap) -> dict[str, Any]:
 
 
 def _intervals(result: Result) -> dict[str, dict[str, list[float] | None]]:
-    """95 % intervals of the overall miss rates: percentiles over requests drawn with replacement."""
-    requests = [tree["misses"] for _, tree in sorted(result.requests.items())]
+    """95 % intervals of the overall miss rates: percentiles over requests drawn with replacement, or over
+    groups of them that share buffers."""
+    requests = [told["misses"] for _, told in sorted(result.requests.items()) if "misses" in told]
     if len(requests) < MIN_REQUESTS:
         return {}
     drawn = np.random.default_rng(0).integers(len(requests), size=(_DRAWS, len(requests)))

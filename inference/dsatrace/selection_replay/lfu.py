@@ -39,7 +39,7 @@ def lfu(steps: Steps, size: int, start: Start) -> Replayed:
     scratch = np.empty((2, largest_step(steps) + 1), np.int32)  # one more: written before it is known
     evictions = _walk(
         *steps.ascending().arrays(),
-        steps.num_warm,
+        steps.counted,
         size,
         num_first(steps, size, start),
         _Uses(node, np.zeros((num_lists >> 6) + 1, np.uint64), steps.num_ids),
@@ -91,7 +91,7 @@ def _evict(state: _Uses, step: int, num_victims: int) -> None:
 def _walk(
     ids: np.ndarray,
     ptr: np.ndarray,
-    num_warm: int,
+    counted: np.ndarray,
     size: int,
     num_first: int,
     state: _Uses,
@@ -116,8 +116,7 @@ def _walk(
         misses[step] = num_missed
         num_victims = max(0, num_held + num_missed - size)
         num_held += num_missed - num_victims
-        if step >= num_warm:
-            evictions += num_victims
+        evictions += num_victims * counted[step]
         _evict(state, step, num_victims)
         for id_ in missed[:num_missed]:
             _append(state, id_, 0, step)

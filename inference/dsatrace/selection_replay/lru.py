@@ -65,22 +65,24 @@ def lru(
         deepest=np.zeros(steps.num_ids, np.int64),
         misses=np.zeros((steps.num_steps, len(sizes)), np.int64),
         ages=np.zeros((len(sizes), max(steps.num_steps, 1)), np.int64),
+        new=np.zeros(steps.num_steps, np.int64),
     )
     num_first = steps.num_ids if start == "first-b" else 0
     stack = _empty_stack(steps.num_ids, 2 * steps.num_ids + largest_step(asked))
-    before, after, deepest_never = _walk(ids, ptr, steps.num_warm, ascending, num_first, stack, counts)
+    counted = steps.counted
+    deepest_never = _walk(ids, ptr, counted, ascending, num_first, stack, counts)
     back = np.argsort(order)
     misses = counts.misses[:, ::-1].cumsum(axis=1)[:, ::-1][:, back]  # what one size misses, smaller ones do
-    counted = slice(steps.num_warm, None)
-    filled = np.minimum(after, sizes) - np.minimum(before, sizes)
+    in_stack = np.concatenate(([num_first], num_first + counts.new.cumsum()))[:, None]
+    filled = np.diff(np.minimum(in_stack, sizes), axis=0)[counted].sum(axis=0)
     return LruResult(
         depths=counts.depths,
-        never=after - before,
+        never=int(counts.new[counted].sum()),
         pinned=int(steps.sizes[counted].sum() - asked.sizes[counted].sum()),
         deepest=counts.deepest,
         deepest_never=deepest_never,
         misses=misses,
-        evictions=misses[counted].sum(axis=0) - filled.astype(np.int64),
+        evictions=misses[counted].sum(axis=0) - filled,
         ages=counts.ages[::-1].cumsum(axis=0)[::-1][back],
     )
 
@@ -102,6 +104,7 @@ class _Counts(NamedTuple):
     deepest: np.ndarray
     misses: np.ndarray
     ages: np.ndarray
+    new: np.ndarray  # (T,) ids of each step that the stack does not hold
 
 
 def _empty_stack(num_ids: int, num_slots: int) -> _Stack:
@@ -203,31 +206,29 @@ def _count_depths(
 def _walk(
     ids: np.ndarray,
     ptr: np.ndarray,
-    num_warm: int,
+    counted: np.ndarray,
     sizes: np.ndarray,
     num_first: int,
     stack: _Stack,
     counts: _Counts,
-) -> tuple[int, int, int]:
-    """Fills the counts; returns the ids in the stack before and after the counted steps, and
-    `deepest_never`."""
+) -> int:
+    """Fills the counts; returns `deepest_never`."""
     deepest_never = 0
     _begin_with(stack, num_first)
-    end = in_stack = in_stack_before = num_first
+    end = num_first
     for step in range(len(ptr) - 1):
         asked = ids[ptr[step] : ptr[step + 1]]
         if end + len(asked) > len(stack.id_at):
             end = _compact(stack, end)
         _sum_above(stack, end)
-        num_new, deepest = _count_depths(asked, step, step >= num_warm, sizes, stack, counts)
+        num_new, deepest = _count_depths(asked, step, counted[step], sizes, stack, counts)
         for id_ in asked:
             _bring_up(stack, id_, step, end)
             end += 1
-        in_stack += num_new
-        if step < num_warm:
-            in_stack_before = in_stack
+        counts.new[step] = num_new
+        if not counted[step]:
             continue
         deepest_never += num_new > 0
         if num_new == 0 and deepest >= 0:
             counts.deepest[deepest] += 1
-    return in_stack_before, in_stack, deepest_never
+    return deepest_never

@@ -4,8 +4,7 @@
 own sets and forgets their order in time. `chance` is the share that a random selector holds of any other
 set: k / N. Random numbers come from a counter and a seed, so a null is the same on every machine.
 
-    nulls = nulls_of(steps, seed=seed_of(0, "r17", 5), ordered=True)
-    nulls["uniform"]            # Steps; nulls["recency"] is None where ids have no order
+    null_of(steps, "uniform", seed=seed_of(0, "r17", 5))        # Steps
     chance(steps)               # 0.0156 at 2,048 of 131,072
 """
 
@@ -20,6 +19,7 @@ import numpy as np
 from dsatrace.jit import cached_njit
 from dsatrace.selection_replay.bits import ONE, lowest_bit
 from dsatrace.selection_replay.steps import Steps
+from dsatrace.trace.selections import copy_runs
 
 CHANCE_BITS = 32
 CHANCE_UNIT = 2.0**-CHANCE_BITS
@@ -85,9 +85,10 @@ def shuffled(steps: Steps, seed: int) -> Steps:
     _shuffle(order[steps.num_warm :], np.uint64(seed))
     sizes = steps.sizes[order]
     ptr = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    source = np.repeat(steps.ptr[:-1][order] - ptr[:-1], sizes) + np.arange(len(steps.ids))
+    ids = np.empty(len(steps.ids), np.int32)
+    copy_runs(steps.ids, steps.ptr[:-1][order], steps.ptr[1:][order], ptr[:-1], ids)
     return dataclasses.replace(
-        steps, ids=steps.ids[source], ptr=ptr, newest=steps.newest[order], visible=steps.visible[order]
+        steps, ids=ids, ptr=ptr, newest=steps.newest[order], visible=steps.visible[order]
     )
 
 
@@ -98,9 +99,9 @@ NULLS: dict[str, Callable[[Steps, int], Steps]] = {
 }
 
 
-def nulls_of(steps: Steps, seed: int, ordered: bool = True) -> dict[str, Steps | None]:
-    """Every null by its name; None for recency where ids have no order (slots, experts)."""
-    return {name: null(steps, seed) if ordered or name != "recency" else None for name, null in NULLS.items()}
+def null_of(steps: Steps, name: str, seed: int, ordered: bool = True) -> Steps | None:
+    """One of `NULLS`; None for recency where ids have no order (slots, experts)."""
+    return NULLS[name](steps, seed) if ordered or name != "recency" else None
 
 
 def _num_ids(steps: Steps) -> int:

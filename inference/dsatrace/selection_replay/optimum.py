@@ -25,7 +25,7 @@ def optimum(steps: Steps, size: int, start: Start) -> Replayed:
     num_nearness = steps.num_steps + 1
     evictions = _walk(
         ptr,
-        steps.num_warm,
+        steps.counted,
         size,
         coming[: num_first(steps, size, start)],
         nearness,
@@ -52,7 +52,7 @@ def _next_uses(ids: np.ndarray, ptr: np.ndarray, coming: np.ndarray, nearness: n
 @cached_njit(nogil=True, _nrt=False)
 def _walk(
     ptr: np.ndarray,
-    num_warm: int,
+    counted: np.ndarray,
     size: int,
     first: np.ndarray,
     nearness: np.ndarray,
@@ -78,8 +78,7 @@ def _walk(
         misses[step] = num_missed
         num_victims = max(0, num_held + num_missed - size)
         num_held += num_missed - num_victims
-        if step >= num_warm:
-            evictions += num_victims
+        evictions += num_victims * counted[step]
         while num_victims:
             while not words[lowest]:
                 lowest += 1

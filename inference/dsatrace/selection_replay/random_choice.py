@@ -19,7 +19,7 @@ def random_choice(steps: Steps, size: int, start: Start, seed: int) -> Replayed:
     misses = np.zeros(steps.num_steps, np.int64)
     evictions = _walk(
         *steps.arrays(),
-        steps.num_warm,
+        steps.counted,
         num_first(steps, size, start),
         np.full(steps.num_ids, NOWHERE, np.int32),
         np.empty(size, np.int32),
@@ -34,7 +34,7 @@ def random_choice(steps: Steps, size: int, start: Start, seed: int) -> Replayed:
 def _walk(
     ids: np.ndarray,
     ptr: np.ndarray,
-    num_warm: int,
+    counted: np.ndarray,
     num_first: int,
     place: np.ndarray,
     held: np.ndarray,
@@ -60,8 +60,7 @@ def _walk(
             num_hits += 1
         misses[step] = num_missed
         num_victims = max(0, num_held + num_missed - len(held))
-        if step >= num_warm:
-            evictions += num_victims
+        evictions += num_victims * counted[step]
         for _ in range(num_victims):
             choices = np.uint64(num_held - num_hits)
             at = num_hits + np.int64(((splitmix64(state) >> np.uint64(32)) * choices) >> np.uint64(32))

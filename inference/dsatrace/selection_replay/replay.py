@@ -1,6 +1,6 @@
 """Replays requests: their selections, and nulls of the same sizes, through buffers of every size asked for.
 
-A part of a run (whole requests) is replayed on its own, and results add; so parts go to processes, to
+A piece of work (whole requests) is replayed on its own, and results add; so pieces go to processes, to
 machines or to a cluster alike, and those that are done are kept.
 
     work = find_work([Path("outputs/mine")], settings)
@@ -9,116 +9,53 @@ machines or to a cluster alike, and those that are done are kept.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.files import digest_of
 from dsatrace.processes import call_in_processes, in_order
+from dsatrace.selection_replay.buffers import Buffer, Member, buffers_of
 from dsatrace.selection_replay.kept import KeptResults
 from dsatrace.selection_replay.layer_overlap import LayerOverlap
 from dsatrace.selection_replay.locality import MEASURES
 from dsatrace.selection_replay.lru import lru
-from dsatrace.selection_replay.nulls import nulls_of, seed_of
+from dsatrace.selection_replay.nulls import NULLS, null_of, seed_of
 from dsatrace.selection_replay.on_ray import call_on_ray
 from dsatrace.selection_replay.policies import POLICIES, misses
 from dsatrace.selection_replay.predictors import predictions_of
 from dsatrace.selection_replay.replayed import Replayed
-from dsatrace.selection_replay.result import RUN, Asked, Cell, Curve, Misses, Result, Tree
+from dsatrace.selection_replay.result import (
+    RUN,
+    AnswerSteps,
+    Asked,
+    Cell,
+    Curve,
+    Misses,
+    Result,
+    SharedTokens,
+    Tree,
+    add_to,
+)
 from dsatrace.selection_replay.settings import ReplaySettings
 from dsatrace.selection_replay.steps import Steps
-from dsatrace.selection_replay.streams import Recorded, layer_steps, numbered_anew, pooled
+from dsatrace.selection_replay.streams import Recorded, layer_steps, up_to
 from dsatrace.selection_replay.sums import histogram_of
-from dsatrace.trace.reader import RunReader
+from dsatrace.selection_replay.work import About, Work
 from dsatrace.trace.selections import (
-    LayerSet,
     RequestSelections,
-    SelectionPart,
     read_part,
-    selection_parts,
 )
-from dsatrace.version import __version__
 
-MOST_WORK = 2048
-"""Pieces that a run is cut into: a result takes some MB and a second to add, however much it sums up."""
 NUM_SEEDS = 5
 """Times that a policy which draws lots is replayed."""
 _NULL_POLICIES = ("lru", "opt")
 _NULL_MEASURES = ("lags", "working_sets")
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """Some of a run's requests, with all that replaying them needs but their step files."""
-
-    folder: Path
-    name: str  # of the run, as results show it
-    parts: tuple[SelectionPart, ...]
-    content: str  # digests of the files that the parts lie in
-    recorded: Recorded
-    header: dict[str, Any]  # of its result
-
-    @property
-    def key(self) -> str:
-        """Names its result: the same records, settings and version give the same one."""
-        recorded = dataclasses.asdict(self.recorded)
-        requests = [part.request_ids for part in self.parts]
-        told = [self.name, self.content, requests, recorded, self.header, __version__]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
-
-    @property
-    def num_records(self) -> int:
-        return sum(part.num_records for part in self.parts)
-
-
-def find_work(
-    folders: Sequence[Path], settings: ReplaySettings, shard: tuple[int, int] = (0, 1)
-) -> list[Work]:
-    """The parts of these runs, or those of shard (i, n): every n-th file where files hold whole requests,
-    else every n-th part. A shard may have none.
-
-    Raises `UserError` for a run that cannot be replayed, naming why.
-    """
-    index, count = shard
-    turns = itertools.count()
-    work: list[Work] = []
-    for folder in folders:
-        run = RunReader(folder)
-        recorded = Recorded.of(run.manifest, settings, str(folder))
-        header, name = _header(run.manifest, recorded, settings), folder.absolute().name
-        if run.is_for_replay:
-            paths = [path for path in run.step_paths if next(turns) % count == index]
-            parts = selection_parts(run, paths=paths)
-        else:
-            parts = [part for part in selection_parts(run) if next(turns) % count == index]
-        known = {folder / file: told for file, told in (run.manifest.get("files") or {}).items()}
-        paths = sorted({span.path for part in parts for span in part.spans})
-        digests = {path: _digest(path, known.get(path)) for path in paths}
-        size = -(-len(parts) // MOST_WORK) or 1
-        for together in (tuple(parts[i : i + size]) for i in range(0, len(parts), size)):
-            content = "".join(sorted(digests[span.path] for part in together for span in part.spans))
-            work.append(Work(folder, name, together, content, recorded, header))
-    if next(turns) == 0:
-        raise UserError(
-            f"{', '.join(map(str, folders))}: no step was recorded, so there is nothing to replay"
-        )
-    return work
-
-
-def _digest(path: Path, known: Mapping[str, Any] | None) -> str:
-    """As the manifest has it, of a file that still has its size."""
-    if known is None or path.stat().st_size != known["bytes"]:
-        known = digest_of(path)
-    return str(known["sha256"])
 
 
 def replay_all(
@@ -172,76 +109,127 @@ def _results(
 def replay_part(work: Work, settings: ReplaySettings) -> Result:
     """The sum of a part's requests."""
     total = Result(work.header, {}, {}, {}, {})
-    for request in itertools.chain.from_iterable(map(read_part, work.parts)):
-        name = f"{work.name}/{request.request_id}"
-        total.add(replay_request(request, name, work.recorded, settings, work.header), work.name)
+    for requests in _together(itertools.chain.from_iterable(map(read_part, work.parts)), work):
+        total.add(replay_requests(requests, work, settings), work.name)
     return total
 
 
-def _header(manifest: Mapping[str, Any], recorded: Recorded, settings: ReplaySettings) -> dict[str, Any]:
-    per_id, selection = recorded.per_block(settings), recorded.selection
-    return {
-        "settings": settings.to_json(),
-        "unit": f"block of {settings.block}" if settings.block else selection.unit,
-        "unit_tokens": settings.block or selection.unit_tokens,
-        "id_kind": selection.id_kind,
-        "door": selection.door,
-        "top_k": [layer.top_k for layer in selection.layers if layer.heads],
-        "bytes_per_id": recorded.bytes_per_id and recorded.bytes_per_id * per_id,
-        "index_bytes_per_id": recorded.index_bytes_per_id and recorded.index_bytes_per_id * per_id,
-        "model_config_digest": manifest["model_config_digest"],
-        "selections": manifest["selections"],
-        "keeps_order": bool(manifest["trace"]["keep_order"]),
-    }
+def _together(requests: Iterable[RequestSelections], work: Work) -> Iterable[list[RequestSelections]]:
+    """One by one; those that share buffers, in the order in which they came."""
+    prefixes = {name: about.prefix for name, about in work.about.items() if about.prefix is not None}
+    if not prefixes:
+        return ([request] for request in requests)
+    groups: dict[str, list[RequestSelections]] = {}
+    for request in requests:
+        groups.setdefault(prefixes[request.request_id].group, []).append(request)
+    places = {name: place for place, name in enumerate(prefixes)}
+    return (sorted(group, key=lambda one: places[one.request_id]) for group in groups.values())
 
 
-def replay_request(
-    request: RequestSelections,
-    name: str,
-    recorded: Recorded,
-    settings: ReplaySettings,
-    header: dict[str, Any],
-) -> Result:
-    """One request's result, under `name`. Empty if none of its steps counts."""
-    has_heads = any(layer.kv_head for layer in request.layers)
-    layers = {layer: layer_steps(request, layer, recorded, settings) for layer in request.layers}
-    names = {layer: ".".join(map(str, layer if has_heads else layer[:1])) for layer in layers}
-    result = Result(header, {}, {}, {}, {})
-    if not any(steps.num_steps > steps.num_warm for steps in layers.values()):
+def replay_requests(requests: Sequence[RequestSelections], work: Work, settings: ReplaySettings) -> Result:
+    """The result of one request, or of several that share buffers. Empty if none of their steps counts."""
+    result, recorded = Result(work.header, {}, {}, {}, {}), work.recorded
+    members: list[list[Member]] = []
+    counting: list[str] = []
+    for request in requests:
+        layers = _members(request, work, settings)
+        if not any(member.steps.num_steps for member in layers):
+            continue
+        members.append(layers)
+        if not any(member.steps.counted.any() for member in layers):
+            continue  # though others find what it has fetched
+        counting.append(request.request_id)
+        result.requests[f"{work.name}/{request.request_id}"] = _told(request, work)
+        for member in layers:
+            add_to(result.locality, {member.name: {RUN: _locality(member.steps, recorded)}})
+        _compare_layers(result, layers)
+    if not counting:
         return result
-    seed = seed_of(settings.seed, request.request_id)
-    streams: dict[str, dict[LayerSet, Steps]] = {RUN: layers}
-    for layer, steps in layers.items():
-        for null, of_layer in nulls_of(steps, seed_of(seed, *layer), recorded.is_position).items():
-            if of_layer is not None:
-                streams.setdefault(null, {})[layer] = of_layer
-    for stream, of_stream in streams.items():
-        for buffer in _buffers(of_stream, names, recorded, settings):
-            replayed = _replay(buffer, stream == RUN, settings, seed_of(seed, stream, buffer.name))
-            result.buffers.setdefault(buffer.name, {})[stream] = replayed
-        for layer, steps in of_stream.items():
-            measured = {
-                measure: MEASURES[measure].of(steps, recorded.is_position)
-                for measure in (MEASURES if stream == RUN else _NULL_MEASURES)
-            }
-            result.locality.setdefault(names[layer], {})[stream] = measured
-    for group in _comparable(layers):
-        for layer, before in zip(group, [None, *group], strict=False):
-            predicted = predictions_of(layers[layer], None if before is None else layers[before])
-            result.locality[names[layer]][RUN]["predictors"] = {
-                predictor: found for predictor, found in predicted.items() if found is not None
-            }
-        overlap = LayerOverlap.of({layer.layer_id: layers[layer] for layer in group})
-        result.between[",".join(names[layer] for layer in group)] = {"layer_overlap": overlap}
-    result.requests[name] = {"misses": _of_request(result.buffers)}
+    seed = seed_of(settings.seed, counting[0])
+    for buffer in buffers_of(members, recorded, settings):
+        for stream in (RUN, *NULLS):
+            steps = [_stream(stream, member, settings, recorded) for member in buffer.members]
+            if any(one is None for one in steps):
+                continue
+            streams = [one for one in steps if one is not None]
+            replayed = _replay(buffer, streams, stream == RUN, settings, seed_of(seed, stream, buffer.name))
+            add_to(result.buffers, {buffer.name: {stream: replayed}})
+            if stream != RUN:
+                for member, one in zip(buffer.members, streams, strict=True):
+                    if member.request_id in counting:
+                        found = _locality(one, recorded, _NULL_MEASURES)
+                        add_to(result.locality, {member.name: {stream: found}})
+    result.requests[f"{work.name}/{counting[0]}"]["misses"] = _of_request(result.buffers)
     return result
 
 
-def _comparable(layers: Mapping[LayerSet, Steps]) -> list[list[LayerSet]]:
+def _members(request: RequestSelections, work: Work, settings: ReplaySettings) -> list[Member]:
+    """The request's layers, as far as its steps are asked for."""
+    about = work.about.get(request.request_id, About())
+    if settings.steps == "answer":
+        if about.answer_tokens is None:
+            raise UserError(
+                f"{work.folder}: --steps answer: request {request.request_id} did not end, so nothing says "
+                "where its answer does; use --steps all"
+            )
+        request = up_to(request, about.answer_tokens)
+    has_heads = any(layer.kv_head for layer in request.layers)
+    return [
+        Member(
+            request.request_id,
+            layer,
+            ".".join(map(str, layer if has_heads else layer[:1])),
+            layer_steps(request, layer, work.recorded, settings),
+            about.prefix,
+        )
+        for layer in request.layers
+    ]
+
+
+def _told(request: RequestSelections, work: Work) -> Tree:
+    """Sums of what is known of a request beside its selections."""
+    about = work.about.get(request.request_id, About())
+    told: Tree = {}
+    if work.tells_answers:
+        num_steps = max(int(np.count_nonzero(layer.step_idx >= 0)) for layer in request.layers.values())
+        if about.answer_tokens is None:
+            told["answer"] = AnswerSteps(num_steps, 0, num_steps)
+        else:
+            told["answer"] = AnswerSteps(num_steps, max(0, num_steps - about.answer_tokens), 0)
+    if (prefix := about.prefix) is not None:
+        told["prefix"] = SharedTokens(int(prefix.shared_tokens > 0), prefix.shared_tokens, prefix.untold)
+    return told
+
+
+def _stream(stream: str, member: Member, settings: ReplaySettings, recorded: Recorded) -> Steps | None:
+    """The member's own steps, or a null of them, which is made anew: it is as large as they are."""
+    if stream == RUN:
+        return member.steps
+    seed = seed_of(seed_of(settings.seed, member.request_id), *member.layer)
+    return null_of(member.steps, stream, seed, recorded.is_position)
+
+
+def _locality(steps: Steps, recorded: Recorded, measures: Iterable[str] = MEASURES) -> Tree:
+    return {measure: MEASURES[measure].of(steps, recorded.is_position) for measure in measures}
+
+
+def _compare_layers(result: Result, layers: Sequence[Member]) -> None:
+    """Adds what a layer says of the next: as a guess, and as an index that it could share."""
+    for group in _comparable(layers):
+        for member, before in zip(group, [None, *group], strict=False):
+            predicted = predictions_of(member.steps, None if before is None else before.steps)
+            known = {name: found for name, found in predicted.items() if found is not None}
+            add_to(result.locality, {member.name: {RUN: {"predictors": known}}})
+        overlap = LayerOverlap.of({member.layer.layer_id: member.steps for member in group})
+        add_to(result.between, {",".join(member.name for member in group): {"layer_overlap": overlap}})
+
+
+def _comparable(layers: Sequence[Member]) -> list[list[Member]]:
     """Layers that choose from the same ids, ascending; each KV head apart."""
-    groups: dict[tuple[int, bytes], list[LayerSet]] = {}
-    for layer in sorted(layers):
-        groups.setdefault((layer.kv_head, layers[layer].visible.tobytes()), []).append(layer)
+    groups: dict[tuple[int, bytes], list[Member]] = {}
+    for member in sorted(layers, key=lambda one: one.layer):
+        key = (member.layer.kv_head, member.steps.visible.tobytes())
+        groups.setdefault(key, []).append(member)
     return list(groups.values())
 
 
@@ -257,48 +245,14 @@ def _of_request(buffers: Tree) -> Tree:
     return cells
 
 
-@dataclasses.dataclass(frozen=True)
-class _Buffer:
-    name: str  # the layer, or "all"
-    steps: Steps
-    top_k: int  # of its layers together
-    context: int  # ids that their last steps can choose from, together
-    per_id: int  # ids of the run's unit that one id of the steps stands for
-
-
-def _buffers(
-    layers: Mapping[LayerSet, Steps],
-    names: Mapping[LayerSet, str],
-    recorded: Recorded,
-    settings: ReplaySettings,
-) -> list[_Buffer]:
-    """A request's buffers: one per layer, or one."""
-    if not recorded.is_position:
-        layers = {layer: numbered_anew(steps) for layer, steps in layers.items()}
-    per_id = recorded.per_block(settings)
-    apart = [
-        _Buffer(
-            names[layer],
-            steps,
-            recorded.selection.layers[layer.layer_id].top_k,
-            int(steps.visible[-1]),
-            per_id,
-        )
-        for layer, steps in layers.items()
-    ]
-    if settings.share == "none":
-        return apart
-    together = pooled(list(layers.values()))
-    top_k, context = sum(one.top_k for one in apart), sum(one.context for one in apart)
-    return [_Buffer("all", together, top_k, context, per_id)]
-
-
-def _replay(buffer: _Buffer, is_run: bool, settings: ReplaySettings, seed: int) -> Tree:
+def _replay(
+    buffer: Buffer, streams: Sequence[Steps], is_run: bool, settings: ReplaySettings, seed: int
+) -> Tree:
     """What one buffer gives: the curve of LRU, and each policy at each size."""
-    steps, largest, per_id = buffer.steps, int(buffer.steps.sizes.max(initial=0)), buffer.per_id
+    steps, num_ids = buffer.asked_for(streams)
+    largest, per_id = int(steps.sizes.max(initial=0)), buffer.recorded.per_block(settings)
     asked = Asked.of(steps)
-    context = buffer.context * per_id
-    sizes = {size.label: -(-size.ids(buffer.top_k, context) // per_id) for size in settings.sizes}
+    sizes = {size.label: -(-size.ids(buffer.top_k, num_ids * per_id) // per_id) for size in settings.sizes}
     fitting = {label: size for label, size in sizes.items() if size >= largest}
     start: Any = "first-b" if settings.start == "first-b" else "empty"
     at_all = lru(steps, list(fitting.values()), start=start, pin_newest=settings.pin_newest)
@@ -323,20 +277,20 @@ def _replay(buffer: _Buffer, is_run: bool, settings: ReplaySettings, seed: int) 
             else:
                 drawn = seeds[: max(num_lots, 1)]
                 replays = [misses(of_buffer, policy, size, seed=s, start=start) for s in drawn]
-            cells[label] = _cell(asked, steps.num_warm, size, replays, num_lots, ages)
+            cells[label] = _cell(asked, steps.counted, size, replays, num_lots, ages)
     return {"asked": asked, "curve": Curve.of(at_all), "policies": policies}
 
 
 def _cell(
     asked: Asked,
-    num_warm: int,
+    counted: np.ndarray,
     size: int,
     replays: Sequence[Replayed],
     num_seeds: int,
     ages: np.ndarray | None,
 ) -> Cell:
     """Of several replays, which differ in the lots drawn, the first counts; of each, its missed ids."""
-    missed = replays[0].misses[num_warm:]
+    missed = replays[0].misses[counted]
     return Cell(
         buffers=1,
         too_small=0,
@@ -347,7 +301,7 @@ def _cell(
         missed_steps=int(np.count_nonzero(missed)),
         evictions=replays[0].evictions,
         misses=histogram_of(missed),
-        by_seed=tuple(int(one.misses[num_warm:].sum()) for one in replays) if num_seeds else None,
+        by_seed=tuple(int(one.misses[counted].sum()) for one in replays) if num_seeds else None,
         ages=None
         if ages is None
         else Counter({int(age): int(ages[age]) for age in np.flatnonzero(ages) if age}),

@@ -2,8 +2,8 @@
 
 Results of parts of a run add up to that of the whole, bit for bit, since all of it is whole numbers.
 
-    total = replay_request(...)
-    total.add(replay_request(...), "outputs/mine")
+    total = replay_part(...)
+    total.add(replay_part(...), "outputs/mine")
     total.write(path); Result.read(path)
 """
 
@@ -28,7 +28,7 @@ from dsatrace.selection_replay.predictors import PREDICTORS, Prediction
 from dsatrace.selection_replay.steps import Steps
 from dsatrace.selection_replay.sums import Sums, histogram_of
 
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 RUN = "run"
 """The stream of the run's own selections, among its nulls."""
 _ADDED = ("buffers", "locality", "between")
@@ -48,7 +48,7 @@ class Asked(Sums):
 
     @classmethod
     def of(cls, steps: Steps) -> Asked:
-        counted, visible = steps.sizes[steps.num_warm :], steps.visible[steps.num_warm :]
+        counted, visible = steps.sizes[steps.counted], steps.visible[steps.counted]
         chance = expected_shared(counted, counted, visible)
         at_step, contexts = Counter(range(len(counted))), Counter(steps.visible[-1:].tolist())
         sizes = histogram_of(steps.sizes)
@@ -87,6 +87,24 @@ class Misses(Sums):
 
     selected: int
     missed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerSteps(Sums):
+    """Decode steps of a request that was kept from ending its answer."""
+
+    steps: int
+    past: int  # of those, steps that lie past the answer
+    untold: int  # steps of which nothing says whether they do
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedTokens(Sums):
+    """What a request begins with and another had before."""
+
+    requests: int  # that begin so
+    tokens: int
+    untold: int  # tokens that some other request had before, nobody knows which; not counted as shared
 
 
 _PER_OCTAVE = 64
@@ -148,6 +166,8 @@ LEAVES: dict[str, type[Sums]] = {
     **MEASURES,
     **dict.fromkeys(PREDICTORS, Prediction),
     "layer_overlap": LayerOverlap,
+    "answer": AnswerSteps,
+    "prefix": SharedTokens,
 }
 """Of a result's trees, by name."""
 CELLS: dict[str, type[Sums]] = {"policies": Cell, "misses": Misses}
@@ -159,7 +179,9 @@ class Result:
     """Of some requests. `header` says what all of them share; adding two that differ in it is refused."""
 
     header: dict[str, Any]  # the settings, the model and what its ids are
-    requests: Tree  # by "run/request": what the intervals are drawn from
+    requests: Tree
+    """By "run/request": what is told of it, and its `misses`, which the intervals are drawn from; of requests
+    that share buffers the first has those of all."""
     buffers: Tree  # by layer, or "all" where a request's layers share one; then by stream: run, or a null
     locality: Tree  # by layer and stream
     between: Tree  # what compares layers: by the layers that choose from the same ids
@@ -176,7 +198,7 @@ class Result:
             raise UserError(f"{name}: request {min(twice)} stands in another file too; name each run once")
         self.requests.update(other.requests)
         for tree in _ADDED:
-            _add_to(getattr(self, tree), getattr(other, tree))
+            add_to(getattr(self, tree), getattr(other, tree))
 
     def to_json(self) -> dict[str, Any]:
         trees = {name: _to_json(getattr(self, name)) for name in ("requests", *_ADDED)}
@@ -210,16 +232,17 @@ def added(trees: Iterable[Tree]) -> Tree:
     """The sum of trees of one shape."""
     total: Tree = {}
     for tree in trees:
-        _add_to(total, tree)
+        add_to(total, tree)
     return total
 
 
-def _add_to(total: Tree, part: Tree) -> None:
+def add_to(total: Tree, part: Tree) -> None:
+    """Adds a tree of the same shape, or of other names."""
     for name, value in part.items():
         if isinstance(value, Sums):
             total[name] = total[name] + value if name in total else value
         else:
-            _add_to(total.setdefault(name, {}), value)
+            add_to(total.setdefault(name, {}), value)
 
 
 def _to_json(tree: Tree) -> Tree:

@@ -59,7 +59,7 @@ def s3fifo(steps: Steps, size: int, start: Start) -> Replayed:
     )
     first = num_first(steps, size, start)
     scratch = np.empty(largest, np.int32)
-    evictions = _walk(*steps.arrays(), steps.num_warm, size, first, state, scratch, misses)
+    evictions = _walk(*steps.arrays(), steps.counted, size, first, state, scratch, misses)
     return Replayed(misses, evictions)
 
 
@@ -171,7 +171,7 @@ def _enter(state: _State, id_: int, step: int, returns: bool) -> None:
 def _walk(
     ids: np.ndarray,
     ptr: np.ndarray,
-    num_warm: int,
+    counted: np.ndarray,
     size: int,
     num_first: int,
     state: _State,
@@ -203,7 +203,7 @@ def _walk(
             if num_held < size:
                 num_held += 1
             else:
-                evictions += step >= num_warm
+                evictions += counted[step]
                 state.of_id[_victim(state, step), USED] = ABSENT
             _enter(state, id_, step, returns)
         _put_back(state)

@@ -18,7 +18,11 @@ from typing import Any, Literal, NamedTuple
 from dsatrace.errors import UserError
 
 Start = Literal["empty", "first-b", "first-set", "prefill"]
-Share = Literal["none", "request"]
+Share = Literal["none", "request", "prefix"]
+WhichSteps = Literal["all", "answer"]
+
+OWN_BUFFERS = ("sglang", "window")
+"""Policies that know where an id lies in its request, so that no two requests or layers can share."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)(k|%)?")
 _USE_SIZES = "use a number of ids, a multiple of top-k such as 2k, or a share of the context such as 10%"
@@ -63,6 +67,7 @@ class ReplaySettings:
     pin_newest: bool = False  # the query's own token hits in a slot outside the buffer
     start: Start = "first-set"
     share: Share = "none"
+    steps: WhichSteps = "all"  # or those that say the answer, where requests went on past it
     union: int = 1  # rows that are one step, as with speculative decoding
     seed: int = 0  # of the random policy and of the nulls
 
@@ -74,8 +79,18 @@ class ReplaySettings:
                 raise UserError(f"--policy {name}: use some of {', '.join(POLICIES)}")
         if not self.policies or not self.sizes:
             raise UserError("nothing to replay: name a --policy and a size in --sizes")
-        if self.share == "request" and "sglang" in self.policies:
-            raise UserError("--policy sglang with --share request: its buffers are per layer; leave one out")
+        if self.share != "none":
+            for name in OWN_BUFFERS:
+                if name in self.policies:
+                    raise UserError(
+                        f"--policy {name} with --share {self.share}: its buffers are per request and layer; "
+                        "leave one out"
+                    )
+            if self.start == "first-b":
+                raise UserError(
+                    f"--start first-b with --share {self.share}: nothing says whose first ids a "
+                    "shared buffer holds; leave one out"
+                )
         if self.block is not None and self.block < 1:
             raise UserError(f"--unit block:{self.block}: a block has at least 1 token")
         if self.union < 1:

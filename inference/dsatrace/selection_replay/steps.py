@@ -34,10 +34,19 @@ class Steps:
     visible: np.ndarray  # (T,) int64, ids that the step could choose from (N of k / N)
     num_ids: int
     num_warm: int = 0  # the first steps only warm the buffer up and are not counted
+    when: np.ndarray | None = None  # (T,) int64, the forward pass of each step, where somebody asks
+    is_counted: np.ndarray | None = None  # (T,) bool, where several streams with own warm-ups are one
 
     @property
     def num_steps(self) -> int:
         return len(self.ptr) - 1
+
+    @property
+    def counted(self) -> np.ndarray:
+        """(T,) bool, whether the step's misses count."""
+        if self.is_counted is not None:
+            return self.is_counted
+        return np.arange(self.num_steps) >= self.num_warm
 
     @property
     def sizes(self) -> np.ndarray:

@@ -1,7 +1,7 @@
 """From a run's selections to the streams of sets that buffers are asked for.
 
-One stream per request and layer, as the buffers of serving engines have it; one per request where
-`--share request` pools its layers. Says which rows count: those past top-k, since below it everything is
+One stream per request and layer, as the buffers of serving engines have it, and one of several where they
+share a buffer. Says which rows count: those past top-k, since below it everything is
 selected; earlier ones warm the buffer up. Refuses runs whose steps do not follow one another.
 
     recorded = Recorded.of(run.manifest, settings, "outputs/mine")
@@ -11,7 +11,8 @@ selected; earlier ones warm the buffer up. Refuses runs whose steps do not follo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from dsatrace.selection_replay.settings import ReplaySettings
 from dsatrace.selection_replay.steps import NO_ID, Steps
 from dsatrace.trace.kind import SelectionKind
 from dsatrace.trace.manifest import selection_kind
-from dsatrace.trace.selections import LayerSet, RequestSelections
+from dsatrace.trace.selections import LayerSelections, LayerSet, RequestSelections, copy_runs
 
 PROMPT_ROWS = 32
 """Of the prompt's end, which warm a buffer up: as many as ESS takes (arXiv 2512.10576)."""
@@ -66,7 +67,26 @@ class Recorded:
         for given, flag in ((block, "--unit block:N"), (settings.pin_newest, "--pin-newest")):
             if given and not recorded.is_position:
                 raise UserError(f"{name}: its ids are no positions, so {flag} has no meaning; leave it out")
+        if settings.share == "prefix":
+            recorded._require_prefixes(name, block, trace["block_size_tokens"])
+        if settings.steps == "answer" and "answer_end" not in manifest:
+            raise UserError(
+                f"{name}: --steps answer: nothing kept its answers from ending, so its requests do not say "
+                "where they end; leave it out"
+            )
         return recorded
+
+    def _require_prefixes(self, name: str, block: int | None, prefix_block: int) -> None:
+        if not self.selection.holds("prefix"):
+            raise UserError(
+                f"{name}: --share prefix: its records say nothing of prefixes ({self.selection.unit}s, door "
+                f"{self.selection.door}); leave it out"
+            )
+        if block is None and self.selection.unit != "block":
+            raise UserError(
+                f"{name}: --share prefix: requests share blocks, and its unit is {self.selection.unit}; add "
+                f"--unit block:{prefix_block}"
+            )
 
     @property
     def is_position(self) -> bool:
@@ -88,6 +108,10 @@ class Recorded:
         if self.selection.unit == "entry" and self.id_tokens == self.selection.unit_tokens:
             newest = np.where(seq_len % self.id_tokens == 0, newest, NO_ID)  # whole entries only
         return newest.astype(np.int32)
+
+    def tokens_per_id(self, settings: ReplaySettings) -> int:
+        """Of what moves as one."""
+        return settings.block or self.selection.unit_tokens
 
     def per_block(self, settings: ReplaySettings) -> int:
         """Ids of the run's unit that move as one."""
@@ -121,7 +145,8 @@ def layer_steps(
     is_dense = recorded.selection.visible(seq_len) <= recorded.selection.layers[layer_id].top_k
     # They come first, since a request's context only grows.
     num_warm = max(first - begin, int(np.count_nonzero(is_dense)))
-    steps = Steps(ids, ptr, newest, visible, _num_ids(ids, newest), num_warm)
+    when = np.asarray(layer.forward_idx[begin:], np.int64)
+    steps = Steps(ids, ptr, newest, visible, _num_ids(ids, newest), num_warm, when)
     if settings.block is not None:
         steps = in_blocks(steps, settings.block // recorded.id_tokens)
     if settings.union > 1:
@@ -153,9 +178,8 @@ def in_blocks(steps: Steps, block: int) -> Steps:
     newest = np.where(steps.newest == NO_ID, NO_ID, steps.newest // block).astype(np.int32)
     sizes = np.bincount(row[first], minlength=steps.num_steps)
     ptr = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
-    return Steps(
-        ids[first].astype(np.int32), ptr, newest, -(-steps.visible // block), num_ids, steps.num_warm
-    )
+    visible = -(-steps.visible // block)
+    return Steps(ids[first].astype(np.int32), ptr, newest, visible, num_ids, steps.num_warm, steps.when)
 
 
 def in_unions(steps: Steps, rows: int) -> Steps:
@@ -175,6 +199,7 @@ def in_unions(steps: Steps, rows: int) -> Steps:
         steps.visible[last],
         steps.num_ids,
         -(-steps.num_warm // rows),
+        None if steps.when is None else steps.when[last],
     )
 
 
@@ -185,22 +210,56 @@ def numbered_anew(steps: Steps) -> Steps:
     return dataclasses.replace(steps, ids=ids.astype(np.int32), num_ids=len(known))
 
 
-def pooled(layers: list[Steps]) -> Steps:
+def pooled(layers: Sequence[Steps]) -> Steps:
     """A request's layers in one buffer, in the order of time: step by step, each step layer by layer.
 
     An id is another in every layer. A step is still one layer's set.
     """
-    num_steps, offsets = layers[0].num_steps, np.cumsum([0] + [layer.num_ids for layer in layers])
-    ids, newest = [], []
-    for step in range(num_steps):
-        for layer, offset in zip(layers, offsets.tolist(), strict=False):
-            ids.append(layer.of_step(step) + offset)
-            newest.append(NO_ID if layer.newest[step] == NO_ID else layer.newest[step] + offset)
-    return Steps(
-        np.concatenate(ids).astype(np.int32),
-        np.concatenate(([0], np.cumsum([len(one) for one in ids]))).astype(np.int64),
-        np.array(newest, np.int32),
-        np.stack([layer.visible for layer in layers], axis=1).ravel(),
-        int(offsets[-1]),
-        max(layer.num_warm for layer in layers) * len(layers),
+    offsets = np.cumsum([0] + [layer.num_ids for layer in layers])
+    ids = [np.arange(start, stop) for start, stop in itertools.pairwise(offsets.tolist())]
+    together = in_order(layers, ids, [np.arange(layer.num_steps) for layer in layers])
+    return dataclasses.replace(
+        together, num_warm=max(layer.num_warm for layer in layers) * len(layers), is_counted=None
     )
+
+
+def in_order(streams: Sequence[Steps], names: Sequence[np.ndarray], when: Sequence[np.ndarray]) -> Steps:
+    """The steps of all streams as one buffer is asked for them, by `when` (T,) and in the order of streams.
+
+    `names[s][i]` is what id i of stream s is called there. A step counts where it did.
+    """
+    order = np.argsort(np.concatenate(when), kind="stable")
+    ptr = np.concatenate(([0], np.cumsum(np.concatenate([one.sizes for one in streams])[order])))
+    starts = np.empty(len(order), np.int64)
+    starts[order] = ptr[:-1]
+    ids = np.empty(ptr[-1], np.int32)
+    num_before = 0
+    for one, called in zip(streams, names, strict=True):
+        targets = starts[num_before : num_before + one.num_steps]
+        copy_runs(called[one.ids].astype(np.int32), one.ptr[:-1], one.ptr[1:], targets, ids)
+        num_before += one.num_steps
+    newest = [np.append(called, NO_ID)[one.newest] for one, called in zip(streams, names, strict=True)]
+    return Steps(
+        ids,
+        ptr.astype(np.int64),
+        np.concatenate(newest)[order].astype(np.int32),
+        np.concatenate([one.visible for one in streams])[order],
+        max((int(called.max(initial=-1)) for called in names), default=-1) + 1,
+        is_counted=np.concatenate([one.counted for one in streams])[order],
+    )
+
+
+def up_to(request: RequestSelections, num_steps: int) -> RequestSelections:
+    """The request without its steps from `num_steps` on."""
+    layers = {}
+    for name, layer in request.layers.items():
+        end = int(np.searchsorted(layer.step_idx, num_steps))
+        layers[name] = LayerSelections(
+            layer.step_idx[:end],
+            layer.seq_len[:end],
+            layer.forward_idx[:end],
+            layer.phase[:end],
+            layer.ids[: layer.ptr[end]],
+            layer.ptr[: end + 1],
+        )
+    return dataclasses.replace(request, layers=layers)

@@ -19,7 +19,7 @@ def window(steps: Steps, size: int, sinks: int) -> Replayed:
     misses = np.zeros(steps.num_steps, np.int64)
     _outside(*steps.arrays(), sinks, lowest, misses)
     left = np.minimum(lowest[1:], np.maximum(steps.visible[:-1], sinks)) - lowest[:-1]
-    return Replayed(misses, int(np.maximum(left, 0)[max(0, steps.num_warm - 1) :].sum()))
+    return Replayed(misses, int(np.maximum(left, 0)[steps.counted[1:]].sum()))
 
 
 def previous(steps: Steps, size: int, start: Start) -> Replayed:
@@ -31,7 +31,7 @@ def previous(steps: Steps, size: int, start: Start) -> Replayed:
     _outside_previous(*steps.arrays(), held, misses)
     hits = steps.sizes - misses
     evicted = np.concatenate(([num_before], steps.sizes))[: steps.num_steps] - hits
-    return Replayed(misses, int(evicted[steps.num_warm :].sum()))
+    return Replayed(misses, int(evicted[steps.counted].sum()))
 
 
 def nothing(steps: Steps, size: int) -> Replayed:

@@ -20,7 +20,7 @@ from dsatrace.kv.simulation.replay import replay
 from dsatrace.study.measure import Mask, ratio, recounted_by_chunk, sharing_fractions
 from dsatrace.study.run import Replayed
 
-CHUNK_SIZES = (256, 512, 2048, 8192)
+CHUNK_SIZES = (64, 256, 512, 2048, 8192)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,21 +93,20 @@ def _summed(
 
 
 def _over_requests(replayed: Replayed) -> Iterator[Definition]:
-    fractions = sharing_fractions(replayed)
-    total, count = float(fractions.sum()), len(fractions)
-    yield Definition("per_request_mean", "mean of hit / prompt tokens, served requests", total, count)
+    fractions, served = sharing_fractions(replayed), int(replayed.result.served.sum())
+    total, hit = float(fractions.sum()), int((fractions > 0).sum())
+    yield Definition("per_request_mean", "mean of hit / prompt tokens, served requests", total, served)
     formula = "the same, a rejected request counts 0"
-    yield Definition("per_request_mean_rejected_as_0", formula, total, len(replayed.requests))
-    hit = int((fractions > 0).sum())
+    yield Definition("per_request_mean_rejected_as_0", formula, total, len(fractions))
     yield Definition("per_request_mean_of_hits", "the same, over requests that hit anything", total, hit)
-    yield Definition("requests_with_a_hit", "requests that hit anything / served requests", hit, count)
+    yield Definition("requests_with_a_hit", "requests that hit anything / served requests", hit, served)
 
 
 def _over_blocks(replayed: Replayed) -> Iterator[Definition]:
     result, size = replayed.result, replayed.trace.block_size
     served = result.served
     hit = int(result.hit_tokens[served].sum()) // size
-    full = int(replayed.full_blocks[served].sum())
+    full = int(replayed.trace.prompt_blocks[served].sum())
     all_blocks = int((-(-replayed.trace.prompt_tokens[served] // size)).sum())
     yield Definition("blocks_full", "hit blocks / full prompt blocks", hit, full, "block-level simulators")
     formula = "hit blocks / prompt blocks, partial last ones too"
@@ -143,10 +142,16 @@ def _sets_of_hashes(replayed: Replayed) -> Iterator[Definition]:
     A request's own earlier blocks are in the set too. Unchained, blocks of the same tokens are
     equal, which a trace of block ids does not tell.
     """
-    by_token = replayed.requests.tokens_per_id == 1
+    requests = replayed.requests
+    by_token = requests.tokens_per_id == 1
+    ids_of_all = np.array_equal(np.diff(requests.prompt_offsets), replayed.trace.needed_blocks)
     for suffix, partial in (("", False), ("_with_partial", True)):
         of_what = "blocks seen before / prompt blocks" + (", partial ones too" if partial else "")
         chained, unchained = f"chained_hashes{suffix}", f"unchained_hashes{suffix}"
+        if partial and requests.tokens_per_id == replayed.trace.block_size != 1 and not ids_of_all:
+            yield Definition(chained, "unknown: the trace has no ids of partial blocks", None, None)
+            yield Definition(unchained, "unknown: the trace has no ids of partial blocks", None, None)
+            continue
         seen, total = _num_seen(_prefix_names(replayed, partial))
         yield Definition(chained, f"{of_what}; equal with all before them", seen, total, "sets of hashes")
         if not by_token:
@@ -171,7 +176,7 @@ def _prefix_names(replayed: Replayed, partial: bool) -> Iterator[Hashable]:
     trace, requests = replayed.trace, replayed.requests
     in_blocks = requests.tokens_per_id == trace.block_size != 1
     tokens = requests if in_blocks else requests.as_tokens()
-    for i, num_full in enumerate(replayed.full_blocks.tolist()):
+    for i, num_full in enumerate(replayed.trace.prompt_blocks.tolist()):
         keys = trace.keys_of(i)[:num_full]
         yield from keys
         if partial and trace.prompt_tokens[i] % trace.block_size:
@@ -182,7 +187,7 @@ def _prefix_names(replayed: Replayed, partial: bool) -> Iterator[Hashable]:
 def _content_names(replayed: Replayed, partial: bool) -> Iterator[Hashable]:
     """Each prompt block's tokens."""
     size = replayed.trace.block_size
-    for i, num_full in enumerate(replayed.full_blocks.tolist()):
+    for i, num_full in enumerate(replayed.trace.prompt_blocks.tolist()):
         tokens = replayed.requests.prompt(i)
         data = tokens[: len(tokens) if partial else num_full * size].tobytes()
         width = size * tokens.itemsize

@@ -62,8 +62,9 @@ def per_turn(replayed: Replayed) -> list[dict[str, Value]]:
         values = _of_requests(replayed, replayed.requests.turn == turn)
         check_values(values)
         names = (
-            "num_requests", "num_rejected", "prompt_tokens", "sharing_fraction_mean",
-            "sharing_fraction_median", "sharing_above_0", "hit_rate_first_prefill", "hit_rate_infinite",
+            "num_requests", "num_rejected", "prompt_tokens", "prompt_blocks", "hit_blocks",
+            "sharing_fraction_mean", "sharing_fraction_median", "sharing_above_0", "hit_rate_first_prefill",
+            "hit_rate_infinite",
         )  # fmt: skip
         number = None if turn == UNKNOWN else int(turn)
         rows.append({"turn": number, **{name: values[name] for name in names}})
@@ -71,9 +72,9 @@ def per_turn(replayed: Replayed) -> list[dict[str, Value]]:
 
 
 def sharing_fractions(replayed: Replayed, chosen: Mask | None = None) -> NDArray[np.float64]:
-    """Hit tokens / prompt tokens of each served request, in order."""
-    served = replayed.result.served if chosen is None else replayed.result.served & chosen
-    fractions: NDArray[np.float64] = replayed.result.hit_tokens[served] / replayed.trace.prompt_tokens[served]
+    """Hit tokens / prompt tokens of each request, in order; 0 for a rejected one."""
+    chosen = np.ones(len(replayed.requests), bool) if chosen is None else chosen
+    fractions: NDArray[np.float64] = replayed.result.hit_tokens[chosen] / replayed.trace.prompt_tokens[chosen]
     return fractions
 
 
@@ -111,7 +112,7 @@ def recounted_by_chunk(replayed: Replayed, chunk_tokens: int, served: Mask) -> t
     """If every prefill chunk began with a lookup: tokens found, prompt tokens and chunk ends, summed.
 
     The sums are over all chunks of the `served` requests. A lookup finds the full blocks before
-    the chunk: the request's hits and its own earlier chunks.
+    the chunk, the request's hits and its own earlier chunks; without prefix caching, nothing.
     """
     prompt, start = replayed.trace.prompt_tokens[served], replayed.result.hit_tokens[served]
     num_chunks = -((start - prompt) // chunk_tokens)
@@ -119,7 +120,7 @@ def recounted_by_chunk(replayed: Replayed, chunk_tokens: int, served: Mask) -> t
     number = np.arange(num_chunks.sum()) - np.repeat(first, num_chunks)
     begins = np.repeat(start, num_chunks) + number * chunk_tokens
     prompts = np.repeat(prompt, num_chunks)
-    found = begins // replayed.trace.block_size * replayed.trace.block_size
+    found = begins // replayed.trace.block_size * replayed.trace.block_size * replayed.settings.prefix_caching
     return int(found.sum()), int(prompts.sum()), int(np.minimum(begins + chunk_tokens, prompts).sum())
 
 
@@ -132,32 +133,34 @@ def _of_requests(replayed: Replayed, chosen: Mask) -> dict[str, Value]:
     result, trace = replayed.result, replayed.trace
     served = result.served & chosen
 
-    def total(values: NDArray[np.integer]) -> int:
-        return int(values[served].sum())
+    def total(values: NDArray[np.integer], of: Mask = chosen) -> int:
+        return int(values[of].sum())
 
     prompt, hit = total(trace.prompt_tokens), total(result.hit_tokens)
-    full_blocks = total(replayed.full_blocks)
+    full_blocks, hit_blocks = total(trace.prompt_blocks), hit // trace.block_size
     resumed, resumed_hit = total(result.resumed_tokens), total(result.resumed_hit_tokens)
-    found, looked_up, _ = recounted_by_chunk(replayed, replayed.settings.chunk_tokens, served)
+    found, looked_up, _ = recounted_by_chunk(replayed, replayed.settings.recount_tokens, served)
     fractions = sharing_fractions(replayed, chosen)
     values: dict[str, Value] = {
         "num_requests": int(chosen.sum()),
         "num_served": int(served.sum()),
         "num_rejected": int((chosen & ~result.served).sum()),
         "prompt_tokens": prompt,
+        "prompt_blocks": full_blocks,
+        "hit_blocks": hit_blocks,
         **_statistics("sharing_fraction", fractions, SHARING),
         "sharing_above_0": ratio(int((fractions > 0).sum()), len(fractions)),
         "hit_rate_first_prefill": ratio(hit, prompt),
+        "hit_rate_served": ratio(hit, total(trace.prompt_tokens, served)),
         "hit_rate_with_preempted": ratio(hit + resumed_hit, prompt + resumed),
-        "hit_rate_blocks": ratio(hit // trace.block_size, full_blocks),
-        "hit_rate_blocks_any": ratio(total(result.cached_blocks), full_blocks),
-        "hit_rate_infinite": ratio(
-            int(replayed.unlimited.hit_tokens[chosen].sum()), int(trace.prompt_tokens[chosen].sum())
-        ),
+        "hit_rate_blocks": ratio(hit_blocks, full_blocks),
+        "hit_rate_blocks_any": ratio(total(result.cached_blocks, served), full_blocks),
+        "hit_rate_infinite": ratio(total(replayed.unlimited.hit_tokens), prompt),
         "hit_rate_chunks_recounted": ratio(found, looked_up),
     }
     if replayed.host_hits is not None:
-        host = total(replayed.host_hits)
+        host = total(replayed.host_hits, served)
+        values["hit_rate_host"] = ratio(host * trace.block_size, prompt - hit)
         values["hit_rate_with_host"] = ratio(hit + host * trace.block_size, prompt)
         values["host_hit_blocks"] = host
     return values

@@ -22,7 +22,7 @@ Unit = Literal["share", "count", "blocks", "tokens", "s"]
 Values = Mapping[str, float | int | None]
 
 SHARING = ("mean", "median", "min", "max", "p90", "p99")
-SPREAD = ("mean", "median", "p90", "p99", "max")
+SPREAD = ("mean", "median", "min", "p90", "p99", "max")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,30 +42,36 @@ class Metric:
 
 
 METRICS = (
-    Metric("num_requests", "count", "requests of the trace", "count"),
-    Metric("num_served", "count", "requests that were not rejected; the metrics below are over these, unless "
-           "they say otherwise", "num_requests - num_rejected"),
+    Metric("num_requests", "count", "requests of the trace; the metrics below are over all of them, and a "
+           "rejected one finds nothing", "count"),
+    Metric("num_served", "count", "requests that were not rejected", "num_requests - num_rejected"),
     Metric("num_rejected", "count", "requests that do not fit an empty cache", "count"),
     Metric("prompt_tokens", "tokens", "length of the prompts", "sum"),
+    Metric("prompt_blocks", "blocks", "full blocks of the prompts", "sum"),
+    Metric("hit_blocks", "blocks", "of those the ones found, up to the first that is missing", "sum"),
     Metric("sharing_fraction", "share", "part of a request's prompt that was cached at its first prefill",
            "hit tokens / prompt tokens, per request", "the request's prompt tokens", SHARING),
     Metric("sharing_above_0", "share", "requests that found anything", "requests with a hit / requests",
            "requests"),
-    Metric("hit_rate_first_prefill", "share", "tokens cached when requests were first prefilled (vLLM's "
-           "hits / queries)", "hit tokens / prompt tokens", "prompt tokens"),
+    Metric("hit_rate_first_prefill", "share", "tokens cached when requests were first prefilled",
+           "hit tokens / prompt tokens", "prompt tokens"),
+    Metric("hit_rate_served", "share", "the same over served requests (vLLM's hits / queries)",
+           "hit tokens / prompt tokens", "prompt tokens of served requests"),
     Metric("hit_rate_with_preempted", "share", "the same with what preempted requests looked up on return",
            "(hit + hit on return) / (prompt + looked up on return)", "tokens looked up, returns included"),
     Metric("hit_rate_blocks", "share", "full prompt blocks found, up to the first that is missing",
-           "hit blocks / full prompt blocks", "full prompt blocks"),
+           "hit_blocks / prompt_blocks", "full prompt blocks"),
     Metric("hit_rate_blocks_any", "share", "full prompt blocks cached, wherever they stand: a prefix need "
            "not be contiguous, nor leave a token to compute",
            "cached blocks / full prompt blocks", "full prompt blocks"),
     Metric("hit_rate_infinite", "share", "first-prefill hits of a cache that never evicts: the ceiling",
-           "hit tokens there / prompt tokens", "prompt tokens of all requests"),
+           "hit tokens there / prompt tokens", "prompt tokens"),
     Metric("hit_rate_chunks_recounted", "share", "hits if the whole prompt is looked up again before every "
-           "prefill chunk, which finds the request's own chunks; no engine saves work by these",
+           "chunk of --recount-tokens, which finds the request's own chunks; no engine saves work by these",
            "full-block tokens before the chunk / prompt tokens, summed over chunks",
-           "prompt tokens, once per chunk"),
+           "prompt tokens of served requests, once per chunk"),
+    Metric("hit_rate_host", "share", "what the host pool served of the tokens that the cache lacked (vLLM's "
+           "external hits / queries)", "host hit tokens / (prompt - hit tokens)", "tokens not in the cache"),
     Metric("hit_rate_with_host", "share", "first-prefill hits of the cache, and then of a host pool that "
            "takes the evicted blocks", "(hit + host hit) tokens / prompt tokens", "prompt tokens"),
     Metric("host_hit_blocks", "blocks", "blocks that the host pool served", "count"),

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import io
 import time
@@ -33,9 +34,17 @@ class OutputFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._names: list[str] = [MANIFEST_FILE]
+        self._label = ""
+
+    def labelled(self, label: str) -> OutputFolder:
+        """The same folder; names get the label, if it is not empty, before their suffix."""
+        part = copy.copy(self)
+        part._label = label
+        return part
 
     def file(self, name: str) -> Path:
         """The path of a new file; raises a `UserError` for a name outside the folder or taken."""
+        name = self._with_label(name)
         if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
             raise UserError(f"output file {name!r}: give a plain file name; it is put into {self.path}")
         if name in self._names:
@@ -57,6 +66,33 @@ class OutputFolder:
         path = self.file(name)
         write_json(path, record)
         return path
+
+    def write_chosen(self, given: str | None, default: str, record: Mapping[str, Any]) -> None:
+        """Writes the JSON file that the user named, else `default`.
+
+        A name is that of the file in the folder. A path is that of a copy elsewhere.
+        """
+        if given is None or Path(given).name == given:
+            self.write_json(given or default, record)
+            return
+        path = Path(self._with_label(given))
+        try:
+            if path.exists():
+                raise UserError(
+                    f"{path}: exists already, and results are never overwritten; name another --output-file"
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.write_json(default, record)
+            write_json(path, record)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: cannot write: {reason}; name another --output-file") from error
+
+    def _with_label(self, name: str) -> str:
+        if not self._label:
+            return name
+        stem, dot, suffix = name.rpartition(".")
+        return f"{stem}_{self._label}.{suffix}" if dot else f"{name}_{self._label}"
 
     def write_csv(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
         """A header and the rows; None is an empty cell."""

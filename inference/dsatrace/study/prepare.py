@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.study.requests import Order, StudyRequests, conversation_groups
+from dsatrace.study.requests import UNKNOWN, Order, StudyRequests, conversation_groups
 from dsatrace.study.tokenization import PieceEncoder
 from dsatrace.workloads.chat_format import ChatTemplateFormatter
 from dsatrace.workloads.encoding import Vocabulary
@@ -40,6 +40,7 @@ from dsatrace.workloads.trace_rows import TraceRow
 DEFAULT_MAX_CONVERSATIONS = 1000
 
 CONVERSATIONS = "conversations"
+ALONE = "requests of no known conversation"
 TOO_FEW_TURNS = "conversations dropped: fewer than min_turns"
 TOO_LONG = "conversations dropped: a request over max_tokens"
 SHORT = "single-turn requests missing to match: no more conversations"
@@ -49,14 +50,17 @@ SHORT = "single-turn requests missing to match: no more conversations"
 class ClientSettings:
     """Which conversations are taken, and when their requests arrive.
 
-    The first `max_conversations` are read (None: all). A conversation is dropped whole if it has
+    The first `max_conversations` are read (None: all); a seeded generator makes `num_requests`
+    conversations (None: as many). A conversation is dropped whole if it has
     fewer human turns than `min_turns`, or a request of more than `max_tokens` tokens, prompt and
     recorded answer together. `match_requests` lengthens the single-turn trace to the number of
-    requests of the multi-turn one, with the conversations that follow in the file. `order` is
+    requests of the multi-turn one: with the conversations that had too few turns, and then with those
+    that follow in the file, of any number of turns. `order` is
     that of the replay, see `StudyRequests.ordered`.
     """
 
     max_conversations: int | None = DEFAULT_MAX_CONVERSATIONS
+    num_requests: int | None = None
     max_tokens: int | None = None
     min_turns: int = 1
     match_requests: bool = False
@@ -68,21 +72,19 @@ class ClientSettings:
 
     def __post_init__(self) -> None:
         check_limit("--max-conversations", self.max_conversations)
+        check_limit("--num-requests", self.num_requests)
         check_limit("--max-tokens", self.max_tokens)
         if self.min_turns < 1:
             raise UserError(f"--min-turns must be at least 1, not {self.min_turns}")
-        check_arrivals(self.arrival_rate, self.turn_delay)
-
-
-def check_arrivals(arrival_rate: float, turn_delay: float) -> None:
-    """Raises a `UserError` that names the flag, for values that `RequestGenerator` refuses."""
-    if not SLOWEST_RATE <= arrival_rate <= FASTEST_RATE:
-        raise UserError(
-            f"--arrival-rate must be conversations per second from {SLOWEST_RATE:g} to {FASTEST_RATE:g}, "
-            f"not {arrival_rate}"
-        )
-    if not 0 <= turn_delay <= MAX_TURN_DELAY_S:
-        raise UserError(f"--turn-delay must be seconds from 0 to {MAX_TURN_DELAY_S:g}, not {turn_delay}")
+        if not SLOWEST_RATE <= self.arrival_rate <= FASTEST_RATE:
+            raise UserError(
+                f"--arrival-rate must be conversations per second from {SLOWEST_RATE:g} to {FASTEST_RATE:g}, "
+                f"not {self.arrival_rate}"
+            )
+        if not 0 <= self.turn_delay <= MAX_TURN_DELAY_S:
+            raise UserError(
+                f"--turn-delay must be seconds from 0 to {MAX_TURN_DELAY_S:g}, not {self.turn_delay}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +121,8 @@ def prepare_traces(
     multi = generator(kept).generate_multi_turn_traces(formatter, settings.turn_delay)
     singles = kept
     if settings.match_requests:
-        missing = len(multi) - len(kept)
-        singles = kept + list(itertools.islice(filters.passed(source), missing))
+        more = filters.first_requests(itertools.chain(filters.short, source))
+        singles = kept + list(itertools.islice(more, len(multi) - len(kept)))
         counts[SHORT] = len(multi) - len(singles)
     return PreparedTraces(generator(singles).generate_single_turn_traces(formatter), multi, dict(counts))
 
@@ -132,6 +134,7 @@ class _Filters:
         self, settings: ClientSettings, vocabulary: Vocabulary, formatter: ChatTemplateFormatter
     ) -> None:
         self.counts: Counter[str] = Counter()
+        self.short: list[Conversation] = []  # those of too few turns, kept if their first requests may serve
         self._settings = settings
         self._encoder = PieceEncoder(vocabulary)
         self._formatter = formatter
@@ -141,14 +144,23 @@ class _Filters:
         for conversation in conversations:
             if num_turns(conversation) < settings.min_turns:
                 self.counts[TOO_FEW_TURNS] += 1
+                if settings.match_requests:
+                    self.short.append(conversation)
             elif settings.max_tokens is not None and self._longest(conversation) > settings.max_tokens:
                 self.counts[TOO_LONG] += 1
             else:
                 yield conversation
 
-    def _longest(self, conversation: Conversation) -> int:
+    def first_requests(self, conversations: Iterable[Conversation]) -> Iterator[Conversation]:
+        """The conversations whose first request is short enough."""
+        for conversation in conversations:
+            most = self._settings.max_tokens
+            if most is None or self._longest(conversation, 1) <= most:
+                yield conversation
+
+    def _longest(self, conversation: Conversation, num_turns: int | None = None) -> int:
         longest = 0
-        for prompt in conversation.prompts("per_user_turn"):
+        for prompt in itertools.islice(conversation.prompts("per_user_turn"), num_turns):
             text = self._formatter.format_conversation(prompt.messages)
             num_tokens = len(self._encoder.prompt(text)) + len(self._encoder.response(text, prompt.answer))
             longest = max(longest, num_tokens)
@@ -171,7 +183,9 @@ def limit_requests(
         long[group[num_tokens > max_tokens]] = True
     long &= ~short
     kept = requests.take(np.flatnonzero(~(short | long)[group]))
-    counts = {CONVERSATIONS: int(np.sum(~(short | long)))}
+    num_alone = int(np.sum(kept.conversation == UNKNOWN))
+    counts = {CONVERSATIONS: int(np.sum(~(short | long))) - num_alone, ALONE: num_alone}
+    counts = {what: n for what, n in counts.items() if n}
     counts |= {TOO_FEW_TURNS: int(np.sum(short)), TOO_LONG: int(np.sum(long))}
     if not len(kept):
         raise UserError(

@@ -1,8 +1,9 @@
 """Files of requests: any known kind is read, and requests by tokens are turned into block ids.
 
 Four kinds are told apart by the first usable row: text (`prompt`), token ids (`input_tok_ids`),
-block ids of Mooncake (`hash_ids`) and of Bailian (`chat_id` beside them). Block ids can be
-published where text cannot: they tell which prefixes are equal, and nothing else.
+block ids of Mooncake (`hash_ids`) and of Bailian (`chat_id` beside them). The fifth is a folder of
+`study run --write-accesses`, or its `accesses.jsonl`. Block ids can be published where text
+cannot: they tell which prefixes are equal, and nothing else.
 
     requests = read_requests("conversation_trace.jsonl", tokenizer, BadRows("skip"), counts)
     write_hash_ids("ids.jsonl", hash_id_rows(requests, MOONCAKE), MOONCAKE)
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, KeysView
 from pathlib import Path
 
 from dsatrace.errors import UserError
+from dsatrace.study.accesses import ACCESSES_FILE, read_accesses
 from dsatrace.study.requests import UNKNOWN, RequestsBuilder, StudyRequest, StudyRequests
 from dsatrace.study.tokenization import Progress, tokenize_rows
 from dsatrace.workloads.encoding import Vocabulary
@@ -46,7 +48,10 @@ def read_requests(
 
     `counts` receives the number of `ORPHANS`, `bad_rows` the rows that could not be read.
     """
-    columns = next(read_json_rows(path, lambda _, row: row.keys(), BadRows("skip")))
+    path = Path(path)
+    if path.is_dir() or path.name == ACCESSES_FILE:
+        return read_accesses(path if path.is_dir() else path.parent, bad_rows)
+    columns = _columns(path)
     if "prompt" in columns:
         return tokenize_rows(read_trace_rows(path, bad_rows), vocabulary, progress)
     if "input_tok_ids" in columns:
@@ -58,6 +63,16 @@ def read_requests(
         f"{path}: not a request trace: its first row has no column prompt, input_tok_ids or hash_ids; "
         "make one from conversations with `dsatrace study prepare`"
     )
+
+
+def holds_text(path: Path) -> bool:
+    """Whether a file or folder that `read_requests` takes needs a tokenizer."""
+    return not path.is_dir() and path.name != ACCESSES_FILE and "prompt" in _columns(path)
+
+
+def _columns(path: Path) -> KeysView[str]:
+    """Those of the first usable row."""
+    return next(read_json_rows(path, lambda _, row: row.keys(), BadRows("skip")))
 
 
 def requests_from_token_ids(rows: Iterable[TokenIdRow]) -> StudyRequests:

@@ -1,8 +1,9 @@
 """Requests in memory, in flat arrays, so that millions of tokens stay small; and their blocks.
 
 A request's ids are its tokens, or the blocks of a file that has no tokens (`tokens_per_id`
-above 1: each id then stands for that many tokens together with everything before them; the
-last id of a prompt may stand for fewer). Knows no file, tokenizer or cache.
+above 1: each id then stands for that many tokens together with everything before them). The
+last id of a prompt may stand for fewer, unless the response has ids too: those of the blocks that
+it completes. Knows no file, tokenizer or cache.
 
     builder = RequestsBuilder()
     builder.add(0.5, prompt_ids=[5, 6, 7], response_ids=[8], conversation=("c0",), turn=0)
@@ -49,7 +50,8 @@ class StudyRequest:
 class StudyRequests:
     """R requests in the order of a replay; `arrival_s` never falls.
 
-    A request has as many `response_ids` as response tokens, or none if only their number is known.
+    A request has a response id per response token, or per block that its response completes, or
+    none if only the number of tokens is known.
     """
 
     arrival_s: NDArray[np.float64]  # (R,) seconds
@@ -101,8 +103,8 @@ class StudyRequests:
 
     def take(self, rows: NDArray[np.int64]) -> StudyRequests:
         """The requests `rows` in that order; names and conversations keep their numbers."""
-        prompt_offsets, prompt_ids = take_ragged(self.prompt_offsets, self.prompt_ids, rows)
-        response_offsets, response_ids = take_ragged(self.response_offsets, self.response_ids, rows)
+        prompt_offsets, prompt_ids = _take_ragged(self.prompt_offsets, self.prompt_ids, rows)
+        response_offsets, response_ids = _take_ragged(self.response_offsets, self.response_ids, rows)
         return dataclasses.replace(
             self,
             arrival_s=self.arrival_s[rows],
@@ -138,18 +140,28 @@ class StudyRequests:
     def as_tokens(self) -> StudyRequests:
         """The same requests with one id per token: a block's id is repeated, so equal prefixes stay equal.
 
-        Takes 4 bytes per token. Sharing finer than the blocks of the file was never recorded.
+        Takes 4 bytes per token. Sharing finer than the blocks of the file was never recorded. Tokens
+        whose block has no id get one of their own request.
         """
         if self.tokens_per_id == 1:
             return self
-        num_ids = np.diff(self.prompt_offsets)
-        repeats = np.full(len(self.prompt_ids), self.tokens_per_id, dtype=np.int64)
-        last = self.prompt_offsets[1:] - 1
-        repeats[last] = self.num_prompt_tokens - (num_ids - 1) * self.tokens_per_id
+        prompts, responses = [], []
+        lengths = zip(self.num_prompt_tokens.tolist(), self.num_response_tokens.tolist(), strict=True)
+        for i, (num_prompt, num_response) in enumerate(lengths):
+            known = np.concatenate((self.prompt(i), self.response(i)))
+            total = num_prompt + (num_response if len(self.response(i)) else 0)
+            tokens = np.full(total, -2 - i, np.int32)
+            repeated = np.repeat(known, self.tokens_per_id)[:total]
+            tokens[: len(repeated)] = repeated
+            prompts.append(tokens[:num_prompt])
+            responses.append(tokens[num_prompt:])
+        none = [np.zeros(0, np.int32)]
         return dataclasses.replace(
             self,
-            prompt_ids=np.repeat(self.prompt_ids, repeats),
+            prompt_ids=np.concatenate(none + prompts),
             prompt_offsets=offsets_of(self.num_prompt_tokens),
+            response_ids=np.concatenate(none + responses),
+            response_offsets=offsets_of(np.array([len(ids) for ids in responses], np.int64)),
             tokens_per_id=1,
         )
 
@@ -197,7 +209,7 @@ class RequestsBuilder:
         `conversation` is a key that ends with the conversation's name, or empty if unknown.
         Raises a `UserError` for an empty prompt, or an arrival before that of the last request.
         """
-        if not len(prompt_ids):
+        if num_prompt_tokens == 0 or not (len(prompt_ids) or num_prompt_tokens):
             raise UserError(f"request {len(self)} has an empty prompt; leave it out of the trace")
         if self._arrival_s and arrival_s < self._arrival_s[-1]:
             raise UserError(f"request {len(self)} arrives before the one above it; sort the trace by time")
@@ -238,31 +250,49 @@ class RequestsBuilder:
 def block_trace(requests: StudyRequests, block_size: int) -> BlockTrace:
     """Prompts, and responses if their ids are known, in blocks of `block_size` tokens.
 
-    Block ids are used as they are at their own block size; for another size they are expanded
-    to tokens, and sharing finer than their blocks stays unseen. Raises a `UserError` for a block
-    size below 1, and for block ids that do not stand for a block and all before it.
+    Block ids are used as they are at their own block size and its multiples. For another size they
+    are expanded to tokens, and sharing finer than their blocks stays unseen. Workloads without a
+    request are left out. Raises a `UserError` for a block size below 1, and for block ids that do
+    not stand for a block and all before it.
     """
     if block_size < 1:
         raise UserError(f"a block holds at least 1 token, not {block_size}")
-    if requests.tokens_per_id == block_size != 1:
+    every = range(len(requests))
+    if requests.tokens_per_id != 1 and block_size % requests.tokens_per_id == 0:
         try:
-            return BlockTrace.from_block_ids(
-                cast(Sequence[Sequence[int]], [requests.prompt(i) for i in range(len(requests))]),
+            trace = BlockTrace.from_block_ids(
+                cast(Sequence[Sequence[int]], [requests.prompt(i) for i in every]),
                 requests.num_prompt_tokens.tolist(),
                 requests.num_response_tokens.tolist(),
                 block_size=block_size,
-                time_s=requests.arrival_s.tolist(),
+                output_ids=cast(Sequence[Sequence[int]], [requests.response(i) for i in every]),
+                tokens_per_id=requests.tokens_per_id,
             )
         except ValueError as error:
             raise UserError(f"{error}; give ids that stand for a block and all before it") from error
-    tokens = requests.as_tokens()
-    trace = BlockTrace.from_tokens(
-        [tokens.prompt(i) for i in range(len(tokens))],
-        [tokens.response(i) for i in range(len(tokens))],
-        block_size=block_size,
-        time_s=tokens.arrival_s.tolist(),
+    else:
+        tokens = requests.as_tokens()
+        trace = BlockTrace.from_tokens(
+            [tokens.prompt(i) for i in every], [tokens.response(i) for i in every], block_size=block_size
+        )
+    workloads, numbers = np.unique(requests.workload, return_inverse=True)
+    return dataclasses.replace(
+        trace,
+        output_tokens=requests.num_response_tokens.astype(np.int64),
+        time_s=requests.arrival_s,
+        conversation=requests.conversation,
+        workload=numbers.astype(np.int32),
+        workload_names=tuple(requests.workload_names[i] for i in workloads) or ("",),
     )
-    return dataclasses.replace(trace, output_tokens=tokens.num_response_tokens.astype(np.int64))
+
+
+def by_workload(requests: StudyRequests, unnamed: str) -> dict[str, StudyRequests]:
+    """Each workload's requests, by its name; those of the workload "" under the name `unnamed`."""
+    present = np.unique(requests.workload).tolist()
+    return {
+        requests.workload_names[i] or unnamed: requests.take(np.flatnonzero(requests.workload == i))
+        for i in present
+    }
 
 
 def conversation_groups(requests: StudyRequests) -> NDArray[np.int64]:
@@ -275,7 +305,7 @@ def conversation_groups(requests: StudyRequests) -> NDArray[np.int64]:
     return np.unique(keys, return_inverse=True)[1].astype(np.int64)
 
 
-def take_ragged(
+def _take_ragged(
     offsets: NDArray[np.int64], values: NDArray[np.int32], rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Offsets and values of the `rows` of a ragged array."""

@@ -7,7 +7,7 @@ write_results(folder, "multi_turn", replayed)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,11 +48,15 @@ def statistics(replayed: Replayed) -> dict[str, Any]:
 
 
 def write_results(
-    folder: OutputFolder, name: str, replayed: Replayed, stats_file: str | None = None
+    folder: OutputFolder,
+    name: str,
+    replayed: Replayed,
+    stats_file: str | None = None,
+    intervals: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes the three files of a trace called `name`; returns the statistics."""
-    record = statistics(replayed)
-    folder.write_json(stats_file or f"{name}_stats.json", record)
+    record = {"trace": name, **statistics(replayed), **({"intervals": intervals} if intervals else {})}
+    folder.write_chosen(stats_file, f"{name}_stats.json", record)
     folder.write_csv(f"{name}_request_metrics.csv", REQUEST_COLUMNS, _request_rows(replayed))
     folder.write_csv(f"{name}_block_metrics.csv", BLOCK_COLUMNS, block_rows(replayed))
     return record
@@ -73,7 +77,7 @@ def _request_rows(replayed: Replayed) -> Iterator[tuple[object, ...]]:
         [STATUS_NAMES[i] for i in result.status],
         result.hit_tokens,
         result.hit_tokens / trace.prompt_tokens,
-        replayed.full_blocks,
+        replayed.trace.prompt_blocks,
         result.cached_blocks,
         replayed.unlimited.hit_tokens,
         [None] * len(requests) if replayed.host_hits is None else replayed.host_hits,

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
+from dsatrace.flags import option
 from dsatrace.kv.blocks import EVICT, MISS, FreeOrder
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, Schedule, replay
@@ -29,14 +30,20 @@ Runner = Callable[[StudyRequests, BlockTrace, ReplayConfig], ReplayResult]
 LARGEST = 2**31 - 1
 
 
+def check_size(flag: str, value: int | None) -> None:
+    """Raises a `UserError` that names the flag."""
+    if value is not None and not 1 <= value <= LARGEST:
+        raise UserError(f"{flag} must lie between 1 and {LARGEST}, not {value}")
+
+
 @dataclasses.dataclass(frozen=True)
 class StudySettings:
     """The cache, and how requests are scheduled on it.
 
     `num_blocks` are usable blocks (vLLM's number less its null block); with None nothing is
-    evicted. `chunk_tokens` is the prefill chunk, of the `continuous` schedule and of the metric
-    that recounts chunks. Without `decode`, requests end with their prompt and answers are not
-    cached. `host_blocks` is the size of a host pool for evicted blocks.
+    evicted. `chunk_tokens` is the prefill chunk of the `continuous` schedule, `recount_tokens` that
+    of the metric that looks a prompt up again before each chunk. Without `decode`, requests end with
+    their prompt and answers are not cached. `host_blocks` is the size of a host pool for evicted blocks.
     """
 
     block_size: int = 16
@@ -48,12 +55,18 @@ class StudySettings:
     chunk_tokens: int = 2048
     decode: bool = True
     host_blocks: int | None = None
+    recount_tokens: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "num_blocks", "concurrency", "chunk_tokens", "host_blocks"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= LARGEST:
-                raise UserError(f"--{name.replace('_', '-')} must lie between 1 and {LARGEST}, not {value}")
+        for name in (
+            "block_size",
+            "num_blocks",
+            "concurrency",
+            "chunk_tokens",
+            "host_blocks",
+            "recount_tokens",
+        ):
+            check_size(option(name), getattr(self, name))
 
     def config(self, num_blocks_at_most: int = LARGEST) -> ReplayConfig:
         """Blocks beyond `num_blocks_at_most`, the most that the trace can use, are not allocated."""
@@ -91,12 +104,6 @@ class Replayed:
         assert self.result.events is not None, "a study records events"
         return self.result.events[self.result.events["kind"] == EVICT]
 
-    @property
-    def full_blocks(self) -> NDArray[np.int64]:
-        """(R,) full blocks of the prompts."""
-        blocks: NDArray[np.int64] = self.trace.prompt_tokens // self.trace.block_size
-        return blocks
-
 
 def offline_replay(_requests: StudyRequests, trace: BlockTrace, config: ReplayConfig) -> ReplayResult:
     """The default runner: the block pool and nothing around it."""
@@ -104,13 +111,19 @@ def offline_replay(_requests: StudyRequests, trace: BlockTrace, config: ReplayCo
 
 
 def run_study(requests: StudyRequests, settings: StudySettings, runner: Runner = offline_replay) -> Replayed:
-    """Replays the requests in order. The cache without a limit is always replayed offline."""
+    """Replays the requests in order.
+
+    The cache without a limit is always replayed offline and request by request, so that no turn is
+    looked up before the turn before it has ended.
+    """
     if not len(requests):
         raise UserError("the trace holds no request; check what its filters left")
     trace = block_trace(requests, settings.block_size)
     config = settings.config(trace.num_blocks_at_most)
     result = runner(requests, trace, config)
-    unlimited = dataclasses.replace(config, num_blocks=None, prefix_caching=True, record_events=False)
+    unlimited = dataclasses.replace(
+        config, num_blocks=None, schedule="in_order", chunk_tokens=None, record_events=False
+    )
     host_hits = None
     if settings.host_blocks is not None:
         host_hits = host_hit_blocks(trace, result, settings.host_blocks)

@@ -1,74 +1,129 @@
-"""The source of a study's requests: conversations, a trace file, a generator, or the embedded sample.
+"""The source of a study's requests: conversations, a trace file, generators, or the embedded sample.
 
-Conversations become two traces (`prepare`), whose rows hold text and can be written. A trace file
-is taken as it is, and filtered. Knows no cache and writes nothing.
+Conversations become requests of text (`prepare`), which can be written. A trace file is taken as it
+is, and filtered. Every verb gets its requests here, so a workload is the same in all of them.
+Knows no cache and writes nothing.
 
-    source = Source(data_path=Path("chats.json"))
-    client = Client(source, ClientSettings(min_turns=2), open_vocabulary(None))
-    client.prepared().multi               # rows of text
-    client.requests("multi_turn")         # the same as StudyRequests
+    client = Client(Source(data_path=Path("chats.json")), ClientSettings(min_turns=2), open_vocabulary(None))
+    client.rows("multi_turn")             # rows of text
+    client.requests("multi_turn")         # the same as StudyRequests; several workloads share one trace
+    client.each()                         # a trace for each workload
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsatrace.errors import UserError
+from dsatrace.study.accesses import ACCESSES_FILE
 from dsatrace.study.prepare import ClientSettings, PreparedTraces, limit_requests, prepare_traces
-from dsatrace.study.request_files import read_requests
-from dsatrace.study.requests import UNKNOWN, StudyRequests, conversation_groups
+from dsatrace.study.request_files import holds_text, read_requests
+from dsatrace.study.requests import UNKNOWN, StudyRequests, by_workload, conversation_groups
 from dsatrace.study.tokenization import NamedVocabulary, Progress, tokenize_rows
-from dsatrace.workloads.digests import file_sha256
+from dsatrace.workloads.digests import file_sha256, folder_sha256
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import ODDITIES, Conversation, ShareGPTLoader
 from dsatrace.workloads.synthetic import (
     CHAT_MULTI,
     CHAT_SINGLE,
-    QA,
-    SUMMARIZATION,
     WORKLOADS,
+    interleave,
     synthetic_conversations,
 )
 from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN, TraceRow
 
+CHATS = (CHAT_SINGLE, CHAT_MULTI)
 MATCHING_FACTOR = 8  # times as many synthetic conversations, for --match-requests
+SYNTHETIC = "synthetic"
+_SEED_STEP = 1_000_003  # between the workloads of a mix, which would all arrive at the same times
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """At most one of the three; none of them stands for the embedded sample."""
+    """Where requests come from; without anything, the embedded conversations.
+
+    A trace file excludes the rest. Of the workloads, the chats are made of the conversations of
+    `data_path` if there is one, and the others by seeded generators. `pattern` is the order in
+    which the workloads of a mix take turns; without it they mix by arrival. A workload of `rates` has
+    that arrival rate; the others share the common one.
+    """
 
     data_path: Path | None = None  # ShareGPT conversations
     trace_file: Path | None = None  # requests, in any layout that `read_requests` knows
-    workload: str | None = None  # a seeded generator's name
+    workloads: tuple[str, ...] = ()
+    pattern: tuple[str, ...] | None = None
+    rates: Mapping[str, float] = dataclasses.field(default_factory=dict)  # conversations per second
 
     def __post_init__(self) -> None:
-        flags = {"--data-path": self.data_path, "--trace-file": self.trace_file, "--workload": self.workload}
-        given = [flag for flag, value in flags.items() if value is not None]
-        if len(given) > 1:
-            raise UserError(f"{' and '.join(given)} exclude each other; give one source")
-        if self.workload is not None and self.workload not in WORKLOADS:
-            raise UserError(f"unknown workload {self.workload!r}; use one of {', '.join(WORKLOADS)}")
+        strange = [name for name in self.rates if name not in self.workloads]
+        if strange:
+            raise UserError(f"--rates {strange[0]}=...: name it with --workloads too")
+        unknown = [name for name in self.workloads if name not in WORKLOADS]
+        if unknown:
+            raise UserError(f"unknown workload {unknown[0]!r}; use one of {', '.join(WORKLOADS)}")
+        if len(set(self.workloads)) != len(self.workloads):
+            raise UserError(f"name each workload once: {', '.join(self.workloads)}")
+        if self.trace_file is not None and (self.data_path is not None or self.workloads):
+            raise UserError("--trace-file is a source by itself; leave out --data-path and --workloads")
+        if self.data_path is not None and self.workloads and not set(CHATS) & set(self.workloads):
+            raise UserError(f"--data-path holds chats; name one of {', '.join(CHATS)}, or leave it out")
+        if self.pattern is not None and self.trace_file is not None:
+            raise UserError("--pattern interleaves the workloads; a trace file has its order already")
+        if self.pattern is not None and len(self.workloads) < 2:
+            raise UserError("--pattern interleaves workloads; name two or more with --workloads")
 
-    def describe(self) -> dict[str, str]:
-        """For the manifest: the kind of source, and the file's path and digest."""
-        if self.workload is not None:
-            return {"kind": "synthetic", "workload": self.workload}
+    def is_real(self, workload: str) -> bool:
+        """Whether the workload is made of conversations that people had."""
+        return workload in CHATS and (self.data_path is not None or not self.workloads)
+
+    @property
+    def kind(self) -> str:
         if self.trace_file is not None:
-            kind, path = "trace file", self.trace_file
-        elif self.data_path is not None:
-            kind, path = "conversations", self.data_path
-        else:
-            kind, path = "embedded sample", sample_file("sharegpt")
-        return {"kind": kind, "path": str(path), "sha256": file_sha256(path)}
+            return "trace file"
+        if self.data_path is not None:
+            return "conversations"
+        return SYNTHETIC if self.workloads else "embedded sample"
+
+    @property
+    def path(self) -> Path | None:
+        """The file that is read, None without one."""
+        if self.kind == SYNTHETIC:
+            return None
+        return self.trace_file or self.data_path or sample_file("sharegpt")
+
+    def text(self) -> str:
+        """Kind, file and workloads in a line."""
+        path = () if self.path is None else (str(self.path),)
+        return " ".join((self.kind, *path, *self.workloads))
+
+    @property
+    def is_seeded(self) -> bool:
+        """Whether a generator makes some of the requests, so that another seed gives others."""
+        return any(not self.is_real(name) for name in self.workloads)
+
+    def describe(self) -> dict[str, Any]:
+        """For the manifest: the kind of source, the workloads if named, a file's path and digest."""
+        record: dict[str, Any] = {"kind": self.kind}
+        if self.workloads:
+            record["workloads"] = list(self.workloads)
+        if self.path is not None:
+            digest = folder_sha256(self.path) if self.path.is_dir() else file_sha256(self.path)
+            record |= {"path": str(self.path), "sha256": digest}
+        return record
+
+    def origin(self, workload: str) -> str:
+        """Where one workload's requests come from, in a few words."""
+        real = self.trace_file is not None or self.is_real(workload)
+        return str(self.path) if real else SYNTHETIC
 
 
 class Client:
@@ -87,44 +142,114 @@ class Client:
         self.counts: dict[str, int] = {}
         self._progress = progress
         self._loader: ShareGPTLoader | None = None
+        self._kept: dict[str, PreparedTraces] = {}
         if source.trace_file is not None and settings.match_requests:
             raise UserError("--match-requests draws more conversations; it needs --data-path, not a trace")
+
+    def reseeded(self, seed: int) -> Client:
+        """The same client with another seed of arrivals and generators; it shares the vocabulary."""
+        settings = dataclasses.replace(self.settings, seed=seed)
+        return Client(self.source, settings, self.vocabulary, BadRows(self.bad_rows.policy), self._progress)
 
     @property
     def has_text(self) -> bool:
         """Whether the source gives rows of text, which can be written."""
         return self.source.trace_file is None
 
-    @functools.cached_property
-    def _prepared(self) -> PreparedTraces:
-        chosen = self.vocabulary
-        prepared = prepare_traces(self._conversations(), self.settings, chosen.vocabulary, chosen.formatter)
-        self.counts |= prepared.counts | self._oddities()
-        label = self.source.workload if self.source.workload in (QA, SUMMARIZATION) else None
-        return PreparedTraces(
-            _labelled(prepared.single, label or CHAT_SINGLE),
-            _labelled(prepared.multi, label or CHAT_MULTI),
-            prepared.counts,
-        )
+    @property
+    def times(self) -> str:
+        """Whether arrivals, and so the gaps between uses, are those of a file."""
+        return "assumed" if self.has_text else "recorded"
 
-    def prepared(self) -> PreparedTraces:
-        """Both traces as rows of text, labelled with their workload. A trace file raises a `UserError`."""
+    def rows(self, mode: str | None = None) -> list[TraceRow]:
+        """All requests as text. A trace file raises a `UserError`.
+
+        Each workload gives the requests of `mode`, or by default of its own: first turns for
+        `chat_single`, every turn for the others. Several workloads share the arrival rate, and the
+        chats share the conversations: otherwise one would hit what the other has cached.
+        """
         if not self.has_text:
             raise UserError(f"{self.source.trace_file}: is a trace already; give conversations (--data-path)")
-        return self._prepared
+        names = self.source.workloads or (CHAT_SINGLE if mode == SINGLE_TURN else CHAT_MULTI,)
+        logs = []
+        for name in names:
+            if name not in self._kept:
+                self._kept[name] = self._prepare(name, names)
+            logs.append(_side(self._kept[name], name, mode))
+        return logs[0] if len(logs) == 1 else list(interleave(logs, self.source.pattern))
 
-    def rows(self, mode: str) -> list[TraceRow]:
-        """The rows of one trace, `single_turn` or `multi_turn`."""
-        prepared = self.prepared()
-        return prepared.single if mode == SINGLE_TURN else prepared.multi
-
-    def requests(self, mode: str) -> StudyRequests:
-        """The requests of `mode` in the order of the replay; `single_turn` of a trace file is its turns 0."""
+    def requests(self, mode: str | None = None) -> StudyRequests:
+        """The same as ids, in the order of the replay; `single_turn` of a trace file is its turns 0."""
         if self.has_text:
-            requests = tokenize_rows(self.rows(mode), self.vocabulary.vocabulary, self._progress)
-        else:
-            requests = self._trace if mode == MULTI_TURN else _first_turns(self._trace)
+            return self._tokenized(self.rows(mode))
+        requests = _first_turns(self._trace) if mode == SINGLE_TURN else self._trace
         return requests.ordered(self.settings.order)
+
+    def each(self) -> dict[str, StudyRequests]:
+        """A trace for each workload, by its name; what has no workload goes by its file's name."""
+        path = self.source.trace_file
+        if path is None:
+            return {
+                name: self._tokenized(_side(self._prepare(name, (name,)), name, None))
+                for name in self.source.workloads or (CHAT_MULTI,)
+            }
+        folder = path if path.is_dir() else path.parent
+        unnamed = folder.resolve().name if path.is_dir() or path.name == ACCESSES_FILE else path.stem
+        return by_workload(self._trace.ordered(self.settings.order), unnamed)
+
+    def describe(self) -> dict[str, Any]:
+        """For the manifest, once the traces are read."""
+        return {
+            "source": self.source.describe(),
+            "tokenizer": self.vocabulary.label,
+            "times": self.times,
+            "client": dataclasses.asdict(self.settings),
+            "counts": self.counts,
+            "bad_rows": self.bad_rows.summary(),
+        }
+
+    def _tokenized(self, rows: list[TraceRow]) -> StudyRequests:
+        requests = tokenize_rows(rows, self.vocabulary.vocabulary, self._progress)
+        return requests.ordered(self.settings.order)
+
+    def _prepare(self, name: str, together: Sequence[str]) -> PreparedTraces:
+        """Both traces of one workload, which shares a cache with the others of `together`."""
+        settings, real = self.settings, self.source.is_real(name)
+        limit = settings.max_conversations if real else settings.num_requests or settings.max_conversations
+        split = set(CHATS) <= set(together)
+        conversations: Iterable[Conversation]
+        if real:
+            conversations = self._chats
+        elif limit is None:
+            raise UserError(f"workload {name} has no end; say how many with --max-conversations")
+        else:
+            count = limit * (MATCHING_FACTOR if settings.match_requests else 1) * (2 if split else 1)
+            conversations = synthetic_conversations(name, count, settings.seed)
+        if split and name in CHATS:
+            place = CHATS.index(name)
+            conversations = itertools.islice(conversations, place, None, 2)
+            if real and limit is not None:
+                limit = max(1, (limit + 1 - place) // 2)
+        rate = self.source.rates.get(name, settings.arrival_rate / len(together))
+        seed = settings.seed + (WORKLOADS.index(name) * _SEED_STEP if len(together) > 1 else 0)
+        settings = dataclasses.replace(settings, seed=seed, arrival_rate=rate)
+        min_turns = settings.min_turns if name in CHATS else 1  # the others have one turn each
+        settings = dataclasses.replace(settings, max_conversations=limit, min_turns=min_turns)
+        chosen = self.vocabulary
+        prepared = prepare_traces(conversations, settings, chosen.vocabulary, chosen.formatter)
+        several = len(self.source.workloads) > 1
+        self.counts |= {f"{name}, {what}" if several else what: n for what, n in prepared.counts.items()}
+        self.counts |= self._oddities()
+        return prepared
+
+    @functools.cached_property
+    def _chats(self) -> Iterable[Conversation]:
+        """The conversations of the file; kept if two workloads take some."""
+        several = set(CHATS) <= set(self.source.workloads)
+        limit = self.settings.max_conversations if several and not self.settings.match_requests else None
+        path = self.source.data_path or sample_file("sharegpt")
+        self._loader = ShareGPTLoader(path, limit, bad_rows=self.bad_rows)
+        return list(self._loader) if several else self._loader
 
     @functools.cached_property
     def _trace(self) -> StudyRequests:
@@ -134,32 +259,18 @@ class Client:
             self.source.trace_file, self.vocabulary.vocabulary, self.bad_rows, counts, self._progress
         )
         requests = _first_conversations(requests, self.settings.max_conversations)
+        if not holds_text(self.source.trace_file):
+            unit = "tokens" if requests.tokens_per_id == 1 else f"blocks of {requests.tokens_per_id} tokens"
+            label = {"name": f"none: the trace holds ids of {unit}"}
+            self.vocabulary = dataclasses.replace(self.vocabulary, label=label)
         kept, dropped = limit_requests(requests, self.settings.max_tokens, self.settings.min_turns)
         self.counts |= {**counts, **dropped}
         return kept
-
-    def _conversations(self) -> Iterable[Conversation]:
-        if self.source.workload is not None:
-            return _synthetic(self.source.workload, self.settings)
-        self._loader = ShareGPTLoader(
-            self.source.data_path or sample_file("sharegpt"), bad_rows=self.bad_rows
-        )
-        return self._loader
 
     def _oddities(self) -> dict[str, int]:
         """Oddities in the rows that the loader read, and how many rows have them; see `sharegpt.ODDITIES`."""
         found = {} if self._loader is None else self._loader.summary()
         return {f"source rows, {name}": found[name] for name in ODDITIES if found.get(name)}
-
-    def describe(self) -> dict[str, Any]:
-        """For the manifest, once the traces are read."""
-        return {
-            "source": self.source.describe(),
-            "tokenizer": self.vocabulary.label,
-            "client": dataclasses.asdict(self.settings),
-            "counts": self.counts,
-            "bad_rows": self.bad_rows.summary(),
-        }
 
 
 def trace_name(requests: StudyRequests) -> str:
@@ -168,16 +279,12 @@ def trace_name(requests: StudyRequests) -> str:
     return modes.pop() if modes in ({SINGLE_TURN}, {MULTI_TURN}) else "trace"
 
 
-def _labelled(rows: list[TraceRow], workload: str) -> list[TraceRow]:
-    return [dataclasses.replace(row, workload=workload) for row in rows]
-
-
-def _synthetic(workload: str, settings: ClientSettings) -> list[Conversation]:
-    count = settings.max_conversations
-    if count is None:
-        raise UserError(f"workload {workload} has no end; say how many with --max-conversations")
-    count *= MATCHING_FACTOR if settings.match_requests else 1
-    return synthetic_conversations(workload, count, settings.seed)
+def _side(prepared: PreparedTraces, workload: str, mode: str | None) -> list[TraceRow]:
+    """One of the two traces, labelled with the workload; a chat's label says which one it is."""
+    single = mode == SINGLE_TURN or (mode is None and workload == CHAT_SINGLE)
+    label = CHATS[not single] if workload in CHATS else workload
+    rows = prepared.single if single else prepared.multi
+    return [dataclasses.replace(row, workload=label) for row in rows]
 
 
 def _first_conversations(requests: StudyRequests, limit: int | None) -> StudyRequests:

@@ -1,9 +1,10 @@
 """Sweeps block sizes, capacities and policies over traces; the result is the same for any number of workers.
 
 LRU gives all capacities in one pass; every other policy is one job per capacity. OPT always runs
-as well: no policy may hit more, and that is checked. Knows no file.
+as well, once as a device's cache and once as a tier that may leave blocks out: no policy may hit
+more, and that is checked. Knows no file.
 
-    inputs = {("qa", 16): CacheInput.of(accesses, 16)}
+    inputs = {("qa", 16): block_trace(requests, 16)}
     cells = sweep(inputs, SweepSettings(capacities=(64, 128), runs=policy_runs(["lru", "fifo"])), workers=2)
 """
 
@@ -20,31 +21,34 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal, get_args
 
 from dsatrace.errors import UserError
-from dsatrace.kv.policies.registry import POLICIES, policy_info
+from dsatrace.kv.policies.registry import policy_info
 from dsatrace.kv.policies.simulate import Oversize, simulate
 from dsatrace.kv.policies.stream import AccessStream
+from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.study.sweep_cells import (
+    ADMIT,
+    BYPASS,
     LRU,
     OPT,
     OVERALL,
     POOL,
     Cell,
     Cells,
+    Given,
     PolicyRun,
+    bypass_cells,
     lru_cells,
     pool_cells,
     simulated_cells,
 )
-from dsatrace.study.sweep_streams import CacheInput
 
-BLOCK_SIZES = (16, 32, 64)
-CAPACITIES = (64, 128, 256, 512)
-BY_WORKLOAD = ("priority", "wa-lru", "wa-prob")
+BY_WORKLOAD = ("priority", "wa-lru", "wa-prob", "admit-lru")
 """Policies that tell workloads apart. With one workload they are LRU or close to it."""
 
 Form = Literal["leaf", "flat"]
-Inputs = Mapping[tuple[str, int], CacheInput]
+Inputs = Mapping[tuple[str, int], BlockTrace]
 """Keyed by name of the trace and block size."""
+_InMemory = Mapping[tuple[str, int], Given]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,27 +58,23 @@ class SweepSettings:
     capacities: tuple[int, ...]  # blocks
     runs: tuple[PolicyRun, ...]  # see `policy_runs`
     oversize: Oversize = "reject"
-    concurrency: int = 1  # of the pool; each input's stream has its own
+    concurrency: int = 1  # requests in flight
+    by_conversation: bool = False  # count hits by groups of conversations too, for their interval
 
     def __post_init__(self) -> None:
-        for capacity in self.capacities:
-            if capacity < 1:
-                raise UserError(f"a cache holds at least 1 block, not {capacity}")
         if len(set(self.capacities)) != len(self.capacities) or not self.capacities:
             raise UserError(f"name each capacity once, and at least one: {list(self.capacities)}")
         if OPT not in (run.policy for run in self.runs):
             raise UserError("a sweep always runs OPT, to check the others; take its runs from policy_runs")
-        if self.concurrency < 1:
-            raise UserError(f"--concurrency must be at least 1, not {self.concurrency}")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One replay: `run` None is the pool; LRU has all capacities at once."""
+    """One replay: a policy, or the pool or the bound by its name; LRU has all capacities at once."""
 
     trace: str
     block_size: int
-    run: PolicyRun | None
+    run: PolicyRun | str
     capacities: tuple[int, ...]
 
 
@@ -93,48 +93,54 @@ def policy_runs(
         raise UserError(f"forms are leaf and flat, not {', '.join(forms)}")
     runs: dict[str, PolicyRun] = {}
     for name, form in itertools.product(dict.fromkeys((*names, OPT)), dict.fromkeys(forms)):
-        leaf = form == "leaf" or policy_info(name).leaf_first
-        run = PolicyRun(name, leaf, (params or {}).get(name, {}))
+        of_name = dict((params or {}).get(name, {}))
+        policy, admission = name, {}
+        if name.startswith(ADMIT):
+            policy = name.removeprefix(ADMIT)
+            admission = {"admit": tuple(of_name.pop("admit")), "since_s": of_name.pop("since_s", 0.0)}
+        leaf = form == "leaf" or policy_info(policy).leaf_first
+        run = PolicyRun(policy, leaf, of_name, **admission)
         runs.setdefault(run.name, run)
     return tuple(runs.values())
-
-
-def single_workload_policies() -> list[str]:
-    """Every policy that can differ from LRU in a trace of one workload."""
-    return [name for name in POLICIES if name not in BY_WORKLOAD]
 
 
 def sweep(
     inputs: Inputs,
     settings: SweepSettings,
     workers: int = 1,
-    on_done: Callable[[int, int], None] | None = None,
+    on_done: Callable[[], None] = lambda: None,
 ) -> Cells:
-    """All cells, in the order of inputs, policies (the pool last) and capacities.
+    """All cells, in the order of inputs, policies (then the pool and `opt-bypass`) and capacities.
 
     An input of several workloads must be the only one; it gives `overall` and a cell for each.
     More than one worker means fresh processes, at most one per job, so a script that calls this
-    must be importable. `on_done` is called with the number of jobs done and of all jobs.
+    must be importable. `on_done` is called after each of `num_jobs` jobs.
     """
     _check_names(inputs)
     jobs = list(_jobs(inputs, settings))
+    given = {
+        key: Given.of(trace, settings.concurrency, settings.by_conversation) for key, trace in inputs.items()
+    }
     cells: Cells = []
-    for number, of_job in enumerate(_results(jobs, inputs, settings, min(workers, len(jobs))), start=1):
+    for of_job in _results(jobs, given, settings, min(workers, len(jobs))):
         cells += of_job
-        if on_done is not None:
-            on_done(number, len(jobs))
-    order = {run.name: i for i, run in enumerate(settings.runs)}
+        on_done()
+    order = {name: i for i, name in enumerate((*(run.name for run in settings.runs), POOL, BYPASS))}
     traces = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in inputs))}
     cells.sort(
         key=lambda cell: (
             traces.get(cell.workload, 0),
             cell.block_size,
-            order.get(cell.policy, len(order)),
+            order[cell.policy],
             cell.capacity_blocks,
         )
     )
     _check_bound([cell for cell in cells if cell.workload in (OVERALL, *traces)])
     return cells
+
+
+def num_jobs(inputs: Inputs, settings: SweepSettings) -> int:
+    return sum(1 for _ in _jobs(inputs, settings))
 
 
 def num_cores() -> int:
@@ -143,43 +149,45 @@ def num_cores() -> int:
 
 
 def _check_names(inputs: Inputs) -> None:
-    several = [trace for (trace, _), given in inputs.items() if given.stream.num_workloads > 1]
-    if several and {trace for trace, _ in inputs} != {OVERALL}:
+    several = [name for (name, _), trace in inputs.items() if len(trace.workload_names) > 1]
+    if several and {name for name, _ in inputs} != {OVERALL}:
         raise UserError(f"{several[0]} has several workloads; sweep each alone, or name it {OVERALL!r}")
-    if any(OVERALL in inputs[trace, size].stream.workload_names for trace, size in inputs if several):
+    if any(OVERALL in trace.workload_names for trace in inputs.values() if several):
         raise UserError(f"a workload is named {OVERALL!r}, as is the sum of all; name it otherwise")
 
 
 def _jobs(inputs: Inputs, settings: SweepSettings) -> Iterator[_Job]:
     for (trace, block_size), run in itertools.product(inputs, settings.runs):
-        if run.policy == LRU:
+        if run.name == LRU:
             yield _Job(trace, block_size, run, settings.capacities)
             continue
         for capacity in settings.capacities:
             yield _Job(trace, block_size, run, (capacity,))
-    if settings.oversize == "reject":
-        for trace, block_size in inputs:
-            yield _Job(trace, block_size, None, settings.capacities)
+    for (trace, block_size), capacity in itertools.product(inputs, settings.capacities):
+        if settings.oversize == "reject":
+            yield _Job(trace, block_size, POOL, (capacity,))
+        yield _Job(trace, block_size, BYPASS, (capacity,))
 
 
-def _run_job(job: _Job, inputs: Inputs, settings: SweepSettings) -> Cells:
+def _run_job(job: _Job, inputs: _InMemory, settings: SweepSettings) -> Cells:
     given = inputs[job.trace, job.block_size]
-    if job.run is None:
-        each = (pool_cells(job.trace, given, size, settings.concurrency) for size in job.capacities)
-        return list(itertools.chain.from_iterable(each))
-    if job.run.policy == LRU:
+    if job.run == POOL:
+        return pool_cells(job.trace, given, job.capacities[0], settings.concurrency)
+    if isinstance(job.run, str):
+        return bypass_cells(job.trace, given, job.capacities[0])
+    if job.run.name == LRU:
         return lru_cells(job.trace, given, job.capacities, settings.oversize)
     return simulated_cells(job.trace, given, job.run, job.capacities[0], settings.oversize)
 
 
-def _results(jobs: list[_Job], inputs: Inputs, settings: SweepSettings, workers: int) -> Iterator[Cells]:
+def _results(jobs: list[_Job], inputs: _InMemory, settings: SweepSettings, workers: int) -> Iterator[Cells]:
     if workers <= 1:
         yield from (_run_job(job, inputs, settings) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # forking a process with a bar's thread may hang
     try:
         with ProcessPoolExecutor(workers, context, _start, (inputs, settings)) as pool:
-            policies = [run.policy for run in settings.runs if run.policy != LRU]
+            policies = dict.fromkeys(run.policy for run in settings.runs if run.name != LRU)
             list(pool.map(compile_policy, policies))  # each by one worker; the others load what it wrote
             yield from pool.map(_run_in_worker, jobs, chunksize=max(1, len(jobs) // (8 * workers)))
     except BrokenProcessPool as error:
@@ -188,11 +196,11 @@ def _results(jobs: list[_Job], inputs: Inputs, settings: SweepSettings, workers:
         ) from error
 
 
-_given: tuple[Inputs, SweepSettings] | None = None
+_given: tuple[_InMemory, SweepSettings] | None = None
 """The worker's copy, set by `_start`."""
 
 
-def _start(inputs: Inputs, settings: SweepSettings) -> None:
+def _start(inputs: _InMemory, settings: SweepSettings) -> None:
     global _given  # noqa: PLW0603
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     _given = (inputs, settings)
@@ -216,13 +224,14 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
 
 
 def _check_bound(cells: Iterable[Cell]) -> None:
-    """No policy hits more than OPT. Takes only cells over a whole trace, since OPT bounds no part of one."""
+    """No policy hits more than both OPTs. Takes only cells over a whole trace: they bound no part of one."""
     by_place: dict[tuple[str, int, int], list[Cell]] = {}
     for cell in cells:
         by_place.setdefault((cell.workload, cell.block_size, cell.capacity_blocks), []).append(cell)
     for here in by_place.values():
-        bound = next(cell for cell in here if cell.policy == OPT)
+        bound, outer = (next(cell for cell in here if cell.policy == name) for name in (OPT, BYPASS))
         for cell in here:
-            if cell.policy != POOL:
+            assert cell.hits <= outer.hits, f"{cell} hits more than any cache can: {outer}"
+            if cell.policy not in (POOL, BYPASS) and not cell.policy.startswith(ADMIT):
                 hits, most = (one.hits + one.output_hits for one in (cell, bound))
                 assert hits <= most, f"{cell} hits more than OPT: {bound}"

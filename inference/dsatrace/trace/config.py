@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dsatrace.errors import UserError
+from dsatrace.files import temporary_of
 from dsatrace.flags import Flag, add_flags, values_of
-from dsatrace.schema import LEVELS, Level
+from dsatrace.schema import LEVELS, MANIFEST_FILE, Level
 
 _OF_EVERY_RUN = ("trace_out", "trace_on_error")  # flags that matter to a run without steps too
 _USE_A_SHARE = "use a share above 0, at most 1"
@@ -202,10 +203,14 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raises `UserError` unless `folder` is absent or empty."""
+    """Raises `UserError` unless `folder` is absent, empty, or what a start left that was killed at once.
+
+    Such a start leaves its manifest under the temporary name; the next one writes over it.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: not a folder; name another with --trace-out")
-    if folder.is_dir() and any(folder.iterdir()):
+    unfinished = temporary_of(folder / MANIFEST_FILE)
+    if folder.is_dir() and any(path != unfinished for path in folder.iterdir()):
         raise UserError(
             f"{folder}: holds files already and is never overwritten; name another with --trace-out"
         )

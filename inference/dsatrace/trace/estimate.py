@@ -8,7 +8,7 @@ any model, whose numbers of layers and selected tokens are all that is known her
 - `uniform`: every position is as likely, each step anew: the worst case for a compressor.
 
     load = TraceLoad(num_layers=61, top_k=2048, context=32768, num_steps=1000, batch_size=4)
-    estimate_sizes(load, "full")             # [Size("jsonl", 13600, 14700, ...), Size("parquet", ...)]
+    estimate_sizes(load, "full")             # a Size per name of FORMATS
     source = SyntheticSelections("clustered", num_layers=61, top_k=2048, seed=0)
     capture = source.capture(seq_len=[32768], step_idx=0)
 """
@@ -16,6 +16,7 @@ any model, whose numbers of layers and selected tokens are all that is known her
 from __future__ import annotations
 
 import dataclasses
+import io
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -24,15 +25,18 @@ from typing import Literal
 
 import numpy as np
 import orjson
+import pyarrow as pa
 
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.kv.tiers.account import default_tiers
-from dsatrace.schema import Level
+from dsatrace.schema import LOST_RECORDS, PART_RECORDS, Level
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.kind import SelectionKind, engine_kind
-from dsatrace.trace.parquet.file import GROUP_BYTES, GROUP_RECORDS, write_parquet
+from dsatrace.trace.parquet import replay_layout
+from dsatrace.trace.parquet.file import GROUP_BYTES, GROUP_RECORDS, open_writer, write_parquet
+from dsatrace.trace.parquet.steps import step_batch
 from dsatrace.trace.records import RecordDeriver, StepLines
 
 Kind = Literal["clustered", "uniform"]
@@ -44,6 +48,12 @@ SPOT_CHURN = 0.1  # share of the spots that a step draws anew
 NOISE_SHARE = 0.03
 
 SAMPLE_RECORDS = 512
+FORMATS: Mapping[str, str] = {
+    "jsonl": "as it is recorded",
+    "parquet": "export --to parquet",
+    "parquet, direct": "--trace-format parquet",
+    "replay": "export --to replay",  # not at level stats, which holds no ids
+}
 NUM_STATS = 4  # float32 per layer and row, beside the positions: min, mean, max, margin
 SPARE_SLOTS = 2  # of the ring, beside those that wait: one being filled, one being written
 
@@ -95,12 +105,21 @@ class TraceLoad:
         """Host memory of the ring that holds the queue's steps; the queue itself holds references."""
         return (queue_steps + SPARE_SLOTS) * self.queue_slot_bytes
 
+    @property
+    def replay_groups(self) -> int:
+        """Row groups of a layout for replay: whole layers of a request, or stretches of a long one."""
+        least, most = replay_layout.GROUP_RECORDS
+        num_layers = len(set(self.selections.set_layers.tolist()))
+        of_layer = max(1, round(self.num_steps * self.sample_rate) * self.num_sets // num_layers)
+        together = -(-least // of_layer)
+        return self.requests * (-(-num_layers // together)) * (-(-of_layer * together // most))
+
 
 @dataclasses.dataclass(frozen=True)
 class Size:
     """The step records in one format: the smaller and the larger of the two kinds of selections."""
 
-    format: str  # jsonl or parquet
+    format: str  # of FORMATS
     bytes_per_record: tuple[float, float]
     total_bytes: tuple[float, float]
 
@@ -110,30 +129,41 @@ class Sample:
     """Encoded records of one kind of selections."""
 
     lines: list[bytes]  # without newlines
+    table: pa.Table  # the same records as columns
     seconds: float  # of deriving and encoding them, on this machine
 
     @property
     def line_bytes(self) -> float:
         return sum(len(line) + 1 for line in self.lines) / len(self.lines)
 
+    @property
+    def records_per_second(self) -> float:
+        """What one writer thread derives and encodes as JSON lines on this machine."""
+        return len(self.lines) / self.seconds
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Host memory of the most records that wait to be written as Parquet."""
+        return round(LOST_RECORDS * self.table.nbytes / len(self.table))
+
 
 def estimate_sizes(load: TraceLoad, level: Level) -> list[Size]:
-    """JSONL and Parquet at one level."""
-    samples = [draw_sample(load, level, kind) for kind in KINDS]
-    jsonl = [load.num_records * sample.line_bytes for sample in samples]
-    parquet = [_parquet_bytes(sample, load.num_records) for sample in samples]
-    return [_size("jsonl", jsonl, load.num_records), _size("parquet", parquet, load.num_records)]
+    """At one level, in each of `FORMATS`."""
+    totals: dict[str, list[float]] = {name: [] for name in FORMATS}
+    for kind in KINDS:
+        sample, count = draw_sample(load, level, kind), load.num_records
+        totals["jsonl"].append(count * sample.line_bytes)
+        totals["parquet"].append(_exported_bytes(sample, count))
+        totals["parquet, direct"].append(_columns_bytes(sample.table, count, count / PART_RECORDS))
+        if level != "stats":
+            table, keys = _laid_out(sample.table), replay_layout.KEYS
+            totals["replay"].append(_columns_bytes(table, count, load.replay_groups, keys))
+    return [_size(name, of_kinds, load.num_records) for name, of_kinds in totals.items() if of_kinds]
 
 
 def _size(name: str, totals: Sequence[float], num_records: int) -> Size:
     low, high = min(totals), max(totals)
     return Size(name, (low / max(1, num_records), high / max(1, num_records)), (low, high))
-
-
-def records_per_second(load: TraceLoad, level: Level = "full") -> float:
-    """What one writer thread derives and encodes on this machine, for clustered selections."""
-    sample = draw_sample(load, level, "clustered")
-    return len(sample.lines) / sample.seconds
 
 
 def draw_sample(load: TraceLoad, level: Level, kind: Kind, num_records: int = SAMPLE_RECORDS) -> Sample:
@@ -150,6 +180,7 @@ def draw_sample(load: TraceLoad, level: Level, kind: Kind, num_records: int = SA
     source = SyntheticSelections(kind, selections=load.selections)
     num_steps = max(2, min(load.num_steps, -(-num_records // load.num_sets)))
     lines: list[bytes] = []
+    batches: list[pa.RecordBatch] = []
     seconds = 0.0
     for i in range(num_steps):
         step = i * load.num_steps // num_steps
@@ -162,14 +193,16 @@ def draw_sample(load: TraceLoad, level: Level, kind: Kind, num_records: int = SA
             batch_size=min(load.batch_size, load.requests),
         )
         start = time.perf_counter()
-        text = encoder.encode(deriver.derive(capture))
+        derived = deriver.derive(capture)
+        text = encoder.encode(derived)
         seconds += (time.perf_counter() - start) * (i > 0)  # the first one warms up
         lines += bytes(text).splitlines()
+        batches.append(step_batch(derived))
     # Of n steps n - 1 were timed.
-    return Sample(lines, seconds * num_steps / (num_steps - 1))
+    return Sample(lines, pa.Table.from_batches(batches), seconds * num_steps / (num_steps - 1))
 
 
-def _parquet_bytes(sample: Sample, num_records: int) -> float:
+def _exported_bytes(sample: Sample, num_records: int) -> float:
     """Two files of different sizes separate a record's bytes from a row group's."""
     half = len(sample.lines) // 2
     small, large = _file_bytes(sample.lines[:half]), _file_bytes(sample.lines)
@@ -184,6 +217,32 @@ def _file_bytes(lines: Sequence[bytes]) -> int:
         path = Path(folder) / "steps.parquet"
         write_parquet(path, ((line, orjson.loads(line)) for line in lines))
         return path.stat().st_size
+
+
+def _columns_bytes(
+    table: pa.Table, num_records: int, num_groups: float, statistics: Sequence[str] = ()
+) -> float:
+    """Three files separate a record's bytes, a row group's and a file's."""
+    half = len(table) // 2
+
+    def size_of(*groups: pa.Table) -> int:
+        file = io.BytesIO()
+        with open_writer(file, table.schema, statistics=statistics) as writer:
+            for group in groups:
+                writer.write_table(group, row_group_size=len(group))
+        return file.getbuffer().nbytes
+
+    first, whole = table.slice(0, half), size_of(table)
+    a_record = (whole - size_of(first)) / (len(table) - half)
+    a_group = size_of(first, table.slice(half)) - whole
+    return whole + a_record * (num_records - len(table)) + a_group * (max(1.0, num_groups) - 1)
+
+
+def _laid_out(table: pa.Table) -> pa.Table:
+    """As one request's records."""
+    name = pa.array(["r0"] * len(table))
+    table = table.set_column(table.schema.names.index("request_id"), "request_id", name)
+    return table.sort_by([("layer_id", "ascending"), ("step_idx", "ascending")])
 
 
 class SyntheticSelections:

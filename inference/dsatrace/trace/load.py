@@ -210,7 +210,9 @@ class Run:
         return (
             dataclasses.replace(
                 request,
-                layers={name: _touched(layer, id_tokens, size) for name, layer in request.layers.items()},
+                layers={
+                    name: touched_blocks(layer, id_tokens, size) for name, layer in request.layers.items()
+                },
             )
             for request in self.all_selections()
         )
@@ -248,7 +250,7 @@ def _request_row(line: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     return row | {EXTRA: orjson.dumps(unknown).decode() if unknown else None}
 
 
-def _touched(layer: LayerSelections, id_tokens: int, size: int) -> LayerSelections:
+def touched_blocks(layer: LayerSelections, id_tokens: int, size: int) -> LayerSelections:
     """Each step's distinct blocks of `size` tokens; an id covers `id_tokens`, as far as the query sees."""
     row = np.repeat(np.arange(len(layer)), np.diff(layer.ptr))
     start = layer.ids.astype(np.int64) * id_tokens

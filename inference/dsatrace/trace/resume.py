@@ -126,7 +126,7 @@ def prepare_resume(folder: Path, on_records: OnRecords = lambda count: None) -> 
     """
     run = RunReader(folder)
     _require_resumable(run)
-    with contextlib.ExitStack() as on_failure, _naming_the_file():
+    with _naming_the_file(), contextlib.ExitStack() as on_failure:  # what fails to close is named, too
         locked = LineFile.reopen(folder / locked_file(run.manifest))
         on_failure.callback(locked.close)
         try:

@@ -40,6 +40,7 @@ MIN_PARTS, MIN_PART_BYTES = 32, 4 << 20
 """A run of less than `MIN_PARTS` times `PART_BYTES` is cut finer, for many processes."""
 URL_READERS = 16
 """Files at a URL whose footers are read at a time."""
+_LARGE_BYTES = 1 << 20
 
 _INTS = ("layer_id", "step_idx", "seq_len_current", "forward_idx")
 _HEAD = "kv_head"
@@ -107,11 +108,15 @@ class SelectionPart:
 
 
 def selection_parts(
-    run: RunReader, part_bytes: int | None = None, paths: Sequence[Path] | None = None
+    run: RunReader,
+    part_bytes: int | None = None,
+    paths: Sequence[Path] | None = None,
+    groups: Mapping[str, str] | None = None,
 ) -> list[SelectionPart]:
     """The run's requests in the order of their first records, in parts of about `part_bytes`.
 
-    Of some of its step files only, where `paths` names them. Raises `UserError` for a run whose records
+    Of some of its step files only, where `paths` names them. Requests of one group, by name, stay in one
+    part. Raises `UserError` for a run whose records
     hold no selections.
     """
     fields = _id_fields(run)
@@ -125,7 +130,10 @@ def selection_parts(
     if part_bytes is None:
         of_all = sum(extent.num_bytes for extent in requests.values())
         part_bytes = min(PART_BYTES, max(of_all // MIN_PARTS, MIN_PART_BYTES))
-    return list(_parts(requests, part_bytes, fields))
+    together: dict[str, list[str]] = {}
+    for request_id in requests:
+        together.setdefault((groups or {}).get(request_id, request_id), []).append(request_id)
+    return list(_parts(requests, together.values(), part_bytes, fields))
 
 
 def read_selections(
@@ -185,18 +193,24 @@ class _Extent:
 
 
 def _parts(
-    requests: Mapping[str, _Extent], part_bytes: int, fields: tuple[str, ...]
+    requests: Mapping[str, _Extent],
+    groups: Iterable[Sequence[str]],
+    part_bytes: int,
+    fields: tuple[str, ...],
 ) -> Iterator[SelectionPart]:
     together, names = _Extent(), list[str]()
-    for request_id, extent in requests.items():
-        if names and together.num_bytes + extent.num_bytes > part_bytes:
+    for group in groups:
+        num_bytes = sum(requests[request_id].num_bytes for request_id in group)
+        if names and together.num_bytes + num_bytes > part_bytes:
             yield _part(names, together, fields)
             together, names = _Extent(), []
-        names.append(request_id)
-        for span in extent.spans.values():
-            together.add(span, 0, 0)
-        together.num_records += extent.num_records
-        together.num_bytes += extent.num_bytes
+        for request_id in group:
+            names.append(request_id)
+            extent = requests[request_id]
+            for span in extent.spans.values():
+                together.add(span, 0, 0)
+            together.num_records += extent.num_records
+            together.num_bytes += extent.num_bytes
     if names:
         yield _part(names, together, fields)
 
@@ -399,10 +413,14 @@ def _grouped(chunks: list[_Chunk]) -> Iterator[tuple[int, dict[LayerSet, LayerSe
     targets[order] = ends[:-1]
     ids = np.empty(ends[-1], np.int32)
     row = 0
-    for chunk in chunks:
-        _copy_runs(chunk.ids, chunk.start, chunk.stop, targets[row : row + len(chunk.request)], ids)
+    chunks.reverse()
+    while chunks:  # ids are large, so what is copied goes, and arrow gives its pages back
+        chunk = chunks.pop()
+        copy_runs(chunk.ids, chunk.start, chunk.stop, targets[row : row + len(chunk.request)], ids)
         row += len(chunk.request)
-    chunks.clear()  # their ids are copied, and large
+        if chunk.ids.nbytes >= _LARGE_BYTES:
+            del chunk
+            pa.default_memory_pool().release_unused()
     request, layer, head, step, seq_len, forward, phase = (
         column[order] for column in (request, layer, head, step, seq_len, forward, phase)
     )
@@ -429,13 +447,13 @@ def _copied(
     """Only the ids of these runs, and where those lie then."""
     ends = np.concatenate([[0], np.cumsum(stop - start)])
     out = np.empty(ends[-1], np.int32)
-    _copy_runs(ids, start, stop, ends[:-1], out)
+    copy_runs(ids, start, stop, ends[:-1], out)
     return out, ends[:-1], ends[1:]
 
 
 @cached_njit(nogil=True)
-def _copy_runs(values, start, stop, at, out):  # type: ignore[no-untyped-def]
-    """Copies values[start[r] : stop[r]] to out[at[r] :]."""
+def copy_runs(values, start, stop, at, out):  # type: ignore[no-untyped-def]
+    """Copies values[start[r] : stop[r]] to out[at[r] :], for all r."""
     for r in range(len(start)):
         to = at[r]
         for i in range(start[r], stop[r]):

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
-from dsatrace.schema import nearest_rank, problems
+from dsatrace.schema import STEP_FIELDS, nearest_rank, problems
 from dsatrace.verify.check_record import check_given, check_record
 from dsatrace.verify.check_tiers import BatchTimes, TierTotals, check_fetches
 from dsatrace.verify.chosen import Chosen, FastSelected, integers, num_runs
@@ -140,7 +140,13 @@ class ChunkChecks:
         self._new_totals = functools.partial(FastSummary, rules, block_sizes)
         self._new_moved = functools.partial(TierTotals, rules, since_forward)
         self._shapes: set[Any] = set()
-        self._first_step = rules.first_step
+        kind = rules.selections
+        self._sets = {one.layer: one for one in kind.sets}
+        self._layers = tuple(self._sets)
+        self._unknown = {field.name for field in kind.fields if field.type == "null"}
+        self._absent = {
+            field.name for field in STEP_FIELDS if field.is_absent and not kind.tells.issuperset(field.needs)
+        }
 
     def check(self, chunk: Chunk) -> Checked | None:
         """What the chunk adds up to; None where a record is wrong or the chunk does not hold whole rows."""
@@ -153,12 +159,12 @@ class ChunkChecks:
         totals, moved = self._new_totals(), self._new_moved()
         times, sharing = BatchTimes(), Sharing(self.rules)
         rows: list[tuple[int, int, Row]] = []
-        num_lines = layer = 0
+        num_lines = at = 0  # of the layers that select
         for place, record in self.steps.records(chunk):
             row = Row.of(record)
-            if layer == 0:
+            if at == 0:
                 rows.append((num_lines, place, row))
-            if record["layer_id"] != layer or row != rows[-1][2]:
+            if record["layer_id"] != self._layers[at] or row != rows[-1][2]:
                 raise ValueError("not whole rows")
             chosen = self._chosen(record, num_lines)
             times.add(num_lines, record)
@@ -166,16 +172,17 @@ class ChunkChecks:
             totals.add(record, chosen)
             moved.add(record)
             num_lines += 1
-            layer = (layer + 1) % self.rules.num_layers
-        if layer:
+            at = (at + 1) % len(self._layers)
+        if at:
             raise ValueError("not whole rows")
         return Checked(num_lines, rows, totals, moved)
 
     def _chosen(self, record: Record, line: int) -> Chosen | None:
         """The selection of a record that is right; raises where it may be wrong. None below level full."""
         chosen = self.derive(record)
-        known = self._requests.get(record["request_id"])
-        ends = (self._first_step, known.last_step if known else None)
+        ends: tuple[int | None, ...] = (self.rules.first_step,)
+        if known := self._requests.get(record["request_id"]):
+            ends += (self.rules.first_prompt_step(known.num_prompt_tokens), known.last_step)
         if chosen is None or record["step_idx"] in ends or line % SAMPLE == 0:
             check_record(record, self.rules, self._needles)
         return chosen
@@ -183,7 +190,8 @@ class ChunkChecks:
     def derive(self, record: Record) -> Chosen | None:
         """The selection with which the record agrees; None where the plain derivation must look."""
         rules = self.rules
-        if rules.level != "full" or not self._has_schema(record):
+        its_set = self._sets.get(record["layer_id"])
+        if rules.level != "full" or its_set is None or not self._has_schema(record):
             return None
         check_given(record, rules)
         seq_len, size, latent = record["seq_len_current"], rules.block_size, rules.latent_bytes
@@ -192,17 +200,19 @@ class ChunkChecks:
             if not _is_by_score(ascending, record.get("scores_topk")):
                 return None
             ascending = np.sort(ascending)
-        count = len(ascending)
-        is_set = count == min(rules.top_k, seq_len) and bool((ascending[1:] > ascending[:-1]).all())
+        count, most = len(ascending), min(its_set.top_k, seq_len)
+        is_set = count == most if rules.selections.is_engines else 1 <= count <= most
+        is_set = is_set and bool((ascending[1:] > ascending[:-1]).all())
         if not is_set or ascending[0] < 0 or ascending[-1] >= seq_len:
+            return None
+        is_sparse = seq_len > its_set.top_k
+        if not is_sparse and record["kth_margin"] is not None:
             return None
         chosen = Chosen.of(ascending, size)
         _, blocks, in_block = chosen
         num_blocks = len(blocks)
         missing = max((int(blocks[-1]) + 1) * size - seq_len, 0)
         up_to = np.bincount(in_block).cumsum()  # up_to[n]: blocks with at most n tokens
-        cached = record["prefix"]["prefix_cached_blocks"]
-        num_shared = int(np.searchsorted(blocks, cached))
         scanned = 0 if record["layer_id"] in rules.source_layers else seq_len
         derived = {
             "event": "dsa_topk",
@@ -217,10 +227,10 @@ class ChunkChecks:
                 "p50": int(np.searchsorted(up_to, nearest_rank(num_blocks, 50), side="right")),
                 "p95": int(np.searchsorted(up_to, nearest_rank(num_blocks, 95), side="right")),
             },
-            "path": "sparse" if seq_len > rules.top_k else "dense",
+            "path": "sparse" if is_sparse else "dense",
             "indexer_scan": {"tokens": scanned, "bytes_read": scanned * rules.index_bytes},
         }
-        if rules.tiers is None:
+        if rules.tiers is None and "kv_fetch" not in self._unknown:
             derived["kv_fetch"] = fetch_from_hbm(
                 hit_blocks=num_blocks,
                 bytes_read=(num_blocks * size - missing) * latent,
@@ -228,12 +238,10 @@ class ChunkChecks:
                 batch_size=record["kv_fetch"]["hbm"]["batch_size"],
                 bytes_useful=count * latent,
             )
-        prefix = {"prefix_cache_hit": cached > 0, "intersection_ratio": num_shared / num_blocks}
         agrees = (
-            all(record[name] == value for name, value in derived.items())
-            and all(record["prefix"][name] == value for name, value in prefix.items())
+            all(record[name] == value for name, value in derived.items() if name not in self._unknown)
+            and ("prefix" in self._unknown or _has_prefix(record["prefix"], blocks))
             and _are_equal(integers(record["selected_block_ids"]), blocks)
-            and _are_equal(integers(record["prefix"]["intersection_blocks"]), blocks[:num_shared])
             and self._has_needle(record, ascending)
         )
         if agrees and rules.tiers is not None:
@@ -254,7 +262,9 @@ class ChunkChecks:
         """The schema's table judges nothing but names, their order and types: the record's shape."""
         shape = _shape(record)
         if shape not in self._shapes:
-            if problems(record, self.rules.level) or len(self._shapes) >= _MAX_SHAPES:
+            fields = self.rules.selections.fields
+            is_wrong = problems(record, self.rules.level, fields) or not self._absent.isdisjoint(record)
+            if is_wrong or len(self._shapes) >= _MAX_SHAPES:
                 return False
             self._shapes.add(shape)
         return True
@@ -276,6 +286,15 @@ def _shape(value: Record) -> Any:
         if type(held) is dict or (type(held) is list and name not in _INTEGERS)
     ]
     return tuple(value), tuple(map(type, value.values())), *inner
+
+
+def _has_prefix(stored: Record, blocks: np.ndarray) -> bool:
+    cached = stored["prefix_cached_blocks"]
+    num_shared = int(np.searchsorted(blocks, cached))
+    derived = {"prefix_cache_hit": cached > 0, "intersection_ratio": num_shared / len(blocks)}
+    return all(stored[name] == value for name, value in derived.items()) and _are_equal(
+        integers(stored["intersection_blocks"]), blocks[:num_shared]
+    )
 
 
 def _are_equal(left: np.ndarray, right: np.ndarray) -> bool:

@@ -19,6 +19,7 @@ from dsatrace.verify.chosen import Chosen, integers, num_distinct
 from dsatrace.verify.overlap import Overlaps
 from dsatrace.verify.plain_summary import PlainSummary
 from dsatrace.verify.rules import Rules
+from dsatrace.verify.selections import ENGINES, Selections
 
 Record = Mapping[str, Any]
 
@@ -28,9 +29,13 @@ class FastSummary(PlainSummary):
 
     def __init__(self, rules: Rules, block_sizes: Sequence[int]) -> None:
         super().__init__(
-            top_k=rules.top_k, block_sizes=block_sizes, level=rules.level, offloaded=rules.tiers is not None
+            top_k=rules.top_k,
+            block_sizes=block_sizes,
+            level=rules.level,
+            offloaded=rules.tiers is not None,
+            kind=rules.selections,
         )
-        self._overlaps: FastOverlaps = FastOverlaps(with_tokens=rules.level == "full")
+        self._overlaps: FastOverlaps = FastOverlaps(rules.level == "full", rules.selections)
         self._chosen: Chosen | None = None  # of the record under way; None below level full
         self._by_offset = np.zeros(0, dtype=np.int64)  # [n]: positions n before their query
         self._by_tokens = np.zeros(0, dtype=np.int64)  # [n]: touched blocks of n positions
@@ -91,8 +96,8 @@ def _longer(counts: np.ndarray, length: int) -> np.ndarray:
 
 
 class FastOverlaps(Overlaps):
-    def __init__(self, with_tokens: bool) -> None:
-        super().__init__(with_tokens)
+    def __init__(self, with_tokens: bool, kind: Selections = ENGINES) -> None:
+        super().__init__(with_tokens, kind)
         self.selected = np.zeros(0, dtype=np.int32)  # of the record under way
         self._is_held = np.zeros(0, dtype=bool)  # scratch: by position; False between two calls
 

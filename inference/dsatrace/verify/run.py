@@ -128,7 +128,7 @@ def _verify(run: PlainRun, on_bytes: Callable[[int], object] | None, jobs: int, 
     sizes = [row["block_size_tokens"] for row in summary["blocks_touched"]] if summary else _BLOCK_SIZES
     said = summary.get("tiers") if summary else None
     steps = StepChecks(run, rules, requests, order, sizes, said["since_forward"] if said else 0)
-    if plain or not rules.selections.is_engines or not _has_numpy():
+    if plain or not rules.selections.is_plain or not _has_numpy():
         steps.check_plainly(on_bytes)
     else:
         steps.check_in_chunks(jobs, on_bytes)

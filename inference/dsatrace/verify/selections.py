@@ -92,6 +92,11 @@ class Selections:
         return self.door == "serve"
 
     @property
+    def is_plain(self) -> bool:
+        """Whether ids are token positions, and each layer has one set, as the engine's have."""
+        return self.unit == "token" and not self.is_slot and all(one.num_heads == 1 for one in self.sets)
+
+    @property
     def fields(self) -> tuple[Field, ...]:
         """The table of the run's records."""
         return record_fields(self.tells)

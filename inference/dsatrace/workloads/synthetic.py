@@ -11,9 +11,9 @@ what people ask. Chats may be real; the other two are always synthetic. Knows no
 no cache.
 
     conversations = qa_conversations(QaSettings(num_requests=100, num_contexts=5), seed=42)
-    logs = [workload_rows(name, formatter, num_requests=500) for name in WORKLOADS]
-    rows = interleave(logs)                                      # by arrival
-    rows = interleave(logs, ("qa", "qa", "chat_multi", "chat_single", "summarization"))
+    conversations = synthetic_conversations("qa", 100, seed=42)
+    rows = interleave([questions, chats])                        # rows of a RequestGenerator, by arrival
+    rows = interleave([questions, chats], ("qa", "qa", "chat_multi"))
 """
 
 from __future__ import annotations
@@ -27,21 +27,13 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from dsatrace.errors import UserError
-from dsatrace.workloads.chat_format import ChatTemplateFormatter
 from dsatrace.workloads.encoding import Message
-from dsatrace.workloads.request_generator import (
-    DEFAULT_ARRIVAL_RATE,
-    DEFAULT_SEED,
-    DEFAULT_TURN_DELAY_S,
-    RequestGenerator,
-)
 from dsatrace.workloads.ruler.texts import ADJECTIVES, NOUNS
 from dsatrace.workloads.sharegpt import Conversation
 from dsatrace.workloads.trace_rows import TraceRow
 
 CHAT_SINGLE, CHAT_MULTI, QA, SUMMARIZATION = "chat_single", "chat_multi", "qa", "summarization"
 WORKLOADS = (CHAT_SINGLE, CHAT_MULTI, QA, SUMMARIZATION)
-DEFAULT_NUM_REQUESTS = 1000
 
 INSTRUCTION = "Summarize the following document in one short paragraph. Keep names and order.\n\n"
 
@@ -209,34 +201,6 @@ def synthetic_conversations(workload: str, count: int, seed: int) -> list[Conver
     if workload == SUMMARIZATION:
         return summarization_conversations(SummarizationSettings(num_requests=count), seed)
     return chat_conversations(ChatSettings(num_conversations=count), seed)
-
-
-def workload_rows(
-    name: str,
-    formatter: ChatTemplateFormatter,
-    conversations: Sequence[Conversation] | None = None,
-    *,
-    num_requests: int = DEFAULT_NUM_REQUESTS,
-    arrival_rate: float = DEFAULT_ARRIVAL_RATE,
-    turn_delay: float = DEFAULT_TURN_DELAY_S,
-    seed: int = DEFAULT_SEED,
-) -> list[TraceRow]:
-    """The rows of one workload by arrival, labelled with its name.
-
-    They are made of `conversations`, else of `num_requests` synthetic ones (`chat_multi` has a
-    request per turn). Each workload draws other texts and arrivals from the same `seed`. In a
-    mix, give `chat_single` and `chat_multi` different conversations, or each hits what the
-    other has cached.
-    """
-    if name not in WORKLOADS:
-        raise UserError(f"unknown workload {name!r}; use one of {', '.join(WORKLOADS)}")
-    own_seed = seed + WORKLOADS.index(name) * 1_000_003  # otherwise all arrive at the same times
-    if conversations is None:
-        conversations = synthetic_conversations(name, num_requests, own_seed)
-    generator = RequestGenerator(conversations, arrival_rate, seed=own_seed, workload=name)
-    if name == CHAT_MULTI:
-        return generator.generate_multi_turn_traces(formatter, turn_delay)
-    return generator.generate_single_turn_traces(formatter)
 
 
 def interleave(

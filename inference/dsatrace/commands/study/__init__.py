@@ -15,7 +15,11 @@ VERBS = {
     "compare": Verb("dsatrace.commands.study.compare", "single-turn against multi-turn, same conversations"),
     "explain": Verb("dsatrace.commands.study.explain", "one trace under every definition of a hit rate"),
     "sweep": Verb("dsatrace.commands.study.sweep", "block sizes x capacities x policies x workloads"),
-    "mixed": Verb("dsatrace.commands.study.mixed", "several workloads in one cache, policy by policy"),
+    "mixed": Verb(
+        "dsatrace.commands.study.sweep", "several workloads in one cache, policy by policy", ("--together",)
+    ),
+    "report": Verb("dsatrace.commands.study.report", "tables and pictures of finished studies again"),
+    "three-turns": Verb("dsatrace.commands.study.three_turns", "one conversation of three turns by hand"),
 }
 
 

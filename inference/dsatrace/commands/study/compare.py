@@ -8,16 +8,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from dsatrace.commands.study import options
-from dsatrace.errors import exits_cleanly
+from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.study.compare import Comparison
 from dsatrace.study.output_folder import OutputFolder
 from dsatrace.study.run import Replayed
-from dsatrace.text import plain
+from dsatrace.study.sources import CHATS
 from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN
 
-MODES = (SINGLE_TURN, MULTI_TURN)
+if TYPE_CHECKING:
+    from dsatrace.report.grid import Grid
 
 
 @exits_cleanly
@@ -25,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Replays both traces, writes the results of each and their comparison; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
-    settings = options.settings_from_args(args)
+    options.caches(args)
+    if args.workloads and not set(CHATS) & set(args.workloads):
+        raise UserError(f"--workloads {args.workloads[0]} has one turn per conversation; compare chat_multi")
     path = options.output_path(args, "compare")
 
     from dsatrace.report.study_tables import compare_grids
@@ -35,41 +39,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dsatrace.workloads.trace_rows import write_trace_rows
 
     with options.open_client(args) as client:
-        requests = {mode: client.requests(mode) for mode in MODES}
-    with options.study_folder(path, "compare", argv, client, settings) as folder:
-        replayed = {mode: run_study(requests[mode], settings) for mode in MODES}
-        comparison = compare(replayed[SINGLE_TURN], replayed[MULTI_TURN])
-        for mode in MODES:
-            cache = write_results(folder, mode, replayed[mode])["cache"]
-            if client.has_text:
-                write_trace_rows(folder.file(f"{mode}_trace.jsonl"), client.rows(mode))
-        folder.write_json(args.output_file or "comparison.json", {"cache": cache, **comparison.record()})
-        if not args.skip_visualization:
-            draw_compared(folder, replayed, comparison)
-    options.say_what_was_read(client)
-    options.show(compare_grids(comparison, cache), args.markdown)
-    print(
-        f"files: {plain(path)}"
-        + ("; the traces hold text, only you can read them" if client.has_text else "")
-    )
+        requests = {mode: client.requests(mode) for mode in options.TURNS}
+    pools = options.caches(args, requests[MULTI_TURN])
+    grids: list[Grid] = []
+    with options.study_folder(path, "compare", argv, client, options.described(pools)) as folder:
+        for label, settings in pools.items():
+            part = folder.labelled(label)
+            replayed = {mode: run_study(requests[mode], settings) for mode in options.TURNS}
+            comparison = compare(replayed[SINGLE_TURN], replayed[MULTI_TURN])
+            for mode in options.TURNS:
+                cache = write_results(part, mode, replayed[mode])["cache"]
+            part.write_chosen(args.output_file, "comparison.json", {"cache": cache, **comparison.record()})
+            if not args.skip_visualization:
+                draw_compared(part, options.title_of(client, settings), replayed, comparison)
+            grids += compare_grids(comparison, cache)
+        for mode in options.TURNS if client.has_text else ():
+            write_trace_rows(folder.file(f"{mode}_trace.jsonl"), client.rows(mode))
+    options.show_of(client, grids, args.markdown)
+    options.say_where(path, client)
     return 0
 
 
-def draw_compared(folder: OutputFolder, replayed: Mapping[str, Replayed], comparison: Comparison) -> None:
+def draw_compared(
+    folder: OutputFolder, about: str, replayed: Mapping[str, Replayed], comparison: Comparison
+) -> None:
     """The three distributions with both traces in them, and the comparison."""
     from dsatrace.report import study_figures as figures
     from dsatrace.study.measure import block_counts, reuse_gaps, sharing_fractions
 
     fractions = {mode: sharing_fractions(each) for mode, each in replayed.items()}
-    figures.draw_sharing(folder.file("sharing_fraction_cdf.png"), fractions)
+    figures.draw_sharing(folder.file("sharing_fraction_cdf.png"), about, fractions)
     hits = {mode: block_counts(each).hits for mode, each in replayed.items()}
-    figures.draw_block_hits(folder.file("block_hit_distribution.png"), hits)
+    figures.draw_block_hits(folder.file("block_hit_distribution.png"), about, hits)
     gaps = {}
     for mode, each in replayed.items():
         gaps[f"{mode}, between accesses"] = reuse_gaps(each)
         gaps[f"{mode}, hit to hit"] = reuse_gaps(each, hits_only=True)
-    figures.draw_gaps(folder.file("reuse_gap_cdf.png"), gaps)
-    figures.draw_comparison(folder.file("comparison.png"), comparison)
+    figures.draw_gaps(folder.file("reuse_gap_cdf.png"), about, gaps)
+    figures.draw_comparison(folder.file("comparison.png"), about, comparison)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         %(prog)s --workload chat_multi --match-requests
         """,
     )
-    options.add_client_arguments(parser)
+    options.add_request_arguments(parser)
     parser.set_defaults(min_turns=2)
-    options.add_cache_arguments(parser)
+    options.add_pool_arguments(parser)
     options.add_output_arguments(parser, "the comparison")
     return parser

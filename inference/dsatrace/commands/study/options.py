@@ -1,6 +1,6 @@
-"""The flags that the study's verbs share, and what they stand for.
+"""The flags of the study's verbs, and what they stand for: requests, cache and output are the same in all.
 
-One table per settings dataclass; types, defaults and choices are the dataclass's own.
+Types, defaults and choices of a flag are those of its settings dataclass.
 """
 
 from __future__ import annotations
@@ -8,20 +8,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsatrace.commands.arguments import add_bad_rows_argument
-from dsatrace.commands.parser import CommandParser
+from dsatrace.commands.parser import CommandParser, count
 from dsatrace.commands.progress import records_counter
 from dsatrace.errors import UserError
 from dsatrace.flags import Flag, add_flags, values_of
 from dsatrace.study.output_folder import OutputFolder, check_output, open_study
 from dsatrace.study.prepare import ClientSettings
-from dsatrace.study.run import StudySettings
+from dsatrace.study.requests import StudyRequests
+from dsatrace.study.run import StudySettings, check_size
 from dsatrace.study.sources import Client, Source
+from dsatrace.study.spread import NUM_SEEDS
 from dsatrace.study.tokenization import open_vocabulary
 from dsatrace.text import plain
 from dsatrace.trace.manifest import redact_argv
@@ -33,115 +36,168 @@ if TYPE_CHECKING:
     from dsatrace.report.grid import Grid
 
 ALL = "all"
+BLOCK_SIZES = (16,)
 
 FILTER_FLAGS = {
     "max_tokens": Flag("drop conversations with a longer request, its answer included"),
-    "min_turns": Flag("drop conversations with fewer turns"),
+    "min_turns": Flag("drop chats with fewer turns"),
     "order": Flag("order of the requests"),
 }
 CONVERSATION_FLAGS = {
+    "num_requests": Flag("conversations of each seeded workload (default: as --max-conversations)"),
     "match_requests": Flag("lengthen the single-turn trace to as many requests as the multi-turn one"),
-    "arrival_rate": Flag("conversations per second"),
+    "arrival_rate": Flag("conversations per second; workloads that share a cache share it"),
     "use_poisson": Flag("equal gaps instead of Poisson arrivals", ("--fixed-arrivals",), negated=True),
     "turn_delay": Flag("seconds from turn to turn"),
-    "seed": Flag("seed of arrivals and generators"),
+    "seed": Flag("seed of arrivals, generators and the policy random"),
 }
 """They make requests of conversations, so a file of requests has no use for them. With `FILTER_FLAGS`
 all fields of `ClientSettings` but `max_conversations`, whose flag also takes `all`."""
 
-CONCURRENCY = Flag("requests in flight, which hold their blocks")
-
-CACHE_FLAGS = {
-    "block_size": Flag("tokens per block"),
-    "num_blocks": Flag("usable blocks: vLLM's number less one (default: never full)"),
-    "concurrency": CONCURRENCY,
+POOL_FLAGS = {
     "prefix_caching": Flag("share no block", ("--no-prefix-caching",), negated=True),
     "free_order": Flag("new: free partial blocks first, as vLLM does since PR 42656; old: by release"),
     "schedule": Flag("in_order: one request after the other; continuous: steps with preemption"),
-    "chunk_tokens": Flag("tokens of a prefill chunk"),
+    "chunk_tokens": Flag("tokens of a prefill chunk, if continuous"),
+    "recount_tokens": Flag("tokens of a chunk, for the hit rate that counts lookups before every chunk"),
     "decode": Flag("end requests with their prompt: answers are not cached", ("--no-decode",), negated=True),
     "host_blocks": Flag("blocks of a host pool that takes what is evicted (default: no host pool)"),
 }
-"""The fields of `StudySettings`: all of them."""
+"""What only vLLM's pool has. Block size, blocks and concurrency, the other fields of `StudySettings`, are
+flags of every verb."""
 
 
 def new_parser(verb: str, description: str, examples: str) -> argparse.ArgumentParser:
     return CommandParser(f"study {verb}", description, examples=examples, allow_abbrev=False)
 
 
-def add_client_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the requests come from, and which of them."""
-    add = parser.add_argument_group("requests (default: the embedded sample)").add_argument
-    add_file_arguments(add)
-    add("--workload", choices=WORKLOADS, help="a seeded generator of --max-conversations conversations")
-    limit = ClientSettings.max_conversations
-    add_max_conversations(add, None, f"conversations, or {ALL} (default: {limit}; of a trace file {ALL})")
-    add_flags(add, ClientSettings, FILTER_FLAGS)
-    add_flags(_none_by_default(add), ClientSettings, CONVERSATION_FLAGS)
-    add_reading_arguments(add)
-
-
-def add_file_arguments(add: Callable[..., argparse.Action], more_traces: str = "") -> None:
-    """The two kinds of file; `more_traces` names what else --trace-file takes."""
+def add_request_arguments(
+    parser: argparse.ArgumentParser, default: str = "the embedded sample", modes: Sequence[str] = ()
+) -> None:
+    """Where the requests come from, and which of them. `modes` are the choices of --mode, if it has any."""
+    add = parser.add_argument_group(f"requests (default: {default})").add_argument
     add("--data-path", type=Path, metavar="FILE", help="ShareGPT conversations, JSON or JSON lines")
     add(
         "--trace-file",
         type=Path,
         metavar="FILE",
-        help=f"requests as text, token ids or block ids (Mooncake, Bailian){more_traces}",
+        help="requests as text, token ids or block ids (Mooncake, Bailian), or the folder of a study run "
+        "with --write-accesses",
     )
-
-
-def add_max_conversations(add: Callable[..., argparse.Action], default: int | None, text: str) -> None:
-    add("--max-conversations", type=_count_or_all, metavar="N", default=default, help=text)
-
-
-def add_reading_arguments(add: Callable[..., argparse.Action]) -> None:
-    """How files are read."""
+    add(
+        "--workloads",
+        "--workload",
+        nargs="+",
+        choices=WORKLOADS,
+        metavar="NAME",
+        help=f"{', '.join(WORKLOADS)}: chats of --data-path if it is given, else seeded generators",
+    )
+    add(
+        "--pattern",
+        nargs="+",
+        metavar="NAME",
+        help="interleave the workloads in rounds of these names, each at least once (default: by arrival)",
+    )
+    add(
+        "--rates",
+        nargs="+",
+        metavar="NAME=NUMBER",
+        help="conversations per second of workloads by name (default: an equal share of --arrival-rate)",
+    )
+    add(
+        "--max-conversations",
+        type=_count_or_all,
+        metavar="N",
+        help=f"conversations, or {ALL} (default: {ClientSettings.max_conversations}; of a trace file {ALL})",
+    )
+    add_flags(add, ClientSettings, FILTER_FLAGS)
+    add_flags(_none_by_default(add), ClientSettings, CONVERSATION_FLAGS)
+    if modes:
+        add("--mode", choices=modes, help="first turns or all turns (default: as the workload says, or all)")
     add("--tokenizer", "--model", type=Path, help="tokenizer.json or its folder (default: a token per word)")
     add_bad_rows_argument(add)
 
 
-def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser.add_argument_group("cache").add_argument, StudySettings, CACHE_FLAGS)
+TURNS = (SINGLE_TURN, MULTI_TURN)
 
 
-def add_mode_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--mode",
-        choices=(SINGLE_TURN, MULTI_TURN),
-        default=MULTI_TURN,
-        help="which trace of the conversations; a trace file is taken whole",
+def add_cache_arguments(
+    parser: argparse.ArgumentParser,
+    block_sizes: Sequence[int] = BLOCK_SIZES,
+    num_blocks: Sequence[int] | None = None,
+) -> Callable[..., argparse.Action]:
+    """The cache's sizes and its concurrency; returns the group's `add_argument`, for more of it."""
+    add = parser.add_argument_group("cache").add_argument
+    sizes = " ".join(map(str, block_sizes))
+    add(
+        "--block-size",
+        "--block-sizes",
+        nargs="+",
+        type=int,
+        metavar="TOKENS",
+        help=f"tokens per block (default: {sizes}, or a trace's own)",
     )
+    blocks = "never full" if num_blocks is None else " ".join(map(str, num_blocks))
+    add(
+        "--num-blocks",
+        "--capacities",
+        nargs="+",
+        type=int,
+        metavar="BLOCKS",
+        help=f"usable blocks: vLLM's number less one (default: {blocks})",
+    )
+    add_flags(add, StudySettings, {"concurrency": Flag("requests in flight, which hold their blocks")})
+    return add
+
+
+def add_pool_arguments(parser: argparse.ArgumentParser) -> None:
+    """All of `StudySettings`."""
+    add_flags(add_cache_arguments(parser), StudySettings, POOL_FLAGS)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, file_help: str, *, pictures: bool = True) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--output-dir", type=Path, help="new or empty folder (default: outputs/study_<verb>_<time>)")
-    add("--output-file", help=f"name of {file_help}, inside the folder")
+    add("--output-file", help=f"name of {file_help} in the folder, or the path of a copy")
     if pictures:
-        add_skip_visualization(add)
+        add("--skip-visualization", action="store_true", help="no pictures")
     add("--markdown", action="store_true", help="print tables as markdown, to paste into a report")
 
 
-def add_skip_visualization(add: Callable[..., argparse.Action]) -> None:
-    add("--skip-visualization", action="store_true", help="no pictures")
+def sizes_of(args: argparse.Namespace, default: Sequence[int], own: int = 1) -> tuple[int, ...]:
+    """Block sizes; by default a trace that was recorded in blocks of `own` tokens is replayed in them."""
+    sizes = args.block_size or ((own,) if own > 1 else default)
+    return _each_once("--block-size", sizes)
 
 
-def settings_from_args(args: argparse.Namespace) -> StudySettings:
-    """Raises a `UserError` for a bad value."""
-    return StudySettings(**values_of(args, CACHE_FLAGS))
+def capacities_of(args: argparse.Namespace, default: Sequence[int]) -> tuple[int, ...]:
+    """Usable blocks of each cache, ascending."""
+    return _each_once("--num-blocks", sorted(args.num_blocks or default))
 
 
-def given_limit(value: int | str | None) -> int | None:
-    """What --max-conversations stands for: None for all."""
-    return None if value in (ALL, None) else int(value)
+def caches(args: argparse.Namespace, requests: StudyRequests | None = None) -> dict[str, StudySettings]:
+    """The pools that the flags describe, by a label that is empty if there is one. Raises `UserError`."""
+    sizes = sizes_of(args, BLOCK_SIZES, 1 if requests is None else requests.tokens_per_id)
+    blocks: Sequence[int | None] = capacities_of(args, ()) or (None,)
+    rest = values_of(args, POOL_FLAGS)
+    return {
+        "_".join(
+            [f"block{size}"] * (len(sizes) > 1) + [f"cache{num_blocks}"] * (len(blocks) > 1)
+        ): StudySettings(size, num_blocks, args.concurrency, **rest)
+        for size, num_blocks in itertools.product(sizes, blocks)
+    }
 
 
 @contextlib.contextmanager
-def open_client(args: argparse.Namespace) -> Iterator[Client]:
-    """The reader of the source that the flags name, with progress if a person watches."""
-    source = Source(args.data_path, args.trace_file, args.workload)
+def open_client(args: argparse.Namespace, workloads: Sequence[str] = ()) -> Iterator[Client]:
+    """The reader of the source that the flags name, with progress if a person watches.
+
+    `workloads` are those of a verb that does not take the embedded sample by default.
+    """
+    named = args.workloads or (workloads if args.trace_file is None else ())
+    pattern = None if args.pattern is None else tuple(args.pattern)
+    rates = numbers_by_name("--rates", args.rates or ())
+    source = Source(args.data_path, args.trace_file, tuple(named), pattern, rates)
     settings = _client_settings(args)
     with records_counter("tokenize requests") as advance:
         done = 0
@@ -154,6 +210,23 @@ def open_client(args: argparse.Namespace) -> Iterator[Client]:
         yield Client(source, settings, open_vocabulary(args.tokenizer), BadRows(args.bad_rows), progress)
 
 
+def add_seeds_argument(add: Callable[..., argparse.Action]) -> None:
+    add(
+        "--seeds",
+        type=count,
+        metavar="N",
+        help=f"seeds, from --seed on, to draw seeded workloads with: for intervals (default: {NUM_SEEDS})",
+    )
+
+
+def seeds_of(args: argparse.Namespace, client: Client) -> list[int]:
+    """One for what no generator makes."""
+    if args.seeds is not None and not client.source.is_seeded:
+        raise UserError("--seeds draws seeded workloads again; this source has one set of requests")
+    number = (args.seeds or NUM_SEEDS) if client.source.is_seeded else 1
+    return list(range(client.settings.seed, client.settings.seed + number))
+
+
 def output_path(args: argparse.Namespace, verb: str) -> Path:
     """The study's folder; raises a `UserError` if it holds anything."""
     path = args.output_dir or Path("outputs") / f"study_{verb}_{time.strftime('%Y%m%d_%H%M%S')}"
@@ -162,13 +235,26 @@ def output_path(args: argparse.Namespace, verb: str) -> Path:
 
 
 def study_folder(
-    path: Path, verb: str, argv: Iterable[str], client: Client, settings: StudySettings | None
+    path: Path, verb: str, argv: Iterable[str], client: Client, settings: dict[str, Any]
 ) -> contextlib.AbstractContextManager[OutputFolder]:
-    """The folder with its manifest: command line, source and settings."""
-    manifest: dict[str, Any] = {"study": verb, "argv": redact_argv(argv), **client.describe()}
-    if settings is not None:
-        manifest["cache"] = dataclasses.asdict(settings)
-    return open_study(path, manifest)
+    """The folder with its manifest: command line, source and the verb's own settings."""
+    about = {"study": verb, "argv": ["dsatrace", "study", verb, *redact_argv(argv)], **client.describe()}
+    return open_study(path, about | settings)
+
+
+def described(pools: Mapping[str, StudySettings]) -> dict[str, Any]:
+    """For the manifest: one cache, or all by their labels."""
+    records = {label: dataclasses.asdict(settings) for label, settings in pools.items()}
+    return {"cache": records[""]} if "" in records else {"caches": records}
+
+
+def show_of(client: Client, grids: Iterable[Grid], as_markdown: bool) -> None:
+    """Prints what was read, and the tables with their notes."""
+    from dsatrace.report.study_tables import noted
+
+    say_what_was_read(client)
+    manifest = {"tokenizer": client.vocabulary.label, "times": client.times}
+    show(noted(grids, manifest), as_markdown)
 
 
 def show(grids: Iterable[Grid], as_markdown: bool) -> None:
@@ -183,28 +269,53 @@ def show(grids: Iterable[Grid], as_markdown: bool) -> None:
         show_in_terminal(grids, WIDE)
 
 
+def title_of(client: Client, settings: StudySettings) -> str:
+    """What a picture is of: workload, source, cache, tokenizer."""
+    from dsatrace.report.study_tables import cache_text, notes_of
+
+    cache = cache_text(dataclasses.asdict(settings))
+    notes = notes_of({"tokenizer": client.vocabulary.label, "times": client.times})
+    return f"{client.source.text()}\n{'; '.join([cache, *notes])}"
+
+
 def say_what_was_read(client: Client) -> None:
     """Source, vocabulary, and what was dropped: nothing is left out silently."""
-    source = client.source.describe()
-    print(f"source: {source['kind']} {plain(source.get('path') or source.get('workload'))}")
+    print("source:", plain(client.source.text()))
     print(f"tokenizer: {plain(client.vocabulary.label['name'])}")
-    for what, count in client.counts.items():
-        print(f"{what}: {count:,}")
+    for what, number in client.counts.items():
+        print(f"{what}: {number:,}")
     if client.bad_rows.counts:
         print(plain(client.bad_rows.text()))
 
 
+def say_where(path: Path, client: Client) -> None:
+    text = "; the traces hold text, only you can read them" if client.has_text else ""
+    print(f"files: {plain(path)}{text}")
+
+
 def _client_settings(args: argparse.Namespace) -> ClientSettings:
     given = [name for name, flag in CONVERSATION_FLAGS.items() if getattr(args, flag.dest(name)) is not None]
-    limit = given_limit(args.max_conversations)
-    if args.trace_file is not None and given:
-        flag = CONVERSATION_FLAGS[given[0]].option_strings(given[0])[0]
-        raise UserError(f"{flag} makes a trace of conversations; a trace file has its own requests and times")
-    if args.trace_file is None and args.max_conversations is None:
+    limit = args.max_conversations
+    if args.trace_file is not None:
+        useless = [name for name in given if not (name == "seed" and hasattr(args, "policies"))]
+        if useless:
+            flag = CONVERSATION_FLAGS[useless[0]].option_strings(useless[0])[0]
+            raise UserError(
+                f"{flag} makes a trace of conversations; a trace file has its own requests and times"
+            )
+    elif limit is None:
         limit = ClientSettings.max_conversations
     values = values_of(args, FILTER_FLAGS)
     values |= values_of(args, {name: CONVERSATION_FLAGS[name] for name in given})
-    return ClientSettings(max_conversations=limit, **values)
+    return ClientSettings(max_conversations=None if limit == ALL else limit, **values)
+
+
+def _each_once(flag: str, values: Sequence[int]) -> tuple[int, ...]:
+    if len(set(values)) != len(values):
+        raise UserError(f"{flag}: name each number once: {', '.join(map(str, values))}")
+    for value in values:
+        check_size(flag, value)
+    return tuple(values)
 
 
 def _none_by_default(add: Callable[..., argparse.Action]) -> Callable[..., argparse.Action]:
@@ -217,6 +328,20 @@ def _none_by_default(add: Callable[..., argparse.Action]) -> Callable[..., argpa
         return add(*names, default=None, **options)
 
     return add_flag
+
+
+def numbers_by_name(flag: str, pairs: Sequence[str]) -> dict[str, float]:
+    """What `NAME=NUMBER ...` says. Raises a `UserError` that names the flag."""
+    numbers = {}
+    for pair in pairs:
+        name, equals, number = pair.rpartition("=")
+        try:
+            numbers[name] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or numbers[name] != numbers[name]:
+            raise UserError(f"{flag} {pair!r}: write a workload and a number, such as qa=2")
+    return numbers
 
 
 def _count_or_all(text: str) -> int | str:

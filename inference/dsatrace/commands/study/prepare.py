@@ -14,7 +14,7 @@ from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.study.output_folder import OutputFolder
 from dsatrace.study.sources import Client
 from dsatrace.text import plain
-from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN, write_trace_rows
+from dsatrace.workloads.trace_rows import MULTI_TURN, write_trace_rows
 
 BOTH = "both"
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes the traces; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
-    modes = [SINGLE_TURN, MULTI_TURN] if args.mode == BOTH else [args.mode]
+    modes = list(options.TURNS) if args.mode in (None, BOTH) else [args.mode]
     if args.output_file and len(modes) > 1:
         raise UserError("--output-file names one trace; choose it with --mode single_turn or multi_turn")
     if args.trace_file is not None and args.hash_ids is None:
@@ -32,11 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = options.output_path(args, "prepare")
     with options.open_client(args) as client:
         if client.has_text:
-            client.prepared()
+            client.rows(modes[0])
         else:
-            client.requests(MULTI_TURN)
+            client.requests()
             modes = [MULTI_TURN]
-        with options.study_folder(path, "prepare", argv, client, None) as folder:
+        with options.study_folder(path, "prepare", argv, client, {}) as folder:
             options.say_what_was_read(client)
             for mode in modes:
                 _write(folder, client, mode, args)
@@ -67,11 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         %(prog)s --workload qa --max-conversations 100
         """,
     )
-    options.add_client_arguments(parser)
+    options.add_request_arguments(parser, modes=(BOTH, *options.TURNS))
     options.add_output_arguments(parser, "the trace, with --mode", pictures=False)
-    parser.add_argument(
-        "--mode", choices=(BOTH, SINGLE_TURN, MULTI_TURN), default=BOTH, help="traces to make"
-    )
     parser.add_argument(
         "--hash-ids", choices=("mooncake", "bailian"), help="write block ids too: what can be published"
     )

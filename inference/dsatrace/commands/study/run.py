@@ -8,15 +8,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from dsatrace.commands.study import options
-from dsatrace.errors import exits_cleanly
+from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.study.output_folder import OutputFolder, file_labels
 from dsatrace.study.run import Replayed
-from dsatrace.text import plain
-from dsatrace.workloads.trace_rows import MULTI_TURN
+from dsatrace.study.sources import Client
 
 MAX_WORKLOAD_PICTURES = 12
+
+
+if TYPE_CHECKING:
+    from dsatrace.report.grid import Grid
 
 
 @exits_cleanly
@@ -24,11 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Replays the trace, writes statistics, rows and pictures; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
-    settings = options.settings_from_args(args)
+    options.caches(args)
     path = options.output_path(args, "run")
 
     from dsatrace.report.study_tables import engine_grid, run_grids
-    from dsatrace.study.accesses import ACCESSES_FILE, REQUESTS_FILE, Accesses, write_accesses
+    from dsatrace.study.accesses import ACCESSES_FILE, REQUESTS_FILE, write_accesses
     from dsatrace.study.engine_check import through_the_engine
     from dsatrace.study.results import write_results
     from dsatrace.study.run import run_study
@@ -36,56 +40,71 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dsatrace.workloads.trace_rows import write_trace_rows
 
     with options.open_client(args) as client:
-        requests = client.requests(args.mode if client.has_text else MULTI_TURN)
-    name = trace_name(requests)
-    with options.study_folder(path, "run", argv, client, settings) as folder:
-        replayed = run_study(requests, settings)
-        statistics = write_results(folder, name, replayed, args.output_file)
-        check = through_the_engine(replayed) if args.runner == "engine" else None
-        if check is not None:
-            folder.write_json("engine_stats.json", check.to_json())
+        requests = client.requests(args.mode)
+    seeds = options.seeds_of(args, client)
+    name, pools = trace_name(requests), options.caches(args, requests)
+    grids: list[Grid] = []
+    if args.write_accesses and len({settings.block_size for settings in pools.values()}) > 1:
+        raise UserError("--write-accesses writes blocks of one size; give one --block-size")
+    with options.study_folder(path, "run", argv, client, options.described(pools)) as folder:
+        for label, settings in pools.items():
+            part = folder.labelled(label)
+            replayed = run_study(requests, settings)
+            intervals = _intervals(args, client, seeds, replayed)
+            grids += run_grids(name, write_results(part, name, replayed, args.output_file, intervals))
+            if args.runner == "engine":
+                check = through_the_engine(replayed)
+                part.write_json("engine_stats.json", check.to_json())
+                grids.append(engine_grid(check))
+            if not args.skip_visualization:
+                draw_run(part, replayed, name, client)
         if client.has_text:
-            trace_file = folder.file(f"{name}_trace.jsonl")
-            write_trace_rows(trace_file, client.rows(args.mode))
+            write_trace_rows(folder.file(f"{name}_trace.jsonl"), client.rows(args.mode))
         if args.write_accesses:
             folder.reserve(REQUESTS_FILE, ACCESSES_FILE)
-            write_accesses(folder.path, Accesses.of(requests, replayed.trace))
-        if not args.skip_visualization:
-            draw_run(folder, replayed, name)
-    options.say_what_was_read(client)
-    options.show(run_grids(name, statistics), args.markdown)
-    if check is not None:
-        options.show([engine_grid(check)], args.markdown)
-    print(
-        f"files: {plain(path)}"
-        + (f"; {plain(trace_file.name)} holds text, only you can read it" if client.has_text else "")
-    )
+            write_accesses(folder.path, requests, replayed.trace)
+    options.show_of(client, grids, args.markdown)
+    options.say_where(path, client)
     return 0
 
 
-def draw_run(folder: OutputFolder, replayed: Replayed, name: str) -> None:
+def _intervals(
+    args: argparse.Namespace, client: Client, seeds: Sequence[int], replayed: Replayed
+) -> dict[str, Any]:
+    """Of the metrics, over the seeds of a seeded source, else over the trace's conversations."""
+    from dsatrace.study.measure import measure
+    from dsatrace.study.run import run_study
+    from dsatrace.study.spread import over_conversations, over_seeds
+
+    if not client.source.is_seeded:
+        return {"over": "conversations", "metrics": over_conversations(replayed)}
+    others = (client.reseeded(seed).requests(args.mode) for seed in seeds[1:])
+    values = [measure(replayed), *(measure(run_study(each, replayed.settings)) for each in others)]
+    return {"over": "seeds", "seeds": list(seeds), "metrics": over_seeds(values)}
+
+
+def draw_run(folder: OutputFolder, replayed: Replayed, name: str, client: Client) -> None:
     """The three distributions, over all requests and over those of each workload."""
     from dsatrace.report import study_figures as figures
     from dsatrace.study.measure import block_counts, of_workload, reuse_gaps, sharing_fractions, workloads_in
 
-    figures.draw_sharing(folder.file("sharing_fraction_cdf.png"), {name: sharing_fractions(replayed)})
-    figures.draw_block_hits(folder.file("block_hit_distribution.png"), {name: block_counts(replayed).hits})
+    about = options.title_of(client, replayed.settings)
+    fractions, hits = {name: sharing_fractions(replayed)}, {name: block_counts(replayed).hits}
+    figures.draw_sharing(folder.file("sharing_fraction_cdf.png"), about, fractions)
+    figures.draw_block_hits(folder.file("block_hit_distribution.png"), about, hits)
     gaps = {"between accesses": reuse_gaps(replayed), "hit to hit": reuse_gaps(replayed, hits_only=True)}
-    figures.draw_gaps(folder.file("reuse_gap_cdf.png"), gaps)
+    figures.draw_gaps(folder.file("reuse_gap_cdf.png"), about, gaps)
     workloads = workloads_in(replayed)
     labels = file_labels([workload or name for workload in workloads])
     for workload in _drawn(workloads):
         chosen, shown = of_workload(replayed, workload), workload or name
         label = labels[shown]
-        figures.draw_sharing(
-            folder.file(f"reuse_fraction_cdf_{label}.png"), {shown: sharing_fractions(replayed, chosen)}
-        )
-        figures.draw_block_hits_cdf(
-            folder.file(f"block_hits_cdf_{label}.png"), {shown: block_counts(replayed, chosen).hits}
-        )
-        figures.draw_gaps(
-            folder.file(f"block_reuse_gaps_cdf_{label}.png"), {shown: reuse_gaps(replayed, chosen)}
-        )
+        fractions = {shown: sharing_fractions(replayed, chosen)}
+        hits = {shown: block_counts(replayed, chosen).hits}
+        gaps = {shown: reuse_gaps(replayed, chosen)}
+        figures.draw_sharing(folder.file(f"reuse_fraction_cdf_{label}.png"), about, fractions)
+        figures.draw_block_hits_cdf(folder.file(f"block_hits_cdf_{label}.png"), about, hits)
+        figures.draw_gaps(folder.file(f"block_reuse_gaps_cdf_{label}.png"), about, gaps)
 
 
 def _drawn(workloads: Sequence[str]) -> Iterable[str]:
@@ -107,10 +126,10 @@ def _parser() -> argparse.ArgumentParser:
         %(prog)s --data-path chats.json --tokenizer converted --output-dir outputs/chats
         """,
     )
-    options.add_client_arguments(parser)
-    options.add_cache_arguments(parser)
+    options.add_request_arguments(parser, modes=options.TURNS)
+    options.add_pool_arguments(parser)
+    options.add_seeds_argument(parser.add_argument)
     options.add_output_arguments(parser, "the statistics")
-    options.add_mode_argument(parser)
     parser.add_argument(
         "--runner",
         choices=("replay", "engine"),

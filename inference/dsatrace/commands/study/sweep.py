@@ -1,167 +1,286 @@
 """`dsatrace study sweep`: block sizes x capacities x policies x workloads, each workload alone in the cache.
 
+`dsatrace study mixed` is the same with all workloads in one cache (`--together`).
+
 dsatrace study sweep --workloads qa chat_multi --output-dir outputs/sweep
-dsatrace study sweep --trace-file conversation_trace.jsonl --capacities 1000 5000 --output-dir outputs/conv
+dsatrace study mixed --pattern qa qa chat_multi chat_single summarization --output-dir outputs/rounds
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
-from dsatrace.commands.parser import CommandParser
-from dsatrace.commands.study import sweep_options as shared
+from dsatrace.commands.parser import count
+from dsatrace.commands.progress import counted_bar
+from dsatrace.commands.study import options
 from dsatrace.errors import UserError, exits_cleanly
-from dsatrace.study.output_folder import OutputFolder, check_output, file_labels, open_study
+from dsatrace.flags import Flag, add_flags
+from dsatrace.kv.policies.registry import POLICIES
+from dsatrace.kv.simulation.block_trace import BlockTrace
+from dsatrace.study.output_folder import OutputFolder
+from dsatrace.study.profile import (
+    NEED_PROFILE,
+    WARM_UP_SHARE,
+    Profile,
+    learned_profile,
+    params_of,
+    profile_record,
+    read_profile,
+)
+from dsatrace.study.requests import StudyRequests, block_trace
+from dsatrace.study.run import check_size
+from dsatrace.study.sources import Client
+from dsatrace.study.spread import Kind, pooled, with_intervals
 from dsatrace.study.sweep import (
-    BLOCK_SIZES,
     BY_WORKLOAD,
-    CAPACITIES,
+    Form,
     Inputs,
     SweepSettings,
+    num_cores,
+    num_jobs,
     policy_runs,
-    single_workload_policies,
     sweep,
 )
-from dsatrace.study.sweep_cells import OPT, Cell
-from dsatrace.study.sweep_inputs import RequestLog, read_log, seeded_logs, split_by_workload
-from dsatrace.study.tokenization import NamedVocabulary, open_vocabulary
-from dsatrace.workloads.rows import BadRows
+from dsatrace.study.sweep_cells import OVERALL, SEMANTICS, Cell, num_repeated_outputs
+from dsatrace.text import plain
 from dsatrace.workloads.synthetic import WORKLOADS
+
+ACCESSES_PER_WORKER = 10_000_000
+"""Starting a worker takes as long as replaying this many block accesses."""
+TOGETHER = "--together"
+
+
+class _Verb(NamedTuple):
+    """What is different if workloads share a cache: the defaults, and the files' name."""
+
+    name: str
+    block_sizes: tuple[int, ...]
+    capacities: tuple[int, ...]
+    policies: tuple[str, ...]
+    forms: tuple[Form, ...]
+
+
+_ALONE = tuple(name for name in POLICIES if name not in BY_WORKLOAD)
+ALONE = _Verb("sweep", (16, 32, 64), (64, 128, 256, 512), _ALONE, ("leaf",))
+_MIXED = (*(name for name in POLICIES if name != "priority"), "admit-lru")
+MIXED = _Verb("mixed", (16,), (256,), _MIXED, ("leaf", "flat"))
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the sweep, prints its tables and writes the folder; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(argv)
-    settings = _settings(args)
-    shared.check_flags(args)
-    check_output(args.output_dir)
-    vocabulary = open_vocabulary(args.tokenizer)
-    about = shared.manifest(args, argv, "sweep", vocabulary)
-    with open_study(args.output_dir, about) as folder:
-        bad_rows = BadRows(args.bad_rows)
-        with shared.cells_bar("sweep") as on_done:
-            logs, dropped = _logs(args, vocabulary, bad_rows)
-            inputs = {
-                (log.name, size): log.at(size, args.concurrency)
-                for log in logs
-                for size in _block_sizes(args, log)
-            }
-            num_accesses = sum(given.stream.num_accesses for given in inputs.values())
-            workers = shared.workers_for(args, num_accesses * len(settings.runs) * len(settings.capacities))
-            cells = sweep(inputs, settings, workers, on_done)
-        record = {
-            "traces": _described(logs, inputs),
-            "conversations": dropped,
-            "bad_rows": bad_rows.summary(),
-            "workers": workers,
-        }
-        shared.write_cells(folder, "sweep", cells, about | record)
-        if not args.skip_visualization:
-            _draw(folder, cells)
+    verb = MIXED if TOGETHER in argv else ALONE
+    args = _parser(verb).parse_args(argv)
+    capacities = options.capacities_of(args, verb.capacities)
+    check_size("--concurrency", args.concurrency)
+    policies = _policies(args, verb)
+    priorities = None if args.priorities is None else options.numbers_by_name("--priorities", args.priorities)
+    given_profile = None if args.profile is None else read_profile(args.profile)
+    path = options.output_path(args, verb.name)
 
-        from dsatrace.report.study_tables import sweep_grids
+    admit = None if args.admit is None else [n for part in args.admit for n in part.split(",") if n]
 
-        notes = [f"{log.name}: {log.origin}" for log in logs]
-        shared.show_cells(sweep_grids(cells), notes, vocabulary, folder)
+    def settings_for(inputs: Inputs, seed: int) -> tuple[SweepSettings, Profile | None, str]:
+        profile, since_s, how = _profile(args, inputs, given_profile, policies, admit)
+        params = params_of(policies, profile, since_s, admit=admit, priorities=priorities, seed=seed)
+        runs = policy_runs(policies, args.forms, params)
+        by_conversation = not client.source.is_seeded
+        settings = SweepSettings(capacities, runs, args.oversize, args.concurrency, by_conversation)
+        return settings, profile, how
+
+    with options.open_client(args, WORKLOADS) as client:
+        seeds = options.seeds_of(args, client)
+        traces, inputs = _inputs(args, verb, client)
+    settings, profile, how = settings_for(inputs, seeds[0])
+    workers = _workers(args.workers, inputs, settings)
+    kind: Kind = "seeds" if client.source.is_seeded else "conversations"
+    about = {
+        "settings": dataclasses.asdict(settings),
+        "semantics": SEMANTICS,
+        "intervals": {"over": kind, "seeds": seeds},
+    }
+    with options.study_folder(path, verb.name, [a for a in argv if a != TOGETHER], client, about) as folder:
+        of_seeds = []
+        with counted_bar(verb.name, num_jobs(inputs, settings) * len(seeds), "replays") as advance:
+            of_seeds.append(sweep(inputs, settings, workers, lambda: advance(1)))
+            for seed in seeds[1:]:
+                _, others = _inputs(args, verb, client.reseeded(seed))
+                of_seeds.append(sweep(others, settings_for(others, seed)[0], workers, lambda: advance(1)))
+        cells = with_intervals(pooled(of_seeds), kind)
+        record = client.describe() | about | {"traces": _described(traces, inputs, client)}
+        if args.together:
+            record["profile"] = {"from": how, "workloads": profile_record(profile or {})}
+        _write(folder, verb, args, cells, record | {"workers": workers})
+        if profile is not None:
+            folder.write_json("profile.json", profile_record(profile))
+
+    from dsatrace.report.study_tables import mixed_grids, sweep_grids
+
+    options.show_of(client, (mixed_grids if args.together else sweep_grids)(cells), args.markdown)
+    if args.together:
+        print(f"profile of the workloads: {plain(how)}")
+    of = f"{len(seeds)} seeds" if kind == "seeds" else "conversations, bootstrapped"
+    print(f"intervals: 95 %, over {of}; counts are of all of them")
+    print(f"files: {plain(path)}")
     return 0
 
 
-def _settings(args: argparse.Namespace) -> SweepSettings:
-    by_workload = sorted(set(args.policies) & set(BY_WORKLOAD))
-    if by_workload:
+def _write(
+    folder: OutputFolder, verb: _Verb, args: argparse.Namespace, cells: Sequence[Cell], record: dict[str, Any]
+) -> None:
+    """The cells as CSV and, with the record, as JSON; the pictures."""
+    rows = [cell.row() for cell in cells]
+    folder.write_chosen(args.output_file, f"{verb.name}.json", record | {"cells": rows})
+    folder.write_csv(f"{verb.name}.csv", list(rows[0]), (list(row.values()) for row in rows))
+    if not args.skip_visualization:
+        from dsatrace.report.study_figures import draw_all_capacities, draw_all_mixed
+
+        list((draw_all_mixed if args.together else draw_all_capacities)(folder, cells))
+
+
+def _inputs(
+    args: argparse.Namespace, verb: _Verb, client: Client
+) -> tuple[dict[str, StudyRequests], dict[tuple[str, int], BlockTrace]]:
+    """The requests by the name of their trace, and their blocks at each size."""
+    traces = {OVERALL: client.requests()} if args.together else client.each()
+    if args.together:
+        _check_is_mixed(traces[OVERALL], client)
+    return traces, {
+        (name, size): block_trace(requests, size)
+        for name, requests in traces.items()
+        for size in options.sizes_of(args, verb.block_sizes, requests.tokens_per_id)
+    }
+
+
+def _policies(args: argparse.Namespace, verb: _Verb) -> list[str]:
+    """Those of the flag or the verb's, `priority` only with priorities."""
+    by_workload = sorted(set(args.policies or ()) & set(BY_WORKLOAD))
+    if by_workload and not args.together:
         raise UserError(
             f"policy {by_workload[0]} tells workloads apart, and here each has the cache for itself; "
             "use `dsatrace study mixed`"
         )
-    runs = policy_runs(args.policies, args.forms, {"random": {"seed": args.seed}})
-    return SweepSettings(tuple(sorted(args.capacities)), runs, args.oversize, args.concurrency)
+    with_priority = ["priority"] if args.together and args.priorities is not None else []
+    return list(args.policies or [*verb.policies, *with_priority])
 
 
-def _logs(
-    args: argparse.Namespace, vocabulary: NamedVocabulary, bad_rows: BadRows
-) -> tuple[list[RequestLog], dict[str, dict[str, int]]]:
-    if args.trace_file is not None:
-        logs = split_by_workload(read_log(args.trace_file, vocabulary, bad_rows))
-    else:
-        names = args.workloads or WORKLOADS
-        if len(set(names)) != len(names):
-            raise UserError(f"name each workload once: {', '.join(names)}")
-        real = shared.conversations(args, bad_rows)
-        logs = seeded_logs(names, shared.seeded_settings(args), vocabulary, real, str(args.data_path))
-    pairs = [shared.filtered(log, args) for log in logs]
-    return [log for log, _ in pairs], {log.name: counts for log, counts in pairs}
+def _check_is_mixed(requests: StudyRequests, client: Client) -> None:
+    if len(set(requests.workload.tolist())) > 1:
+        return
+    if client.source.trace_file is not None:
+        path = client.source.trace_file
+        raise UserError(f"{path}: all requests are of one workload; use `dsatrace study sweep`")
+    raise UserError(
+        f"a mix needs two different workloads or more, each once: {', '.join(client.source.workloads)}"
+    )
 
 
-def _block_sizes(args: argparse.Namespace, log: RequestLog) -> Sequence[int]:
-    """By default a log that was recorded in blocks is swept at their size alone."""
-    sizes = args.block_sizes or ((log.block_size,) if log.block_size else BLOCK_SIZES)
-    if len(set(sizes)) != len(sizes):
-        raise UserError(f"name each block size once: {', '.join(map(str, sizes))}")
-    return tuple(sizes)
+def _profile(
+    args: argparse.Namespace,
+    inputs: Inputs,
+    given: Profile | None,
+    policies: Sequence[str],
+    admit: Sequence[str] | None,
+) -> tuple[Profile | None, float, str]:
+    """The profile for the workload-aware policies, the time from which it is known, and its origin."""
+    trace = next(iter(inputs.values()))
+    names = trace.workload_names
+    if given is not None:
+        missing = set(names) - set(given)
+        if missing:
+            raise UserError(f"{args.profile}: lacks {', '.join(sorted(missing))}; profile every workload")
+        return {name: given[name] for name in names}, 0.0, f"the file {args.profile}"
+    needed = set(policies) & set(NEED_PROFILE) - (set() if admit is None else {"wa-lru", "admit-lru"})
+    if not needed:
+        return None, 0.0, "none needed" if admit is None else f"none needed; admitted: {', '.join(admit)}"
+    profile, since_s = learned_profile(trace, args.warm_up)
+    num_first = round(args.warm_up * trace.num_requests)
+    how = f"learned from the first {num_first:,} requests, until which the policies that need it are lru"
+    return profile, since_s, how
 
 
-def _described(logs: Sequence[RequestLog], inputs: Inputs) -> list[dict[str, Any]]:
+def _workers(given: int | None, inputs: Inputs, settings: SweepSettings) -> int:
+    """Processes: as many as pay, at most one per core."""
+    if given is not None:
+        return given
+    num_accesses = sum(len(trace.keys) for trace in inputs.values())
+    of_all = num_accesses * len(settings.runs) * len(settings.capacities)
+    return max(1, min(num_cores(), of_all // ACCESSES_PER_WORKER))
+
+
+def _described(traces: Mapping[str, StudyRequests], inputs: Inputs, client: Client) -> list[dict[str, Any]]:
     return [
         {
-            "workload": log.name,
-            "origin": log.origin,
-            "requests": len(log),
-            "prompt_tokens": log.num_prompt_tokens,
+            "workload": name,
+            "origin": client.source.origin(name),
+            "requests": len(requests),
+            "prompt_tokens": int(requests.num_prompt_tokens.sum()),
             "repeated_output_blocks": {
-                str(size): given.num_repeated for (name, size), given in inputs.items() if name == log.name
+                str(size): num_repeated_outputs(trace) for (of, size), trace in inputs.items() if of == name
             },
         }
-        for log in logs
+        for name, requests in traces.items()
     ]
 
 
-def _draw(folder: OutputFolder, cells: Sequence[Cell]) -> None:
-    from dsatrace.report.study_figures import draw_capacities
-
-    labels = file_labels(list(dict.fromkeys(cell.workload for cell in cells)))
-    for workload, label in labels.items():
-        for policy in dict.fromkeys(cell.policy for cell in cells if cell.policy != OPT):
-            draw_capacities(folder.file(f"cache_hits_{label}_{policy}.png"), workload, policy, cells)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(
-        "study sweep",
-        "Hit rates by block size, capacity and policy; each workload has the cache for itself.",
-        examples="""
-        %(prog)s --workloads qa chat_multi --output-dir outputs/sweep
-        %(prog)s --trace-file conversation_trace.jsonl --capacities 1000 5000 --output-dir outputs/conv
+def _parser(verb: _Verb) -> argparse.ArgumentParser:
+    descriptions = {
+        ALONE: "Hit rates by block size, capacity and policy; each workload has the cache for itself.",
+        MIXED: "Hit rates of several workloads that share one cache, under every policy.",
+    }
+    parser = options.new_parser(
+        verb.name,
+        descriptions[verb],
+        """
+        %(prog)s --workloads qa chat_multi --output-dir outputs/mine
+        %(prog)s --trace-file conversation_trace.jsonl --num-blocks 1000 5000
         """,
     )
-    add = parser.add_argument_group("sweep").add_argument
-    sizes = " ".join(map(str, BLOCK_SIZES))
-    add(
-        "--block-sizes",
-        type=int,
-        nargs="+",
-        metavar="TOKENS",
-        help=f"tokens per block (default: {sizes}, or the trace's own)",
-    )
-    add(
-        "--capacities",
-        "--num-blocks",
-        type=int,
-        nargs="+",
-        default=CAPACITIES,
-        metavar="BLOCKS",
-        help="usable blocks of each cache",
-    )
+    options.add_request_arguments(parser, "seeded workloads")
+    add = options.add_cache_arguments(parser, verb.block_sizes, verb.capacities)
+    add(TOGETHER, action="store_true", help="all workloads share one cache, as in `dsatrace study mixed`")
     add(
         "--policies",
         nargs="+",
-        default=single_workload_policies(),
         metavar="NAME",
-        help="eviction policies; OPT always runs as well",
+        help=f"eviction policies; OPT always runs as well (default: {' '.join(verb.policies)})",
     )
-    shared.add_shared_arguments(parser, ("leaf",))
+    add(
+        "--forms",
+        default=verb.forms,
+        nargs="+",
+        choices=get_args(Form),
+        metavar="FORM",
+        help="leaf: evict no block that a cached one follows; flat: evict any",
+    )
+    oversize = "prompts longer than the cache: reject them, or hold their first blocks"
+    add_flags(add, SweepSettings, {"oversize": Flag(oversize)})
+    add(
+        "--priorities",
+        nargs="+",
+        metavar="NAME=NUMBER",
+        help="priorities of workloads, for policy priority; 0 if not named",
+    )
+    add(
+        "--admit",
+        nargs="+",
+        metavar="NAME",
+        help="workloads that wa-lru prefers and admit-lru inserts, with commas or blanks (default: learned)",
+    )
+    add("--profile", type=Path, help="profile.json of an earlier run, for the workload-aware policies")
+    add(
+        "--warm-up",
+        type=float,
+        default=WARM_UP_SHARE,
+        help="without --profile, learn it from this share of the requests, the first ones",
+    )
+    options.add_seeds_argument(add)
+    add("--workers", type=count, help="processes (default: as many as pay, at most one per core)")
+    options.add_output_arguments(parser, "the table's JSON")
     return parser

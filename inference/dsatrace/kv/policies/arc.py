@@ -130,7 +130,6 @@ def _replace(policy: ArcState, cache: Cache) -> int:
     if policy.returning_to[0] == IN_NONE:
         if sizes[ONCE] + ghosts.size[ONCE] >= capacity:
             if ghosts.size[ONCE] == 0 and cache.heap_size[ONCE]:
-                sizes[ONCE] -= 1
                 return pop(cache, ONCE)
             _drop_oldest(ghosts, ONCE)
         elif sizes[ONCE] + sizes[OFTEN] + ghosts.size[ONCE] + ghosts.size[OFTEN] >= 2 * capacity:
@@ -141,9 +140,12 @@ def _replace(policy: ArcState, cache: Cache) -> int:
     if cache.heap_size[queue] == 0:
         queue = 1 - queue
     slot = pop(cache, queue)
-    sizes[queue] -= 1
     append(ghosts, queue, cache.block_of[slot])
     return slot
 
 
-RULES[ArcState] = Rules(miss=_recall, enter=_once_or_often, again=_often, victim=_replace)
+def _is_gone(policy: ArcState, cache: Cache, slot: int) -> None:
+    policy.sizes[cache.queue[slot]] -= 1
+
+
+RULES[ArcState] = Rules(miss=_recall, enter=_once_or_often, again=_often, victim=_replace, left=_is_gone)

@@ -5,10 +5,10 @@ per field, indexed by slot where it can be, so it stays as small as the cache ho
 stream has. Exactly the evictable slots stand in heaps, one heap per queue: smallest value first, then
 smallest stamp. Slots with equal keys never move, so a heap of them is a bag (`uniform`, `sieve`).
 
-`Rules`: a policy is a NamedTuple of arrays and up to five plain functions over it and the `Cache`,
-registered under the NamedTuple's type. The loop calls `enter`, `victim` and the rest by name, and
-numba compiles the rules of that one policy into it: policies that are not used are not compiled, and
-nothing is looked up while the loop runs. Knows no policy by name and no request.
+`Rules`: a policy is a NamedTuple of arrays and up to six plain functions over it and the `Cache`,
+registered under the NamedTuple's type. A loop (`simulate`, `batches`) calls `enter`, `victim` and the
+rest by name, and numba compiles the rules of that one policy into it: policies that are not used are
+not compiled, and nothing is looked up while the loop runs. Knows no policy by name and no request.
 
     RULES[LfuState] = Rules(again=count_use)
 """
@@ -16,7 +16,10 @@ nothing is looked up while the loop runs. Knows no policy by name and no request
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +27,7 @@ from numba import njit
 from numba.extending import overload
 
 from dsatrace.jit import cached_njit
-from dsatrace.kv.policies.policy import Access
+from dsatrace.kv.policies.policy import NO_PARENT, Access
 
 ABSENT = -1
 
@@ -57,9 +60,23 @@ class Cache(NamedTuple):
 
 CLOCK, CACHED, IN_USE = range(3)
 
-compiled_whole = cached_njit(nogil=True, _nrt=False)
-"""For a loop over a stream and all it calls. `_nrt=False` applies to the callees too: nothing there
-allocates, and counting references to the state's arrays made the loops three to six times slower."""
+
+def compiled_whole(function: Callable[..., Any]) -> Any:
+    """Compiles a loop and all it calls.
+
+    `_nrt=False` applies to the callees too: nothing there allocates, and counting references to the state's
+    arrays made the loops three to six times slower. numba caches a compiled function by its name and source
+    file, but a loop contains the rules and heaps of other files, too. The digest of all of them in its name
+    makes every change recompile it.
+    """
+    function.__qualname__ += f"_{_sources()}"
+    return cached_njit(nogil=True, _nrt=False)(function)
+
+
+@functools.cache
+def _sources() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def empty_cache(shape: Shape, num_queues: int, parents: np.ndarray | None) -> Cache:
@@ -171,6 +188,33 @@ def pop(cache: Cache, queue: int) -> int:
     return slot
 
 
+@njit(nogil=True)
+def fill(cache: Cache, slot: int, block: int) -> None:
+    """A block enters a slot that is empty, with one pin."""
+    cache.slot_of[block] = slot
+    cache.block_of[slot] = block
+    cache.pins[slot] = 1
+    cache.counts[IN_USE] += 1
+    cache.value[slot] = 0.0
+    cache.queue[slot] = 0
+    cache.stamp[slot] = tick(cache)
+    if cache.leaf and cache.parent[block] != NO_PARENT:
+        cache.children[cache.parent[block]] += 1
+
+
+@njit(nogil=True)
+def clear(cache: Cache, slot: int) -> None:
+    """The slot's block, which stands in no heap, is gone; its parent may have become a leaf."""
+    block = cache.block_of[slot]
+    cache.slot_of[block] = ABSENT
+    if cache.leaf and cache.parent[block] != NO_PARENT:
+        parent = cache.parent[block]
+        cache.children[parent] -= 1
+        above = cache.slot_of[parent]
+        if cache.children[parent] == 0 and above != ABSENT and cache.pins[above] == 0:
+            offer(cache, above)
+
+
 Rule = Callable[..., Any]
 
 
@@ -191,6 +235,10 @@ def same_stamp(policy: Any, cache: Cache, slot: int) -> None:
     """The stamp stays that of entry, or whatever the policy's other rules set."""
 
 
+def nothing_left(policy: Any, cache: Cache, slot: int) -> None:
+    """For policies that count nothing of what is cached."""
+
+
 def first_of_queue_0(policy: Any, cache: Cache) -> int:
     return pop(cache, 0)
 
@@ -204,13 +252,14 @@ class Rules:
     again: Rule = nothing_to_do
     released: Rule = fresh_stamp
     victim: Rule = first_of_queue_0
+    left: Rule = nothing_left
 
 
 RULES: dict[type, Rules] = {}
 """By the type of the policy's state."""
 
 
-# The loop calls these five; numba replaces each by the rule of the policy whose state it is given.
+# The loops call these six; numba replaces each by the rule of the policy whose state it is given.
 
 
 def miss(policy: Any, cache: Cache, block: int, access: Access) -> None: ...
@@ -218,6 +267,7 @@ def enter(policy: Any, cache: Cache, slot: int, access: Access) -> None: ...
 def again(policy: Any, cache: Cache, slot: int, access: Access) -> None: ...
 def released(policy: Any, cache: Cache, slot: int) -> None: ...
 def victim(policy: Any, cache: Cache) -> int: ...  # type: ignore[empty-body]
+def left(policy: Any, cache: Cache, slot: int) -> None: ...
 
 
 # strict=False: numba would compare annotations as well, and rules annotate their own state.
@@ -226,3 +276,4 @@ overload(enter, strict=False)(lambda policy, cache, slot, access: RULES[policy.i
 overload(again, strict=False)(lambda policy, cache, slot, access: RULES[policy.instance_class].again)
 overload(released, strict=False)(lambda policy, cache, slot: RULES[policy.instance_class].released)
 overload(victim, strict=False)(lambda policy, cache: RULES[policy.instance_class].victim)
+overload(left, strict=False)(lambda policy, cache, slot: RULES[policy.instance_class].left)

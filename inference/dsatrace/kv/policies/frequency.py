@@ -89,11 +89,14 @@ def _protect(policy: SlruState, cache: Cache, slot: int, access: Access) -> None
 def _probation_first(policy: SlruState, cache: Cache) -> int:
     if cache.heap_size[PROBATION]:
         return pop(cache, PROBATION)
-    policy.num_protected[0] -= 1
     return pop(cache, PROTECTED)
 
 
-RULES[SlruState] = Rules(again=_protect, victim=_probation_first)
+def _is_gone(policy: SlruState, cache: Cache, slot: int) -> None:
+    policy.num_protected[0] -= cache.queue[slot] == PROTECTED
+
+
+RULES[SlruState] = Rules(again=_protect, victim=_probation_first, left=_is_gone)
 
 
 class Gdsf(PlainPolicy):

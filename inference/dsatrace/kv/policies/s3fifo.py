@@ -167,18 +167,25 @@ def _small_or_main(policy: S3FifoState, cache: Cache) -> int:
         while cache.heap_size[SMALL]:
             slot = pop(cache, SMALL)
             if policy.uses[slot] < policy.threshold:
-                policy.sizes[SMALL] -= 1
                 _remember(policy, cache.block_of[slot])
                 return slot
             _into_main(policy, cache, slot, 0)
     while True:
         slot = pop(cache, MAIN)
         if policy.uses[slot] == 0:
-            policy.sizes[MAIN] -= 1
             return slot
         _into_main(policy, cache, slot, policy.uses[slot] - 1)
 
 
+def _is_gone(policy: S3FifoState, cache: Cache, slot: int) -> None:
+    policy.sizes[cache.queue[slot]] -= 1
+
+
 RULES[S3FifoState] = Rules(
-    miss=_recall, enter=_to_small_or_main, again=_one_more_use, released=same_stamp, victim=_small_or_main
+    miss=_recall,
+    enter=_to_small_or_main,
+    again=_one_more_use,
+    released=same_stamp,
+    victim=_small_or_main,
+    left=_is_gone,
 )

@@ -82,10 +82,15 @@ def _sieve(policy: SieveState, cache: Cache) -> int:
                 break
             policy.used[slot] = False
         slot = np.int64(order.newer[slot])
-    policy.hand[0] = order.newer[slot]
-    take_out(order, slot)
+    policy.hand[0] = slot
     withdraw(cache, slot)
     return slot
 
 
-RULES[SieveState] = Rules(enter=_join, again=_mark_used, released=same_stamp, victim=_sieve)
+def _is_gone(policy: SieveState, cache: Cache, slot: int) -> None:
+    if policy.hand[0] == slot:
+        policy.hand[0] = policy.order.newer[slot]
+    take_out(policy.order, slot)
+
+
+RULES[SieveState] = Rules(enter=_join, again=_mark_used, released=same_stamp, victim=_sieve, left=_is_gone)

@@ -4,8 +4,8 @@ The cache holds `capacity` blocks of any content. Its definition, in one compile
 policy: for each request, in order, requests that are done by then are released, tail first; if the
 request does not fit beside those in flight, they are released early, as if an engine let it wait;
 all its cached blocks are looked up and pinned; then, tail first, each block is used again or, after
-an eviction if the cache is full, inserted. The tests hold the loop equal to the same in plain Python,
-over `PlainPolicy`.
+an eviction if the cache is full, inserted. A request may be kept from inserting. The tests hold
+the loop equal to the same in plain Python, over `PlainPolicy`.
 
 Two counts come out of one replay: `hits` end at a request's first block that is not cached (a prefix
 cache), `hits_any` do not. What is cached does not depend on which of them is used.
@@ -18,8 +18,6 @@ cache), `hits_any` do not. What is cached does not depend on which of them is us
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -33,13 +31,15 @@ from dsatrace.kv.policies.compiled import (
     Cache,
     Shape,
     again,
+    clear,
     compiled_whole,
     empty_cache,
     enter,
+    fill,
+    left,
     miss,
     offer,
     released,
-    tick,
     victim,
     withdraw,
 )
@@ -64,6 +64,7 @@ class Requests(NamedTuple):
     hits: np.ndarray  # (R,) int32, out: cached blocks before the first that is not
     found: np.ndarray  # (R,) int32, out: cached blocks
     evicted: np.ndarray  # (N, 2) int32, out: request and block of each eviction; (0, 2): not recorded
+    admitted: np.ndarray  # (R,) bool, whether its blocks are inserted; (0,): all are
 
 
 @njit(nogil=True)
@@ -99,6 +100,17 @@ def _look_up(cache: Cache, requests: Requests, request: int, end: int) -> None:
 
 
 @njit(nogil=True)
+def _num_cached(cache: Cache, requests: Requests, begin: int, end: int) -> tuple[int, int]:
+    """Cached blocks before the first that is not, and all cached blocks."""
+    leading = found = 0
+    for at in range(begin, end):
+        if cache.slot_of[requests.blocks[at]] != ABSENT:
+            leading += found == at - begin
+            found += 1
+    return leading, found
+
+
+@njit(nogil=True)
 def _missing_pins(cache: Cache, requests: Requests, request: int, end: int) -> int:
     """How many more slots would be in use with this request."""
     num_missing = 0
@@ -106,32 +118,6 @@ def _missing_pins(cache: Cache, requests: Requests, request: int, end: int) -> i
         slot = cache.slot_of[requests.blocks[at]]
         num_missing += slot == ABSENT or cache.pins[slot] == 0
     return num_missing
-
-
-@njit(nogil=True)
-def _clear(cache: Cache, slot: int) -> None:
-    """The evicted block is gone; its parent may have become a leaf."""
-    block = cache.block_of[slot]
-    cache.slot_of[block] = ABSENT
-    if cache.leaf and cache.parent[block] != NO_PARENT:
-        parent = cache.parent[block]
-        cache.children[parent] -= 1
-        above = cache.slot_of[parent]
-        if cache.children[parent] == 0 and above != ABSENT and cache.pins[above] == 0:
-            offer(cache, above)
-
-
-@njit(nogil=True)
-def _fill(cache: Cache, slot: int, block: int) -> None:
-    cache.slot_of[block] = slot
-    cache.block_of[slot] = block
-    cache.pins[slot] = 1
-    cache.counts[IN_USE] += 1
-    cache.value[slot] = 0.0
-    cache.queue[slot] = 0
-    cache.stamp[slot] = tick(cache)
-    if cache.leaf and cache.parent[block] != NO_PARENT:
-        cache.children[cache.parent[block]] += 1
 
 
 @njit(nogil=True)
@@ -174,10 +160,12 @@ def _slot_for_new(policy: Any, cache: Cache, requests: Requests, request: int, n
     if len(requests.evicted):
         requests.evicted[num_evictions, 0] = request
         requests.evicted[num_evictions, 1] = cache.block_of[slot]
-    _clear(cache, slot)
+    left(policy, cache, slot)
+    clear(cache, slot)
     return slot
 
 
+@compiled_whole
 def _loop(policy: Any, cache: Cache, requests: Requests) -> tuple[int, int]:
     num_evictions = num_waited = num_released = 0
     num_requests, num_slots = len(requests.release), len(cache.block_of)
@@ -187,9 +175,15 @@ def _loop(policy: Any, cache: Cache, requests: Requests) -> tuple[int, int]:
             num_released += 1
         begin = requests.starts[request]
         end = begin + requests.held[request]
+        found = -1
+        if len(requests.admitted) and not requests.admitted[request]:
+            requests.held[request], found = _num_cached(cache, requests, begin, end)
+            end = begin + requests.held[request]
         if cache.counts[IN_USE] + end - begin > num_slots:
             num_waited += _wait(policy, cache, requests, request, num_released)
         _look_up(cache, requests, request, end)
+        if found >= 0:
+            requests.found[request] = found
         for at in range(end - 1, begin - 1, -1):
             block = requests.blocks[at]
             access = _access(cache, requests, request, at)
@@ -200,18 +194,9 @@ def _loop(policy: Any, cache: Cache, requests: Requests) -> tuple[int, int]:
             miss(policy, cache, block, access)
             num_evictions += cache.counts[CACHED] == num_slots
             slot = _slot_for_new(policy, cache, requests, request, num_evictions - 1)
-            _fill(cache, slot, block)
+            fill(cache, slot, block)
             enter(policy, cache, slot, access)
     return num_evictions, num_waited
-
-
-# numba caches a compiled function by its name and source file, but this loop contains the rules and
-# heaps of other files, too. The digest of all of them in its name makes every change recompile it.
-_SOURCES = hashlib.sha256(
-    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-).hexdigest()
-_loop.__qualname__ += f"_{_SOURCES[:16]}"
-_compiled_loop = compiled_whole(_loop)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -239,14 +224,16 @@ def simulate(
     leaf: bool = False,
     oversize: Oversize = "truncate",
     log_evictions: bool = False,
+    admitted: np.ndarray | None = None,
     **params: Any,
 ) -> SimResult:
     """Replays the stream from an empty cache of `capacity` blocks.
 
     With `leaf`, a block with a cached child is not evicted; ids must then stand for whole prefixes.
     Of a request longer than the cache, the first `capacity` blocks are held and the rest are misses,
-    or it is rejected whole (`oversize`). The first call for a policy compiles it (seconds), later ones
-    load it. Raises `UserError`.
+    or it is rejected whole (`oversize`). Of a request that is not `admitted` (R,) bool, no block is
+    inserted: it holds and uses again the cached blocks that it begins with. The first call for a
+    policy compiles it (seconds), later ones load it. Raises `UserError`.
     """
     info = policy_info(policy)
     settings = info.settings(params, Workloads(stream.workload_names, stream))
@@ -264,10 +251,11 @@ def simulate(
         np.zeros(stream.num_requests, np.int32),
         np.zeros(stream.num_requests, np.int32),
         np.empty((stream.num_accesses if log_evictions else 0, 2), np.int32),
+        np.zeros(0, np.bool_) if admitted is None else np.require(admitted, np.bool_),
     )
     num_queues = info.num_queues or stream.num_workloads
     cache = empty_cache(shape, num_queues, stream.parents if leaf else None)
-    num_evictions, num_waited = _compiled_loop(info.state(shape, **settings), cache, requests)
+    num_evictions, num_waited = _loop(info.state(shape, **settings), cache, requests)
     return SimResult(
         accesses=np.where((held == 0) & (oversize == "reject"), 0, stream.lengths),
         hits=requests.hits,

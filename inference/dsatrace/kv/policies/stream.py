@@ -20,7 +20,7 @@ import numpy as np
 from dsatrace.errors import UserError
 from dsatrace.jit import cached_njit
 from dsatrace.kv.policies.policy import NEVER
-from dsatrace.kv.simulation.block_trace import offsets_of, parents_of
+from dsatrace.kv.simulation.block_trace import BlockTrace, offsets_of, parents_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,6 +58,18 @@ class AccessStream:
             workloads=np.array([names.index(name) for name in workloads or names * num_requests]),
             release=release_by_concurrency(num_requests, concurrency),
             workload_names=names,
+        )
+
+    @classmethod
+    def of_trace(cls, trace: BlockTrace, concurrency: int = 1) -> AccessStream:
+        """A block trace's requests: each is the chain of its prompt's and its output's keys."""
+        return cls(
+            blocks=trace.keys,
+            starts=trace.key_ptr,
+            times=trace.time_s,
+            workloads=trace.workload,
+            release=release_by_concurrency(trace.num_requests, concurrency),
+            workload_names=trace.workload_names,
         )
 
     def __post_init__(self) -> None:

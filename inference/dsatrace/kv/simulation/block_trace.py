@@ -21,12 +21,17 @@ from dsatrace.jit import cached_njit
 TokenLists = Sequence[Sequence[int]] | Sequence[np.ndarray]
 
 
+def _none() -> np.ndarray:
+    return np.zeros(0, np.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockTrace:
     """R requests in order of arrival, B full blocks in all, K different ones.
 
     A request's keys cover its prompt and then its output. There may be fewer keys than full blocks
-    (a trace of ids has none for outputs); blocks without a key are never found.
+    (a trace of ids has none for outputs); blocks without a key are never found. Conversation and
+    workload of each request go along, for whoever groups requests; a pool does not look at them.
     """
 
     block_size: int  # tokens
@@ -36,11 +41,18 @@ class BlockTrace:
     key_ptr: np.ndarray  # (R + 1,) int64
     parents: np.ndarray  # (K,) int32, the key before each key; -1 - root for a first block
     time_s: np.ndarray  # (R,) float64, ascending
+    conversation: np.ndarray = dataclasses.field(default_factory=_none)  # (R,) int32, -1: unknown
+    workload: np.ndarray = dataclasses.field(default_factory=_none)  # (R,) int32, index of workload_names
+    workload_names: tuple[str, ...] = ("",)
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise ValueError(f"block_size {self.block_size} must be at least 1")
-        shapes = {len(self.prompt_tokens), len(self.output_tokens), len(self.time_s), len(self.key_ptr) - 1}
+        for name, unknown in (("conversation", -1), ("workload", 0)):
+            if not len(getattr(self, name)):
+                object.__setattr__(self, name, np.full(self.num_requests, unknown, np.int32))
+        columns = (self.prompt_tokens, self.output_tokens, self.time_s, self.conversation, self.workload)
+        shapes = {len(self.key_ptr) - 1, *map(len, columns)}
         if len(shapes) != 1:
             raise ValueError(f"the columns of a trace have different lengths: {sorted(shapes)}")
         checks = (
@@ -70,6 +82,16 @@ class BlockTrace:
     def num_blocks_at_most(self) -> int:
         """Blocks that hold all requests with nothing shared: a cache that never evicts."""
         return int((-(-self.total_tokens // self.block_size)).sum())
+
+    @property
+    def prompt_blocks(self) -> np.ndarray:
+        """(R,) int64, full blocks of each prompt."""
+        return self.prompt_tokens // self.block_size
+
+    @property
+    def needed_blocks(self) -> np.ndarray:
+        """(R,) int64, blocks that each prompt takes, its last partial one included."""
+        return -(-self.prompt_tokens // self.block_size)
 
     def keys_of(self, request: int) -> list[int]:
         return self.keys[self.key_ptr[request] : self.key_ptr[request + 1]].tolist()
@@ -112,16 +134,28 @@ class BlockTrace:
         *,
         block_size: int,
         time_s: Sequence[float] | None = None,
+        output_ids: Sequence[Sequence[int]] | None = None,
+        tokens_per_id: int | None = None,
     ) -> BlockTrace:
         """From ids that stand for a block and its whole prefix already, as in public traces.
 
-        The id of a partial last block is dropped: it is never shared. Raises `ValueError` for an id
-        that follows two different ids.
+        The id of a prompt's partial last block is dropped: it is never shared. `output_ids` are
+        those of the blocks that outputs complete, if they are known. `block_size` may be a multiple
+        of the tokens of an id: a larger block is named by its last id. Raises `ValueError` for an
+        id that follows two different ids.
         """
+        per_id = tokens_per_id or block_size
+        factor, rest = divmod(block_size, per_id)
+        if rest or factor < 1:
+            raise ValueError(f"blocks of {block_size} tokens are no multiple of ids of {per_id}")
         prompts = np.asarray(prompt_tokens, dtype=np.int64)
-        counts = np.minimum(_lengths(block_ids), prompts // block_size)
-        kept = [np.asarray(ids[:n], dtype=np.int64) for ids, n in zip(block_ids, counts, strict=True)]
-        flat = np.concatenate(kept) if kept else np.zeros(0, np.int64)
+        num_full = np.minimum(_lengths(block_ids), prompts // per_id).tolist()
+        rows = zip(block_ids, num_full, output_ids or [()] * len(prompts), strict=True)
+        chains = [
+            np.concatenate((np.asarray(ids[:n], np.int64), np.asarray(more, np.int64)))[factor - 1 :: factor]
+            for ids, n, more in rows
+        ]
+        counts, flat = _lengths(chains), np.concatenate([np.zeros(0, np.int64), *chains])
         names, keys = np.unique(flat, return_inverse=True)
         keys, key_ptr = keys.astype(np.int32), offsets_of(counts)
         parents, wrong = parents_of(keys, key_ptr, len(names))

@@ -6,7 +6,7 @@ tensor, layer, request or store. `admit` decides, and the caller carries the mov
 first, since their slots are reused.
 
 Which unit is evicted next is an `EvictionOrder`: a stamp per slot (`StampOrder`: LRU, FIFO), or any
-policy of the registry (`PolicyOrder`).
+policy of the registry (`BatchOrder`).
 
     residency = Residency(num_units=100, num_slots=8)
     moves = residency.admit(np.array([3, 7]))         # both missed: moves.units == [3, 7]
@@ -22,14 +22,14 @@ from typing import Protocol
 import numpy as np
 
 from dsatrace.errors import UserError
-from dsatrace.kv.policies.policy import Access
 
-TIER_POLICIES = ("lru", "fifo", "mru", "filo", "lfu", "slru", "s3-fifo", "sieve", "arc", "gdsf", "random")
+STAMP_POLICIES = ("lru", "fifo")
+COMPILED_POLICIES = ("mru", "filo", "lfu", "slru", "s3-fifo", "sieve", "arc", "gdsf", "random")
+TIER_POLICIES = STAMP_POLICIES + COMPILED_POLICIES
 """The values of `--tier-policy`, the default first."""
 
 ABSENT = -1
 _FREE = np.iinfo(np.int64).max  # the stamp of a slot that is empty, or may not be evicted
-_NO_ACCESS = Access()  # a unit has no workload, no parent and no depth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +65,12 @@ class Residency:
         self._is_dirty = np.zeros(num_slots, dtype=bool)
         self._num_free = num_slots
         self._order: EvictionOrder
-        if policy in ("lru", "fifo"):
+        if policy in STAMP_POLICIES:
             self._order = StampOrder(num_slots, self.slot_of, by_recency=policy == "lru")
         else:
-            self._order = PolicyOrder(policy, num_slots, self.slot_of)
+            from dsatrace.kv.policies.batches import BatchOrder  # numba, which LRU does not need
+
+            self._order = BatchOrder(policy, num_units, num_slots)
 
     def is_resident(self, units: np.ndarray) -> np.ndarray:
         """Which of `units (N,)` are resident, (N,) bool. Does not count as a use."""
@@ -80,7 +82,7 @@ class Residency:
         here = self.is_resident(units)
         missing = units[~here]
         free = self._free_slots(len(missing))
-        slots = self._order.admit(units, here, free)
+        slots = self._order.admit(units, free)
         victim_slots = slots[len(free) :]
         victims = self.unit_of[victim_slots]
         moves = Moves(missing, slots, victims, victim_slots, self._is_dirty[victim_slots])
@@ -115,7 +117,7 @@ class Residency:
 class EvictionOrder(Protocol):
     """The order in which a residency's units are evicted."""
 
-    def admit(self, units: np.ndarray, is_here: np.ndarray, free: np.ndarray) -> np.ndarray:
+    def admit(self, units: np.ndarray, free: np.ndarray) -> np.ndarray:
         """The slots for those `units` that are not resident, (M,) int64: `free` ones, then victims' slots.
 
         `units (N,)` are distinct and count as used in the order given; none of them becomes a victim.
@@ -135,8 +137,9 @@ class StampOrder:
         self._stamp = np.full(num_slots, _FREE, dtype=np.int64)
         self._clock = 0
 
-    def admit(self, units: np.ndarray, is_here: np.ndarray, free: np.ndarray) -> np.ndarray:
+    def admit(self, units: np.ndarray, free: np.ndarray) -> np.ndarray:
         slots = self._slot_of[units]
+        is_here = slots != ABSENT
         num_missing = len(units) - int(np.count_nonzero(is_here))
         victims = self._oldest(num_missing - len(free), slots[is_here])
         new_slots = np.concatenate([free, victims]) if len(free) else victims
@@ -159,42 +162,3 @@ class StampOrder:
         oldest = oldest[np.argsort(self._stamp[oldest])]
         self._stamp[spared] = stamps
         return oldest
-
-
-class PolicyOrder:
-    """Any policy of the registry, called unit by unit, as a simulation calls it for a request's blocks.
-
-    Resident units are pinned first, new ones on admission; all are unpinned at the end, in the order
-    given, which is the order of their recency.
-    """
-
-    def __init__(self, name: str, num_slots: int, slot_of: np.ndarray) -> None:
-        from dsatrace.kv.policies.registry import make_policy  # numba, which LRU does not need
-
-        self._slot_of = slot_of
-        self._policy = make_policy(name, num_slots)
-
-    def admit(self, units: np.ndarray, is_here: np.ndarray, free: np.ndarray) -> np.ndarray:
-        policy = self._policy
-        num_free = len(free)
-        victims: list[int] = []
-        for unit in units[is_here].tolist():
-            policy.pin(unit)
-        for unit, here in zip(units.tolist(), is_here.tolist(), strict=True):
-            if here:
-                policy.hit(unit, _NO_ACCESS)
-                continue
-            policy.miss(unit, _NO_ACCESS)
-            if num_free:
-                num_free -= 1
-            else:
-                victims.append(policy.evict())
-            policy.insert(unit, _NO_ACCESS)
-            policy.pin(unit)
-        for unit in units.tolist():
-            policy.unpin(unit)
-        return np.concatenate([free, self._slot_of[np.array(victims, dtype=np.int64)]])
-
-    def forget(self, units: np.ndarray) -> None:
-        for unit in units.tolist():
-            self._policy.forget(unit)

@@ -332,9 +332,11 @@ def derived_blocks(positions: pa.ListArray, block_sizes: pa.Array) -> pa.ListArr
 def _python_values(array: pa.Array, keep_float32: bool = False) -> list[Any]:
     """The values as parsed JSON; null is None."""
     if pa.types.is_list(array.type):
-        ends, valid = array.offsets.to_pylist(), array.is_valid().to_pylist()
+        offsets, valid = array.offsets.to_numpy(), array.is_valid().to_pylist()
+        values = array.values.slice(offsets[0], offsets[-1] - offsets[0])  # not those of a slice's neighbours
+        ends = (offsets - offsets[0]).tolist()
         keep_array = keep_float32 and pa.types.is_float32(array.type.value_type)
-        flat = array.values.to_numpy(zero_copy_only=False) if keep_array else _python_values(array.values)
+        flat = values.to_numpy(zero_copy_only=False) if keep_array else _python_values(values)
         return [flat[ends[i] : ends[i + 1]] if valid[i] else None for i in range(len(array))]
     if pa.types.is_float32(array.type):
         return _float32_values(array, keep_float32)

@@ -39,9 +39,11 @@ from dsatrace.trace.parquet.columns import (
 )
 
 GROUP_BYTES = 8 << 20
-"""Most text in a row group: about 600 records of 2,048 positions, which take 60 MB while it is built."""
+"""Most text in a row group: about 600 records of 2,048 positions."""
 GROUP_RECORDS = 1 << 14
-BATCH_RECORDS = 1 << 10  # held as Python objects at a time while reading
+BATCH_RECORDS = 1 << 10  # read at a time
+OBJECT_BYTES = 1 << 20
+"""Of text or columns that are Python objects at a time, which take about ten times as much."""
 
 Line = tuple[bytes, dict[str, Any]]  # without its newline; the record it holds
 Advance = Callable[[int], None]  # bytes of text done since the last call
@@ -62,36 +64,55 @@ def write_parquet(
 
     `keep_order`: most positions do not ascend.
     """
-    num_records = num_kept = 0
-    digest = hashlib.blake2b()
-    writer: pq.ParquetWriter | None = None
-    try:
+    digest, num_kept = hashlib.blake2b(), 0
+
+    def batches() -> Iterator[tuple[pa.RecordBatch, int]]:
+        nonlocal num_kept
         for group, batch in lossless_batches(lines):
-            if writer is None:
-                writer = open_writer(path, batch.schema, keep_order)
-            writer.write_batch(batch, row_group_size=len(batch))
-            num_records += len(batch)
-            num_kept += len(batch) - batch.column(LINE).null_count
+            num_bytes = 0
             for line, _ in group:
                 digest.update(line + b"\n")
-            advance(sum(len(line) + 1 for line, _ in group))
-        if writer is None:
-            writer = open_writer(path, arrow_schema(pa.float32()))
-    finally:
-        if writer is not None:
-            writer.close()
+                num_bytes += len(line) + 1
+            num_kept += len(batch) - batch.column(LINE).null_count
+            yield batch, num_bytes
+            advance(num_bytes)
+
+    tables = _row_groups(batches())
+    first = next(tables, arrow_schema(pa.float32()).empty_table())
+    num_records = len(first)
+    with open_writer(path, first.schema, keep_order) as writer:
+        if num_records:
+            writer.write_table(first, row_group_size=num_records)
+        for table in tables:
+            writer.write_table(table, row_group_size=len(table))
+            num_records += len(table)
     _check_written(path, digest.digest())
     return Written(num_records, num_kept)
+
+
+def _row_groups(batches: Iterable[tuple[pa.RecordBatch, int]]) -> Iterator[pa.Table]:
+    """Batches, each with the bytes of its text, put together up to a row group's size."""
+    waiting: list[pa.RecordBatch] = []
+    num_waiting = 0
+    for batch, num_bytes in batches:
+        waiting.append(batch)
+        num_waiting += num_bytes
+        if num_waiting >= GROUP_BYTES or sum(map(len, waiting)) >= GROUP_RECORDS:
+            yield pa.Table.from_batches(waiting)
+            waiting, num_waiting = [], 0
+    if waiting:
+        yield pa.Table.from_batches(waiting)
 
 
 def read_records(path: Path, fields: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
     """The records in the order they were written; with `fields`, only those and their columns are read."""
     for batch in _batches(path, None if fields is None else columns_for(fields)):
-        records = to_records(batch, fields)
-        for row, text in _kept_lines(batch):
-            record = orjson.loads(text)
-            records[row] = record if fields is None else project(record, fields)
-        yield from records
+        for part in _parts(batch):
+            records = to_records(part, fields)
+            for row, text in _kept_lines(part):
+                record = orjson.loads(text)
+                records[row] = record if fields is None else project(record, fields)
+            yield from records
 
 
 def read_numbers(path: Path, fields: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
@@ -137,10 +158,11 @@ def _numbers(batch: pa.RecordBatch, column: str) -> np.ndarray:
 def read_lines(path: Path) -> Iterator[bytes]:
     """The lines of trace_steps.jsonl that the file was made from, without newlines."""
     for batch in _batches(path, None):
-        lines = to_lines(batch)
-        for row, text in _kept_lines(batch):
-            lines[row] = text.encode()
-        yield from lines
+        for part in _parts(batch):
+            lines = to_lines(part)
+            for row, text in _kept_lines(part):
+                lines[row] = text.encode()
+            yield from lines
 
 
 def count_records(path: Path) -> int:
@@ -150,7 +172,7 @@ def count_records(path: Path) -> int:
 
 
 def lossless_batches(lines: Iterable[Line]) -> Iterator[tuple[list[Line], pa.RecordBatch]]:
-    """Lines in groups of bounded size, and their columns, which give each line back."""
+    """Lines in groups of at most `OBJECT_BYTES` or so, and their columns, which give each line back."""
     schema: pa.Schema | None = None
     for group in _groups(lines):
         batch = _first_batch(group) if schema is None else _lossless_batch(group, schema)
@@ -164,7 +186,7 @@ def _groups(lines: Iterable[Line]) -> Iterator[list[Line]]:
     for line in lines:
         group.append(line)
         num_bytes += len(line[0])
-        if num_bytes >= GROUP_BYTES or len(group) == GROUP_RECORDS:
+        if num_bytes >= min(OBJECT_BYTES, GROUP_BYTES) or len(group) == GROUP_RECORDS:
             yield group
             group, num_bytes = [], 0
     if group:
@@ -261,6 +283,13 @@ def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBat
             yield from file.iter_batches(BATCH_RECORDS, columns=wanted)
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path}: cannot read it: {error}; export the run again") from error
+
+
+def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """Slices that are small as Python objects, too."""
+    rows = max(1, len(batch) * OBJECT_BYTES // max(batch.nbytes, 1))
+    for start in range(0, len(batch), rows):
+        yield batch.slice(start, rows)
 
 
 def _kept_lines(batch: pa.RecordBatch) -> Iterator[tuple[int, str]]:

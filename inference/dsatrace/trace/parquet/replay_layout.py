@@ -3,7 +3,7 @@
 A row group holds whole layers of one request, or a stretch of one layer, and its statistics name them,
 so that a reader finds its part without reading. Files are closed at `FILE_BYTES`: some 64 to 256 MB with
 requests of the usual size. The source's records are interleaved step by step; they are sorted in runs of
-`RUN_BYTES` on the disk beside the files, so memory holds one run, or the largest request.
+`RUN_BYTES` on the disk beside the files, so memory holds a few times one run, or the largest request.
 
     written = write_replay_layout(tables, folder)        # any order in, at most RUN_BYTES each
     written["trace_steps/000001.parquet"]                # Counts(records, requests)
@@ -28,11 +28,12 @@ from dsatrace.schema import STEPS_FOLDER
 from dsatrace.trace.parquet.file import open_file, open_writer
 
 FILE_BYTES = 64 << 20
-RUN_BYTES = 256 << 20
+RUN_BYTES = 32 << 20
 GROUP_RECORDS = (512, 1 << 12)
 """A row group has fewer only at a request's end, and more never."""
 
-_KEYS = ("request_id", "layer_id", "step_idx", "forward_idx")
+KEYS = ("request_id", "layer_id", "step_idx", "forward_idx")
+"""Columns with statistics."""
 _ORDER = ("layer_id", "kv_head", "step_idx", "forward_idx")
 """Of a request's records; only layers with several sets have a `kv_head`."""
 
@@ -73,7 +74,7 @@ def write_requests(
         num_records = num_requests = 0
         with (
             written_atomically(folder / name) as file,
-            open_writer(file, following.schema, keep_order, _KEYS) as writer,
+            open_writer(file, following.schema, keep_order, KEYS) as writer,
         ):
             while following is not None and (not num_requests or file.tell() < FILE_BYTES):
                 for group in _row_groups(following):
@@ -95,7 +96,7 @@ class _SortedRuns:
         self._num_bytes = self._num_runs = 0
 
     def add(self, table: pa.Table) -> None:
-        for name in _KEYS:
+        for name in KEYS:
             if table[name].null_count:
                 raise UserError(f"a record has no {name}: it cannot be laid out; see `dsatrace verify`")
         for name in table["request_id"].unique().to_pylist():
@@ -108,13 +109,14 @@ class _SortedRuns:
     def requests(self) -> Iterator[pa.Table]:
         """Each request's records, by layer and step."""
         rest = self._sorted_by_request()
-        self._waiting = []
         for name, places in self._places.items():
             pieces = [*map(_row_group, places), *([rest.pop(name)] if name in rest else [])]
             table = pa.concat_tables(pieces).combine_chunks()
             keys = [table[name] for name in reversed(_ORDER) if name in table.schema.names]
             order = np.lexsort([pc.fill_null(key, 0).to_numpy() for key in keys])
-            yield table.take(pa.array(order))
+            del pieces
+            table = table.take(pa.array(order))  # the unsorted one is no longer held
+            yield table
 
     def _spill(self) -> None:
         path = self._folder / f"{self._num_runs:06}.parquet"
@@ -127,13 +129,13 @@ class _SortedRuns:
             for index, (name, table) in enumerate(tables.items()):
                 writer.write_table(table, row_group_size=len(table))
                 self._places[name].append((path, index))
-        self._waiting, self._num_bytes = [], 0
 
     def _sorted_by_request(self) -> dict[str, pa.Table]:
         """What waits, in the order it came within a request."""
         if not self._waiting:
             return {}
         table = pa.concat_tables(self._waiting).combine_chunks()
+        self._waiting, self._num_bytes = [], 0
         names = list(self._places)
         which = pc.index_in(table["request_id"], pa.array(names, pa.string())).to_numpy()
         counts = np.bincount(which, minlength=len(names))

@@ -1,14 +1,11 @@
-"""Several workloads in one cache: the hits that each policy gives to each workload, and to all.
+"""What policies are told of workloads: how each reuses its blocks, and its priority.
 
-The workload-aware policies need a profile of how each workload reuses its blocks. It is given,
-or measured on a warm-up: the first requests of the log, which are not replayed. Every policy
-replays the rest from an empty cache, so none is measured on what it has seen; only OPT knows the
-future. OPT bounds the hits of all workloads together; a policy that neglects the others may give
-one workload more.
+The workload-aware policies need a profile of how each workload reuses its blocks. It is given, or
+learned from the first requests of the trace, and applied to the rest; these policies are LRU until
+then, so that every policy is measured on every request and none on what it has seen.
 
-    rest, profile = warm_up(log, block_size=16, share=0.2)
-    runs = mixed_runs(["lru", "fifo", "wa-lru"], profile)
-    cells = sweep({(OVERALL, 16): rest.at(16)}, SweepSettings((256,), runs))
+    profile, since_s = learned_profile(block_trace(requests, 16), share=0.2)
+    runs = policy_runs(["lru", "wa-lru"], params=params_of(["wa-lru"], profile, since_s))
 """
 
 from __future__ import annotations
@@ -19,18 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dsatrace.errors import UserError
 from dsatrace.kv.policies.registry import POLICIES
-from dsatrace.kv.policies.reuse import ReuseProfile, admitted_workloads, reuse_profile
-from dsatrace.study.sweep import Form, policy_runs
-from dsatrace.study.sweep_cells import PolicyRun
-from dsatrace.study.sweep_inputs import RequestLog
+from dsatrace.kv.policies.reuse import admitted_workloads, reuse_profile
+from dsatrace.kv.policies.stream import AccessStream
+from dsatrace.kv.simulation.block_trace import BlockTrace
 
-CAPACITY_BLOCKS = 256
-BLOCK_SIZE = 16
 WARM_UP_SHARE = 0.2
+NEED_PROFILE = ("wa-lru", "admit-lru", "wa-prob")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,28 +45,36 @@ class WorkloadProfile:
 Profile = dict[str, WorkloadProfile]
 
 
-def warm_up(log: RequestLog, block_size: int, share: float) -> tuple[RequestLog, Profile]:
-    """Splits off the first `share` of the requests; returns the rest, and the profile of the first.
+def learned_profile(trace: BlockTrace, share: float) -> tuple[Profile, float]:
+    """The profile of the first `share` of the requests, and the time from which it is known, in s.
 
-    Raises a `UserError` if a workload of the rest does not occur in the warm-up.
+    Raises a `UserError` if a workload of the rest does not occur in them.
     """
     if not 0 < share < 1:
         raise UserError(f"--warm-up must be a share between 0 and 1, not {share}")
-    num_requests = round(share * len(log))
-    rows = np.arange(len(log))
-    head, rest = log.take(rows[:num_requests]), log.take(rows[num_requests:])
-    missing = sorted(set(rest.labels) - set(head.labels))
-    if missing or not len(rest):
+    stream = AccessStream.of_trace(trace).head(share)
+    missing = sorted(set(range(stream.num_workloads)) - set(stream.workloads.tolist()))
+    if missing:
+        names = ", ".join(repr(stream.workload_names[i]) for i in missing)
         raise UserError(
-            f"the warm-up of {num_requests} requests has none of {', '.join(map(repr, missing))}; "
+            f"the warm-up of {stream.num_requests} requests has none of {names}; "
             "raise --warm-up, give a --profile, or leave the workload-aware policies out"
         )
-    stream = head.at(block_size).stream
-    return rest, _profile(reuse_profile(stream), stream.workload_names)
+    measured = reuse_profile(stream)
+    admitted = admitted_workloads(measured, POLICIES["wa-lru"].params["min_relative_reuse"])
+    columns = zip(
+        stream.workload_names, measured.probability.tolist(), measured.mean_s.tolist(), admitted, strict=True
+    )
+    profile = {
+        name: WorkloadProfile(probability, mean_s, bool(worth))
+        for name, probability, mean_s, worth in columns
+    }
+    first_after = min(stream.num_requests, trace.num_requests - 1)
+    return profile, float(trace.time_s[first_after])
 
 
 def read_profile(path: Path) -> Profile:
-    """A profile file: the `profile.json` that a mixed run writes, or one made by hand."""
+    """A profile file: the `profile.json` that a sweep writes, or one made by hand."""
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -90,44 +91,35 @@ def profile_record(profile: Profile) -> dict[str, Any]:
     return {name: dataclasses.asdict(entry) for name, entry in profile.items()}
 
 
-def mixed_runs(
+def params_of(
     names: Sequence[str],
     profile: Profile | None,
-    forms: Sequence[Form] = ("leaf", "flat"),
+    since_s: float = 0.0,
+    *,
+    admit: Sequence[str] | None = None,
     priorities: Mapping[str, float] | None = None,
     seed: int | None = None,
-) -> tuple[PolicyRun, ...]:
-    """The policies with their parameters: seed, priorities, profile."""
+) -> dict[str, dict[str, Any]]:
+    """The parameters of each policy: seed, priorities, profile.
+
+    What the profile says is applied from `since_s` on; `admit`, whom to admit, from the beginning.
+    """
     params: dict[str, dict[str, Any]] = {} if seed is None else {"random": {"seed": seed}}
     if priorities is not None:
         params["priority"] = {"priorities": dict(priorities)}
     elif "priority" in names:
         raise UserError("policy priority needs --priorities, such as qa=2 chat_multi=1")
     if profile is not None:
-        params["wa-lru"] = {"admit": [name for name, entry in profile.items() if entry.admitted]}
-        params["wa-prob"] = {
-            "reuse": {name: (entry.reuse_probability, entry.mean_reuse_s) for name, entry in profile.items()}
-        }
-    elif set(names) & set(NEED_PROFILE):
-        raise UserError(f"{', '.join(NEED_PROFILE)} need a profile; give --profile or --warm-up")
-    return policy_runs(names, forms, params)
-
-
-NEED_PROFILE = ("wa-lru", "wa-prob")
-
-
-def default_policies(with_priorities: bool) -> list[str]:
-    """All of them; `priority` only with priorities."""
-    return [name for name in POLICIES if name != "priority" or with_priorities]
-
-
-def _profile(measured: ReuseProfile, names: Sequence[str]) -> Profile:
-    admitted = admitted_workloads(measured, POLICIES["wa-lru"].params["min_relative_reuse"])
-    columns = zip(names, measured.probability.tolist(), measured.mean_s.tolist(), admitted, strict=True)
-    return {
-        name: WorkloadProfile(probability, mean_s, bool(worth))
-        for name, probability, mean_s, worth in columns
-    }
+        admitted = [name for name, entry in profile.items() if entry.admitted]
+        params |= {name: {"admit": admitted, "since_s": since_s} for name in ("wa-lru", "admit-lru")}
+        reuse = {name: (entry.reuse_probability, entry.mean_reuse_s) for name, entry in profile.items()}
+        params["wa-prob"] = {"reuse": reuse, "since_s": since_s}
+    if admit is not None:
+        params |= {name: {"admit": list(admit)} for name in ("wa-lru", "admit-lru")}
+    missing = [name for name in names if name in NEED_PROFILE and name not in params]
+    if missing:
+        raise UserError(f"{missing[0]} needs a profile; give --profile or --warm-up")
+    return params
 
 
 def _entry(path: Path, name: str, values: Any) -> WorkloadProfile:

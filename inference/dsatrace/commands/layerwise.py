@@ -1,0 +1,264 @@
+"""`dsatrace layerwise`: fixed transcripts through a checkpoint, one layer at a time, and what it selects.
+
+dsatrace layerwise --weights DeepSeek-V3.2 --transcripts chats.jsonl --layers 0-3 --rows last:512 --out run
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsatrace.commands.arguments import add_chat_template_argument, add_ignore_config_key, check_torch
+from dsatrace.commands.interrupt import ends_by_signal
+from dsatrace.commands.parser import CommandParser, count
+from dsatrace.commands.progress import LINE_INTERVAL_S
+from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.layerwise.asked import NEAR_CHANCE, Rows, layers_of
+from dsatrace.runner.settings import ModelSettings, user_errors
+from dsatrace.text import plain
+from dsatrace.trace.config import TraceConfig
+from dsatrace.units import size_text
+
+if TYPE_CHECKING:
+    from dsatrace.layerwise.sweep import LayerDone
+    from dsatrace.layerwise.transcripts import Recorded, Transcript
+    from dsatrace.model.config import ModelArgs
+    from dsatrace.workloads.chat import Chat
+
+
+@exits_cleanly
+@ends_by_signal
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the sweep; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(argv)
+    rows = Rows.of(args.rows)
+    config = TraceConfig(
+        args.out,
+        block_size=args.kv_block_size,
+        format=args.trace_format,
+        store_scores=args.trace_store_scores,
+        keep_order=args.trace_keep_order,
+    )
+    if not args.weights.is_dir():
+        raise UserError(f"--weights {args.weights}: no such folder; name a checkpoint in Hugging Face layout")
+    settings = ModelSettings(
+        ckpt_path=args.weights,
+        config=args.config,
+        numerics=args.numerics,
+        kernel_backend=args.kernel_backend,
+        ignore_config_keys=tuple(args.ignore_config_keys),
+    )
+    model_args = settings.model_args()
+    layers = layers_of(args.layers, model_args.n_layers)
+    check_torch()
+
+    import torch
+
+    from dsatrace.layerwise.folder import WorkFolder
+    from dsatrace.layerwise.records import RunFacts, expert_kind, selection_kind, write_runs
+    from dsatrace.layerwise.sweep import Sweep, SweepSettings
+    from dsatrace.layerwise.transcripts import check_vocabulary, digest, recorded_rows
+    from dsatrace.layerwise.weights import layers_to_compute, names_of
+    from dsatrace.model.kernels import get_kernels
+    from dsatrace.model.layers import ModelSetup
+    from dsatrace.model.parallel import ParallelGroup
+    from dsatrace.model.plan import read_part
+    from dsatrace.runner.setup import selections_of
+    from dsatrace.trace.manifest import config_digest
+
+    selection_kind(model_args, layers)
+    if args.experts:
+        expert_kind(model_args, layers)
+    chat = _Chats(args)
+    transcripts = _transcripts(args, model_args, chat)
+    check_vocabulary(transcripts, model_args.vocab_size)
+    recorded = recorded_rows(transcripts, rows)
+    device = _device(args.device)
+    with user_errors():
+        kernels = get_kernels(args.kernel_backend, device)
+    setup = ModelSetup(model_args, kernels, ParallelGroup())
+    work = layers_to_compute(model_args, layers, args.experts)
+    if len(layers) < model_args.n_layers and layers[0] in NEAR_CHANCE:
+        print(
+            "note: layers 0 and 1 are reported to select near chance; they do not stand for the others",
+            file=sys.stderr,
+        )
+    made = SweepSettings(device, args.chunk_rows, config.needs_scores, args.experts)
+    begun_with = {
+        "model_config_digest": config_digest(dataclasses.asdict(model_args)),
+        "transcripts": digest(recorded),
+        "layers": args.layers,
+        **dataclasses.asdict(made),
+        "num_threads": torch.get_num_threads() if device == "cpu" else 0,
+    }
+    folder = WorkFolder(args.out, begun_with, args.resume)
+    left = work[folder.layers_done :]
+    with user_errors():
+        stored = read_part(args.weights, model_args, names_of(model_args, left, folder.layers_done == 0))
+        sweep = Sweep(setup, recorded, layers, work, stored, folder, made, _Progress())
+        sweep.run()
+    facts = RunFacts(
+        device=torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()})",
+        selections=selections_of(args.weights),
+        argv=argv,
+        tokenizer=chat.tokenizer,
+        chat=chat.form,
+        data_source=f"transcripts {args.transcripts.name}",
+        workload=_workload(recorded, rows),
+    )
+    write_runs(setup, facts, recorded, layers, folder, config, args.experts)
+    num_rows = sum(len(one.positions) for one in recorded)
+    print(f"{num_rows} rows of {len(recorded)} transcripts, layers {args.layers}")
+    print(f"run: {plain(args.out)}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        "layerwise",
+        "Run fixed transcripts through a checkpoint, one layer at a time, and trace what it selects.",
+        examples="""
+        %(prog)s --weights DeepSeek-V3.2 --transcripts chats.jsonl --layers 0-3 --rows last:512 --plan
+        %(prog)s --weights DeepSeek-V3.2 --transcripts chats.jsonl --rows answer --out outputs/v32
+        %(prog)s --weights DeepSeek-V3.2 --transcripts chats.jsonl --rows answer --out outputs/v32 --resume
+        """,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, metavar="DIR", help="checkpoint in Hugging Face layout")
+    add(
+        "--transcripts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="lines of tokens, text or messages (docs/layerwise.md), or a run recorded with --save-tokens",
+    )
+    add("--layers", metavar="A-B", required=True, help="layers to record; what lies below them is computed")
+    add(
+        "--rows",
+        required=True,
+        metavar="ROWS",
+        help="rows to record: answer, last:N or range:A-B (positions, both included)",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the run, new or empty")
+    add("--resume", action="store_true", help="go on with the sweep that was begun in --out")
+    add("--experts", action="store_true", help="record the rows' routed experts too, in a run in experts/")
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    add("--kernel-backend", choices=("torch", "tilelang"), default="torch", help="as in the runners")
+    add("--config", type=Path, help="config with other number formats (default: the checkpoint's)")
+    add(
+        "--numerics",
+        choices=("released", "plain"),
+        default="released",
+        help="plain: no fp8 indexer keys, Hadamard and fp8-rounded latents",
+    )
+    add_ignore_config_key(add)
+    add("--tokenizer", metavar="NAME|PATH", help="of text and messages (default: the checkpoint's)")
+    add_chat_template_argument(group)
+    add(
+        "--chunk-rows",
+        type=count,
+        metavar="N",
+        help="rows that attend at a time (default: 256 on a CPU, 2048 on a GPU)",
+    )
+    add = parser.add_argument_group("trace").add_argument
+    add("--trace-format", choices=("parquet", "jsonl"), default="parquet", help="what records are written as")
+    add("--kv-block-size", type=count, default=16, metavar="N", help="tokens in a block")
+    add("--trace-store-scores", action="store_true", help="record every selected score")
+    add("--trace-keep-order", action="store_true", help="positions by score instead of ascending")
+    return parser
+
+
+class _Chats:
+    """The checkpoint's chat form, made once there is text to encode."""
+
+    tokenizer: str | None = None
+    form: str | None = None
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+
+    @functools.cached_property
+    def _chat(self) -> Chat:
+        from dsatrace.workloads.chat import choose_chat
+        from dsatrace.workloads.tokenizer import choose_tokenizer
+
+        args = self._args
+        tokenizer = choose_tokenizer(args.tokenizer, args.weights)
+        chat = choose_chat(tokenizer, args.weights, template=args.chat_template)
+        self.tokenizer, self.form = tokenizer.name, chat.form.name
+        return chat
+
+    def __call__(self) -> Chat:
+        return self._chat
+
+
+def _transcripts(args: argparse.Namespace, model_args: ModelArgs, chat: _Chats) -> list[Transcript]:
+    from dsatrace.layerwise.reading import digest_of_model, read_transcripts
+    from dsatrace.layerwise.transcripts import OWN
+    from dsatrace.trace.manifest import config_digest
+
+    transcripts = read_transcripts(args.transcripts, chat)
+    if digest_of_model(args.transcripts) == config_digest(dataclasses.asdict(model_args)):
+        return [dataclasses.replace(one, written_by=OWN) for one in transcripts]
+    return transcripts
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if asked == "cuda" and not has_gpu:
+        raise UserError("--device cuda: no CUDA device was found; use cpu")
+    return "cuda" if has_gpu and asked != "cpu" else "cpu"
+
+
+def _workload(recorded: Sequence[Recorded], rows: Rows) -> dict[str, Any]:
+    """The summary's `workload`, beside its name."""
+    foreign = sum(one.transcript.written_by != "own" for one in recorded)
+    return {
+        "rows": rows.text,
+        "counts": {
+            "transcripts": len(recorded),
+            "foreign_transcripts": foreign,
+            "tokens": sum(one.num_rows for one in recorded),
+            "rows": sum(len(one.positions) for one in recorded),
+        },
+    }
+
+
+class _Progress:
+    """A line on stderr after each layer, and now and then within one."""
+
+    def __init__(self) -> None:
+        self._said = time.monotonic()
+        self._before = 0
+
+    def __call__(self, done: LayerDone) -> None:
+        now = time.monotonic()
+        if done.unit < done.num_units and now < self._said + LINE_INTERVAL_S:
+            return
+        self._said = now
+        read = max(done.bytes_read - self._before, 1)
+        left_s = done.seconds * done.bytes_left / read
+        print(
+            f"layer {done.layer}: {done.unit} of {done.num_units} parts, {done.num_done} of "
+            f"{done.num_layers} layers done; {size_text(done.bytes_read)} read, "
+            f"{size_text(done.bytes_left)} left, about {left_s / 60:.1f} minutes",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
