@@ -294,8 +294,9 @@ def test_every_hit_rate_has_one_name_and_the_summarys_number(tmp_path, capsys):
 
 
 def test_sizes_are_in_binary_units_everywhere():
-    """As on the terminal; rates of links stay in GB/s."""
+    """As on the terminal; rates of links stay in GB/s, and benchmarks.md what its tools measured in."""
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "data").glob("*/*/README.md")]
+    pages = [page for page in pages if page.name != "benchmarks.md"]
     decimal = re.compile(r"\d ?[kKMGT]B\b(?!/s)")
     lines = [(page.name, line) for page in pages for line in page.read_text("utf-8").splitlines()]
     assert len(lines) > 500
