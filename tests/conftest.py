@@ -6,6 +6,7 @@ The checkpoints are read-only by agreement; a test that changes one copies it fi
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 INFERENCE = ROOT / "inference"
 
 torch.set_num_threads(1)
+# As in the foreground: what a shell's background job or nohup starts ignores these.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: the workers share the cores
 
 # In CI the same examples every time; elsewhere new ones, which is how the next bug is found.

@@ -6,8 +6,6 @@ import dataclasses
 import itertools
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from dsatrace.workloads.request import Request
 from dsatrace.workloads.tokenizer import Tokenizer
 from helpers.checkpoints import tiny_config
 from helpers.command_runs import told_error
+from helpers.forked import finished
 
 CONFIG = INFERENCE / "config_tiny.json"
 LONG = "The lighthouse keeper counted 41 ships. " * 10  # 400 tokens: two prefill chunks, sparse
@@ -242,16 +241,9 @@ def test_runs_from_the_root_and_from_inference(folder: Path, checkpoint: Path, t
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(SHORT)
     script, config = (os.path.relpath(path, folder) for path in (INFERENCE / "generate.py", CONFIG))
-    flags = ["--ckpt-path", checkpoint, "--config", config, "--input-file", prompts]
-    done = subprocess.run(
-        [sys.executable, script, *flags, "--max-new-tokens", "3", "--temperature", "0", "--trace-enable"],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    flags = ("--ckpt-path", checkpoint, "--config", config, "--input-file", prompts)
+    flags += ("--max-new-tokens", 3, "--temperature", 0, "--trace-enable")
+    done = finished(script, *flags, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     out = Path(done.stdout.splitlines()[-1].removeprefix("trace: "))

@@ -19,6 +19,7 @@ from dsatrace.model.config import PLAIN_NUMERICS, ModelArgs
 from dsatrace.model.hf_config import KEYS, QUANTIZATION_KEYS, ROPE_KEYS
 from dsatrace.model.tiny import hf_config
 from dsatrace.runner.settings import ModelSettings
+from helpers.power import examples
 from helpers.real_data import real_file
 
 PINNED_TRANSFORMERS = "5.24.0"
@@ -349,7 +350,9 @@ def test_released_configs_load_whole(name):
         assert args == dataclasses.replace(ModelArgs(), max_seq_len=163840)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_no_value_of_any_key_gives_a_traceback(tmp_path, v32, v5, glm, data):
     """One key at a time takes anything JSON can hold: the file is read, or refused in one line."""

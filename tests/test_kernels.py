@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsatrace.model.kernels import get_kernels, torch_kernels
 from dsatrace.model.kernels.interface import ScaleFormat
+from helpers.power import examples
 
 FP8 = torch.float8_e4m3fn
 KERNELS = get_kernels("torch")
@@ -65,7 +66,7 @@ def rows(draw: st.DrawFn, width: int) -> list[float]:
     return draw(st.lists(value, min_size=1, max_size=24))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(values=rows(32), group=st.sampled_from([4, 16]), scale_fmt=st.sampled_from(["ue8m0", None]))
 def test_act_quant_is_the_loop_in_float32(values: list[float], group: int, scale_fmt: ScaleFormat) -> None:
     y, scale = KERNELS.act_quant(torch.tensor(values, dtype=torch.float32), scale_fmt, group)
@@ -75,7 +76,7 @@ def test_act_quant_is_the_loop_in_float32(values: list[float], group: int, scale
     assert scale.tolist() == scales
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(values=rows(64), group=st.sampled_from([4, 16]), scale_fmt=st.sampled_from(["ue8m0", None]))
 def test_fake_quant_is_the_loop_in_float64(values: list[float], group: int, scale_fmt: ScaleFormat) -> None:
     y, scale = KERNELS.fake_quant(torch.tensor(values, dtype=torch.float64), scale_fmt, group)

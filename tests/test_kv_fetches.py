@@ -22,12 +22,13 @@ from dsatrace.kv.tiers.fetches import (
 )
 from dsatrace.kv.tiers.stack import TierStack
 from helpers.memory_store import MemoryStore
+from helpers.power import examples
 
 NUM_TOKENS = 32
 TOKEN_BYTES = 10
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.lists(st.integers(0, 20), max_size=60), st.integers(0, 2**32))
 def test_first_touches_are_those_of_a_set(units: list[int], seed: int) -> None:
     scratch = np.random.default_rng(seed).integers(-5, 50, 21)  # whatever it held before
@@ -48,7 +49,7 @@ def counts(rng: np.random.Generator) -> TierCounts:
     return TierCounts(*whole, latency_us=rng.random(NUM_TIERS))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(selections(), st.sampled_from([1, 4]), st.integers(0, 2**32), st.integers(0, 3))
 def test_each_fetched_unit_is_charged_once(
     rows: list[list[int]], unit_tokens: int, seed: int, num_others: int
@@ -104,7 +105,7 @@ def test_without_a_batch_a_row_is_charged_nothing() -> None:
     assert fetch.bytes_read.sum() == fetch.bytes_written.sum() == 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     st.lists(st.integers(0, 50), min_size=3, max_size=3),
     st.lists(st.integers(0, 9), min_size=1, max_size=6),

@@ -18,6 +18,7 @@ from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.tiers.residency import ABSENT, STAMP_POLICIES, TIER_POLICIES, Moves, Residency, StampOrder
 from helpers.plain_cache import plain_simulate
 from helpers.plain_order import PlainOrder
+from helpers.power import examples
 
 NUM_UNITS = 12
 
@@ -120,7 +121,7 @@ def histories(draw: st.DrawFn) -> tuple[int, list[tuple[str, list[int]]]]:
 
 
 @pytest.mark.parametrize("policy", TIER_POLICIES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(75), deadline=None)
 @given(histories())
 def test_every_policy_keeps_the_map(policy: str, history) -> None:
     num_slots, actions = history
@@ -131,7 +132,7 @@ def test_every_policy_keeps_the_map(policy: str, history) -> None:
 
 
 @pytest.mark.parametrize("policy", GOES_FIRST)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(75), deadline=None)
 @given(histories())
 def test_the_victims_are_those_of_a_dictionary(policy: str, history) -> None:
     num_slots, actions = history
@@ -151,7 +152,7 @@ def test_the_victims_are_those_of_a_dictionary(policy: str, history) -> None:
 
 
 @pytest.mark.parametrize("policy", TIER_POLICIES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(75), deadline=None)
 @given(histories())
 def test_the_fast_orders_equal_the_plain_policies(policy: str, history) -> None:
     num_slots, actions = history

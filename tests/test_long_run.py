@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from conftest import ROOT
 from dsatrace.schema import LEVELS
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.run import verify
+from helpers.command_runs import bench
 
 SLACK_BYTES = 300_000  # the summary keeps the hot blocks of each of twelve more requests
 DIGEST_BYTES = 1 << 19  # two parts of a file that the hashing thread of verify holds, at the peak or not
@@ -66,8 +66,8 @@ def test_memory_does_not_grow_with_the_run(
 
 
 def test_the_script_says_what_it_did() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "bench" / "long_run.py"), "--records", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = bench("long_run.py", "--records", "1")
+    assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["write", "verify", "summarize"]
     assert all("15616 records" in line and "MiB peak" in line for line in lines)

@@ -152,6 +152,33 @@ def test_the_verdict_names_the_run_and_its_numbers(needle: Page, replay: dict[st
     assert f"{counts['records']}" in [one.attributes["value"] for one in facts.all("data")]
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"--share": "request", "--policy": "lru"}, "buffer of 48 (2k) for all layers misses"),
+        ({"--unit": "block:4", "--sizes": "32,64"}, "Of the blocks of 4 tokens that a step touches"),
+        (
+            {"--unit": "block:4", "--sizes": "32,64", "--share": "prefix", "--policy": "lru"},
+            "buffer of 8 misses",
+        ),
+        ({"--union": "2", "--seed": "3", "--start": "empty", "--policy": "opt,lru"}, "of 16 (2k) misses"),
+    ],
+)
+def test_other_replays_are_shown_as_they_were_made(tmp_path: Path, flags: dict[str, str], said: str) -> None:
+    run, out = write_golden(tmp_path / "run"), tmp_path / "replay"
+    given = [text for pair in flags.items() for text in pair]
+    assert cli.main(["replay", str(run), "--out", str(out), "--no-figure", *given]) == 0
+    page = page_of(run, tmp_path / "page.html", "--replay", out)
+    assert said in page.root.first("p", class_="verdict").text
+    command = shlex.split(page.sections()["curve"].first("p", class_="command").text)
+    assert command[:3] == ["dsatrace", "replay", str(run)]
+    assert dict(zip(command[3::2], command[4::2], strict=True)) == flags
+    lru = json.loads((out / "replay.json").read_bytes())["overall"]["policies"]["lru"]
+    shown = {row["size"]: row["lru missed"] for row in page.table("curve") if row["size"]}
+    assert shown
+    assert shown == {size: cell["miss_rate"] for size, cell in lru.items() if size in shown}
+
+
 def test_a_finished_replay_is_taken_as_it_is(file: Path, replay: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "replay.json").write_text(json.dumps(replay))
     page_of(NEEDLE, tmp_path / "page.html", "--replay", tmp_path)

@@ -15,11 +15,21 @@ from helpers.plain_cache import plain_simulate
 from helpers.policy_streams import EACH_BY_ALL, NAMES, PARAMS, WORKLOADS, prefixes, streams
 
 
-def check_against_plain(stream: AccessStream, name: str, capacity: int, leaf: bool, oversize: Oversize):
-    params = PARAMS.get(name, {})
-    result = simulate(stream, name, capacity, leaf=leaf, oversize=oversize, log_evictions=True, **params)
-    policy = make_policy(name, capacity, leaf=leaf, workload_names=WORKLOADS, **params)
-    hits, found, evicted = plain_simulate(stream, policy, held_blocks(stream, capacity, oversize))
+def check_against_plain(
+    stream: AccessStream,
+    name: str,
+    capacity: int,
+    leaf: bool,
+    oversize: Oversize,
+    admitted: np.ndarray | None = None,
+):
+    params = PARAMS.get(name, {}) | {"log_evictions": True, "admitted": admitted}
+    result = simulate(stream, name, capacity, leaf=leaf, oversize=oversize, **params)
+    policy = make_policy(name, capacity, leaf=leaf, workload_names=WORKLOADS, **PARAMS.get(name, {}))
+    held = held_blocks(stream, capacity, oversize)
+    hits, found, evicted = plain_simulate(
+        stream, policy, held, None if admitted is None else admitted.tolist()
+    )
     assert result.hits.tolist() == hits, (name, leaf)
     assert result.hits_any.tolist() == found, (name, leaf)
     assert list(map(tuple, result.evictions.tolist())) == evicted, (name, leaf)
@@ -32,6 +42,54 @@ def test_the_compiled_replay_equals_the_plain_one(stream, capacity, oversize):
     for name in NAMES:
         for leaf in (False, True):
             check_against_plain(stream, name, capacity, leaf, oversize)
+
+
+@EACH_BY_ALL
+@given(
+    stream=streams(),
+    capacity=st.integers(1, 14),
+    oversize=st.sampled_from(["truncate", "reject"]),
+    data=st.data(),
+)
+def test_who_is_not_admitted_inserts_nothing(stream, capacity, oversize, data):
+    size = stream.num_requests
+    admitted = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)), bool)
+    for name in NAMES:
+        for leaf in (False, True):
+            check_against_plain(stream, name, capacity, leaf, oversize, admitted)
+    nobody = simulate(stream, "lru", capacity, admitted=np.zeros(size, bool))
+    assert (nobody.hits.sum(), nobody.num_evictions) == (0, 0)
+    everyone = simulate(stream, "lru", capacity, admitted=np.ones(size, bool))
+    assert everyone.hits.tolist() == simulate(stream, "lru", capacity).hits.tolist()
+
+
+def test_a_guest_hits_what_others_left_and_pushes_nothing_out():
+    stream = AccessStream.of([["a"], ["x", "y"], ["a", "z"], ["a"]])
+    guests = np.array([True, False, False, True])
+    assert simulate(stream, "lru", 2).hits.tolist() == [0, 0, 0, 1]
+    assert simulate(stream, "lru", 2, admitted=guests).hits.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "most"),
+    [
+        ("wa-lru", {"admit": ["chat"]}, 19),
+        ("wa-prob", {"reuse": {"chat": (0.9, 5.0), "batch": (0.1, 9.0)}}, 18),  # its first victim is a guess
+    ],
+    ids=["wa-lru", "wa-prob"],
+)
+def test_what_was_learned_is_applied_from_its_time_on(name, params, most):
+    """Before it the policy is LRU; after it, it keeps the chat that LRU loses."""
+    kinds = ["chat", "batch", "batch"] * 20
+    chains = [["chat"] if kind == "chat" else [f"batch {i}"] for i, kind in enumerate(kinds)]
+    stream = AccessStream.of(chains, workloads=kinds)
+    hits = {
+        since_s: simulate(stream, name, 2, since_s=since_s, **params).hits.tolist()
+        for since_s in (0.0, 30.0, 60.0)
+    }
+    assert hits[60.0] == simulate(stream, "lru", 2).hits.tolist() == [0] * 60
+    assert sum(hits[0.0]) == most
+    assert sum(hits[30.0][:31]) == 0 and sum(hits[30.0]) >= 8
 
 
 @pytest.mark.parametrize("leaf", [False, True], ids=["flat", "leaf"])

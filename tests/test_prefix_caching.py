@@ -22,6 +22,7 @@ from dsatrace.engine.scheduler import Admission, Scheduler
 from dsatrace.engine.settings import RunSettings
 from dsatrace.engine.simulator import StepTime, TokenSimulator, replay
 from dsatrace.workloads.request import Request
+from helpers.power import examples
 
 END = 9
 TIMES = StepTime(step_ns=1_000_000, prefill_token_ns=100_000, decode_token_ns=10_000, context_token_ns=1_000)
@@ -147,7 +148,7 @@ def answers(ended: list[LiveRequest]) -> dict[str, tuple[str, list[int], int]]:
     return {live.request_id: (live.state, live.answer, live.num_decode_steps) for live in ended}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(cases())
 def test_what_is_hit_was_computed_and_the_answers_are_the_same(case: Case) -> None:
     cached = checked(case.engine(prefix_caching=True), case.requests)
@@ -165,7 +166,7 @@ def test_what_is_hit_was_computed_and_the_answers_are_the_same(case: Case) -> No
     assert all(not live.prefix_hit_tokens and not live.resumed_hit_tokens for live in plain)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(75), deadline=None)
 @given(cases(aborts=True))
 def test_an_abort_at_any_moment_leaves_nothing_that_was_not_computed(case: Case) -> None:
     engine = case.engine(prefix_caching=True)
@@ -175,7 +176,7 @@ def test_an_abort_at_any_moment_leaves_nothing_that_was_not_computed(case: Case)
     assert answers(again) == answers(checked(case.engine(prefix_caching=False), case.requests))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(cases())
 def test_jumping_over_steps_changes_nothing(case: Case) -> None:
     def facts(clock: VirtualClock) -> dict[str, tuple]:
@@ -203,7 +204,7 @@ def test_no_jump_goes_past_the_block_that_makes_room_for_the_next(clock: type[Vi
     assert live["second"].admitted_s < live["first"].finish_s
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(75), deadline=None)
 @given(cases())
 def test_chunks_end_where_they_end_without_a_cache(case: Case) -> None:
     """On multiples of the chunk size, or with the prompt: a hit moves where they start, no more."""

@@ -26,7 +26,7 @@ from dsatrace.workloads.data_set import Find, Flag, OpenedWorkload, PromptSettin
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import SHAREGPT, ShareGPTLoader, ShareGPTWorkload
 from helpers.command_runs import runs_below, told_error, until_lines
-from helpers.forked import Started
+from helpers.forked import Started, finished
 from helpers.json_lines import read_json_lines
 from helpers.ranks import on_ranks
 from helpers.real_data import real_file
@@ -302,28 +302,16 @@ def test_an_entry_in_the_table_is_all_that_a_data_set_needs(
 # ---- processes
 
 
-def spawn(*flags: object, cwd: Path = ROOT) -> subprocess.Popen:
-    script = Path("inference/run_dataset.py") if cwd == ROOT else Path("run_dataset.py")
-    return subprocess.Popen(
-        [sys.executable, str(script), *map(str, flags)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize("folder", [ROOT, INFERENCE], ids=["root", "inference"])
 def test_runs_from_the_root_and_from_inference(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     """The model from the root; the simulator, which imports no torch, from `inference`."""
     model = ("--ckpt-path", checkpoint, "--config", CONFIG)
     how = model if folder == ROOT else ("--runner", "simulator")
-    done = spawn(*how, "--trace-out", tmp_path / "r", *RULER, "--limit", 1, cwd=folder)
-    out, err = done.communicate(timeout=600)
-    assert done.returncode == 0, err
-    assert "ruler: generator" in out
-    assert str(tmp_path / "r") in out
+    script = os.path.relpath(INFERENCE / "run_dataset.py", folder)
+    done = finished(script, *how, "--trace-out", tmp_path / "r", *RULER, "--limit", 1, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "ruler: generator" in done.stdout
+    assert str(tmp_path / "r") in done.stdout
 
 
 def test_two_ranks_serve_the_same_requests(tiny_hf: Path, tmp_path: Path, run: Run, tiny_args: Any) -> None:

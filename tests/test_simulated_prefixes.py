@@ -17,6 +17,7 @@ from dsatrace.engine.simulator import NO_TOKEN, Turn, simulate_prefixes
 from dsatrace.errors import UserError
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, replay
+from helpers.power import examples
 from helpers.real_data import oracle_file, real_file
 
 TOKENS = st.lists(st.integers(0, 1), max_size=14)
@@ -38,7 +39,7 @@ def replayed(result: ReplayResult) -> list[int | None]:
     ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     rows=ROWS,
     block_size=st.integers(1, 4),
@@ -67,7 +68,7 @@ def test_one_at_a_time_equals_the_replay_of_the_pool(
     assert found(hits) == replayed(replay(trace, config))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(rows=ROWS, block_size=st.integers(1, 4), num_blocks=st.integers(30, 60), chunk=st.integers(1, 6))
 def test_one_token_more_equals_the_replay_in_order(
     rows: list[tuple[list[int], list[int]]], block_size: int, num_blocks: int, chunk: int
@@ -84,7 +85,7 @@ def test_one_token_more_equals_the_replay_in_order(
     assert found(hits) == replayed(replay(trace, ReplayConfig(num_blocks)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(
     rows=ROWS,
     block_size=st.integers(1, 4),

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
-from conftest import ROOT
+from helpers.command_runs import bench
 
 
 def test_the_bench_measures_every_batch():
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "scripts" / "bench" / "tiers.py"),
-            *("--only", "ram", "file", "valkey-unix", "--turns", "1", "--bytes-per-token", "576"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    small = ("--only", "ram", "file", "valkey-unix", "--turns", "1", "--bytes-per-token", "576")
+    done = bench("tiers.py", *small)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
     measured = {"ram", "file", "valkey-unix"} - set(record["absent"])

@@ -151,7 +151,7 @@ def test_a_workload_has_one_hit_rate_in_every_verb(workload: str, tmp_path: Path
     assert study("explain", *flags, "--output-dir", tmp_path / "explain") == 0
     lines = json.loads((tmp_path / "explain" / "explain.json").read_text())["definitions"]
     assert lines["token_weighted_with_rejected"]["value"] == of_run["hit_rate_first_prefill"]
-    sizes = ("--block-size", 16, "--policies", "lru")
+    sizes = ("--block-size", 16, "--policies", "lru", "--seeds", 1)
     cells = study_json(tmp_path / "sweep", "sweep.json", "sweep", *flags, *sizes)["cells"]
     (pool,) = (cell for cell in cells if cell["policy"] == "vllm")
     assert pool["hit_rate"] == pytest.approx(of_run["hit_rate_blocks"], abs=1e-6)
@@ -165,7 +165,8 @@ def test_a_workload_has_one_hit_rate_in_every_verb(workload: str, tmp_path: Path
 def test_a_mix_has_one_hit_rate_in_both_verbs(tmp_path: Path) -> None:
     flags = ("--workloads", "qa", "chat_multi", "--num-requests", 40, "--num-blocks", 96)
     of_run = study_json(tmp_path / "run", "multi_turn_stats.json", "run", *flags)
-    cells = study_json(tmp_path / "mixed", "mixed.json", "mixed", *flags, "--policies", "lru")["cells"]
+    one = ("--policies", "lru", "--seeds", 1)
+    cells = study_json(tmp_path / "mixed", "mixed.json", "mixed", *flags, *one)["cells"]
     pool = {cell["workload"]: cell["hit_rate"] for cell in cells if cell["policy"] == "vllm"}
     assert pool.pop("overall") == pytest.approx(of_run["metrics"]["hit_rate_blocks"], abs=1e-6)
     parts = {name: part["metrics"]["hit_rate_blocks"] for name, part in of_run["workloads"].items()}
@@ -275,6 +276,45 @@ def test_ids_need_no_tokenizer_and_name_no_conversation(tmp_path: Path, capsys: 
     assert "requests of no known conversation: 3\n" in said
     assert "\nconversations: " not in said
     assert "no limit of 512 tokens" in said  # its own block size
+
+
+def test_every_table_says_what_is_assumed(tmp_path: Path, capsys: Any) -> None:
+    """A token that is a word, and times that nobody recorded; again where the folder is shown."""
+    small = ("--num-requests", 8, "--num-blocks", 64, "--skip-visualization", "--markdown")
+    verbs = {"run": (), "sweep": ("--policies", "lru", "--seeds", 2)}
+    for verb, flags in verbs.items():
+        assert study(verb, "--workload", "qa", *small, *flags, "--output-dir", tmp_path / verb) == 0
+        printed = capsys.readouterr().out
+        assert study("report", tmp_path / verb, "--markdown") == 0
+        for text in (printed, capsys.readouterr().out):
+            titles = [line for line in text.splitlines() if line.startswith(("#", "**"))]
+            assert titles
+            assert all("(a token is a word; times are assumed)" in title for title in titles), titles
+    trace = ("--trace-file", write_three_turns(tmp_path / "ids.jsonl"), "--block-size", 4)
+    assert study("run", *trace, "--skip-visualization", "--output-dir", tmp_path / "ids") == 0
+    assert "assumed" not in capsys.readouterr().out
+
+
+def test_a_run_tells_its_interval(tmp_path: Path, capsys: Any) -> None:
+    """Over eight seeds of a generator; over conversations of what people wrote."""
+    flags = ("run", "--workload", "qa", "--num-requests", 60, "--num-blocks", 64)
+    stats = study_json(tmp_path / "seeds", "multi_turn_stats.json", *flags)
+    assert "mean over 8 seeds" in capsys.readouterr().out
+    spread = stats["intervals"]["metrics"]["hit_rate_blocks"]
+    rates = [
+        study_json(tmp_path / f"{seed}", "multi_turn_stats.json", *flags, "--seed", seed, "--seeds", 1)
+        for seed in stats["intervals"]["seeds"]
+    ]
+    values = [rate["metrics"]["hit_rate_blocks"] for rate in rates]
+    assert rates[0]["metrics"] == stats["metrics"]
+    assert spread["mean"] == pytest.approx(sum(values) / 8)
+    assert spread["low"] < spread["mean"] < spread["high"]
+    assert len(set(values)) == 8
+    capsys.readouterr()
+    stats = study_json(tmp_path / "real", "multi_turn_stats.json", "run", "--num-blocks", 64)
+    assert "95 % over conversations" in capsys.readouterr().out
+    spread = stats["intervals"]["metrics"]["hit_rate_first_prefill"]
+    assert spread["low"] < stats["metrics"]["hit_rate_first_prefill"] < spread["high"]
 
 
 def test_a_large_ratio_is_a_whole_number() -> None:
@@ -387,6 +427,7 @@ def test_conversation_by_conversation(tmp_path: Path) -> None:
         (["run", "--output-file", "kept/stats.json/x"], "kept/stats.json/x: cannot write"),
         (["run", "--workload", "qa", "--rates", "qa"], "--rates 'qa': write a workload and a number"),
         (["run", "--workload", "qa", "--rates", "chat_multi=1"], "name it with --workloads too"),
+        (["run", "--seeds", "3"], "--seeds draws seeded workloads again"),
         (["run", "--recount-tokens", "0"], "--recount-tokens must lie between 1"),
         (["report", "kept"], "kept: not the folder of a study"),
         (["run", "--output-file", "manifest.json"], "another file of that name"),

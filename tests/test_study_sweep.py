@@ -21,6 +21,7 @@ from dsatrace.study.accesses import write_accesses
 from dsatrace.study.prepare import ClientSettings, limit_requests
 from dsatrace.study.requests import RequestsBuilder, StudyRequests, block_trace, by_workload
 from dsatrace.study.sources import Client, Source
+from dsatrace.study.spread import interval
 from dsatrace.study.sweep import BY_WORKLOAD, SweepSettings, num_jobs, policy_runs, sweep
 from dsatrace.study.sweep_cells import (
     BYPASS,
@@ -29,6 +30,7 @@ from dsatrace.study.sweep_cells import (
     POOL,
     Given,
     PolicyRun,
+    bypass_cells,
     lru_cells,
     num_repeated_outputs,
     pool_cells,
@@ -293,7 +295,7 @@ def run(*argv: object) -> int:
 def test_the_command_writes_tables_pictures_and_what_they_mean(tmp_path, capsys):
     out = tmp_path / "out"
     command = ["--workloads", "qa", "--num-requests", 60, "--policies", "lru", "s3-fifo"]
-    command += ["--block-sizes", 16, 32]
+    command += ["--block-sizes", 16, 32, "--seeds", 1]
     assert run(*command, "--capacities", 64, 16, "--output-dir", out) == 0
     shown = capsys.readouterr().out
     assert "qa, blocks of 16 tokens" in shown
@@ -353,12 +355,94 @@ def test_the_command_reads_recorded_accesses_and_conversations(tmp_path):
         (["--trace-file", "none.jsonl", "--data-path", "x"], "--trace-file is a source by itself"),
         (["--trace-file", "none.jsonl", "--num-requests", "9"], "--num-requests makes a trace of conv"),
         (["--max-tokens", "1"], "no conversation is left"),
+        (["--policies", "admit-lru"], "policy admit-lru tells workloads apart"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(flags, message, tmp_path, capsys):
     source = [] if "--trace-file" in flags else ["--workloads", "qa", "--num-requests", "20"]
     base = ["--skip-visualization", "--output-dir", str(tmp_path / "out")]
     check_mistake(capsys, run(*base, *source, *flags), message)
+
+
+def test_seeds_are_pooled_and_give_an_interval(tmp_path):
+    flags = ("--workloads", "qa", "--num-requests", 50, "--num-blocks", 64, "--block-size", 16)
+    flags = (*flags, "--policies", "lru", "s3-fifo")
+    rates, counts = [], []
+    for seed in (42, 43, 44):
+        one = study_json(tmp_path / str(seed), "sweep.json", "sweep", *flags, "--seeds", 1, "--seed", seed)
+        (lru,) = (cell for cell in one["cells"] if cell["policy"] == "lru")
+        assert lru["hit_rate_low"] is None
+        rates.append(lru["hit_rate"])
+        counts.append((lru["hits"], lru["accesses"]))
+    assert len(set(rates)) == 3
+    together = study_json(tmp_path / "all", "sweep.json", "sweep", *flags, "--seeds", 3)
+    cells = {cell["policy"]: cell for cell in together["cells"]}
+    hits, accesses = map(sum, zip(*counts, strict=True))
+    assert (cells["lru"]["hits"], cells["lru"]["accesses"]) == (hits, accesses)
+    assert together["intervals"] == {"over": "seeds", "seeds": [42, 43, 44]}
+    low, high = cells["lru"]["hit_rate_low"], cells["lru"]["hit_rate_high"]
+    assert low < min(rates) < max(rates) < high  # of three seeds it is wide
+    paired = cells["s3-fifo"]
+    assert paired["gain"] == pytest.approx(paired["hit_rate"] - cells["lru"]["hit_rate"], abs=2e-6)
+    assert paired["gain_high"] - paired["gain_low"] < high - low  # what moves both is not in it
+    assert "seeds" not in study_json(tmp_path / "eight", "sweep.json", "sweep", *flags)["settings"]
+    assert len(json.loads((tmp_path / "eight" / "sweep.json").read_text())["intervals"]["seeds"]) == 8
+
+
+def test_the_interval_over_seeds_covers_the_mean():
+    """Of 400 draws of eight seeds each, about 95 % of the intervals hold the true ratio."""
+    draw = np.random.default_rng(3)
+    accesses = draw.integers(80, 120, (400, 8))
+    hits = draw.binomial(accesses, 0.3)
+    covered = [low <= 0.3 <= high for low, high in map(interval, hits, accesses, ["seeds"] * 400)]
+    assert 0.92 < np.mean(covered) < 0.98
+    drawn = [low <= 0.3 <= high for low, high in map(interval, hits, accesses, ["conversations"] * 400)]
+    assert 0.8 < np.mean(drawn) < 0.97  # a bootstrap of eight is narrow; a log has 64
+    assert interval(hits[0][:1], accesses[0][:1], "seeds") == (None, None)
+    assert interval(hits[0] * 0, accesses[0] * 0, "seeds") == (None, None)
+    same_rate = interval(accesses[0] * 2, accesses[0] * 4, "seeds")
+    assert same_rate == pytest.approx((0.5, 0.5))
+
+
+def test_a_log_is_bootstrapped_over_its_conversations(tmp_path):
+    """The same requests under one conversation each, or all of one: then nothing is known."""
+    sizes = {}
+    for name in ("many", "one"):
+        rows = [
+            {
+                "prompt": f"{i % 7} words of a prompt " * 30,
+                "response": "yes",
+                "conversation_id": f"c{i // 3}" if name == "many" else "c",
+                "turn_index": i % 3 if name == "many" else i,
+                "timestamp": i,
+            }
+            for i in range(90)
+        ]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = ("--trace-file", path, "--num-blocks", 60, "--block-size", 16, "--policies", "lru", "fifo")
+        result = study_json(tmp_path / f"out_{name}", "sweep.json", "sweep", *flags)
+        assert result["intervals"]["over"] == "conversations"
+        sizes[name] = [(c["hit_rate"], c["hit_rate_low"], c["hit_rate_high"]) for c in result["cells"]]
+    assert [rate for rate, *_ in sizes["many"]] == [rate for rate, *_ in sizes["one"]]
+    assert all(low <= rate <= high and high - low > 0.001 for rate, low, high in sizes["many"])
+    assert all(low is high is None for _, low, high in sizes["one"])
+
+
+def test_parts_add_up_under_lru_and_every_other_way():
+    given_ = Given.of(block_trace(chats(80, 3), BLOCK), by_conversation=True)
+    assert 30 < given_.num_parts <= 64
+    ways = (
+        lru_cells("t", given_, [20], "reject"),
+        simulated_cells("t", given_, PolicyRun("lru"), 20, "reject"),
+        pool_cells("t", given_, 20, 1),
+        bypass_cells("t", given_, 20),
+    )
+    for cells in ways:
+        for cell in cells:
+            assert cell.parts.sum(axis=0).tolist() == [cell.hits, cell.accesses]
+    for one, other in zip(*ways[:2], strict=True):
+        assert one.parts.tolist() == other.parts.tolist()
 
 
 def test_results_are_never_overwritten(tmp_path, capsys):
@@ -369,4 +453,4 @@ def test_results_are_never_overwritten(tmp_path, capsys):
 
 
 def test_the_default_policies_are_all_that_need_no_workloads():
-    assert set(ALONE.policies) | set(BY_WORKLOAD) == set(POLICIES)
+    assert set(ALONE.policies) | set(BY_WORKLOAD) == {*POLICIES, "admit-lru"}

@@ -16,6 +16,7 @@ from dsatrace.engine.runner import BlocksLost, OnTierError, Step
 from dsatrace.engine.scheduler import MAX_RECOMPUTES, Scheduler
 from dsatrace.engine.settings import RunSettings
 from dsatrace.workloads.request import Request
+from helpers.power import examples
 from test_prefix_caching import TIMES, Case, SlotKeeper, answers, cases, checked
 
 CAUSE = "remote_pool redis://10.0.0.1:6379: timeout after 5 s"
@@ -116,7 +117,7 @@ def lossy_cases(draw: st.DrawFn, most: int) -> tuple[Case, Losses, bool]:
     return case, draw(drawn_losses(case.num_blocks, most)), draw(st.booleans())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(lossy_cases(most=MAX_RECOMPUTES))
 def test_answers_are_those_of_an_undisturbed_run(lossy: tuple[Case, Losses, bool]) -> None:
     """`checked` holds the pool and the order of the requests after every step, `SlotKeeper` that no step
@@ -134,7 +135,7 @@ def test_answers_are_those_of_an_undisturbed_run(lossy: tuple[Case, Losses, bool
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(lossy_cases(most=40))
 def test_who_fails_keeps_its_answer_so_far_and_nobody_starves(lossy: tuple[Case, Losses, bool]) -> None:
     case, losses, prefix_caching = lossy
@@ -151,7 +152,7 @@ def test_who_fails_keeps_its_answer_so_far_and_nobody_starves(lossy: tuple[Case,
         assert live.finish_s is not None
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(75), deadline=None)
 @given(lossy_cases(most=5))
 def test_with_fail_only_those_end_that_hold_what_was_lost(lossy: tuple[Case, Losses, bool]) -> None:
     case, losses, prefix_caching = lossy
@@ -169,7 +170,7 @@ def test_with_fail_only_those_end_that_hold_what_was_lost(lossy: tuple[Case, Los
             assert answers([live])[live.request_id] == undisturbed[live.request_id]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(cases(), st.booleans(), st.sampled_from(["own", "all", "nobody's"]))
 def test_a_dead_store_ends_every_request(case: Case, prefix_caching: bool, which: str) -> None:
     def losses(forward: int, step: Step) -> set[int]:

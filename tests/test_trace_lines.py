@@ -18,6 +18,7 @@ from dsatrace.trace.json_lines import Choice, LineEncoder, Runs
 from dsatrace.trace.kernels import compile_kernels
 from dsatrace.trace.records import RecordDeriver, StepLines
 from dsatrace.trace.statistics import fused_statistics
+from helpers.power import examples
 from helpers.step_records import step_lines
 from helpers.step_statistics import step_statistics
 from helpers.trace_samples import LAYOUT, WAYS, config_for, sample_capture, sample_needles
@@ -29,7 +30,7 @@ def derive(capture: Any, **config: Any) -> Any:
     return RecordDeriver(config_for(**config), LAYOUT, default_tiers(LAYOUT)).derive(capture)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     seq_lens=st.lists(st.one_of(st.integers(1, 130), st.integers(9_000, 250_000)), min_size=1, max_size=4),
@@ -100,7 +101,7 @@ def random_selection(rng: np.random.Generator) -> np.ndarray:
     return positions
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_the_same_selections_are_refused(seed: int) -> None:
     positions = random_selection(np.random.default_rng(seed))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +13,7 @@ import pytest
 
 from conftest import ROOT
 from dsatrace.trace.reader import RunReader
-from helpers.forked import Started
+from helpers.forked import Started, finished
 from helpers.ranks import Ranks
 from helpers.waiting import until
 
@@ -72,13 +71,7 @@ def recording(process: Process, folder: Path) -> Iterator[Process]:
 
 def bench(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
     """A finished run of `scripts/bench/<script>`."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "bench" / script), *flags],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    return finished(ROOT / "scripts" / "bench" / script, *flags)
 
 
 def selections(folder: Path) -> dict[tuple[str, int, int], list[int]]:

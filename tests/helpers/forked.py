@@ -10,7 +10,10 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import runpy
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -108,7 +111,30 @@ def run_command(
 ) -> None:
     """Ends this process as the command does; `files` become its stdin, stdout and stderr."""
     os.environ.update(environment)
+    _take(files)
+    sys.exit(importlib.import_module(f"dsatrace.commands.{command}").main(argv))
+
+
+def finished(script: str | Path, *argv: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A script, run to its end as `python3 SCRIPT` would run it in `cwd`."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(os.devnull), Path(folder, "out"), Path(folder, "err")
+        process = call(_run_script, cwd or Path.cwd(), [str(script), *map(str, argv)], files)
+        process.join()
+        out, err = (file.read_text() for file in files[1:])
+    return subprocess.CompletedProcess([str(script), *argv], process.exitcode or 0, out, err)
+
+
+def _run_script(cwd: Path, argv: list[str], files: tuple[Path, Path, Path]) -> None:
+    os.chdir(cwd)
+    _take(files)
+    sys.argv = argv
+    sys.path.insert(0, str(Path(argv[0]).resolve().parent))
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def _take(files: tuple[Path, Path, Path]) -> None:
+    """Makes them stdin, stdout and stderr."""
     for fd, file in enumerate(files):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND if fd else os.O_RDONLY), fd)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.exit(importlib.import_module(f"dsatrace.commands.{command}").main(argv))

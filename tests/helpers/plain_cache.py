@@ -9,7 +9,8 @@ up and pinned; then, tail first, each is used again or inserted, after evictions
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -18,9 +19,10 @@ from dsatrace.kv.policies.stream import AccessStream
 
 
 def plain_simulate(
-    stream: AccessStream, policy: PlainPolicy, held: np.ndarray
+    stream: AccessStream, policy: PlainPolicy, held: np.ndarray, admitted: Sequence[bool] | None = None
 ) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """Request r holds its first `held[r]` blocks, at most `policy.capacity`.
+    """Request r holds its first `held[r]` blocks, at most `policy.capacity`; one that is not `admitted`
+    only those of them that are cached and follow no missing one.
 
     Returns per request the cached blocks before the first that is not, and all cached
     ones; and (request, block) of each eviction.
@@ -30,16 +32,18 @@ def plain_simulate(
     evicted: list[tuple[int, int]] = []
     in_flight: dict[int, list[int]] = {}
     for request, accesses in enumerate(_accesses(stream, held)):
+        cached = [block in policy for block in accesses]
+        found.append(sum(cached))
+        hits.append(cached.index(False) if False in cached else len(cached))
+        if admitted is not None and not admitted[request]:
+            accesses = dict(itertools.islice(accesses.items(), hits[-1]))  # noqa: PLW2901
         for done in sorted(in_flight, key=lambda r: (stream.release[r], r)):
             blocks = {block for chain in in_flight.values() for block in chain} | set(accesses)
             if stream.release[done] <= request or len(blocks) > policy.capacity:
                 for block in reversed(in_flight.pop(done)):
                     policy.unpin(block)
-        cached = [block in policy for block in accesses]
-        found.append(sum(cached))
-        hits.append(cached.index(False) if False in cached else len(cached))
-        for block, is_cached in zip(accesses, cached, strict=True):
-            if is_cached:
+        for block in accesses:
+            if block in policy:
                 policy.pin(block)
         for block, access in reversed(accesses.items()):
             if block in policy:

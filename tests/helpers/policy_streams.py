@@ -19,8 +19,8 @@ EACH_BY_ALL = settings(max_examples=examples(50))
 WORKLOADS = ("chat", "qa", "sum")
 PARAMS = {
     "priority": {"priorities": {"qa": 2.0, "sum": -1.0}},
-    "wa-lru": {"admit": ["qa"]},
-    "wa-prob": {"reuse": {"chat": (0.8, 2.0), "qa": (0.3, 9.0), "sum": (0.5, 0.7)}},
+    "wa-lru": {"admit": ["qa"], "since_s": 5.0},
+    "wa-prob": {"reuse": {"chat": (0.8, 2.0), "qa": (0.3, 9.0), "sum": (0.5, 0.7)}, "since_s": 5.0},
     "gdsf": {"depth_cost": 0.3},
     "t-lru": {"slack_blocks": 2},
     "slru": {"protected": 0.5},

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsatrace.commands.damage import damage_named
-from dsatrace.commands.parser import CommandParser
+from dsatrace.commands.parser import CommandParser, count
 from dsatrace.commands.picture_flags import add_picture_flags, picture_flags_given, picture_settings
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.text import plain
@@ -62,6 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "place is known where any is)",
     )
     parser.add_argument(
+        "--bytes-per-token",
+        type=count,
+        metavar="N",
+        help="of a study's page: KV that a token takes in all layers together, such as 40016 for "
+        "DeepSeek-V3.2 in fp8; capacities are then told in GiB too",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="the tables as JSON, numbers for texts; draws no picture"
     )
     parser.add_argument(
@@ -80,17 +87,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_picture_flags(parser)
     args = parser.parse_args(argv)
-    for_page = {"--replay": args.replay and args.replay[0], "--request": args.request}
+    for_page = {
+        "--replay": args.replay and args.replay[0],
+        "--request": args.request,
+        "--bytes-per-token": args.bytes_per_token,
+    }
     for flag, value in for_page.items():
         if args.html is None and value is not None:
             raise UserError(f"{flag} {plain(value)}: is for the page; add --html FILE")
     if args.html is None and len(args.runs) > 1:
         raise UserError(f"{plain(args.runs[1])}: several runs are compared on a page; add --html FILE")
     if args.html is not None:
-        wrong = [*(["--json"] if args.json else []), *picture_flags_given(args)]
-        if wrong:
+        others = {"--no-figure": args.no_figure, "--json": args.json}
+        if wrong := [*(flag for flag, given in others.items() if given), *picture_flags_given(args)]:
             raise UserError(f"{wrong[0]} with --html: it has no meaning for the page; leave it out")
-        return _page(args.runs, args.html, args.replay, args.request, args.layer)
+        return _page(args.runs, args.html, args.replay, args.request, args.layer, args.bytes_per_token)
 
     from dsatrace.report.figure import PANELS, draw
     from dsatrace.report.grid import WIDE, WIDTH, show
@@ -121,6 +132,7 @@ def _page(
     replays: Sequence[Path] | None,
     request: str | None,
     layer: int | None,
+    bytes_per_token: int | None,
 ) -> int:
     from dsatrace.report.grid import show
     from dsatrace.report.page.comparison import MOST_RUNS, comparison_html, require_comparable
@@ -129,9 +141,13 @@ def _page(
     from dsatrace.report.study_folder import is_study
     from dsatrace.trace.reader import RunReader
 
-    for folder in folders:
-        if is_study(folder):
-            raise UserError(f"{folder}: is a study, which has no page; leave out --html")
+    if study := next(filter(is_study, folders), None):
+        if len(folders) > 1:
+            raise UserError(f"{study}: a study has a page of its own; name it alone")
+        for_runs = {"--replay": replays, "--request": request, "--layer": layer}
+        return _study_page(study, out, bytes_per_token, for_runs)
+    if bytes_per_token is not None:
+        raise UserError(f"--bytes-per-token {bytes_per_token}: is for a study's page; a run tells its own")
     if len(folders) > MOST_RUNS:
         raise UserError(f"{folders[MOST_RUNS]}: a page compares at most {MOST_RUNS} runs; leave some out")
     if replays is not None and len(replays) != len(folders):
@@ -149,6 +165,18 @@ def _page(
         write_page(page, out)
     for material in materials:
         show([f"{material.run.folder}"] * (len(materials) > 1) + said_first(material))
+    show([f"page: {out}"])
+    return 0
+
+
+def _study_page(folder: Path, out: Path, bytes_per_token: int | None, for_runs: Mapping[str, object]) -> int:
+    from dsatrace.report.grid import show
+    from dsatrace.report.page.page import write_page
+    from dsatrace.report.page.study_page import study_html
+
+    if wrong := [flag for flag, value in for_runs.items() if value is not None]:
+        raise UserError(f"{wrong[0]}: is for the page of a run, and {folder} is a study; leave it out")
+    write_page(study_html(folder, bytes_per_token), out)
     show([f"page: {out}"])
     return 0
 
@@ -200,8 +228,6 @@ def _replay(run: RunReader) -> dict[str, Any] | str:
     from dsatrace.selection_replay.work import find_work
     from dsatrace.trace.manifest import selection_kind
 
-    if run.is_for_replay:
-        return "it is laid out for replay"  # which the page then refuses
     counts, kind = run.summary()["counts"], selection_kind(run.manifest)
     if not counts["sparse_records"]:
         return "no record is past top-k, so no buffer could miss anything"

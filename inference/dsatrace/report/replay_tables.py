@@ -30,7 +30,8 @@ def replay_parts(record: Record) -> Iterator[str | Grid]:
     )
     if warning := caveat(record):
         yield warning
-    yield from _which_steps(record)
+    yield from past_answers(record)
+    yield from shared_prefixes(record)
     if "sglang" in overall["policies"] and not record["keeps_order"]:
         yield (
             "sglang is approximate: the run keeps ids by position, not in the order they were selected "
@@ -47,13 +48,17 @@ def replay_parts(record: Record) -> Iterator[str | Grid]:
     yield from _sharing(record)
 
 
-def _which_steps(record: Record) -> Iterator[str]:
-    """Whether steps past the answers are among them, and what requests share."""
+def past_answers(record: Record) -> Iterator[str]:
+    """Whether steps past the answers are among those replayed."""
     if past := record["past_answer"]:
         is_cut = record["settings"]["steps"] == "answer"
         taken = "left out" if is_cut else "counted with the rest: `--steps answer` leaves them out"
         untold = f"; of {past['untold']:,} more nothing says whether they do" if past["untold"] else ""
         yield f"{past['past']:,} of {past['steps']:,} decode steps lie past the answers, {taken}{untold}."
+
+
+def shared_prefixes(record: Record) -> Iterator[str]:
+    """What requests share, where those that begin alike have one buffer."""
     if shared := record["shared_prefixes"]:
         untold = shared["untold"]
         unsure = (

@@ -31,6 +31,8 @@ from .study_tables import (
     engine_grid,
     explain_grid,
     mixed_grids,
+    noted,
+    notes_of,
     rejected_grid,
     run_grids,
     sweep_grids,
@@ -60,7 +62,7 @@ def study_parts(folder: Path) -> Iterator[str | Grid]:
         except _FAULTS as error:
             raise UserError(f"{path}: not a result of a study: {error!r}; run the study again") from error
         num_tables += len(grids)
-        yield from grids
+        yield from noted(grids, manifest)
     if not num_tables:
         yield "There is no table: the study writes traces only, or it did not end."
     yield f"files: {folder}"
@@ -70,7 +72,7 @@ def draw_again(folder: Path, output: OutputFolder) -> Iterator[str]:
     """Draws a study's pictures from its files into another folder; yields a line for each, and for those
     that the files do not hold."""
     manifest = _read(folder / MANIFEST_FILE)
-    about = f"{manifest['study']} of {folder}"
+    about = "; ".join([f"{manifest['study']} of {folder}", *notes_of(manifest)])
     for path in _results(folder, manifest):
         record = _read(path)
         suffix = path.stem.removeprefix("comparison") if "per_turn" in record else ""
@@ -147,8 +149,14 @@ def _comparison(record: Record) -> Comparison:
 
 
 def _of(kind: type[Any], record: Record) -> Any:
-    """The dataclass from its fields in a record, which may have more."""
-    return kind(**{field.name: record[field.name] for field in dataclasses.fields(kind)})
+    """The dataclass from its fields in a record, which may have more, and lack those with a default."""
+    required = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: record[name] for name in required} | {n: v for n, v in record.items() if n in known})
 
 
 def _read(path: Path) -> dict[str, Any]:

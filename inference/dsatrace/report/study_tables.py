@@ -6,6 +6,7 @@ for grid in sweep_grids(cells): console.print(grid)
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -52,15 +53,44 @@ def shown(name: str, value: Value) -> Cell:
     return number(value, "," if isinstance(value, int) else ",.2f")
 
 
+def _spread(name: str, entry: Mapping[str, float] | None) -> tuple[Cell, Cell]:
+    """Mean and interval of a metric."""
+    if entry is None:
+        return Cell(NONE, None), Cell(NONE, None)
+    low, high = shown(name, entry["low"]), shown(name, entry["high"])
+    return shown(name, entry.get("mean")), Cell(f"{low} to {high}", [entry["low"], entry["high"]])
+
+
 def _share(value: Value, unit: str = " %") -> Cell:
     return Cell(NONE if value is None else f"{100 * value:.2f}{unit}", value)
 
 
+def notes_of(manifest: Mapping[str, Any]) -> list[str]:
+    """What every table and picture must say: a token that is a word, times that nobody recorded."""
+    notes = ["a token is a word"] if manifest.get("tokenizer", {}).get("unit") == "word" else []
+    return notes + (["times are assumed"] if manifest.get("times") == "assumed" else [])
+
+
+def noted(grids: Iterable[Grid], manifest: Mapping[str, Any]) -> Iterator[Grid]:
+    """The tables with the notes in their titles."""
+    notes = "; ".join(notes_of(manifest))
+    for grid in grids:
+        yield dataclasses.replace(grid, title=f"{grid.title} ({notes})") if notes else grid
+
+
 def run_grids(name: str, statistics: Mapping[str, Any]) -> Iterator[Grid]:
     """One replay: metrics, rejections, workloads if there are several, turns if they are known."""
-    metrics = statistics["metrics"]
-    rows = [(key, shown(key, metrics[key])) for key in HEADLINES if key in metrics]
-    yield Grid(f"{name}: {cache_text(statistics['cache'])}", ("metric", "value"), rows)
+    metrics, intervals = statistics["metrics"], statistics.get("intervals", {})
+    head = ["metric", "value"]
+    if intervals:
+        seeds = f"{len(intervals.get('seeds', ()))} seeds"
+        over_seeds = intervals["over"] == "seeds"  # over conversations, it is around the value itself
+        head += [f"mean over {seeds}", f"95 % over {seeds}"] if over_seeds else ["95 % over conversations"]
+    rows = []
+    for key in (key for key in HEADLINES if key in metrics):
+        spread = _spread(key, intervals.get("metrics", {}).get(key))
+        rows.append((key, shown(key, metrics[key]), *spread[4 - len(head) :]))
+    yield Grid(f"{name}: {cache_text(statistics['cache'])}", tuple(head), rows)
     yield rejected_grid({name: statistics["rejected"]})
     workloads = statistics.get("workloads", {})
     if workloads:
@@ -183,14 +213,14 @@ def mixed_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
         by_place = {(cell.policy, cell.workload): cell for cell in here}
         rows = []
         for policy in _bounds_last(cell.policy for cell in here):
-            overall = by_place[policy, OVERALL]
-            counts = (number(overall.hits, ","), number(overall.misses, ","))
-            rows.append((policy, *(_hit_rate(by_place.get((policy, name))) for name in workloads), *counts))
+            one = by_place[policy, OVERALL]
+            gain = _with_interval(one.gain, one.gain_low, one.gain_high, "+.2f")
+            rows.append((policy, *(_hit_rate(by_place.get((policy, name))) for name in workloads), gain))
         for field, text in COUNTS.items():
             of_each = (number(getattr(by_place[OPT, name], field), ",") for name in workloads)
-            rows.append((text, *of_each, "", ""))
+            rows.append((text, *of_each, ""))
         title = f"Mixed: hit rate in % of prompt blocks, {capacity} blocks of {size} tokens"
-        yield Grid(title, ("policy", *workloads, "hits", "misses"), rows)
+        yield Grid(title, ("policy", *workloads, "gain over lru"), rows)
 
 
 def _turns(title: str, turns: Sequence[Mapping[str, Value]]) -> Iterator[Grid]:
@@ -208,7 +238,17 @@ def _turns(title: str, turns: Sequence[Mapping[str, Value]]) -> Iterator[Grid]:
 
 
 def _hit_rate(cell: SweepCell | None) -> Cell:
-    return _share(None if cell is None or not cell.accesses else cell.hit_rate, unit="")
+    """In %, with half the width of its interval if it has one."""
+    if cell is None or not cell.accesses:
+        return _share(None)
+    return _with_interval(cell.hit_rate, cell.hit_rate_low, cell.hit_rate_high, ".2f")
+
+
+def _with_interval(share: float | None, low: float | None, high: float | None, form: str) -> Cell:
+    if share is None:
+        return Cell(NONE, None)
+    width = "" if low is None or high is None else f" ± {50 * (high - low):.2f}"
+    return Cell(f"{100 * share:{form}}{width}", share)
 
 
 def _bounds_last(policies: Iterable[str]) -> list[str]:

@@ -1,10 +1,11 @@
 """What policies are told of workloads: how each reuses its blocks, and its priority.
 
 The workload-aware policies need a profile of how each workload reuses its blocks. It is given, or
-learned from the first requests of the trace.
+learned from the first requests of the trace, and applied to the rest; these policies are LRU until
+then, so that every policy is measured on every request and none on what it has seen.
 
-    profile = learned_profile(block_trace(requests, 16), share=0.2)
-    runs = policy_runs(["lru", "fifo", "wa-lru"], params=params_of(["wa-lru"], profile))
+    profile, since_s = learned_profile(block_trace(requests, 16), share=0.2)
+    runs = policy_runs(["lru", "wa-lru"], params=params_of(["wa-lru"], profile, since_s))
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.simulation.block_trace import BlockTrace
 
 WARM_UP_SHARE = 0.2
-NEED_PROFILE = ("wa-lru", "wa-prob")
+NEED_PROFILE = ("wa-lru", "admit-lru", "wa-prob")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,8 @@ class WorkloadProfile:
 Profile = dict[str, WorkloadProfile]
 
 
-def learned_profile(trace: BlockTrace, share: float) -> Profile:
-    """The profile of the first `share` of the requests.
+def learned_profile(trace: BlockTrace, share: float) -> tuple[Profile, float]:
+    """The profile of the first `share` of the requests, and the time from which it is known, in s.
 
     Raises a `UserError` if a workload of the rest does not occur in them.
     """
@@ -64,10 +65,12 @@ def learned_profile(trace: BlockTrace, share: float) -> Profile:
     columns = zip(
         stream.workload_names, measured.probability.tolist(), measured.mean_s.tolist(), admitted, strict=True
     )
-    return {
+    profile = {
         name: WorkloadProfile(probability, mean_s, bool(worth))
         for name, probability, mean_s, worth in columns
     }
+    first_after = min(stream.num_requests, trace.num_requests - 1)
+    return profile, float(trace.time_s[first_after])
 
 
 def read_profile(path: Path) -> Profile:
@@ -91,22 +94,31 @@ def profile_record(profile: Profile) -> dict[str, Any]:
 def params_of(
     names: Sequence[str],
     profile: Profile | None,
+    since_s: float = 0.0,
+    *,
+    admit: Sequence[str] | None = None,
     priorities: Mapping[str, float] | None = None,
     seed: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The parameters of each policy: seed, priorities, profile."""
+    """The parameters of each policy: seed, priorities, profile.
+
+    What the profile says is applied from `since_s` on; `admit`, whom to admit, from the beginning.
+    """
     params: dict[str, dict[str, Any]] = {} if seed is None else {"random": {"seed": seed}}
     if priorities is not None:
         params["priority"] = {"priorities": dict(priorities)}
     elif "priority" in names:
         raise UserError("policy priority needs --priorities, such as qa=2 chat_multi=1")
     if profile is not None:
-        params["wa-lru"] = {"admit": [name for name, entry in profile.items() if entry.admitted]}
-        params["wa-prob"] = {
-            "reuse": {name: (entry.reuse_probability, entry.mean_reuse_s) for name, entry in profile.items()}
-        }
-    elif set(names) & set(NEED_PROFILE):
-        raise UserError(f"{', '.join(NEED_PROFILE)} need a profile; give --profile or --warm-up")
+        admitted = [name for name, entry in profile.items() if entry.admitted]
+        params |= {name: {"admit": admitted, "since_s": since_s} for name in ("wa-lru", "admit-lru")}
+        reuse = {name: (entry.reuse_probability, entry.mean_reuse_s) for name, entry in profile.items()}
+        params["wa-prob"] = {"reuse": reuse, "since_s": since_s}
+    if admit is not None:
+        params |= {name: {"admit": list(admit)} for name in ("wa-lru", "admit-lru")}
+    missing = [name for name in names if name in NEED_PROFILE and name not in params]
+    if missing:
+        raise UserError(f"{missing[0]} needs a profile; give --profile or --warm-up")
     return params
 
 

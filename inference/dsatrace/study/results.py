@@ -7,7 +7,7 @@ write_results(folder, "multi_turn", replayed)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,10 +48,14 @@ def statistics(replayed: Replayed) -> dict[str, Any]:
 
 
 def write_results(
-    folder: OutputFolder, name: str, replayed: Replayed, stats_file: str | None = None
+    folder: OutputFolder,
+    name: str,
+    replayed: Replayed,
+    stats_file: str | None = None,
+    intervals: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes the three files of a trace called `name`; returns the statistics."""
-    record = {"trace": name, **statistics(replayed)}
+    record = {"trace": name, **statistics(replayed), **({"intervals": intervals} if intervals else {})}
     folder.write_chosen(stats_file, f"{name}_stats.json", record)
     folder.write_csv(f"{name}_request_metrics.csv", REQUEST_COLUMNS, _request_rows(replayed))
     folder.write_csv(f"{name}_block_metrics.csv", BLOCK_COLUMNS, block_rows(replayed))

@@ -105,6 +105,11 @@ class Source:
         path = () if self.path is None else (str(self.path),)
         return " ".join((self.kind, *path, *self.workloads))
 
+    @property
+    def is_seeded(self) -> bool:
+        """Whether a generator makes some of the requests, so that another seed gives others."""
+        return any(not self.is_real(name) for name in self.workloads)
+
     def describe(self) -> dict[str, Any]:
         """For the manifest: the kind of source, the workloads if named, a file's path and digest."""
         record: dict[str, Any] = {"kind": self.kind}
@@ -141,10 +146,20 @@ class Client:
         if source.trace_file is not None and settings.match_requests:
             raise UserError("--match-requests draws more conversations; it needs --data-path, not a trace")
 
+    def reseeded(self, seed: int) -> Client:
+        """The same client with another seed of arrivals and generators; it shares the vocabulary."""
+        settings = dataclasses.replace(self.settings, seed=seed)
+        return Client(self.source, settings, self.vocabulary, BadRows(self.bad_rows.policy), self._progress)
+
     @property
     def has_text(self) -> bool:
         """Whether the source gives rows of text, which can be written."""
         return self.source.trace_file is None
+
+    @property
+    def times(self) -> str:
+        """Whether arrivals, and so the gaps between uses, are those of a file."""
+        return "assumed" if self.has_text else "recorded"
 
     def rows(self, mode: str | None = None) -> list[TraceRow]:
         """All requests as text. A trace file raises a `UserError`.
@@ -187,6 +202,7 @@ class Client:
         return {
             "source": self.source.describe(),
             "tokenizer": self.vocabulary.label,
+            "times": self.times,
             "client": dataclasses.asdict(self.settings),
             "counts": self.counts,
             "bad_rows": self.bad_rows.summary(),

@@ -26,6 +26,7 @@ from dsatrace.kv.policies.simulate import Oversize, simulate
 from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.study.sweep_cells import (
+    ADMIT,
     BYPASS,
     LRU,
     OPT,
@@ -41,7 +42,7 @@ from dsatrace.study.sweep_cells import (
     simulated_cells,
 )
 
-BY_WORKLOAD = ("priority", "wa-lru", "wa-prob")
+BY_WORKLOAD = ("priority", "wa-lru", "wa-prob", "admit-lru")
 """Policies that tell workloads apart. With one workload they are LRU or close to it."""
 
 Form = Literal["leaf", "flat"]
@@ -58,6 +59,7 @@ class SweepSettings:
     runs: tuple[PolicyRun, ...]  # see `policy_runs`
     oversize: Oversize = "reject"
     concurrency: int = 1  # requests in flight
+    by_conversation: bool = False  # count hits by groups of conversations too, for their interval
 
     def __post_init__(self) -> None:
         if len(set(self.capacities)) != len(self.capacities) or not self.capacities:
@@ -91,8 +93,13 @@ def policy_runs(
         raise UserError(f"forms are leaf and flat, not {', '.join(forms)}")
     runs: dict[str, PolicyRun] = {}
     for name, form in itertools.product(dict.fromkeys((*names, OPT)), dict.fromkeys(forms)):
-        leaf = form == "leaf" or policy_info(name).leaf_first
-        run = PolicyRun(name, leaf, (params or {}).get(name, {}))
+        of_name = dict((params or {}).get(name, {}))
+        policy, admission = name, {}
+        if name.startswith(ADMIT):
+            policy = name.removeprefix(ADMIT)
+            admission = {"admit": tuple(of_name.pop("admit")), "since_s": of_name.pop("since_s", 0.0)}
+        leaf = form == "leaf" or policy_info(policy).leaf_first
+        run = PolicyRun(policy, leaf, of_name, **admission)
         runs.setdefault(run.name, run)
     return tuple(runs.values())
 
@@ -111,7 +118,9 @@ def sweep(
     """
     _check_names(inputs)
     jobs = list(_jobs(inputs, settings))
-    given = {key: Given.of(trace, settings.concurrency) for key, trace in inputs.items()}
+    given = {
+        key: Given.of(trace, settings.concurrency, settings.by_conversation) for key, trace in inputs.items()
+    }
     cells: Cells = []
     for of_job in _results(jobs, given, settings, min(workers, len(jobs))):
         cells += of_job
@@ -149,7 +158,7 @@ def _check_names(inputs: Inputs) -> None:
 
 def _jobs(inputs: Inputs, settings: SweepSettings) -> Iterator[_Job]:
     for (trace, block_size), run in itertools.product(inputs, settings.runs):
-        if run.policy == LRU:
+        if run.name == LRU:
             yield _Job(trace, block_size, run, settings.capacities)
             continue
         for capacity in settings.capacities:
@@ -166,7 +175,7 @@ def _run_job(job: _Job, inputs: _InMemory, settings: SweepSettings) -> Cells:
         return pool_cells(job.trace, given, job.capacities[0], settings.concurrency)
     if isinstance(job.run, str):
         return bypass_cells(job.trace, given, job.capacities[0])
-    if job.run.policy == LRU:
+    if job.run.name == LRU:
         return lru_cells(job.trace, given, job.capacities, settings.oversize)
     return simulated_cells(job.trace, given, job.run, job.capacities[0], settings.oversize)
 
@@ -178,7 +187,7 @@ def _results(jobs: list[_Job], inputs: _InMemory, settings: SweepSettings, worke
     context = multiprocessing.get_context("spawn")  # forking a process with a bar's thread may hang
     try:
         with ProcessPoolExecutor(workers, context, _start, (inputs, settings)) as pool:
-            policies = [run.policy for run in settings.runs if run.policy != LRU]
+            policies = dict.fromkeys(run.policy for run in settings.runs if run.name != LRU)
             list(pool.map(compile_policy, policies))  # each by one worker; the others load what it wrote
             yield from pool.map(_run_in_worker, jobs, chunksize=max(1, len(jobs) // (8 * workers)))
     except BrokenProcessPool as error:
@@ -223,6 +232,6 @@ def _check_bound(cells: Iterable[Cell]) -> None:
         bound, outer = (next(cell for cell in here if cell.policy == name) for name in (OPT, BYPASS))
         for cell in here:
             assert cell.hits <= outer.hits, f"{cell} hits more than any cache can: {outer}"
-            if cell.policy not in (POOL, BYPASS):
+            if cell.policy not in (POOL, BYPASS) and not cell.policy.startswith(ADMIT):
                 hits, most = (one.hits + one.output_hits for one in (cell, bound))
                 assert hits <= most, f"{cell} hits more than OPT: {bound}"

@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsatrace.errors import UserError
 from dsatrace.kv.policies.bypass import bypassing_hits
 from dsatrace.kv.policies.registry import policy_info
 from dsatrace.kv.policies.simulate import Oversize, simulate
@@ -44,6 +45,7 @@ from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, replay
 
 OVERALL = "overall"
+ADMIT = "admit-"  # before a policy's name
 OPT, LRU, POOL, BYPASS = "opt", "lru", "vllm", "opt-bypass"
 
 SEMANTICS = {
@@ -53,6 +55,9 @@ SEMANTICS = {
     "block_hits": "cached blocks wherever they stand in the prompt (flat: or in an output that repeats)",
     "output_hits": "blocks of outputs that were cached already behind a cached prompt; no part of hits",
     "hit_rate": "hits / accesses; 0 where there are no accesses",
+    "hit_rate_low, hit_rate_high": "95 % interval: over seeds, or bootstrapped over conversations of a log",
+    "gain": "hit_rate less that of lru on the same requests, with the interval of the paired difference",
+    "admit-lru": "lru that never inserts the blocks of workloads that are not admitted",
     "policy": "no block is evicted while a cached one follows it; NAME-flat is without that rule",
     "in flight": "a request holds its blocks until --concurrency later ones have come",
     "outputs": "full blocks of outputs are cached, where the trace tells their content",
@@ -70,20 +75,46 @@ SEMANTICS = {
 """What a result file says of its columns."""
 
 Cells = list["Cell"]
+MAX_GROUPS = 64
+"""Of conversations; a bootstrap draws them. One pass of LRU counts hits by group and capacity."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyRun:
-    """A policy as it is replayed: leaf-constrained or flat, with its parameters."""
+    """A policy as it is replayed: leaf-constrained or flat, with its parameters.
+
+    With `admit`, requests of other workloads are never inserted; before `since_s` all are.
+    """
 
     policy: str
     leaf: bool = True
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    admit: tuple[str, ...] | None = None
+    since_s: float = 0.0
 
     @property
     def name(self) -> str:
         """`fifo` is leaf-constrained, `fifo-flat` is not. If both hit the same, there is one name."""
-        return self.policy if self.leaf or policy_info(self.policy).leaf_first else f"{self.policy}-flat"
+        name = self.policy if self.admit is None else f"{ADMIT}{self.policy}"
+        return name if self.leaf or policy_info(self.policy).leaf_first else f"{name}-flat"
+
+    def admitted(self, stream: AccessStream) -> NDArray[np.bool_] | None:
+        """(R,) whether each request is inserted, None for all. Raises a `UserError` for an unknown name."""
+        if self.admit is None:
+            return None
+        unknown = sorted(set(self.admit) - set(stream.workload_names))
+        if unknown:
+            there = ", ".join(stream.workload_names)
+            raise UserError(f"--admit names workloads, unknown: {', '.join(unknown)}; there are {there}")
+        welcome = np.array([name in self.admit for name in stream.workload_names])
+        mask: NDArray[np.bool_] = welcome[stream.workloads] | (stream.times < self.since_s)
+        return mask
+
+
+COUNTED = (
+    "requests", "rejected", "accesses", "hits", "misses", "block_hits", "output_hits", "rejected_accesses",
+)  # fmt: skip
+"""The counts of a cell."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +133,14 @@ class Cell:
     block_hits: int
     output_hits: int
     rejected_accesses: int  # of the misses
+    hit_rate_low: float | None = None  # 95 % interval, see `spread`
+    hit_rate_high: float | None = None
+    gain: float | None = None  # hit rate less LRU's
+    gain_low: float | None = None
+    gain_high: float | None = None
+    parts: NDArray[np.int64] = dataclasses.field(  # (P, 2) hits and accesses of each part
+        default_factory=lambda: np.zeros((0, 2), np.int64), repr=False, compare=False
+    )
 
     @property
     def capacity_tokens(self) -> int:
@@ -116,26 +155,54 @@ class Cell:
     def block_hit_rate(self) -> float:
         return self.block_hits / max(self.accesses, 1)
 
-    def row(self) -> dict[str, str | int | float]:
+    def row(self) -> dict[str, str | int | float | None]:
         """The columns of CSV and JSON."""
-        return {
-            **dataclasses.asdict(self),
+        values = {name: value for name, value in vars(self).items() if name != "parts"}
+        values |= {
             "capacity_tokens": self.capacity_tokens,
-            "hit_rate": round(self.hit_rate, 6),
-            "block_hit_rate": round(self.block_hit_rate, 6),
+            "hit_rate": self.hit_rate,
+            "block_hit_rate": self.block_hit_rate,
         }
+        return {
+            name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()
+        }
+
+
+def conversation_parts(trace: BlockTrace) -> NDArray[np.int64]:
+    """(R,) at most `MAX_GROUPS` groups of whole conversations; a request of none is a conversation."""
+    unknown = trace.conversation < 0
+    own = trace.conversation.max(initial=0) + 1 + np.arange(trace.num_requests)
+    _, number = np.unique(np.where(unknown, own, trace.conversation), return_inverse=True)
+    shuffled = np.random.default_rng(0).permutation(number.max(initial=0) + 1)
+    return (shuffled[number] % MAX_GROUPS).astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Given:
-    """R requests in blocks, as the pool and as the policies read them."""
+    """R requests in blocks, as the pool and as the policies read them, in W workloads and P parts."""
 
     trace: BlockTrace
     stream: AccessStream
+    part: NDArray[np.int64]  # (R,) the part that each request is counted in
+    num_parts: int
 
     @classmethod
-    def of(cls, trace: BlockTrace, concurrency: int = 1) -> Given:
-        return cls(trace, AccessStream.of_trace(trace, concurrency))
+    def of(cls, trace: BlockTrace, concurrency: int = 1, by_conversation: bool = False) -> Given:
+        """One part, or at most `MAX_GROUPS` groups of conversations; without one, a request is its own."""
+        stream = AccessStream.of_trace(trace, concurrency)
+        part = conversation_parts(trace) if by_conversation else np.zeros(trace.num_requests, np.int64)
+        return cls(trace, stream, part, int(part.max(initial=0)) + 1)
+
+    @property
+    def label(self) -> NDArray[np.int64]:
+        """(R,) each request's workload and part as one number."""
+        return self.stream.workloads * self.num_parts + self.part
+
+    def summed(self, column: NDArray[Any], mask: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        """(W, P) sums of a column of all requests, or of those of the mask."""
+        label = self.label if mask is None else self.label[mask]
+        size = self.stream.num_workloads * self.num_parts
+        return np.bincount(label, column, size).astype(np.int64).reshape(-1, self.num_parts)
 
 
 def num_repeated_outputs(trace: BlockTrace) -> int:
@@ -159,27 +226,24 @@ class _Served:
         mask = (given.trace.needed_blocks <= capacity) | (oversize == "truncate")
         return cls(given, mask, given.stream if mask.all() else given.stream.select(mask))
 
-    def by_workload(self, columns: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-        """(W,) sums of columns over the served requests."""
-        return [np.bincount(self.part.workloads, column, self.part.num_workloads) for column in columns]
+    def cells(self, trace: str, capacity: int, policy: str, counts: Sequence[NDArray[np.int64]]) -> Cells:
+        """From hits, block hits and output hits, (W, P) each: a cell per workload, `overall` of several."""
+        given, blocks = self.given, self.given.trace.prompt_blocks
+        requests, rejected = given.summed(np.ones(len(blocks))), given.summed(~self.mask)
+        accesses, rejected_accesses = given.summed(blocks), given.summed(np.where(self.mask, 0, blocks))
+        hits, block_hits, output_hits = counts
 
-    def cells(self, trace: str, capacity: int, policy: str, counts: Sequence[NDArray[Any]]) -> Cells:
-        """From hits, block hits and output hits, (W,) each: a cell per workload, and `overall` of several."""
-        stream, blocks = self.given.stream, self.given.trace.prompt_blocks
-        size = stream.num_workloads
-        requests = np.bincount(stream.workloads, minlength=size)
-        rejected = np.bincount(stream.workloads, ~self.mask, size)
-        accesses = np.bincount(stream.workloads, blocks, size)
-        rejected_accesses = np.bincount(stream.workloads, np.where(self.mask, 0, blocks), size)
-
-        def cell(name: str, which: slice | int) -> Cell:
-            columns = (requests, rejected, accesses, counts[0], accesses - counts[0], *counts[1:])
+        def cell(name: str, which: slice) -> Cell:
+            columns = (requests, rejected, accesses, hits, accesses - hits, block_hits, output_hits)
             sums = [int(column[which].sum()) for column in (*columns, rejected_accesses)]
-            return Cell(name, self.given.trace.block_size, capacity, policy, *sums)
+            parts = np.stack([column[which].sum(axis=0) for column in (hits, accesses)], axis=1)
+            named = dict(zip(COUNTED, sums, strict=True))
+            return Cell(name, given.trace.block_size, capacity, policy, parts=parts, **named)
 
-        if size == 1:
+        names = given.stream.workload_names
+        if len(names) == 1:
             return [cell(trace, slice(None))]
-        return [cell(OVERALL, slice(None)), *(cell(n, i) for i, n in enumerate(stream.workload_names))]
+        return [cell(OVERALL, slice(None)), *(cell(name, slice(i, i + 1)) for i, name in enumerate(names))]
 
 
 def lru_cells(trace: str, given: Given, capacities: Sequence[int], oversize: Oversize) -> Cells:
@@ -193,30 +257,38 @@ def lru_cells(trace: str, given: Given, capacities: Sequence[int], oversize: Ove
     served = [_Served.at(given, capacity, oversize) for capacity in capacities]
     num_served = [int(one.mask.sum()) for one in served]
     cells: Cells = []
+    shape = (given.stream.num_workloads, given.num_parts)
     for number in sorted(set(num_served)):
         same = [i for i, other in enumerate(num_served) if other == number]
-        hits = lru_hits_at(served[same[0]].part, [capacities[i] for i in same])
+        one = served[same[0]]
+        labelled = dataclasses.replace(  # hits by workload and part, which LRU does not look at
+            one.part,
+            workloads=given.label[one.mask],
+            workload_names=tuple(map(str, range(shape[0] * shape[1]))),
+        )
+        hits = lru_hits_at(labelled, [capacities[i] for i in same])
         for at, i in enumerate(same):
-            counts = (hits.hits[at], hits.hits_any[at], np.zeros_like(hits.hits[at]))
-            cells += served[i].cells(trace, capacities[i], LRU, counts)
+            counts = [by_label[at].reshape(shape) for by_label in (hits.hits, hits.hits_any)]
+            cells += served[i].cells(trace, capacities[i], LRU, [*counts, np.zeros_like(counts[0])])
     return cells
 
 
 def simulated_cells(trace: str, given: Given, run: PolicyRun, capacity: int, oversize: Oversize) -> Cells:
     """Any policy at one capacity."""
     served = _Served.at(given, capacity, oversize)
-    result = simulate(served.part, run.policy, capacity, leaf=run.leaf, **run.params)
+    admitted = run.admitted(served.part)
+    result = simulate(served.part, run.policy, capacity, leaf=run.leaf, admitted=admitted, **run.params)
     prompt_blocks = given.trace.prompt_blocks[served.mask]
     hits = np.minimum(result.hits, prompt_blocks)
     columns = (hits, np.minimum(result.hits_any, prompt_blocks), result.hits - hits)
-    return served.cells(trace, capacity, run.name, served.by_workload(columns))
+    return served.cells(trace, capacity, run.name, [given.summed(c, served.mask) for c in columns])
 
 
 def bypass_cells(trace: str, given: Given, capacity: int) -> Cells:
     """The bound of a tier behind the device, which need not hold what it serves."""
     hits = bypassing_hits(given.stream, given.trace.prompt_blocks, capacity)
-    served = _Served.at(given, capacity, "truncate")
-    return served.cells(trace, capacity, BYPASS, served.by_workload((hits, hits, np.zeros_like(hits))))
+    served, summed = _Served.at(given, capacity, "truncate"), given.summed(hits)
+    return served.cells(trace, capacity, BYPASS, [summed, summed, np.zeros_like(summed)])
 
 
 def pool_cells(trace: str, given: Given, capacity: int, concurrency: int) -> Cells:
@@ -224,6 +296,6 @@ def pool_cells(trace: str, given: Given, capacity: int, concurrency: int) -> Cel
     result = replay(given.trace, ReplayConfig(capacity, concurrency=concurrency))
     served = _Served.at(given, capacity, "reject")
     assert np.array_equal(served.mask, result.served), "the pool and the policies reject different requests"
-    hits = result.hit_tokens[served.mask] // given.trace.block_size
-    columns = (hits, result.cached_blocks[served.mask], np.zeros_like(hits))
-    return served.cells(trace, capacity, POOL, served.by_workload(columns))
+    hits = given.summed(result.hit_tokens // given.trace.block_size)
+    block_hits = given.summed(result.cached_blocks[served.mask], served.mask)
+    return served.cells(trace, capacity, POOL, [hits, block_hits, np.zeros_like(hits)])

@@ -69,7 +69,7 @@ def open_vocabulary(path: Path | None) -> NamedVocabulary:
     """
     if path is None:
         words = WordVocabulary()
-        label = {"name": "built-in words: a token a word or mark"}
+        label = {"name": "built-in words: a token per word or mark", "unit": "word"}
         return NamedVocabulary(words, ChatTemplateFormatter(words), label)
     tokenizer = load_tokenizer(path)
     try:

@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             grids += compare_grids(comparison, cache)
         for mode in options.TURNS if client.has_text else ():
             write_trace_rows(folder.file(f"{mode}_trace.jsonl"), client.rows(mode))
-    options.say_what_was_read(client)
-    options.show(grids, args.markdown)
+    options.show_of(client, grids, args.markdown)
     options.say_where(path, client)
     return 0
 

@@ -45,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             record["definitions"] = {line.name: line.record() for line in definitions}
             folder.labelled(label).write_chosen(args.output_file, "explain.json", record)
             grids += [explain_grid(definitions, cache), rejected_grid({"trace": rejected})]
-    options.say_what_was_read(client)
-    options.show(grids, args.markdown)
+    options.show_of(client, grids, args.markdown)
     print(f"files: {plain(path)}")
     return 0
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsatrace.commands.arguments import add_bad_rows_argument
-from dsatrace.commands.parser import CommandParser
+from dsatrace.commands.parser import CommandParser, count
 from dsatrace.commands.progress import records_counter
 from dsatrace.errors import UserError
 from dsatrace.flags import Flag, add_flags, values_of
@@ -24,6 +24,7 @@ from dsatrace.study.prepare import ClientSettings
 from dsatrace.study.requests import StudyRequests
 from dsatrace.study.run import StudySettings, check_size
 from dsatrace.study.sources import Client, Source
+from dsatrace.study.spread import NUM_SEEDS
 from dsatrace.study.tokenization import open_vocabulary
 from dsatrace.text import plain
 from dsatrace.trace.manifest import redact_argv
@@ -209,6 +210,23 @@ def open_client(args: argparse.Namespace, workloads: Sequence[str] = ()) -> Iter
         yield Client(source, settings, open_vocabulary(args.tokenizer), BadRows(args.bad_rows), progress)
 
 
+def add_seeds_argument(add: Callable[..., argparse.Action]) -> None:
+    add(
+        "--seeds",
+        type=count,
+        metavar="N",
+        help=f"seeds, from --seed on, to draw seeded workloads with: for intervals (default: {NUM_SEEDS})",
+    )
+
+
+def seeds_of(args: argparse.Namespace, client: Client) -> list[int]:
+    """One for what no generator makes."""
+    if args.seeds is not None and not client.source.is_seeded:
+        raise UserError("--seeds draws seeded workloads again; this source has one set of requests")
+    number = (args.seeds or NUM_SEEDS) if client.source.is_seeded else 1
+    return list(range(client.settings.seed, client.settings.seed + number))
+
+
 def output_path(args: argparse.Namespace, verb: str) -> Path:
     """The study's folder; raises a `UserError` if it holds anything."""
     path = args.output_dir or Path("outputs") / f"study_{verb}_{time.strftime('%Y%m%d_%H%M%S')}"
@@ -230,6 +248,15 @@ def described(pools: Mapping[str, StudySettings]) -> dict[str, Any]:
     return {"cache": records[""]} if "" in records else {"caches": records}
 
 
+def show_of(client: Client, grids: Iterable[Grid], as_markdown: bool) -> None:
+    """Prints what was read, and the tables with their notes."""
+    from dsatrace.report.study_tables import noted
+
+    say_what_was_read(client)
+    manifest = {"tokenizer": client.vocabulary.label, "times": client.times}
+    show(noted(grids, manifest), as_markdown)
+
+
 def show(grids: Iterable[Grid], as_markdown: bool) -> None:
     """Prints tables, for a terminal or as markdown."""
     from dsatrace.report.grid import WIDE
@@ -244,18 +271,19 @@ def show(grids: Iterable[Grid], as_markdown: bool) -> None:
 
 def title_of(client: Client, settings: StudySettings) -> str:
     """What a picture is of: workload, source, cache, tokenizer."""
-    from dsatrace.report.study_tables import cache_text
+    from dsatrace.report.study_tables import cache_text, notes_of
 
     cache = cache_text(dataclasses.asdict(settings))
-    return f"{client.source.text()}\n{cache}; tokenizer: {client.vocabulary.label['name']}"
+    notes = notes_of({"tokenizer": client.vocabulary.label, "times": client.times})
+    return f"{client.source.text()}\n{'; '.join([cache, *notes])}"
 
 
 def say_what_was_read(client: Client) -> None:
     """Source, vocabulary, and what was dropped: nothing is left out silently."""
     print("source:", plain(client.source.text()))
     print(f"tokenizer: {plain(client.vocabulary.label['name'])}")
-    for what, count in client.counts.items():
-        print(f"{what}: {count:,}")
+    for what, number in client.counts.items():
+        print(f"{what}: {number:,}")
     if client.bad_rows.counts:
         print(plain(client.bad_rows.text()))
 

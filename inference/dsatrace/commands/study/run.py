@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsatrace.commands.study import options
 from dsatrace.errors import UserError, exits_cleanly
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with options.open_client(args) as client:
         requests = client.requests(args.mode)
+    seeds = options.seeds_of(args, client)
     name, pools = trace_name(requests), options.caches(args, requests)
     grids: list[Grid] = []
     if args.write_accesses and len({settings.block_size for settings in pools.values()}) > 1:
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for label, settings in pools.items():
             part = folder.labelled(label)
             replayed = run_study(requests, settings)
-            grids += run_grids(name, write_results(part, name, replayed, args.output_file))
+            intervals = _intervals(args, client, seeds, replayed)
+            grids += run_grids(name, write_results(part, name, replayed, args.output_file, intervals))
             if args.runner == "engine":
                 check = through_the_engine(replayed)
                 part.write_json("engine_stats.json", check.to_json())
@@ -61,10 +63,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.write_accesses:
             folder.reserve(REQUESTS_FILE, ACCESSES_FILE)
             write_accesses(folder.path, requests, replayed.trace)
-    options.say_what_was_read(client)
-    options.show(grids, args.markdown)
+    options.show_of(client, grids, args.markdown)
     options.say_where(path, client)
     return 0
+
+
+def _intervals(
+    args: argparse.Namespace, client: Client, seeds: Sequence[int], replayed: Replayed
+) -> dict[str, Any]:
+    """Of the metrics, over the seeds of a seeded source, else over the trace's conversations."""
+    from dsatrace.study.measure import measure
+    from dsatrace.study.run import run_study
+    from dsatrace.study.spread import over_conversations, over_seeds
+
+    if not client.source.is_seeded:
+        return {"over": "conversations", "metrics": over_conversations(replayed)}
+    others = (client.reseeded(seed).requests(args.mode) for seed in seeds[1:])
+    values = [measure(replayed), *(measure(run_study(each, replayed.settings)) for each in others)]
+    return {"over": "seeds", "seeds": list(seeds), "metrics": over_seeds(values)}
 
 
 def draw_run(folder: OutputFolder, replayed: Replayed, name: str, client: Client) -> None:
@@ -112,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     options.add_request_arguments(parser, modes=options.TURNS)
     options.add_pool_arguments(parser)
+    options.add_seeds_argument(parser.add_argument)
     options.add_output_arguments(parser, "the statistics")
     parser.add_argument(
         "--runner",

@@ -21,6 +21,8 @@ from dsatrace.commands.study import options
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.flags import Flag, add_flags
 from dsatrace.kv.policies.registry import POLICIES
+from dsatrace.kv.simulation.block_trace import BlockTrace
+from dsatrace.study.output_folder import OutputFolder
 from dsatrace.study.profile import (
     NEED_PROFILE,
     WARM_UP_SHARE,
@@ -33,6 +35,7 @@ from dsatrace.study.profile import (
 from dsatrace.study.requests import StudyRequests, block_trace
 from dsatrace.study.run import check_size
 from dsatrace.study.sources import Client
+from dsatrace.study.spread import Kind, pooled, with_intervals
 from dsatrace.study.sweep import (
     BY_WORKLOAD,
     Form,
@@ -43,7 +46,7 @@ from dsatrace.study.sweep import (
     policy_runs,
     sweep,
 )
-from dsatrace.study.sweep_cells import OVERALL, SEMANTICS, num_repeated_outputs
+from dsatrace.study.sweep_cells import OVERALL, SEMANTICS, Cell, num_repeated_outputs
 from dsatrace.text import plain
 from dsatrace.workloads.synthetic import WORKLOADS
 
@@ -64,7 +67,8 @@ class _Verb(NamedTuple):
 
 _ALONE = tuple(name for name in POLICIES if name not in BY_WORKLOAD)
 ALONE = _Verb("sweep", (16, 32, 64), (64, 128, 256, 512), _ALONE, ("leaf",))
-MIXED = _Verb("mixed", (16,), (256,), tuple(n for n in POLICIES if n != "priority"), ("leaf", "flat"))
+_MIXED = (*(name for name in POLICIES if name != "priority"), "admit-lru")
+MIXED = _Verb("mixed", (16,), (256,), _MIXED, ("leaf", "flat"))
 
 
 @exits_cleanly
@@ -80,47 +84,78 @@ def main(argv: Sequence[str] | None = None) -> int:
     given_profile = None if args.profile is None else read_profile(args.profile)
     path = options.output_path(args, verb.name)
 
+    admit = None if args.admit is None else [n for part in args.admit for n in part.split(",") if n]
+
+    def settings_for(inputs: Inputs, seed: int) -> tuple[SweepSettings, Profile | None, str]:
+        profile, since_s, how = _profile(args, inputs, given_profile, policies, admit)
+        params = params_of(policies, profile, since_s, admit=admit, priorities=priorities, seed=seed)
+        runs = policy_runs(policies, args.forms, params)
+        by_conversation = not client.source.is_seeded
+        settings = SweepSettings(capacities, runs, args.oversize, args.concurrency, by_conversation)
+        return settings, profile, how
+
     with options.open_client(args, WORKLOADS) as client:
-        traces = {OVERALL: client.requests()} if args.together else client.each()
+        seeds = options.seeds_of(args, client)
+        traces, inputs = _inputs(args, verb, client)
+    settings, profile, how = settings_for(inputs, seeds[0])
+    workers = _workers(args.workers, inputs, settings)
+    kind: Kind = "seeds" if client.source.is_seeded else "conversations"
+    about = {
+        "settings": dataclasses.asdict(settings),
+        "semantics": SEMANTICS,
+        "intervals": {"over": kind, "seeds": seeds},
+    }
+    with options.study_folder(path, verb.name, [a for a in argv if a != TOGETHER], client, about) as folder:
+        of_seeds = []
+        with counted_bar(verb.name, num_jobs(inputs, settings) * len(seeds), "replays") as advance:
+            of_seeds.append(sweep(inputs, settings, workers, lambda: advance(1)))
+            for seed in seeds[1:]:
+                _, others = _inputs(args, verb, client.reseeded(seed))
+                of_seeds.append(sweep(others, settings_for(others, seed)[0], workers, lambda: advance(1)))
+        cells = with_intervals(pooled(of_seeds), kind)
+        record = client.describe() | about | {"traces": _described(traces, inputs, client)}
+        if args.together:
+            record["profile"] = {"from": how, "workloads": profile_record(profile or {})}
+        _write(folder, verb, args, cells, record | {"workers": workers})
+        if profile is not None:
+            folder.write_json("profile.json", profile_record(profile))
+
+    from dsatrace.report.study_tables import mixed_grids, sweep_grids
+
+    options.show_of(client, (mixed_grids if args.together else sweep_grids)(cells), args.markdown)
+    if args.together:
+        print(f"profile of the workloads: {plain(how)}")
+    of = f"{len(seeds)} seeds" if kind == "seeds" else "conversations, bootstrapped"
+    print(f"intervals: 95 %, over {of}; counts are of all of them")
+    print(f"files: {plain(path)}")
+    return 0
+
+
+def _write(
+    folder: OutputFolder, verb: _Verb, args: argparse.Namespace, cells: Sequence[Cell], record: dict[str, Any]
+) -> None:
+    """The cells as CSV and, with the record, as JSON; the pictures."""
+    rows = [cell.row() for cell in cells]
+    folder.write_chosen(args.output_file, f"{verb.name}.json", record | {"cells": rows})
+    folder.write_csv(f"{verb.name}.csv", list(rows[0]), (list(row.values()) for row in rows))
+    if not args.skip_visualization:
+        from dsatrace.report.study_figures import draw_all_capacities, draw_all_mixed
+
+        list((draw_all_mixed if args.together else draw_all_capacities)(folder, cells))
+
+
+def _inputs(
+    args: argparse.Namespace, verb: _Verb, client: Client
+) -> tuple[dict[str, StudyRequests], dict[tuple[str, int], BlockTrace]]:
+    """The requests by the name of their trace, and their blocks at each size."""
+    traces = {OVERALL: client.requests()} if args.together else client.each()
     if args.together:
         _check_is_mixed(traces[OVERALL], client)
-    inputs: Inputs = {
+    return traces, {
         (name, size): block_trace(requests, size)
         for name, requests in traces.items()
         for size in options.sizes_of(args, verb.block_sizes, requests.tokens_per_id)
     }
-    profile, how = _profile(args, inputs, given_profile, policies)
-    params = params_of(policies, profile, priorities, client.settings.seed)
-    runs = policy_runs(policies, args.forms, params)
-    settings = SweepSettings(capacities, runs, args.oversize, args.concurrency)
-    about = {"settings": dataclasses.asdict(settings), "semantics": SEMANTICS}
-    with options.study_folder(path, verb.name, [a for a in argv if a != TOGETHER], client, about) as folder:
-        workers = _workers(args.workers, inputs, settings)
-        with counted_bar(verb.name, num_jobs(inputs, settings), "replays") as advance:
-            cells = sweep(inputs, settings, workers, lambda: advance(1))
-        record = client.describe() | about | {"traces": _described(traces, inputs, client)}
-        if args.together:
-            record["profile"] = {"from": how, "workloads": profile_record(profile or {})}
-        rows = [cell.row() for cell in cells]
-        folder.write_json(
-            args.output_file or f"{verb.name}.json", record | {"workers": workers, "cells": rows}
-        )
-        folder.write_csv(f"{verb.name}.csv", list(rows[0]), (list(row.values()) for row in rows))
-        if profile is not None:
-            folder.write_json("profile.json", profile_record(profile))
-        if not args.skip_visualization:
-            from dsatrace.report.study_figures import draw_all_capacities, draw_all_mixed
-
-            list((draw_all_mixed if args.together else draw_all_capacities)(folder, cells))
-
-        from dsatrace.report.study_tables import mixed_grids, sweep_grids
-
-        options.say_what_was_read(client)
-        options.show((mixed_grids if args.together else sweep_grids)(cells), args.markdown)
-        if args.together:
-            print(f"profile of the workloads: {plain(how)}")
-        print(f"files: {plain(path)}")
-    return 0
 
 
 def _policies(args: argparse.Namespace, verb: _Verb) -> list[str]:
@@ -147,20 +182,27 @@ def _check_is_mixed(requests: StudyRequests, client: Client) -> None:
 
 
 def _profile(
-    args: argparse.Namespace, inputs: Inputs, given: Profile | None, policies: Sequence[str]
-) -> tuple[Profile | None, str]:
-    """The profile for the workload-aware policies, and where it comes from."""
+    args: argparse.Namespace,
+    inputs: Inputs,
+    given: Profile | None,
+    policies: Sequence[str],
+    admit: Sequence[str] | None,
+) -> tuple[Profile | None, float, str]:
+    """The profile for the workload-aware policies, the time from which it is known, and its origin."""
     trace = next(iter(inputs.values()))
     names = trace.workload_names
     if given is not None:
         missing = set(names) - set(given)
         if missing:
             raise UserError(f"{args.profile}: lacks {', '.join(sorted(missing))}; profile every workload")
-        return {name: given[name] for name in names}, f"the file {args.profile}"
-    if not set(policies) & set(NEED_PROFILE):
-        return None, "none needed"
+        return {name: given[name] for name in names}, 0.0, f"the file {args.profile}"
+    needed = set(policies) & set(NEED_PROFILE) - (set() if admit is None else {"wa-lru", "admit-lru"})
+    if not needed:
+        return None, 0.0, "none needed" if admit is None else f"none needed; admitted: {', '.join(admit)}"
+    profile, since_s = learned_profile(trace, args.warm_up)
     num_first = round(args.warm_up * trace.num_requests)
-    return learned_profile(trace, args.warm_up), f"learned from the first {num_first:,} requests"
+    how = f"learned from the first {num_first:,} requests, until which the policies that need it are lru"
+    return profile, since_s, how
 
 
 def _workers(given: int | None, inputs: Inputs, settings: SweepSettings) -> int:
@@ -225,6 +267,12 @@ def _parser(verb: _Verb) -> argparse.ArgumentParser:
         metavar="NAME=NUMBER",
         help="priorities of workloads, for policy priority; 0 if not named",
     )
+    add(
+        "--admit",
+        nargs="+",
+        metavar="NAME",
+        help="workloads that wa-lru prefers and admit-lru inserts, with commas or blanks (default: learned)",
+    )
     add("--profile", type=Path, help="profile.json of an earlier run, for the workload-aware policies")
     add(
         "--warm-up",
@@ -232,6 +280,7 @@ def _parser(verb: _Verb) -> argparse.ArgumentParser:
         default=WARM_UP_SHARE,
         help="without --profile, learn it from this share of the requests, the first ones",
     )
+    options.add_seeds_argument(add)
     add("--workers", type=count, help="processes (default: as many as pay, at most one per core)")
     options.add_output_arguments(parser, "the table's JSON")
     return parser

@@ -1,7 +1,8 @@
 """Every eviction policy by name: what it does, where it comes from, its parameters.
 
 What users say of workloads by name becomes numbers by index here; what they leave out is measured
-on the first requests of the stream, where there is one.
+on the first requests of the stream, where there is one. What was learned from the requests before
+`since_s` is applied from then on only.
 
     POLICIES["sieve"].source
     policy = make_policy("slru", capacity=1000, leaf=True, protected=0.5)     # for a pool
@@ -68,17 +69,23 @@ def resolve_priorities(settings: Settings, workloads: Workloads) -> Settings:
 
 def resolve_admission(settings: Settings, workloads: Workloads) -> Settings:
     """`admit`: the workloads to keep by name, or None to measure which are reused."""
-    if settings["admit"] is not None:
-        return {"worth": workloads.by_index(dict.fromkeys(settings["admit"], 1.0), "admit", 0.0)}
-    profile = workloads.profile(settings["profile_share"], "admit=[...]")
-    return {"worth": admitted_workloads(profile, settings["min_relative_reuse"])}
+    if settings["admit"] is None:
+        profile = workloads.profile(settings["profile_share"], "admit=[...]")
+        worth = admitted_workloads(profile, settings["min_relative_reuse"])
+    else:
+        worth = workloads.by_index(dict.fromkeys(settings["admit"], 1.0), "admit", 0.0)
+    return {"worth": worth, "since_s": settings["since_s"]}
 
 
 def resolve_reuse(settings: Settings, workloads: Workloads) -> Settings:
     """`reuse`: (probability, mean seconds to it) of each workload by name, or None to measure."""
     if settings["reuse"] is None:
         profile = workloads.profile(settings["profile_share"], "reuse={name: (probability, mean_s)}")
-        return {"reuse_probability": profile.probability.tolist(), "mean_reuse_s": profile.mean_s.tolist()}
+        return {
+            "reuse_probability": profile.probability.tolist(),
+            "mean_reuse_s": profile.mean_s.tolist(),
+            "since_s": settings["since_s"],
+        }
     pairs = workloads.by_index(settings["reuse"], "reuse")
     for probability, mean_s in pairs:
         if not 0 <= probability < 1 or mean_s <= 0:
@@ -88,6 +95,7 @@ def resolve_reuse(settings: Settings, workloads: Workloads) -> Settings:
     return {
         "reuse_probability": [float(probability) for probability, _ in pairs],
         "mean_reuse_s": [float(mean_s) for _, mean_s in pairs],
+        "since_s": settings["since_s"],
     }
 
 
@@ -167,11 +175,12 @@ _INFOS = (
     PolicyInfo("wa-lru", "blocks of workloads that are not admitted, then LRU",
                "admission by workload, given or by measured reuse",
                ByWorkload, by_workload_state,
-               {"admit": None, "min_relative_reuse": 0.5, "profile_share": 0.2},
+               {"admit": None, "min_relative_reuse": 0.5, "profile_share": 0.2, "since_s": 0.0},
                shares=("min_relative_reuse", "profile_share"), resolve=resolve_admission, leaf_first=True),
     PolicyInfo("wa-prob", "the least probability of reuse within a block's expected stay",
                "after Wang et al., KVCache Cache in the Wild, USENIX ATC 2025",
-               ReuseProbability, reuse_probability_state, {"reuse": None, "profile_share": 0.2},
+               ReuseProbability, reuse_probability_state,
+               {"reuse": None, "profile_share": 0.2, "since_s": 0.0},
                shares=("profile_share",), resolve=resolve_reuse, num_queues=None),
     PolicyInfo("random", "any block, each as likely as the other",
                "libCacheSim's Random; arXiv 2601.18999 for leaves",

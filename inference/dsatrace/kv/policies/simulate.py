@@ -4,8 +4,8 @@ The cache holds `capacity` blocks of any content. Its definition, in one compile
 policy: for each request, in order, requests that are done by then are released, tail first; if the
 request does not fit beside those in flight, they are released early, as if an engine let it wait;
 all its cached blocks are looked up and pinned; then, tail first, each block is used again or, after
-an eviction if the cache is full, inserted. The tests hold the loop equal to the same in plain Python,
-over `PlainPolicy`.
+an eviction if the cache is full, inserted. A request may be kept from inserting. The tests hold
+the loop equal to the same in plain Python, over `PlainPolicy`.
 
 Two counts come out of one replay: `hits` end at a request's first block that is not cached (a prefix
 cache), `hits_any` do not. What is cached does not depend on which of them is used.
@@ -64,6 +64,7 @@ class Requests(NamedTuple):
     hits: np.ndarray  # (R,) int32, out: cached blocks before the first that is not
     found: np.ndarray  # (R,) int32, out: cached blocks
     evicted: np.ndarray  # (N, 2) int32, out: request and block of each eviction; (0, 2): not recorded
+    admitted: np.ndarray  # (R,) bool, whether its blocks are inserted; (0,): all are
 
 
 @njit(nogil=True)
@@ -96,6 +97,17 @@ def _look_up(cache: Cache, requests: Requests, request: int, end: int) -> None:
                 withdraw(cache, slot)
         cache.pins[slot] += 1
     requests.hits[request], requests.found[request] = hits, found
+
+
+@njit(nogil=True)
+def _num_cached(cache: Cache, requests: Requests, begin: int, end: int) -> tuple[int, int]:
+    """Cached blocks before the first that is not, and all cached blocks."""
+    leading = found = 0
+    for at in range(begin, end):
+        if cache.slot_of[requests.blocks[at]] != ABSENT:
+            leading += found == at - begin
+            found += 1
+    return leading, found
 
 
 @njit(nogil=True)
@@ -163,9 +175,15 @@ def _loop(policy: Any, cache: Cache, requests: Requests) -> tuple[int, int]:
             num_released += 1
         begin = requests.starts[request]
         end = begin + requests.held[request]
+        found = -1
+        if len(requests.admitted) and not requests.admitted[request]:
+            requests.held[request], found = _num_cached(cache, requests, begin, end)
+            end = begin + requests.held[request]
         if cache.counts[IN_USE] + end - begin > num_slots:
             num_waited += _wait(policy, cache, requests, request, num_released)
         _look_up(cache, requests, request, end)
+        if found >= 0:
+            requests.found[request] = found
         for at in range(end - 1, begin - 1, -1):
             block = requests.blocks[at]
             access = _access(cache, requests, request, at)
@@ -206,14 +224,16 @@ def simulate(
     leaf: bool = False,
     oversize: Oversize = "truncate",
     log_evictions: bool = False,
+    admitted: np.ndarray | None = None,
     **params: Any,
 ) -> SimResult:
     """Replays the stream from an empty cache of `capacity` blocks.
 
     With `leaf`, a block with a cached child is not evicted; ids must then stand for whole prefixes.
     Of a request longer than the cache, the first `capacity` blocks are held and the rest are misses,
-    or it is rejected whole (`oversize`). The first call for a policy compiles it (seconds), later ones
-    load it. Raises `UserError`.
+    or it is rejected whole (`oversize`). Of a request that is not `admitted` (R,) bool, no block is
+    inserted: it holds and uses again the cached blocks that it begins with. The first call for a
+    policy compiles it (seconds), later ones load it. Raises `UserError`.
     """
     info = policy_info(policy)
     settings = info.settings(params, Workloads(stream.workload_names, stream))
@@ -231,6 +251,7 @@ def simulate(
         np.zeros(stream.num_requests, np.int32),
         np.zeros(stream.num_requests, np.int32),
         np.empty((stream.num_accesses if log_evictions else 0, 2), np.int32),
+        np.zeros(0, np.bool_) if admitted is None else np.require(admitted, np.bool_),
     )
     num_queues = info.num_queues or stream.num_workloads
     cache = empty_cache(shape, num_queues, stream.parents if leaf else None)

@@ -23,34 +23,43 @@ class ByWorkload(PlainPolicy):
 
     A block's worth is the highest worth of the workloads that used it since it was cached: a
     priority; or 1 for admitted workloads and 0 for the rest, whose blocks stay only while the room
-    is not needed.
+    is not needed. Before `since_s` all workloads are worth as much as the best: LRU.
     """
 
-    def __init__(self, capacity: int, *, worth: Sequence[float], leaf: bool = False) -> None:
+    def __init__(
+        self, capacity: int, *, worth: Sequence[float], since_s: float = 0.0, leaf: bool = False
+    ) -> None:
         super().__init__(capacity, leaf=leaf)
         self._worth = worth
+        self._since_s = since_s
 
     def enter(self, block: int, access: Access) -> None:
-        self.value[block] = float(self._worth[access.workload])
+        known = access.time >= self._since_s
+        self.value[block] = float(self._worth[access.workload] if known else max(self._worth))
 
     def again(self, block: int, access: Access) -> None:
-        self.value[block] = max(self.value[block], float(self._worth[access.workload]))
+        before = self.value[block]
+        self.enter(block, access)
+        self.value[block] = max(self.value[block], before)
 
 
 class ByWorkloadState(NamedTuple):
     worth: np.ndarray  # (W,) float64
+    best: float  # the largest
+    since_s: float
 
 
-def by_workload_state(shape: Shape, *, worth: Sequence[float]) -> ByWorkloadState:
-    return ByWorkloadState(np.array(worth, np.float64))
+def by_workload_state(shape: Shape, *, worth: Sequence[float], since_s: float = 0.0) -> ByWorkloadState:
+    return ByWorkloadState(np.array(worth, np.float64), float(max(worth)), float(since_s))
 
 
 def _worth(policy: ByWorkloadState, cache: Cache, slot: int, access: Access) -> None:
-    cache.value[slot] = policy.worth[access.workload]
+    cache.value[slot] = policy.worth[access.workload] if access.time >= policy.since_s else policy.best
 
 
 def _greatest_worth(policy: ByWorkloadState, cache: Cache, slot: int, access: Access) -> None:
-    cache.value[slot] = max(cache.value[slot], policy.worth[access.workload])
+    worth = policy.worth[access.workload] if access.time >= policy.since_s else policy.best
+    cache.value[slot] = max(cache.value[slot], worth)
 
 
 RULES[ByWorkloadState] = Rules(enter=_worth, again=_greatest_worth)
@@ -102,7 +111,8 @@ class ReuseProbability(PlainPolicy):
         p e^(-t/m) (1 - e^(-L/m)) / (1 - p + p e^(-t/m))
 
     where L is the running mean of the age of evicted blocks. It falls with t, so each workload's
-    least recent block is its candidate; of equals, the deeper block is evicted.
+    least recent block is its candidate; of equals, the deeper block is evicted. Before `since_s` the
+    least recent of the candidates goes, as in LRU.
     """
 
     def __init__(
@@ -111,11 +121,13 @@ class ReuseProbability(PlainPolicy):
         *,
         reuse_probability: Sequence[float],
         mean_reuse_s: Sequence[float],
+        since_s: float = 0.0,
         leaf: bool = False,
     ) -> None:
         super().__init__(capacity, leaf=leaf, num_queues=len(reuse_probability))
         self._probability = reuse_probability
         self._mean = mean_reuse_s
+        self._since_s = since_s
         self._used_at: dict[int, float] = {}
         self._depth: dict[int, int] = {}
         self._now = 0.0
@@ -150,6 +162,8 @@ class ReuseProbability(PlainPolicy):
 
     def _score(self, workload: int, block: int) -> float:
         mean, probability = self._mean[workload], self._probability[workload]
+        if self._now < self._since_s:
+            return self._used_at[block] - self._now
         still = probability * math.exp((self._used_at[block] - self._now) / mean)
         return still * (1 - math.exp(-self._lifespan / mean)) / (1 - probability + still)
 
@@ -160,13 +174,14 @@ class ReuseProbabilityState(NamedTuple):
     used_at: np.ndarray  # (S,) float64, seconds
     depth: np.ndarray  # (S,) int64
     clock: np.ndarray  # (2,) float64: NOW and LIFESPAN, seconds
+    since_s: float
 
 
 NOW, LIFESPAN = 0, 1
 
 
 def reuse_probability_state(
-    shape: Shape, *, reuse_probability: Sequence[float], mean_reuse_s: Sequence[float]
+    shape: Shape, *, reuse_probability: Sequence[float], mean_reuse_s: Sequence[float], since_s: float = 0.0
 ) -> ReuseProbabilityState:
     return ReuseProbabilityState(
         np.array(reuse_probability, np.float64),
@@ -174,6 +189,7 @@ def reuse_probability_state(
         np.zeros(shape.num_slots),
         np.zeros(shape.num_slots, np.int64),
         np.zeros(2),
+        float(since_s),
     )
 
 
@@ -192,6 +208,8 @@ def _note_use(policy: ReuseProbabilityState, cache: Cache, slot: int, access: Ac
 @njit(nogil=True)
 def _score(policy: ReuseProbabilityState, workload: int, slot: int) -> float:
     mean, probability = policy.mean[workload], policy.probability[workload]
+    if policy.clock[NOW] < policy.since_s:
+        return policy.used_at[slot] - policy.clock[NOW]
     still = probability * math.exp((policy.used_at[slot] - policy.clock[NOW]) / mean)
     return still * (1 - math.exp(-policy.clock[LIFESPAN] / mean)) / (1 - probability + still)
 

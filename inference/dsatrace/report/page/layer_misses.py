@@ -98,7 +98,7 @@ def _layers(material: Material, title: str) -> tuple[str, dict[str, Record]] | L
     record, size = material.replay, material.size
     if record is None:
         return LeftOut(title, material.no_replay)
-    if record["settings"]["share"] != "none":
+    if record["settings"]["share"] == "request":
         return LeftOut(title, "the layers of a request share a buffer, so none has misses of its own")
     if "lru" not in record["settings"]["policies"]:
         return LeftOut(title, "LRU was not replayed; add it to --policy")

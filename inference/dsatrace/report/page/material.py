@@ -46,7 +46,11 @@ class Material:
     def of(
         cls, run: RunReader, replay: Record | str, request: str | None = None, layer: int | None = None
     ) -> Material:
-        """`replay` is the record of a replay.json, or why there is none."""
+        """`replay` is the record of a replay.json, or why there is none.
+
+        Raises `UserError` for a run laid out for replay.
+        """
+        run.require_order_of_steps("report on")
         kind = selection_kind(run.manifest) or engine_kind(1, 1)  # an old manifest may not tell
         record, why = (None, replay) if isinstance(replay, str) else (replay, "")
         return cls(run, run.manifest, run.summary(), kind, record, why, request, layer)
@@ -70,6 +74,12 @@ class Material:
         chosen = (self.replay.get("chosen") or {}).get("size")
         fitting = [size for size in cells if cells[size]["miss_rate"] is not None]
         return chosen if chosen in fitting else next(iter(fitting), None)
+
+    @property
+    def per(self) -> str:
+        """What has a buffer of its own in the replay."""
+        shares = self.replay is not None and self.replay["settings"]["share"] == "request"
+        return "per request" if shares else "per layer"
 
     @property
     def ids(self) -> str:

@@ -6,9 +6,10 @@ import bisect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from ...selection_replay.figures import MIN_REQUESTS
 from ..grid import Cell, number, percent
 from ..published import Figure, lru_points
-from ..replay_tables import NULL_TITLES
+from ..replay_tables import NULL_TITLES, past_answers, shared_prefixes
 from .material import Material, Record
 from .section import LeftOut, Row, Section, figures_html
 from .svg import Axis, Series, known_points, line_chart
@@ -45,7 +46,7 @@ def miss_curve(material: Material) -> Section | LeftOut:
     chart = line_chart(
         TITLE,
         _said(overall),
-        Axis(f"buffer per layer, {ids}", min(sizes), max(sizes), log=True),
+        Axis(f"buffer {material.per}, {ids}", min(sizes), max(sizes), log=True),
         Axis(f"missed, share of the selected {ids}", 0, 1, share=True),
         series,
         list(_lines_at(record)),
@@ -132,7 +133,7 @@ def sizes_that_serve(material: Material, record: Record) -> list[str | Cell]:
     for i, (share, size) in enumerate(served.items()):
         said += [", " if i else "LRU serves ", f"{share} of the reads from ", number(size, ",")]
     if served:
-        said.append(f" {material.ids} per layer on")
+        said.append(f" {material.ids} {material.per} on")
     if not_served:
         said.append(f"{'; none' if served else 'No LRU buffer'} serves {_listed(not_served)}")
     said.append(". ")
@@ -156,18 +157,21 @@ def _said(overall: Record) -> str:
 
 def _note(record: Record, published: Sequence[Figure]) -> str:
     overall, settings = record["overall"], record["settings"]
-    few = record["num_requests"] < 5
+    drawn = "requests" if record["num_groups"] == record["num_requests"] else "groups of requests"
+    few = record["num_groups"] < MIN_REQUESTS
     return " ".join((
         f"Missed of selected ids, over {overall['steps']:,} steps of a layer in {record['num_requests']:,}"
         f" requests and {len(record['layers']):,} layers; {STARTS[settings['start']]}.",
-        *(("The layers of a request share a buffer.",) if settings["share"] != "none" else ()),
+        *(("The layers of a request share a buffer.",) if settings["share"] == "request" else ()),
+        *shared_prefixes(record),
+        *(past_answers(record) if settings["steps"] != "all" else ()),
         "A step's ids are in the buffer together; at k, every policy misses what the step before did not"
         " select. Grey: sets of the same sizes, but of other ids; the distance to them is locality.",
         "N: the largest context.",
         *((f"Published (of other data, at as many k): {_sources(published)}.",) if published else ()),
         *(("Where top-k differs by layer, policies stand at the mean size of a layer's buffer.",)
           if len(set(record["top_k"])) > 1 else ()),
-        "No intervals: they need five requests." if few else "The numbers have 95% intervals over requests.",
+        f"No intervals: they need five {drawn}." if few else f"The numbers have 95% intervals over {drawn}.",
         "Replayed from the recorded selections; nothing was timed.",
     ))  # fmt: skip
 

@@ -253,7 +253,7 @@ def figure(title: str, svg: str, legend: Sequence[str] = ()) -> str:
 
 def marker(kind: int, x: float, y: float, size: float = 3.4) -> str:
     """One of `MARKERS` as a path."""
-    a, name = size, MARKERS[kind % len(MARKERS)]
+    a, name = size, MARKERS[(kind + 3 * (kind // len(MARKERS))) % len(MARKERS)]
     paths = {
         "circle": f"M{x - a:.1f} {y:.1f}a{a} {a} 0 1 0 {2 * a} 0a{a} {a} 0 1 0 {-2 * a} 0",
         "ring": f"M{x - a:.1f} {y:.1f}a{a} {a} 0 1 0 {2 * a} 0a{a} {a} 0 1 0 {-2 * a} 0",
@@ -278,7 +278,9 @@ def line_key(series: Series) -> str:
 
 
 def _dash(style: int) -> str:
-    dash = DASHES[style % len(DASHES)]
+    dash = DASHES[
+        (style + style // len(DASHES)) % len(DASHES)
+    ]  # beyond eight, other pairs of dash and marker
     return f'stroke-dasharray="{dash}"' if dash else ""
 
 
@@ -289,12 +291,13 @@ def line_chart(
     y: Axis,
     series: Sequence[Series],
     lines_at: Sequence[tuple[float, str]] = (),
+    x_labels: Sequence[tuple[float, str]] | None = None,
 ) -> str:
     """Lines over x; `lines_at` (x, label) are drawn upright, their labels above the plot.
 
-    Where two of those labels have no room, the first stays.
+    Where two of those labels have no room, the first stays. `x_labels` (x, label) replace the ticks'.
     """
-    plot = frame(x, y)
+    plot = frame(x, y, x_labels=x_labels)
     parts = []
     shown = [(plot.x(value), label) for value, label in lines_at if x.low <= value <= x.high]
     labelled: list[tuple[float, str]] = []

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from ...trace.kind import inactive
 from ..grid import Cell, number, percent
-from ..tables import caveat
+from ..replay_tables import past_answers
+from ..tables import caveat, named_model, unit_text
 from .material import Material, Record
 from .section import figure_html, told
 
@@ -58,10 +59,13 @@ def verdict(material: Material) -> list[str | Cell]:
     elif not counts["sparse_records"]:
         said += ["All ", number(counts["records"], ","), " records are dense: no step saw more than top-k"]
     elif size is not None and replay is not None:
+        if replay["settings"]["block"] is not None:
+            of_these = [f"Of the {material.ids} that a step touches per layer, "]
         policies = replay["overall"]["policies"]
         lru, opt = _lru(material), policies.get("opt", {}).get(size)
         said += [*of_these, "an LRU buffer of ", number(lru["ids"], ",.0f")]
-        said += [f" ({size})" if size[-1:] in "k%" else "", " misses ", percent(lru["miss_rate"])]
+        shared = " for all layers" if replay["settings"]["share"] == "request" else ""
+        said += [f" ({size})" if size[-1:] in "k%" else "", f"{shared} misses ", percent(lru["miss_rate"])]
         if opt is not None:
             said += ["; the best possible policy would miss ", percent(opt["miss_rate"])]
         if (uniform := lru["nulls"].get("uniform")) is not None:
@@ -96,7 +100,7 @@ def facts_of(material: Material) -> Iterator[tuple[str, str]]:
     counts, kind, manifest = material.summary["counts"], material.kind, material.manifest
     yield "selections", KINDS[manifest["selections"]]
     yield "records", number(counts["records"], ",")
-    yield "unit", kind.unit if kind.unit_tokens == 1 else f"{kind.unit} of {kind.unit_tokens} tokens"
+    yield "unit", unit_text(kind)
     if kind.id_kind == "slot":
         yield "ids", "slots"
     if counts["records"]:
@@ -137,6 +141,8 @@ def warnings_of(material: Material) -> Iterator[str]:
         yield "Ids are an engine's slots: they tell no positions, and what needs positions is not shown."
     if summary["dropped_steps"]:
         yield f"{summary['dropped_steps']:,} steps were dropped while tracing: their selections are missing."
+    if material.replay is not None and material.replay["settings"]["steps"] == "all":
+        yield from past_answers(material.replay)
     rate = manifest["trace"]["sample_rate"]
     if rate < 1 and counts["records"]:
         yield f"Only a share of {rate:g} of the steps was recorded: the step before is often not there."
@@ -147,11 +153,9 @@ def warnings_of(material: Material) -> Iterator[str]:
 
 
 def _model(material: Material) -> str:
-    config = material.manifest["model_config"]
-    name = next((config[key] for key in ("name", "_name_or_path", "model_type") if config.get(key)), None)
     layers = sum(layer.heads > 0 for layer in material.kind.layers)
     of = f" ({layers} selecting {_plural(layers, 'layer')})" if material.summary["counts"]["records"] else ""
-    return f"{name or 'a model'}{of}"
+    return f"{named_model(material.manifest) or 'a model'}{of}"
 
 
 def _data(material: Material) -> str:

@@ -1,0 +1,165 @@
+"""A study's folder as a page: its policies by capacity in one picture, and all tables that it printed.
+
+Knows the folder's JSON; computes nothing but GiB. A study of text knows no model, so what a token takes has
+to be told.
+
+    study_html(Path("outputs/sweep"), bytes_per_token=40016)
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from ...files import read_json
+from ...study.output_folder import MANIFEST_FILE
+from ...text import plain
+from ..grid import Grid, number, percent
+from ..study_folder import study_parts
+from .page import document
+from .section import LeftOut, Row, Section, table_html, told
+from .stacked import Part, Stack, amounts
+from .svg import Axis, Series, line_chart
+
+TITLE = "What does each policy hit, at which capacity?"
+BOUND, FIRST = "opt", "lru"
+"""What the names of bounds begin with, and the policy that is drawn first."""
+Cell = Mapping[str, Any]
+
+
+def study_html(folder: Path, bytes_per_token: int | None = None) -> str:
+    """The page. Raises `UserError` for what is no study's result."""
+    parts = list(study_parts(folder))
+    command = shlex.join(["dsatrace", "report", f"{folder}"])
+    lines = [part for part in parts if isinstance(part, str)]
+    grids = [part for part in parts if isinstance(part, Grid)]
+    manifest = read_json(folder / MANIFEST_FILE)
+    made: list[Section | LeftOut] = []
+    for path in sorted(folder.glob("*.json")):
+        record = read_json(path, broken="; run the study again")
+        if path.name != MANIFEST_FILE and isinstance(record, dict) and record.get("cells"):
+            made.append(policies_by_capacity(path, record["cells"], bytes_per_token, command))
+    if not made:
+        made.append(LeftOut(TITLE, "the study compares no policies, or it did not end"))
+    made += [_table(i, grid, command) for i, grid in enumerate(grids)]
+    made.append(_how(manifest, command))
+    name = folder.absolute().name
+    said = "".join(f'<p class="verdict">{told(line, None)}</p>' for line in lines[:1])
+    rest = "".join(f"<li>{told(line, None)}</li>" for line in lines[1:] if not line.startswith("files: "))
+    head = f"<header>\n<h1>{told(name)}</h1>\n{said}" + (f"<ul>{rest}</ul>" if rest else "") + "</header>"
+    return document(name, head, made, f"{folder}")
+
+
+def policies_by_capacity(
+    path: Path, cells: Sequence[Cell], bytes_per_token: int | None, command: str
+) -> Section | LeftOut:
+    """A chart per workload, of the smallest block size; the numbers hold every size."""
+    try:
+        sizes = sorted({cell["block_size"] for cell in cells})
+        workloads = list(dict.fromkeys(cell["workload"] for cell in cells))
+        body = "".join(
+            _chart(workload, [c for c in cells if (c["workload"], c["block_size"]) == (workload, sizes[0])],
+                   bytes_per_token)
+            for workload in workloads
+        )  # fmt: skip
+        rows = [_row(cell, bytes_per_token) for cell in cells]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a result of a study: {error!r}; run the study again") from error
+    columns = (
+        "workload",
+        "tokens per block",
+        "policy",
+        "capacity, blocks",
+        "GiB",
+        "hit rate",
+        "hits",
+        "blocks asked",
+    )
+    also = f"; {', '.join(map(str, sizes[1:]))} are among the numbers" if len(sizes) > 1 else ""
+    room = "Blocks only: the study knows no model, so what a block takes is not told; --bytes-per-token does."
+    if bytes_per_token is not None:
+        room = f"GiB: at {bytes_per_token:,} bytes per token, in all layers together."
+    note = (
+        f"Hit rate: hits / full prompt blocks, of a cache with so many blocks; drawn: blocks of {sizes[0]} "
+        f"tokens{also}. Grey: {BOUND}, a bound that no policy passes. {room} Simulated on the study's "
+        "requests; nothing was timed."
+    )
+    return Section(f"policies-{path.stem}", TITLE, body, note, command, (columns, rows))
+
+
+def _chart(workload: str, cells: Sequence[Cell], bytes_per_token: int | None) -> str:
+    capacities = sorted({cell["capacity_blocks"] for cell in cells})
+    rates: dict[str, dict[int, float]] = {}
+    for cell in cells:
+        rates.setdefault(cell["policy"], {})[cell["capacity_blocks"]] = cell["hit_rate"]
+    most = {name: max(of.values()) for name, of in rates.items()}
+    names = sorted(rates, key=lambda name: (name.startswith(BOUND), name != FIRST, -most[name]))
+    best = max(names, key=lambda name: (not name.startswith(BOUND), most[name]))
+    title = f"Hit rate of {plain(workload, 60)} by capacity"
+    desc = f"At {capacities[-1]:,} blocks {best} hits most, {most[best]:.1%}."
+    heading = f"<h3>{told(plain(workload, 80))}</h3>"
+    if len(capacities) == 1:
+        stacks = [Stack(name, [Part("", most[name], f"{most[name]:.1%}")]) for name in names]
+        size = f"<p>{capacities[0]:,} blocks{_room(cells[0], bytes_per_token)}</p>"
+        return f"{heading}{size}{amounts(title, desc, stacks)}"
+    series = [
+        Series(name, sorted(rates[name]), [rates[name][size] for size in sorted(rates[name])], style,
+               null=name.startswith(BOUND), marked=True)
+        for style, name in enumerate(names)
+    ]  # fmt: skip
+    some = {cell["capacity_blocks"]: cell for cell in cells}
+    labels = [(size, f"{size:,}{_room(some[size], bytes_per_token)}") for size in capacities]
+    unit = "blocks" if bytes_per_token is None else "blocks (GiB)"
+    x = Axis(f"capacity, {unit}", capacities[0], capacities[-1], log=True)
+    return heading + line_chart(title, desc, x, Axis("hit rate", 0, 1, share=True), series, x_labels=labels)
+
+
+def _gib(cell: Cell, bytes_per_token: int | None) -> float | None:
+    if bytes_per_token is None:
+        return None
+    return float(cell["capacity_blocks"] * cell["block_size"] * bytes_per_token / 2**30)
+
+
+def _room(cell: Cell, bytes_per_token: int | None) -> str:
+    gib = _gib(cell, bytes_per_token)
+    return "" if gib is None else f" ({gib:.2g})"
+
+
+def _row(cell: Cell, bytes_per_token: int | None) -> Row:
+    return (
+        plain(cell["workload"]),
+        number(cell["block_size"]),
+        plain(cell["policy"]),
+        number(cell["capacity_blocks"], ","),
+        number(_gib(cell, bytes_per_token), ".3g"),
+        percent(cell["hit_rate"]),
+        number(cell["hits"], ","),
+        number(cell["accesses"], ","),
+    )
+
+
+def _table(i: int, grid: Grid, command: str) -> Section:
+    columns = [column or ("" if place else "name") for place, column in enumerate(grid.columns)]
+    return Section(f"table-{i}", grid.title, "", grid.note, command, (columns, grid.rows), is_open=True)
+
+
+def _how(manifest: Cell, command: str) -> Section:
+    rows = list(_facts(manifest))
+    body = table_html((("", ""), rows), "The study")
+    return Section("made", "How it was made", body, "As the study's manifest has it.", command)
+
+
+def _facts(manifest: Cell) -> Iterator[Row]:
+    yield "its command", shlex.join(map(str, manifest.get("argv") or [])) or "-"
+    facts = {
+        **{name: manifest.get(name) for name in ("study", "state", "started_utc", "tool_version", "sources")},
+        **{f"tokenizer's {name}": value for name, value in (manifest.get("tokenizer") or {}).items()},
+        **(manifest.get("settings") or {}),
+    }
+    for name, value in facts.items():
+        if value is not None:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else f"{value}"
+            yield name.replace("_", " "), plain(shown)

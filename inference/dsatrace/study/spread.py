@@ -1,0 +1,119 @@
+"""How far the study's figures would move with other seeds, or with other conversations of the same kind.
+
+A cell's hits and accesses are also kept by parts: a part per seed of the generators, or of a log at
+most `MAX_GROUPS` groups of its conversations. Intervals are 95 %: over seeds Student's t of the
+ratio estimator; over a log's groups the percentiles of a bootstrap, which draws groups and keeps
+what each one hit. A gain over LRU is a difference of two policies on the same parts, so what moves
+both is not in its interval.
+
+    cells = with_intervals(pooled([sweep(inputs, settings) for inputs in of_each_seed]), "seeds")
+    cells[0].hit_rate_low, cells[0].hit_rate_high, cells[0].gain
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsatrace.study.metrics import Values
+from dsatrace.study.run import Replayed
+from dsatrace.study.sweep_cells import COUNTED, LRU, Cell, Cells, conversation_parts
+
+Kind = Literal["seeds", "conversations"]
+NUM_SEEDS = 8
+NUM_DRAWS = 2000
+_T_975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""The 0.975 quantiles of Student's t with 1, 2, ... 30 degrees of freedom."""
+
+Interval = tuple[float, float] | tuple[None, None]
+
+
+def pooled(of_seeds: Iterable[Cells]) -> Cells:
+    """The cells of all seeds together: counts are added up, and each seed stays a part."""
+    by_place: dict[tuple[object, ...], list[Cell]] = {}
+    for cell in (cell for cells in of_seeds for cell in cells):
+        place = (cell.workload, cell.block_size, cell.capacity_blocks, cell.policy)
+        by_place.setdefault(place, []).append(cell)
+    return [
+        dataclasses.replace(
+            same[0],
+            **{name: sum(getattr(cell, name) for cell in same) for name in COUNTED},
+            parts=np.concatenate([cell.parts for cell in same]),
+        )
+        for same in by_place.values()
+    ]
+
+
+def with_intervals(cells: Sequence[Cell], kind: Kind) -> Cells:
+    """The cells with the intervals of their hit rates and of their gains over LRU, as far as known."""
+    lru = {(c.workload, c.block_size, c.capacity_blocks): c for c in cells if c.policy == LRU}
+    result = []
+    for cell in cells:
+        hits, accesses = cell.parts.T
+        low, high = interval(hits, accesses, kind)
+        gain: float | None = None
+        gain_low, gain_high = None, None
+        other = lru.get((cell.workload, cell.block_size, cell.capacity_blocks))
+        if other is not None and cell.policy != LRU:
+            gain = cell.hit_rate - other.hit_rate
+            gain_low, gain_high = interval(hits - other.parts[:, 0], accesses, kind)
+        result.append(
+            dataclasses.replace(
+                cell, hit_rate_low=low, hit_rate_high=high, gain=gain, gain_low=gain_low, gain_high=gain_high
+            )
+        )
+    return result
+
+
+def over_seeds(of_seeds: Sequence[Values]) -> dict[str, dict[str, float]]:
+    """Mean and interval of each metric that every seed has."""
+    spread = {}
+    for name in of_seeds[0]:
+        values = np.array([one[name] for one in of_seeds], float)  # None becomes nan
+        low, high = interval(values, np.ones(len(values)), "seeds")
+        if low is not None and high is not None and np.isfinite(values).all():
+            spread[name] = {"mean": float(values.mean()), "low": low, "high": high}
+    return spread
+
+
+def over_conversations(replayed: Replayed) -> dict[str, dict[str, float]]:
+    """Bootstrapped intervals of the rates that are sums over requests."""
+    trace, result = replayed.trace, replayed.result
+    part = conversation_parts(trace)
+    hit_blocks = result.hit_tokens // trace.block_size
+    columns = {
+        "hit_rate_first_prefill": (result.hit_tokens, trace.prompt_tokens),
+        "hit_rate_blocks": (hit_blocks, trace.prompt_blocks),
+        "hit_rate_infinite": (replayed.unlimited.hit_tokens, trace.prompt_tokens),
+        "sharing_above_0": (result.hit_tokens > 0, np.ones(trace.num_requests)),
+    }
+    spread = {}
+    for name, (hit, of) in columns.items():
+        low, high = interval(np.bincount(part, hit), np.bincount(part, of), "conversations")
+        if low is not None and high is not None:
+            spread[name] = {"low": low, "high": high}
+    return spread
+
+
+def interval(numerator: NDArray[Any], denominator: NDArray[Any], kind: Kind) -> Interval:
+    """Of sum(numerator) / sum(denominator), both (P,) by part; (None, None) for fewer than two parts."""
+    size, total = len(numerator), float(denominator.sum())
+    if size < 2 or not total:
+        return None, None
+    if kind == "conversations":
+        draws = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), NUM_DRAWS)
+        rates = (draws @ numerator) / np.maximum(draws @ denominator, 1)
+        low, high = np.quantile(rates, (0.025, 0.975)).tolist()
+        return low, high
+    rate = float(numerator.sum()) / total
+    residuals = (numerator - rate * denominator) / (total / size)
+    error = float(np.sqrt((residuals**2).sum() / (size * (size - 1))))
+    width = (_T_975[size - 2] if size - 2 < len(_T_975) else 1.96) * error
+    return rate - width, rate + width
