@@ -146,7 +146,7 @@ def _answer(touched: Sequence[Mapping[str, Any]]) -> str:
     def one(row: Mapping[str, Any]) -> str:
         whole = row["context_mean"]
         return (
-            f"{row['mean']:.1f} of {whole:.1f} blocks of {row['block_size_tokens']} tokens "
+            f"{row['mean']:,.1f} of {whole:,.1f} blocks of {row['block_size_tokens']} tokens "
             f"({row['mean'] / whole:.1%}; uniform {row['uniform_mean'] / whole:.1%})"
         )
 
@@ -191,14 +191,14 @@ def _by_layer(size: int, means: np.ndarray) -> str:
 def _rows_over_all(touched: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     for row in touched:
         keys = ("mean", "uniform_mean", "recency_mean", "context_mean")
-        yield "all", number(row["block_size_tokens"]), *(number(row[key], ".1f") for key in keys)
+        yield "all", number(row["block_size_tokens"]), *(number(row[key], ",.1f") for key in keys)
 
 
 def _rows_by_layer(found: LayerBlocks) -> Iterator[Row]:
     for size in found.sizes:
         for layer, means in enumerate(found.means(size).T):
             if found.records[layer]:
-                yield f"{layer}", number(size), *(number(float(mean), ".1f") for mean in means)
+                yield f"{layer}", number(size), *(number(float(mean), ",.1f") for mean in means)
 
 
 def _note(material: Material, found: LayerBlocks | None) -> str:
@@ -211,4 +211,5 @@ def _note(material: Material, found: LayerBlocks | None) -> str:
     if found is None:
         return f"{note} By layer records of level stats do not tell."
     which = "all" if found.is_whole else "the first"
-    return f"{note} By layer: {found.num_records:,} of these, {which} {found.num_requests} requests."
+    requests = f"{found.num_requests} request{'s' if found.num_requests > 1 else ''}"
+    return f"{note} By layer: {found.num_records:,} of these, {which} {requests}."

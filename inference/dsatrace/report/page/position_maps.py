@@ -243,7 +243,7 @@ def _shares_row(one: PositionMap, shown: Shown) -> Row:
     """Of the selected ids, the share that covers any token of a region, and a uniform selector's."""
     cells: list[Cell] = [number(one.layer)]
     for share, uniform in region_shares(one.selections, shown):
-        cells += [percent(share), percent(uniform)]
+        cells += [number(share, ".2%"), number(uniform, ".2%")]  # of a long context a region is little
     return cells
 
 
