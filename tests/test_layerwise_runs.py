@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from conftest import INFERENCE, ROOT
+from dsatrace.commands.generate import main as generate
 from dsatrace.commands.layerwise import main
 from dsatrace.errors import UserError
 from dsatrace.layerwise import sweep
@@ -26,6 +28,7 @@ from dsatrace.schema import REQUESTS_FILE, STEPS_PARQUET_FILE
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.selections import read_selections
 from dsatrace.verify.run import verify
+from helpers.checkpoints import TINY_CONFIG
 from helpers.forked import start
 from helpers.layerwise import V32, in_dtype
 
@@ -307,3 +310,74 @@ def test_the_planned_memory_holds(tmp_path: Path) -> None:
     measured, planned = map(int, ran.stdout.split())
     assert 100e6 < measured < 250e6
     assert abs(planned / measured - 1) < 0.1, f"{measured / 1e6:.0f} MB, planned {planned / 1e6:.0f}"
+
+
+def test_a_run_with_its_tokens_is_a_transcript(tiny_hf: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Layer by layer its own selections come out again, step by step."""
+    (tmp_path / "prompts.txt").write_text("One two three four five six seven\n\nEight nine\n")
+    served = tmp_path / "served"
+    generated = generate(
+        [
+            *("--ckpt-path", str(tiny_checkpoint), "--input-file", str(tmp_path / "prompts.txt")),
+            *("--max-new-tokens", "12", "--temperature", "0", "--save-tokens", "--trace-out", str(served)),
+            *("--config", str(TINY_CONFIG), "--device", "cpu", "--ignore-eos"),
+        ]
+    )
+    assert generated == 0
+    verify(served)
+    out = tmp_path / "swept"
+    command = [
+        *("--weights", str(tiny_hf), "--config", str(TINY_CONFIG), "--transcripts", str(served)),
+        *("--layers", "0-3", "--rows", "answer", "--out", str(out), "--device", "cpu"),
+    ]
+    assert main(command) == 0
+    verify(out)
+    both = [
+        {
+            (one.request_id, layer, step): frozenset(ids.tolist())
+            for one in read_selections(RunReader(folder))
+            for (layer, _), of_layer in one.layers.items()
+            for step, ids in zip(of_layer.step_idx.tolist(), of_layer.rows(), strict=True)
+        }
+        for folder in (served, out)
+    ]
+    assert both[0].keys() == both[1].keys()
+    different = sum(both[0][key] != both[1][key] for key in both[0])
+    assert different < len(both[0]) / 4  # near ties, and their consequences
+    lines = [json.loads(line) for line in (out / REQUESTS_FILE).read_text().splitlines()]
+    assert {line["labels"]["transcript"] for line in lines} == {"own"}
+
+
+def shards_to_go(folder: Path) -> tuple[set[str], set[str]]:
+    """Those of layers 0 and 1 alone, which layer 2 needs whole; and the others."""
+    places = json.loads((folder / "hf" / "model.safetensors.index.json").read_text())["weight_map"]
+    others = (".layers.2.", "lm_head", "model.norm")
+    kept = {file for name, file in places.items() if any(other in name for other in others)}
+    return set(places.values()) - kept, kept
+
+
+def test_shards_are_deleted_once_their_layers_are_done(
+    folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = damaged(folder, tmp_path)
+    gone, kept = shards_to_go(copy)
+    assert gone and kept
+    monkeypatch.setattr(sys, "stdin", io.StringIO("no\n"))
+    assert main(flags(copy, tmp_path / "refused", "--delete-shards")) == 2
+    assert all((copy / "hf" / file).exists() for file in gone)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("yes\n"))
+    assert main(flags(copy, tmp_path / "run", "--delete-shards")) == 0
+    assert {path.name for path in (copy / "hf").glob("*.safetensors")} == kept
+    assert records(tmp_path / "run") == records(undisturbed)
+
+
+def test_a_link_out_of_the_folder_is_not_deleted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = damaged(folder, tmp_path)
+    path = copy / "hf" / min(shards_to_go(copy)[0])
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert main(flags(copy, tmp_path / "run", "--delete-shards")) == 2
+    assert "is a link to another place" in capsys.readouterr().err
+    assert (tmp_path / "elsewhere").exists()

@@ -12,7 +12,7 @@ import functools
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from dsatrace.units import size_text
 if TYPE_CHECKING:
     from dsatrace.layerwise.sweep import LayerDone, SweepSettings
     from dsatrace.layerwise.transcripts import Recorded, Transcript
+    from dsatrace.layerwise.weights import LayerWork
     from dsatrace.model.config import ModelArgs
     from dsatrace.workloads.chat import Chat
 
@@ -108,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915  (checks, i
         stored = read_part(args.weights, model_args, names_of(model_args, left, len(left) == len(work)))
         folder = folder or open_folder(resume=False)
         stack.callback(folder.close)
-        Sweep(setup, recorded, layers, work, stored, folder, made, _Progress()).run()
+        free = _freeing(args, work) if args.delete_shards else lambda num_done: None
+        Sweep(setup, recorded, layers, work, stored, folder, made, _Progress(), free).run()
         facts = RunFacts(
             device=torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()})",
             selections=selections_of(args.weights),
@@ -123,6 +125,25 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915  (checks, i
     print(f"{num_rows} rows of {len(recorded)} transcripts, layers {args.layers}")
     print(f"run: {plain(args.out)}")
     return 0
+
+
+def _freeing(args: argparse.Namespace, work: Sequence[LayerWork]) -> Callable[[int], None]:
+    """Asks, and returns what deletes the shards that are of no more use once so many layers are done."""
+    from dsatrace.layerwise.shards import freed_after
+
+    shards = freed_after(args.weights, work)
+    size = size_text(sum(path.stat().st_size for paths in shards.values() for path in paths))
+    count = sum(map(len, shards.values()))
+    print(f"{count} shards in {plain(args.weights)}, {size}, will be deleted as their layers are done.")
+    print("Type yes to go on: ", end="", flush=True)
+    if sys.stdin.readline().strip() != "yes":
+        raise UserError("--delete-shards: not confirmed, nothing was deleted; leave the flag out or type yes")
+
+    def free(num_done: int) -> None:
+        for path in shards.get(num_done, ()):
+            path.unlink()
+
+    return free
 
 
 def _begun_with(
@@ -179,6 +200,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--read-gb-per-s", type=float, default=1.0, metavar="X", help="of the weights' disk, for --plan")
     add("--resume", action="store_true", help="go on with the sweep that was begun in --out")
+    add(
+        "--delete-shards",
+        action="store_true",
+        help="delete each shard of --weights once all its layers are computed; asks once",
+    )
     add("--experts", action="store_true", help="record the rows' routed experts too, in a run in experts/")
     group = parser.add_argument_group("model")
     add = group.add_argument
@@ -233,12 +259,11 @@ class _Chats:
 
 
 def _transcripts(args: argparse.Namespace, model_args: ModelArgs, chat: _Chats) -> list[Transcript]:
-    from dsatrace.layerwise.reading import digest_of_model, read_transcripts
+    from dsatrace.layerwise.reading import is_of_model, read_transcripts
     from dsatrace.layerwise.transcripts import OWN
-    from dsatrace.trace.manifest import config_digest
 
     transcripts = read_transcripts(args.transcripts, chat)
-    if digest_of_model(args.transcripts) == config_digest(dataclasses.asdict(model_args)):
+    if is_of_model(args.transcripts, model_args):
         return [dataclasses.replace(one, written_by=OWN) for one in transcripts]
     return transcripts
 
