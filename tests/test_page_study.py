@@ -52,6 +52,7 @@ def test_the_numbers_are_the_cells(sweep: Path, tmp_path: Path) -> None:
     assert len(rows) == len(cells) > 20
     for row, cell in zip(rows, cells, strict=True):
         assert [row[column] for column in COLUMNS] == [cell[key] for key in KEYS]
+        assert row["95% from"] == cell.get("hit_rate_low")
         assert row["GiB"] == cell["capacity_blocks"] * cell["block_size"] * 40016 / 2**30
 
 
@@ -66,6 +67,10 @@ def test_a_chart_per_workload_has_a_line_per_policy(sweep: Path, tmp_path: Path)
         assert {line.text for line in legend.all("li")} == policies
         drawn = {f"{[path.attributes for path in key.all('path')]}" for key in legend.all("svg")}
         assert len(drawn) == len(policies)
+    keys = [
+        {line.text: line.first("g").attributes for line in legend.all("li")} for legend in section.all("ul")
+    ]
+    assert all(one == keys[0] for one in keys)  # a policy looks the same in all charts
     assert "Blocks only" in section.text
     assert all(row["GiB"] is None for row in page.table("policies-sweep"))
 

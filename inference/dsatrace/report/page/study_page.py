@@ -59,12 +59,12 @@ def policies_by_capacity(
     """A chart per workload, of the smallest block size; the numbers hold every size."""
     try:
         sizes = sorted({cell["block_size"] for cell in cells})
-        workloads = list(dict.fromkeys(cell["workload"] for cell in cells))
+        drawn = [cell for cell in cells if cell["block_size"] == sizes[0]]
+        order = _order(drawn)
         body = "".join(
-            _chart(workload, [c for c in cells if (c["workload"], c["block_size"]) == (workload, sizes[0])],
-                   bytes_per_token)
-            for workload in workloads
-        )  # fmt: skip
+            _chart(workload, [cell for cell in drawn if cell["workload"] == workload], order, bytes_per_token)
+            for workload in dict.fromkeys(cell["workload"] for cell in drawn)
+        )
         rows = [_row(cell, bytes_per_token) for cell in cells]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not a result of a study: {error!r}; run the study again") from error
@@ -75,6 +75,8 @@ def policies_by_capacity(
         "capacity, blocks",
         "GiB",
         "hit rate",
+        "95% from",
+        "to",
         "hits",
         "blocks asked",
     )
@@ -84,19 +86,27 @@ def policies_by_capacity(
         room = f"GiB: at {bytes_per_token:,} bytes per token, in all layers together."
     note = (
         f"Hit rate: hits / full prompt blocks, of a cache with so many blocks; drawn: blocks of {sizes[0]} "
-        f"tokens{also}. Grey: {BOUND}, a bound that no policy passes. {room} Simulated on the study's "
-        "requests; nothing was timed."
+        f"tokens{also}. A policy has one colour and dash in all pictures; grey: {BOUND} and its kind, which "
+        f"are bounds. {room} Simulated on the study's requests; nothing was timed."
     )
     return Section(f"policies-{path.stem}", TITLE, body, note, command, (columns, rows))
 
 
-def _chart(workload: str, cells: Sequence[Cell], bytes_per_token: int | None) -> str:
+def _order(cells: Sequence[Cell]) -> list[str]:
+    """All policies: LRU, the others by what they hit in all workloads together, bounds last."""
+    hits: dict[str, float] = {}
+    for cell in cells:
+        hits[cell["policy"]] = hits.get(cell["policy"], 0.0) + cell["hit_rate"]
+    return sorted(hits, key=lambda name: (name.startswith(BOUND), name != FIRST, -hits[name]))
+
+
+def _chart(workload: str, cells: Sequence[Cell], order: Sequence[str], bytes_per_token: int | None) -> str:
     capacities = sorted({cell["capacity_blocks"] for cell in cells})
     rates: dict[str, dict[int, float]] = {}
     for cell in cells:
         rates.setdefault(cell["policy"], {})[cell["capacity_blocks"]] = cell["hit_rate"]
     most = {name: max(of.values()) for name, of in rates.items()}
-    names = sorted(rates, key=lambda name: (name.startswith(BOUND), name != FIRST, -most[name]))
+    names = [name for name in order if name in rates]
     best = max(names, key=lambda name: (not name.startswith(BOUND), most[name]))
     title = f"Hit rate of {plain(workload, 60)} by capacity"
     desc = f"At {capacities[-1]:,} blocks {best} hits most, {most[best]:.1%}."
@@ -106,9 +116,9 @@ def _chart(workload: str, cells: Sequence[Cell], bytes_per_token: int | None) ->
         size = f"<p>{capacities[0]:,} blocks{_room(cells[0], bytes_per_token)}</p>"
         return f"{heading}{size}{amounts(title, desc, stacks)}"
     series = [
-        Series(name, sorted(rates[name]), [rates[name][size] for size in sorted(rates[name])], style,
-               null=name.startswith(BOUND), marked=True)
-        for style, name in enumerate(names)
+        Series(name, sorted(rates[name]), [rates[name][size] for size in sorted(rates[name])],
+               order.index(name), null=name.startswith(BOUND), marked=True)
+        for name in names
     ]  # fmt: skip
     some = {cell["capacity_blocks"]: cell for cell in cells}
     labels = [(size, f"{size:,}{_room(some[size], bytes_per_token)}") for size in capacities]
@@ -136,6 +146,7 @@ def _row(cell: Cell, bytes_per_token: int | None) -> Row:
         number(cell["capacity_blocks"], ","),
         number(_gib(cell, bytes_per_token), ".3g"),
         percent(cell["hit_rate"]),
+        *(number(cell.get(name), ".1%") for name in ("hit_rate_low", "hit_rate_high")),
         number(cell["hits"], ","),
         number(cell["accesses"], ","),
     )
