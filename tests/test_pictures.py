@@ -22,8 +22,9 @@ from dsatrace.report.replay_figure import PANELS as REPLAY_PANELS
 from dsatrace.report.replay_figure import draw_replay
 from dsatrace.report.run_subject import RunSubject
 from dsatrace.selection_replay.figures import figures
-from dsatrace.selection_replay.replay import find_work, replay_all
+from dsatrace.selection_replay.replay import replay_all
 from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes
+from dsatrace.selection_replay.work import find_work
 from dsatrace.trace.reader import RunReader
 from helpers.command_runs import told_error
 from helpers.golden_run import SERVING, GoldenRequest, write_golden
