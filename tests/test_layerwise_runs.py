@@ -22,12 +22,16 @@ from dsatrace.commands.generate import main as generate
 from dsatrace.commands.layerwise import main
 from dsatrace.errors import UserError
 from dsatrace.layerwise import sweep
+from dsatrace.layerwise.reading import read_transcripts
 from dsatrace.model.shards import read_header
 from dsatrace.model.tiny import write_checkpoint
 from dsatrace.schema import REQUESTS_FILE, STEPS_PARQUET_FILE
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.selections import read_selections
 from dsatrace.verify.run import verify
+from dsatrace.workloads.chat import choose_chat
+from dsatrace.workloads.encoding import Message
+from dsatrace.workloads.tokenizer import choose_tokenizer
 from helpers.checkpoints import TINY_CONFIG
 from helpers.forked import start
 from helpers.layerwise import V32, in_dtype
@@ -381,3 +385,53 @@ def test_a_link_out_of_the_folder_is_not_deleted(
     assert main(flags(copy, tmp_path / "run", "--delete-shards")) == 2
     assert "is a link to another place" in capsys.readouterr().err
     assert (tmp_path / "elsewhere").exists()
+
+
+def test_text_and_messages_become_ids_by_the_checkpoints_form(tiny_hf: Path, tmp_path: Path) -> None:
+    rows = [
+        {"text": "One two three", "answer": " four five", "id": "plain"},
+        {
+            "messages": [{"role": "user", "content": "One"}, {"role": "assistant", "content": "Two"}],
+            "own": True,
+        },
+    ]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    chat = choose_chat(choose_tokenizer(None, tiny_hf), tiny_hf)
+    plain, said = read_transcripts(path, lambda: chat)
+    assert (plain.request_id, plain.written_by, said.request_id, said.written_by) == (
+        *("plain", "foreign"),
+        *("r1", "own"),
+    )
+    assert chat.tokenizer.decode(plain.token_ids.tolist()) == "One two three four five"
+    assert plain.prompt_tokens == len(chat.tokenizer.encode("One two three"))
+    prompt = chat.encode([Message("user", "One")])
+    assert said.token_ids.tolist() == prompt + chat.tokenizer.encode("Two")
+    assert said.prompt_tokens == len(prompt)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ({"tokens": [1, 2], "prompt": 1}, "prompt"),
+        ({"tokens": [1, -2]}, "tokens"),
+        ({"tokens": [1, 2], "prompt_tokens": 3}, "prompt_tokens"),
+        ({"tokens": [1], "text": "a"}, "one of tokens, text, messages"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "messages"),
+        ({"tokens": [1, 200]}, "token 1 is 200"),
+    ],
+)
+def test_a_bad_line_is_named(
+    line: dict[str, object],
+    reason: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    command = flags(folder, tmp_path / "run")
+    command[command.index("--transcripts") + 1] = str(path)
+    assert main(command) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert reason in said and ("row 0 (line 1)" in said or "transcript r0" in said)
