@@ -49,6 +49,7 @@ CONVERSATION_FLAGS = {
     "arrival_rate": Flag("conversations per second; workloads that share a cache share it"),
     "use_poisson": Flag("equal gaps instead of Poisson arrivals", ("--fixed-arrivals",), negated=True),
     "turn_delay": Flag("seconds from turn to turn"),
+    "think_time": Flag("median seconds of an assumed log-normal think time, drawn instead of --turn-delay"),
     "seed": Flag("seed of arrivals, generators and the policy random"),
 }
 """They make requests of conversations, so a file of requests has no use for them. With `FILTER_FLAGS`
@@ -282,6 +283,8 @@ def say_what_was_read(client: Client) -> None:
     """Source, vocabulary, and what was dropped: nothing is left out silently."""
     print("source:", plain(client.source.text()))
     print(f"tokenizer: {plain(client.vocabulary.label['name'])}")
+    if client.has_text:
+        print(f"times: assumed, {client.settings.times()}")
     for what, number in client.counts.items():
         print(f"{what}: {number:,}")
     if client.bad_rows.counts:
@@ -305,6 +308,8 @@ def _client_settings(args: argparse.Namespace) -> ClientSettings:
             )
     elif limit is None:
         limit = ClientSettings.max_conversations
+    if {"turn_delay", "think_time"} <= set(given):
+        raise UserError("--turn-delay and --think-time exclude each other; give one")
     values = values_of(args, FILTER_FLAGS)
     values |= values_of(args, {name: CONVERSATION_FLAGS[name] for name in given})
     return ClientSettings(max_conversations=None if limit == ALL else limit, **values)
