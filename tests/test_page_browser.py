@@ -63,8 +63,31 @@ def compared(hostile):
 
 
 @pytest.fixture(scope="module")
-def pages(made, hostile, compared):
-    return {"real": made[0], "hostile": hostile, "compared": compared}
+def studied(tmp_path_factory):
+    """The page of a study of eviction policies."""
+    folder = tmp_path_factory.mktemp("study") / "sweep"
+    flags = [
+        "--workloads",
+        "qa",
+        "chat_multi",
+        "--num-requests",
+        "40",
+        "--capacities",
+        "32",
+        "128",
+        "--workers",
+        "1",
+    ]
+    flags += ["--policies", "lru", "fifo", "s3-fifo", "--skip-visualization"]
+    assert main(["study", "sweep", "--output-dir", str(folder), *flags]) == 0
+    page = folder.parent / "page.html"
+    assert main(["report", str(folder), "--html", str(page), "--bytes-per-token", "40016"]) == 0
+    return page
+
+
+@pytest.fixture(scope="module")
+def pages(made, hostile, compared, studied):
+    return {"real": made[0], "hostile": hostile, "compared": compared, "study": studied}
 
 
 @pytest.fixture
@@ -74,7 +97,7 @@ def page(browser, made):
         yield opened
 
 
-@pytest.mark.parametrize("name", ["real", "hostile", "compared"])
+@pytest.mark.parametrize("name", ["real", "hostile", "compared", "study"])
 @pytest.mark.parametrize("javascript", [True, False])
 def test_no_error_and_no_request_but_the_file(browser, pages, name, javascript):
     with browser.open(pages[name], javascript=javascript) as page:
@@ -322,7 +345,7 @@ CONTRASTS = """(() => {
 })()"""
 
 
-@pytest.mark.parametrize("name", ["real", "hostile", "compared"])
+@pytest.mark.parametrize("name", ["real", "hostile", "compared", "study"])
 @pytest.mark.parametrize(("width", "dark"), SCREENS)
 def test_it_fits_the_screen(browser, pages, name, width, dark):
     with browser.open(pages[name], width=width, dark=dark) as page:

@@ -16,13 +16,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dsatrace import cli
-from dsatrace.report.figure import PANELS, RunSubject, draw
+from dsatrace.report.figure import PANELS, draw
 from dsatrace.report.panels import STYLES, PictureSettings, draw_panel, left_out, style_rc
 from dsatrace.report.replay_figure import PANELS as REPLAY_PANELS
 from dsatrace.report.replay_figure import draw_replay
+from dsatrace.report.run_subject import RunSubject
 from dsatrace.selection_replay.figures import figures
-from dsatrace.selection_replay.replay import find_work, replay_all
+from dsatrace.selection_replay.replay import replay_all
 from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes
+from dsatrace.selection_replay.work import find_work
 from dsatrace.trace.reader import RunReader
 from helpers.command_runs import told_error
 from helpers.golden_run import SERVING, GoldenRequest, write_golden
@@ -264,6 +266,24 @@ def test_the_same_run_is_the_same_bytes(folder_of: Callable[[str], Path], format
         digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
     assert digests[0] == digests[1]
     assert b"CreationDate" not in path.read_bytes()
+
+
+def test_a_replay_draws_single_panels(
+    folder_of: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, flags = (
+        tmp_path / "out",
+        ("--policy", "lru", "--sizes", "1k", "--panel", "curves", "--format", "svg"),
+    )
+    for _ in range(2):  # the folder is a replay's still
+        assert cli.main(["replay", str(folder_of("one layer")), *flags, "--out", str(out)]) == 0
+        assert f"picture: {out / 'replay_curves.svg'}" in capsys.readouterr().out
+        assert "<text" in (out / "replay_curves.svg").read_text()
+    assert not (out / "replay.png").exists()
+    asked = ["replay", str(folder_of("one layer")), "--panel", "map", "--out", str(tmp_path / "no")]
+    line = told_error(capsys, lambda: cli.main(asked))
+    assert "--panel map: no such panel; use curves, misses, between, layers, reuse, lags" in line
+    assert not (tmp_path / "no").exists()
 
 
 REFUSED = {

@@ -14,7 +14,8 @@ from rich.console import Console
 from conftest import INFERENCE, ROOT
 from dsatrace import cli
 from dsatrace.commands.generate import main as generate
-from dsatrace.report.figure import PANELS, RunSubject
+from dsatrace.report.figure import PANELS
+from dsatrace.report.run_subject import RunSubject
 from dsatrace.report.tables import sink_shares
 from dsatrace.report.tier_tables import tier_tables
 from dsatrace.report.workload_tables import workload_tables
@@ -153,6 +154,10 @@ def test_a_study_without_a_table_and_a_damaged_one(tmp_path, capsys):
     assert cli.main(["study", "prepare", "--output-dir", str(tmp_path / "traces")]) == 0
     capsys.readouterr()
     assert "There is no table" in report(capsys, tmp_path / "traces")
+    for flags in (("--panel", "map"), ("--format", "pdf"), ("--layer", "1")):
+        line = told_error(capsys, lambda flags=flags: cli.main(["report", str(tmp_path / "traces"), *flags]))
+        assert line.startswith(f"error: {flags[0]}: ") or "no such panel" in line
+        assert "a study, which drew its pictures when it ran" in line
     for damage in ('{"cells": [{"workload": "qa"}]}', '{"definitions": 3, "cache": 1}', "[]", "{"):
         (tmp_path / "traces" / "sweep.json").write_text(damage)
         line = told_error(capsys, lambda: cli.main(["report", str(tmp_path / "traces")]))
@@ -289,8 +294,9 @@ def test_every_hit_rate_has_one_name_and_the_summarys_number(tmp_path, capsys):
 
 
 def test_sizes_are_in_binary_units_everywhere():
-    """As on the terminal; rates of links stay in GB/s."""
+    """As on the terminal; rates of links stay in GB/s, and benchmarks.md what its tools measured in."""
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "data").glob("*/*/README.md")]
+    pages = [page for page in pages if page.name != "benchmarks.md"]
     decimal = re.compile(r"\d ?[kKMGT]B\b(?!/s)")
     lines = [(page.name, line) for page in pages for line in page.read_text("utf-8").splitlines()]
     assert len(lines) > 500

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import statistics
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from dsatrace.study.prepare import (
 from dsatrace.study.tokenization import PieceEncoder, tokenize_rows
 from dsatrace.workloads.chat_format import SPECIAL_TOKENS, ChatTemplateFormatter, split_chat_text
 from dsatrace.workloads.encoding import Message, encode_chat
-from dsatrace.workloads.request_generator import RequestGenerator, num_turns
+from dsatrace.workloads.request_generator import RequestGenerator, ThinkTime, num_turns
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import Conversation, ShareGPTLoader
 from dsatrace.workloads.tokenizer import BOS, END_THINK, EOS, USER, Tokenizer, load_tokenizer
@@ -209,6 +210,33 @@ def test_turns_follow_at_the_delay_and_rows_stand_by_arrival() -> None:
     assert [(row.conversation_id, row.turn_index) for row in together][:4] == [
         ("a", 0), ("a", 1), ("a", 2), ("b", 0),
     ]  # fmt: skip
+
+
+def test_think_times_are_drawn_from_answers_and_a_distribution() -> None:
+    chats = [chat(str(i), "q", "a " * (200 * (i % 2)), "q", "a") for i in range(2000)]
+    generator = RequestGenerator(chats, arrival_rate=1, use_poisson=False, seed=5)
+    rows = generator.generate_multi_turn_traces(TRANSCRIPT, ThinkTime(8.0))
+    begins = {row.conversation_id: row.timestamp for row in rows if row.turn_index == 0}
+    delays = {
+        row.conversation_id: row.timestamp - begins[row.conversation_id]
+        for row in rows
+        if row.turn_index == 1
+    }
+    assert [row.timestamp for row in rows] == sorted(row.timestamp for row in rows)
+    short = [delay for name, delay in delays.items() if int(name) % 2 == 0]
+    long = [delay - 10 for name, delay in delays.items() if int(name) % 2]  # 200 words at 20 a second
+    for thinking in (short, long):
+        assert min(thinking) > 0
+        assert statistics.median(thinking) == pytest.approx(8, rel=0.1)
+        assert statistics.stdev(map(math.log, thinking)) == pytest.approx(1, rel=0.1)
+    again = generator.generate_multi_turn_traces(TRANSCRIPT, ThinkTime(8.0))
+    assert again == rows
+    fewer = RequestGenerator(chats[:9], 1, False, 5).generate_multi_turn_traces(TRANSCRIPT, ThinkTime(8.0))
+    assert {(r.conversation_id, r.timestamp) for r in fewer} <= {
+        (r.conversation_id, r.timestamp) for r in rows
+    }
+    with pytest.raises(UserError, match="median think time must be seconds above 0"):
+        ClientSettings(think_time=0.0)
 
 
 @given(st.lists(conversations, min_size=1, max_size=6), st.floats(0, 3), st.integers(0, 99))

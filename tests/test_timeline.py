@@ -31,7 +31,7 @@ from dsatrace.trace.reader import RunReader
 from dsatrace.trace.timeline import Timeline
 from dsatrace.workloads.tokenizer import write_byte_tokenizer
 from helpers.command_runs import told_error
-from helpers.golden_run import REQUESTS, SERVING, read_lines, write_golden
+from helpers.golden_run import REQUESTS, SERVING, read_lines, write_golden, write_lines
 from helpers.kind_runs import KINDS, NUM_STEPS, PROMPTS, write_kind
 from helpers.tier_samples import SETUPS
 
@@ -299,6 +299,13 @@ def test_more_requests_are_a_counter(exported, golden, monkeypatch):
     assert max(one["running"] for one in running) > 1 and running[-1] == {"running": 0.0, "waiting": 0.0}
 
 
+def test_more_changes_than_points_are_said(exported, golden, monkeypatch):
+    monkeypatch.setattr(perfetto, "MOST_POINTS", 3)
+    found = exported(golden)
+    assert found.told["notes"] == ["requests under way: 8 changes, shown 3 times, evenly apart"]
+    assert len([one for one in found.events if one["name"] == "requests" and one["ph"] == "C"]) == 3
+
+
 def test_a_large_run_stays_below_the_limit():
     """The most slices and lanes that can come of a run."""
     per_step, per_request = 1 + 6, 3 + 2
@@ -359,6 +366,7 @@ def test_a_hostile_request_id_moves_no_cursor(exported, tmp_path):
         (None, ["--to", "perfetto", "--buffer", "1"], "does not hold a step of 8; give at least 8"),
         ("tiers", ["--to", "perfetto", "--buffer", "2k"], "the run has tiers, whose misses were measured"),
         ("empty", ["--to", "perfetto"], "no step and no request was recorded"),
+        ("late", ["--to", "perfetto"], "forward_idx 1073741824: no step of a run; see `dsatrace verify`"),
         ("there", ["--to", "perfetto"], "exists already and is never overwritten; name another with --out"),
     ],
 )
@@ -370,6 +378,10 @@ def test_what_is_refused(golden, tmp_path, capsys, change, flags, said):
         folder = shutil.copytree(golden, tmp_path / "run")
         for name in ("trace_steps.jsonl", "requests.jsonl"):
             (folder / name).write_text("")
+    elif change == "late":
+        folder = shutil.copytree(golden, tmp_path / "run")
+        records = read_lines(folder)
+        write_lines(folder, [*records[:-1], records[-1] | {"forward_idx": 1 << 30}])
     elif change == "there":
         out.write_text("mine")
     error = told_error(capsys, lambda: main(["export", str(folder), *flags, "--out", str(out)]))

@@ -267,6 +267,9 @@ REQUEST_FIELDS = (
     Field("text", "string", "", "the answer; only with `--save-text`", optional=True),
     Field("text_past_answer", "string", "", "what was generated after the answer; only with `--save-text`, "
           "where there is any", optional=True),
+    Field("prompt_token_ids", "int[]", "id", "the prompt; only with `--save-tokens`", optional=True),
+    Field("output_token_ids", "int[]", "id", "all that was generated; only with `--save-tokens`",
+          optional=True),
 )
 
 # manifest.json: what the run was.

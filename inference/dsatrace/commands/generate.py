@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stop_tokens=chat.stop_tokens,
             end=end,
             answer_text=chat.text if args.save_text else None,
+            save_tokens=args.save_tokens,
             trace=trace,
             traced=bool(args.trace_enable or args.trace_out),
             info=partial(
@@ -131,5 +132,6 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--tokenizer", type=Path, help="tokenizer.json or its folder (default: --ckpt-path)")
     add_chat_template_argument(group)
     group.add_argument("--save-text", action="store_true", help="keep the answers' text in requests.jsonl")
+    group.add_argument("--save-tokens", action="store_true", help="keep all token ids in requests.jsonl")
     add_trace_arguments(parser)
     return parser

@@ -6,12 +6,13 @@ dsatrace layerwise --weights DeepSeek-V3.2 --transcripts chats.jsonl --layers 0-
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,21 +28,26 @@ from dsatrace.trace.config import TraceConfig
 from dsatrace.units import size_text
 
 if TYPE_CHECKING:
-    from dsatrace.layerwise.sweep import LayerDone
+    from dsatrace.layerwise.sweep import LayerDone, SweepSettings
     from dsatrace.layerwise.transcripts import Recorded, Transcript
+    from dsatrace.layerwise.weights import LayerWork
     from dsatrace.model.config import ModelArgs
     from dsatrace.workloads.chat import Chat
 
 
 @exits_cleanly
 @ends_by_signal
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915  (checks, in order)
     """Runs the sweep; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
     rows = Rows.of(args.rows)
+    if args.out is None and not args.plan:
+        raise UserError("--out is missing: name the run's folder, or use --plan")
+    if not args.read_gb_per_s > 0:
+        raise UserError(f"--read-gb-per-s {args.read_gb_per_s}: use a number above 0")
     config = TraceConfig(
-        args.out,
+        args.out or Path(),
         block_size=args.kv_block_size,
         format=args.trace_format,
         store_scores=args.trace_store_scores,
@@ -63,16 +69,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from dsatrace.layerwise.folder import WorkFolder
+    from dsatrace.layerwise.plan import measured_flops_per_s, plan_sweep, plan_text
     from dsatrace.layerwise.records import RunFacts, expert_kind, selection_kind, write_runs
     from dsatrace.layerwise.sweep import Sweep, SweepSettings
-    from dsatrace.layerwise.transcripts import check_vocabulary, digest, recorded_rows
+    from dsatrace.layerwise.transcripts import check_vocabulary, recorded_rows
     from dsatrace.layerwise.weights import layers_to_compute, names_of
     from dsatrace.model.kernels import get_kernels
     from dsatrace.model.layers import ModelSetup
     from dsatrace.model.parallel import ParallelGroup
     from dsatrace.model.plan import read_part
     from dsatrace.runner.setup import selections_of
-    from dsatrace.trace.manifest import config_digest
 
     selection_kind(model_args, layers)
     if args.experts:
@@ -82,9 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_vocabulary(transcripts, model_args.vocab_size)
     recorded = recorded_rows(transcripts, rows)
     device = _device(args.device)
-    with user_errors():
-        kernels = get_kernels(args.kernel_backend, device)
-    setup = ModelSetup(model_args, kernels, ParallelGroup())
     work = layers_to_compute(model_args, layers, args.experts)
     if len(layers) < model_args.n_layers and layers[0] in NEAR_CHANCE:
         print(
@@ -92,33 +95,74 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     made = SweepSettings(device, args.chunk_rows, config.needs_scores, args.experts)
-    begun_with = {
-        "model_config_digest": config_digest(dataclasses.asdict(model_args)),
-        "transcripts": digest(recorded),
-        "layers": args.layers,
-        **dataclasses.asdict(made),
-        "num_threads": torch.get_num_threads() if device == "cpu" else 0,
-    }
-    folder = WorkFolder(args.out, begun_with, args.resume)
-    left = work[folder.layers_done :]
-    with user_errors():
-        stored = read_part(args.weights, model_args, names_of(model_args, left, folder.layers_done == 0))
-        sweep = Sweep(setup, recorded, layers, work, stored, folder, made, _Progress())
-        sweep.run()
-    facts = RunFacts(
-        device=torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()})",
-        selections=selections_of(args.weights),
-        argv=argv,
-        tokenizer=chat.tokenizer,
-        chat=chat.form,
-        data_source=f"transcripts {args.transcripts.name}",
-        workload=_workload(recorded, rows),
-    )
-    write_runs(setup, facts, recorded, layers, folder, config, args.experts)
+    if args.plan:
+        with user_errors():
+            plan = plan_sweep(args.weights, model_args, work, recorded, made)
+        for line in plan_text(plan, args.weights, measured_flops_per_s(device), args.read_gb_per_s * 1e9):
+            print(plain(line))
+        return 0
+    with contextlib.ExitStack() as stack, user_errors():
+        setup = ModelSetup(model_args, get_kernels(args.kernel_backend, device), ParallelGroup())
+        open_folder = functools.partial(WorkFolder, args.out, _begun_with(args, model_args, recorded, made))
+        folder = open_folder(resume=True) if args.resume else None
+        left = work[folder.layers_done if folder else 0 :]
+        stored = read_part(args.weights, model_args, names_of(model_args, left, len(left) == len(work)))
+        folder = folder or open_folder(resume=False)
+        stack.callback(folder.close)
+        free = _freeing(args, work) if args.delete_shards else lambda num_done: None
+        Sweep(setup, recorded, layers, work, stored, folder, made, _Progress(), free).run()
+        facts = RunFacts(
+            device=torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()})",
+            selections=selections_of(args.weights),
+            argv=argv,
+            tokenizer=chat.tokenizer,
+            chat=chat.form,
+            data_source=f"transcripts {args.transcripts.name}",
+            workload=_workload(recorded, rows),
+        )
+        write_runs(setup, facts, recorded, layers, folder, config, args.experts)
     num_rows = sum(len(one.positions) for one in recorded)
     print(f"{num_rows} rows of {len(recorded)} transcripts, layers {args.layers}")
     print(f"run: {plain(args.out)}")
     return 0
+
+
+def _freeing(args: argparse.Namespace, work: Sequence[LayerWork]) -> Callable[[int], None]:
+    """Asks, and returns what deletes the shards that are of no more use once so many layers are done."""
+    from dsatrace.layerwise.shards import freed_after
+
+    shards = freed_after(args.weights, work)
+    size = size_text(sum(path.stat().st_size for paths in shards.values() for path in paths))
+    count = sum(map(len, shards.values()))
+    print(f"{count} shards in {plain(args.weights)}, {size}, will be deleted as their layers are done.")
+    print("Type yes to go on: ", end="", flush=True)
+    if sys.stdin.readline().strip() != "yes":
+        raise UserError("--delete-shards: not confirmed, nothing was deleted; leave the flag out or type yes")
+
+    def free(num_done: int) -> None:
+        for path in shards.get(num_done, ()):
+            path.unlink()
+
+    return free
+
+
+def _begun_with(
+    args: argparse.Namespace, model_args: ModelArgs, recorded: Sequence[Recorded], made: SweepSettings
+) -> dict[str, Any]:
+    """What a resume must have in common with the start: all that has an effect on a number."""
+    import torch
+
+    from dsatrace.layerwise.transcripts import digest
+    from dsatrace.trace.manifest import config_digest
+
+    return {
+        "model_config_digest": config_digest(dataclasses.asdict(model_args)),
+        "transcripts": digest(recorded),
+        "layers": args.layers,
+        **dataclasses.asdict(made),
+        "kernel_backend": args.kernel_backend,
+        "num_threads": torch.get_num_threads() if made.device == "cpu" else 0,
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -148,8 +192,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ROWS",
         help="rows to record: answer, last:N or range:A-B (positions, both included)",
     )
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the run, new or empty")
+    add("--out", type=Path, metavar="DIR", help="folder of the run, new or empty (required without --plan)")
+    add(
+        "--plan",
+        action="store_true",
+        help="say what it needs, and which shards are missing; run nothing",
+    )
+    add("--read-gb-per-s", type=float, default=1.0, metavar="X", help="of the weights' disk, for --plan")
     add("--resume", action="store_true", help="go on with the sweep that was begun in --out")
+    add(
+        "--delete-shards",
+        action="store_true",
+        help="delete each shard of --weights once all its layers are computed; asks once",
+    )
     add("--experts", action="store_true", help="record the rows' routed experts too, in a run in experts/")
     group = parser.add_argument_group("model")
     add = group.add_argument
@@ -204,12 +259,11 @@ class _Chats:
 
 
 def _transcripts(args: argparse.Namespace, model_args: ModelArgs, chat: _Chats) -> list[Transcript]:
-    from dsatrace.layerwise.reading import digest_of_model, read_transcripts
+    from dsatrace.layerwise.reading import is_of_model, read_transcripts
     from dsatrace.layerwise.transcripts import OWN
-    from dsatrace.trace.manifest import config_digest
 
     transcripts = read_transcripts(args.transcripts, chat)
-    if digest_of_model(args.transcripts) == config_digest(dataclasses.asdict(model_args)):
+    if is_of_model(args.transcripts, model_args):
         return [dataclasses.replace(one, written_by=OWN) for one in transcripts]
     return transcripts
 

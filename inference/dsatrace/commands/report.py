@@ -228,8 +228,6 @@ def _replay(run: RunReader) -> dict[str, Any] | str:
     from dsatrace.selection_replay.work import find_work
     from dsatrace.trace.manifest import selection_kind
 
-    if run.is_for_replay:
-        return "it is laid out for replay"  # which the page then refuses
     counts, kind = run.summary()["counts"], selection_kind(run.manifest)
     if not counts["sparse_records"]:
         return "no record is past top-k, so no buffer could miss anything"

@@ -49,6 +49,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="hub name, file or folder (default: the checkpoint's)",
     )
     add("--save-text", action="store_true", help="keep the answers' text in requests.jsonl")
+    add("--save-tokens", action="store_true", help="keep all token ids in requests.jsonl, for layerwise")
 
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:

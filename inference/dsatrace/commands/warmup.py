@@ -114,11 +114,14 @@ def _policy(name: str) -> str:
 
 
 def _lru_at_all_sizes() -> str:
+    from dsatrace.kv.policies.bypass import bypassing_hits
     from dsatrace.kv.policies.stack_distance import lru_hits_at
     from dsatrace.kv.policies.stream import AccessStream
 
-    lru_hits_at(AccessStream.of([[0, 1], [0, 2]]), [1, 2])
-    return "LRU at all sizes"
+    stream = AccessStream.of([[0, 1], [0, 2]])
+    lru_hits_at(stream, [1, 2])
+    bypassing_hits(stream, stream.lengths, 2)
+    return "LRU at all sizes, and the bound of any cache"
 
 
 def _locality() -> str:

@@ -145,6 +145,7 @@ class _Run:
             clock=self.serving.new_clock(resume_point.elapsed_s),
             judge=self._judge(opened.workload) if is_rank_0() else None,
             answer_text=self.chat.text if self.args.save_text else None,
+            save_tokens=self.args.save_tokens,
             trace=self._trace_config(resumed) if is_rank_0() else None,
             traced=not self.args.no_trace,
             info=partial(

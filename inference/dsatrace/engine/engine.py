@@ -81,7 +81,7 @@ class Engine:
         self.clock: Clock = run.clock or RealClock()
         self.ranks: Ranks = ranks or SingleProcess()
         self.judge = run.judge
-        self.answer_text = run.answer_text
+        self.answer_text, self.save_tokens = run.answer_text, run.save_tokens
         self.end = run.end
         self.on_tier_error = on_tier_error
         self.abort_requested = False
@@ -221,6 +221,9 @@ class Engine:
             if self.answer_text is not None:
                 live.text = self.answer_text(live.answer)
                 live.text_past_answer = self.answer_text(live.past_answer) or None
+            if self.save_tokens:
+                live.prompt_token_ids = list(live.request.prompt_token_ids)
+                live.output_token_ids = live.generated
             self.tracer.finish_request(live.request, live)
 
 

@@ -69,6 +69,7 @@ class RunSettings:
     clock: Clock | None = None  # None: wall time; the simulator's is virtual
     judge: Judge | None = None
     answer_text: Callable[[Sequence[int]], str] | None = None
+    save_tokens: bool = False  # the trace keeps token ids
     trace: TraceConfig | None = None
     traced: bool = False
     info: Callable[..., RunInfo] = RunInfo

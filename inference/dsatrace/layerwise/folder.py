@@ -102,6 +102,7 @@ class WorkFolder:
                 )
 
     def _lock(self) -> None:
+        """The kernel drops the lock of a process that ends."""
         self._descriptor = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,3 +157,9 @@ class WorkFolder:
 
     def remove(self) -> None:
         shutil.rmtree(self.path)
+
+    def close(self) -> None:
+        """Lets another sweep go on with it."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

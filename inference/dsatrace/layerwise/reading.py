@@ -22,6 +22,7 @@ import numpy as np
 from dsatrace.errors import UserError
 from dsatrace.files import read_json
 from dsatrace.layerwise.transcripts import FOREIGN, OWN, Transcript
+from dsatrace.model.config import ModelArgs
 from dsatrace.schema import MANIFEST_FILE
 from dsatrace.text import plain
 from dsatrace.trace.reader import RunReader
@@ -148,7 +149,12 @@ def _of_run(folder: Path) -> Iterator[Transcript]:
         raise UserError(f"--transcripts {folder}: none of its requests was answered")
 
 
-def digest_of_model(folder: Path) -> str | None:
-    """The `model_config_digest` of a run's folder; None where `folder` is none."""
+def is_of_model(folder: Path, args: ModelArgs) -> bool:
+    """Whether `folder` is a run of this model, by its config; number formats may be others."""
     path = folder / MANIFEST_FILE
-    return str(read_json(path)["model_config_digest"]) if path.is_file() else None
+    if not path.is_file():
+        return False
+    try:
+        return not ModelArgs(**read_json(path)["model_config"]).differences(args)
+    except (TypeError, ValueError):  # another door's, or another version's
+        return False

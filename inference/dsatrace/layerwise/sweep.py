@@ -11,6 +11,7 @@ rows, chunk by chunk, then its gate, then each expert once over all its rows. Th
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,9 @@ CACHE_BLOCK = 64
 EXPERT_ROWS = 1024
 """Rows that go through an expert at a time."""
 CHUNK_ROWS = {"cpu": 256, "cuda": 2048}
+
+_M_MMAP_THRESHOLD = -3
+"""Of mallopt(3)."""
 
 IDS, STATS, SCORES, EXPERTS = "ids", "stats", "scores", "experts"
 """What is kept of a layer's recorded rows: (R, K) int32, (R, 4) and (R, K) float32, (R, A) int32."""
@@ -141,6 +145,7 @@ class Sweep:
         num_done, num_layers = self._folder.layers_done, len(self._work)
         if num_done == num_layers:
             return
+        _give_back_large_blocks()
         before, started = float(self._folder.progress["seconds"]), time.monotonic()
         if num_done == 0:
             self._embed()
@@ -408,6 +413,15 @@ class _Kept:
             if array is not None:
                 self.arrays[name][rows] = array[0]
         recording.release()
+
+
+def _give_back_large_blocks() -> None:
+    """Lets glibc return freed blocks of more than 4 MiB to the system at once.
+
+    Else it comes to keep blocks of up to 32 MiB and splits them, and holds a third more than is in use.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20)
 
 
 def _selection_of(positions: torch.Tensor) -> Selection:

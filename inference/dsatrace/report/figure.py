@@ -8,131 +8,41 @@ draw(RunReader(folder)).paths      # report.png in the run's folder
 
 from __future__ import annotations
 
-import functools
 import textwrap
-from collections import Counter
 from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from ..text import for_picture, plain
-from ..trace.kind import SelectionKind, engine_kind
-from ..trace.manifest import selection_kind
+from ..text import plain
 from ..trace.rates import RATES, run_words, unit_words
 from ..trace.reader import RunReader
 from ..units import MIB
 from .drawing import whole_numbers
 from .panels import (
     BASELINE_STYLES,
-    HATCHES,
     Drawn,
     Panel,
     PictureSettings,
     draw_panels,
+    hatched,
     layers_axis,
+    number_bar,
     numbers_axis,
     shares_axis,
 )
-from .tables import Summary, caveat, model_name, unit_text
+from .run_subject import MAX_STEPS, RunSubject, several
+from .tables import Summary, caveat, model_name
 from .tier_tables import TIER_TITLES, tiers_of
 
-MAX_STEPS = 1000
-"""Columns of the map. More would be narrower than a pixel."""
 MAX_ROWS = 512
-"""Its rows, of one block or of several: the most selected of them is shown."""
-_FIELDS = (
-    *("request_id", "layer_id", "kv_head", "step_idx", "phase", "path", "seq_len_current"),
-    *("unique_token_pos_count", "block_size_tokens", "selected_token_pos"),
-)
-
-
-class RunSubject:
-    """What a run's panels draw: its summary, and of its records those of one layer and request."""
-
-    def __init__(self, run: RunReader, layer: int | None = None) -> None:
-        """`layer` is the map's. Raises a `UserError` if the run does not have it."""
-        self.run, self.summary = run, run.summary()
-        self.kind: SelectionKind = selection_kind(run.manifest) or engine_kind(
-            run.manifest["model_config"].get("n_layers", 1), 1
-        )
-        if layer is not None and not 0 <= layer < len(self.kind.layers):
-            raise UserError(f"--layer {layer}: the run has layers 0 to {len(self.kind.layers) - 1}")
-        self.layer, self.why_layer = (layer, "as asked") if layer is not None else self._telling_layer()
-
-    def _telling_layer(self) -> tuple[int, str]:
-        """The layer that finds the answer; else the one that moves most; else the last."""
-        layers = sorted(set(self.kind.set_layers.tolist()))
-        recall = _of_layers(self.summary.get("needle_recall"), layers)
-        overlap = _of_layers(self.summary["step_overlap"], layers)
-        if recall:
-            return max(recall, key=lambda layer: recall[layer]), "selects most of the answer"
-        if len(overlap) > 1:
-            return min(overlap, key=lambda layer: overlap[layer]), "least overlap with the step before"
-        return (layers[-1], "the last") if layers else (0, "")
-
-    @functools.cached_property
-    def _read(self) -> tuple[Counter[int], Counter[int], list[dict[str, Any]]]:
-        contexts: Counter[int] = Counter()
-        sizes: Counter[int] = Counter()
-        of_map: list[dict[str, Any]] = []
-        for record in self.run.steps(_FIELDS):
-            num_selected = record["unique_token_pos_count"] or 0
-            contexts[record["seq_len_current"]] += num_selected
-            sizes[num_selected] += num_selected
-            is_shown = record["layer_id"] == self.layer and record.get("kv_head", 0) == 0
-            if not is_shown or record["phase"] == "prefill" or len(of_map) == MAX_STEPS:
-                continue
-            if of_map and record["request_id"] != of_map[0]["request_id"]:
-                continue
-            if of_map or record["path"] == "sparse":
-                of_map.append(record)
-        return contexts, sizes, of_map
-
-    @property
-    def contexts(self) -> Counter[int]:
-        """Selected tokens, by the tokens that their query could see."""
-        return self._read[0]
-
-    @property
-    def sizes(self) -> Counter[int]:
-        """Selected tokens, by how many their selection has."""
-        return self._read[1]
-
-    @property
-    def map_records(self) -> list[dict[str, Any]]:
-        """The decode records of `layer`, and its first KV head, of the first request past top-k."""
-        return self._read[2]
-
-    def facts(self, *own: object, pooled: bool = False) -> list[str]:
-        """Of a panel over all layers and steps: means, or `pooled`."""
-        counts, num_layers = self.summary["counts"], len(self.kind.layers)
-        requests = _several(counts["requests"], "request")
-        if counts["requests"] > 1 and not pooled:
-            requests = f"mean of {requests}"
-        steps = _several(counts["steps"], "decode step")
-        layers = _several(num_layers, "layer")
-        return [model_name(self.run.manifest), requests, layers, *map(str, own), self.unit, steps]
-
-    @property
-    def unit(self) -> str:
-        return f"unit: {unit_text(self.kind)}"
-
-
-def _several(count: int, what: str) -> str:
-    return f"1 {what}" if count == 1 else f"{count:,} {what}s"
-
-
-def _of_layers(section: Summary | None, layers: list[int]) -> dict[int, float]:
-    shares = (section or {}).get("per_layer") or []
-    return {layer: shares[layer] for layer in layers if layer < len(shares) and shares[layer] is not None}
+"""Rows of the map, of one block or of several: the most selected of them is shown."""
 
 
 def draw(run: RunReader, layer: int | None = None, settings: PictureSettings | None = None) -> Drawn:
     """Draws the sheet, or each panel that `settings` names, into the run's folder; the map shows `layer`."""
     subject = RunSubject(run, layer)
     counts = subject.summary["counts"]
-    numbers = [_several(counts["requests"], "request"), _several(counts["steps"], "decode step")]
+    numbers = [several(counts["requests"], "request"), several(counts["steps"], "decode step")]
     heading = f"{plain(run.folder.name, 80)}: {', '.join(numbers)}"
     stem = run.folder / "report"
     return draw_panels(PANELS, subject, stem, heading, settings, caveat(subject.summary) or "")
@@ -213,14 +123,11 @@ def _blocks_touched(axes: Any, subject: RunSubject) -> list[str]:
             shares,
             0.27,
             label=label,
-            color=f"C{i}",
-            hatch=HATCHES[i],
-            edgecolor="k",
-            linewidth=0.5,
+            **hatched(i),
         )
         for bar, share in zip(bars, shares, strict=True):
             text = f"{100 * share:.0f}" if share >= 0.01 else f"{100 * share:.1g}"
-            _number(axes, bar, text, share, upright=True)
+            number_bar(axes, bar, text, share, upright=True)
     axes.set_xticks(range(len(rows)), [f"{row['block_size_tokens']}" for row in rows])
     axes.set(xlabel="block size (tokens)", ylabel="share of the context's blocks")
     shares_axis(axes.yaxis)
@@ -275,7 +182,7 @@ def _map(axes: Any, subject: RunSubject) -> list[str]:
         f"blocks of {size} tokens",
         *([f"a row is the most of {per_row} blocks"] if per_row > 1 else []),
         subject.unit,
-        _several(len(records), "decode step"),
+        f"{'the first ' if len(records) == MAX_STEPS else ''}{several(len(records), 'decode step')}",
         *(["arrows: the answer"] if answer else []),
     ]
 
@@ -321,13 +228,20 @@ def _offsets(axes: Any, subject: RunSubject) -> list[str]:
     farthest = max(max(subject.contexts, default=1), int(back[-1]), 2)
     grid = np.unique(np.geomspace(1, farthest, 300).round())
     axes.step(
-        np.append(back, farthest), np.append(share, 1), where="post", color="C0", label="selected tokens"
+        np.append(back, farthest),
+        np.append(share, 1),
+        where="post",
+        color="C0",
+        linewidth=2.4,
+        label="selected tokens",
     )
-    baselines = (("uniform selector", subject.contexts), ("recency selector", subject.sizes))
-    for i, (label, reach) in enumerate(baselines):
+    baselines = (("uniform selector", subject.contexts, "C1"), ("recency selector", subject.sizes, "0.35"))
+    for i, (label, reach, color) in enumerate(baselines):
         ends, weights = np.array(sorted(reach)), np.array([reach[end] for end in sorted(reach)], dtype=float)
+        if not len(ends):  # the records are lost
+            continue
         expected = (np.minimum(grid[:, None], ends) / np.maximum(ends, 1) * weights).sum(axis=1)
-        axes.plot(grid, expected / weights.sum(), color="0.35", linestyle=BASELINE_STYLES[i], label=label)
+        axes.plot(grid, expected / weights.sum(), color=color, linestyle=BASELINE_STYLES[i], label=label)
     axes.set_xscale("log")
     axes.set(
         xlabel="tokens back from the query (1: itself)", ylabel="share of selected tokens", xlim=(1, farthest)
@@ -359,10 +273,10 @@ def _found(axes: Any, subject: RunSubject) -> list[str]:
             for key, count in zip(measures, counts, strict=True)
         ]
         places = np.arange(len(measures)) + thick * (i - (len(names) - 1) / 2)
-        bars = axes.barh(places, shares, 0.9 * thick, label=TIER_TITLES[name], **_hatched(i))
+        bars = axes.barh(places, shares, 0.9 * thick, label=TIER_TITLES[name], **hatched(i))
         texts = [f"{100 * share:.1f} % ({count:,})" for share, count in zip(shares, counts, strict=True)]
         for bar, text, share in zip(bars, texts, shares, strict=True):
-            _number(axes, bar, text, share)
+            number_bar(axes, bar, text, share)
     axes.set_yticks(range(len(measures)), list(measures.values()))
     axes.set(xlabel="share found in the tier", ylim=(len(measures) - 0.5, -0.5))
     shares_axis(axes.xaxis)
@@ -376,12 +290,12 @@ def _moved(axes: Any, subject: RunSubject) -> list[str]:
     for i, (_, num_bytes, useful, operations) in enumerate(moves):
         (bar,) = axes.barh(i, num_bytes / MIB, 0.7, color="C2", edgecolor="k", linewidth=0.5)
         if useful is not None:
-            axes.barh(i, useful / MIB, 0.7, **_hatched(1))
+            axes.barh(i, useful / MIB, 0.7, **hatched(1))
         text = f"{num_bytes / MIB:,.2f} MiB"
         text += "" if operations is None else f", {operations:,} reads"
-        _number(axes, bar, text, num_bytes / largest)
+        number_bar(axes, bar, text, num_bytes / largest)
     axes.barh(0, 0, color="C2", edgecolor="k", linewidth=0.5, label="moved")
-    axes.barh(0, 0, **_hatched(1), label="of that, selected")
+    axes.barh(0, 0, **hatched(1), label="of that, selected")
     axes.set_yticks(range(len(moves)), [label for label, *_ in moves])
     axes.set(xlabel="MiB, recorded steps", ylim=(len(moves) - 0.5, -0.5), xlim=(0, 1.02 * largest / MIB))
     return subject.facts(_moved_as(subject.run.manifest["tiers"]), pooled=True)
@@ -403,29 +317,6 @@ def _moves(subject: RunSubject) -> list[tuple[str, int, int | None, int | None]]
 
 def _moved_as(setup: Summary) -> str:
     return f"moved as {unit_words(setup['unit_tokens'])}"
-
-
-def _hatched(i: int) -> dict[str, Any]:
-    return {"color": f"C{i}", "hatch": HATCHES[i], "edgecolor": "k", "linewidth": 0.5}
-
-
-def _number(axes: Any, bar: Any, text: str, share: float, upright: bool = False) -> None:
-    """At the end of a bar, in it where there is no room behind: `share` is of the axis."""
-    inside = share > 0.55
-    back = -3 if inside else 3
-    middle = bar.get_x() + bar.get_width() / 2, bar.get_y() + bar.get_height() / 2
-    aligned = {"ha": "center", "va": "top" if inside else "bottom"}
-    if not upright:
-        aligned = {"ha": "right" if inside else "left", "va": "center"}
-    axes.annotate(
-        text,
-        (middle[0], bar.get_height()) if upright else (bar.get_width(), middle[1]),
-        xytext=(0, back) if upright else (back, 0),
-        textcoords="offset points",
-        fontsize="small",
-        bbox={"facecolor": "w", "edgecolor": "none", "pad": 1} if inside else None,
-        **aligned,
-    )
 
 
 _DURATIONS = {
@@ -450,7 +341,7 @@ def _latencies(axes: Any, subject: RunSubject) -> list[str]:
         numbers_axis(axes.xaxis)
     axes.set(
         xlim=(0, 1.02 * largest),
-        xlabel=f"ms since arrival ({for_picture(serving['clock'], 40)} clock)",
+        xlabel="ms since arrival",
         ylabel="share of served requests",
     )
     shares_axis(axes.yaxis)
@@ -458,6 +349,7 @@ def _latencies(axes: Any, subject: RunSubject) -> list[str]:
         model_name(subject.run.manifest),
         f"{serving['counts']['served']:,} served requests",
         f"{plain(serving['mode'], 40)} batching",
+        f"{plain(serving['clock'], 40)} clock",
     ]
 
 

@@ -239,3 +239,27 @@ def numbers_axis(axis: Any) -> None:
     """A logarithmic axis whose ticks are plain numbers."""
     axis.set_major_formatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value:.0e}")
     axis.set_minor_formatter(lambda value, _: "")
+
+
+def hatched(i: int) -> dict[str, Any]:
+    """The look of the i-th of bars side by side."""
+    return {"color": f"C{i}", "hatch": HATCHES[i], "edgecolor": "k", "linewidth": 0.5}
+
+
+def number_bar(axes: Any, bar: Any, text: str, share: float, upright: bool = False) -> None:
+    """At the end of a bar, in it where there is no room behind: `share` is of the axis."""
+    inside = share > 0.55
+    back = -3 if inside else 3
+    middle = bar.get_x() + bar.get_width() / 2, bar.get_y() + bar.get_height() / 2
+    aligned = {"ha": "center", "va": "top" if inside else "bottom"}
+    if not upright:
+        aligned = {"ha": "right" if inside else "left", "va": "center"}
+    axes.annotate(
+        text,
+        (middle[0], bar.get_height()) if upright else (bar.get_width(), middle[1]),
+        xytext=(0, back) if upright else (back, 0),
+        textcoords="offset points",
+        fontsize="small",
+        bbox={"facecolor": "w", "edgecolor": "none", "pad": 1} if inside else None,
+        **aligned,
+    )

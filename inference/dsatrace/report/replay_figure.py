@@ -25,7 +25,7 @@ from .panels import (
     numbers_axis,
     shares_axis,
 )
-from .published import FIGURES
+from .published import lru_points
 from .replay_tables import NULL_TITLES
 from .tables import caveat
 
@@ -95,7 +95,10 @@ def _curves(axes: Any, record: Record) -> list[str]:
     import matplotlib as mpl
 
     overall, top_k = record["overall"], max(record["top_k"])
-    published = _published()
+    published = {
+        model: [(figure.buffer_k or 0, figure.low) for figure in figures]
+        for model, figures in lru_points().items()
+    }
     largest = max(max(curve["sizes"], default=0) for curve in overall["curves"].values()) / top_k
     end = max([largest, 4, *(size for points in published.values() for size, _ in points)])
     for name, curve in overall["curves"].items():
@@ -138,15 +141,6 @@ def _curves(axes: Any, record: Record) -> list[str]:
     axes.set_xlim(min(1.0, *(size for size, _ in itertools.chain(*published.values()))) / 1.1, 1.1 * end)
     shares_axis(axes.yaxis)
     return _facts(record, f"start: {record['settings']['start']}")
-
-
-def _published() -> dict[str, list[tuple[float, float]]]:
-    """By model, buffer size and miss rate of LRU."""
-    published: dict[str, list[tuple[float, float]]] = {}
-    for figure in FIGURES:
-        if figure.policy == "lru" and figure.buffer_k is not None and figure.low == figure.high:
-            published.setdefault(figure.of.model.partition(",")[0], []).append((figure.buffer_k, figure.low))
-    return published
 
 
 def _middle_size(record: Record) -> str | None:

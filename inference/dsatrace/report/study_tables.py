@@ -176,6 +176,8 @@ def cache_text(cache: Mapping[str, Any]) -> str:
 
 
 BOUNDS = (OPT, BYPASS)
+ROUNDING = 1e-5
+"""Of rates in a file."""
 COUNTS = {
     "requests": "requests",
     "accesses": "prompt blocks",
@@ -238,17 +240,21 @@ def _turns(title: str, turns: Sequence[Mapping[str, Value]]) -> Iterator[Grid]:
 
 
 def _hit_rate(cell: SweepCell | None) -> Cell:
-    """In %, with half the width of its interval if it has one."""
+    """In %, with its interval if it has one."""
     if cell is None or not cell.accesses:
         return _share(None)
     return _with_interval(cell.hit_rate, cell.hit_rate_low, cell.hit_rate_high, ".2f")
 
 
 def _with_interval(share: float | None, low: float | None, high: float | None, form: str) -> Cell:
+    """`61.2 ± 3.1`, or `0.2 (0.0 to 0.6)` where the interval lies unevenly about the value."""
     if share is None:
         return Cell(NONE, None)
-    width = "" if low is None or high is None else f" ± {50 * (high - low):.2f}"
-    return Cell(f"{100 * share:{form}}{width}", share)
+    text = f"{100 * share:{form}}"
+    if low is not None and high is not None:
+        even = abs(low + high - 2 * share) < ROUNDING
+        text += f" ± {50 * (high - low):.2f}" if even else f" ({100 * low:.2f} to {100 * high:.2f})"
+    return Cell(text, share)
 
 
 def _bounds_last(policies: Iterable[str]) -> list[str]:

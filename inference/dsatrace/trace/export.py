@@ -62,8 +62,7 @@ def export_run(
     format already, for a file that is not as it was when the run ended, for a line that is not JSON,
     and for what the system refuses.
     """
-    if run.is_for_replay:
-        raise UserError(f"{run.folder}: is laid out for replay; export the run that it was made from")
+    run.require_order_of_steps("export")
     if to != "replay" and run.is_parquet == (to == "parquet"):
         raise UserError(f"{run.folder}: its records are {to} already; nothing to export")
     sources = run.step_paths

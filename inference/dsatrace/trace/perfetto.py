@@ -80,7 +80,7 @@ def _request_events(timeline: Timeline, notes: list[str]) -> Iterator[Event]:
     if not spans:
         return
     yield from _named(REQUESTS, "requests" if timeline.is_timed else f"requests; {timeline.time}")
-    yield from _counter(REQUESTS, "requests", *_under_way(timeline, spans))
+    yield from _counter(REQUESTS, "requests", *_under_way(timeline, spans, notes))
     if len(spans) > MOST_REQUESTS:
         notes.append(f"{len(spans):,} requests, more than {MOST_REQUESTS:,}: only their counter is drawn")
         return
@@ -103,7 +103,9 @@ def _request_events(timeline: Timeline, notes: list[str]) -> Iterator[Event]:
         yield from slices
 
 
-def _under_way(timeline: Timeline, spans: Sequence[Span]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _under_way(
+    timeline: Timeline, spans: Sequence[Span], notes: list[str]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Times (P,), and how many requests run and wait from each on."""
     start, end = (np.sort([span[at] for span in spans]) for at in (0, 1))
     known = [span.request.arrival if timeline.is_timed else None for span in spans]
@@ -112,6 +114,7 @@ def _under_way(timeline: Timeline, spans: Sequence[Span]) -> tuple[np.ndarray, d
     )
     at = np.unique(np.concatenate([arrival, start, end]))
     if len(at) > MOST_POINTS:
+        notes.append(f"requests under way: {len(at):,} changes, shown {MOST_POINTS:,} times, evenly apart")
         at = np.linspace(at[0], at[-1], MOST_POINTS)
     arrived, begun, ended = (np.searchsorted(times, at, side="right") for times in (arrival, start, end))
     return at, {"running": begun - ended, "waiting": arrived - begun}

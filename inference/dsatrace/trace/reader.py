@@ -103,6 +103,11 @@ class RunReader:
         """Whether the records stand by request, layer and step, in several files."""
         return bool(self.manifest.get("layout") == "replay")
 
+    def require_order_of_steps(self, verb: str) -> None:
+        """Raises `UserError` unless records stand step by step; `verb` is what needs that."""
+        if self.is_for_replay:
+            raise UserError(f"{self.folder}: is laid out for replay; {verb} the run that it was made from")
+
     @property
     def step_paths(self) -> list[Path]:
         """The files of the step records, in the order of the records."""

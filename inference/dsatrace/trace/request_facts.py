@@ -49,6 +49,8 @@ class RequestFacts:
     answer_tokens: int | None = None  # generated before its first end of sequence; None: nobody asked
     text: str | None = None  # the answer, with `--save-text`
     text_past_answer: str | None = None  # what came after it
+    prompt_token_ids: Sequence[int] | None = None  # with `--save-tokens`
+    output_token_ids: Sequence[int] | None = None  # the same
 
 
 def request_line(
@@ -76,7 +78,10 @@ def request_line(
         line["prefill_s"] = facts.prefill_s
     if has_tiers:
         line["num_recomputes"] = facts.num_recomputes
-    for name in ("answer_tokens", "error", "text", "text_past_answer"):
+    for name in (
+        *("answer_tokens", "error", "text", "text_past_answer"),
+        *("prompt_token_ids", "output_token_ids"),
+    ):
         if (fact := getattr(facts, name)) is not None:
             line[name] = fact
     return line

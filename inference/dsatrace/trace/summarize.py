@@ -102,8 +102,7 @@ def summarize_run(
     run: RunReader, on_records: OnRecords = lambda count: None, on_note: OnNote = lambda note: None
 ) -> RecordSummary:
     """One run's summary, from its files."""
-    if run.is_for_replay:
-        raise UserError(f"{run.folder}: is laid out for replay; summarize the run that it was made from")
+    run.require_order_of_steps("summarize")
     level = run.manifest["trace"]["level"]
     stored = run.summary() if (run.folder / SUMMARY_FILE).exists() else None
     if stored is None and level != "full":

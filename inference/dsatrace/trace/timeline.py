@@ -28,7 +28,7 @@ from dsatrace.trace.load import Run
 
 MOST_STEPS = 1 << 13
 """Stretches of passes that sums are kept of."""
-MOST_FORWARDS = 1 << 28
+MOST_FORWARDS = 1 << 26
 MOST_GROUPS = 8
 """Of layers, whose sums are apart."""
 MODELLED_US = 1000.0
@@ -195,7 +195,9 @@ class Timeline:
             return
         last = int(forward.max())
         if last >= MOST_FORWARDS or int(forward.min()) < 0:
-            raise UserError(f"{self.run.folder / STEPS_FILE}: forward_idx {last}: no forward pass of a run")
+            raise UserError(
+                f"{self.run.folder / STEPS_FILE}: forward_idx {last}: no step of a run; see `dsatrace verify`"
+            )
         if last >= len(self._wall_us):
             more = 2 * last - len(self._wall_us)
             self._wall_us = np.pad(self._wall_us, (0, more), constant_values=np.nan)

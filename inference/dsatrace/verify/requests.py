@@ -85,6 +85,7 @@ def read_requests(
             _check_prefix_cache(record, rules)
             _check_tier_losses(record, rules)
             _check_answer_tokens(record, rules)
+            _check_token_ids(record)
             require(record["request_id"] not in found, "request_id", record["request_id"], "stands twice")
         found[record["request_id"]] = RequestLine(
             line,
@@ -160,6 +161,16 @@ def _check_tier_losses(record: dict[str, Any], rules: Rules) -> None:
     if record["state"] == "failed":
         require(offloaded, "state", "failed", rule)
         require(bool(record.get("error")), "error", record.get("error"), "a request that failed says why")
+
+
+def _check_token_ids(record: dict[str, Any]) -> None:
+    """As many ids as tokens, of both or of neither."""
+    counts = {"prompt_token_ids": "num_prompt_tokens", "output_token_ids": "num_output_tokens"}
+    for name, count in counts.items():
+        has_all = counts.keys() <= record.keys()
+        require(has_all or not counts.keys() & record.keys(), name, record.get(name), "one without the other")
+        if has_all:
+            require(len(record[name]) == record[count], name, len(record[name]), f"{record[count]} tokens")
 
 
 def _check_answer_tokens(record: dict[str, Any], rules: Rules) -> None:

@@ -6,13 +6,15 @@
     single = generator.generate_single_turn_traces(formatter)
     multi = generator.generate_multi_turn_traces(formatter, turn_delay=1.0)
 
-Answers are the recorded ones. How long an answer takes is not known, so turns follow each
-other at a fixed delay.
+Answers are the recorded ones. When a turn came is not known, so turns follow each other at a fixed
+delay, or after an assumed time to write the answer and to think (`ThinkTime`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import random
 from collections.abc import Iterator, Sequence
 
@@ -26,6 +28,29 @@ DEFAULT_TURN_DELAY_S = 1.0
 DEFAULT_SEED = 42
 SLOWEST_RATE, FASTEST_RATE = 1e-6, 1e9  # so that no arrival time is beyond what a log can hold
 MAX_TURN_DELAY_S = 1e6
+
+
+@dataclasses.dataclass(frozen=True)
+class ThinkTime:
+    """Seconds from a turn to the next: its answer is written, then a person reads and thinks.
+
+    Thinking is log-normal. The parameters are assumptions, not measurements.
+    """
+
+    median_s: float
+    sigma: float = 1.0  # of the logarithm: two thirds of the times lie within a factor of e
+    words_per_s: float = 20.0  # of the answer
+
+    def __post_init__(self) -> None:
+        if not 0 < self.median_s <= MAX_TURN_DELAY_S:
+            raise UserError(
+                f"a median think time must be seconds above 0 and up to {MAX_TURN_DELAY_S:g}, "
+                f"not {self.median_s}"
+            )
+
+    def delay_s(self, draw: random.Random, answer: str) -> float:
+        writing = len(answer.split()) / self.words_per_s
+        return writing + draw.lognormvariate(math.log(self.median_s), self.sigma)
 
 
 class RequestGenerator:
@@ -66,24 +91,37 @@ class RequestGenerator:
         ]
 
     def generate_multi_turn_traces(
-        self, formatter: ChatTemplateFormatter, turn_delay: float = DEFAULT_TURN_DELAY_S
+        self, formatter: ChatTemplateFormatter, turn_delay: float | ThinkTime = DEFAULT_TURN_DELAY_S
     ) -> list[TraceRow]:
         """A row per human turn: its prompt is the history with the recorded answers, then the turn.
 
-        Turn t of a conversation arrives `turn_delay` x t seconds after the conversation began.
+        Turn t of a conversation arrives `turn_delay` x t seconds after the conversation began, or
+        after t delays of a `ThinkTime`, drawn from the seed and the conversation's id.
         Rows are sorted by arrival; at the same time, the earlier conversation's comes first.
         The last turn's response is empty if nobody answered it.
         """
-        if not 0 <= turn_delay <= MAX_TURN_DELAY_S:
+        if not isinstance(turn_delay, ThinkTime) and not 0 <= turn_delay <= MAX_TURN_DELAY_S:
             raise UserError(
                 f"turn_delay must be a number of seconds from 0 to {MAX_TURN_DELAY_S:g}, not {turn_delay}"
             )
         rows = [
-            self._row(formatter, prompt, name, begin_s + turn_delay * prompt.turn, MULTI_TURN)
+            self._row(formatter, prompt, name, begin_s + after_s, MULTI_TURN)
             for conversation, name, begin_s in self._begun()
-            for prompt in conversation.prompts("per_user_turn")
+            for prompt, after_s in self._turns(conversation, name, turn_delay)
         ]
         return sorted(rows, key=lambda row: row.timestamp)
+
+    def _turns(
+        self, conversation: Conversation, name: str, turn_delay: float | ThinkTime
+    ) -> Iterator[tuple[ChatPrompt, float]]:
+        """Each prompt of a conversation, and how many seconds after its beginning it arrives."""
+        draw, after_s = random.Random(f"{self.seed} think {name}"), 0.0
+        for prompt in conversation.prompts("per_user_turn"):
+            if not isinstance(turn_delay, ThinkTime):
+                yield prompt, turn_delay * prompt.turn
+                continue
+            yield prompt, after_s
+            after_s += turn_delay.delay_s(draw, prompt.answer)
 
     def _begun(self) -> Iterator[tuple[Conversation, str, float]]:
         """Each conversation, its id, and when it begins."""

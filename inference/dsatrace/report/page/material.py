@@ -46,7 +46,11 @@ class Material:
     def of(
         cls, run: RunReader, replay: Record | str, request: str | None = None, layer: int | None = None
     ) -> Material:
-        """`replay` is the record of a replay.json, or why there is none."""
+        """`replay` is the record of a replay.json, or why there is none.
+
+        Raises `UserError` for a run laid out for replay.
+        """
+        run.require_order_of_steps("report on")
         kind = selection_kind(run.manifest) or engine_kind(1, 1)  # an old manifest may not tell
         record, why = (None, replay) if isinstance(replay, str) else (replay, "")
         return cls(run, run.manifest, run.summary(), kind, record, why, request, layer)

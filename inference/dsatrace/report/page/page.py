@@ -73,10 +73,6 @@ def said_first(material: Material) -> list[str]:
 
 
 def page_html(material: Material) -> str:
-    if material.run.is_for_replay:  # the first records are those of one layer
-        raise UserError(
-            f"{material.run.folder}: is laid out for replay; report on the run that it was made from"
-        )
     made = [make(material) for make in SECTIONS]
     name = material.run.folder.absolute().name
     return document(name, header(material), made, f"{material.run.folder}")

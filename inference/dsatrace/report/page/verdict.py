@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ...trace.kind import inactive
 from ..grid import Cell, number, percent
 from ..replay_tables import past_answers
-from ..tables import caveat
+from ..tables import caveat, named_model, unit_text
 from .material import Material, Record
 from .section import figure_html, told
 
@@ -100,7 +100,7 @@ def facts_of(material: Material) -> Iterator[tuple[str, str]]:
     counts, kind, manifest = material.summary["counts"], material.kind, material.manifest
     yield "selections", KINDS[manifest["selections"]]
     yield "records", number(counts["records"], ",")
-    yield "unit", kind.unit if kind.unit_tokens == 1 else f"{kind.unit} of {kind.unit_tokens} tokens"
+    yield "unit", unit_text(kind)
     if kind.id_kind == "slot":
         yield "ids", "slots"
     if counts["records"]:
@@ -153,11 +153,9 @@ def warnings_of(material: Material) -> Iterator[str]:
 
 
 def _model(material: Material) -> str:
-    config = material.manifest["model_config"]
-    name = next((config[key] for key in ("name", "_name_or_path", "model_type") if config.get(key)), None)
     layers = sum(layer.heads > 0 for layer in material.kind.layers)
     of = f" ({layers} selecting {_plural(layers, 'layer')})" if material.summary["counts"]["records"] else ""
-    return f"{name or 'a model'}{of}"
+    return f"{named_model(material.manifest) or 'a model'}{of}"
 
 
 def _data(material: Material) -> str:
