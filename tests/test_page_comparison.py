@@ -200,6 +200,18 @@ def test_runs_of_other_models_and_levels_are_refused(tmp_path: Path) -> None:
     require_comparable(materials_of(golden, write_golden(tmp_path / "stats", level="stats")))
 
 
+def test_replays_of_other_settings_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run, flags = write_golden(tmp_path / "run"), list[str]()
+    for sizes in ("1k", "2k"):
+        out = str(tmp_path / sizes)
+        asked = ["replay", str(run), "--policy", "lru", "--sizes", sizes, "--out", out, "--no-figure"]
+        assert cli.main(asked) == 0
+        flags += ["--replay", out]
+    page = ["--html", str(tmp_path / "page.html"), *flags]
+    said = told_error(capsys, lambda: cli.main(["report", str(run), str(run), *page]))
+    assert "sizes is ['1k'] in the first, ['2k'] in the second" in said
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [

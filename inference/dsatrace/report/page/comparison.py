@@ -51,6 +51,7 @@ def comparison_html(materials: Sequence[Material], same: Record | str) -> str:
     Raises `UserError` for runs that cannot be compared.
     """
     require_comparable(materials)
+    _require_one_replay(materials)
     if all(material.layer is None for material in materials):  # one map a run, of the same layer
         layer = _mapped_layer(materials[0])
         materials = [dataclasses.replace(material, layer=layer) for material in materials]
@@ -62,6 +63,19 @@ def comparison_html(materials: Sequence[Material], same: Record | str) -> str:
     made += [_beside(make, materials, names) for make in SIDE_BY_SIDE]
     title = " beside ".join(material.run.folder.absolute().name for material in materials)
     return document(title, _header(materials, names, title), made, _command(materials), wide=True)
+
+
+def _require_one_replay(materials: Sequence[Material]) -> None:
+    """Raises `UserError` where replays were made with other settings: their misses differ by those."""
+    replayed = [material for material in materials if material.replay is not None]
+    for other in replayed[1:]:
+        first, second = ((m.replay or {})["settings"] for m in (replayed[0], other))
+        if apart := [name for name in {**first, **second} if first.get(name) != second.get(name)]:
+            raise UserError(
+                f"the replays of {replayed[0].run.folder} and {other.run.folder} cannot be compared: "
+                f"{apart[0]} is {plain(first.get(apart[0]))} in the first, {plain(second.get(apart[0]))} in "
+                "the second"
+            )
 
 
 def run_names(materials: Sequence[Material]) -> list[str]:
