@@ -46,7 +46,7 @@ RULES: dict[str, Rule] = {
     "workloads": Rule(
         {"schema", "errors", "files", "units", "text"},
         set(),
-        {"tokenizers", "transformers", "datasets", "huggingface_hub"},
+        {"tokenizers", "transformers", "datasets", "huggingface_hub", "pyarrow"},
     ),
     "layerwise": Rule(BASE | {"kv", "model", "trace", "workloads"}, {"numpy", "torch"}),
     "engine": Rule(BASE | {"kv", "trace", "workloads"}, {"numpy"}),

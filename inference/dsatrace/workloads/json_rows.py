@@ -55,22 +55,21 @@ def read_json_rows(
 
 
 def _pieces(file: BinaryIO, source: str) -> Iterator[tuple[str, _Piece]]:
-    begin = file.tell()
-    start = file.read(_CHUNK_BYTES)
-    content = start.lstrip(_SPACE)
-    if content.startswith(b"["):
-        bracket = begin + len(start) - len(content)
-        file.seek(bracket + 1)
-        for piece in _Array(file, bracket + 1, source).pieces():
-            yield f"byte {piece.offset}", piece
-        return
-    file.seek(begin)
-    offset, number = begin, 0
-    while line := file.readline(MAX_ROW_BYTES + 1):
+    offset, number, blank = file.tell() if file.seekable() else 0, 0, True
+    while line := file.readline(_CHUNK_BYTES):
+        content = line.lstrip(_SPACE)
+        if blank and content.startswith(b"["):
+            array = _Array(file, offset + len(line) - len(content) + 1, source, content[1:])
+            for piece in array.pieces():
+                yield f"byte {piece.offset}", piece
+            return
+        if not line.endswith(b"\n"):
+            line += file.readline(MAX_ROW_BYTES)
+            if len(line) > MAX_ROW_BYTES:
+                _refuse_length(source, offset)
         number += 1
-        if len(line) > MAX_ROW_BYTES:
-            _refuse_length(source, offset)
-        if line.strip(_SPACE):
+        if content:
+            blank = False
             yield f"line {number}", _Piece(offset, line)
         offset += len(line)
 
@@ -78,11 +77,11 @@ def _pieces(file: BinaryIO, source: str) -> Iterator[tuple[str, _Piece]]:
 class _Array:
     """Cuts an array into its elements by its strings and brackets; judges nothing between them."""
 
-    def __init__(self, file: BinaryIO, offset: int, source: str) -> None:
-        """`file` is read up to the opening bracket, to byte `offset`."""
+    def __init__(self, file: BinaryIO, offset: int, source: str, start: bytes = b"") -> None:
+        """`start` is what was read of `file` past the opening bracket, from byte `offset` on."""
         self._file = file
         self._source = source
-        self._buffer = bytearray()  # from the current element's first byte on
+        self._buffer = bytearray(start)  # from the current element's first byte on
         self._offset = offset  # that byte's place in the file
 
     def pieces(self) -> Iterator[_Piece]:

@@ -11,7 +11,10 @@ row and column; `skip` counts the row by its reason. Knows JSON, but no file's l
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +27,8 @@ Piece = TypeVar("Piece")
 Parsed = TypeVar("Parsed")
 
 UTF8_BOM = b"\xef\xbb\xbf"
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_BUFFER_BYTES = 1 << 20
 _WIDE_BOMS = {b"\xff\xfe": "UTF-16 or UTF-32", b"\xfe\xff": "UTF-16", b"\0\0\xfe\xff": "UTF-32"}
 
 
@@ -96,19 +101,57 @@ def read_rows(
 
 
 def open_source(path: str | Path) -> BinaryIO:
-    """The file, past a UTF-8 byte order mark; one of another encoding is refused."""
+    """The file, unpacked if it is gzip's or zstd's, past a UTF-8 byte order mark; it cannot be sought.
+
+    One of another encoding is refused. Reading raises a `UserError` where a packed file is damaged.
+    """
     try:
-        file = Path(path).open("rb")  # noqa: SIM115  (the caller closes it)
+        file: BinaryIO = Path(path).open("rb")  # noqa: SIM115  (the caller closes it)
         start = file.read(4)
-        file.seek(len(UTF8_BOM) if start.startswith(UTF8_BOM) else 0)
+        file.seek(0)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot read the file: {reason}; give a regular, readable file") from error
+    if start.startswith((_GZIP, _ZSTD)):
+        unpacked = io.BufferedReader(_Unpacked(path, file, start.startswith(_GZIP)), _BUFFER_BYTES)
+        file, start = unpacked, unpacked.peek(4)[:4]
     for mark, encoding in _WIDE_BOMS.items():
         if start.startswith(mark):
             file.close()
             raise UserError(f"{path}: the file is {encoding}; convert it to UTF-8")
+    if start.startswith(UTF8_BOM):
+        file.read(len(UTF8_BOM))
     return file
+
+
+class _Unpacked(io.RawIOBase):
+    """What a gzip or zstd file holds."""
+
+    def __init__(self, path: str | Path, packed: BinaryIO, is_gzip: bool) -> None:
+        self._path, self._packed = path, packed
+        self._stream: Any
+        if is_gzip:
+            self._stream = gzip.GzipFile(fileobj=packed)
+        else:
+            import pyarrow
+
+            self._stream = pyarrow.CompressedInputStream(packed, "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._stream.read(len(buffer))
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise UserError(f"{self._path}: the packed file is damaged or cut off: {error}") from error
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        self._packed.close()
+        super().close()
 
 
 def numbered_lines(stream: IO[bytes], max_bytes: int, first: int = 1) -> Iterator[tuple[str, bytes | None]]:

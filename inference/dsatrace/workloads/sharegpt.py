@@ -30,7 +30,7 @@ from dsatrace.workloads.exports import write_json_lines
 from dsatrace.workloads.hub import HubFile
 from dsatrace.workloads.json_rows import read_json_rows
 from dsatrace.workloads.request import Request
-from dsatrace.workloads.rows import BadRow, BadRows, check_limit, text_column, text_value
+from dsatrace.workloads.rows import BadRow, BadRows, check_limit, optional_text, text_column, text_value
 
 MAX_NEW_TOKENS = 128
 
@@ -52,7 +52,7 @@ ODDITIES = {
     "empty": "no entries: not served",
     "single_entry": "one entry: served if it is the user's",
     "gpt_first": "begins with an answer, a piece of a split chat: served from its first user turn on",
-    "odd_role": "a speaker other than human, gpt and system: taken for the one it stands for",
+    "odd_role": "a speaker other than human, user, gpt, assistant, system: taken for the one it stands for",
     "repeated_role": "a speaker twice in a row: the entries joined by a blank line",
     "late_system": "a system text after the beginning: left out",
     "empty_value": "an entry without text: left out, its neighbours joined if of one speaker",
@@ -60,7 +60,7 @@ ODDITIES = {
     "no_user_turn": "nothing from the user: not served",
     "duplicate_id": "an id seen before: served, since rows go by their number",
 }
-_PLAIN_ROLES = {"human", "gpt", "system"}
+_PLAIN_ROLES = {"human", "user", "gpt", "assistant", "system"}
 
 Entry = tuple[Role, str]
 
@@ -107,6 +107,7 @@ class Conversation:
 class ShareGPTLoader:
     """Reads the conversations that can be served from a JSON array or JSON lines.
 
+    Entries have `from` and `value`, or `role` and `content`. A row's own `system` comes before them.
     `counts`, of the rows read so far: `rows`, `conversations` (those served), and for each
     oddity the number of conversations that have it.
     """
@@ -155,11 +156,15 @@ def _parse(number: int, row: Mapping[str, Any]) -> tuple[int, str, list[Entry], 
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise BadRow("not an object", f"entry {i}", "conversations")
-        role = text_column(entry, "from")
+        speaker, content = ("role", "content") if "role" in entry else ("from", "value")
+        role = text_column(entry, speaker)
         if role not in ROLES:
-            raise BadRow("unknown role", f"entry {i}; known are {', '.join(ROLES)}", "from")
+            raise BadRow("unknown role", f"entry {i}; known are {', '.join(ROLES)}", speaker)
         roles.append(role)
-        texts.append(text_column(entry, "value"))
+        texts.append(text_column(entry, content))
+    if system := optional_text(row, "system"):
+        roles.insert(0, "system")
+        texts.insert(0, system)
     entries = [(ROLES[role], text) for role, text in zip(roles, texts, strict=True)]
     oddities = _oddities(entries)
     if not _PLAIN_ROLES.issuperset(roles):
