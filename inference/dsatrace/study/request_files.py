@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, KeysView
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from dsatrace.errors import UserError
 from dsatrace.study.accesses import ACCESSES_FILE, read_accesses
@@ -51,13 +52,13 @@ def read_requests(
     path = Path(path)
     if path.is_dir() or path.name == ACCESSES_FILE:
         return read_accesses(path if path.is_dir() else path.parent, bad_rows)
-    columns = _columns(path)
-    if "prompt" in columns:
+    first = _first_row(path)
+    if "prompt" in first:
         return tokenize_rows(read_trace_rows(path, bad_rows), vocabulary, progress)
-    if "input_tok_ids" in columns:
+    if "input_tok_ids" in first:
         return requests_from_token_ids(read_token_ids(path, bad_rows))
-    if "hash_ids" in columns:
-        layout = hash_id_format_of(columns)
+    if "hash_ids" in first:
+        layout = hash_id_format_of(first)
         return requests_from_hash_ids(read_hash_ids(path, layout, bad_rows), layout, counts)
     raise UserError(
         f"{path}: not a request trace: its first row has no column prompt, input_tok_ids or hash_ids; "
@@ -67,12 +68,12 @@ def read_requests(
 
 def holds_text(path: Path) -> bool:
     """Whether a file or folder that `read_requests` takes needs a tokenizer."""
-    return not path.is_dir() and path.name != ACCESSES_FILE and "prompt" in _columns(path)
+    return not path.is_dir() and path.name != ACCESSES_FILE and "prompt" in _first_row(path)
 
 
-def _columns(path: Path) -> KeysView[str]:
-    """Those of the first usable row."""
-    return next(read_json_rows(path, lambda _, row: row.keys(), BadRows("skip")))
+def _first_row(path: Path) -> dict[str, Any]:
+    """The first usable one."""
+    return next(read_json_rows(path, lambda _, row: row, BadRows("skip")))
 
 
 def requests_from_token_ids(rows: Iterable[TokenIdRow]) -> StudyRequests:

@@ -316,7 +316,7 @@ def _take_ragged(
 
 
 def _narrow(ids: NDArray[np.integer]) -> NDArray[np.int32]:
-    """The same ids, or their ranks if an id needs more than 31 bits: a cache only asks which are equal."""
-    if len(ids) and ids.max() > MAX_ID:
+    """The same ids, or their ranks if one is not of 31 bits: a cache only asks which are equal."""
+    if len(ids) and not 0 <= ids.min() <= ids.max() <= MAX_ID:
         ids = np.unique(ids, return_inverse=True)[1]
     return ids.astype(np.int32, copy=False)

@@ -5,8 +5,9 @@ the last id of a prompt may stand for a partial block. Two layouts have ids of b
 
     mooncake   512 tokens per block, `timestamp` in ms:
                {"timestamp": 0, "input_length": 600, "output_length": 50, "hash_ids": [0, 1]}
-    bailian    16 tokens per block, `timestamp` in s, and `chat_id`, `parent_chat_id` (-1 for a
-               chat's first turn), `turn` (from 1) and `type`
+               and, if they are there, `block_size`, and `session_id` with a `delay` in ms
+    bailian    16 tokens per block, `timestamp` in s, and `chat_id`; optional `parent_chat_id` (-1
+               for a chat's first turn), `turn` (from 1) and `type`
 
 Serving simulators keep token ids. Their vocabulary is not recorded, and a cache does not need
 it. Such ids are as good as text, so keep the files private:
@@ -24,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ MAX_TIMESTAMP = 1e13  # in the file's unit; three centuries of milliseconds
 MAX_ARRIVAL_NS = 1e19  # three centuries
 MAX_TOKENS = 100_000_000
 NO_PARENT = "-1"
+BLOCK_SIZE, SESSION = "block_size", "session_id"
+DELAYED = "requests timed by a delay after the session's request before"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +81,12 @@ def hash_id_format(name: str) -> HashIdFormat:
     return FORMATS[name]
 
 
-def hash_id_format_of(columns: Iterable[str]) -> HashIdFormat:
-    """The layout of a row: with a `chat_id` it is Bailian's, else Mooncake's."""
-    return BAILIAN if "chat_id" in columns else MOONCAKE
+def hash_id_format_of(row: Mapping[str, Any]) -> HashIdFormat:
+    """The layout of a row: with a `chat_id` it is Bailian's, else Mooncake's; with the row's `block_size`."""
+    layout = BAILIAN if "chat_id" in row else MOONCAKE
+    if BLOCK_SIZE not in row:
+        return layout
+    return dataclasses.replace(layout, tokens_per_block=max(1, count_column(row, BLOCK_SIZE, MAX_TOKENS)))
 
 
 def read_hash_ids(
@@ -87,25 +94,76 @@ def read_hash_ids(
 ) -> Iterator[HashIdRow]:
     """Streams the rows; `layout` is that of the first usable row unless given.
 
-    A row is bad if the number of ids contradicts the prompt's length, if the prompt is empty, a
-    field missing, negative or of another type, the timestamp before the last good row's, or the
-    line cut off.
+    A row is bad as for `HashIdReader`, and if its timestamp is before the last good row's.
     """
-    clock = Clock("timestamp")
     kind = layout or next(read_json_rows(path, lambda _, row: hash_id_format_of(row), BadRows("skip")))
+    yield from HashIdReader(kind, bad_rows or BadRows(), clock=Clock("timestamp")).rows(path)
 
-    def parse(_: int, row: Mapping[str, Any]) -> HashIdRow:
-        arrival = number_column(row, "timestamp", MAX_TIMESTAMP)
+
+class HashIdReader:
+    """Reads files of one log, whose ids and sessions go on from file to file.
+
+    Ids need only be equal: what is no whole number from 0 to 2**63 - 1 is numbered from -1 down. A
+    session's row without a timestamp arrives `delay` milliseconds after the session's row before it.
+
+    A row is bad if the number of ids contradicts the prompt's length, if the prompt is empty, a
+    field missing or of another type, the block size another, or the line cut off. Bailian's
+    `parent_chat_id`, `turn` and `type` may be missing.
+    """
+
+    def __init__(
+        self,
+        layout: HashIdFormat,
+        bad_rows: BadRows,
+        counts: Counter[str] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._layout, self._bad_rows, self._clock = layout, bad_rows, clock
+        self._counts = Counter() if counts is None else counts
+        self._numbers: dict[int | str, int] = {}
+        self._sessions: dict[str, tuple[float, int]] = {}  # arrival and turn of the latest row
+
+    def rows(self, path: str | Path) -> Iterator[HashIdRow]:
+        yield from read_json_rows(path, lambda _, row: self._parse(row), self._bad_rows)
+
+    def _parse(self, row: Mapping[str, Any]) -> HashIdRow:
+        layout = self._layout
+        if BLOCK_SIZE in row and count_column(row, BLOCK_SIZE, MAX_TOKENS) != layout.tokens_per_block:
+            raise BadRow("another block size", f"the log's is {layout.tokens_per_block} tokens", BLOCK_SIZE)
+        session = id_column(row, SESSION) if not layout.has_chats and row.get(SESSION) is not None else ""
+        arrival = self._arrival(row, session)
         num_prompt_tokens = count_column(row, "input_length", MAX_TOKENS)
         num_response_tokens = count_column(row, "output_length", MAX_TOKENS)
-        hash_ids = id_array(row, "hash_ids", "q")
-        _check_length(num_prompt_tokens, len(hash_ids), kind)
-        chat = _chat(row) if kind.has_chats else {}
-        clock.advance(arrival)
-        arrival_s = arrival * kind.timestamp_unit_s
+        hash_ids = self._hash_ids(row)
+        _check_length(num_prompt_tokens, len(hash_ids), layout)
+        chat = _chat(row) if layout.has_chats else {}
+        if self._clock is not None:
+            self._clock.advance(arrival)
+        if session:
+            turn = self._sessions.get(session, (0.0, -1))[1] + 1
+            self._sessions[session] = (arrival, turn)
+            chat = {"chat_id": session, "turn": turn}
+        arrival_s = arrival * layout.timestamp_unit_s
         return HashIdRow(arrival_s, num_prompt_tokens, num_response_tokens, hash_ids, **chat)
 
-    yield from read_json_rows(path, parse, bad_rows or BadRows())
+    def _arrival(self, row: Mapping[str, Any], session: str) -> float:
+        """In the layout's unit."""
+        if "timestamp" not in row and "delay" in row and session in self._sessions:
+            self._counts[DELAYED] += 1
+            delay_s = number_column(row, "delay", MAX_TIMESTAMP) * 1e-3
+            return self._sessions[session][0] + delay_s / self._layout.timestamp_unit_s
+        return number_column(row, "timestamp", MAX_TIMESTAMP)
+
+    def _hash_ids(self, row: Mapping[str, Any]) -> array[int]:
+        ids = row.get("hash_ids")
+        if isinstance(ids, list) and set(map(type, ids)) <= {int, str}:
+            numbers = self._numbers
+            ids = [
+                i if isinstance(i, int) and 0 <= i < 1 << 63 else numbers.setdefault(i, -1 - len(numbers))
+                for i in ids
+            ]
+            return array("q", ids)
+        return id_array(row, "hash_ids", "q")  # which says what is wrong
 
 
 def write_hash_ids(path: str | Path, rows: Iterable[HashIdRow], layout: HashIdFormat) -> int:
@@ -162,15 +220,15 @@ def _check_length(num_tokens: int, num_ids: int, layout: HashIdFormat) -> None:
 
 
 def _chat(row: Mapping[str, Any]) -> dict[str, Any]:
-    turn = count_column(row, "turn")
-    if turn < 1:
+    turn = count_column(row, "turn") if "turn" in row else 0
+    if turn < 1 and "turn" in row:
         raise BadRow("number too small", "turns count from 1", "turn")
-    parent = id_column(row, "parent_chat_id")
+    parent = id_column(row, "parent_chat_id") if "parent_chat_id" in row else NO_PARENT
     return {
         "chat_id": id_column(row, "chat_id"),
         "parent_chat_id": "" if parent == NO_PARENT else parent,
         "turn": turn - 1,
-        "workload": id_column(row, "type"),
+        "workload": id_column(row, "type") if "type" in row else "",
     }
 
 
