@@ -24,6 +24,7 @@ import numpy as np
 
 from dsatrace.errors import UserError
 from dsatrace.study.accesses import ACCESSES_FILE
+from dsatrace.study.logs import Log, read_log
 from dsatrace.study.prepare import ClientSettings, PreparedTraces, limit_requests, prepare_traces
 from dsatrace.study.request_files import holds_text, read_requests
 from dsatrace.study.requests import UNKNOWN, StudyRequests, by_workload, conversation_groups
@@ -59,6 +60,7 @@ class Source:
 
     data_path: Path | None = None  # ShareGPT conversations
     trace_file: Path | None = None  # requests, in any layout that `read_requests` knows
+    log: Log | None = None  # requests, in any layout of `log_layouts` but ShareGPT's
     workloads: tuple[str, ...] = ()
     pattern: tuple[str, ...] | None = None
     rates: Mapping[str, float] = dataclasses.field(default_factory=dict)  # conversations per second
@@ -72,14 +74,22 @@ class Source:
             raise UserError(f"unknown workload {unknown[0]!r}; use one of {', '.join(WORKLOADS)}")
         if len(set(self.workloads)) != len(self.workloads):
             raise UserError(f"name each workload once: {', '.join(self.workloads)}")
-        if self.trace_file is not None and (self.data_path is not None or self.workloads):
-            raise UserError("--trace-file is a source by itself; leave out --data-path and --workloads")
+        if self.log is not None and self.trace_file is not None:
+            raise UserError("--log and --trace-file are a source each; give one")
+        if self.has_requests and (self.data_path is not None or self.workloads):
+            flag = "--trace-file" if self.log is None else "--log"
+            raise UserError(f"{flag} is a source by itself; leave out --data-path and --workloads")
         if self.data_path is not None and self.workloads and not set(CHATS) & set(self.workloads):
             raise UserError(f"--data-path holds chats; name one of {', '.join(CHATS)}, or leave it out")
-        if self.pattern is not None and self.trace_file is not None:
+        if self.pattern is not None and self.has_requests:
             raise UserError("--pattern interleaves the workloads; a trace file has its order already")
         if self.pattern is not None and len(self.workloads) < 2:
             raise UserError("--pattern interleaves workloads; name two or more with --workloads")
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether it holds requests, with times of their own, and no conversations."""
+        return self.trace_file is not None or self.log is not None
 
     def is_real(self, workload: str) -> bool:
         """Whether the workload is made of conversations that people had."""
@@ -87,6 +97,8 @@ class Source:
 
     @property
     def kind(self) -> str:
+        if self.log is not None:
+            return "log"
         if self.trace_file is not None:
             return "trace file"
         if self.data_path is not None:
@@ -95,13 +107,17 @@ class Source:
 
     @property
     def path(self) -> Path | None:
-        """The file that is read, None without one."""
+        """The file that is read, None without one; of a log the first."""
+        if self.log is not None:
+            return self.log.paths[0]
         if self.kind == SYNTHETIC:
             return None
         return self.trace_file or self.data_path or sample_file("sharegpt")
 
     def text(self) -> str:
         """Kind, file and workloads in a line."""
+        if self.log is not None:
+            return f"{self.kind} {self.log.text()}"
         path = () if self.path is None else (str(self.path),)
         return " ".join((self.kind, *path, *self.workloads))
 
@@ -119,14 +135,17 @@ class Source:
             record["rates"] = dict(self.rates)
         if self.pattern is not None:
             record["pattern"] = list(self.pattern)
-        if self.path is not None:
+        if self.log is not None:
+            files = [{"path": str(path), "sha256": file_sha256(path)} for path in self.log.paths]
+            record |= {"layout": self.log.layout, "files": files}
+        elif self.path is not None:
             digest = folder_sha256(self.path) if self.path.is_dir() else file_sha256(self.path)
             record |= {"path": str(self.path), "sha256": digest}
         return record
 
     def origin(self, workload: str) -> str:
         """Where one workload's requests come from, in a few words."""
-        real = self.trace_file is not None or self.is_real(workload)
+        real = self.has_requests or self.is_real(workload)
         return str(self.path) if real else SYNTHETIC
 
 
@@ -147,7 +166,8 @@ class Client:
         self._progress = progress
         self._loader: ShareGPTLoader | None = None
         self._kept: dict[str, PreparedTraces] = {}
-        if source.trace_file is not None and settings.match_requests:
+        self._has_times = True
+        if source.has_requests and settings.match_requests:
             raise UserError("--match-requests draws more conversations; it needs --data-path, not a trace")
 
     def reseeded(self, seed: int) -> Client:
@@ -158,12 +178,12 @@ class Client:
     @property
     def has_text(self) -> bool:
         """Whether the source gives rows of text, which can be written."""
-        return self.source.trace_file is None
+        return not self.source.has_requests
 
     @property
     def times(self) -> str:
         """Whether arrivals, and so the gaps between uses, are those of a file."""
-        return "assumed" if self.has_text else "recorded"
+        return "assumed" if self.has_text or not self._has_times else "recorded"
 
     def rows(self, mode: str | None = None) -> list[TraceRow]:
         """All requests as text. A trace file raises a `UserError`.
@@ -173,7 +193,7 @@ class Client:
         chats share the conversations: otherwise one would hit what the other has cached.
         """
         if not self.has_text:
-            raise UserError(f"{self.source.trace_file}: is a trace already; give conversations (--data-path)")
+            raise UserError(f"{self.source.path}: is a trace already; give conversations (--data-path)")
         names = self.source.workloads or (CHAT_SINGLE if mode == SINGLE_TURN else CHAT_MULTI,)
         logs = []
         for name in names:
@@ -191,8 +211,8 @@ class Client:
 
     def each(self) -> dict[str, StudyRequests]:
         """A trace for each workload, by its name; what has no workload goes by its file's name."""
-        path = self.source.trace_file
-        if path is None:
+        path = self.source.path
+        if path is None or self.has_text:
             return {
                 name: self._tokenized(_side(self._prepare(name, (name,)), name, None))
                 for name in self.source.workloads or (CHAT_MULTI,)
@@ -257,18 +277,23 @@ class Client:
 
     @functools.cached_property
     def _trace(self) -> StudyRequests:
-        assert self.source.trace_file is not None
-        counts: Counter[str] = Counter()
-        requests = read_requests(
-            self.source.trace_file, self.vocabulary.vocabulary, self.bad_rows, counts, self._progress
-        )
+        source, counts = self.source, Counter[str]()
+        if source.log is not None:
+            read = read_log(source.log, self.vocabulary, self.bad_rows, counts, self._progress)
+            requests, has_text, self._has_times = read
+        else:
+            assert source.trace_file is not None
+            requests = read_requests(
+                source.trace_file, self.vocabulary.vocabulary, self.bad_rows, counts, self._progress
+            )
+            has_text = holds_text(source.trace_file)
         requests = _first_conversations(requests, self.settings.max_conversations)
-        if not holds_text(self.source.trace_file):
+        if not has_text:
             unit = "tokens" if requests.tokens_per_id == 1 else f"blocks of {requests.tokens_per_id} tokens"
             label = {"name": f"none: the trace holds ids of {unit}"}
             self.vocabulary = dataclasses.replace(self.vocabulary, label=label)
         kept, dropped = limit_requests(requests, self.settings.max_tokens, self.settings.min_turns)
-        self.counts |= {**counts, **dropped}
+        self.counts |= {**+counts, **dropped}
         return kept
 
     def _oddities(self) -> dict[str, int]:

@@ -18,7 +18,9 @@ from dsatrace.commands.arguments import add_bad_rows_argument
 from dsatrace.commands.parser import CommandParser, count
 from dsatrace.commands.progress import records_counter
 from dsatrace.errors import UserError
-from dsatrace.flags import Flag, add_flags, values_of
+from dsatrace.flags import Flag, add_flags, option, values_of
+from dsatrace.study.log_layouts import LAYOUTS, SHAREGPT, UNITS_S
+from dsatrace.study.logs import Log
 from dsatrace.study.output_folder import OutputFolder, check_output, open_study
 from dsatrace.study.prepare import ClientSettings
 from dsatrace.study.requests import StudyRequests
@@ -85,6 +87,19 @@ def add_request_arguments(
         help="requests as text, token ids or block ids (Mooncake, Bailian), or the folder of a study run "
         "with --write-accesses",
     )
+    add(
+        "--log",
+        nargs="+",
+        metavar="FILE",
+        help="logs of a service: files, folders, .gz, .zst or - for standard input; the layout is recognised",
+    )
+    add("--layout", choices=LAYOUTS, help="layout of the log (default: that of its first rows)")
+    add(
+        "--time-unit",
+        choices=UNITS_S,
+        help="unit of the log's times (default: as their size tells, of dates)",
+    )
+    add("--log-block-size", type=count, metavar="TOKENS", help="tokens per block id (default: the layout's)")
     add(
         "--workloads",
         "--workload",
@@ -200,11 +215,12 @@ def open_client(args: argparse.Namespace, workloads: Sequence[str] = ()) -> Iter
 
     `workloads` are those of a verb that does not take the embedded sample by default.
     """
-    named = args.workloads or (workloads if args.trace_file is None else ())
+    log, data_path = _log_of(args)
+    named = args.workloads or (workloads if args.trace_file is None and log is None else ())
     pattern = None if args.pattern is None else tuple(args.pattern)
     rates = numbers_by_name("--rates", args.rates or ())
-    source = Source(args.data_path, args.trace_file, tuple(named), pattern, rates)
-    settings = _client_settings(args)
+    source = Source(data_path, args.trace_file, log, tuple(named), pattern, rates)
+    settings = _client_settings(args, source)
     with records_counter("tokenize requests") as advance:
         done = 0
 
@@ -302,15 +318,34 @@ def say_where(path: Path, client: Client) -> None:
     print(f"files: {plain(path)}{text}")
 
 
-def _client_settings(args: argparse.Namespace) -> ClientSettings:
+def _log_of(args: argparse.Namespace) -> tuple[Log | None, Path | None]:
+    """The log of requests that the flags name, or the file of conversations."""
+    if args.log is None:
+        given = [
+            flag for flag in ("layout", "time_unit", "log_block_size") if getattr(args, flag) is not None
+        ]
+        if given:
+            raise UserError(f"{option(given[0])} describes a log; give one with --log")
+        return None, args.data_path
+    log = Log(tuple(args.log), args.layout, args.time_unit, args.log_block_size)
+    if log.layout != SHAREGPT:
+        return log, args.data_path
+    if args.data_path is not None or len(log.paths) > 1 or args.time_unit is not None:
+        raise UserError(
+            f"{log.text()}: conversations without times are one file, without --data-path and --time-unit"
+        )
+    return None, log.paths[0]
+
+
+def _client_settings(args: argparse.Namespace, source: Source) -> ClientSettings:
     given = [name for name, flag in CONVERSATION_FLAGS.items() if getattr(args, flag.dest(name)) is not None]
     limit = args.max_conversations
-    if args.trace_file is not None:
+    if source.has_requests:
         useless = [name for name in given if not (name == "seed" and hasattr(args, "policies"))]
         if useless:
             flag = CONVERSATION_FLAGS[useless[0]].option_strings(useless[0])[0]
             raise UserError(
-                f"{flag} makes a trace of conversations; a trace file has its own requests and times"
+                f"{flag} makes a trace of conversations; a {source.kind} has its own requests and times"
             )
     elif limit is None:
         limit = ClientSettings.max_conversations

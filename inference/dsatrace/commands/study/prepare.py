@@ -27,10 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     modes = list(options.TURNS) if args.mode in (None, BOTH) else [args.mode]
     if args.output_file and len(modes) > 1:
         raise UserError("--output-file names one trace; choose it with --mode single_turn or multi_turn")
-    if args.trace_file is not None and args.hash_ids is None:
-        raise UserError("--trace-file is a trace already; say what to make of it with --hash-ids")
     path = options.output_path(args, "prepare")
     with options.open_client(args) as client:
+        if not client.has_text and args.hash_ids is None:
+            raise UserError(
+                f"a {client.source.kind} is a trace already; say what to make of it with --hash-ids"
+            )
         if client.has_text:
             client.rows(modes[0])
         else:

@@ -181,9 +181,8 @@ def _policies(args: argparse.Namespace, verb: _Verb) -> list[str]:
 def _check_is_mixed(requests: StudyRequests, client: Client) -> None:
     if len(set(requests.workload.tolist())) > 1:
         return
-    if client.source.trace_file is not None:
-        path = client.source.trace_file
-        raise UserError(f"{path}: all requests are of one workload; use `dsatrace study sweep`")
+    if client.source.has_requests:
+        raise UserError(f"{client.source.path}: all requests are of one workload; use `dsatrace study sweep`")
     raise UserError(
         f"a mix needs two different workloads or more, each once: {', '.join(client.source.workloads)}"
     )

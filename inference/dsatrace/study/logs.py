@@ -1,0 +1,369 @@
+"""Logs of a service, as requests: any layout of `log_layouts`, from files, folders or standard input.
+
+The layout is recognised from the first rows of the first file, or given. Rows are put in the order of
+their times within `SORT_WINDOW` rows, and requests without a conversation's id are joined by common
+prefix. Whatever is assumed, left out or moved is counted, and no prompt's text leaves this module.
+
+    log = Log(("requests.jsonl.gz",))
+    log.layout                                     # "messages"
+    requests, holds_text, has_times = read_log(log, open_vocabulary(None), BadRows("skip"), counts)
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import functools
+import heapq
+import itertools
+import shutil
+import sys
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from dsatrace.errors import UserError
+from dsatrace.study.accesses import ACCESSES_FILE
+from dsatrace.study.log_layouts import (
+    LAYOUTS,
+    UNITS_S,
+    VLLM,
+    VLLM_LINE,
+    Layout,
+    LoggedRequest,
+    Times,
+    layout_of,
+    read_row,
+    vllm_row,
+)
+from dsatrace.study.request_files import requests_from_hash_ids
+from dsatrace.study.requests import UNKNOWN, RequestsBuilder, StudyRequests
+from dsatrace.study.tokenization import PROGRESS_EVERY_REQUESTS, NamedVocabulary, PieceEncoder, Progress
+from dsatrace.workloads.id_logs import FORMATS, HashIdReader, HashIdRow, hash_id_format_of
+from dsatrace.workloads.json_rows import read_json_rows
+from dsatrace.workloads.rows import BadRow, BadRows, numbered_lines, open_source, read_rows
+
+STANDARD_INPUT = "-"
+SORT_WINDOW = 10_000
+MAX_LINE_BYTES = 256 << 20
+JOIN_TOKENS = 16
+_FIRST_BYTES = 1 << 16
+_NUM_FIRST_ROWS = 10
+_NUM_FIRST_LINES = 1000
+
+MOVED = f"rows moved to their place in time (at most {SORT_WINDOW:,} rows)"
+FOUND = "conversations found by common prefix, since no row names one"
+JOINED = "requests joined to the conversation whose prompt and answer they begin with"
+NO_TIMES = "requests without a recorded time: one a second in the order of the file"
+NO_ANSWERS = "requests without a recorded answer: taken for one of no tokens"
+OTHER_MODELS = "rows of another model than the first: here they share its cache"
+NO_PROMPTS = "lines without a prompt"
+
+_LENGTH_ONLY = {
+    "ContextTokens": "an Azure log: name its columns Timestamp (in seconds), Request tokens and Response "
+    "tokens, and replay it with inference/run_burstgpt.py --burstgpt-csv",
+    "Request tokens": "a BurstGPT log: replay it with inference/run_burstgpt.py --burstgpt-csv",
+}
+"""A column of a CSV file that knows lengths only: what it is, and who replays it."""
+
+Timed = TypeVar("Timed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """Files, folders or `-`, with what is known of them. `time_unit` is one of `UNITS_S`."""
+
+    given: tuple[str, ...]
+    forced: str | None = None
+    time_unit: str | None = None
+    block_size: int | None = None  # tokens per block id
+
+    def __post_init__(self) -> None:
+        if self.forced is not None and self.forced not in LAYOUTS:
+            raise UserError(f"--layout {self.forced!r} is unknown; use one of {', '.join(LAYOUTS)}")
+        if self.time_unit is not None and self.time_unit not in UNITS_S:
+            raise UserError(f"--time-unit {self.time_unit!r} is unknown; use one of {', '.join(UNITS_S)}")
+
+    @functools.cached_property
+    def paths(self) -> tuple[Path, ...]:
+        """The files; those of a folder by name. Standard input becomes a file that only its owner reads."""
+        return tuple(itertools.chain.from_iterable(map(_files, self.given)))
+
+    @functools.cached_property
+    def layout(self) -> str:
+        """Raises a `UserError` for a file that no layout fits, or that holds lengths only."""
+        first = _first_line(self.paths[0])
+        for column, text in _LENGTH_ONLY.items():
+            if column in first.split(","):
+                raise UserError(
+                    f"{self.paths[0]}: holds lengths and no prompts, so no prefixes. It is {text}"
+                )
+        return self.forced or _recognised(self.paths[0], first)
+
+    def text(self) -> str:
+        """The files and their layout, in a line."""
+        named = ", ".join(self.given[:3]) + (
+            f" and {len(self.given) - 3} more" if len(self.given) > 3 else ""
+        )
+        return f"{named} as layout {self.layout} ({'given' if self.forced else 'recognised'})"
+
+
+class ReadLog(NamedTuple):
+    requests: StudyRequests
+    holds_text: bool  # so a tokenizer made its tokens
+    has_times: bool
+
+
+def read_log(
+    log: Log,
+    vocabulary: NamedVocabulary,
+    bad_rows: BadRows,
+    counts: Counter[str],
+    progress: Progress | None = None,
+) -> ReadLog:
+    """The requests by time, from the first one on. A ShareGPT log has a reader of its own."""
+    layout = LAYOUTS[log.layout]
+    if log.layout in FORMATS:
+        return ReadLog(_by_blocks(log, bad_rows, counts), False, True)
+    if log.block_size is not None:
+        raise UserError(f"--log-block-size is for block ids; {log.text()} holds none")
+    reader = _Reader(layout, Times(log.time_unit or layout.time_unit, str(log.paths[0])), bad_rows, counts)
+    builder, encoder = RequestsBuilder(), PieceEncoder(vocabulary.vocabulary)
+    turns: Counter[str] = Counter()
+    start_s = None
+    for time_s, request in _merged(log.paths, reader.rows, counts):
+        start_s = time_s if start_s is None else start_s
+        prompt, answer = _encoded(request, vocabulary, encoder)
+        name = request.conversation_id
+        turn = request.turn if request.turn != UNKNOWN else turns[name] if name else UNKNOWN
+        turns[name] += 1
+        counts[NO_ANSWERS] += not answer
+        builder.add(time_s - start_s, prompt, answer, conversation=(name,) if name else (), turn=turn)
+        if progress and len(builder) % PROGRESS_EVERY_REQUESTS == 0:
+            progress(len(builder), builder.num_prompt_ids)
+    if not len(builder):
+        raise UserError(f"{log.text()}: holds no request")
+    requests = builder.build()
+    if reader.column is None:
+        counts[NO_TIMES] = len(requests)
+    if not requests.conversation_ids:
+        requests = join_by_prefix(requests, counts)
+    return ReadLog(requests, not reader.has_ids, reader.column is not None)
+
+
+def _encoded(
+    request: LoggedRequest, vocabulary: NamedVocabulary, encoder: PieceEncoder
+) -> tuple[array[int], array[int]]:
+    """Ids of prompt and answer."""
+    prompt, answer = request.prompt, request.answer
+    if isinstance(prompt, array):
+        return prompt, answer if isinstance(answer, array) else array("i")
+    text = prompt if isinstance(prompt, str) else vocabulary.formatter.format_conversation(prompt)
+    return encoder.prompt(text), encoder.response(text, str(answer))
+
+
+class _Reader:
+    """Rows of one layout. The first usable one says whether rows have times, and text or ids."""
+
+    def __init__(self, layout: Layout, times: Times, bad_rows: BadRows, counts: Counter[str]) -> None:
+        self.layout, self.has_ids = layout, False
+        self.column: str | None = None  # of the times
+        self._times, self._bad_rows, self._counts = times, bad_rows, counts
+        self._model: object = None
+        self._num_rows = 0
+
+    def rows(self, path: Path) -> Iterator[tuple[float, LoggedRequest]]:
+        """Seconds and request."""
+        if self.layout.name != VLLM:
+            found = read_json_rows(path, lambda _, row: self._parse(row), self._bad_rows)
+            yield from filter(None, found)
+            return
+        number = 0
+        with open_source(path) as file:
+            lines = numbered_lines(file, MAX_LINE_BYTES)
+            for pair in filter(None, read_rows(str(path), lines, self._parse_line, self._bad_rows)):
+                number += 1
+                yield pair
+        if not number:
+            raise UserError(
+                f"{path}: no line of this {VLLM} log holds a prompt; serve with --enable-log-requests and "
+                "VLLM_LOGGING_LEVEL=DEBUG"
+            )
+
+    def _parse_line(self, _: int, line: bytes | None) -> tuple[float, LoggedRequest] | None:
+        if line is None:
+            raise BadRow("line too long", f"over {MAX_LINE_BYTES} bytes")
+        row = vllm_row(line.decode("utf-8", "replace"))
+        if row is None:
+            self._counts[NO_PROMPTS] += 1
+            return None
+        return self._parse(row)
+
+    def _parse(self, row: Mapping[str, Any]) -> tuple[float, LoggedRequest] | None:
+        try:
+            request = read_row(self.layout, row, self._counts)
+            if request is None:
+                return None
+            has_ids = isinstance(request.prompt, array)
+            if not self._num_rows:
+                self.has_ids = has_ids
+                self.column = next(
+                    (name for name in self.layout.times if row.get(name) not in (None, "")), None
+                )
+            elif has_ids != self.has_ids:
+                kinds = ("text", "token ids")
+                raise BadRow(
+                    "another kind of prompt", f"{kinds[has_ids]}; the first row has {kinds[not has_ids]}"
+                )
+            time_s = self._num_rows if self.column is None else self._times.seconds(row, self.column)
+        except BadRow as fault:
+            assumed = f"read as layout {self.layout.name}, see --layout"
+            detail = str(fault).removeprefix(fault.reason).removeprefix(": ")
+            raise BadRow(fault.reason, f"{detail}; {assumed}" if detail else assumed, fault.column) from fault
+        self._num_rows += 1
+        model = row.get("model") or (
+            row["request"].get("model") if isinstance(row.get("request"), dict) else None
+        )
+        self._model = self._model or model
+        self._counts[OTHER_MODELS] += model is not None and model != self._model
+        return time_s, request
+
+
+def _by_blocks(log: Log, bad_rows: BadRows, counts: Counter[str]) -> StudyRequests:
+    """Of a log of block ids."""
+    layout = next(read_json_rows(log.paths[0], lambda _, row: hash_id_format_of(row), BadRows("skip")))
+    layout = dataclasses.replace(
+        layout,
+        tokens_per_block=log.block_size or layout.tokens_per_block,
+        timestamp_unit_s=UNITS_S[log.time_unit] if log.time_unit else layout.timestamp_unit_s,
+    )
+    reader = HashIdReader(layout, bad_rows, counts)
+
+    def rows(path: Path) -> Iterator[tuple[float, HashIdRow]]:
+        return ((row.arrival_s, row) for row in reader.rows(path))
+
+    return requests_from_hash_ids((row for _, row in _merged(log.paths, rows, counts)), layout, counts)
+
+
+def _merged(
+    paths: Sequence[Path], rows: Callable[[Path], Iterator[tuple[float, Timed]]], counts: Counter[str]
+) -> Iterator[tuple[float, Timed]]:
+    """The rows of all files by time; those of one time in the order of the files."""
+    return heapq.merge(*(_in_order(path, rows(path), counts) for path in paths), key=lambda pair: pair[0])
+
+
+def _in_order(
+    path: Path, rows: Iterator[tuple[float, Timed]], counts: Counter[str]
+) -> Iterator[tuple[float, Timed]]:
+    """The rows by time; raises a `UserError` for one whose place is over `SORT_WINDOW` rows before it."""
+    waiting: list[tuple[float, int, Timed]] = []
+    latest_s = given_s = -float("inf")
+
+    def take() -> tuple[float, Timed]:
+        nonlocal given_s
+        time_s, _, row = heapq.heappop(waiting)
+        if time_s < given_s:
+            raise UserError(
+                f"{path}: a row is {given_s - time_s:.6g} s earlier than one that stands over "
+                f"{SORT_WINDOW:,} rows before it; sort the log by time"
+            )
+        given_s = time_s
+        return time_s, row
+
+    for number, (time_s, row) in enumerate(rows):
+        counts[MOVED] += time_s < latest_s
+        latest_s = max(latest_s, time_s)
+        heapq.heappush(waiting, (time_s, number, row))
+        if len(waiting) > SORT_WINDOW:
+            yield take()
+    while waiting:
+        yield take()
+
+
+def join_by_prefix(requests: StudyRequests, counts: Counter[str]) -> StudyRequests:
+    """The same requests with conversations: a request goes on with the one whose whole it begins with.
+
+    A whole is prompt and answer; the longest counts, and of equal ones the latest. The turn is one more.
+    """
+    item = requests.prompt_ids.itemsize
+    width = JOIN_TOKENS * item
+    nodes: dict[tuple[int, bytes], int] = {}  # a chain of whole pieces of a text: its number
+    ends: dict[int, dict[bytes, int]] = {}  # by the chain of what a request holds, then the rest: the request
+    lengths: dict[int, set[int]] = {}  # of those rests, bytes
+    conversation = np.full(len(requests), UNKNOWN, np.int32)
+    turn = np.zeros(len(requests), np.int32)
+    names: list[str] = []
+    for i in range(len(requests)):
+        prompt = requests.prompt(i).tobytes()
+        whole = prompt + requests.response(i).tobytes()
+        node, at, before = UNKNOWN, 0, UNKNOWN
+        while True:
+            for length in sorted(lengths.get(node, ())):
+                if at + length < len(prompt):
+                    before = ends[node].get(prompt[at : at + length], before)
+            if at + width > len(whole):
+                break
+            node = nodes.setdefault((node, whole[at : at + width]), len(nodes))
+            at += width
+        ends.setdefault(node, {})[whole[at:]] = i
+        lengths.setdefault(node, set()).add(len(whole) - at)
+        if before == UNKNOWN:
+            conversation[i] = len(names)
+            names.append(str(i))
+        else:
+            conversation[i], turn[i] = conversation[before], turn[before] + 1
+            counts[JOINED] += 1
+    counts[FOUND] = len(names)
+    return dataclasses.replace(requests, conversation=conversation, turn=turn, conversation_ids=tuple(names))
+
+
+def _files(given: str) -> list[Path]:
+    """A file, the files of a folder, or a private copy of standard input."""
+    if given == STANDARD_INPUT:
+        copy = tempfile.NamedTemporaryFile(prefix="standard_input_", delete=False)  # noqa: SIM115
+        atexit.register(Path(copy.name).unlink, missing_ok=True)
+        with copy:
+            shutil.copyfileobj(sys.stdin.buffer, copy)
+        return [Path(copy.name)]
+    path = Path(given)
+    if not path.is_dir():
+        return [path]
+    if (path / ACCESSES_FILE).exists():
+        raise UserError(f"{path}: is the folder of a study; give it with --trace-file")
+    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    if not files:
+        raise UserError(f"{path}: the folder holds no files")
+    return files
+
+
+def _first_line(path: Path) -> str:
+    """The first that is not blank, as text; only its start if it is long."""
+    with open_source(path) as file:
+        for line in iter(lambda: file.readline(_FIRST_BYTES), b""):
+            if line.strip():
+                return line.decode("utf-8", "replace").strip()
+    raise UserError(f"{path}: the file holds no rows")
+
+
+def _recognised(path: Path, first_line: str) -> str:
+    """The name of the layout of the first row that one fits."""
+    if first_line.startswith(("{", "[{")) or first_line == "[":
+        rows = read_json_rows(path, lambda _, row: row, BadRows("skip"))
+        found = next(filter(None, map(layout_of, itertools.islice(rows, _NUM_FIRST_ROWS))), None)
+        if found is not None:
+            return found.name
+        what = f"none of its first {_NUM_FIRST_ROWS} rows has the columns of a known layout"
+    else:
+        with open_source(path) as file:
+            lines = itertools.islice(iter(lambda: file.readline(_FIRST_BYTES), b""), _NUM_FIRST_LINES)
+            if any(VLLM_LINE.search(line.decode("utf-8", "replace")) for line in lines):
+                return VLLM
+        what = (
+            f"it is no JSON, and none of its first {_NUM_FIRST_LINES:,} lines is one of vLLM's with a prompt"
+        )
+    raise UserError(f"{path}: {what}; known are {', '.join(LAYOUTS)}, which --layout forces")
