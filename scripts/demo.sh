@@ -32,7 +32,7 @@ needles() {
 
 echo "== 3. eight RULER needles, traced: was the answer among the 192 tokens that each step reads? Layer 1 looks it up"
 needles "$out" --max-new-tokens 16
-dsatrace report "$out" --layer 1
+dsatrace report "$out"
 
 echo "== 4. whether that is so: every record re-derived by the second implementation"
 dsatrace verify "$out"

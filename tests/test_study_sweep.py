@@ -356,6 +356,9 @@ def test_the_command_reads_recorded_accesses_and_conversations(tmp_path):
         (["--trace-file", "none.jsonl", "--num-requests", "9"], "--num-requests makes a trace of conv"),
         (["--max-tokens", "1"], "no conversation is left"),
         (["--policies", "admit-lru"], "policy admit-lru tells workloads apart"),
+        (["--admit", "qa"], "--admit is for workloads that share a cache"),
+        (["--pattern", "qa"], "--pattern is for workloads that share a cache"),
+        (["--profile", "p.json"], "--profile is for workloads that share a cache"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(flags, message, tmp_path, capsys):

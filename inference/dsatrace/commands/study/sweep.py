@@ -166,6 +166,14 @@ def _policies(args: argparse.Namespace, verb: _Verb) -> list[str]:
             f"policy {by_workload[0]} tells workloads apart, and here each has the cache for itself; "
             "use `dsatrace study mixed`"
         )
+    of_a_mix = [
+        name for name in ("pattern", "admit", "priorities", "profile") if vars(args)[name] is not None
+    ]
+    if of_a_mix and not args.together:
+        raise UserError(
+            f"--{of_a_mix[0]} is for workloads that share a cache, and here each has one for itself; "
+            "use `dsatrace study mixed`"
+        )
     with_priority = ["priority"] if args.together and args.priorities is not None else []
     return list(args.policies or [*verb.policies, *with_priority])
 

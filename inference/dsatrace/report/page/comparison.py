@@ -29,7 +29,7 @@ from .page import document
 from .position_maps import layers_to_draw, position_maps
 from .prefix import shared_prefix
 from .same_tokens import same_tokens
-from .section import LeftOut, Row, Section, told
+from .section import LeftOut, Row, Section, prose, told
 from .svg import Axis, Series, known_points, line_chart, line_key
 from .verdict import verdict_html, warnings_of
 
@@ -140,7 +140,7 @@ def _command(materials: Sequence[Material]) -> str:
 def _header(materials: Sequence[Material], names: Sequence[str], title: str) -> str:
     parts = []
     for i, (material, name) in enumerate(zip(materials, names, strict=True)):
-        warnings = "".join(f"<li>{told(text, None)}</li>" for text in warnings_of(material))
+        warnings = "".join(f"<li>{prose(text)}</li>" for text in warnings_of(material))
         key = line_key(Series(name, (), (), i))
         parts.append(
             f'<div class="run"><p class="run-name">{key}</p>'

@@ -28,7 +28,7 @@ from .over_time import requests_over_time
 from .position_maps import position_maps
 from .prefix import shared_prefix
 from .reuse import reuse, step_overlap, working_set
-from .section import LeftOut, Section, told
+from .section import LeftOut, Section, prose, told
 from .verdict import header, verdict, warnings_of
 
 MAX_BYTES = 2_000_000
@@ -109,7 +109,7 @@ def _left_out(sections: list[LeftOut]) -> str:
     titles: dict[str, list[str]] = {}
     for one in sections:
         titles.setdefault(one.why, []).append(f"<span>{told(one.title)}</span>")
-    lines = "".join(f"<li>{' '.join(names)}: {told(why, None)}</li>" for why, names in titles.items())
+    lines = "".join(f"<li>{' '.join(names)}: {prose(why)}</li>" for why, names in titles.items())
     return (
         '\n<section id="left-out" aria-labelledby="left-out-title">'
         '<h2 id="left-out-title">Not shown, and why</h2>'

@@ -11,7 +11,7 @@ from ..diff import diff_parts
 from ..grid import Grid
 from .heat_map import Ramp, heat_map
 from .material import Record
-from .section import LeftOut, Section, told
+from .section import LeftOut, Section, prose
 from .svg import Axis
 
 TITLE = "Do they select the same, token by token?"
@@ -24,7 +24,7 @@ def same_tokens(record: Record | str, command: str) -> Section | LeftOut:
     parts = list(diff_parts(record))
     lines = [part for part in parts if isinstance(part, str)]
     (grid,) = (part for part in parts if isinstance(part, Grid))
-    body = "".join(f'<p class="answer">{told(line, None)}</p>' for line in lines)
+    body = "".join(f'<p class="answer">{prose(line)}</p>' for line in lines)
     overlap = np.array(record["overlap_by_step"], dtype=float)  # (layers, steps + 1), the prompt's rows first
     if overlap.size and np.isfinite(overlap).any():
         body += heat_map(

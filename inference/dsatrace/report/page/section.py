@@ -10,6 +10,7 @@ Knows no run. Everything that is not marked as HTML is escaped here, once.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -25,6 +26,11 @@ Table = tuple[Sequence[str], Sequence[Row]]
 def told(value: object, max_chars: int | None = 400) -> str:
     """Text from anywhere as HTML text, or as an attribute's value in double quotes."""
     return escape(plain(value, max_chars))
+
+
+def prose(text: str) -> str:
+    """The same of sentences, in which commands stand in backticks."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", told(text, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Section:
         heading = f'<h2 id="{self.key}-title"><a href="#{self.key}">{told(self.title)}</a></h2>'
         parts = [f'<section id="{self.key}" aria-labelledby="{self.key}-title">', heading, self.body]
         if self.note:
-            parts.append(f'<p class="note">{told(self.note, None)}</p>')
+            parts.append(f'<p class="note">{prose(self.note)}</p>')
         if self.table is not None:
             parts.append(_numbers(self.key, self.title, self.table, self.is_open))
         parts += [

@@ -12,7 +12,7 @@ from ..grid import Cell, number, percent
 from ..replay_tables import past_answers
 from ..tables import caveat, named_model, unit_text
 from .material import Material, Record
-from .section import figure_html, told
+from .section import figure_html, prose, told
 
 KINDS = {
     "model": "measured",
@@ -24,7 +24,7 @@ KINDS = {
 
 
 def header(material: Material) -> str:
-    warnings = "".join(f"<li>{told(text, None)}</li>" for text in warnings_of(material))
+    warnings = "".join(f"<li>{prose(text)}</li>" for text in warnings_of(material))
     facts = "".join(
         f"<div><dt>{told(name)}</dt><dd>{figure_html(text)}</dd></div>" for name, text in facts_of(material)
     )
