@@ -187,9 +187,9 @@ def _parser(data_set: DataSet | None = None) -> argparse.ArgumentParser:
         "layerwise",
         "Run fixed transcripts through a checkpoint, one layer at a time, and trace what it selects.",
         examples="""
-        %(prog)s --weights DeepSeek-V3.2 --transcripts chats.jsonl --layers 0-3 --rows last:512 --plan
-        %(prog)s --weights DeepSeek-V3.2 --transcripts chats.jsonl --rows answer --out outputs/v32
-        %(prog)s --weights DeepSeek-V3.2 --transcripts chats.jsonl --rows answer --out outputs/v32 --resume
+        %(prog)s --weights V3.2 --transcripts chats.jsonl --layers 0-3 --rows last:512 --plan
+        %(prog)s --weights V3.2 --transcripts chats.jsonl --layers 0-60 --rows answer --out v32
+        %(prog)s --weights V3.2 --transcripts chats.jsonl --layers 0-60 --rows answer --out v32 --resume
         """,
         allow_abbrev=False,
     )
