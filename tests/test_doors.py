@@ -92,7 +92,7 @@ def test_a_usage_error_of_a_verb_names_the_verb(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as exited:
         main(["report"])
     assert exited.value.code == 2
-    required = "the following arguments are required: run"
+    required = "the following arguments are required: RUN"
     assert capsys.readouterr().err == f"error: {required}; see dsatrace report --help\n"
 
 

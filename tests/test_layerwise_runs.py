@@ -435,3 +435,18 @@ def test_a_bad_line_is_named(
     assert main(command) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert reason in said and ("row 0 (line 1)" in said or "transcript r0" in said)
+
+
+def test_a_data_set_by_name_has_its_recorded_answers(tiny_hf: Path, tmp_path: Path) -> None:
+    command = [
+        *("--weights", str(tiny_hf), "--transcripts", "sharegpt", "--no-hub", "--limit", "2"),
+        *("--layers", "0", "--rows", "answer", "--out", str(tmp_path / "run"), "--device", "cpu"),
+    ]
+    sample = ROOT / "inference" / "dsatrace" / "workloads" / "samples" / "sharegpt_sample.json"
+    assert main([*command, "--sharegpt-json", str(sample)]) == 0
+    verify(tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / REQUESTS_FILE).read_text().splitlines()]
+    assert len(lines) == 2 and all(line["num_output_tokens"] > 1 for line in lines)
+    assert [line["labels"]["transcript"] for line in lines] == ["foreign", "foreign"]
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert "sharegpt_sample.json" in manifest["data_source"]

@@ -123,7 +123,7 @@ def test_the_sliders_compute_as_python_does(page, replayed, changes, link, compu
         compute=cost.compute._replace(**compute),
     )
     assert changed != cost
-    assert_tables(page, tables_of(changed, hbm * 1e9))
+    assert_tables(page, tables_of(changed, hbm * 2**30))
 
 
 def test_a_slider_moves_its_number_the_tables_and_the_curves(page):

@@ -244,6 +244,7 @@ def test_the_judge_and_the_tracer_hear_how_each_request_ended():
                 engine.request_abort()
     common: dict[str, Any] = {"num_preemptions": 0, "num_recomputes": 0, "text": None}
     common |= {"answer_tokens": None, "text_past_answer": None}
+    common |= {"prompt_token_ids": None, "output_token_ids": None}
     assert lines["a"] == common | {
         "prefix_hit_tokens": 0,
         "num_prefill_tokens": 5,

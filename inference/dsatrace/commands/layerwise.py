@@ -20,12 +20,19 @@ from dsatrace.commands.arguments import add_chat_template_argument, add_ignore_c
 from dsatrace.commands.interrupt import ends_by_signal
 from dsatrace.commands.parser import CommandParser, count
 from dsatrace.commands.progress import LINE_INTERVAL_S
+from dsatrace.commands.run_arguments import add_source_arguments
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.layerwise.asked import NEAR_CHANCE, Rows, layers_of
 from dsatrace.runner.settings import ModelSettings, user_errors
 from dsatrace.text import plain
 from dsatrace.trace.config import TraceConfig
 from dsatrace.units import size_text
+from dsatrace.workloads.catalog import DATA_SETS
+from dsatrace.workloads.data_set import DataSet, Source, attribute_of
+from dsatrace.workloads.sources import find_source
+
+RECORDED = tuple(name for name, data_set in DATA_SETS.items() if not data_set.arrivals)
+"""Data sets with recorded answers."""
 
 if TYPE_CHECKING:
     from dsatrace.layerwise.sweep import LayerDone, SweepSettings
@@ -40,7 +47,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915  (checks, in order)
     """Runs the sweep; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(argv)
+    data_set = _data_set(argv)
+    args = _parser(data_set).parse_args(argv)
     rows = Rows.of(args.rows)
     if args.out is None and not args.plan:
         raise UserError("--out is missing: name the run's folder, or use --plan")
@@ -84,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915  (checks, i
     if args.experts:
         expert_kind(model_args, layers)
     chat = _Chats(args)
-    transcripts = _transcripts(args, model_args, chat)
+    transcripts = _of_data_set(args, data_set, chat) if data_set else _transcripts(args, model_args, chat)
     check_vocabulary(transcripts, model_args.vocab_size)
     recorded = recorded_rows(transcripts, rows)
     device = _device(args.device)
@@ -117,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:  # noqa: PLR0915  (checks, i
             argv=argv,
             tokenizer=chat.tokenizer,
             chat=chat.form,
-            data_source=f"transcripts {args.transcripts.name}",
+            data_source=chat.source or f"transcripts {args.transcripts.name}",
             workload=_workload(recorded, rows),
         )
         write_runs(setup, facts, recorded, layers, folder, config, args.experts)
@@ -165,14 +173,23 @@ def _begun_with(
     }
 
 
-def _parser() -> argparse.ArgumentParser:
+def _data_set(argv: Sequence[str]) -> DataSet | None:
+    """The data set that `--transcripts` names; None where it names a file, or nothing."""
+    only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only.add_argument("--transcripts", default="")
+    name = only.parse_known_args(argv)[0].transcripts
+    return None if Path(name).exists() or name not in RECORDED else DATA_SETS[name]
+
+
+def _parser(data_set: DataSet | None = None) -> argparse.ArgumentParser:
+    """With the flags of a data set, if the transcripts are one's."""
     parser = CommandParser(
         "layerwise",
         "Run fixed transcripts through a checkpoint, one layer at a time, and trace what it selects.",
         examples="""
-        %(prog)s --weights DeepSeek-V3.2 --transcripts chats.jsonl --layers 0-3 --rows last:512 --plan
-        %(prog)s --weights DeepSeek-V3.2 --transcripts chats.jsonl --rows answer --out outputs/v32
-        %(prog)s --weights DeepSeek-V3.2 --transcripts chats.jsonl --rows answer --out outputs/v32 --resume
+        %(prog)s --weights V3.2 --transcripts chats.jsonl --layers 0-3 --rows last:512 --plan
+        %(prog)s --weights V3.2 --transcripts chats.jsonl --layers 0-60 --rows answer --out v32
+        %(prog)s --weights V3.2 --transcripts chats.jsonl --layers 0-60 --rows answer --out v32 --resume
         """,
         allow_abbrev=False,
     )
@@ -182,8 +199,9 @@ def _parser() -> argparse.ArgumentParser:
         "--transcripts",
         type=Path,
         required=True,
-        metavar="FILE",
-        help="lines of tokens, text or messages (docs/layerwise.md), or a run recorded with --save-tokens",
+        metavar="FILE|RUN|NAME",
+        help="lines of tokens, text or messages (docs/layerwise.md), a run recorded with --save-tokens, or "
+        f"{', '.join(RECORDED)}: a data set with its recorded answers",
     )
     add("--layers", metavar="A-B", required=True, help="layers to record; what lies below them is computed")
     add(
@@ -231,6 +249,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-block-size", type=count, default=16, metavar="N", help="tokens in a block")
     add("--trace-store-scores", action="store_true", help="record every selected score")
     add("--trace-keep-order", action="store_true", help="positions by score instead of ascending")
+    if data_set is not None:
+        data_set.add_flags(parser)
+        add = parser.add_argument_group("data set").add_argument
+        add("--limit", type=count, help="transcripts in all (default: all)")
+        add("--seed", type=int, default=0, help="of what is generated")
+        add_source_arguments(parser)
+        answers = {"min_new_tokens": 0, "max_new_tokens": None, "temperature": 0.0, "max_prompt_tokens": None}
+        flags = {action.dest for action in parser._actions}
+        parser.set_defaults(**{name: value for name, value in answers.items() if name not in flags})
     return parser
 
 
@@ -239,6 +266,7 @@ class _Chats:
 
     tokenizer: str | None = None
     form: str | None = None
+    source: str | None = None  # of the data set, where there is one
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
@@ -266,6 +294,50 @@ def _transcripts(args: argparse.Namespace, model_args: ModelArgs, chat: _Chats) 
     if is_of_model(args.transcripts, model_args):
         return [dataclasses.replace(one, written_by=OWN) for one in transcripts]
     return transcripts
+
+
+def _of_data_set(args: argparse.Namespace, data_set: DataSet, chats: _Chats) -> list[Transcript]:
+    """Prompts with their recorded answers; one without an answer is left out, and said."""
+    import numpy as np
+
+    from dsatrace.layerwise.transcripts import Transcript
+
+    def find(repo: str | None = None) -> Source:
+        return find_source(
+            data_set,
+            getattr(args, attribute_of(data_set.file_flag)),
+            repo=repo,
+            revision=args.revision,
+            use_hub=not args.no_hub,
+            say=lambda line: print(plain(line)),
+        )
+
+    opened = data_set.open(args, chats(), find)
+    print(plain(opened.terminal_line))
+    chats.source, chats.form = opened.description, opened.chat_form
+    found, num_without = [], 0
+    for request in opened.workload.requests():
+        answer = opened.workload.recorded(request)
+        opened.workload.forget(request.request_id)
+        if not answer:
+            num_without += 1
+            continue
+        ids = np.array([*request.prompt_token_ids, *answer], dtype=np.int64)
+        found.append(
+            Transcript(
+                request.request_id,
+                ids,
+                len(request.prompt_token_ids),
+                source_row=request.source_row,
+                labels=request.labels,
+                needle_positions=request.needle_positions,
+            )
+        )
+    if num_without:
+        print(f"{num_without} requests without a recorded answer are left out", file=sys.stderr)
+    if not found:
+        raise UserError(f"--transcripts {data_set.name}: none of its requests has a recorded answer")
+    return found
 
 
 def _device(asked: str) -> str:

@@ -156,6 +156,8 @@ class WorkFolder:
         return array
 
     def remove(self) -> None:
+        """Once the run is whole. The progress goes first: without it nothing here counts."""
+        (self.path / _PROGRESS).unlink()
         shutil.rmtree(self.path)
 
     def close(self) -> None:

@@ -53,12 +53,12 @@ def shown(name: str, value: Value) -> Cell:
     return number(value, "," if isinstance(value, int) else ",.2f")
 
 
-def _spread(name: str, entry: Mapping[str, float] | None) -> tuple[Cell, Cell]:
-    """Mean and interval of a metric."""
-    if entry is None:
-        return Cell(NONE, None), Cell(NONE, None)
-    low, high = shown(name, entry["low"]), shown(name, entry["high"])
-    return shown(name, entry.get("mean")), Cell(f"{low} to {high}", [entry["low"], entry["high"]])
+def _spread(name: str, entry: Mapping[str, float] | None) -> tuple[Cell, Cell, Cell]:
+    """Mean of a metric, and the ends of its interval."""
+    mean, low, high = (
+        shown(name, None if entry is None else entry.get(key)) for key in ("mean", "low", "high")
+    )
+    return mean, low, high
 
 
 def _share(value: Value, unit: str = " %") -> Cell:
@@ -85,11 +85,12 @@ def run_grids(name: str, statistics: Mapping[str, Any]) -> Iterator[Grid]:
     if intervals:
         seeds = f"{len(intervals.get('seeds', ()))} seeds"
         over_seeds = intervals["over"] == "seeds"  # over conversations, it is around the value itself
-        head += [f"mean over {seeds}", f"95 % over {seeds}"] if over_seeds else ["95 % over conversations"]
+        head += [f"mean over {seeds}", "95 %: from"] if over_seeds else ["95 % over conversations: from"]
+        head.append("to")
     rows = []
     for key in (key for key in HEADLINES if key in metrics):
         spread = _spread(key, intervals.get("metrics", {}).get(key))
-        rows.append((key, shown(key, metrics[key]), *spread[4 - len(head) :]))
+        rows.append((key, shown(key, metrics[key]), *spread[5 - len(head) :]))
     yield Grid(f"{name}: {cache_text(statistics['cache'])}", tuple(head), rows)
     yield rejected_grid({name: statistics["rejected"]})
     workloads = statistics.get("workloads", {})

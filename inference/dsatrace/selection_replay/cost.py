@@ -24,7 +24,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MOST_REQUESTS = 1 << 16
 """Looked at for the batch from which a buffer pays."""
 LINKS = PRESETS
-USUAL_LINK, USUAL_HBM_BYTES = "pcie5-gather", 40e9
+USUAL_LINK, USUAL_HBM_BYTES = "pcie5-gather", 40.0 * 2**30
 _FIGURES = ("alpha_batch_us", "alpha_op_us", "read_gb_per_s")
 
 

@@ -73,13 +73,13 @@ def with_intervals(cells: Sequence[Cell], kind: Kind) -> Cells:
 
 
 def over_seeds(of_seeds: Sequence[Values]) -> dict[str, dict[str, float]]:
-    """Mean and interval of each metric that every seed has."""
+    """Mean and interval of each metric that every seed has; none of them can be negative."""
     spread = {}
     for name in of_seeds[0]:
         values = np.array([one[name] for one in of_seeds], float)  # None becomes nan
         low, high = interval(values, np.ones(len(values)), "seeds")
         if low is not None and high is not None and np.isfinite(values).all():
-            spread[name] = {"mean": float(values.mean()), "low": low, "high": high}
+            spread[name] = {"mean": float(values.mean()), "low": max(low, 0.0), "high": high}
     return spread
 
 

@@ -20,7 +20,7 @@
   const mostRequests = (context, offloaded) => {
     const ids = context / facts.tokensPerId;
     const held = offloaded ? Math.min(facts.size, ids) : ids;
-    return Math.floor(state.hbm * 1e9 / (facts.misses.length * (held * facts.bytesPerId + ids * facts.indexBytesPerId)));
+    return Math.floor(state.hbm * 2 ** 30 / (facts.misses.length * (held * facts.bytesPerId + ids * facts.indexBytesPerId)));
   };
   const paysFrom = (context) => {
     const whole = mostRequests(context, false);

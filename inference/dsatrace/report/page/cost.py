@@ -75,7 +75,7 @@ def _sliders(cost: Cost, hbm_bytes: float) -> Sequence[Slider]:
         Slider("op", "latency per read, us", link.alpha_op_us.value, 0, 20),
         Slider("base", "compute of a layer's step, us", cost.compute.base, 1, 5000),
         Slider("perRequest", "and per request, us", cost.compute.per_request, 0, 100),
-        Slider("hbm", "HBM for KV, GB", hbm_bytes / 1e9, 0.1, 2000),
+        Slider("hbm", "HBM for KV, GiB", hbm_bytes / 2**30, 0.1, 2000),
         Slider("batch", "batch, requests", 16, 1, 1024),
         Slider("context", "context, tokens", DEFAULT_CONTEXT, 1024, 1 << 20),
     )
@@ -230,8 +230,7 @@ def _note(cost: Cost, link: str, was_asked: bool) -> str:
         "Modelled, never measured. A layer's step takes max(compute, alpha + operations x o + bytes / "
         "bandwidth), or their sum where they do not overlap; every layer at its mean misses of LRU at "
         f"{cost.size:,.0f} ids ({size_text(cost.size * cost.bytes_per_id)} per layer and request), an "
-        f"operation is one id. Link: {link}{lower}. Compute of a layer's step: {compute} ({whose}). GB: 10^9 "
-        "bytes."
+        f"operation is one id. Link: {link}{lower}. Compute of a layer's step: {compute} ({whose})."
     )
 
 
@@ -240,5 +239,5 @@ def _command(material: Material, cost: Cost, hbm_bytes: float) -> str:
     size, compute = chosen.get("size"), cost.compute
     return material.command(
         "replay", *(("--choose", size) if size else ()), "--link", cost.link.name,
-        "--compute-us", f"{compute.base:g}+{compute.per_request:g}", "--hbm-gb", f"{hbm_bytes / 1e9:g}",
+        "--compute-us", f"{compute.base:g}+{compute.per_request:g}", "--hbm-gb", f"{hbm_bytes / 1e9}",
     )  # fmt: skip
