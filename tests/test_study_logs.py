@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import io
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conftest import ROOT
 from dsatrace.errors import UserError
-from dsatrace.study.log_layouts import PARTS_LEFT_OUT, TOOL_CALLS, TOOL_ROLES
+from dsatrace.study.log_layouts import LAYOUTS, PARTS_LEFT_OUT, TOOL_CALLS, TOOL_ROLES
 from dsatrace.study.logs import (
     FOUND,
     JOINED,
@@ -29,6 +32,7 @@ from dsatrace.study.logs import (
 )
 from dsatrace.study.requests import StudyRequests
 from dsatrace.study.tokenization import WordVocabulary, open_vocabulary, tokenize_rows
+from dsatrace.workloads.burstgpt import read_burstgpt
 from dsatrace.workloads.id_logs import DELAYED
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.sharegpt import ShareGPTLoader
@@ -392,6 +396,42 @@ def test_what_does_not_fit_is_one_line_without_the_prompt(
     assert (code, error.count("\n")) == (2, 1)
 
 
+LOGGED = [
+    *CHATS.values(),
+    {"created_time": EPOCH, "obj": {"input_ids": [1, 2]}, "out": {"output_ids": [3]}},
+    {"event": "request.finished", "obj": {"text": "a", "session_params": {"id": "s"}}, "out": {"text": "b"}},
+    {"arrival_time_ns": 5, "input_tok_ids": [1], "output_tok_ids": [2]},
+    {"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [0, 1], "session_id": "s"},
+    {"timestamp": 0, "input_length": 16, "output_length": 5, "hash_ids": [0], "chat_id": 5, "turn": 1},
+]
+JUNK = [None, True, 0, -1, 1e300, 10**400, "", "x", [], [None], ["x"], {}, {"messages": "x"}, "\ud83d"]
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container and key in a row."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(value[key])
+
+
+@pytest.mark.parametrize("number", range(len(LOGGED)))
+def test_any_value_anywhere_in_a_row_is_read_or_a_clear_line(tmp_path: Path, number: int) -> None:
+    """Each value of a row by a third of the junk, in a log of one row and after a good one."""
+    good, refused = LOGGED[number], 0
+    for place in range(len(list(places(good)))):
+        for junk in JUNK[place % 3 :: 3]:
+            row = copy.deepcopy(good)
+            container, key = list(places(row))[place]
+            container[key] = junk
+            for rows in ((row,), (good, row)):
+                try:
+                    assert len(read(write(tmp_path / "log", *rows)).requests) > 0
+                except UserError as error:
+                    assert "\n" not in str(error)
+                    refused += 1
+    assert refused
+
+
 def test_flags_of_a_log_need_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_mistake(
         capsys, study("run", "--layout", "messages", "--output-dir", tmp_path / "o"), "give one with --log"
@@ -411,6 +451,27 @@ def test_bad_rows_can_be_skipped_and_the_layout_is_said(
     assert manifest["source"]["layout"] == "messages" and len(manifest["source"]["files"]) == 1
     written = "".join(path.read_text() for path in out.iterdir())
     assert str(ASK["content"]) not in written
+
+
+def test_the_page_names_every_layout() -> None:
+    page = (ROOT / "docs/study-logs.md").read_text()
+    assert [name for name in LAYOUTS if f"\n| `{name}` |" not in page] == []
+
+
+def test_rows_of_messages_are_conversations_where_that_is_asked_for(tmp_path: Path) -> None:
+    row = {"messages": [SYSTEM, ASK, ANSWER, NEXT, ANSWER]}
+    out = tmp_path / "out"
+    flags = ("--layout", "sharegpt", "--output-dir", out, "--skip-visualization")
+    assert study("run", "--log", write(tmp_path / "log", row), *flags) == 0
+    rows = [json.loads(line) for line in (out / "multi_turn_trace.jsonl").read_text().splitlines()]
+    assert [row["turn_index"] for row in rows] == [0, 1]
+
+
+@pytest.mark.parametrize("file", ["burstgpt/BurstGPT_1_head400.csv", "burstgpt/BurstGPT_3_head105.csv"])
+def test_burstgpt_is_read_packed_too(tmp_path: Path, file: str) -> None:
+    source = real_file(file)
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(source.read_bytes()))
+    assert list(read_burstgpt(tmp_path / "b.csv.gz")) == list(read_burstgpt(source))
 
 
 SAMPLES = {

@@ -250,6 +250,8 @@ def _chat(row: Row, column: str, counts: Counter[str]) -> tuple[tuple[Message, .
     entries: list[tuple[Role, str]] = []
     if row.get("system"):
         entries.append(("system", _content(row["system"], counts)))
+    if not isinstance(row[column], list):
+        raise BadRow("not a list", f"it is of type {type(row[column]).__name__}", column)
     for i, entry in enumerate(row[column]):
         if not isinstance(entry, dict):
             raise BadRow("not an object", f"entry {i}", column)
@@ -335,6 +337,7 @@ def _filled(text: str, column: str) -> str:
 
 
 UNITS_S = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_LARGEST = 1e20
 _FIRST_YEAR_S, _LAST_YEAR_S = 1e8, 1e11  # dates since 1970 lie between, in seconds; no two units overlap
 
 
@@ -359,6 +362,8 @@ class Times:
             return (date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp()
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise BadRow("not a time", f"it is of type {type(value).__name__}", column)
+        if not abs(value) < _LARGEST:
+            raise BadRow("number too large", f"it is over {_LARGEST:g}", column)
         if self.unit is None:
             fitting = [u for u, s in UNITS_S.items() if _FIRST_YEAR_S <= value * s < _LAST_YEAR_S]
             if not fitting:

@@ -12,6 +12,7 @@ prefix. Whatever is assumed, left out or moved is counted, and no prompt's text 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import functools
 import heapq
@@ -148,6 +149,8 @@ def read_log(
             progress(len(builder), builder.num_prompt_ids)
     if not len(builder):
         raise UserError(f"{log.text()}: holds no request")
+    if progress:
+        progress(len(builder), builder.num_prompt_ids)
     requests = builder.build()
     if reader.column is None:
         counts[NO_TIMES] = len(requests)
@@ -352,18 +355,19 @@ def _first_line(path: Path) -> str:
 
 def _recognised(path: Path, first_line: str) -> str:
     """The name of the layout of the first row that one fits."""
-    if first_line.startswith(("{", "[{")) or first_line == "[":
+    if first_line.startswith(("{", "[")):
         rows = read_json_rows(path, lambda _, row: row, BadRows("skip"))
-        found = next(filter(None, map(layout_of, itertools.islice(rows, _NUM_FIRST_ROWS))), None)
-        if found is not None:
-            return found.name
+        with contextlib.suppress(UserError):  # no row is JSON: some text logs begin with a bracket
+            for layout in map(layout_of, itertools.islice(rows, _NUM_FIRST_ROWS)):
+                if layout is not None:
+                    return layout.name
         what = f"none of its first {_NUM_FIRST_ROWS} rows has the columns of a known layout"
     else:
-        with open_source(path) as file:
-            lines = itertools.islice(iter(lambda: file.readline(_FIRST_BYTES), b""), _NUM_FIRST_LINES)
-            if any(VLLM_LINE.search(line.decode("utf-8", "replace")) for line in lines):
-                return VLLM
         what = (
             f"it is no JSON, and none of its first {_NUM_FIRST_LINES:,} lines is one of vLLM's with a prompt"
         )
+    with open_source(path) as file:
+        lines = itertools.islice(iter(lambda: file.readline(_FIRST_BYTES), b""), _NUM_FIRST_LINES)
+        if any(VLLM_LINE.search(line.decode("utf-8", "replace")) for line in lines):
+            return VLLM
     raise UserError(f"{path}: {what}; known are {', '.join(LAYOUTS)}, which --layout forces")

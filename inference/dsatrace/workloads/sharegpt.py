@@ -107,7 +107,8 @@ class Conversation:
 class ShareGPTLoader:
     """Reads the conversations that can be served from a JSON array or JSON lines.
 
-    Entries have `from` and `value`, or `role` and `content`. A row's own `system` comes before them.
+    `conversations` (or `messages`) have `from` and `value`, or `role` and `content`. A row's own `system`
+    comes before them.
     `counts`, of the rows read so far: `rows`, `conversations` (those served), and for each
     oddity the number of conversations that have it.
     """
@@ -149,7 +150,7 @@ class ShareGPTLoader:
 
 
 def _parse(number: int, row: Mapping[str, Any]) -> tuple[int, str, list[Entry], set[str]]:
-    entries = row.get("conversations")
+    entries = row.get("conversations", row.get("messages"))
     if not isinstance(entries, list):
         raise BadRow("missing column" if entries is None else "not a list", column="conversations")
     roles, texts = [], []
