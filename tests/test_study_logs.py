@@ -233,6 +233,15 @@ def test_times_of_an_unclear_unit_are_refused(tmp_path: Path) -> None:
         read(file)
 
 
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [({"timestamp": "2025-11-28"}, "'timestamp' holds dates, not numbers"), ({}, "its rows have no times")],
+)
+def test_a_unit_without_numbers_is_refused(tmp_path: Path, times: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=f"{message}; leave out --time-unit"):
+        read(write(tmp_path / "log", {**times, "messages": [ASK]}), time_unit="s")
+
+
 def test_without_times_rows_follow_each_other_and_it_is_said(tmp_path: Path) -> None:
     counts: Counter[str] = Counter()
     log = read(write(tmp_path / "log", {"messages": [ASK]}, {"messages": [NEXT]}), counts=counts)
@@ -374,7 +383,7 @@ SECRET = "zebra-4711"
         (f'{{"messages": "{SECRET}"}}\n', (), "has the columns of a known layout"),
         (f'{{"messages": [{{"role": "{SECRET}", "content": "a"}}]}}\n', (), "layout messages, see --layout"),
         (f'{{"prompt": "{SECRET}"}}\n', ("--layout", "sglang"), "read as layout sglang, see --layout"),
-        (f'{{"prompt": "{SECRET}"}}\n', ("--time-unit", "s", "--log-block-size", "16"), "holds none"),
+        (f'{{"prompt": "{SECRET}"}}\n', ("--log-block-size", "16"), "is for block ids"),
         (
             f'{{"conversations": [], "id": "{SECRET}"}}\n',
             ("--time-unit", "s"),

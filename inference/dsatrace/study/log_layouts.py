@@ -230,7 +230,7 @@ def read_row(layout: Layout, row: Row, counts: Counter[str]) -> LoggedRequest | 
     """`layout.read`, with columns counted that it leaves unused. A row that does not fit is bad."""
     assert layout.read is not None
     if layout.name != VLLM and not layout.fits(row):
-        raise BadRow("not the layout's columns", f"{layout.name} is {layout.about}")
+        raise BadRow("not the layout's columns", f"{layout.name} means {layout.about}")
     request = layout.read(row, counts)
     _count_unused(row, layout.unused, counts)
     return request
@@ -344,17 +344,20 @@ _FIRST_YEAR_S, _LAST_YEAR_S = 1e8, 1e11  # dates since 1970 lie between, in seco
 class Times:
     """Seconds of a log's times: dates as text, or numbers of one unit.
 
-    Without a unit, a number must be a date since 1970, whose size tells it; else a `UserError` asks.
+    Without a unit, given or of the layout, a number must be a date since 1970, whose size tells it;
+    else a `UserError` asks. A `UserError` also refuses a unit that was given for dates as text.
     """
 
-    def __init__(self, unit: str | None, source: str) -> None:
-        self.unit, self._source = unit, source
+    def __init__(self, given: str | None, of_layout: str | None, source: str) -> None:
+        self.unit, self._given, self._source = given or of_layout, given, source
 
     def seconds(self, row: Row, column: str) -> float:
         value = row.get(column)
         if value is None or value == "":
             raise BadRow("missing column", column=column)
         if isinstance(value, str):
+            if self._given is not None:
+                raise UserError(f"{self._source}: {column!r} holds dates, not numbers; leave out --time-unit")
             try:
                 date = datetime.datetime.fromisoformat(value)
             except ValueError as error:

@@ -133,7 +133,7 @@ def read_log(
         return ReadLog(_by_blocks(log, bad_rows, counts), False, True)
     if log.block_size is not None:
         raise UserError(f"--log-block-size is for block ids; {log.text()} holds none")
-    reader = _Reader(layout, Times(log.time_unit or layout.time_unit, str(log.paths[0])), bad_rows, counts)
+    reader = _Reader(layout, Times(log.time_unit, layout.time_unit, str(log.paths[0])), bad_rows, counts)
     builder, encoder = RequestsBuilder(), PieceEncoder(vocabulary.vocabulary)
     turns: Counter[str] = Counter()
     start_s = None
@@ -153,6 +153,8 @@ def read_log(
         progress(len(builder), builder.num_prompt_ids)
     requests = builder.build()
     if reader.column is None:
+        if log.time_unit is not None:
+            raise UserError(f"{log.text()}: its rows have no times; leave out --time-unit")
         counts[NO_TIMES] = len(requests)
     if not requests.conversation_ids:
         requests = join_by_prefix(requests, counts)

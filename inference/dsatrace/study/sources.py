@@ -219,6 +219,8 @@ class Client:
             }
         folder = path if path.is_dir() else path.parent
         unnamed = folder.resolve().name if path.is_dir() or path.name == ACCESSES_FILE else path.stem
+        if self.source.log is not None and self.source.log.given != (str(path),):
+            unnamed = self.source.kind
         return by_workload(self._trace.ordered(self.settings.order), unnamed)
 
     def describe(self) -> dict[str, Any]:

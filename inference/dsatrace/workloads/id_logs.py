@@ -104,7 +104,7 @@ class HashIdReader:
     """Reads files of one log, whose ids and sessions go on from file to file.
 
     Ids need only be equal: what is no whole number from 0 to 2**63 - 1 is numbered from -1 down. A
-    session's row without a timestamp arrives `delay` milliseconds after the session's row before it.
+    session's row without a timestamp arrives `delay` after the session's row before it, in the same unit.
 
     A row is bad if the number of ids contradicts the prompt's length, if the prompt is empty, a
     field missing or of another type, the block size another, or the line cut off. Bailian's
@@ -150,8 +150,7 @@ class HashIdReader:
         """In the layout's unit."""
         if "timestamp" not in row and "delay" in row and session in self._sessions:
             self._counts[DELAYED] += 1
-            delay_s = number_column(row, "delay", MAX_TIMESTAMP) * 1e-3
-            return self._sessions[session][0] + delay_s / self._layout.timestamp_unit_s
+            return self._sessions[session][0] + number_column(row, "delay", MAX_TIMESTAMP)
         return number_column(row, "timestamp", MAX_TIMESTAMP)
 
     def _hash_ids(self, row: Mapping[str, Any]) -> array[int]:
