@@ -6,6 +6,7 @@ import copy
 import gzip
 import io
 import json
+import pickle
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -359,7 +360,7 @@ def test_bailians_optional_fields_may_be_absent(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "text"),
     [
-        ("TIMESTAMP,ContextTokens,GeneratedTokens", "no prefixes. It is an Azure log"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens", "is an Azure log"),
         ("Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type", "inference/run_burstgpt.py"),
     ],
 )
@@ -369,6 +370,12 @@ def test_a_log_of_lengths_names_its_runner(
     (tmp_path / "log.csv").write_text(f"{header}\n1,2,3\n")
     check_mistake(capsys, study("run", "--log", tmp_path / "log.csv", "--output-dir", tmp_path / "out"), text)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "dump.pkl").write_bytes(pickle.dumps([SYSTEM]))
+    with pytest.raises(UserError, match="is a pickle, which may run code"):
+        read(str(tmp_path / "dump.pkl"))
 
 
 SECRET = "zebra-4711"
@@ -481,6 +488,17 @@ def test_burstgpt_is_read_packed_too(tmp_path: Path, file: str) -> None:
     source = real_file(file)
     (tmp_path / "b.csv.gz").write_bytes(gzip.compress(source.read_bytes()))
     assert list(read_burstgpt(tmp_path / "b.csv.gz")) == list(read_burstgpt(source))
+
+
+def test_azures_trace_is_read_by_the_runner_that_is_named(tmp_path: Path) -> None:
+    lines = ("TIMESTAMP,ContextTokens,GeneratedTokens", "2023-11-16 18:17:03.9799600,374,44")
+    (tmp_path / "azure.csv").write_text("\n".join([*lines, "2023-11-16 18:17:04.9799600,396,109"]))
+    first, second = read_burstgpt(tmp_path / "azure.csv")
+    assert second.timestamp_s - first.timestamp_s == pytest.approx(1)
+    assert (first.request_tokens, first.response_tokens) == (374, 44)
+    (tmp_path / "azure.csv").write_text("\n".join([lines[0], "2023-13-16 18:17:03,1,1"]))
+    with pytest.raises(UserError, match="column 'Timestamp': not a date"):
+        list(read_burstgpt(tmp_path / "azure.csv"))
 
 
 SAMPLES = {

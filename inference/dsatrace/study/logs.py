@@ -54,6 +54,7 @@ SORT_WINDOW = 10_000
 MAX_LINE_BYTES = 256 << 20
 JOIN_TOKENS = 16
 _FIRST_BYTES = 1 << 16
+_PICKLE = b"\x80"
 _NUM_FIRST_ROWS = 10
 _NUM_FIRST_LINES = 1000
 
@@ -65,12 +66,8 @@ NO_ANSWERS = "requests without a recorded answer: taken for one of no tokens"
 OTHER_MODELS = "rows of another model than the first: here they share its cache"
 NO_PROMPTS = "lines without a prompt"
 
-_LENGTH_ONLY = {
-    "ContextTokens": "an Azure log: name its columns Timestamp (in seconds), Request tokens and Response "
-    "tokens, and replay it with inference/run_burstgpt.py --burstgpt-csv",
-    "Request tokens": "a BurstGPT log: replay it with inference/run_burstgpt.py --burstgpt-csv",
-}
-"""A column of a CSV file that knows lengths only: what it is, and who replays it."""
+_LENGTH_ONLY = {"ContextTokens": "an Azure", "Request tokens": "a BurstGPT"}
+"""A column of a CSV file that knows lengths only, and whose file it is."""
 
 Timed = TypeVar("Timed")
 
@@ -99,10 +96,11 @@ class Log:
     def layout(self) -> str:
         """Raises a `UserError` for a file that no layout fits, or that holds lengths only."""
         first = _first_line(self.paths[0])
-        for column, text in _LENGTH_ONLY.items():
+        for column, whose in _LENGTH_ONLY.items():
             if column in first.split(","):
                 raise UserError(
-                    f"{self.paths[0]}: holds lengths and no prompts, so no prefixes. It is {text}"
+                    f"{self.paths[0]}: is {whose} log, which holds lengths, no prompts and so no prefixes; "
+                    f"replay it with inference/run_burstgpt.py --burstgpt-csv {self.paths[0]}"
                 )
         return self.forced or _recognised(self.paths[0], first)
 
@@ -350,6 +348,11 @@ def _first_line(path: Path) -> str:
     """The first that is not blank, as text; only its start if it is long."""
     with open_source(path) as file:
         for line in iter(lambda: file.readline(_FIRST_BYTES), b""):
+            if line.startswith(_PICKLE):
+                raise UserError(
+                    f"{path}: is a pickle, which may run code when it is opened; write its requests as JSON "
+                    "lines, SGLang's dumps with obj, out and created_time"
+                )
             if line.strip():
                 return line.decode("utf-8", "replace").strip()
     raise UserError(f"{path}: the file holds no rows")

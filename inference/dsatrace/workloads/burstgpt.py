@@ -2,7 +2,8 @@
 
 A request asks for as many tokens as the log's response had (at most `max_new_tokens`) and
 runs to that length: the load is the log's, whatever the model says. Columns are found by
-name, so both published layouts can be read: with and without `Session ID` and `Elapsed time`.
+name, so both published layouts can be read: with and without `Session ID` and `Elapsed time`. So can
+Azure's public traces, which hold the same under other names.
 
     arrivals = Arrivals(read_burstgpt("BurstGPT_1.csv"), max_requests=100, time_scale=0.01)
     for arrival in arrivals:
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import datetime
 import itertools
 import math
 import re
@@ -56,6 +58,8 @@ MAX_TOKENS = 10_000_000
 TIMESTAMP, SESSION, ELAPSED = "Timestamp", "Session ID", "Elapsed time"
 REQUEST_TOKENS, RESPONSE_TOKENS = "Request tokens", "Response tokens"
 REQUIRED = (TIMESTAMP, REQUEST_TOKENS, RESPONSE_TOKENS)
+AZURE = {"TIMESTAMP": TIMESTAMP, "ContextTokens": REQUEST_TOKENS, "GeneratedTokens": RESPONSE_TOKENS}
+"""Columns of Azure's public traces, whose timestamps are dates."""
 
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -73,7 +77,7 @@ def read_burstgpt(path: str | Path, bad_rows: BadRows | None = None) -> Iterator
             header = _fields(read_line(file, MAX_LINE_BYTES))
         except BadRow as fault:
             raise UserError(f"{path}: line 1: {fault}; the header must name the columns") from fault
-        columns = {name.strip(): i for i, name in enumerate(header)}
+        columns = {AZURE.get(name.strip(), name.strip()): i for i, name in enumerate(header)}
         missing = [name for name in REQUIRED if name not in columns]
         if missing or len(columns) < len(header):
             what = f"no column {missing[0]!r}" if missing else "two columns of one name"
@@ -86,7 +90,7 @@ def read_burstgpt(path: str | Path, bad_rows: BadRows | None = None) -> Iterator
             row = {name: fields[i].strip() for name, i in columns.items()}
             parsed = BurstRow(
                 source_row=number,
-                timestamp_s=_number(row, TIMESTAMP, MAX_TIMESTAMP_S),
+                timestamp_s=_seconds(row),
                 request_tokens=_num_tokens(row, REQUEST_TOKENS),
                 response_tokens=_num_tokens(row, RESPONSE_TOKENS),
                 model=row.get("Model", ""),
@@ -128,6 +132,21 @@ def _number(row: dict[str, str], column: str, largest: float) -> float:
     if value > largest:
         raise BadRow("number too large", f"{shown} is over {largest:g}", column)
     return value
+
+
+def _seconds(row: dict[str, str]) -> float:
+    """Of a number of seconds, or of a date in UTC."""
+    text = row[TIMESTAMP]
+    if "-" not in text[1:] or ":" not in text:
+        return _number(row, TIMESTAMP, MAX_TIMESTAMP_S)
+    try:
+        date = datetime.datetime.fromisoformat(text)
+    except ValueError as error:
+        raise BadRow("not a date", repr(text[:40]), TIMESTAMP) from error
+    seconds = (date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp()
+    if seconds < 0:
+        raise BadRow("date before 1970", repr(text[:40]), TIMESTAMP)
+    return seconds
 
 
 def _num_tokens(row: dict[str, str], column: str) -> int:
