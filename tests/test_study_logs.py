@@ -249,6 +249,14 @@ def test_without_times_rows_follow_each_other_and_it_is_said(tmp_path: Path) -> 
     assert (log.requests.arrival_s.tolist(), log.has_times, counts[NO_TIMES]) == ([0, 1], False, 2)
 
 
+def test_files_without_times_follow_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsatrace.study.logs.SORT_WINDOW", 1)
+    rows = [{"messages": [ASK], "session_id": name} for name in "abcdef"]
+    requests = read(write(tmp_path / "1", *rows[:4]), write(tmp_path / "2", *rows[4:])).requests
+    assert requests.conversation_ids == tuple("abcdef")
+    assert requests.arrival_s.tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_rows_are_sorted_within_the_window_and_counted(tmp_path: Path) -> None:
     counts: Counter[str] = Counter()
     rows = [{"timestamp": EPOCH + i, "messages": [ASK]} for i in (2, 0, 1, 3)]

@@ -54,6 +54,7 @@ SORT_WINDOW = 10_000
 MAX_LINE_BYTES = 256 << 20
 JOIN_TOKENS = 16
 _FIRST_BYTES = 1 << 16
+_MOST_ROWS = 1 << 40
 _PICKLE = b"\x80"
 _NUM_FIRST_ROWS = 10
 _NUM_FIRST_LINES = 1000
@@ -142,7 +143,8 @@ def read_log(
         turn = request.turn if request.turn != UNKNOWN else turns[name] if name else UNKNOWN
         turns[name] += 1
         counts[NO_ANSWERS] += not answer
-        builder.add(time_s - start_s, prompt, answer, conversation=(name,) if name else (), turn=turn)
+        arrival_s = len(builder) if reader.column is None else time_s - start_s
+        builder.add(arrival_s, prompt, answer, conversation=(name,) if name else (), turn=turn)
         if progress and len(builder) % PROGRESS_EVERY_REQUESTS == 0:
             progress(len(builder), builder.num_prompt_ids)
     if not len(builder):
@@ -178,42 +180,47 @@ class _Reader:
         self.column: str | None = None  # of the times
         self._times, self._bad_rows, self._counts = times, bad_rows, counts
         self._model: object = None
-        self._num_rows = 0
+        self._begun, self._num_files = False, 0
 
     def rows(self, path: Path) -> Iterator[tuple[float, LoggedRequest]]:
-        """Seconds and request."""
+        """Seconds and request; without times, the place in this file and those before it."""
+        begin = self._num_files * _MOST_ROWS
+        self._num_files += 1
         if self.layout.name != VLLM:
-            found = read_json_rows(path, lambda _, row: self._parse(row), self._bad_rows)
+            found = read_json_rows(path, lambda i, row: self._parse(begin + i, row), self._bad_rows)
             yield from filter(None, found)
             return
-        number = 0
+        has_prompt = False
         with open_source(path) as file:
             lines = numbered_lines(file, MAX_LINE_BYTES)
-            for pair in filter(None, read_rows(str(path), lines, self._parse_line, self._bad_rows)):
-                number += 1
+            read = read_rows(
+                str(path), lines, lambda i, line: self._parse_line(begin + i, line), self._bad_rows
+            )
+            for pair in filter(None, read):
+                has_prompt = True
                 yield pair
-        if not number:
+        if not has_prompt:
             raise UserError(
                 f"{path}: no line of this {VLLM} log holds a prompt; serve with --enable-log-requests and "
                 "VLLM_LOGGING_LEVEL=DEBUG"
             )
 
-    def _parse_line(self, _: int, line: bytes | None) -> tuple[float, LoggedRequest] | None:
+    def _parse_line(self, place: int, line: bytes | None) -> tuple[float, LoggedRequest] | None:
         if line is None:
             raise BadRow("line too long", f"over {MAX_LINE_BYTES} bytes")
         row = vllm_row(line.decode("utf-8", "replace"))
         if row is None:
             self._counts[NO_PROMPTS] += 1
             return None
-        return self._parse(row)
+        return self._parse(place, row)
 
-    def _parse(self, row: Mapping[str, Any]) -> tuple[float, LoggedRequest] | None:
+    def _parse(self, place: int, row: Mapping[str, Any]) -> tuple[float, LoggedRequest] | None:
         try:
             request = read_row(self.layout, row, self._counts)
             if request is None:
                 return None
             has_ids = isinstance(request.prompt, array)
-            if not self._num_rows:
+            if not self._begun:
                 self.has_ids = has_ids
                 self.column = next(
                     (name for name in self.layout.times if row.get(name) not in (None, "")), None
@@ -223,12 +230,12 @@ class _Reader:
                 raise BadRow(
                     "another kind of prompt", f"{kinds[has_ids]}; the first row has {kinds[not has_ids]}"
                 )
-            time_s = self._num_rows if self.column is None else self._times.seconds(row, self.column)
+            time_s = place if self.column is None else self._times.seconds(row, self.column)
         except BadRow as fault:
             assumed = f"read as layout {self.layout.name}, see --layout"
             detail = str(fault).removeprefix(fault.reason).removeprefix(": ")
             raise BadRow(fault.reason, f"{detail}; {assumed}" if detail else assumed, fault.column) from fault
-        self._num_rows += 1
+        self._begun = True
         model = row.get("model") or (
             row["request"].get("model") if isinstance(row.get("request"), dict) else None
         )
