@@ -90,11 +90,19 @@ def test_a_recommendation_says_where_no_size_serves_enough_and_where_nothing_rep
     small = recommendation(curve_of(chats(6, 5), [3 * BLOCK_BYTES, 4 * BLOCK_BYTES]), 0.9)
     assert not small.is_reached
     assert small.next_bytes is None
+    assert "(95 %: " in small.text("")
     assert small.text("").startswith("No size here serves 90 % of what any size could")
     builder = RequestsBuilder()
     for at in range(3):
         builder.add(float(at), range(100 * at, 100 * at + 9), [])
-    assert recommendation(curve_of(builder.build()), 0.9).text("").startswith("No cache of any size hits")
+    nothing = recommendation(curve_of(builder.build()), 0.9)
+    assert nothing.text("").startswith("No cache of any size hits")
+
+
+def test_a_single_conversation_has_no_interval_and_the_recommendation_says_so() -> None:
+    advice = recommendation(curve_of(chats(1, 6)), 0.9)
+    assert (advice.hit_rate_low, advice.hit_rate_high) == (None, None)
+    assert "(one set of requests, no interval)" in advice.text("")
 
 
 def test_replicas_share_nothing_and_prefix_affine_keeps_conversations_together() -> None:
@@ -113,6 +121,13 @@ def test_replicas_share_nothing_and_prefix_affine_keeps_conversations_together()
     parts = replica_traces(requests, BLOCK, 2, "prefix-affine")
     chats_of = [set(part.conversation.tolist()) for part in parts]
     assert chats_of[0] and chats_of[1] and not chats_of[0] & chats_of[1]
+
+
+def test_a_seed_is_one_part_however_many_replicas_serve_it() -> None:
+    traces = replica_traces(chats(5, 6), BLOCK, 3, "round-robin")
+    for cell in size_cells(traces, settings_of([40 * BLOCK_BYTES], BLOCK_BYTES)):
+        assert cell.parts.tolist() == [[cell.hits, cell.accesses]]
+        assert cell.requests == 30
 
 
 def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: Any) -> None:

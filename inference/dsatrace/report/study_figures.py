@@ -165,7 +165,7 @@ def draw_size(path: Path, about: str, record: Mapping[str, Any]) -> None:
         several = f", {record['replicas']} replicas" if record["replicas"] > 1 else ""
         model = for_picture(f"{layout['name']}, {layout['dtype']}")
         axes.set_title(f"Prefix cache of {model}, blocks of {rows[0]['block_size']} tokens{several}")
-        axes.legend(loc="lower right", fontsize=9)
+        axes.legend(loc="best", fontsize=9)
         axes.grid(alpha=0.3)
         figure.suptitle(_lines(about), fontsize=9)
 

@@ -188,6 +188,8 @@ class Recommendation:
     is_reached: bool
     bytes_per_device: int
     hit_rate: float
+    hit_rate_low: float | None  # 95 % interval
+    hit_rate_high: float | None
     unlimited_hit_rate: float
     opt_hit_rate: float  # at that size
     next_bytes: int | None
@@ -199,7 +201,10 @@ class Recommendation:
         if not self.unlimited_hit_rate:
             return "No cache of any size hits: no full prompt block is looked up again."
         share = self.hit_rate / self.unlimited_hit_rate
-        here = f"{100 * self.hit_rate:.1f} % of prompt blocks hit, of at most {most} at any size"
+        spread = "one set of requests, no interval"
+        if self.hit_rate_low is not None and self.hit_rate_high is not None:
+            spread = f"95 %: {100 * self.hit_rate_low:.1f} to {100 * self.hit_rate_high:.1f}"
+        here = f"{100 * self.hit_rate:.1f} % of prompt blocks hit ({spread}), of at most {most} at any size"
         if not self.is_reached:
             least = f"No size here serves {100 * self.target:g} % of what any size could"
             return f"{least}; {size} {device} serve {100 * share:.1f} %: {here}."
@@ -222,6 +227,8 @@ def recommendation(curve: SizeCurve, target: float) -> Recommendation:
         bool(reached),
         curve.sizes[at],
         pool[at].hit_rate,
+        pool[at].hit_rate_low,
+        pool[at].hit_rate_high,
         most,
         curve.rates[OPT][at].hit_rate,
         None if is_last else curve.sizes[at + 1],
