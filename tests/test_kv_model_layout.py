@@ -88,6 +88,21 @@ def test_what_is_not_understood_is_refused_by_name(change: dict[str, Any], messa
         model_layout("m", GQA | change)
 
 
+@pytest.mark.parametrize("kinds", [["full"] * 3, ["full", "half", "shared", "full"], "full"])
+def test_indexers_that_are_told_wrongly_are_refused(tmp_path: Any, kinds: Any) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**MODELS["glm-5"], "num_hidden_layers": 4, "indexer_types": kinds}))
+    with pytest.raises(UserError, match=f"^--kv-layout {path}: indexer_types"):
+        layout_of(str(path), None, 1)
+
+
+def test_a_layer_count_that_no_model_has_is_refused(tmp_path: Any) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**DSA, "num_hidden_layers": 10**15}))
+    with pytest.raises(UserError, match="num_hidden_layers 1000000000000000: at most 10000"):
+        layout_of(str(path), None, 1)
+
+
 def test_a_number_format_without_kernels_is_refused() -> None:
     with pytest.raises(UserError, match="--kv-dtype fp32: with an indexer use fp8 or bf16"):
         model_layout("m", DSA, "fp32")

@@ -163,6 +163,12 @@ def test_sizes_that_are_named_and_one_workload_of_a_file(tmp_path: Path) -> None
     assert record["intervals"]["over"] == "conversations"
 
 
+def test_a_folder_that_holds_something_is_named_once(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "mine").touch()
+    code = study("size", "--kv-layout", "glm-5", "--output-dir", tmp_path)
+    check_mistake(capsys, code, f"error: {tmp_path}: holds something already")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -171,6 +177,7 @@ def test_sizes_that_are_named_and_one_workload_of_a_file(tmp_path: Path) -> None
         (("--gib", 0), "--gib: different sizes above 0: 0"),
         (("--gib", 0.001), "--gib: 1.0 MiB is less than a block"),
         (("--gib", 1, 1.001), "--gib: two sizes hold the same number of blocks"),
+        (("--gib", 1e12), "blocks"),
         (("--target", 101), "--target 101: a share in percent"),
         (("--routing", "prefix-affine"), "--routing divides requests over replicas"),
         (("--replicas", 10_000), "--replicas 10000: there are only"),

@@ -21,6 +21,8 @@ from dsatrace.kv.layout import named_layouts
 DTYPE_BYTES = {"fp8": 1, "bf16": 2, "fp16": 2, "fp32": 4}
 _CONFIG_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
+MAX_LAYERS = 10_000
+
 INDEXED = ("deepseek_v32", "glm_moe_dsa")
 LATENT = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
 GROUPED = (
@@ -97,6 +99,8 @@ def model_layout(
         known = ", ".join((*INDEXED, *LATENT, *GROUPED))
         raise UserError(f"{where}: model_type {kind!r} is not known here; known are {known}")
     layers = _whole(where, values, "num_hidden_layers")
+    if layers > MAX_LAYERS:
+        raise UserError(f"{where}: num_hidden_layers {layers}: at most {MAX_LAYERS} are taken for a model's")
     if kind in GROUPED:
         dtype = dtype or _own_dtype(where, values)
         row = _grouped(where, values, layers, dtype, tensor_parallel)

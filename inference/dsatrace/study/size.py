@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dsatrace.errors import UserError
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.study.requests import StudyRequests, block_trace
+from dsatrace.study.run import LARGEST
 from dsatrace.study.spread import Kind, pooled, with_intervals
 from dsatrace.study.sweep import SweepSettings, policy_runs, sweep
 from dsatrace.study.sweep_cells import COUNTED, LRU, OPT, OVERALL, POOL, Cell, Cells, Given, pool_cells
@@ -111,6 +112,8 @@ def settings_of(
         raise UserError(
             f"--gib: {size_text(sizes[0])} is less than a block, which has {size_text(block_bytes)}"
         )
+    if capacities[-1] > LARGEST:
+        raise UserError(f"--gib: {size_text(sizes[-1])} is more than {LARGEST:,} blocks")
     if len(set(capacities)) != len(capacities):
         raise UserError(f"--gib: two sizes hold the same number of blocks of {size_text(block_bytes)}")
     runs = policy_runs([LRU])

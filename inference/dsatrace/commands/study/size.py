@@ -20,7 +20,7 @@ from dsatrace.commands.study.sweep import num_workers
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.files import read_json
 from dsatrace.flags import Flag, add_flags
-from dsatrace.kv.model_layout import DTYPE_BYTES, INDEXED, MODELS, ModelLayout, model_layout
+from dsatrace.kv.model_layout import DTYPE_BYTES, INDEXED, MAX_LAYERS, MODELS, ModelLayout, model_layout
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.model.hf_config import indexer_types
 from dsatrace.study.output_folder import OutputFolder
@@ -147,12 +147,15 @@ def layout_of(spec: str, dtype: str | None, tensor_parallel: int) -> ModelLayout
             raise UserError(f"{name}: not a JSON object; give a model's config.json")
         if "dim" in values:  # the demo's spelling
             values = {**values, "model_type": "deepseek_v32", "num_hidden_layers": values.get("n_layers")}
-    if values.get("model_type") in INDEXED and type(values.get("num_hidden_layers")) is int:
+    layers = values.get("num_hidden_layers")
+    if values.get("model_type") in INDEXED and type(layers) is int and layers <= MAX_LAYERS:
         try:
-            kinds = indexer_types(values)
+            kinds = indexer_types(values) or ["full"] * layers
         except ValueError as error:
             raise UserError(f"--kv-layout {spec}: {error}") from error
-        num_index_layers = None if kinds is None else kinds.count("full")
+        if len(kinds) != layers or not {"full", "shared"}.issuperset(map(str, kinds)):
+            raise UserError(f"--kv-layout {spec}: indexer_types: name {layers} layers, each full or shared")
+        num_index_layers = kinds.count("full")
     return model_layout(spec, values, dtype, tensor_parallel, num_index_layers)
 
 
