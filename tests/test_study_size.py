@@ -151,9 +151,11 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: Any) -> None:
     with (tmp_path / "out" / "size.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(record["curve"])
     assert (tmp_path / "out" / "size.png").stat().st_size > 10_000
-    assert study("report", tmp_path / "out") == 0
+    assert study("report", tmp_path / "out", "--output-dir", tmp_path / "again") == 0
+    assert (tmp_path / "again" / "size.png").stat().st_size > 10_000
     again = " ".join(capsys.readouterr().out.split())
     assert f"{chosen['hit_rate'] * 100:.2f}" in again and "no limit" in again
+    assert advice["text"] in again
 
 
 def test_sizes_that_are_named_and_one_workload_of_a_file(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def _grids(study: str, path: Path) -> Iterator[Grid]:
         yield explain_grid(lines, record["cache"])
         yield rejected_grid({"trace": record["rejected"]})
     elif "curve" in record:
-        yield size_grid(record["curve"])
+        yield size_grid(record["curve"], record["recommendation"]["text"])
     elif "cells" in record:
         cells = [_of(Cell, row) for row in record["cells"]]
         yield from mixed_grids(cells) if study == "mixed" else sweep_grids(cells)

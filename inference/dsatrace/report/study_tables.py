@@ -209,7 +209,7 @@ def sweep_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
         )
 
 
-def size_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
+def size_grid(rows: Sequence[Mapping[str, Any]], note: str = "") -> Grid:
     """The curve of `study size`: a row per size, the last one without a limit; a column per policy."""
     by_size: dict[int | None, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
@@ -234,7 +234,7 @@ def size_grid(rows: Sequence[Mapping[str, Any]]) -> Grid:
             (first, number(any_row["capacity_blocks"], ","), *rates, number(any_row["rejected"], ","))
         )
     title = f"Hit rate in % of {rows[0]['accesses']:,} prompt blocks, by cache on one device"
-    return Grid(title, ("per device", "blocks", *policies, "rejected requests"), lines)
+    return Grid(title, ("per device", "blocks", *policies, "rejected requests"), lines, note=note)
 
 
 def mixed_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
