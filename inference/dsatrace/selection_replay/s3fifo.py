@@ -40,13 +40,13 @@ class _State(NamedTuple):
 
 def s3fifo(steps: Steps, size: int, start: Start) -> Replayed:
     params = POLICIES["s3-fifo"].params
-    most_ghosts = int(params["ghost"] * size)
+    most_ghosts, passed = int(params["ghost"] * size), scratch(steps)
     of_id = np.full((steps.num_ids, 4), NO_GHOST, np.int32)
     of_id[:, USED] = ABSENT
     state = _State(
         of_id=of_id,
         ring=np.empty((2, size), np.int32),
-        passed=scratch(steps),
+        passed=passed,
         counts=np.zeros((2, 5), np.int64),
         ghosts=np.empty(2 * most_ghosts + 1, np.int32),
         ghost_counts=np.zeros(3, np.int64),
@@ -55,7 +55,7 @@ def s3fifo(steps: Steps, size: int, start: Start) -> Replayed:
         most_ghosts=most_ghosts,
         threshold=params["threshold"],
     )
-    return walked(_walk, steps, size, start, size, state, scratch(steps)[0])
+    return walked(_walk, steps, size, start, size, state, np.empty_like(passed[0]))
 
 
 @njit(nogil=True)
