@@ -28,12 +28,14 @@ from dsatrace.engine.settings import EngineSettings, RunSettings
 from dsatrace.engine.simulator import open_simulator, replay
 from dsatrace.files import write_json
 from dsatrace.model.convert import convert_checkpoint
+from dsatrace.report.workload_tables import workload_tables
 from dsatrace.runner.model_runner import ModelRunner
 from dsatrace.runner.sampler import Sampler
 from dsatrace.schema import MANIFEST_FILE, REQUEST_FIELDS, REQUESTS_FILE, SUMMARY_FILE, problems
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.request_totals import RequestTotals
-from dsatrace.trace.summarize import summarize_runs
+from dsatrace.trace.summarize import sum_runs, summarize_runs
+from dsatrace.trace.summed_runs import Shard, merge_shards, write_shard
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.requests import PlainRequests
 from dsatrace.verify.run import verify
@@ -320,10 +322,19 @@ def test_a_run_that_ended_its_answers_does_not_resume_without(
 Spoil = Callable[[dict[str, Any], dict[str, Any], list[dict[str, Any]]], object]
 
 
+@pytest.fixture(params=("full", "blocks", "stats"))
+def thin(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    return _golden(tmp_path / "run", request.param)
+
+
 @pytest.fixture
 def golden(tmp_path: Path) -> Path:
+    return _golden(tmp_path / "run", "full")
+
+
+def _golden(folder: Path, level: str) -> Path:
     """A run with `--min-new-tokens 3`: r1 stops by itself, r0 and r2 have gone on past their answers."""
-    folder = write_golden(tmp_path / "run")
+    write_golden(folder, level=level)
     lines = read_lines(folder, REQUESTS_FILE)
     for line in lines:
         line["answer_tokens"] = {"r0": 1, "r1": 3, "r2": 2}[line["request_id"]]
@@ -361,6 +372,42 @@ def test_a_run_past_its_answers_is_verified(golden: Path) -> None:
     assert RunReader(golden).summary()["past_answer"]["past_steps"] == past > 0
 
 
+def test_the_answers_recall_ends_with_it(thin: Path) -> None:
+    """Of r2's 5 decode steps in 3 layers, 2 say its answer, at every level and in a sum of shards too."""
+    summary = RunReader(thin).summary()
+    told = [summary[name] for name in ("needle_recall", "needle_recall_past")]
+    shares: list[list[float]] = [[], []]
+    for record in RunReader(thin).steps():
+        if record["request_id"] == "r2" and record["phase"] == "decode":
+            shares[record["step_idx"] >= 2].append(record["needle"]["selected"] / record["needle"]["tokens"])
+    num_layers = len(told[0]["per_layer"])
+    assert [len(found) for found in shares] == [2 * num_layers, 3 * num_layers]
+    for recall, found in zip(told, shares, strict=True):
+        assert (recall["records"], recall["mean"]) == (len(found), pytest.approx(sum(found) / len(found)))
+    assert verify(thin).state == "complete"
+    shard = thin.parent / "0.json"
+    write_shard(shard, sum_runs([thin], [""]), Shard(0, 1, ("run",)))
+    merged, _ = merge_shards([shard])
+    assert [merged[name] for name in ("needle_recall", "needle_recall_past")] == told
+
+
+def test_an_older_run_pools_both(golden: Path) -> None:
+    summary = RunReader(golden).summary()
+    parts = [summary["needle_recall"], summary.pop("needle_recall_past")]
+    count = sum(part["records"] for part in parts)
+    pooled = {
+        name: sum(part[name] * part["records"] for part in parts) / count for name in ("mean", "random_mean")
+    }
+    layers = zip(*(part["per_layer"] for part in parts), strict=True)
+    share = parts[0]["records"] / count
+    pooled["per_layer"] = [said * share + past * (1 - share) for said, past in layers]
+    write_json(golden / SUMMARY_FILE, summary | {"needle_recall": {"records": count, **pooled}})
+    assert verify(golden).state == "complete"
+    (grid,) = (grid for grid in workload_tables(RunReader(golden).summary()) if "tokens that" in grid.title)
+    past = summary["past_answer"]
+    assert f"{past['past_steps']} of {past['decode_steps']} steps past the answers among them" in grid.title
+
+
 @pytest.mark.parametrize(
     ("spoil", "field"),
     [
@@ -377,6 +424,12 @@ def test_a_run_past_its_answers_is_verified(golden: Path) -> None:
         (lambda manifest, summary, lines: manifest["answer_end"].update(min_new_tokens=0), "answer_end"),
         (lambda manifest, summary, lines: summary["past_answer"].update(past_steps=0), "past_answer"),
         (lambda manifest, summary, lines: summary.pop("past_answer"), "past_answer"),
+        (lambda manifest, summary, lines: summary["needle_recall"].update(mean=0.0), "needle_recall.mean"),
+        (lambda manifest, summary, lines: summary.pop("needle_recall_past"), "needle_recall."),
+        (
+            lambda manifest, summary, lines: summary["needle_recall_past"].update(records=0),
+            "needle_recall_past.records",
+        ),
     ],
 )
 def test_a_false_end_is_found(golden: Path, spoil: Spoil, field: str) -> None:

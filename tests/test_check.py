@@ -126,3 +126,9 @@ def test_what_is_read_and_left_is_said(capsys: Any, monkeypatch: pytest.MonkeyPa
         "check: 1.0 MiB read, 2.0 MiB left",
         "check: 3.0 MiB read, 0.0 KiB left",
     ]
+    monkeypatch.setattr(progress, "LINE_INTERVAL_S", 30.0)
+    for size in (1 << 20, 2 << 30):
+        with progress.amount_bar("look through", size) as advance:
+            advance(0)
+            advance(1)
+    assert capsys.readouterr().err.splitlines() == ["look through: 0.0 KiB read, 2.0 GiB left"]

@@ -184,6 +184,20 @@ def test_a_long_text_is_left_in_the_file(tmp_path: Path) -> None:
         assert [{key: whole(value) for key, value in one.items()} for one in found] == records
 
 
+def test_looking_through_is_seen_from_the_first_window(
+    tmp_path: Path, ids: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte once, before any row is checked."""
+    from dsatrace.captures import json_responses
+
+    monkeypatch.setattr(json_responses, "_WINDOW_BYTES", 1000)
+    path = write_responses(tmp_path / "responses.jsonl", response(ids, PROMPT), response(ids, PROMPT))
+    seen: list[int] = []
+    open_captures([path], "sglang", Description(layers="2", top_k=K), seen.append)
+    size = path.stat().st_size
+    assert seen == [1000] * (size // 1000) + [size % 1000] * (size % 1000 > 0) and len(seen) > 3
+
+
 def test_a_line_that_is_large_beside_its_texts(tmp_path: Path, capsys: Any) -> None:
     from dsatrace.captures import json_responses
 

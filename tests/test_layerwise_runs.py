@@ -437,16 +437,34 @@ def test_a_bad_line_is_named(
     assert reason in said and ("row 0 (line 1)" in said or "transcript r0" in said)
 
 
-def test_a_data_set_by_name_has_its_recorded_answers(tiny_hf: Path, tmp_path: Path) -> None:
+SAMPLES = ROOT / "inference" / "dsatrace" / "workloads" / "samples"
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "said"),
+    [
+        ("sharegpt", ("--sharegpt-json", SAMPLES / "sharegpt_sample.json"), "sharegpt_sample.json"),
+        (
+            "longbenchv2",
+            ("--longbenchv2-json", SAMPLES / "longbench_v2_sample.json"),
+            "longbench_v2_sample.json",
+        ),
+        ("ruler", ("--ruler-generate", "--ruler-length", "512"), "generator"),
+    ],
+    ids=["sharegpt", "longbenchv2", "ruler"],
+)
+def test_a_data_set_by_name_has_its_recorded_answers(
+    tiny_hf: Path, tmp_path: Path, name: str, source: tuple[object, ...], said: str
+) -> None:
     command = [
-        *("--weights", str(tiny_hf), "--transcripts", "sharegpt", "--no-hub", "--limit", "2"),
+        *("--weights", str(tiny_hf), "--transcripts", name, "--no-hub", "--limit", "2"),
         *("--layers", "0", "--rows", "answer", "--out", str(tmp_path / "run"), "--device", "cpu"),
+        *map(str, source),
     ]
-    sample = ROOT / "inference" / "dsatrace" / "workloads" / "samples" / "sharegpt_sample.json"
-    assert main([*command, "--sharegpt-json", str(sample)]) == 0
+    assert main(command) == 0
     verify(tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / REQUESTS_FILE).read_text().splitlines()]
     assert len(lines) == 2 and all(line["num_output_tokens"] > 1 for line in lines)
     assert [line["labels"]["transcript"] for line in lines] == ["foreign", "foreign"]
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    assert "sharegpt_sample.json" in manifest["data_source"]
+    assert said in manifest["data_source"]

@@ -56,7 +56,27 @@ def test_it_tells_what_was_run_and_no_text(name: str) -> None:
 
 def test_the_report_reads_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert report([str(TRACE / "2k"), "--no-figure"]) == 0
-    assert "decode steps past the answer" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    assert "decode steps past the answer" in out
+    assert "156 sparse decode records, up to the answers' ends)" in out
+    assert "│ 1 │ 59.8% │ 10.1% │" in out
+    assert "past the answers: 15.9%, of 1892 records" in out
+
+
+def test_the_selected_answer_is_that_of_the_answers_steps() -> None:
+    run = RunReader(TRACE / "2k")
+    ends = {line["request_id"]: line["answer_tokens"] for line in run.requests()}
+    shares: dict[bool, list[float]] = {False: [], True: []}
+    for record in run.steps():
+        if record["layer_id"] == 1 and record["phase"] == "decode":
+            needle = record["needle"]
+            shares[record["step_idx"] >= ends[record["request_id"]]].append(
+                needle["selected"] / needle["tokens"]
+            )
+    summary = run.summary()
+    for name, found in (("needle_recall", shares[False]), ("needle_recall_past", shares[True])):
+        assert summary[name]["per_layer"][1] == pytest.approx(sum(found) / len(found))
+        assert summary[name]["records"] == NUM_LAYERS * len(found)
 
 
 def test_the_readme_has_its_figures() -> None:

@@ -117,7 +117,8 @@ def test_the_same_run_gives_the_same_bytes_and_says_what_they_say(page, made, tm
     assert again.stat().st_size < 2_000_000
     first = ".warnings li, .verdict, [aria-labelledby=curve-title] .answer"
     shown = page.value(f"[...document.querySelectorAll('{first}')].map((one) => one.textContent.trim())")
-    assert capsys.readouterr().out.splitlines() == [*shown, f"page: {again}"]
+    said = capsys.readouterr().out.replace("`", "")  # which mark commands, shown as code on the page
+    assert said.splitlines() == [*shown, f"page: {again}"]
 
 
 @pytest.mark.parametrize("name", ["hostile", "compared"])
@@ -354,6 +355,44 @@ def test_it_fits_the_screen(browser, pages, name, width, dark):
             page.value(f"{OPEN}({json.dumps(opened)})")
             assert page.value("document.documentElement.scrollWidth") <= width
             assert page.value(OVERLAPS) == []
+
+
+HIDDEN = """[...document.querySelectorAll(".lying .scroll")].map((frame) => [
+    frame.scrollWidth - frame.clientWidth,
+    Math.max(...[...frame.querySelectorAll("text")].map((one) => one.getBoundingClientRect().right))
+        - frame.getBoundingClientRect().right,
+    Math.min(...[...frame.querySelectorAll("text")].map((one) => one.getBoundingClientRect().height)),
+])"""
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_numbers_behind_lying_bars_are_in_sight(browser, pages, width):
+    """Without scrolling, in letters that can be read."""
+    for name, least in (("hostile", 3), ("compared", 0)):
+        with browser.open(pages[name], width=width) as page:
+            frames = page.value(HIDDEN)
+            assert len(frames) >= least
+            for scrolls, beyond, tall in frames:
+                assert scrolls <= 0 and beyond <= 0 and tall >= 11
+            if least:
+                page.value("document.querySelector('.lying .scroll > svg').style.minWidth = '2000px'")
+                assert page.value(HIDDEN)[0][0] > 0  # the check finds a drawing that is too wide
+
+
+ALIGNED = """[...document.querySelectorAll("table")].flatMap((table) =>
+    [...(table.tHead?.rows[0].cells ?? [])].flatMap((head, i) => {
+        const cells = [...table.tBodies[0].rows].map((row) => row.cells[i]).filter((one) => one);
+        const sides = new Set(cells.map((one) => getComputedStyle(one).textAlign));
+        return sides.size === 1 ? [[getComputedStyle(head).textAlign, ...sides]] : [];
+    }))"""
+
+
+@pytest.mark.parametrize("name", ["real", "study"])
+def test_a_columns_name_stands_over_its_numbers(browser, pages, name):
+    with browser.open(pages[name]) as page:
+        page.value(f"{OPEN}(true)")
+        found = page.value(ALIGNED)
+        assert len(found) > 10 and {tuple(one) for one in found} == {("left", "left"), ("right", "right")}
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -75,6 +75,28 @@ def test_a_chart_per_workload_has_a_line_per_policy(sweep: Path, tmp_path: Path)
     assert all(row["GiB"] is None for row in page.table("policies-sweep"))
 
 
+def test_a_policy_looks_the_same_in_all_results(sweep: Path, tmp_path: Path) -> None:
+    """Two results that order fifo and s3-fifo differently, and one of a single capacity, drawn in bars."""
+    record = json.loads((sweep / "sweep.json").read_bytes())
+    other = {"fifo": "s3-fifo", "s3-fifo": "fifo"}
+    swapped = [cell | {"policy": other.get(cell["policy"], cell["policy"])} for cell in record["cells"]]
+    least = min(cell["capacity_blocks"] for cell in swapped)
+    single = [cell for cell in swapped if cell["capacity_blocks"] == least and cell["policy"] != "lru"]
+    (tmp_path / "manifest.json").write_bytes((sweep / "manifest.json").read_bytes())
+    for name, cells in (("a", record["cells"]), ("b", swapped), ("c", single)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(record | {"cells": cells}))
+    sections = Page(study_html(tmp_path)).sections()
+    keys = [
+        {line.text: line.first("g").attributes["class"] for line in legend.all("li")}
+        for name in "ab"
+        for legend in sections[f"policies-{name}"].all("ul", class_="legend")
+    ]
+    assert all(one == keys[0] for one in keys) and len(set(keys[0].values())) == len(keys[0]) >= 3
+    chart = next(sections["policies-c"].all("svg", role="img"))
+    bars = [bar.attributes["class"] for bar in chart.all("g")]
+    assert set(bars) == {look for policy, look in keys[0].items() if policy != "lru"}
+
+
 def test_all_tables_of_the_report_are_there(
     sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,7 +127,7 @@ def test_a_study_of_one_capacity_is_told_in_bars(tmp_path: Path) -> None:
     (folder / "other.json").write_text(json.dumps({"none": 1}))
     counts = {"hits": 3, "accesses": 4, "hit_rate": 0.75}
     cells = [cell | counts, cell | counts | {"hit_rate": 1.0, "policy": "opt"}]
-    section = policies_by_capacity(folder / "mixed.json", cells, None, "dsatrace report x")
+    section = policies_by_capacity(folder / "mixed.json", cells, ["lru", "opt"], None, "dsatrace report x")
     page = Page(section.html())
     assert "75.0%" in page.root.text
     assert not list(page.root.all("img"))

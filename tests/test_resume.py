@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import json
 import shutil
@@ -16,6 +18,7 @@ from dsatrace import files
 from dsatrace.errors import UserError
 from dsatrace.files import LineFile
 from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE
+from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.export import export_run
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.resume import prepare_resume
@@ -23,12 +26,14 @@ from dsatrace.trace.tracer import Tracer
 from dsatrace.trace.writer import TraceWriterError
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
+from helpers import resume_samples
 from helpers.golden_run import read_lines, write_lines
 from helpers.killing_disk import Disk, Killed
 from helpers.resume_samples import (
     INFO,
     OUTPUTS,
     REQUESTS,
+    Server,
     answers_of,
     check_summary,
     config_of,
@@ -224,6 +229,36 @@ def check_counted_once(folder: Path, whole: Path) -> None:
         # Who shares a forward with whom is another matter after a seam.
         del found["tracing_cost"], found["step_ms"], found["histograms"]["step_us"], found["counts"]["steps"]
     assert rounded(summary) == rounded(expected)
+
+
+@pytest.mark.parametrize("level", ("full", *LEVELS_BELOW))
+@pytest.mark.parametrize("stop_at", (0, 4, 7))
+def test_what_lies_past_the_answers_stays_apart(
+    tmp_path: Path, level: str, stop_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each answer is one token; a request that was stopped past it is served, and counted, again."""
+    ends = {"min_new_tokens": 0, "ignore_eos": True}
+    asked = [dataclasses.replace(one, needle_positions=(3, 7, 9)) for one in REQUESTS]
+    monkeypatch.setattr(resume_samples, "REQUESTS", asked)
+    monkeypatch.setattr(resume_samples, "INFO", dataclasses.replace(INFO, answer_end=ends))
+    capture, facts = resume_samples.Server.capture, resume_samples.RequestFacts
+
+    def with_needles(server: Server, rows: Any, batch_size: int) -> StepCapture:
+        found = capture(server, rows, batch_size)
+        return dataclasses.replace(found, needles=server.tracer.needles(found.request_ids))
+
+    monkeypatch.setattr(resume_samples.Server, "capture", with_needles)
+    monkeypatch.setattr(resume_samples, "RequestFacts", functools.partial(facts, answer_tokens=1))
+    whole = serve(tmp_path / "whole", level=level)
+    folder = serve(tmp_path / "run", stop_at, level=level)
+    verify(folder)
+    resume(folder, level=level)
+    check_counted_once(folder, whole)
+    summary = RunReader(folder).summary()
+    steps = [num_tokens - 1 for num_tokens in OUTPUTS.values()]
+    said, past = sum(min(one, 1) for one in steps), sum(max(one - 1, 0) for one in steps)
+    for name, num_steps in (("needle_recall", said), ("needle_recall_past", past)):
+        assert summary[name]["records"] == num_steps * resume_samples.NUM_LAYERS > 0
 
 
 @pytest.mark.parametrize("level", LEVELS_BELOW)

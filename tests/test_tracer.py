@@ -20,6 +20,7 @@ from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.manifest import redact_argv
 from dsatrace.trace.reader import RunReader
 from dsatrace.trace.request_facts import RequestFacts
+from dsatrace.trace.summarize import summarize_runs
 from dsatrace.trace.tracer import Tracer
 from dsatrace.trace.writer import TraceWriterError
 from helpers.trace_samples import RUN, SECRET, SampleRequest, config_for, plain_records, sample_capture
@@ -119,6 +120,31 @@ def test_the_tracer_knows_each_requests_answer(tmp_path: Path) -> None:
     assert (line["needle_positions"], line["labels"], line["score"]) == ([5, 7], {"task": "vt"}, 100.0)
     assert run.summary()["needle_recall"]["per_layer"] == [0.5, 0.5]
     assert run.summary()["scores"]["by"] == {"task": {"vt": {"mean": 100.0, "num_scored": 1}}}
+
+
+@pytest.mark.parametrize("level", ["full", "stats"])
+def test_what_it_selects_past_its_answer_is_apart(tmp_path: Path, level: str) -> None:
+    """r0 generates 3 tokens, of which one is its answer; r1 is cut off, and nobody knows its answer."""
+    asked = [dataclasses.replace(request(i), needle_positions=(5, 7)) for i in range(2)]
+    ends = {"min_new_tokens": 3, "ignore_eos": False}
+    info = dataclasses.replace(RUN, model_config={"n_layers": 2, "index_topk": 8}, answer_end=ends)
+    with Tracer(config_for(tmp_path, level=level), info, secret=SECRET) as tracer:
+        prefixes = tuple(tracer.add_request(one) for one in asked)
+        steps = captures(2, prefixes=prefixes, needles=tracer.needles(["r0", "r1"]))
+        for step, first in zip(steps, (5, 6), strict=True):
+            step.positions[:] = [first, 9, 11, 13, 15, 17, 19, 21]
+            tracer.put(step)
+        facts = RequestFacts(num_output_tokens=3, answer_tokens=1, state="length", score=100.0)
+        tracer.finish_request(asked[0], facts)
+    summary = RunReader(tmp_path).summary()
+    assert summary["needle_recall"] | {"random_mean": None} == {
+        "records": 6, "mean": 1 / 3, "random_mean": None, "per_layer": [1 / 3, 1 / 3]
+    }  # fmt: skip
+    assert summary["needle_recall_past"]["per_layer"] == [0.0, 0.0]
+    assert problems(summary, level, TABLES["summary.json"]) == []
+    again = summarize_runs([tmp_path])
+    for name in ("needle_recall", "needle_recall_past"):
+        assert again[name] == summary[name]
 
 
 def one_row(capture: StepCapture) -> dict[str, Any]:

@@ -92,6 +92,13 @@ _SELECTIONS = Field("selections", "string", "", "who selected: model; random_wei
                     "about locality); none (no model ran)")
 _STATE = Field("state", "string", "", "running, complete or incomplete")
 
+_RECALL = (
+    Field("records", "int", "records", "sparse decode records of requests with an answer"),
+    Field("mean", "float | null", "", "mean share per record"),
+    _RANDOM_MEAN,
+    Field("per_layer", "float[] | null", "", "mean of each layer; null where there was no record"),
+)
+
 _STATISTICS = {
     "min": "smallest", "max": "largest", "mean": "arithmetic mean", "p50": "median, nearest rank",
     "p95": "95th percentile, nearest rank", "p99": "99th percentile, nearest rank",
@@ -549,12 +556,11 @@ SUMMARY_FIELDS = (
     Field("layer_overlap", "object", "", "share of a selection that the layer before had too, in the same "
           "step, on the sparse path; layers without an indexer are not compared", children=_OVERLAP),
     Field("needle_recall", "object | null", "", "share of the answer's tokens that a sparse decode record "
-          "selected; null where no answer is known", optional=True, children=(
-        Field("records", "int", "records", "sparse decode records of requests with an answer"),
-        Field("mean", "float | null", "", "mean share per record"),
-        _RANDOM_MEAN,
-        Field("per_layer", "float[] | null", "", "mean of each layer; null where there was no record"),
-    )),
+          "selected, up to the end of the request's answer; null where no answer is known. Past it too where "
+          "`past_answer` stands and `needle_recall_past` does not, as in older runs", optional=True,
+          children=_RECALL),
+    Field("needle_recall_past", "object | null", "", "the same of records past the answers; stands where "
+          "requests have `answer_tokens`", optional=True, children=_RECALL),
     Field("kv_fetch", "object | null", "", "totals per tier; null where no record has it", keys=TIER_NAMES,
           children=_FETCH_TOTALS),
     Field("bytes_read", "object", "bytes", "totals over all records; null where no record tells", children=(

@@ -15,7 +15,7 @@ from typing import Literal
 from dsatrace.captures.description import Description
 from dsatrace.captures.detector import Broken, Detector, Found, PhaseFound
 from dsatrace.captures.formats import FORMATS
-from dsatrace.captures.rows import Advance, Capture, WithoutSets, one_shape, silent_sets
+from dsatrace.captures.rows import Advance, Capture, WithoutSets, one_shape, silent_sets, unwatched
 from dsatrace.errors import UserError
 from dsatrace.text import plain
 from dsatrace.trace.kind import SelectionKind
@@ -156,10 +156,12 @@ def _said(phase: PhaseFound, kind: SelectionKind) -> str:
     return what + (f"; {phase.future:,} with future ids, which are cut" if phase.future else "")
 
 
-def open_captures(paths: Sequence[Path], format: str, described: Description) -> list[Capture]:
-    """Looks through the files for the requests that they hold."""
+def open_captures(
+    paths: Sequence[Path], format: str, described: Description, advance: Advance = unwatched
+) -> list[Capture]:
+    """Looks through the files for the requests that they hold; only text is read for that as a whole."""
     taken: set[str] = set()
-    return [FORMATS[format].open(path, described, taken) for path in paths]
+    return [FORMATS[format].open(path, described, taken, advance) for path in paths]
 
 
 def examine(
@@ -167,7 +169,7 @@ def examine(
     format: str,
     described: Description,
     captures: Sequence[Capture],
-    advance: Advance = lambda num_bytes: None,
+    advance: Advance = unwatched,
 ) -> Examined:
     """Every row through the detector. Raises `UserError` for captures without a row."""
     requests = [request for capture in captures for request in capture.requests]

@@ -19,7 +19,7 @@ import numpy as np
 
 from dsatrace.captures.examine import Examined
 from dsatrace.captures.formats import FORMATS
-from dsatrace.captures.rows import Advance, Capture, CapturedRequest, request_name
+from dsatrace.captures.rows import Advance, Capture, CapturedRequest, request_name, unwatched
 from dsatrace.errors import UserError
 from dsatrace.flags import Flag, check, flags_of
 from dsatrace.kv.layout import named_layouts
@@ -81,7 +81,7 @@ def write_run(
     examined: Examined,
     out: Path,
     settings: ImportSettings | None = None,
-    advance: Advance = lambda num_bytes: None,
+    advance: Advance = unwatched,
     argv: Sequence[str] = (),
 ) -> Imported:
     """Writes the run; `out` must be new or empty. Raises `UserError`, and leaves nothing behind."""

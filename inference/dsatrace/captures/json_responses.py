@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsatrace.captures.rows import Base64Bytes, opened
+from dsatrace.captures.rows import Advance, Base64Bytes, opened, unwatched
 from dsatrace.errors import UserError
 
 SHORT_CHARS = 1 << 10
@@ -48,10 +48,10 @@ class Response(NamedTuple):
     place: str
 
 
-def read_responses(path: Path) -> Iterator[Response]:
+def read_responses(path: Path, advance: Advance = unwatched) -> Iterator[Response]:
     """Raises `UserError` naming the line that is no JSON object, or no list of them."""
     scanner = _Scanner(path)
-    for line in _lines(path, scanner):
+    for line in _lines(path, scanner, advance):
         place = f"{path}: line {line.number}"
 
         def restored(found: dict[str, Any], texts: Sequence[Text] = line.texts) -> Any:
@@ -68,10 +68,11 @@ def read_responses(path: Path) -> Iterator[Response]:
             yield Response(one, f"{place}, response {i + 1}" if len(many) > 1 else place)
 
 
-def _lines(path: Path, scanner: _Scanner) -> Iterator[_Line]:
+def _lines(path: Path, scanner: _Scanner, advance: Advance) -> Iterator[_Line]:
     with opened(path) as file:
         while window := file.read(_WINDOW_BYTES):
             yield from scanner.lines(window)
+            advance(len(window))
     yield from scanner.rest()
 
 

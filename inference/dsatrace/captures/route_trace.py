@@ -19,7 +19,7 @@ import numpy as np
 
 from dsatrace.captures.description import Description, layers_text
 from dsatrace.captures.npy import array_request
-from dsatrace.captures.rows import CHUNK_BYTES, Advance, CapturedRequest, Chunk, check_row, opened
+from dsatrace.captures.rows import CHUNK_BYTES, Advance, CapturedRequest, Chunk, check_row, opened, unwatched
 from dsatrace.errors import UserError
 
 _MOST_LINE_BYTES = 1 << 16
@@ -49,12 +49,12 @@ class _Found:
 class TraceCapture:
     """The requests of a trace, one after the other."""
 
-    def __init__(self, path: Path, described: Description, taken: set[str]) -> None:
+    def __init__(self, path: Path, described: Description, taken: set[str], advance: Advance) -> None:
         self._path = path
         self._layers: list[int] = []
         self._width = 0
         self.notes: list[str] = []
-        found = self._look_through(is_one=described.prompt_tokens is not None)
+        found = self._look_through(described.prompt_tokens is not None, advance)
         self.shape = len(self._layers), self._width
         check_row(self.shape, str(path))
         self.said: dict[str, str] = {"layers": layers_text(self._layers)} if found else {}
@@ -67,12 +67,13 @@ class TraceCapture:
                 array_request(name, place, one.num_rows, described, taken, first=0, prompt_tokens=prompt)
             )
 
-    def _look_through(self, is_one: bool) -> list[_Found]:
+    def _look_through(self, is_one: bool, advance: Advance) -> list[_Found]:
         """The requests, and of all rows the layers and the width. `is_one`: there is one request."""
         found: list[_Found] = []
         call, in_call = -1, 0
         for lines in self._rows():
             self._check(lines)
+            advance(sum(line.num_bytes for line in lines))
             if not found:
                 found.append(_Found())
             if lines[0].call != call:
@@ -145,8 +146,10 @@ class TraceCapture:
             self.notes.append(f"{self._path}: 1 row left out: the trace ends within it")
 
 
-def open_trace(path: Path, described: Description, taken: set[str]) -> TraceCapture:
-    return TraceCapture(path, described, taken)
+def open_trace(
+    path: Path, described: Description, taken: set[str], advance: Advance = unwatched
+) -> TraceCapture:
+    return TraceCapture(path, described, taken, advance)
 
 
 def _lines(path: Path) -> Iterator[_Line]:

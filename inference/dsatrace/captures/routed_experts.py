@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dsatrace.captures.description import Description
 from dsatrace.captures.json_responses import read_responses
-from dsatrace.captures.rows import Capture
+from dsatrace.captures.rows import Advance, Capture, unwatched
 from dsatrace.captures.sglang import meta_capture
 from dsatrace.captures.vllm import choices_capture
 from dsatrace.errors import UserError
@@ -21,13 +21,16 @@ from dsatrace.errors import UserError
 _NAME = "routed_experts"
 
 
-def open_responses(path: Path, described: Description, taken: set[str]) -> Capture:
+def open_responses(
+    path: Path, described: Description, taken: set[str], advance: Advance = unwatched
+) -> Capture:
     first = next(iter(read_responses(path)), None)
     if first is not None and isinstance(first.record.get("meta_info"), Mapping):
-        return meta_capture(path, described, taken, _NAME, _missing, start="routed_experts_start_len")
+        start = "routed_experts_start_len"
+        return meta_capture(path, described, taken, _NAME, _missing, advance, start)
     if first is not None and "choices" not in first.record:
         raise UserError(_missing(first.place))
-    return choices_capture(path, described, taken, _NAME, _missing)
+    return choices_capture(path, described, taken, _NAME, _missing, advance)
 
 
 def _missing(place: str) -> str:

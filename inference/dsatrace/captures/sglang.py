@@ -16,21 +16,23 @@ import numpy as np
 from dsatrace.captures.description import Description
 from dsatrace.captures.json_responses import base64_source, read_responses
 from dsatrace.captures.npy import array_request
-from dsatrace.captures.rows import ArrayCapture, ArrayRows, CapturedRequest, check_row
+from dsatrace.captures.rows import Advance, ArrayCapture, ArrayRows, CapturedRequest, check_row, unwatched
 from dsatrace.errors import UserError
 
 _NAME = "indexer_topk"
 STATES = {"stop": "stop", "length": "length", "abort": "aborted"}
 
 
-def open_responses(path: Path, described: Description, taken: set[str]) -> ArrayCapture:
+def open_responses(
+    path: Path, described: Description, taken: set[str], advance: Advance = unwatched
+) -> ArrayCapture:
     def missing(place: str) -> str:
         return (
             f"{place}: no meta_info.{_NAME}; start the server with --enable-return-indexer-topk, and send "
             "return_indexer_topk: true to its native /generate; the OpenAI routes lack the field"
         )
 
-    return meta_capture(path, described, taken, _NAME, missing)
+    return meta_capture(path, described, taken, _NAME, missing, advance)
 
 
 def meta_capture(
@@ -39,6 +41,7 @@ def meta_capture(
     taken: set[str],
     name: str,
     missing: Callable[[str], str],
+    advance: Advance,
     start: str = "",
 ) -> ArrayCapture:
     """Plain int32 that stands in field `name` of each response's `meta_info`, from the position on that
@@ -49,7 +52,7 @@ def meta_capture(
         raise UserError(f"{flag} is missing: SGLang's response does not say it; see the model's config")
     shape = len(layers) * (described.heads or 1), described.top_k
     requests, arrays, from_cache = list[CapturedRequest](), list[ArrayRows](), 0
-    for record, place in read_responses(path):
+    for record, place in read_responses(path, advance):
         meta = record.get("meta_info")
         if not isinstance(meta, Mapping) or meta.get(name) is None:
             raise UserError(missing(place))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from dsatrace.captures.description import Description
 from dsatrace.captures.json_responses import base64_source, read_responses
 from dsatrace.captures.npy import array_request, npy_rows
-from dsatrace.captures.rows import ArrayCapture, ArrayRows, CapturedRequest
+from dsatrace.captures.rows import Advance, ArrayCapture, ArrayRows, CapturedRequest, unwatched
 from dsatrace.captures.sglang import STATES, count
 from dsatrace.errors import UserError
 
@@ -33,22 +33,29 @@ class Choice(NamedTuple):
     start: int | None  # position of the first row, where the response says it
 
 
-def open_responses(path: Path, described: Description, taken: set[str]) -> ArrayCapture:
+def open_responses(
+    path: Path, described: Description, taken: set[str], advance: Advance = unwatched
+) -> ArrayCapture:
     def missing(place: str) -> str:
         return (
             f"{place}: no choice with {_NAME}; no release of vLLM returns it, only its pull request 49555, "
             "started with --enable-return-indexer-topk"
         )
 
-    return choices_capture(path, described, taken, _NAME, missing)
+    return choices_capture(path, described, taken, _NAME, missing, advance)
 
 
 def choices_capture(
-    path: Path, described: Description, taken: set[str], name: str, missing: Callable[[str], str]
+    path: Path,
+    described: Description,
+    taken: set[str],
+    name: str,
+    missing: Callable[[str], str],
+    advance: Advance,
 ) -> ArrayCapture:
     """Arrays in numpy's format that stand in field `name` of each choice."""
     requests, arrays = list[CapturedRequest](), list[ArrayRows]()
-    for response, place in read_responses(path):
+    for response, place in read_responses(path, advance):
         for choice in choices(response, place, f"{path.stem}-{len(requests)}"):
             if choice.record.get(name) is None:
                 raise UserError(missing(choice.place))

@@ -15,9 +15,6 @@ from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.flags import add_flags, values_of
 from dsatrace.text import plain
-from dsatrace.units import size_text
-
-_LARGE_BYTES = 1 << 30
 
 if TYPE_CHECKING:
     from dsatrace.captures.examine import Examined
@@ -83,12 +80,14 @@ def examine_files(args: argparse.Namespace) -> Examined:
     """Looks through the files that the flags name, showing progress."""
     from dsatrace.captures.description import Description
     from dsatrace.captures.examine import examine, open_captures
+    from dsatrace.captures.formats import FORMATS
     from dsatrace.commands.progress import amount_bar
 
     described = Description.of(args, args.describe)
-    size = sum(path.stat().st_size for path in args.files if path.is_file())
-    if size >= _LARGE_BYTES:
-        print(f"looking through {size_text(size)} for requests ...", file=sys.stderr, flush=True)
-    captures = open_captures(args.files, args.format, described)
+    is_text = FORMATS[args.format].is_text
+    size = sum(path.stat().st_size for path in args.files if path.is_file()) if is_text else 0
+    with amount_bar("look through", size) as advance:
+        advance(0)
+        captures = open_captures(args.files, args.format, described, advance)
     with amount_bar("check", sum(one.num_bytes for one in captures)) as advance:
         return examine(args.files, args.format, described, captures, advance)

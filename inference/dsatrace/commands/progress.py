@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 Advance = Callable[[int], None]
 LINE_INTERVAL_S = 30.0
 """Between lines off a terminal."""
+_LARGE_BYTES = 1 << 30
+"""Of which the first line is said at once."""
 
 
 @contextlib.contextmanager
@@ -66,13 +69,14 @@ def totals_bar(
 def amount_bar(label: str, total: int) -> Iterator[Advance]:
     """Yields a function to be told how many more of `total` bytes were read.
 
-    A bar on a terminal; off it a line now and then that says what was read and what is left.
+    A bar on a terminal; off it a line now and then that says what was read and what is left, of a GiB or
+    more from the first call on.
     """
     if _is_watched():
         with _bar(label, total, *_byte_columns()) as update:
             yield lambda amount: update(advance=amount)
         return
-    done, said = 0, time.monotonic()
+    done, said = 0, -math.inf if total >= _LARGE_BYTES else time.monotonic()
 
     def advance(amount: int) -> None:
         nonlocal done, said

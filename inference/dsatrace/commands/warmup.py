@@ -18,15 +18,15 @@ from dsatrace.commands.parser import CommandParser, count
 from dsatrace.errors import exits_cleanly
 from dsatrace.jit import kept_in
 
-PARTS = ("trace", "stores", "study", "replay")
+PARTS = ("trace", "import", "stores", "study", "replay")
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandParser(
         "warmup",
-        "Compile the kernels that the trace, the stores, the study and the replay use, and keep them for "
-        "later runs.",
+        "Compile the kernels that the trace, import, the stores, the study and the replay use, and keep them "
+        "for later runs.",
         examples="""
         %(prog)s
         %(prog)s --for trace
@@ -51,12 +51,14 @@ def _jobs(part: str) -> list[Callable[[], str]]:
     """What can be compiled side by side."""
     if part == "trace":
         return [_trace]
+    if part == "import":
+        return [_detector]
     if part == "stores":
         from dsatrace.kv.tiers.residency import COMPILED_POLICIES
 
         return [_stores, *(functools.partial(_tier_policy, name) for name in COMPILED_POLICIES)]
     if part == "replay":
-        return [_locality, _policies_of_sets]
+        return [_locality, _policies_of_sets, _reader]
     from dsatrace.kv.policies.registry import POLICIES
 
     return [_pool, _lru_at_all_sizes, *(functools.partial(_policy, name) for name in POLICIES)]
@@ -67,6 +69,16 @@ def _trace() -> str:
 
     compile_kernels()
     return "the trace's writer"
+
+
+def _detector() -> str:
+    import numpy as np
+
+    from dsatrace.captures.detector import Detector
+    from dsatrace.trace.kind import engine_kind
+
+    Detector(engine_kind(1, 1)).add("any", first=0, prompt_tokens=1, ids=np.zeros((1, 1, 1), np.int32))
+    return "the detector of captures"
 
 
 def _stores() -> str:
@@ -115,13 +127,27 @@ def _policy(name: str) -> str:
 
 def _lru_at_all_sizes() -> str:
     from dsatrace.kv.policies.bypass import bypassing_hits
+    from dsatrace.kv.policies.reuse import reuse_profile
     from dsatrace.kv.policies.stack_distance import lru_hits_at
     from dsatrace.kv.policies.stream import AccessStream
 
     stream = AccessStream.of([[0, 1], [0, 2]])
     lru_hits_at(stream, [1, 2])
     bypassing_hits(stream, stream.lengths, 2)
-    return "LRU at all sizes, and the bound of any cache"
+    reuse_profile(AccessStream.of([[0]], workloads=["any"]))
+    return "LRU at all sizes, the bound of any cache, and the profile of reuse"
+
+
+def _reader() -> str:
+    """As arrow gives ids; those that may be written to are compiled with the locality."""
+    import numpy as np
+
+    from dsatrace.trace.selections import copy_runs
+
+    ids, ends = np.zeros(1, np.int32), np.array([0, 1])
+    ids.flags.writeable = False
+    copy_runs(ids, ends[:-1], ends[1:], ends[:-1], np.empty(1, np.int32))
+    return "the reader of selections"
 
 
 def _locality() -> str:

@@ -145,10 +145,10 @@ KEYS: dict[str, Row] = {
     "index_n_heads": _to("index_n_heads"),
     "index_head_dim": _to("index_head_dim"),
     "index_topk": _to("index_topk"),
-    "indexer_types": _read("_indexer_types", _LAYER_KINDS),
-    "index_topk_pattern": _read("_indexer_types", _LAYER_KINDS),
-    "index_topk_freq": _read("_indexer_types", _LAYER_KINDS),
-    "index_skip_topk_offset": _read("_indexer_types", "the first layer that index_topk_freq may skip"),
+    "indexer_types": _read("indexer_types", _LAYER_KINDS),
+    "index_topk_pattern": _read("indexer_types", _LAYER_KINDS),
+    "index_topk_freq": _read("indexer_types", _LAYER_KINDS),
+    "index_skip_topk_offset": _read("indexer_types", "the first layer that index_topk_freq may skip"),
     "layer_types": _must_be(
         lambda v: ["indexed_attention"] * v["num_hidden_layers"], "every layer's attention is sparse"
     ),
@@ -247,7 +247,7 @@ def fields_of(values: Values) -> dict[str, Any]:
     if isinstance(num_layers, int) and num_layers > MAX_LAYERS:
         raise ValueError(f"num_hidden_layers {num_layers}: a model has at most {MAX_LAYERS} layers here")
     fields |= _understood(KEYS, values, "")
-    fields |= {"n_dense_layers": _num_dense_layers(values), "indexer_types": _indexer_types(values)}
+    fields |= {"n_dense_layers": _num_dense_layers(values), "indexer_types": indexer_types(values)}
     return fields | _rope_fields(values) | _dtype_fields(values)
 
 
@@ -347,7 +347,7 @@ def _num_dense_layers(values: Values) -> int:
     return num_dense
 
 
-def _indexer_types(values: Values) -> list[str] | None:
+def indexer_types(values: Values) -> list[str] | None:
     """full or shared per layer: from a list, a pattern, or every n-th. None: every layer is full."""
     num_layers = values["num_hidden_layers"]
     kinds = values.get("indexer_types")

@@ -33,6 +33,7 @@ from .panels import (
 from .run_subject import MAX_STEPS, RunSubject, several
 from .tables import Summary, caveat, model_name
 from .tier_tables import TIER_TITLES, tiers_of
+from .workload_tables import steps_of_recall
 
 MAX_ROWS = 512
 """Rows of the map, of one block or of several: the most selected of them is shown."""
@@ -206,7 +207,7 @@ def _overlap(axes: Any, subject: RunSubject) -> list[str]:
 def _needle_recall(axes: Any, subject: RunSubject) -> list[str]:
     _by_layer(axes, subject, 0, subject.summary["needle_recall"], "measured", "random selector (k / N)")
     axes.set_ylabel("share of the answer's tokens")
-    return subject.facts()
+    return [*subject.facts(), *steps_of_recall(subject.summary)]
 
 
 def _by_layer(axes: Any, subject: RunSubject, i: int, section: Summary, label: str, baseline: str) -> None:

@@ -20,8 +20,9 @@ import numpy as np
 
 from ..study.compare import Comparison
 from ..study.output_folder import OutputFolder, file_labels
-from ..study.sweep_cells import BYPASS, OPT, OVERALL, POOL, Cell
+from ..study.sweep_cells import BYPASS, LRU, OPT, OVERALL, POOL, Cell
 from ..text import for_picture
+from ..units import size_text
 from .drawing import picture, plain_label, whole_numbers
 
 Series = Mapping[str, np.ndarray]
@@ -134,6 +135,39 @@ def draw_capacities(path: Path, workload: str, policy: str, cells: Sequence[Cell
         rejected = max(cell.rejected for cell in chosen)
         note = f"; up to {rejected:,} of {chosen[0].requests:,} requests rejected as too long"
         figure.suptitle(f"{plain_label(workload)} under {plain_label(policy)}{note if rejected else ''}")
+
+
+def draw_size(path: Path, about: str, record: Mapping[str, Any]) -> None:
+    """Hit rates of the policies against bytes of cache on one device; the size to take stands out."""
+    rows, advice, layout = record["curve"], record["recommendation"], record["layout"]
+    unlimited = next(row["hit_rate"] for row in rows if row["bytes_per_device"] is None)
+    sizes = sorted({row["bytes_per_device"] for row in rows if row["bytes_per_device"] is not None})
+    with _picture(path, (8, 5)) as (figure, (axes,)):
+        axes.axhline(unlimited, color="gray", linestyle=":", label=f"{POOL}, no limit: {unlimited:.1%}")
+        styles = {POOL: ("o-", "C0", 2.4), LRU: ("s--", "C1", 1.2), OPT: ("^-", "C2", 1.2)}
+        for name, (style, color, width) in styles.items():
+            cells = sorted(
+                (row for row in rows if row["policy"] == name), key=lambda row: row["bytes_per_device"]
+            )
+            rates = [row["hit_rate"] for row in cells]
+            axes.plot(sizes, rates, style, color=color, linewidth=width, label=name, markersize=4)
+            if name == POOL and cells[0]["hit_rate_low"] is not None:
+                ends = ([row[f"hit_rate_{end}"] for row in cells] for end in ("low", "high"))
+                axes.fill_between(sizes, *ends, color=color, alpha=0.15, label=f"{name}, 95 % interval")
+        if advice["is_reached"]:
+            chosen = advice["bytes_per_device"]
+            axes.axvline(chosen, color="black", linewidth=1, label=f"recommended: {size_text(chosen)}")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [size_text(each) for each in sizes], rotation=30, ha="right", fontsize=8)
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
+        axes.set(xlabel="cache on one device", ylabel="hit rate (of full prompt blocks)", ylim=(0, None))
+        several = f", {record['replicas']} replicas" if record["replicas"] > 1 else ""
+        model = for_picture(f"{layout['name']}, {layout['dtype']}")
+        axes.set_title(f"Prefix cache of {model}, blocks of {rows[0]['block_size']} tokens{several}")
+        axes.legend(loc="best", fontsize=9)
+        axes.grid(alpha=0.3)
+        figure.suptitle(_lines(about), fontsize=9)
 
 
 def draw_mixed(path: Path, cells: Sequence[Cell]) -> None:

@@ -35,6 +35,7 @@ from .study_tables import (
     notes_of,
     rejected_grid,
     run_grids,
+    size_grid,
     sweep_grids,
 )
 
@@ -81,6 +82,10 @@ def draw_again(folder: Path, output: OutputFolder) -> Iterator[str]:
                 cells = [_of(Cell, row) for row in record["cells"]]
                 draw = figures.draw_all_mixed if manifest["study"] == "mixed" else figures.draw_all_capacities
                 yield from map(str, draw(output, cells))
+            elif "curve" in record:
+                picture = output.file("size.png")
+                figures.draw_size(picture, about, record)
+                yield str(picture)
             elif isinstance(record.get("metrics", {}).get("num_requests"), dict):
                 title = f"{about}, {cache_text(record['cache'])}"
                 picture = output.file(f"comparison{suffix}.png")
@@ -128,6 +133,8 @@ def _grids(study: str, path: Path) -> Iterator[Grid]:
         lines = [_of(Definition, line | {"name": name}) for name, line in record["definitions"].items()]
         yield explain_grid(lines, record["cache"])
         yield rejected_grid({"trace": record["rejected"]})
+    elif "curve" in record:
+        yield size_grid(record["curve"], record["recommendation"]["text"])
     elif "cells" in record:
         cells = [_of(Cell, row) for row in record["cells"]]
         yield from mixed_grids(cells) if study == "mixed" else sweep_grids(cells)

@@ -15,9 +15,10 @@ from ..study.engine_check import EngineCheck
 from ..study.explain import Definition
 from ..study.measure import Value
 from ..study.metrics import UNITS
-from ..study.sweep_cells import BYPASS, OPT, OVERALL
+from ..study.sweep_cells import BYPASS, OPT, OVERALL, POOL
 from ..study.sweep_cells import Cell as SweepCell
 from .grid import NONE, Cell, Grid, number
+from .grid import size as bytes_cell
 
 HEADLINES = (
     "num_requests", "prompt_tokens", "sharing_fraction_mean", "sharing_fraction_median",
@@ -206,6 +207,34 @@ def sweep_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
             ("policy", *(f"{capacity:,} blocks" for capacity in capacities)),
             rows,
         )
+
+
+def size_grid(rows: Sequence[Mapping[str, Any]], note: str = "") -> Grid:
+    """The curve of `study size`: a row per size, the last one without a limit; a column per policy."""
+    by_size: dict[int | None, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        by_size.setdefault(row["bytes_per_device"], {})[row["policy"]] = row
+    policies = [
+        name
+        for name in dict.fromkeys(row["policy"] for row in rows)
+        if name in by_size[rows[0]["bytes_per_device"]]
+    ]
+    lines = []
+    for size_bytes, cells in by_size.items():
+        any_row = next(iter(cells.values()))
+        first = Cell("no limit", None) if size_bytes is None else bytes_cell(size_bytes)
+        of_each = [
+            cells.get(name, any_row if size_bytes is None and name == POOL else {}) for name in policies
+        ]
+        rates = (
+            _with_interval(row.get("hit_rate"), row.get("hit_rate_low"), row.get("hit_rate_high"), ".2f")
+            for row in of_each
+        )
+        lines.append(
+            (first, number(any_row["capacity_blocks"], ","), *rates, number(any_row["rejected"], ","))
+        )
+    title = f"Hit rate in % of {rows[0]['accesses']:,} prompt blocks, by cache on one device"
+    return Grid(title, ("per device", "blocks", *policies, "rejected requests"), lines, note=note)
 
 
 def mixed_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:

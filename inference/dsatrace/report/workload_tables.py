@@ -26,8 +26,9 @@ DURATIONS = (
 
 def workload_tables(summary: Summary) -> Iterator[Grid]:
     """A section that the summary lacks, as in an older run, has no table."""
+    if recall := summary.get("needle_recall"):
+        yield _recall(recall, summary)
     sections = {
-        "needle_recall": _recall,
         "scores": _scores,
         "past_answer": _past_answer,
         "serving": _serving,
@@ -39,8 +40,19 @@ def workload_tables(summary: Summary) -> Iterator[Grid]:
             yield table(section)
 
 
-def _recall(recall: Summary) -> Grid:
-    title = f"Share of the answer's tokens that a step selected ({recall['records']} sparse decode records)"
+def steps_of_recall(summary: Summary) -> Iterator[str]:
+    """Which steps `needle_recall` counts, where some may lie past the answers."""
+    if "needle_recall_past" in summary:
+        yield "up to the answers' ends"
+    elif past := summary.get("past_answer"):  # an older run's
+        yield f"{past['past_steps']:,} of {past['decode_steps']:,} steps past the answers among them"
+
+
+def _recall(recall: Summary, summary: Summary) -> Grid:
+    which = ", ".join([f"{recall['records']} sparse decode records", *steps_of_recall(summary)])
+    title = f"Share of the answer's tokens that a step selected ({which})"
+    past = summary.get("needle_recall_past")
+    note = f"past the answers: {percent(past['mean'])}, of {past['records']} records" if past else ""
     random = percent(recall["random_mean"])
     layers = [
         (number(layer), percent(share), random)
@@ -48,7 +60,8 @@ def _recall(recall: Summary) -> Grid:
         if share is not None
     ]
     rows = [("all", percent(recall["mean"]), random), *layers]
-    return Grid(title, ("layer", "measured", "random selector (k / N)"), rows, most=MAX_ROWS + 1)
+    columns = ("layer", "measured", "random selector (k / N)")
+    return Grid(title, columns, rows, note=note, most=MAX_ROWS + 1)
 
 
 def _scores(scores: Summary) -> Grid:

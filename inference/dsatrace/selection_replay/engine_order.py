@@ -20,25 +20,14 @@ import numpy as np
 from numba import njit
 
 from dsatrace.jit import cached_njit
-from dsatrace.selection_replay.replayed import ABSENT, BEFORE, Replayed, largest_step, num_first
+from dsatrace.selection_replay.replayed import ABSENT, BEFORE, Replayed, scratch, walked
 from dsatrace.selection_replay.steps import Start, Steps
 
 
 def engine_order(steps: Steps, size: int, start: Start) -> Replayed:
-    misses = np.zeros(steps.num_steps, np.int64)
-    scratch = np.empty((2, largest_step(steps) + 1), np.int32)  # one more: written before it is known
-    evictions = _walk(
-        *steps.arrays(),
-        np.require(steps.visible, np.int64, ["C", "W"]),
-        steps.counted,
-        num_first(steps, size, start),
-        np.full(steps.num_ids, ABSENT, np.int32),
-        np.empty(size + 1, np.int32),
-        scratch[0],
-        scratch[1],
-        misses,
-    )
-    return Replayed(misses, evictions)
+    visible = np.require(steps.visible, np.int64, ["C", "W"])
+    used, order = np.full(steps.num_ids, ABSENT, np.int32), np.empty(size + 1, np.int32)
+    return walked(_walk, steps, size, start, visible, used, order, *scratch(steps))
 
 
 @njit(nogil=True)
@@ -53,9 +42,9 @@ def _hold_first(order: np.ndarray, used: np.ndarray, num_first: int) -> None:
 def _walk(
     ids: np.ndarray,
     ptr: np.ndarray,
-    visible: np.ndarray,
     counted: np.ndarray,
     num_first: int,
+    visible: np.ndarray,
     used: np.ndarray,
     order: np.ndarray,
     missed: np.ndarray,

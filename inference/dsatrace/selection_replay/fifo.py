@@ -9,24 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from dsatrace.jit import cached_njit
-from dsatrace.selection_replay.replayed import ABSENT, BEFORE, Replayed, largest_step, num_first
+from dsatrace.selection_replay.replayed import ABSENT, BEFORE, Replayed, scratch, walked
 from dsatrace.selection_replay.steps import Start, Steps
 
 
 def fifo(steps: Steps, size: int, start: Start) -> Replayed:
-    misses = np.zeros(steps.num_steps, np.int64)
-    scratch = np.empty((2, largest_step(steps) + 1), np.int32)  # one more: written before it is known
-    evictions = _walk(
-        *steps.arrays(),
-        steps.counted,
-        num_first(steps, size, start),
-        np.full(steps.num_ids, ABSENT, np.int32),
-        np.empty(size, np.int32),
-        scratch[0],
-        scratch[1],
-        misses,
-    )
-    return Replayed(misses, evictions)
+    used = np.full(steps.num_ids, ABSENT, np.int32)
+    return walked(_walk, steps, size, start, used, np.empty(size, np.int32), *scratch(steps))
 
 
 @cached_njit(nogil=True, _nrt=False)

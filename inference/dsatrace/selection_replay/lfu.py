@@ -16,7 +16,7 @@ from numba import njit
 
 from dsatrace.jit import cached_njit
 from dsatrace.selection_replay.bits import ONE, lowest_bit
-from dsatrace.selection_replay.replayed import ABSENT, BEFORE, Replayed, largest_step, num_first
+from dsatrace.selection_replay.replayed import ABSENT, BEFORE, Replayed, scratch, walked
 from dsatrace.selection_replay.steps import Start, Steps
 
 
@@ -33,21 +33,10 @@ OLDER, NEWER, USES, USED = range(4)
 
 def lfu(steps: Steps, size: int, start: Start) -> Replayed:
     num_lists = steps.num_steps + 1  # a step adds one use
-    misses = np.zeros(steps.num_steps, np.int64)
     node = np.full((steps.num_ids + num_lists, 4), ABSENT, np.int32)
     node[:, OLDER] = node[:, NEWER] = np.arange(len(node))
-    scratch = np.empty((2, largest_step(steps) + 1), np.int32)  # one more: written before it is known
-    evictions = _walk(
-        *steps.ascending().arrays(),
-        steps.counted,
-        size,
-        num_first(steps, size, start),
-        _Uses(node, np.zeros((num_lists >> 6) + 1, np.uint64), steps.num_ids),
-        scratch[0],
-        scratch[1],
-        misses,
-    )
-    return Replayed(misses, evictions)
+    uses = _Uses(node, np.zeros((num_lists >> 6) + 1, np.uint64), steps.num_ids)
+    return walked(_walk, steps.ascending(), size, start, size, uses, *scratch(steps))
 
 
 @njit(nogil=True)
@@ -92,8 +81,8 @@ def _walk(
     ids: np.ndarray,
     ptr: np.ndarray,
     counted: np.ndarray,
-    size: int,
     num_first: int,
+    size: int,
     state: _Uses,
     missed: np.ndarray,
     hits: np.ndarray,

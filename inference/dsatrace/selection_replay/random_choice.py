@@ -9,25 +9,16 @@ import numpy as np
 
 from dsatrace.jit import cached_njit
 from dsatrace.kv.policies.ordered import splitmix64
-from dsatrace.selection_replay.replayed import Replayed, largest_step, num_first
+from dsatrace.selection_replay.replayed import Replayed, scratch, walked
 from dsatrace.selection_replay.steps import Start, Steps
 
 NOWHERE = -1
 
 
 def random_choice(steps: Steps, size: int, start: Start, seed: int) -> Replayed:
-    misses = np.zeros(steps.num_steps, np.int64)
-    evictions = _walk(
-        *steps.arrays(),
-        steps.counted,
-        num_first(steps, size, start),
-        np.full(steps.num_ids, NOWHERE, np.int32),
-        np.empty(size, np.int32),
-        np.empty(largest_step(steps) + 1, np.int32),
-        np.array([seed & (2**64 - 1)], np.uint64),
-        misses,
-    )
-    return Replayed(misses, evictions)
+    place, held = np.full(steps.num_ids, NOWHERE, np.int32), np.empty(size, np.int32)
+    state = np.array([seed & (2**64 - 1)], np.uint64)
+    return walked(_walk, steps, size, start, place, held, scratch(steps)[0], state)
 
 
 @cached_njit(nogil=True, _nrt=False)

@@ -14,7 +14,7 @@ from numba import njit
 from dsatrace.jit import cached_njit
 from dsatrace.kv.policies.registry import POLICIES
 from dsatrace.kv.policies.s3fifo import MAIN, MOST_USES, SMALL, s3fifo_limits
-from dsatrace.selection_replay.replayed import ABSENT, BEFORE, Replayed, largest_step, num_first
+from dsatrace.selection_replay.replayed import ABSENT, BEFORE, Replayed, scratch, walked
 from dsatrace.selection_replay.steps import Start, Steps
 
 USED, QUEUE, USES, GHOST = range(4)
@@ -40,15 +40,13 @@ class _State(NamedTuple):
 
 def s3fifo(steps: Steps, size: int, start: Start) -> Replayed:
     params = POLICIES["s3-fifo"].params
-    misses = np.zeros(steps.num_steps, np.int64)
-    largest = largest_step(steps) + 1
-    most_ghosts = int(params["ghost"] * size)
+    most_ghosts, passed = int(params["ghost"] * size), scratch(steps)
     of_id = np.full((steps.num_ids, 4), NO_GHOST, np.int32)
     of_id[:, USED] = ABSENT
     state = _State(
         of_id=of_id,
         ring=np.empty((2, size), np.int32),
-        passed=np.empty((2, largest), np.int32),
+        passed=passed,
         counts=np.zeros((2, 5), np.int64),
         ghosts=np.empty(2 * most_ghosts + 1, np.int32),
         ghost_counts=np.zeros(3, np.int64),
@@ -57,10 +55,7 @@ def s3fifo(steps: Steps, size: int, start: Start) -> Replayed:
         most_ghosts=most_ghosts,
         threshold=params["threshold"],
     )
-    first = num_first(steps, size, start)
-    scratch = np.empty(largest, np.int32)
-    evictions = _walk(*steps.arrays(), steps.counted, size, first, state, scratch, misses)
-    return Replayed(misses, evictions)
+    return walked(_walk, steps, size, start, size, state, np.empty_like(passed[0]))
 
 
 @njit(nogil=True)
@@ -172,8 +167,8 @@ def _walk(
     ids: np.ndarray,
     ptr: np.ndarray,
     counted: np.ndarray,
-    size: int,
     num_first: int,
+    size: int,
     state: _State,
     missed: np.ndarray,
     misses: np.ndarray,

@@ -84,6 +84,8 @@ class OutputFolder:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.write_json(default, record)
             write_json(path, record)
+        except UserError:
+            raise
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path}: cannot write: {reason}; name another --output-file") from error
@@ -117,6 +119,8 @@ def check_output(path: Path) -> None:
                 f"{path}: holds something already, and results are never overwritten; "
                 "name a new or empty folder with --output-dir"
             )
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot use the folder: {reason}; name another with --output-dir") from error

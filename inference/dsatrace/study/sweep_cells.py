@@ -293,7 +293,8 @@ def bypass_cells(trace: str, given: Given, capacity: int) -> Cells:
 
 def pool_cells(trace: str, given: Given, capacity: int, concurrency: int) -> Cells:
     """vLLM's block pool with `capacity` usable blocks; it rejects prompts that are too long."""
-    result = replay(given.trace, ReplayConfig(capacity, concurrency=concurrency))
+    room = min(capacity, max(1, given.trace.num_blocks_at_most))  # more is never used, and takes memory
+    result = replay(given.trace, ReplayConfig(room, concurrency=concurrency))
     served = _Served.at(given, capacity, "reject")
     assert np.array_equal(served.mask, result.served), "the pool and the policies reject different requests"
     hits = given.summed(result.hit_tokens // given.trace.block_size)

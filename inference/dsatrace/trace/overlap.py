@@ -19,7 +19,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -168,6 +168,33 @@ def count_needles(
     return NeedleCounts(end - first, selected)
 
 
+class Recall(NamedTuple):
+    """What a record selected of the answer's tokens."""
+
+    layer: int
+    tokens: int
+    selected: int
+    visible: int
+    k: int  # positions it selects, of those visible
+
+
+def recalls(
+    counts: NeedleCounts,
+    layer: np.ndarray,
+    seq_len: np.ndarray,
+    num_tokens: np.ndarray,
+    counted: np.ndarray,
+) -> list[Recall | None]:
+    """Arrays are (R,); `counted` marks the sparse decode records. None of the others, and of those without
+    a needle."""
+    found: list[Recall | None] = [None] * len(layer)
+    places = np.flatnonzero(counted & (counts.tokens > 0))
+    columns = (layer, counts.tokens, counts.selected, seq_len, num_tokens)
+    for place, *numbers in zip(places.tolist(), *(x[places].tolist() for x in columns), strict=True):
+        found[place] = Recall(*numbers)
+    return found
+
+
 class RecallTotals:
     """Sums over sparse decode records; exact, so they merge by addition in any order."""
 
@@ -176,23 +203,11 @@ class RecallTotals:
         self._records = Counter[int]()  # by layer
         self._random = Counter[tuple[int, int]]()  # (k, N) -> records
 
-    def add(
-        self,
-        counts: NeedleCounts,
-        layer: np.ndarray,
-        seq_len: np.ndarray,
-        num_tokens: np.ndarray,
-        counted: np.ndarray,
-    ) -> None:
-        """Arrays are (R,); `counted` marks the sparse decode records; those without a needle add nothing."""
-        counted = counted & (counts.tokens > 0)
-        columns = (layer, counts.tokens, counts.selected, seq_len, num_tokens)
-        for one_layer, tokens, selected, visible, k in zip(
-            *(x[counted].tolist() for x in columns), strict=True
-        ):
-            self._selected[one_layer, tokens] += selected
-            self._records[one_layer] += 1
-            self._random[k, visible] += 1
+    def add(self, recall: Recall, sign: Literal[1, -1] = 1) -> None:
+        """Sign -1 takes a record off that was added."""
+        self._selected[recall.layer, recall.tokens] += sign * recall.selected
+        self._records[recall.layer] += sign
+        self._random[recall.k, recall.visible] += sign
 
     def merge(self, other: RecallTotals) -> None:
         self._selected.update(other._selected)
@@ -204,7 +219,7 @@ class RecallTotals:
         total = self._records.total()
         if not total:
             return None
-        sums = {layer: self._sum(layer) for layer in self._records}
+        sums = {layer: self._sum(layer) for layer, count in self._records.items() if count}
         random = math.fsum(k * count / visible for (k, visible), count in self._random.items())
         return {
             "records": total,

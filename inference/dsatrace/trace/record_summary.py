@@ -25,7 +25,7 @@ from dsatrace.schema import FETCH_TOTALS, OFFLOADED_FETCH, TIER_NAMES
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.histogram import Histogram
 from dsatrace.trace.kind import SelectionKind
-from dsatrace.trace.overlap import NeedleCounts
+from dsatrace.trace.overlap import NeedleCounts, recalls
 from dsatrace.trace.records import StepRecords, cached_blocks
 from dsatrace.trace.statistics import count_blocks, fused_statistics
 from dsatrace.trace.summary import Summary, context_blocks, recency_blocks, uniform_blocks
@@ -67,6 +67,7 @@ class RunShape:
     kind: SelectionKind  # of the selections
     index_bytes: int  # per token and layer
     offloaded: bool = False  # the manifest has `tiers`
+    goes_on: bool = False  # the manifest has `answer_end`; columns of the records then tell `request_id`
 
     @property
     def top_k(self) -> int:
@@ -84,7 +85,10 @@ class RecordSummary(Summary):
         serving: Mapping[str, Any] | None = None,
     ) -> None:
         kind = None if shape.kind.is_exact else shape.kind
-        super().__init__(compared_block_sizes, selections, serving, offloaded=shape.offloaded, kind=kind)
+        offloaded, goes_on = shape.offloaded, shape.goes_on
+        super().__init__(
+            compared_block_sizes, selections, serving, offloaded=offloaded, kind=kind, goes_on=goes_on
+        )
         self._shape = shape
         self._forward_idx: int | None = None
         self._contexts = Histogram()  # positions visible to sparse records below level full
@@ -219,7 +223,9 @@ class RecordSummary(Summary):
         decode = np.asarray(columns["step_idx"]) >= 0
         layer = np.asarray(columns["layer_id"])
         num_tokens = np.full(len(layer), self._shape.top_k)
-        self.recall.add(NeedleCounts(tokens, selected), layer, seq_len, num_tokens, sparse & decode)
+        found = recalls(NeedleCounts(tokens, selected), layer, seq_len, num_tokens, sparse & decode)
+        nobody = [""] * len(found)  # whose they are counts only where answers end before their requests
+        self.add_recalls(found, columns.get("request_id", nobody), columns["step_idx"])
 
     def _add_baselines(self) -> None:
         """Once per context length, so that the sums do not depend on the pieces."""

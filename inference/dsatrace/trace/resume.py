@@ -305,7 +305,8 @@ def _summary(folder: Path, found: _Found, on_records: OnRecords) -> Summary:
         # Killed before the first step: there is nothing that only a summary could tell.
         selections, serving = run.manifest["selections"], run.manifest.get("serving")
         sizes = TraceConfig.compared_block_sizes
-        summary = Summary(sizes, selections, serving, offloaded=is_offloaded(run))
+        goes_on = "answer_end" in run.manifest
+        summary = Summary(sizes, selections, serving, offloaded=is_offloaded(run), goes_on=goes_on)
         if run.manifest["trace"]["level"] != "full":
             summary.shares = Shares(sizes)
         for line in run.requests():

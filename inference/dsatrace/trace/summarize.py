@@ -177,10 +177,13 @@ def _add_thin_records(run: RunReader, summary: RecordSummary, level: str, on_rec
 def _columns(run: RunReader, level: str) -> Iterator[Mapping[str, Any]]:
     """The records below level full, chunk by chunk, as columns."""
     of_tiers = TIER_FIELDS if is_offloaded(run) else ()
-    if level == "stats" and (numbers := run.numbers((*NUMBER_FIELDS, *of_tiers))) is not None:
+    goes_on = "answer_end" in run.manifest  # whose record it is tells whether it lies past the answer
+    fields = (*(BLOCK_FIELDS if level == "blocks" else NUMBER_FIELDS), *of_tiers)
+    if level == "stats" and not goes_on and (numbers := run.numbers(fields)) is not None:
         yield from numbers
         return
-    fields = (*(BLOCK_FIELDS if level == "blocks" else NUMBER_FIELDS), *of_tiers)
+    if level == "stats" and goes_on:
+        fields += ("request_id",)
     records = _steps(run, fields)
     while chunk := list(itertools.islice(records, CHUNK_RECORDS)):
         yield columns_of(chunk, fields)
@@ -245,14 +248,15 @@ def _steps(run: RunReader, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
 def _shape(run: RunReader) -> RunShape:
     manifest = run.manifest
     block_size = manifest["trace"]["block_size_tokens"]
+    is_other = is_offloaded(run), "answer_end" in manifest
     if manifest["selections"] == "none":  # no model, no selection, no record
-        return RunShape(block_size, SelectionKind(()), index_bytes=0, offloaded=is_offloaded(run))
+        return RunShape(block_size, SelectionKind(()), 0, *is_other)
     layout = next(x for x in manifest["cache_layouts"] if x["name"] == manifest["cache_layout"])
     kind = selection_kind(manifest)
     if kind is None:
         raise UserError(f"{run.folder}: the manifest's model_config has no index_topk, the k of its top-k")
     index_bytes = layout["index_bytes_per_token"]
-    return RunShape(block_size, kind, index_bytes, is_offloaded(run))
+    return RunShape(block_size, kind, index_bytes, *is_other)
 
 
 def is_offloaded(run: RunReader) -> bool:

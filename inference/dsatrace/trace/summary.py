@@ -12,7 +12,8 @@ thread.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from dsatrace.schema import FETCH_TOTALS, OFFLOADED_FETCH, SCHEMA_VERSION, TIER_
 from dsatrace.trace.histogram import ExactSum, Histogram, ValueCounts
 from dsatrace.trace.kernels import compile_kernels, count_offsets
 from dsatrace.trace.kind import SelectionKind
-from dsatrace.trace.overlap import RecallTotals, SelectionOverlap
+from dsatrace.trace.overlap import Recall, RecallTotals, SelectionOverlap, recalls
 from dsatrace.trace.records import StepRecords
 from dsatrace.trace.request_totals import RequestTotals
 from dsatrace.trace.statistics import count_blocks, of_request
@@ -129,9 +130,10 @@ class Summary:
         *,
         offloaded: bool = False,
         kind: SelectionKind | None = None,
+        goes_on: bool = False,
     ) -> None:
         """`serving` is the manifest's; `offloaded`: the manifest has `tiers`; `kind`: of another door than
-        the engine's."""
+        the engine's; `goes_on`: the manifest has `answer_end`, so requests may go on past their answers."""
         compile_kernels()
         self.selections = selections
         self.sections: Sections = {"tiers": None, "workload": None}
@@ -143,7 +145,9 @@ class Summary:
         self.step_us = ValueCounts()
         self.blocks_at = [BlocksAtSize(size) for size in compared_block_sizes]
         self.overlap = SelectionOverlap()
-        self.recall = RecallTotals()
+        self.recall, self.recall_past = RecallTotals(), RecallTotals()  # up to the answers' ends, and past
+        # Of unfinished requests, by step; None: no answer ends before its request.
+        self._recalled: dict[str, list[tuple[int, Recall]]] | None = {} if goes_on else None
         self.requests = RequestTotals(serving)
         fetched = FETCH_TOTALS + (OFFLOADED_FETCH if offloaded else ())
         self.kind = kind
@@ -186,6 +190,7 @@ class Summary:
         self.counts["requests"] += 1
         self.requests.add(request)
         request_id = request["request_id"]
+        self._end_recall(request)
         self.overlap.forget(request_id)
         if self.shares is not None:
             self.shares.end(request)
@@ -207,6 +212,7 @@ class Summary:
         self.overlap.step.merge(other.overlap.step)
         self.overlap.layer.merge(other.overlap.layer)
         self.recall.merge(other.recall)
+        self.recall_past.merge(other.recall_past)
         self.requests.merge(other.requests)
         if self.sections["workload"] != other.sections["workload"]:
             self.sections["workload"] = None
@@ -245,6 +251,7 @@ class Summary:
             "step_overlap": self.overlap.step.to_json(),
             "layer_overlap": self.overlap.layer.to_json(),
             "needle_recall": self.recall.to_json(),
+            **({"needle_recall_past": self.recall_past.to_json()} if "past_answer" in of_requests else {}),
             "kv_fetch": {name: dict(totals) for name, totals in self.fetch.items()} or None,
             "bytes_read": {
                 "without_indexer_scan": latents,
@@ -266,6 +273,24 @@ class Summary:
             },
             **({"unfinished": self.shares.to_json()} if self.shares is not None else {}),
         }
+
+    def add_recalls(
+        self, found: Sequence[Recall | None], request_ids: Sequence[str], step_idx: Sequence[int]
+    ) -> None:
+        """Counts records as of the answer, until `finish_request` tells where it ended."""
+        for recall, request_id, step in zip(found, request_ids, step_idx, strict=True):
+            if recall is not None:
+                self.recall.add(recall)
+                if self._recalled is not None:
+                    self._recalled.setdefault(request_id, []).append((step, recall))
+
+    def _end_recall(self, request: Mapping[str, Any]) -> None:
+        """Counts apart what the request selected past its answer."""
+        found = self._recalled.pop(request["request_id"], ()) if self._recalled else ()
+        for step, recall in found:
+            if step >= request.get("answer_tokens", math.inf):
+                self.recall.add(recall, -1)
+                self.recall_past.add(recall)
 
     @property
     def known_sparse_active(self) -> int | None:
@@ -302,7 +327,9 @@ class Summary:
                 at_size.add(step)
         if step.needles is not None and step.capture.phase != "prefill":
             contexts = np.repeat(seq_len, step.num_sets)
-            self.recall.add(step.needles, step.layer, contexts, stats.num_tokens, sparse)
+            found = recalls(step.needles, step.layer, contexts, stats.num_tokens, sparse)
+            whose = (step.capture.request_ids, step.capture.step_idx)
+            self.add_recalls(found, *(np.repeat(x, step.num_sets).tolist() for x in whose))
         request_ids, step_idx, visible = step.capture.request_ids, step.capture.step_idx, step.visible
         by_request = sparse.reshape(-1, step.num_sets)
         for b in np.flatnonzero(by_request.any(axis=1)).tolist():

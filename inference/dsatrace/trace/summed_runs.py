@@ -29,11 +29,11 @@ from dsatrace.trace.request_totals import RequestTotals
 from dsatrace.trace.summary import BlocksAtSize, Summary
 from dsatrace.trace.unfinished import Share, Shares
 
-SHARD_VERSION = 1
+SHARD_VERSION = 2
 _FIELDS = (
     *("selections", "sections", "counts", "dropped_steps", "dense", "ratios", "step_us", "blocks_at"),
-    *("recall", "requests", "fetch", "sparse_active", "scan_bytes", "shares", "prefix_cache_cold_starts"),
-    *("_running", "_hot"),
+    *("recall", "recall_past", "requests", "fetch", "sparse_active", "scan_bytes", "shares"),
+    *("prefix_cache_cold_starts", "_running", "_hot"),
 )
 """Of a `Summary`, all that `merge` adds, beside its overlaps and the kind of its selections."""
 _OVERLAPS = ("step", "layer")

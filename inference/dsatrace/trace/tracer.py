@@ -88,7 +88,14 @@ class Tracer:
         # Compiles the kernels, if this machine has not yet: before the run, not in its first step.
         deriver = RecordDeriver(config, run.layouts[0], tiers_of(run), True, run.shared_layers, run.kind)
         sizes, has_tiers = config.compared_block_sizes, run.tiers is not None
-        summary = Summary(sizes, run.selections, run.serving, offloaded=has_tiers, kind=run.kind)
+        summary = Summary(
+            sizes,
+            run.selections,
+            run.serving,
+            offloaded=has_tiers,
+            kind=run.kind,
+            goes_on=run.answer_end is not None,
+        )
         if config.level != "full":
             summary.shares = Shares(sizes)
         if resumed is not None:

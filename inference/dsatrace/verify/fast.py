@@ -34,7 +34,7 @@ from dsatrace.verify.fast_summary import FastSummary
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.order import Sharing
 from dsatrace.verify.plain_record import fetch_from_hbm
-from dsatrace.verify.requests import RequestLine
+from dsatrace.verify.requests import RequestLine, answers
 from dsatrace.verify.row import Row
 from dsatrace.verify.rules import Rules
 
@@ -137,7 +137,7 @@ class ChunkChecks:
         self.steps = steps
         self.rules, self._requests = rules, requests
         self._needles = {name: known.needle_positions for name, known in requests.items()}
-        self._new_totals = functools.partial(FastSummary, rules, block_sizes)
+        self._new_totals = functools.partial(FastSummary, rules, block_sizes, answers(requests))
         self._new_moved = functools.partial(TierTotals, rules, since_forward)
         self._shapes: set[Any] = set()
         kind = rules.selections

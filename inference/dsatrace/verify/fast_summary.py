@@ -27,13 +27,16 @@ Record = Mapping[str, Any]
 class FastSummary(PlainSummary):
     """The same totals, added up in numpy."""
 
-    def __init__(self, rules: Rules, block_sizes: Sequence[int]) -> None:
+    def __init__(
+        self, rules: Rules, block_sizes: Sequence[int], answers: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__(
             top_k=rules.top_k,
             block_sizes=block_sizes,
             level=rules.level,
             offloaded=rules.tiers is not None,
             kind=rules.selections,
+            answers=answers,
         )
         self._overlaps: FastOverlaps = FastOverlaps(rules.level == "full", rules.selections)
         self._chosen: Chosen | None = None  # of the record under way; None below level full

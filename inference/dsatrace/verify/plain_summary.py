@@ -46,11 +46,14 @@ def summarize(
     offloaded: bool = False,
 ) -> dict[str, Any]:
     """The record of summary.json of full-level records and the lines of requests.jsonl."""
-    totals, lines = PlainSummary(top_k=top_k, block_sizes=block_sizes, offloaded=offloaded), PlainRequests()
-    for record in records:
-        totals.add(record)
+    lines, answers = PlainRequests(), {}
     for request in requests:
         lines.add(request)
+        if "answer_tokens" in request:
+            answers[request["request_id"]] = request["answer_tokens"]
+    totals = PlainSummary(top_k=top_k, block_sizes=block_sizes, offloaded=offloaded, answers=answers)
+    for record in records:
+        totals.add(record)
     return totals.to_json(lines, state=state, selections=selections)
 
 
@@ -65,8 +68,10 @@ class PlainSummary:
         level: Level = "full",
         offloaded: bool = False,
         kind: Selections = ENGINES,
+        answers: Mapping[str, int] | None = None,
     ) -> None:
-        """`offloaded`: the manifest has `tiers`; `kind`: what the ids are."""
+        """`offloaded`: the manifest has `tiers`; `kind`: what the ids are; `answers`: the tokens of each
+        answer that its request may have gone on past."""
         self._kind = kind
         self.sparse_active = 0  # sparse records whose set is not just the newest ids
         self.level = level
@@ -87,7 +92,9 @@ class PlainSummary:
         self._hottest: dict[str, list[dict[str, int]]] = {}  # those that ended
         self._blocks = [_BlocksTouched(size, top_k, kind) for size in block_sizes]
         self._overlaps = Overlaps(with_tokens=level == "full", kind=kind)
-        self._recalls = Recalls()
+        self._answers = answers or {}
+        self._recalls, self._recalls_past = Recalls(), Recalls()
+        self._pools_recalls = False
 
     def add(self, record: Record) -> None:
         located = self._kind.is_located
@@ -131,7 +138,8 @@ class PlainSummary:
                 at_size.add(record, self.num_blocks(record, at_size.size))
         self._overlaps.add(record)
         if record["phase"] != "prefill" and "needle" in record:
-            self._recalls.add(record)
+            is_past = record["step_idx"] >= self._answers.get(record["request_id"], math.inf)
+            (self._recalls_past if is_past else self._recalls).add(record)
 
     def _is_newest(self, record: Record) -> bool:
         """Whether the set is the newest ids and no others, up to a last block that is not whole."""
@@ -185,6 +193,7 @@ class PlainSummary:
             mine.merge(its)
         self._overlaps.merge(later._overlaps)
         self._recalls.merge(later._recalls)
+        self._recalls_past.merge(later._recalls_past)
 
     def end_request(self, request_id: str) -> None:
         """Call after the request's last record: only its hot blocks are kept."""
@@ -192,6 +201,11 @@ class PlainSummary:
         counts = self._hot.pop(request_id, None)
         if counts is not None:
             self._hottest[request_id] = _hottest(counts)
+
+    def pool_recalls(self) -> None:
+        """Counts what lies past the answers with the rest, as older runs did."""
+        self._recalls.merge(self._recalls_past)
+        self._pools_recalls = True
 
     def to_json(
         self,
@@ -242,6 +256,8 @@ class PlainSummary:
         }
         if not self._kind.is_engines:
             summary["sparse_active"] = self.sparse_active if self._kind.is_located else None
+        if "past_answer" in summary and not self._pools_recalls:
+            summary["needle_recall_past"] = self._recalls_past.to_json()
         if self.level != "full":
             summary["offsets"] = dict(zip(("min", "max"), self._offsets, strict=False))
         if self.level == "stats":

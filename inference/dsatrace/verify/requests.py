@@ -47,6 +47,7 @@ class RequestLine(NamedTuple):
     arrival_s: float = 0.0
     first_token_s: float | None = None
     finish_s: float | None = None
+    answer_tokens: int | None = None  # None: it did not go on past its answer, or nobody knows
 
     @property
     def has_ended(self) -> bool:
@@ -97,9 +98,16 @@ def read_requests(
             record["arrival_s"],
             record["first_token_s"],
             record["finish_s"],
+            record.get("answer_tokens"),
         )
         totals.add(record)
     return found
+
+
+def answers(requests: Mapping[str, RequestLine]) -> dict[str, int]:
+    """The tokens of the answers of requests that may have gone on past them."""
+    told = {name: known.answer_tokens for name, known in requests.items()}
+    return {name: tokens for name, tokens in told.items() if tokens is not None}
 
 
 def _check_request(record: dict[str, Any]) -> None:

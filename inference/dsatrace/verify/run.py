@@ -258,6 +258,8 @@ def _check_totals(
         counts["records"] != totals.num_records or counts["requests"] != requests.num_requests
     ):
         return [*notes, f"totals: {SUMMARY_FILE} counts {counts['records']} of {totals.num_records} records"]
+    if "past_answer" in summary and "needle_recall_past" not in summary:
+        totals.pool_recalls()
     derived = totals.to_json(
         requests,
         state=summary["state"],
@@ -278,6 +280,8 @@ def _check_totals(
     if stored_only and was_resumed:
         del derived["step_overlap"], derived["layer_overlap"]
     compare(summary, derived, summed=True)
+    says = "needle_recall_past" in summary
+    require(says <= ("past_answer" in summary), "needle_recall_past", says, "without past_answer")
     for name in ("scores", "serving", "prefix_cache", "past_answer"):  # no further key may be there either
         require(summary.get(name) == derived.get(name), name, summary.get(name), "not what the requests say")
     if stored_only:

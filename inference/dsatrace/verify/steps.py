@@ -20,7 +20,7 @@ from dsatrace.verify.files import PlainRun
 from dsatrace.verify.mismatch import Mismatch, located
 from dsatrace.verify.order import RunOrder, Sharing
 from dsatrace.verify.plain_summary import PlainSummary
-from dsatrace.verify.requests import RequestLine
+from dsatrace.verify.requests import RequestLine, answers
 from dsatrace.verify.rules import Rules
 
 
@@ -53,6 +53,7 @@ class StepChecks:
             level=rules.level,
             offloaded=rules.tiers is not None,
             kind=rules.selections,
+            answers=answers(self._requests),
         )
         self._walk(on_bytes, (0, None), first_line=1)
 
@@ -87,7 +88,7 @@ class StepChecks:
             self.check_plainly(on_bytes)
             return
         steps = self._run.parquet_steps or JsonSteps(self._run.folder / STEPS_FILE)
-        self.totals = FastSummary(self._rules, self._block_sizes)
+        self.totals = FastSummary(self._rules, self._block_sizes, answers(self._requests))
         checks = ChunkChecks(steps, self._rules, self._requests, self._block_sizes, self._since_forward)
         line = 1
         for chunk, found in checked_chunks(checks, jobs):

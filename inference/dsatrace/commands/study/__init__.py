@@ -18,6 +18,9 @@ VERBS = {
     "mixed": Verb(
         "dsatrace.commands.study.sweep", "several workloads in one cache, policy by policy", ("--together",)
     ),
+    "size": Verb(
+        "dsatrace.commands.study.size", "GiB of cache a workload is worth: one curve, one recommendation"
+    ),
     "report": Verb("dsatrace.commands.study.report", "tables and pictures of finished studies again"),
     "three-turns": Verb("dsatrace.commands.study.three_turns", "one conversation of three turns by hand"),
 }

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds = options.seeds_of(args, client)
         traces, inputs = _inputs(args, verb, client)
     settings, profile, how = settings_for(inputs, seeds[0])
-    workers = _workers(args.workers, inputs, settings)
+    workers = num_workers(args.workers, inputs, settings)
     kind: Kind = "seeds" if client.source.is_seeded else "conversations"
     about = {
         "settings": dataclasses.asdict(settings),
@@ -212,7 +212,7 @@ def _profile(
     return profile, since_s, how
 
 
-def _workers(given: int | None, inputs: Inputs, settings: SweepSettings) -> int:
+def num_workers(given: int | None, inputs: Inputs, settings: SweepSettings) -> int:
     """Processes: as many as pay, at most one per core."""
     if given is not None:
         return given

@@ -343,7 +343,8 @@ CURVES = (
     Curves(
         "answer", "How much of the answer is selected?", "layer", "share of the answer's tokens",
         _overlap("needle_recall"),
-        "Over sparse decode records of requests with a known answer; chance is k / N.",
+        "Over sparse decode records of requests with a known answer, up to its end; past it too for a run "
+        "whose summary.json has past_answer and no needle_recall_past. Chance is k / N.",
         _chance("needle_recall"), whole=True,
     ),
     Curves(

@@ -94,14 +94,21 @@ def _numbers(key: str, title: str, table: Table, is_open: bool) -> str:
 def table_html(table: Table, caption: str, key: str = "") -> str:
     """The table in a frame that scrolls; a number's cell holds it whole in `data-value`."""
     columns, rows = table
-    name = f' id="{key}"' if key else ""
-    head = "".join(f'<th scope="col">{told(column)}</th>' for column in columns)
+    named = f' id="{key}"' if key else ""
+    head = "".join(_head(name, [row[i] for row in rows if i < len(row)]) for i, name in enumerate(columns))
     head = f"<thead><tr>{head}</tr></thead>\n" if any(columns) else ""
     body = "".join(f"<tr>{''.join(map(_cell, row, range(len(row))))}</tr>\n" for row in rows)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{told(caption)}"><table{name}>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{told(caption)}"><table{named}>'
         f"<caption>{told(caption)}</caption>{head}<tbody>{body}</tbody></table></div>"
     )
+
+
+def _head(name: str, cells: Sequence[str]) -> str:
+    """A column's name, flush right where most of its cells are numbers, which are."""
+    num_numbers = sum(isinstance(cell, Cell) for cell in cells)
+    kind = ' class="number"' if 2 * num_numbers > len(cells) else ""
+    return f'<th scope="col"{kind}>{told(name)}</th>'
 
 
 def _cell(cell: str, column: int) -> str:

@@ -37,11 +37,15 @@ def study_html(folder: Path, bytes_per_token: int | None = None) -> str:
     lines = [part for part in parts if isinstance(part, str)]
     grids = [part for part in parts if isinstance(part, Grid)]
     manifest = read_json(folder / MANIFEST_FILE)
-    made: list[Section | LeftOut] = []
+    results: dict[Path, Sequence[Cell]] = {}
     for path in sorted(folder.glob("*.json")):
         record = read_json(path, broken="; run the study again")
         if path.name != MANIFEST_FILE and isinstance(record, dict) and record.get("cells"):
-            made.append(policies_by_capacity(path, record["cells"], bytes_per_token, command))
+            results[path] = record["cells"]
+    order = _order(results)
+    made: list[Section | LeftOut] = [
+        policies_by_capacity(path, cells, order, bytes_per_token, command) for path, cells in results.items()
+    ]
     if not made:
         made.append(LeftOut(TITLE, "the study compares no policies, or it did not end"))
     made += [_table(i, grid, command) for i, grid in enumerate(grids)]
@@ -54,20 +58,20 @@ def study_html(folder: Path, bytes_per_token: int | None = None) -> str:
 
 
 def policies_by_capacity(
-    path: Path, cells: Sequence[Cell], bytes_per_token: int | None, command: str
+    path: Path, cells: Sequence[Cell], order: Sequence[str], bytes_per_token: int | None, command: str
 ) -> Section | LeftOut:
-    """A chart per workload, of the smallest block size; the numbers hold every size."""
+    """A chart per workload, of the smallest block size; the numbers hold every size. `order`: the page's
+    policies, which gives each its colour."""
     try:
         sizes = sorted({cell["block_size"] for cell in cells})
         drawn = [cell for cell in cells if cell["block_size"] == sizes[0]]
-        order = _order(drawn)
         body = "".join(
             _chart(workload, [cell for cell in drawn if cell["workload"] == workload], order, bytes_per_token)
             for workload in dict.fromkeys(cell["workload"] for cell in drawn)
         )
         rows = [_row(cell, bytes_per_token) for cell in cells]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a result of a study: {error!r}; run the study again") from error
+        raise _no_result(path, error) from error
     columns = (
         "workload",
         "tokens per block",
@@ -86,18 +90,26 @@ def policies_by_capacity(
         room = f"GiB: at {bytes_per_token:,} bytes per token, in all layers together."
     note = (
         f"Hit rate: hits / full prompt blocks, of a cache with so many blocks; drawn: blocks of {sizes[0]} "
-        f"tokens{also}. A policy has one colour and dash in all pictures; grey: {BOUND} and its kind, which "
-        f"are bounds. {room} Simulated on the study's requests; nothing was timed."
+        f"tokens{also}. A policy has one colour and dash in all pictures of the page; grey: {BOUND} and its "
+        f"kind, which are bounds. {room} Simulated on the study's requests; nothing was timed."
     )
     return Section(f"policies-{path.stem}", TITLE, body, note, command, (columns, rows))
 
 
-def _order(cells: Sequence[Cell]) -> list[str]:
-    """All policies: LRU, the others by what they hit in all workloads together, bounds last."""
+def _order(results: Mapping[Path, Sequence[Cell]]) -> list[str]:
+    """All policies: LRU, the others by what they hit in all results together, bounds last."""
     hits: dict[str, float] = {}
-    for cell in cells:
-        hits[cell["policy"]] = hits.get(cell["policy"], 0.0) + cell["hit_rate"]
+    for path, cells in results.items():
+        try:
+            for cell in cells:
+                hits[cell["policy"]] = hits.get(cell["policy"], 0.0) + cell["hit_rate"]
+        except (KeyError, TypeError) as error:
+            raise _no_result(path, error) from error
     return sorted(hits, key=lambda name: (name.startswith(BOUND), name != FIRST, -hits[name]))
+
+
+def _no_result(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: not a result of a study: {error!r}; run the study again")
 
 
 def _chart(workload: str, cells: Sequence[Cell], order: Sequence[str], bytes_per_token: int | None) -> str:
@@ -112,7 +124,7 @@ def _chart(workload: str, cells: Sequence[Cell], order: Sequence[str], bytes_per
     desc = f"At {capacities[-1]:,} blocks {best} hits most, {most[best]:.1%}."
     heading = f"<h3>{told(plain(workload, 80))}</h3>"
     if len(capacities) == 1:
-        stacks = [Stack(name, [Part("", most[name], f"{most[name]:.1%}")]) for name in names]
+        stacks = [Stack(name, [_bar(name, most[name], order)]) for name in names]
         size = f"<p>{capacities[0]:,} blocks{_room(cells[0], bytes_per_token)}</p>"
         return f"{heading}{size}{amounts(title, desc, stacks)}"
     series = [
@@ -125,6 +137,10 @@ def _chart(workload: str, cells: Sequence[Cell], order: Sequence[str], bytes_per
     unit = "blocks" if bytes_per_token is None else "blocks (GiB)"
     x = Axis(f"capacity, {unit}", capacities[0], capacities[-1], log=True)
     return heading + line_chart(title, desc, x, Axis("hit rate", 0, 1, share=True), series, x_labels=labels)
+
+
+def _bar(name: str, rate: float, order: Sequence[str]) -> Part:
+    return Part("", rate, f"{rate:.1%}", order.index(name), null=name.startswith(BOUND))
 
 
 def _gib(cell: Cell, bytes_per_token: int | None) -> float | None:

@@ -244,11 +244,11 @@ def drawing(title: str, desc: str, plot: Plot, content: str) -> str:
     )
 
 
-def figure(title: str, svg: str, legend: Sequence[str] = ()) -> str:
-    """A drawing in a frame that scrolls where the page is narrow, its legend above it."""
+def figure(title: str, svg: str, legend: Sequence[str] = (), kind: str = "chart") -> str:
+    """A drawing in a frame that scrolls where the page is narrow, its legend above it. `kind`: classes."""
     keys = f'<ul class="legend">{"".join(f"<li>{key}</li>" for key in legend)}</ul>' if legend else ""
     scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="{told(title)}">{svg}</div>'
-    return f'<figure class="chart">{keys}{scroll}</figure>'
+    return f'<figure class="{kind}">{keys}{scroll}</figure>'
 
 
 def marker(kind: int, x: float, y: float, size: float = 3.4) -> str:
