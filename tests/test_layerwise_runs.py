@@ -305,15 +305,24 @@ else:
 
 
 def test_the_planned_memory_holds(tmp_path: Path) -> None:
+    """The plan is of the most: a sweep in which the reader happens to lag holds one expert less."""
     bench = ROOT / "scripts" / "bench"
     program = PEAK.format(bench=str(bench), inference=str(INFERENCE), folder=str(tmp_path))
-    for step in ("write", "sweep"):
-        ran = subprocess.run(
-            [sys.executable, "-c", program, step], capture_output=True, text=True, check=True
-        )
-    measured, planned = map(int, ran.stdout.split())
-    assert 100e6 < measured < 250e6
-    assert abs(planned / measured - 1) < 0.1, f"{measured / 1e6:.0f} MB, planned {planned / 1e6:.0f}"
+
+    def ran(step: str) -> str:
+        command = [sys.executable, "-c", program, step]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    ran("write")
+    peaks: list[int] = []
+    for _ in range(6):
+        measured, planned = map(int, ran("sweep").split())
+        shutil.rmtree(tmp_path / "run")
+        peaks.append(measured)
+        assert 100e6 < measured < 1.1 * planned, f"{measured / 1e6:.0f} MB, planned {planned / 1e6:.0f}"
+        if measured > 0.9 * planned:
+            return
+    raise AssertionError(f"{peaks}, planned {planned}")
 
 
 def test_a_run_with_its_tokens_is_a_transcript(tiny_hf: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
