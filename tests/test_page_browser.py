@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT
 from dsatrace.cli import main
 from helpers.golden_run import REQUESTS, SERVING, write_golden
+from helpers.page import SMALL_SWEEP
 from helpers.tier_samples import SETUPS
 
 RUN = ROOT / "data" / "traces" / "needle-2k" / "2k"
@@ -66,20 +67,7 @@ def compared(hostile):
 def studied(tmp_path_factory):
     """The page of a study of eviction policies."""
     folder = tmp_path_factory.mktemp("study") / "sweep"
-    flags = [
-        "--workloads",
-        "qa",
-        "chat_multi",
-        "--num-requests",
-        "40",
-        "--capacities",
-        "32",
-        "128",
-        "--workers",
-        "1",
-    ]
-    flags += ["--policies", "lru", "fifo", "s3-fifo", "--skip-visualization"]
-    assert main(["study", "sweep", "--output-dir", str(folder), *flags]) == 0
+    assert main(["study", "sweep", "--output-dir", str(folder), *SMALL_SWEEP]) == 0
     page = folder.parent / "page.html"
     assert main(["report", str(folder), "--html", str(page), "--bytes-per-token", "40016"]) == 0
     return page

@@ -13,7 +13,7 @@ from dsatrace.report.page.page import MAX_BYTES
 from dsatrace.report.page.study_page import policies_by_capacity, study_html
 from helpers.command_runs import told_error
 from helpers.golden_run import write_golden
-from helpers.page import Page
+from helpers.page import SMALL_SWEEP, Page
 
 COLUMNS = ("workload", "tokens per block", "policy", "capacity, blocks", "hit rate", "hits", "blocks asked")
 KEYS = ("workload", "block_size", "policy", "capacity_blocks", "hit_rate", "hits", "accesses")
@@ -22,20 +22,7 @@ KEYS = ("workload", "block_size", "policy", "capacity_blocks", "hit_rate", "hits
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study") / "sweep"
-    flags = [
-        "--workloads",
-        "qa",
-        "chat_multi",
-        "--num-requests",
-        "40",
-        "--capacities",
-        "32",
-        "128",
-        "--workers",
-        "1",
-    ]
-    asked = ["study", "sweep", "--output-dir", str(folder), "--skip-visualization", *flags]
-    assert cli.main([*asked, "--policies", "lru", "fifo", "s3-fifo"]) == 0
+    assert cli.main(["study", "sweep", "--output-dir", str(folder), *SMALL_SWEEP]) == 0
     return folder
 
 

@@ -19,6 +19,13 @@ import numpy as np
 
 from dsatrace.report.page.svg import text_width
 
+SMALL_SWEEP = (
+    *("--workloads", "qa", "chat_multi", "--num-requests", "40", "--capacities", "32", "128"),
+    *("--policies", "lru", "fifo", "s3-fifo", "--workers", "1", "--skip-visualization"),
+)
+"""Flags of a study with a page."""
+
+
 VOID = {"meta", "input", "br", "link", "img", "hr"}
 
 

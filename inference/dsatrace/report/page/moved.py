@@ -35,7 +35,7 @@ def kv_found_and_moved(material: Material) -> Section | LeftOut:
     if setup is not None:
         body += _tiers(setup, fetch)
         rows += _tier_rows(setup, fetch)
-    title = "Bytes read, whole run"
+    title = "Bytes read, all records"
     desc = "; ".join(f"{name}: {size_text(count)}" for name, count in amount)
     stacks = [Stack(name, [Part("", count, size_text(count))]) for name, count in amount]
     body += f"<h3>{told(title)}</h3>{amounts(title, desc, stacks)}"
