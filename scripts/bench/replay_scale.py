@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pyarrow as pa
 
@@ -30,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.files import digest_of, write_json
-from dsatrace.jit import cached_njit
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE
 from dsatrace.trace.config import TraceConfig
@@ -41,7 +41,7 @@ NUM_LAYERS, NUM_STEPS, TOP_K = 61, 512, 2048
 CONTEXT, RECENT, CHANGED = 32_768, 4_096, TOP_K // 10
 
 
-@cached_njit(nogil=True)
+@numba.njit(nogil=True)
 def fill_layer(ids, context, recent, changed, seed):  # type: ignore[no-untyped-def]
     """Fills (T, K) ascending ids, of which step t can see `context + t + 1`."""
     np.random.seed(seed)
