@@ -161,7 +161,7 @@ def test_no_spoilt_record_is_called_right(tmp_path: Path, variant: dict[str, Any
 def test_no_spoilt_record_of_another_door_is_called_right(tmp_path: Path, kind: str) -> None:
     folder = write_run(tmp_path / "run", kind)
     checks, num_bad = checks_of(folder), 0
-    needles = {name: known.needle_positions for name, known in checks._requests.items()}
+    needles = checks._needles
     for record in read_lines(folder)[::7]:
         assert checks.derive(record) is not None
         for path in leaves("full"):

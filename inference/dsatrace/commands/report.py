@@ -154,11 +154,10 @@ def _page(
         raise UserError(f"--replay: {len(replays)} for {len(folders)} runs; give one per run, in their order")
     with damage_named(*folders):
         runs = [RunReader(folder) for folder in folders]
-        require_comparable([Material.of(run, "", request, layer) for run in runs])  # before the minutes
+        materials = [Material.of(run, "", request, layer) for run in runs]
+        require_comparable(materials)  # before the minutes
         records = list(map(_replay, runs)) if replays is None else list(map(_read_replay, runs, replays))
-        materials = [
-            Material.of(run, record, request, layer) for run, record in zip(runs, records, strict=True)
-        ]
+        materials = list(map(Material.with_replay, materials, records))
         page = (
             page_html(materials[0]) if len(materials) == 1 else comparison_html(materials, _same(materials))
         )

@@ -135,11 +135,17 @@ class ChunkChecks:
         since_forward: int,
     ) -> None:
         self.steps = steps
-        self.rules, self._requests = rules, requests
+        self.rules = rules
         self._needles = {name: known.needle_positions for name, known in requests.items()}
         self._new_totals = functools.partial(FastSummary, rules, block_sizes, answers(requests))
         self._new_moved = functools.partial(TierTotals, rules, since_forward)
         self._shapes: set[Any] = set()
+        self._first_step = rules.first_step
+        # The steps of each request that go the plain way, whatever is found.
+        self._ends = {
+            name: (self._first_step, rules.first_prompt_step(known.num_prompt_tokens), known.last_step)
+            for name, known in requests.items()
+        }
         kind = rules.selections
         self._sets = {one.layer: one for one in kind.sets}
         self._layers = tuple(self._sets)
@@ -180,9 +186,7 @@ class ChunkChecks:
     def _chosen(self, record: Record, line: int) -> Chosen | None:
         """The selection of a record that is right; raises where it may be wrong. None below level full."""
         chosen = self.derive(record)
-        ends: tuple[int | None, ...] = (self.rules.first_step,)
-        if known := self._requests.get(record["request_id"]):
-            ends += (self.rules.first_prompt_step(known.num_prompt_tokens), known.last_step)
+        ends = self._ends.get(record["request_id"], (self._first_step,))
         if chosen is None or record["step_idx"] in ends or line % SAMPLE == 0:
             check_record(record, self.rules, self._needles)
         return chosen

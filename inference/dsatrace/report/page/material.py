@@ -52,8 +52,13 @@ class Material:
         """
         run.require_order_of_steps("report on")
         kind = selection_kind(run.manifest) or engine_kind(1, 1)  # an old manifest may not tell
+        made = cls(run, run.manifest, run.summary(), kind, None, "", request, layer)
+        return made.with_replay(replay)
+
+    def with_replay(self, replay: Record | str) -> Material:
+        """The same with that replay, or with why there is none."""
         record, why = (None, replay) if isinstance(replay, str) else (replay, "")
-        return cls(run, run.manifest, run.summary(), kind, record, why, request, layer)
+        return dataclasses.replace(self, replay=record, no_replay=why)
 
     def command(self, verb: str, *flags: str) -> str:
         """A command line on this run, to paste into a shell."""
