@@ -4,7 +4,7 @@ Writes a checkpoint of one whole layer and of what the next one needs to select 
 end), sweeps one transcript over it in a process of its own, and prints its peak memory beside what the plan
 says, bytes and tokens per second, and where the time went.
 
-    python3 scripts/bench/layerwise.py --folder /tmp/v32-layer --rows 512
+    python3 scripts/bench/layerwise.py --folder /data/v32-layer --rows 512
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bench-layerwise",
         "Sweep one layer at DeepSeek-V3.2's shapes.",
         script="layerwise.py",
-        examples="%(prog)s --folder /tmp/v32-layer --rows 512",
+        examples="%(prog)s --folder /data/v32-layer --rows 512",
     )
     add = parser.add_argument
     add("--folder", type=Path, required=True, help="a new folder for 11.6 GB, removed at the end")

@@ -11,10 +11,8 @@ from collections import Counter
 from typing import Any
 
 from ..errors import UserError
-from ..trace.kind import SelectionKind, engine_kind
-from ..trace.manifest import selection_kind
 from ..trace.reader import RunReader
-from .tables import Summary, model_name, unit_text
+from .tables import Summary, model_name, run_kind, unit_text
 
 MAX_STEPS = 1000
 """Columns of the map. More would be narrower than a pixel."""
@@ -30,9 +28,7 @@ class RunSubject:
     def __init__(self, run: RunReader, layer: int | None = None) -> None:
         """`layer` is the map's. Raises a `UserError` if the run does not have it."""
         self.run, self.summary = run, run.summary()
-        self.kind: SelectionKind = selection_kind(run.manifest) or engine_kind(
-            run.manifest["model_config"].get("n_layers", 1), 1
-        )
+        self.kind = run_kind(run.manifest)
         if layer is not None and not 0 <= layer < len(self.kind.layers):
             raise UserError(f"--layer {layer}: the run has layers 0 to {len(self.kind.layers) - 1}")
         self.layer, self.why_layer = (layer, "as asked") if layer is not None else self._telling_layer()

@@ -58,6 +58,11 @@ def named_model(manifest: Summary) -> str | None:
     return next((value for value in values if isinstance(value, str) and value), None)
 
 
+def run_kind(manifest: Summary) -> SelectionKind:
+    """What the run selects; as the engine does where its manifest, an old one, does not tell."""
+    return selection_kind(manifest) or engine_kind(manifest["model_config"].get("n_layers", 1), 1)
+
+
 def unit_text(kind: SelectionKind) -> str:
     """What one id stands for: `token`, `entry of 4 tokens`."""
     return kind.unit if kind.unit_tokens == 1 else f"{kind.unit} of {kind.unit_tokens} tokens"
@@ -78,7 +83,7 @@ def run_tables(run: RunReader) -> Iterator[str | Grid]:
     if counts["records"] == 0:
         yield "No step was recorded: there are no selections to show."
         return
-    kind = selection_kind(run.manifest) or engine_kind(1, 1)  # an old manifest may not tell
+    kind = run_kind(run.manifest)
     yield from _kind(run.manifest, kind)
     if counts["sparse_records"] == 0:
         yield "No step saw more tokens than top-k: everything was selected, there is nothing sparse to show."

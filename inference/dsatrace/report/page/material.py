@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...selection_replay.settings import ReplaySettings
-from ...trace.kind import SelectionKind, engine_kind
-from ...trace.manifest import selection_kind
+from ...trace.kind import SelectionKind
 from ...trace.reader import RunReader
+from ..tables import run_kind
 
 Record = Mapping[str, Any]
 REPLAY_FLAGS = {
@@ -51,8 +51,7 @@ class Material:
         Raises `UserError` for a run laid out for replay.
         """
         run.require_order_of_steps("report on")
-        kind = selection_kind(run.manifest) or engine_kind(1, 1)  # an old manifest may not tell
-        made = cls(run, run.manifest, run.summary(), kind, None, "", request, layer)
+        made = cls(run, run.manifest, run.summary(), run_kind(run.manifest), None, "", request, layer)
         return made.with_replay(replay)
 
     def with_replay(self, replay: Record | str) -> Material:
