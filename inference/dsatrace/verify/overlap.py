@@ -38,7 +38,8 @@ class Overlaps:
         self._by_step = _Shares(kind)
         self._by_layer = _Shares(kind)
         self._layers: set[int] = set()
-        self._selecting = sorted({one.layer for one in kind.sets})
+        selecting = sorted({one.layer for one in kind.sets})
+        self._before = dict(zip(selecting, (-1, *selecting), strict=False))  # the last one that selects
         self._last: dict[str, dict[Place, tuple[int, Any]]] = {}  # request -> place -> step, selection
         self._first: dict[str, list[tuple[Record, Any]]] = {}  # request -> its first record of each layer
 
@@ -54,18 +55,12 @@ class Overlaps:
         neighbours = [(self._by_step, step - 1, place)]
         # A selection may be another layer's; experts are others in each layer.
         if "source_layer" not in record and self._kind.unit != "expert":
-            neighbours.append((self._by_layer, step, (self._layer_before(layer), place[1])))
+            neighbours.append((self._by_layer, step, (self._before.get(layer, layer - 1), place[1])))
         for shares, at_step, at in neighbours:
             step_there, tokens = last.get(at, (None, ()))
             if step_there == at_step:
                 shares.add(record, self.num_shared(selected, tokens))
         last[place] = (step, selected)
-
-    def _layer_before(self, layer: int) -> int:
-        """The last one before it that selects."""
-        if self._kind.is_engines:
-            return layer - 1
-        return max((one for one in self._selecting if one < layer), default=-1)
 
     def selection(self, record: Record) -> Any:
         """What is kept of a record's ids."""
