@@ -1,4 +1,4 @@
-"""The README's commands run as printed, and the records table is the schema's.
+"""The commands of README and of the pages run as printed, and the generated tables are current.
 
 Everything happens in a copy of the tree, in the active environment; the demo goes first, as
 it does for a reader. What needs no shell runs in this process. Commands for the 671B weights
@@ -22,7 +22,9 @@ from dsatrace.trace.reader import RunReader
 from helpers.checkouts import copied_checkout, environment_in
 from test_run_scripts import SCRIPTS
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = ROOT / "docs"
+PAGES = ("tutorial", "datasets", "runs", "released-weights", "tiers", "replay-needle", "study")
+"""Pages whose commands run here, in this order, behind README's."""
 NOT_RUN_HERE = {
     "./scripts/test.sh": "it runs this very test",
     "./scripts/run_prefix_study.sh": "test_study_commands.py runs it, on less",
@@ -44,10 +46,13 @@ TINY = {
 
 
 def commands() -> list[str]:
-    """Every command of the `sh` fences, in order, with continued lines joined."""
-    fences = re.findall(r"^ *```sh\n(.*?)^ *```", README, flags=re.DOTALL | re.MULTILINE)
+    """Every command of the `sh` fences, in order, with continued lines joined; of equal ones the first."""
+    pages = [ROOT / "README.md", *(DOCS / f"{name}.md" for name in PAGES)]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    fences = re.findall(r"^ *```sh\n(.*?)^ *```", text, flags=re.DOTALL | re.MULTILINE)
     lines = [line.strip() for fence in fences for line in fence.replace("\\\n", " ").splitlines()]
-    return [re.sub(r" +", " ", line) for line in lines if line and not line.startswith("export ")]
+    found = [re.sub(r" +", " ", line) for line in lines if line and not line.startswith("export ")]
+    return list(dict.fromkeys(found))
 
 
 def call(command: str) -> Callable[[], int] | None:
@@ -94,7 +99,7 @@ def test_the_commands_run_as_printed(tmp_path, monkeypatch, capfd):
 
 
 def test_the_records_table_is_the_schemas():
-    records = (ROOT / "docs" / "records.md").read_text(encoding="utf-8")
+    records = (DOCS / "records.md").read_text(encoding="utf-8")
     _, _, rest = records.partition("<!-- records: python -m dsatrace.schema -->\n")
     table, end, _ = rest.partition("\n<!-- end of records -->")
     assert end
@@ -102,7 +107,7 @@ def test_the_records_table_is_the_schemas():
 
 
 def test_the_metrics_table_is_the_studys():
-    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    page = (DOCS / "study.md").read_text(encoding="utf-8")
     _, _, rest = page.partition("<!-- metrics: python -m dsatrace.study.metrics -->\n")
     table, end, _ = rest.partition("\n<!-- end of metrics -->")
     assert end
@@ -118,7 +123,8 @@ def test_every_trace_flag_is_in_the_reference():
     )
     flags = set(re.findall(r"--(?:trace|kv)-[a-z-]+", done.stdout))
     assert len(flags) >= 10
-    assert not {flag for flag in flags if f"`{flag}" not in README}
+    page = (DOCS / "runs.md").read_text(encoding="utf-8")
+    assert not {flag for flag in flags if f"`{flag}" not in page}
 
 
 def test_requirements_are_those_of_the_package():
