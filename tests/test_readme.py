@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from conftest import ROOT
 from dsatrace.cli import main as dsatrace
@@ -24,7 +25,8 @@ from test_run_scripts import SCRIPTS
 
 DOCS = ROOT / "docs"
 PAGES = ("tutorial", "datasets", "runs", "released-weights", "tiers", "replay-needle", "study")
-"""Pages whose commands run here, in this order, behind README's."""
+WALKS = ("walk-capture", "walk-figure", "walk-budget")
+"""Pages whose commands run here, in this order, behind README's; of walks what is Python, too."""
 NOT_RUN_HERE = {
     "./scripts/test.sh": "it runs this very test",
     "./scripts/run_prefix_study.sh": "test_study_commands.py runs it, on less",
@@ -45,18 +47,34 @@ TINY = {
 }
 
 
-def commands() -> list[str]:
-    """Every command of the `sh` fences, in order, with continued lines joined; of equal ones the first."""
+def fences(page: Path, languages: str) -> list[tuple[str, str]]:
+    """Language and text of a page's fences in one of the `languages`, such as `sh|python`."""
+    found = re.findall(
+        rf"^ *```({languages})\n(.*?)^ *```", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
+    return [(str(language), str(text)) for language, text in found]
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a fence, with continued lines joined."""
+    lines = [line.strip() for line in text.replace("\\\n", " ").splitlines()]
+    return [re.sub(r" +", " ", line) for line in lines if line and not line.startswith("export ")]
+
+
+def steps() -> list[str]:
+    """What README and the pages do, in order; of equal commands the first. What has line breaks is Python."""
     pages = [ROOT / "README.md", *(DOCS / f"{name}.md" for name in PAGES)]
-    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
-    fences = re.findall(r"^ *```sh\n(.*?)^ *```", text, flags=re.DOTALL | re.MULTILINE)
-    lines = [line.strip() for fence in fences for line in fence.replace("\\\n", " ").splitlines()]
-    found = [re.sub(r" +", " ", line) for line in lines if line and not line.startswith("export ")]
+    found = [command for page in pages for _, text in fences(page, "sh") for command in commands(text)]
+    for name in WALKS:
+        for language, text in fences(DOCS / f"{name}.md", "sh|python"):
+            found += [text] if language == "python" else commands(text)
     return list(dict.fromkeys(found))
 
 
 def call(command: str) -> Callable[[], int] | None:
     """How to run it in this process; None where it takes a shell, or somebody who types."""
+    if "\n" in command:
+        return lambda: exec(command, {}) or 0
     if "--interactive" in command or set("$()|<>;") & set(command):
         return None
     for start, main in IN_THIS_PROCESS.items():
@@ -66,7 +84,7 @@ def call(command: str) -> Callable[[], int] | None:
 
 
 def test_the_commands_run_as_printed(tmp_path, monkeypatch, capfd):
-    found = commands()
+    found = steps()
     assert found[0] == "./scripts/demo.sh"
     assert set(NOT_RUN_HERE) <= set(found)
     checkout = copied_checkout(tmp_path / "checkout")
