@@ -94,7 +94,8 @@ class Ours:
 
     def _forward(self, first_pos: int, tokens: Sequence[int], wants_logits: bool) -> torch.Tensor:
         span = Span(self.blocks, first_pos, tokens, wants_logits)
-        return self.model(Batch.build([span], self.cache.block_size), self.cache)
+        logits: torch.Tensor = self.model(Batch.build([span], self.cache.block_size), self.cache)
+        return logits
 
 
 class Theirs:
@@ -112,12 +113,14 @@ class Theirs:
     def prefill(self, tokens: Sequence[int], room: int) -> torch.Tensor:
         out = self.model(torch.tensor([tokens]), use_cache=True, logits_to_keep=1)
         self.past = out.past_key_values
-        return out.logits[0, -1]
+        logits: torch.Tensor = out.logits[0, -1]
+        return logits
 
     @torch.inference_mode()
     def step(self, token: int) -> torch.Tensor:
         out = self.model(torch.tensor([[token]]), past_key_values=self.past, use_cache=True)
-        return out.logits[0, -1]
+        logits: torch.Tensor = out.logits[0, -1]
+        return logits
 
     def clear(self) -> None:
         del self.past
@@ -211,9 +214,10 @@ def profile_decode(side: Side, tokens: Sequence[int], context: int) -> str:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for token in tokens[5:25]:
             side.step(token)
-    return profiler.key_averages().table(
+    told: str = profiler.key_averages().table(
         sort_by="self_cpu_time_total", row_limit=18, max_name_column_width=40
     )
+    return told
 
 
 def ratios(results: dict[int, dict[str, Measurement]]) -> dict[str, dict[str, float]]:

@@ -289,7 +289,8 @@ def dialogue(context: int, num_steps: int) -> Dialogue:
 
 def forward(model: Transformer, cache: KVCache, first: int, tokens: Sequence[int]) -> torch.Tensor:
     span = Span(range(cache.num_blocks), first, tokens)
-    return model(Batch.build([span], cache.block_size), cache)
+    logits: torch.Tensor = model(Batch.build([span], cache.block_size), cache)
+    return logits
 
 
 def decode_all(

@@ -195,7 +195,8 @@ def fast_replay(
 def vllm_manager(requests: Requests, decode: bool) -> list[int | None]:
     from helpers.vllm_manager import RealManager
 
-    return RealManager(BLOCK_SIZE, NUM_BLOCKS).run(requests, CONCURRENCY, decode)
+    found: list[int | None] = RealManager(BLOCK_SIZE, NUM_BLOCKS).run(requests, CONCURRENCY, decode)
+    return found
 
 
 def replay_methods(requests: Requests, decode: bool) -> dict[str, Callable[[], Any]]:

@@ -66,7 +66,8 @@ def records(num_steps: int, kept: float, seed: int = 0) -> Steps:
 
 def per_record_us(steps: Steps, work: Callable[[], object], repeats: int) -> float:
     work()  # compiles
-    return cpu_seconds(work, repeats) / steps.num_steps * 1e6
+    seconds: float = cpu_seconds(work, repeats)
+    return seconds / steps.num_steps * 1e6
 
 
 def miss_rate(steps: Steps, per_step: np.ndarray) -> float:
@@ -76,7 +77,7 @@ def miss_rate(steps: Steps, per_step: np.ndarray) -> float:
 def policies_table(num_steps: int, size: int, repeats: int) -> Table:
     headings = [f"{heading} at {kept}" for kept in KEPT for heading in ("us", "misses")]
     title = f"One record of {TOP_K:,} ids, B = {size:,}, {num_steps} steps, by the share kept of a step"
-    table = empty_table(title, "policy", *headings)
+    table: Table = empty_table(title, "policy", *headings)
     traces = [records(num_steps, kept) for kept in KEPT]
     for label, sizes in (("lru, all sizes", ()), (f"lru, and {len(SIZES)} sizes by step", SIZES)):
         cells = [f"{per_record_us(steps, partial(lru, steps, sizes), repeats):.1f}" for steps in traces]
@@ -93,7 +94,9 @@ def policies_table(num_steps: int, size: int, repeats: int) -> Table:
 def flat_table(num_steps: int, repeats: int) -> Table:
     """libCacheSim on the same ids, one by one."""
     title = "Fed one by one to libCacheSim: its speed, and its miss rate beside the true one"
-    table = empty_table(title, "policy, B, kept", "us per record, theirs", "ours", "misses, theirs", "true")
+    table: Table = empty_table(
+        title, "policy, B, kept", "us per record, theirs", "ours", "misses, theirs", "true"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for kept in KEPT:
             steps = records(num_steps, kept)
@@ -153,7 +156,7 @@ def grow(num_records: int, num_steps: int, one_stream: bool) -> str:
 
 def growth_table(counts: Sequence[int], longest: int) -> Table:
     title = f"Growth: LRU at all sizes, {len(SIZES)} by step, and OPT at one; memory beside the records"
-    table = empty_table(title, "records", "us per record", "memory, MiB")
+    table: Table = empty_table(title, "records", "us per record", "memory, MiB")
     rows = [(count, 512, False) for count in counts] + [(longest, 512, True)]
     for num_records, num_steps, one_stream in rows:
         said, _, _ = in_own_process(grow, num_records, num_steps, one_stream)

@@ -93,7 +93,9 @@ def _attend(
     if mask is None and rows is not None:
         mask = visible(rows, x.shape[1])
     out = _scaled_dot_product(query, key, value, mask, attn.scale)  # (B, H, M, v)
-    return attn.wo(out.transpose(1, 2).reshape(*out.shape[:1], out.shape[2], args.n_heads * args.v_head_dim))
+    flat = out.transpose(1, 2).reshape(*out.shape[:1], out.shape[2], args.n_heads * args.v_head_dim)
+    mixed: torch.Tensor = attn.wo(flat)
+    return mixed
 
 
 def visible(rows: torch.Tensor, length: int) -> torch.Tensor:

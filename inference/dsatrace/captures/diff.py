@@ -106,7 +106,8 @@ class Diff:
     def overlap_by_step(self) -> np.ndarray:
         """(layers, steps + 1) intersection over union, nan where there is no row."""
         shared, of_all = self._steps
-        return np.divide(shared, of_all, out=np.full(shared.shape, np.nan), where=of_all > 0)
+        share: np.ndarray = np.divide(shared, of_all, out=np.full(shared.shape, np.nan), where=of_all > 0)
+        return share
 
     def count(self, name: LayerSet, steps: np.ndarray, shared: np.ndarray, of_all: np.ndarray) -> None:
         """Adds the rows that both runs have of one set: (R,) each."""

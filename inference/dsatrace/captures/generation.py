@@ -373,4 +373,5 @@ def _prompt_mask(mask: Any, batch: int, num_prompt: int) -> np.ndarray:
         held = last if last.is_floating_point() is False else last == 0
     else:
         held = mask[:, :num_prompt]
-    return held.bool().cpu().numpy().reshape(batch, num_prompt)
+    rows: np.ndarray = held.bool().cpu().numpy().reshape(batch, num_prompt)
+    return rows

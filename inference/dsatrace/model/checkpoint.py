@@ -19,7 +19,7 @@ from torch import nn
 from .config import ModelArgs
 from .convert import shard_name
 from .hf_config import FP8_GROUP
-from .kernels import Kernels
+from .kernels.interface import Kernels
 from .kernels.torch_kernels import TorchKernels
 from .parallel import ParallelGroup
 from .shards import DTYPES, CheckpointError, StoredTensor, read_header

@@ -333,7 +333,8 @@ def _num_dense_layers(values: Values) -> int:
     if kinds is None:
         if type(first) is not int:
             raise ValueError(f"first_k_dense_replace must be an integer, not {_shown(first)}")
-        return min(first, num_layers)
+        dense: int = min(first, num_layers)
+        return dense
     num_dense = kinds.count("dense") if isinstance(kinds, list) else 0
     if kinds != ["dense"] * num_dense + ["sparse"] * (num_layers - num_dense):
         raise ValueError(

@@ -36,7 +36,8 @@ class MLP(nn.Module):
         self.w3 = ColumnParallelLinear(setup, dim, inter_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(swiglu(self.w1(x), self.w3(x), self.precise_dtype))
+        y: torch.Tensor = self.w2(swiglu(self.w1(x), self.w3(x), self.precise_dtype))
+        return y
 
 
 class Gate(nn.Module):

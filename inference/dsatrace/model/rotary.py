@@ -51,7 +51,8 @@ def rope_angles(args: ModelArgs, positions: torch.Tensor, frequencies: torch.Ten
 
 def softmax_scale(args: ModelArgs) -> float:
     """Attention's score scale, with YaRN's temperature squared."""
-    return args.qk_head_dim**-0.5 * yarn_temperature(args.rope_factor, args.mscale) ** 2
+    scale: float = args.qk_head_dim**-0.5 * yarn_temperature(args.rope_factor, args.mscale) ** 2
+    return scale
 
 
 def rotate_interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

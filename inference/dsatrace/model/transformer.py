@@ -14,7 +14,8 @@ from .batch import Batch
 from .cache import KVCache
 from .config import ModelArgs
 from .indexer import Indexer, SharedIndexer
-from .kernels import Kernels, get_kernels
+from .kernels import get_kernels
+from .kernels.interface import Kernels
 from .layers import ColumnParallelLinear, ModelSetup, ParallelEmbedding, RMSNorm
 from .moe import MLP, MoE
 from .parallel import ParallelGroup
@@ -80,10 +81,11 @@ class Transformer(nn.Module):
         """Writes the batch's KV into `cache` and returns logits `(M, vocabulary)` of `batch.logit_rows`."""
         # Computed once per step, for every layer and both rotations.
         rope = rope_angles(self.args, batch.positions, self.frequencies.to(batch.positions.device))
-        x = self.embed(batch.tokens)
+        x: torch.Tensor = self.embed(batch.tokens)
         selection: Selection | None = None
         for layer in self.layers:
             x, selection = layer(x, rope, batch, cache, selection)
         if batch.logit_rows.numel() == 0:
             return x.new_empty(0, self.args.vocab_size)
-        return self.setup.group.all_gather(self.head(self.norm(x[batch.logit_rows])))
+        logits: torch.Tensor = self.head(self.norm(x[batch.logit_rows]))
+        return self.setup.group.all_gather(logits)

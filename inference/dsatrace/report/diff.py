@@ -107,10 +107,10 @@ def draw_diff(record: Record, path: Path) -> None:
         heat.set_facecolor("0.85")
         layers = record["layers"]
         names = [layer["layer_id"] for layer in layers]
-        tied, rest = (
-            np.array([count(layer) / max(layer["rows"], 1) for layer in layers])
-            for count in (lambda one: one["ties"], lambda one: one["differing"] - one["ties"])
-        )
+        num_rows = np.array([max(layer["rows"], 1) for layer in layers])
+        num_ties = np.array([layer["ties"] for layer in layers])
+        tied = num_ties / num_rows
+        rest = (np.array([layer["differing"] for layer in layers]) - num_ties) / num_rows
         bars.barh(names, tied, 0.8, label="ties explain it", color="C0")
         bars.barh(names, rest, 0.8, tied, label="they do not, or are unknown", color="C3")
         bars.set(title="Rows that differ", xlabel="share of the layer's rows", ylabel="layer")

@@ -190,7 +190,8 @@ def _map(axes: Any, subject: RunSubject) -> list[str]:
 
 def _needle_positions(run: RunReader, request_id: str) -> list[int]:
     same = (request for request in run.requests() if request["request_id"] == request_id)
-    return next(same, {}).get("needle_positions", [])
+    positions: list[int] = next(same, {}).get("needle_positions", [])
+    return positions
 
 
 _OVERLAPS = (("step_overlap", "the step before"), ("layer_overlap", "the layer before"))
@@ -254,7 +255,8 @@ def _offsets(axes: Any, subject: RunSubject) -> list[str]:
 
 def _cumulative(histogram: Summary) -> np.ndarray:
     counts = np.asarray(histogram["counts"], dtype=float)
-    return np.cumsum(counts) / counts.sum()
+    share: np.ndarray = np.cumsum(counts) / counts.sum()
+    return share
 
 
 def _found(axes: Any, subject: RunSubject) -> list[str]:

@@ -99,7 +99,8 @@ class ModelRunner:
         """Logits `(len(step.sampled), vocabulary)`."""
         batch = Batch.build([_span(work) for work in step.work], self.cache.block_size, self.device)
         with self._recording(step, batch):
-            return self.model(batch, self.cache)
+            logits: torch.Tensor = self.model(batch, self.cache)
+            return logits
 
     def _recording(self, step: Step, batch: Batch) -> contextlib.AbstractContextManager[None]:
         """Records the forward run inside, if the run is traced."""

@@ -163,7 +163,8 @@ def _sum_above(stack: _Stack, end: int) -> None:
 @njit(nogil=True)
 def _depth(stack: _Stack, slot: int) -> int:
     word = slot >> 6
-    return stack.above[word] + popcount((stack.words[word] >> np.uint64(slot & 63)) >> ONE)
+    depth: int = stack.above[word] + popcount((stack.words[word] >> np.uint64(slot & 63)) >> ONE)
+    return depth
 
 
 @njit(nogil=True)

@@ -42,17 +42,17 @@ def call_on_ray(function: Callable[[A], R], arguments: Iterable[A]) -> Iterator[
 
     with _joined(ray):
 
-        @ray.remote(num_cpus=1, max_retries=RETRIES)  # takes functions only, and no partial
-        def call(argument: A) -> R:
+        def call(argument: A) -> R:  # ray takes functions only, and no partial
             return function(argument)
 
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(call)
         most = max(1, int(WAITING_PER_CPU * ray.cluster_resources().get("CPU", 1)))
         running: dict[Any, int] = {}
         todo = iter(enumerate(arguments))
         try:
             while True:
                 while len(running) < most and (following := next(todo, None)) is not None:
-                    running[call.remote(following[1])] = following[0]
+                    running[remote.remote(following[1])] = following[0]
                 if not running:
                     return
                 (done,), _ = ray.wait(list(running), num_returns=1)

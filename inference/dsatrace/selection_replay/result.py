@@ -154,7 +154,8 @@ def _above(counts: Counter[int], sizes: np.ndarray) -> np.ndarray:
     values = np.array(sorted(counts), np.int64)
     numbers = np.array([counts[value] for value in values.tolist()], np.int64)
     up_to = np.concatenate(([0], np.cumsum(numbers)))
-    return up_to[-1] - up_to[np.searchsorted(values, sizes, side="right")]
+    above: np.ndarray = up_to[-1] - up_to[np.searchsorted(values, sizes, side="right")]
+    return above
 
 
 Tree = dict[str, Any]

@@ -76,7 +76,7 @@ def _pop(state: _State, queue: int, step: int) -> int:
     size = state.ring.shape[1]
     head, num_passed = counts[HEAD], counts[NUM_PASSED]
     while True:
-        id_ = state.ring[queue, head]
+        id_: int = state.ring[queue, head]
         head = head + 1 if head + 1 < size else 0
         if state.of_id[id_, USED] != step:
             break

@@ -27,8 +27,8 @@ from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.study.requests import UNKNOWN, RequestsBuilder, StudyRequests
 from dsatrace.workloads.json_rows import read_json_rows
 from dsatrace.workloads.private_file import private_file
-from dsatrace.workloads.rows import BadRow, BadRows, text_column
-from dsatrace.workloads.trace_rows import MAX_COUNT, Clock, count_column, number_column
+from dsatrace.workloads.rows import BadRow, BadRows, Clock, text_column
+from dsatrace.workloads.trace_rows import MAX_COUNT, count_column, number_column
 
 REQUESTS_FILE, ACCESSES_FILE = "requests.jsonl", "accesses.jsonl"
 

@@ -40,7 +40,8 @@ def measure(replayed: Replayed, chosen: Mask | None = None) -> dict[str, Value]:
 def of_workload(replayed: Replayed, name: str) -> Mask:
     """(R,) the requests of a workload."""
     requests = replayed.requests
-    return requests.workload == requests.workload_names.index(name)
+    chosen: Mask = requests.workload == requests.workload_names.index(name)
+    return chosen
 
 
 def workloads_in(replayed: Replayed) -> list[str]:

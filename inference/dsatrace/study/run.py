@@ -96,13 +96,16 @@ class Replayed:
     @functools.cached_property
     def accesses(self) -> np.ndarray:
         """Events other than evictions, in order."""
-        assert self.result.events is not None, "a study records events"
-        return self.result.events[self.result.events["kind"] != EVICT]
+        return self._events(evict=False)
 
     @functools.cached_property
     def evictions(self) -> np.ndarray:
+        return self._events(evict=True)
+
+    def _events(self, evict: bool) -> np.ndarray:
         assert self.result.events is not None, "a study records events"
-        return self.result.events[self.result.events["kind"] == EVICT]
+        chosen: np.ndarray = self.result.events[(self.result.events["kind"] == EVICT) == evict]
+        return chosen
 
 
 def offline_replay(_requests: StudyRequests, trace: BlockTrace, config: ReplayConfig) -> ReplayResult:

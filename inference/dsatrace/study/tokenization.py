@@ -18,8 +18,8 @@ from pathlib import Path
 
 from dsatrace.errors import UserError
 from dsatrace.study.requests import RequestsBuilder, StudyRequests
-from dsatrace.workloads.chat_format import CUE, SPECIAL_TOKENS, ChatTemplateFormatter, split_chat_text
-from dsatrace.workloads.encoding import Vocabulary
+from dsatrace.workloads.chat_format import CUE, ChatTemplateFormatter, split_chat_text
+from dsatrace.workloads.encoding import SPECIAL_TOKENS, Vocabulary
 from dsatrace.workloads.tokenizer import BOS, PACKAGE, choose_tokenizer
 from dsatrace.workloads.trace_rows import TraceRow
 

@@ -144,7 +144,8 @@ class Sample:
     @property
     def waiting_bytes(self) -> int:
         """Host memory of the most records that wait to be written as Parquet."""
-        return round(LOST_RECORDS * self.table.nbytes / len(self.table))
+        num_bytes: int = round(LOST_RECORDS * self.table.nbytes / len(self.table))
+        return num_bytes
 
 
 def estimate_sizes(load: TraceLoad, level: Level) -> list[Size]:

@@ -43,7 +43,7 @@ class StepRecords:
 
     @property
     def num_sets(self) -> int:
-        return self.capture.positions.shape[0]
+        return len(self.capture.positions)
 
     @property
     def layer(self) -> np.ndarray:
@@ -62,13 +62,15 @@ class StepRecords:
     @property
     def sparse(self) -> np.ndarray:
         """(R,) bool: there are more ids to choose from than are selected."""
-        return np.greater.outer(self.visible, self.kind.top_k).ravel()
+        sparse: np.ndarray = np.greater.outer(self.visible, self.kind.top_k).ravel()
+        return sparse
 
     @property
     def scan_bytes(self) -> np.ndarray:
         """(R,) int64: bytes of those keys; of a KV head its share."""
         num_heads = np.tile(self.kind.num_heads, len(self.capture.request_ids))
-        return self.num_scanned * self.index_bytes_per_token // num_heads
+        num_bytes: np.ndarray = self.num_scanned * self.index_bytes_per_token // num_heads
+        return num_bytes
 
     @property
     def num_scanned(self) -> np.ndarray:

@@ -352,7 +352,8 @@ def _ints(table: pa.Table, field: str, path: Path) -> np.ndarray:
         return table[_HEAD].fill_null(0).to_numpy() if present else np.zeros(len(table), np.int64)
     if table[field].null_count:
         raise UserError(f"{path}: a record without {field}; see `dsatrace verify`")
-    return table[field].to_numpy()
+    values: np.ndarray = table[field].to_numpy()
+    return values
 
 
 _LAYER_ID = re.compile(rb'"layer_id":\s*(\d+)')

@@ -347,7 +347,9 @@ def _is_newest(step: StepRecords) -> np.ndarray:
     stats = step.stats
     first, last = stats.ids[stats.id_ptr[:-1]], stats.ids[stats.id_ptr[1:] - 1]
     newest_whole = np.asarray(step.capture.seq_len, dtype=np.int64) // step.kind.unit_tokens - 1
-    return (last - first + 1 == stats.num_ids) & (last >= np.repeat(newest_whole, step.num_sets))
+    newest: np.ndarray = last >= np.repeat(newest_whole, step.num_sets)
+    newest &= last - first + 1 == stats.num_ids
+    return newest
 
 
 def _hottest(touches: np.ndarray) -> list[dict[str, int]]:
@@ -367,7 +369,8 @@ def context_blocks(seq_len: np.ndarray, block_size: int) -> np.ndarray:
 
 def recency_blocks(seq_len: np.ndarray, k: np.ndarray | int, block_size: int) -> np.ndarray:
     """Blocks that the last k tokens lie in."""
-    return (seq_len - 1) // block_size - (seq_len - k) // block_size + 1
+    blocks: np.ndarray = (seq_len - 1) // block_size - (seq_len - k) // block_size + 1
+    return blocks
 
 
 def uniform_blocks(seq_len: np.ndarray, k: np.ndarray | int, block_size: int) -> np.ndarray:
@@ -385,7 +388,8 @@ def uniform_blocks(seq_len: np.ndarray, k: np.ndarray | int, block_size: int) ->
     )
     missed = factors.cumprod(axis=1)  # (B, block_size)
     last = np.where(rest > 0, 1 - missed[np.arange(len(seq_len)), rest - 1], 0.0)
-    return full * (1 - missed[:, -1]) + last
+    blocks: np.ndarray = full * (1 - missed[:, -1]) + last
+    return blocks
 
 
 def unit_blocks(kind: SelectionKind, seq_len: int, k: int, block_size: int) -> tuple[float, int]:

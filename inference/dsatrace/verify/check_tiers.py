@@ -111,7 +111,8 @@ def check_fetches(record: Record, selected: Selected, rules: TierRules) -> None:
 
 def _is_alone(record: Record) -> bool:
     """Whether no other request shares the units, so that all that the record missed is charged to it."""
-    return record["phase"] == "decode" and record["kv_fetch"]["hbm"]["batch_size"] == 1
+    batch_size: int = record["kv_fetch"]["hbm"]["batch_size"]
+    return record["phase"] == "decode" and batch_size == 1
 
 
 def _check_chain(fetched: Record, selected: Selected, rules: TierRules) -> None:

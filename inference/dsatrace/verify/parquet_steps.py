@@ -157,7 +157,7 @@ def _column(path: str) -> str:
 def _values(column: pa.Array) -> list[Any]:
     """Python values; a float32 as JSON would have shown it."""
     kind = column.type.value_type if pa.types.is_list(column.type) else column.type
-    values = column.to_pylist()
+    values: list[Any] = column.to_pylist()
     if not pa.types.is_float32(kind):
         return values
     return [

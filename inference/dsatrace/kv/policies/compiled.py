@@ -104,19 +104,22 @@ def empty_cache(shape: Shape, num_queues: int, parents: np.ndarray | None) -> Ca
 def tick(cache: Cache) -> int:
     """A stamp later than all before."""
     cache.counts[CLOCK] += 1
-    return cache.counts[CLOCK]
+    now: int = cache.counts[CLOCK]
+    return now
 
 
 @njit(nogil=True)
 def is_evictable(cache: Cache, slot: int) -> bool:
-    return cache.place[slot] != ABSENT
+    listed: bool = cache.place[slot] != ABSENT
+    return listed
 
 
 @njit(nogil=True)
 def _before(cache: Cache, slot: int, other: int) -> bool:
+    before: bool = cache.stamp[slot] < cache.stamp[other]
     if cache.value[slot] != cache.value[other]:
-        return cache.value[slot] < cache.value[other]
-    return cache.stamp[slot] < cache.stamp[other]
+        before = cache.value[slot] < cache.value[other]
+    return before
 
 
 @njit(nogil=True)
@@ -177,13 +180,14 @@ def withdraw(cache: Cache, slot: int) -> None:
 @njit(nogil=True)
 def first(cache: Cache, queue: int) -> int:
     """The first evictable slot of a queue that is not empty."""
-    return cache.heap[queue, 0]
+    slot: int = cache.heap[queue, 0]
+    return slot
 
 
 @njit(nogil=True)
 def pop(cache: Cache, queue: int) -> int:
     """Takes the first slot out of a queue that is not empty."""
-    slot = cache.heap[queue, 0]
+    slot = first(cache, queue)
     withdraw(cache, slot)
     return slot
 

@@ -42,7 +42,8 @@ def end(lists: Lists, which: int) -> int:
 @njit(nogil=True)
 def oldest(lists: Lists, which: int) -> int:
     """The item appended first; of an empty list, its end."""
-    return lists.newer[end(lists, which)]
+    item: int = lists.newer[end(lists, which)]
+    return item
 
 
 @njit(nogil=True)

@@ -102,7 +102,8 @@ def splitmix64(state: np.ndarray) -> np.uint64:
     bits = state[0]
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(_MIX_1)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(_MIX_2)
-    return bits ^ (bits >> np.uint64(31))
+    mixed: np.uint64 = bits ^ (bits >> np.uint64(31))
+    return mixed
 
 
 def _equal_key(policy: UniformState, cache: Cache, slot: int, access: Access) -> None:
@@ -112,7 +113,7 @@ def _equal_key(policy: UniformState, cache: Cache, slot: int, access: Access) ->
 def _any_slot(policy: UniformState, cache: Cache) -> int:
     size = np.uint64(cache.heap_size[0])
     at = ((splitmix64(policy.state) >> np.uint64(32)) * size) >> np.uint64(32)
-    slot = cache.heap[0, np.int64(at)]
+    slot: int = cache.heap[0, np.int64(at)]
     withdraw(cache, slot)
     return slot
 

@@ -40,7 +40,9 @@ def reuse_profile(stream: AccessStream) -> ReuseProfile:
 def admitted_workloads(profile: ReuseProfile, min_relative_reuse: float) -> list[float]:
     """1 for a workload whose blocks are reused at least `min_relative_reuse` times as often as
     those of the most reused workload, else 0."""
-    return (profile.probability >= min_relative_reuse * profile.probability.max()).astype(float).tolist()
+    least = min_relative_reuse * profile.probability.max()
+    admitted: list[float] = (profile.probability >= least).astype(float).tolist()
+    return admitted
 
 
 @cached_njit(nogil=True)

@@ -84,7 +84,8 @@ def _sieve(policy: SieveState, cache: Cache) -> int:
         slot = np.int64(order.newer[slot])
     policy.hand[0] = slot
     withdraw(cache, slot)
-    return slot
+    chosen: int = slot
+    return chosen
 
 
 def _is_gone(policy: SieveState, cache: Cache, slot: int) -> None:

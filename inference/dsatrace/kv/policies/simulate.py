@@ -154,8 +154,9 @@ def _wait(policy: Any, cache: Cache, requests: Requests, request: int, num_relea
 def _slot_for_new(policy: Any, cache: Cache, requests: Requests, request: int, num_evictions: int) -> int:
     """A slot that was never used, else the policy's victim's."""
     if cache.counts[CACHED] < len(cache.block_of):
+        unused: int = cache.counts[CACHED]
         cache.counts[CACHED] += 1
-        return cache.counts[CACHED] - 1
+        return unused
     slot = victim(policy, cache)
     if len(requests.evicted):
         requests.evicted[num_evictions, 0] = request

@@ -157,7 +157,8 @@ class AccessStream:
 
         Only the first `held[r]` blocks of request r count as accesses.
         """
-        return _next_use(self.blocks, self.starts, held, self.num_blocks)
+        positions: np.ndarray = _next_use(self.blocks, self.starts, held, self.num_blocks)
+        return positions
 
     def by_workload(self, of_requests: np.ndarray) -> np.ndarray:
         """Sums of (R,) counts over each workload's requests, (W,) int64."""

@@ -209,9 +209,11 @@ def _note_use(policy: ReuseProbabilityState, cache: Cache, slot: int, access: Ac
 def _score(policy: ReuseProbabilityState, workload: int, slot: int) -> float:
     mean, probability = policy.mean[workload], policy.probability[workload]
     if policy.clock[NOW] < policy.since_s:
-        return policy.used_at[slot] - policy.clock[NOW]
+        used: float = policy.used_at[slot] - policy.clock[NOW]
+        return used
     still = probability * math.exp((policy.used_at[slot] - policy.clock[NOW]) / mean)
-    return still * (1 - math.exp(-policy.clock[LIFESPAN] / mean)) / (1 - probability + still)
+    score: float = still * (1 - math.exp(-policy.clock[LIFESPAN] / mean)) / (1 - probability + still)
+    return score
 
 
 def _least_likely(policy: ReuseProbabilityState, cache: Cache) -> int:

@@ -76,7 +76,8 @@ class BlockTrace:
     @property
     def total_tokens(self) -> np.ndarray:
         """Prompt and output together, (R,) int64."""
-        return self.prompt_tokens + self.output_tokens
+        tokens: np.ndarray = self.prompt_tokens + self.output_tokens
+        return tokens
 
     @property
     def num_blocks_at_most(self) -> int:
@@ -94,7 +95,8 @@ class BlockTrace:
         return -(-self.prompt_tokens // self.block_size)
 
     def keys_of(self, request: int) -> list[int]:
-        return self.keys[self.key_ptr[request] : self.key_ptr[request + 1]].tolist()
+        keys: list[int] = self.keys[self.key_ptr[request] : self.key_ptr[request + 1]].tolist()
+        return keys
 
     @classmethod
     def from_tokens(

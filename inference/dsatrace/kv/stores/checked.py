@@ -175,7 +175,7 @@ class CheckedStore:
         except BaseException:
             counts["missed_units"] += len(keys)
             raise
-        hits = (moved.outcome == FOUND) & (sums == self._ledger.sums[slots])
+        hits: np.ndarray = (moved.outcome == FOUND) & (sums == self._ledger.sums[slots])
         num_hits = int(np.count_nonzero(hits))
         if num_hits < len(keys):
             self._ledger.free(keys[~hits])

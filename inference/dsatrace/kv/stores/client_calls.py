@@ -108,7 +108,8 @@ class TimedCaller:
         self.check_idle()
         future = self._unfinished = self._thread.submit(call, *arguments)
         try:
-            return future.result(self._timeout_s)
+            answer: Answer = future.result(self._timeout_s)
+            return answer
         except FutureTimeout:
             raise StoreError("timeout", f"{self._name}: no answer within {self._timeout_s:g} s") from None
 

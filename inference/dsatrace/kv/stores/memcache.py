@@ -56,7 +56,7 @@ class MemcacheClient(PoolClient):
 
     def store(self, names: list[str], addresses: list[int], sizes: list[int]) -> Sequence[int]:
         fresh = [f"{name}.{next(self._numbers):x}" for name in names]
-        codes = self._store.batch_put_from(fresh, addresses, sizes)
+        codes: Sequence[int] = self._store.batch_put_from(fresh, addresses, sizes)
         older = []
         for name, version, code in zip(names, fresh, codes, strict=True):
             if code == OK and name in self._versions:
@@ -72,17 +72,19 @@ class MemcacheClient(PoolClient):
         return [size if code == OK else code for code, size in zip(codes, sizes, strict=True)]
 
     def exist(self, names: list[str]) -> Sequence[int]:
-        return self._store.batch_is_exist(self._full(names))
+        codes: Sequence[int] = self._store.batch_is_exist(self._full(names))
+        return codes
 
     def remove(self, names: list[str], force: bool) -> Sequence[int]:
-        codes = self._store.remove_batch(self._full(names))
+        codes: Sequence[int] = self._store.remove_batch(self._full(names))
         for name, code in zip(names, codes, strict=True):
             if code == OK or code in self.codes.absent:
                 self._versions.pop(name, None)
         return codes
 
     def register(self, address: int, num_bytes: int) -> int:
-        return self._store.register_buffer(address, num_bytes)
+        code: int = self._store.register_buffer(address, num_bytes)
+        return code
 
     def unregister(self, address: int, num_bytes: int) -> None:
         self._store.unregister_buffer(address, num_bytes)

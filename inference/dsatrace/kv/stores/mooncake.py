@@ -48,19 +48,24 @@ class MooncakeClient(PoolClient):
         self._store = store
 
     def store(self, names: list[str], addresses: list[int], sizes: list[int]) -> Sequence[int]:
-        return self._store.batch_upsert_from(names, addresses, sizes)
+        codes: Sequence[int] = self._store.batch_upsert_from(names, addresses, sizes)
+        return codes
 
     def load(self, names: list[str], addresses: list[int], sizes: list[int]) -> Sequence[int]:
-        return self._store.batch_get_into(names, addresses, sizes)
+        codes: Sequence[int] = self._store.batch_get_into(names, addresses, sizes)
+        return codes
 
     def exist(self, names: list[str]) -> Sequence[int]:
-        return self._store.batch_is_exist(names)
+        codes: Sequence[int] = self._store.batch_is_exist(names)
+        return codes
 
     def remove(self, names: list[str], force: bool) -> Sequence[int]:
-        return self._store.batch_remove(names, force)
+        codes: Sequence[int] = self._store.batch_remove(names, force)
+        return codes
 
     def register(self, address: int, num_bytes: int) -> int:
-        return self._store.register_buffer(address, num_bytes)
+        code: int = self._store.register_buffer(address, num_bytes)
+        return code
 
     def unregister(self, address: int, num_bytes: int) -> None:
         self._store.unregister_buffer(address)

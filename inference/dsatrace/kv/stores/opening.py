@@ -29,7 +29,8 @@ class StoreKind:
 
     def open(self, settings: StoreSettings) -> Store:
         module, function = self.opener.split(".")
-        return getattr(importlib.import_module(f"dsatrace.kv.stores.{module}"), function)(settings)
+        opened: Store = getattr(importlib.import_module(f"dsatrace.kv.stores.{module}"), function)(settings)
+        return opened
 
 
 STORES: dict[str, StoreKind] = {

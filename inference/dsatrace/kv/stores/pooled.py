@@ -106,7 +106,8 @@ class PooledMedium(Medium):
     def holds(self, keys: np.ndarray) -> np.ndarray:
         codes = np.asarray(self._caller.in_time(self._client.exist, self._names(keys)))
         self._fail_on(codes, (0, 1))
-        return codes == 1
+        held: np.ndarray = codes == 1
+        return held
 
     def drop(self, keys: np.ndarray) -> np.ndarray:
         codes = np.asarray(self._caller.in_time(self._client.remove, self._names(keys), False))

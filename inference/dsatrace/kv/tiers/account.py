@@ -114,7 +114,8 @@ class ResidentTiers:
 
 def tokens_held(reads: StepReads) -> np.ndarray:
     """Tokens in each record's touched blocks, (R,) int64; a request's last block may be partly filled."""
-    return reads.num_blocks * reads.block_size - missing_in_last_block(reads)
+    held: np.ndarray = reads.num_blocks * reads.block_size - missing_in_last_block(reads)
+    return held
 
 
 def missing_in_last_block(reads: StepReads) -> np.ndarray:

@@ -74,7 +74,8 @@ class Residency:
 
     def is_resident(self, units: np.ndarray) -> np.ndarray:
         """Which of `units (N,)` are resident, (N,) bool. Does not count as a use."""
-        return self.slot_of[units] != ABSENT
+        resident: np.ndarray = self.slot_of[units] != ABSENT
+        return resident
 
     def admit(self, units: np.ndarray) -> Moves:
         """Makes the distinct `units (N,)` resident, new ones clean. N must not exceed `num_slots`."""

@@ -203,10 +203,11 @@ class TierStack:
         Returns which are gone, (V,) bool.
         """
         self._write_back(victims[~self._is_current[REMOTE][victims]])
-        gone = self._is_current[REMOTE][victims] | ~self._is_current[LOCAL][victims]
-        if not self._evict(LOCAL, victims[gone]):
-            return ~self._is_current[LOCAL][victims]
-        self._is_current[LOCAL][victims[gone]] = False
+        gone: np.ndarray = self._is_current[REMOTE][victims] | ~self._is_current[LOCAL][victims]
+        if self._evict(LOCAL, victims[gone]):
+            self._is_current[LOCAL][victims[gone]] = False
+        else:
+            gone = ~self._is_current[LOCAL][victims]
         return gone
 
     def _write_back(self, ids: np.ndarray) -> None:

@@ -191,7 +191,7 @@ def _power_of_two_scale(amax: torch.Tensor) -> torch.Tensor:
     448 is 1.75 * 2^8. The carry reaches amax's exponent just where its mantissa exceeds 1.75.
     """
     bits, integer = (52, torch.int64) if amax.dtype == torch.float64 else (23, torch.int32)
-    exponent = (amax.view(integer) + (2 ** (bits - 2) - 1)) >> bits
+    exponent: torch.Tensor = (amax.view(integer) + (2 ** (bits - 2) - 1)) >> bits
     return ((exponent - 8) << bits).view(amax.dtype).to(torch.float32)
 
 
@@ -230,7 +230,8 @@ def _has_fast_hadamard() -> bool:
 def _hadamard_matrix(dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Sylvester's matrix over sqrt(dim): entry (i, j) is negative where i & j has an odd number of ones."""
     with torch.inference_mode(False):  # a cached tensor outlives the caller's mode
-        matrix = torch.ones(1, 1, dtype=torch.float64)
+        matrix: torch.Tensor = torch.ones(1, 1, dtype=torch.float64)
         while matrix.shape[0] < dim:
             matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-        return (matrix * dim**-0.5).to(device=device, dtype=dtype)
+        scaled: torch.Tensor = matrix * dim**-0.5
+        return scaled.to(device=device, dtype=dtype)

@@ -8,12 +8,13 @@ same formulas: as the page opens it gives the very numbers that stand here.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ...errors import UserError
-from ...selection_replay.cost import BATCHES, CONTEXTS, LINKS, MOST_REQUESTS, Cost, Preset
+from ...selection_replay.cost import BATCHES, CONTEXTS, LINKS, MOST_REQUESTS, Cost
 from ...text import plain
 from ...units import size_text
 from ..grid import Cell, number
@@ -88,11 +89,12 @@ def _facts(cost: Cost, sliders: Sequence[Slider]) -> dict[str, Any]:
         "indexBytesPerId": cost.index_bytes_per_id, "tokensPerId": cost.tokens_per_id,
         "batches": BATCHES, "contexts": CONTEXTS, "mostRequests": MOST_REQUESTS,
         "defaults": {slider.key: slider.value for slider in sliders},
-        "links": {name: _figures_of(link) for name, link in LINKS.items()},
+        "links": {name: _figures_of(name) for name in LINKS},
     }  # fmt: skip
 
 
-def _figures_of(link: Preset) -> dict[str, float]:
+def _figures_of(name: str) -> dict[str, float]:
+    link = LINKS[name]
     return {
         "bandwidth": link.read_gb_per_s.value,
         "alpha": link.alpha_batch_us.value,
@@ -166,7 +168,8 @@ def _by_context(record: dict[str, Any]) -> list[Row]:
 
 def curves(cost: Cost, context: int, hbm_bytes: float) -> list[tuple[list[int], list[float]]]:
     """Tokens per second by batch up to what fits, in the order of `CURVES`."""
-    steps = (cost.whole_step_us, cost.step_us, lambda batch: cost.step_us(batch, overlapped=False))
+    serial: Callable[[int], float] = functools.partial(cost.step_us, overlapped=False)
+    steps: tuple[Callable[[int], float], ...] = (cost.whole_step_us, cost.step_us, serial)
     found = []
     for i, step_us in enumerate(steps):
         most = min(cost.most_requests(context, hbm_bytes, offloaded=i > 0), MOST_REQUESTS)

@@ -123,7 +123,8 @@ def _figures(materials: Sequence[Material]) -> Iterator[Figure]:
 def _at(record: Any, path: Sequence[str]) -> float | None:
     for name in path:
         record = record.get(name) if record else None
-    return record
+    value: float | None = record
+    return value
 
 
 def _misses(materials: Sequence[Material]) -> Iterator[Figure]:

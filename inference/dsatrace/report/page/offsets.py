@@ -87,7 +87,8 @@ def points(largest: int) -> np.ndarray:
 def measured(stored: Record, at: np.ndarray) -> np.ndarray:
     """Share of the tokens within each offset."""
     below = np.concatenate([[0], np.cumsum(stored["counts"])])
-    return below[np.searchsorted(stored["values"], at, side="right")] / below[-1]
+    share: np.ndarray = below[np.searchsorted(stored["values"], at, side="right")] / below[-1]
+    return share
 
 
 def baselines(kind: SelectionKind, contexts: np.ndarray, at: np.ndarray) -> Sequence[np.ndarray]:

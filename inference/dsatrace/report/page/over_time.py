@@ -65,7 +65,8 @@ def requests_over_time(material: Material) -> Section | LeftOut:
 
 def in_flight(buckets: Sequence[Record]) -> list[int]:
     """Requests that have arrived and not finished, at the end of each bucket."""
-    return np.cumsum([bucket["arrived"] - bucket["finished"] for bucket in buckets]).tolist()
+    requests: list[int] = np.cumsum([bucket["arrived"] - bucket["finished"] for bucket in buckets]).tolist()
+    return requests
 
 
 def _rows(buckets: Sequence[Record]) -> Iterator[Row]:

@@ -76,7 +76,8 @@ class LayerUnits:
 
     def places(self, slots: np.ndarray, unit_of: np.ndarray) -> np.ndarray:
         """Rows of the layer's tensor where global `slots` of units that are here lie."""
-        return slots + (self._residency.slot_of[unit_of] - unit_of) * self._unit_tokens
+        rows: np.ndarray = slots + (self._residency.slot_of[unit_of] - unit_of) * self._unit_tokens
+        return rows
 
     def waves(self, units: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """As many of distinct `units` at a time as HBM holds, with the index of the first."""
@@ -113,7 +114,7 @@ class LayerUnits:
         """Brings those `units` that a tier has; returns the units that came."""
         units = units[: self.num_slots]
         missing = units[~self.is_here(units)]
-        came = missing[self.bring(units, optional=True) != LOST]
+        came: np.ndarray = missing[self.bring(units, optional=True) != LOST]
         self.counters.prefetched_units += len(came)
         return came
 
