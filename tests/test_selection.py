@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsatrace.model.selection import mask_future, select_topk
 from helpers.power import examples
@@ -38,6 +40,35 @@ def test_equals_the_definition_with_many_ties(data, first_pos, num_rows, k):
             assert margin[i].item() == ranked[k - 1] - ranked[k]
         else:
             assert margin[i].item() == float("inf")
+
+
+@pytest.mark.parametrize(("num_rows", "length"), [(9, 4099), (1, 40003)])
+@pytest.mark.parametrize("decimals", [1, 6])
+def test_columns_left_out_change_nothing(num_rows, length, decimals):
+    k, first_pos = 40, length - num_rows
+    generator = torch.Generator().manual_seed(length)
+    scores = mask_future(
+        torch.randn(num_rows, length, generator=generator).round(decimals=decimals), first_pos
+    )
+    with LargestTopk() as seen:
+        positions, values, margin = select_topk(scores, k, first_pos)
+    assert 0 < seen.columns <= length // 4, "most columns were left out"
+    ranked, order = scores.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(positions.sort().values, order[:, :k].sort().values)
+    assert torch.equal(values, ranked[:, :k])
+    assert torch.equal(margin, ranked[:, k - 1] - ranked[:, k])
+    assert bool((margin == 0).any()) == (decimals == 1), "ties at the k-th place"
+
+
+class LargestTopk(TorchDispatchMode):
+    """Remembers the most columns that any top-k inside it looked through."""
+
+    columns = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.topk.default:
+            self.columns = max(self.columns, args[0].shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 def test_scores_belong_to_their_positions():

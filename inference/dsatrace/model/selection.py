@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+MANY_SCORES = 2**15
+"""From so many on, leaving columns out before the top-k costs less than it saves."""
+
 
 class Selection(NamedTuple):
     """What the indexer chose for N query rows.
@@ -50,7 +53,7 @@ def select_topk(
         margin = scores.new_full((num_rows,), float("inf"))
         return _pad_unseen(positions, first_pos), values, margin
 
-    values, positions = scores.topk(k + 1, dim=-1)
+    values, positions = _topk(scores, k + 1)
     kth, next_best = values[:, k - 1], values[:, k]
     sparse = torch.arange(first_pos + 1, length + 1, device=scores.device) > k
     tied = (kth == next_best) & sparse
@@ -58,12 +61,34 @@ def select_topk(
         positions = _drop_late_ties(scores, kth, k).topk(k, dim=-1).indices
     elif tied.any():
         rows = tied.nonzero().squeeze(1)
-        positions[rows, :k] = _drop_late_ties(scores[rows], kth[rows], k).topk(k, dim=-1).indices
+        positions[rows, :k] = _topk(_drop_late_ties(scores[rows], kth[rows], k), k)[1]
     margin = (kth - next_best).masked_fill_(~sparse, float("inf"))
     positions = positions[:, :k]
     if first_pos < k:
         positions = _pad_unseen(positions, first_pos)
     return positions, values[:, :k], margin
+
+
+def _topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`scores.topk(k)`; where that is faster, on a CPU, most columns are left out first.
+
+    The columns fall into groups of 4 or 8. The k best lie in the k groups whose own best are the highest,
+    so only these are sorted. Which of several equal k-th is taken is open, as it is in torch.
+    """
+    num_rows, length = scores.shape
+    if scores.is_cuda or length < 12 * k or num_rows * length < MANY_SCORES:
+        values, positions = scores.topk(k, dim=-1)
+        return values, positions
+    size = 8 if length >= 64 * k else 4
+    width = length // size  # of groups; group i holds columns i, i + width, ...
+    end = width * size
+    best = scores[:, :end].unflatten(1, (size, width)).amax(1)  # (N, width)
+    groups = best.topk(k, dim=-1, sorted=False).indices.unsqueeze(1)  # (N, 1, k)
+    columns = (groups + torch.arange(0, end, width).unsqueeze(1)).flatten(1)  # (N, size * k)
+    rest = torch.arange(end, length).expand(num_rows, -1)
+    columns = torch.cat((columns, rest), dim=1)
+    values, chosen = scores.gather(1, columns).topk(k, dim=-1)
+    return values, columns.gather(1, chosen)
 
 
 def _drop_late_ties(scores: torch.Tensor, kth: torch.Tensor, k: int) -> torch.Tensor:
