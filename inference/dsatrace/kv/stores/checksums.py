@@ -4,7 +4,8 @@ A unit is read as words of 8 bytes, or of 4 or 1 if it is not a multiple of 8. E
 invertible function of its place, and the results are added to a number that depends on the key. So a
 change within one word is always seen, and any other change except about one in 2**64: also swapped
 words, another key's unit, and zeros from a hole in a file. It guards against accidents, not against an
-adversary. A copy with its checksum costs a few to twenty percent more than the copy alone.
+adversary. A copy with its checksum takes 1 to 5 percent longer than the copy alone for blocks of 64
+tokens, 25 for rows of 656 bytes.
 
     sums = np.empty(len(keys), np.uint64)
     copy_units(pool, slots, out, rows, keys, sums)     # out[rows] = pool[slots]
@@ -50,10 +51,10 @@ def _word(unit_bytes: int) -> type[np.unsignedinteger]:
 
 
 @cached_njit(nogil=True, inline="always")
-def _mix(word, j):  # type: ignore[no-untyped-def]
-    """Word j's part of the sum; the factor is odd at every place."""
+def _mix(word, factor):  # type: ignore[no-untyped-def]
+    """A word's part of the sum. Its factor is odd, and grows by an even step from place to place."""
     wide = np.uint64(word)
-    return (wide ^ (wide >> _SHIFT)) * (_ODD + np.uint64(j) * _STEP)
+    return (wide ^ (wide >> _SHIFT)) * factor
 
 
 @cached_njit(
@@ -63,9 +64,10 @@ def _mix(word, j):  # type: ignore[no-untyped-def]
 def _sum_words(buffer, rows, keys, sums):  # type: ignore[no-untyped-def]
     for i in range(len(rows)):
         unit = buffer[rows[i]]
-        total = _START ^ (keys[i] * _KEY_ODD)
+        total, factor = _START ^ (keys[i] * _KEY_ODD), _ODD
         for j in range(len(unit)):
-            total += _mix(unit[j], j)
+            total += _mix(unit[j], factor)
+            factor += _STEP  # a sum is one instruction of a vector unit, a product of j several
         sums[i] = total
 
 
@@ -79,8 +81,9 @@ def _sum_words(buffer, rows, keys, sums):  # type: ignore[no-untyped-def]
 def _copy_words(source, source_rows, target, target_rows, keys, sums):  # type: ignore[no-untyped-def]
     for i in range(len(source_rows)):
         old, new = source[source_rows[i]], target[target_rows[i]]
-        total = _START ^ (keys[i] * _KEY_ODD)
+        total, factor = _START ^ (keys[i] * _KEY_ODD), _ODD
         for j in range(min(len(old), len(new))):
             new[j] = old[j]
-            total += _mix(old[j], j)
+            total += _mix(old[j], factor)
+            factor += _STEP
         sums[i] = total
