@@ -59,8 +59,9 @@ def commands() -> Iterator[tuple[str, str, list[str]]]:
 
 
 def document() -> str:
-    """docs/cli.md."""
-    return HEAD + "".join(_section(name, _parser(module, flags)) for name, module, flags in commands())
+    """docs/cli.md; a default inside the checkout is named from its root."""
+    sections = "".join(_section(name, _parser(module, flags)) for name, module, flags in commands())
+    return HEAD + sections.replace(f"{DOCS.parents[1]}/", "")
 
 
 def _parser(module: str, flags: list[str]) -> argparse.ArgumentParser:

@@ -76,7 +76,7 @@ def _topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     so only these are sorted. Which of several equal k-th is taken is open, as it is in torch.
     """
     num_rows, length = scores.shape
-    if scores.is_cuda or length < 12 * k or num_rows * length < MANY_SCORES:
+    if scores.device.type != "cpu" or length < 12 * k or num_rows * length < MANY_SCORES:
         values, positions = scores.topk(k, dim=-1)
         return values, positions
     size = 8 if length >= 64 * k else 4
