@@ -22,7 +22,7 @@ from dsatrace.commands.parser import CommandParser
 from dsatrace.commands.study import VERBS as STUDIES
 from dsatrace.workloads.catalog import DATA_SETS
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 HEAD = """# Commands and flags
 
 <!-- Written by scripts/cli_reference.py --write, from the parsers. -->
@@ -36,12 +36,12 @@ under `inference/` are verbs: `generate.py`, `convert.py`, `run_dataset.py` (`ru
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"write docs/{DOCS.name} anew")
+    parser.add_argument("--write", action="store_true", help=f"write docs/{PAGE.name} anew")
     if not parser.parse_args().write:
         print(document(), end="")
         return 0
-    DOCS.write_text(document(), encoding="utf-8")
-    print(DOCS)
+    PAGE.write_text(document(), encoding="utf-8")
+    print(PAGE)
     return 0
 
 
@@ -61,7 +61,7 @@ def commands() -> Iterator[tuple[str, str, list[str]]]:
 def document() -> str:
     """docs/cli.md; a default inside the checkout is named from its root."""
     sections = "".join(_section(name, _parser(module, flags)) for name, module, flags in commands())
-    return HEAD + sections.replace(f"{DOCS.parents[1]}/", "")
+    return HEAD + sections.replace(f"{PAGE.parents[1]}/", "")
 
 
 def _parser(module: str, flags: list[str]) -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.run import verify
 from helpers.command_runs import bench
 
-SLACK_BYTES = 300_000  # the summary keeps the hot blocks of each of six more requests
+SLACK_BYTES = 300_000  # the summary keeps the hot blocks of each of twelve more requests
 DIGEST_BYTES = 1 << 19  # two parts of a file that the hashing thread of verify holds, at the peak or not
 
 
@@ -51,7 +51,7 @@ def test_memory_does_not_grow_with_the_run(
     one_round = shape.records_a_step * long_run.STEPS_A_REQUEST
     long_run.write_run(tmp_path / "warm", 1, level, shape)
     peaks = []
-    for rounds in (1, 4):
+    for rounds in (2, 8):
         folder = tmp_path / f"run{rounds}"
         stages = (
             lambda folder=folder, rounds=rounds: long_run.write_run(folder, rounds * one_round, level, shape),

@@ -82,6 +82,16 @@ def test_continuous_admission_by_hand():
         }
 
 
+def test_no_rounding_error_admits_a_request_before_it_arrives():
+    at = [0.23270000000000002, *(day * 86_400 / 7 for day in range(1, 99))]
+    assert any(to_ns(time_s) / 1e9 < time_s for time_s in at), "times that the clock rounds down"
+    with simulator() as engine:
+        served = list(serve(engine, [request(f"{i}", time_s, 1) for i, time_s in enumerate(at)]))
+    assert len(served) == len(at)
+    assert all(live.request.arrival_s <= live.admitted_s for live in served)
+    assert [live.request.arrival_s for live in served] == pytest.approx(at, abs=1e-9)
+
+
 def test_gaps_take_no_time_on_a_virtual_clock():
     started = time.perf_counter()
     with simulator() as engine:

@@ -17,7 +17,7 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     max_new_tokens: int
     temperature: float = 0.0
-    arrival_s: float = 0.0  # since the run started
+    arrival_s: float = 0.0  # since the run started, in whole nanoseconds as the engine's clock
     source_row: int | None = None  # of the data set
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """The groups its score is averaged in, such as `{"task": "vt"}`."""
@@ -26,6 +26,8 @@ class Request:
     stop_at_eos: bool = True  # else the answer always has `max_new_tokens` tokens
 
     def __post_init__(self) -> None:
+        # Else a rounding error makes a request arrive after the time at which it is admitted.
+        object.__setattr__(self, "arrival_s", round(self.arrival_s * 1e9) / 1e9)
         if not self.prompt_token_ids:
             raise ValueError(f"request {self.request_id}: the prompt is empty")
         if self.max_new_tokens < 1:
