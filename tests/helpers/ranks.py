@@ -6,6 +6,7 @@ torchrun itself works is shown by test_tier_ranks.py, test_chat.py, test_exits.p
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing.connection
 import subprocess
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ class Ranks:
         (folder / "stdin").write_text(stdin)
         self.args = [command]
         self._said = [(folder / f"rank{rank}.out", folder / f"rank{rank}.err") for rank in range(num_ranks)]
+        for file in itertools.chain.from_iterable(self._said):
+            file.touch()  # a rank that is ended before it opens its own has said nothing
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": num_ranks}
         self._processes = [
             start(
