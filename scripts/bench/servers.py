@@ -36,22 +36,26 @@ def _state(task: Path) -> str:
 
 
 class Server:
-    """A child process that listens on `port` of 127.0.0.1."""
+    """A child process that listens on `port` of 127.0.0.1, and on a Unix socket if it has one."""
 
-    def __init__(self, arguments: list[str], port: int, log: Path) -> None:
+    def __init__(self, arguments: list[str], port: int, log: Path, unix: Path | None = None) -> None:
         self.port = port
+        self._unix = unix
         self._arguments = arguments
         self._log = log
         self.start()
 
     def start(self) -> None:
-        """Starts it, also after `kill`; returns when it accepts connections."""
+        """Starts it, also after `kill`; returns when it accepts connections, on the socket too."""
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(self._arguments, stdout=log, stderr=log)
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
                 socket.create_connection(("127.0.0.1", self.port), 1).close()
+                if self._unix is not None:  # Valkey opens it after the port
+                    with socket.socket(socket.AF_UNIX) as probe:
+                        probe.connect(str(self._unix))
                 return
             except OSError:
                 time.sleep(0.02)
@@ -91,7 +95,7 @@ class ValkeyServer(Server):
         port = free_port()
         arguments = [valkey_program(), "--port", str(port), "--bind", "127.0.0.1"]
         arguments += ["--unixsocket", str(socket_path), "--dir", str(folder), "--save", "", *flags]
-        super().__init__(arguments, port, folder / "valkey.log")
+        super().__init__(arguments, port, folder / "valkey.log", socket_path)
         self.tcp = f"redis://127.0.0.1:{port}"
         self.unix = f"unix://{socket_path}"
 
