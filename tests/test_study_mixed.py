@@ -34,8 +34,8 @@ PRIORITIES = {"qa": 2.0, "chat_multi": 1.0}
 
 
 def mixed(*, pattern: tuple[str, ...] | None = None) -> StudyRequests:
-    settings = ClientSettings(num_requests=80)
-    return Client(Source(workloads=WORKLOADS, pattern=pattern), settings, open_vocabulary(None)).requests()
+    settings = ClientSettings(num_requests=80, turn_delay=1.0)
+    return Client(Source(workloads=WORKLOADS, pattern=pattern), settings, open_vocabulary("words")).requests()
 
 
 def labels(requests: StudyRequests) -> list[str]:
@@ -137,7 +137,7 @@ def test_both_chats_of_a_mix_get_conversations_of_their_own(real, tmp_path):
         turns = [[{"from": who, "value": f"{i} {who} " * 40} for who in speakers] for i in range(6)]
         path.write_text(json.dumps([{"id": f"c{i}", "conversations": turn} for i, turn in enumerate(turns)]))
     source = Source(data_path=path, workloads=("chat_single", "chat_multi"))
-    client = Client(source, ClientSettings(num_requests=3, max_conversations=6), open_vocabulary(None))
+    client = Client(source, ClientSettings(num_requests=3, max_conversations=6), open_vocabulary("words"))
     requests = client.requests()
     assert labels(requests).count("chat_single") == 3
     assert labels(requests).count("chat_multi") == 6 if real else 3

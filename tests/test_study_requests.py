@@ -161,7 +161,9 @@ def test_settings_that_mean_nothing_are_refused(make, message) -> None:
 def workload_rows(name: str, num_requests: int, seed: int = 42) -> list[TraceRow]:
     """As a client makes them."""
     client = Client(
-        Source(workloads=(name,)), ClientSettings(num_requests=num_requests, seed=seed), open_vocabulary(None)
+        Source(workloads=(name,)),
+        ClientSettings(num_requests=num_requests, seed=seed),
+        open_vocabulary("words"),
     )
     return client.rows()
 

@@ -26,6 +26,7 @@ from helpers.study_samples import check_mistake, study, study_json
 
 BLOCK, BLOCK_BYTES = 4, 4 * 1000
 FLAGS = ("size", "--workloads", "chat_multi", "--num-requests", 40, "--seeds", 2, "--kv-layout", "glm-5")
+FLAGS += ("--tokenizer", "words", "--turn-delay", 1)
 
 
 def chats(num_chats: int, turns: int) -> StudyRequests:

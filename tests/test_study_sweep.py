@@ -45,7 +45,7 @@ BLOCK = 4
 
 def seeded(*names: str, num_requests: int) -> dict[str, StudyRequests]:
     settings = ClientSettings(num_requests=num_requests)
-    return Client(Source(workloads=names), settings, open_vocabulary(None)).each()
+    return Client(Source(workloads=names), settings, open_vocabulary("words")).each()
 
 
 def chats(num_requests: int, seed: int, *, partial: bool = False) -> StudyRequests:
@@ -295,7 +295,7 @@ def run(*argv: object) -> int:
 def test_the_command_writes_tables_pictures_and_what_they_mean(tmp_path, capsys):
     out = tmp_path / "out"
     command = ["--workloads", "qa", "--num-requests", 60, "--policies", "lru", "s3-fifo"]
-    command += ["--block-sizes", 16, 32, "--seeds", 1]
+    command += ["--block-sizes", 16, 32, "--seeds", 1, "--tokenizer", "words"]
     assert run(*command, "--capacities", 64, 16, "--output-dir", out) == 0
     shown = capsys.readouterr().out
     assert "qa, blocks of 16 tokens" in shown
@@ -424,6 +424,7 @@ def test_a_log_is_bootstrapped_over_its_conversations(tmp_path):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         flags = ("--trace-file", path, "--num-blocks", 60, "--block-size", 16, "--policies", "lru", "fifo")
+        flags += ("--tokenizer", "words")
         result = study_json(tmp_path / f"out_{name}", "sweep.json", "sweep", *flags)
         assert result["intervals"]["over"] == "conversations"
         sizes[name] = [(c["hit_rate"], c["hit_rate_low"], c["hit_rate_high"]) for c in result["cells"]]

@@ -26,7 +26,6 @@ from dsatrace.workloads.encoding import Vocabulary
 from dsatrace.workloads.request_generator import (
     DEFAULT_ARRIVAL_RATE,
     DEFAULT_SEED,
-    DEFAULT_TURN_DELAY_S,
     FASTEST_RATE,
     MAX_TURN_DELAY_S,
     SLOWEST_RATE,
@@ -57,8 +56,8 @@ class ClientSettings:
     recorded answer together. `match_requests` lengthens the single-turn trace to the number of
     requests of the multi-turn one: with the conversations that had too few turns, and then with those
     that follow in the file, of any number of turns. `order` is
-    that of the replay, see `StudyRequests.ordered`. With a median `think_time` in seconds, turns follow
-    after a `ThinkTime` instead of the constant `turn_delay`.
+    that of the replay, see `StudyRequests.ordered`. Turns follow after a `ThinkTime` of median `think_time`
+    seconds, or after the constant `turn_delay`.
     """
 
     max_conversations: int | None = DEFAULT_MAX_CONVERSATIONS
@@ -69,8 +68,8 @@ class ClientSettings:
     order: Order = "arrival"
     arrival_rate: float = DEFAULT_ARRIVAL_RATE
     use_poisson: bool = True
-    turn_delay: float = DEFAULT_TURN_DELAY_S
-    think_time: float | None = None
+    turn_delay: float | None = None
+    think_time: float = ThinkTime.median_s
     seed: int = DEFAULT_SEED
 
     def __post_init__(self) -> None:
@@ -84,25 +83,24 @@ class ClientSettings:
                 f"--arrival-rate must be conversations per second from {SLOWEST_RATE:g} to {FASTEST_RATE:g}, "
                 f"not {self.arrival_rate}"
             )
-        if not 0 <= self.turn_delay <= MAX_TURN_DELAY_S:
+        ThinkTime(self.think_time)  # refuses what is no time
+        if self.turn_delay is not None and not 0 <= self.turn_delay <= MAX_TURN_DELAY_S:
             raise UserError(
                 f"--turn-delay must be seconds from 0 to {MAX_TURN_DELAY_S:g}, not {self.turn_delay}"
             )
-        if self.think_time is not None:
-            ThinkTime(self.think_time)  # refuses what is no time
 
     @property
     def delay(self) -> float | ThinkTime:
         """From turn to turn."""
-        return self.turn_delay if self.think_time is None else ThinkTime(self.think_time)
+        return ThinkTime(self.think_time) if self.turn_delay is None else self.turn_delay
 
     def times(self) -> str:
         """What is assumed of arrivals, in a line."""
         kind = "Poisson" if self.use_poisson else "evenly spaced"
         rate = f"{self.arrival_rate:g} conversations a second, {kind}"
-        if self.think_time is None:
-            return f"{rate}; {self.turn_delay:g} s from turn to turn"
-        delay = ThinkTime(self.think_time)
+        delay = self.delay
+        if not isinstance(delay, ThinkTime):
+            return f"{rate}; {delay:g} s from turn to turn"
         return (
             f"{rate}; from turn to turn the answer at {delay.words_per_s:g} words a second and a log-normal "
             f"think time of median {delay.median_s:g} s, sigma {delay.sigma:g}"

