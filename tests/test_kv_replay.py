@@ -17,10 +17,13 @@ from helpers.replay_plain import replay_plain
 
 TOKENS = st.lists(st.integers(0, 1), max_size=14)
 TRACES = st.builds(
-    lambda rows, block_size: BlockTrace.from_tokens(
-        [[0, *prompt] for prompt, _ in rows], [output for _, output in rows], block_size=block_size
+    lambda rows, block_size: dataclasses.replace(
+        BlockTrace.from_tokens(
+            [[0, *prompt] for prompt, *_ in rows], [output for _, output, _ in rows], block_size=block_size
+        ),
+        conversation=np.array([name for *_, name in rows], np.int32),
     ),
-    st.lists(st.tuples(TOKENS, TOKENS), max_size=14),
+    st.lists(st.tuples(TOKENS, TOKENS, st.integers(-1, 3)), max_size=14),
     st.integers(1, 4),
 )
 CONFIGS = st.builds(
@@ -112,6 +115,22 @@ def test_chunks_alone_change_no_hit() -> None:
     whole, chunked = (replay(trace, ReplayConfig(None, 4, chunk_tokens=chunk)) for chunk in (None, 7))
     assert whole.hit_tokens.sum() > 0
     assert whole.hit_tokens.tolist() == chunked.hit_tokens.tolist()
+
+
+def test_a_turn_waits_for_the_turn_before_it() -> None:
+    """Two chats of three turns and one request without a chat, which comes first where turns wait."""
+    turns = [[7, 1], [7, 1, 2, 2, 3, 3], [7, 1, 2, 2, 3, 3, 4, 4, 5], [8], [8, 1, 1, 1], [9, 9, 9]]
+    outputs = [[2, 2, 9], [4, 4, 9], [1], [1, 1, 9], [1], [1]]
+    trace = BlockTrace.from_tokens(turns, outputs, block_size=1)
+    chats = dataclasses.replace(trace, conversation=np.array([0, 0, 0, 1, 1, -1], np.int32))
+    config = ReplayConfig(None, 4, schedule="continuous", record_events=True)
+    alone = replay(chats, dataclasses.replace(config, concurrency=1))
+    at_once, waited = replay(trace, config), replay(chats, config)
+    assert waited.hit_tokens.tolist() == alone.hit_tokens.tolist() == [0, 4, 8, 0, 3, 0]
+    assert at_once.hit_tokens.sum() < waited.hit_tokens.sum()
+    assert waited.events is not None
+    first = {int(event["request"]): i for i, event in reversed(list(enumerate(waited.events)))}
+    assert first[5] < first[1] < first[2]
 
 
 def test_schedules_agree_without_evictions() -> None:

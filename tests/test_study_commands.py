@@ -213,7 +213,7 @@ def test_without_caching_every_rate_is_0(tmp_path: Path) -> None:
 
 
 def test_no_schedule_lowers_the_ceiling(tmp_path: Path) -> None:
-    """Turns that come while the turn before them runs find less, but not in a cache without a limit."""
+    """A turn waits for the turn before it; only last tokens, which no engine computes, are missed."""
     flags = ("run", "--workload", "chat_multi", "--max-conversations", 30, "--turn-delay", 0)
     ceilings, rates = set(), {}
     for schedule in ("in_order", "continuous"):
@@ -222,7 +222,7 @@ def test_no_schedule_lowers_the_ceiling(tmp_path: Path) -> None:
         ceilings.add(stats["hit_rate_infinite"])
         rates[schedule] = stats["hit_rate_first_prefill"]
     assert len(ceilings) == 1
-    assert rates["continuous"] < rates["in_order"] == ceilings.pop()
+    assert 0.98 * rates["in_order"] < rates["continuous"] <= rates["in_order"] == ceilings.pop()
 
 
 def test_the_recounted_rate_differs_by_default(tmp_path: Path) -> None:

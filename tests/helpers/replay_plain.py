@@ -59,6 +59,9 @@ class _PlainReplay:
         self.running: list[tuple[int, HeldBlocks]] = []
         self.preempted: list[int] = []
         self.next = 0
+        self.passed_over: list[int] = []  # turns that wait for the turn before them
+        self.ready: list[int] = []  # of those, the ones that need not any more
+        self.ended: set[int] = set()
         self.computed, self.known = [0] * trace.num_requests, list(self.prompt)
 
     def in_order(self) -> None:
@@ -97,12 +100,10 @@ class _PlainReplay:
         return filled
 
     def continuous(self) -> None:
-        while self.running or self.preempted or self.next < self.trace.num_requests:
+        while self.running or self.preempted or self._arrived():
             room = self._advance()
             while (
-                room
-                and len(self.running) < self.config.concurrency
-                and (self.preempted or self.next < self.trace.num_requests)
+                room and len(self.running) < self.config.concurrency and (self.preempted or self._arrived())
             ):
                 room = self._come_in()
             self._commit()
@@ -130,16 +131,35 @@ class _PlainReplay:
             i += 1
         return room
 
+    def _arrived(self) -> bool:
+        """Whether a new request may come in. Passes over the turns whose turn before has not ended."""
+        while self.next < self.trace.num_requests and not self._before(self.next) <= self.ended:
+            self.passed_over.append(self.next)
+            self.next += 1
+        return bool(self.ready) or self.next < self.trace.num_requests
+
+    def _before(self, r: int) -> set[int]:
+        """Earlier requests of the same conversation."""
+        mine = self.trace.conversation[r]
+        return set(np.flatnonzero(self.trace.conversation[:r] == mine).tolist()) if mine >= 0 else set()
+
+    def _end(self, r: int) -> None:
+        self.ended.add(r)
+        ready = [other for other in self.passed_over if self._before(other) <= self.ended]
+        self.passed_over = [other for other in self.passed_over if other not in ready]
+        self.ready += ready
+
     def _come_in(self) -> bool:
         """The next waiting request gets its first chunk, preempted ones before new ones. False: no room."""
         resumed = bool(self.preempted)
-        r = self.preempted[-1] if resumed else self.next
+        r = self.preempted[-1] if resumed else self.ready[0] if self.ready else self.next
         if not resumed:
-            self.clock = r
+            self.clock = max(self.clock, r)
             length = self.prompt[r] + max(self.output[r] - 1, 0)
             if length > self.pool.blocks.num_usable * self.trace.block_size:
                 self.columns["status"][r] = REQUEST_TOO_LONG
-                self.next += 1
+                self._come(r)
+                self._end(r)
                 return True
             self._count_cached(r)
         self.request = r
@@ -152,11 +172,17 @@ class _PlainReplay:
             self.columns["resumed_tokens"][r] += self.known[r]
             self.columns["resumed_hit_tokens"][r] += held.num_hit_tokens
         else:
-            self.next += 1
+            self._come(r)
             self.columns["hit_tokens"][r] = held.num_hit_tokens
         self.computed[r] = min(held.num_hit_tokens + self.chunk, self.known[r])
         self.running.append((r, held))
         return True
+
+    def _come(self, r: int) -> None:
+        if self.ready[:1] == [r]:
+            self.ready.pop(0)
+        else:
+            self.next += 1
 
     def _commit(self) -> None:
         """Requests that have computed all their tokens get their next one; the last one is never computed."""
@@ -169,6 +195,7 @@ class _PlainReplay:
                     self.known[r] += 1
                 if generated[r] == self.output[r]:
                     self.pool.release(held)
+                    self._end(r)
                     continue
             still.append((r, held))
         self.running = still

@@ -8,7 +8,8 @@ the recorded answers of vLLM's own manager were taken, and it equals them block 
 `continuous`: step by step, as an engine runs. In each step every live request has a chunk of its
 prompt or its next token computed. A request that finds no block preempts the newest one, possibly
 itself; a preempted request is resumed first and looks its prefix up again. Requests are admitted as
-soon as there is room: the trace's times only order them.
+soon as there is room: the trace's times only order them. A turn waits for the end of the turn before it,
+and others pass it.
 
 `replay` is compiled and takes some nanoseconds per block; the tests hold it equal to the same
 schedules in plain Python over `PrefixPool`.
@@ -158,7 +159,8 @@ def _run(trace: BlockTrace, config: ReplayConfig, room: int) -> tuple[ReplayResu
     num_blocks = config.pool_blocks(trace)
     pool = new_pool(num_blocks, int(config.null_block), trace.num_keys, room)
     columns = np.zeros((len(REQUEST_COLUMNS), trace.num_requests), np.int64)
-    requests = Requests(trace.prompt_tokens, config.outputs(trace), trace.keys, trace.key_ptr, columns)
+    after = following(trace)
+    requests = Requests(trace.prompt_tokens, config.outputs(trace), trace.keys, trace.key_ptr, after, columns)
     settings = Settings(
         block_size=trace.block_size,
         num_usable=num_blocks - config.null_block,
@@ -179,6 +181,16 @@ def _run(trace: BlockTrace, config: ReplayConfig, room: int) -> tuple[ReplayResu
         final=PoolState(pool.blocks["key"][:-1], pool.blocks["num_users"][:-1], free_queue(pool)),
     )
     return result, num_events
+
+
+def following(trace: BlockTrace) -> np.ndarray:
+    """(R,) int64, the next request of the same conversation, -1 without one."""
+    after = np.full(trace.num_requests, -1, np.int64)
+    known = np.flatnonzero(trace.conversation >= 0)
+    order = known[np.argsort(trace.conversation[known], kind="stable")]
+    same = np.diff(trace.conversation[order]) == 0
+    after[order[:-1][same]] = order[1:][same]
+    return after
 
 
 def columns_by_name(columns: np.ndarray) -> dict[str, np.ndarray]:

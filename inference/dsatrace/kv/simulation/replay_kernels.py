@@ -72,6 +72,7 @@ class Requests(NamedTuple):
     output: np.ndarray  # (R,) int64 tokens
     keys: np.ndarray  # (B,) int32
     key_ptr: np.ndarray  # (R + 1,) int64
+    following: np.ndarray  # (R,) int64, the conversation's next request, or NONE
     columns: np.ndarray  # (8, R) int64, see REQUEST_COLUMNS
 
 
@@ -327,10 +328,14 @@ class Live(NamedTuple):
     running: np.ndarray  # (C,) int64, requests, oldest first
     preempted: np.ndarray  # (C,) int64, requests, the next to resume last
     free_rows: np.ndarray  # (C,) int64
-    num: np.ndarray  # (4,) int64: how many run, are preempted, rows are free; the next request to arrive
+    turn: np.ndarray  # (R,) int8: may come, must wait for the turn before it, or was passed over so
+    ready: np.ndarray  # (R,) int64, requests passed over whose turn before has ended since, in that order
+    num: np.ndarray  # (6,) int64: how many run, are preempted, rows are free; the next request to arrive;
+    # how many are, and were, ready
 
 
-_RUNNING, _WAITING, _ROWS, _NEXT = range(4)
+_RUNNING, _WAITING, _ROWS, _NEXT, _READY, _TAKEN = range(6)
+_MAY_COME, _MUST_WAIT, _PASSED_OVER = range(3)
 
 
 @_inner
@@ -340,6 +345,27 @@ def _leave(pool, s, live, r):  # type: ignore[no-untyped-def]
     release(pool, live.table[row], live.held[row], s.new_order)
     live.free_rows[live.num[_ROWS]] = row
     live.num[_ROWS] += 1
+
+
+@_inner
+def _end(q, live, r):  # type: ignore[no-untyped-def]
+    """After request r the next turn of its conversation may come."""
+    after = q.following[r]
+    if after == NONE:
+        return
+    if live.turn[after] == _PASSED_OVER:
+        live.ready[live.num[_READY]] = after
+        live.num[_READY] += 1
+    live.turn[after] = _MAY_COME
+
+
+@_inner
+def _expected(q, live):  # type: ignore[no-untyped-def]
+    """Whether a request may come in. Passes over the turns whose turn before is still there."""
+    while live.num[_NEXT] < len(q.prompt) and live.turn[live.num[_NEXT]] != _MAY_COME:
+        live.turn[live.num[_NEXT]] = _PASSED_OVER
+        live.num[_NEXT] += 1
+    return live.num[_WAITING] or live.num[_TAKEN] < live.num[_READY] or live.num[_NEXT] < len(q.prompt)
 
 
 @_inner
@@ -376,14 +402,19 @@ def _advance(pool, s, q, live):  # type: ignore[no-untyped-def]
 @_inner
 def _come_in(pool, s, q, live):  # type: ignore[no-untyped-def]
     """The next waiting request gets its first chunk, preempted ones before new ones. False: no room."""
-    resumed = live.num[_WAITING] > 0
-    r = live.preempted[live.num[_WAITING] - 1] if resumed else live.num[_NEXT]
+    resumed, place = live.num[_WAITING] > 0, _NEXT
+    r = live.num[_NEXT]
+    if resumed:
+        r = live.preempted[live.num[_WAITING] - 1]
+    elif live.num[_TAKEN] < live.num[_READY]:
+        r, place = live.ready[live.num[_TAKEN]], _TAKEN
     start = q.key_ptr[r]
     if not resumed:
-        pool.counts[CLOCK] = r
+        pool.counts[CLOCK] = max(pool.counts[CLOCK], r)
         if q.prompt[r] + max(q.output[r] - 1, 0) > s.num_usable * s.block_size:
             q.columns[_STATUS, r] = REQUEST_TOO_LONG
-            live.num[_NEXT] += 1
+            live.num[place] += 1
+            _end(q, live, r)
             return True
         num_full = _num_full(s, q, r, q.prompt[r])
         q.columns[_CACHED, r] = num_cached(pool, q.keys, start, start + num_full)
@@ -400,7 +431,7 @@ def _come_in(pool, s, q, live):  # type: ignore[no-untyped-def]
         q.columns[_RESUMED, r] += live.known[r]
         q.columns[_RESUMED_HIT, r] += hits * s.block_size
     else:
-        live.num[_NEXT] += 1
+        live.num[place] += 1
         q.columns[_HIT, r] = hits * s.block_size
     q.columns[_ALLOCATED, r] += num_blocks - hits
     live.row_of[r], live.held[row], live.computed[r] = row, num_blocks, target
@@ -423,6 +454,7 @@ def _commit(pool, s, q, live):  # type: ignore[no-untyped-def]
                 live.known[r] += 1
             if q.columns[_GENERATED, r] == q.output[r]:
                 _leave(pool, s, live, r)
+                _end(q, live, r)
                 continue
         live.running[still] = r
         still += 1
@@ -436,11 +468,15 @@ def _continuous(pool, s, q):  # type: ignore[no-untyped-def]
     live = Live(
         _table(s, q), np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.zeros(num_requests, np.int64),
         q.prompt.copy(), np.zeros(num_requests, np.int64), np.zeros(rows, np.int64),
-        np.zeros(rows, np.int64), np.arange(rows), np.array([0, 0, rows, 0]),
+        np.zeros(rows, np.int64), np.arange(rows), np.zeros(num_requests, np.int8),
+        np.zeros(num_requests, np.int64), np.array([0, 0, rows, 0, 0, 0]),
     )  # fmt: skip
-    while live.num[_RUNNING] or live.num[_WAITING] or live.num[_NEXT] < num_requests:
+    for r in range(num_requests):
+        if q.following[r] != NONE:
+            live.turn[q.following[r]] = _MUST_WAIT
+    while live.num[_RUNNING] or _expected(q, live):
         room = _advance(pool, s, q, live)
-        while room and live.num[_RUNNING] < rows and (live.num[_WAITING] or live.num[_NEXT] < num_requests):
+        while room and live.num[_RUNNING] < rows and _expected(q, live):
             room = _come_in(pool, s, q, live)
         _commit(pool, s, q, live)
 
