@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
@@ -25,15 +26,16 @@ from conftest import INFERENCE, ROOT
 from dsatrace import cli
 from dsatrace.commands.generate import main as generate
 from dsatrace.errors import UserError
-from dsatrace.schema import LEVELS, STEP_FIELDS, field_paths, project, value_at
+from dsatrace.schema import LEVELS, STEP_FIELDS, STEPS_PARQUET_FILE, field_paths, project, value_at
 from dsatrace.trace import export
 from dsatrace.trace.estimate import SyntheticSelections
 from dsatrace.trace.export import export_run
 from dsatrace.trace.manifest import TierSettings
 from dsatrace.trace.parquet import file as parquet
-from dsatrace.trace.parquet.columns import LEAVES
+from dsatrace.trace.parquet.columns import LEAVES, OF_TIERS, to_batch
 from dsatrace.trace.parquet.file import read_lines, read_numbers, read_records, write_parquet
-from dsatrace.trace.reader import RunReader
+from dsatrace.trace.parquet.parts import StepParts
+from dsatrace.trace.reader import RunReader, part_paths
 from dsatrace.trace.records import RecordDeriver, StepLines
 from dsatrace.trace.tracer import tiers_of
 from helpers.json_edits import changed
@@ -78,6 +80,27 @@ def there_and_back(lines: list[bytes], path: Path) -> int:
     assert list(read_records(path)) == [json.loads(line) for line in lines]
     assert written.num_records == len(lines)
     return written.num_kept_as_text
+
+
+def test_only_runs_with_tiers_have_their_columns(tmp_path: Path) -> None:
+    """A record that has such fields though its run has no tiers is kept as text, not cut."""
+    steps, with_tiers = tmp_path / "steps.parquet", sample_lines(tiers=SETUPS["half a block"])
+    for lines, num_kept in ((sample_lines(), 0), (with_tiers, len(with_tiers))):
+        written = write_parquet(steps, [(line, orjson.loads(line)) for line in lines], has_tiers=False)
+        assert OF_TIERS.isdisjoint(pq.read_schema(steps).names)
+        assert list(read_lines(steps)) == lines
+        assert written.num_kept_as_text == num_kept
+    parts = StepParts(tmp_path)
+    both = []
+    for how in ({}, {"tiers": SETUPS["half a block"]}):
+        records = [orjson.loads(line) for line in sample_lines(**how)]
+        both += records
+        parts.add(pa.Table.from_batches([to_batch(records, pa.float32())]))
+    without, whole = (set(pq.read_schema(path).names) for path in part_paths(tmp_path))
+    assert whole - without == OF_TIERS
+    parts.join()
+    assert list(read_records(tmp_path / STEPS_PARQUET_FILE)) == both
+    parts.close()
 
 
 @pytest.fixture(scope="module")

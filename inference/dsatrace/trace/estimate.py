@@ -35,8 +35,9 @@ from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.kind import SelectionKind, engine_kind
 from dsatrace.trace.parquet import replay_layout
+from dsatrace.trace.parquet.columns import without_tiers
 from dsatrace.trace.parquet.file import GROUP_BYTES, GROUP_RECORDS, open_writer, write_parquet
-from dsatrace.trace.parquet.steps import step_batch
+from dsatrace.trace.parquet.steps import SCHEMA, step_batch
 from dsatrace.trace.records import RecordDeriver, StepLines
 
 Kind = Literal["clustered", "uniform"]
@@ -200,7 +201,8 @@ def draw_sample(load: TraceLoad, level: Level, kind: Kind, num_records: int = SA
         lines += bytes(text).splitlines()
         batches.append(step_batch(derived))
     # Of n steps n - 1 were timed.
-    return Sample(lines, pa.Table.from_batches(batches), seconds * num_steps / (num_steps - 1))
+    columns = pa.Table.from_batches(batches).select(without_tiers(SCHEMA).names)
+    return Sample(lines, columns, seconds * num_steps / (num_steps - 1))
 
 
 def _exported_bytes(sample: Sample, num_records: int) -> float:
@@ -216,7 +218,7 @@ def _exported_bytes(sample: Sample, num_records: int) -> float:
 def _file_bytes(lines: Sequence[bytes]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "steps.parquet"
-        write_parquet(path, ((line, orjson.loads(line)) for line in lines))
+        write_parquet(path, ((line, orjson.loads(line)) for line in lines), has_tiers=False)
         return path.stat().st_size
 
 

@@ -33,6 +33,7 @@ from dsatrace.trace.parquet.file import (
     read_lines,
     write_parquet,
 )
+from dsatrace.trace.parquet.parts import filled, schema_of
 from dsatrace.trace.parquet.replay_layout import Counts, write_replay_layout
 from dsatrace.trace.reader import RunReader
 
@@ -104,7 +105,8 @@ def _to_parquet(run: RunReader, path: Path, progress: Progress) -> tuple[int, in
         done += num_bytes
         progress(done, total)
 
-    written = write_parquet(path, _lines(run), advance, run.manifest["trace"]["keep_order"])
+    keep_order, has_tiers = run.manifest["trace"]["keep_order"], bool(run.manifest.get("tiers"))
+    written = write_parquet(path, _lines(run), advance, keep_order, has_tiers)
     return written.num_records, written.num_kept_as_text
 
 
@@ -124,15 +126,16 @@ def _tables(run: RunReader, progress: Progress) -> Iterator[pa.Table]:
     """The step records, a group of them at a time."""
     total, done = sum(path.stat().st_size for path in run.step_paths), 0
     if not run.is_parquet:
-        for group, batch in lossless_batches(_lines(run)):
+        for group, batch in lossless_batches(_lines(run), bool(run.manifest.get("tiers"))):
             yield pa.Table.from_batches([batch])
             done += sum(len(line) + 1 for line, _ in group)
             progress(done, total)
         return
+    schema = schema_of(run.step_paths)
     for path in run.step_paths:
         with open_file(path) as file:
             for index in range(file.metadata.num_row_groups):
-                yield file.read_row_group(index)
+                yield filled(file.read_row_group(index), schema)
                 progress(done + path.stat().st_size * (index + 1) // file.metadata.num_row_groups, total)
         done += path.stat().st_size
 

@@ -31,7 +31,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from dsatrace.schema import STEP_FIELDS, Field
+from dsatrace.schema import OFFLOADED_FETCH, STEP_FIELDS, Field
 
 NULLS, EXTRA, LINE = "nulls", "extra", "line"
 POSITIONS, BLOCKS, INTERSECTION = "selected_token_pos", "selected_block_ids", "prefix.intersection_blocks"
@@ -95,8 +95,20 @@ def _leaves(nodes: Sequence[Node]) -> Iterator[Node]:
 LEAVES = tuple(_leaves(TREE))
 
 
+OF_TIERS = frozenset(
+    leaf.column
+    for leaf in LEAVES
+    if leaf.path.startswith("kv_fetch.") and leaf.path.rpartition(".")[2] in OFFLOADED_FETCH
+)
+"""Columns that only runs with tiers fill: the file of another run lacks them."""
+
+
+def without_tiers(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([field for field in schema if field.name not in OF_TIERS])
+
+
 def arrow_schema(score_type: pa.DataType) -> pa.Schema:
-    """Every column of the file, scores held as `score_type`: float32 or float64."""
+    """Every column there can be, scores held as `score_type`: float32 or float64."""
     columns = [(leaf.column, _stored_type(leaf, score_type)) for leaf in LEAVES]
     return pa.schema([*columns, *((name, pa.string()) for name in (NULLS, EXTRA, LINE))])
 

@@ -36,6 +36,7 @@ from dsatrace.trace.parquet.columns import (
     to_batch,
     to_lines,
     to_records,
+    without_tiers,
 )
 
 GROUP_BYTES = 8 << 20
@@ -58,17 +59,21 @@ class Written:
 
 
 def write_parquet(
-    path: Path, lines: Iterable[Line], advance: Advance = lambda num_bytes: None, keep_order: bool = False
+    path: Path,
+    lines: Iterable[Line],
+    advance: Advance = lambda num_bytes: None,
+    keep_order: bool = False,
+    has_tiers: bool = True,
 ) -> Written:
     """Writes the file and reads it back; a difference raises `UserError`.
 
-    `keep_order`: most positions do not ascend.
+    `keep_order`: most positions do not ascend. `has_tiers`: the run's manifest has `tiers`.
     """
     digest, num_kept = hashlib.blake2b(), 0
 
     def batches() -> Iterator[tuple[pa.RecordBatch, int]]:
         nonlocal num_kept
-        for group, batch in lossless_batches(lines):
+        for group, batch in lossless_batches(lines, has_tiers):
             num_bytes = 0
             for line, _ in group:
                 digest.update(line + b"\n")
@@ -171,11 +176,13 @@ def count_records(path: Path) -> int:
         return int(file.metadata.num_rows)
 
 
-def lossless_batches(lines: Iterable[Line]) -> Iterator[tuple[list[Line], pa.RecordBatch]]:
+def lossless_batches(
+    lines: Iterable[Line], has_tiers: bool = True
+) -> Iterator[tuple[list[Line], pa.RecordBatch]]:
     """Lines in groups of at most `OBJECT_BYTES` or so, and their columns, which give each line back."""
     schema: pa.Schema | None = None
     for group in _groups(lines):
-        batch = _first_batch(group) if schema is None else _lossless_batch(group, schema)
+        batch = _first_batch(group, has_tiers) if schema is None else _lossless_batch(group, schema)
         schema = batch.schema
         yield group, batch
 
@@ -193,13 +200,15 @@ def _groups(lines: Iterable[Line]) -> Iterator[list[Line]]:
         yield group
 
 
-def _first_batch(group: Sequence[Line]) -> pa.RecordBatch:
+def _first_batch(group: Sequence[Line], has_tiers: bool) -> pa.RecordBatch:
     """Decides how scores are stored: as float32 if that gives their text back, as for the tracer's lines."""
-    narrow = _lossless_batch(group, arrow_schema(pa.float32()))
-    if narrow.column(LINE).null_count == len(narrow):
-        return narrow
-    wide = _lossless_batch(group, arrow_schema(pa.float64()))
-    return max(narrow, wide, key=lambda batch: int(batch.column(LINE).null_count))
+    narrow, wide = arrow_schema(pa.float32()), arrow_schema(pa.float64())
+    if not has_tiers:
+        narrow, wide = without_tiers(narrow), without_tiers(wide)
+    batch = _lossless_batch(group, narrow)
+    if batch.column(LINE).null_count == len(batch):
+        return batch
+    return max(batch, _lossless_batch(group, wide), key=lambda batch: int(batch.column(LINE).null_count))
 
 
 def _lossless_batch(group: Sequence[Line], schema: pa.Schema) -> pa.RecordBatch:
@@ -207,9 +216,11 @@ def _lossless_batch(group: Sequence[Line], schema: pa.Schema) -> pa.RecordBatch:
     score_type = schema.field("kth_margin").type
     records = [record for _, record in group]
     try:
-        batch = to_batch(records, score_type)
+        batch = to_batch(records, score_type, schema.names)
     except NOT_REPRESENTABLE:
-        batch = to_batch([record if _fits(record, score_type) else {} for record in records], score_type)
+        batch = to_batch(
+            [record if _fits(record, score_type) else {} for record in records], score_type, schema.names
+        )
     again = to_lines(batch)
     kept = [None if line == back else line.decode() for (line, _), back in zip(group, again, strict=True)]
     index = batch.schema.get_field_index(LINE)

@@ -15,6 +15,7 @@ import contextlib
 import io
 import itertools
 from collections.abc import Collection, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +24,7 @@ import pyarrow.compute as pc
 
 from dsatrace.files import HeldFolder, digest_of, sync, temporary_of, write_atomically, written_atomically
 from dsatrace.schema import PART_RECORDS, STEPS_FOLDER, STEPS_PARQUET_FILE
+from dsatrace.trace.parquet.columns import OF_TIERS, without_tiers
 from dsatrace.trace.parquet.concatenation import Concatenation
 from dsatrace.trace.parquet.file import GROUP_BYTES, GROUP_RECORDS, open_file, open_writer
 from dsatrace.trace.parquet.steps import SCHEMA
@@ -48,7 +50,9 @@ class StepParts:
         if not folder.exists():
             folder.mkdir()
             sync(folder.parent)
-        write_atomically(self._new_path(), self._encoded([table]).getvalue(), durable=True)
+        if all(table[name].null_count == len(table) for name in OF_TIERS):
+            table = table.select(without_tiers(table.schema).names)
+        write_atomically(self._new_path(), self._encoded(table.schema, [table]).getvalue(), durable=True)
 
     def join(self) -> dict[str, Any]:
         """Makes the whole file of the parts, removes them, and returns its digest.
@@ -61,10 +65,11 @@ class StepParts:
             parts[0].replace(self._whole)
             sync(self._folder.path)
         else:
+            schema = schema_of(parts)
             with written_atomically(self._whole) as file, Concatenation(file) as whole:
-                whole.append(self._encoded([]))  # its footer is the model
-                for is_small, paths in itertools.groupby(parts, _is_small):
-                    self._append(whole, paths, is_small)
+                whole.append(self._encoded(schema, []))  # its footer is the model
+                for is_small, paths in itertools.groupby(parts, partial(_is_small, schema)):
+                    self._append(whole, schema, paths, is_small)
         self._remove_parts()
         return digest_of(self._whole)
 
@@ -93,27 +98,31 @@ class StepParts:
         elif all(pc.is_in(requests, kept).to_pylist()):
             path.replace(target)
         else:
-            tables = (table.filter(pc.is_in(table["request_id"], kept)) for table in _row_groups([path]))
+            schema = schema_of([path])
+            tables = _row_groups([path], schema)
+            chosen = (table.filter(pc.is_in(table["request_id"], kept)) for table in tables)
             with written_atomically(target) as file:
-                self._write(file, _regrouped(tables))
+                self._write(file, schema, _regrouped(chosen))
 
-    def _append(self, whole: Concatenation, paths: Iterable[Path], are_small: bool) -> None:
+    def _append(
+        self, whole: Concatenation, schema: pa.Schema, paths: Iterable[Path], are_small: bool
+    ) -> None:
         if are_small:
-            for table in _regrouped(_row_groups(paths)):
-                whole.append(self._encoded([table]))
+            for table in _regrouped(_row_groups(paths, schema)):
+                whole.append(self._encoded(schema, [table]))
             return
         for path in paths:
             with path.open("rb") as file:
                 whole.append(file)
 
-    def _encoded(self, tables: Iterable[pa.Table]) -> io.BytesIO:
+    def _encoded(self, schema: pa.Schema, tables: Iterable[pa.Table]) -> io.BytesIO:
         """A Parquet file."""
         data = io.BytesIO()
-        self._write(data, tables)
+        self._write(data, schema, tables)
         return data
 
-    def _write(self, file: IO[bytes], tables: Iterable[pa.Table]) -> None:
-        with open_writer(file, SCHEMA, self._keep_order) as writer:
+    def _write(self, file: IO[bytes], schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+        with open_writer(file, schema, self._keep_order) as writer:
             for table in tables:
                 writer.write_table(table, row_group_size=len(table))
 
@@ -129,10 +138,27 @@ class StepParts:
             folder.rmdir()
 
 
-def _is_small(path: Path) -> bool:
-    """Whether the part is not worth a row group, or was written before the schema had all its fields."""
+def schema_of(paths: Iterable[Path]) -> pa.Schema:
+    """The columns of files together: all that there are now, but those of tiers only if a file has them."""
+    for path in paths:
+        with open_file(path) as file:
+            if not OF_TIERS.isdisjoint(file.schema_arrow.names):
+                return SCHEMA
+    return without_tiers(SCHEMA)
+
+
+def filled(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """All columns of `schema`; those that the table lacks (it is older, or knows no tiers) are null."""
+    for field in schema:
+        if field.name not in table.schema.names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(schema.names)
+
+
+def _is_small(schema: pa.Schema, path: Path) -> bool:
+    """Whether the part is not worth a row group, or has other columns."""
     with open_file(path) as file:
-        return bool(file.metadata.num_rows < LEAST_RECORDS or not file.schema_arrow.equals(SCHEMA))
+        return bool(file.metadata.num_rows < LEAST_RECORDS or not file.schema_arrow.equals(schema))
 
 
 def _requests_of(path: Path) -> pa.Array:
@@ -141,15 +167,11 @@ def _requests_of(path: Path) -> pa.Array:
         return file.read(["request_id"])["request_id"].unique()
 
 
-def _row_groups(paths: Iterable[Path]) -> Iterator[pa.Table]:
+def _row_groups(paths: Iterable[Path], schema: pa.Schema) -> Iterator[pa.Table]:
     for path in paths:
         with open_file(path) as file:
             for index in range(file.metadata.num_row_groups):
-                table = file.read_row_group(index)
-                missing = [field for field in SCHEMA if field.name not in table.schema.names]
-                for field in missing:  # written before there was such a field
-                    table = table.append_column(field, pa.nulls(len(table), field.type))
-                yield table.select(SCHEMA.names)
+                yield filled(file.read_row_group(index), schema)
 
 
 def _regrouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
