@@ -22,8 +22,8 @@ DIGEST_BYTES = 1 << 19  # two parts of a file that the hashing thread of verify 
 
 
 @pytest.fixture(scope="module")
-def long_run() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("long_run", ROOT / "scripts" / "bench" / "long_run.py")
+def growth() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("growth", ROOT / "scripts" / "bench" / "growth.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look themselves up
@@ -43,18 +43,18 @@ def peak_bytes(work: Callable[[], object]) -> tuple[int, object]:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_memory_does_not_grow_with_the_run(
-    long_run: ModuleType, tmp_path: Path, level: str, monkeypatch: pytest.MonkeyPatch
+    growth: ModuleType, tmp_path: Path, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dsatrace.trace.summarize.CHUNK_RECORDS", 64)
     monkeypatch.setattr("dsatrace.verify.fast.CHUNK_BYTES", 1 << 16)  # else the whole run is one chunk
-    shape = long_run.Shape(num_layers=2, batch=2, top_k=64, num_prompt_tokens=1024, num_step_times=50)
-    one_round = shape.records_a_step * long_run.STEPS_A_REQUEST
-    long_run.write_run(tmp_path / "warm", 1, level, shape)
+    shape = growth.Shape(num_layers=2, batch=2, top_k=64, num_prompt_tokens=1024, num_step_times=50)
+    one_round = shape.records_a_step * growth.STEPS_A_REQUEST
+    growth.write_run(tmp_path / "warm", 1, level, shape)
     peaks = []
     for rounds in (2, 8):
         folder = tmp_path / f"run{rounds}"
         stages = (
-            lambda folder=folder, rounds=rounds: long_run.write_run(folder, rounds * one_round, level, shape),
+            lambda folder=folder, rounds=rounds: growth.write_run(folder, rounds * one_round, level, shape),
             lambda folder=folder: verify(folder),
             lambda folder=folder: summarize_runs([folder]),
         )
@@ -65,9 +65,16 @@ def test_memory_does_not_grow_with_the_run(
         assert long < short + SLACK_BYTES + DIGEST_BYTES
 
 
-def test_the_script_says_what_it_did() -> None:
-    done = bench("long_run.py", "--records", "1")
+def test_the_script_says_what_it_did(tmp_path: Path) -> None:
+    flags = ("--counts", "1", "--top-k", "64", "--only", "verify", "--folder", str(tmp_path))
+    done = bench("growth.py", "verbs", *flags)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["write", "verify", "summarize"]
-    assert all("15616 records" in line and "MiB peak" in line for line in lines)
+    rows = [line.split() for line in done.stdout.splitlines() if "15616" in line]
+    assert [row[:2] for row in rows] == [
+        ["write", "jsonl"],
+        ["verify", "jsonl"],
+        ["export", "--to"],
+        ["verify", "parquet"],
+    ]
+    assert all(float(row[-1]) > 10 for row in rows)  # MiB
+    assert list(tmp_path.iterdir()) == []

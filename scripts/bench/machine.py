@@ -1,4 +1,4 @@
-"""What a benchmark ran on, for its record."""
+"""What a benchmark ran on, and the most memory that it took, for its record."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "load": os.getloadavg(),
     }
+
+
+def peak_bytes() -> int:
+    """Peak memory of this process; Linux. (`ru_maxrss` would include the parent's.)"""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status names no VmHWM")
 
 
 def _cpu_model() -> str | None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import peak_bytes
 from rich.console import Console
 from rich.table import Table
 
@@ -141,14 +142,6 @@ def capacities_table(stream: AccessStream, largest: int, repeats: int) -> Table:
         rate = stream.num_accesses * runs / seconds / 1e6
         table.add_row(way, f"{seconds:.2f}", f"{rate:.1f}", f"{seconds / one_pass:.1f}")
     return table
-
-
-def peak_bytes() -> int:
-    """Peak memory of this process; Linux. (`ru_maxrss` would include the parent's.)"""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status names no VmHWM")
 
 
 def _measure(path: str, name: str, capacity: int, sender: Connection) -> None:

@@ -26,9 +26,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from long_run import in_own_process
-from machine import machine
-from policies import cpu_seconds, empty_table, peak_bytes
+from growth import in_own_process
+from machine import machine, peak_bytes
+from policies import cpu_seconds, empty_table
 from rich.console import Console
 from rich.table import Table
 
@@ -159,7 +159,7 @@ def growth_table(counts: Sequence[int], longest: int) -> Table:
     table: Table = empty_table(title, "records", "us per record", "memory, MiB")
     rows = [(count, 512, False) for count in counts] + [(longest, 512, True)]
     for num_records, num_steps, one_stream in rows:
-        said, _, _ = in_own_process(grow, num_records, num_steps, one_stream)
+        said, *_ = in_own_process(grow, num_records, num_steps, one_stream)
         label = f"{num_records:,} in {'one stream' if one_stream else f'streams of {num_steps}'}"
         table.add_row(label, *said.split())
     return table

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
-from long_run import OFFLOADED, Shape, in_own_process, write_run
+from growth import OFFLOADED, Shape, in_own_process, write_run
 
 from dsatrace.errors import exits_cleanly
 from dsatrace.schema import STEPS_FILE
@@ -80,7 +80,7 @@ class Spent(NamedTuple):
 
 def measured(name: str, folder: Path, num_records: int, plain: bool, jobs: int) -> Spent:
     """Without the start of the process that verifies; prints it, and its memory."""
-    said, _, own_mib = in_own_process(verify_stage, folder, plain, jobs)
+    said, *_, own_mib = in_own_process(verify_stage, folder, plain, jobs)
     seconds, cpu_s, of_workers_mib = map(float, said.split())
     memory = f"{own_mib:.0f} MiB"
     if of_workers_mib:
