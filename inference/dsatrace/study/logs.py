@@ -133,12 +133,10 @@ def read_log(
     if log.block_size is not None:
         raise UserError(f"--log-block-size is for block ids; {log.text()} holds none")
     reader = _Reader(layout, Times(log.time_unit, layout.time_unit, str(log.paths[0])), bad_rows, counts)
-    builder, encoder = RequestsBuilder(), PieceEncoder(vocabulary.vocabulary)
-    turns: Counter[str] = Counter()
+    builder, turns = RequestsBuilder(), Counter[str]()
     start_s = None
-    for time_s, request in _merged(log.paths, reader.rows, counts):
+    for (time_s, request), prompt, answer in _encoded(_merged(log.paths, reader.rows, counts), vocabulary):
         start_s = time_s if start_s is None else start_s
-        prompt, answer = _encoded(request, vocabulary, encoder)
         name = request.conversation_id
         turn = request.turn if request.turn != UNKNOWN else turns[name] if name else UNKNOWN
         turns[name] += 1
@@ -162,14 +160,27 @@ def read_log(
 
 
 def _encoded(
-    request: LoggedRequest, vocabulary: NamedVocabulary, encoder: PieceEncoder
-) -> tuple[array[int], array[int]]:
-    """Ids of prompt and answer."""
-    prompt, answer = request.prompt, request.answer
-    if isinstance(prompt, array):
-        return prompt, answer if isinstance(answer, array) else array("i")
-    text = prompt if isinstance(prompt, str) else vocabulary.formatter.format_conversation(prompt)
-    return encoder.prompt(text), encoder.response(text, str(answer))
+    rows: Iterator[tuple[float, LoggedRequest]], vocabulary: NamedVocabulary
+) -> Iterator[tuple[tuple[float, LoggedRequest], array[int], array[int]]]:
+    """Each row with the ids of prompt and answer. A log holds text or ids, never both."""
+
+    for row in itertools.islice(rows, 1):
+        rows = itertools.chain((row,), rows)
+        if isinstance(row[1].prompt, array):
+            yield from ((row, _ids(row[1].prompt), _ids(row[1].answer)) for row in rows)
+    texts = ((row, _text(row[1], vocabulary), str(row[1].answer)) for row in rows)
+    yield from PieceEncoder(vocabulary.vocabulary).encoded(texts)
+
+
+def _text(request: LoggedRequest, vocabulary: NamedVocabulary) -> str:
+    prompt = request.prompt
+    assert not isinstance(prompt, array)
+    return prompt if isinstance(prompt, str) else vocabulary.formatter.format_conversation(prompt)
+
+
+def _ids(value: object) -> array[int]:
+    """Of a log of ids; one without an answer has an empty text in its place."""
+    return value if isinstance(value, array) else array("i")
 
 
 class _Reader:

@@ -24,6 +24,7 @@ import numpy as np
 
 from dsatrace.errors import UserError
 from dsatrace.study.accesses import ACCESSES_FILE
+from dsatrace.study.kept_requests import KeptRequests, Made, rows_sha256
 from dsatrace.study.logs import Log, read_log
 from dsatrace.study.prepare import ClientSettings, PreparedTraces, limit_requests, prepare_traces
 from dsatrace.study.request_files import holds_text, read_requests
@@ -126,6 +127,21 @@ class Source:
         """Whether a generator makes some of the requests, so that another seed gives others."""
         return any(not self.is_real(name) for name in self.workloads)
 
+    @property
+    def _files(self) -> tuple[Path, ...]:
+        if self.log is not None:
+            return self.log.paths
+        return () if self.path is None else (self.path,)
+
+    @functools.cached_property
+    def digests(self) -> tuple[str, ...]:
+        """The sha256 of each file or folder that is read."""
+        return tuple(folder_sha256(path) if path.is_dir() else file_sha256(path) for path in self._files)
+
+    def stamps(self) -> tuple[tuple[int, int], ...]:
+        """Size and time of each file: they change when it is written to."""
+        return tuple((found.st_size, found.st_mtime_ns) for found in map(Path.stat, self._files))
+
     def describe(self) -> dict[str, Any]:
         """For the manifest: the kind of source, the workloads if named, a file's path and digest."""
         record: dict[str, Any] = {"kind": self.kind}
@@ -136,11 +152,11 @@ class Source:
         if self.pattern is not None:
             record["pattern"] = list(self.pattern)
         if self.log is not None:
-            files = [{"path": str(path), "sha256": file_sha256(path)} for path in self.log.paths]
+            both = zip(self._files, self.digests, strict=True)
+            files = [{"path": str(path), "sha256": digest} for path, digest in both]
             record |= {"layout": self.log.layout, "files": files}
         elif self.path is not None:
-            digest = folder_sha256(self.path) if self.path.is_dir() else file_sha256(self.path)
-            record |= {"path": str(self.path), "sha256": digest}
+            record |= {"path": str(self.path), "sha256": self.digests[0]}
         return record
 
     def origin(self, workload: str) -> str:
@@ -159,8 +175,11 @@ class Client:
         vocabulary: NamedVocabulary,
         bad_rows: BadRows | None = None,
         progress: Progress | None = None,
+        keep_tokens: bool = False,
     ) -> None:
+        """`keep_tokens` keeps requests of files for the next run, and takes what an earlier one kept."""
         self.source, self.settings, self.vocabulary = source, settings, vocabulary
+        self.kept = KeptRequests(vocabulary.label) if keep_tokens else None
         self.bad_rows = bad_rows or BadRows()
         self.counts: dict[str, int] = {}
         self._progress = progress
@@ -173,7 +192,14 @@ class Client:
     def reseeded(self, seed: int) -> Client:
         """The same client with another seed of arrivals and generators; it shares the vocabulary."""
         settings = dataclasses.replace(self.settings, seed=seed)
-        return Client(self.source, settings, self.vocabulary, BadRows(self.bad_rows.policy), self._progress)
+        return Client(
+            self.source,
+            settings,
+            self.vocabulary,
+            BadRows(self.bad_rows.policy),
+            self._progress,
+            self.kept is not None,
+        )
 
     @property
     def has_text(self) -> bool:
@@ -235,7 +261,13 @@ class Client:
         }
 
     def _tokenized(self, rows: list[TraceRow]) -> StudyRequests:
-        requests = tokenize_rows(rows, self.vocabulary.vocabulary, self._progress)
+        def make() -> Made:
+            return tokenize_rows(rows, self.vocabulary.vocabulary, self._progress), {}
+
+        if self.kept is None or self.source.data_path is None:
+            requests, _ = make()
+        else:
+            requests, _ = self.kept.get(rows_sha256(rows), make)
         return requests.ordered(self.settings.order)
 
     def _prepare(self, name: str, together: Sequence[str]) -> PreparedTraces:
@@ -279,24 +311,40 @@ class Client:
 
     @functools.cached_property
     def _trace(self) -> StudyRequests:
+        source = self.source
+        if self.kept is None or (source.path is not None and source.path.is_dir()):
+            requests, facts = self._read()
+        else:
+            stamps, log = source.stamps(), source.log
+            told = () if log is None else (log.layout, log.time_unit, log.block_size)
+            made_of = [source.digests, told, self.bad_rows.policy]
+            requests, facts = self.kept.get(made_of, self._read, lambda: source.stamps() == stamps)
+            self.bad_rows.counts = Counter(facts["bad_rows"])
+        self._has_times = facts["has_times"]
+        requests = _first_conversations(requests, self.settings.max_conversations)
+        if not facts["holds_text"]:
+            unit = "tokens" if requests.tokens_per_id == 1 else f"blocks of {requests.tokens_per_id} tokens"
+            label = {"name": f"none: the trace holds ids of {unit}"}
+            self.vocabulary = dataclasses.replace(self.vocabulary, label=label)
+        kept, dropped = limit_requests(requests, self.settings.max_tokens, self.settings.min_turns)
+        self.counts |= {**facts["counts"], **dropped}
+        return kept
+
+    def _read(self) -> Made:
+        """The requests of a log or trace file, and what is known of them."""
         source, counts = self.source, Counter[str]()
         if source.log is not None:
-            read = read_log(source.log, self.vocabulary, self.bad_rows, counts, self._progress)
-            requests, has_text, self._has_times = read
+            requests, has_text, has_times = read_log(
+                source.log, self.vocabulary, self.bad_rows, counts, self._progress
+            )
         else:
             assert source.trace_file is not None
             requests = read_requests(
                 source.trace_file, self.vocabulary.vocabulary, self.bad_rows, counts, self._progress
             )
-            has_text = holds_text(source.trace_file)
-        requests = _first_conversations(requests, self.settings.max_conversations)
-        if not has_text:
-            unit = "tokens" if requests.tokens_per_id == 1 else f"blocks of {requests.tokens_per_id} tokens"
-            label = {"name": f"none: the trace holds ids of {unit}"}
-            self.vocabulary = dataclasses.replace(self.vocabulary, label=label)
-        kept, dropped = limit_requests(requests, self.settings.max_tokens, self.settings.min_turns)
-        self.counts |= {**+counts, **dropped}
-        return kept
+            has_text, has_times = holds_text(source.trace_file), True
+        facts = {"counts": +counts, "bad_rows": self.bad_rows.counts}
+        return requests, facts | {"holds_text": has_text, "has_times": has_times}
 
     def _oddities(self) -> dict[str, int]:
         """Oddities in the rows that the loader read, and how many rows have them; see `sharegpt.ODDITIES`."""

@@ -148,6 +148,13 @@ def add_request_arguments(
         help=f"tokenizer.json, its folder, a hub name, {PACKAGE}, or {WORDS}: a token per word "
         f"(default: {PACKAGE} if it is installed, else {WORDS})",
     )
+    add(
+        "--no-kept-tokens",
+        dest="keep_tokens",
+        action="store_false",
+        help="read and tokenise anew, and keep nothing for the next run (default: kept in this user's cache "
+        "folder, with the digest of the file)",
+    )
     add_bad_rows_argument(add)
 
 
@@ -244,7 +251,8 @@ def open_client(args: argparse.Namespace, workloads: Sequence[str] = ()) -> Iter
             advance(num_requests - done if num_requests > done else num_requests)  # less: the next trace
             done = num_requests
 
-        yield Client(source, settings, open_vocabulary(args.tokenizer), BadRows(args.bad_rows), progress)
+        vocabulary, bad_rows = open_vocabulary(args.tokenizer), BadRows(args.bad_rows)
+        yield Client(source, settings, vocabulary, bad_rows, progress, args.keep_tokens)
 
 
 def add_seeds_argument(add: Callable[..., argparse.Action]) -> None:
@@ -320,6 +328,8 @@ def say_what_was_read(client: Client) -> None:
     print("source:", plain(client.source.text()))
     label = client.vocabulary.label
     print(f"tokenizer: {plain(', '.join(label[key] for key in ('name', 'form') if key in label))}")
+    for line in client.kept.said if client.kept is not None else ():
+        print(f"requests: {plain(line)}")
     if client.has_text:
         print(f"times: assumed, {client.settings.times()}")
     for what, number in client.counts.items():
