@@ -458,7 +458,7 @@ def test_any_value_anywhere_in_a_row_is_read_or_a_clear_line(tmp_path: Path, num
 
 def test_flags_of_a_log_need_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_mistake(
-        capsys, study("run", "--layout", "messages", "--output-dir", tmp_path / "o"), "give one with --log"
+        capsys, study("run", "--layout", "messages", "--output-dir", tmp_path / "o"), "name its file"
     )
 
 
