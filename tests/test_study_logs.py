@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gzip
+import importlib
 import io
 import json
 import pickle
@@ -380,6 +381,16 @@ def test_a_log_of_lengths_names_its_runner(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("given", ["a b", "a --log b", "--log a --log b", "--log a b"])
+@pytest.mark.parametrize("verb", ["compare", "explain", "prepare", "run", "size", "sweep"])
+def test_logs_may_stand_before_the_flags(verb: str, given: str) -> None:
+    """Without a flag, after one, or both: they are one log, in every verb."""
+    parser = importlib.import_module(f"dsatrace.commands.study.{verb}")._parser()
+    layout = ["--kv-layout", "glm-5"] * (verb == "size")
+    assert parser.parse_args([*given.split(), *layout]).log == ["a", "b"]
+    assert parser.parse_args(layout).log is None
+
+
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "dump.pkl").write_bytes(pickle.dumps([SYSTEM]))
     with pytest.raises(UserError, match="is a pickle, which may run code"):
@@ -467,7 +478,7 @@ def test_bad_rows_can_be_skipped_and_the_layout_is_said(
 ) -> None:
     file = write(tmp_path / "log", {"x": SECRET}, *ROWS, {"timestamp": EPOCH, "messages": [ANSWER]})
     out = tmp_path / "out"
-    assert study("run", "--log", file, "--bad-rows", "skip", "--output-dir", out, "--skip-visualization") == 0
+    assert study("run", file, "--bad-rows", "skip", "--output-dir", out, "--skip-visualization") == 0
     shown = capsys.readouterr().out
     assert f"source: log {file} as layout messages (recognised)" in shown
     assert "2 bad rows skipped" in shown
