@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gzip
-import importlib
 import io
 import json
 import pickle
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
+from dsatrace.commands.study.options import add_request_arguments, new_parser
 from dsatrace.errors import UserError
 from dsatrace.study.log_layouts import LAYOUTS, PARTS_LEFT_OUT, TOOL_CALLS, TOOL_ROLES
 from dsatrace.study.logs import (
@@ -382,13 +382,12 @@ def test_a_log_of_lengths_names_its_runner(
 
 
 @pytest.mark.parametrize("given", ["a b", "a --log b", "--log a --log b", "--log a b"])
-@pytest.mark.parametrize("verb", ["compare", "explain", "prepare", "run", "size", "sweep"])
-def test_logs_may_stand_before_the_flags(verb: str, given: str) -> None:
-    """Without a flag, after one, or both: they are one log, in every verb."""
-    parser = importlib.import_module(f"dsatrace.commands.study.{verb}")._parser()
-    layout = ["--kv-layout", "glm-5"] * (verb == "size")
-    assert parser.parse_args([*given.split(), *layout]).log == ["a", "b"]
-    assert parser.parse_args(layout).log is None
+def test_logs_may_stand_before_the_flags(given: str) -> None:
+    """Without a flag, after one, or both: they are one log."""
+    parser = new_parser("any", "Any verb.", "%(prog)s")
+    add_request_arguments(parser)
+    assert parser.parse_args([*given.split(), "--layout", "messages"]).log == ["a", "b"]
+    assert parser.parse_args(["--layout", "messages"]).log is None
 
 
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
