@@ -78,7 +78,7 @@ def test_runs_of_one_name_add(run: Path, tmp_path: Path) -> None:
     other = write_golden(tmp_path / "run", REQUESTS, sealed=True)
     result = replay_all(find_work([run, other], SETTINGS), SETTINGS)
     assert len(result.requests) == 2 * len(REQUESTS)
-    with pytest.raises(UserError, match="request .*/run/r0 stands in another file too"):
+    with pytest.raises(UserError, match=r"request .*/run/r0 stands in another file too"):
         replay_all(find_work([run, run], SETTINGS), SETTINGS)
 
 
