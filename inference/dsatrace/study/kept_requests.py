@@ -39,8 +39,9 @@ Made = tuple[StudyRequests, Mapping[str, Any]]
 
 _PACKAGE = Path(__file__).parents[1]
 _NAMES = ("conversation_ids", "workload_names", "mode_names")
+_SCALARS = ("tokens_per_id", "times_recorded")
 _ARRAYS = tuple(
-    field.name for field in dataclasses.fields(StudyRequests) if field.name not in (*_NAMES, "tokens_per_id")
+    field.name for field in dataclasses.fields(StudyRequests) if field.name not in (*_NAMES, *_SCALARS)
 )
 _ABOUT = "about"
 
@@ -98,7 +99,7 @@ def rows_sha256(rows: Iterable[TraceRow]) -> str:
 
 def _write(path: Path, requests: StudyRequests, facts: Mapping[str, Any]) -> None:
     arrays: dict[str, Any] = {name: np.ascontiguousarray(getattr(requests, name)) for name in _ARRAYS}
-    about = {name: getattr(requests, name) for name in (*_NAMES, "tokens_per_id")} | {"facts": facts}
+    about = {name: getattr(requests, name) for name in (*_NAMES, *_SCALARS)} | {"facts": facts}
     arrays[_ABOUT] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     with private_file(path) as file:
         np.savez(file, digest=_digest(arrays), **arrays)
@@ -111,8 +112,8 @@ def _read(path: Path) -> Made:
         if not np.array_equal(file["digest"], _digest(arrays)):
             raise ValueError("its digest is another")
     about = json.loads(arrays.pop(_ABOUT).tobytes())
-    arrays |= {name: tuple(about[name]) for name in _NAMES}
-    return StudyRequests(tokens_per_id=about["tokens_per_id"], **arrays), about["facts"]
+    arrays |= {name: tuple(about[name]) for name in _NAMES} | {name: about[name] for name in _SCALARS}
+    return StudyRequests(**arrays), about["facts"]
 
 
 def _digest(arrays: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -27,12 +27,23 @@ from dsatrace.study.requests import StudyRequests, block_trace
 from dsatrace.study.run import LARGEST
 from dsatrace.study.spread import Kind, pooled, with_intervals
 from dsatrace.study.sweep import SweepSettings, policy_runs, sweep
-from dsatrace.study.sweep_cells import COUNTED, LRU, OPT, OVERALL, POOL, Cell, Cells, Given, pool_cells
+from dsatrace.study.sweep_cells import (
+    BYPASS,
+    COUNTED,
+    LRU,
+    OPT,
+    OVERALL,
+    POOL,
+    Cell,
+    Cells,
+    Given,
+    pool_cells,
+)
 from dsatrace.units import size_text
 
 Routing = Literal["round-robin", "prefix-affine"]
 UNLIMITED = "vllm, no limit"
-SHOWN = (LRU, POOL, OPT)
+SHOWN = (LRU, POOL, OPT, BYPASS)
 NUM_SIZES = 10
 """Powers of two up to what holds the whole workload: a factor of 512 between the first and the last."""
 MATCH_SHARE = 0.5

@@ -41,7 +41,7 @@ from dsatrace.workloads.synthetic import (
     interleave,
     synthetic_conversations,
 )
-from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN, TraceRow
+from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN, TraceRow, times_text
 
 CHATS = (CHAT_SINGLE, CHAT_MULTI)
 MATCHING_FACTOR = 8  # times as many synthetic conversations, for --match-requests
@@ -185,7 +185,6 @@ class Client:
         self._progress = progress
         self._loader: ShareGPTLoader | None = None
         self._kept: dict[str, PreparedTraces] = {}
-        self._has_times = True
         if source.has_requests and settings.match_requests:
             raise UserError("--match-requests draws more conversations; it needs --data-path, not a trace")
 
@@ -209,7 +208,7 @@ class Client:
     @property
     def times(self) -> str:
         """Whether arrivals, and so the gaps between uses, are those of a file."""
-        return "assumed" if self.has_text or not self._has_times else "recorded"
+        return times_text(not self.has_text and self._trace.times_recorded)
 
     def rows(self, mode: str | None = None) -> list[TraceRow]:
         """All requests as text. A trace file raises a `UserError`.
@@ -320,7 +319,6 @@ class Client:
             made_of = [source.digests, told, self.bad_rows.policy]
             requests, facts = self.kept.get(made_of, self._read, lambda: source.stamps() == stamps)
             self.bad_rows.counts = Counter(facts["bad_rows"])
-        self._has_times = facts["has_times"]
         requests = _first_conversations(requests, self.settings.max_conversations)
         if not facts["holds_text"]:
             unit = "tokens" if requests.tokens_per_id == 1 else f"blocks of {requests.tokens_per_id} tokens"
@@ -334,17 +332,14 @@ class Client:
         """The requests of a log or trace file, and what is known of them."""
         source, counts = self.source, Counter[str]()
         if source.log is not None:
-            requests, has_text, has_times = read_log(
-                source.log, self.vocabulary, self.bad_rows, counts, self._progress
-            )
+            requests, has_text = read_log(source.log, self.vocabulary, self.bad_rows, counts, self._progress)
         else:
             assert source.trace_file is not None
             requests = read_requests(
                 source.trace_file, self.vocabulary.vocabulary, self.bad_rows, counts, self._progress
             )
-            has_text, has_times = holds_text(source.trace_file), True
-        facts = {"counts": +counts, "bad_rows": self.bad_rows.counts}
-        return requests, facts | {"holds_text": has_text, "has_times": has_times}
+            has_text = holds_text(source.trace_file)
+        return requests, {"counts": +counts, "bad_rows": self.bad_rows.counts, "holds_text": has_text}
 
     def _oddities(self) -> dict[str, int]:
         """Oddities in the rows that the loader read, and how many rows have them; see `sharegpt.ODDITIES`."""

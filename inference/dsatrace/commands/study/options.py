@@ -84,6 +84,14 @@ def add_request_arguments(
     """Where the requests come from, and which of them. `modes` are the choices of --mode, if it has any."""
     add = parser.add_argument_group(f"requests (default: {default})").add_argument
     add(
+        "log",
+        action="extend",
+        nargs="*",
+        default=argparse.SUPPRESS,
+        metavar="LOG",
+        help="the same as --log LOG; name it before the flags",
+    )
+    add(
         "--data-path",
         "--sharegpt-json",
         type=Path,
@@ -100,6 +108,7 @@ def add_request_arguments(
     )
     add(
         "--log",
+        action="extend",
         nargs="+",
         metavar="FILE",
         help="logs of a service: files, folders, .gz, .zst or - for standard input; the layout is recognised",
@@ -350,7 +359,7 @@ def _log_of(args: argparse.Namespace) -> tuple[Log | None, Path | None]:
             flag for flag in ("layout", "time_unit", "log_block_size") if getattr(args, flag) is not None
         ]
         if given:
-            raise UserError(f"{option(given[0])} describes a log; give one with --log")
+            raise UserError(f"{option(given[0])} describes a log; name its file")
         return None, args.data_path
     log = Log(tuple(args.log), args.layout, args.time_unit, args.log_block_size)
     if log.layout != SHAREGPT:

@@ -1,6 +1,6 @@
 """`dsatrace study size`: hit rate against bytes of cache on one device, and the size to take.
 
-dsatrace study size --data-path chats.json --kv-layout deepseek-v3.2
+dsatrace study size requests.jsonl.gz --kv-layout deepseek-v3.2
 dsatrace study size --trace-file trace.jsonl --kv-layout model/config.json --tensor-parallel 8 --replicas 4
 """
 
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         "size",
         "How many GiB of cache a workload is worth: hit rates of LRU, vLLM's pool and OPT by size.",
         """
-        %(prog)s --data-path chats.json --tokenizer deepseek-tokenizer --kv-layout deepseek-v3.2
+        %(prog)s requests.jsonl.gz --tokenizer deepseek-ai/DeepSeek-V3.2 --kv-layout deepseek-v3.2
         %(prog)s --trace-file conversation_trace.jsonl --kv-layout glm-5 --gib 8 16 32 64
         %(prog)s --workloads qa chat_multi --kv-layout Qwen3-8B/config.json --tensor-parallel 2
         """,

@@ -19,7 +19,7 @@ import numpy as np
 
 from dsatrace.errors import UserError
 from dsatrace.jit import cached_njit
-from dsatrace.kv.policies.policy import NEVER
+from dsatrace.kv.policies.compiled import NEVER
 from dsatrace.kv.simulation.block_trace import BlockTrace, offsets_of, parents_of
 
 
