@@ -63,7 +63,7 @@ def test_the_next_client_tokenises_nothing_and_knows_the_same(
     source = {
         "log": lambda: Source(log=Log((str(write(tmp_path / "log", LOG, "{}\n")),))),
         "trace": lambda: Source(trace_file=write(tmp_path / "trace", TRACE, "{}\n")),
-        "chats": lambda: Source(data_path=write(tmp_path / "chats", CHATS, "{}\n")),
+        "chats": lambda: Source((write(tmp_path / "chats", CHATS, "{}\n"),)),
     }[kind]()
 
     def client() -> Client:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import io
+import itertools
 import json
 import pickle
 import sys
@@ -162,6 +163,30 @@ def test_sharegpt_takes_both_spellings_and_a_system_of_the_row(
         (m["role"], m["content"]) for m in (SYSTEM, ASK, ANSWER)
     ]
     assert loader.counts["odd_role"] == 0
+
+
+def test_several_files_of_conversations_are_read_and_their_ids_kept_apart(tmp_path: Path) -> None:
+    def chat(name: str, *texts: str) -> dict[str, Any]:
+        roles = itertools.cycle(("human", "gpt"))
+        return {"id": name, "conversations": [{"from": next(roles), "value": text} for text in texts]}
+
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    write(logs / "a.jsonl", chat("c", "one", "1", "two"), chat("d", "three"))
+    write(logs / "b.jsonl", chat("c", "four", "4", "five"))
+    out = tmp_path / "out"
+    assert study("run", "--log", logs, "--output-dir", out, "--skip-visualization", "--turn-delay", 1) == 0
+    rows = [json.loads(line) for line in (out / "multi_turn_trace.jsonl").read_text().splitlines()]
+    assert Counter(row["conversation_id"] for row in rows) == {"c": 2, "d": 1, "c#2": 2}
+    source = json.loads((out / "manifest.json").read_text())["source"]
+    assert [Path(file["path"]).name for file in source["files"]] == ["a.jsonl", "b.jsonl"]
+    loader = ShareGPTLoader(sorted(logs.iterdir()))
+    assert [conversation.source_row for conversation in loader] == [0, 1, 2]
+    assert loader.counts["duplicate_id"] == 1
+    assert [c.source_row for c in ShareGPTLoader(sorted(logs.iterdir()), 2)] == [0, 1]
+    (logs / "b.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"b.jsonl: row 0 \(line 1\), column 'conversations': missing column"):
+        list(ShareGPTLoader(sorted(logs.iterdir())))
 
 
 ROWS = [{"timestamp": EPOCH + i, "messages": [SYSTEM, ASK, ANSWER]} for i in range(3)]
@@ -413,7 +438,7 @@ SECRET = "zebra-4711"
         (
             f'{{"conversations": [], "id": "{SECRET}"}}\n',
             ("--time-unit", "s"),
-            "without --data-path and --time-unit",
+            "leave out --data-path and --time-unit",
         ),
         (f'{{"prompt": "{SECRET}", "timestamp": "soon"}}\n', (), "column 'timestamp': not a time"),
         (f'{{"prompt": "{SECRET}"}}\n', ("--trace-file", "x"), "--log and --trace-file are a source each"),

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-
 from dsatrace.kv.policies.policy import NEVER
+
 from dsatrace.kv.policies.stream import AccessStream
 
 LIBCACHESIM = {

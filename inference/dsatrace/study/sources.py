@@ -4,7 +4,7 @@ Conversations become requests of text (`prepare`), which can be written. A trace
 is, and filtered. Every verb gets its requests here, so a workload is the same in all of them.
 Knows no cache and writes nothing.
 
-    client = Client(Source(data_path=Path("chats.json")), ClientSettings(min_turns=2), open_vocabulary(None))
+    client = Client(Source((Path("chats.json"),)), ClientSettings(min_turns=2), open_vocabulary(None))
     client.rows("multi_turn")             # rows of text
     client.requests("multi_turn")         # the same as StudyRequests; several workloads share one trace
     client.each()                         # a trace for each workload
@@ -54,12 +54,12 @@ class Source:
     """Where requests come from; without anything, the embedded conversations.
 
     A trace file excludes the rest. Of the workloads, the chats are made of the conversations of
-    `data_path` if there is one, and the others by seeded generators. `pattern` is the order in
+    `data_paths` if there are some, and the others by seeded generators. `pattern` is the order in
     which the workloads of a mix take turns; without it they mix by arrival. A workload of `rates` has
     that arrival rate; the others share the common one.
     """
 
-    data_path: Path | None = None  # ShareGPT conversations
+    data_paths: tuple[Path, ...] = ()  # ShareGPT conversations
     trace_file: Path | None = None  # requests, in any layout that `read_requests` knows
     log: Log | None = None  # requests, in any layout of `log_layouts` but ShareGPT's
     workloads: tuple[str, ...] = ()
@@ -77,10 +77,10 @@ class Source:
             raise UserError(f"name each workload once: {', '.join(self.workloads)}")
         if self.log is not None and self.trace_file is not None:
             raise UserError("--log and --trace-file are a source each; give one")
-        if self.has_requests and (self.data_path is not None or self.workloads):
+        if self.has_requests and (self.data_paths or self.workloads):
             flag = "--trace-file" if self.log is None else "--log"
             raise UserError(f"{flag} is a source by itself; leave out --data-path and --workloads")
-        if self.data_path is not None and self.workloads and not set(CHATS) & set(self.workloads):
+        if self.data_paths and self.workloads and not set(CHATS) & set(self.workloads):
             raise UserError(f"--data-path holds chats; name one of {', '.join(CHATS)}, or leave it out")
         if self.pattern is not None and self.has_requests:
             raise UserError("--pattern interleaves the workloads; a trace file has its order already")
@@ -94,7 +94,7 @@ class Source:
 
     def is_real(self, workload: str) -> bool:
         """Whether the workload is made of conversations that people had."""
-        return workload in CHATS and (self.data_path is not None or not self.workloads)
+        return workload in CHATS and bool(self.data_paths or not self.workloads)
 
     @property
     def kind(self) -> str:
@@ -102,45 +102,46 @@ class Source:
             return "log"
         if self.trace_file is not None:
             return "trace file"
-        if self.data_path is not None:
+        if self.data_paths:
             return "conversations"
         return SYNTHETIC if self.workloads else "embedded sample"
 
     @property
     def path(self) -> Path | None:
-        """The file that is read, None without one; of a log the first."""
+        """The file that is read, None without one; of several the first."""
+        return next(iter(self.files), None)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that are read."""
         if self.log is not None:
-            return self.log.paths[0]
+            return self.log.paths
         if self.kind == SYNTHETIC:
-            return None
-        return self.trace_file or self.data_path or sample_file("sharegpt")
+            return ()
+        return (self.trace_file,) if self.trace_file else self.data_paths or (sample_file("sharegpt"),)
 
     def text(self) -> str:
         """Kind, file and workloads in a line."""
         if self.log is not None:
             return f"{self.kind} {self.log.text()}"
-        path = () if self.path is None else (str(self.path),)
-        return " ".join((self.kind, *path, *self.workloads))
+        named = [str(path) for path in self.files[:3]]
+        if len(self.files) > 3:
+            named.append(f"and {len(self.files) - 3} more")
+        return " ".join((self.kind, *named, *self.workloads))
 
     @property
     def is_seeded(self) -> bool:
         """Whether a generator makes some of the requests, so that another seed gives others."""
         return any(not self.is_real(name) for name in self.workloads)
 
-    @property
-    def _files(self) -> tuple[Path, ...]:
-        if self.log is not None:
-            return self.log.paths
-        return () if self.path is None else (self.path,)
-
     @functools.cached_property
     def digests(self) -> tuple[str, ...]:
         """The sha256 of each file or folder that is read."""
-        return tuple(folder_sha256(path) if path.is_dir() else file_sha256(path) for path in self._files)
+        return tuple(folder_sha256(path) if path.is_dir() else file_sha256(path) for path in self.files)
 
     def stamps(self) -> tuple[tuple[int, int], ...]:
         """Size and time of each file: they change when it is written to."""
-        return tuple((found.st_size, found.st_mtime_ns) for found in map(Path.stat, self._files))
+        return tuple((found.st_size, found.st_mtime_ns) for found in map(Path.stat, self.files))
 
     def describe(self) -> dict[str, Any]:
         """For the manifest: the kind of source, the workloads if named, a file's path and digest."""
@@ -151,12 +152,16 @@ class Source:
             record["rates"] = dict(self.rates)
         if self.pattern is not None:
             record["pattern"] = list(self.pattern)
+        files = [
+            {"path": str(path), "sha256": digest}
+            for path, digest in zip(self.files, self.digests, strict=True)
+        ]
         if self.log is not None:
-            both = zip(self._files, self.digests, strict=True)
-            files = [{"path": str(path), "sha256": digest} for path, digest in both]
-            record |= {"layout": self.log.layout, "files": files}
-        elif self.path is not None:
-            record |= {"path": str(self.path), "sha256": self.digests[0]}
+            record["layout"] = self.log.layout
+        if self.log is not None or len(files) > 1:
+            record["files"] = files
+        elif files:
+            record |= files[0]
         return record
 
     def origin(self, workload: str) -> str:
@@ -263,7 +268,7 @@ class Client:
         def make() -> Made:
             return tokenize_rows(rows, self.vocabulary.vocabulary, self._progress), {}
 
-        if self.kept is None or self.source.data_path is None:
+        if self.kept is None or not self.source.data_paths:
             requests, _ = make()
         else:
             requests, _ = self.kept.get(rows_sha256(rows), make)
@@ -304,8 +309,7 @@ class Client:
         """The conversations of the file; kept if two workloads take some."""
         several = set(CHATS) <= set(self.source.workloads)
         limit = self.settings.max_conversations if several and not self.settings.match_requests else None
-        path = self.source.data_path or sample_file("sharegpt")
-        self._loader = ShareGPTLoader(path, limit, bad_rows=self.bad_rows)
+        self._loader = ShareGPTLoader(self.source.files, limit, bad_rows=self.bad_rows)
         return list(self._loader) if several else self._loader
 
     @functools.cached_property

@@ -246,11 +246,11 @@ def open_client(args: argparse.Namespace, workloads: Sequence[str] = ()) -> Iter
     if args.sharegpt_dataset is not None:
         say = lambda line: print(plain(line), file=sys.stderr)  # noqa: E731
         args.data_path = find_source(DATA_SET, args.data_path, repo=args.sharegpt_dataset, say=say).file
-    log, data_path = _log_of(args)
+    log, data_paths = _log_of(args)
     named = args.workloads or (workloads if args.trace_file is None and log is None else ())
     pattern = None if args.pattern is None else tuple(args.pattern)
     rates = numbers_by_name("--rates", args.rates or ())
-    source = Source(data_path, args.trace_file, log, tuple(named), pattern, rates)
+    source = Source(data_paths, args.trace_file, log, tuple(named), pattern, rates)
     settings = _client_settings(args, source)
     with records_counter("tokenize requests") as advance:
         done = 0
@@ -352,23 +352,22 @@ def say_where(path: Path, client: Client) -> None:
     print(f"files: {plain(path)}{text}")
 
 
-def _log_of(args: argparse.Namespace) -> tuple[Log | None, Path | None]:
-    """The log of requests that the flags name, or the file of conversations."""
+def _log_of(args: argparse.Namespace) -> tuple[Log | None, tuple[Path, ...]]:
+    """The log of requests that the flags name, or the files of conversations."""
+    data_paths = () if args.data_path is None else (args.data_path,)
     if args.log is None:
         given = [
             flag for flag in ("layout", "time_unit", "log_block_size") if getattr(args, flag) is not None
         ]
         if given:
             raise UserError(f"{option(given[0])} describes a log; name its file")
-        return None, args.data_path
+        return None, data_paths
     log = Log(tuple(args.log), args.layout, args.time_unit, args.log_block_size)
     if log.layout != SHAREGPT:
-        return log, args.data_path
-    if args.data_path is not None or len(log.paths) > 1 or args.time_unit is not None:
-        raise UserError(
-            f"{log.text()}: conversations without times are one file, without --data-path and --time-unit"
-        )
-    return None, log.paths[0]
+        return log, data_paths
+    if data_paths or args.time_unit is not None:
+        raise UserError(f"{log.text()}: conversations have no times; leave out --data-path and --time-unit")
+    return None, log.paths
 
 
 def _client_settings(args: argparse.Namespace, source: Source) -> ClientSettings:
