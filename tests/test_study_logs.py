@@ -19,10 +19,10 @@ import pytest
 from conftest import ROOT
 from dsatrace.commands.study.options import add_request_arguments, new_parser
 from dsatrace.errors import UserError
-from dsatrace.study.log_layouts import LAYOUTS, PARTS_LEFT_OUT, TOOL_CALLS, TOOL_ROLES
+from dsatrace.study.log_conversations import CONTINUED, FOUND, JOINED, ORPHANS
+from dsatrace.study.log_layouts import LAYOUTS
+from dsatrace.study.log_messages import ITEMS_LEFT_OUT, PARTS_LEFT_OUT, TOOL_CALLS, TOOL_ROLES
 from dsatrace.study.logs import (
-    FOUND,
-    JOINED,
     MOVED,
     NO_ANSWERS,
     NO_PROMPTS,
@@ -87,6 +87,38 @@ CHATS: dict[str, dict[str, Any]] = {
 """One request in every layout that holds messages."""
 
 
+def response(text: str, **more: Any) -> dict[str, Any]:
+    """As OpenAI's Responses API returns it."""
+    part = {"type": "output_text", "text": text, "annotations": []}
+    message = {
+        "type": "message",
+        "id": "msg_1",
+        "status": "completed",
+        "role": "assistant",
+        "content": [part],
+    }
+    return {
+        "id": "resp_1", "object": "response", "created_at": EPOCH, "status": "completed", "error": None,
+        "model": "m", "output": [message], "tools": [], "usage": {"input_tokens": 9}, **more,
+    }  # fmt: skip
+
+
+BRIEF = SYSTEM["content"]
+WHERE = {"role": "user", "content": [{"type": "input_text", "text": ASK["content"]}]}
+CHATS |= {
+    "responses": {"input": ASK["content"], "instructions": BRIEF, **response(SAID)},
+    "responses, items": {"input": [{"type": "message", **WHERE}], **response(SAID, instructions=BRIEF)},
+    "responses, beside": {"input": [{**SYSTEM, "role": "developer"}, WHERE], "response": response(SAID)},
+    "responses, pair": {
+        "request": {"model": "m", "input": ASK["content"], "instructions": BRIEF}, "response": response(SAID)
+    },
+    "responses, batch": {
+        "body": {"input": ASK["content"], "instructions": BRIEF},
+        "response": {"status_code": 200, "body": response(SAID)},
+    },
+}  # fmt: skip
+
+
 def write(path: Path, *rows: dict[str, Any]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -132,12 +164,68 @@ def test_a_chat_is_the_same_request_in_every_layout(tmp_path: Path, name: str) -
             "rows with tools, which is not part of the prompt here",
         ),
         ({"messages": [ASK]}, NO_ANSWERS),
+        ({"input": [WHERE, {"type": "reasoning", "summary": []}]}, ITEMS_LEFT_OUT),
+        ({"input": [WHERE, {"type": "function_call", "name": "f", "arguments": "{}"}]}, TOOL_CALLS),
+        ({"input": [WHERE, {"type": "function_call_output", "call_id": "1", "output": "3"}]}, TOOL_ROLES),
     ],
 )
 def test_what_is_changed_or_left_out_is_counted(tmp_path: Path, row: dict[str, Any], what: str) -> None:
     counts: Counter[str] = Counter()
     read(write(tmp_path / "log.jsonl", row), counts=counts)
     assert counts[what] == 1
+
+
+@pytest.mark.parametrize("by", ["previous_response_id", "conversation"])
+def test_a_response_goes_on_from_the_one_it_names(tmp_path: Path, by: str) -> None:
+    """A server that keeps conversations is sent the newest message; what it reads is the whole chat."""
+    named = [{}, {by: "resp_1"}, {by: "resp_2"}]
+    if by == "conversation":
+        named = [{by: "conv_1"}, {by: {"id": "conv_1"}}, {by: "conv_1"}]
+    sent = [
+        {"input": ASK["content"], "instructions": "Be polite."},
+        {"input": [WHERE], "instructions": BRIEF},
+        {"input": NEXT["content"]},
+    ]
+    rows = [
+        {**row, **name, **response(SAID, id=f"resp_{i + 1}", created_at=EPOCH + i)}
+        for i, (row, name) in enumerate(zip(sent, named, strict=True))
+    ]
+    polite = {**SYSTEM, "content": "Be polite."}
+    whole = [[polite, ASK], [SYSTEM, ASK, ANSWER, ASK], [ASK, ANSWER, ASK, ANSWER, NEXT]]
+    counts: Counter[str] = Counter()
+    # The second line comes last in the file: a log is written as answers end.
+    log = read(write(tmp_path / "log", rows[0], rows[2], rows[1]), counts=counts)
+    same = [
+        {"timestamp": EPOCH + i, "messages": chat, "response": SAID, "session_id": "s"}
+        for i, chat in enumerate(whole)
+    ]
+    assert ids(log.requests) == ids(read(write(tmp_path / "same", *same)).requests)
+    assert (log.requests.conversation.tolist(), log.requests.turn.tolist()) == ([0, 0, 0], [0, 1, 2])
+    assert (counts[CONTINUED], counts[ORPHANS], log.requests.arrival_s.tolist()) == (2, 0, [0, 1, 2])
+
+
+def test_a_response_to_one_that_is_not_there_begins_a_conversation(tmp_path: Path) -> None:
+    counts: Counter[str] = Counter()
+    rows = [{"input": "a", **response(SAID, previous_response_id="resp_0", id=None)}, {"input": [WHERE]}]
+    rows[1]["created_at"] = EPOCH
+    requests = read(write(tmp_path / "log", *rows), counts=counts).requests
+    assert (requests.conversation.tolist(), counts[ORPHANS], counts[CONTINUED]) == ([0, 1], 1, 0)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input": "a text", "model": "embedding-3", "created": EPOCH},
+        {"instruction": "Add.", "input": "1 1", "output": "2"},
+        {"input": ["a", "b"]},
+    ],
+)
+def test_not_everything_with_an_input_is_a_response(tmp_path: Path, row: dict[str, Any]) -> None:
+    file = write(tmp_path / "log", row)
+    with pytest.raises(UserError, match="has the columns of a known layout"):
+        assert Log((file,)).layout
+    if isinstance(row["input"], str):
+        assert len(read(file, forced="responses").requests) == 1
 
 
 def test_requests_of_another_model_are_counted(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from dsatrace.commands.parser import CommandParser, count
 from dsatrace.commands.progress import records_counter
 from dsatrace.errors import UserError
 from dsatrace.flags import Flag, add_flags, option, values_of
-from dsatrace.study.log_layouts import LAYOUTS, SHAREGPT, UNITS_S
+from dsatrace.study.log_layouts import LAYOUTS, SHAREGPT
+from dsatrace.study.log_times import UNITS_S
 from dsatrace.study.logs import Log
 from dsatrace.study.output_folder import OutputFolder, check_output, open_study
 from dsatrace.study.prepare import ClientSettings
