@@ -28,7 +28,6 @@ from dsatrace.study.logs import (
     NO_PROMPTS,
     NO_TIMES,
     OTHER_MODELS,
-    SORT_WINDOW,
     Log,
     ReadLog,
     read_log,
@@ -37,7 +36,7 @@ from dsatrace.study.requests import StudyRequests
 from dsatrace.study.tokenization import WordVocabulary, open_vocabulary, tokenize_rows
 from dsatrace.workloads.burstgpt import read_burstgpt
 from dsatrace.workloads.id_logs import DELAYED
-from dsatrace.workloads.rows import BadRows
+from dsatrace.workloads.rows import SORT_WINDOW, BadRows
 from dsatrace.workloads.sharegpt import ShareGPTLoader
 from dsatrace.workloads.trace_rows import TraceRow
 from helpers.real_data import real_file
@@ -365,7 +364,7 @@ def test_without_times_rows_follow_each_other_and_it_is_said(tmp_path: Path) -> 
 
 
 def test_files_without_times_follow_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsatrace.study.logs.SORT_WINDOW", 1)
+    monkeypatch.setattr("dsatrace.workloads.rows.SORT_WINDOW", 1)
     rows = [{"messages": [ASK], "session_id": name} for name in "abcdef"]
     requests = read(write(tmp_path / "1", *rows[:4]), write(tmp_path / "2", *rows[4:])).requests
     assert requests.conversation_ids == tuple("abcdef")
@@ -381,7 +380,7 @@ def test_rows_are_sorted_within_the_window_and_counted(tmp_path: Path) -> None:
 
 def test_rows_beyond_the_window_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert SORT_WINDOW == 10_000
-    monkeypatch.setattr("dsatrace.study.logs.SORT_WINDOW", 3)
+    monkeypatch.setattr("dsatrace.workloads.rows.SORT_WINDOW", 3)
     rows = [{"timestamp": EPOCH + i, "messages": [ASK]} for i in (1, 2, 3, 4, 0)]
     with pytest.raises(UserError, match="a row is 1 s earlier than one that stands over 3 rows before it"):
         read(write(tmp_path / "log", *rows))

@@ -46,11 +46,18 @@ from dsatrace.study.requests import UNKNOWN, RequestsBuilder, StudyRequests
 from dsatrace.study.tokenization import PROGRESS_EVERY_REQUESTS, NamedVocabulary, PieceEncoder, Progress
 from dsatrace.workloads.id_logs import FORMATS, HashIdReader, HashIdRow, hash_id_format_of
 from dsatrace.workloads.json_rows import read_json_rows
-from dsatrace.workloads.rows import BadRow, BadRows, numbered_lines, open_source, read_rows
+from dsatrace.workloads.rows import (
+    SORT_WINDOW,
+    BadRow,
+    BadRows,
+    in_order,
+    numbered_lines,
+    open_source,
+    read_rows,
+)
 from dsatrace.workloads.trace_rows import recorded_column
 
 STANDARD_INPUT = "-"
-SORT_WINDOW = 10_000
 MAX_LINE_BYTES = 256 << 20
 _FIRST_BYTES = 1 << 16
 _MOST_ROWS = 1 << 40
@@ -284,35 +291,9 @@ def _merged(
     paths: Sequence[Path], rows: Callable[[Path], Iterator[tuple[float, Timed]]], counts: Counter[str]
 ) -> Iterator[tuple[float, Timed]]:
     """The rows of all files by time; those of one time in the order of the files."""
-    return heapq.merge(*(_in_order(path, rows(path), counts) for path in paths), key=lambda pair: pair[0])
-
-
-def _in_order(
-    path: Path, rows: Iterator[tuple[float, Timed]], counts: Counter[str]
-) -> Iterator[tuple[float, Timed]]:
-    """The rows by time; raises a `UserError` for one whose place is over `SORT_WINDOW` rows before it."""
-    waiting: list[tuple[float, int, Timed]] = []
-    latest_s = given_s = -float("inf")
-
-    def take() -> tuple[float, Timed]:
-        nonlocal given_s
-        time_s, _, row = heapq.heappop(waiting)
-        if time_s < given_s:
-            raise UserError(
-                f"{path}: a row is {given_s - time_s:.6g} s earlier than one that stands over "
-                f"{SORT_WINDOW:,} rows before it; sort the log by time"
-            )
-        given_s = time_s
-        return time_s, row
-
-    for number, (time_s, row) in enumerate(rows):
-        counts[MOVED] += time_s < latest_s
-        latest_s = max(latest_s, time_s)
-        heapq.heappush(waiting, (time_s, number, row))
-        if len(waiting) > SORT_WINDOW:
-            yield take()
-    while waiting:
-        yield take()
+    return heapq.merge(
+        *(in_order(str(path), rows(path), counts, MOVED) for path in paths), key=lambda pair: pair[0]
+    )
 
 
 def _files(given: str) -> list[Path]:
