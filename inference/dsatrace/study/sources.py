@@ -315,7 +315,7 @@ class Client:
     @functools.cached_property
     def _trace(self) -> StudyRequests:
         source = self.source
-        if self.kept is None or (source.path is not None and source.path.is_dir()):
+        if self.kept is None or not all(file.is_file() for file in source.files):
             requests, facts = self._read()
         else:
             stamps, log = source.stamps(), source.log
