@@ -112,7 +112,8 @@ def add_request_arguments(
         action="extend",
         nargs="+",
         metavar="FILE",
-        help="logs of a service: files, folders, .gz, .zst or - for standard input; the layout is recognised",
+        help="logs of a service: files, folders, .gz, .zst or - for standard input; NAME=FILE names a "
+        "workload; the layout is recognised",
     )
     add("--layout", choices=LAYOUTS, help="layout of the log (default: that of its first rows)")
     add(
@@ -366,6 +367,8 @@ def _log_of(args: argparse.Namespace) -> tuple[Log | None, tuple[Path, ...]]:
     log = Log(tuple(args.log), args.layout, args.time_unit, args.log_block_size)
     if log.layout != SHAREGPT:
         return log, data_paths
+    if log.is_named:
+        raise UserError(f"{log.text()}: conversations are the workload chat_multi; leave out the names")
     if data_paths or args.time_unit is not None:
         raise UserError(f"{log.text()}: conversations have no times; leave out --data-path and --time-unit")
     return None, log.paths

@@ -191,7 +191,10 @@ def _check_is_mixed(requests: StudyRequests, client: Client) -> None:
     if len(set(requests.workload.tolist())) > 1:
         return
     if client.source.has_requests:
-        raise UserError(f"{client.source.path}: all requests are of one workload; use `dsatrace study sweep`")
+        raise UserError(
+            f"{client.source.path}: all requests are of one workload; use `dsatrace study sweep`, or name "
+            "workloads with --log NAME=FILE NAME=FILE"
+        )
     raise UserError(
         f"a mix needs two different workloads or more, each once: {', '.join(client.source.workloads)}"
     )
