@@ -99,6 +99,15 @@ def test_a_second_study_of_a_log_says_so_and_finds_the_same(
     ]
 
 
+def test_off_a_terminal_lines_say_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dsatrace.commands.progress.LINE_INTERVAL_S", 0)
+    flags = ("--log", write(tmp_path / "log", LOG), "--tokenizer", "words", "--no-kept-tokens")
+    assert study("explain", *flags, "--output-dir", tmp_path / "out") == 0
+    assert "tokenize requests: 4 records so far\n" in capsys.readouterr().err
+
+
 def test_another_text_tokenizer_form_or_version_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
     def keep(made_of: Any, label: Mapping[str, str]) -> None:
         KeptRequests(label).get(made_of, lambda: (three_turns(), {}))
