@@ -11,16 +11,21 @@ number that fits a definition is no proof that it was obtained so.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator
+import itertools
+from collections import OrderedDict
+from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dsatrace.kv.policies.bypass import bypassing_hits
+from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.simulation.replay import replay
 from dsatrace.study.measure import Mask, ratio, recounted_by_chunk, sharing_fractions
 from dsatrace.study.run import Replayed
 
 CHUNK_SIZES = (64, 256, 512, 2048, 8192)
+NO_PARTIAL_BLOCKS = "unknown: the trace has no ids of partial blocks"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,7 @@ def explain(replayed: Replayed) -> list[Definition]:
         *_over_blocks(replayed),
         *_other_caches(replayed),
         *_sets_of_hashes(replayed),
+        *_prompts_alone(replayed),
         *_chunks(replayed),
     ]
     for line in lines:
@@ -64,7 +70,6 @@ def _over_tokens(replayed: Replayed) -> Iterator[Definition]:
     result, served = replayed.result, replayed.result.served
     hit, prompt = result.hit_tokens, replayed.trace.prompt_tokens
     everyone = np.ones(len(served), bool)
-    last_half = np.arange(len(served)) >= len(served) // 2
     formula = "hit tokens / prompt tokens, first prefill, served requests"
     yield _summed("token_weighted", formula, hit, prompt, served, "vLLM's hits / queries")
     formula = "the same over all prompts, rejected ones too"
@@ -74,8 +79,8 @@ def _over_tokens(replayed: Replayed) -> Iterator[Definition]:
     formula = "with what preempted requests looked up on return"
     hit_again, prompt_again = hit + result.resumed_hit_tokens, prompt + result.resumed_tokens
     yield _summed("with_preempted", formula, hit_again, prompt_again, served)
-    formula = "token-weighted, over the last half of the requests"
-    yield _summed("second_half", formula, hit, prompt, served & last_half, "simulators with a warm-up")
+    formula, chosen = "token-weighted, over the last half of the requests", served & _last_half(prompt)
+    yield _summed("second_half", formula, hit, prompt, chosen, "simulators with a warm-up")
     formula = "token-weighted, without first turns"
     yield _summed("after_turn_0", formula, hit, prompt, served & (replayed.requests.turn > 0))
 
@@ -142,17 +147,15 @@ def _sets_of_hashes(replayed: Replayed) -> Iterator[Definition]:
     A request's own earlier blocks are in the set too. Unchained, blocks of the same tokens are
     equal, which a trace of block ids does not tell.
     """
-    requests = replayed.requests
-    by_token = requests.tokens_per_id == 1
-    ids_of_all = np.array_equal(np.diff(requests.prompt_offsets), replayed.trace.needed_blocks)
+    by_token = replayed.requests.tokens_per_id == 1
     for suffix, partial in (("", False), ("_with_partial", True)):
         of_what = "blocks seen before / prompt blocks" + (", partial ones too" if partial else "")
         chained, unchained = f"chained_hashes{suffix}", f"unchained_hashes{suffix}"
-        if partial and requests.tokens_per_id == replayed.trace.block_size != 1 and not ids_of_all:
-            yield Definition(chained, "unknown: the trace has no ids of partial blocks", None, None)
-            yield Definition(unchained, "unknown: the trace has no ids of partial blocks", None, None)
+        if partial and not _knows_partial_blocks(replayed):
+            yield Definition(chained, NO_PARTIAL_BLOCKS, None, None)
+            yield Definition(unchained, NO_PARTIAL_BLOCKS, None, None)
             continue
-        seen, total = _num_seen(_prefix_names(replayed, partial))
+        seen, total = _num_seen(itertools.chain.from_iterable(_prefixes(replayed, partial)))
         yield Definition(chained, f"{of_what}; equal with all before them", seen, total, "sets of hashes")
         if not by_token:
             yield Definition(unchained, "unknown: the trace's ids stand for whole prefixes", None, None)
@@ -171,17 +174,95 @@ def _num_seen(names: Iterator[Hashable]) -> tuple[int, int]:
     return num_names - len(seen), num_names
 
 
-def _prefix_names(replayed: Replayed, partial: bool) -> Iterator[Hashable]:
-    """For each prompt block a name that stands for it and all before it."""
+def _prompts_alone(replayed: Replayed) -> Iterator[Definition]:
+    """Caches of prompts only, a request at a time, measured once they are warm.
+
+    A prompt's partial last block counts and may be hit, so all of a prompt may be.
+    """
+    rule = "prompts only, the partial last block counts, last half of the requests: "
+    rules = {
+        "lru": "LRU; of a prompt longer than the cache its first blocks stay, one less than fit",
+        "fifo": "FIFO of any block, the request's own ones too",
+        "optimal": "the blocks looked up again first are kept, others left out",
+    }
+    if not _knows_partial_blocks(replayed):
+        yield from (Definition(f"prompts_{name}", NO_PARTIAL_BLOCKS, None, None) for name in rules)
+        return
+    chains = list(_prefixes(replayed, partial=True))
+    stream = AccessStream.of(chains)
+    capacity = replayed.settings.num_blocks or max(1, stream.num_blocks)
+    hits = {
+        "lru": _lru_hits(chains, capacity),
+        "fifo": _fifo_hits(chains, capacity),
+        "optimal": bypassing_hits(stream, stream.lengths, capacity),
+    }
+    prompt = replayed.trace.prompt_tokens
+    for name, blocks in hits.items():
+        tokens = np.minimum(blocks * replayed.trace.block_size, prompt)
+        used_by = f"kvcache-simulator 0.1's {name}"
+        yield _summed(f"prompts_{name}", rule + rules[name], tokens, prompt, _last_half(prompt), used_by)
+
+
+def _last_half(requests: NDArray[np.integer]) -> Mask:
+    mask: Mask = np.arange(len(requests)) >= len(requests) // 2
+    return mask
+
+
+def _lru_hits(chains: Iterable[Sequence[Hashable]], capacity: int) -> NDArray[np.int64]:
+    """(R,) cached blocks before the first that is not, where the least recent block makes room, a tail first.
+
+    A prompt longer than the cache takes all of it, and then gives up the last block that it inserted.
+    """
+    cached: OrderedDict[Hashable, None] = OrderedDict()
+    hits = []
+    for blocks in chains:
+        hits.append(_num_leading(blocks, cached))
+        for block in blocks[: hits[-1]]:
+            del cached[block]
+        while cached and len(cached) + len(blocks) > capacity:
+            cached.popitem(last=False)
+        fits = len(blocks) <= capacity or hits[-1] == capacity
+        for block in reversed(blocks[: capacity if fits else capacity - 1]):
+            cached[block] = None
+    return np.array(hits, np.int64)
+
+
+def _fifo_hits(chains: Iterable[Sequence[Hashable]], capacity: int) -> NDArray[np.int64]:
+    """The same where the oldest block makes room."""
+    cached: OrderedDict[Hashable, None] = OrderedDict()
+    hits = []
+    for blocks in chains:
+        hits.append(_num_leading(blocks, cached))
+        for block in blocks:
+            if block not in cached:
+                if len(cached) == capacity:
+                    cached.popitem(last=False)
+                cached[block] = None
+    return np.array(hits, np.int64)
+
+
+def _num_leading(blocks: Iterable[Hashable], cached: Container[Hashable]) -> int:
+    return sum(1 for _ in itertools.takewhile(cached.__contains__, blocks))
+
+
+def _knows_partial_blocks(replayed: Replayed) -> bool:
+    """Whether the trace tells the content of the prompts' partial last blocks."""
+    requests, trace = replayed.requests, replayed.trace
+    in_blocks = requests.tokens_per_id == trace.block_size != 1
+    return not in_blocks or np.array_equal(np.diff(requests.prompt_offsets), trace.needed_blocks)
+
+
+def _prefixes(replayed: Replayed, partial: bool) -> Iterator[list[Hashable]]:
+    """For each prompt's blocks names that stand for a block and all before it."""
     trace, requests = replayed.trace, replayed.requests
     in_blocks = requests.tokens_per_id == trace.block_size != 1
     tokens = requests if in_blocks else requests.as_tokens()
     for i, num_full in enumerate(replayed.trace.prompt_blocks.tolist()):
-        keys = trace.keys_of(i)[:num_full]
-        yield from keys
+        keys: list[Hashable] = [*trace.keys_of(i)[:num_full]]
         if partial and trace.prompt_tokens[i] % trace.block_size:
             rest = tokens.prompt(i)[num_full if in_blocks else num_full * trace.block_size :]
-            yield (keys[-1] if keys else None, rest.tobytes())
+            keys.append((keys[-1] if keys else None, rest.tobytes()))
+        yield keys
 
 
 def _content_names(replayed: Replayed, partial: bool) -> Iterator[Hashable]:
