@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from dsatrace.study.run import StudySettings, run_study
 from dsatrace.study.tokenization import WordVocabulary
 from dsatrace.workloads.rows import BadRows
 from helpers.real_data import real_file
-from helpers.study_samples import ROWS, requests_of, three_turns
+from helpers.study_samples import ROWS, requests_of, study, three_turns
 
 
 def explained(requests: StudyRequests, settings: StudySettings) -> dict[str, Definition]:
@@ -166,6 +167,9 @@ def test_definitions_hold_together(
         assert lines[name].value == pytest.approx(values[metric]), name
     for line in lines.values():
         assert line.value is None or 0 <= line.value <= 1
+        if line.by_request is not None:
+            assert line.by_request.shape == (2, len(rows))
+            assert line.by_request.sum(axis=1).tolist() == pytest.approx([line.numerator, line.denominator])
     assert _at_most(lines, "chained_hashes", "unchained_hashes")
     assert _at_most(lines, "token_weighted_with_rejected", "token_weighted")
     assert _at_most(lines, "token_weighted_with_outputs", "token_weighted")
@@ -182,3 +186,26 @@ def test_a_rate_past_1_raises() -> None:
     broken = dataclasses.replace(replayed.result, hit_tokens=replayed.result.hit_tokens * 3)
     with pytest.raises(ValueError, match="a share lies between 0 and 1"):
         explain(dataclasses.replace(replayed, result=broken))
+
+
+def test_every_rate_has_an_interval(tmp_path: Path, capsys: Any) -> None:
+    """Over seeds about their mean, which stands beside the rate; over conversations about the rate."""
+    flags = ("explain", "--num-requests", 12, "--num-blocks", 40, "--seeds", 3, "--tokenizer", "words")
+    assert study(*flags, "--workload", "qa", "--markdown", "--output-dir", tmp_path / "seeds") == 0
+    assert "| definition | rate | mean over 3 seeds | numerator |" in capsys.readouterr().out
+    record = json.loads((tmp_path / "seeds" / "explain.json").read_text())
+    assert record["intervals"] == {"over": "seeds", "seeds": [42, 43, 44]}
+    line = record["definitions"]["blocks_full"]
+    assert line["low"] < line["mean"] < line["high"] and line["value"] != line["mean"]
+    assert study("explain", "--markdown", "--output-dir", tmp_path / "real") == 0
+    printed = capsys.readouterr().out
+    record = json.loads((tmp_path / "real" / "explain.json").read_text())
+    assert record["intervals"] == {"over": "conversations"}
+    line = record["definitions"]["token_weighted"]
+    assert line["low"] < line["value"] < line["high"] and line["mean"] is None
+    assert f"{100 * line['value']:.2f} ({100 * line['low']:.2f} to {100 * line['high']:.2f}) %" in printed
+    assert study("report", tmp_path / "real", "--markdown") == 0
+    shown = capsys.readouterr().out
+    assert [row for row in printed.splitlines() if "token_weighted" in row] == [
+        row for row in shown.splitlines() if "token_weighted" in row
+    ]

@@ -64,6 +64,7 @@ class Layout:
     times: tuple[str, ...] = _TIMES  # the first that a row has is its time
     time_unit: str | None = None  # None: told by the number's size, or by a flag
     unused: tuple[str, ...] = _UNUSED  # columns that are known, and counted where they hold anything
+    recorded: bool = True  # whether times are where no column `arrivals` says so: a simulator's are drawn
 
 
 def layout_of(row: Row) -> Layout | None:
@@ -191,7 +192,13 @@ LAYOUTS = {
         Layout("bailian", "block ids with chat_id", _has("hash_ids", "chat_id"), None),
         Layout("mooncake", "block ids", _has("hash_ids"), None),
         Layout(
-            "tokens", "input_tok_ids", _has("input_tok_ids"), _read_tokens, ("arrival_time_ns",), "ns"
+            "tokens",
+            "input_tok_ids",
+            _has("input_tok_ids"),
+            _read_tokens,
+            ("arrival_time_ns",),
+            "ns",
+            recorded=False,
         ),
         Layout("sharegpt", "conversations of from/value or role/content", _is_list("conversations"), None),
         Layout(

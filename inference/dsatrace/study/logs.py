@@ -6,7 +6,7 @@ prefix. Whatever is assumed, left out or moved is counted, and no prompt's text 
 
     log = Log(("requests.jsonl.gz",))
     log.layout                                     # "messages"
-    requests, holds_text, has_times = read_log(log, open_vocabulary(None), BadRows("skip"), counts)
+    requests, holds_text = read_log(log, open_vocabulary(None), BadRows("skip"), counts)
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from dsatrace.study.tokenization import PROGRESS_EVERY_REQUESTS, NamedVocabulary
 from dsatrace.workloads.id_logs import FORMATS, HashIdReader, HashIdRow, hash_id_format_of
 from dsatrace.workloads.json_rows import read_json_rows
 from dsatrace.workloads.rows import BadRow, BadRows, numbered_lines, open_source, read_rows
+from dsatrace.workloads.trace_rows import recorded_column
 
 STANDARD_INPUT = "-"
 SORT_WINDOW = 10_000
@@ -116,7 +117,6 @@ class Log:
 class ReadLog(NamedTuple):
     requests: StudyRequests
     holds_text: bool  # so a tokenizer made its tokens
-    has_times: bool
 
 
 def read_log(
@@ -129,7 +129,7 @@ def read_log(
     """The requests by time, from the first one on. A ShareGPT log has a reader of its own."""
     layout = LAYOUTS[log.layout]
     if log.layout in FORMATS:
-        return ReadLog(_by_blocks(log, bad_rows, counts), False, True)
+        return ReadLog(_by_blocks(log, bad_rows, counts), False)
     if log.block_size is not None:
         raise UserError(f"--log-block-size is for block ids; {log.text()} holds none")
     reader = _Reader(layout, Times(log.time_unit, layout.time_unit, str(log.paths[0])), bad_rows, counts)
@@ -144,7 +144,8 @@ def read_log(
         turns[name] += 1
         counts[NO_ANSWERS] += not answer
         arrival_s = len(builder) if reader.column is None else time_s - start_s
-        builder.add(arrival_s, prompt, answer, conversation=(name,) if name else (), turn=turn)
+        conversation = (name,) if name else ()
+        builder.add(arrival_s, prompt, answer, conversation=conversation, turn=turn, recorded=reader.recorded)
         if progress and len(builder) % PROGRESS_EVERY_REQUESTS == 0:
             progress(len(builder), builder.num_prompt_ids)
     if not len(builder):
@@ -158,7 +159,7 @@ def read_log(
         counts[NO_TIMES] = len(requests)
     if not requests.conversation_ids:
         requests = join_by_prefix(requests, counts)
-    return ReadLog(requests, not reader.has_ids, reader.column is not None)
+    return ReadLog(requests, not reader.has_ids)
 
 
 def _encoded(
@@ -178,6 +179,7 @@ class _Reader:
     def __init__(self, layout: Layout, times: Times, bad_rows: BadRows, counts: Counter[str]) -> None:
         self.layout, self.has_ids = layout, False
         self.column: str | None = None  # of the times
+        self.recorded = True  # what every row so far says of its time, or its layout
         self._times, self._bad_rows, self._counts = times, bad_rows, counts
         self._model: object = None
         self._begun, self._num_files = False, 0
@@ -231,6 +233,7 @@ class _Reader:
                     "another kind of prompt", f"{kinds[has_ids]}; the first row has {kinds[not has_ids]}"
                 )
             time_s = place if self.column is None else self._times.seconds(row, self.column)
+            self.recorded &= self.column is not None and recorded_column(row, self.layout.recorded)
         except BadRow as fault:
             assumed = f"read as layout {self.layout.name}, see --layout"
             detail = str(fault).removeprefix(fault.reason).removeprefix(": ")

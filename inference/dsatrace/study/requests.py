@@ -69,6 +69,7 @@ class StudyRequests:
     workload_names: tuple[str, ...]
     mode_names: tuple[str, ...]
     tokens_per_id: int = 1
+    times_recorded: bool = False  # whether somebody recorded when each arrived
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -183,6 +184,7 @@ class RequestsBuilder:
         self._conversations: dict[tuple[str, ...], int] = {}
         self._workloads: dict[str, int] = {}
         self._modes: dict[str, int] = {}
+        self._recorded = True
 
     def __len__(self) -> int:
         return len(self._arrival_s)
@@ -203,8 +205,10 @@ class RequestsBuilder:
         turn: int = UNKNOWN,
         workload: str = "",
         mode: str = "",
+        recorded: bool = False,
     ) -> None:
-        """Numbers of tokens are by default the numbers of ids.
+        """Numbers of tokens are by default the numbers of ids. `recorded` is of the arrival; times count
+        as recorded if all were.
 
         `conversation` is a key that ends with the conversation's name, or empty if unknown.
         Raises a `UserError` for an empty prompt, or an arrival before that of the last request.
@@ -216,6 +220,7 @@ class RequestsBuilder:
         number = UNKNOWN
         if conversation:
             number = self._conversations.setdefault(conversation, len(self._conversations))
+        self._recorded &= recorded
         self._arrival_s.append(arrival_s)
         self._num_prompt_ids.append(len(prompt_ids))
         self._num_response_ids.append(len(response_ids))
@@ -243,6 +248,7 @@ class RequestsBuilder:
             workload_names=tuple(self._workloads),
             mode_names=tuple(self._modes),
             tokens_per_id=self._tokens_per_id,
+            times_recorded=self._recorded and bool(self._arrival_s),
             **{name: np.array(column, dtype=np.int32) for name, column in self._columns.items()},
         )
 

@@ -40,7 +40,7 @@ from dsatrace.workloads.synthetic import (
     interleave,
     synthetic_conversations,
 )
-from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN, TraceRow
+from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN, TraceRow, times_text
 
 CHATS = (CHAT_SINGLE, CHAT_MULTI)
 MATCHING_FACTOR = 8  # times as many synthetic conversations, for --match-requests
@@ -166,7 +166,6 @@ class Client:
         self._progress = progress
         self._loader: ShareGPTLoader | None = None
         self._kept: dict[str, PreparedTraces] = {}
-        self._has_times = True
         if source.has_requests and settings.match_requests:
             raise UserError("--match-requests draws more conversations; it needs --data-path, not a trace")
 
@@ -183,7 +182,7 @@ class Client:
     @property
     def times(self) -> str:
         """Whether arrivals, and so the gaps between uses, are those of a file."""
-        return "assumed" if self.has_text or not self._has_times else "recorded"
+        return times_text(not self.has_text and self._trace.times_recorded)
 
     def rows(self, mode: str | None = None) -> list[TraceRow]:
         """All requests as text. A trace file raises a `UserError`.
@@ -281,8 +280,7 @@ class Client:
     def _trace(self) -> StudyRequests:
         source, counts = self.source, Counter[str]()
         if source.log is not None:
-            read = read_log(source.log, self.vocabulary, self.bad_rows, counts, self._progress)
-            requests, has_text, self._has_times = read
+            requests, has_text = read_log(source.log, self.vocabulary, self.bad_rows, counts, self._progress)
         else:
             assert source.trace_file is not None
             requests = read_requests(

@@ -140,6 +140,7 @@ def tokenize_rows(
             turn=row.turn_index,
             workload=row.workload,
             mode=row.mode,
+            recorded=row.recorded,
         )
         if progress and len(builder) % PROGRESS_EVERY_REQUESTS == 0:
             progress(len(builder), builder.num_prompt_ids)

@@ -128,10 +128,8 @@ def _write(
     folder.write_csv("size.csv", list(rows[0]), (list(row.values()) for row in rows))
     if not args.skip_visualization:
         from dsatrace.report.study_figures import draw_size
-        from dsatrace.report.study_tables import notes_of
 
-        about_it = [client.source.text(), "; ".join(notes_of(record))]
-        draw_size(folder.file("size.png"), "\n".join(about_it), record)
+        draw_size(folder.file("size.png"), options.title_of(client, None, record["intervals"]), record)
     return result
 
 
