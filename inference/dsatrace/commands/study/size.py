@@ -28,6 +28,7 @@ from dsatrace.study.requests import StudyRequests
 from dsatrace.study.run import StudySettings, check_size
 from dsatrace.study.size import (
     MATCH_SHARE,
+    MOST_LOAD,
     Routing,
     SizeCurve,
     default_sizes,
@@ -226,7 +227,8 @@ def _parser() -> argparse.ArgumentParser:
         "--routing",
         choices=get_args(Routing),
         help="prefix-affine: the replica that served the longest known prefix last, if that is at least "
-        f"{MATCH_SHARE:g} of the prompt, else the one given the fewest tokens (default: round-robin)",
+        f"{MATCH_SHARE:g} of the prompt and it has at most {MOST_LOAD:g} times an even share of the tokens; "
+        "else the one given the fewest (default: round-robin)",
     )
     add_flags(add, StudySettings, {"concurrency": Flag("requests in flight, which hold their blocks")})
     options.add_seeds_argument(add)
