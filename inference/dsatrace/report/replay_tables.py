@@ -127,11 +127,13 @@ def _size(ids: float | None, top_k: int) -> Cell:
 
 
 def _per_size(cells: Mapping[str, Record]) -> Grid:
-    rows, notes = [], []
+    rows: list[tuple[str, ...]] = []
+    small: dict[str, list[str]] = {}  # by what a step asks for
     for name, cell in cells.items():
         if cell["miss_rate"] is None:
             rows.append((name, _rate(cell), *[""] * 6))
-            notes += [f"{name}: {cell['too_small']}"] if cell.get("too_small") else []
+            if cell.get("too_small"):
+                small.setdefault(cell["too_small"], []).append(name)
             continue
         missed = cell["misses_per_step"]
         quantiles = [missed[key] for key in ("p50", "p95", "p99")]
@@ -152,7 +154,8 @@ def _per_size(cells: Mapping[str, Record]) -> Grid:
         "reads per token", "age of missed",
     )  # fmt: skip
     note = "per token: all layers of a request's decode step; age: steps since it was last selected, median"
-    return Grid("LRU: a layer's step", columns, rows, note="; ".join([note, *notes]))
+    notes = [note, *(f"too small are {', '.join(sizes)}: {why}" for why, sizes in small.items())]
+    return Grid("LRU: a layer's step", columns, rows, note="; ".join(notes))
 
 
 def _chosen(record: Record) -> Iterator[str | Grid]:
