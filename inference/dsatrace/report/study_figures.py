@@ -38,7 +38,6 @@ COMPARED = {
     "sharing_above_0": "requests\nwith a hit",
 }
 MAX_TURNS = 30
-ABOUT_CHARS = 100
 
 _picture = functools.partial(picture, without="--skip-visualization")
 
@@ -295,7 +294,7 @@ def _axes(path: Path, about: str, title: str, xlabel: str, ylabel: str) -> Itera
 
 def _lines(about: str) -> str:
     """Each line as plain text, cut to the width of a picture."""
-    return "\n".join(for_picture(line)[:ABOUT_CHARS] for line in about.splitlines())
+    return "\n".join(map(for_picture, about.splitlines()))
 
 
 def _color(policy: str) -> str:
