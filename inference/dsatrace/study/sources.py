@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 
 from dsatrace.errors import UserError
+from dsatrace.files import read_json
 from dsatrace.study.accesses import ACCESSES_FILE
 from dsatrace.study.kept_requests import KeptRequests, Made, rows_sha256
 from dsatrace.study.logs import Log, read_log
+from dsatrace.study.output_folder import MANIFEST_FILE
 from dsatrace.study.prepare import ClientSettings, PreparedTraces, limit_requests, prepare_traces
 from dsatrace.study.request_files import holds_text, read_requests
 from dsatrace.study.requests import UNKNOWN, StudyRequests, by_workload, conversation_groups
@@ -315,7 +317,8 @@ class Client:
     @functools.cached_property
     def _trace(self) -> StudyRequests:
         source = self.source
-        if self.kept is None or not all(file.is_file() for file in source.files):
+        is_one = all(file.is_file() and file.name != ACCESSES_FILE for file in source.files)
+        if self.kept is None or not is_one:
             requests, facts = self._read()
         else:
             stamps, log = source.stamps(), source.log
@@ -326,7 +329,7 @@ class Client:
         requests = _first_conversations(requests, self.settings.max_conversations)
         if not facts["holds_text"]:
             unit = "tokens" if requests.tokens_per_id == 1 else f"blocks of {requests.tokens_per_id} tokens"
-            label = {"name": f"none: the trace holds ids of {unit}"}
+            label = {"name": f"none: the trace holds ids of {unit}", **_unit_of(source.path)}
             self.vocabulary = dataclasses.replace(self.vocabulary, label=label)
         kept, dropped = limit_requests(requests, self.settings.max_tokens, self.settings.min_turns)
         self.counts |= {**facts["counts"], **dropped}
@@ -349,6 +352,17 @@ class Client:
         """Oddities in the rows that the loader read, and how many rows have them; see `sharegpt.ODDITIES`."""
         found = {} if self._loader is None else self._loader.summary()
         return {f"source rows, {name}": found[name] for name in ODDITIES if found.get(name)}
+
+
+def _unit_of(path: Path | None) -> dict[str, str]:
+    """`unit`, where the manifest of a study's folder says that its tokens were words."""
+    if path is None or not (path.is_dir() or path.name == ACCESSES_FILE):
+        return {}
+    try:
+        manifest = read_json((path if path.is_dir() else path.parent) / MANIFEST_FILE)
+        return {"unit": str(manifest["tokenizer"]["unit"])}
+    except (UserError, LookupError, TypeError):  # there is none, or tokens were tokens
+        return {}
 
 
 def trace_name(requests: StudyRequests) -> str:
