@@ -315,6 +315,11 @@ def test_matched_requests_come_from_later_conversations() -> None:
     )
     assert [row.conversation_id for row in first.single] == ["a", "b", "c"]  # b was dropped, and serves here
     assert first.counts[TOO_FEW_TURNS] == 1
+    long = [chat("e", "q", "a", "q" * 99), *chats]  # dropped for its second request
+    some = dataclasses.replace(options, max_conversations=2, max_tokens=60)
+    prepared = prepare_traces(long, some, BYTES)
+    assert prepared.counts[TOO_LONG] == 1 and prepared.counts[SHORT] == 0
+    assert [row.conversation_id for row in prepared.single] == ["a", "e", "b"]
     wide = dataclasses.replace(options, max_tokens=30)
     chats[1] = chat("b", "q" * 99)
     assert [row.conversation_id for row in prepare_traces(chats, wide, BYTES).single] == ["a", "c", "d"]

@@ -136,6 +136,7 @@ def test_compare_writes_everything(tmp_path: Path, capsys: Any) -> None:
 
 def test_as_many_single_turn_requests_as_multi_turn_ones(tmp_path: Path) -> None:
     flags = ("compare", "--workload", "chat_multi", "--max-conversations", 12, "--match-requests")
+    flags += ("--seeds", 1)
     counts = study_json(tmp_path / "out", "comparison.json", *flags)["metrics"]["num_requests"]
     assert counts["single_turn"] == counts["multi_turn"] > 12
 
@@ -150,7 +151,7 @@ def test_a_workload_has_one_hit_rate_in_every_verb(workload: str, tmp_path: Path
     sides = {"chat_single": "single_turn"}
     side = sides.get(workload, "multi_turn")
     of_run = study_json(tmp_path / "run", f"{side}_stats.json", "run", *flags)["metrics"]
-    assert study("explain", *flags, "--output-dir", tmp_path / "explain") == 0
+    assert study("explain", *flags, "--seeds", 1, "--output-dir", tmp_path / "explain") == 0
     lines = json.loads((tmp_path / "explain" / "explain.json").read_text())["definitions"]
     assert lines["token_weighted_with_rejected"]["value"] == of_run["hit_rate_first_prefill"]
     sizes = ("--block-size", 16, "--policies", "lru", "--seeds", 1)
@@ -159,7 +160,7 @@ def test_a_workload_has_one_hit_rate_in_every_verb(workload: str, tmp_path: Path
     assert pool["hit_rate"] == pytest.approx(of_run["hit_rate_blocks"], abs=1e-6)
     assert (pool["hits"] > 0) == (workload != "chat_single")
     if workload.startswith("chat"):
-        flags = (*flags, "--min-turns", 1)
+        flags = (*flags, "--min-turns", 1, "--seeds", 1)
         both = study_json(tmp_path / "compare", "comparison.json", "compare", *flags)["metrics"]
         assert both["hit_rate_blocks"][side] == of_run["hit_rate_blocks"]
 
@@ -373,7 +374,7 @@ def test_a_run_tells_its_interval(tmp_path: Path, capsys: Any) -> None:
     assert len(set(values)) == 8
     capsys.readouterr()
     stats = study_json(tmp_path / "real", "multi_turn_stats.json", "run", "--num-blocks", 64)
-    assert "95 % over conversations" in capsys.readouterr().out
+    assert "95 % intervals over conversations" in capsys.readouterr().out
     spread = stats["intervals"]["metrics"]["hit_rate_first_prefill"]
     assert spread["low"] < stats["metrics"]["hit_rate_first_prefill"] < spread["high"]
 

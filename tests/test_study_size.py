@@ -128,6 +128,17 @@ def test_replicas_share_nothing_and_prefix_affine_keeps_conversations_together()
     assert chats_of[0] and chats_of[1] and not chats_of[0] & chats_of[1]
 
 
+def test_prefix_affine_leaves_no_replica_idle_where_all_prompts_begin_alike() -> None:
+    """One long system prompt: whoever has it first would get every request."""
+    builder, system = RequestsBuilder(), range(40)
+    for at in range(60):
+        builder.add(float(at), [*system, *range(100 * at + 100, 100 * at + 110)], [])
+    traces = replica_traces(builder.build(), BLOCK, 4, "prefix-affine")
+    given = [int(trace.total_tokens.sum()) for trace in traces]
+    assert max(given) <= 1.5 * 60 * 50 / 4 + 50
+    assert min(given) > 0
+
+
 def test_a_seed_is_one_part_however_many_replicas_serve_it() -> None:
     traces = replica_traces(chats(5, 6), BLOCK, 3, "round-robin")
     for cell in size_cells(traces, settings_of([40 * BLOCK_BYTES], BLOCK_BYTES)):
@@ -207,6 +218,7 @@ def test_a_folder_that_holds_something_is_named_once(tmp_path: Path, capsys: Any
         (("--target", 101), "--target 101: a share in percent"),
         (("--routing", "prefix-affine"), "--routing divides requests over replicas"),
         (("--replicas", 10_000), "--replicas 10000: there are only"),
+        (("--block-size", 10**8), "no prompt fills a block of 100000000 tokens; name a smaller --block-size"),
     ],
     ids=lambda value: "_".join(map(str, value)) if isinstance(value, tuple) else "",
 )

@@ -325,13 +325,17 @@ def show(grids: Iterable[Grid], as_markdown: bool) -> None:
         show_in_terminal(grids, WIDE)
 
 
-def title_of(client: Client, settings: StudySettings) -> str:
+def title_of(
+    client: Client, settings: StudySettings | None = None, intervals: Mapping[str, Any] | None = None
+) -> str:
     """What a picture is of: workload, source, cache, tokenizer."""
-    from dsatrace.report.study_tables import cache_text, notes_of
+    from dsatrace.report.study_tables import about_text, cache_text
 
-    cache = cache_text(dataclasses.asdict(settings))
-    notes = notes_of({"tokenizer": client.vocabulary.label, "times": client.times})
-    return f"{client.source.text()}\n{'; '.join([cache, *notes])}"
+    cache = "" if settings is None else cache_text(dataclasses.asdict(settings))
+    manifest = {"tokenizer": client.vocabulary.label, "times": client.times}
+    if intervals is None and client.source.is_seeded:
+        cache += f"; seed {client.settings.seed}"
+    return about_text(client.source.text(), manifest, cache, intervals)
 
 
 def say_what_was_read(client: Client) -> None:

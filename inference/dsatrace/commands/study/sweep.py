@@ -116,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         record = client.describe() | about | {"traces": _described(traces, inputs, client)}
         if args.together:
             record["profile"] = {"from": how, "workloads": profile_record(profile or {})}
-        _write(folder, verb, args, cells, record | {"workers": workers})
+        title = options.title_of(client, None, record["intervals"])
+        _write(folder, verb, args, cells, record | {"workers": workers}, title)
         if profile is not None:
             folder.write_json("profile.json", profile_record(profile))
 
@@ -135,7 +136,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write(
-    folder: OutputFolder, verb: _Verb, args: argparse.Namespace, cells: Sequence[Cell], record: dict[str, Any]
+    folder: OutputFolder,
+    verb: _Verb,
+    args: argparse.Namespace,
+    cells: Sequence[Cell],
+    record: dict[str, Any],
+    about: str,
 ) -> None:
     """The cells as CSV and, with the record, as JSON; the pictures."""
     rows = [cell.row() for cell in cells]
@@ -144,7 +150,8 @@ def _write(
     if not args.skip_visualization:
         from dsatrace.report.study_figures import draw_all_capacities, draw_all_mixed
 
-        list((draw_all_mixed if args.together else draw_all_capacities)(folder, cells))
+        draw = draw_all_mixed if args.together else draw_all_capacities
+        list(draw(folder, about, cells))
 
 
 def _inputs(

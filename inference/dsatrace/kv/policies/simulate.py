@@ -269,10 +269,14 @@ def simulate(
     )
 
 
-def held_blocks(stream: AccessStream, capacity: int, oversize: Oversize) -> np.ndarray:
-    """How many of its first blocks each request holds, (R,) int64."""
+def check_capacity(capacity: int) -> None:
     if capacity < 1:
         raise UserError(f"a cache holds at least 1 block, not {capacity}")
+
+
+def held_blocks(stream: AccessStream, capacity: int, oversize: Oversize) -> np.ndarray:
+    """How many of its first blocks each request holds, (R,) int64."""
+    check_capacity(capacity)
     if oversize not in ("truncate", "reject"):
         raise UserError(f"oversize is 'truncate' or 'reject', not {oversize!r}")
     lengths = stream.lengths

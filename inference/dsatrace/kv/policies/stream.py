@@ -180,17 +180,6 @@ class AccessStream:
             release=np.searchsorted(kept, self.release[kept]),
         )
 
-    def without_blocks_of(self, rejected: np.ndarray) -> AccessStream:
-        """The same requests, but the rejected ones ask for no block; rejected is (R,) bool.
-
-        Unlike `select`, it keeps the order in which the others are released.
-        """
-        return dataclasses.replace(
-            self,
-            blocks=self.blocks[np.repeat(~rejected, self.lengths)],
-            starts=offsets_of(np.where(rejected, 0, self.lengths)),
-        )
-
 
 def release_by_concurrency(num_requests: int, concurrency: int) -> np.ndarray:
     """`release` where a request ends when the `concurrency`-th after it comes; 1 is one at a time."""
