@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,12 @@ def test_what_was_not_used_for_longest_goes_first(monkeypatch: pytest.MonkeyPatc
     kept = KeptRequests(WORDS)
     kept.get("a", lambda: (three_turns(), {}))
     (first,) = files()
+    os.utime(first, (1, 1))
     monkeypatch.setattr(kept_requests, "MOST_BYTES", first.stat().st_size * 2 + 100)
-    for name in ("b", "a", "c"):
-        kept.get(name, lambda: (three_turns(), {}))
-    assert len(files()) == 2
+    kept.get("b", lambda: (three_turns(), {}))
+    (second,) = set(files()) - {first}
+    os.utime(second, (2, 2))
+    kept.get("a", never)  # used last, though it is older
+    kept.get("c", lambda: (three_turns(), {}))
+    assert len(files()) == 2 and not second.exists()
     kept.get("a", never)
