@@ -160,6 +160,13 @@ def add_request_arguments(
         f"(default: {PACKAGE} if it is installed, else {WORDS})",
     )
     add(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja template of the prompts (default: DeepSeek's form for its vocabulary; for another the "
+        "template beside the tokenizer, else Human: and Assistant: lines)",
+    )
+    add(
         "--no-kept-tokens",
         dest="keep_tokens",
         action="store_false",
@@ -262,7 +269,7 @@ def open_client(args: argparse.Namespace, workloads: Sequence[str] = ()) -> Iter
             advance(num_requests - done if num_requests > done else num_requests)  # less: the next trace
             done = num_requests
 
-        vocabulary, bad_rows = open_vocabulary(args.tokenizer), BadRows(args.bad_rows)
+        vocabulary, bad_rows = open_vocabulary(args.tokenizer, args.chat_template), BadRows(args.bad_rows)
         yield Client(source, settings, vocabulary, bad_rows, progress, args.keep_tokens)
 
 
