@@ -170,7 +170,11 @@ def test_what_was_not_used_for_longest_goes_first(monkeypatch: pytest.MonkeyPatc
     kept.get("b", lambda: (three_turns(), {}))
     (second,) = set(files()) - {first}
     os.utime(second, (2, 2))
+    for name in ("old", "new"):
+        (first.parent / f".{name}.tmp").touch()
+    os.utime(first.parent / ".old.tmp", (1, 1))  # left by a study that was killed
     kept.get("a", never)  # used last, though it is older
     kept.get("c", lambda: (three_turns(), {}))
-    assert len(files()) == 2 and not second.exists()
+    assert [file.name for file in files() if file.suffix == ".tmp"] == [".new.tmp"]
+    assert len(files()) == 3 and not second.exists()
     kept.get("a", never)

@@ -262,7 +262,8 @@ def test_several_files_of_conversations_are_read_and_their_ids_kept_apart(tmp_pa
     write(logs / "a.jsonl", chat("c", "one", "1", "two"), chat("d", "three"))
     write(logs / "b.jsonl", chat("c", "four", "4", "five"))
     out = tmp_path / "out"
-    assert study("run", "--log", logs, "--output-dir", out, "--skip-visualization", "--turn-delay", 1) == 0
+    flags = ("--skip-visualization", "--turn-delay", 1, "--tokenizer", "words")
+    assert study("run", "--log", logs, "--output-dir", out, *flags) == 0
     rows = [json.loads(line) for line in (out / "multi_turn_trace.jsonl").read_text().splitlines()]
     assert Counter(row["conversation_id"] for row in rows) == {"c": 2, "d": 1, "c#2": 2}
     source = json.loads((out / "manifest.json").read_text())["source"]
