@@ -128,7 +128,7 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _make_room(newest: Path) -> None:
-    """Deletes what killed studies left, and what was not used for longest until `MOST_BYTES` hold the rest."""
+    """Deletes what killed studies left, then what was not used for longest, down to `MOST_BYTES`."""
     for left in newest.parent.glob(".*.tmp"):
         if time.time() - left.stat().st_mtime > _STALE_S:
             left.unlink()
