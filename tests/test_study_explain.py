@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from hypothesis import strategies as st
 
 from dsatrace.study.explain import Definition, explain
 from dsatrace.study.measure import measure
+from dsatrace.study.request_files import read_requests
 from dsatrace.study.requests import RequestsBuilder, StudyRequests
 from dsatrace.study.run import StudySettings, run_study
+from dsatrace.study.tokenization import WordVocabulary
+from dsatrace.workloads.rows import BadRows
+from helpers.real_data import real_file
 from helpers.study_samples import ROWS, requests_of, study, three_turns
 
 
@@ -49,7 +54,46 @@ def test_three_turns_under_every_definition() -> None:
         "chained_hashes_with_partial": (0 + 1 + 3, 11),
         "unchained_hashes": (0 + 1 + 3, 9),
         "unchained_hashes_with_partial": (0 + 1 + 3, 11),
+        **{f"prompts_{name}": (4 + 12, 34) for name in ("lru", "fifo", "optimal")},  # requests 1 and 2
     }
+
+
+# What kvcache-simulator 0.1.3 (PyPI) says, with blocks of 4 tokens: hit tokens of the last six prompts, which
+# have 80, by the cache's blocks under its lru, fifo and optimal. A prompt is its tokens and its block ids.
+PROMPTS: tuple[tuple[int, list[int]], ...] = (
+    (5, [0, 1]), (13, [2, 3, 4, 5]), (13, [0, 6, 7, 8]), (6, [9, 10]), (7, [11, 12]), (6, [9, 10]),
+    (13, [0, 6, 7, 8]), (8, [0, 13]), (11, [0, 13, 14]), (13, [2, 3, 4, 5]),
+    (28, [2, 15, 16, 17, 18, 19, 20]), (7, [21, 22]),
+)  # fmt: skip
+RECORDED = {1: (0, 0, 12), 2: (16, 8, 16), 3: (16, 8, 20), 5: (20, 16, 28), 8: (29, 16, 37), 13: (41, 21, 42)}
+# The same of the first 500 requests of Mooncake's conversations, in their blocks of 512; of 3,590,818 tokens.
+MOONCAKE = {
+    195: (128_000, 112_640, 287_031),
+    1562: (152_576, 150_528, 940_261),
+    6250: (629_679, 627_119, 940_261),
+}
+
+
+def prompts_alone(requests: StudyRequests, num_blocks: int) -> list[tuple[Any, Any]]:
+    settings = StudySettings(requests.tokens_per_id, num_blocks)
+    lines = [line for line in explain(run_study(requests, settings)) if line.name.startswith("prompts_")]
+    assert all("kvcache-simulator" in line.used_by for line in lines)
+    return [(line.numerator, line.denominator) for line in lines]
+
+
+@pytest.mark.parametrize("num_blocks", RECORDED)
+def test_prompts_alone_are_another_simulators_numbers(num_blocks: int) -> None:
+    builder = RequestsBuilder(tokens_per_id=4)
+    for at, (num_tokens, ids) in enumerate(PROMPTS):
+        builder.add(float(at), ids, num_prompt_tokens=num_tokens, num_response_tokens=3)
+    assert prompts_alone(builder.build(), num_blocks) == [(hits, 80) for hits in RECORDED[num_blocks]]
+
+
+def test_prompts_alone_are_its_numbers_on_a_published_log() -> None:
+    trace = real_file("mooncake/conversation_trace_head500.jsonl")
+    requests = read_requests(trace, WordVocabulary(), BadRows(), Counter())
+    for num_blocks, hits in MOONCAKE.items():
+        assert prompts_alone(requests, num_blocks) == [(number, 3_590_818) for number in hits]
 
 
 def test_what_moves_the_chained_and_the_unchained_count() -> None:

@@ -161,6 +161,8 @@ def draw_size(path: Path, about: str, record: Mapping[str, Any]) -> None:
     with _picture(path, (8, 5)) as (figure, (axes,)):
         axes.axhline(unlimited, color="gray", linestyle=":", label=f"{POOL}, no limit: {unlimited:.1%}")
         styles = {POOL: ("o-", "C0", 2.4), LRU: ("s--", "C1", 1.2), OPT: ("^-", "C2", 1.2)}
+        if any(row["policy"] == BYPASS for row in rows):  # earlier versions did not write it
+            styles[BYPASS] = ("v:", "gray", 1.2)
         for name, (style, color, width) in styles.items():
             cells = sorted(
                 (row for row in rows if row["policy"] == name), key=lambda row: row["bytes_per_device"]

@@ -65,7 +65,7 @@ def study_parts(folder: Path) -> Iterator[str | Grid]:
         num_tables += len(grids)
         yield from noted(grids, manifest)
     if not num_tables:
-        yield "There is no table: the study writes traces only, or it did not end."
+        yield "There is no table: the study wrote traces or pictures only, or it did not end."
     yield f"files: {folder}"
 
 

@@ -236,29 +236,23 @@ def sweep_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
 
 
 def size_grid(rows: Sequence[Mapping[str, Any]], note: str = "") -> Grid:
-    """The curve of `study size`: a row per size, the last one without a limit; a column per policy."""
+    """The curve of `study size`: a row per size, the last one without a limit; a column per policy.
+
+    Only the pool, of which the recommendation is, has its interval.
+    """
     by_size: dict[int | None, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        by_size.setdefault(row["bytes_per_device"], {})[row["policy"]] = row
-    policies = [
-        name
-        for name in dict.fromkeys(row["policy"] for row in rows)
-        if name in by_size[rows[0]["bytes_per_device"]]
-    ]
+        name = POOL if row["bytes_per_device"] is None else row["policy"]  # only the pool has no limit
+        by_size.setdefault(row["bytes_per_device"], {})[name] = row
+    policies = list(next(iter(by_size.values())))
     lines = []
     for size_bytes, cells in by_size.items():
-        any_row = next(iter(cells.values()))
+        pool = cells[POOL]
+        rates = [number(100 * cells[name]["hit_rate"] if name in cells else None, ".2f") for name in policies]
+        ends = pool["hit_rate_low"], pool["hit_rate_high"]
+        rates[policies.index(POOL)] = _with_interval(pool["hit_rate"], *ends, ".2f")
         first = Cell("no limit", None) if size_bytes is None else bytes_cell(size_bytes)
-        of_each = [
-            cells.get(name, any_row if size_bytes is None and name == POOL else {}) for name in policies
-        ]
-        rates = (
-            _with_interval(row.get("hit_rate"), row.get("hit_rate_low"), row.get("hit_rate_high"), ".2f")
-            for row in of_each
-        )
-        lines.append(
-            (first, number(any_row["capacity_blocks"], ","), *rates, number(any_row["rejected"], ","))
-        )
+        lines.append((first, number(pool["capacity_blocks"], ","), *rates, number(pool["rejected"], ",")))
     title = f"Hit rate in % of {rows[0]['accesses']:,} prompt blocks, by cache on one device"
     return Grid(title, ("per device", "blocks", *policies, "rejected requests"), lines, note=note)
 

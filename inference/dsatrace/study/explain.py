@@ -11,17 +11,22 @@ number that fits a definition is no proof that it was obtained so.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+import itertools
+from collections import OrderedDict
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.kv.blocks import HIT
+from dsatrace.kv.policies.bypass import bypassing_hits
+from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.simulation.replay import replay
 from dsatrace.study.measure import ratio, recounted_by_chunk, sharing_fractions
 from dsatrace.study.run import Replayed
 
 CHUNK_SIZES = (64, 256, 512, 2048, 8192)
+NO_PARTIAL_BLOCKS = "the trace has no ids of partial blocks"
 Column = NDArray[np.number] | NDArray[np.bool_]
 """(R,) a number of each request."""
 
@@ -75,6 +80,7 @@ def explain(replayed: Replayed) -> list[Definition]:
         *_over_blocks(replayed),
         *_other_caches(replayed),
         *_sets_of_hashes(replayed),
+        *_prompts_alone(replayed),
         *_chunks(replayed),
     ]
     for line in lines:
@@ -86,7 +92,7 @@ def explain(replayed: Replayed) -> list[Definition]:
 def _over_tokens(replayed: Replayed) -> Iterator[Definition]:
     result, served, line = replayed.result, replayed.result.served, Definition.of
     hit, prompt = result.hit_tokens, replayed.trace.prompt_tokens
-    last_half = served & (np.arange(len(served)) >= len(served) // 2)
+    last_half = served & _last_half(prompt)
     later = served & (replayed.requests.turn > 0)
     formula = "hit tokens / prompt tokens, first prefill, served requests"
     yield line("token_weighted", formula, hit * served, prompt * served, "vLLM's hits / queries")
@@ -153,15 +159,13 @@ def _sets_of_hashes(replayed: Replayed) -> Iterator[Definition]:
     A request's own earlier blocks are in the set too. Unchained, blocks of the same tokens are
     equal, which a trace of block ids does not tell.
     """
-    requests = replayed.requests
-    by_token = requests.tokens_per_id == 1
-    ids_of_all = np.array_equal(np.diff(requests.prompt_offsets), replayed.trace.needed_blocks)
+    by_token = replayed.requests.tokens_per_id == 1
     for suffix, partial in (("", False), ("_with_partial", True)):
         of_what = "blocks seen before / prompt blocks" + (", partial ones too" if partial else "")
         chained, unchained = f"chained_hashes{suffix}", f"unchained_hashes{suffix}"
-        if partial and requests.tokens_per_id == replayed.trace.block_size != 1 and not ids_of_all:
+        if partial and not _knows_partial_blocks(replayed):
             for name in (chained, unchained):
-                yield Definition.unknown(name, "the trace has no ids of partial blocks")
+                yield Definition.unknown(name, NO_PARTIAL_BLOCKS)
             continue
         counts = _num_seen(_prefix_names(replayed, partial))
         formula = f"{of_what}; equal with all before them"
@@ -185,6 +189,86 @@ def _num_seen(names: Iterable[Iterable[Hashable]]) -> tuple[Column, Column]:
         counts.append((num_names - (len(seen) - known), num_names))
     repeated, total = np.array(counts).T
     return repeated, total
+
+
+def _prompts_alone(replayed: Replayed) -> Iterator[Definition]:
+    """Caches of prompts only, a request at a time, measured once they are warm.
+
+    A prompt's partial last block counts and may be hit, so all of a prompt may be.
+    """
+    rule = "prompts only, the partial last block counts, last half of the requests: "
+    rules = {
+        "lru": "LRU; of a prompt longer than the cache its first blocks stay, one less than fit",
+        "fifo": "FIFO of any block, the request's own ones too",
+        "optimal": "the blocks looked up again first are kept, others left out",
+    }
+    if not _knows_partial_blocks(replayed):
+        yield from (Definition.unknown(f"prompts_{name}", NO_PARTIAL_BLOCKS) for name in rules)
+        return
+    chains = list(_prefix_names(replayed, partial=True))
+    stream = AccessStream.of(chains)
+    capacity = replayed.settings.num_blocks or max(1, stream.num_blocks)
+    hits = {
+        "lru": _lru_hits(chains, capacity),
+        "fifo": _fifo_hits(chains, capacity),
+        "optimal": bypassing_hits(stream, stream.lengths, capacity),
+    }
+    prompt = replayed.trace.prompt_tokens
+    measured = _last_half(prompt)
+    for name, blocks in hits.items():
+        tokens = np.minimum(blocks * replayed.trace.block_size, prompt)
+        used_by = f"kvcache-simulator 0.1's {name}"
+        yield Definition.of(
+            f"prompts_{name}", rule + rules[name], tokens * measured, prompt * measured, used_by
+        )
+
+
+def _lru_hits(chains: Iterable[Sequence[Hashable]], capacity: int) -> NDArray[np.int64]:
+    """(R,) cached blocks before the first that is not, where the least recent block makes room, a tail first.
+
+    A prompt longer than the cache takes all of it, and then gives up the last block that it inserted.
+    """
+    cached: OrderedDict[Hashable, None] = OrderedDict()
+    hits = []
+    for blocks in chains:
+        hits.append(_num_leading(blocks, cached))
+        for block in blocks[: hits[-1]]:
+            del cached[block]
+        while cached and len(cached) + len(blocks) > capacity:
+            cached.popitem(last=False)
+        fits = len(blocks) <= capacity or hits[-1] == capacity
+        for block in reversed(blocks[: capacity if fits else capacity - 1]):
+            cached[block] = None
+    return np.array(hits, np.int64)
+
+
+def _fifo_hits(chains: Iterable[Sequence[Hashable]], capacity: int) -> NDArray[np.int64]:
+    """The same where the oldest block makes room."""
+    cached: OrderedDict[Hashable, None] = OrderedDict()
+    hits = []
+    for blocks in chains:
+        hits.append(_num_leading(blocks, cached))
+        for block in blocks:
+            if block not in cached:
+                if len(cached) == capacity:
+                    cached.popitem(last=False)
+                cached[block] = None
+    return np.array(hits, np.int64)
+
+
+def _num_leading(blocks: Iterable[Hashable], cached: Container[Hashable]) -> int:
+    return sum(1 for _ in itertools.takewhile(cached.__contains__, blocks))
+
+
+def _last_half(requests: NDArray[np.integer]) -> NDArray[np.bool_]:
+    return np.arange(len(requests)) >= len(requests) // 2
+
+
+def _knows_partial_blocks(replayed: Replayed) -> bool:
+    """Whether the trace tells the content of the prompts' partial last blocks."""
+    requests, trace = replayed.requests, replayed.trace
+    in_blocks = requests.tokens_per_id == trace.block_size != 1
+    return not in_blocks or np.array_equal(np.diff(requests.prompt_offsets), trace.needed_blocks)
 
 
 def _prefix_names(replayed: Replayed, partial: bool) -> Iterator[list[Hashable]]:
