@@ -214,23 +214,25 @@ COUNTS = {
 
 
 def sweep_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
-    """A table per workload and block size; a column per capacity."""
+    """Two tables per workload and block size, of hit rates and of gains over LRU; a column per capacity."""
     for workload, size in dict.fromkeys((cell.workload, cell.block_size) for cell in cells):
         chosen = [cell for cell in cells if (cell.workload, cell.block_size) == (workload, size)]
         capacities = sorted({cell.capacity_blocks for cell in chosen})
         by_place = {(cell.policy, cell.capacity_blocks): cell for cell in chosen}
-        rows = [
-            (policy, *(_hit_rate(by_place.get((policy, capacity))) for capacity in capacities))
-            for policy in _bounds_last(cell.policy for cell in chosen)
-        ]
+        columns = ("policy", *(f"{capacity:,} blocks" for capacity in capacities))
+        rates, gains = [], []
+        for policy in _bounds_last(cell.policy for cell in chosen):
+            here = [by_place.get((policy, capacity)) for capacity in capacities]
+            rates.append((policy, *map(_hit_rate, here)))
+            if any(cell is not None and cell.gain is not None for cell in here):
+                gains.append((policy, *map(_gain, here)))
         for field, text in COUNTS.items():
             numbers = (getattr(by_place[OPT, capacity], field) for capacity in capacities)
-            rows.append((text, *(number(count, ",") for count in numbers)))
-        yield Grid(
-            f"{workload}, blocks of {size} tokens: hit rate in % of prompt blocks",
-            ("policy", *(f"{capacity:,} blocks" for capacity in capacities)),
-            rows,
-        )
+            rates.append((text, *(number(count, ",") for count in numbers)))
+        title = f"{workload}, blocks of {size} tokens"
+        yield Grid(f"{title}: hit rate in % of prompt blocks", columns, rates)
+        if gains:
+            yield Grid(f"{title}: gain over lru in points", columns, gains)
 
 
 def size_grid(rows: Sequence[Mapping[str, Any]], note: str = "") -> Grid:
@@ -263,9 +265,8 @@ def mixed_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
         by_place = {(cell.policy, cell.workload): cell for cell in here}
         rows = []
         for policy in _bounds_last(cell.policy for cell in here):
-            one = by_place[policy, OVERALL]
-            gain = _with_interval(one.gain, one.gain_low, one.gain_high, "+.2f")
-            rows.append((policy, *(_hit_rate(by_place.get((policy, name))) for name in workloads), gain))
+            rates = (_hit_rate(by_place.get((policy, name))) for name in workloads)
+            rows.append((policy, *rates, _gain(by_place[policy, OVERALL])))
         for field, text in COUNTS.items():
             of_each = (number(getattr(by_place[OPT, name], field), ",") for name in workloads)
             rows.append((text, *of_each, ""))
@@ -292,6 +293,13 @@ def _hit_rate(cell: SweepCell | None) -> Cell:
     if cell is None or not cell.accesses:
         return Cell(NONE, None)
     return _with_interval(cell.hit_rate, cell.hit_rate_low, cell.hit_rate_high, ".2f")
+
+
+def _gain(cell: SweepCell | None) -> Cell:
+    """Over LRU, in points, with its interval if it has one."""
+    if cell is None:
+        return Cell(NONE, None)
+    return _with_interval(cell.gain, cell.gain_low, cell.gain_high, "+.2f")
 
 
 def _with_interval(
