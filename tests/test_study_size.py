@@ -152,7 +152,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: Any) -> None:
     record = json.loads((tmp_path / "out" / "size.json").read_text())
     advice = record["recommendation"]
     assert f"recommendation: {advice['text']}" in printed
-    assert "A token is a word here" in advice["text"]
+    assert "A token is a word here" in advice["text"] and "may leave blocks out" in printed
     assert "over 2 seeds" in printed and "61,464 bytes per token and device" in printed
     assert record["block_bytes"] == 64 * 61_464
     for row in record["curve"][:-1]:
