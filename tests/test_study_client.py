@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import dsatrace
 from dsatrace.errors import UserError
+from dsatrace.study import tokenization
 from dsatrace.study.accesses import write_accesses
 from dsatrace.study.logs import Log
 from dsatrace.study.prepare import (
@@ -359,6 +360,20 @@ def test_progress_is_told_and_an_empty_trace_refused() -> None:
     assert seen[-1][1] == len(requests.prompt_ids)
     with pytest.raises(UserError, match="holds no request"):
         tokenize_rows([], BYTES)
+
+
+def test_ids_do_not_depend_on_how_many_pieces_are_kept(
+    deepseek_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats = [chat(str(i), *(f"{word} {i % 3}" for word in ("where", "there", "why", "so"))) for i in range(9)]
+    rows = RequestGenerator(chats).generate_multi_turn_traces(ChatTemplateFormatter(deepseek_tokenizer))
+    expected = tokenize_rows(rows, deepseek_tokenizer)
+    for kept, batch in ((0, 0), (30, 0), (30, 200)):
+        monkeypatch.setattr(tokenization, "_MAX_KEPT_CHARS", kept)
+        monkeypatch.setattr(tokenization, "_BATCH_CHARS", batch)
+        requests = tokenize_rows(rows, deepseek_tokenizer)
+        assert requests.prompt_ids.tolist() == expected.prompt_ids.tolist()
+        assert requests.response_ids.tolist() == expected.response_ids.tolist()
 
 
 def test_real_conversations_become_traces() -> None:

@@ -21,6 +21,7 @@ from dsatrace import cli
 from dsatrace.commands.study import VERBS
 from dsatrace.report.study_tables import compare_grids
 from dsatrace.study.compare import Comparison, Difference
+from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.tokenizer import byte_tokenizer_json, packaged_file
 from dsatrace.workloads.trace_rows import read_trace_rows
 from helpers.real_data import real_file
@@ -283,13 +284,26 @@ def test_ids_need_no_tokenizer_and_name_no_conversation(tmp_path: Path, capsys: 
 
 def test_every_table_says_what_is_assumed(tmp_path: Path, capsys: Any) -> None:
     """A token that is a word, and times that nobody recorded; again where the folder is shown."""
-    small = ("--num-requests", 8, "--num-blocks", 64, "--skip-visualization", "--markdown")
-    small += ("--tokenizer", "words")
-    verbs = {"run": (), "sweep": ("--policies", "lru", "--seeds", 2)}
-    for verb, flags in verbs.items():
-        assert study(verb, "--workload", "qa", *small, *flags, "--output-dir", tmp_path / verb) == 0
+    words = ("--tokenizer", "words")
+    swept = ("--policies", "lru", "--seeds", 2)
+    qa = ("--workload", "qa", "--num-requests", 8, "--num-blocks", 64)
+    verbs: dict[str, tuple[object, ...]] = {
+        "run": (*qa, "--write-accesses"),
+        "explain": qa,
+        "compare": ("--data-path", sample_file("sharegpt"), "--max-conversations", 3),
+        "sweep": (*qa, *swept),
+        "mixed": ("--workloads", "qa", "summarization", "--num-requests", 4, *swept),
+        "size": ("--workload", "qa", "--num-requests", 8, "--seeds", 2, "--kv-layout", "glm-5"),
+        "run again": ("--trace-file", tmp_path / "run"),
+    }
+    for name, flags in verbs.items():
+        verb = name.split()[0]
+        small = () if name == "run again" else words
+        out = ("--markdown", "--output-dir", tmp_path / name)
+        pictures = () if verb == "explain" else ("--skip-visualization",)
+        assert study(verb, *flags, *small, *out, *pictures) == 0
         printed = capsys.readouterr().out
-        assert study("report", tmp_path / verb, "--markdown") == 0
+        assert study("report", tmp_path / name, "--markdown") == 0
         for text in (printed, capsys.readouterr().out):
             titles = [line for line in text.splitlines() if line.startswith(("#", "**"))]
             assert titles

@@ -136,7 +136,7 @@ def test_both_chats_of_a_mix_get_conversations_of_their_own(real, tmp_path):
         speakers = ("human", "gpt", "human", "gpt")
         turns = [[{"from": who, "value": f"{i} {who} " * 40} for who in speakers] for i in range(6)]
         path.write_text(json.dumps([{"id": f"c{i}", "conversations": turn} for i, turn in enumerate(turns)]))
-    source = Source(data_path=path, workloads=("chat_single", "chat_multi"))
+    source = Source((path,) if path else (), workloads=("chat_single", "chat_multi"))
     client = Client(source, ClientSettings(num_requests=3, max_conversations=6), open_vocabulary("words"))
     requests = client.requests()
     assert labels(requests).count("chat_single") == 3

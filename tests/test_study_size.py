@@ -226,6 +226,7 @@ def test_a_folder_that_holds_something_is_named_once(tmp_path: Path, capsys: Any
         (("--target", 101), "--target 101: a share in percent"),
         (("--routing", "prefix-affine"), "--routing divides requests over replicas"),
         (("--replicas", 10_000), "--replicas 10000: there are only"),
+        (("--block-size", 10**8), "no prompt fills a block of 100000000 tokens; name a smaller --block-size"),
     ],
     ids=lambda value: "_".join(map(str, value)) if isinstance(value, tuple) else "",
 )

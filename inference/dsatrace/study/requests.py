@@ -104,6 +104,8 @@ class StudyRequests:
 
     def take(self, rows: NDArray[np.int64]) -> StudyRequests:
         """The requests `rows` in that order; names and conversations keep their numbers."""
+        if np.array_equal(rows, np.arange(len(self))):
+            return self
         prompt_offsets, prompt_ids = _take_ragged(self.prompt_offsets, self.prompt_ids, rows)
         response_offsets, response_ids = _take_ragged(self.response_offsets, self.response_ids, rows)
         return dataclasses.replace(
@@ -315,10 +317,9 @@ def _take_ragged(
     offsets: NDArray[np.int64], values: NDArray[np.int32], rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Offsets and values of the `rows` of a ragged array."""
-    lengths = np.diff(offsets)[rows]
-    taken = offsets_of(lengths)
-    source = np.arange(taken[-1]) + np.repeat(offsets[rows] - taken[:-1], lengths)
-    return taken, values[source]
+    taken = offsets_of(np.diff(offsets)[rows])
+    pieces = [values[offsets[row] : offsets[row + 1]] for row in rows]
+    return taken, np.concatenate([values[:0], *pieces])
 
 
 def _narrow(ids: NDArray[np.integer]) -> NDArray[np.int32]:

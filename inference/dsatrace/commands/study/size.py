@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     block_size = args.block_size or own or (INDEXED_BLOCK if layout.has_index else PLAIN_BLOCK)
     block_bytes = block_size * layout.bytes_per_token
     traces = traces_of(requests)
+    if not any(len(trace.keys) for trace in traces):
+        raise UserError(f"no prompt fills a block of {block_size} tokens; name a smaller --block-size")
     sizes = given_sizes or default_sizes(traces, block_bytes)
     settings = settings_of(sizes, block_bytes, args.concurrency, kind == "conversations")
     inputs = {(OVERALL, block_size): max(traces, key=lambda trace: len(trace.keys))}
