@@ -28,7 +28,7 @@ from dsatrace.study.prepare import ClientSettings
 from dsatrace.study.requests import StudyRequests
 from dsatrace.study.run import StudySettings, check_size
 from dsatrace.study.sources import Client, Source
-from dsatrace.study.spread import NUM_SEEDS
+from dsatrace.study.spread import NUM_SEEDS, Kind
 from dsatrace.study.tokenization import WORDS, open_vocabulary
 from dsatrace.text import plain
 from dsatrace.trace.manifest import redact_argv
@@ -288,6 +288,14 @@ def seeds_of(args: argparse.Namespace, client: Client) -> list[int]:
         raise UserError("--seeds draws seeded workloads again; this source has one set of requests")
     number = (args.seeds or NUM_SEEDS) if client.source.is_seeded else 1
     return list(range(client.settings.seed, client.settings.seed + number))
+
+
+def spread_over(seeds: Sequence[int], traces: Iterable[StudyRequests], kind: Kind) -> str:
+    """What the intervals are over; a request of no known conversation stands for itself."""
+    if kind == "seeds":
+        return f"{len(seeds)} seeds"
+    known = any(len(requests.conversation_ids) for requests in traces)
+    return f"{'conversations' if known else 'requests'}, bootstrapped"
 
 
 def output_path(args: argparse.Namespace, verb: str) -> Path:
