@@ -134,13 +134,13 @@ def show_libcachesim(stream: AccessStream, capacity: int, repeats: int) -> None:
 
 
 def show_kvcache(stream: AccessStream, capacity: int, repeats: int) -> None:
-    """Policies on whole requests, leaves first but for FIFO; hits are those of the last half of them."""
+    """Leaves first, on whole requests; hits are those of the last half of them."""
     num, half = stream.num_accesses, stream.num_requests // 2
     table = Rows(f"Beside kvcache-simulator, {num:,} accesses, capacity {capacity:,}", *PEER_HEADINGS)
     why = why_no_kvcache()
     peer = None if why else KvcacheSimulator(stream, block_size=16)
     for name in KVCACHE:
-        ours = partial(simulate, stream, name, capacity, leaf=name != "fifo")  # theirs is flat, too
+        ours = partial(simulate, stream, name, capacity, leaf=True)
         found = ours()
         hits = float(found.hits[half:].sum() / found.accesses[half:].sum())
         if peer is None:
