@@ -143,9 +143,7 @@ def test_commands_of_fences_parse_and_name_what_is_there(monkeypatch: pytest.Mon
         if "pytest" in words:
             variables = re.findall(r"([A-Z_]+)=", command)
             wrong += [(page, name) for name in variables if f'"{name}"' not in tests]
-        files = [
-            word for word in words if re.match("(data/(?!demo/)|scripts/|tests/|inference/|outputs/)", word)
-        ]
+        files = [word for word in words if OF_THE_CHECKOUT.match(word)]
         num_files += len(files)
         wrong += [(page, file) for file in files if file not in made and not (ROOT / file).exists()]
     assert wrong == [], "\n".join(map(str, wrong))
