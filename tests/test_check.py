@@ -107,6 +107,11 @@ def test_runs_that_are_bad(tmp_path: Path, ids: np.ndarray, capsys: Any) -> None
     code, _, err = checked(capsys, run)
     assert code == 1
     assert "55 decode rows are no positions, the first of request" in err
+    manifest["selection"]["layers"] = [{**layer, "top_k": 4} for layer in manifest["selection"]["layers"]]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    code, _, err = checked(capsys, run)
+    assert code == 2
+    assert "a record of 6 ids, and top-k is 4; see `dsatrace verify`" in err
 
 
 def test_what_is_neither(tmp_path: Path, capsys: Any) -> None:

@@ -74,6 +74,14 @@ def test_a_request_counts_once(run: Path) -> None:
         result.add(again, "there.json")
 
 
+def test_runs_of_one_name_add(run: Path, tmp_path: Path) -> None:
+    other = write_golden(tmp_path / "run", REQUESTS, sealed=True)
+    result = replay_all(find_work([run, other], SETTINGS), SETTINGS)
+    assert len(result.requests) == 2 * len(REQUESTS)
+    with pytest.raises(UserError, match=r"request .*/run/r0 stands in another file too"):
+        replay_all(find_work([run, run], SETTINGS), SETTINGS)
+
+
 def test_other_settings_and_models_do_not_add(run: Path) -> None:
     result = replay_all(find_work([run], SETTINGS), SETTINGS)
     other = ReplaySettings(policies=("lru",), sizes=parse_sizes("1k"))

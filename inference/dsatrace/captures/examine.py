@@ -49,6 +49,9 @@ class Examined:
             yield from capture.notes
         if self.num_silent:
             yield f"layers left out: {self.num_silent} that hold zeros only, so they select nothing"
+        held = {request.name for capture in self.captures for request in capture.requests}
+        if absent := [name for name in self.described.requests if plain(name, 200) not in held]:
+            yield f"described and not captured: {len(absent)} requests, the first {plain(absent[0])}"
         found = self.found
         for name, phase in (("prompt", found.prompt), ("decode", found.decode)):
             if phase.rows:

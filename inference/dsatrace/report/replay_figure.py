@@ -124,7 +124,11 @@ def _curves(axes: Any, record: Record) -> list[str]:
             )
     # Hollow, and each larger than the one before, so that equal points show all of their marks.
     for i, (policy, cells) in enumerate(overall["policies"].items()):
-        points = [(cell["ids"] / top_k, cell["miss_rate"]) for cell in cells.values() if cell["miss_rate"]]
+        points = [
+            (cell["ids"] / top_k, cell["miss_rate"])
+            for cell in cells.values()
+            if cell["miss_rate"] is not None
+        ]
         if policy != "lru" and points:
             axes.plot(
                 *zip(*points, strict=True),

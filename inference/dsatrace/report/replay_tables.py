@@ -286,7 +286,7 @@ def _layers(record: Record) -> Grid:
         *(f"LRU misses at {size}" for size in sizes),
         "serves 95%",
     )
-    return Grid("By layer: what LRU misses", columns, rows, most=MAX_ROWS)
+    return Grid("By layer: what LRU misses", columns, rows, most=MAX_ROWS, rest="replay.json")
 
 
 def _sharing(record: Record) -> Iterator[str | Grid]:

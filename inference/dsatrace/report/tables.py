@@ -194,7 +194,7 @@ def _sinks(run: RunReader) -> Iterator[Grid]:
     title = f"Share of a selection: first {NUM_SINKS} tokens (sinks), last {NUM_RECENT}"
     columns = ("layer", "sinks", "uniform", "recent", "uniform", "recency selector")
     rows = [(number(layer), *map(percent, row)) for layer, row in shares.items()]
-    yield Grid(title, columns, rows, most=MAX_ROWS)
+    yield Grid(title, columns, rows, most=MAX_ROWS, rest="what --json prints")
 
 
 def _prefix(summary: Summary) -> str | Grid:
