@@ -347,5 +347,5 @@ def _recognised(path: Path, first_line: str) -> str:
         if any(VLLM_LINE.search(line.decode("utf-8", "replace")) for line in lines):
             return VLLM
     raise UserError(
-        f"{path}: {what}; known are {', '.join(LAYOUTS)}, which --layout forces; docs/study-logs.md has a row of each"
+        f"{path}: {what}; known are {', '.join(LAYOUTS)}, which --layout forces; see docs/study-logs.md"
     )
