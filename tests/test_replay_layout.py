@@ -20,7 +20,8 @@ from dsatrace.trace.export import export_run
 from dsatrace.trace.parquet import file as parquet
 from dsatrace.trace.parquet import replay_layout
 from dsatrace.trace.reader import RunReader, part_paths
-from dsatrace.trace.selections import read_selections, selection_parts
+from dsatrace.trace.selection_parts import selection_parts
+from dsatrace.trace.selections import read_selections
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
 from helpers.golden_run import NUM_LAYERS, GoldenRequest, write_golden
