@@ -18,7 +18,6 @@ import unicodedata
 MAX_CHARS = 4000
 """Of one line in a terminal. What is longer is cut, and says so."""
 MAX_FILE_NAME_CHARS = 60
-PICTURE_CHARS = 80
 
 _JOINERS = "\u200c\u200d"
 """Part of words and of emoji in some scripts; they move nothing."""
@@ -43,9 +42,9 @@ def plain_lines(text: object) -> str:
     return plain(text, max_chars=None, keep="\n\t")
 
 
-def for_picture(text: object) -> str:
+def for_picture(text: object, max_chars: int = 80) -> str:
     """The same for matplotlib, where a dollar would begin a formula."""
-    return plain(text, PICTURE_CHARS).replace("$", r"\$")
+    return plain(text, max_chars).replace("$", r"\$")
 
 
 def for_file_name(name: str) -> str:

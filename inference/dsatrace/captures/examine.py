@@ -20,11 +20,6 @@ from dsatrace.errors import UserError
 from dsatrace.text import plain
 from dsatrace.trace.kind import SelectionKind
 
-REMEDY = (
-    "start SGLang with SGLANG_DSA_FUSE_TOPK=0 and --disable-radix-cache, so that ids are positions and no "
-    "row is another request's; for other engines see docs/import.md"
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Examined:
@@ -68,10 +63,13 @@ class Examined:
                     f"first of request {plain(request)} at position {position}"
                 )
         if self.id_kind == "slot" and found.decode.what == "undetermined":
+            known = FORMATS[self.format].when_positions
             yield (
-                "decode ids are recorded as slots: past top-k, slots can pass for positions; if the server "
-                "emits positions (SGLANG_DSA_FUSE_TOPK=0, HiSparse), say --ids position"
+                "decode ids are recorded as slots: past top-k, slots can pass for positions; "
+                f"if {known}, say --ids position"
             )
+        elif self.described.ids == "position" and found.decode.what == "undetermined":
+            yield "ids are recorded as positions, since you say so (--ids position) and no row contradicts"
         if found.overlaps.share is not None:
             yield (
                 f"step overlap past top-k: {found.overlaps.share:.1%}, by chance {found.overlaps.chance:.1%}"
@@ -105,15 +103,18 @@ class Examined:
             elif phase.what == "mixed" and phase.proven:
                 yield (
                     f"{name} rows are mixed: {phase.proven:,} are positions, and {phase.broken:,} are not: "
-                    f"{self._where(broken)}; {REMEDY}"
+                    f"{self._where(broken)}; {FORMATS[self.format].remedy}"
                 )
             elif phase.what == "mixed":
                 yield (
                     f"{self._where(broken)}; either --start, --layers or --top-k is not the capture's, or "
-                    f"the row is another request's: {REMEDY}"
+                    f"the row is another request's: {FORMATS[self.format].remedy}"
                 )
             elif declared == "position" and phase is found.decode:
-                yield f"said to be positions, but {self._where(broken)}; these are {phase.what}s; {REMEDY}"
+                yield (
+                    f"said to be positions, but {self._where(broken)}; these are {phase.what}s; "
+                    f"{FORMATS[self.format].remedy}"
+                )
         if self.kind.unit != "expert" and not self.num_active:
             yield self._inactive()
 

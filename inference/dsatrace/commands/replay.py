@@ -138,7 +138,17 @@ def _replay(argv: Sequence[str]) -> int:
             )
         with counted_bar("replay", sum(one.num_records for one in work), "records") as advance:
             result = replay_all(work, settings, args.jobs, out / "parts", advance, on_ray)
-    return _finish(result, out, args, pictures)
+    return _finish(result, out, args, pictures, _whose(args.runs))
+
+
+def _whose(runs: Sequence[Path]) -> str:
+    """Whose selections a picture shows: the model, and the run by the last two names of its path."""
+    from dsatrace.report.tables import named_model
+    from dsatrace.trace.reader import RunReader
+
+    model = named_model(RunReader(runs[0]).manifest) or "a model"
+    names = ["/".join(str(run).rstrip("/").split("/")[-2:]) for run in runs]
+    return f"{model} in {names[0] if len(names) == 1 else f'{len(names)} runs'}"
 
 
 def _merge(argv: Sequence[str]) -> int:
@@ -248,7 +258,9 @@ def _pictures(args: argparse.Namespace) -> PictureSettings | None:
     return picture_settings(args, PANELS)
 
 
-def _finish(result: Result, out: Path, args: argparse.Namespace, pictures: PictureSettings | None) -> int:
+def _finish(
+    result: Result, out: Path, args: argparse.Namespace, pictures: PictureSettings | None, whose: str = ""
+) -> int:
     """Writes and shows what was found."""
     from dsatrace.report.grid import WIDE, show
     from dsatrace.report.replay_tables import replay_parts
@@ -264,7 +276,7 @@ def _finish(result: Result, out: Path, args: argparse.Namespace, pictures: Pictu
     if pictures:
         from dsatrace.report.replay_figure import draw_replay
 
-        show(draw_replay(record, out / "replay", pictures).lines())
+        show(draw_replay(record, out / "replay", pictures, whose).lines())
     return 0
 
 

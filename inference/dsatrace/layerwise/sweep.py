@@ -29,7 +29,7 @@ from dsatrace.model.cache import KVCache
 from dsatrace.model.checkpoint import fill_part
 from dsatrace.model.layers import ModelSetup
 from dsatrace.model.moe import MoE, rows_of
-from dsatrace.model.rotary import rope_angles, rope_frequencies
+from dsatrace.model.rotary import rope_frequencies, rope_of
 from dsatrace.model.selection import Selection
 from dsatrace.model.shards import StoredTensor, read_tensor
 from dsatrace.model.transformer import Block
@@ -272,7 +272,7 @@ class Sweep:
             tokens = one.transcript.token_ids[piece.start : piece.stop].tolist()
             span = Span(range(num_blocks), piece.start, tokens, wants_logits=False)
             batch = Batch.build([span], CACHE_BLOCK, self._device)
-            rope = rope_angles(args, batch.positions, self._frequencies)
+            rope = rope_of(args, batch.positions, self._frequencies)
             x = source.rows[rows].to(self._device)
             normed = block.attn_norm(x)
             if work.part != "all" and not piece.is_recorded:

@@ -127,10 +127,8 @@ class KVCache:
         """Slots `(N, K)` of the selected `positions (N, K)`; -1 stays -1."""
         if self.select_override is not None:
             positions = self.select_override(layer_id, batch, positions)
-        padded = positions < 0
-        flat = positions.clamp_min(0) + (batch.row_to_request * batch.slot_table.shape[1]).unsqueeze(1)
-        slots = batch.slot_table.view(-1).index_select(0, flat.view(-1)).view_as(positions)
-        return slots.masked_fill_(padded, -1)
+        places = (positions + batch.table_starts).view(-1)
+        return batch.table.index_select(0, places).view(positions.shape)
 
     def read_latent(self, layer_id: int, slots: torch.Tensor) -> torch.Tensor:
         """Latents `(n, K, C + R)` at `slots (n, K)`, some of those from `resolve`; at -1 anything finite."""

@@ -25,7 +25,7 @@ REQUEST_COLUMNS = (
 )  # fmt: skip
 BLOCK_COLUMNS = (
     "block", "parent", "depth", "accesses", "hits", "evictions", "first_access_s", "last_access_s",
-    "reuse_gap_s_mean", "reuse_gap_s_max",
+    "reuse_gap_s_mean", "reuse_gap_s_max", "reuse_gap_s_min", "reuse_gap_s_median",
 )  # fmt: skip
 
 
@@ -104,13 +104,15 @@ def block_rows(replayed: Replayed) -> Iterator[tuple[object, ...]]:
     starts = ends - counts.accesses
     first, last = times[starts], times[ends - 1]
     gaps = np.diff(times, prepend=0.0)
-    gaps[starts] = 0.0
-    again = counts.accesses > 1
-    mean = (last - first) / np.maximum(counts.accesses - 1, 1)
-    longest = np.maximum.reduceat(gaps, starts)
+    gaps[starts] = -np.inf  # of no access before: first of its block in ascending order
+    ascending = gaps[np.lexsort((gaps, np.repeat(np.arange(len(used)), counts.accesses)))]
+    num_gaps = counts.accesses - 1
+    again = num_gaps > 0
+    mean = (last - first) / np.maximum(num_gaps, 1)
+    median = starts + -(-num_gaps // 2)  # the nearest rank
     columns = [
         used, trace.parents[used], depth[used], counts.accesses, counts.hits, evictions[used], first, last,
-        _where(again, mean), _where(again, longest),
+        _where(again, mean), *(_where(again, ascending[at]) for at in (ends - 1, starts + again, median)),
     ]  # fmt: skip
     return zip(*(_plain(column) for column in columns), strict=True)
 

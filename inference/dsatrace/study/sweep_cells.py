@@ -168,11 +168,10 @@ class Cell:
         }
 
 
-def conversation_parts(trace: BlockTrace) -> NDArray[np.int64]:
-    """(R,) at most `MAX_GROUPS` groups of whole conversations; a request of none is a conversation."""
-    unknown = trace.conversation < 0
-    own = trace.conversation.max(initial=0) + 1 + np.arange(trace.num_requests)
-    _, number = np.unique(np.where(unknown, own, trace.conversation), return_inverse=True)
+def conversation_parts(conversation: NDArray[np.integer]) -> NDArray[np.int64]:
+    """(R,) at most `MAX_GROUPS` groups of whole conversations; a request of none (-1) is a conversation."""
+    own = conversation.max(initial=0) + 1 + np.arange(len(conversation))
+    _, number = np.unique(np.where(conversation < 0, own, conversation), return_inverse=True)
     shuffled = np.random.default_rng(0).permutation(number.max(initial=0) + 1)
     return (shuffled[number] % MAX_GROUPS).astype(np.int64)
 
@@ -190,7 +189,9 @@ class Given:
     def of(cls, trace: BlockTrace, concurrency: int = 1, by_conversation: bool = False) -> Given:
         """One part, or at most `MAX_GROUPS` groups of conversations; without one, a request is its own."""
         stream = AccessStream.of_trace(trace, concurrency)
-        part = conversation_parts(trace) if by_conversation else np.zeros(trace.num_requests, np.int64)
+        part = np.zeros(trace.num_requests, np.int64)
+        if by_conversation:
+            part = conversation_parts(trace.conversation)
         return cls(trace, stream, part, int(part.max(initial=0)) + 1)
 
     @property
