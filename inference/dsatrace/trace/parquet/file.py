@@ -275,7 +275,7 @@ def open_file(path: Path) -> pq.ParquetFile:
     """The file; raises `UserError` for one that cannot be read or is not whole."""
     try:
         if isinstance(path, Path):
-            return pq.ParquetFile(path)
+            return pq.ParquetFile(path, pre_buffer=False)
         return pq.ParquetFile(path.open("rb"), pre_buffer=True)  # at a URL: columns in few requests
     except OSError as error:
         raise UserError(f"{path}: cannot read it: {error.strerror or error}") from error
@@ -289,7 +289,8 @@ def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBat
         present = set(file.schema_arrow.names)
         wanted = None if columns is None else [name for name in columns if name in present]
         try:
-            yield from file.iter_batches(BATCH_RECORDS, columns=wanted)
+            for group in range(file.num_row_groups):  # a pre-buffer keeps all that one iterator has read
+                yield from file.iter_batches(BATCH_RECORDS, row_groups=[group], columns=wanted)
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path}: cannot read it: {error}; export the run again") from error
 
