@@ -387,7 +387,7 @@ def _side(prepared: PreparedTraces, workload: str, mode: str | None) -> list[Tra
 
 def _first_conversations(requests: StudyRequests, limit: int | None) -> StudyRequests:
     """The requests of the first `limit` conversations by arrival; without an id, each request is one."""
-    group = conversation_groups(requests)
+    group = conversation_groups(requests.conversation)
     first = np.full(len(requests), len(requests))
     np.minimum.at(first, group, np.arange(len(requests)))
     starts = np.sort(first[first < len(requests)])

@@ -28,7 +28,7 @@ from dsatrace.study.prepare import ClientSettings
 from dsatrace.study.requests import StudyRequests
 from dsatrace.study.run import StudySettings, check_size
 from dsatrace.study.sources import Client, Source
-from dsatrace.study.spread import NUM_SEEDS
+from dsatrace.study.spread import NUM_SEEDS, Kind
 from dsatrace.study.tokenization import WORDS, open_vocabulary
 from dsatrace.text import plain
 from dsatrace.trace.manifest import redact_argv
@@ -290,6 +290,14 @@ def seeds_of(args: argparse.Namespace, client: Client) -> list[int]:
     return list(range(client.settings.seed, client.settings.seed + number))
 
 
+def spread_over(seeds: Sequence[int], traces: Iterable[StudyRequests], kind: Kind) -> str:
+    """What the intervals are over; a request of no known conversation stands for itself."""
+    if kind == "seeds":
+        return f"{len(seeds)} seeds"
+    known = any(len(requests.conversation_ids) for requests in traces)
+    return f"{'conversations' if known else 'requests'}, bootstrapped"
+
+
 def output_path(args: argparse.Namespace, verb: str) -> Path:
     """The study's folder; raises a `UserError` if it holds anything."""
     path = args.output_dir or Path("outputs") / f"study_{verb}_{time.strftime('%Y%m%d_%H%M%S')}"
@@ -355,7 +363,8 @@ def say_what_was_read(client: Client) -> None:
     if client.has_text:
         print(f"times: assumed, {client.settings.times()}")
     for what, number in client.counts.items():
-        print(f"{what}: {number:,}")
+        if number:
+            print(f"{what}: {number:,}")
     if client.bad_rows.counts:
         print(plain(client.bad_rows.text()))
 

@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"admitted by {admitting}: {plain(', '.join(admit))}")
     if profiled:
         print(f"profile of the workloads, for {', '.join(profiled)}: {plain(how)}")
-    of = f"{len(seeds)} seeds" if kind == "seeds" else "conversations, bootstrapped"
+    of = options.spread_over(seeds, traces.values(), kind)
     print(f"intervals: 95 %, over {of}; counts are of all of them")
     print(f"files: {plain(path)}")
     return 0
