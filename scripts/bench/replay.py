@@ -29,10 +29,10 @@ from machine import Rows, announce, cpu_seconds, peak_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
+from dsatrace.kv.policies.policy import NEVER
 from peers import flat_miss_rate, why_no_libcachesim, write_flat
 
 from dsatrace.errors import UserError, exits_cleanly
-from dsatrace.kv.policies.policy import NEVER
 from dsatrace.selection_replay.lru import lru
 from dsatrace.selection_replay.policies import POLICIES, misses
 from dsatrace.selection_replay.steps import NO_ID, Steps
