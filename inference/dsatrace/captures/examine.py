@@ -124,26 +124,18 @@ class Examined:
                     f"{FORMATS[self.format].remedy}"
                 )
         fits = not (found.decode.miscounted or found.prompt.miscounted)
-        if self.kind.unit != "expert" and not self.num_active and fits:
-            yield self._inactive()
+        if fits and self.inactive is not None:
+            yield self.inactive
 
     @property
-    def num_active(self) -> int:
-        if self.described.ids is not None:
-            is_position = self.described.ids == "position"
-            return self.found.active_positions if is_position else self.found.active_slots
-        return self.found.num_active
-
-    def _inactive(self) -> str:
-        if not self.found.sparse_records:
-            return (
-                f"sparse attention was never active: no row chooses from more than {self.kind.max_width} "
-                f"ids, the longest from {self.found.longest}; capture a longer context"
-            )
-        return (
-            f"sparse attention was never active: each of {self.found.sparse_records:,} sets past top-k is "
-            "the newest ids and no others; check that the engine ran it"
-        )
+    def inactive(self) -> str | None:
+        """The problem that no set shows sparse attention at work; None where one does, or none could."""
+        if self.kind.unit == "expert":
+            return None
+        are_positions = (self.described.ids or self.found.decode.what) == "position"
+        why = self.found.inactive(are_positions, self.kind.max_width)
+        remedy = "check that the engine ran it" if self.found.sparse_records else "capture a longer context"
+        return why and f"{why}; {remedy}"
 
     def _where(self, broken: Broken) -> str:
         layer, head = self.kind.set_layers[broken.set_index], self.kind.set_heads[broken.set_index]

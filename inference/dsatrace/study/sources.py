@@ -160,6 +160,8 @@ class Source:
         ]
         if self.log is not None:
             record["layout"] = self.log.layout
+            if self.log.is_named:
+                record["workloads_of_files"] = list(self.log.workloads.values())
         if self.log is not None or len(files) > 1:
             record["files"] = files
         elif files:
@@ -322,7 +324,11 @@ class Client:
             requests, facts = self._read()
         else:
             stamps, log = source.stamps(), source.log
-            told = () if log is None else (log.layout, log.time_unit, log.block_size)
+            told = (
+                ()
+                if log is None
+                else (log.layout, log.time_unit, log.block_size, list(log.workloads.values()))
+            )
             made_of = [source.digests, told, self.bad_rows.policy]
             requests, facts = self.kept.get(made_of, self._read, lambda: source.stamps() == stamps)
             self.bad_rows.counts = Counter(facts["bad_rows"])
@@ -381,7 +387,7 @@ def _side(prepared: PreparedTraces, workload: str, mode: str | None) -> list[Tra
 
 def _first_conversations(requests: StudyRequests, limit: int | None) -> StudyRequests:
     """The requests of the first `limit` conversations by arrival; without an id, each request is one."""
-    group = conversation_groups(requests)
+    group = conversation_groups(requests.conversation)
     first = np.full(len(requests), len(requests))
     np.minimum.at(first, group, np.arange(len(requests)))
     starts = np.sort(first[first < len(requests)])
