@@ -44,7 +44,13 @@ class Examined:
         return "position" if judged.what in ("position", "ragged") else "slot"
 
     def findings(self) -> Iterator[str]:
-        """What was concluded, one line each."""
+        """What was found and concluded, one line each."""
+        requests = sum(len(capture.requests) for capture in self.captures)
+        of_heads = f" of {self.described.heads} KV heads" if (self.described.heads or 1) > 1 else ""
+        yield (
+            f"requests: {requests:,}; a row holds {len(set(self.kind.set_layers))} layers{of_heads}, up to "
+            f"{self.kind.max_width} ids each"
+        )
         for capture in self.captures:
             yield from capture.notes
         if self.num_silent:
@@ -56,6 +62,8 @@ class Examined:
         for name, phase in (("prompt", found.prompt), ("decode", found.decode)):
             if phase.rows:
                 yield f"{name} rows: {phase.rows:,}, {_said(phase, self.kind)}"
+            if phase.what == "slot" and phase.first_broken and self.id_kind == "slot":
+                yield f"{name} ids are no positions: {self._where(phase.first_broken)}"
             if phase.not_captured:
                 request, position = phase.first_not_captured or ("", 0)
                 yield (
@@ -115,7 +123,8 @@ class Examined:
                     f"said to be positions, but {self._where(broken)}; these are {phase.what}s; "
                     f"{FORMATS[self.format].remedy}"
                 )
-        if self.inactive is not None:
+        fits = not (found.decode.miscounted or found.prompt.miscounted)
+        if fits and self.inactive is not None:
             yield self.inactive
 
     @property
@@ -145,7 +154,9 @@ def _said(phase: PhaseFound, kind: SelectionKind) -> str:
         "ragged": "offsets into a batch, repaired: minus row 0's id",
         "slot": f"the engine's slots ({phase.broken:,} rows cannot be positions)",
         "undetermined": "undetermined: no row within top-k proves what the ids are",
-        "mixed": f"mixed: {phase.broken:,} rows contradict the others",
+        "mixed": f"mixed: {phase.broken:,} rows contradict the others"
+        if phase.proven
+        else f"neither positions nor slots: {phase.broken:,} rows",
         "not captured": "never captured",
         "no rows": "none",
     }[phase.what]

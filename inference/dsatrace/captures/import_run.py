@@ -43,8 +43,8 @@ class ImportSettings:
     prompt_rows: Annotated[
         PromptRows,
         Flag(
-            "rows of the prompt to record: its last one, where every request has it and its ids are "
-            "positions; none; or all, from position 0 on, and else nothing is imported"
+            "rows of the prompt to record; last: where every request has it and its ids are positions; "
+            "all: from position 0 on, or nothing is imported"
         ),
     ] = "last"
     allow_inactive: Annotated[bool, Flag("import a capture in which sparse attention was never active")] = (

@@ -84,7 +84,8 @@ def read_counters(path: Path) -> Counters:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--measured {path}: cannot read it: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--measured {path}: cannot read it: {reason}") from error
     found: dict[str, Any] = {}
     if text.lstrip().startswith("{"):
         try:

@@ -399,4 +399,6 @@ def _recognised(path: Path, first_line: str) -> str:
         lines = itertools.islice(iter(lambda: file.readline(_FIRST_BYTES), b""), _NUM_FIRST_LINES)
         if any(VLLM_LINE.search(line.decode("utf-8", "replace")) for line in lines):
             return VLLM
-    raise UserError(f"{path}: {what}; known are {', '.join(LAYOUTS)}, which --layout forces")
+    raise UserError(
+        f"{path}: {what}; known are {', '.join(LAYOUTS)}, which --layout forces; see docs/study-logs.md"
+    )

@@ -363,7 +363,8 @@ def say_what_was_read(client: Client) -> None:
     if client.has_text:
         print(f"times: assumed, {client.settings.times()}")
     for what, number in client.counts.items():
-        print(f"{what}: {number:,}")
+        if number:
+            print(f"{what}: {number:,}")
     if client.bad_rows.counts:
         print(plain(client.bad_rows.text()))
 
