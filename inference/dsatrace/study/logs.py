@@ -131,9 +131,8 @@ class Log:
 
     def text(self) -> str:
         """The files and their layout, in a line."""
-        named = ", ".join(self.given[:3]) + (
-            f" and {len(self.given) - 3} more" if len(self.given) > 3 else ""
-        )
+        more = f" and {len(self.given) - 3} more" if len(self.given) > 3 else ""
+        named = ", ".join(self.given[:3]) + more
         return f"{named} as layout {self.layout} ({'given' if self.forced else 'recognised'})"
 
 
@@ -166,22 +165,19 @@ def read_log(
     rows = continued(_merged(log.paths, reader.rows, counts), parents, counts)
     for (time_s, request), prompt, answer in _encoded(rows, vocabulary):
         start_s = time_s if start_s is None else start_s
-        name, workload = request.conversation_id, request.workload
-        key = (workload, name)
+        name = request.conversation_id
+        key = (request.workload, name)
         turn = request.turn if request.turn != UNKNOWN else turns[key] if name else UNKNOWN
         turns[key] += 1
         counts[NO_ANSWERS] += not answer
         arrival_s = len(builder) if reader.column is None else time_s - start_s
-        conversation = key if name else ()
         builder.add(
-            arrival_s,
-            prompt,
-            answer,
-            conversation=conversation,
+            arrival_s, prompt, answer,
+            conversation=key if name else (),
             turn=turn,
-            workload=workload,
+            workload=request.workload,
             recorded=reader.recorded,
-        )
+        )  # fmt: skip
         if progress and len(builder) % PROGRESS_EVERY_REQUESTS == 0:
             progress(len(builder), builder.num_prompt_ids)
     if not len(builder):
@@ -202,7 +198,6 @@ def _encoded(
     rows: Iterator[tuple[float, LoggedRequest]], vocabulary: NamedVocabulary
 ) -> Iterator[tuple[tuple[float, LoggedRequest], array[int], array[int]]]:
     """Each row with the ids of prompt and answer. A log holds text or ids, never both."""
-
     for row in itertools.islice(rows, 1):
         rows = itertools.chain((row,), rows)
         if isinstance(row[1].prompt, array):
