@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.simulated import PRESETS, load_preset
-from dsatrace.selection_replay.answers import add_answers
+from dsatrace.selection_replay.answers import Question, add_answers
 from dsatrace.selection_replay.cost import Compute, Cost, parse_compute
 from dsatrace.selection_replay.engines import Counters, engine_settings, read_counters
 
@@ -83,7 +83,7 @@ def test_a_buffer_below_top_k_has_no_settings() -> None:
         "unit": "token",
         "top_k": [8],
     }
-    add_answers(record, None, None, None, None, None)
+    add_answers(record, Question("6"))
     assert record["chosen"] == {"size": "6"}
 
 

@@ -314,6 +314,7 @@ def test_mistakes_are_named(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
 ) -> None:
     assert said in told_error(capsys, lambda: main([str(run), "--out", str(tmp_path), *flags]))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # before anything was replayed
 
 
 def test_a_run_that_selects_everything_has_nothing_to_replay(

@@ -22,6 +22,7 @@ from dsatrace.trace.url import is_url, run_path
 
 if TYPE_CHECKING:
     from dsatrace.report.panels import PictureSettings
+    from dsatrace.selection_replay.answers import Question
     from dsatrace.selection_replay.result import Result
     from dsatrace.selection_replay.settings import ReplaySettings
 
@@ -118,6 +119,7 @@ def _replay(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     settings, pictures = _settings(args), _pictures(args)
+    question = _question(args, settings.size_labels, settings.share)
     on_ray = args.engine == "ray"
     if on_ray:
         if args.jobs > 1:
@@ -138,7 +140,7 @@ def _replay(argv: Sequence[str]) -> int:
             )
         with counted_bar("replay", sum(one.num_records for one in work), "records") as advance:
             result = replay_all(work, settings, args.jobs, out / "parts", advance, on_ray)
-    return _finish(result, out, args, pictures, _whose(args.runs))
+    return _finish(result, out, question, pictures, _whose(args.runs))
 
 
 def _whose(runs: Sequence[Path]) -> str:
@@ -171,7 +173,9 @@ def _merge(argv: Sequence[str]) -> int:
     total = Result.read(paths[0])
     for path in paths[1:]:
         total.add(Result.read(path), str(path))
-    return _finish(total, _out_folder(args.out), args, pictures)
+    asked = total.header["settings"]
+    question = _question(args, asked["sizes"], asked["share"])
+    return _finish(total, _out_folder(args.out), question, pictures)
 
 
 def _add_answers(parser: argparse.ArgumentParser) -> None:
@@ -255,8 +259,14 @@ def _pictures(args: argparse.Namespace) -> PictureSettings | None:
     return picture_settings(args, PANELS)
 
 
+def _question(args: argparse.Namespace, sizes: Sequence[str], share: str) -> Question:
+    from dsatrace.selection_replay.answers import Question
+
+    return Question.of(sizes, share, args.choose, args.link, args.compute_us, args.hbm_gb, args.measured)
+
+
 def _finish(
-    result: Result, out: Path, args: argparse.Namespace, pictures: PictureSettings | None, whose: str = ""
+    result: Result, out: Path, question: Question, pictures: PictureSettings | None, whose: str = ""
 ) -> int:
     """Writes and shows what was found."""
     from dsatrace.report.grid import WIDE, show
@@ -266,7 +276,7 @@ def _finish(
     from dsatrace.selection_replay.output import write_result
 
     record = {**result.header, **figures(result)}
-    add_answers(record, args.choose, args.link, args.compute_us, args.hbm_gb, args.measured)
+    add_answers(record, question)
     write_result(record, result, out)
     show(replay_parts(record), WIDE)
     print(f"all figures: {plain(out / 'replay.json')}; as a table: replay.csv")

@@ -220,7 +220,7 @@ def _read_replay(run: RunReader, folder: Path) -> dict[str, Any]:
 def _replay(run: RunReader) -> dict[str, Any] | str:
     """The figures of a replay of the run, as replay.json has them; or why there are none: a clause."""
     from dsatrace.commands.progress import counted_bar
-    from dsatrace.selection_replay.answers import add_answers
+    from dsatrace.selection_replay.answers import Question, add_answers
     from dsatrace.selection_replay.figures import figures
     from dsatrace.selection_replay.replay import replay_all
     from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes
@@ -245,5 +245,5 @@ def _replay(run: RunReader) -> dict[str, Any] | str:
     except UserError as error:  # its selections cannot be replayed; the rest of the page stands
         return f"{error}".removeprefix(f"{run.folder}: ")
     record = {**result.header, **figures(result)}
-    add_answers(record, None, None, None, None, None)
+    add_answers(record, Question.of(settings.size_labels, settings.share))
     return record
