@@ -25,12 +25,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from machine import machine, peak_bytes
+from machine import Rows, announce, peak_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
@@ -151,17 +150,23 @@ class Measurement:
     decode_cpu_ms: float = float("inf")
     operations: int = 0
 
-    def row(self, context: int, name: str) -> str:
-        return (
-            f"{context:>7}  {name:<31} {self.prefill_s:>9.3f} {self.prefill_cpu_s:>9.3f}"
-            f" {self.peak_extra_bytes / 2**20:>9.0f} {self.decode_ms:>9.2f} {self.decode_cpu_ms:>9.2f}"
-            f" {self.operations:>10} {self.num_prefills:>8}"
-        )
+    def cells(self) -> tuple[str, ...]:
+        seconds = (f"{self.prefill_s:.3f}", f"{self.prefill_cpu_s:.3f}")
+        milliseconds = (f"{self.decode_ms:.2f}", f"{self.decode_cpu_ms:.2f}")
+        extra = f"{self.peak_extra_bytes / 2**20:.0f}"
+        return *seconds, extra, f"{self.num_prefills}", *milliseconds, f"{self.operations}"
 
 
-HEADER = (
-    f"{'context':>7}  {'':<31} {'prefill s':>9} {'cpu s':>9} {'extra MiB':>9} {'decode ms':>9} {'cpu ms':>9}"
-    f" {'operations':>10} {'prefills':>8}"
+HEADINGS = (
+    "context",
+    f"{'side':<31}",
+    "prefill s",
+    "cpu s",
+    "extra MiB",
+    "turns",
+    "decode ms",
+    "cpu ms",
+    "operations",
 )
 
 
@@ -180,9 +185,9 @@ def check_same_logits(sides: Sequence[Side], tokens: Sequence[int], args: ModelA
 
 
 def measure(
-    sides: Sequence[Side], tokens: Sequence[int], context: int, decode_steps: int
+    sides: Sequence[Side], tokens: Sequence[int], context: int, decode_steps: int, rows: Rows
 ) -> dict[str, Measurement]:
-    """Prefills `context` tokens and decodes the next ones, the sides taking turns; prints each row."""
+    """Prefills `context` tokens and decodes the next ones, the sides taking turns; adds their rows."""
     results = {side.name: Measurement() for side in sides}
     spent_s = dict.fromkeys(results, 0.0)
     for _ in range(MOST_PREFILLS):
@@ -211,7 +216,7 @@ def measure(
             found.decode_cpu_ms = min(found.decode_cpu_ms, cpu_s / len(turn) * 1e3)
     for side in sides:
         results[side.name].operations = operations(partial(side.step, tokens[end]))
-        print(results[side.name].row(context, side.name), flush=True)
+        rows.add(f"{context}", side.name, *results[side.name].cells())
         side.clear()
     return results
 
@@ -285,9 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     generator = torch.Generator().manual_seed(0)
     num_tokens = max(*flags.contexts, args.index_topk) + max(flags.decode_steps + 1, 40)
     tokens = torch.randint(0, args.vocab_size, (num_tokens,), generator=generator).tolist()
-    versions = {name: version(name) for name in ("torch", "transformers")}
-    about = machine() | versions | {"torch_threads": torch.get_num_threads()}
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    about = announce("torch", "transformers", threads=torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
         hf, converted = Path(folder, "hf"), Path(folder, "mp1")
         write_checkpoint(hf, args, weights="fp32")
@@ -299,15 +302,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokens,
         args,
     )
-    print(f"one model: logits within {worst:.1e} up to {args.index_topk} tokens, the top-k\n{HEADER}")
+    print(f"one model: logits within {worst:.1e} up to {args.index_topk} tokens, the top-k")
     whole: Side = Theirs("transformers, whole", theirs, None)
     in_chunks: Side = Theirs(f"transformers, chunks of {flags.chunk}", theirs, flags.chunk)
     ours: Side = Ours("dsatrace", models[0], flags.chunk)
     rounded: Side = Ours("dsatrace, fp8 and Hadamard", models[1], flags.chunk)
     results: dict[int, dict[str, Measurement]] = {}
+    rows = Rows(f"prefill and decode, fp32, batch 1, random weights, {flags.config.name}", *HEADINGS)
     for context in sorted(flags.contexts):
         compared = [whole, in_chunks] if context <= THEIRS_UP_TO else []
-        results[context] = found = measure([*compared, ours, rounded], tokens, context, flags.decode_steps)
+        results[context] = found = measure(
+            [*compared, ours, rounded], tokens, context, flags.decode_steps, rows
+        )
         for side in compared:
             print(f"{'':>9}{side.name} over dsatrace: {ratios(found[side.name], found[ours.name])}")
     if flags.profile:

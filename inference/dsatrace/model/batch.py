@@ -66,7 +66,7 @@ class Batch:
         segments: list[Segment] = []
         tokens: list[int] = []
         positions: list[int] = []
-        starts: list[int] = []
+        starts: list[list[int]] = []
         logit_rows: list[int] = []
         slots: list[torch.Tensor] = []
         table: list[torch.Tensor] = []
@@ -84,7 +84,7 @@ class Batch:
             segments.append(Segment(len(tokens), num_rows, span.first_pos, blocks.to(device), first_slot))
             tokens += span.tokens
             positions += range(span.first_pos, context_len)
-            starts += [start] * num_rows
+            starts += [[start]] * num_rows
             slots.append(of_request[span.first_pos :])
             table += (nowhere, of_request)
             start += context_len + 1
@@ -95,7 +95,7 @@ class Batch:
             positions=torch.tensor(positions).to(device),
             slots=torch.cat(slots).to(device),
             table=torch.cat(table).to(device),
-            table_starts=torch.tensor(starts).unsqueeze(1).to(device),
+            table_starts=torch.tensor(starts).to(device),
             logit_rows=torch.tensor(logit_rows, dtype=torch.int64).to(device),
             segments=tuple(segments),
         )

@@ -64,7 +64,7 @@ def rope_frequencies(args: ModelArgs, dtype: torch.dtype) -> torch.Tensor:
 
 def rope_of(args: ModelArgs, positions: torch.Tensor, frequencies: torch.Tensor) -> Rope:
     """The tables `(..., R)` of every position, in the dtype of `frequencies (R/2,)`."""
-    angles = positions.unsqueeze(-1).to(frequencies.dtype) * frequencies
+    angles = positions.unsqueeze(-1) * frequencies
     cos, sin = angles.cos(), angles.sin()
     factor = args.rope_attention_factor
     if factor != 1.0 and args.uses_yarn:
@@ -84,7 +84,7 @@ def softmax_scale(args: ModelArgs) -> float:
 
 def rotate_interleaved(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     """Rotates the pairs (x[2i], x[2i+1]) of `x (..., R)`, against which the tables broadcast."""
-    return _rotate(x, x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), rope.interleaved)
+    return _rotate(x, x.index_select(-1, _neighbours(x.shape[-1], x.device)), rope.interleaved)
 
 
 def rotate_half_split(x: torch.Tensor, rope: Rope) -> torch.Tensor:
@@ -96,3 +96,10 @@ def _rotate(x: torch.Tensor, partners: torch.Tensor, table: Table) -> torch.Tens
     """Two products and a sum, each rounded: one that is fused gives other bits where rows are few."""
     cos, sin = table
     return cast((x * cos).add_(partners * sin), x.dtype)
+
+
+@functools.cache
+def _neighbours(width: int, device: torch.device) -> torch.Tensor:
+    """1, 0, 3, 2, ...: each channel's partner."""
+    with torch.inference_mode(False):  # a cached tensor outlives the caller's mode
+        return torch.arange(width, device=device) ^ 1

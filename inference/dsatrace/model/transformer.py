@@ -80,12 +80,16 @@ class Transformer(nn.Module):
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Writes the batch's KV into `cache` and returns logits `(M, vocabulary)` of `batch.logit_rows`."""
         # Computed once per step, for every layer and both rotations.
-        rope = rope_of(self.args, batch.positions, self.frequencies.to(batch.positions.device))
+        if self.frequencies.device != batch.positions.device:
+            self.frequencies = self.frequencies.to(batch.positions.device)
+        rope = rope_of(self.args, batch.positions, self.frequencies)
         x: torch.Tensor = self.embed(batch.tokens)
         selection: Selection | None = None
         for layer in self.layers:
             x, selection = layer(x, rope, batch, cache, selection)
         if batch.logit_rows.numel() == 0:
             return x.new_empty(0, self.args.vocab_size)
-        logits: torch.Tensor = self.head(self.norm(x[batch.logit_rows]))
+        if batch.logit_rows.numel() < len(x):
+            x = x[batch.logit_rows]
+        logits: torch.Tensor = self.head(self.norm(x))
         return self.setup.group.all_gather(logits)

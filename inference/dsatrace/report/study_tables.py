@@ -202,6 +202,11 @@ def cache_text(cache: Mapping[str, Any]) -> str:
 
 
 BOUNDS = (OPT, BYPASS)
+BOUNDS_NOTE = (
+    "opt evicts what is used again last, and holds every request that it serves, as a device must; "
+    "opt-bypass may leave blocks out: the bound of a tier behind the device."
+)
+"""Below the last table of hit rates."""
 ROUNDING = 1e-5
 """Of rates in a file."""
 COUNTS = {
@@ -215,7 +220,8 @@ COUNTS = {
 
 def sweep_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
     """Two tables per workload and block size, of hit rates and of gains over LRU; a column per capacity."""
-    for workload, size in dict.fromkeys((cell.workload, cell.block_size) for cell in cells):
+    places = list(dict.fromkeys((cell.workload, cell.block_size) for cell in cells))
+    for workload, size in places:
         chosen = [cell for cell in cells if (cell.workload, cell.block_size) == (workload, size)]
         capacities = sorted({cell.capacity_blocks for cell in chosen})
         by_place = {(cell.policy, cell.capacity_blocks): cell for cell in chosen}
@@ -230,7 +236,8 @@ def sweep_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
             numbers = (getattr(by_place[OPT, capacity], field) for capacity in capacities)
             rates.append((text, *(number(count, ",") for count in numbers)))
         title = f"{workload}, blocks of {size} tokens"
-        yield Grid(f"{title}: hit rate in % of prompt blocks", columns, rates)
+        note = BOUNDS_NOTE if (workload, size) == places[-1] else ""
+        yield Grid(f"{title}: hit rate in % of prompt blocks", columns, rates, note=note)
         if gains:
             yield Grid(f"{title}: gain over lru in points", columns, gains)
 
@@ -248,13 +255,17 @@ def size_grid(rows: Sequence[Mapping[str, Any]], note: str = "") -> Grid:
     lines = []
     for size_bytes, cells in by_size.items():
         pool = cells[POOL]
-        rates = [number(100 * cells[name]["hit_rate"] if name in cells else None, ".2f") for name in policies]
-        ends = pool["hit_rate_low"], pool["hit_rate_high"]
-        rates[policies.index(POOL)] = _with_interval(pool["hit_rate"], *ends, ".2f")
+        rates = [
+            _with_interval(cells[name]["hit_rate"] if name in cells else None, None, None, ".2f")
+            for name in policies
+        ]
+        low, high = pool["hit_rate_low"], pool["hit_rate_high"]
+        rates[policies.index(POOL)] = _with_interval(pool["hit_rate"], low, high, ".2f")
         first = Cell("no limit", None) if size_bytes is None else bytes_cell(size_bytes)
         lines.append((first, number(pool["capacity_blocks"], ","), *rates, number(pool["rejected"], ",")))
     title = f"Hit rate in % of {rows[0]['accesses']:,} prompt blocks, by cache on one device"
-    return Grid(title, ("per device", "blocks", *policies, "rejected requests"), lines, note=note)
+    columns = ("per device", "blocks", *policies, "rejected requests")
+    return Grid(title, columns, lines, note=f"{BOUNDS_NOTE} {note}".strip())
 
 
 def mixed_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
@@ -271,7 +282,7 @@ def mixed_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
             of_each = (number(getattr(by_place[OPT, name], field), ",") for name in workloads)
             rows.append((text, *of_each, ""))
         title = f"Mixed: hit rate in % of prompt blocks, {capacity} blocks of {size} tokens"
-        yield Grid(title, ("policy", *workloads, "gain over lru"), rows)
+        yield Grid(title, ("policy", *workloads, "gain over lru"), rows, note=BOUNDS_NOTE)
 
 
 def _turns(title: str, turns: Sequence[Mapping[str, Value]]) -> Iterator[Grid]:

@@ -160,6 +160,8 @@ class Source:
         ]
         if self.log is not None:
             record["layout"] = self.log.layout
+            if self.log.is_named:
+                record["workloads_of_files"] = list(self.log.workloads.values())
         if self.log is not None or len(files) > 1:
             record["files"] = files
         elif files:
@@ -322,7 +324,11 @@ class Client:
             requests, facts = self._read()
         else:
             stamps, log = source.stamps(), source.log
-            told = () if log is None else (log.layout, log.time_unit, log.block_size)
+            told = (
+                ()
+                if log is None
+                else (log.layout, log.time_unit, log.block_size, list(log.workloads.values()))
+            )
             made_of = [source.digests, told, self.bad_rows.policy]
             requests, facts = self.kept.get(made_of, self._read, lambda: source.stamps() == stamps)
             self.bad_rows.counts = Counter(facts["bad_rows"])

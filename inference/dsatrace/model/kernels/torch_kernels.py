@@ -52,18 +52,17 @@ class TorchKernels:
         ratio, scale = _scaled(x, scale_fmt, group)
         # torch casts fp64 to fp8 by way of fp32, which can round twice.
         y = (_round_to_e4m3(ratio) if ratio.dtype == torch.float64 else ratio).to(FP8)
-        return _flat(y, x.shape), scale.squeeze(-1)
+        return _ungrouped(y, scale, x)
 
     def fake_quant(
         self, x: torch.Tensor, scale_fmt: ScaleFormat, group: int = BLOCK
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ratio, scale = _scaled(x, scale_fmt, group)
-        return _flat(_rounded(ratio, x.dtype), x.shape), scale.squeeze(-1)
+        return _ungrouped(_rounded(ratio, x.dtype), scale, x)
 
     def through_fp8(self, x: torch.Tensor, scale_fmt: ScaleFormat, group: int = BLOCK) -> torch.Tensor:
         ratio, scale = _scaled(x, scale_fmt, group)
-        y = _flat(_rounded(ratio, ratio.dtype).mul_(scale), x.shape)
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+        return _widen(_ungrouped(_rounded(ratio, ratio.dtype).mul_(scale), scale, x)[0], x.dtype)
 
     def dequantise_weight(self, b: torch.Tensor, b_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         out = torch.empty(b.shape, dtype=dtype, device=b.device)
@@ -98,11 +97,10 @@ class TorchKernels:
         num_rows, num_heads, _ = q.shape
         num_keys = k.shape[0]
         dtype = _compute_dtype(q, weights, k)
-        q = _widen(q, dtype)
-        head_weights = _widen(weights, dtype).unsqueeze(1)  # (N, 1, H)
+        q, weights = _widen(q, dtype), _widen(weights, dtype)
         rows, keys = _tile_shape(num_rows, num_heads, num_keys, q.device)
         if out is None and rows >= num_rows and keys >= num_keys:  # decode, mostly
-            return _tile_scores(q, head_weights, _widen(k, dtype), k_scale)
+            return _tile_scores(q, weights, _widen(k, dtype), k_scale)
         if out is None:
             out = torch.empty(num_rows, num_keys, dtype=dtype, device=q.device)
         for key in range(0, num_keys, keys):
@@ -111,7 +109,7 @@ class TorchKernels:
             tile_scale = None if k_scale is None else k_scale[span]
             for row in range(0, num_rows, rows):
                 part = slice(row, row + rows)
-                out[part, span] = _tile_scores(q[part], head_weights[part], tile_k, tile_scale)
+                out[part, span] = _tile_scores(q[part], weights[part], tile_k, tile_scale)
         return out
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
@@ -159,43 +157,49 @@ def _tile_shape(num_rows: int, num_heads: int, num_keys: int, device: torch.devi
 
 
 def _tile_scores(
-    q: torch.Tensor, head_weights: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor | None
+    q: torch.Tensor, weights: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor | None
 ) -> torch.Tensor:
-    """`index_scores` of one tile, all of it in memory: weights as (N, 1, H), one dtype throughout.
+    """`index_scores` of one tile, all of it in memory, one dtype throughout.
 
     Folding |weights| into q is no faster, and would round q . k where fp8 operands leave it
     exact in fp32. Head by head is up to twice as slow; so is keys first at 8 heads of 32,
     though at 4 heads of 64 it is a quarter faster.
     """
     num_rows, num_heads, dim = q.shape
-    dots = torch.mm(q.reshape(num_rows * num_heads, dim), k.T).relu_()  # (N x H, L)
-    scores = torch.bmm(head_weights, dots.view(num_rows, num_heads, -1)).squeeze(1)
+    dots = F.linear(q.reshape(num_rows * num_heads, dim), k).relu_()  # (N x H, L)
+    if num_rows == 1:
+        scores = torch.mm(weights, dots)
+    else:
+        scores = torch.bmm(weights.unsqueeze(1), dots.view(num_rows, num_heads, -1)).squeeze(1)
     return scores if k_scale is None else scores.mul_(k_scale)
 
 
 def _scaled(x: torch.Tensor, scale_fmt: ScaleFormat, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x / scale in at least fp32, not yet rounded (..., G, group), and the scales (..., G, 1).
+    """x / scale in at least fp32, not yet rounded, and the scales: (..., G, group) and (..., G, 1).
 
-    A quotient exceeds 448 by a rounding error at most, so that e4m3 rounds it to 448.
+    One group that is all of x (..., K) stays (..., K), with scales (..., 1). A quotient exceeds 448 by
+    a rounding error at most, so that e4m3 rounds it to 448.
     """
     if scale_fmt not in ("ue8m0", None):
         raise ValueError(f"scale_fmt must be 'ue8m0' or None, not {scale_fmt!r}")
     channels = x.shape[-1]
-    group = min(group, channels)
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    if channels % group:
-        wide = F.pad(wide, (0, -channels % group))  # zeros leave a partial group's maximum alone
-    grouped = wide.unflatten(-1, (-1, group))  # (..., G, group)
+    grouped = _widen(x, _compute_dtype(x))
+    if channels % group and channels > group:
+        grouped = F.pad(grouped, (0, -channels % group))  # zeros leave a partial group's maximum alone
+    if channels > group:
+        grouped = grouped.unflatten(-1, (-1, group))
     amax = grouped.abs().amax(dim=-1, keepdim=True).clamp_min_(AMAX_FLOOR)
     scale = _power_of_two_scale(amax) if scale_fmt == "ue8m0" else (amax / FP8_MAX).float()
     return grouped / scale, scale
 
 
-def _flat(grouped: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Groups (..., G, group) in x's own shape (..., K)."""
-    if grouped.numel() == shape.numel():
-        return grouped.view(shape)
-    return grouped.flatten(-2)[..., : shape[-1]]
+def _ungrouped(
+    grouped: torch.Tensor, scale: torch.Tensor, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `_scaled` has grouped in x's shape (..., K), and its scales (..., G)."""
+    if grouped.dim() == x.dim():
+        return grouped, scale
+    return grouped.flatten(-2)[..., : x.shape[-1]], scale.squeeze(-1)
 
 
 def _power_of_two_scale(amax: torch.Tensor) -> torch.Tensor:
