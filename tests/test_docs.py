@@ -26,7 +26,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 THE_READERS_OWN = {"outputs/fp32", "outputs/bf16", "outputs/a", "outputs/b", "outputs/c"}
 """Runs that a page takes for given."""
-OF_THE_CHECKOUT = re.compile("(data/(?!demo/)|scripts/|tests/|inference/|outputs/)")
+OF_THE_CHECKOUT = re.compile(r"(data/(?!demo/)|scripts/|tests/|inference/|outputs/)[^*]+$")
 MARKS = ("<!-- layers: written from tests/test_layers.py -->\n", "<!-- end of layers -->\n")
 
 
@@ -103,7 +103,7 @@ def parses(words: list[str]) -> bool:
 
 
 def files_made(lines: list[list[str]]) -> set[str]:
-    """What the lines write, and Python fences; with the folders it is in, and a replay beside its run."""
+    """What the lines write, and Python in fences; with the folders it is in, and a replay beside its run."""
     written = {
         value
         for words in lines
@@ -113,7 +113,7 @@ def files_made(lines: list[list[str]]) -> set[str]:
     written |= {word.removeprefix("OUT=") for words in lines for word in words if word.startswith("OUT=")}
     written |= {words[-1] for words in lines if words[:1] == ["cp"]}
     for page in PAGES:
-        for _, text in fences(page, "python"):
+        for _, text in fences(page, "python|sh"):
             written |= set(re.findall(r'"((?:outputs|data)/[^"]+)"', text))
     return written | {f"{run}_replay" for run in written} | {str(Path(file).parent) for file in written}
 
@@ -143,9 +143,7 @@ def test_commands_of_fences_parse_and_name_what_is_there(monkeypatch: pytest.Mon
         if "pytest" in words:
             variables = re.findall(r"([A-Z_]+)=", command)
             wrong += [(page, name) for name in variables if f'"{name}"' not in tests]
-        files = [
-            word for word in words if re.match("(data/(?!demo/)|scripts/|tests/|inference/|outputs/)", word)
-        ]
+        files = [word for word in words if OF_THE_CHECKOUT.match(word)]
         num_files += len(files)
         wrong += [(page, file) for file in files if file not in made and not (ROOT / file).exists()]
     assert wrong == [], "\n".join(map(str, wrong))

@@ -325,7 +325,7 @@ def test_every_kind_has_its_sections(tmp_path, name):
         title, low, high = maps[0][1]["x"]
         assert (title, low, high % 4) == ("position (tokens)", 0, 0)
     if name == "slots":
-        assert "its ids are an engine's slots, which say nothing of positions" in page.root.text
+        assert "Its ids are an engine's slots, which say nothing of positions" in page.root.text
 
 
 @pytest.mark.parametrize("level", ["stats", "blocks"])
@@ -334,7 +334,7 @@ def test_records_of_less_than_full_level(tmp_path, level):
     assert ("positions" in page.sections()) == (level == "blocks")
     assert "blocks" in page.sections()
     if level == "stats":
-        assert "records of level stats hold no positions" in page.root.text
+        assert "Records of level stats hold no positions" in page.root.text
 
 
 def test_hostile_names_stay_text(tmp_path):

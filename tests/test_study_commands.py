@@ -320,7 +320,7 @@ def test_a_tokenizer_is_taken_as_by_the_runners(tmp_path: Path, capsys: Any, mon
     flags = ("run", "--skip-visualization", "--max-conversations", 2)
     assert study(*flags, "--tokenizer", tmp_path, "--output-dir", tmp_path / "plain") == 0
     said = capsys.readouterr().out
-    assert f"tokenizer: {tmp_path}, no chat form of its own: Human: and Assistant: lines\n" in said
+    assert f"tokenizer: {tmp_path}, no chat template: Human: and Assistant: lines\n" in said
     assert "a token is a word" not in said
     trace = (tmp_path / "plain" / "multi_turn_trace.jsonl").read_text()
     assert json.loads(trace.splitlines()[0])["prompt"].startswith("Human: ")

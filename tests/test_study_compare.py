@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from dsatrace.report import study_figures
 from dsatrace.report.grid import Grid
 from dsatrace.report.study_figures import draw_comparison
-from dsatrace.report.study_tables import HEADLINES, about_text, compare_grids, run_grids, shown
+from dsatrace.report.study_tables import HEADLINES, about_text, compare_grids, run_grids, shown, sweep_grids
 from dsatrace.study.compare import Comparison, Difference, compare, over_all_conversations, over_all_seeds
 from dsatrace.study.measure import measure
 from dsatrace.study.metrics import UNITS
@@ -231,3 +231,15 @@ def test_gaps_tell_minimum_median_mean_and_maximum(monkeypatch: pytest.MonkeyPat
     assert text.get_text() == "qa: 4 gaps, mean 302, min 1, median 2, max 1,200"
     for family in ("reuse_gap_s", "hit_gap_s"):
         assert {f"{family}_{name}" for name in ("min", "median", "mean", "max")} <= set(HEADLINES)
+
+
+def test_a_sweep_tells_gains_with_their_interval() -> None:
+    lru, other = cell(16, 64, "lru"), cell(16, 64, "s3-fifo")
+    other = dataclasses.replace(other, gain=0.0312, gain_low=0.0212, gain_high=0.0412)
+    cells = [lru, other, cell(16, 64, "opt")]
+    rates, gains = sweep_grids(cells)
+    assert rates.title == "qa, blocks of 16 tokens: hit rate in % of prompt blocks"
+    assert (gains.title, gains.rows) == (
+        "qa, blocks of 16 tokens: gain over lru in points", [("s3-fifo", "+3.12 ± 1.00")],
+    )  # fmt: skip
+    assert len([*sweep_grids([lru, cell(16, 64, "opt")])]) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,15 @@ def test_a_second_study_of_a_log_says_so_and_finds_the_same(
     ]
 
 
+def test_off_a_terminal_lines_say_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dsatrace.commands.progress.LINE_INTERVAL_S", 0)
+    flags = ("--log", write(tmp_path / "log", LOG), "--tokenizer", "words", "--no-kept-tokens")
+    assert study("explain", *flags, "--output-dir", tmp_path / "out") == 0
+    assert "tokenize requests: 4 records so far\n" in capsys.readouterr().err
+
+
 def test_another_text_tokenizer_form_or_version_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
     def keep(made_of: Any, label: Mapping[str, str]) -> None:
         KeptRequests(label).get(made_of, lambda: (three_turns(), {}))
@@ -155,8 +165,16 @@ def test_what_was_not_used_for_longest_goes_first(monkeypatch: pytest.MonkeyPatc
     kept = KeptRequests(WORDS)
     kept.get("a", lambda: (three_turns(), {}))
     (first,) = files()
+    os.utime(first, (1, 1))
     monkeypatch.setattr(kept_requests, "MOST_BYTES", first.stat().st_size * 2 + 100)
-    for name in ("b", "a", "c"):
-        kept.get(name, lambda: (three_turns(), {}))
-    assert len(files()) == 2
+    kept.get("b", lambda: (three_turns(), {}))
+    (second,) = set(files()) - {first}
+    os.utime(second, (2, 2))
+    for name in ("old", "new"):
+        (first.parent / f".{name}.tmp").touch()
+    os.utime(first.parent / ".old.tmp", (1, 1))  # left by a study that was killed
+    kept.get("a", never)  # used last, though it is older
+    kept.get("c", lambda: (three_turns(), {}))
+    assert [file.name for file in files() if file.suffix == ".tmp"] == [".new.tmp"]
+    assert len(files()) == 3 and not second.exists()
     kept.get("a", never)

@@ -262,7 +262,8 @@ def test_several_files_of_conversations_are_read_and_their_ids_kept_apart(tmp_pa
     write(logs / "a.jsonl", chat("c", "one", "1", "two"), chat("d", "three"))
     write(logs / "b.jsonl", chat("c", "four", "4", "five"))
     out = tmp_path / "out"
-    assert study("run", "--log", logs, "--output-dir", out, "--skip-visualization", "--turn-delay", 1) == 0
+    flags = ("--skip-visualization", "--turn-delay", 1, "--tokenizer", "words")
+    assert study("run", "--log", logs, "--output-dir", out, *flags) == 0
     rows = [json.loads(line) for line in (out / "multi_turn_trace.jsonl").read_text().splitlines()]
     assert Counter(row["conversation_id"] for row in rows) == {"c": 2, "d": 1, "c#2": 2}
     source = json.loads((out / "manifest.json").read_text())["source"]
@@ -320,6 +321,48 @@ def test_several_files_a_folder_and_standard_input_are_one_log_by_time(
         assert read(*given).requests.arrival_s.tolist() == [0, 1, 2]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(late).read_bytes())))
     assert read("-", early).requests.arrival_s.tolist() == [0, 1, 2]
+
+
+def test_logs_of_several_services_are_workloads_of_one_mix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under the same session's id they are conversations of their own; a row may name its workload too."""
+    rows = [{**row, "session_id": "s"} for row in ROWS]
+    a, b = write(tmp_path / "a", *rows), write(tmp_path / "b=c", *rows, {**rows[0], "workload": "other"})
+    requests = read(f"chat={a}", b).requests
+    assert [requests.workload_names[i] for i in requests.workload] == [
+        "chat", "", "other", "chat", "", "chat", ""
+    ]  # fmt: skip
+    assert requests.conversation.tolist() == [0, 1, 2, 0, 1, 0, 1]
+    assert requests.turn.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    flags = ("--policies", "lru", "--num-blocks", 64, "--output-dir", tmp_path / "out", "--markdown")
+    code = study("mixed", "--log", f"chat={a}", f"qa={b}", *flags, "--skip-visualization", "--block-size", 4)
+    assert code == 0
+    assert "| chat | qa | gain over lru |" in capsys.readouterr().out
+    source = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]
+    assert source["workloads_of_files"] == ["chat", "qa"]
+    code = study("mixed", "--log", a, *flags[:-3], "--output-dir", tmp_path / "one")
+    check_mistake(capsys, code, "or name workloads with --log NAME=FILE NAME=FILE")
+
+
+@pytest.mark.parametrize(
+    ("row", "names", "message"),
+    [
+        (
+            {"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": [0]},
+            "a",
+            "block ids of one file",
+        ),
+        ({"id": "c", "conversations": []}, "a", "conversations are the workload chat_multi"),
+        ({"messages": [ASK]}, "ab", "names a file twice"),
+    ],
+)
+def test_workloads_are_named_where_that_means_something(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, Any], names: str, message: str
+) -> None:
+    file = write(tmp_path / "log", row)
+    code = study("mixed", "--log", *(f"{name}={file}" for name in names), "--output-dir", tmp_path / "out")
+    check_mistake(capsys, code, message)
 
 
 @pytest.mark.parametrize(

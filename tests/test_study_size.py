@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dsatrace import cli
+from dsatrace.commands.study.options import spread_over
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.simulation.replay import ReplayConfig, replay
@@ -26,7 +27,7 @@ from dsatrace.study.size import (
 from dsatrace.units import size_text
 from helpers.command_runs import told_error
 from helpers.page import Page
-from helpers.study_samples import check_mistake, study, study_json
+from helpers.study_samples import check_mistake, requests_of, study, study_json
 
 BLOCK, BLOCK_BYTES = 4, 4 * 1000
 FLAGS = ("size", "--workloads", "chat_multi", "--num-requests", 40, "--seeds", 2, "--kv-layout", "glm-5")
@@ -152,7 +153,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: Any) -> None:
     record = json.loads((tmp_path / "out" / "size.json").read_text())
     advice = record["recommendation"]
     assert f"recommendation: {advice['text']}" in printed
-    assert "A token is a word here" in advice["text"]
+    assert "A token is a word here" in advice["text"] and "may leave blocks out" in printed
     assert "over 2 seeds" in printed and "61,464 bytes per token and device" in printed
     assert record["block_bytes"] == 64 * 61_464
     for row in record["curve"][:-1]:
@@ -198,6 +199,13 @@ def test_sizes_that_are_named_and_one_workload_of_a_file(tmp_path: Path) -> None
     record = study_json(tmp_path / "out", "size.json", *flags)
     assert sorted({row["bytes_per_device"] or 0 for row in record["curve"]}) == [0, 21_474_836, 67_108_864]
     assert record["intervals"]["over"] == "conversations"
+
+
+def test_an_interval_is_over_requests_where_none_names_its_conversation() -> None:
+    alone = requests_of([([1, 2], [], ""), ([1, 3], [], "")])
+    assert spread_over([42], [alone], "conversations") == "requests, bootstrapped"
+    assert spread_over([42], [alone, chats(2, 2)], "conversations") == "conversations, bootstrapped"
+    assert spread_over([42, 43], [alone], "seeds") == "2 seeds"
 
 
 def test_a_folder_that_holds_something_is_named_once(tmp_path: Path, capsys: Any) -> None:

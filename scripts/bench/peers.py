@@ -13,7 +13,6 @@ import importlib.util
 import resource
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from dsatrace.kv.policies.policy import NEVER
@@ -29,7 +28,8 @@ LIBCACHESIM = {
     "arc": "ARC",
     "opt": "Belady",
 }
-KVCACHE = {"fifo": "fifo", "lru": "lru", "opt": "optimal"}
+KVCACHE = {"lru": "lru", "opt": "optimal"}
+"""Its FIFO takes less than its calls differ by chance."""
 
 
 def why_no_libcachesim() -> str:
@@ -58,11 +58,6 @@ def flat_miss_rate(path: Path, policy: str, capacity: int) -> float:
     return float(cache.process_trace(reader)[0])
 
 
-class KvcacheResult(NamedTuple):
-    cpu_s: float  # of one replay
-    hit_rate: float  # of the last half of the requests
-
-
 class KvcacheSimulator:
     """The stream as kvcache-simulator holds it. Each call builds its prefix tree again, which is not counted:
     a replay is what each of some further capacities takes."""
@@ -87,10 +82,13 @@ class KvcacheSimulator:
             skipped_records=0,
         )
 
-    def replay(self, policy: str, capacity: int) -> KvcacheResult:
-        one, found = self._sweep(policy, [capacity])
-        several, _ = self._sweep(policy, [capacity + i for i in range(self.FURTHER + 1)])
-        return KvcacheResult((several - one) / self.FURTHER, found)
+    def one(self, policy: str, capacity: int) -> tuple[float, float]:
+        """Processor seconds of a call with this capacity alone; hit rate of the last half of the requests."""
+        return self._sweep(policy, [capacity])
+
+    def several_s(self, policy: str, capacity: int) -> float:
+        """Processor seconds of a call with `FURTHER` capacities beside this one."""
+        return self._sweep(policy, [capacity + i for i in range(self.FURTHER + 1)])[0]
 
     def _sweep(self, policy: str, capacities: list[int]) -> tuple[float, float]:
         name, before = KVCACHE[policy], _children_s()

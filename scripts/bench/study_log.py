@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from machine import announce
+
 ROOT = Path(__file__).resolve().parents[2]
 TURNS, NUM_SYSTEMS = 5, 10
 SYSTEM_WORDS, QUESTION_WORDS, ANSWER_WORDS = 350, 280, 150  # 2,000 tokens per request
@@ -65,6 +67,7 @@ def main() -> None:
     )
     parser.add_argument("--requests", type=int, default=100_000)
     args = parser.parse_args()
+    announce("numpy", "numba", "tokenizers", threads="as by default")
     with tempfile.TemporaryDirectory() as name:
         log, kernels = Path(name) / "log.jsonl", Path("~/.cache/dsatrace/kernels").expanduser()
         write_log(log, args.requests)

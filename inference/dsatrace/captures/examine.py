@@ -44,7 +44,13 @@ class Examined:
         return "position" if judged.what in ("position", "ragged") else "slot"
 
     def findings(self) -> Iterator[str]:
-        """What was concluded, one line each."""
+        """What was found and concluded, one line each."""
+        requests = sum(len(capture.requests) for capture in self.captures)
+        of_heads = f" of {self.described.heads} KV heads" if (self.described.heads or 1) > 1 else ""
+        yield (
+            f"requests: {requests:,}; a row holds {len(set(self.kind.set_layers))} layers{of_heads}, up to "
+            f"{self.kind.max_width} ids each"
+        )
         for capture in self.captures:
             yield from capture.notes
         if self.num_silent:
@@ -56,6 +62,8 @@ class Examined:
         for name, phase in (("prompt", found.prompt), ("decode", found.decode)):
             if phase.rows:
                 yield f"{name} rows: {phase.rows:,}, {_said(phase, self.kind)}"
+            if phase.what == "slot" and phase.first_broken and self.id_kind == "slot":
+                yield f"{name} ids are no positions: {self._where(phase.first_broken)}"
             if phase.not_captured:
                 request, position = phase.first_not_captured or ("", 0)
                 yield (
@@ -115,26 +123,19 @@ class Examined:
                     f"said to be positions, but {self._where(broken)}; these are {phase.what}s; "
                     f"{FORMATS[self.format].remedy}"
                 )
-        if self.kind.unit != "expert" and not self.num_active:
-            yield self._inactive()
+        fits = not (found.decode.miscounted or found.prompt.miscounted)
+        if fits and self.inactive is not None:
+            yield self.inactive
 
     @property
-    def num_active(self) -> int:
-        if self.described.ids is not None:
-            is_position = self.described.ids == "position"
-            return self.found.active_positions if is_position else self.found.active_slots
-        return self.found.num_active
-
-    def _inactive(self) -> str:
-        if not self.found.sparse_records:
-            return (
-                f"sparse attention was never active: no row chooses from more than {self.kind.max_width} "
-                f"ids, the longest from {self.found.longest}; capture a longer context"
-            )
-        return (
-            f"sparse attention was never active: each of {self.found.sparse_records:,} sets past top-k is "
-            "the newest ids and no others; check that the engine ran it"
-        )
+    def inactive(self) -> str | None:
+        """The problem that no set shows sparse attention at work; None where one does, or none could."""
+        if self.kind.unit == "expert":
+            return None
+        are_positions = (self.described.ids or self.found.decode.what) == "position"
+        why = self.found.inactive(are_positions, self.kind.max_width)
+        remedy = "check that the engine ran it" if self.found.sparse_records else "capture a longer context"
+        return why and f"{why}; {remedy}"
 
     def _where(self, broken: Broken) -> str:
         layer, head = self.kind.set_layers[broken.set_index], self.kind.set_heads[broken.set_index]
@@ -153,7 +154,9 @@ def _said(phase: PhaseFound, kind: SelectionKind) -> str:
         "ragged": "offsets into a batch, repaired: minus row 0's id",
         "slot": f"the engine's slots ({phase.broken:,} rows cannot be positions)",
         "undetermined": "undetermined: no row within top-k proves what the ids are",
-        "mixed": f"mixed: {phase.broken:,} rows contradict the others",
+        "mixed": f"mixed: {phase.broken:,} rows contradict the others"
+        if phase.proven
+        else f"neither positions nor slots: {phase.broken:,} rows",
         "not captured": "never captured",
         "no rows": "none",
     }[phase.what]

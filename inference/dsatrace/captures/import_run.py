@@ -43,8 +43,8 @@ class ImportSettings:
     prompt_rows: Annotated[
         PromptRows,
         Flag(
-            "rows of the prompt to record: its last one, where every request has it and its ids are "
-            "positions; none; or all, from position 0 on, and else nothing is imported"
+            "rows of the prompt to record; last: where every request has it and its ids are positions; "
+            "all: from position 0 on, or nothing is imported"
         ),
     ] = "last"
     allow_inactive: Annotated[bool, Flag("import a capture in which sparse attention was never active")] = (
@@ -89,8 +89,9 @@ def write_run(
     prompt = examined.found.prompt
     needs_prompt = examined.id_kind == "position" or prompt.miscounted > 0  # miscounted: a wrong --start
     for problem in examined.problems(of_prompt=settings.prompt_rows != "off" and needs_prompt):
-        if not (settings.allow_inactive and problem.startswith("sparse attention was never active")):
-            remedy = ", or add --allow-inactive" if problem.startswith("sparse attention") else ""
+        is_inactive = problem == examined.inactive
+        if not (settings.allow_inactive and is_inactive):
+            remedy = ", or add --allow-inactive" if is_inactive else ""
             raise UserError(f"{plain(examined.paths[0])}: {problem}{remedy}")
     shape = len(examined.kind.set_layers), examined.kind.max_width
     unit = FORMATS[examined.format].unit

@@ -83,7 +83,7 @@ def _replay(argv: Sequence[str]) -> int:
         "--share",
         choices=get_args(Share),
         default=defaults.share,
-        help="one buffer for the layers of a request, or per layer for requests that begin alike (blocks)",
+        help="request: its layers share a buffer; prefix: requests that begin alike do, per layer",
     )
     add(
         "--steps",
@@ -100,7 +100,7 @@ def _replay(argv: Sequence[str]) -> int:
     )
     add("--seed", type=int, default=defaults.seed, help="of the policy that draws lots, and of the nulls")
     _add_answers(parser)
-    _add_output(parser, "RUN_replay")
+    _add_output(parser, "folder of the result; a replay that was killed goes on there (default: RUN_replay)")
     add("--jobs", type=count, default=1, metavar="N", help="processes")
     add(
         "--shard",
@@ -159,7 +159,7 @@ def _merge(argv: Sequence[str]) -> int:
     )
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="replay.json, or its folder")
     _add_answers(parser)
-    _add_output(parser, "")
+    _add_output(parser, "folder of the result")
     args = parser.parse_args(argv)
     if args.out is None:
         raise UserError("--out DIR is missing: name the folder of the merged result")
@@ -195,11 +195,8 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
     add("--measured", type=Path, metavar="FILE", help="an engine's counters to set beside the prediction")
 
 
-def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
-    text = "folder of the result; a replay that was killed goes on there"
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help=f"{text} (default: {default})" if default else text
-    )
+def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--out", type=Path, metavar="DIR", help=text)
     add_picture_flags(parser)
 
 

@@ -4,7 +4,7 @@ With the tokens fixed, a row's selection depends only on the tokens up to it and
 rows go through one layer, its weights are dropped, and the next layer is read. A layer is attention over all
 rows, chunk by chunk, then its gate, then each expert once over all its rows. The layers are the model's own.
 
-    sweep = Sweep(setup, recorded, work, stored, folder, SweepSettings(chunk_rows=512))
+    sweep = Sweep(setup, recorded, layers, work, stored, folder, SweepSettings(chunk_rows=512))
     sweep.run()
 """
 

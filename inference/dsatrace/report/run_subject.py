@@ -23,7 +23,7 @@ _FIELDS = (
 
 
 class RunSubject:
-    """What a run's panels draw: its summary, and of its records those of one layer and request."""
+    """Reads the records once, when the first panel asks for what only they tell."""
 
     def __init__(self, run: RunReader, layer: int | None = None) -> None:
         """`layer` is the map's. Raises a `UserError` if the run does not have it."""

@@ -202,6 +202,11 @@ def cache_text(cache: Mapping[str, Any]) -> str:
 
 
 BOUNDS = (OPT, BYPASS)
+BOUNDS_NOTE = (
+    "opt evicts what is used again last, and holds every request that it serves, as a device must; "
+    "opt-bypass may leave blocks out: the bound of a tier behind the device."
+)
+"""Below the last table of hit rates."""
 ROUNDING = 1e-5
 """Of rates in a file."""
 COUNTS = {
@@ -214,23 +219,27 @@ COUNTS = {
 
 
 def sweep_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
-    """A table per workload and block size; a column per capacity."""
-    for workload, size in dict.fromkeys((cell.workload, cell.block_size) for cell in cells):
+    """Two tables per workload and block size, of hit rates and of gains over LRU; a column per capacity."""
+    places = list(dict.fromkeys((cell.workload, cell.block_size) for cell in cells))
+    for workload, size in places:
         chosen = [cell for cell in cells if (cell.workload, cell.block_size) == (workload, size)]
         capacities = sorted({cell.capacity_blocks for cell in chosen})
         by_place = {(cell.policy, cell.capacity_blocks): cell for cell in chosen}
-        rows = [
-            (policy, *(_hit_rate(by_place.get((policy, capacity))) for capacity in capacities))
-            for policy in _bounds_last(cell.policy for cell in chosen)
-        ]
+        columns = ("policy", *(f"{capacity:,} blocks" for capacity in capacities))
+        rates, gains = [], []
+        for policy in _bounds_last(cell.policy for cell in chosen):
+            here = [by_place.get((policy, capacity)) for capacity in capacities]
+            rates.append((policy, *map(_hit_rate, here)))
+            if any(cell is not None and cell.gain is not None for cell in here):
+                gains.append((policy, *map(_gain, here)))
         for field, text in COUNTS.items():
             numbers = (getattr(by_place[OPT, capacity], field) for capacity in capacities)
-            rows.append((text, *(number(count, ",") for count in numbers)))
-        yield Grid(
-            f"{workload}, blocks of {size} tokens: hit rate in % of prompt blocks",
-            ("policy", *(f"{capacity:,} blocks" for capacity in capacities)),
-            rows,
-        )
+            rates.append((text, *(number(count, ",") for count in numbers)))
+        title = f"{workload}, blocks of {size} tokens"
+        note = BOUNDS_NOTE if (workload, size) == places[-1] else ""
+        yield Grid(f"{title}: hit rate in % of prompt blocks", columns, rates, note=note)
+        if gains:
+            yield Grid(f"{title}: gain over lru in points", columns, gains)
 
 
 def size_grid(rows: Sequence[Mapping[str, Any]], note: str = "") -> Grid:
@@ -246,13 +255,17 @@ def size_grid(rows: Sequence[Mapping[str, Any]], note: str = "") -> Grid:
     lines = []
     for size_bytes, cells in by_size.items():
         pool = cells[POOL]
-        rates = [number(100 * cells[name]["hit_rate"] if name in cells else None, ".2f") for name in policies]
-        ends = pool["hit_rate_low"], pool["hit_rate_high"]
-        rates[policies.index(POOL)] = _with_interval(pool["hit_rate"], *ends, ".2f")
+        rates = [
+            _with_interval(cells[name]["hit_rate"] if name in cells else None, None, None, ".2f")
+            for name in policies
+        ]
+        low, high = pool["hit_rate_low"], pool["hit_rate_high"]
+        rates[policies.index(POOL)] = _with_interval(pool["hit_rate"], low, high, ".2f")
         first = Cell("no limit", None) if size_bytes is None else bytes_cell(size_bytes)
         lines.append((first, number(pool["capacity_blocks"], ","), *rates, number(pool["rejected"], ",")))
     title = f"Hit rate in % of {rows[0]['accesses']:,} prompt blocks, by cache on one device"
-    return Grid(title, ("per device", "blocks", *policies, "rejected requests"), lines, note=note)
+    columns = ("per device", "blocks", *policies, "rejected requests")
+    return Grid(title, columns, lines, note=f"{BOUNDS_NOTE} {note}".strip())
 
 
 def mixed_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
@@ -263,14 +276,13 @@ def mixed_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
         by_place = {(cell.policy, cell.workload): cell for cell in here}
         rows = []
         for policy in _bounds_last(cell.policy for cell in here):
-            one = by_place[policy, OVERALL]
-            gain = _with_interval(one.gain, one.gain_low, one.gain_high, "+.2f")
-            rows.append((policy, *(_hit_rate(by_place.get((policy, name))) for name in workloads), gain))
+            rates = (_hit_rate(by_place.get((policy, name))) for name in workloads)
+            rows.append((policy, *rates, _gain(by_place[policy, OVERALL])))
         for field, text in COUNTS.items():
             of_each = (number(getattr(by_place[OPT, name], field), ",") for name in workloads)
             rows.append((text, *of_each, ""))
         title = f"Mixed: hit rate in % of prompt blocks, {capacity} blocks of {size} tokens"
-        yield Grid(title, ("policy", *workloads, "gain over lru"), rows)
+        yield Grid(title, ("policy", *workloads, "gain over lru"), rows, note=BOUNDS_NOTE)
 
 
 def _turns(title: str, turns: Sequence[Mapping[str, Value]]) -> Iterator[Grid]:
@@ -292,6 +304,13 @@ def _hit_rate(cell: SweepCell | None) -> Cell:
     if cell is None or not cell.accesses:
         return Cell(NONE, None)
     return _with_interval(cell.hit_rate, cell.hit_rate_low, cell.hit_rate_high, ".2f")
+
+
+def _gain(cell: SweepCell | None) -> Cell:
+    """Over LRU, in points, with its interval if it has one."""
+    if cell is None:
+        return Cell(NONE, None)
+    return _with_interval(cell.gain, cell.gain_low, cell.gain_high, "+.2f")
 
 
 def _with_interval(

@@ -43,8 +43,8 @@ def add_answers(
     # The engines' buffers are per request and layer.
     if share == "none" and cell["miss_rate"] is not None and record["unit"] in ("token", "entry"):
         ids = math.ceil(cell["ids"])
-        settings = engine_settings(ids, max(record["top_k"]), record["settings"]["union"])
-        chosen["engines"] = [setting._asdict() for setting in settings]
+        if settings := engine_settings(ids, max(record["top_k"]), record["settings"]["union"]):
+            chosen["engines"] = [setting._asdict() for setting in settings]
     if link is not None and compute_us is not None:
         cost = Cost.of(record, size, load_preset(link), parse_compute(compute_us))
         chosen["cost"] = cost.to_json(None if hbm_gb is None else hbm_gb * 1e9)

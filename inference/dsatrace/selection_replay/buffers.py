@@ -36,7 +36,7 @@ class Member(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-    """One buffer."""
+    """Who shares it, and how much it holds at a time."""
 
     name: str  # the layer, or "all"
     members: list[Member]  # that share it

@@ -21,7 +21,7 @@ from dsatrace.selection_replay.result import RESULT_VERSION
 from dsatrace.selection_replay.settings import ReplaySettings
 from dsatrace.selection_replay.streams import Recorded
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.selections import SelectionPart, selection_parts
+from dsatrace.trace.selection_parts import SelectionPart, selection_parts
 from dsatrace.version import __version__
 
 MOST_WORK = 2048

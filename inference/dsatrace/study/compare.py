@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dsatrace.study.measure import Value, measure, per_turn, rejections
+from dsatrace.study.measure import Value, measure, per_turn
 from dsatrace.study.metrics import UNITS
 from dsatrace.study.run import Replayed
 from dsatrace.study.spread import QUANTILES, bootstrapped, drawn_rates, of_parts, over_seeds, sums_of
@@ -95,7 +95,7 @@ def compare(single_turn: Replayed, multi_turn: Replayed) -> Comparison:
     return Comparison(
         {name: Difference(name, first[name], second[name]) for name in first},
         {name: per_turn(replayed) for name, replayed in both.items()},
-        {name: rejections(replayed) for name, replayed in both.items()},
+        {name: replayed.result.rejections() for name, replayed in both.items()},
     )
 
 

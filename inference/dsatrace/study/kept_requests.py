@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ MOST_BYTES = 32 << 30
 Made = tuple[StudyRequests, Mapping[str, Any]]
 """Requests, and what their reader counted, as JSON has it."""
 
+_STALE_S = 86_400  # no study writes a file for a day
 _PACKAGE = Path(__file__).parents[1]
 _NAMES = ("conversation_ids", "workload_names", "mode_names")
 _SCALARS = ("tokens_per_id", "times_recorded")
@@ -126,7 +128,10 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _make_room(newest: Path) -> None:
-    """Deletes what was not used for longest, until all files together have at most `MOST_BYTES`."""
+    """Deletes what killed studies left, then what was not used for longest, down to `MOST_BYTES`."""
+    for left in newest.parent.glob(".*.tmp"):
+        if time.time() - left.stat().st_mtime > _STALE_S:
+            left.unlink()
     files = sorted(newest.parent.glob("*.npz"), key=lambda file: file.stat().st_mtime, reverse=True)
     total = 0
     for file in files:

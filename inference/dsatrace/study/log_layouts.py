@@ -46,6 +46,7 @@ class LoggedRequest:
     response_id: str = ""
     parent_id: str = ""
     thread: str = ""
+    workload: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,7 @@ from dsatrace.workloads.rows import (
     in_order,
     numbered_lines,
     open_source,
+    optional_text,
     read_rows,
 )
 from dsatrace.workloads.trace_rows import recorded_column
@@ -79,7 +80,10 @@ Timed = TypeVar("Timed")
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """Files, folders or `-`, with what is known of them. `time_unit` is one of `UNITS_S`."""
+    """Files, folders or `-`, with what is known of them. `time_unit` is one of `UNITS_S`.
+
+    `NAME=FILE` says that the requests of a file, or of a folder's files, are the workload NAME.
+    """
 
     given: tuple[str, ...]
     forced: str | None = None
@@ -93,9 +97,25 @@ class Log:
             raise UserError(f"--time-unit {self.time_unit!r} is unknown; use one of {', '.join(UNITS_S)}")
 
     @functools.cached_property
+    def workloads(self) -> dict[Path, str]:
+        """The files, those of a folder by name, each with its workload, "" without one.
+
+        Standard input becomes a file that only its owner reads.
+        """
+        found = [(path, name) for name, given in map(_named, self.given) for path in _files(given)]
+        workloads = dict(found)
+        if len(workloads) < len(found):
+            raise UserError(f"--log {' '.join(self.given)}: names a file twice")
+        return workloads
+
+    @property
     def paths(self) -> tuple[Path, ...]:
-        """The files; those of a folder by name. Standard input becomes a file that only its owner reads."""
-        return tuple(itertools.chain.from_iterable(map(_files, self.given)))
+        return tuple(self.workloads)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether a file's workload is given."""
+        return any(self.workloads.values())
 
     @functools.cached_property
     def layout(self) -> str:
@@ -111,9 +131,8 @@ class Log:
 
     def text(self) -> str:
         """The files and their layout, in a line."""
-        named = ", ".join(self.given[:3]) + (
-            f" and {len(self.given) - 3} more" if len(self.given) > 3 else ""
-        )
+        more = f" and {len(self.given) - 3} more" if len(self.given) > 3 else ""
+        named = ", ".join(self.given[:3]) + more
         return f"{named} as layout {self.layout} ({'given' if self.forced else 'recognised'})"
 
 
@@ -132,22 +151,33 @@ def read_log(
     """The requests by time, from the first one on. A ShareGPT log has a reader of its own."""
     layout = LAYOUTS[log.layout]
     if log.layout in FORMATS:
+        if log.is_named:
+            raise UserError(
+                f"{log.text()}: block ids of one file mean nothing in another; leave out the workloads' names"
+            )
         return ReadLog(_by_blocks(log, bad_rows, counts), False)
     if log.block_size is not None:
         raise UserError(f"--log-block-size is for block ids; {log.text()} holds none")
-    reader = _Reader(layout, Times(log.time_unit, layout.time_unit, str(log.paths[0])), bad_rows, counts)
-    builder, turns = RequestsBuilder(), Counter[str]()
+    times = Times(log.time_unit, layout.time_unit, str(log.paths[0]))
+    reader = _Reader(layout, times, log.workloads, bad_rows, counts)
+    builder, turns = RequestsBuilder(), Counter[tuple[str, str]]()
     start_s, parents = None, dict[int, int]()
     rows = continued(_merged(log.paths, reader.rows, counts), parents, counts)
     for (time_s, request), prompt, answer in _encoded(rows, vocabulary):
         start_s = time_s if start_s is None else start_s
         name = request.conversation_id
-        turn = request.turn if request.turn != UNKNOWN else turns[name] if name else UNKNOWN
-        turns[name] += 1
+        key = (request.workload, name)
+        turn = request.turn if request.turn != UNKNOWN else turns[key] if name else UNKNOWN
+        turns[key] += 1
         counts[NO_ANSWERS] += not answer
         arrival_s = len(builder) if reader.column is None else time_s - start_s
-        conversation = (name,) if name else ()
-        builder.add(arrival_s, prompt, answer, conversation=conversation, turn=turn, recorded=reader.recorded)
+        builder.add(
+            arrival_s, prompt, answer,
+            conversation=key if name else (),
+            turn=turn,
+            workload=request.workload,
+            recorded=reader.recorded,
+        )  # fmt: skip
         if progress and len(builder) % PROGRESS_EVERY_REQUESTS == 0:
             progress(len(builder), builder.num_prompt_ids)
     if not len(builder):
@@ -168,7 +198,6 @@ def _encoded(
     rows: Iterator[tuple[float, LoggedRequest]], vocabulary: NamedVocabulary
 ) -> Iterator[tuple[tuple[float, LoggedRequest], array[int], array[int]]]:
     """Each row with the ids of prompt and answer. A log holds text or ids, never both."""
-
     for row in itertools.islice(rows, 1):
         rows = itertools.chain((row,), rows)
         if isinstance(row[1].prompt, array):
@@ -191,8 +220,16 @@ def _ids(value: object) -> array[int]:
 class _Reader:
     """Rows of one layout. The first usable one says whether rows have times, and text or ids."""
 
-    def __init__(self, layout: Layout, times: Times, bad_rows: BadRows, counts: Counter[str]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        times: Times,
+        workloads: Mapping[Path, str],
+        bad_rows: BadRows,
+        counts: Counter[str],
+    ) -> None:
         self.layout, self.has_ids = layout, False
+        self._workloads = workloads
         self.column: str | None = None  # of the times
         self._is_answers = False  # whether that column is the response object's
         self.recorded = True  # what every row so far says of its time, or its layout
@@ -202,6 +239,10 @@ class _Reader:
 
     def rows(self, path: Path) -> Iterator[tuple[float, LoggedRequest]]:
         """Seconds and request; without times, the place in this file and those before it."""
+        for time_s, request in self._read(path):
+            yield time_s, dataclasses.replace(request, workload=self._workloads[path] or request.workload)
+
+    def _read(self, path: Path) -> Iterator[tuple[float, LoggedRequest]]:
         begin = self._num_files * _MOST_ROWS
         self._num_files += 1
         if self.layout.name != VLLM:
@@ -237,6 +278,7 @@ class _Reader:
             request = read_row(self.layout, row, self._counts)
             if request is None:
                 return None
+            request = dataclasses.replace(request, workload=optional_text(row, "workload"))
             has_ids = isinstance(request.prompt, array)
             if not self._begun:
                 self.has_ids = has_ids
@@ -296,6 +338,12 @@ def _merged(
     )
 
 
+def _named(given: str) -> tuple[str, str]:
+    """The workload's name, "" without one, and the file. A file may have an equals sign in its name."""
+    name, equals, file = given.partition("=")
+    return (name, file) if name and equals and not Path(given).exists() else ("", given)
+
+
 def _files(given: str) -> list[Path]:
     """A file, the files of a folder, or a private copy of standard input."""
     if given == STANDARD_INPUT:
@@ -346,4 +394,6 @@ def _recognised(path: Path, first_line: str) -> str:
         lines = itertools.islice(iter(lambda: file.readline(_FIRST_BYTES), b""), _NUM_FIRST_LINES)
         if any(VLLM_LINE.search(line.decode("utf-8", "replace")) for line in lines):
             return VLLM
-    raise UserError(f"{path}: {what}; known are {', '.join(LAYOUTS)}, which --layout forces")
+    raise UserError(
+        f"{path}: {what}; known are {', '.join(LAYOUTS)}, which --layout forces; see docs/study-logs.md"
+    )

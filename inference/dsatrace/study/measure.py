@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.kv.blocks import HIT
-from dsatrace.kv.simulation.replay import STATUS_NAMES
 from dsatrace.schema import nearest_rank
 from dsatrace.study.metrics import SHARING, SPREAD, check_values
 from dsatrace.study.requests import UNKNOWN
@@ -47,13 +46,6 @@ def of_workload(replayed: Replayed, name: str) -> Mask:
 def workloads_in(replayed: Replayed) -> list[str]:
     """The workloads that have requests, in the order of the trace's names."""
     return [replayed.requests.workload_names[i] for i in np.unique(replayed.requests.workload)]
-
-
-def rejections(replayed: Replayed, chosen: Mask | None = None) -> dict[str, int]:
-    """How many requests were rejected or cut, by reason; zeros included."""
-    status = replayed.result.status if chosen is None else replayed.result.status[chosen]
-    counts = np.bincount(status, minlength=len(STATUS_NAMES)).tolist()
-    return {name: n for name, n in zip(STATUS_NAMES, counts, strict=True) if name != "served"}
 
 
 def per_turn(replayed: Replayed) -> list[dict[str, Value]]:

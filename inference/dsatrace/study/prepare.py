@@ -196,7 +196,7 @@ def limit_requests(
     Each request of a conversation counts as a turn; a request of no known conversation is a
     conversation by itself. Arrival times stay. Raises a `UserError` if no request is left.
     """
-    group = conversation_groups(requests)
+    group = conversation_groups(requests.conversation)
     short = np.bincount(group) < min_turns
     num_tokens = requests.num_prompt_tokens.astype(np.int64) + requests.num_response_tokens
     long = np.zeros(len(short), dtype=bool)

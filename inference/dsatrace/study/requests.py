@@ -134,7 +134,7 @@ class StudyRequests:
             raise UserError(f"unknown order {order!r}; use one of {', '.join(get_args(Order))}")
         if order == "arrival":
             return self
-        group = conversation_groups(self)
+        group = conversation_groups(self.conversation)
         first = np.full(len(self), len(self))
         np.minimum.at(first, group, np.arange(len(self)))
         rows = np.lexsort((self.turn, first[group]))
@@ -303,13 +303,10 @@ def by_workload(requests: StudyRequests, unnamed: str) -> dict[str, StudyRequest
     }
 
 
-def conversation_groups(requests: StudyRequests) -> NDArray[np.int64]:
+def conversation_groups(conversation: NDArray[np.integer]) -> NDArray[np.int64]:
     """(R,) for each request the number of its conversation, below R; without one, a number of its own."""
-    keys = np.where(
-        requests.conversation == UNKNOWN,
-        len(requests.conversation_ids) + np.arange(len(requests)),
-        requests.conversation,
-    )
+    own = conversation.max(initial=0) + 1 + np.arange(len(conversation))
+    keys = np.where(conversation == UNKNOWN, own, conversation)
     return np.unique(keys, return_inverse=True)[1].astype(np.int64)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.kv.simulation.replay import STATUS_NAMES
-from dsatrace.study.measure import block_counts, measure, of_workload, per_turn, rejections, workloads_in
+from dsatrace.study.measure import block_counts, measure, of_workload, per_turn, workloads_in
 from dsatrace.study.output_folder import OutputFolder
 from dsatrace.study.run import Replayed
 
@@ -35,13 +35,13 @@ def statistics(replayed: Replayed) -> dict[str, Any]:
     record: dict[str, Any] = {
         "cache": dataclasses.asdict(replayed.settings),
         "metrics": measure(replayed),
-        "rejected": rejections(replayed),
+        "rejected": replayed.result.rejections(),
         "per_turn": per_turn(replayed),
     }
     if len(names) > 1:
         masks = {name: of_workload(replayed, name) for name in names}
         record["workloads"] = {
-            name: {"metrics": measure(replayed, mask), "rejected": rejections(replayed, mask)}
+            name: {"metrics": measure(replayed, mask), "rejected": replayed.result.rejections(mask)}
             for name, mask in masks.items()
         }
     return record

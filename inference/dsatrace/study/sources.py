@@ -126,9 +126,8 @@ class Source:
         """Kind, file and workloads in a line."""
         if self.log is not None:
             return f"{self.kind} {self.log.text()}"
-        named = [str(path) for path in self.files[:3]]
-        if len(self.files) > 3:
-            named.append(f"and {len(self.files) - 3} more")
+        more = [f"and {len(self.files) - 3} more"] if len(self.files) > 3 else []
+        named = [*map(str, self.files[:3]), *more]
         return " ".join((self.kind, *named, *self.workloads))
 
     @property
@@ -154,12 +153,12 @@ class Source:
             record["rates"] = dict(self.rates)
         if self.pattern is not None:
             record["pattern"] = list(self.pattern)
-        files = [
-            {"path": str(path), "sha256": digest}
-            for path, digest in zip(self.files, self.digests, strict=True)
-        ]
+        both = zip(self.files, self.digests, strict=True)
+        files = [{"path": str(path), "sha256": digest} for path, digest in both]
         if self.log is not None:
             record["layout"] = self.log.layout
+            if self.log.is_named:
+                record["workloads_of_files"] = list(self.log.workloads.values())
         if self.log is not None or len(files) > 1:
             record["files"] = files
         elif files:
@@ -198,14 +197,8 @@ class Client:
     def reseeded(self, seed: int) -> Client:
         """The same client with another seed of arrivals and generators; it shares the vocabulary."""
         settings = dataclasses.replace(self.settings, seed=seed)
-        return Client(
-            self.source,
-            settings,
-            self.vocabulary,
-            BadRows(self.bad_rows.policy),
-            self._progress,
-            self.kept is not None,
-        )
+        bad_rows, keeps = BadRows(self.bad_rows.policy), self.kept is not None
+        return Client(self.source, settings, self.vocabulary, bad_rows, self._progress, keeps)
 
     @property
     def has_text(self) -> bool:
@@ -322,7 +315,11 @@ class Client:
             requests, facts = self._read()
         else:
             stamps, log = source.stamps(), source.log
-            told = () if log is None else (log.layout, log.time_unit, log.block_size)
+            told = (
+                ()
+                if log is None
+                else (log.layout, log.time_unit, log.block_size, list(log.workloads.values()))
+            )
             made_of = [source.digests, told, self.bad_rows.policy]
             requests, facts = self.kept.get(made_of, self._read, lambda: source.stamps() == stamps)
             self.bad_rows.counts = Counter(facts["bad_rows"])
@@ -381,7 +378,7 @@ def _side(prepared: PreparedTraces, workload: str, mode: str | None) -> list[Tra
 
 def _first_conversations(requests: StudyRequests, limit: int | None) -> StudyRequests:
     """The requests of the first `limit` conversations by arrival; without an id, each request is one."""
-    group = conversation_groups(requests)
+    group = conversation_groups(requests.conversation)
     first = np.full(len(requests), len(requests))
     np.minimum.at(first, group, np.arange(len(requests)))
     starts = np.sort(first[first < len(requests)])

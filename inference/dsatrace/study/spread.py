@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dsatrace.kv.blocks import HIT
 from dsatrace.study.metrics import Values
 from dsatrace.study.run import Replayed
-from dsatrace.study.sweep_cells import COUNTED, LRU, Cell, Cells, conversation_parts
+from dsatrace.study.sweep_cells import COUNTED, LRU, Cell, Cells
 
 Kind = Literal["seeds", "conversations"]
 NUM_SEEDS = 8
@@ -87,11 +87,6 @@ def over_seeds(of_seeds: Sequence[Values], least: float = 0.0) -> Spread:
         if low is not None and high is not None and np.isfinite(values).all():
             spread[name] = {"mean": float(values.mean()), "low": max(low, least), "high": high}
     return spread
-
-
-def over_conversations(replayed: Replayed) -> Spread:
-    """Bootstrapped intervals of the rates that are sums over requests."""
-    return bootstrapped(sums_of(replayed), conversation_parts(replayed.trace.conversation))
 
 
 def sums_of(replayed: Replayed) -> Sums:

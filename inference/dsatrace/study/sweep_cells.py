@@ -43,6 +43,7 @@ from dsatrace.kv.policies.stack_distance import lru_hits_at
 from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, replay
+from dsatrace.study.requests import conversation_groups
 
 OVERALL = "overall"
 ADMIT = "admit-"  # before a policy's name
@@ -170,8 +171,7 @@ class Cell:
 
 def conversation_parts(conversation: NDArray[np.integer]) -> NDArray[np.int64]:
     """(R,) at most `MAX_GROUPS` groups of whole conversations; a request of none (-1) is a conversation."""
-    own = conversation.max(initial=0) + 1 + np.arange(len(conversation))
-    _, number = np.unique(np.where(conversation < 0, own, conversation), return_inverse=True)
+    number = conversation_groups(conversation)
     shuffled = np.random.default_rng(0).permutation(number.max(initial=0) + 1)
     return (shuffled[number] % MAX_GROUPS).astype(np.int64)
 

@@ -20,9 +20,10 @@ from typing import TypeVar
 
 from dsatrace.errors import UserError
 from dsatrace.study.requests import RequestsBuilder, StudyRequests
+from dsatrace.workloads.chat import JinjaForm, form_of
 from dsatrace.workloads.chat_format import CUE, ChatTemplateFormatter, split_chat_text
 from dsatrace.workloads.encoding import SPECIAL_TOKENS, Vocabulary
-from dsatrace.workloads.tokenizer import BOS, PACKAGE, choose_tokenizer, packaged_file
+from dsatrace.workloads.tokenizer import BOS, PACKAGE, Tokenizer, choose_tokenizer, packaged_file
 from dsatrace.workloads.trace_rows import TraceRow
 
 WORDS = "words"
@@ -72,28 +73,40 @@ class NamedVocabulary:
     label: dict[str, str]
 
 
-def open_vocabulary(spec: str | Path | None = None) -> NamedVocabulary:
+def open_vocabulary(spec: str | Path | None = None, template: Path | None = None) -> NamedVocabulary:
     """As the runners take it: a `tokenizer.json`, its folder, or a hub name `owner/name[@revision]`.
 
     `PACKAGE` stands for the vocabulary of that package, `WORDS` for the built-in one of whole words;
-    None for the package's if it is installed, else for words. A tokenizer without DeepSeek's special
-    tokens gets plain transcripts.
+    None for the package's if it is installed, else for words. Prompts have the form that `form_of`
+    chooses; without any, they are plain transcripts.
     """
     spec = spec or (WORDS if packaged_file() is None else PACKAGE)
     if spec == WORDS:
+        if template is not None:
+            raise UserError(f"--chat-template {template}: needs a real tokenizer; give one with --tokenizer")
         words = WordVocabulary()
         label = {"name": "built-in words: a token per word or mark", "unit": "word"}
         return NamedVocabulary(words, ChatTemplateFormatter(words), label)
     tokenizer = choose_tokenizer(str(spec))
-    try:
-        for name in SPECIAL_TOKENS:
-            tokenizer.special_id(name)
-        formatter, form = ChatTemplateFormatter(tokenizer), "DeepSeek's chat form"
-    except UserError:  # a vocabulary of another family, which has no chat form of its own here
-        formatter, form = ChatTemplateFormatter(), "no chat form of its own: Human: and Assistant: lines"
-    return NamedVocabulary(
-        tokenizer, formatter, {"name": str(spec), "sha256": tokenizer.digest, "form": form}
-    )
+    label = {"name": str(spec), "sha256": tokenizer.digest}
+    form = form_of(tokenizer, template)
+    if isinstance(form, JinjaForm):
+        formatter = ChatTemplateFormatter(form)
+        return NamedVocabulary(TemplateVocabulary(tokenizer), formatter, label | {"form": form.name})
+    if form is not None:
+        return NamedVocabulary(
+            tokenizer, ChatTemplateFormatter(tokenizer), label | {"form": "DeepSeek's chat form"}
+        )
+    lines = "no chat template: Human: and Assistant: lines"
+    return NamedVocabulary(tokenizer, ChatTemplateFormatter(), label | {"form": lines})
+
+
+class TemplateVocabulary:
+    """A vocabulary whose prompts its own chat template wrote: names of its added tokens are tokens there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.encode, self.encode_all = tokenizer.encode, tokenizer.encode_all
+        self.special_id, self.names = tokenizer.special_id, tokenizer.added_names
 
 
 class PieceEncoder:
@@ -104,13 +117,14 @@ class PieceEncoder:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
+        self._names = vocabulary.names if isinstance(vocabulary, TemplateVocabulary) else None
         self._kept: dict[str, array[int]] = {}
         self._older: dict[str, array[int]] = {}
         self._num_kept_chars = 0
 
     def prompt(self, text: str) -> array[int]:
         """Token ids. Special tokens are recognized only in a text that begins with DeepSeek's first one."""
-        pieces = list(split_chat_text(text))
+        pieces = list(split_chat_text(text, self._names))
         self._encode(pieces)
         return self._joined(pieces)
 
@@ -127,7 +141,7 @@ class PieceEncoder:
         batch: list[tuple[Item, list[Piece], list[Piece]]] = []
         num_chars = 0
         for item, prompt, response in texts:
-            batch.append((item, list(split_chat_text(prompt)), _answer(prompt, response)))
+            batch.append((item, list(split_chat_text(prompt, self._names)), _answer(prompt, response)))
             num_chars += len(prompt) + len(response)
             if num_chars > _BATCH_CHARS:
                 yield from self._encoded(batch)

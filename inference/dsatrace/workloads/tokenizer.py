@@ -120,6 +120,12 @@ class Tokenizer:
         """The id of a special token by its text; None if the vocabulary lacks it."""
         return self._ids.get(name)
 
+    @functools.cached_property
+    def added_names(self) -> re.Pattern[str]:
+        """Finds the added tokens by their texts, those of blanks left out."""
+        names = sorted(filter(str.strip, self._ids), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
     def special_id(self, name: str) -> int:
         """The id of a special token of DeepSeek's, such as `EOS`; a `UserError` if there is none."""
         token_id = self.added_id(name)

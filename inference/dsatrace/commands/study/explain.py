@@ -29,7 +29,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from dsatrace.report.study_tables import explain_grid, rejected_grid
     from dsatrace.study.explain import explain
-    from dsatrace.study.measure import rejections
     from dsatrace.study.run import run_study
     from dsatrace.study.spread import bootstrapped, over_seeds
     from dsatrace.study.sweep_cells import conversation_parts
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sums = {d.name: d.by_request for d in definitions if d.by_request is not None}
                 spread = bootstrapped(sums, conversation_parts(replayed.trace.conversation))
             definitions = [line.with_spread(spread.get(line.name, {})) for line in definitions]
-            cache, rejected = dataclasses.asdict(settings), rejections(replayed)
+            cache, rejected = dataclasses.asdict(settings), replayed.result.rejections()
             record = {"cache": cache, "rejected": rejected, "intervals": intervals}
             record["definitions"] = {line.name: line.record() for line in definitions}
             folder.labelled(label).write_chosen(args.output_file, "explain.json", record)

@@ -28,7 +28,7 @@ from dsatrace.study.prepare import ClientSettings
 from dsatrace.study.requests import StudyRequests
 from dsatrace.study.run import StudySettings, check_size
 from dsatrace.study.sources import Client, Source
-from dsatrace.study.spread import NUM_SEEDS
+from dsatrace.study.spread import NUM_SEEDS, Kind
 from dsatrace.study.tokenization import WORDS, open_vocabulary
 from dsatrace.text import plain
 from dsatrace.trace.manifest import redact_argv
@@ -112,7 +112,8 @@ def add_request_arguments(
         action="extend",
         nargs="+",
         metavar="FILE",
-        help="logs of a service: files, folders, .gz, .zst or - for standard input; the layout is recognised",
+        help="logs of a service: files, folders, .gz, .zst or - for standard input; NAME=FILE names a "
+        "workload; the layout is recognised",
     )
     add("--layout", choices=LAYOUTS, help="layout of the log (default: that of its first rows)")
     add(
@@ -157,6 +158,13 @@ def add_request_arguments(
         metavar="NAME",
         help=f"tokenizer.json, its folder, a hub name, {PACKAGE}, or {WORDS}: a token per word "
         f"(default: {PACKAGE} if it is installed, else {WORDS})",
+    )
+    add(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja template of the prompts (default: DeepSeek's form for its vocabulary; for another the "
+        "template beside the tokenizer, else Human: and Assistant: lines)",
     )
     add(
         "--no-kept-tokens",
@@ -261,7 +269,7 @@ def open_client(args: argparse.Namespace, workloads: Sequence[str] = ()) -> Iter
             advance(num_requests - done if num_requests > done else num_requests)  # less: the next trace
             done = num_requests
 
-        vocabulary, bad_rows = open_vocabulary(args.tokenizer), BadRows(args.bad_rows)
+        vocabulary, bad_rows = open_vocabulary(args.tokenizer, args.chat_template), BadRows(args.bad_rows)
         yield Client(source, settings, vocabulary, bad_rows, progress, args.keep_tokens)
 
 
@@ -280,6 +288,14 @@ def seeds_of(args: argparse.Namespace, client: Client) -> list[int]:
         raise UserError("--seeds draws seeded workloads again; this source has one set of requests")
     number = (args.seeds or NUM_SEEDS) if client.source.is_seeded else 1
     return list(range(client.settings.seed, client.settings.seed + number))
+
+
+def spread_over(seeds: Sequence[int], traces: Iterable[StudyRequests], kind: Kind) -> str:
+    """What the intervals are over; a request of no known conversation stands for itself."""
+    if kind == "seeds":
+        return f"{len(seeds)} seeds"
+    known = any(len(requests.conversation_ids) for requests in traces)
+    return f"{'conversations' if known else 'requests'}, bootstrapped"
 
 
 def output_path(args: argparse.Namespace, verb: str) -> Path:
@@ -347,7 +363,8 @@ def say_what_was_read(client: Client) -> None:
     if client.has_text:
         print(f"times: assumed, {client.settings.times()}")
     for what, number in client.counts.items():
-        print(f"{what}: {number:,}")
+        if number:
+            print(f"{what}: {number:,}")
     if client.bad_rows.counts:
         print(plain(client.bad_rows.text()))
 
@@ -370,6 +387,8 @@ def _log_of(args: argparse.Namespace) -> tuple[Log | None, tuple[Path, ...]]:
     log = Log(tuple(args.log), args.layout, args.time_unit, args.log_block_size)
     if log.layout != SHAREGPT:
         return log, data_paths
+    if log.is_named:
+        raise UserError(f"{log.text()}: conversations are the workload chat_multi; leave out the names")
     if data_paths or args.time_unit is not None:
         raise UserError(f"{log.text()}: conversations have no times; leave out --data-path and --time-unit")
     return None, log.paths

@@ -108,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"cache: {plain(layout.text())}; blocks of {block_size} tokens")
     if args.replicas > 1:
         print(f"replicas: {args.replicas}, {routing}; requests of each: {about['requests_of_replicas']}")
-    over = f"{len(seeds)} seeds" if kind == "seeds" else "conversations of one workload, bootstrapped"
-    print(f"intervals: 95 %, over {over}")
+    print(f"intervals: 95 %, over {options.spread_over(seeds, [requests], kind)}")
     print(f"recommendation: {result['recommendation']['text']}")
     print(f"files: {plain(path)}")
     return 0

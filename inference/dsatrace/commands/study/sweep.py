@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"admitted by {admitting}: {plain(', '.join(admit))}")
     if profiled:
         print(f"profile of the workloads, for {', '.join(profiled)}: {plain(how)}")
-    of = f"{len(seeds)} seeds" if kind == "seeds" else "conversations, bootstrapped"
+    of = options.spread_over(seeds, traces.values(), kind)
     print(f"intervals: 95 %, over {of}; counts are of all of them")
     print(f"files: {plain(path)}")
     return 0
@@ -198,7 +198,10 @@ def _check_is_mixed(requests: StudyRequests, client: Client) -> None:
     if len(set(requests.workload.tolist())) > 1:
         return
     if client.source.has_requests:
-        raise UserError(f"{client.source.path}: all requests are of one workload; use `dsatrace study sweep`")
+        raise UserError(
+            f"{client.source.path}: all requests are of one workload; use `dsatrace study sweep`, or name "
+            "workloads with --log NAME=FILE NAME=FILE"
+        )
     raise UserError(
         f"a mix needs two different workloads or more, each once: {', '.join(client.source.workloads)}"
     )

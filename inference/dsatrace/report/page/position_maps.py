@@ -96,10 +96,8 @@ def layers_to_draw(material: Material) -> dict[int, list[str]]:
     has_sets = [i for i, layer in enumerate(material.kind.layers) if layer.heads]
     if material.layer is not None:
         if material.layer not in has_sets:
-            raise UserError(
-                f"--layer {material.layer}: selects nothing; the run's layers are {has_sets[0]} to "
-                f"{has_sets[-1]}"
-            )
+            first, last = has_sets[0], has_sets[-1]
+            raise UserError(f"--layer {material.layer}: no layer that selects; those are {first} to {last}")
         return {material.layer: ["the chosen layer"]}
     found: dict[int, list[str]] = {}
     overlap = _known(material.summary["step_overlap"]["per_layer"])

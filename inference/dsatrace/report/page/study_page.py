@@ -89,9 +89,9 @@ def rates_by_memory(path: Path, record: Mapping[str, Any], command: str) -> Sect
         ]
         chosen = advice["bytes_per_device"]
         mark = [(chosen / GIB, f"recommended: {size_text(chosen)}")] if advice["is_reached"] else []
-        x = Axis("cache on one device, GiB", sizes[0], sizes[-1], log=True)
+        x = Axis("cache on one device", sizes[0], sizes[-1], log=True)
         y = Axis("hit rate, %", 0, max(map(max, of_each.values())) or 1, nice=True)
-        ticks = [(size, f"{size:.3g}") for size in sizes]
+        ticks = [(size, size_text(size * GIB).replace(".0 ", " ")) for size in sizes]
         chart = line_chart("Hit rate by GiB of cache", advice["text"], x, y, series, mark, ticks)
         several = f" Replicas: {record['replicas']}, {record['routing']}." if record["replicas"] > 1 else ""
         note = (
