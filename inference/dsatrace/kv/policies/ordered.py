@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from dsatrace.jit import inner
 from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, same_stamp, tick, withdraw
 from dsatrace.kv.policies.policy import Access, NothingEvictable, PlainPolicy
 
@@ -96,7 +96,7 @@ def uniform_state(shape: Shape, *, seed: int) -> UniformState:
     return UniformState(np.array([seed & _64_BITS], np.uint64))
 
 
-@njit(nogil=True)
+@inner
 def splitmix64(state: np.ndarray) -> np.uint64:
     state[0] += np.uint64(_GOLDEN)
     bits = state[0]
