@@ -32,7 +32,7 @@ config: Any = numba_config
 
 inner = register_jitable(nogil=True)
 """For what only kernels call. Unlike under `numba.njit`, no wrappers for Python are compiled with it, which
-took a quarter of the time; Python that calls it runs it as it is written."""
+are a sixth of the work; Python that calls it runs it as it is written."""
 
 _PARTS = {
     "dsatrace.trace": "the trace's writer",
