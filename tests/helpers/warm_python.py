@@ -53,7 +53,9 @@ def _run(argv: list[str], cwd: str, environment: dict[str, str], files: tuple[Pa
     are looked for beside them."""
     os.environ.clear()
     os.environ.update(environment)
-    package = environment.get("PYTHONPATH", str(INFERENCE))
+    folders = list(filter(None, environment.get("PYTHONPATH", "").split(os.pathsep)))
+    sys.path[:0] = folders
+    package = next((folder for folder in folders if Path(folder, "dsatrace").is_dir()), INFERENCE)
     for name, module in sys.modules.items():
         if name.startswith("dsatrace.") and module.__file__:
             module.__file__ = str(package / Path(module.__file__).relative_to(INFERENCE))
