@@ -60,11 +60,12 @@ def commands() -> Iterator[tuple[str, str, list[str]]]:
 
 def document() -> str:
     """docs/cli.md; a default inside the checkout is named from its root."""
-    sections = "".join(_section(name, _parser(module, flags)) for name, module, flags in commands())
+    sections = "".join(_section(name, parser_of(module, flags)) for name, module, flags in commands())
     return HEAD + sections.replace(f"{PAGE.parents[1]}/", "")
 
 
-def _parser(module: str, flags: list[str]) -> argparse.ArgumentParser:
+def parser_of(module: str, flags: list[str]) -> argparse.ArgumentParser:
+    """The parser of a command."""
     asked: list[argparse.ArgumentParser] = []
 
     def ask(parser: CommandParser) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from conftest import INFERENCE
 from dsatrace.commands.generate import main
 from dsatrace.errors import UserError
+from dsatrace.study.tokenization import PieceEncoder, open_vocabulary
 from dsatrace.trace.reader import RunReader
 from dsatrace.workloads import tokenizer as specials
 from dsatrace.workloads.chat import SAID_OF_PLAIN_TEXT, Chat, choose_chat
@@ -24,6 +26,7 @@ from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.tokenizer import Tokenizer, byte_tokenizer_json, load_tokenizer
 from helpers.checkpoints import endless_letters
 from helpers.command_runs import told_error
+from helpers.study_samples import check_mistake, study
 
 NAMES = {  # of another family, in the places of DeepSeek's
     specials.BOS: "[BEGIN]",
@@ -334,3 +337,29 @@ def test_a_bad_chat_template_is_one_clear_line(
     if text is not None:
         mine.write_bytes(text)
     assert said in told_error(capsys, lambda: generate_py("--chat-template", mine))
+
+
+def test_a_study_writes_prompts_by_the_template_and_reads_their_ids_back(folder: Path) -> None:
+    vocabulary = open_vocabulary(folder)
+    assert vocabulary.label["form"].startswith("jinja chat_template.jinja sha256:")
+    encoder, chat = PieceEncoder(vocabulary.vocabulary), chosen(folder)
+    talk = [Message("user", "Hi"), Message("assistant", "Hello."), Message("user", f"{USER} is text")]
+    for messages in (talk[:1], talk):
+        text = vocabulary.formatter.format_conversation(messages)
+        safe = [dataclasses.replace(m, content=m.content.replace(USER, "< |user|>")) for m in messages]
+        assert encoder.prompt(text).tolist() == chat.encode(safe)
+    before = vocabulary.formatter.format_conversation(talk[:1])
+    so_far = [*encoder.prompt(before), *encoder.response(before, "Hello.")]
+    assert encoder.prompt(text)[: len(so_far)].tolist() == so_far
+
+
+def test_a_study_takes_the_template_that_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = folder / "other.jinja"
+    other.write_text("{% for m in messages %}<|user|>{{ m.content }}{% endfor %}")
+    flags = ("explain", "--max-conversations", 2, "--output-dir", folder / "out", "--chat-template", other)
+    assert study(*flags, "--tokenizer", folder) == 0
+    assert f"tokenizer: {folder}, jinja other.jinja sha256:" in capsys.readouterr().out
+    for tokenizer, mistake in (("words", "needs a real tokenizer"), (folder, "leaves out a message")):
+        other.write_text("nothing")
+        code = study(*flags[:-3], folder / "again", *flags[-2:], "--tokenizer", tokenizer)
+        check_mistake(capsys, code, mistake)

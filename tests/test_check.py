@@ -11,7 +11,9 @@ import pytest
 
 from dsatrace import cli
 from dsatrace.commands import progress
+from dsatrace.errors import UserError
 from dsatrace.trace.reader import RunReader
+from dsatrace.verify.files import PlainRun
 from helpers.captured import as_slots, position_rows, random_slots, response, write_responses
 from helpers.golden_run import write_golden
 from helpers.imports import imported
@@ -105,6 +107,11 @@ def test_runs_that_are_bad(tmp_path: Path, ids: np.ndarray, capsys: Any) -> None
     code, _, err = checked(capsys, run)
     assert code == 1
     assert "55 decode rows are no positions, the first of request" in err
+    manifest["selection"]["layers"] = [{**layer, "top_k": 4} for layer in manifest["selection"]["layers"]]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    code, _, err = checked(capsys, run)
+    assert code == 2
+    assert "a record of 6 ids, and top-k is 4; see `dsatrace verify`" in err
 
 
 def test_what_is_neither(tmp_path: Path, capsys: Any) -> None:
@@ -115,6 +122,23 @@ def test_what_is_neither(tmp_path: Path, capsys: Any) -> None:
     file.write_bytes(b"")
     assert "--format is missing" in checked(capsys, file)[2]
     assert "check runs and captures apart" in checked(capsys, file, tmp_path)[2]
+    assert "a folder; with --format name the files in it" in checked(capsys, tmp_path, "--format", "npy")[2]
+
+
+def test_what_stands_in_the_place_of_a_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(b"")
+    for name in ("runs/mine/requests.jsonl", "replayed/replay.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("")
+    for name, said in (
+        ("a.npz", "a file, where a run's folder belongs"),
+        ("replayed", "a replay's folder, not a run's"),
+        ("runs", "it holds runs, such as mine"),
+        ("none", "cannot read it: No such file or directory"),
+    ):
+        for reader in (RunReader, PlainRun):
+            with pytest.raises(UserError, match=said):
+                reader(tmp_path / name)
 
 
 def test_what_is_read_and_left_is_said(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

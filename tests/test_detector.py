@@ -167,10 +167,13 @@ def test_a_recency_window_is_not_sparse_attention() -> None:
     ids = np.repeat(np.where(positions >= 0, positions, -1)[:, None], 2, axis=1).astype(np.int32)
     found = looked_at(ids)
     assert found.decode.what == "position"
-    assert (found.num_active, found.sparse_records) == (0, 2 * (60 - K))
+    assert (found.active_positions, found.sparse_records) == (0, 2 * (60 - K))
     slots = as_slots(ids, random_slots(np.random.default_rng(0), 60) + 60)
     found = looked_at(slots)
-    assert (found.decode.what, found.num_active) == ("slot", 0)
+    assert (found.decode.what, found.active_slots) == ("slot", 0)
+    assert "has more than one id that the row before it lacks" in (found.inactive(False, K) or "")
+    alone = looked_at(slots[-1:], first=59)
+    assert "none of 2 sets past top-k has a row before it" in (alone.inactive(False, K) or "")
 
 
 def test_overlap_is_that_of_the_row_before() -> None:

@@ -246,6 +246,8 @@ def test_the_command_tells_and_writes(
     assert (out / "diff.png").read_bytes().startswith(b"\x89PNG")
     (grid,) = (part for part in diff_parts(record) if isinstance(part, Grid))
     assert sum(row[2].value for row in grid.rows) == 2  # type: ignore[attr-defined]
+    *_, many = diff_parts(record | {"layers": record["layers"] * 30})
+    assert isinstance(many, Grid) and "| ... and 26 more in diff.json |" in many.markdown()
     for most, code in (("1", 1), ("2", 0), ("1%", 1), ("99%", 0)):
         assert run_diff(golden, other, "--max-differing", most, "--out", out, "--no-figure") == code
     assert run_diff(golden, golden, "--out", out) == 0

@@ -5,19 +5,28 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
 import cli_reference
 from conftest import ROOT
+from dsatrace.cli import main
+from dsatrace.commands.parser import CommandParser
 from test_layers import BASE, RULES
+from test_readme import commands, fences
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+THE_READERS_OWN = {"outputs/fp32", "outputs/bf16", "outputs/a", "outputs/b", "outputs/c"}
+"""Runs that a page takes for given."""
+OF_THE_CHECKOUT = re.compile(r"(data/(?!demo/)|scripts/|tests/|inference/|outputs/)[^*]+$")
 MARKS = ("<!-- layers: written from tests/test_layers.py -->\n", "<!-- end of layers -->\n")
 
 
@@ -69,8 +78,86 @@ def test_commands_in_the_text_have_the_flags_they_show() -> None:
                 wrong += [(path.name, code, flag) for flag in sorted(flags - known)]
             elif words[0] not in ("run", "study", "--version", "VERB"):
                 wrong.append((path.name, code))
-    assert wrong == []
+    assert wrong == [], "\n".join(map(str, wrong))
     assert shown > 20
+
+
+class _Parsed(BaseException):
+    """A command line has flags that its parser knows, and values of their types."""
+
+
+def words_of(command: str) -> list[str]:
+    """Without comments; variables that count something stand for 0, a page's `model` for needle-2k."""
+    command = re.sub(r"\{\}|\$\w*(INDEX|ID|seed)\b", "0", command.replace("$model", "data/models/needle-2k"))
+    return shlex.split(command, comments=True) if command.count("'") % 2 == 0 else command.split()
+
+
+def parses(words: list[str]) -> bool:
+    try:
+        main(words)
+    except _Parsed:
+        return True
+    except SystemExit:
+        return False
+    raise AssertionError(f"{words} ran")
+
+
+def files_made(lines: list[list[str]]) -> set[str]:
+    """What the lines write, and Python in fences; with the folders it is in, and a replay beside its run."""
+    written = {
+        value
+        for words in lines
+        for flag, value in pairwise(words)
+        if re.fullmatch("--((trace-)?out|output-dir|html|save-path)|>", flag)
+    }
+    written |= {word.removeprefix("OUT=") for words in lines for word in words if word.startswith("OUT=")}
+    written |= {words[-1] for words in lines if words[:1] == ["cp"]}
+    for page in PAGES:
+        for _, text in fences(page, "python|sh"):
+            written |= set(re.findall(r'"((?:outputs|data)/[^"]+)"', text))
+    return written | {f"{run}_replay" for run in written} | {str(Path(file).parent) for file in written}
+
+
+def test_commands_of_fences_parse_and_name_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that no test runs: verbs and flags, variables of tests, and files, here or made before."""
+    parse = CommandParser.parse_args
+
+    def parse_only(parser: CommandParser, *args: Any) -> NoReturn:
+        parse(parser, *args)
+        raise _Parsed
+
+    monkeypatch.setattr(CommandParser, "parse_args", parse_only)
+    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    shown = [
+        (page.name, command, words_of(command))
+        for page in PAGES
+        for _, text in fences(page, "sh")
+        for command in commands(text)
+    ]
+    made, wrong = THE_READERS_OWN | files_made([words for _, _, words in shown]), []
+    num_parsed = num_files = 0
+    for page, command, words in shown:
+        if "dsatrace" in words:
+            num_parsed += 1
+            wrong += [] if parses(words[words.index("dsatrace") + 1 :]) else [(page, command)]
+        if "pytest" in words:
+            variables = re.findall(r"([A-Z_]+)=", command)
+            wrong += [(page, name) for name in variables if f'"{name}"' not in tests]
+        files = [word for word in words if OF_THE_CHECKOUT.match(word)]
+        num_files += len(files)
+        wrong += [(page, file) for file in files if file not in made and not (ROOT / file).exists()]
+    assert wrong == [], "\n".join(map(str, wrong))
+    assert num_parsed > 50 and num_files > 100, (num_parsed, num_files)
+
+
+def test_files_in_the_text_are_there() -> None:
+    shown = re.compile(r"`(?:[^`\n]*? )?((?:scripts|tests|inference)/[\w/]+\.(?:py|sh))\b")
+    named = [(page.name, file) for page in PAGES for file in shown.findall(page.read_text("utf-8"))]
+    gone = {
+        ("architecture.md", f"inference/{name}.py") for name in ("model", "trace")
+    }  # it says where they went
+    assert len(named) > 20
+    assert {one for one in named if not (ROOT / one[1]).exists()} == gone
 
 
 @pytest.fixture(scope="module")

@@ -209,7 +209,7 @@ def test_a_line_that_is_large_beside_its_texts(tmp_path: Path, capsys: Any) -> N
     assert "line 1: more than 0 MiB beside its long texts; ask the engine for less" in line
 
 
-def test_arrays_of_several_requests(tmp_path: Path, ids: np.ndarray) -> None:
+def test_arrays_of_several_requests(tmp_path: Path, ids: np.ndarray, capsys: Any) -> None:
     other = position_rows(np.random.default_rng(1), 30, first=12)
     describe = tmp_path / "capture.json"
     describe.write_text(
@@ -234,6 +234,9 @@ def test_arrays_of_several_requests(tmp_path: Path, ids: np.ndarray) -> None:
         layers = RunReader(run).manifest["selection"]["layers"]
         assert [layer["heads"] for layer in layers] == [0, 0, 0, 1, 0, 1]
         verify(run)
+    assert "described and" not in capsys.readouterr().out
+    imported(tmp_path, saved(tmp_path / "a.npy", ids), "--format", "npy", "--describe", describe)
+    assert "described and not captured: 1 requests, the first b" in capsys.readouterr().out
 
 
 def safetensors_of(arrays: dict[str, np.ndarray]) -> bytes:
@@ -271,7 +274,7 @@ def test_captures_that_are_not_what_they_claim(tmp_path: Path, ids: np.ndarray, 
         (ids[:0], [], "holds no rows"),
         (ids[:K], [], "sparse attention was never active: no row chooses from more than 8 ids"),
         (window, [], "sets past top-k is the newest ids and no others"),
-        (stale, [], "SGLANG_DSA_FUSE_TOPK=0"),
+        (stale, [], "row t must hold what query t of that request selected"),
         (ids, ["--top-k", "9"], "--top-k 9: rows of "),
         (ids, ["--experts", "9"], "--experts 9: its ids are of unit token"),
         (ids[:, :1], ["--layers", "2"], "its rows hold 1 sets, not 2 layers"),
@@ -404,7 +407,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, ids: np.ndarray) -> None:
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(UserError, match="--block-size 0"):
+    with pytest.raises(UserError, match="--kv-block-size 0"):
         ImportSettings(block_size=0)
 
 

@@ -101,6 +101,8 @@ def test_damaged_logs(tmp_path: Path, capsys: Any) -> None:
     write_log(path)
     whole = path.read_bytes()
     head = len(log_header([0, 2], K))
+    line = refused(capsys, path, "--format", "sgltopk1", "--start", 0)
+    assert "--start: a log tells where each of its requests begins; leave it out" in line
     for content, said in (
         (b"x" + whole, "no SGLTOPK1 log"),
         (whole[:30], "its header is damaged"),
@@ -138,6 +140,10 @@ def test_the_proposal_of_vllm(tmp_path: Path, capsys: Any) -> None:
     write_responses(path, two)
     run = imported(tmp_path, path, "--format", "vllm", "--start", 0)
     assert list(sets_of(run)) == ["cmpl-1-0", "cmpl-1-1"]
+    write_responses(path, choices({"indexer_topk": npy_text(ids)}, prompt_tokens=5, completion_tokens=9))
+    describe = tmp_path / "capture.json"
+    describe.write_text('{"requests": {"cmpl-1": {"start": 0}}}')
+    assert list(sets_of(imported(tmp_path, path, "--format", "vllm", "--describe", describe))) == ["cmpl-1"]
     for record, said in (
         ({"choices": [{}]}, "no choice with indexer_topk; no release of vLLM returns it"),
         ({"meta_info": {}}, "no response with choices"),

@@ -140,11 +140,13 @@ def test_fake_quant_holds_the_values_of_act_quant(dtype: torch.dtype, scale_fmt:
     assert torch.equal(fake.double(), y.double())
     assert torch.equal(scale, fake_scale)
     restored = fake.double() * scale.double().repeat_interleave(128, -1)[..., :200]
+    assert torch.equal(KERNELS.through_fp8(x, scale_fmt), restored.to(dtype))
     assert ((restored - x.double()).abs() <= x.double().abs() / 16 + scale.double().max() * 2.0**-10).all()
 
 
 def test_every_fp8_code_widens_to_its_value() -> None:
-    codes = torch.arange(256, dtype=torch.uint8).view(FP8)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(8).view(FP8)
+    assert len(codes) > torch_kernels.FEW_VALUES
     assert torch.equal(
         torch_kernels._widen(codes, torch.float64).nan_to_num(1e9), codes.double().nan_to_num(1e9)
     )

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.kv.policies.registry import POLICIES, make_policy
+from dsatrace.kv.policies.registry import POLICIES
 from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.tiers.residency import ABSENT, STAMP_POLICIES, TIER_POLICIES, Moves, Residency, StampOrder
 from helpers.plain_cache import plain_simulate
 from helpers.plain_order import PlainOrder
+from helpers.plain_policies import make_policy
 from helpers.power import examples
 
 NUM_UNITS = 12

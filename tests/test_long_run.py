@@ -1,4 +1,4 @@
-"""Writing, verifying and summarizing take no more memory for a run four times as long."""
+"""Writing, verifying and summarizing take no more memory for a run four times as long; nor does reading."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from conftest import ROOT
-from dsatrace.schema import LEVELS
+from dsatrace.schema import LEVELS, STEPS_PARQUET_FILE
+from dsatrace.trace.parquet.columns import POSITIONS, arrow_schema
+from dsatrace.trace.parquet.file import open_writer, read_records
 from dsatrace.trace.summarize import summarize_runs
+from dsatrace.verify.parquet_steps import ParquetSteps
 from dsatrace.verify.run import verify
 from helpers.command_runs import bench
 
@@ -63,6 +68,20 @@ def test_memory_does_not_grow_with_the_run(
         assert verified.num_records == rounds * one_round
     for short, long in zip(*peaks, strict=True):
         assert long < short + SLACK_BYTES + DIGEST_BYTES
+
+
+def test_nothing_stays_of_the_parquet_that_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsatrace.verify.parquet_steps._BATCH_RECORDS", 16)
+    path, schema, rng = tmp_path / STEPS_PARQUET_FILE, arrow_schema(pa.float32()), np.random.default_rng(0)
+    with open_writer(path, schema) as writer:
+        for _ in range(20):
+            drawn = pa.array(list(rng.integers(0, 1 << 30, (16, 2048), dtype=np.int32)))
+            columns = [drawn if field.name == POSITIONS else pa.nulls(16, field.type) for field in schema]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+    for records in (read_records(path), ParquetSteps([path]).records((0, 320))):
+        before = pa.total_allocated_bytes()
+        held = [pa.total_allocated_bytes() - before for _ in records]
+        assert len(held) == 320 and max(held) < path.stat().st_size / 2
 
 
 def test_the_script_says_what_it_did(tmp_path: Path) -> None:

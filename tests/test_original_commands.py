@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
+import cli_reference
 from conftest import ROOT
 from dsatrace.commands.arguments import ENGINE_FLAGS, MODEL_FLAGS, OFFLOAD_FLAGS
+from dsatrace.commands.study import VERBS
 from dsatrace.runner.settings import ModelSettings, OffloadSettings
 
 LINES = """
@@ -67,6 +70,27 @@ def test_the_line_is_parsed(line: str) -> None:
             assert args[flag[2:].replace("-", "_")] == int(argv[argv.index(flag) + 1])
     if "--batch-size" in argv:
         assert args["max_batch_size"] == int(argv[argv.index("--batch-size") + 1])
+
+
+def study_commands() -> list[str]:
+    """Those that docs/study.md names beside the commands of the study's original documents."""
+    _, _, table = (
+        (ROOT / "docs" / "study.md").read_text("utf-8").partition("original documents\n\nA test parses")
+    )
+    return re.findall(r"`dsatrace study ([^`]+)`", table)
+
+
+@pytest.mark.parametrize("line", study_commands())
+def test_the_studys_line_is_parsed(line: str) -> None:
+    name, *argv = line.split()
+    verb = VERBS[name]
+    parser = cli_reference.parser_of(verb.module, list(verb.flags))
+    assert parser.parse_args([*verb.flags, *argv])
+
+
+def test_every_command_of_the_study_has_a_line() -> None:
+    assert {line.split()[0] for line in study_commands()} >= VERBS.keys() - {"explain", "size"}
+    assert len(study_commands()) >= 12
 
 
 @pytest.mark.parametrize(

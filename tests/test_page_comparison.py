@@ -201,15 +201,18 @@ def test_runs_of_other_models_and_levels_are_refused(tmp_path: Path) -> None:
 
 
 def test_replays_of_other_settings_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    run, flags = write_golden(tmp_path / "run"), list[str]()
-    for sizes in ("1k", "2k"):
-        out = str(tmp_path / sizes)
+    run, page = write_golden(tmp_path / "run"), str(tmp_path / "page.html")
+    for name, sizes, *chosen in (("a", "1k"), ("b", "1k,2k", "--choose", "1k"), ("c", "1k,2k")):
+        out = str(tmp_path / name)
         asked = ["replay", str(run), "--policy", "lru", "--sizes", sizes, "--out", out, "--no-figure"]
-        assert cli.main(asked) == 0
-        flags += ["--replay", out]
-    page = ["--html", str(tmp_path / "page.html"), *flags]
-    said = told_error(capsys, lambda: cli.main(["report", str(run), str(run), *page]))
-    assert "sizes is ['1k'] in the first, ['2k'] in the second" in said
+        assert cli.main([*asked, *chosen]) == 0
+    for first, second, named in (
+        ("a", "b", "sizes is ['1k'] in the first, ['1k', '2k'] in the second"),
+        ("b", "c", "size is 1k in the first, 2k in the second"),
+    ):
+        replays = [flag for name in (first, second) for flag in ("--replay", str(tmp_path / name))]
+        args = ["report", str(run), str(run), "--html", page, *replays]
+        assert named in told_error(capsys, lambda args=args: cli.main(args))
 
 
 @pytest.mark.parametrize(

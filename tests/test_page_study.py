@@ -11,6 +11,7 @@ import pytest
 from dsatrace import cli
 from dsatrace.report.page.page import MAX_BYTES
 from dsatrace.report.page.study_page import policies_by_capacity, study_html
+from dsatrace.report.page.svg import WIDTH, Axis, Series, line_chart
 from helpers.command_runs import told_error
 from helpers.golden_run import write_golden
 from helpers.page import SMALL_SWEEP, Page
@@ -96,6 +97,18 @@ def test_all_tables_of_the_report_are_there(
         numbers = [[cell for cell in row if isinstance(cell, float | int)] for row in table["rows"]]
         assert [[cell for cell in row if isinstance(cell, float | int)] for row in rows] == numbers
         assert page.sections()[f"table-{i}"].first("h2").text == table["title"]
+
+
+def test_a_mark_at_the_end_of_a_chart_keeps_its_label_within() -> None:
+    x, y = Axis("size", 1, 4, log=True), Axis("hits", 0, 1, share=True)
+    marks = [(4.0, "recommended: 256.0 GiB"), (1.0, "the smallest size of all of them"), (3.9, "no room")]
+    page = Page(line_chart("Hits", "They grow.", x, y, [Series("lru", [1, 4], [0, 1])], marks))
+    boxes = {
+        text: (left, right) for left, _, right, _, text in page.text_boxes(page.root.first("svg", role="img"))
+    }
+    assert 0 <= boxes[marks[1][1]][0] < boxes[marks[1][1]][1] < boxes[marks[0][1]][0]
+    assert boxes[marks[0][1]][1] <= WIDTH - 4
+    assert "no room" not in boxes
 
 
 def test_a_study_of_one_capacity_is_told_in_bars(tmp_path: Path) -> None:

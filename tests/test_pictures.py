@@ -232,6 +232,17 @@ def test_every_panel_of_a_replay(
         assert f"config {record['model_config_digest'][:8]}" in title and "unit: " in title, title
 
 
+def test_a_policy_that_misses_nothing_is_drawn(
+    replayed: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    record = replayed("one layer")
+    for cell in record["overall"]["policies"]["opt"].values():
+        cell["miss_rate"] = 0.0
+    settings = PictureSettings(format="svg", panels=("curves",))
+    (path,) = draw_replay(record, tmp_path / "replay", settings).paths
+    assert ">opt<" in path.read_text()
+
+
 def _grey(colour: str) -> float:
     return float(np.dot(mpl.colors.to_rgb(colour), (0.299, 0.587, 0.114)))
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dsatrace.kv.policies.policy import Access
-from dsatrace.kv.policies.registry import make_policy
+from dsatrace.kv.policies.compiled import Access
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.policies.stream import AccessStream, release_by_concurrency
+from helpers.plain_policies import make_policy
 
 lcs = pytest.importorskip("libcachesim", reason="libCacheSim is not installed")
 

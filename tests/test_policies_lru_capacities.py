@@ -16,11 +16,11 @@ from helpers.policy_streams import EACH_BY_ALL, streams
 CAPACITIES = [9, 1, 2, 3, 4, 6, 13, 1000]
 
 
-def check(stream: AccessStream, oversize: str, leaf: bool) -> int:
-    swept = lru_hits_at(stream, CAPACITIES, oversize=oversize)
+def check(stream: AccessStream, leaf: bool) -> int:
+    swept = lru_hits_at(stream, CAPACITIES)
     for row, capacity in enumerate(CAPACITIES):
-        result = simulate(stream, "lru", capacity, leaf=leaf, oversize=oversize)
-        for field in ("accesses", "hits", "hits_any"):
+        result = simulate(stream, "lru", capacity, leaf=leaf)
+        for field in ("hits", "hits_any"):
             expected = stream.by_workload(getattr(result, field))
             assert getattr(swept, field)[row].tolist() == expected.tolist()
     return swept.num_simulated
@@ -29,9 +29,8 @@ def check(stream: AccessStream, oversize: str, leaf: bool) -> int:
 @EACH_BY_ALL
 @given(stream=streams())
 def test_one_pass_equals_simulation(stream):
-    for oversize in ("truncate", "reject"):
-        for leaf in (False, True):
-            check(stream, oversize, leaf)
+    for leaf in (False, True):
+        check(stream, leaf)
 
 
 def test_empty_requests_keep_the_order_of_release():
@@ -40,13 +39,12 @@ def test_empty_requests_keep_the_order_of_release():
     stream = AccessStream.of(chains)
     release = stream.release.copy()
     release[2] = 15
-    for oversize in ("truncate", "reject"):
-        check(dataclasses.replace(stream, release=release), oversize, leaf=True)
+    check(dataclasses.replace(stream, release=release), leaf=True)
 
 
 @given(stream=streams(in_flight=False))
 def test_one_at_a_time_nothing_is_simulated(stream):
-    assert check(stream, "truncate", leaf=False) == 0
+    assert check(stream, leaf=False) == 0
 
 
 @given(
@@ -54,7 +52,7 @@ def test_one_at_a_time_nothing_is_simulated(stream):
 )
 def test_also_where_ids_are_no_prefixes(sets):
     """Then unbroken and single hits differ, and the leaf constraint has no meaning."""
-    assert check(AccessStream.of(sets), "truncate", leaf=False) == 0
+    assert check(AccessStream.of(sets), leaf=False) == 0
 
 
 def test_a_long_stream_through_many_compactions():

@@ -12,15 +12,14 @@ import pytest
 from dsatrace.errors import UserError
 from dsatrace.kv.policies import batches
 from dsatrace.kv.policies import simulate as simulate_module
-from dsatrace.kv.policies.policy import NEVER, NO_PARENT, Access, PlainPolicy
-from dsatrace.kv.policies.registry import POLICIES, make_policy
+from dsatrace.kv.policies.compiled import NEVER
+from dsatrace.kv.policies.registry import POLICIES
 from dsatrace.kv.policies.reuse import reuse_profile
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.policies.stack_distance import lru_hits_at
 from dsatrace.kv.policies.stream import AccessStream, release_by_concurrency
 from helpers.policy_streams import release_by_duration
 
-GIVEN = {"wa-lru": {"admit": ["all"]}, "wa-prob": {"reuse": {"all": (0.5, 1.0)}}}
 STREAM = AccessStream.of([["a", "b"], ["a", "c"], ["d"]])
 
 
@@ -30,46 +29,10 @@ def test_every_policy_names_its_meaning_and_source():
         assert info.meaning and re.search(r"\d{4}|SGLang|vLLM|measured", info.source)
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
-@pytest.mark.parametrize("leaf", [False, True], ids=["flat", "leaf"])
-def test_a_pool_can_use_it(name, leaf):
-    """Without `miss`, with hits on unpinned blocks, and with `forget`."""
-    policy: PlainPolicy = make_policy(name, 4, leaf=leaf, **GIVEN.get(name, {}))
-    chain = [(7, NO_PARENT), (8, 7), (9, 8)]
-    for depth, (block, parent) in reversed(list(enumerate(chain))):
-        policy.insert(block, Access(parent=parent, depth=depth, from_end=2 - depth))
-        policy.pin(block)
-    with pytest.raises(LookupError, match="requests hold all of them"):
-        policy.evict()
-    for block in (9, 8, 7):
-        policy.unpin(block)
-    policy.hit(7, Access(time=1.0))
-    policy.forget(9)
-    policy.insert(10, Access(time=2.0))
-    evicted = [policy.evict() for _ in range(3)]
-    assert sorted(evicted) == [7, 8, 10]
-    if leaf or POLICIES[name].leaf_first:
-        assert evicted.index(8) < evicted.index(7)
-    with pytest.raises(LookupError):
-        policy.evict()
-
-
-def test_out_of_date_entries_do_not_pile_up():
-    policy = make_policy("lru", 3)
-    for block in range(3):
-        policy.insert(block, Access())
-    for at in range(10_000):
-        policy.hit(at % 3, Access())
-    assert sum(map(len, policy._heaps)) < 200
-    assert [policy.evict() for _ in range(3)] == [1, 2, 0]
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (lambda: simulate(STREAM, "lrru", 3), "unknown policy 'lrru'; choose from lru, fifo"),
-        (lambda: make_policy("best", 3), "unknown policy 'best'"),
-        (lambda: make_policy("lru", 0), "holds at least 1 block, not 0"),
         (lambda: simulate(STREAM, "lru", 0), "holds at least 1 block, not 0"),
         (lambda: lru_hits_at(STREAM, [4, -1]), "holds at least 1 block, not -1"),
         (lambda: simulate(STREAM, "lru", 3, oversize="drop"), "'truncate' or 'reject', not 'drop'"),
@@ -78,9 +41,9 @@ def test_out_of_date_entries_do_not_pile_up():
         (lambda: simulate(STREAM, "slru", 3, protected=1.5), "protected is a share"),
         (lambda: simulate(STREAM, "random", 3, seed=-1), "seed must not be negative"),
         (lambda: simulate(STREAM, "priority", 3, priorities={"vip": 1}), "unknown: vip; there are all"),
-        (lambda: make_policy("wa-lru", 3), "no stream to learn reuse from: give admit"),
-        (lambda: make_policy("wa-prob", 3, reuse={}), "reuse names workloads, missing: all"),
-        (lambda: make_policy("wa-prob", 3, reuse={"all": (1.0, 1.0)}), "from 0 to below 1"),
+        (lambda: batches.BatchOrder("wa-lru", 3, 3), "no stream to learn reuse from: give admit"),
+        (lambda: simulate(STREAM, "wa-prob", 3, reuse={}), "reuse names workloads, missing: all"),
+        (lambda: simulate(STREAM, "wa-prob", 3, reuse={"all": (1.0, 1.0)}), "from 0 to below 1"),
         (lambda: AccessStream.of([["a", "b", "a"]]), "request 0 names a block twice"),
         (lambda: AccessStream.of([["a"], ["b"]], times=[1, 0]), "request 1 comes before"),
         (lambda: AccessStream.of([["a"]], times=[0, 1]), "times has 2 entries for 1 requests"),

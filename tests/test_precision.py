@@ -19,6 +19,7 @@ from dsatrace.model.kernels import get_kernels
 from dsatrace.model.layers import ModelSetup, RMSNorm, RowParallelLinear
 from dsatrace.model.moe import MoE, swiglu
 from dsatrace.model.parallel import ParallelGroup
+from dsatrace.model.rotary import rope_of
 from dsatrace.model.transformer import Block
 from helpers.models import SMALL, random_model
 
@@ -88,7 +89,7 @@ def test_what_surrounds_attention_is_not_rounded_either() -> None:
     key_up, value_up = attention.absorbed()
     assert key_up.dtype == value_up.dtype == torch.float32
     latent = normal(5, ARGS.q_lora_rank)
-    rope = (torch.ones(5, ARGS.qk_rope_head_dim // 2), torch.zeros(5, ARGS.qk_rope_head_dim // 2))
+    rope = rope_of(ARGS, torch.zeros(5, dtype=torch.int64), torch.zeros(ARGS.qk_rope_head_dim // 2))
     absorbed = attention._absorbed_query(latent, rope)[..., : ARGS.kv_lora_rank]
     query = attention.wq_b(latent).view(5, 16, -1)[..., : ARGS.qk_nope_head_dim]
     exact = torch.einsum("nhd,hdc->nhc", query.double(), key_up.double())

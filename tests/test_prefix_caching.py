@@ -20,18 +20,12 @@ from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.runner import Step
 from dsatrace.engine.scheduler import Admission, Scheduler
 from dsatrace.engine.settings import RunSettings
-from dsatrace.engine.simulator import StepTime, TokenSimulator, replay
+from dsatrace.engine.simulator import TokenSimulator, replay
 from dsatrace.workloads.request import Request
 from helpers.power import examples
+from helpers.simulated_time import TIMES, EveryStep
 
 END = 9
-TIMES = StepTime(step_ns=1_000_000, prefill_token_ns=100_000, decode_token_ns=10_000, context_token_ns=1_000)
-
-
-class EveryStep(VirtualClock):
-    """The same time, never jumped over."""
-
-    jumps = False
 
 
 class SlotKeeper(TokenSimulator):

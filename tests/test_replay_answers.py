@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.simulated import PRESETS, load_preset
+from dsatrace.selection_replay.answers import add_answers
 from dsatrace.selection_replay.cost import Compute, Cost, parse_compute
 from dsatrace.selection_replay.engines import Counters, engine_settings, read_counters
 
@@ -70,10 +71,20 @@ def test_settings_are_ready_to_paste() -> None:
 
 
 def test_settings_that_an_engine_would_refuse_are_named() -> None:
-    with pytest.raises(UserError, match="a buffer of 2047 ids: every engine needs at least top-k, 2048"):
-        engine_settings(2047, 2048, 1)
     assert "vLLM wants 6144" in engine_settings(4096, 2048, 2)[1].note
     assert all("32768" in setting.note for setting in engine_settings(32769, 2048, 1)[:2])
+
+
+def test_a_buffer_below_top_k_has_no_settings() -> None:
+    """It is replayed all the same, where steps select fewer ids."""
+    record = {
+        "settings": {"sizes": ["6"], "share": "none", "union": 1},
+        "overall": {"policies": {"lru": {"6": {"miss_rate": 0.5, "ids": 6.0}}}},
+        "unit": "token",
+        "top_k": [8],
+    }
+    add_answers(record, None, None, None, None, None)
+    assert record["chosen"] == {"size": "6"}
 
 
 def test_counters_of_prometheus_are_added_over_their_labels(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from dsatrace.trace.export import export_run
 from dsatrace.trace.parquet import file as parquet
 from dsatrace.trace.parquet import replay_layout
 from dsatrace.trace.reader import RunReader, part_paths
-from dsatrace.trace.selections import read_selections, selection_parts
+from dsatrace.trace.selection_parts import selection_parts
+from dsatrace.trace.selections import read_selections
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
 from helpers.golden_run import NUM_LAYERS, GoldenRequest, write_golden
@@ -125,6 +126,13 @@ def test_a_killed_run_is_laid_out_as_far_as_it_goes(runs: Path, tmp_path: Path) 
     run = laid_out(tmp_path / "run", tmp_path / "out")
     assert run.state == "incomplete"
     assert as_read(run) == plainly(RunReader(tmp_path / "run"))
+
+
+def test_a_run_without_records_is_laid_out_too(tmp_path: Path) -> None:
+    write_golden(tmp_path / "run", REQUESTS[:1], prefill="off", sample_rate=0.0)
+    laid_out(tmp_path / "run", tmp_path / "out")
+    found = verify(tmp_path / "out")
+    assert (found.is_for_replay, found.num_records) == (True, 0)
 
 
 def test_what_needs_the_order_of_writing_says_so(

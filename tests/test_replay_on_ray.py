@@ -73,7 +73,7 @@ def end_once(marker: str) -> str:
 
 def test_both_nodes_replay(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = str(write_golden(tmp_path / "run", REQUESTS, sealed=True))
-    monkeypatch.setattr("dsatrace.trace.selections.MIN_PART_BYTES", 1)
+    monkeypatch.setattr("dsatrace.trace.selection_parts.MIN_PART_BYTES", 1)
     flags = ("--policy", "lru,opt", "--no-figure")
     assert main([run, *flags, "--out", str(tmp_path / "here")]) == 0
     assert main([run, *flags, "--out", str(tmp_path / "there"), "--engine", "ray"]) == 0

@@ -85,8 +85,8 @@ def test_results_with_and_without_them_do_not_add(
 
 
 def test_shards_add_up(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsatrace.trace.selections.MIN_PARTS", 1 << 40)
-    monkeypatch.setattr("dsatrace.trace.selections.MIN_PART_BYTES", 1)
+    monkeypatch.setattr("dsatrace.trace.selection_parts.MIN_PARTS", 1 << 40)
+    monkeypatch.setattr("dsatrace.trace.selection_parts.MIN_PART_BYTES", 1)
     whole = replayed(run, tmp_path / "whole", "--steps", "answer")
     outs = [tmp_path / f"{shard}" for shard in range(2)]
     for shard, out in enumerate(outs):

@@ -13,14 +13,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.kv.policies.ordered import Uniform
-from dsatrace.kv.policies.policy import Access
-from dsatrace.kv.policies.registry import make_policy
+from dsatrace.kv.policies.compiled import Access
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.selection_replay.policies import POLICIES, misses
 from dsatrace.selection_replay.replayed import Replayed
 from dsatrace.selection_replay.steps import Start, Steps
+from helpers.plain_policies import Uniform, make_policy
 from helpers.replay import buffer_sizes, rows_of, set_traces
 
 quickly = settings(max_examples=100, deadline=None)

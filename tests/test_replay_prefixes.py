@@ -24,7 +24,7 @@ from dsatrace.selection_replay.prefixes import Beginning, Prefix, find_prefixes,
 from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes
 from dsatrace.selection_replay.steps import Steps
 from dsatrace.selection_replay.streams import Recorded
-from dsatrace.trace import selections
+from dsatrace.trace import selection_parts
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.export import export_run
 from dsatrace.trace.kind import Layer, SelectionKind, engine_kind
@@ -307,8 +307,8 @@ def test_parts_shards_and_layouts_give_one_result(
 ) -> None:
     """Requests that share stay together, in whatever file they lie."""
     whole = replayed(run, tmp_path / "whole")
-    monkeypatch.setattr(selections, "MIN_PARTS", 1 << 40)
-    monkeypatch.setattr(selections, "MIN_PART_BYTES", 1)
+    monkeypatch.setattr(selection_parts, "MIN_PARTS", 1 << 40)
+    monkeypatch.setattr(selection_parts, "MIN_PART_BYTES", 1)
     monkeypatch.setattr("dsatrace.trace.parquet.replay_layout.FILE_BYTES", 1)
     export_run(RunReader(run), "replay", tmp_path / "laid out" / "run")
     for folder in (run, tmp_path / "laid out" / "run"):

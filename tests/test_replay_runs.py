@@ -21,7 +21,7 @@ from dsatrace.selection_replay.replay import replay_all, replay_part
 from dsatrace.selection_replay.result import Result
 from dsatrace.selection_replay.settings import ReplaySettings, parse_sizes
 from dsatrace.selection_replay.work import Work, find_work
-from dsatrace.trace import selections
+from dsatrace.trace import selection_parts
 from dsatrace.trace.export import export_run
 from dsatrace.trace.kind import SelectionKind
 from dsatrace.trace.reader import RunReader
@@ -41,8 +41,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def parts(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[Work]:
     """One request each."""
-    monkeypatch.setattr(selections, "MIN_PARTS", 1 << 40)
-    monkeypatch.setattr(selections, "MIN_PART_BYTES", 1)
+    monkeypatch.setattr(selection_parts, "MIN_PARTS", 1 << 40)
+    monkeypatch.setattr(selection_parts, "MIN_PART_BYTES", 1)
     work = find_work([run], SETTINGS)
     assert len(work) == len(REQUESTS)
     return work
@@ -72,6 +72,14 @@ def test_a_request_counts_once(run: Path) -> None:
     again = Result.from_json(result.to_json(), "again")
     with pytest.raises(UserError, match=r"there\.json: request run/r0 stands in another file too"):
         result.add(again, "there.json")
+
+
+def test_runs_of_one_name_add(run: Path, tmp_path: Path) -> None:
+    other = write_golden(tmp_path / "run", REQUESTS, sealed=True)
+    result = replay_all(find_work([run, other], SETTINGS), SETTINGS)
+    assert len(result.requests) == 2 * len(REQUESTS)
+    with pytest.raises(UserError, match=r"request .*/run/r0 stands in another file too"):
+        replay_all(find_work([run, run], SETTINGS), SETTINGS)
 
 
 def test_other_settings_and_models_do_not_add(run: Path) -> None:
@@ -130,7 +138,7 @@ def test_two_replays_may_keep_in_one_folder(parts: list[Work], tmp_path: Path) -
 
 
 def test_a_small_run_of_lines_is_cut_for_many_processes(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selections, "MIN_PART_BYTES", 1)
+    monkeypatch.setattr(selection_parts, "MIN_PART_BYTES", 1)
     assert len(find_work([run], SETTINGS)) == len(REQUESTS)
 
 

@@ -161,6 +161,11 @@ def test_what_ids_are_is_read_from_the_manifest() -> None:
     assert not experts.is_position and experts.bytes_per_id is None
     assert experts.visible(np.array([4, 5])).tolist() == [64, 64]
     assert not kind({"id_kind": "slot"}).is_position
+    nothing = {"name": "own", "latent_bytes_per_token": 0, "index_bytes_per_token": 0}
+    own = Recorded.of(
+        {**MANIFEST, "cache_layout": "own", "cache_layouts": [nothing]}, ReplaySettings(), "outputs/mine"
+    )
+    assert own.bytes_per_id is own.index_bytes_per_id is None  # a door that does not know them
 
 
 @pytest.mark.parametrize(

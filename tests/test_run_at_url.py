@@ -57,7 +57,7 @@ def test_a_replay_is_that_of_the_folder(runs: Path, bucket: str, form: str, tmp_
 
 
 def test_processes_and_shards_read_urls(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsatrace.trace.selections.MIN_PART_BYTES", 1)
+    monkeypatch.setattr("dsatrace.trace.selection_parts.MIN_PART_BYTES", 1)
     url = f"file://{runs}/parquet/run"
     whole = replayed(url, tmp_path / "whole", "--jobs", "2")
     assert len(list((tmp_path / "whole" / "parts").iterdir())) == len(REQUESTS)

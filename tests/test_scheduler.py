@@ -15,17 +15,11 @@ from dsatrace.engine.engine import serve
 from dsatrace.engine.live import LiveRequest
 from dsatrace.engine.scheduler import Admission, Scheduler
 from dsatrace.engine.settings import EngineSettings, RunSettings
-from dsatrace.engine.simulator import StepTime, open_simulator, replay
+from dsatrace.engine.simulator import open_simulator, replay
 from dsatrace.workloads.request import Request
+from helpers.simulated_time import TIMES, EveryStep
 
 END = 0
-TIMES = StepTime(step_ns=1_000_000, prefill_token_ns=100_000, decode_token_ns=10_000, context_token_ns=1_000)
-
-
-class EveryStep(VirtualClock):
-    """The same time, never jumped over."""
-
-    jumps = False
 
 
 @dataclasses.dataclass(frozen=True)

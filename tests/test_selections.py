@@ -17,7 +17,8 @@ from dsatrace.schema import STEPS_FILE, STEPS_PARQUET_FILE
 from dsatrace.trace.export import export_run
 from dsatrace.trace.parquet import file as parquet
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.selections import LayerSet, SelectionPart, read_selections, selection_parts
+from dsatrace.trace.selection_parts import SelectionPart, selection_parts
+from dsatrace.trace.selections import LayerSet, read_selections
 from helpers.golden_run import write_golden
 from helpers.resume_samples import serve
 
@@ -107,6 +108,14 @@ def test_a_killed_run_gives_its_whole_lines(tmp_path: Path) -> None:
     assert as_read(run) == plainly(run)
     assert "cut short" in run.torn_lines[STEPS_FILE]
     assert None in {request.num_prompt_tokens for request in read_selections(run)}
+
+
+def test_a_file_that_has_become_shorter_is_named(tmp_path: Path) -> None:
+    run = RunReader(write_golden(tmp_path / "run"))
+    parts, steps = selection_parts(run), tmp_path / "run" / STEPS_FILE
+    steps.write_bytes(b"".join(steps.read_bytes().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match=f"{STEPS_FILE}: ends at byte"):
+        list(read_selections(run, parts))
 
 
 def test_records_kept_as_text_are_read(runs: Path, tmp_path: Path) -> None:

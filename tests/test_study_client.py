@@ -7,6 +7,7 @@ import itertools
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,9 @@ from hypothesis import strategies as st
 
 import dsatrace
 from dsatrace.errors import UserError
+from dsatrace.study import tokenization
+from dsatrace.study.accesses import write_accesses
+from dsatrace.study.logs import Log
 from dsatrace.study.prepare import (
     CONVERSATIONS,
     SHORT,
@@ -23,15 +27,20 @@ from dsatrace.study.prepare import (
     limit_requests,
     prepare_traces,
 )
-from dsatrace.study.tokenization import PieceEncoder, tokenize_rows
+from dsatrace.study.request_files import hash_id_rows
+from dsatrace.study.requests import block_trace
+from dsatrace.study.sources import Client, Source
+from dsatrace.study.tokenization import PieceEncoder, open_vocabulary, tokenize_rows
 from dsatrace.workloads.chat_format import SPECIAL_TOKENS, ChatTemplateFormatter, split_chat_text
 from dsatrace.workloads.encoding import Message, encode_chat
+from dsatrace.workloads.id_logs import BAILIAN, write_hash_ids
 from dsatrace.workloads.request_generator import RequestGenerator, ThinkTime, num_turns
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import Conversation, ShareGPTLoader
 from dsatrace.workloads.tokenizer import BOS, END_THINK, EOS, USER, Tokenizer, load_tokenizer
-from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN
+from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN, write_trace_rows
 from helpers.byte_tokenizer import byte_tokenizer
+from helpers.json_lines import read_json_lines, write_json_lines
 from helpers.real_data import real_file
 
 BYTES = byte_tokenizer()
@@ -306,6 +315,11 @@ def test_matched_requests_come_from_later_conversations() -> None:
     )
     assert [row.conversation_id for row in first.single] == ["a", "b", "c"]  # b was dropped, and serves here
     assert first.counts[TOO_FEW_TURNS] == 1
+    long = [chat("e", "q", "a", "q" * 99), *chats]  # dropped for its second request
+    some = dataclasses.replace(options, max_conversations=2, max_tokens=60)
+    prepared = prepare_traces(long, some, BYTES)
+    assert prepared.counts[TOO_LONG] == 1 and prepared.counts[SHORT] == 0
+    assert [row.conversation_id for row in prepared.single] == ["a", "e", "b"]
     wide = dataclasses.replace(options, max_tokens=30)
     chats[1] = chat("b", "q" * 99)
     assert [row.conversation_id for row in prepare_traces(chats, wide, BYTES).single] == ["a", "c", "d"]
@@ -348,6 +362,20 @@ def test_progress_is_told_and_an_empty_trace_refused() -> None:
         tokenize_rows([], BYTES)
 
 
+def test_ids_do_not_depend_on_how_many_pieces_are_kept(
+    deepseek_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats = [chat(str(i), *(f"{word} {i % 3}" for word in ("where", "there", "why", "so"))) for i in range(9)]
+    rows = RequestGenerator(chats).generate_multi_turn_traces(ChatTemplateFormatter(deepseek_tokenizer))
+    expected = tokenize_rows(rows, deepseek_tokenizer)
+    for kept, batch in ((0, 0), (30, 0), (30, 200)):
+        monkeypatch.setattr(tokenization, "_MAX_KEPT_CHARS", kept)
+        monkeypatch.setattr(tokenization, "_BATCH_CHARS", batch)
+        requests = tokenize_rows(rows, deepseek_tokenizer)
+        assert requests.prompt_ids.tolist() == expected.prompt_ids.tolist()
+        assert requests.response_ids.tolist() == expected.response_ids.tolist()
+
+
 def test_real_conversations_become_traces() -> None:
     loader = ShareGPTLoader(real_file("sharegpt/ShareGPT_V3_tiny40.json"))
     prepared = prepare_traces(loader, ClientSettings(min_turns=2), BYTES)
@@ -356,3 +384,34 @@ def test_real_conversations_become_traces() -> None:
     for i, row in enumerate(prepared.multi):
         assert row.prompt.startswith(BOS) and row.prompt.endswith(END_THINK)
         assert requests[i].num_response_tokens == len(row.response.encode())
+
+
+@pytest.mark.parametrize("form", ["text", "block ids", "accesses"])
+def test_times_stay_what_they_are_in_a_file(form: str, tmp_path: Path) -> None:
+    """Drawn times stay assumed where a trace is written and read back, recorded ones recorded."""
+    words, path = open_vocabulary("words"), tmp_path / "trace.jsonl"
+    made = Client(Source(workloads=("qa",)), ClientSettings(num_requests=4), words)
+    rows, requests = made.rows(), made.requests()
+    assert made.times == "assumed"
+
+    def times_of(**source: Any) -> str:
+        client = Client(Source(**source), ClientSettings(), words)
+        assert len(client.requests()) == len(rows)
+        return client.times
+
+    read_from = tmp_path if form == "accesses" else path
+    for recorded in (False, True):
+        times = "recorded" if recorded else "assumed"
+        requests = dataclasses.replace(requests, times_recorded=recorded)
+        if form == "text":
+            write_trace_rows(path, [dataclasses.replace(row, recorded=recorded) for row in rows])
+            assert times_of(log=Log((str(path),))) == times
+        elif form == "block ids":
+            write_hash_ids(path, hash_id_rows(requests, BAILIAN), BAILIAN)
+        else:
+            write_accesses(tmp_path, requests, block_trace(requests, 16))
+            path = tmp_path / "requests.jsonl"
+        assert times_of(trace_file=read_from) == times
+    untold = [{k: v for k, v in row.items() if k != "arrivals"} for row in read_json_lines(path)]
+    write_json_lines(path, *untold)  # as older versions wrote them; block ids are those of published logs
+    assert times_of(trace_file=read_from) == ("recorded" if form == "block ids" else "assumed")

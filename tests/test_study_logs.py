@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import io
+import itertools
 import json
 import pickle
 import sys
@@ -16,17 +17,17 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
+from dsatrace.commands.study.options import add_request_arguments, new_parser
 from dsatrace.errors import UserError
-from dsatrace.study.log_layouts import LAYOUTS, PARTS_LEFT_OUT, TOOL_CALLS, TOOL_ROLES
+from dsatrace.study.log_conversations import CONTINUED, FOUND, JOINED, ORPHANS
+from dsatrace.study.log_layouts import LAYOUTS
+from dsatrace.study.log_messages import ITEMS_LEFT_OUT, PARTS_LEFT_OUT, TOOL_CALLS, TOOL_ROLES
 from dsatrace.study.logs import (
-    FOUND,
-    JOINED,
     MOVED,
     NO_ANSWERS,
     NO_PROMPTS,
     NO_TIMES,
     OTHER_MODELS,
-    SORT_WINDOW,
     Log,
     ReadLog,
     read_log,
@@ -35,7 +36,7 @@ from dsatrace.study.requests import StudyRequests
 from dsatrace.study.tokenization import WordVocabulary, open_vocabulary, tokenize_rows
 from dsatrace.workloads.burstgpt import read_burstgpt
 from dsatrace.workloads.id_logs import DELAYED
-from dsatrace.workloads.rows import BadRows
+from dsatrace.workloads.rows import SORT_WINDOW, BadRows
 from dsatrace.workloads.sharegpt import ShareGPTLoader
 from dsatrace.workloads.trace_rows import TraceRow
 from helpers.real_data import real_file
@@ -85,6 +86,38 @@ CHATS: dict[str, dict[str, Any]] = {
 """One request in every layout that holds messages."""
 
 
+def response(text: str, **more: Any) -> dict[str, Any]:
+    """As OpenAI's Responses API returns it."""
+    part = {"type": "output_text", "text": text, "annotations": []}
+    message = {
+        "type": "message",
+        "id": "msg_1",
+        "status": "completed",
+        "role": "assistant",
+        "content": [part],
+    }
+    return {
+        "id": "resp_1", "object": "response", "created_at": EPOCH, "status": "completed", "error": None,
+        "model": "m", "output": [message], "tools": [], "usage": {"input_tokens": 9}, **more,
+    }  # fmt: skip
+
+
+BRIEF = SYSTEM["content"]
+WHERE = {"role": "user", "content": [{"type": "input_text", "text": ASK["content"]}]}
+CHATS |= {
+    "responses": {"input": ASK["content"], "instructions": BRIEF, **response(SAID)},
+    "responses, items": {"input": [{"type": "message", **WHERE}], **response(SAID, instructions=BRIEF)},
+    "responses, beside": {"input": [{**SYSTEM, "role": "developer"}, WHERE], "response": response(SAID)},
+    "responses, pair": {
+        "request": {"model": "m", "input": ASK["content"], "instructions": BRIEF}, "response": response(SAID)
+    },
+    "responses, batch": {
+        "body": {"input": ASK["content"], "instructions": BRIEF},
+        "response": {"status_code": 200, "body": response(SAID)},
+    },
+}  # fmt: skip
+
+
 def write(path: Path, *rows: dict[str, Any]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -106,7 +139,7 @@ def test_a_chat_is_the_same_request_in_every_layout(tmp_path: Path, name: str) -
     expected = ids(tokenize_rows([row], WordVocabulary()))
     log = read(write(tmp_path / "log.jsonl", CHATS[name]))
     assert ids(log.requests) == expected
-    assert log.holds_text and log.has_times
+    assert log.holds_text and log.requests.times_recorded
 
 
 @pytest.mark.parametrize(
@@ -130,12 +163,68 @@ def test_a_chat_is_the_same_request_in_every_layout(tmp_path: Path, name: str) -
             "rows with tools, which is not part of the prompt here",
         ),
         ({"messages": [ASK]}, NO_ANSWERS),
+        ({"input": [WHERE, {"type": "reasoning", "summary": []}]}, ITEMS_LEFT_OUT),
+        ({"input": [WHERE, {"type": "function_call", "name": "f", "arguments": "{}"}]}, TOOL_CALLS),
+        ({"input": [WHERE, {"type": "function_call_output", "call_id": "1", "output": "3"}]}, TOOL_ROLES),
     ],
 )
 def test_what_is_changed_or_left_out_is_counted(tmp_path: Path, row: dict[str, Any], what: str) -> None:
     counts: Counter[str] = Counter()
     read(write(tmp_path / "log.jsonl", row), counts=counts)
     assert counts[what] == 1
+
+
+@pytest.mark.parametrize("by", ["previous_response_id", "conversation"])
+def test_a_response_goes_on_from_the_one_it_names(tmp_path: Path, by: str) -> None:
+    """A server that keeps conversations is sent the newest message; what it reads is the whole chat."""
+    named = [{}, {by: "resp_1"}, {by: "resp_2"}]
+    if by == "conversation":
+        named = [{by: "conv_1"}, {by: {"id": "conv_1"}}, {by: "conv_1"}]
+    sent = [
+        {"input": ASK["content"], "instructions": "Be polite."},
+        {"input": [WHERE], "instructions": BRIEF},
+        {"input": NEXT["content"]},
+    ]
+    rows = [
+        {**row, **name, **response(SAID, id=f"resp_{i + 1}", created_at=EPOCH + i)}
+        for i, (row, name) in enumerate(zip(sent, named, strict=True))
+    ]
+    polite = {**SYSTEM, "content": "Be polite."}
+    whole = [[polite, ASK], [SYSTEM, ASK, ANSWER, ASK], [ASK, ANSWER, ASK, ANSWER, NEXT]]
+    counts: Counter[str] = Counter()
+    # The second line comes last in the file: a log is written as answers end.
+    log = read(write(tmp_path / "log", rows[0], rows[2], rows[1]), counts=counts)
+    same = [
+        {"timestamp": EPOCH + i, "messages": chat, "response": SAID, "session_id": "s"}
+        for i, chat in enumerate(whole)
+    ]
+    assert ids(log.requests) == ids(read(write(tmp_path / "same", *same)).requests)
+    assert (log.requests.conversation.tolist(), log.requests.turn.tolist()) == ([0, 0, 0], [0, 1, 2])
+    assert (counts[CONTINUED], counts[ORPHANS], log.requests.arrival_s.tolist()) == (2, 0, [0, 1, 2])
+
+
+def test_a_response_to_one_that_is_not_there_begins_a_conversation(tmp_path: Path) -> None:
+    counts: Counter[str] = Counter()
+    rows = [{"input": "a", **response(SAID, previous_response_id="resp_0", id=None)}, {"input": [WHERE]}]
+    rows[1]["created_at"] = EPOCH
+    requests = read(write(tmp_path / "log", *rows), counts=counts).requests
+    assert (requests.conversation.tolist(), counts[ORPHANS], counts[CONTINUED]) == ([0, 1], 1, 0)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input": "a text", "model": "embedding-3", "created": EPOCH},
+        {"instruction": "Add.", "input": "1 1", "output": "2"},
+        {"input": ["a", "b"]},
+    ],
+)
+def test_not_everything_with_an_input_is_a_response(tmp_path: Path, row: dict[str, Any]) -> None:
+    file = write(tmp_path / "log", row)
+    with pytest.raises(UserError, match="has the columns of a known layout"):
+        assert Log((file,)).layout
+    if isinstance(row["input"], str):
+        assert len(read(file, forced="responses").requests) == 1
 
 
 def test_requests_of_another_model_are_counted(tmp_path: Path) -> None:
@@ -161,6 +250,31 @@ def test_sharegpt_takes_both_spellings_and_a_system_of_the_row(
         (m["role"], m["content"]) for m in (SYSTEM, ASK, ANSWER)
     ]
     assert loader.counts["odd_role"] == 0
+
+
+def test_several_files_of_conversations_are_read_and_their_ids_kept_apart(tmp_path: Path) -> None:
+    def chat(name: str, *texts: str) -> dict[str, Any]:
+        roles = itertools.cycle(("human", "gpt"))
+        return {"id": name, "conversations": [{"from": next(roles), "value": text} for text in texts]}
+
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    write(logs / "a.jsonl", chat("c", "one", "1", "two"), chat("d", "three"))
+    write(logs / "b.jsonl", chat("c", "four", "4", "five"))
+    out = tmp_path / "out"
+    flags = ("--skip-visualization", "--turn-delay", 1, "--tokenizer", "words")
+    assert study("run", "--log", logs, "--output-dir", out, *flags) == 0
+    rows = [json.loads(line) for line in (out / "multi_turn_trace.jsonl").read_text().splitlines()]
+    assert Counter(row["conversation_id"] for row in rows) == {"c": 2, "d": 1, "c#2": 2}
+    source = json.loads((out / "manifest.json").read_text())["source"]
+    assert [Path(file["path"]).name for file in source["files"]] == ["a.jsonl", "b.jsonl"]
+    loader = ShareGPTLoader(sorted(logs.iterdir()))
+    assert [conversation.source_row for conversation in loader] == [0, 1, 2]
+    assert loader.counts["duplicate_id"] == 1
+    assert [c.source_row for c in ShareGPTLoader(sorted(logs.iterdir()), 2)] == [0, 1]
+    (logs / "b.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"b.jsonl: row 0 \(line 1\), column 'conversations': missing column"):
+        list(ShareGPTLoader(sorted(logs.iterdir())))
 
 
 ROWS = [{"timestamp": EPOCH + i, "messages": [SYSTEM, ASK, ANSWER]} for i in range(3)]
@@ -209,6 +323,48 @@ def test_several_files_a_folder_and_standard_input_are_one_log_by_time(
     assert read("-", early).requests.arrival_s.tolist() == [0, 1, 2]
 
 
+def test_logs_of_several_services_are_workloads_of_one_mix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under the same session's id they are conversations of their own; a row may name its workload too."""
+    rows = [{**row, "session_id": "s"} for row in ROWS]
+    a, b = write(tmp_path / "a", *rows), write(tmp_path / "b=c", *rows, {**rows[0], "workload": "other"})
+    requests = read(f"chat={a}", b).requests
+    assert [requests.workload_names[i] for i in requests.workload] == [
+        "chat", "", "other", "chat", "", "chat", ""
+    ]  # fmt: skip
+    assert requests.conversation.tolist() == [0, 1, 2, 0, 1, 0, 1]
+    assert requests.turn.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    flags = ("--policies", "lru", "--num-blocks", 64, "--output-dir", tmp_path / "out", "--markdown")
+    code = study("mixed", "--log", f"chat={a}", f"qa={b}", *flags, "--skip-visualization", "--block-size", 4)
+    assert code == 0
+    assert "| chat | qa | gain over lru |" in capsys.readouterr().out
+    source = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]
+    assert source["workloads_of_files"] == ["chat", "qa"]
+    code = study("mixed", "--log", a, *flags[:-3], "--output-dir", tmp_path / "one")
+    check_mistake(capsys, code, "or name workloads with --log NAME=FILE NAME=FILE")
+
+
+@pytest.mark.parametrize(
+    ("row", "names", "message"),
+    [
+        (
+            {"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": [0]},
+            "a",
+            "block ids of one file",
+        ),
+        ({"id": "c", "conversations": []}, "a", "conversations are the workload chat_multi"),
+        ({"messages": [ASK]}, "ab", "names a file twice"),
+    ],
+)
+def test_workloads_are_named_where_that_means_something(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], row: dict[str, Any], names: str, message: str
+) -> None:
+    file = write(tmp_path / "log", row)
+    code = study("mixed", "--log", *(f"{name}={file}" for name in names), "--output-dir", tmp_path / "out")
+    check_mistake(capsys, code, message)
+
+
 @pytest.mark.parametrize(
     ("times", "unit", "seconds"),
     [
@@ -246,11 +402,12 @@ def test_a_unit_without_numbers_is_refused(tmp_path: Path, times: dict[str, str]
 def test_without_times_rows_follow_each_other_and_it_is_said(tmp_path: Path) -> None:
     counts: Counter[str] = Counter()
     log = read(write(tmp_path / "log", {"messages": [ASK]}, {"messages": [NEXT]}), counts=counts)
-    assert (log.requests.arrival_s.tolist(), log.has_times, counts[NO_TIMES]) == ([0, 1], False, 2)
+    assert (log.requests.arrival_s.tolist(), counts[NO_TIMES]) == ([0, 1], 2)
+    assert not log.requests.times_recorded
 
 
 def test_files_without_times_follow_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsatrace.study.logs.SORT_WINDOW", 1)
+    monkeypatch.setattr("dsatrace.workloads.rows.SORT_WINDOW", 1)
     rows = [{"messages": [ASK], "session_id": name} for name in "abcdef"]
     requests = read(write(tmp_path / "1", *rows[:4]), write(tmp_path / "2", *rows[4:])).requests
     assert requests.conversation_ids == tuple("abcdef")
@@ -266,7 +423,7 @@ def test_rows_are_sorted_within_the_window_and_counted(tmp_path: Path) -> None:
 
 def test_rows_beyond_the_window_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert SORT_WINDOW == 10_000
-    monkeypatch.setattr("dsatrace.study.logs.SORT_WINDOW", 3)
+    monkeypatch.setattr("dsatrace.workloads.rows.SORT_WINDOW", 3)
     rows = [{"timestamp": EPOCH + i, "messages": [ASK]} for i in (1, 2, 3, 4, 0)]
     with pytest.raises(UserError, match="a row is 1 s earlier than one that stands over 3 rows before it"):
         read(write(tmp_path / "log", *rows))
@@ -380,6 +537,15 @@ def test_a_log_of_lengths_names_its_runner(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("given", ["a b", "a --log b", "--log a --log b", "--log a b"])
+def test_logs_may_stand_before_the_flags(given: str) -> None:
+    """Without a flag, after one, or both: they are one log."""
+    parser = new_parser("any", "Any verb.", "%(prog)s")
+    add_request_arguments(parser)
+    assert parser.parse_args([*given.split(), "--layout", "messages"]).log == ["a", "b"]
+    assert parser.parse_args(["--layout", "messages"]).log is None
+
+
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "dump.pkl").write_bytes(pickle.dumps([SYSTEM]))
     with pytest.raises(UserError, match="is a pickle, which may run code"):
@@ -402,7 +568,7 @@ SECRET = "zebra-4711"
         (
             f'{{"conversations": [], "id": "{SECRET}"}}\n',
             ("--time-unit", "s"),
-            "without --data-path and --time-unit",
+            "leave out --data-path and --time-unit",
         ),
         (f'{{"prompt": "{SECRET}", "timestamp": "soon"}}\n', (), "column 'timestamp': not a time"),
         (f'{{"prompt": "{SECRET}"}}\n', ("--trace-file", "x"), "--log and --trace-file are a source each"),
@@ -458,7 +624,7 @@ def test_any_value_anywhere_in_a_row_is_read_or_a_clear_line(tmp_path: Path, num
 
 def test_flags_of_a_log_need_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_mistake(
-        capsys, study("run", "--layout", "messages", "--output-dir", tmp_path / "o"), "give one with --log"
+        capsys, study("run", "--layout", "messages", "--output-dir", tmp_path / "o"), "name its file"
     )
 
 
@@ -467,7 +633,7 @@ def test_bad_rows_can_be_skipped_and_the_layout_is_said(
 ) -> None:
     file = write(tmp_path / "log", {"x": SECRET}, *ROWS, {"timestamp": EPOCH, "messages": [ANSWER]})
     out = tmp_path / "out"
-    assert study("run", "--log", file, "--bad-rows", "skip", "--output-dir", out, "--skip-visualization") == 0
+    assert study("run", file, "--bad-rows", "skip", "--output-dir", out, "--skip-visualization") == 0
     shown = capsys.readouterr().out
     assert f"source: log {file} as layout messages (recognised)" in shown
     assert "2 bad rows skipped" in shown

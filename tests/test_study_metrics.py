@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -22,7 +23,6 @@ from dsatrace.study.measure import (
     of_workload,
     per_turn,
     recounted_by_chunk,
-    rejections,
     reuse_gaps,
 )
 from dsatrace.study.metrics import METRICS, UNITS, check_values, markdown_table
@@ -85,9 +85,9 @@ def test_three_turns_by_hand() -> None:
 def test_three_turns_do_not_fit_a_small_cache() -> None:
     """Five blocks hold turns 0 and 1; the 20 tokens of turn 2 fit exactly, its answer does not."""
     replayed = run_study(three_turns(), StudySettings(block_size=4, num_blocks=5))
-    assert rejections(replayed) == {"output_cut": 1, "prompt_too_long": 0, "request_too_long": 0}
+    assert replayed.result.rejections() == {"output_cut": 1, "prompt_too_long": 0, "request_too_long": 0}
     replayed = run_study(three_turns(), StudySettings(block_size=4, num_blocks=4))
-    assert rejections(replayed) == {"output_cut": 0, "prompt_too_long": 1, "request_too_long": 0}
+    assert replayed.result.rejections() == {"output_cut": 0, "prompt_too_long": 1, "request_too_long": 0}
     values = measure(replayed)
     assert (values["num_served"], values["num_rejected"]) == (2, 1)
     assert values["hit_rate_first_prefill"] == 8 / 40  # the rejected one finds nothing
@@ -123,8 +123,8 @@ def test_workloads_and_turns_add_up_to_the_whole(rows: Any, settings: StudySetti
         assert sum(part[name] for part in parts) == whole[name], name
     counted = Counter[str]()
     for name in names:
-        counted.update(rejections(replayed, of_workload(replayed, name)))
-    assert dict(counted) == rejections(replayed)
+        counted.update(replayed.result.rejections(of_workload(replayed, name)))
+    assert dict(counted) == replayed.result.rejections()
     (turn,) = per_turn(replayed)  # no conversation: one row, of no turn
     assert turn["turn"] is None
     assert turn["num_requests"] == len(rows)
@@ -162,7 +162,8 @@ def test_blocks_against_a_plain_recount(rows: Any, settings: StudySettings) -> N
             evictions[key],
         )
         assert (row["first_access_s"], row["last_access_s"]) == (times[0], times[-1])
-        assert row["reuse_gap_s_max"] == (max(gaps) if gaps else None)
+        for name, known in (("max", max), ("min", min), ("median", statistics.median_low)):
+            assert row[f"reuse_gap_s_{name}"] == (known(gaps) if gaps else None)
         assert row["reuse_gap_s_mean"] == (pytest.approx(sum(gaps) / len(gaps)) if gaps else None)
         assert row["depth"] == 0 or row["parent"] >= 0
 
@@ -229,7 +230,7 @@ def test_chunks_recounted_one_by_one(rows: Any, settings: StudySettings, chunk: 
             ends += min(at + chunk, prompt)
             at += chunk
     everyone = np.ones(len(rows), bool)
-    assert recounted_by_chunk(replayed, chunk, everyone) == (found, prompts, ends)
+    assert recounted_by_chunk(replayed, chunk, everyone).sum(axis=1).tolist() == [found, prompts, ends]
 
 
 def test_a_prompt_of_one_chunk_recounts_nothing() -> None:

@@ -136,7 +136,7 @@ def test_both_chats_of_a_mix_get_conversations_of_their_own(real, tmp_path):
         speakers = ("human", "gpt", "human", "gpt")
         turns = [[{"from": who, "value": f"{i} {who} " * 40} for who in speakers] for i in range(6)]
         path.write_text(json.dumps([{"id": f"c{i}", "conversations": turn} for i, turn in enumerate(turns)]))
-    source = Source(data_path=path, workloads=("chat_single", "chat_multi"))
+    source = Source((path,) if path else (), workloads=("chat_single", "chat_multi"))
     client = Client(source, ClientSettings(num_requests=3, max_conversations=6), open_vocabulary("words"))
     requests = client.requests()
     assert labels(requests).count("chat_single") == 3
@@ -226,7 +226,7 @@ def test_the_command_writes_table_picture_and_profile(tmp_path, capsys):
     assert run(*small, "--policies", "lru", "fifo", "wa-lru", "--output-dir", tmp_path / "a") == 0
     shown = capsys.readouterr().out
     assert "Mixed: hit rate in % of prompt blocks, 96 blocks of 16 tokens" in shown
-    assert "profile of the workloads: learned from the first " in shown
+    assert "profile of the workloads, for wa-lru: learned from the first " in shown
     names = {"manifest.json", "mixed.json", "mixed.csv", "profile.json", "mixed_hit_rates.png"}
     assert {path.name for path in (tmp_path / "a").iterdir()} == names
     result = json.loads((tmp_path / "a" / "mixed.json").read_text())
@@ -242,12 +242,28 @@ def test_the_command_writes_table_picture_and_profile(tmp_path, capsys):
     assert not (tmp_path / "b" / "mixed_hit_rates.png").exists()
 
 
+def test_a_profile_is_told_only_where_a_policy_uses_it(tmp_path, capsys):
+    small = ("--num-requests", 9, "--seeds", 1, "--warm-up", 0.9, "--admit", "qa,chat_multi")
+    told = {}
+    for policies in (("lru", "admit-lru"), ("admit-lru", "wa-prob")):
+        flags = ("--policies", *policies, "--skip-visualization", "--output-dir", tmp_path / policies[0])
+        assert run(*small, *flags) == 0
+        told[policies] = capsys.readouterr().out
+        assert "admitted by admit-lru: qa, chat_multi\n" in told[policies]
+    assert "profile of the workloads" not in told["lru", "admit-lru"]
+    assert not (tmp_path / "lru" / "profile.json").exists()
+    assert "profile of the workloads, for wa-prob: learned" in told["admit-lru", "wa-prob"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--workloads", "qa"], "a mix needs two different workloads or more"),
         (["--pattern", "qa"], "the pattern and the workloads differ in 'chat_multi'"),
         (["--policies", "priority"], "policy priority needs --priorities"),
+        (["--policies", "lru", "--admit", "qa"], "--admit is for wa-lru, admit-lru, and no such policy runs"),
+        (["--policies", "wa-prob", "--priorities", "qa=1"], "--priorities is for priority, and no such"),
+        (["--policies", "wa-lru", "--admit", "qa", "--profile", "p.json"], "--profile is for wa-prob, and"),
         (["--priorities", "qa"], "write a workload and a number"),
         (["--priorities", "qa=nan"], "write a workload and a number"),
         (["--priorities", "aq=1"], "priorities names workloads, unknown: aq"),

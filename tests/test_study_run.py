@@ -14,30 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsatrace.errors import UserError
-from dsatrace.kv.simulation.block_trace import BlockTrace
-from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, replay
+from dsatrace.kv.simulation.replay import ReplayConfig, replay
 from dsatrace.study.accesses import ACCESSES_FILE, REQUESTS_FILE, read_accesses, write_accesses
 from dsatrace.study.output_folder import check_output, file_labels, open_study
-from dsatrace.study.requests import StudyRequests, block_trace
+from dsatrace.study.requests import block_trace
 from dsatrace.study.results import REQUEST_COLUMNS, statistics, write_results
-from dsatrace.study.run import StudySettings, offline_replay, run_study
+from dsatrace.study.run import StudySettings, run_study
 from helpers.study_samples import ROWS, read_csv, requests_of, three_turns
-
-
-def test_another_runner_takes_the_same_requests() -> None:
-    calls: list[tuple[StudyRequests, BlockTrace, ReplayConfig]] = []
-
-    def runner(requests: StudyRequests, trace: BlockTrace, config: ReplayConfig) -> ReplayResult:
-        calls.append((requests, trace, config))
-        return offline_replay(requests, trace, config)
-
-    requests = three_turns()
-    replayed = run_study(requests, StudySettings(block_size=4, num_blocks=20), runner)
-    ((given_requests, trace, config),) = calls
-    assert given_requests is requests
-    assert trace is replayed.trace
-    assert config.record_events
-    assert replayed.result.hit_tokens.tolist() == [0, 8, 16]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsatrace import cli
+from dsatrace.commands.study.options import spread_over
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.simulation.replay import ReplayConfig, replay
@@ -22,7 +24,10 @@ from dsatrace.study.size import (
     settings_of,
     size_cells,
 )
-from helpers.study_samples import check_mistake, study, study_json
+from dsatrace.units import size_text
+from helpers.command_runs import told_error
+from helpers.page import Page
+from helpers.study_samples import check_mistake, requests_of, study, study_json
 
 BLOCK, BLOCK_BYTES = 4, 4 * 1000
 FLAGS = ("size", "--workloads", "chat_multi", "--num-requests", 40, "--seeds", 2, "--kv-layout", "glm-5")
@@ -124,6 +129,17 @@ def test_replicas_share_nothing_and_prefix_affine_keeps_conversations_together()
     assert chats_of[0] and chats_of[1] and not chats_of[0] & chats_of[1]
 
 
+def test_prefix_affine_leaves_no_replica_idle_where_all_prompts_begin_alike() -> None:
+    """One long system prompt: whoever has it first would get every request."""
+    builder, system = RequestsBuilder(), range(40)
+    for at in range(60):
+        builder.add(float(at), [*system, *range(100 * at + 100, 100 * at + 110)], [])
+    traces = replica_traces(builder.build(), BLOCK, 4, "prefix-affine")
+    given = [int(trace.total_tokens.sum()) for trace in traces]
+    assert max(given) <= 1.5 * 60 * 50 / 4 + 50
+    assert min(given) > 0
+
+
 def test_a_seed_is_one_part_however_many_replicas_serve_it() -> None:
     traces = replica_traces(chats(5, 6), BLOCK, 3, "round-robin")
     for cell in size_cells(traces, settings_of([40 * BLOCK_BYTES], BLOCK_BYTES)):
@@ -137,7 +153,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: Any) -> None:
     record = json.loads((tmp_path / "out" / "size.json").read_text())
     advice = record["recommendation"]
     assert f"recommendation: {advice['text']}" in printed
-    assert "A token is a word here" in advice["text"]
+    assert "A token is a word here" in advice["text"] and "may leave blocks out" in printed
     assert "over 2 seeds" in printed and "61,464 bytes per token and device" in printed
     assert record["block_bytes"] == 64 * 61_464
     for row in record["curve"][:-1]:
@@ -157,6 +173,25 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: Any) -> None:
     again = " ".join(capsys.readouterr().out.split())
     assert f"{chosen['hit_rate'] * 100:.2f}" in again and "no limit" in again
     assert advice["text"] in again
+    check_page(tmp_path, record)
+    asked = ["report", str(tmp_path / "out"), "--html", str(tmp_path / "no.html"), "--bytes-per-token", "8"]
+    assert "has its model's" in told_error(capsys, lambda: cli.main(asked))
+
+
+def check_page(folder: Path, record: dict[str, Any]) -> None:
+    """The page says the recommendation first, draws every policy of the curve, and holds its numbers."""
+    assert cli.main(["report", str(folder / "out"), "--html", str(folder / "page.html")]) == 0
+    page, advice = Page.read(folder / "page.html"), record["recommendation"]
+    assert page.root.first("p", class_="verdict").text == advice["text"]
+    section = page.sections()["memory-size"]
+    assert {key.text for key in section.first("ul", class_="legend").all("li")} == {
+        "lru", "vllm", "opt", "opt-bypass", "vllm, no limit"
+    }  # fmt: skip
+    assert f"recommended: {size_text(advice['bytes_per_device'])}" in section.first("svg", role="img").text
+    rows = page.table("memory-size")
+    assert [row["GiB"] for row in rows] == [row["bytes_per_device"] / 2**30 for row in record["curve"][:-1]]
+    assert [row["hit rate"] for row in rows] == [row["hit_rate"] for row in record["curve"][:-1]]
+    assert "61,464 bytes per token of glm-5" in section.text
 
 
 def test_sizes_that_are_named_and_one_workload_of_a_file(tmp_path: Path) -> None:
@@ -164,6 +199,13 @@ def test_sizes_that_are_named_and_one_workload_of_a_file(tmp_path: Path) -> None
     record = study_json(tmp_path / "out", "size.json", *flags)
     assert sorted({row["bytes_per_device"] or 0 for row in record["curve"]}) == [0, 21_474_836, 67_108_864]
     assert record["intervals"]["over"] == "conversations"
+
+
+def test_an_interval_is_over_requests_where_none_names_its_conversation() -> None:
+    alone = requests_of([([1, 2], [], ""), ([1, 3], [], "")])
+    assert spread_over([42], [alone], "conversations") == "requests, bootstrapped"
+    assert spread_over([42], [alone, chats(2, 2)], "conversations") == "conversations, bootstrapped"
+    assert spread_over([42, 43], [alone], "seeds") == "2 seeds"
 
 
 def test_a_folder_that_holds_something_is_named_once(tmp_path: Path, capsys: Any) -> None:
@@ -184,6 +226,7 @@ def test_a_folder_that_holds_something_is_named_once(tmp_path: Path, capsys: Any
         (("--target", 101), "--target 101: a share in percent"),
         (("--routing", "prefix-affine"), "--routing divides requests over replicas"),
         (("--replicas", 10_000), "--replicas 10000: there are only"),
+        (("--block-size", 10**8), "no prompt fills a block of 100000000 tokens; name a smaller --block-size"),
     ],
     ids=lambda value: "_".join(map(str, value)) if isinstance(value, tuple) else "",
 )

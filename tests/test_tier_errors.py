@@ -17,7 +17,8 @@ from dsatrace.engine.scheduler import MAX_RECOMPUTES, Scheduler
 from dsatrace.engine.settings import RunSettings
 from dsatrace.workloads.request import Request
 from helpers.power import examples
-from test_prefix_caching import TIMES, Case, SlotKeeper, answers, cases, checked
+from helpers.simulated_time import TIMES, EveryStep
+from test_prefix_caching import Case, SlotKeeper, answers, cases, checked
 
 CAUSE = "remote_pool redis://10.0.0.1:6379: timeout after 5 s"
 TORN = (-1,)
@@ -299,9 +300,6 @@ def test_a_new_token_gives_a_request_its_tries_back() -> None:
             return None
         attempts.append(live.num_answered)
         return set(live.block_ids) if attempts.count(live.num_answered) <= MAX_RECOMPUTES else None
-
-    class EveryStep(VirtualClock):
-        jumps = False
 
     case = Case([], {"a": [3, 4, 5, 6]}, 1, 8, 4, 20, False, "continuous")
     engine, _ = lossy_engine(case, losses)

@@ -58,11 +58,13 @@ def test_tokens_marked_not_special_stay_text_too(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
     tokenizer = load_tokenizer(tmp_path)
     assert len(tokenizer.encode("<think>")) == len("<think>")
+    assert tokenizer.encode_all(["<think>", "a"]) == [tokenizer.encode("<think>"), tokenizer.encode("a")]
     assert tokenizer.special_id("<think>") == 261
 
 
 def test_half_a_surrogate_pair_is_a_question_mark(byte_tokenizer: Tokenizer) -> None:
-    assert byte_tokenizer.decode(byte_tokenizer.encode("a\ud83db")) == "a?b"
+    (both,) = byte_tokenizer.encode_all(["a\ud83db"])
+    assert byte_tokenizer.decode(byte_tokenizer.encode("a\ud83db")) == byte_tokenizer.decode(both) == "a?b"
 
 
 @given(st.lists(st.integers(0, 300), max_size=40))

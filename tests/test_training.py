@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import random
+from operator import itemgetter
 
 import pytest
 import torch
@@ -155,10 +156,10 @@ def _index_scores(attention, row):
     indexer, args = attention.module.indexer, attention.module.setup.args
     plain = dataclasses.replace(args, index_fp8=False)
     indexer.setup = dataclasses.replace(indexer.setup, args=plain)
-    cos, sin = attention.rope[0][0], attention.rope[1][0]
+    rope = attention.rope.each(itemgetter(0))
     query = indexer.wq_b(attention.q_latent[0]).view(-1, args.index_n_heads, args.index_head_dim)
-    query, _ = indexer._rotate_and_quantise(query, (cos.unsqueeze(1), sin.unsqueeze(1)))
-    key, _ = indexer._rotate_and_quantise(indexer.k_norm(indexer.wk(attention.x[0])), (cos, sin))
+    query, _ = indexer._rotate_and_quantise(query, rope.per_head)
+    key, _ = indexer._rotate_and_quantise(indexer.k_norm(indexer.wk(attention.x[0])), rope)
     weights = indexer.weights_proj(attention.x[0, row]) * indexer.score_scale
     return sum(weights[h] * (key @ query[row, h]).relu() for h in range(args.index_n_heads))
 

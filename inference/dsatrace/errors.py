@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from dsatrace.text import plain
 
@@ -32,6 +33,21 @@ GRACE_S = 5.0
 
 class UserError(ValueError):
     """A mistake that the user can fix: the message names the file, row or flag, and the remedy."""
+
+
+def not_a_run(path: Path, error: OSError) -> UserError:
+    """For a manifest or summary that cannot be read; names what stands there instead, where that is known."""
+    folder = path.parent
+    if isinstance(error, NotADirectoryError):
+        return UserError(f"{folder}: a file, where a run's folder belongs; `import` makes a run of a capture")
+    if isinstance(error, FileNotFoundError) and (folder / "replay.json").exists():
+        return UserError(f"{folder}: a replay's folder, not a run's; name the run that was replayed")
+    try:
+        runs = sorted(file.parent.name for file in folder.glob("*/requests.jsonl"))
+    except OSError:
+        runs = []
+    inside = f" it holds runs, such as {', '.join(runs[-3:])}" if runs else ""
+    return UserError(f"{path}: cannot read it: {error.strerror}; is this a run's folder?{inside}")
 
 
 class RankError(UserError):

@@ -92,13 +92,14 @@ def check(settings: Any) -> None:
     hints = typing.get_type_hints(type(settings))
     for field, flag in flags_of(type(settings)).items():
         value, kind = getattr(settings, field), _without_none(hints[field])
+        name = flag.option_strings(field)[0]
         if value is None:
             continue
         if flag.at_least is not None and value < flag.at_least:
-            raise UserError(f"{option(field)} {value}: use at least {flag.at_least}")
+            raise UserError(f"{name} {value}: use at least {flag.at_least}")
         choices = flag.choices or typing.get_args(kind)
         if choices and value not in choices:
-            raise UserError(f"{option(field)} {value}: use one of {', '.join(choices)}")
+            raise UserError(f"{name} {value}: use one of {', '.join(choices)}")
 
 
 def _without_none(hint: Any) -> Any:

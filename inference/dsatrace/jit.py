@@ -72,9 +72,14 @@ def cache_folder() -> Path | None:
     """Where compiled kernels are kept; None: NUMBA_CACHE_DIR says where, or there is no such place."""
     if os.environ.get("NUMBA_CACHE_DIR"):
         return None
+    return private_folder("kernels")
+
+
+def private_folder(name: str) -> Path | None:
+    """A folder of that name in the user's cache, else in a temporary one; None where neither is theirs."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     private = Path(tempfile.gettempdir()) / f"dsatrace-{os.getuid()}"
-    return next(filter(_is_ours, (base / "dsatrace" / "kernels", private / "kernels")), None)
+    return next(filter(_is_ours, (base / "dsatrace" / name, private / name)), None)
 
 
 def kept_in() -> str | None:

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from machine import announce
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
@@ -226,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = _parser().parse_args(argv)
     if flags.threads:
         torch.set_num_threads(flags.threads)
+    announce("torch", threads=torch.get_num_threads())
     args = RANDOM if flags.random else ModelArgs.from_json(NEEDLE / "serving_config.json")
     if flags.prompts < 1 or flags.tokens <= args.index_topk:
         raise UserError(f"use at least 1 prompt, of more than {args.index_topk} tokens, the top-k")

@@ -32,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from machine import machine
+from machine import Rows, announce
 
 import dsatrace
 from helpers.families import VOCABULARY, tiny_model
@@ -59,6 +59,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    about = announce("torch", "transformers", threads=1)
     model = tiny_model(
         "deepseek_v32",
         num_hidden_layers=args.layers,
@@ -78,7 +79,7 @@ def main() -> int:
                     for kept, new in zip(times[name], found, strict=True):
                         kept.extend(new)
     record = {
-        "machine": machine(),
+        "machine": about,
         **{name: getattr(args, name) for name in ("layers", "top_k", "context", "batch", "steps", "turns")},
         "step_us": {name: lower_quartiles(of_way) for name, of_way in times.items()},
     }
@@ -88,13 +89,11 @@ def main() -> int:
         for name, step in record["step_us"].items()
         if name != "nothing"
     }
+    title = f"us per layer and step; a step with nothing attached takes {plain['wall'] / 1000:.2f} ms"
+    table = Rows(title, "way        ", "in hooks", "cpu", "wall", "ms a step")
     for name, cost in record["us_per_layer_and_step"].items():
-        step = record["step_us"][name]
-        print(
-            f"{name:10}  {cost['hooks']:7.1f} us in hooks  {cost['cpu']:7.1f} us cpu  {cost['wall']:7.1f} us "
-            f"wall per layer and step (a step: {step['wall'] / 1000:.2f} ms, {plain['wall'] / 1000:.2f} ms "
-            "with nothing attached)"
-        )
+        cells = (f"{cost[clock]:.1f}" for clock in ("hooks", "cpu", "wall"))
+        table.add(name, *cells, f"{record['step_us'][name]['wall'] / 1000:.2f}")
     print(json.dumps(record))
     return 0
 

@@ -25,13 +25,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from machine import machine, peak_bytes
+from machine import Rows, announce, peak_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
@@ -140,8 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     decode.add_argument("--steps", type=int, default=20, help="timed of each (%(default)s)")
     decode.add_argument("--threads", type=int, default=2, help="of torch (%(default)s)")
     args = parser.parse_args(argv)
-    versions = {name: version(name) for name in ("numpy", "numba", "orjson", "pyarrow", "torch")}
-    print(", ".join(f"{name} {told}" for name, told in (machine() | versions).items()), flush=True)
+    announce(
+        "numpy", "numba", "orjson", "pyarrow", "torch", threads=getattr(args, "threads", "as by default")
+    )
     args.work(args)
     return 0
 
@@ -159,11 +159,10 @@ def grow_verbs(args: argparse.Namespace) -> None:
     else:
         of_command(["warmup"])  # compiles what the first row would compile
     shape = Shape(top_k=args.top_k)
-    print(f"level {args.level}, {shape.num_layers} layers, {args.top_k} ids per record", flush=True)
-    print(
-        f"{'verb':20} {'of':8} {'records':>9} {'CPU s':>8} {'wall s':>8} {'CPU us/record':>14} "
-        f"{'per further':>12} {'peak MiB':>9}",
-        flush=True,
+    table = Rows(
+        f"level {args.level}, {shape.num_layers} layers, {args.top_k} ids per record",
+        *(f"{'verb':19} ", f"{'of':8} ", "records", "CPU s", "wall s", "CPU us/record"),
+        *("per further", "peak MiB"),
     )
     before: dict[tuple[str, str], tuple[int, float]] = {}
     with tempfile.TemporaryDirectory(prefix="dsatrace-growth-", dir=args.folder) as temporary:
@@ -171,31 +170,33 @@ def grow_verbs(args: argparse.Namespace) -> None:
             folder = Path(temporary) / str(count)
             told, *cost = in_own_process(write_stage, folder / "jsonl", count, args.level, shape)
             written = int(told)
-            row = partial(_print_row, before, written)
+            row = partial(_add_row, table, before, written)
             row("write", "jsonl", Cost(*cost))
             for verb in needed:
                 places = {"run": folder / verb.reads, "folder": folder, "made": folder / verb.makes}
                 row(verb.name, verb.reads, of_command([one.format(**places) for one in verb.line.split()]))
             runs = [made for name in ("jsonl", "parquet", "layout") if (made := folder / name).is_dir()]
             sizes = ", ".join(f"{made.name} {_size(made) / written:,.0f}" for made in runs)
-            print(f"{'bytes per record':29} {sizes}", flush=True)
+            print(f"bytes per record: {sizes}")
             shutil.rmtree(folder)
 
 
-def _print_row(
-    before: dict[tuple[str, str], tuple[int, float]], records: int, verb: str, of: str, cost: Cost
+def _add_row(
+    table: Rows,
+    before: dict[tuple[str, str], tuple[int, float]],
+    records: int,
+    verb: str,
+    of: str,
+    cost: Cost,
 ) -> None:
-    """Prints a verb's row, and keeps it in `before` for the next one of the same verb."""
+    """Adds a verb's row, and keeps it in `before` for the next one of the same verb."""
     further = ""
     if (verb, of) in before:
         fewer, took = before[verb, of]
         further = f"{(cost.cpu_s - took) / (records - fewer) * 1e6:.1f}"
     before[verb, of] = records, cost.cpu_s
-    print(
-        f"{verb:20} {of:8} {records:9} {cost.cpu_s:8.2f} {cost.wall_s:8.2f} "
-        f"{cost.cpu_s / records * 1e6:14.1f} {further:>12} {cost.peak_mib:9.0f}",
-        flush=True,
-    )
+    times = f"{cost.cpu_s:.2f}", f"{cost.wall_s:.2f}", f"{cost.cpu_s / records * 1e6:.1f}"
+    table.add(verb, of, f"{records}", *times, further, f"{cost.peak_mib:.0f}")
 
 
 def _size(folder: Path) -> int:
@@ -244,14 +245,14 @@ WRITER_SHAPES = (
 
 def grow_writer(args: argparse.Namespace) -> None:
     """The writer's thread: what a step takes by its shape, the fastest quarter of the steps."""
-    print("processor time of a step, ms: derived, encoded, written to a file and summed up")
-    print(f"{'layers':>6} {'top-k':>6} {'batch':>6} {'ms':>8} {'us/record':>10} {'peak MiB':>9}", flush=True)
+    title = "processor time of a step, ms: derived, encoded, written to a file and summed up"
+    table = Rows(title, "layers", "top-k", "batch", "ms", "us/record", "peak MiB")
     for layers, top_k, batch in WRITER_SHAPES:
         shape = Shape(num_layers=layers, batch=batch, top_k=top_k)
         told, *_, peak_mib = in_own_process(writer_stage, shape, args.steps)
         ms = float(told)
         us = ms * 1e3 / shape.records_a_step
-        print(f"{layers:6} {top_k:6} {batch:6} {ms:8.3f} {us:10.2f} {peak_mib:9.0f}", flush=True)
+        table.add(*map(str, (layers, top_k, batch)), f"{ms:.3f}", f"{us:.2f}", f"{peak_mib:.0f}")
 
 
 def writer_stage(shape: Shape, num_steps: int) -> str:
@@ -280,13 +281,13 @@ def writer_stage(shape: Shape, num_steps: int) -> str:
 
 def grow_decode(args: argparse.Namespace) -> None:
     """A decode step by context and batch, the median of some."""
-    print(f"config_tiny.json with contexts up to 128K, random weights, {args.threads} threads of torch")
-    print("context  batch   wall ms    CPU ms  cache MiB  peak MiB", flush=True)
+    title = f"config_tiny.json with contexts up to 128K, random weights, {args.threads} threads of torch"
+    table = Rows(title, "context", "batch", "wall ms", "CPU ms", "cache MiB", "peak MiB")
     for context, batch in itertools.product(args.contexts, args.batches):
         told, *_, peak_mib = in_own_process(decode_stage, context, batch, args.steps, args.threads)
         wall_ms, cpu_ms, cache_mib = map(float, told.split())
-        times = f"{wall_ms:9.2f} {cpu_ms:9.2f}"
-        print(f"{context:7} {batch:6} {times} {cache_mib:10.0f} {peak_mib:9.0f}", flush=True)
+        sizes = f"{cache_mib:.0f}", f"{peak_mib:.0f}"
+        table.add(str(context), str(batch), f"{wall_ms:.2f}", f"{cpu_ms:.2f}", *sizes)
 
 
 def decode_stage(context: int, batch: int, num_steps: int, threads: int) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
+from machine import Rows, announce
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
@@ -184,18 +182,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.threads:
         torch.set_num_threads(flags.threads)
     torch.manual_seed(0)
-    table = Table(title="one layer's parts at DeepSeek-V3.2's shapes, milliseconds")
-    for column in ("part", "rows", "old", "new", "old / new"):
-        table.add_column(column, justify="left" if column == "part" else "right")
+    announce("torch", threads=torch.get_num_threads())
+    units = torch.backends.cpu.get_cpu_capability()
+    table = Rows(
+        f"one layer's parts at DeepSeek-V3.2's shapes, milliseconds, {units}",
+        f"{'part':36} ",
+        "rows",
+        "old",
+        "new",
+        "old / new",
+    )
     for part in parts(flags.rows):
         old, new = seconds_of(part, flags.turns)
-        table.add_row(part.name, f"{part.rows}", f"{old * 1e3:.2f}", f"{new * 1e3:.2f}", f"{old / new:.2f}x")
-    console = Console()
-    console.print(table)
-    console.print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}, load {os.getloadavg()[0]:.1f}"
-    )
+        table.add(part.name, f"{part.rows}", f"{old * 1e3:.2f}", f"{new * 1e3:.2f}", f"{old / new:.2f}x")
     return 0
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import announce
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
@@ -136,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.child:
         if args.threads:
             torch.set_num_threads(args.threads)
+        announce("torch", threads=torch.get_num_threads())
         profile = cProfile.Profile()
         measured = profile.runcall(sweep, args.folder / "hf", args.folder / "run", args.rows, args.device)
         print(json.dumps(measured))

@@ -1,11 +1,25 @@
-"""What a benchmark ran on, and the most memory that it took, for its record."""
+"""What every benchmark says first, its machine, and how it says the rest: row by row, as each is measured."""
 
 from __future__ import annotations
 
+import io
 import os
 import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+
+def announce(*packages: str, threads: int | str) -> dict[str, Any]:
+    """Prints the machine, the versions and the threads; every line from here on leaves at once."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
+    about = machine() | {name: version(name) for name in packages} | {"threads": threads}
+    print(", ".join(f"{name} {told}" for name, told in about.items()))
+    return about
 
 
 def machine() -> dict[str, Any]:
@@ -14,8 +28,31 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_model() or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),
-        "load": os.getloadavg(),
+        "load": [round(load, 1) for load in os.getloadavg()],
     }
+
+
+class Rows:
+    """A table that is printed row by row. A heading that ends in spaces is as wide as its column, of text."""
+
+    def __init__(self, title: str, *headings: str) -> None:
+        self._headings = headings
+        print(f"\n{title}")
+        self.add(*(heading.strip() for heading in headings))
+
+    def add(self, *cells: str) -> None:
+        pairs = zip(self._headings, cells, strict=True)
+        print("  ".join(f"{cell:{'<' if of[-1] == ' ' else '>'}{max(len(of), 7)}}" for of, cell in pairs))
+
+
+def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Processor time of this process in the fastest run."""
+    times = []
+    for _ in range(repeats):
+        begin_s = time.process_time()
+        work()
+        times.append(time.process_time() - begin_s)
+    return min(times)
 
 
 def peak_bytes() -> int:

@@ -43,7 +43,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from machine import machine
+from machine import announce
 
 from dsatrace.commands.parser import HelpFormatter
 from dsatrace.errors import UserError, exits_cleanly
@@ -200,10 +200,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     _check(args)
     torch.set_num_threads(args.threads)
+    about = announce("torch", "numpy", "numba", threads=args.threads)
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="offload-"))
         model = load_exported(MODEL, Path(scratch))
-        outcome = run(model, args, stack)
+        outcome = run(model, args, stack, about)
     show(outcome)
     if args.json:
         args.json.write_text(json.dumps(dataclasses.asdict(outcome), indent=1) + "\n", encoding="utf-8")
@@ -212,7 +213,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(model: Transformer, args: argparse.Namespace, stack: contextlib.ExitStack) -> Outcome:
+def run(
+    model: Transformer, args: argparse.Namespace, stack: contextlib.ExitStack, about: dict[str, Any]
+) -> Outcome:
     talk = dialogue(args.context, WARM_UP + args.steps)
     num_tokens = len(talk.prompt) + len(talk.then)
     whole = Side(cache=model.new_cache(-(-num_tokens // ROW_BLOCK), ROW_BLOCK))
@@ -233,7 +236,7 @@ def run(model: Transformer, args: argparse.Namespace, stack: contextlib.ExitStac
     said = [int(row[0].argmax()) == token for row, token in zip(logits, talk.then, strict=False)]
     right = [told for told, due in zip(said, talk.is_answer, strict=True) if due]
     return Outcome(
-        machine() | {"threads": torch.get_num_threads(), "torch": torch.__version__},
+        about,
         len(talk.prompt),
         args.steps,
         args.store,
@@ -419,8 +422,7 @@ def show(outcome: Outcome) -> None:
         f"needle-2k, {outcome.prompt_tokens:,} tokens, then {outcome.steps} steps a setup; "
         f"pool {outcome.store}\n"
         f"everything in HBM: {outcome.all_hbm_tokens_per_s:.1f} tokens/s; a step selects "
-        f"{outcome.selected_bytes / 1024:.0f} KiB; {right} of {said} tokens of answers are the model's own\n"
-        + ", ".join(f"{name} {value}" for name, value in outcome.machine.items())
+        f"{outcome.selected_bytes / 1024:.0f} KiB; {right} of {said} tokens of answers are the model's own"
     )
     prefetches = any(line.case.prefetch != "none" for line in outcome.lines)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")

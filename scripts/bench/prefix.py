@@ -18,22 +18,18 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import os
 import pickle
-import platform
 import resource
 import sys
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from machine import Rows, announce
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
@@ -53,6 +49,7 @@ PICKLED, DICTIONARY, PLAIN = (
 Requests = tuple[list[list[int]], list[list[int]]]
 """Token ids of prompts and of outputs, as Python lists."""
 Row = dict[str, Any]
+METHOD = f"{'method':28} "
 
 
 def best_of(turns: int, methods: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, Any]]:
@@ -103,12 +100,11 @@ def chained_keys(tokens: Sequence[int], block_size: int) -> list[bytes]:
     return chain.keys
 
 
-def bench_keys(flags: argparse.Namespace) -> list[Row]:
+def bench_keys(flags: argparse.Namespace) -> Iterator[Row]:
     """Tokens hashed per second, by block size."""
     sequences = [prompt + output for prompt, output in zip(*flags.made, strict=True)]
     arrays = [np.array(tokens, np.int32) for tokens in sequences]
     num_tokens = sum(map(len, sequences))
-    rows = []
     for block_size in (16, 64):
         methods: dict[str, Callable[[], Any]] = {
             PICKLED: partial(_each, pickled_keys, sequences, block_size),
@@ -120,12 +116,9 @@ def bench_keys(flags: argparse.Namespace) -> list[Row]:
         first, *others = named.values()
         distinct = len({key for keys in first for key in keys})
         assert len({key for keys in others[0] for key in keys}) == others[1].num_keys == distinct
-        rows += [
-            {"block_size": block_size, "method": name, "mtokens_per_s": num_tokens / took / 1e6,
-             "ratio": seconds[PICKLED] / took}
-            for name, took in seconds.items()
-        ]  # fmt: skip
-    return rows
+        for name, took in seconds.items():
+            yield {"block_size": block_size, "method": name, "mtokens_per_s": num_tokens / took / 1e6,
+                   "ratio": seconds[PICKLED] / took}  # fmt: skip
 
 
 def _each(
@@ -215,24 +208,20 @@ def replay_methods(requests: Requests, decode: bool) -> dict[str, Callable[[], A
     return methods
 
 
-def bench_replay(flags: argparse.Namespace) -> list[Row]:
+def bench_replay(flags: argparse.Namespace) -> Iterator[Row]:
     """Prompt tokens per second; all methods but `DICTIONARY` have the same hits."""
     sources = {"made": flags.made}
     if flags.requests is not None:
         sources = {flags.requests.name: read_requests(flags.requests), **sources}
-    rows = []
     for (source, requests), decode in itertools.product(sources.items(), (False, True)):
         num_tokens = sum(map(len, requests[0]))
         seconds, answers = best_of(flags.turns, replay_methods(requests, decode))
         for name, took in seconds.items():
             same = answers[name] == answers[PLAIN]
             assert same or name == DICTIONARY, f"{name}: other hits"
-            rows.append(
-                {"requests": source, "decode": decode, "method": name,
-                 "mtokens_per_s": num_tokens / took / 1e6, "ratio": seconds[DICTIONARY] / took,
-                 "hit_tokens": sum(hits or 0 for hits in answers[name]), "same_hits": same}
-            )  # fmt: skip
-    return rows
+            yield {"requests": source, "decode": decode, "method": name,
+                   "mtokens_per_s": num_tokens / took / 1e6, "ratio": seconds[DICTIONARY] / took,
+                   "hit_tokens": sum(hits or 0 for hits in answers[name]), "same_hits": same}  # fmt: skip
 
 
 def long_trace(num_accesses: int, seed: int) -> BlockTrace:
@@ -253,10 +242,9 @@ def long_trace(num_accesses: int, seed: int) -> BlockTrace:
     return BlockTrace(16, lengths * 16 + 1, none, keys, key_ptr, parents, np.arange(len(lengths)) / 2)
 
 
-def bench_memory(flags: argparse.Namespace) -> list[Row]:
+def bench_memory(flags: argparse.Namespace) -> Iterator[Row]:
     """Bytes and time per access, with and without a record of every access."""
     trace = long_trace(200_000 if flags.quick else 10_000_000, seed=0)
-    rows = []
     for record in (False, True):
         config = ReplayConfig(trace.num_keys // 4, 16, record_events=record)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -265,14 +253,11 @@ def bench_memory(flags: argparse.Namespace) -> list[Row]:
         accesses = int(result.key_accesses.sum())
         recorded = 0 if result.events is None else result.events.nbytes
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        rows.append(
-            {"accesses": accesses, "blocks": trace.num_keys, "requests": trace.num_requests,
-             "recorded": record, "maccesses_per_s": accesses / seconds["replay"] / 1e6,
-             "event_bytes_per_access": recorded / accesses,
-             "trace_bytes_per_access": trace.keys.nbytes / accesses,
-             "peak_rss_mb": peak / 1024, "peak_rss_grew_mb": (peak - before) / 1024}
-        )  # fmt: skip
-    return rows
+        yield {"accesses": accesses, "blocks": trace.num_keys, "requests": trace.num_requests,
+               "recorded": record, "maccesses_per_s": accesses / seconds["replay"] / 1e6,
+               "event_bytes_per_access": recorded / accesses,
+               "trace_bytes_per_access": trace.keys.nbytes / accesses,
+               "peak_rss_mb": peak / 1024, "peak_rss_grew_mb": (peak - before) / 1024}  # fmt: skip
 
 
 def read_requests(path: Path) -> Requests:
@@ -282,32 +267,32 @@ def read_requests(path: Path) -> Requests:
 
 
 class Section(NamedTuple):
-    run: Callable[[argparse.Namespace], list[Row]]
+    run: Callable[[argparse.Namespace], Iterator[Row]]
     title: str
     columns: dict[str, tuple[str, str]]  # heading: key of the row, format
 
-    def table(self, rows: Sequence[Row]) -> Table:
-        table = Table(title=self.title)
-        for heading, (key, _) in self.columns.items():
-            table.add_column(heading, justify="left" if isinstance(rows[0][key], str) else "right")
+    def show(self, rows: Iterable[Row]) -> list[Row]:
+        """Prints each row as it comes."""
+        table, shown = Rows(self.title, *self.columns), []
+        words = {True: "yes", False: "no"}
         for row in rows:
             values = [(row[key], spec) for key, spec in self.columns.values()]
-            words = {True: "yes", False: "no"}
-            table.add_row(*(words[v] if isinstance(v, bool) else format(v, spec) for v, spec in values))
-        return table
+            table.add(*(words[v] if isinstance(v, bool) else format(v, spec) for v, spec in values))
+            shown.append(row)
+        return shown
 
 
 SECTIONS = {
     "keys": Section(
         bench_keys,
         "keys of full blocks: Mtokens/s (times sha256 over pickled tuples)",
-        {"block size": ("block_size", ""), "method": ("method", ""), "Mtokens/s": ("mtokens_per_s", ".1f"),
+        {"block size": ("block_size", ""), METHOD: ("method", ""), "Mtokens/s": ("mtokens_per_s", ".1f"),
          "ratio": ("ratio", ".1f")},
     ),
     "replay": Section(
         bench_replay,
         "replay, 400 blocks of 16, 8 live requests: prompt Mtokens/s",
-        {"requests": ("requests", ""), "decode": ("decode", ""), "method": ("method", ""),
+        {"requests": ("requests", ""), "decode": ("decode", ""), METHOD: ("method", ""),
          "Mtokens/s": ("mtokens_per_s", ".1f"), "ratio": ("ratio", ".1f"), "hit tokens": ("hit_tokens", ""),
          "same hits": ("same_hits", "")},
     ),
@@ -334,16 +319,9 @@ def main() -> int:
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     flags.turns = 2 if flags.quick else 5
     flags.made = conversations(300 if flags.quick else 2000, seed=42)
-    about: Row = {
-        "cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "python": platform.python_version(),
-        "numpy": np.__version__, "numba": numba.__version__,
-    }  # fmt: skip
-    console = Console(width=140)
-    record: dict[str, Any] = {"machine": about}
+    record: dict[str, Any] = {"machine": announce("numpy", "numba", threads=1)}
     for name in flags.sections or SECTIONS:
-        record[name] = SECTIONS[name].run(flags)
-        console.print(SECTIONS[name].table(record[name]))
-    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
+        record[name] = SECTIONS[name].show(SECTIONS[name].run(flags))
     print(json.dumps(record))
     return 0
 

@@ -15,8 +15,6 @@ know that the ids of a step must lie in the buffer together.
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import itertools
 import sys
 import tempfile
@@ -27,12 +25,12 @@ from pathlib import Path
 
 import numpy as np
 from growth import in_own_process
-from machine import machine, peak_bytes
-from policies import cpu_seconds, empty_table
-from rich.console import Console
-from rich.table import Table
+from machine import Rows, announce, cpu_seconds, peak_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
+
+from dsatrace.kv.policies.policy import NEVER
+from peers import flat_miss_rate, why_no_libcachesim, write_flat
 
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.selection_replay.lru import lru
@@ -42,7 +40,7 @@ from dsatrace.selection_replay.steps import NO_ID, Steps
 TOP_K, NUM_IDS = 2048, 131072
 KEPT = (0.5, 0.7, 0.9)
 SIZES = (2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768)
-THEIRS = {"lru": "LRU", "fifo": "FIFO", "lfu": "LFU", "s3-fifo": "S3FIFO", "opt": "Belady"}
+FED = ("lru", "fifo", "lfu", "s3-fifo", "opt")  # to libCacheSim
 
 
 def records(num_steps: int, kept: float, seed: int = 0) -> Steps:
@@ -74,66 +72,50 @@ def miss_rate(steps: Steps, per_step: np.ndarray) -> float:
     return float(per_step.sum() / len(steps.ids))
 
 
-def policies_table(num_steps: int, size: int, repeats: int) -> Table:
+def show_policies(num_steps: int, size: int, repeats: int) -> None:
     headings = [f"{heading} at {kept}" for kept in KEPT for heading in ("us", "misses")]
     title = f"One record of {TOP_K:,} ids, B = {size:,}, {num_steps} steps, by the share kept of a step"
-    table: Table = empty_table(title, "policy", *headings)
+    table = Rows(title, f"{'policy':26}", *headings)
     traces = [records(num_steps, kept) for kept in KEPT]
     for label, sizes in (("lru, all sizes", ()), (f"lru, and {len(SIZES)} sizes by step", SIZES)):
         cells = [f"{per_record_us(steps, partial(lru, steps, sizes), repeats):.1f}" for steps in traces]
-        table.add_row(label, *(cell for us in cells for cell in (us, "")))
+        table.add(label, *(cell for us in cells for cell in (us, "")))
     for name in POLICIES:
         row = []
         for steps in traces:
             us = per_record_us(steps, partial(misses, steps, name, size), repeats)
             row += [f"{us:.1f}", f"{miss_rate(steps, misses(steps, name, size).misses):.3f}"]
-        table.add_row(name, *row)
-    return table
+        table.add(name, *row)
 
 
-def flat_table(num_steps: int, repeats: int) -> Table:
+def show_flat(num_steps: int, repeats: int) -> None:
     """libCacheSim on the same ids, one by one."""
     title = "Fed one by one to libCacheSim: its speed, and its miss rate beside the true one"
-    table: Table = empty_table(
-        title, "policy, B, kept", "us per record, theirs", "ours", "misses, theirs", "true"
-    )
+    headings = ("us per record, theirs", "ours", "misses, theirs", "true")
+    table, why = Rows(title, f"{'policy, B, kept':20}", *headings), why_no_libcachesim()
     with tempfile.TemporaryDirectory() as folder:
         for kept in KEPT:
             steps = records(num_steps, kept)
             path = Path(folder) / f"{kept}.oracleGeneral"
-            write_flat(steps, path)
-            for size, name in itertools.product((TOP_K, 2 * TOP_K), THEIRS):
+            write_flat(path, steps.ids, np.repeat(np.arange(num_steps), steps.sizes), next_use(steps.ids))
+            for size, name in itertools.product((TOP_K, 2 * TOP_K), FED):
                 theirs, ours = partial(flat_miss_rate, path, name, size), partial(misses, steps, name, size)
-                table.add_row(
+                table.add(
                     f"{name}, {size:,}, {kept}",
-                    f"{per_record_us(steps, theirs, repeats):.0f}",
+                    why or f"{per_record_us(steps, theirs, repeats):.0f}",
                     f"{per_record_us(steps, ours, repeats):.1f}",
-                    f"{theirs():.3f}",
+                    why or f"{theirs():.3f}",
                     f"{miss_rate(steps, ours().misses):.3f}",
                 )
-    return table
 
 
-def flat_miss_rate(path: Path, name: str, size: int) -> float:
-    theirs = importlib.import_module("libcachesim")
-    reader = theirs.TraceReader(str(path), theirs.TraceType.ORACLE_GENERAL_TRACE)
-    cache = getattr(theirs, THEIRS[name])(size, hashpower=18)  # the default's table is 128 MB
-    return float(cache.process_trace(reader)[0])
-
-
-def write_flat(steps: Steps, path: Path) -> None:
-    """libCacheSim's oracleGeneral: time, object, size and the next access of every access."""
-    num_accesses = len(steps.ids)
-    order = np.lexsort((np.arange(num_accesses), steps.ids))
-    following = np.full(num_accesses, -1, np.int64)
-    same = steps.ids[order[1:]] == steps.ids[order[:-1]]
+def next_use(ids: np.ndarray) -> np.ndarray:
+    """(N,) where each id is accessed next, or `NEVER`."""
+    order = np.argsort(ids, kind="stable")
+    following = np.full(len(ids), NEVER)
+    same = ids[order[1:]] == ids[order[:-1]]
     following[order[:-1][same]] = order[1:][same]
-    fields = np.zeros(
-        num_accesses, np.dtype([("time", "<u4"), ("id", "<u8"), ("size", "<u4"), ("next", "<i8")])
-    )
-    fields["time"] = np.repeat(np.arange(steps.num_steps), steps.sizes)
-    fields["id"], fields["size"], fields["next"] = steps.ids + 1, 1, following
-    fields.tofile(path)
+    return following
 
 
 def grow(num_records: int, num_steps: int, one_stream: bool) -> str:
@@ -146,23 +128,22 @@ def grow(num_records: int, num_steps: int, one_stream: bool) -> str:
         steps = Steps(np.tile(steps.ids, times), ptr, newest, visible, NUM_IDS)
     lru(records(2, 0.7), SIZES)
     misses(records(2, 0.7), "opt", 4096)
-    before, begin = peak_bytes(), time.process_time()
+    before, started = peak_bytes(), time.process_time()
     for _ in range(-(-num_records // steps.num_steps)):
         lru(steps, SIZES)
         misses(steps, "opt", 4096)
-    seconds = time.process_time() - begin
+    seconds = time.process_time() - started
     return f"{seconds / num_records * 1e6:.1f} {(peak_bytes() - before) / 2**20:.0f}"
 
 
-def growth_table(counts: Sequence[int], longest: int) -> Table:
+def show_growth(counts: Sequence[int], longest: int) -> None:
     title = f"Growth: LRU at all sizes, {len(SIZES)} by step, and OPT at one; memory beside the records"
-    table: Table = empty_table(title, "records", "us per record", "memory, MiB")
+    table = Rows(title, f"{'records':32}", "us per record", "memory, MiB")
     rows = [(count, 512, False) for count in counts] + [(longest, 512, True)]
     for num_records, num_steps, one_stream in rows:
         said, *_ = in_own_process(grow, num_records, num_steps, one_stream)
         label = f"{num_records:,} in {'one stream' if one_stream else f'streams of {num_steps}'}"
-        table.add_row(label, *said.split())
-    return table
+        table.add(label, *said.split())
 
 
 @exits_cleanly
@@ -177,15 +158,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if min(args.steps, args.repeats) < 1 or args.size < TOP_K:
         raise UserError(f"--steps and --repeats must be at least 1, and --size at least {TOP_K}")
-    console = Console()
-    console.print(machine())
-    console.print(policies_table(args.steps, args.size, args.repeats))
-    if importlib.util.find_spec("libcachesim"):
-        console.print(flat_table(min(args.steps, 128), 1))
-    else:
-        console.print("libCacheSim is not installed, so nothing is fed to it: pip install libcachesim")
+    announce("numpy", "numba", threads=1)
+    show_policies(args.steps, args.size, args.repeats)
+    show_flat(min(args.steps, 128), 1)
     counts = (10_000, 100_000, 1_000_000) if args.long else (10_000, 100_000)
-    console.print(growth_table(counts, 100_000 if args.long else 10_000))
+    show_growth(counts, 100_000 if args.long else 10_000)
     return 0
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import numba
 import numpy as np
 import pyarrow as pa
+from machine import announce
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
@@ -154,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", default="", help="replay it with so many processes, such as 1,2")
     parser.add_argument("--policy", default="lru,sglang,fifo,random,opt", help="as of `dsatrace replay`")
     args = parser.parse_args(argv)
+    announce("numpy", "numba", "pyarrow", threads="1 of each process")
     if args.records:
         start, before = time.perf_counter(), time.process_time()
         num_records = write_trace(args.folder, args.records)
@@ -170,7 +172,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--jobs {jobs}: {wall:,.0f} s, {cpu:,.0f} s CPU; per record {1e3 * wall / num_records:.3f} ms, "
             f"{1e3 * cpu / num_records:.3f} CPU; largest process {found['largest_process_mb']:,.0f} MiB; "
             f"{found['parts']} results of {found['part_kb']:,.0f} KiB",
-            flush=True,
         )
         sums.append(found["sums"])
     if any(one != sums[0] for one in sums):

@@ -20,16 +20,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
-from machine import machine
+from machine import Rows, announce
 
 from dsatrace.commands.parser import HelpFormatter
 from dsatrace.engine.engine import Engine, serve
@@ -116,18 +113,6 @@ def simulate(
         )
 
 
-def simulator_table(results: Mapping[Admission, Simulated]) -> Table:
-    table = Table(title="token simulator; latency is modelled")
-    columns = ("mode", "wall s", "CPU s", "requests/s", "Mtokens/s", "preempted", "p50 s", "max s")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "mode" else "right")
-    for mode, r in results.items():
-        speed = f"{r.wall_s:.1f}", f"{r.cpu_s:.1f}", f"{r.requests_per_s:,.0f}", f"{r.tokens_per_s / 1e6:.2f}"
-        latency = f"{r.latency_p50_s:.2f}", f"{r.latency_max_s:,.0f}"
-        table.add_row(mode, *speed, f"{r.num_preemptions:,}", *latency)
-    return table
-
-
 class ModelServer:
     """The tiny model with random weights, opened anew for each way of serving."""
 
@@ -209,46 +194,48 @@ def measure_model(
     return medians, same
 
 
-def model_table(results: dict[str, Served], same: dict[str, int], what: str) -> Table:
-    table = Table(title=f"tiny model, {what}")
-    for column in ("served", "wall s", "tokens/s", "ratio", "decode tokens/s", "ratio", "same"):
-        table.add_column(column, justify="left" if column == "served" else "right")
+def show_model(results: dict[str, Served], same: dict[str, int], what: str) -> None:
+    headings = ("wall s", "tokens/s", "ratio", "decode tokens/s", "ratio", "same")
+    table = Rows(f"tiny model, {what}", f"{'served':11} ", *headings)
     alone = results[ONE_BY_ONE]
     for name, r in results.items():
         whole = f"{r.tokens_per_s:.1f}", f"{r.tokens_per_s / alone.tokens_per_s:.2f}x"
         decode = f"{r.decode_tokens_per_s:.1f}", f"{r.decode_tokens_per_s / alone.decode_tokens_per_s:.2f}x"
-        table.add_row(name, f"{r.wall_s:.2f}", *whole, *decode, str(same[name]))
-    return table
+        table.add(name, f"{r.wall_s:.2f}", *whole, *decode, str(same[name]))
 
 
-def bench_simulator(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
+def bench_simulator(flags: argparse.Namespace) -> dict[str, Any]:
     settings = a_day_of(flags.num_requests)
     requests = burst_requests(settings)
     tokens_in = sum(len(r.prompt_token_ids) for r in requests)
     tokens_out = sum(r.max_new_tokens for r in requests)
     span_s = requests[-1].arrival_s
-    console.print(f"arrivals: {settings.text()}")
-    console.print(
+    print(f"arrivals: {settings.text()}")
+    print(
         f"{len(requests):,} requests over {span_s / 3600:.1f} h, "
         f"{tokens_in:,} tokens in, {tokens_out:,} out; "
         f"batch {flags.batch_size}, {flags.cache_blocks} blocks of 64; modelled, not fitted: {StepTime()}"
     )
     profiler = cProfile.Profile() if flags.profile else None
     results = {}
+    headings = ("wall s", "CPU s", "requests/s", "Mtokens/s", "preempted", "p50 s", "max s")
+    table = Rows("token simulator; latency is modelled", "mode        ", *headings)
     for mode in MODES:
         if profiler is not None:
             profiler.enable()
-        results[mode] = simulate(requests, settings, mode, flags.batch_size, flags.cache_blocks)
+        r = results[mode] = simulate(requests, settings, mode, flags.batch_size, flags.cache_blocks)
         if profiler is not None:
             profiler.disable()
-    console.print(simulator_table(results))
+        speed = f"{r.wall_s:.1f}", f"{r.cpu_s:.1f}", f"{r.requests_per_s:,.0f}", f"{r.tokens_per_s / 1e6:.2f}"
+        latency = f"{r.latency_p50_s:.2f}", f"{r.latency_max_s:,.0f}"
+        table.add(mode, *speed, f"{r.num_preemptions:,}", *latency)
     if profiler is not None:
         pstats.Stats(profiler).sort_stats("tottime").print_stats(20)
     measured = {mode: dataclasses.asdict(result) for mode, result in results.items()}
     return {"span_s": span_s, "tokens_in": tokens_in, "tokens_out": tokens_out, "results": measured}
 
 
-def bench_model(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
+def bench_model(flags: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     if flags.threads:
@@ -257,7 +244,7 @@ def bench_model(flags: argparse.Namespace, console: Console) -> dict[str, Any]:
     requests = server.requests(flags.model_requests, flags.prompt_tokens, flags.new_tokens)
     results, same = measure_model(server, requests, flags.batch_sizes, flags.rounds)
     what = f"{len(requests)} requests of {flags.prompt_tokens} + {flags.new_tokens} tokens, fp32, greedy"
-    console.print(model_table(results, same, what))
+    show_model(results, same, what)
     alone = results[ONE_BY_ONE].tokens_per_s
     return {
         "torch": torch.__version__,
@@ -278,13 +265,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--{name.replace('_', '-')} {getattr(flags, name)}: use at least 1")
     if min(flags.batch_sizes) < 1:
         raise UserError(f"--batch-sizes {min(flags.batch_sizes)}: use at least 1")
-    console = Console()
-    record: dict[str, Any] = {"machine": machine()}
+    threads = flags.threads or "torch's choice"
+    record: dict[str, Any] = {"machine": announce("torch", "numba", threads=threads)}
     if flags.only != "model":
-        record["simulator"] = bench_simulator(flags, console)
+        record["simulator"] = bench_simulator(flags)
     if flags.only != "simulator":
-        record["model"] = bench_model(flags, console)
-    console.print(", ".join(f"{name} {value}" for name, value in record["machine"].items()))
+        record["model"] = bench_model(flags)
     print(json.dumps(record))
     return 0
 

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from machine import announce
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
+    announce("numpy", "numba", threads=f"1 of each of {args.workers} processes")
     requests = requests_of(args.requests, args.tokens)
     print(f"{len(requests):,} requests, {requests.num_prompt_tokens.sum():,} prompt tokens")
     _take_time("drawn")

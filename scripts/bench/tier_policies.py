@@ -21,7 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from machine import machine
+from machine import Rows, announce
 
 from dsatrace.kv.tiers.residency import TIER_POLICIES, Residency
 from helpers.plain_order import PlainOrder
@@ -37,8 +37,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
     steps = selections(args.rows, args.top_k, args.new, args.steps)
-    record = {"machine": machine(), **vars(args), "ms": {}}
-    print("policy    compiled     plain   ratio   victims per step")
+    record = {"machine": announce("numpy", "numba", threads=1), **vars(args), "ms": {}}
+    title = f"{args.top_k:,} of {args.rows:,} rows selected, {args.new} of them new, {args.slots:,} in HBM"
+    table = Rows(title, "policy    ", "compiled ms", "plain ms", "ratio", "victims per step")
     for policy in TIER_POLICIES:
         ours, plain = (Residency(args.rows, args.slots, policy) for _ in range(2))
         plain._order = PlainOrder(policy, args.slots, plain.slot_of)
@@ -54,7 +55,7 @@ def main() -> int:
             num_victims.append(len(found[0].victims))
         kept = [statistics.median(of[len(steps) // 4 :]) for of in times]  # before that, HBM fills
         mean = statistics.mean(num_victims[len(steps) // 4 :])
-        print(f"{policy:8}  {kept[0]:5.3f} ms  {kept[1]:6.2f} ms  {kept[1] / kept[0]:5.0f}x  {mean:6.0f}")
+        table.add(policy, f"{kept[0]:.3f}", f"{kept[1]:.2f}", f"{kept[1] / kept[0]:.0f}x", f"{mean:.0f}")
         record["ms"][policy] = {"compiled": kept[0], "plain": kept[1]}
     print(json.dumps(record))
     return 0

@@ -22,7 +22,6 @@ import importlib.util
 import json
 import mmap
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -35,8 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from machine import Rows, announce
 from servers import Missing, MooncakeMaster, ValkeyServer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
@@ -91,18 +89,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     block = BLOCK_TOKENS * args.bytes_per_token
     batches = [Batch(f"{n} blocks", n, POOL_BLOCKS, block) for n in (1, 8, 64, 128)]
     batches.append(Batch("2048 rows", 2048, POOL_ROWS, args.bytes_per_token))
+    about = announce("numpy", "numba", threads="1, 8 of a store that reads files")
     results: list[Result] = []
     absent: dict[str, str] = {}
+    title = f"A fetch, us (median of {args.turns}); block {block:,} B, row {args.bytes_per_token:,} B"
+    headings = ("memcpy", "raw client", "ours", "ours over raw", "ours GB/s", "our put")
+    table = Rows(title, "store       ", "batch      ", *headings)
     with tempfile.TemporaryDirectory(prefix="tiers-", dir=args.folder) as name:
         for side_name, make in SIDES.items():
             if args.only and side_name not in args.only:
                 continue
             try:
                 with make(Path(name)) as side:
-                    results += [measure(side_name, side, batch, args.turns) for batch in batches]
+                    for batch in batches:
+                        r = measure(side_name, side, batch, args.turns)
+                        results.append(r)
+                        times = (f"{us:,.0f}" for us in (r.memcpy_us, r.raw_us, r.ours_us))
+                        over = f"{r.overhead:+.0%}", f"{r.gb_per_s:.2f}"
+                        table.add(r.store, r.batch, *times, *over, f"{r.put_us:,.0f}")
             except Missing as missing:
                 absent[side_name] = str(missing)
-    _show(results, absent, args)
+                print(f"{side_name}: left out, {missing}")
+    settings = {"bytes_per_token": args.bytes_per_token, "turns": args.turns}
+    measured = [*map(dataclasses.asdict, results)]
+    print(json.dumps({"machine": about, **settings, "absent": absent, "results": measured}))
     return 0
 
 
@@ -318,28 +328,6 @@ SIDES: dict[str, Callable[[Path], contextlib.AbstractContextManager[Side]]] = {
     "valkey-tcp": partial(_valkey, unix=False),
     "mooncake": _mooncake,
 }
-
-
-def _show(results: Sequence[Result], absent: dict[str, str], args: argparse.Namespace) -> None:
-    console = Console(width=110)
-    block = BLOCK_TOKENS * args.bytes_per_token
-    table = Table(
-        title=f"A fetch, us (median of {args.turns}); block {block:,} B, row {args.bytes_per_token:,} B",
-        title_justify="left",
-    )
-    for name in ("store", "batch", "memcpy", "raw client", "ours", "ours over raw", "ours GB/s", "our put"):
-        table.add_column(name, justify="left" if name in ("store", "batch") else "right")
-    for r in results:
-        times = (f"{r.memcpy_us:,.0f}", f"{r.raw_us:,.0f}", f"{r.ours_us:,.0f}")
-        table.add_row(r.store, r.batch, *times, f"{r.overhead:+.0%}", f"{r.gb_per_s:.2f}", f"{r.put_us:,.0f}")
-    console.print(table)
-    for name, why in absent.items():
-        console.print(f"{name}: left out, {why}")
-    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "numpy": np.__version__}
-    settings = {"bytes_per_token": args.bytes_per_token, "turns": args.turns}
-    print(
-        json.dumps({**machine, **settings, "absent": absent, "results": [*map(dataclasses.asdict, results)]})
-    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,24 +17,21 @@ import io
 import itertools
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import orjson
 import pyarrow as pa
 import torch
-from rich.console import Console
-from rich.table import Table
+from machine import Rows, announce
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
@@ -415,59 +412,36 @@ def queue_bytes(batch: int) -> dict[str, int]:
     return {"batch": batch, "ring": num_slots * held, "kept_tensors": (num_slots - 1) * kept}
 
 
-def machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [
-        line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-    ]
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "torch_threads": torch.get_num_threads(),
-        "load": [round(load, 1) for load in os.getloadavg()],
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "numba": numba.__version__,
-        "orjson": orjson.__version__,
-        "torch": torch.__version__,
-    }
-
-
-def encoders_table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=f"one step of {NUM_LAYERS} layers x {TOP_K}: CPU ms (times the naive script)")
-    ways = list(rows[0]["cpu_ms"])
-    for name in ("selection", "context", "batch", *ways):
-        table.add_column(name, justify="right")
+def shown(
+    rows: Iterable[dict[str, Any]], title: str, by: str, cell: Callable[[dict[str, Any], str], str]
+) -> list[dict[str, Any]]:
+    """Prints each row as it comes: what it is of, then a cell for each entry of its `by`."""
+    kept: list[dict[str, Any]] = []
     for row in rows:
-        cells = [f"{row['cpu_ms'][way]:.2f} ({row['times_naive'][way]:.0f}x)" for way in ways]
-        table.add_row(row["kind"], str(row["context"]), str(row["batch"]), *cells)
-    return table
+        of = [name for name in ("kind", "context", "batch") if name in row]
+        if not kept:
+            table = Rows(title, *(f"{name:9} " for name in of), *(f"{name:>15}" for name in row[by]))
+        table.add(*(str(row[name]) for name in of), *(cell(row, name) for name in row[by]))
+        kept.append(row)
+    return kept
 
 
-def bytes_table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="bytes per record")
-    for name in ("selection", "context", *rows[0]["bytes_a_record"]):
-        table.add_column(name, justify="right")
-    for row in rows:
-        cells = [f"{size:.0f}" for size in row["bytes_a_record"].values()]
-        table.add_row(row["kind"], str(row["context"]), *cells)
-    return table
+def encoder_cell(row: dict[str, Any], way: str) -> str:
+    return f"{row['cpu_ms'][way]:.2f} ({row['times_naive'][way]:.0f}x)"
 
 
-def steps_table(waiting: Sequence[dict[str, Any]], eager: dict[str, Any]) -> Table:
-    table = Table(title="a step with tracing on against off: wall ms, medians")
-    for name in ("step", "batch", "off", "on", "stretch", "hand-over p50", "p95"):
-        table.add_column(name, justify="right")
-    named = [(f"waits {STEP_S * 1e3:.0f} ms", str(row["batch"]), row) for row in waiting]
-    for name, batch, row in [*named, (f"eager CPU, context {EAGER_CONTEXT}", "1", eager)]:
-        table.add_row(
-            name,
-            batch,
-            *(f"{row[key]:.2f}" for key in ("off_ms", "on_ms")),
-            f"{row['stretch']:+.1%}",
-            *(f"{row[key]:.3f}" for key in ("handover_ms_p50", "handover_ms_p95")),
-        )
-    return table
+def bytes_cell(row: dict[str, Any], what: str) -> str:
+    return f"{row['bytes_a_record'][what]:.0f}"
+
+
+def show_step(table: Rows, name: str, batch: int, row: dict[str, Any]) -> None:
+    table.add(
+        name,
+        str(batch),
+        *(f"{row[key]:.2f}" for key in ("off_ms", "on_ms")),
+        f"{row['stretch']:+.1%}",
+        *(f"{row[key]:.3f}" for key in ("handover_ms_p50", "handover_ms_p95")),
+    )
 
 
 def main() -> int:
@@ -478,24 +452,26 @@ def main() -> int:
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     rounds, turns = (3, 3) if flags.quick else (9, 12)
-    before = machine()
+    before = announce("numpy", "numba", "orjson", "pyarrow", "torch", threads=flags.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        encoders = list(bench_encoders(rounds, folder))
-        sizes = list(bench_bytes(folder))
-        waiting = [
-            bench_waiting_step(batch, CONTEXTS[0], turns, folder / f"waiting_{batch}") for batch in BATCHES
-        ]
+        title = f"one step of {NUM_LAYERS} layers x {TOP_K}: CPU ms (times the naive script)"
+        encoders = shown(bench_encoders(rounds, folder), title, "cpu_ms", encoder_cell)
+        sizes = shown(bench_bytes(folder), "bytes per record", "bytes_a_record", bytes_cell)
+        title, step = "a step with tracing on against off: wall ms, medians", f"{'step':24} "
+        table = Rows(title, step, "batch", "off", "on", "stretch", "hand-over p50", "p95")
+        waiting = []
+        for batch in BATCHES:
+            row = bench_waiting_step(batch, CONTEXTS[0], turns, folder / f"waiting_{batch}")
+            show_step(table, f"waits {STEP_S * 1e3:.0f} ms", batch, row)
+            waiting.append(row)
         eager = bench_eager_step(turns, folder / "eager")
+        show_step(table, f"eager CPU, context {EAGER_CONTEXT}", 1, eager)
     queues = [queue_bytes(batch) for batch in BATCHES]
-    console = Console(width=140)
-    for table in (encoders_table(encoders), bytes_table(sizes), steps_table(waiting, eager)):
-        console.print(table)
     for queue in queues:
         ring, tensors = size_text(queue["ring"]), size_text(queue["kept_tensors"])
-        console.print(f"queue at batch {queue['batch']}: {ring} of ring, at most {tensors} of tensors")
+        print(f"queue at batch {queue['batch']}: {ring} of ring, at most {tensors} of tensors")
     about = before | {"load_after": [round(load, 1) for load in os.getloadavg()]}
-    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
     record = {"machine": about, "encoders": encoders, "bytes": sizes, "waiting": waiting, "eager": eager}
     print(json.dumps(record | {"queue_bytes": queues}))
     return 0

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
 from growth import OFFLOADED, Shape, in_own_process, write_run
+from machine import announce
 
 from dsatrace.errors import exits_cleanly
 from dsatrace.schema import STEPS_FILE
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--records", type=int, default=15_000, help="at least so many (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="the fastest counts (%(default)s)")
     args = parser.parse_args(argv)
+    announce("numpy", "numba", "orjson", threads="1 of each process")
     with tempfile.TemporaryDirectory(prefix="dsatrace-verify-") as temporary:
         compare(Path(temporary) / "short", args.records, args.rounds, None)
         compare(Path(temporary) / "offloaded", args.records, args.rounds, OFFLOADED)
@@ -56,7 +58,7 @@ def compare(folder: Path, num_records: int, rounds: int, tiers: TierSettings | N
     """Writes a run and prints what each way takes of it."""
     written = write_run(folder, num_records, "full", Shape(), tiers=tiers)
     size = (folder / STEPS_FILE).stat().st_size
-    print(f"{folder.name}: {written} full records, {size / written:.0f} bytes each", flush=True)
+    print(f"{folder.name}: {written} full records, {size / written:.0f} bytes each")
     best: dict[str, Spent] = {}
     for _ in range(rounds):
         for name, how in WAYS.items():
@@ -87,8 +89,7 @@ def measured(name: str, folder: Path, num_records: int, plain: bool, jobs: int) 
         memory += f", and {of_workers_mib:.0f} MiB in a worker"
     print(
         f"{name:18} {seconds:6.1f} s {cpu_s:6.1f} s of processors {num_records / seconds:8.0f} records/s   "
-        f"peak {memory}",
-        flush=True,
+        f"peak {memory}"
     )
     return Spent(seconds, cpu_s)
 

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
 
 from dsatrace.model.attention import MLA
-from dsatrace.model.hf_config import FP8_GROUP
 from dsatrace.model.indexer import Indexer
-from dsatrace.model.rotary import Rope, rope_angles, rotate_interleaved
+from dsatrace.model.rotary import Rope, rope_of, rotate_interleaved
 from dsatrace.model.selection import mask_future, select_topk
 from dsatrace.model.transformer import Block, Transformer
 
@@ -59,7 +60,7 @@ def forward(
 ) -> torch.Tensor:
     """Logits `(B, M, vocabulary)` at `batch.rows`, with gradients wherever the weights want them."""
     frequencies = model.frequencies.to(batch.positions.device)
-    rope = rope_angles(model.args, batch.positions, frequencies)
+    rope = rope_of(model.args, batch.positions, frequencies)
     x = F.embedding(batch.tokens, model.embed.weight)
     last = len(model.layers) - 1
     for layer_id, layer in enumerate(model.layers):
@@ -109,24 +110,22 @@ def _keys_and_values(attn: MLA, x: torch.Tensor, rope: Rope) -> tuple[torch.Tens
     latent, k_rope = attn.wkv_a(x).split((args.kv_lora_rank, args.qk_rope_head_dim), dim=-1)
     latent = attn.kv_norm(latent)
     if args.latent_fp8:
-        rounded, scale = attn.setup.kernels.fake_quant(latent.detach(), args.scale_fmt)
-        rounded = rounded * scale.repeat_interleave(FP8_GROUP, dim=-1)[..., : args.kv_lora_rank]
-        latent = latent + (rounded - latent.detach()).to(latent.dtype)
+        plain = latent.detach()
+        latent = latent + (attn.setup.kernels.through_fp8(plain, args.scale_fmt) - plain)
     expanded = attn.wkv_b(latent).unflatten(-1, (args.n_heads, -1)).transpose(1, 2)  # (B, H, T, nope + v)
     k_nope, value = expanded.split((args.qk_nope_head_dim, args.v_head_dim), dim=-1)
-    k_rope = rotate_interleaved(k_rope, *rope).unsqueeze(1).expand(-1, args.n_heads, -1, -1)
+    k_rope = rotate_interleaved(k_rope, rope).unsqueeze(1).expand(-1, args.n_heads, -1, -1)
     return torch.cat((k_nope, k_rope), dim=-1), value
 
 
 def _queries(attn: MLA, q_latent: torch.Tensor, rope: Rope, rows: torch.Tensor | None) -> torch.Tensor:
     """(B, H, T, qk), or (B, H, M, qk) at `rows`."""
     args = attn.setup.args
-    cos, sin = rope
     if rows is not None:
-        q_latent, cos, sin = (take_rows(each, rows) for each in (q_latent, cos, sin))
+        q_latent, rope = take_rows(q_latent, rows), rope.each(partial(take_rows, rows=rows))
     query = attn.wq_b(q_latent).unflatten(-1, (args.n_heads, args.qk_head_dim)).transpose(1, 2)
     q_nope, q_rope = query.split((args.qk_nope_head_dim, args.qk_rope_head_dim), dim=-1)
-    q_rope = rotate_interleaved(q_rope, cos.unsqueeze(1), sin.unsqueeze(1))
+    q_rope = rotate_interleaved(q_rope, rope.each(lambda table: table.unsqueeze(1)))
     return torch.cat((q_nope, q_rope), dim=-1)
 
 
@@ -158,7 +157,7 @@ def select(
     """(B, T or M, T) bool: what the indexer selects, with its rounding to fp8, as it serves."""
     masks = []
     for i in range(len(x)):
-        query, weights, key, key_scale = _quantised(attn, x[i], q_latent[i], (rope[0][i], rope[1][i]))
+        query, weights, key, key_scale = _quantised(attn, x[i], q_latent[i], rope.each(itemgetter(i)))
         length = len(key)
         k = min(attn.setup.args.index_topk, length)
         score = attn.setup.kernels.index_scores
@@ -196,14 +195,13 @@ def index_parts(
     indexer, args = attn.indexer, attn.setup.args
     assert isinstance(indexer, Indexer), "every layer that is trained has its own indexer"
 
-    def rotated(part: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def rotated(part: torch.Tensor, rope: Rope) -> torch.Tensor:
         width = args.qk_rope_head_dim
-        part = torch.cat((indexer.rotate(part[..., :width], cos, sin), part[..., width:]), dim=-1)
+        part = torch.cat((indexer.rotate(part[..., :width], rope), part[..., width:]), dim=-1)
         return attn.setup.kernels.hadamard(part) if args.index_hadamard else part
 
-    cos, sin = rope
     query = indexer.wq_b(q_latent).unflatten(-1, (args.index_n_heads, args.index_head_dim))
-    query = rotated(query, cos.unsqueeze(-2), sin.unsqueeze(-2))
-    key = rotated(indexer.k_norm(indexer.wk(x)), cos, sin)
+    query = rotated(query, rope.per_head)
+    key = rotated(indexer.k_norm(indexer.wk(x)), rope)
     weights = indexer.weights_proj(x) * indexer.score_scale
     return query, weights, key

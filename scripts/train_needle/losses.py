@@ -34,8 +34,7 @@ def index_loss(attention: Attention, rows: torch.Tensor, weights: torch.Tensor) 
         seen = seen & (selected if attention.rows is not None else take_rows(selected, rows))
     target = _attention_target(attention, rows, seen)
 
-    cos, sin = attention.rope
-    query, head_weights, key = index_parts(attention.module, x, q_latent, (cos, sin))
+    query, head_weights, key = index_parts(attention.module, x, q_latent, attention.rope)
     query, head_weights = take_rows(query, rows), take_rows(head_weights, rows)  # (B, M, H, D), (B, M, H)
     dots = torch.matmul(query.flatten(1, 2), key.transpose(1, 2)).relu()  # (B, M x H, T)
     dots = dots.unflatten(1, query.shape[1:3])  # (B, M, H, T)

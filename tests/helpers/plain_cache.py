@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dsatrace.kv.policies.policy import NO_PARENT, Access, PlainPolicy
+from dsatrace.kv.policies.compiled import NO_PARENT, Access
 from dsatrace.kv.policies.stream import AccessStream
+from helpers.plain_policy import PlainPolicy
 
 
 def plain_simulate(

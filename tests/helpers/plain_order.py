@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsatrace.kv.policies.policy import Access
-from dsatrace.kv.policies.registry import make_policy
+from dsatrace.kv.policies.compiled import Access
 from dsatrace.kv.tiers.residency import ABSENT
+from helpers.plain_policies import make_policy
 
 
 class PlainOrder:

@@ -31,9 +31,14 @@ def three_turns() -> StudyRequests:
 
 
 def write_three_turns(path: Path) -> Path:
-    """The same as a trace file of token ids, which names no conversation."""
+    """The same as a trace file of token ids, which names no conversation and says that times are recorded."""
     rows = (
-        {"arrival_time_ns": int(s * 1e9), "input_tok_ids": list(prompt), "output_tok_ids": list(answer)}
+        {
+            "arrival_time_ns": int(s * 1e9),
+            "input_tok_ids": list(prompt),
+            "output_tok_ids": list(answer),
+            "arrivals": "recorded",
+        }
         for s, prompt, answer in THREE_TURNS
     )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

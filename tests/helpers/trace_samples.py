@@ -15,6 +15,7 @@ from dsatrace.schema import LEVELS, TIER_NAMES
 from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.manifest import RunInfo, TierSettings
+from dsatrace.trace.request_facts import RecordedRequest
 from dsatrace.verify.plain_record import PlainFetches, PlainSelection, step_record
 
 LAYOUT = CacheLayout("demo", 1152, 132)
@@ -29,14 +30,7 @@ SECRET = b"not a secret, only a test's key."
 RUN = RunInfo(model_config={"n_layers": 2}, layouts=(LAYOUT,), device="cpu")
 
 
-@dataclasses.dataclass(frozen=True)
-class SampleRequest:
-    request_id: str
-    prompt_token_ids: Sequence[int]
-    source_row: int | None = None
-    arrival_s: float = 0.0
-    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    needle_positions: tuple[int, ...] = ()
+SampleRequest = RecordedRequest
 
 
 def sample_capture(

@@ -10,30 +10,16 @@ Knows requests and captures; no model and no tensor.
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from dsatrace.errors import UserError
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.manifest import RunInfo
-from dsatrace.trace.request_facts import RequestFacts
+from dsatrace.trace.request_facts import RecordedRequest, RequestFacts
 from dsatrace.trace.tracer import Tracer
-
-
-@dataclasses.dataclass(eq=False)
-class AttachedRequest:
-    """A prompt; its tokens are hashed and counted, never written."""
-
-    request_id: str
-    prompt_token_ids: Sequence[int]
-    arrival_s: float
-    source_row: int | None = None
-    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    needle_positions: Sequence[int] = ()
-    first_token_s: float | None = None
 
 
 class AttachedRun:
@@ -42,7 +28,8 @@ class AttachedRun:
     def __init__(self, config: TraceConfig, info: RunInfo) -> None:
         self.tracer = Tracer(config, info)
         self._started = time.perf_counter()
-        self._requests: dict[str, AttachedRequest] = {}
+        self._requests: dict[str, RecordedRequest] = {}
+        self._first_token_s: dict[str, float] = {}
         self._num_requests = 0
         self._is_open = True
 
@@ -59,14 +46,14 @@ class AttachedRun:
 
     def begin_request(self, prompt_token_ids: Sequence[int], arrival_s: float = 0.0) -> str:
         """Returns the request's id: r0, r1, ... in the order of the run."""
-        request = AttachedRequest(f"r{self._num_requests}", prompt_token_ids, arrival_s)
+        request = RecordedRequest(f"r{self._num_requests}", prompt_token_ids, arrival_s=arrival_s)
         self._num_requests += 1
         self.tracer.add_request(request)
         self._requests[request.request_id] = request
         return request.request_id
 
     def note_first_token(self, request_id: str, at_s: float) -> None:
-        self._requests[request_id].first_token_s = at_s
+        self._first_token_s[request_id] = at_s
 
     def end_request(
         self, request_id: str, num_output_tokens: int, state: str, finish_s: float | None
@@ -75,7 +62,7 @@ class AttachedRun:
         request = self._requests.pop(request_id)
         facts = RequestFacts(
             num_output_tokens=num_output_tokens,
-            first_token_s=request.first_token_s,
+            first_token_s=self._first_token_s.pop(request_id, None),
             finish_s=finish_s,
             state=state,
         )

@@ -50,7 +50,8 @@ def _findings(run: RunReader, kind: SelectionKind, found: Found) -> Iterator[str
         f"records past top-k"
     )
     if found.sparse_records and kind.unit != "expert":
-        yield f"sparse attention was active in {_num_active(kind, found):,} of them"
+        num_active = found.num_active(kind.id_kind == "position")
+        yield f"sparse attention was active in {num_active:,} of them"
     if found.overlaps.share is not None:
         yield f"step overlap past top-k: {found.overlaps.share:.1%}, by chance {found.overlaps.chance:.1%}"
     if shared := found.shared_with_before:
@@ -63,10 +64,6 @@ def _findings(run: RunReader, kind: SelectionKind, found: Found) -> Iterator[str
         ties = Counter(margin == 0 for margin in margins if margin is not None)
         if ties:
             yield f"ties at the k-th score: {ties[True]:,} of {ties.total():,} records"
-
-
-def _num_active(kind: SelectionKind, found: Found) -> int:
-    return found.active_positions if kind.id_kind == "position" else found.active_slots
 
 
 def _problems(kind: SelectionKind, found: Found, num_records: int) -> Iterator[str]:
@@ -87,8 +84,5 @@ def _problems(kind: SelectionKind, found: Found, num_records: int) -> Iterator[s
                 f"{plain(broken.request)} at position {broken.position}, layer "
                 f"{kind.set_layers[broken.set_index]}: {broken.why}"
             )
-    if kind.unit != "expert" and not _num_active(kind, found):
-        where = f"each of {found.sparse_records:,} records past top-k is the newest ids and no others"
-        if not found.sparse_records:
-            where = f"no row chooses from more than {kind.max_width} ids, the longest from {found.longest}"
-        yield f"sparse attention was never active: {where}"
+    if kind.unit != "expert" and (why := found.inactive(kind.id_kind == "position", kind.max_width)):
+        yield why

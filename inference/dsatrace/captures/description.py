@@ -4,7 +4,7 @@ Each field is a flag of `dsatrace import` and a key of `--describe capture.json`
 format.
 
     described = Description.of(args, Path("capture.json"))
-    kind = described.kind(num_layers=61, heads=1, width=2048, id_kind="position")
+    kind = described.kind("token", shape=(61, 2048), id_kind="slot")
 """
 
 from __future__ import annotations

@@ -117,10 +117,27 @@ class Found:
     def rows(self) -> int:
         return self.prompt.rows + self.decode.rows
 
-    @property
-    def num_active(self) -> int:
+    def num_active(self, are_positions: bool) -> int:
         """Sets past top-k that no recency window explains."""
-        return self.active_positions if self.decode.what == "position" else self.active_slots
+        return self.active_positions if are_positions else self.active_slots
+
+    def inactive(self, are_positions: bool, most: int) -> str | None:
+        """Why no set shows that sparse attention was active; None if one does. `most`: ids of a set."""
+        if self.num_active(are_positions):
+            return None
+        if not self.sparse_records:
+            why = f"no row chooses from more than {most} ids, the longest from {self.longest}"
+        elif are_positions:
+            why = f"each of {self.sparse_records:,} sets past top-k is the newest ids and no others"
+        else:
+            has = "a row before it to compare it with"
+            if self.overlaps.pairs.any():
+                has = "more than one id that the row before it lacks"
+            return (
+                f"nothing shows that sparse attention was active: none of {self.sparse_records:,} sets past "
+                f"top-k has {has}"
+            )
+        return f"sparse attention was never active: {why}"
 
 
 class Detector:

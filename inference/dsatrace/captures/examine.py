@@ -20,11 +20,6 @@ from dsatrace.errors import UserError
 from dsatrace.text import plain
 from dsatrace.trace.kind import SelectionKind
 
-REMEDY = (
-    "start SGLang with SGLANG_DSA_FUSE_TOPK=0 and --disable-radix-cache, so that ids are positions and no "
-    "row is another request's; for other engines see docs/import.md"
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Examined:
@@ -49,15 +44,26 @@ class Examined:
         return "position" if judged.what in ("position", "ragged") else "slot"
 
     def findings(self) -> Iterator[str]:
-        """What was concluded, one line each."""
+        """What was found and concluded, one line each."""
+        requests = sum(len(capture.requests) for capture in self.captures)
+        of_heads = f" of {self.described.heads} KV heads" if (self.described.heads or 1) > 1 else ""
+        yield (
+            f"requests: {requests:,}; a row holds {len(set(self.kind.set_layers))} layers{of_heads}, up to "
+            f"{self.kind.max_width} ids each"
+        )
         for capture in self.captures:
             yield from capture.notes
         if self.num_silent:
             yield f"layers left out: {self.num_silent} that hold zeros only, so they select nothing"
+        held = {request.name for capture in self.captures for request in capture.requests}
+        if absent := [name for name in self.described.requests if plain(name, 200) not in held]:
+            yield f"described and not captured: {len(absent)} requests, the first {plain(absent[0])}"
         found = self.found
         for name, phase in (("prompt", found.prompt), ("decode", found.decode)):
             if phase.rows:
                 yield f"{name} rows: {phase.rows:,}, {_said(phase, self.kind)}"
+            if phase.what == "slot" and phase.first_broken and self.id_kind == "slot":
+                yield f"{name} ids are no positions: {self._where(phase.first_broken)}"
             if phase.not_captured:
                 request, position = phase.first_not_captured or ("", 0)
                 yield (
@@ -65,10 +71,13 @@ class Examined:
                     f"first of request {plain(request)} at position {position}"
                 )
         if self.id_kind == "slot" and found.decode.what == "undetermined":
+            known = FORMATS[self.format].when_positions
             yield (
-                "decode ids are recorded as slots: past top-k, slots can pass for positions; if the server "
-                "emits positions (SGLANG_DSA_FUSE_TOPK=0, HiSparse), say --ids position"
+                "decode ids are recorded as slots: past top-k, slots can pass for positions; "
+                f"if {known}, say --ids position"
             )
+        elif self.described.ids == "position" and found.decode.what == "undetermined":
+            yield "ids are recorded as positions, since you say so (--ids position) and no row contradicts"
         if found.overlaps.share is not None:
             yield (
                 f"step overlap past top-k: {found.overlaps.share:.1%}, by chance {found.overlaps.chance:.1%}"
@@ -102,35 +111,31 @@ class Examined:
             elif phase.what == "mixed" and phase.proven:
                 yield (
                     f"{name} rows are mixed: {phase.proven:,} are positions, and {phase.broken:,} are not: "
-                    f"{self._where(broken)}; {REMEDY}"
+                    f"{self._where(broken)}; {FORMATS[self.format].remedy}"
                 )
             elif phase.what == "mixed":
                 yield (
                     f"{self._where(broken)}; either --start, --layers or --top-k is not the capture's, or "
-                    f"the row is another request's: {REMEDY}"
+                    f"the row is another request's: {FORMATS[self.format].remedy}"
                 )
             elif declared == "position" and phase is found.decode:
-                yield f"said to be positions, but {self._where(broken)}; these are {phase.what}s; {REMEDY}"
-        if self.kind.unit != "expert" and not self.num_active:
-            yield self._inactive()
+                yield (
+                    f"said to be positions, but {self._where(broken)}; these are {phase.what}s; "
+                    f"{FORMATS[self.format].remedy}"
+                )
+        fits = not (found.decode.miscounted or found.prompt.miscounted)
+        if fits and self.inactive is not None:
+            yield self.inactive
 
     @property
-    def num_active(self) -> int:
-        if self.described.ids is not None:
-            is_position = self.described.ids == "position"
-            return self.found.active_positions if is_position else self.found.active_slots
-        return self.found.num_active
-
-    def _inactive(self) -> str:
-        if not self.found.sparse_records:
-            return (
-                f"sparse attention was never active: no row chooses from more than {self.kind.max_width} "
-                f"ids, the longest from {self.found.longest}; capture a longer context"
-            )
-        return (
-            f"sparse attention was never active: each of {self.found.sparse_records:,} sets past top-k is "
-            "the newest ids and no others; check that the engine ran it"
-        )
+    def inactive(self) -> str | None:
+        """The problem that no set shows sparse attention at work; None where one does, or none could."""
+        if self.kind.unit == "expert":
+            return None
+        are_positions = (self.described.ids or self.found.decode.what) == "position"
+        why = self.found.inactive(are_positions, self.kind.max_width)
+        remedy = "check that the engine ran it" if self.found.sparse_records else "capture a longer context"
+        return why and f"{why}; {remedy}"
 
     def _where(self, broken: Broken) -> str:
         layer, head = self.kind.set_layers[broken.set_index], self.kind.set_heads[broken.set_index]
@@ -149,7 +154,9 @@ def _said(phase: PhaseFound, kind: SelectionKind) -> str:
         "ragged": "offsets into a batch, repaired: minus row 0's id",
         "slot": f"the engine's slots ({phase.broken:,} rows cannot be positions)",
         "undetermined": "undetermined: no row within top-k proves what the ids are",
-        "mixed": f"mixed: {phase.broken:,} rows contradict the others",
+        "mixed": f"mixed: {phase.broken:,} rows contradict the others"
+        if phase.proven
+        else f"neither positions nor slots: {phase.broken:,} rows",
         "not captured": "never captured",
         "no rows": "none",
     }[phase.what]

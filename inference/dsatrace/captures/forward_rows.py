@@ -5,7 +5,7 @@ and padding; no model, no request and no file.
 
     columns = Columns.of(np.array([False, False, True, True, True]))      # two of padding, three tokens
     columns.positions(np.array([2, 4, 5]))                                # [0 2 3]: the last one is new
-    room = SetRoom(selects, max_rows=1000)
+    room = SetRoom(selects)
     room.columns, room.num_new = [columns], 1                             # of the forward that comes next
     room.seq_len = {0: 4}                                                 # of its rows to record
 """

@@ -11,9 +11,9 @@ the run, so that its steps are consecutive.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.export import new_folder
 from dsatrace.trace.kind import SelectionKind
 from dsatrace.trace.manifest import RunInfo
-from dsatrace.trace.request_facts import RequestFacts
+from dsatrace.trace.request_facts import RecordedRequest, RequestFacts
 from dsatrace.trace.tracer import Tracer
 
 PromptRows = Literal["last", "off", "all"]
@@ -43,8 +43,8 @@ class ImportSettings:
     prompt_rows: Annotated[
         PromptRows,
         Flag(
-            "rows of the prompt to record: its last one, where every request has it and its ids are "
-            "positions; none; or all, from position 0 on, and else nothing is imported"
+            "rows of the prompt to record; last: where every request has it and its ids are positions; "
+            "all: from position 0 on, or nothing is imported"
         ),
     ] = "last"
     allow_inactive: Annotated[bool, Flag("import a capture in which sparse attention was never active")] = (
@@ -89,8 +89,9 @@ def write_run(
     prompt = examined.found.prompt
     needs_prompt = examined.id_kind == "position" or prompt.miscounted > 0  # miscounted: a wrong --start
     for problem in examined.problems(of_prompt=settings.prompt_rows != "off" and needs_prompt):
-        if not (settings.allow_inactive and problem.startswith("sparse attention was never active")):
-            remedy = ", or add --allow-inactive" if problem.startswith("sparse attention") else ""
+        is_inactive = problem == examined.inactive
+        if not (settings.allow_inactive and is_inactive):
+            remedy = ", or add --allow-inactive" if is_inactive else ""
             raise UserError(f"{plain(examined.paths[0])}: {problem}{remedy}")
     shape = len(examined.kind.set_layers), examined.kind.max_width
     unit = FORMATS[examined.format].unit
@@ -178,24 +179,14 @@ def _first_recorded(request: CapturedRequest, prompt_rows: PromptRows) -> int:
     return {"off": request.prompt_tokens, "last": request.prompt_tokens - 1, "all": 0}[prompt_rows]
 
 
-class _Request(NamedTuple):
-    """One request of the run; what the trace reads of a request."""
-
-    request_id: str
-    prompt_token_ids: Sequence[int]  # their number counts
-    source_row: int | None = None
-    arrival_s: float = 0.0
-    labels: Mapping[str, str] = {}
-    needle_positions: Sequence[int] = ()
-
-
 class _Writer:
     """Puts rows, and begins a new request of the run after each gap."""
 
     def __init__(self, tracer: Tracer, kind: SelectionKind, examined: Examined) -> None:
         self._tracer, self._kind, self._bases = tracer, kind, examined.found.bases
         self._names = {one.name for capture in examined.captures for one in capture.requests}
-        self._open: dict[str, tuple[_Request, int]] = {}  # captured request -> the run's, its next position
+        # Captured request -> the run's, its next position.
+        self._open: dict[str, tuple[RecordedRequest, int]] = {}
         self.num_requests = self.num_rows = self.num_left_out = 0
 
     def write(self, capture: Capture, prompt_rows: PromptRows, advance: Advance) -> None:
@@ -248,12 +239,12 @@ class _Writer:
         self.num_rows += 1
         self._open[captured.name] = request, position + 1
 
-    def _begin(self, captured: CapturedRequest, position: int) -> _Request:
+    def _begin(self, captured: CapturedRequest, position: int) -> RecordedRequest:
         is_first = captured.name not in self._open
         if not is_first:
             self._end(captured)
         name = captured.name if is_first else request_name(f"{captured.name} from {position}", self._names)
-        request = _Request(name, range(max(captured.prompt_tokens, position)))
+        request = RecordedRequest(name, range(max(captured.prompt_tokens, position)))
         self._tracer.add_request(request)
         self.num_requests += 1
         return request

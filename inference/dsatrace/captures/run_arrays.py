@@ -50,7 +50,8 @@ def kind_of(run: RunReader) -> SelectionKind:
 
 
 def recorded_rows(request: RequestSelections, kind: SelectionKind) -> Iterator[tuple[int, np.ndarray]]:
-    """Stretches of consecutive rows: the first's position, and (R, S, K) int32."""
+    """Stretches of consecutive rows: the first's position, and (R, S, K) int32. Raises `UserError` for a
+    request whose records are not of this kind."""
     layers = list(request.layers.values())
     seq_len, width = layers[0].seq_len, kind.max_width
     num_sets = len(kind.set_layers)
@@ -65,7 +66,12 @@ def recorded_rows(request: RequestSelections, kind: SelectionKind) -> Iterator[t
             for s, layer in enumerate(layers):
                 for r, row in enumerate(rows.tolist()):
                     held = layer.ids[layer.ptr[row] : layer.ptr[row + 1]]
-                    ids[r, s, : len(held)] = held[:width]
+                    if len(held) > width:
+                        raise UserError(
+                            f"request {plain(request.request_id)}: a record of {len(held)} ids, and top-k is "
+                            f"{width}; see `dsatrace verify`"
+                        )
+                    ids[r, s, : len(held)] = held
             yield int(seq_len[rows[0]]) - 1, ids
 
 

@@ -57,10 +57,11 @@ def meta_capture(
         if not isinstance(meta, Mapping) or meta.get(name) is None:
             raise UserError(missing(place))
         rows = raw_rows(base64_source(path, meta[name], place, f"meta_info.{name}"), shape, place)
-        skipped = count(meta, start, place) or 0
-        first, prompt_tokens = _lengths(meta, rows.num_rows, skipped, described, place)
+        skipped, own = count(meta, start, place) or 0, str(meta.get("id") or f"{path.stem}-{len(requests)}")
+        is_told = described.of_request(own, "start") is not None
+        first, prompt_tokens = _lengths(meta, rows.num_rows, skipped, is_told, place)
         request = array_request(
-            str(meta.get("id") or f"{path.stem}-{len(requests)}"),
+            own,
             place,
             rows.num_rows,
             described,
@@ -94,11 +95,12 @@ def raw_rows(source: Any, shape: tuple[int, int], place: str) -> ArrayRows:
 
 
 def _lengths(
-    meta: Mapping[str, Any], num_rows: int, skipped: int, described: Description, place: str
+    meta: Mapping[str, Any], num_rows: int, skipped: int, is_told: bool, place: str
 ) -> tuple[int | None, int | None]:
-    """The first row's position and the prompt's length, as far as the response tells them."""
+    """The first row's position, which the user `is_told` tells, and the prompt's length, as far as the
+    response tells them."""
     prompt, answer = (count(meta, name, place) for name in ("prompt_tokens", "completion_tokens"))
-    if prompt is None or answer is None or described.start is not None:
+    if prompt is None or answer is None or is_told:
         return None, prompt
     whole = prompt + max(answer, 1) - 1  # the last token is never fed back
     if num_rows == whole - skipped:

@@ -45,7 +45,7 @@ class _Forward(NamedTuple):
 class LogCapture:
     """The requests of a log, interleaved as they were served."""
 
-    def __init__(self, path: Path, described: Description, taken: set[str]) -> None:
+    def __init__(self, path: Path, taken: set[str]) -> None:
         self._path = path
         self.requests: list[CapturedRequest] = []
         self.notes: list[str] = []
@@ -145,7 +145,16 @@ class LogCapture:
 
 
 def open_log(path: Path, described: Description, taken: set[str]) -> LogCapture:
-    return LogCapture(path, described, taken)
+    """Raises `UserError` for what the user says of its requests: the log says it."""
+    given = {
+        "--prompt-tokens": described.prompt_tokens,
+        "--start": described.start,
+        "--describe: requests": described.requests or None,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name}: a log tells where each of its requests begins; leave it out")
+    return LogCapture(path, taken)
 
 
 def _header(file: IO[bytes], path: Path) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def choices(response: Mapping[str, Any], place: str, name: str) -> Iterator[Choi
 
 def first_position(choice: Choice, num_rows: int, described: Description) -> int | None:
     """Of the first row; the last row is of the last token but one."""
-    if described.start is not None or choice.start is not None:
+    if described.of_request(choice.name, "start") is not None or choice.start is not None:
         return choice.start
     if choice.prompt_tokens is None or choice.answer_tokens is None:
         return None

@@ -109,9 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-block-size", type=count, default=16, metavar="N", help="tokens in a block")
     add("--trace-format", choices=("jsonl", "parquet"), default="jsonl", help="what records are written as")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--device", default="cpu", help="that holds the whole model: cpu, cuda, ...")
-    where.add_argument("--device-map", metavar="MAP", help="of transformers, over several devices: auto, ...")
-    add("--dtype", default="auto", help="of transformers: auto, float32, bfloat16, ...")
+    where.add_argument("--device", default="cpu", help="holds the whole model: cpu, cuda, ...")
+    where.add_argument("--device-map", metavar="MAP", help="of transformers, for several devices: auto, ...")
+    add("--dtype", default="auto", help="number format: auto, float32, bfloat16, ...")
     return parser
 
 

@@ -34,14 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = [path for path in args.files if path.is_dir()]
     if folders and len(folders) < len(args.files):
         raise UserError(f"{folders[0]}: a folder among files; check runs and captures apart")
+    if folders and args.format is not None:
+        raise UserError(f"{folders[0]}: a folder; with --format name the files in it")
     if not folders:
         return _check_files(args)
     return max(_check_run(folder) for folder in folders)
 
 
 def _check_files(args: argparse.Namespace) -> int:
+    from dsatrace.captures.formats import FORMATS
+
     if args.format is None:
-        raise UserError("--format is missing: say what the files are; only a run's folder needs none")
+        raise UserError(f"--format is missing: say what {args.files[0]} is: {', '.join(FORMATS)}")
     examined = examine_files(args)
     return _told(args.files[0], examined.findings(), examined.problems())
 

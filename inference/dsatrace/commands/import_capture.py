@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         imported = write_run(examined, args.out, settings, advance, argv)
     if imported.prompt_rows == "off":
         print("the prompt's rows are not recorded")
-    print(f"{imported.num_rows:,} steps of {imported.num_requests:,} requests: {plain(imported.folder)}")
+    requests = f"{imported.num_requests:,} request{'s' * (imported.num_requests != 1)}"
+    print(f"{imported.num_rows:,} steps of {requests}: {plain(imported.folder)}")
     return 0
 
 

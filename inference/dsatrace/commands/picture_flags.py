@@ -18,14 +18,13 @@ if TYPE_CHECKING:
 
 def add_picture_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("pictures").add_argument
-    add("--no-figure", action="store_true", help="none")
+    add("--no-figure", action="store_true", help="draw no picture")
     add("--format", choices=("png", "svg", "pdf"), help="svg and pdf keep text as text (default: png)")
     add(
         "--panel",
         action="append",
         metavar="NAME",
-        help="this panel in a file of its own, in place of the sheet; give it several times for several (a "
-        "wrong name lists them)",
+        help="draw this panel alone, in a file of its own; may be repeated (a wrong name lists them all)",
     )
     add(
         "--style",

@@ -1,7 +1,7 @@
 """Progress over the bytes of files, weights, a count of records or of requests.
 
-Needs the standard library only. Without rich or off a terminal, bytes and records show
-nothing, and requests a line now and then, since a run may take days under nohup.
+Needs the standard library only. Without rich or off a terminal, bytes show nothing, and records
+and requests a line now and then, since a run may take days under nohup.
 
     with bytes_bar("verify", path) as advance:
         advance(1 << 20)
@@ -76,24 +76,20 @@ def amount_bar(label: str, total: int) -> Iterator[Advance]:
         with _bar(label, total, *_byte_columns()) as update:
             yield lambda amount: update(advance=amount)
         return
-    done, said = 0, -math.inf if total >= _LARGE_BYTES else time.monotonic()
-
-    def advance(amount: int) -> None:
-        nonlocal done, said
-        done += amount
-        if time.monotonic() >= said + LINE_INTERVAL_S:
-            said = time.monotonic()
-            left = size_text(max(total - done, 0))
-            print(f"{label}: {size_text(done)} read, {left} left", file=sys.stderr, flush=True)
-
-    yield advance
+    yield _lines(
+        lambda done: f"{label}: {size_text(done)} read, {size_text(max(total - done, 0))} left",
+        total >= _LARGE_BYTES,
+    )
 
 
 @contextlib.contextmanager
 def records_counter(label: str) -> Iterator[Advance]:
-    """Yields a function to be told how many more records were done; how many there are is not known."""
+    """Yields a function to be told how many more records were done; how many there are is not known.
+
+    A counter on a terminal; off it a line now and then.
+    """
     if not _is_watched():
-        yield lambda amount: None
+        yield _lines(lambda done: f"{label}: {done:,} records so far")
         return
     from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -151,6 +147,20 @@ class _LinesOfRequests:
         if time.monotonic() >= self._said + LINE_INTERVAL_S:
             self._said = time.monotonic()
             print(f"{self._done}{self._of} requests, {self._status()}", file=sys.stderr)
+
+
+def _lines(text: Callable[[int], str], at_once: bool = False) -> Advance:
+    """Says now and then what `text` makes of the amount so far, `at_once` the first time."""
+    done, said = 0, -math.inf if at_once else time.monotonic()
+
+    def advance(amount: int) -> None:
+        nonlocal done, said
+        done += amount
+        if time.monotonic() >= said + LINE_INTERVAL_S:
+            said = time.monotonic()
+            print(text(done), file=sys.stderr, flush=True)
+
+    return advance
 
 
 def _is_watched() -> bool:

@@ -83,7 +83,7 @@ def _replay(argv: Sequence[str]) -> int:
         "--share",
         choices=get_args(Share),
         default=defaults.share,
-        help="one buffer for the layers of a request, or per layer for requests that begin alike (blocks)",
+        help="request: its layers share a buffer; prefix: requests that begin alike do, per layer",
     )
     add(
         "--steps",
@@ -100,7 +100,7 @@ def _replay(argv: Sequence[str]) -> int:
     )
     add("--seed", type=int, default=defaults.seed, help="of the policy that draws lots, and of the nulls")
     _add_answers(parser)
-    _add_output(parser, "RUN_replay")
+    _add_output(parser, "folder of the result; a replay that was killed goes on there (default: RUN_replay)")
     add("--jobs", type=count, default=1, metavar="N", help="processes")
     add(
         "--shard",
@@ -138,7 +138,17 @@ def _replay(argv: Sequence[str]) -> int:
             )
         with counted_bar("replay", sum(one.num_records for one in work), "records") as advance:
             result = replay_all(work, settings, args.jobs, out / "parts", advance, on_ray)
-    return _finish(result, out, args, pictures)
+    return _finish(result, out, args, pictures, _whose(args.runs))
+
+
+def _whose(runs: Sequence[Path]) -> str:
+    """Whose selections a picture shows: the model, and the run by the last two names of its path."""
+    from dsatrace.report.tables import named_model
+    from dsatrace.trace.reader import RunReader
+
+    model = named_model(RunReader(runs[0]).manifest) or "a model"
+    names = ["/".join(str(run).rstrip("/").split("/")[-2:]) for run in runs]
+    return f"{model} in {names[0] if len(names) == 1 else f'{len(names)} runs'}"
 
 
 def _merge(argv: Sequence[str]) -> int:
@@ -149,7 +159,7 @@ def _merge(argv: Sequence[str]) -> int:
     )
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="replay.json, or its folder")
     _add_answers(parser)
-    _add_output(parser, "")
+    _add_output(parser, "folder of the result")
     args = parser.parse_args(argv)
     if args.out is None:
         raise UserError("--out DIR is missing: name the folder of the merged result")
@@ -185,11 +195,8 @@ def _add_answers(parser: argparse.ArgumentParser) -> None:
     add("--measured", type=Path, metavar="FILE", help="an engine's counters to set beside the prediction")
 
 
-def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
-    text = "folder of the result; a replay that was killed goes on there"
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help=f"{text} (default: {default})" if default else text
-    )
+def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--out", type=Path, metavar="DIR", help=text)
     add_picture_flags(parser)
 
 
@@ -248,7 +255,9 @@ def _pictures(args: argparse.Namespace) -> PictureSettings | None:
     return picture_settings(args, PANELS)
 
 
-def _finish(result: Result, out: Path, args: argparse.Namespace, pictures: PictureSettings | None) -> int:
+def _finish(
+    result: Result, out: Path, args: argparse.Namespace, pictures: PictureSettings | None, whose: str = ""
+) -> int:
     """Writes and shows what was found."""
     from dsatrace.report.grid import WIDE, show
     from dsatrace.report.replay_tables import replay_parts
@@ -264,7 +273,7 @@ def _finish(result: Result, out: Path, args: argparse.Namespace, pictures: Pictu
     if pictures:
         from dsatrace.report.replay_figure import draw_replay
 
-        show(draw_replay(record, out / "replay", pictures).lines())
+        show(draw_replay(record, out / "replay", pictures, whose).lines())
     return 0
 
 

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "DeepSeek-V3.2 in fp8; capacities are then told in GiB too",
     )
     parser.add_argument(
-        "--json", action="store_true", help="the tables as JSON, numbers for texts; draws no picture"
+        "--json", action="store_true", help="print the tables as JSON, with plain numbers; draw no picture"
     )
     parser.add_argument(
         "--html",

@@ -40,7 +40,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default="model",
         help="the simulator replays recorded answers through the same scheduler",
     )
-    add("--resume", type=Path, metavar="RUN", help="continue an incomplete run; its own flags come first")
+    add(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="continue an incomplete run, with its flags and those given here",
+    )
     add_flags(add, EndSettings, END_FLAGS)
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add(

@@ -121,7 +121,8 @@ def _run_with_progress(engine: Engine, live: Sequence[LiveRequest], shown: bool)
     generated = sum(request.num_answered for request in live)
     cached_tokens = sum(request.prefix_hit_tokens or 0 for request in live)
     cached = f" ({cached_tokens} from the prefix cache)" if cached_tokens else ""
-    report = f"{len(live)} requests, {prompt_tokens} tokens in{cached}, {generated} out in {seconds:.1f} s"
+    requests = f"{len(live)} request{'s' * (len(live) != 1)}"
+    report = f"{requests}, {prompt_tokens} tokens in{cached}, {generated} out in {seconds:.1f} s"
     if engine.num_decode_tokens:
         report += f" ({engine.num_decode_tokens / engine.decode_s:.1f} tokens/s in decode)"
     return report

@@ -26,9 +26,7 @@ class EndSettings:
             at_least=0,
         ),
     ] = 0
-    ignore_eos: Annotated[bool, Flag("every answer goes on to its most new tokens, whatever is sampled")] = (
-        False
-    )
+    ignore_eos: Annotated[bool, Flag("every answer goes on to its limit, whatever is sampled")] = False
 
     def __post_init__(self) -> None:
         check(self)

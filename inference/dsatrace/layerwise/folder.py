@@ -3,9 +3,9 @@
 A layer counts as done once `progress.json` says so; all that came after is made again. Knows files and
 arrays, and no model.
 
-    work = WorkFolder.open(out, settings, resume=True)
+    work = WorkFolder(out, settings, resume=True)
     rows = work.hidden(3, (32768, 7168), torch.float32, new=False)
-    work.layer_done(3, selected)
+    work.layer_done(3, 3, {"selected": ids}, bytes_read, seconds)
 """
 
 from __future__ import annotations

@@ -3,14 +3,14 @@
 The run is written inside the work folder and moved out when it is whole, its manifest last: whoever kills
 this loses nothing, and a resume writes the same records again.
 
-    write_runs(RunFacts(...), recorded, layers, folder, config)
+    write_runs(setup, RunFacts(...), recorded, layers, folder, config, with_experts=False)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from dsatrace.trace.capture import StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.kind import Layer, SelectionKind
 from dsatrace.trace.manifest import RunInfo, Selections
-from dsatrace.trace.request_facts import RequestFacts
+from dsatrace.trace.request_facts import RecordedRequest, RequestFacts
 from dsatrace.trace.tracer import Tracer
 
 _RUN = "run"
@@ -49,18 +49,6 @@ class RunFacts:
     chat: str | None = None
     data_source: str | None = None
     workload: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    """What the trace reads of a transcript: what lies before its first recorded row is its prompt."""
-
-    request_id: str
-    prompt_token_ids: Sequence[int]
-    source_row: int | None
-    labels: Mapping[str, str]
-    needle_positions: Sequence[int]
-    arrival_s: float = 0.0
 
 
 def selection_kind(args: ModelArgs, layers: range) -> SelectionKind:
@@ -102,8 +90,7 @@ def write_runs(
     layers: range,
     folder: WorkFolder,
     config: TraceConfig,
-    with_experts: bool = False,
-    advance: Callable[[int], None] = lambda num_rows: None,
+    with_experts: bool,
 ) -> None:
     """Writes the run, and that of the experts, and removes the work folder. `config.out` is left aside."""
     args = setup.args
@@ -116,12 +103,12 @@ def write_runs(
             held[layer][SCORES] = folder.layer_array(SCORES, layer)
     sets = [held[args.source_layers[layer]] for layer in layers]
     kind = selection_kind(args, layers)
-    _write(scratch, setup, facts, recorded, kind, sets, config, advance)
+    _write(scratch, setup, facts, recorded, kind, sets, config)
     if with_experts:
         kind = expert_kind(args, layers)
         sets = [{IDS: folder.layer_array(EXPERTS, layer)} for layer in kind.set_layers.tolist()]
         plain = dataclasses.replace(config, store_scores=False, keep_order=False)
-        _write(scratch / EXPERTS_FOLDER, setup, facts, recorded, kind, sets, plain, advance)
+        _write(scratch / EXPERTS_FOLDER, setup, facts, recorded, kind, sets, plain)
     _publish(scratch, folder.out)
     folder.remove()
 
@@ -134,7 +121,6 @@ def _write(
     kind: SelectionKind,
     sets: Sequence[Mapping[str, np.ndarray]],
     config: TraceConfig,
-    advance: Callable[[int], None],
 ) -> None:
     info = RunInfo(
         model_config=dataclasses.asdict(setup.args),
@@ -152,12 +138,13 @@ def _write(
     with Tracer(dataclasses.replace(config, out=out), info) as tracer:
         for one in recorded:
             transcript, first = one.transcript, one.positions.start
-            request = _Request(
+            # What lies before the first recorded row is its prompt.
+            request = RecordedRequest(
                 transcript.request_id,
                 transcript.token_ids[:first].tolist(),
                 transcript.source_row,
-                {**transcript.labels, "transcript": transcript.written_by},
-                [position for position in transcript.needle_positions if position < first],
+                labels={**transcript.labels, "transcript": transcript.written_by},
+                needle_positions=[at for at in transcript.needle_positions if at < first],
             )
             tracer.add_request(request)
             names = (transcript.request_id,)
@@ -183,7 +170,6 @@ def _write(
                     )
                 )
                 num_forwards += 1
-                advance(1)
             # As in decode, the last of the tokens was never fed back.
             facts_of_request = RequestFacts(num_output_tokens=len(one.positions) + 1, state="length")
             tracer.finish_request(request, facts_of_request)

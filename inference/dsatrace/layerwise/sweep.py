@@ -4,7 +4,7 @@ With the tokens fixed, a row's selection depends only on the tokens up to it and
 rows go through one layer, its weights are dropped, and the next layer is read. A layer is attention over all
 rows, chunk by chunk, then its gate, then each expert once over all its rows. The layers are the model's own.
 
-    sweep = Sweep(setup, recorded, work, stored, folder, SweepSettings(chunk_rows=512))
+    sweep = Sweep(setup, recorded, layers, work, stored, folder, SweepSettings(chunk_rows=512))
     sweep.run()
 """
 
@@ -28,8 +28,8 @@ from dsatrace.model.batch import Batch, Span
 from dsatrace.model.cache import KVCache
 from dsatrace.model.checkpoint import fill_part
 from dsatrace.model.layers import ModelSetup
-from dsatrace.model.moe import MoE, rows_of
-from dsatrace.model.rotary import rope_angles, rope_frequencies
+from dsatrace.model.moe import MoE, rows_by_expert
+from dsatrace.model.rotary import rope_frequencies, rope_of
 from dsatrace.model.selection import Selection
 from dsatrace.model.shards import StoredTensor, read_tensor
 from dsatrace.model.transformer import Block
@@ -272,7 +272,7 @@ class Sweep:
             tokens = one.transcript.token_ids[piece.start : piece.stop].tolist()
             span = Span(range(num_blocks), piece.start, tokens, wants_logits=False)
             batch = Batch.build([span], CACHE_BLOCK, self._device)
-            rope = rope_angles(args, batch.positions, self._frequencies)
+            rope = rope_of(args, batch.positions, self._frequencies)
             x = source.rows[rows].to(self._device)
             normed = block.attn_norm(x)
             if work.part != "all" and not piece.is_recorded:
@@ -322,8 +322,9 @@ class Sweep:
             target.release()
         weight, choice = torch.cat(weights), torch.cat(chosen)
         if sums is not None:
-            for _ in range(self._args.n_routed_experts):
-                self._add_expert(block, moe, target, sums, weight, choice)
+            routed = rows_by_expert(weight, choice, self._args.n_routed_experts)
+            for _ in routed:
+                self._add_expert(block, moe, target, sums, routed)
             for part in _slices(self._num_rows, self._settings.rows_at_a_time):
                 target.rows[part] = block.add(target.rows[part], sums.rows[part])
                 target.release()
@@ -336,13 +337,12 @@ class Sweep:
         moe: MoE,
         target: RowFile | _DeviceRows,
         sums: RowFile | _DeviceRows,
-        weight: torch.Tensor,
-        choice: torch.Tensor,
+        routed: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
         """Reads the next expert and adds its share to the sums of its rows."""
         unit, tensors = self._next_unit()
         assert unit.expert is not None
-        rows, share = rows_of(unit.expert, weight, choice)
+        rows, share = routed[unit.expert]
         if len(rows):
             fill_part(block, unit.tensors, tensors.__getitem__, self._device)
             expert = moe.experts[str(unit.expert)]

@@ -13,9 +13,8 @@ from torch import nn
 
 from .batch import Batch
 from .cache import KVCache
-from .hf_config import FP8_GROUP
 from .indexer import Indexer, SharedIndexer
-from .layers import ColumnParallelLinear, Linear, ModelSetup, RMSNorm, RowParallelLinear
+from .layers import ColumnParallelLinear, Linear, ModelSetup, RMSNorm, RowParallelLinear, cast
 from .rotary import Rope, rotate_interleaved, softmax_scale
 from .selection import Selection
 
@@ -75,14 +74,17 @@ class MLA(nn.Module):
 
         token_bytes = self.setup.args.latent_dim * self._operand_dtype(x).itemsize
         rows = max(1, GATHER_BYTES["cuda" if x.is_cuda else "cpu"] // (slots.shape[1] * token_bytes))
-        pieces = [
-            self._attend(q, s < 0, cache.read_latent(self.layer_id, s))
-            for q, s in zip(query.split(rows), slots.split(rows), strict=True)
-        ]
+        if len(slots) <= rows:
+            attended = self._attend(query, slots < 0, cache.read_latent(self.layer_id, slots))
+        else:
+            pieces = [
+                self._attend(q, s < 0, cache.read_latent(self.layer_id, s))
+                for q, s in zip(query.split(rows), slots.split(rows), strict=True)
+            ]
+            attended = torch.cat(pieces)
         _, value_up = self.absorbed()
-        attended = torch.cat(pieces).transpose(0, 1)  # (H, N, C)
-        out = self._product(attended, value_up).transpose(0, 1)  # (N, H, v)
-        return self.wo(out.flatten(1).to(self.setup.compute_dtype)), selection
+        out = self._product(attended.transpose(0, 1), value_up).transpose(0, 1)  # (N, H, v)
+        return self.wo(cast(out.flatten(1), self.setup.compute_dtype)), selection
 
     def remember(self, x: torch.Tensor, rope: Rope, batch: Batch, cache: KVCache) -> None:
         """Puts into the cache what later rows read of these: latents and the indexer's keys."""
@@ -105,26 +107,23 @@ class MLA(nn.Module):
         kv, k_rope = self.wkv_a(x).split((args.kv_lora_rank, args.qk_rope_head_dim), dim=-1)
         kv = self.kv_norm(kv)
         if args.latent_fp8:
-            values, scale = self.setup.kernels.fake_quant(kv, args.scale_fmt)
-            scale = scale.repeat_interleave(FP8_GROUP, dim=-1)[:, : kv.shape[1]]
-            kv = (values * scale).to(kv.dtype)
-        return torch.cat((kv, rotate_interleaved(k_rope, *rope)), dim=-1)
+            kv = self.setup.kernels.through_fp8(kv, args.scale_fmt)
+        return torch.cat((kv, rotate_interleaved(k_rope, rope)), dim=-1)
 
     def _absorbed_query(self, q_latent: torch.Tensor, rope: Rope) -> torch.Tensor:
         args = self.setup.args
         query = self.wq_b(q_latent).view(-1, self.num_heads, args.qk_head_dim)
         q_nope, q_rope = query.split((args.qk_nope_head_dim, args.qk_rope_head_dim), dim=-1)
-        cos, sin = rope
-        q_rope = rotate_interleaved(q_rope, cos.unsqueeze(1), sin.unsqueeze(1))
+        q_rope = rotate_interleaved(q_rope, rope.per_head)
         key_up, _ = self.absorbed()
         absorbed = self._product(q_nope.transpose(0, 1), key_up).transpose(0, 1)  # (N, H, C)
         return torch.cat((absorbed, q_rope), dim=-1)
 
     def _attend(self, query: torch.Tensor, padded: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """`query (n, H, C + R)` over its `latents (n, K, C + R)` but the `padded (n, K)`: `(n, H, C)`."""
-        latents = latents.to(self._operand_dtype(latents))
-        scores = self._product(query, latents.transpose(1, 2)) * self.scale
-        scores = scores.masked_fill_(padded.unsqueeze(1), float("-inf"))
+        latents = cast(latents, self._operand_dtype(latents))
+        unseen = torch.where(padded, float("-inf"), 0.0).unsqueeze(1)  # added: a mask would cost more
+        scores = torch.add(unseen, self._product(query, latents.transpose(1, 2)), alpha=self.scale)
         return self._product(scores.softmax(dim=-1), latents[..., : self.setup.args.kv_lora_rank])
 
     def _operand_dtype(self, x: torch.Tensor) -> torch.dtype:
@@ -134,5 +133,5 @@ class MLA(nn.Module):
     def _product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """`a @ b`, batched, in the precise dtype; `a` is cast to `b`'s dtype first."""
         precise = self.setup.precise_dtype
-        a = a.to(b.dtype)
+        a = cast(a, b.dtype)
         return torch.bmm(a, b) if b.dtype == precise else torch.bmm(a, b, out_dtype=precise)

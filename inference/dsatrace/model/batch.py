@@ -54,41 +54,48 @@ class Batch:
 
     tokens: torch.Tensor  # (N,) int64
     positions: torch.Tensor  # (N,) int64, absolute, 0-based
-    row_to_request: torch.Tensor  # (N,) int64, row of slot_table
     slots: torch.Tensor  # (N,) int64, where each row's own KV is written
-    slot_table: torch.Tensor  # (R, longest context) int64, slot of every position
+    table: torch.Tensor  # 1-D int64: of every request -1, for no position, then the slots of its positions
+    table_starts: torch.Tensor  # (N, 1) int64: where in `table` position 0 of a row's request stands
     logit_rows: torch.Tensor  # (M,) int64
     segments: tuple[Segment, ...]  # (R,)
 
     @classmethod
     def build(cls, spans: Sequence[Span], block_size: int, device: torch.device | str = "cpu") -> Batch:
         """Lays `spans` one after another; O(blocks) host work per request, one copy per tensor."""
-        contexts = [span.first_pos + len(span.tokens) for span in spans]
-        slot_table = torch.zeros(len(spans), max(contexts), dtype=torch.int64)
         segments: list[Segment] = []
-        positions, slots, logit_rows = [], [], []
-        row = 0
-        for i, (span, context_len) in enumerate(zip(spans, contexts, strict=True)):
-            blocks = torch.tensor(span.block_ids[: -(-context_len // block_size)])
-            assert len(blocks) * block_size >= context_len, "the block table is shorter than the context"
-            all_slots = (blocks.unsqueeze(1) * block_size + torch.arange(block_size)).view(-1)
-            slot_table[i, :context_len] = all_slots[:context_len]
-            consecutive = bool((blocks.diff() == 1).all())
-            first_slot = int(blocks[0]) * block_size if consecutive else None
-            segments.append(Segment(row, len(span.tokens), span.first_pos, blocks.to(device), first_slot))
-            positions.append(torch.arange(span.first_pos, context_len))
-            slots.append(all_slots[span.first_pos : context_len])
-            row += len(span.tokens)
+        tokens: list[int] = []
+        positions: list[int] = []
+        starts: list[list[int]] = []
+        logit_rows: list[int] = []
+        slots: list[torch.Tensor] = []
+        table: list[torch.Tensor] = []
+        nowhere, offsets = torch.tensor([-1]), torch.arange(block_size)
+        start = 1
+        for span in spans:
+            num_rows = len(span.tokens)
+            context_len = span.first_pos + num_rows
+            ids = span.block_ids[: -(-context_len // block_size)]
+            assert len(ids) * block_size >= context_len, "the block table is shorter than the context"
+            blocks = torch.tensor(ids)
+            of_request = torch.add(offsets, blocks.unsqueeze(1), alpha=block_size).view(-1)[:context_len]
+            consecutive = list(ids) == list(range(ids[0], ids[0] + len(ids)))
+            first_slot = ids[0] * block_size if consecutive else None
+            segments.append(Segment(len(tokens), num_rows, span.first_pos, blocks.to(device), first_slot))
+            tokens += span.tokens
+            positions += range(span.first_pos, context_len)
+            starts += [[start]] * num_rows
+            slots.append(of_request[span.first_pos :])
+            table += (nowhere, of_request)
+            start += context_len + 1
             if span.wants_logits:
-                logit_rows.append(row - 1)
-
-        rows_of = torch.tensor([len(span.tokens) for span in spans])
+                logit_rows.append(len(tokens) - 1)
         return cls(
-            tokens=torch.tensor([token for span in spans for token in span.tokens]).to(device),
-            positions=torch.cat(positions).to(device),
-            row_to_request=torch.arange(len(spans)).repeat_interleave(rows_of).to(device),
+            tokens=torch.tensor(tokens).to(device),
+            positions=torch.tensor(positions).to(device),
             slots=torch.cat(slots).to(device),
-            slot_table=slot_table.to(device),
+            table=torch.cat(table).to(device),
+            table_starts=torch.tensor(starts).to(device),
             logit_rows=torch.tensor(logit_rows, dtype=torch.int64).to(device),
             segments=tuple(segments),
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .batch import Batch, Segment
-from .layers import ModelSetup
+from .layers import ModelSetup, cast
 
 SelectOverride = Callable[[int, Batch, torch.Tensor], torch.Tensor]
 """`(layer_id, batch, positions (N, K)) -> positions (N, K')`: replaces a selection, for replay and tests."""
@@ -77,6 +77,10 @@ class KVCache:
         self.index_scale = (  # L x (num_blocks, block)
             of_indexers(dtype=setup.precise_dtype) if args.index_fp8 else None
         )
+        # The same, a token per row: flattened once, not at each use.
+        self._latent_rows = [x.flatten(0, 1) for x in self.latent]
+        self._key_rows = [x.flatten(0, 1) for x in self.index_k]
+        self._scale_rows = [x.flatten() for x in self.index_scale or ()]
 
     @property
     def latent_bytes_per_token(self) -> int:
@@ -96,46 +100,45 @@ class KVCache:
         return latents + len(self.indexer_layers) * self.index_bytes_per_token
 
     def write_latent(self, layer_id: int, batch: Batch, latent: torch.Tensor) -> None:  # (N, C + R)
-        self.latent[layer_id].view(-1, latent.shape[-1]).index_copy_(0, batch.slots, latent)
+        self._latent_rows[layer_id].index_copy_(0, batch.slots, latent)
 
     def write_index(self, layer_id: int, batch: Batch, key: torch.Tensor, scale: torch.Tensor | None) -> None:
         """Stores the N rows' keys `(N, D)` and, with fp8, their scales `(N,)`."""
-        keys = self.index_k[layer_id].view(-1, key.shape[-1])
+        keys = self._key_rows[layer_id]
         if keys.dtype is torch.float8_e4m3fn:  # index_copy_ has no fp8 kernel; the bytes are the same
             keys.view(torch.uint8).index_copy_(0, batch.slots, key.to(keys.dtype).view(torch.uint8))
         else:
             keys.index_copy_(0, batch.slots, key)
         if self.index_scale is not None:
             assert scale is not None
-            self.index_scale[layer_id].view(-1).index_copy_(
-                0, batch.slots, scale.to(self.index_scale[0].dtype)
-            )
+            rows = self._scale_rows[layer_id]
+            rows.index_copy_(0, batch.slots, cast(scale, rows.dtype))
 
     def index_keys(self, layer_id: int, segment: Segment) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keys `(context_len, D)` and scales `(context_len,)` of a segment's request, a view if possible."""
-        keys = self._context(self.index_k[layer_id], segment)
+        keys = _context(self.index_k[layer_id], self._key_rows[layer_id], segment)
         if self.index_scale is None:
             return keys, None
-        return keys, self._context(self.index_scale[layer_id], segment)
-
-    def _context(self, paged: torch.Tensor, segment: Segment) -> torch.Tensor:
-        if segment.first_slot is not None:
-            return paged.flatten(0, 1)[segment.first_slot : segment.first_slot + segment.context_len]
-        return _index_select(paged, segment.blocks).flatten(0, 1)[: segment.context_len]
+        return keys, _context(self.index_scale[layer_id], self._scale_rows[layer_id], segment)
 
     def resolve(self, layer_id: int, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
         """Slots `(N, K)` of the selected `positions (N, K)`; -1 stays -1."""
         if self.select_override is not None:
             positions = self.select_override(layer_id, batch, positions)
-        padded = positions < 0
-        flat = positions.clamp_min(0) + (batch.row_to_request * batch.slot_table.shape[1]).unsqueeze(1)
-        slots = batch.slot_table.view(-1).index_select(0, flat.view(-1)).view_as(positions)
-        return slots.masked_fill_(padded, -1)
+        places = (positions + batch.table_starts).view(-1)
+        return batch.table.index_select(0, places).view(positions.shape)
 
     def read_latent(self, layer_id: int, slots: torch.Tensor) -> torch.Tensor:
         """Latents `(n, K, C + R)` at `slots (n, K)`, some of those from `resolve`; at -1 anything finite."""
-        latents = self.latent[layer_id].flatten(0, 1)
-        return latents.index_select(0, slots.clamp_min(0).view(-1)).view(*slots.shape, -1)
+        rows = self._latent_rows[layer_id].index_select(0, slots.clamp_min(0).view(-1))
+        return rows.view(*slots.shape, -1)
+
+
+def _context(paged: torch.Tensor, rows: torch.Tensor, segment: Segment) -> torch.Tensor:
+    """What a layer keeps of a segment's request, of its blocks or of the same by row."""
+    if segment.first_slot is not None:
+        return rows[segment.first_slot : segment.first_slot + segment.context_len]
+    return _index_select(paged, segment.blocks).flatten(0, 1)[: segment.context_len]
 
 
 def _index_select(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .batch import Batch
+from .batch import Batch, Segment
 from .cache import KVCache
 from .layers import LayerNorm, Linear, ModelSetup
 from .rotary import Rope, rotate_half_split, rotate_interleaved
@@ -77,8 +77,7 @@ class Indexer(nn.Module):
         """What the rows choose of the keys in the cache, theirs among them."""
         args = self.setup.args
         query = self.wq_b(q_latent).view(-1, args.index_n_heads, args.index_head_dim)  # (N, H, D)
-        cos, sin = rope
-        query, query_scale = self._rotate_and_quantise(query, (cos.unsqueeze(1), sin.unsqueeze(1)))
+        query, query_scale = self._rotate_and_quantise(query, rope.per_head)
         weights = self.weights_proj(x) * self.score_scale  # (N, H)
         if query_scale is not None:
             weights = weights * query_scale.squeeze(-1)
@@ -88,10 +87,10 @@ class Indexer(nn.Module):
         return selection
 
     def _rotate_and_quantise(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """RoPE on the first R channels, Hadamard, fp8: `(..., D)` and its scale `(..., 1)`, or None."""
+        """RoPE on R channels, in place, then Hadamard, fp8: `(..., D)` and its scale `(..., 1)`, or None."""
         args, kernels = self.setup.args, self.setup.kernels
-        rotated = self.rotate(x[..., : args.qk_rope_head_dim], *rope)
-        x = torch.cat((rotated, x[..., args.qk_rope_head_dim :]), dim=-1)
+        part = x[..., : args.qk_rope_head_dim]
+        part.copy_(self.rotate(part, rope))
         if args.index_hadamard:
             x = kernels.hadamard(x)
         if not args.index_fp8:
@@ -101,20 +100,28 @@ class Indexer(nn.Module):
 
     def _select(self, query: torch.Tensor, weights: torch.Tensor, batch: Batch, cache: KVCache) -> Selection:
         """Scores each segment against its request's keys; a row never sees a position past its own."""
-        num_rows = query.shape[0]
-        k = min(self.setup.args.index_topk, batch.slot_table.shape[1])
-        positions = query.new_full((num_rows, k), -1, dtype=torch.int64)
-        values = weights.new_full((num_rows, k), float("-inf"))
-        margin = weights.new_empty(num_rows)
-        for segment in batch.segments:
-            rows = segment.rows
-            keys, key_scale = cache.index_keys(self.layer_id, segment)
-            scores = self.setup.kernels.index_scores(query[rows], weights[rows], keys, key_scale)
-            chosen, chosen_scores, margin[rows] = select_topk(
-                mask_future(scores, segment.first_pos), k, segment.first_pos
-            )
-            positions[rows, : chosen.shape[1]] = chosen
-            values[rows, : chosen.shape[1]] = chosen_scores
+        k = min(self.setup.args.index_topk, max(segment.context_len for segment in batch.segments))
+        if len(batch.segments) == 1:
+            positions, values, margin = self._select_segment(query, weights, batch.segments[0], k, cache)
+        else:
+            num_rows = query.shape[0]
+            positions = query.new_full((num_rows, k), -1, dtype=torch.int64)
+            values = weights.new_full((num_rows, k), float("-inf"))
+            margin = weights.new_empty(num_rows)
+            for segment in batch.segments:
+                rows = segment.rows
+                chosen, scores, margin[rows] = self._select_segment(
+                    query[rows], weights[rows], segment, k, cache
+                )
+                positions[rows, : chosen.shape[1]] = chosen
+                values[rows, : chosen.shape[1]] = scores
         if self.setup.group.size == 1:
             return Selection(positions, values, margin, positions)
         return Selection(self.setup.group.broadcast(positions.clone()), values, margin, positions)
+
+    def _select_segment(
+        self, query: torch.Tensor, weights: torch.Tensor, segment: Segment, k: int, cache: KVCache
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        keys, key_scale = cache.index_keys(self.layer_id, segment)
+        scores = self.setup.kernels.index_scores(query, weights, keys, key_scale)
+        return select_topk(mask_future(scores, segment.first_pos), k, segment.first_pos)

@@ -50,6 +50,11 @@ class ModelSetup:
         return torch.float64 if self.args.dtype == "fp64" else torch.float32
 
 
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` in `dtype`. A step asks for so many casts that change nothing that their calls alone would cost."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def new_weight(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
@@ -78,8 +83,8 @@ class Linear(nn.Module):
         rounded first, as in the released code.
         """
         if self.scale is None:
-            y = F.linear(x.to(self.weight.dtype), self.weight)
-            return y if out_dtype is None else y.to(out_dtype)
+            y = F.linear(cast(x, self.weight.dtype), self.weight)
+            return y if out_dtype is None else cast(y, out_dtype)
         kernels = self.setup.kernels
         quantised, x_scale = kernels.act_quant(x, self.setup.args.scale_fmt)
         return kernels.fp8_gemm(quantised, x_scale, self.weight, self.scale, out_dtype or x.dtype)
@@ -92,7 +97,7 @@ class Linear(nn.Module):
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight in `dtype`, for the products that absorb it."""
         if self.scale is None:
-            return self.weight.to(dtype)
+            return cast(self.weight, dtype)
         return self.setup.kernels.dequantise_weight(self.weight, self.scale, dtype)
 
 
@@ -128,8 +133,8 @@ class RMSNorm(nn.Module):
         self.weight = new_weight(dim, dtype=setup.precise_dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
-        return y.to(self.out_dtype)
+        y = F.rms_norm(cast(x, self.weight.dtype), self.weight.shape, self.weight, self.eps)
+        return cast(y, self.out_dtype)
 
 
 class LayerNorm(nn.Module):
@@ -141,8 +146,8 @@ class LayerNorm(nn.Module):
         self.bias = new_weight(dim, dtype=setup.precise_dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, eps=1e-6)
-        return y.to(x.dtype)
+        y = F.layer_norm(cast(x, self.weight.dtype), self.weight.shape, self.weight, self.bias, eps=1e-6)
+        return cast(y, x.dtype)
 
 
 class ParallelEmbedding(nn.Module):

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import ColumnParallelLinear, ModelSetup, RowParallelLinear, new_weight
+from .layers import ColumnParallelLinear, ModelSetup, RowParallelLinear, cast, new_weight
 from .parallel import ParallelGroup
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, precise_dtype: torch.dtype) -> torch.Tensor:
     """`silu(gate) * up`, in `precise_dtype` and rounded once, to the operands' dtype."""
-    return (F.silu(gate.to(precise_dtype)) * up.to(precise_dtype)).to(gate.dtype)
+    return cast(F.silu(cast(gate, precise_dtype)) * cast(up, precise_dtype), gate.dtype)
 
 
 class MLP(nn.Module):
@@ -52,7 +52,7 @@ class Gate(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Expert weights `(N, A)` and ids `(N, A)`."""
         args = self.args
-        logits = F.linear(x.to(self.weight.dtype), self.weight)
+        logits = F.linear(cast(x, self.weight.dtype), self.weight)
         scores = logits.sigmoid() if args.score_func == "sigmoid" else logits.softmax(dim=-1)  # (N, E)
         choice = scores + self.bias
         if args.n_limited_groups < args.n_expert_groups:
@@ -91,12 +91,15 @@ class MoE(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, dim) -> (N, dim)
         weights, chosen = self.gate(x)
         y = self.common(x)
-        rows_per_expert = torch.bincount(chosen.flatten(), minlength=self.num_experts).tolist()
-        for expert_id, expert in self.experts.items():
-            if rows_per_expert[int(expert_id)] == 0:
-                continue
-            rows, share = rows_of(int(expert_id), weights, chosen)
-            y.index_add_(0, rows, expert(x[rows]) * share)
+        if len(x) == 1:  # a decode step of one request: nothing to gather
+            shares = dict(zip(chosen.tolist()[0], weights.split(1, dim=1), strict=True))
+            for expert_id in sorted(shares):
+                if (name := str(expert_id)) in self.experts:
+                    y += self.experts[name](x) * shares[expert_id]
+            return self.group.all_reduce(y)
+        for expert_id, (rows, share) in enumerate(rows_by_expert(weights, chosen, self.num_experts)):
+            if len(rows) and (name := str(expert_id)) in self.experts:
+                y.index_add_(0, rows, self.experts[name](x.index_select(0, rows)) * share)
         return self.group.all_reduce(y)
 
     def common(self, x: torch.Tensor) -> torch.Tensor:
@@ -107,7 +110,16 @@ class MoE(nn.Module):
         return shared
 
 
-def rows_of(expert_id: int, weights: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows `(n,)` that chose the expert, and its weight in each `(n, 1)`, of what `Gate` gave."""
-    rows, slot = (chosen == expert_id).nonzero(as_tuple=True)
-    return rows, weights[rows, slot, None]
+def rows_by_expert(
+    weights: torch.Tensor, chosen: torch.Tensor, num_experts: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of what `Gate` gave, each expert's rows `(n,)`, ascending, and its weight in each `(n, 1)`.
+
+    The counts are the one thing read back from a device.
+    """
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=num_experts).tolist()
+    rows = order // chosen.shape[1]
+    shares = weights.flatten().index_select(0, order).unsqueeze(1)
+    return list(zip(rows.split(counts), shares.split(counts), strict=True))

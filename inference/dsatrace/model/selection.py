@@ -54,15 +54,16 @@ def select_topk(
         return _pad_unseen(positions, first_pos), values, margin
 
     values, positions = _topk(scores, k + 1)
-    kth, next_best = values[:, k - 1], values[:, k]
-    sparse = torch.arange(first_pos + 1, length + 1, device=scores.device) > k
-    tied = (kth == next_best) & sparse
+    kth = values[:, k - 1]
+    margin = kth - values[:, k]
+    if first_pos < k:  # the first rows see at most k
+        dense = torch.arange(first_pos + 1, length + 1, device=scores.device) <= k
+        margin.masked_fill_(dense, float("inf"))
     if scores.is_cuda:  # asking whether any row is tied would stall the stream: mend all rows
         positions = _drop_late_ties(scores, kth, k).topk(k, dim=-1).indices
-    elif tied.any():
-        rows = tied.nonzero().squeeze(1)
+    elif not margin.all():
+        rows = (margin == 0).nonzero().squeeze(1)
         positions[rows, :k] = _topk(_drop_late_ties(scores[rows], kth[rows], k), k)[1]
-    margin = (kth - next_best).masked_fill_(~sparse, float("inf"))
     positions = positions[:, :k]
     if first_pos < k:
         positions = _pad_unseen(positions, first_pos)

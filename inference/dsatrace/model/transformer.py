@@ -16,10 +16,10 @@ from .config import ModelArgs
 from .indexer import Indexer, SharedIndexer
 from .kernels import get_kernels
 from .kernels.interface import Kernels
-from .layers import ColumnParallelLinear, ModelSetup, ParallelEmbedding, RMSNorm
+from .layers import ColumnParallelLinear, ModelSetup, ParallelEmbedding, RMSNorm, cast
 from .moe import MLP, MoE
 from .parallel import ParallelGroup
-from .rotary import Rope, rope_angles, rope_frequencies
+from .rotary import Rope, rope_frequencies, rope_of
 from .selection import Selection
 
 
@@ -49,7 +49,7 @@ class Block(nn.Module):
 
     def add(self, residual: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
         """The sum of both `(N, dim)`, in the precise dtype of `term`."""
-        return residual.to(self.residual_dtype) + term
+        return cast(residual, self.residual_dtype) + term
 
 
 class Transformer(nn.Module):
@@ -80,12 +80,16 @@ class Transformer(nn.Module):
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Writes the batch's KV into `cache` and returns logits `(M, vocabulary)` of `batch.logit_rows`."""
         # Computed once per step, for every layer and both rotations.
-        rope = rope_angles(self.args, batch.positions, self.frequencies.to(batch.positions.device))
+        if self.frequencies.device != batch.positions.device:
+            self.frequencies = self.frequencies.to(batch.positions.device)
+        rope = rope_of(self.args, batch.positions, self.frequencies)
         x: torch.Tensor = self.embed(batch.tokens)
         selection: Selection | None = None
         for layer in self.layers:
             x, selection = layer(x, rope, batch, cache, selection)
         if batch.logit_rows.numel() == 0:
             return x.new_empty(0, self.args.vocab_size)
-        logits: torch.Tensor = self.head(self.norm(x[batch.logit_rows]))
+        if batch.logit_rows.numel() < len(x):
+            x = x[batch.logit_rows]
+        logits: torch.Tensor = self.head(self.norm(x))
         return self.setup.group.all_gather(logits)

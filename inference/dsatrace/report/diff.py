@@ -74,7 +74,9 @@ def _by_layer(record: Record) -> Grid:
         "overlap: intersection over union; ties explain a row whose margin at the k-th score, times the ids "
         f"that moved, is at most {record['tie']:.2g} of its largest score"
     )
-    return Grid("Selections of both runs, by layer", columns, rows, note=note, most=MAX_ROWS)
+    return Grid(
+        "Selections of both runs, by layer", columns, rows, note=note, most=MAX_ROWS, rest="diff.json"
+    )
 
 
 def draw_diff(record: Record, path: Path) -> None:

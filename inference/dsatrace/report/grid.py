@@ -60,7 +60,7 @@ def size(num_bytes: float | None) -> Cell:
 class Grid:
     """Columns are flush right except those in `left`. Without any column name there is no header.
 
-    At most `most` rows are printed, and then a line says how many more there are.
+    At most `most` rows are printed, and then a line says how many more there are, and where.
     """
 
     title: str
@@ -69,11 +69,12 @@ class Grid:
     left: tuple[int, ...] = (0,)
     note: str = ""  # below the table
     most: int | None = None
+    rest: str = "summary.json"  # has the rows that are not printed
 
     def _printed(self) -> Iterable[Sequence[str]]:
         yield from self.rows[: self.most]
         if self.most is not None and len(self.rows) > self.most:
-            yield (f"... and {len(self.rows) - self.most} more in summary.json",)
+            yield (f"... and {len(self.rows) - self.most} more in {self.rest}",)
 
     def to_json(self) -> dict[str, Any]:
         """Title, columns, all rows, note; a cell is its number, null where it has none, or its text."""

@@ -8,7 +8,7 @@ draw_replay(record, folder / "replay").paths      # replay.png in the folder
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,11 @@ _GREYS = {
 _MARKS = {"sglang": "x", "fifo": "s", "random": "^", "opt": "*", "lfu": "v", "s3-fifo": "D"}
 
 
-def draw_replay(record: Record, stem: Path, settings: PictureSettings | None = None) -> Drawn:
-    """Draws the sheet, or each panel that `settings` names."""
-    overall = record["overall"]
+def draw_replay(
+    record: Record, stem: Path, settings: PictureSettings | None = None, whose: str = ""
+) -> Drawn:
+    """Draws the sheet, or each panel that `settings` names; `whose` selections these are, if it is known."""
+    record, overall = {**record, "whose": whose}, record["overall"]
     heading = f"{record['num_requests']:,} requests, {overall['steps']:,} steps of a layer"
     return draw_panels(PANELS, record, stem, heading, settings, caveat(record) or "")
 
@@ -53,13 +55,20 @@ def _facts(record: Record, *own: str) -> list[str]:
     if record["unit_tokens"] > 1:
         unit += f" of {record['unit_tokens']} tokens"
     return [
-        f"model of config {record['model_config_digest'][:8]}",
+        record["whose"] or f"model of config {record['model_config_digest'][:8]}",
         "1 request" if num_requests == 1 else f"mean of {num_requests:,} requests",
         "1 layer" if num_layers == 1 else f"{num_layers} layers",
         *own,
         f"unit: {unit}",
         f"{record['overall']['steps']:,} steps of a layer",
+        *_past_answers(record),
     ]
+
+
+def _past_answers(record: Record) -> Iterator[str]:
+    past = record["past_answer"]
+    if past and past["past"] and record["settings"]["steps"] == "all":
+        yield f"{past['past']:,} of {past['steps']:,} decode steps past the answers"
 
 
 def _no_step(record: Record) -> str | None:
@@ -115,7 +124,11 @@ def _curves(axes: Any, record: Record) -> list[str]:
             )
     # Hollow, and each larger than the one before, so that equal points show all of their marks.
     for i, (policy, cells) in enumerate(overall["policies"].items()):
-        points = [(cell["ids"] / top_k, cell["miss_rate"]) for cell in cells.values() if cell["miss_rate"]]
+        points = [
+            (cell["ids"] / top_k, cell["miss_rate"])
+            for cell in cells.values()
+            if cell["miss_rate"] is not None
+        ]
         if policy != "lru" and points:
             axes.plot(
                 *zip(*points, strict=True),

@@ -19,6 +19,8 @@ NULL_TITLES = {
     "recency": "recency window",
     "shuffled": "own steps, shuffled in time",
 }
+_DOORS_WITH_ORDER = ("serve", "layerwise")
+"""Those that can record the order, if asked."""
 
 
 def replay_parts(record: Record) -> Iterator[str | Grid]:
@@ -33,9 +35,10 @@ def replay_parts(record: Record) -> Iterator[str | Grid]:
     yield from past_answers(record)
     yield from shared_prefixes(record)
     if "sglang" in overall["policies"] and not record["keeps_order"]:
+        keeping = "; record with --trace-keep-order for the exact one" * (record["door"] in _DOORS_WITH_ORDER)
         yield (
             "sglang is approximate: the run keeps ids by position, not in the order they were selected "
-            "in; record with --trace-keep-order for the exact one."
+            f"in{keeping}."
         )
     yield _miss_rates(record)
     yield _served(record)
@@ -124,10 +127,13 @@ def _size(ids: float | None, top_k: int) -> Cell:
 
 
 def _per_size(cells: Mapping[str, Record]) -> Grid:
-    rows = []
+    rows: list[tuple[str, ...]] = []
+    small: dict[str, list[str]] = {}  # by what a step asks for
     for name, cell in cells.items():
         if cell["miss_rate"] is None:
-            rows.append((name, number(None, none=cell.get("too_small") or NONE), *[""] * 6))
+            rows.append((name, _rate(cell), *[""] * 6))
+            if cell.get("too_small"):
+                small.setdefault(cell["too_small"], []).append(name)
             continue
         missed = cell["misses_per_step"]
         quantiles = [missed[key] for key in ("p50", "p95", "p99")]
@@ -148,7 +154,8 @@ def _per_size(cells: Mapping[str, Record]) -> Grid:
         "reads per token", "age of missed",
     )  # fmt: skip
     note = "per token: all layers of a request's decode step; age: steps since it was last selected, median"
-    return Grid("LRU: a layer's step", columns, rows, note=note)
+    notes = [note, *(f"too small are {', '.join(sizes)}: {why}" for why, sizes in small.items())]
+    return Grid("LRU: a layer's step", columns, rows, note="; ".join(notes))
 
 
 def _chosen(record: Record) -> Iterator[str | Grid]:
@@ -252,7 +259,7 @@ def _predictors(overall: Record) -> Grid:
             _percent(found["chance_recall"]),
             _percent(found["precision"]),
             _count(found["extra_ids_per_step"]),
-            _count(found["extra_bytes_per_step"]),
+            size(found["extra_bytes_per_step"]),
         )
         for name, found in overall["predictors"].items()
     ]
@@ -279,7 +286,7 @@ def _layers(record: Record) -> Grid:
         *(f"LRU misses at {size}" for size in sizes),
         "serves 95%",
     )
-    return Grid("By layer: what LRU misses", columns, rows, most=MAX_ROWS)
+    return Grid("By layer: what LRU misses", columns, rows, most=MAX_ROWS, rest="replay.json")
 
 
 def _sharing(record: Record) -> Iterator[str | Grid]:

@@ -26,13 +26,13 @@ from ..study.sweep_cells import Cell
 from . import study_figures as figures
 from .grid import Grid
 from .study_tables import (
+    about_text,
     cache_text,
     compare_grids,
     engine_grid,
     explain_grid,
     mixed_grids,
     noted,
-    notes_of,
     rejected_grid,
     run_grids,
     size_grid,
@@ -65,7 +65,7 @@ def study_parts(folder: Path) -> Iterator[str | Grid]:
         num_tables += len(grids)
         yield from noted(grids, manifest)
     if not num_tables:
-        yield "There is no table: the study writes traces only, or it did not end."
+        yield "There is no table: the study wrote traces or pictures only, or it did not end."
     yield f"files: {folder}"
 
 
@@ -73,7 +73,9 @@ def draw_again(folder: Path, output: OutputFolder) -> Iterator[str]:
     """Draws a study's pictures from its files into another folder; yields a line for each, and for those
     that the files do not hold."""
     manifest = _read(folder / MANIFEST_FILE)
-    about = "; ".join([f"{manifest['study']} of {folder}", *notes_of(manifest)])
+    given = manifest.get("source", {})
+    paths = [given["path"]] if "path" in given else [file["path"] for file in given.get("files", ())]
+    source = " ".join((given.get("kind", "unknown source"), *paths, *given.get("workloads", ())))
     for path in _results(folder, manifest):
         record = _read(path)
         suffix = path.stem.removeprefix("comparison") if "per_turn" in record else ""
@@ -81,15 +83,16 @@ def draw_again(folder: Path, output: OutputFolder) -> Iterator[str]:
             if "cells" in record:
                 cells = [_of(Cell, row) for row in record["cells"]]
                 draw = figures.draw_all_mixed if manifest["study"] == "mixed" else figures.draw_all_capacities
-                yield from map(str, draw(output, cells))
+                about = about_text(source, manifest, intervals=record.get("intervals"))
+                yield from map(str, draw(output, about, cells))
             elif "curve" in record:
                 picture = output.file("size.png")
-                figures.draw_size(picture, about, record)
+                figures.draw_size(picture, about_text(source, manifest, "", record.get("intervals")), record)
                 yield str(picture)
             elif isinstance(record.get("metrics", {}).get("num_requests"), dict):
-                title = f"{about}, {cache_text(record['cache'])}"
+                about = about_text(source, manifest, cache_text(record["cache"]), record.get("intervals"))
                 picture = output.file(f"comparison{suffix}.png")
-                figures.draw_comparison(picture, title, _comparison(record))
+                figures.draw_comparison(picture, about, _comparison(record))
                 yield str(picture)
         except _FAULTS as error:
             raise UserError(f"{path}: not a result of a study: {error!r}; run the study again") from error
@@ -104,7 +107,8 @@ def draw_again(folder: Path, output: OutputFolder) -> Iterator[str]:
         }
         if series:
             picture = output.file(f"{picture_name}.png")
-            draw_series(picture, about, series)
+            cache = cache_text(manifest["cache"]) if "cache" in manifest else "several caches"
+            draw_series(picture, about_text(source, manifest, cache), series)
             yield str(picture)
     if any(folder.glob("*_block_metrics*.csv")):
         yield "reuse_gap_cdf.png: the files hold each block's mean gap and no others; run the study again"
@@ -131,7 +135,7 @@ def _grids(study: str, path: Path) -> Iterator[Grid]:
     record = _read(path)
     if "definitions" in record:
         lines = [_of(Definition, line | {"name": name}) for name, line in record["definitions"].items()]
-        yield explain_grid(lines, record["cache"])
+        yield explain_grid(lines, record["cache"], record.get("intervals", {}))
         yield rejected_grid({"trace": record["rejected"]})
     elif "curve" in record:
         yield size_grid(record["curve"], record["recommendation"]["text"])
@@ -152,7 +156,7 @@ def _comparison(record: Record) -> Comparison:
         name: Difference(name, both["single_turn"], both["multi_turn"])
         for name, both in record["metrics"].items()
     }
-    return Comparison(metrics, record["per_turn"], record["rejected"])
+    return Comparison(metrics, record["per_turn"], record["rejected"], record.get("intervals", {}))
 
 
 def _of(kind: type[Any], record: Record) -> Any:

@@ -28,7 +28,8 @@ HEADLINES = (
     "host_hit_blocks", "block_reuse_rate", "blocks_allocated", "blocks_reused", "blocks_unique",
     "blocks_evicted", "blocks_hit", "accesses_per_block_mean", "hits_per_block_mean",
     "hits_per_block_median", "hits_per_block_min", "hits_per_block_max", "hits_per_hit_block_mean",
-    "reuse_gap_s_mean", "reuse_gap_s_median", "reuse_gap_s_min", "reuse_gap_s_max", "hit_gap_s_median",
+    "reuse_gap_s_mean", "reuse_gap_s_median", "reuse_gap_s_min", "reuse_gap_s_max", "hit_gap_s_mean",
+    "hit_gap_s_median", "hit_gap_s_min", "hit_gap_s_max",
 )  # fmt: skip
 """The metrics of a printed table; the stats files hold all of them."""
 assert set(HEADLINES) <= set(UNITS)
@@ -44,32 +45,36 @@ TURN_COLUMNS = {
 }
 
 
-def shown(name: str, value: Value) -> Cell:
-    """A metric's value with its unit."""
+def shown(
+    name: str, value: Value, low: float | None = None, high: float | None = None, like: Value = None
+) -> Cell:
+    """A metric's value with its interval and unit; a count is written whole if `like`, or it, is."""
+    form, scale, unit = _form_of(name, value if like is None else like)
+    return _ranged(value, low, high, form, scale, unit)
+
+
+def _form_of(name: str, value: Value) -> tuple[str, float, str]:
+    """How a metric is written: format, scale, unit. A count is whole, and so is the mean of counts."""
     unit = UNITS[name]
     if unit == "share":
-        return _share(value)
-    if unit == "s":
-        return number(value, ",.2f", " s")
-    return number(value, "," if isinstance(value, int) else ",.2f")
-
-
-def _spread(name: str, entry: Mapping[str, float] | None) -> tuple[Cell, Cell, Cell]:
-    """Mean of a metric, and the ends of its interval."""
-    mean, low, high = (
-        shown(name, None if entry is None else entry.get(key)) for key in ("mean", "low", "high")
-    )
-    return mean, low, high
-
-
-def _share(value: Value, unit: str = " %") -> Cell:
-    return Cell(NONE if value is None else f"{100 * value:.2f}{unit}", value)
+        return ".2f", 100, " %"
+    return (",.0f" if isinstance(value, int) else ",.2f"), 1, " s" if unit == "s" else ""
 
 
 def notes_of(manifest: Mapping[str, Any]) -> list[str]:
     """What every table and picture must say: a token that is a word, times that nobody recorded."""
     notes = ["a token is a word"] if manifest.get("tokenizer", {}).get("unit") == "word" else []
     return notes + (["times are assumed"] if manifest.get("times") == "assumed" else [])
+
+
+def about_text(
+    source: str, manifest: Mapping[str, Any], cache: str = "", intervals: Mapping[str, Any] | None = None
+) -> str:
+    """What stands above a picture: where requests come from, the cache, what a token is, what is assumed."""
+    tokens = manifest.get("tokenizer", {}).get("name", "unknown").removeprefix("none: the trace holds ")
+    notes = notes_of({**manifest, "tokenizer": {}})
+    parts = (cache, f"tokens: {tokens}", *notes, intervals_text(intervals or {}))
+    return "\n".join((source, "; ".join(filter(None, parts))))
 
 
 def noted(grids: Iterable[Grid], manifest: Mapping[str, Any]) -> Iterator[Grid]:
@@ -82,17 +87,15 @@ def noted(grids: Iterable[Grid], manifest: Mapping[str, Any]) -> Iterator[Grid]:
 def run_grids(name: str, statistics: Mapping[str, Any]) -> Iterator[Grid]:
     """One replay: metrics, rejections, workloads if there are several, turns if they are known."""
     metrics, intervals = statistics["metrics"], statistics.get("intervals", {})
-    head = ["metric", "value"]
-    if intervals:
-        seeds = f"{len(intervals.get('seeds', ()))} seeds"
-        over_seeds = intervals["over"] == "seeds"  # over conversations, it is around the value itself
-        head += [f"mean over {seeds}", "95 %: from"] if over_seeds else ["95 % over conversations: from"]
-        head.append("to")
+    mean = _mean_column(intervals)
     rows = []
     for key in (key for key in HEADLINES if key in metrics):
-        spread = _spread(key, intervals.get("metrics", {}).get(key))
-        rows.append((key, shown(key, metrics[key]), *spread[5 - len(head) :]))
-    yield Grid(f"{name}: {cache_text(statistics['cache'])}", tuple(head), rows)
+        value, entry = metrics[key], intervals.get("metrics", {}).get(key, {})
+        ends = (entry.get("low"), entry.get("high"))
+        means = [shown(key, entry.get("mean"), *ends, like=value) for _ in mean]
+        rows.append((key, shown(key, value, *((None, None) if mean else ends)), *means))
+    title = "; ".join(filter(None, (cache_text(statistics["cache"]), intervals_text(intervals))))
+    yield Grid(f"{name}: {title}", ("metric", "value", *mean), rows)
     yield rejected_grid({name: statistics["rejected"]})
     workloads = statistics.get("workloads", {})
     if workloads:
@@ -120,43 +123,64 @@ def engine_grid(check: EngineCheck) -> Grid:
 
 
 def compare_grids(comparison: Comparison, cache: Mapping[str, Any]) -> Iterator[Grid]:
-    """Both traces, their difference (of shares: in percentage points) and their ratio."""
+    """Both traces, their difference (of shares: in percentage points) and their ratio, with intervals."""
     rows = []
     for key in HEADLINES:
         if key not in comparison.metrics:
             continue
-        both = comparison.metrics[key]
-        if both.unit == "share":
-            between = number(both.points, "+.2f", " points")
-        else:
-            between = number(both.difference, "+,.6g")
-        ratio = number(both.ratio, ",.2f" if both.ratio is None or both.ratio < 100 else ",.0f", " x")
-        rows.append((key, shown(key, both.single), shown(key, both.multi), between, ratio))
+        cells = []
+        for side in ("single_turn", "multi_turn", "difference"):
+            value, low, high = comparison.ranged(key, side)
+            form, scale, unit = _form_of(key, comparison.metrics[key].multi)
+            if side == "difference":
+                form, unit = f"+{form}", " points" if unit == " %" else ""
+            cells.append(_ranged(value, low, high, form, scale, unit))
+        single, multi = (cell.value for cell in cells[:2])
+        ratio = multi / single if single and multi is not None else None
+        rows.append((key, *cells, number(ratio, ",.2f" if ratio is None or ratio < 100 else ",.0f", " x")))
     columns = ("metric", "single turn", "multi turn", "multi - single", "multi / single")
-    yield Grid(f"Single turn against multi turn: {cache_text(cache)}", columns, rows)
+    title = "; ".join(filter(None, (cache_text(cache), intervals_text(comparison.intervals))))
+    yield Grid(f"Single turn against multi turn: {title}", columns, rows)
     yield rejected_grid(comparison.rejected)
     for name, turns in comparison.per_turn.items():
         yield from _turns(f"{name}, by turn", turns)
 
 
-def explain_grid(definitions: Sequence[Definition], cache: Mapping[str, Any]) -> Grid:
-    """Every definition with both sides of its fraction."""
+def intervals_text(intervals: Mapping[str, Any]) -> str:
+    """What the ranges of a table or picture are; empty if it has none."""
+    if not intervals.get("over") or len(intervals.get("seeds", (0, 0))) < 2:
+        return ""
+    if intervals["over"] == "seeds":
+        return f"over {len(intervals['seeds'])} seeds with 95 % intervals"
+    return "95 % intervals over conversations"
+
+
+def _mean_column(intervals: Mapping[str, Any]) -> list[str]:
+    """The head of a column of its own for means over seeds, whose intervals are not about the values."""
+    seeds = intervals.get("seeds", ()) if intervals.get("over") == "seeds" else ()
+    return [f"mean over {len(seeds)} seeds"] if len(seeds) > 1 else []
+
+
+def explain_grid(
+    definitions: Sequence[Definition], cache: Mapping[str, Any], intervals: Mapping[str, Any]
+) -> Grid:
+    """Every definition with both sides of its fraction, and its interval."""
 
     def count(value: float | None) -> Cell:
         return number(value, ",.6g" if isinstance(value, float) else ",")
 
-    rows = [
-        (
-            line.name,
-            _share(line.value),
-            count(line.numerator),
-            count(line.denominator),
-            line.formula + (f" ({line.used_by})" if line.used_by else ""),
-        )
-        for line in definitions
-    ]
-    columns = ("definition", "rate", "numerator", "denominator", "formula (as used by)")
-    return Grid(f"One trace, every definition: {cache_text(cache)}", columns, rows, left=(0, 4))
+    mean = _mean_column(intervals)
+    columns = ["definition", "rate", *mean, "numerator", "denominator", "formula (as used by)"]
+    rows = []
+    for line in definitions:
+        ends = (line.low, line.high)
+        rate = _with_interval(line.value, *((None, None) if mean else ends), ".2f", " %")
+        means = [_with_interval(line.mean, *ends, ".2f", " %") for _ in mean]
+        used_by = f" ({line.used_by})" if line.used_by else ""
+        numbers = (count(line.numerator), count(line.denominator))
+        rows.append((line.name, rate, *means, *numbers, line.formula + used_by))
+    title = "; ".join(filter(None, (cache_text(cache), intervals_text(intervals))))
+    return Grid(f"One trace, every definition: {title}", columns, rows, left=(0, len(columns) - 1))
 
 
 def rejected_grid(rejected: Mapping[str, Mapping[str, int]]) -> Grid:
@@ -178,6 +202,11 @@ def cache_text(cache: Mapping[str, Any]) -> str:
 
 
 BOUNDS = (OPT, BYPASS)
+BOUNDS_NOTE = (
+    "opt evicts what is used again last, and holds every request that it serves, as a device must; "
+    "opt-bypass may leave blocks out: the bound of a tier behind the device."
+)
+"""Below the last table of hit rates."""
 ROUNDING = 1e-5
 """Of rates in a file."""
 COUNTS = {
@@ -190,51 +219,53 @@ COUNTS = {
 
 
 def sweep_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
-    """A table per workload and block size; a column per capacity."""
-    for workload, size in dict.fromkeys((cell.workload, cell.block_size) for cell in cells):
+    """Two tables per workload and block size, of hit rates and of gains over LRU; a column per capacity."""
+    places = list(dict.fromkeys((cell.workload, cell.block_size) for cell in cells))
+    for workload, size in places:
         chosen = [cell for cell in cells if (cell.workload, cell.block_size) == (workload, size)]
         capacities = sorted({cell.capacity_blocks for cell in chosen})
         by_place = {(cell.policy, cell.capacity_blocks): cell for cell in chosen}
-        rows = [
-            (policy, *(_hit_rate(by_place.get((policy, capacity))) for capacity in capacities))
-            for policy in _bounds_last(cell.policy for cell in chosen)
-        ]
+        columns = ("policy", *(f"{capacity:,} blocks" for capacity in capacities))
+        rates, gains = [], []
+        for policy in _bounds_last(cell.policy for cell in chosen):
+            here = [by_place.get((policy, capacity)) for capacity in capacities]
+            rates.append((policy, *map(_hit_rate, here)))
+            if any(cell is not None and cell.gain is not None for cell in here):
+                gains.append((policy, *map(_gain, here)))
         for field, text in COUNTS.items():
             numbers = (getattr(by_place[OPT, capacity], field) for capacity in capacities)
-            rows.append((text, *(number(count, ",") for count in numbers)))
-        yield Grid(
-            f"{workload}, blocks of {size} tokens: hit rate in % of prompt blocks",
-            ("policy", *(f"{capacity:,} blocks" for capacity in capacities)),
-            rows,
-        )
+            rates.append((text, *(number(count, ",") for count in numbers)))
+        title = f"{workload}, blocks of {size} tokens"
+        note = BOUNDS_NOTE if (workload, size) == places[-1] else ""
+        yield Grid(f"{title}: hit rate in % of prompt blocks", columns, rates, note=note)
+        if gains:
+            yield Grid(f"{title}: gain over lru in points", columns, gains)
 
 
 def size_grid(rows: Sequence[Mapping[str, Any]], note: str = "") -> Grid:
-    """The curve of `study size`: a row per size, the last one without a limit; a column per policy."""
+    """The curve of `study size`: a row per size, the last one without a limit; a column per policy.
+
+    Only the pool, of which the recommendation is, has its interval.
+    """
     by_size: dict[int | None, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        by_size.setdefault(row["bytes_per_device"], {})[row["policy"]] = row
-    policies = [
-        name
-        for name in dict.fromkeys(row["policy"] for row in rows)
-        if name in by_size[rows[0]["bytes_per_device"]]
-    ]
+        name = POOL if row["bytes_per_device"] is None else row["policy"]  # only the pool has no limit
+        by_size.setdefault(row["bytes_per_device"], {})[name] = row
+    policies = list(next(iter(by_size.values())))
     lines = []
     for size_bytes, cells in by_size.items():
-        any_row = next(iter(cells.values()))
-        first = Cell("no limit", None) if size_bytes is None else bytes_cell(size_bytes)
-        of_each = [
-            cells.get(name, any_row if size_bytes is None and name == POOL else {}) for name in policies
+        pool = cells[POOL]
+        rates = [
+            _with_interval(cells[name]["hit_rate"] if name in cells else None, None, None, ".2f")
+            for name in policies
         ]
-        rates = (
-            _with_interval(row.get("hit_rate"), row.get("hit_rate_low"), row.get("hit_rate_high"), ".2f")
-            for row in of_each
-        )
-        lines.append(
-            (first, number(any_row["capacity_blocks"], ","), *rates, number(any_row["rejected"], ","))
-        )
+        low, high = pool["hit_rate_low"], pool["hit_rate_high"]
+        rates[policies.index(POOL)] = _with_interval(pool["hit_rate"], low, high, ".2f")
+        first = Cell("no limit", None) if size_bytes is None else bytes_cell(size_bytes)
+        lines.append((first, number(pool["capacity_blocks"], ","), *rates, number(pool["rejected"], ",")))
     title = f"Hit rate in % of {rows[0]['accesses']:,} prompt blocks, by cache on one device"
-    return Grid(title, ("per device", "blocks", *policies, "rejected requests"), lines, note=note)
+    columns = ("per device", "blocks", *policies, "rejected requests")
+    return Grid(title, columns, lines, note=f"{BOUNDS_NOTE} {note}".strip())
 
 
 def mixed_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
@@ -245,14 +276,13 @@ def mixed_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
         by_place = {(cell.policy, cell.workload): cell for cell in here}
         rows = []
         for policy in _bounds_last(cell.policy for cell in here):
-            one = by_place[policy, OVERALL]
-            gain = _with_interval(one.gain, one.gain_low, one.gain_high, "+.2f")
-            rows.append((policy, *(_hit_rate(by_place.get((policy, name))) for name in workloads), gain))
+            rates = (_hit_rate(by_place.get((policy, name))) for name in workloads)
+            rows.append((policy, *rates, _gain(by_place[policy, OVERALL])))
         for field, text in COUNTS.items():
             of_each = (number(getattr(by_place[OPT, name], field), ",") for name in workloads)
             rows.append((text, *of_each, ""))
         title = f"Mixed: hit rate in % of prompt blocks, {capacity} blocks of {size} tokens"
-        yield Grid(title, ("policy", *workloads, "gain over lru"), rows)
+        yield Grid(title, ("policy", *workloads, "gain over lru"), rows, note=BOUNDS_NOTE)
 
 
 def _turns(title: str, turns: Sequence[Mapping[str, Value]]) -> Iterator[Grid]:
@@ -272,19 +302,36 @@ def _turns(title: str, turns: Sequence[Mapping[str, Value]]) -> Iterator[Grid]:
 def _hit_rate(cell: SweepCell | None) -> Cell:
     """In %, with its interval if it has one."""
     if cell is None or not cell.accesses:
-        return _share(None)
+        return Cell(NONE, None)
     return _with_interval(cell.hit_rate, cell.hit_rate_low, cell.hit_rate_high, ".2f")
 
 
-def _with_interval(share: float | None, low: float | None, high: float | None, form: str) -> Cell:
-    """`61.2 ± 3.1`, or `0.2 (0.0 to 0.6)` where the interval lies unevenly about the value."""
-    if share is None:
+def _gain(cell: SweepCell | None) -> Cell:
+    """Over LRU, in points, with its interval if it has one."""
+    if cell is None:
         return Cell(NONE, None)
-    text = f"{100 * share:{form}}"
-    if low is not None and high is not None:
-        even = abs(low + high - 2 * share) < ROUNDING
-        text += f" ± {50 * (high - low):.2f}" if even else f" ({100 * low:.2f} to {100 * high:.2f})"
-    return Cell(text, share)
+    return _with_interval(cell.gain, cell.gain_low, cell.gain_high, "+.2f")
+
+
+def _with_interval(
+    share: float | None, low: float | None, high: float | None, form: str, unit: str = ""
+) -> Cell:
+    return _ranged(share, low, high, form, 100, unit)
+
+
+def _ranged(
+    value: float | None, low: float | None, high: float | None, form: str, scale: float = 1, unit: str = ""
+) -> Cell:
+    """`61.2 ± 3.1`, or `0.2 (0.0 to 0.6)` where the interval lies unevenly about the value."""
+    if value is None:
+        return Cell(NONE, None)
+    text = f"{scale * value:{form}}"
+    if low is not None and high is not None and low < high:
+        even = abs(low + high - 2 * value) <= ROUNDING * max(1.0, abs(value))
+        unsigned = form.removeprefix("+")
+        ends = f"({scale * low:{unsigned}} to {scale * high:{unsigned}})"
+        text += f" ± {scale * (high - low) / 2:{unsigned}}" if even else f" {ends}"
+    return Cell(text + unit, value)
 
 
 def _bounds_last(policies: Iterable[str]) -> list[str]:

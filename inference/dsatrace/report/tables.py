@@ -55,7 +55,7 @@ def model_name(manifest: Summary) -> str:
 def named_model(manifest: Summary) -> str | None:
     """The model's name or type in its own config, as it stands there."""
     values = (manifest["model_config"].get(key) for key in ("name", "_name_or_path", "model_type"))
-    return next((value for value in values if isinstance(value, str) and value), None)
+    return next((value for value in values if isinstance(value, str) and value not in ("", "unknown")), None)
 
 
 def run_kind(manifest: Summary) -> SelectionKind:
@@ -194,7 +194,7 @@ def _sinks(run: RunReader) -> Iterator[Grid]:
     title = f"Share of a selection: first {NUM_SINKS} tokens (sinks), last {NUM_RECENT}"
     columns = ("layer", "sinks", "uniform", "recent", "uniform", "recency selector")
     rows = [(number(layer), *map(percent, row)) for layer, row in shares.items()]
-    yield Grid(title, columns, rows, most=MAX_ROWS)
+    yield Grid(title, columns, rows, most=MAX_ROWS, rest="what --json prints")
 
 
 def _prefix(summary: Summary) -> str | Grid:

@@ -89,13 +89,11 @@ class ModelSettings(EngineSettings):
     """Which model is served, and how; `ignore_config_keys` and `offload` are built from several flags."""
 
     ckpt_path: Annotated[Path | None, Flag("folder with model{rank}-mp{N}.safetensors")]  # None: no model
-    config: Annotated[
-        Path | None, Flag("config_671B_v3.2.json, say (default: the checkpoint's config.json)")
-    ] = None
+    config: Annotated[Path | None, Flag("the model's config (default: the checkpoint's config.json)")] = None
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Flag("where the model runs; auto: on a GPU if there is one")
     ] = "auto"
-    kernel_backend: Annotated[KernelBackend, Flag("what the kernels are written in")] = "torch"
+    kernel_backend: Annotated[KernelBackend, Flag("tilelang: fp8 kernels on a Hopper GPU")] = "torch"
     numerics: Annotated[
         Literal["released", "plain"],
         Flag("released: fp8 indexer keys, Hadamard, fp8-rounded latents; plain: none, as in transformers"),

@@ -14,9 +14,7 @@ from dsatrace.errors import UserError
 from dsatrace.kv.stores.simulated import load_preset
 from dsatrace.selection_replay.cost import Cost, parse_compute
 from dsatrace.selection_replay.engines import engine_settings, read_counters
-
-_USUAL = "2k"
-"""What the engines take by default."""
+from dsatrace.selection_replay.settings import usual_size
 
 
 def add_answers(
@@ -39,14 +37,14 @@ def add_answers(
         raise UserError(f"--link with --share {share}: its buffers are per request and layer; leave one out")
     if hbm_gb is not None and not (link and 0 < hbm_gb < math.inf):
         raise UserError(f"--hbm-gb {hbm_gb}: a budget above 0, beside --link and --compute-us")
-    size = size or (_USUAL if _USUAL in sizes else sizes[0])
+    size = size or usual_size(sizes)
     cell = record["overall"]["policies"].get("lru", {}).get(size, {"miss_rate": None})
     chosen: dict[str, Any] = {"size": size}
     # The engines' buffers are per request and layer.
     if share == "none" and cell["miss_rate"] is not None and record["unit"] in ("token", "entry"):
         ids = math.ceil(cell["ids"])
-        settings = engine_settings(ids, max(record["top_k"]), record["settings"]["union"])
-        chosen["engines"] = [setting._asdict() for setting in settings]
+        if settings := engine_settings(ids, max(record["top_k"]), record["settings"]["union"]):
+            chosen["engines"] = [setting._asdict() for setting in settings]
     if link is not None and compute_us is not None:
         cost = Cost.of(record, size, load_preset(link), parse_compute(compute_us))
         chosen["cost"] = cost.to_json(None if hbm_gb is None else hbm_gb * 1e9)

@@ -4,7 +4,7 @@ A layer's step computes for `base + batch * per_request` us, and fetches its mis
 `alpha + reads * o + bytes / bandwidth`, with the link's figures. Where both overlap it takes the longer
 of the two, else their sum. Every layer is taken at its mean misses, and a read is one id.
 
-    cost = Cost(load_preset("pcie5-x16"), Compute(50, 1.5), record, "2k")
+    cost = Cost.of(record, "2k", load_preset("pcie5-x16"), Compute(50, 1.5))
     cost.step_us(batch=16)                   # overlapped, of a whole decode step
     cost.pays_from(context=131072, hbm_bytes=40e9)
 """
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from dsatrace.errors import UserError
 from dsatrace.kv.stores.simulated import PRESETS, Figure, Preset
+from dsatrace.selection_replay.settings import usual_size
 
 CONTEXTS = (8192, 16384, 32768, 65536, 131072)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -91,8 +92,7 @@ class Cost:
         Raises `UserError` as `of` does.
         """
         chosen = record.get("chosen") or {}
-        sizes = record["settings"]["sizes"]
-        size = chosen.get("size") or ("2k" if "2k" in sizes else sizes[0])
+        size = chosen.get("size") or usual_size(record["settings"]["sizes"])
         asked = chosen.get("cost")
         if asked is None:
             return cls.of(record, size, LINKS[USUAL_LINK], USUAL_COMPUTE), USUAL_HBM_BYTES

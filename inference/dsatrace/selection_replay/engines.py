@@ -28,9 +28,9 @@ class EngineSetting(NamedTuple):
 
 
 def engine_settings(size: int, top_k: int, union: int) -> list[EngineSetting]:
-    """Of a buffer per request and layer; `union`: rows per step. Raises `UserError` for one below top-k."""
+    """Of a buffer per request and layer; `union`: rows per step. Empty below top-k: no engine has one."""
     if size < top_k:
-        raise UserError(f"a buffer of {size} ids: every engine needs at least top-k, {top_k}")
+        return []
     sglang = json.dumps({"top_k": top_k, "device_buffer_size": size, "host_to_device_ratio": 8})
     vllm = json.dumps({"hisparse_config": {"device_buffer_size": size}})
     least = (union + 1) * top_k
@@ -84,7 +84,8 @@ def read_counters(path: Path) -> Counters:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--measured {path}: cannot read it: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--measured {path}: cannot read it: {reason}") from error
     found: dict[str, Any] = {}
     if text.lstrip().startswith("{"):
         try:

@@ -237,7 +237,7 @@ def _prediction(found: Prediction, bytes_per_id: int | None) -> dict[str, float 
 def _layer_overlap(overlap: LayerOverlap) -> dict[str, Any]:
     suggested = []
     for recall in RECALLS:
-        sharing = suggest_sharing(overlap, recall=recall)
+        sharing = suggest_sharing(overlap, recall)
         suggested.append(
             {
                 "least_recall": recall,

@@ -112,18 +112,18 @@ def sharing_of(overlap: LayerOverlap, full: Collection[int]) -> Sharing:
     return Sharing(overlap.layers, tuple(overlap.layers[each] for each in sources), overlap.selected, kept)
 
 
-def suggest_sharing(overlap: LayerOverlap, *, num_full: int | None = None, recall: float = 0.0) -> Sharing:
-    """The pattern that loses the fewest ids, among all with `num_full` full layers, else the fewest possible.
+def suggest_sharing(overlap: LayerOverlap, recall: float) -> Sharing:
+    """The pattern that loses the fewest ids, among those with the fewest full layers.
 
-    Every shared layer keeps at least `recall` of its ids. It is the optimum, not a greedy guess: between two
-    full layers nothing depends on the rest. Raises ValueError where no pattern fulfils both.
+    Every shared layer keeps at least `recall`, up to 1, of its ids. It is the optimum, not a greedy guess:
+    between two full layers nothing depends on the rest.
     """
     num_layers = len(overlap.layers)
     lost = [[overlap.selected[m] - row[m] for m in range(num_layers)] for row in overlap.shared]
     enough = [[row[m] >= recall * overlap.selected[m] for m in range(num_layers)] for row in overlap.shared]
     # best[end]: the fewest ids lost in the layers before `end`, and the full layers that lose them.
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0, ())}
-    for count in range(1, num_layers + 1):
+    while num_layers not in best:
         longer: dict[int, tuple[float, tuple[int, ...]]] = {}
         for start, (before, full) in best.items():
             total = before
@@ -134,9 +134,7 @@ def suggest_sharing(overlap: LayerOverlap, *, num_full: int | None = None, recal
                 if total < longer.get(end, (math.inf, ()))[0]:
                     longer[end] = total, (*full, overlap.layers[start])
         best = longer
-        if num_layers in best and num_full in (None, count):
-            return sharing_of(overlap, best[num_layers][1])
-    raise ValueError(f"{num_layers} layers have no pattern with {num_full} full layers and recall {recall}")
+    return sharing_of(overlap, best[num_layers][1])
 
 
 def _shared(streams: list[Steps]) -> np.ndarray:

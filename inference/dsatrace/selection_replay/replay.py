@@ -47,10 +47,7 @@ from dsatrace.selection_replay.steps import Steps
 from dsatrace.selection_replay.streams import Recorded, layer_steps, up_to
 from dsatrace.selection_replay.sums import histogram_of
 from dsatrace.selection_replay.work import About, Work
-from dsatrace.trace.selections import (
-    RequestSelections,
-    read_part,
-)
+from dsatrace.trace.selections import RequestSelections, read_part
 
 NUM_SEEDS = 5
 """Times that a policy which draws lots is replayed."""

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from dsatrace.errors import UserError
@@ -39,6 +40,11 @@ class Size(NamedTuple):
         """In ids; `context` is how many a request's last step can choose from."""
         of = {"ids": 1.0, "top_k": float(top_k), "context": context / 100}[self.kind]
         return math.ceil(round(self.value * of, 6))
+
+
+def usual_size(labels: Sequence[str]) -> str:
+    """Of replayed sizes, the one to speak of where none is chosen: the engines' default, else the first."""
+    return "2k" if "2k" in labels else labels[0]
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:

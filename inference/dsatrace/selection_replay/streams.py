@@ -119,10 +119,12 @@ class Recorded:
 
 
 def _bytes_per_token(manifest: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Per layer, of latents and of indexer keys, in the layout that the run counts with."""
+    """Per layer, of latents and of indexer keys, in the layout that the run counts with; the layout of a door
+    that does not know them has 0."""
     for layout in manifest["cache_layouts"]:
         if layout["name"] == manifest["cache_layout"]:
-            return layout["latent_bytes_per_token"], layout["index_bytes_per_token"]
+            latent: int = layout["latent_bytes_per_token"]
+            return (latent, layout["index_bytes_per_token"]) if latent else (None, None)
     return None, None
 
 

@@ -21,7 +21,7 @@ from dsatrace.selection_replay.result import RESULT_VERSION
 from dsatrace.selection_replay.settings import ReplaySettings
 from dsatrace.selection_replay.streams import Recorded
 from dsatrace.trace.reader import RunReader
-from dsatrace.trace.selections import SelectionPart, selection_parts
+from dsatrace.trace.selection_parts import SelectionPart, selection_parts
 from dsatrace.version import __version__
 
 MOST_WORK = 2048
@@ -81,10 +81,13 @@ def find_work(
     index, count = shard
     turns = itertools.count()
     work: list[Work] = []
-    for folder in folders:
+    names = [folder.absolute().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder.resolve()) for folder in folders]
+    for folder, name in zip(folders, names, strict=True):
         run = RunReader(folder)
         recorded = Recorded.of(run.manifest, settings, str(folder))
-        header, name = _header(run.manifest, recorded, settings), folder.absolute().name
+        header = _header(run.manifest, recorded, settings)
         about = _about(run, str(folder), settings)
         if run.is_for_replay and settings.share != "prefix":
             paths = [path for path in run.step_paths if next(turns) % count == index]
@@ -98,8 +101,8 @@ def find_work(
         size = -(-len(parts) // MOST_WORK) or 1
         for together in (tuple(parts[i : i + size]) for i in range(0, len(parts), size)):
             content = "".join(sorted(digests[span.path] for part in together for span in part.spans))
-            names = [name for part in together for name in part.request_ids]
-            facts = {name: about[name] for name in names if name in about}
+            requests = (request for part in together for request in part.request_ids)
+            facts = {request: about[request] for request in requests if request in about}
             tells = "answer_end" in run.manifest
             work.append(Work(folder, name, together, content, recorded, header, facts, tells))
     if next(turns) == 0:

@@ -3,11 +3,12 @@
 `requests.jsonl` and `accesses.jsonl` have one line per request, in the order of the replay:
 
     {"request": 0, "arrival_s": 0.0, "conversation_id": "c0", "turn": 0, "workload": "qa",
-     "num_tokens": 40, "num_output_tokens": 9}
+     "num_tokens": 40, "num_output_tokens": 9, "arrivals": "assumed"}
     {"request": 0, "time_s": 0.0, "block_size": 16, "block_ids": [0, 1], "output_block_ids": [2]}
 
 `block_ids` are the full blocks of the prompt, `output_block_ids` those that the output
 completes. An id stands for a block and everything before it, so equal ids are equal prefixes.
+`arrivals` says whether times were recorded or assumed (as without it).
 The files hold no token id and no text.
 
     write_accesses(folder, requests, block_trace(requests, 16))
@@ -28,7 +29,14 @@ from dsatrace.study.requests import UNKNOWN, RequestsBuilder, StudyRequests
 from dsatrace.workloads.json_rows import read_json_rows
 from dsatrace.workloads.private_file import private_file
 from dsatrace.workloads.rows import BadRow, BadRows, Clock, text_column
-from dsatrace.workloads.trace_rows import MAX_COUNT, count_column, number_column
+from dsatrace.workloads.trace_rows import (
+    ARRIVALS,
+    MAX_COUNT,
+    count_column,
+    number_column,
+    recorded_column,
+    times_text,
+)
 
 REQUESTS_FILE, ACCESSES_FILE = "requests.jsonl", "accesses.jsonl"
 
@@ -48,6 +56,7 @@ def write_accesses(folder: Path, requests: StudyRequests, trace: BlockTrace) -> 
                 "workload": request.workload,
                 "num_tokens": request.num_prompt_tokens,
                 "num_output_tokens": request.num_response_tokens,
+                ARRIVALS: times_text(requests.times_recorded),
             }
             keys = trace.keys[trace.key_ptr[i] : trace.key_ptr[i + 1]]
             num_full = request.num_prompt_tokens // trace.block_size
@@ -90,6 +99,7 @@ def read_accesses(folder: Path, bad_rows: BadRows | None = None) -> StudyRequest
             conversation=(row["workload"], name) if name else (),
             turn=row["turn"],
             workload=row["workload"],
+            recorded=row["recorded"],
         )
     return builder.build()
 
@@ -115,6 +125,7 @@ def _request(row: Mapping[str, Any]) -> dict[str, Any]:
         "workload": text_column(row, "workload"),
         "num_tokens": count_column(row, "num_tokens"),
         "num_output_tokens": count_column(row, "num_output_tokens"),
+        "recorded": recorded_column(row),
     }
 
 

@@ -1,7 +1,7 @@
 """Layouts of the logs that services write: how each is recognised, and how a row becomes a request.
 
 One table, `LAYOUTS`; its order is that of recognition. A layout's `read` gives the prompt as text, as
-messages or as token ids, the answer if there is one, and leaves the time to `Times`. Opens no file.
+messages or as token ids, the answer if there is one, and leaves the time to `log_times`. Opens no file.
 
     layout = layout_of({"messages": [], "timestamp": 0})      # LAYOUTS["messages"]
     layout.read(row, counts).prompt
@@ -11,50 +11,50 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import datetime
-import itertools
 import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from dsatrace.errors import UserError
+from dsatrace.study.log_messages import Row, answer_of, chat, grouped, items, response_text, whole_answer
 from dsatrace.workloads.encoding import Message, Role
 from dsatrace.workloads.id_logs import id_array
 from dsatrace.workloads.rows import BadRow, text_value
-from dsatrace.workloads.sharegpt import ROLES
 from dsatrace.workloads.trace_rows import count_column, id_column
 
-Row = Mapping[str, Any]
-
-PARTS_LEFT_OUT = "messages with parts that are no text (images, sound): those parts left out"
-TOOL_ROLES = "messages of tools: taken for the user's"
-TOOL_CALLS = "answers that call tools: the calls written out as JSON"
 NOT_FINISHED = "rows about requests that had no answer yet: left out, since another row has both"
-_OTHER_ROLES: dict[str, Role] = {"developer": "system", "tool": "user", "function": "user"}
 _TIMES = ("timestamp", "time", "created", "created_at", "created_time", "start_time", "startTime")
 _CONVERSATIONS = ("conversation_id", "session_id", "chat_id", "thread_id")
-_RESPONSES = ("response", "completion", "output", "answer")
 _UNUSED = ("tools", "functions", "cache_salt", "lora_request")  # what changes or parts real prefixes
 
 
 @dataclasses.dataclass(frozen=True)
 class LoggedRequest:
-    """A request as its row tells it. `conversation_id` is empty and `turn` -1 where the row does not tell."""
+    """A request as its row tells it; what the row does not tell is empty, and `turn` -1.
+
+    A server that keeps conversations is sent the newest messages only: those before are the prompt and the
+    answer of the response `parent_id`, or of the newest one in `thread`; `instructions` come before all.
+    """
 
     prompt: str | tuple[Message, ...] | array[int]
     answer: str | array[int]  # ids beside a prompt of ids
     conversation_id: str = ""
     turn: int = -1
+    instructions: str = ""
+    response_id: str = ""
+    parent_id: str = ""
+    thread: str = ""
+    workload: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """`fits` recognises a row. `read` gives None for a row that is no request of its own, and counts it.
+    """`told_by`, or else `fits`, recognises a row; one that does not fit is bad.
 
-    Conversations and block ids have readers of their own, and no `read`.
+    `read` gives None for a row that is no request of its own, and counts it. Conversations and block ids have
+    readers of their own, and no `read`.
     """
 
     name: str
@@ -63,25 +63,27 @@ class Layout:
     read: Callable[[Row, Counter[str]], LoggedRequest | None] | None
     times: tuple[str, ...] = _TIMES  # the first that a row has is its time
     time_unit: str | None = None  # None: told by the number's size, or by a flag
+    told_by: Callable[[Row], bool] | None = None
     unused: tuple[str, ...] = _UNUSED  # columns that are known, and counted where they hold anything
+    recorded: bool = True  # whether times are where no column `arrivals` says so: a simulator's are drawn
 
 
 def layout_of(row: Row) -> Layout | None:
     """The layout of a row, None if none fits."""
-    return next((layout for layout in LAYOUTS.values() if layout.fits(row)), None)
+    return next((layout for layout in LAYOUTS.values() if (layout.told_by or layout.fits)(row)), None)
 
 
 def _read_messages(row: Row, counts: Counter[str]) -> LoggedRequest:
-    messages, answer = _chat(row, "messages", counts)
-    return LoggedRequest(messages, _said(answer, _response(row, counts)), *_conversation(row))
+    messages, answer = chat(row, "messages", counts)
+    return LoggedRequest(messages, whole_answer(answer, response_text(row, counts)), *_conversation(row))
 
 
 def _read_prompt(row: Row, counts: Counter[str]) -> LoggedRequest:
     if isinstance(row["prompt"], list):
-        messages, answer = _chat(row, "prompt", counts)
-        return LoggedRequest(messages, _said(answer, _response(row, counts)), *_conversation(row))
+        messages, answer = chat(row, "prompt", counts)
+        return LoggedRequest(messages, whole_answer(answer, response_text(row, counts)), *_conversation(row))
     prompt = text_value(row["prompt"], "prompt")
-    return LoggedRequest(_filled(prompt, "prompt"), _response(row, counts), *_conversation(row))
+    return LoggedRequest(_filled(prompt, "prompt"), response_text(row, counts), *_conversation(row))
 
 
 def _read_pair(row: Row, counts: Counter[str]) -> LoggedRequest:
@@ -89,14 +91,47 @@ def _read_pair(row: Row, counts: Counter[str]) -> LoggedRequest:
     inner = row[column]
     if not isinstance(inner, dict):
         raise BadRow("not an object", f"it is of type {type(inner).__name__}", column)
+    _count_unused(inner, _UNUSED, counts)
+    if "input" in inner:
+        return _read_responses({**{key: row[key] for key in row if key != column}, **inner}, counts)
     read = _read_messages if "messages" in inner else _read_prompt
     if "messages" not in inner and "prompt" not in inner:
-        raise BadRow("missing column", "neither messages nor prompt", column)
+        raise BadRow("missing column", "neither messages nor prompt nor input", column)
     request = read({key: inner[key] for key in ("messages", "prompt", "system") if key in inner}, counts)
-    _count_unused(inner, _UNUSED, counts)
     conversation, turn = _conversation({**inner, **row})
-    answer = _said(str(request.answer), _response(row, counts))
+    answer = whole_answer(str(request.answer), response_text(row, counts))
     return dataclasses.replace(request, answer=answer, conversation_id=conversation, turn=turn)
+
+
+def _read_responses(row: Row, counts: Counter[str]) -> LoggedRequest:
+    """Of OpenAI's Responses API: a request, beside the response object or with its columns among its own."""
+    response = answer_of(row)
+    told = {**response, **row}
+    given = row["input"]
+    asked: list[tuple[Role, str]]
+    if isinstance(given, list):
+        asked = items(given, "input", counts)
+    else:
+        asked = [("user", text_value(given, "input"))]
+    if not any(text for _, text in asked):
+        raise BadRow("no prompt", "the input holds no text", "input")
+    output = response.get("output")
+    if isinstance(output, list):
+        output = "\n\n".join(text for _, text in items(output, "output", counts))
+    thread = told.get("conversation") or ""
+    thread = thread.get("id") if isinstance(thread, dict) else thread
+    conversation, turn = _conversation(row)
+    thread = text_value(thread, "conversation")
+    return LoggedRequest(
+        grouped(Message(*each) for each in asked),
+        text_value(output or response_text(row, counts), "output"),
+        conversation or thread,
+        turn,
+        instructions=text_value(told.get("instructions") or "", "instructions"),
+        response_id=text_value(response.get("id") or "", "id"),
+        parent_id=text_value(told.get("previous_response_id") or "", "previous_response_id"),
+        thread=thread,
+    )
 
 
 def _read_litellm(row: Row, counts: Counter[str]) -> LoggedRequest:
@@ -106,8 +141,9 @@ def _read_litellm(row: Row, counts: Counter[str]) -> LoggedRequest:
         messages = source.get("messages") if isinstance(source, dict) else source
         if isinstance(messages, list) and messages:
             response = {"response": _unpacked(row.get("response"))}
-            chat, answer = _chat({**row, "messages": messages}, "messages", counts)
-            return LoggedRequest(chat, _said(answer, _response(response, counts)), *_conversation(row))
+            asked, answer = chat({**row, "messages": messages}, "messages", counts)
+            answer = whole_answer(answer, response_text(response, counts))
+            return LoggedRequest(asked, answer, *_conversation(row))
     raise BadRow("no prompt", "LiteLLM keeps prompts if store_prompts_in_spend_logs is on", "messages")
 
 
@@ -184,6 +220,16 @@ def _has(*columns: str) -> Callable[[Row], bool]:
     return lambda row: all(column in row for column in columns)
 
 
+def _tells_responses(row: Row) -> bool:
+    """Not every row with an input: embeddings have one, and files for fine-tuning."""
+    given = row.get("input")
+    is_items = isinstance(given, list) and all(isinstance(item, dict) for item in given) and bool(given)
+    told = {"instructions", "previous_response_id"} & row.keys() or isinstance(
+        answer_of(row).get("output"), list
+    )
+    return is_items or (isinstance(given, str | list) and bool(told))
+
+
 SHAREGPT, MOONCAKE, BAILIAN, VLLM = "sharegpt", "mooncake", "bailian", "vllm"
 LAYOUTS = {
     layout.name: layout
@@ -191,7 +237,13 @@ LAYOUTS = {
         Layout("bailian", "block ids with chat_id", _has("hash_ids", "chat_id"), None),
         Layout("mooncake", "block ids", _has("hash_ids"), None),
         Layout(
-            "tokens", "input_tok_ids", _has("input_tok_ids"), _read_tokens, ("arrival_time_ns",), "ns"
+            "tokens",
+            "input_tok_ids",
+            _has("input_tok_ids"),
+            _read_tokens,
+            ("arrival_time_ns",),
+            "ns",
+            recorded=False,
         ),
         Layout("sharegpt", "conversations of from/value or role/content", _is_list("conversations"), None),
         Layout(
@@ -221,6 +273,13 @@ LAYOUTS = {
             _read_prompt,
             time_unit="s",
         ),
+        Layout(
+            "responses",
+            "OpenAI's Responses API: input, and output or response",
+            lambda row: isinstance(row.get("input"), str | list),
+            _read_responses,
+            told_by=_tells_responses,
+        ),
         Layout("vllm", "lines of vLLM's text log with prompts", lambda row: False, _read_vllm, ("time",)),
     )
 }  # fmt: skip
@@ -240,77 +299,6 @@ def _count_unused(row: Row, columns: tuple[str, ...], counts: Counter[str]) -> N
     for column in columns:
         if row.get(column):
             counts[f"rows with {column}, which is not part of the prompt here"] += 1
-
-
-def _chat(row: Row, column: str, counts: Counter[str]) -> tuple[tuple[Message, ...], str]:
-    """The messages up to the last that is not the model's, and what the model said after it.
-
-    A row's own `system` comes first. Messages of one speaker in a row are joined by a blank line.
-    """
-    entries: list[tuple[Role, str]] = []
-    if row.get("system"):
-        entries.append(("system", _content(row["system"], counts)))
-    if not isinstance(row[column], list):
-        raise BadRow("not a list", f"it is of type {type(row[column]).__name__}", column)
-    for i, entry in enumerate(row[column]):
-        if not isinstance(entry, dict):
-            raise BadRow("not an object", f"entry {i}", column)
-        speaker = entry.get("role", entry.get("from"))
-        role = ROLES.get(speaker) or _OTHER_ROLES.get(speaker) if isinstance(speaker, str) else None
-        if role is None:
-            raise BadRow("unknown role", f"entry {i}; known are {', '.join([*ROLES, *_OTHER_ROLES])}", column)
-        counts[TOOL_ROLES] += speaker in ("tool", "function")
-        text = _content(entry.get("content", entry.get("value")), counts)
-        calls = entry.get("tool_calls") or entry.get("function_call")
-        if calls:
-            counts[TOOL_CALLS] += 1
-            text += json.dumps(calls, ensure_ascii=False)
-        entries.append((role, text_value(text, column)))
-    answers = len(list(itertools.takewhile(lambda entry: entry[0] == "assistant", reversed(entries))))
-    asked, answered = entries[: len(entries) - answers], entries[len(entries) - answers :]
-    if not any(text for _, text in asked):
-        raise BadRow("no prompt", "the messages hold nothing but answers", column)
-    groups = itertools.groupby(asked, key=lambda entry: entry[0])
-    messages = tuple(Message(role, "\n\n".join(text for _, text in group)) for role, group in groups)
-    return messages, "\n\n".join(text for _, text in answered)
-
-
-def _content(value: object, counts: Counter[str]) -> str:
-    """A message's text: a text, parts of which some are text, or nothing."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    if not isinstance(value, list):
-        raise BadRow("not a text", f"it is of type {type(value).__name__}", "content")
-    texts = [
-        part if isinstance(part, str) else part.get("text") for part in value if isinstance(part, str | dict)
-    ]
-    found = [text for text in texts if isinstance(text, str)]
-    counts[PARTS_LEFT_OUT] += len(found) < len(value)
-    return "\n".join(found)
-
-
-def _response(row: Row, counts: Counter[str]) -> str:
-    """The answer: a text, a message, or what OpenAI's interface returns; empty if there is none."""
-    value = next((row[column] for column in _RESPONSES if row.get(column)), None)
-    if isinstance(value, dict) and isinstance(value.get("body"), dict):
-        value = value["body"]  # of a batch
-    if isinstance(value, dict) and isinstance(value.get("choices"), list):
-        value = next(iter(value["choices"]), None)
-    if isinstance(value, dict):
-        value = value.get("message", value)
-    if isinstance(value, dict):
-        calls = value.get("tool_calls") or value.get("function_call")
-        text = _content(value.get("content", value.get("text")), counts)
-        counts[TOOL_CALLS] += bool(calls)
-        return text_value(text + (json.dumps(calls, ensure_ascii=False) if calls else ""), "response")
-    if isinstance(value, list):
-        value = _content(value, counts)
-    return text_value(value or "", "response")
-
-
-def _said(answer: str, response: str) -> str:
-    """The whole answer: some logs repeat in the response what the messages end with."""
-    return response if response.startswith(answer) else answer + response
 
 
 def _conversation(row: Row) -> tuple[str, int]:
@@ -334,45 +322,3 @@ def _filled(text: str, column: str) -> str:
     if not text:
         raise BadRow("empty prompt", column=column)
     return text
-
-
-UNITS_S = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
-_LARGEST = 1e20
-_FIRST_YEAR_S, _LAST_YEAR_S = 1e8, 1e11  # dates since 1970 lie between, in seconds; no two units overlap
-
-
-class Times:
-    """Seconds of a log's times: dates as text, or numbers of one unit.
-
-    Without a unit, given or of the layout, a number must be a date since 1970, whose size tells it;
-    else a `UserError` asks. A `UserError` also refuses a unit that was given for dates as text.
-    """
-
-    def __init__(self, given: str | None, of_layout: str | None, source: str) -> None:
-        self.unit, self._given, self._source = given or of_layout, given, source
-
-    def seconds(self, row: Row, column: str) -> float:
-        value = row.get(column)
-        if value is None or value == "":
-            raise BadRow("missing column", column=column)
-        if isinstance(value, str):
-            if self._given is not None:
-                raise UserError(f"{self._source}: {column!r} holds dates, not numbers; leave out --time-unit")
-            try:
-                date = datetime.datetime.fromisoformat(value)
-            except ValueError as error:
-                raise BadRow("not a time", "give a number or an ISO date", column) from error
-            return (date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp()
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise BadRow("not a time", f"it is of type {type(value).__name__}", column)
-        if not abs(value) < _LARGEST:
-            raise BadRow("number too large", f"it is over {_LARGEST:g}", column)
-        if self.unit is None:
-            fitting = [u for u, s in UNITS_S.items() if _FIRST_YEAR_S <= value * s < _LAST_YEAR_S]
-            if not fitting:
-                raise UserError(
-                    f"{self._source}: the times in {column!r} are no dates, so their unit is unclear; "
-                    f"give it with --time-unit {', '.join(UNITS_S)}"
-                )
-            self.unit = fitting[0]
-        return value * UNITS_S[self.unit]

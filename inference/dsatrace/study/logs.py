@@ -6,7 +6,7 @@ prefix. Whatever is assumed, left out or moved is counted, and no prompt's text 
 
     log = Log(("requests.jsonl.gz",))
     log.layout                                     # "messages"
-    requests, holds_text, has_times = read_log(log, open_vocabulary(None), BadRows("skip"), counts)
+    requests, holds_text = read_log(log, open_vocabulary(None), BadRows("skip"), counts)
 """
 
 from __future__ import annotations
@@ -26,33 +26,40 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-
 from dsatrace.errors import UserError
 from dsatrace.study.accesses import ACCESSES_FILE
+from dsatrace.study.log_conversations import continued, joined
 from dsatrace.study.log_layouts import (
     LAYOUTS,
-    UNITS_S,
     VLLM,
     VLLM_LINE,
     Layout,
     LoggedRequest,
-    Times,
     layout_of,
     read_row,
     vllm_row,
 )
+from dsatrace.study.log_messages import answer_of
+from dsatrace.study.log_times import UNITS_S, Times
 from dsatrace.study.request_files import requests_from_hash_ids
 from dsatrace.study.requests import UNKNOWN, RequestsBuilder, StudyRequests
 from dsatrace.study.tokenization import PROGRESS_EVERY_REQUESTS, NamedVocabulary, PieceEncoder, Progress
 from dsatrace.workloads.id_logs import FORMATS, HashIdReader, HashIdRow, hash_id_format_of
 from dsatrace.workloads.json_rows import read_json_rows
-from dsatrace.workloads.rows import BadRow, BadRows, numbered_lines, open_source, read_rows
+from dsatrace.workloads.rows import (
+    SORT_WINDOW,
+    BadRow,
+    BadRows,
+    in_order,
+    numbered_lines,
+    open_source,
+    optional_text,
+    read_rows,
+)
+from dsatrace.workloads.trace_rows import recorded_column
 
 STANDARD_INPUT = "-"
-SORT_WINDOW = 10_000
 MAX_LINE_BYTES = 256 << 20
-JOIN_TOKENS = 16
 _FIRST_BYTES = 1 << 16
 _MOST_ROWS = 1 << 40
 _PICKLE = b"\x80"
@@ -60,8 +67,6 @@ _NUM_FIRST_ROWS = 10
 _NUM_FIRST_LINES = 1000
 
 MOVED = f"rows moved to their place in time (at most {SORT_WINDOW:,} rows)"
-FOUND = "conversations found by common prefix, since no row names one"
-JOINED = "requests joined to the conversation whose prompt and answer they begin with"
 NO_TIMES = "requests without a recorded time: one a second in the order of the file"
 NO_ANSWERS = "requests without a recorded answer: taken for one of no tokens"
 OTHER_MODELS = "rows of another model than the first: here they share its cache"
@@ -75,7 +80,10 @@ Timed = TypeVar("Timed")
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """Files, folders or `-`, with what is known of them. `time_unit` is one of `UNITS_S`."""
+    """Files, folders or `-`, with what is known of them. `time_unit` is one of `UNITS_S`.
+
+    `NAME=FILE` says that the requests of a file, or of a folder's files, are the workload NAME.
+    """
 
     given: tuple[str, ...]
     forced: str | None = None
@@ -89,9 +97,25 @@ class Log:
             raise UserError(f"--time-unit {self.time_unit!r} is unknown; use one of {', '.join(UNITS_S)}")
 
     @functools.cached_property
+    def workloads(self) -> dict[Path, str]:
+        """The files, those of a folder by name, each with its workload, "" without one.
+
+        Standard input becomes a file that only its owner reads.
+        """
+        found = [(path, name) for name, given in map(_named, self.given) for path in _files(given)]
+        workloads = dict(found)
+        if len(workloads) < len(found):
+            raise UserError(f"--log {' '.join(self.given)}: names a file twice")
+        return workloads
+
+    @property
     def paths(self) -> tuple[Path, ...]:
-        """The files; those of a folder by name. Standard input becomes a file that only its owner reads."""
-        return tuple(itertools.chain.from_iterable(map(_files, self.given)))
+        return tuple(self.workloads)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether a file's workload is given."""
+        return any(self.workloads.values())
 
     @functools.cached_property
     def layout(self) -> str:
@@ -116,7 +140,6 @@ class Log:
 class ReadLog(NamedTuple):
     requests: StudyRequests
     holds_text: bool  # so a tokenizer made its tokens
-    has_times: bool
 
 
 def read_log(
@@ -129,22 +152,36 @@ def read_log(
     """The requests by time, from the first one on. A ShareGPT log has a reader of its own."""
     layout = LAYOUTS[log.layout]
     if log.layout in FORMATS:
-        return ReadLog(_by_blocks(log, bad_rows, counts), False, True)
+        if log.is_named:
+            raise UserError(
+                f"{log.text()}: block ids of one file mean nothing in another; leave out the workloads' names"
+            )
+        return ReadLog(_by_blocks(log, bad_rows, counts), False)
     if log.block_size is not None:
         raise UserError(f"--log-block-size is for block ids; {log.text()} holds none")
-    reader = _Reader(layout, Times(log.time_unit, layout.time_unit, str(log.paths[0])), bad_rows, counts)
-    builder, encoder = RequestsBuilder(), PieceEncoder(vocabulary.vocabulary)
-    turns: Counter[str] = Counter()
-    start_s = None
-    for time_s, request in _merged(log.paths, reader.rows, counts):
+    times = Times(log.time_unit, layout.time_unit, str(log.paths[0]))
+    reader = _Reader(layout, times, log.workloads, bad_rows, counts)
+    builder, turns = RequestsBuilder(), Counter[tuple[str, str]]()
+    start_s, parents = None, dict[int, int]()
+    rows = continued(_merged(log.paths, reader.rows, counts), parents, counts)
+    for (time_s, request), prompt, answer in _encoded(rows, vocabulary):
         start_s = time_s if start_s is None else start_s
-        prompt, answer = _encoded(request, vocabulary, encoder)
-        name = request.conversation_id
-        turn = request.turn if request.turn != UNKNOWN else turns[name] if name else UNKNOWN
-        turns[name] += 1
+        name, workload = request.conversation_id, request.workload
+        key = (workload, name)
+        turn = request.turn if request.turn != UNKNOWN else turns[key] if name else UNKNOWN
+        turns[key] += 1
         counts[NO_ANSWERS] += not answer
         arrival_s = len(builder) if reader.column is None else time_s - start_s
-        builder.add(arrival_s, prompt, answer, conversation=(name,) if name else (), turn=turn)
+        conversation = key if name else ()
+        builder.add(
+            arrival_s,
+            prompt,
+            answer,
+            conversation=conversation,
+            turn=turn,
+            workload=workload,
+            recorded=reader.recorded,
+        )
         if progress and len(builder) % PROGRESS_EVERY_REQUESTS == 0:
             progress(len(builder), builder.num_prompt_ids)
     if not len(builder):
@@ -157,33 +194,60 @@ def read_log(
             raise UserError(f"{log.text()}: its rows have no times; leave out --time-unit")
         counts[NO_TIMES] = len(requests)
     if not requests.conversation_ids:
-        requests = join_by_prefix(requests, counts)
-    return ReadLog(requests, not reader.has_ids, reader.column is not None)
+        requests = joined(requests, parents, counts)
+    return ReadLog(requests, not reader.has_ids)
 
 
 def _encoded(
-    request: LoggedRequest, vocabulary: NamedVocabulary, encoder: PieceEncoder
-) -> tuple[array[int], array[int]]:
-    """Ids of prompt and answer."""
-    prompt, answer = request.prompt, request.answer
-    if isinstance(prompt, array):
-        return prompt, answer if isinstance(answer, array) else array("i")
-    text = prompt if isinstance(prompt, str) else vocabulary.formatter.format_conversation(prompt)
-    return encoder.prompt(text), encoder.response(text, str(answer))
+    rows: Iterator[tuple[float, LoggedRequest]], vocabulary: NamedVocabulary
+) -> Iterator[tuple[tuple[float, LoggedRequest], array[int], array[int]]]:
+    """Each row with the ids of prompt and answer. A log holds text or ids, never both."""
+
+    for row in itertools.islice(rows, 1):
+        rows = itertools.chain((row,), rows)
+        if isinstance(row[1].prompt, array):
+            yield from ((row, _ids(row[1].prompt), _ids(row[1].answer)) for row in rows)
+    texts = ((row, _text(row[1], vocabulary), str(row[1].answer)) for row in rows)
+    yield from PieceEncoder(vocabulary.vocabulary).encoded(texts)
+
+
+def _text(request: LoggedRequest, vocabulary: NamedVocabulary) -> str:
+    prompt = request.prompt
+    assert not isinstance(prompt, array)
+    return prompt if isinstance(prompt, str) else vocabulary.formatter.format_conversation(prompt)
+
+
+def _ids(value: object) -> array[int]:
+    """Of a log of ids; one without an answer has an empty text in its place."""
+    return value if isinstance(value, array) else array("i")
 
 
 class _Reader:
     """Rows of one layout. The first usable one says whether rows have times, and text or ids."""
 
-    def __init__(self, layout: Layout, times: Times, bad_rows: BadRows, counts: Counter[str]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        times: Times,
+        workloads: Mapping[Path, str],
+        bad_rows: BadRows,
+        counts: Counter[str],
+    ) -> None:
         self.layout, self.has_ids = layout, False
+        self._workloads = workloads
         self.column: str | None = None  # of the times
+        self._is_answers = False  # whether that column is the response object's
+        self.recorded = True  # what every row so far says of its time, or its layout
         self._times, self._bad_rows, self._counts = times, bad_rows, counts
         self._model: object = None
         self._begun, self._num_files = False, 0
 
     def rows(self, path: Path) -> Iterator[tuple[float, LoggedRequest]]:
         """Seconds and request; without times, the place in this file and those before it."""
+        for time_s, request in self._read(path):
+            yield time_s, dataclasses.replace(request, workload=self._workloads[path] or request.workload)
+
+    def _read(self, path: Path) -> Iterator[tuple[float, LoggedRequest]]:
         begin = self._num_files * _MOST_ROWS
         self._num_files += 1
         if self.layout.name != VLLM:
@@ -219,18 +283,28 @@ class _Reader:
             request = read_row(self.layout, row, self._counts)
             if request is None:
                 return None
+            request = dataclasses.replace(request, workload=optional_text(row, "workload"))
             has_ids = isinstance(request.prompt, array)
             if not self._begun:
                 self.has_ids = has_ids
-                self.column = next(
-                    (name for name in self.layout.times if row.get(name) not in (None, "")), None
+                self.column, self._is_answers = next(
+                    (
+                        (name, source is not row)
+                        for source in (row, answer_of(row))
+                        for name in self.layout.times
+                        if source.get(name) not in (None, "")
+                    ),
+                    (None, False),
                 )
             elif has_ids != self.has_ids:
                 kinds = ("text", "token ids")
                 raise BadRow(
                     "another kind of prompt", f"{kinds[has_ids]}; the first row has {kinds[not has_ids]}"
                 )
-            time_s = place if self.column is None else self._times.seconds(row, self.column)
+            time_s: float = place
+            if self.column is not None:
+                time_s = self._times.seconds(answer_of(row) if self._is_answers else row, self.column)
+            self.recorded &= self.column is not None and recorded_column(row, self.layout.recorded)
         except BadRow as fault:
             assumed = f"read as layout {self.layout.name}, see --layout"
             detail = str(fault).removeprefix(fault.reason).removeprefix(": ")
@@ -264,72 +338,15 @@ def _merged(
     paths: Sequence[Path], rows: Callable[[Path], Iterator[tuple[float, Timed]]], counts: Counter[str]
 ) -> Iterator[tuple[float, Timed]]:
     """The rows of all files by time; those of one time in the order of the files."""
-    return heapq.merge(*(_in_order(path, rows(path), counts) for path in paths), key=lambda pair: pair[0])
+    return heapq.merge(
+        *(in_order(str(path), rows(path), counts, MOVED) for path in paths), key=lambda pair: pair[0]
+    )
 
 
-def _in_order(
-    path: Path, rows: Iterator[tuple[float, Timed]], counts: Counter[str]
-) -> Iterator[tuple[float, Timed]]:
-    """The rows by time; raises a `UserError` for one whose place is over `SORT_WINDOW` rows before it."""
-    waiting: list[tuple[float, int, Timed]] = []
-    latest_s = given_s = -float("inf")
-
-    def take() -> tuple[float, Timed]:
-        nonlocal given_s
-        time_s, _, row = heapq.heappop(waiting)
-        if time_s < given_s:
-            raise UserError(
-                f"{path}: a row is {given_s - time_s:.6g} s earlier than one that stands over "
-                f"{SORT_WINDOW:,} rows before it; sort the log by time"
-            )
-        given_s = time_s
-        return time_s, row
-
-    for number, (time_s, row) in enumerate(rows):
-        counts[MOVED] += time_s < latest_s
-        latest_s = max(latest_s, time_s)
-        heapq.heappush(waiting, (time_s, number, row))
-        if len(waiting) > SORT_WINDOW:
-            yield take()
-    while waiting:
-        yield take()
-
-
-def join_by_prefix(requests: StudyRequests, counts: Counter[str]) -> StudyRequests:
-    """The same requests with conversations: a request goes on with the one whose whole it begins with.
-
-    A whole is prompt and answer; the longest counts, and of equal ones the latest. The turn is one more.
-    """
-    item = requests.prompt_ids.itemsize
-    width = JOIN_TOKENS * item
-    nodes: dict[tuple[int, bytes], int] = {}  # a chain of whole pieces of a text: its number
-    ends: dict[int, dict[bytes, int]] = {}  # by the chain of what a request holds, then the rest: the request
-    lengths: dict[int, set[int]] = {}  # of those rests, bytes
-    conversation = np.full(len(requests), UNKNOWN, np.int32)
-    turn = np.zeros(len(requests), np.int32)
-    names: list[str] = []
-    for i in range(len(requests)):
-        prompt = requests.prompt(i).tobytes()
-        whole = prompt + requests.response(i).tobytes()
-        node, at, before = UNKNOWN, 0, UNKNOWN
-        while True:
-            for length in sorted(lengths.get(node, ())):
-                if at + length < len(prompt):
-                    before = ends[node].get(prompt[at : at + length], before)
-            if at + width > len(whole):
-                break
-            node = nodes.setdefault((node, whole[at : at + width]), len(nodes))
-            at += width
-        ends.setdefault(node, {})[whole[at:]] = i
-        lengths.setdefault(node, set()).add(len(whole) - at)
-        if before == UNKNOWN:
-            conversation[i] = len(names)
-            names.append(str(i))
-        else:
-            conversation[i], turn[i] = conversation[before], turn[before] + 1
-            counts[JOINED] += 1
-    counts[FOUND] = len(names)
-    return dataclasses.replace(requests, conversation=conversation, turn=turn, conversation_ids=tuple(names))
+def _named(given: str) -> tuple[str, str]:
+    """The workload's name, "" without one, and the file. A file may have an equals sign in its name."""
+    name, equals, file = given.partition("=")
+    return (name, file) if name and equals and not Path(given).exists() else ("", given)
 
 
 def _files(given: str) -> list[Path]:
@@ -382,4 +399,6 @@ def _recognised(path: Path, first_line: str) -> str:
         lines = itertools.islice(iter(lambda: file.readline(_FIRST_BYTES), b""), _NUM_FIRST_LINES)
         if any(VLLM_LINE.search(line.decode("utf-8", "replace")) for line in lines):
             return VLLM
-    raise UserError(f"{path}: {what}; known are {', '.join(LAYOUTS)}, which --layout forces")
+    raise UserError(
+        f"{path}: {what}; known are {', '.join(LAYOUTS)}, which --layout forces; see docs/study-logs.md"
+    )

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.kv.blocks import HIT
-from dsatrace.kv.simulation.replay import STATUS_NAMES
 from dsatrace.schema import nearest_rank
 from dsatrace.study.metrics import SHARING, SPREAD, check_values
 from dsatrace.study.requests import UNKNOWN
@@ -47,13 +46,6 @@ def of_workload(replayed: Replayed, name: str) -> Mask:
 def workloads_in(replayed: Replayed) -> list[str]:
     """The workloads that have requests, in the order of the trace's names."""
     return [replayed.requests.workload_names[i] for i in np.unique(replayed.requests.workload)]
-
-
-def rejections(replayed: Replayed, chosen: Mask | None = None) -> dict[str, int]:
-    """How many requests were rejected or cut, by reason; zeros included."""
-    status = replayed.result.status if chosen is None else replayed.result.status[chosen]
-    counts = np.bincount(status, minlength=len(STATUS_NAMES)).tolist()
-    return {name: n for name, n in zip(STATUS_NAMES, counts, strict=True) if name != "served"}
 
 
 def per_turn(replayed: Replayed) -> list[dict[str, Value]]:
@@ -109,20 +101,20 @@ def reuse_gaps(
     return gaps
 
 
-def recounted_by_chunk(replayed: Replayed, chunk_tokens: int, served: Mask) -> tuple[int, int, int]:
-    """If every prefill chunk began with a lookup: tokens found, prompt tokens and chunk ends, summed.
+def recounted_by_chunk(replayed: Replayed, chunk_tokens: int, served: Mask) -> NDArray[np.int64]:
+    """If every prefill chunk began with a lookup: tokens found, prompt tokens and chunk ends, (3, R).
 
-    The sums are over all chunks of the `served` requests. A lookup finds the full blocks before
-    the chunk, the request's hits and its own earlier chunks; without prefix caching, nothing.
+    Each is a sum over the chunks of a request, 0 for one that is not `served`. A lookup finds the full
+    blocks before the chunk, the request's hits and its own earlier chunks; without prefix caching, nothing.
     """
-    prompt, start = replayed.trace.prompt_tokens[served], replayed.result.hit_tokens[served]
-    num_chunks = -((start - prompt) // chunk_tokens)
-    first = np.cumsum(num_chunks) - num_chunks
-    number = np.arange(num_chunks.sum()) - np.repeat(first, num_chunks)
-    begins = np.repeat(start, num_chunks) + number * chunk_tokens
-    prompts = np.repeat(prompt, num_chunks)
-    found = begins // replayed.trace.block_size * replayed.trace.block_size * replayed.settings.prefix_caching
-    return int(found.sum()), int(prompts.sum()), int(np.minimum(begins + chunk_tokens, prompts).sum())
+    prompt, start, size = replayed.trace.prompt_tokens, replayed.result.hit_tokens, replayed.trace.block_size
+    num_chunks = np.where(served, -((start - prompt) // chunk_tokens), 0)
+    request = np.repeat(np.arange(len(prompt)), num_chunks)
+    number = np.arange(len(request)) - np.repeat(np.cumsum(num_chunks) - num_chunks, num_chunks)
+    begins = start[request] + number * chunk_tokens
+    found = begins // size * size * replayed.settings.prefix_caching
+    columns = (found, prompt[request], np.minimum(begins + chunk_tokens, prompt[request]))
+    return np.array([np.bincount(request, column, len(prompt)) for column in columns]).astype(np.int64)
 
 
 def ratio(part: float, whole: float) -> float | None:
@@ -140,7 +132,7 @@ def _of_requests(replayed: Replayed, chosen: Mask) -> dict[str, Value]:
     prompt, hit = total(trace.prompt_tokens), total(result.hit_tokens)
     full_blocks, hit_blocks = total(trace.prompt_blocks), hit // trace.block_size
     resumed, resumed_hit = total(result.resumed_tokens), total(result.resumed_hit_tokens)
-    found, looked_up, _ = recounted_by_chunk(replayed, replayed.settings.recount_tokens, served)
+    found, looked_up, _ = map(total, recounted_by_chunk(replayed, replayed.settings.recount_tokens, served))
     fractions = sharing_fractions(replayed, chosen)
     values: dict[str, Value] = {
         "num_requests": int(chosen.sum()),

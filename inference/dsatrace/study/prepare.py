@@ -54,8 +54,8 @@ class ClientSettings:
     conversations (None: as many). A conversation is dropped whole if it has
     fewer human turns than `min_turns`, or a request of more than `max_tokens` tokens, prompt and
     recorded answer together. `match_requests` lengthens the single-turn trace to the number of
-    requests of the multi-turn one: with the conversations that had too few turns, and then with those
-    that follow in the file, of any number of turns. `order` is
+    requests of the multi-turn one: with the conversations that were dropped, and then with those that
+    follow in the file, of any number of turns, as far as their first request is short enough. `order` is
     that of the replay, see `StudyRequests.ordered`. Turns follow after a `ThinkTime` of median `think_time`
     seconds, or after the constant `turn_delay`.
     """
@@ -141,7 +141,7 @@ def prepare_traces(
     multi = generator(kept).generate_multi_turn_traces(formatter, settings.delay)
     singles = kept
     if settings.match_requests:
-        more = filters.first_requests(itertools.chain(filters.short, source))
+        more = filters.first_requests(itertools.chain(filters.dropped, source))
         singles = kept + list(itertools.islice(more, len(multi) - len(kept)))
         counts[SHORT] = len(multi) - len(singles)
     return PreparedTraces(generator(singles).generate_single_turn_traces(formatter), multi, dict(counts))
@@ -154,7 +154,7 @@ class _Filters:
         self, settings: ClientSettings, vocabulary: Vocabulary, formatter: ChatTemplateFormatter
     ) -> None:
         self.counts: Counter[str] = Counter()
-        self.short: list[Conversation] = []  # those of too few turns, kept if their first requests may serve
+        self.dropped: list[Conversation] = []  # kept where their first requests may serve
         self._settings = settings
         self._encoder = PieceEncoder(vocabulary)
         self._formatter = formatter
@@ -164,12 +164,13 @@ class _Filters:
         for conversation in conversations:
             if num_turns(conversation) < settings.min_turns:
                 self.counts[TOO_FEW_TURNS] += 1
-                if settings.match_requests:
-                    self.short.append(conversation)
             elif settings.max_tokens is not None and self._longest(conversation) > settings.max_tokens:
                 self.counts[TOO_LONG] += 1
             else:
                 yield conversation
+                continue
+            if settings.match_requests:
+                self.dropped.append(conversation)
 
     def first_requests(self, conversations: Iterable[Conversation]) -> Iterator[Conversation]:
         """The conversations whose first request is short enough."""
@@ -195,7 +196,7 @@ def limit_requests(
     Each request of a conversation counts as a turn; a request of no known conversation is a
     conversation by itself. Arrival times stay. Raises a `UserError` if no request is left.
     """
-    group = conversation_groups(requests)
+    group = conversation_groups(requests.conversation)
     short = np.bincount(group) < min_turns
     num_tokens = requests.num_prompt_tokens.astype(np.int64) + requests.num_response_tokens
     long = np.zeros(len(short), dtype=bool)

@@ -23,7 +23,8 @@ from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.simulation.block_trace import BlockTrace
 
 WARM_UP_SHARE = 0.2
-NEED_PROFILE = ("wa-lru", "admit-lru", "wa-prob")
+ADMITTING = ("wa-lru", "admit-lru")
+NEED_PROFILE = (*ADMITTING, "wa-prob")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +112,11 @@ def params_of(
         raise UserError("policy priority needs --priorities, such as qa=2 chat_multi=1")
     if profile is not None:
         admitted = [name for name, entry in profile.items() if entry.admitted]
-        params |= {name: {"admit": admitted, "since_s": since_s} for name in ("wa-lru", "admit-lru")}
+        params |= {name: {"admit": admitted, "since_s": since_s} for name in ADMITTING}
         reuse = {name: (entry.reuse_probability, entry.mean_reuse_s) for name, entry in profile.items()}
         params["wa-prob"] = {"reuse": reuse, "since_s": since_s}
     if admit is not None:
-        params |= {name: {"admit": list(admit)} for name in ("wa-lru", "admit-lru")}
+        params |= {name: {"admit": list(admit)} for name in ADMITTING}
     missing = [name for name in names if name in NEED_PROFILE and name not in params]
     if missing:
         raise UserError(f"{missing[0]} needs a profile; give --profile or --warm-up")

@@ -85,6 +85,7 @@ def requests_from_token_ids(rows: Iterable[TokenIdRow]) -> StudyRequests:
             row.response_ids,
             conversation=(row.conversation_id,) if row.conversation_id else (),
             turn=row.turn,
+            recorded=row.recorded,
         )
     return builder.build()
 
@@ -112,6 +113,7 @@ def requests_from_hash_ids(
             conversation=(roots[row.chat_id],) if row.chat_id else (),
             turn=row.turn,
             workload=row.workload,
+            recorded=row.recorded,
         )
     return builder.build()
 
@@ -148,6 +150,7 @@ def hash_id_rows(requests: StudyRequests, layout: HashIdFormat) -> Iterator[Hash
             num_prompt_tokens=request.num_prompt_tokens,
             num_response_tokens=request.num_response_tokens,
             hash_ids=_block_ids(request, requests.tokens_per_id, layout, interned),
+            recorded=requests.times_recorded,
             **chat,  # type: ignore[arg-type]
         )
 

@@ -69,6 +69,7 @@ class StudyRequests:
     workload_names: tuple[str, ...]
     mode_names: tuple[str, ...]
     tokens_per_id: int = 1
+    times_recorded: bool = False  # whether somebody recorded when each arrived
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -103,6 +104,8 @@ class StudyRequests:
 
     def take(self, rows: NDArray[np.int64]) -> StudyRequests:
         """The requests `rows` in that order; names and conversations keep their numbers."""
+        if np.array_equal(rows, np.arange(len(self))):
+            return self
         prompt_offsets, prompt_ids = _take_ragged(self.prompt_offsets, self.prompt_ids, rows)
         response_offsets, response_ids = _take_ragged(self.response_offsets, self.response_ids, rows)
         return dataclasses.replace(
@@ -131,7 +134,7 @@ class StudyRequests:
             raise UserError(f"unknown order {order!r}; use one of {', '.join(get_args(Order))}")
         if order == "arrival":
             return self
-        group = conversation_groups(self)
+        group = conversation_groups(self.conversation)
         first = np.full(len(self), len(self))
         np.minimum.at(first, group, np.arange(len(self)))
         rows = np.lexsort((self.turn, first[group]))
@@ -183,6 +186,7 @@ class RequestsBuilder:
         self._conversations: dict[tuple[str, ...], int] = {}
         self._workloads: dict[str, int] = {}
         self._modes: dict[str, int] = {}
+        self._recorded = True
 
     def __len__(self) -> int:
         return len(self._arrival_s)
@@ -203,8 +207,10 @@ class RequestsBuilder:
         turn: int = UNKNOWN,
         workload: str = "",
         mode: str = "",
+        recorded: bool = False,
     ) -> None:
-        """Numbers of tokens are by default the numbers of ids.
+        """Numbers of tokens are by default the numbers of ids. `recorded` is of the arrival; times count
+        as recorded if all were.
 
         `conversation` is a key that ends with the conversation's name, or empty if unknown.
         Raises a `UserError` for an empty prompt, or an arrival before that of the last request.
@@ -216,6 +222,7 @@ class RequestsBuilder:
         number = UNKNOWN
         if conversation:
             number = self._conversations.setdefault(conversation, len(self._conversations))
+        self._recorded &= recorded
         self._arrival_s.append(arrival_s)
         self._num_prompt_ids.append(len(prompt_ids))
         self._num_response_ids.append(len(response_ids))
@@ -243,6 +250,7 @@ class RequestsBuilder:
             workload_names=tuple(self._workloads),
             mode_names=tuple(self._modes),
             tokens_per_id=self._tokens_per_id,
+            times_recorded=self._recorded and bool(self._arrival_s),
             **{name: np.array(column, dtype=np.int32) for name, column in self._columns.items()},
         )
 
@@ -295,13 +303,10 @@ def by_workload(requests: StudyRequests, unnamed: str) -> dict[str, StudyRequest
     }
 
 
-def conversation_groups(requests: StudyRequests) -> NDArray[np.int64]:
+def conversation_groups(conversation: NDArray[np.integer]) -> NDArray[np.int64]:
     """(R,) for each request the number of its conversation, below R; without one, a number of its own."""
-    keys = np.where(
-        requests.conversation == UNKNOWN,
-        len(requests.conversation_ids) + np.arange(len(requests)),
-        requests.conversation,
-    )
+    own = conversation.max(initial=0) + 1 + np.arange(len(conversation))
+    keys = np.where(conversation == UNKNOWN, own, conversation)
     return np.unique(keys, return_inverse=True)[1].astype(np.int64)
 
 
@@ -309,10 +314,9 @@ def _take_ragged(
     offsets: NDArray[np.int64], values: NDArray[np.int32], rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Offsets and values of the `rows` of a ragged array."""
-    lengths = np.diff(offsets)[rows]
-    taken = offsets_of(lengths)
-    source = np.arange(taken[-1]) + np.repeat(offsets[rows] - taken[:-1], lengths)
-    return taken, values[source]
+    taken = offsets_of(np.diff(offsets)[rows])
+    pieces = [values[offsets[row] : offsets[row + 1]] for row in rows]
+    return taken, np.concatenate([values[:0], *pieces])
 
 
 def _narrow(ids: NDArray[np.integer]) -> NDArray[np.int32]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsatrace.kv.simulation.replay import STATUS_NAMES
-from dsatrace.study.measure import block_counts, measure, of_workload, per_turn, rejections, workloads_in
+from dsatrace.study.measure import block_counts, measure, of_workload, per_turn, workloads_in
 from dsatrace.study.output_folder import OutputFolder
 from dsatrace.study.run import Replayed
 
@@ -25,7 +25,7 @@ REQUEST_COLUMNS = (
 )  # fmt: skip
 BLOCK_COLUMNS = (
     "block", "parent", "depth", "accesses", "hits", "evictions", "first_access_s", "last_access_s",
-    "reuse_gap_s_mean", "reuse_gap_s_max",
+    "reuse_gap_s_mean", "reuse_gap_s_max", "reuse_gap_s_min", "reuse_gap_s_median",
 )  # fmt: skip
 
 
@@ -35,13 +35,13 @@ def statistics(replayed: Replayed) -> dict[str, Any]:
     record: dict[str, Any] = {
         "cache": dataclasses.asdict(replayed.settings),
         "metrics": measure(replayed),
-        "rejected": rejections(replayed),
+        "rejected": replayed.result.rejections(),
         "per_turn": per_turn(replayed),
     }
     if len(names) > 1:
         masks = {name: of_workload(replayed, name) for name in names}
         record["workloads"] = {
-            name: {"metrics": measure(replayed, mask), "rejected": rejections(replayed, mask)}
+            name: {"metrics": measure(replayed, mask), "rejected": replayed.result.rejections(mask)}
             for name, mask in masks.items()
         }
     return record
@@ -104,13 +104,15 @@ def block_rows(replayed: Replayed) -> Iterator[tuple[object, ...]]:
     starts = ends - counts.accesses
     first, last = times[starts], times[ends - 1]
     gaps = np.diff(times, prepend=0.0)
-    gaps[starts] = 0.0
-    again = counts.accesses > 1
-    mean = (last - first) / np.maximum(counts.accesses - 1, 1)
-    longest = np.maximum.reduceat(gaps, starts)
+    gaps[starts] = -np.inf  # of no access before: first of its block in ascending order
+    ascending = gaps[np.lexsort((gaps, np.repeat(np.arange(len(used)), counts.accesses)))]
+    num_gaps = counts.accesses - 1
+    again = num_gaps > 0
+    mean = (last - first) / np.maximum(num_gaps, 1)
+    median = starts + -(-num_gaps // 2)  # the nearest rank
     columns = [
         used, trace.parents[used], depth[used], counts.accesses, counts.hits, evictions[used], first, last,
-        _where(again, mean), _where(again, longest),
+        _where(again, mean), *(_where(again, ascending[at]) for at in (ends - 1, starts + again, median)),
     ]  # fmt: skip
     return zip(*(_plain(column) for column in columns), strict=True)
 

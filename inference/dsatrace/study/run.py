@@ -1,8 +1,6 @@
 """One trace through one cache: the replay from which every number of the study is read.
 
-`run_study(requests, settings, runner=...)` takes any function from the requests, their blocks
-and a `ReplayConfig` to a `ReplayResult`; the default is the offline replay. Knows no file and
-prints nothing.
+Knows no file and prints nothing.
 
     replayed = run_study(requests, StudySettings(num_blocks=1024))
     measure(replayed)["hit_rate_first_prefill"]         # measure.py
@@ -13,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import OrderedDict
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +22,6 @@ from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, ReplayResult, Schedule, replay
 from dsatrace.study.requests import StudyRequests, block_trace
 
-Runner = Callable[[StudyRequests, BlockTrace, ReplayConfig], ReplayResult]
-"""Replays requests; it must record events if the config asks for them."""
 LARGEST = 2**31 - 1
 
 
@@ -108,22 +103,17 @@ class Replayed:
         return chosen
 
 
-def offline_replay(_requests: StudyRequests, trace: BlockTrace, config: ReplayConfig) -> ReplayResult:
-    """The default runner: the block pool and nothing around it."""
-    return replay(trace, config)
-
-
-def run_study(requests: StudyRequests, settings: StudySettings, runner: Runner = offline_replay) -> Replayed:
+def run_study(requests: StudyRequests, settings: StudySettings) -> Replayed:
     """Replays the requests in order.
 
-    The cache without a limit is always replayed offline and request by request, so that no turn is
-    looked up before the turn before it has ended.
+    The cache without a limit is always replayed request by request, so that no turn is looked up before
+    the turn before it has ended.
     """
     if not len(requests):
         raise UserError("the trace holds no request; check what its filters left")
     trace = block_trace(requests, settings.block_size)
     config = settings.config(trace.num_blocks_at_most)
-    result = runner(requests, trace, config)
+    result = replay(trace, config)
     unlimited = dataclasses.replace(
         config, num_blocks=None, schedule="in_order", chunk_tokens=None, record_events=False
     )

@@ -27,16 +27,29 @@ from dsatrace.study.requests import StudyRequests, block_trace
 from dsatrace.study.run import LARGEST
 from dsatrace.study.spread import Kind, pooled, with_intervals
 from dsatrace.study.sweep import SweepSettings, policy_runs, sweep
-from dsatrace.study.sweep_cells import COUNTED, LRU, OPT, OVERALL, POOL, Cell, Cells, Given, pool_cells
+from dsatrace.study.sweep_cells import (
+    BYPASS,
+    COUNTED,
+    LRU,
+    OPT,
+    OVERALL,
+    POOL,
+    Cell,
+    Cells,
+    Given,
+    pool_cells,
+)
 from dsatrace.units import size_text
 
 Routing = Literal["round-robin", "prefix-affine"]
 UNLIMITED = "vllm, no limit"
-SHOWN = (LRU, POOL, OPT)
+SHOWN = (LRU, POOL, OPT, BYPASS)
 NUM_SIZES = 10
 """Powers of two up to what holds the whole workload: a factor of 512 between the first and the last."""
 MATCH_SHARE = 0.5
-"""Prefix-affine: a request goes where at least this share of its prompt's blocks was served before."""
+"""Prefix-affine: a request goes where at least this share of its prompt's blocks was served before,"""
+MOST_LOAD = 1.5
+"""unless that replica was given more than so many times an even share of the tokens."""
 
 
 def replica_traces(
@@ -70,10 +83,11 @@ def _by_prefix(
     num_keys: int,
     replicas: int,
 ) -> np.ndarray:
-    """(R,) the replica that served the longest known prefix last, if it is long enough; else the one that
-    was given the fewest tokens. Knows what was served, not what is still cached."""
+    """(R,) the replica that served the longest known prefix last, if it is long enough and the replica not
+    overloaded; else the one that was given the fewest tokens. Knows what was served, not what is still
+    cached."""
     owner = np.full(num_keys, -1, np.int32)
-    tokens = np.zeros(replicas, np.int64)
+    tokens, share = np.zeros(replicas, np.int64), 0.0
     to = np.zeros(len(prompt_blocks), np.int64)
     for request in range(len(prompt_blocks)):
         begin, end = key_ptr[request], key_ptr[request + 1]
@@ -81,12 +95,14 @@ def _by_prefix(
         at = begin
         while at < stop and owner[keys[at]] >= 0:
             at += 1
+        replica = np.argmin(tokens)
         if at > begin and at - begin >= MATCH_SHARE * prompt_blocks[request]:
-            replica = owner[keys[at - 1]]
-        else:
-            replica = np.argmin(tokens)
+            known = owner[keys[at - 1]]
+            if tokens[known] <= MOST_LOAD * share:
+                replica = known
         to[request] = replica
         tokens[replica] += total_tokens[request]
+        share += total_tokens[request] / replicas
         for place in range(begin, end):
             owner[keys[place]] = replica
     return to

@@ -4,7 +4,7 @@ Conversations become requests of text (`prepare`), which can be written. A trace
 is, and filtered. Every verb gets its requests here, so a workload is the same in all of them.
 Knows no cache and writes nothing.
 
-    client = Client(Source(data_path=Path("chats.json")), ClientSettings(min_turns=2), open_vocabulary(None))
+    client = Client(Source((Path("chats.json"),)), ClientSettings(min_turns=2), open_vocabulary(None))
     client.rows("multi_turn")             # rows of text
     client.requests("multi_turn")         # the same as StudyRequests; several workloads share one trace
     client.each()                         # a trace for each workload
@@ -23,8 +23,11 @@ from typing import Any
 import numpy as np
 
 from dsatrace.errors import UserError
+from dsatrace.files import read_json
 from dsatrace.study.accesses import ACCESSES_FILE
+from dsatrace.study.kept_requests import KeptRequests, Made, rows_sha256
 from dsatrace.study.logs import Log, read_log
+from dsatrace.study.output_folder import MANIFEST_FILE
 from dsatrace.study.prepare import ClientSettings, PreparedTraces, limit_requests, prepare_traces
 from dsatrace.study.request_files import holds_text, read_requests
 from dsatrace.study.requests import UNKNOWN, StudyRequests, by_workload, conversation_groups
@@ -40,7 +43,7 @@ from dsatrace.workloads.synthetic import (
     interleave,
     synthetic_conversations,
 )
-from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN, TraceRow
+from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN, TraceRow, times_text
 
 CHATS = (CHAT_SINGLE, CHAT_MULTI)
 MATCHING_FACTOR = 8  # times as many synthetic conversations, for --match-requests
@@ -53,12 +56,12 @@ class Source:
     """Where requests come from; without anything, the embedded conversations.
 
     A trace file excludes the rest. Of the workloads, the chats are made of the conversations of
-    `data_path` if there is one, and the others by seeded generators. `pattern` is the order in
+    `data_paths` if there are some, and the others by seeded generators. `pattern` is the order in
     which the workloads of a mix take turns; without it they mix by arrival. A workload of `rates` has
     that arrival rate; the others share the common one.
     """
 
-    data_path: Path | None = None  # ShareGPT conversations
+    data_paths: tuple[Path, ...] = ()  # ShareGPT conversations
     trace_file: Path | None = None  # requests, in any layout that `read_requests` knows
     log: Log | None = None  # requests, in any layout of `log_layouts` but ShareGPT's
     workloads: tuple[str, ...] = ()
@@ -76,10 +79,10 @@ class Source:
             raise UserError(f"name each workload once: {', '.join(self.workloads)}")
         if self.log is not None and self.trace_file is not None:
             raise UserError("--log and --trace-file are a source each; give one")
-        if self.has_requests and (self.data_path is not None or self.workloads):
+        if self.has_requests and (self.data_paths or self.workloads):
             flag = "--trace-file" if self.log is None else "--log"
             raise UserError(f"{flag} is a source by itself; leave out --data-path and --workloads")
-        if self.data_path is not None and self.workloads and not set(CHATS) & set(self.workloads):
+        if self.data_paths and self.workloads and not set(CHATS) & set(self.workloads):
             raise UserError(f"--data-path holds chats; name one of {', '.join(CHATS)}, or leave it out")
         if self.pattern is not None and self.has_requests:
             raise UserError("--pattern interleaves the workloads; a trace file has its order already")
@@ -93,7 +96,7 @@ class Source:
 
     def is_real(self, workload: str) -> bool:
         """Whether the workload is made of conversations that people had."""
-        return workload in CHATS and (self.data_path is not None or not self.workloads)
+        return workload in CHATS and bool(self.data_paths or not self.workloads)
 
     @property
     def kind(self) -> str:
@@ -101,30 +104,46 @@ class Source:
             return "log"
         if self.trace_file is not None:
             return "trace file"
-        if self.data_path is not None:
+        if self.data_paths:
             return "conversations"
         return SYNTHETIC if self.workloads else "embedded sample"
 
     @property
     def path(self) -> Path | None:
-        """The file that is read, None without one; of a log the first."""
+        """The file that is read, None without one; of several the first."""
+        return next(iter(self.files), None)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that are read."""
         if self.log is not None:
-            return self.log.paths[0]
+            return self.log.paths
         if self.kind == SYNTHETIC:
-            return None
-        return self.trace_file or self.data_path or sample_file("sharegpt")
+            return ()
+        return (self.trace_file,) if self.trace_file else self.data_paths or (sample_file("sharegpt"),)
 
     def text(self) -> str:
         """Kind, file and workloads in a line."""
         if self.log is not None:
             return f"{self.kind} {self.log.text()}"
-        path = () if self.path is None else (str(self.path),)
-        return " ".join((self.kind, *path, *self.workloads))
+        named = [str(path) for path in self.files[:3]]
+        if len(self.files) > 3:
+            named.append(f"and {len(self.files) - 3} more")
+        return " ".join((self.kind, *named, *self.workloads))
 
     @property
     def is_seeded(self) -> bool:
         """Whether a generator makes some of the requests, so that another seed gives others."""
         return any(not self.is_real(name) for name in self.workloads)
+
+    @functools.cached_property
+    def digests(self) -> tuple[str, ...]:
+        """The sha256 of each file or folder that is read."""
+        return tuple(folder_sha256(path) if path.is_dir() else file_sha256(path) for path in self.files)
+
+    def stamps(self) -> tuple[tuple[int, int], ...]:
+        """Size and time of each file: they change when it is written to."""
+        return tuple((found.st_size, found.st_mtime_ns) for found in map(Path.stat, self.files))
 
     def describe(self) -> dict[str, Any]:
         """For the manifest: the kind of source, the workloads if named, a file's path and digest."""
@@ -135,12 +154,18 @@ class Source:
             record["rates"] = dict(self.rates)
         if self.pattern is not None:
             record["pattern"] = list(self.pattern)
+        files = [
+            {"path": str(path), "sha256": digest}
+            for path, digest in zip(self.files, self.digests, strict=True)
+        ]
         if self.log is not None:
-            files = [{"path": str(path), "sha256": file_sha256(path)} for path in self.log.paths]
-            record |= {"layout": self.log.layout, "files": files}
-        elif self.path is not None:
-            digest = folder_sha256(self.path) if self.path.is_dir() else file_sha256(self.path)
-            record |= {"path": str(self.path), "sha256": digest}
+            record["layout"] = self.log.layout
+            if self.log.is_named:
+                record["workloads_of_files"] = list(self.log.workloads.values())
+        if self.log is not None or len(files) > 1:
+            record["files"] = files
+        elif files:
+            record |= files[0]
         return record
 
     def origin(self, workload: str) -> str:
@@ -159,21 +184,30 @@ class Client:
         vocabulary: NamedVocabulary,
         bad_rows: BadRows | None = None,
         progress: Progress | None = None,
+        keep_tokens: bool = False,
     ) -> None:
+        """`keep_tokens` keeps requests of files for the next run, and takes what an earlier one kept."""
         self.source, self.settings, self.vocabulary = source, settings, vocabulary
+        self.kept = KeptRequests(vocabulary.label) if keep_tokens else None
         self.bad_rows = bad_rows or BadRows()
         self.counts: dict[str, int] = {}
         self._progress = progress
         self._loader: ShareGPTLoader | None = None
         self._kept: dict[str, PreparedTraces] = {}
-        self._has_times = True
         if source.has_requests and settings.match_requests:
             raise UserError("--match-requests draws more conversations; it needs --data-path, not a trace")
 
     def reseeded(self, seed: int) -> Client:
         """The same client with another seed of arrivals and generators; it shares the vocabulary."""
         settings = dataclasses.replace(self.settings, seed=seed)
-        return Client(self.source, settings, self.vocabulary, BadRows(self.bad_rows.policy), self._progress)
+        return Client(
+            self.source,
+            settings,
+            self.vocabulary,
+            BadRows(self.bad_rows.policy),
+            self._progress,
+            self.kept is not None,
+        )
 
     @property
     def has_text(self) -> bool:
@@ -183,7 +217,7 @@ class Client:
     @property
     def times(self) -> str:
         """Whether arrivals, and so the gaps between uses, are those of a file."""
-        return "assumed" if self.has_text or not self._has_times else "recorded"
+        return times_text(not self.has_text and self._trace.times_recorded)
 
     def rows(self, mode: str | None = None) -> list[TraceRow]:
         """All requests as text. A trace file raises a `UserError`.
@@ -235,7 +269,13 @@ class Client:
         }
 
     def _tokenized(self, rows: list[TraceRow]) -> StudyRequests:
-        requests = tokenize_rows(rows, self.vocabulary.vocabulary, self._progress)
+        def make() -> Made:
+            return tokenize_rows(rows, self.vocabulary.vocabulary, self._progress), {}
+
+        if self.kept is None or not self.source.data_paths:
+            requests, _ = make()
+        else:
+            requests, _ = self.kept.get(rows_sha256(rows), make)
         return requests.ordered(self.settings.order)
 
     def _prepare(self, name: str, together: Sequence[str]) -> PreparedTraces:
@@ -273,35 +313,62 @@ class Client:
         """The conversations of the file; kept if two workloads take some."""
         several = set(CHATS) <= set(self.source.workloads)
         limit = self.settings.max_conversations if several and not self.settings.match_requests else None
-        path = self.source.data_path or sample_file("sharegpt")
-        self._loader = ShareGPTLoader(path, limit, bad_rows=self.bad_rows)
+        self._loader = ShareGPTLoader(self.source.files, limit, bad_rows=self.bad_rows)
         return list(self._loader) if several else self._loader
 
     @functools.cached_property
     def _trace(self) -> StudyRequests:
+        source = self.source
+        is_one = all(file.is_file() and file.name != ACCESSES_FILE for file in source.files)
+        if self.kept is None or not is_one:
+            requests, facts = self._read()
+        else:
+            stamps, log = source.stamps(), source.log
+            told = (
+                ()
+                if log is None
+                else (log.layout, log.time_unit, log.block_size, list(log.workloads.values()))
+            )
+            made_of = [source.digests, told, self.bad_rows.policy]
+            requests, facts = self.kept.get(made_of, self._read, lambda: source.stamps() == stamps)
+            self.bad_rows.counts = Counter(facts["bad_rows"])
+        requests = _first_conversations(requests, self.settings.max_conversations)
+        if not facts["holds_text"]:
+            unit = "tokens" if requests.tokens_per_id == 1 else f"blocks of {requests.tokens_per_id} tokens"
+            label = {"name": f"none: the trace holds ids of {unit}", **_unit_of(source.path)}
+            self.vocabulary = dataclasses.replace(self.vocabulary, label=label)
+        kept, dropped = limit_requests(requests, self.settings.max_tokens, self.settings.min_turns)
+        self.counts |= {**facts["counts"], **dropped}
+        return kept
+
+    def _read(self) -> Made:
+        """The requests of a log or trace file, and what is known of them."""
         source, counts = self.source, Counter[str]()
         if source.log is not None:
-            read = read_log(source.log, self.vocabulary, self.bad_rows, counts, self._progress)
-            requests, has_text, self._has_times = read
+            requests, has_text = read_log(source.log, self.vocabulary, self.bad_rows, counts, self._progress)
         else:
             assert source.trace_file is not None
             requests = read_requests(
                 source.trace_file, self.vocabulary.vocabulary, self.bad_rows, counts, self._progress
             )
             has_text = holds_text(source.trace_file)
-        requests = _first_conversations(requests, self.settings.max_conversations)
-        if not has_text:
-            unit = "tokens" if requests.tokens_per_id == 1 else f"blocks of {requests.tokens_per_id} tokens"
-            label = {"name": f"none: the trace holds ids of {unit}"}
-            self.vocabulary = dataclasses.replace(self.vocabulary, label=label)
-        kept, dropped = limit_requests(requests, self.settings.max_tokens, self.settings.min_turns)
-        self.counts |= {**+counts, **dropped}
-        return kept
+        return requests, {"counts": +counts, "bad_rows": self.bad_rows.counts, "holds_text": has_text}
 
     def _oddities(self) -> dict[str, int]:
         """Oddities in the rows that the loader read, and how many rows have them; see `sharegpt.ODDITIES`."""
         found = {} if self._loader is None else self._loader.summary()
         return {f"source rows, {name}": found[name] for name in ODDITIES if found.get(name)}
+
+
+def _unit_of(path: Path | None) -> dict[str, str]:
+    """`unit`, where the manifest of a study's folder says that its tokens were words."""
+    if path is None or not (path.is_dir() or path.name == ACCESSES_FILE):
+        return {}
+    try:
+        manifest = read_json((path if path.is_dir() else path.parent) / MANIFEST_FILE)
+        return {"unit": str(manifest["tokenizer"]["unit"])}
+    except (UserError, LookupError, TypeError):  # there is none, or tokens were tokens
+        return {}
 
 
 def trace_name(requests: StudyRequests) -> str:
@@ -320,7 +387,7 @@ def _side(prepared: PreparedTraces, workload: str, mode: str | None) -> list[Tra
 
 def _first_conversations(requests: StudyRequests, limit: int | None) -> StudyRequests:
     """The requests of the first `limit` conversations by arrival; without an id, each request is one."""
-    group = conversation_groups(requests)
+    group = conversation_groups(requests.conversation)
     first = np.full(len(requests), len(requests))
     np.minimum.at(first, group, np.arange(len(requests)))
     starts = np.sort(first[first < len(requests)])

@@ -43,6 +43,7 @@ from dsatrace.kv.policies.stack_distance import lru_hits_at
 from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.kv.simulation.replay import ReplayConfig, replay
+from dsatrace.study.requests import conversation_groups
 
 OVERALL = "overall"
 ADMIT = "admit-"  # before a policy's name
@@ -168,11 +169,9 @@ class Cell:
         }
 
 
-def conversation_parts(trace: BlockTrace) -> NDArray[np.int64]:
-    """(R,) at most `MAX_GROUPS` groups of whole conversations; a request of none is a conversation."""
-    unknown = trace.conversation < 0
-    own = trace.conversation.max(initial=0) + 1 + np.arange(trace.num_requests)
-    _, number = np.unique(np.where(unknown, own, trace.conversation), return_inverse=True)
+def conversation_parts(conversation: NDArray[np.integer]) -> NDArray[np.int64]:
+    """(R,) at most `MAX_GROUPS` groups of whole conversations; a request of none (-1) is a conversation."""
+    number = conversation_groups(conversation)
     shuffled = np.random.default_rng(0).permutation(number.max(initial=0) + 1)
     return (shuffled[number] % MAX_GROUPS).astype(np.int64)
 
@@ -190,7 +189,9 @@ class Given:
     def of(cls, trace: BlockTrace, concurrency: int = 1, by_conversation: bool = False) -> Given:
         """One part, or at most `MAX_GROUPS` groups of conversations; without one, a request is its own."""
         stream = AccessStream.of_trace(trace, concurrency)
-        part = conversation_parts(trace) if by_conversation else np.zeros(trace.num_requests, np.int64)
+        part = np.zeros(trace.num_requests, np.int64)
+        if by_conversation:
+            part = conversation_parts(trace.conversation)
         return cls(trace, stream, part, int(part.max(initial=0)) + 1)
 
     @property

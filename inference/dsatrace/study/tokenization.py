@@ -1,7 +1,8 @@
 """Rows of text to token ids, with a tokenizer or with the built-in vocabulary of whole words.
 
 A message is encoded once, even if many prompts repeat it: a prompt is cut where cutting changes
-no id (`split_chat_text`), and the ids of the pieces are kept while the conversation goes on.
+no id (`split_chat_text`), and the ids of the pieces are kept while the conversation goes on. New
+pieces are encoded on all cores, which is the tokenizer's own work.
 The ids of a prompt in DeepSeek's chat form are those of `encode_chat`. Knows no cache.
 
     vocabulary = open_vocabulary(Path("tokenizer.json")).vocabulary
@@ -13,20 +14,26 @@ from __future__ import annotations
 import dataclasses
 import re
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from dsatrace.errors import UserError
 from dsatrace.study.requests import RequestsBuilder, StudyRequests
+from dsatrace.workloads.chat import JinjaForm, form_of
 from dsatrace.workloads.chat_format import CUE, ChatTemplateFormatter, split_chat_text
 from dsatrace.workloads.encoding import SPECIAL_TOKENS, Vocabulary
-from dsatrace.workloads.tokenizer import BOS, PACKAGE, choose_tokenizer, packaged_file
+from dsatrace.workloads.tokenizer import BOS, PACKAGE, Tokenizer, choose_tokenizer, packaged_file
 from dsatrace.workloads.trace_rows import TraceRow
 
 WORDS = "words"
 Progress = Callable[[int, int], None]
+Piece = tuple[str, bool]
+"""A text that is encoded by itself, and whether it is a special token."""
+Item = TypeVar("Item")
 PROGRESS_EVERY_REQUESTS = 100
-_MAX_KEPT_CHARS = 1 << 24
+_MAX_KEPT_CHARS = 1 << 25
+_BATCH_CHARS = 1 << 20
 _WORD = re.compile(r" ?\w+|\s+(?!\w)|[^\w\s]|\s")
 
 
@@ -49,6 +56,9 @@ class WordVocabulary:
         words, first = self._words, len(self._special)
         return [first + words.setdefault(word, len(words)) for word in _WORD.findall(text)]
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return list(map(self.encode, texts))
+
     def special_id(self, name: str) -> int:
         """The id of a special token of DeepSeek's chat form, by its text."""
         return self._special[name]
@@ -63,62 +73,112 @@ class NamedVocabulary:
     label: dict[str, str]
 
 
-def open_vocabulary(spec: str | Path | None = None) -> NamedVocabulary:
+def open_vocabulary(spec: str | Path | None = None, template: Path | None = None) -> NamedVocabulary:
     """As the runners take it: a `tokenizer.json`, its folder, or a hub name `owner/name[@revision]`.
 
     `PACKAGE` stands for the vocabulary of that package, `WORDS` for the built-in one of whole words;
-    None for the package's if it is installed, else for words. A tokenizer without DeepSeek's special
-    tokens gets plain transcripts.
+    None for the package's if it is installed, else for words. Prompts have the form that `form_of`
+    chooses; without any, they are plain transcripts.
     """
     spec = spec or (WORDS if packaged_file() is None else PACKAGE)
     if spec == WORDS:
+        if template is not None:
+            raise UserError(f"--chat-template {template}: needs a real tokenizer; give one with --tokenizer")
         words = WordVocabulary()
         label = {"name": "built-in words: a token per word or mark", "unit": "word"}
         return NamedVocabulary(words, ChatTemplateFormatter(words), label)
     tokenizer = choose_tokenizer(str(spec))
-    try:
-        for name in SPECIAL_TOKENS:
-            tokenizer.special_id(name)
-        formatter, form = ChatTemplateFormatter(tokenizer), "DeepSeek's chat form"
-    except UserError:  # a vocabulary of another family, which has no chat form of its own here
-        formatter, form = ChatTemplateFormatter(), "no chat form of its own: Human: and Assistant: lines"
-    return NamedVocabulary(
-        tokenizer, formatter, {"name": str(spec), "sha256": tokenizer.digest, "form": form}
-    )
+    label = {"name": str(spec), "sha256": tokenizer.digest}
+    form = form_of(tokenizer, template)
+    if isinstance(form, JinjaForm):
+        formatter = ChatTemplateFormatter(form)
+        return NamedVocabulary(TemplateVocabulary(tokenizer), formatter, label | {"form": form.name})
+    if form is not None:
+        return NamedVocabulary(
+            tokenizer, ChatTemplateFormatter(tokenizer), label | {"form": "DeepSeek's chat form"}
+        )
+    lines = "no chat template: Human: and Assistant: lines"
+    return NamedVocabulary(tokenizer, ChatTemplateFormatter(), label | {"form": lines})
+
+
+class TemplateVocabulary:
+    """A vocabulary whose prompts its own chat template wrote: names of its added tokens are tokens there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.encode, self.encode_all = tokenizer.encode, tokenizer.encode_all
+        self.special_id, self.names = tokenizer.special_id, tokenizer.added_names
 
 
 class PieceEncoder:
-    """Encodes prompts and responses. Keeps the ids of `_MAX_KEPT_CHARS` characters, then starts over."""
+    """Encodes prompts and responses, a piece that is used again once.
+
+    Forgets a piece when `_MAX_KEPT_CHARS` characters of other pieces came after it, or twice as many.
+    """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
+        self._names = vocabulary.names if isinstance(vocabulary, TemplateVocabulary) else None
         self._kept: dict[str, array[int]] = {}
+        self._older: dict[str, array[int]] = {}
         self._num_kept_chars = 0
 
     def prompt(self, text: str) -> array[int]:
         """Token ids. Special tokens are recognized only in a text that begins with DeepSeek's first one."""
-        ids = array("i")
-        for piece, special in split_chat_text(text):
-            if special:
-                ids.append(self._vocabulary.special_id(piece))
-            else:
-                ids.extend(self._encode(piece))
-        return ids
+        pieces = list(split_chat_text(text, self._names))
+        self._encode(pieces)
+        return self._joined(pieces)
 
     def response(self, prompt: str, text: str) -> array[int]:
         """Token ids of an answer as they continue the prompt. In a transcript a space comes before it."""
-        in_transcript = prompt.endswith(CUE) and not prompt.startswith(BOS)
-        return self._encode(f" {text}" if in_transcript and text else text)
+        pieces = _answer(prompt, text)
+        self._encode(pieces)
+        return self._joined(pieces)
 
-    def _encode(self, text: str) -> array[int]:
-        ids = self._kept.get(text)
-        if ids is None:
-            if self._num_kept_chars > _MAX_KEPT_CHARS:
-                self._kept.clear()
-                self._num_kept_chars = 0
-            ids = self._kept[text] = array("i", self._vocabulary.encode(text))
-            self._num_kept_chars += len(text)
+    def encoded(
+        self, texts: Iterable[tuple[Item, str, str]]
+    ) -> Iterator[tuple[Item, array[int], array[int]]]:
+        """Of each (item, prompt, response) the item and both ids; pieces are encoded many at a time."""
+        batch: list[tuple[Item, list[Piece], list[Piece]]] = []
+        num_chars = 0
+        for item, prompt, response in texts:
+            batch.append((item, list(split_chat_text(prompt, self._names)), _answer(prompt, response)))
+            num_chars += len(prompt) + len(response)
+            if num_chars > _BATCH_CHARS:
+                yield from self._encoded(batch)
+                batch, num_chars = [], 0
+        yield from self._encoded(batch)
+
+    def _encoded(
+        self, batch: list[tuple[Item, list[Piece], list[Piece]]]
+    ) -> list[tuple[Item, array[int], array[int]]]:
+        self._encode(piece for _, *both in batch for pieces in both for piece in pieces)
+        return [(item, self._joined(prompt), self._joined(response)) for item, prompt, response in batch]
+
+    def _encode(self, pieces: Iterable[Piece]) -> None:
+        """Puts the ids of all these pieces into `_kept`."""
+        if self._num_kept_chars > _MAX_KEPT_CHARS:
+            self._older, self._kept, self._num_kept_chars = self._kept, {}, 0
+        texts = {text: None for text, special in pieces if not special and text not in self._kept}
+        new = [text for text in texts if text not in self._older]
+        self._kept.update((text, self._older[text]) for text in texts if text in self._older)
+        if new:
+            ids = self._vocabulary.encode_all(new)
+            self._kept.update(zip(new, (array("i", each) for each in ids), strict=True))
+        self._num_kept_chars += sum(map(len, texts))
+
+    def _joined(self, pieces: Iterable[Piece]) -> array[int]:
+        ids = array("i")
+        for text, special in pieces:
+            if special:
+                ids.append(self._vocabulary.special_id(text))
+            else:
+                ids.extend(self._kept[text])
         return ids
+
+
+def _answer(prompt: str, text: str) -> list[Piece]:
+    in_transcript = prompt.endswith(CUE) and not prompt.startswith(BOS)
+    return [(f" {text}" if in_transcript else text, False)] if text else []
 
 
 def tokenize_rows(
@@ -129,17 +189,19 @@ def tokenize_rows(
     `progress` is called with the numbers of requests and prompt tokens so far. Raises a
     `UserError` for a prompt without a token.
     """
-    encoder, builder = PieceEncoder(vocabulary), RequestsBuilder()
-    for row in rows:
+    builder = RequestsBuilder()
+    texts = ((row, row.prompt, row.response) for row in rows)
+    for row, prompt, response in PieceEncoder(vocabulary).encoded(texts):
         conversation = (row.workload, row.mode, row.conversation_id) if row.conversation_id else ()
         builder.add(
             row.timestamp,
-            encoder.prompt(row.prompt),
-            encoder.response(row.prompt, row.response),
+            prompt,
+            response,
             conversation=conversation,
             turn=row.turn_index,
             workload=row.workload,
             mode=row.mode,
+            recorded=row.recorded,
         )
         if progress and len(builder) % PROGRESS_EVERY_REQUESTS == 0:
             progress(len(builder), builder.num_prompt_ids)

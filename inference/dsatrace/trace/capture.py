@@ -16,6 +16,8 @@ from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.kv.tiers.fetches import StepFetches
 
 Phase = Literal["decode", "prefill", "layerwise"]
+NUM_STATS = 4  # of a row's scores: min, mean, max over the selection; k-th margin
+SPARE_STEPS = 2  # beside those that wait for the writer: one being filled, one being written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class StepCapture:
     batch_size: int  # requests in the forward, recorded or not
     positions: np.ndarray  # (L, B, K) int32 ids, score order; the first min(K, seq_len) are valid, the rest
     # -1. Another door's are sets: -1 may stand anywhere, and a layer with fewer than K ids leaves -1
-    score_stats: np.ndarray | None  # (L, B, 4) float32: min, mean, max over the selection; k-th margin
+    score_stats: np.ndarray | None  # (L, B, NUM_STATS) float32
     scores: np.ndarray | None  # (L, B, K) float32, scores[i] belongs to positions[i]; None unless stored
     prefixes: tuple[RequestPrefix, ...]  # (B,)
     forward_idx: int  # the run's forward pass, 0-based

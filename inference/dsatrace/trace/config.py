@@ -74,7 +74,7 @@ class TraceConfig:
 
 FLAGS = {
     "block_size": Flag("tokens in a block", ("--kv-block-size",)),
-    "level": Flag("what a record holds", ("--trace-level",)),
+    "level": Flag("blocks: no positions and scores; stats: no block ids either", ("--trace-level",)),
     "format": Flag(
         "what step records are written as: lines to read, or columns for long runs", ("--trace-format",)
     ),

@@ -31,7 +31,7 @@ from dsatrace.kv.layout import CacheLayout
 from dsatrace.kv.prefix import RequestPrefix
 from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.schema import LOST_RECORDS, PART_RECORDS, Level
-from dsatrace.trace.capture import StepCapture
+from dsatrace.trace.capture import NUM_STATS, SPARE_STEPS, StepCapture
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.kind import SelectionKind, engine_kind
 from dsatrace.trace.parquet import replay_layout
@@ -55,9 +55,6 @@ FORMATS: Mapping[str, str] = {
     "parquet, direct": "--trace-format parquet",
     "replay": "export --to replay",  # not at level stats, which holds no ids
 }
-NUM_STATS = 4  # float32 per layer and row, beside the positions: min, mean, max, margin
-SPARE_SLOTS = 2  # of the ring, beside those that wait: one being filled, one being written
-
 DEMO_LAYOUT = CacheLayout("demo", latent_bytes_per_token=1152, index_bytes_per_token=132)
 
 
@@ -104,7 +101,7 @@ class TraceLoad:
 
     def ring_bytes(self, queue_steps: int) -> int:
         """Host memory of the ring that holds the queue's steps; the queue itself holds references."""
-        return (queue_steps + SPARE_SLOTS) * self.queue_slot_bytes
+        return (queue_steps + SPARE_STEPS) * self.queue_slot_bytes
 
     @property
     def replay_groups(self) -> int:
@@ -168,8 +165,8 @@ def _size(name: str, totals: Sequence[float], num_records: int) -> Size:
     return Size(name, (low / max(1, num_records), high / max(1, num_records)), (low, high))
 
 
-def draw_sample(load: TraceLoad, level: Level, kind: Kind, num_records: int = SAMPLE_RECORDS) -> Sample:
-    """About `num_records` records, at most the load's, spread over its steps; one request per step."""
+def draw_sample(load: TraceLoad, level: Level, kind: Kind) -> Sample:
+    """About `SAMPLE_RECORDS` records, at most the load's, spread over its steps; one request per step."""
     config = TraceConfig(
         out=Path("unused"),
         block_size=load.block_size,
@@ -180,7 +177,7 @@ def draw_sample(load: TraceLoad, level: Level, kind: Kind, num_records: int = SA
     deriver = RecordDeriver(config, load.layout, tiers, kind=load.selections)
     encoder = StepLines()
     source = SyntheticSelections(kind, selections=load.selections)
-    num_steps = max(2, min(load.num_steps, -(-num_records // load.num_sets)))
+    num_steps = max(2, min(load.num_steps, -(-SAMPLE_RECORDS // load.num_sets)))
     lines: list[bytes] = []
     batches: list[pa.RecordBatch] = []
     seconds = 0.0
@@ -251,8 +248,7 @@ def _laid_out(table: pa.Table) -> pa.Table:
 class SyntheticSelections:
     """Selections of `num_layers` layers over successive steps; the same seed gives the same ones.
 
-    `shared_layers` use another layer's (see `manifest.shared_layers`). `selections` of another kind stand
-    for both, and for `top_k`.
+    `selections` of another kind stand for the layers and for `top_k`.
     """
 
     def __init__(
@@ -261,11 +257,10 @@ class SyntheticSelections:
         num_layers: int = 1,
         top_k: int = 1,
         seed: int = 0,
-        shared_layers: Mapping[int, int] | None = None,
         selections: SelectionKind | None = None,
     ) -> None:
         self._kind = kind
-        self._selections = selections or engine_kind(num_layers, top_k, tuple((shared_layers or {}).items()))
+        self._selections = selections or engine_kind(num_layers, top_k)
         self._rng = np.random.default_rng(seed)
         self._spots: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # by set and request
 

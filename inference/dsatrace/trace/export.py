@@ -91,7 +91,7 @@ def export_run(
             size, bytes_before = (sum(path.stat().st_size for path in paths) for paths in (written, sources))
             _copy_others(run, folder)
             _require_unchanged(run)
-            _write_manifest(run, folder, counts)
+            _write_manifest(run, folder, {"layout": "replay"} if to == "replay" else {}, counts)
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot export there: {error.strerror}") from error
     return Exported(out, num_records, num_kept, bytes_before, size, dict(run.torn_lines))
@@ -165,7 +165,9 @@ def _require_unchanged(run: RunReader) -> None:
             )
 
 
-def _write_manifest(run: RunReader, folder: Path, counts: Mapping[str, Counts]) -> None:
+def _write_manifest(
+    run: RunReader, folder: Path, layout: Mapping[str, str], counts: Mapping[str, Counts]
+) -> None:
     """The run's, with the digests of the files in `folder`, what each of several holds, and the digests of
     all that they were made from."""
     known = {**(run.manifest.get("source_files") or {}), **(run.manifest.get("files") or {})}
@@ -173,7 +175,6 @@ def _write_manifest(run: RunReader, folder: Path, counts: Mapping[str, Counts]) 
     files = {name: digest_of(folder / name) for name in names}
     for name, count in counts.items():
         files[name] |= count._asdict()
-    layout = {"layout": "replay"} if counts else {}
     write_json(
         folder / MANIFEST_FILE, {**run.manifest, "files": files, **layout, "source_files": known or None}
     )

@@ -41,14 +41,13 @@ from dsatrace.trace.parquet.columns import (
 )
 from dsatrace.trace.parquet.file import BATCH_RECORDS, read_batches
 from dsatrace.trace.reader import RunReader
+from dsatrace.trace.selection_parts import SelectionPart, selection_parts
 from dsatrace.trace.selections import (
     LayerSelections,
     LayerSet,
     RequestSelections,
-    SelectionPart,
     read_part,
     read_selections,
-    selection_parts,
 )
 
 _STORED = arrow_schema(pa.float32())

@@ -25,10 +25,8 @@ import torch
 import torch.distributed as dist
 
 from dsatrace.kv.tiers.fetches import LayerFetch, StepFetches
-from dsatrace.trace.capture import Phase, StepCapture
+from dsatrace.trace.capture import NUM_STATS, SPARE_STEPS, Phase, StepCapture
 from dsatrace.trace.tracer import Tracer
-
-NUM_STATS = 4  # min, mean, max over the selection; k-th margin
 
 
 class Selected(Protocol):
@@ -333,7 +331,7 @@ class ForwardRecorder:
         self._digest = SelectionDigest(num_layers, device) if compare_ranks else None
         self._synchronises = tracer is not None and tracer.config.sync_cuda and self._device.type == "cuda"
         if room is None and tracer is not None and tracer.config.records_steps:
-            num_slots = tracer.config.queue_steps + 2  # beside those waiting: one written, one filled
+            num_slots = tracer.config.queue_steps + SPARE_STEPS
             scores = tracer.config.needs_scores
             self._room = self.ring = SelectionRing(num_layers, max_rows, top_k, device, scores, num_slots)
 

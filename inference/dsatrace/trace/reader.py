@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from dsatrace.errors import UserError
+from dsatrace.errors import UserError, not_a_run
 from dsatrace.files import NO_LOCKS
 from dsatrace.schema import (
     LEVELS,
@@ -183,7 +183,7 @@ class RunReader:
         try:
             record = orjson.loads(path.read_bytes())
         except OSError as error:
-            raise UserError(f"{path}: cannot read it: {error.strerror}; is this a run's folder?") from error
+            raise not_a_run(path, error) from error
         except orjson.JSONDecodeError as error:
             raise UserError(f"{path}: not JSON: {error}") from error
         if not isinstance(record, dict):

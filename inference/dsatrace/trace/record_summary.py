@@ -5,7 +5,7 @@ Below it the positions are gone: `add_columns` counts what is left, and `take_st
 from the run's last summary.json. Knows no file.
 
     shape = RunShape(block_size=16, kind=kind, index_bytes=132)
-    summary = RecordSummary((16, 32, 64), "model", shape)
+    summary = RecordSummary((16, 32, 64), "model", shape, serving=None)
     summary.add_forward(records)               # all records of one forward, level full
     summary.to_json("complete")
 """
@@ -82,7 +82,7 @@ class RecordSummary(Summary):
         compared_block_sizes: tuple[int, ...],
         selections: str,
         shape: RunShape,
-        serving: Mapping[str, Any] | None = None,
+        serving: Mapping[str, Any] | None,
     ) -> None:
         kind = None if shape.kind.is_exact else shape.kind
         offloaded, goes_on = shape.offloaded, shape.goes_on

@@ -30,6 +30,18 @@ class TracedRequest(Protocol):
     def needle_positions(self) -> Sequence[int]: ...
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecordedRequest:
+    """A request that no engine of ours serves."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    source_row: int | None = None
+    arrival_s: float = 0.0
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    needle_positions: Sequence[int] = ()
+
+
 @dataclasses.dataclass(eq=False, kw_only=True)
 class RequestFacts:
     """What became of a request. Times are seconds from the run's start; None until the event happens."""

@@ -44,7 +44,7 @@ from dsatrace.files import LineFile
 from dsatrace.schema import REQUESTS_FILE, STEPS_FILE, SUMMARY_FILE, locked_file
 from dsatrace.trace.config import TraceConfig, is_sampled
 from dsatrace.trace.reader import REQUEST_ID, RunReader
-from dsatrace.trace.summarize import OnRecords, is_offloaded, summarize_run
+from dsatrace.trace.summarize import is_offloaded, summarize_run
 from dsatrace.trace.summary import Summary
 from dsatrace.trace.unfinished import ENDED, Shares, without_unfinished
 
@@ -118,11 +118,10 @@ class Resumed:
         self.steps.close()
 
 
-def prepare_resume(folder: Path, on_records: OnRecords = lambda count: None) -> Resumed:
+def prepare_resume(folder: Path) -> Resumed:
     """Locks an incomplete run and reads what stays of it; raises `UserError` for any other folder.
 
-    Reads the steps twice, in bounded memory except for request ids; `on_records` hears of the second
-    time, which takes longest.
+    Reads the steps twice, in bounded memory except for request ids.
     """
     run = RunReader(folder)
     _require_resumable(run)
@@ -151,7 +150,7 @@ def prepare_resume(folder: Path, on_records: OnRecords = lambda count: None) -> 
             prompt_tokens={name: ended.num_prompt_tokens for name, ended in found.done.items()},
             next_forward_idx=found.next_forward_idx,
             elapsed_s=found.elapsed_s,
-            summary=_summary(folder, found, on_records),
+            summary=_summary(folder, found),
             steps=steps,
             requests=requests,
         )
@@ -298,7 +297,7 @@ class _Kept(RunReader):
         return stored | {"prefix_hot_blocks": {name: hot[name] for name in hot if name in self._done}}
 
 
-def _summary(folder: Path, found: _Found, on_records: OnRecords) -> Summary:
+def _summary(folder: Path, found: _Found) -> Summary:
     """Summary of what stays, with the dropped steps that may be missing there."""
     run = _Kept(folder, found)
     if not (folder / SUMMARY_FILE).exists() and next(run.steps(), None) is None:
@@ -312,7 +311,7 @@ def _summary(folder: Path, found: _Found, on_records: OnRecords) -> Summary:
         for line in run.requests():
             summary.finish_request(line)
         return summary
-    summary = summarize_run(run, on_records)
+    summary = summarize_run(run)
     summary.dropped_steps = max(summary.dropped_steps, found.most_missing) if found.may_lose else 0
     summary.sections["tiers"] = None  # it counted records that are cut; the next part counts its own
     return summary

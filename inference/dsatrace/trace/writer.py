@@ -5,9 +5,10 @@ and policy `drop` loses the step and counts it. Each capture is released once it
 up; its arrays may then be reused. Knows no model; `RecordDeriver` derives, a sink writes.
 
     sinks = open_sinks(folder, config, Summary(config.compared_block_sizes))
-    with TraceWriter(deriver, sinks, queue_steps=8) as writer:
-        writer.put(capture)
-        writer.finish_request({"request_id": "r0", ...})
+    writer = TraceWriter(deriver, sinks, queue_steps=8)
+    writer.put(capture)
+    writer.finish_request({"request_id": "r0", ...})
+    writer.close()
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol
 
 import orjson
@@ -135,17 +135,6 @@ class TraceWriter:
             self._state = state
             self._queue.put(None)
             self._wait()
-
-    def __enter__(self) -> TraceWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self.stop("incomplete")
 
     @functools.cached_property
     def failure(self) -> Exception:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsatrace.errors import UserError
+from dsatrace.errors import UserError, not_a_run
 from dsatrace.schema import (
     LOST_RECORDS,
     MANIFEST_FILE,
@@ -49,7 +49,7 @@ class PlainRun:
         try:
             manifest = decode(path.read_bytes())
         except OSError as error:
-            raise UserError(f"{path}: cannot read it: {error.strerror}; is this a run's folder?") from error
+            raise not_a_run(path, error) from error
         except ValueError as error:
             raise UserError(f"{path}: {error}; is this a run's folder?") from error
         version = manifest.get("schema_version")

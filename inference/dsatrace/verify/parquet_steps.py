@@ -93,7 +93,7 @@ class ParquetSteps:
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, pre_buffer=False)  # else an iterator keeps all that it has read
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a whole Parquet file: {error}; export the run again") from error
 

@@ -41,11 +41,9 @@ def summarize(
     requests: Iterable[Record],
     top_k: int,
     block_sizes: Sequence[int],
-    state: str = "complete",
-    selections: str = "synthetic",
     offloaded: bool = False,
 ) -> dict[str, Any]:
-    """The record of summary.json of full-level records and the lines of requests.jsonl."""
+    """The record of summary.json of synthetic, full-level records and the lines of requests.jsonl."""
     lines, answers = PlainRequests(), {}
     for request in requests:
         lines.add(request)
@@ -54,7 +52,7 @@ def summarize(
     totals = PlainSummary(top_k=top_k, block_sizes=block_sizes, offloaded=offloaded, answers=answers)
     for record in records:
         totals.add(record)
-    return totals.to_json(lines, state=state, selections=selections)
+    return totals.to_json(lines)
 
 
 class PlainSummary:

@@ -4,7 +4,7 @@ What is found, and the words for it, are the same either way: a chunk that the f
 find right is walked again by the plain implementation, which names the record and the field.
 
     steps = StepChecks(run, rules, requests, order, block_sizes=(16, 32, 64), since_forward=0)
-    steps.check_in_chunks(jobs=2)           # raises Mismatch
+    steps.check_in_chunks(2, on_bytes=None)           # raises Mismatch
     steps.totals.to_json(lines)
 """
 

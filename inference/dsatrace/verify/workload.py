@@ -4,7 +4,7 @@ Standard library only; shares no table with the workloads but reads what they sa
 
     scores = Scores.of(summary)                  # of the metric: "string match, 0 to 100"
     scores.check(line["score"])                  # raises Mismatch
-    check_workload(summary["workload"], totals, whole=True)
+    check_workload(summary["workload"], {"niah_single_1": 20}, num_requests=20)
 """
 
 from __future__ import annotations

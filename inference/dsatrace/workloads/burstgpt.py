@@ -43,8 +43,8 @@ from dsatrace.workloads.request import Request
 from dsatrace.workloads.rows import (
     BadRow,
     BadRows,
-    Clock,
     check_limit,
+    in_order,
     numbered_lines,
     open_source,
     read_line,
@@ -68,10 +68,9 @@ def read_burstgpt(path: str | Path, bad_rows: BadRows | None = None) -> Iterator
     """Streams the rows of a CSV file. Row 0 follows the header; blank lines are no rows.
 
     Raises a `UserError` if a column of `REQUIRED` is missing. A row is bad if it has another
-    number of columns than the header, a timestamp before the last good row's, or a number
-    that is none, negative, too large, or fractional where tokens are counted.
+    number of columns than the header, or a number that is none, negative, too large, or
+    fractional where tokens are counted.
     """
-    clock = Clock(TIMESTAMP)
     with open_source(path) as file:
         try:
             header = _fields(read_line(file, MAX_LINE_BYTES))
@@ -88,7 +87,7 @@ def read_burstgpt(path: str | Path, bad_rows: BadRows | None = None) -> Iterator
             if len(fields) != len(columns):
                 raise BadRow("wrong number of columns", f"{len(fields)}, but the header has {len(columns)}")
             row = {name: fields[i].strip() for name, i in columns.items()}
-            parsed = BurstRow(
+            return BurstRow(
                 source_row=number,
                 timestamp_s=_seconds(row),
                 request_tokens=_num_tokens(row, REQUEST_TOKENS),
@@ -98,8 +97,6 @@ def read_burstgpt(path: str | Path, bad_rows: BadRows | None = None) -> Iterator
                 session_id=row.get(SESSION) or None,
                 elapsed_s=_number(row, ELAPSED, MAX_TIMESTAMP_S) if row.get(ELAPSED) else None,
             )
-            clock.advance(parsed.timestamp_s)
-            return parsed
 
         lines = numbered_lines(file, MAX_LINE_BYTES, first=2)
         yield from read_rows(str(path), lines, parse, bad_rows or BadRows())
@@ -165,14 +162,15 @@ class Arrival:
 
 
 class Arrivals:
-    """The first of `rows` arrives at 0, the others as far behind it as `time_scale` times the log.
+    """The earliest of `rows` arrives at 0, the others as far behind it as `time_scale` times the log.
 
-    `time_scale` 0.1 is ten times as fast, 0 sends all at once. Failures are dropped first unless
-    kept. `counts`, of the rows read so far: `rows`, `requests` (those served), `failures`, `ties`
-    (at the same time as the row before), `api_log`, `without_session`.
+    Rows are put in the order of their times by `in_order`, for which `source` names them. `time_scale` 0.1
+    is ten times as fast, 0 sends all at once. Failures are dropped first unless kept. `counts`, of the rows
+    so far: `rows`, `requests` (those served), `failures`, `ties` (at the same time as the row before),
+    `api_log`, `without_session`, `moved` (before a row of a later time; of the rows ahead too).
     """
 
-    COUNTS = ("rows", "requests", "failures", "ties", "api_log", "without_session")
+    COUNTS = ("rows", "requests", "failures", "ties", "api_log", "without_session", "moved")
 
     def __init__(
         self,
@@ -181,11 +179,12 @@ class Arrivals:
         *,
         keep_failures: bool = False,
         time_scale: float = 1.0,
+        source: str = "the log",
     ) -> None:
         check_limit("max_requests", max_requests)
         if not (time_scale >= 0 and math.isfinite(time_scale)):
             raise UserError(f"time_scale must be a number of at least 0, not {time_scale}")
-        self._rows = rows
+        self._rows, self._source = rows, source
         self.max_requests = max_requests
         self.keep_failures = keep_failures
         self.time_scale = time_scale
@@ -194,7 +193,8 @@ class Arrivals:
     def __iter__(self) -> Iterator[Arrival]:
         self.counts.clear()
         first_s = last_s = None
-        for row in self._rows:
+        timed = ((row.timestamp_s, row) for row in self._rows)
+        for _, row in in_order(self._source, timed, self.counts, "moved"):
             self.counts["rows"] += 1
             self.counts["failures"] += row.failed
             self.counts["ties"] += row.timestamp_s == last_s
@@ -271,14 +271,14 @@ def open_burstgpt(args: argparse.Namespace, chat: Chat, find: Find) -> OpenedWor
         drawn = {flag.attribute: getattr(args, flag.attribute) for flag in _GENERATOR_FLAGS}
         settings = BurstSettings(seed=args.seed, **num_rows, **drawn)
         rows, description = generate_burstgpt(settings), f"generator: {settings.text()}"
-        terminal_line = f"BurstGPT-like arrivals from the {description}"
+        terminal_line, name = f"BurstGPT-like arrivals from the {description}", "the generator"
     else:
         source = find()
         rows = read_burstgpt(source.file, bad_rows)
-        description, terminal_line = source.description, source.text()
+        description, terminal_line, name = source.description, source.text(), str(source.file)
     ordinary = chat.tokenizer.ordinary_ids
     workload = BurstGPTWorkload(
-        Arrivals(rows, args.limit, keep_failures=args.keep_failures, time_scale=args.time_scale),
+        Arrivals(rows, args.limit, keep_failures=args.keep_failures, time_scale=args.time_scale, source=name),
         SyntheticPrompts(ordinary.start, len(ordinary), args.shared_prefix_share, args.seed),
         bad_rows,
         args.max_new_tokens_cap,

@@ -156,8 +156,28 @@ class JinjaForm:
         self.parts([Message("user", "")], thinking=False)  # raises now for a template that cannot be used
 
     def parts(self, messages: Sequence[Message], thinking: bool) -> list[Part]:
+        return [
+            messages[int(piece)].content if i % 2 else tuple(self._tokenizer.encode_markup(piece))
+            for i, piece in enumerate(self._pieces(messages, thinking, is_open=True))
+        ]
+
+    def text(self, messages: Sequence[Message], is_open: bool) -> str:
+        """The same as one text, where it `is_open` up to where the model's answer begins; thinking is off.
+
+        A special token's name in a message gets a space after its first character, and is none then.
+        """
+        names = self._tokenizer.added_names
+        return "".join(
+            names.sub(lambda name: f"{name[0][0]} {name[0][1:]}", messages[int(piece)].content)
+            if i % 2
+            else piece
+            for i, piece in enumerate(self._pieces(messages, False, is_open))
+        )
+
+    def _pieces(self, messages: Sequence[Message], thinking: bool, is_open: bool) -> list[str]:
+        """Markup, a message's number, markup, and so on."""
         rows = [{"role": message.role, "content": _mark(i)} for i, message in enumerate(messages)]
-        pieces = _MARK.split(self._render(rows, thinking))  # markup, a message's number, markup, ...
+        pieces = _MARK.split(self._render(rows, thinking, is_open))
         shown = set(map(int, pieces[1::2]))
         left_out = next((message for i, message in enumerate(messages) if i not in shown), None)
         if left_out is not None:
@@ -165,18 +185,15 @@ class JinjaForm:
                 f"{self._source}: the chat template leaves out a message of the {left_out.role}; "
                 "name another with --chat-template"
             )
-        return [
-            messages[int(piece)].content if i % 2 else tuple(self._tokenizer.encode_markup(piece))
-            for i, piece in enumerate(pieces)
-        ]
+        return pieces
 
-    def _render(self, rows: list[dict[str, str]], thinking: bool) -> str:
+    def _render(self, rows: list[dict[str, str]], thinking: bool, is_open: bool) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         options: dict[str, Any] = {**self._names, "enable_thinking": thinking, "thinking": thinking}
         try:
             rendered: Any = render_jinja_template(
-                [rows], chat_template=self._template, add_generation_prompt=True, **options
+                [rows], chat_template=self._template, add_generation_prompt=is_open, **options
             )
         except Exception as error:  # a template is a program: it may raise anything
             line = f" (line {error.lineno})" if hasattr(error, "lineno") else ""
@@ -200,8 +217,7 @@ def choose_chat(
     A template belongs to the vocabulary, so it is looked for in the tokenizer's own folder before
     the checkpoint's; end tokens belong to the weights, so the checkpoint's folder comes first.
     """
-    own_file = Path(tokenizer.source)
-    own = [own_file.parent] if own_file.is_file() else []
+    own = _folder_of(tokenizer)
     of_checkpoint = [ckpt_path] if ckpt_path is not None else []
     deepseek = all(tokenizer.added_id(name) is not None for name in SPECIAL_TOKENS)
     if deepseek and template is None:
@@ -212,6 +228,18 @@ def choose_chat(
         frozenset({tokenizer.eos_id}) if deepseek else _stop_tokens(tokenizer, [*of_checkpoint, *own])
     )
     return Chat(tokenizer, form, stop_tokens, thinking)
+
+
+def form_of(tokenizer: Tokenizer, template: Path | None = None) -> ChatForm | None:
+    """`template` if given, else DeepSeek's form for its vocabulary or the template beside it, else None."""
+    if template is None and all(tokenizer.added_id(name) is not None for name in SPECIAL_TOKENS):
+        return DeepSeekForm(tokenizer)
+    return _jinja_form(tokenizer, _folder_of(tokenizer), template)
+
+
+def _folder_of(tokenizer: Tokenizer) -> list[Path]:
+    file = Path(tokenizer.source)
+    return [file.parent] if file.is_file() else []
 
 
 def _jinja_form(tokenizer: Tokenizer, folders: Sequence[Path], template: Path | None) -> JinjaForm | None:

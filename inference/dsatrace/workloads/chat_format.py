@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from dsatrace.errors import UserError
+from dsatrace.workloads.chat import JinjaForm
 from dsatrace.workloads.encoding import SPECIAL_TOKENS, Message, Role, deepseek_pieces
 from dsatrace.workloads.sharegpt import ROLES, Conversation
 from dsatrace.workloads.tokenizer import BOS, END_THINK
@@ -46,13 +47,16 @@ class ChatTemplateFormatter:
 
     Without a tokenizer: a transcript of `Human: ...` and `Assistant: ...` paragraphs. With one of
     ours: DeepSeek's chat form, thinking closed at once; a special token's name inside a message
-    gets a space after its `<`, so that no message can contain one. With a `transformers`
-    tokenizer: its chat template.
+    gets a space after its `<`, so that no message can contain one. With a `JinjaForm` that, so too.
+    With a `transformers` tokenizer: its chat template.
     """
 
     def __init__(self, tokenizer: object | None = None) -> None:
         self._template: _TemplateTokenizer | None = None
         self._deepseek = False
+        self._form = tokenizer if isinstance(tokenizer, JinjaForm) else None
+        if self._form is not None:
+            return
         if isinstance(tokenizer, _DeepSeekVocabulary):
             for name in SPECIAL_TOKENS:
                 tokenizer.special_id(name)  # raises a UserError for a vocabulary of another family
@@ -71,6 +75,8 @@ class ChatTemplateFormatter:
         Raises a `UserError` if there are none, if one has no text, or if its speaker is unknown.
         """
         messages = _messages(turns)
+        if self._form is not None:
+            return self._form.text(messages, is_open=messages[-1].role != "assistant")
         if self._template is not None:
             rows = [{"role": message.role, "content": message.content} for message in messages]
             open_end = messages[-1].role == "user"
@@ -80,17 +86,20 @@ class ChatTemplateFormatter:
         return _deepseek(messages) if self._deepseek else _transcript(messages)
 
 
-def split_chat_text(text: str) -> Iterator[tuple[str, bool]]:
+def split_chat_text(text: str, special: re.Pattern[str] | None = None) -> Iterator[tuple[str, bool]]:
     """Pieces of a prompt that can each be encoded alone, and whether a piece is a special token.
 
-    A text that begins with DeepSeek's beginning-of-sentence token is in its chat form; in any
-    other text, special tokens' names are text. A transcript is cut where a speaker's name begins
-    a line: byte-level vocabularies never join a line's end with the letter behind it, so the
-    pieces' ids are those of the whole. No piece is empty.
+    Those that `special` finds are, if it is given. Else a text that begins with DeepSeek's
+    beginning-of-sentence token is in its chat form, and in any other text special tokens' names are
+    text. Such a transcript is cut where a speaker's name begins a line: byte-level vocabularies never
+    join a line's end with the letter behind it, so the pieces' ids are those of the whole. No piece is
+    empty.
     """
-    if text.startswith(BOS):
+    if special is None and text.startswith(BOS):
+        special = _SPECIAL
+    if special is not None:
         at = 0
-        for match in _SPECIAL.finditer(text):
+        for match in special.finditer(text):
             if match.start() > at:
                 yield text[at : match.start()], False
             yield match.group(), True

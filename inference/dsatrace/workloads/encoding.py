@@ -30,6 +30,9 @@ class Vocabulary(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without special tokens."""
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same of each text."""
+
     def special_id(self, name: str) -> int:
         """The id of a special token, by its text."""
 

@@ -9,8 +9,9 @@ the last id of a prompt may stand for a partial block. Two layouts have ids of b
     bailian    16 tokens per block, `timestamp` in s, and `chat_id`; optional `parent_chat_id` (-1
                for a chat's first turn), `turn` (from 1) and `type`
 
-Serving simulators keep token ids. Their vocabulary is not recorded, and a cache does not need
-it. Such ids are as good as text, so keep the files private:
+Times were recorded unless `"arrivals": "assumed"` says otherwise. Serving simulators keep token ids.
+Their vocabulary is not recorded, and a cache does not need it; their times are drawn, unless
+`"arrivals": "recorded"` stands there. Such ids are as good as text, so keep the files private:
 
     {"input_tok_ids": [...], "output_tok_ids": [...], "arrival_time_ns": 46926808}
 
@@ -33,7 +34,15 @@ from typing import Any
 from dsatrace.errors import UserError
 from dsatrace.workloads.json_rows import read_json_rows
 from dsatrace.workloads.rows import BadRow, BadRows, Clock
-from dsatrace.workloads.trace_rows import count_column, id_column, number_column, write_lines_by_time
+from dsatrace.workloads.trace_rows import (
+    ARRIVALS,
+    ASSUMED,
+    count_column,
+    id_column,
+    number_column,
+    recorded_column,
+    write_lines_by_time,
+)
 
 MAX_TIMESTAMP = 1e13  # in the file's unit; three centuries of milliseconds
 MAX_ARRIVAL_NS = 1e19  # three centuries
@@ -73,6 +82,7 @@ class HashIdRow:
     parent_chat_id: str = ""
     turn: int = -1
     workload: str = ""
+    recorded: bool = True  # whether the arrival was
 
 
 def hash_id_format(name: str) -> HashIdFormat:
@@ -144,7 +154,10 @@ class HashIdReader:
             self._sessions[session] = (arrival, turn)
             chat = {"chat_id": session, "turn": turn}
         arrival_s = arrival * layout.timestamp_unit_s
-        return HashIdRow(arrival_s, num_prompt_tokens, num_response_tokens, hash_ids, **chat)
+        recorded = recorded_column(row, default=True)
+        return HashIdRow(
+            arrival_s, num_prompt_tokens, num_response_tokens, hash_ids, recorded=recorded, **chat
+        )
 
     def _arrival(self, row: Mapping[str, Any], session: str) -> float:
         """In the layout's unit."""
@@ -186,6 +199,8 @@ def _fields(row: HashIdRow, layout: HashIdFormat) -> dict[str, object]:
         "output_length": row.num_response_tokens,
         "hash_ids": list(row.hash_ids),
     }
+    if not row.recorded:
+        fields[ARRIVALS] = ASSUMED
     if layout.has_chats:
         fields |= {
             "type": row.workload,
@@ -258,6 +273,7 @@ class TokenIdRow:
     response_ids: array[int]
     conversation_id: str = ""
     turn: int = -1
+    recorded: bool = False  # whether the arrival was
 
 
 def read_token_ids(path: str | Path, bad_rows: BadRows | None = None) -> Iterator[TokenIdRow]:
@@ -277,6 +293,6 @@ def read_token_ids(path: str | Path, bad_rows: BadRows | None = None) -> Iterato
                 raise BadRow("ids contradict the length", f"there are {len(ids)} ids", column)
         arrival_ns = number_column(row, "arrival_time_ns", MAX_ARRIVAL_NS)
         clock.advance(arrival_ns)
-        return TokenIdRow(arrival_ns * 1e-9, prompt_ids, response_ids)
+        return TokenIdRow(arrival_ns * 1e-9, prompt_ids, response_ids, recorded=recorded_column(row))
 
     yield from read_json_rows(path, parse, bad_rows or BadRows())

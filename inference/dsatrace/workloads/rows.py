@@ -12,8 +12,10 @@ row and column; `skip` counts the row by its reason. Knows JSON, but no file's l
 from __future__ import annotations
 
 import gzip
+import heapq
 import io
 import json
+import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,6 +27,10 @@ from dsatrace.errors import UserError
 Policy = Literal["fail", "skip"]
 Piece = TypeVar("Piece")
 Parsed = TypeVar("Parsed")
+Timed = TypeVar("Timed")
+
+SORT_WINDOW = 10_000
+"""Rows within which those of a log are put in the order of their times."""
 
 UTF8_BOM = b"\xef\xbb\xbf"
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -222,6 +228,37 @@ class Clock:
         if time < self._latest:
             raise BadRow("timestamp runs backwards", f"{time} after {self._latest}", self._column)
         self._latest = time
+
+
+def in_order(
+    source: str, rows: Iterable[tuple[float, Timed]], counts: Counter[str], moved: str
+) -> Iterator[tuple[float, Timed]]:
+    """Rows by their times; `counts[moved]` has those that came after a later one.
+
+    Reads `SORT_WINDOW` rows ahead. Raises a `UserError` for a row whose place is further before it.
+    """
+    waiting: list[tuple[float, int, Timed]] = []
+    latest_s = given_s = -math.inf
+
+    def take() -> tuple[float, Timed]:
+        nonlocal given_s
+        time_s, _, row = heapq.heappop(waiting)
+        if time_s < given_s:
+            raise UserError(
+                f"{source}: a row is {given_s - time_s:.6g} s earlier than one that stands over "
+                f"{SORT_WINDOW:,} rows before it; sort the log by time"
+            )
+        given_s = time_s
+        return time_s, row
+
+    for number, (time_s, row) in enumerate(rows):
+        counts[moved] += time_s < latest_s
+        latest_s = max(latest_s, time_s)
+        heapq.heappush(waiting, (time_s, number, row))
+        if len(waiting) > SORT_WINDOW:
+            yield take()
+    while waiting:
+        yield take()
 
 
 def check_limit(name: str, limit: int | None) -> None:

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -63,6 +64,7 @@ ODDITIES = {
 _PLAIN_ROLES = {"human", "user", "gpt", "assistant", "system"}
 
 Entry = tuple[Role, str]
+Row = tuple[int, str, list[Entry], set[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Conversation:
 
 
 class ShareGPTLoader:
-    """Reads the conversations that can be served from a JSON array or JSON lines.
+    """Reads the conversations that can be served from a JSON array or JSON lines, of one file or several.
 
     `conversations` (or `messages`) have `from` and `value`, or `role` and `content`. A row's own `system`
     comes before them.
@@ -114,10 +116,15 @@ class ShareGPTLoader:
     """
 
     def __init__(
-        self, path: str | Path, max_conversations: int | None = None, *, bad_rows: BadRows | None = None
+        self,
+        path: str | Path | Sequence[Path],
+        max_conversations: int | None = None,
+        *,
+        bad_rows: BadRows | None = None,
     ) -> None:
+        """Of several files, rows are numbered through, and ids are told apart as those of one file are."""
         check_limit("max_conversations", max_conversations)
-        self.path = Path(path)
+        self.paths = [Path(path)] if isinstance(path, str | Path) else list(path)
         self.max_conversations = max_conversations
         self.bad_rows = bad_rows or BadRows()
         self.counts: Counter[str] = Counter()
@@ -126,7 +133,7 @@ class ShareGPTLoader:
         """Streams, and stops reading after `max_conversations`."""
         self.counts.clear()
         ids: set[str] = set()
-        for number, conversation_id, entries, oddities in read_json_rows(self.path, _parse, self.bad_rows):
+        for number, conversation_id, entries, oddities in self._rows():
             messages = _in_order(entries)
             if entries and not messages:
                 oddities.add("no_user_turn")
@@ -141,6 +148,13 @@ class ShareGPTLoader:
                 if self.counts["conversations"] == self.max_conversations:
                     return
 
+    def _rows(self) -> Iterator[Row]:
+        first = 0
+        for path in self.paths:
+            for row in read_json_rows(path, functools.partial(_parse, first), self.bad_rows):
+                first = row[0] + 1
+                yield row
+
     def get_conversations(self) -> list[Conversation]:
         return list(self)
 
@@ -149,7 +163,9 @@ class ShareGPTLoader:
         return {name: self.counts[name] for name in ("rows", "conversations", *ODDITIES)}
 
 
-def _parse(number: int, row: Mapping[str, Any]) -> tuple[int, str, list[Entry], set[str]]:
+def _parse(first: int, number: int, row: Mapping[str, Any]) -> Row:
+    """Of row `number` of a file whose first is `first`."""
+    number += first
     entries = row.get("conversations", row.get("messages"))
     if not isinstance(entries, list):
         raise BadRow("missing column" if entries is None else "not a list", column="conversations")

@@ -79,8 +79,12 @@ class Tokenizer:
 
         Half of a surrogate pair, which UTF-8 cannot hold, becomes a question mark.
         """
-        text = text.encode("utf-8", "replace").decode("utf-8")
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return list(self._backend.encode(_utf8(text), add_special_tokens=False).ids)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same of each text, on all cores."""
+        encoded = self._backend.encode_batch_fast(list(map(_utf8, texts)), add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
 
     def encode_markup(self, text: str) -> list[int]:
         """Token ids of a chat template's own text; a special token's name in it is that token."""
@@ -116,6 +120,12 @@ class Tokenizer:
         """The id of a special token by its text; None if the vocabulary lacks it."""
         return self._ids.get(name)
 
+    @functools.cached_property
+    def added_names(self) -> re.Pattern[str]:
+        """Finds the added tokens by their texts, those of blanks left out."""
+        names = sorted(filter(str.strip, self._ids), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
     def special_id(self, name: str) -> int:
         """The id of a special token of DeepSeek's, such as `EOS`; a `UserError` if there is none."""
         token_id = self.added_id(name)
@@ -133,6 +143,10 @@ class Tokenizer:
     @property
     def eos_id(self) -> int:
         return self.special_id(EOS)
+
+
+def _utf8(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class StreamDecoder:

@@ -3,7 +3,8 @@
     {"prompt": "...", "response": "...", "conversation_id": "c0", "turn_index": 0, "timestamp": 0.0}
 
 and, where known, `mode` and `workload`. Rows are in the order of their timestamps, which are
-seconds. `time` is read as `timestamp`. The rows hold text, so the files written here are
+seconds. `time` is read as `timestamp`. `arrivals` says whether somebody recorded them
+(`recorded`), or they were drawn (`assumed`, as without it). The rows hold text, so the files written here are
 readable by their owner only. Knows no tokenizer.
 
     num_rows = write_trace_rows("trace.jsonl", rows)
@@ -23,11 +24,12 @@ from typing import Any
 from dsatrace.errors import UserError
 from dsatrace.workloads.json_rows import read_json_rows
 from dsatrace.workloads.private_file import private_file
-from dsatrace.workloads.rows import BadRow, BadRows, Clock, optional_text, text_column
+from dsatrace.workloads.rows import BadRow, BadRows, Clock, choice_column, optional_text, text_column
 
 SINGLE_TURN, MULTI_TURN = "single_turn", "multi_turn"
 MAX_TIMESTAMP_S = 1e10  # three centuries: room for dates counted from 1970
 MAX_COUNT = 2**31 - 1
+ARRIVALS, RECORDED, ASSUMED = "arrivals", "recorded", "assumed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,7 @@ class TraceRow:
     timestamp: float  # seconds
     mode: str = ""
     workload: str = ""
+    recorded: bool = False  # whether the timestamp was
 
 
 def read_trace_rows(path: str | Path, bad_rows: BadRows | None = None) -> Iterator[TraceRow]:
@@ -61,6 +64,7 @@ def read_trace_rows(path: str | Path, bad_rows: BadRows | None = None) -> Iterat
             timestamp=number_column(row, time_column if time_column in row else "timestamp"),
             mode=optional_text(row, "mode"),
             workload=optional_text(row, "workload"),
+            recorded=recorded_column(row),
         )
         if not parsed.prompt:
             raise BadRow("empty prompt", column="prompt")
@@ -76,6 +80,7 @@ def write_trace_rows(path: str | Path, rows: Iterable[TraceRow]) -> int:
     def lines() -> Iterator[tuple[float, bytes]]:
         for number, row in enumerate(rows):
             fields = dataclasses.asdict(row)
+            fields[ARRIVALS] = times_text(fields.pop("recorded"))
             for label in ("mode", "workload"):
                 if not fields[label]:
                     del fields[label]
@@ -102,6 +107,16 @@ def write_lines_by_time(path: str | Path, lines: Iterable[tuple[float, bytes]], 
             latest = time
             number += 1
     return number
+
+
+def recorded_column(row: Mapping[str, Any], default: bool = False) -> bool:
+    """Whether a row's time was recorded: what its column `arrivals` says, else `default`."""
+    return default if ARRIVALS not in row else choice_column(row, ARRIVALS, (RECORDED, ASSUMED)) == RECORDED
+
+
+def times_text(recorded: bool) -> str:
+    """What the column `arrivals` holds."""
+    return RECORDED if recorded else ASSUMED
 
 
 def number_column(row: Mapping[str, Any], column: str, largest: float = MAX_TIMESTAMP_S) -> float:

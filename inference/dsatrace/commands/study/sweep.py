@@ -24,6 +24,7 @@ from dsatrace.kv.policies.registry import POLICIES
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.study.output_folder import OutputFolder
 from dsatrace.study.profile import (
+    ADMITTING,
     NEED_PROFILE,
     WARM_UP_SHARE,
     Profile,
@@ -79,15 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser(verb).parse_args(argv)
     capacities = options.capacities_of(args, verb.capacities)
     check_size("--concurrency", args.concurrency)
-    policies = _policies(args, verb)
+    admit = None if args.admit is None else [n for part in args.admit for n in part.split(",") if n]
+    policies, profiled = _policies(args, verb)
     priorities = None if args.priorities is None else options.numbers_by_name("--priorities", args.priorities)
     given_profile = None if args.profile is None else read_profile(args.profile)
     path = options.output_path(args, verb.name)
 
-    admit = None if args.admit is None else [n for part in args.admit for n in part.split(",") if n]
-
     def settings_for(inputs: Inputs, seed: int) -> tuple[SweepSettings, Profile | None, str]:
-        profile, since_s, how = _profile(args, inputs, given_profile, policies, admit)
+        profile, since_s, how = _profile(args, inputs, given_profile, profiled)
         params = params_of(policies, profile, since_s, admit=admit, priorities=priorities, seed=seed)
         runs = policy_runs(policies, args.forms, params)
         by_conversation = not client.source.is_seeded
@@ -116,23 +116,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         record = client.describe() | about | {"traces": _described(traces, inputs, client)}
         if args.together:
             record["profile"] = {"from": how, "workloads": profile_record(profile or {})}
-        _write(folder, verb, args, cells, record | {"workers": workers})
+        title = options.title_of(client, None, record["intervals"])
+        _write(folder, verb, args, cells, record | {"workers": workers}, title)
         if profile is not None:
             folder.write_json("profile.json", profile_record(profile))
 
     from dsatrace.report.study_tables import mixed_grids, sweep_grids
 
     options.show_of(client, (mixed_grids if args.together else sweep_grids)(cells), args.markdown)
-    if args.together:
-        print(f"profile of the workloads: {plain(how)}")
-    of = f"{len(seeds)} seeds" if kind == "seeds" else "conversations, bootstrapped"
+    if admit is not None:
+        admitting = ", ".join(name for name in policies if name in ADMITTING)
+        print(f"admitted by {admitting}: {plain(', '.join(admit))}")
+    if profiled:
+        print(f"profile of the workloads, for {', '.join(profiled)}: {plain(how)}")
+    of = options.spread_over(seeds, traces.values(), kind)
     print(f"intervals: 95 %, over {of}; counts are of all of them")
     print(f"files: {plain(path)}")
     return 0
 
 
 def _write(
-    folder: OutputFolder, verb: _Verb, args: argparse.Namespace, cells: Sequence[Cell], record: dict[str, Any]
+    folder: OutputFolder,
+    verb: _Verb,
+    args: argparse.Namespace,
+    cells: Sequence[Cell],
+    record: dict[str, Any],
+    about: str,
 ) -> None:
     """The cells as CSV and, with the record, as JSON; the pictures."""
     rows = [cell.row() for cell in cells]
@@ -141,7 +150,8 @@ def _write(
     if not args.skip_visualization:
         from dsatrace.report.study_figures import draw_all_capacities, draw_all_mixed
 
-        list((draw_all_mixed if args.together else draw_all_capacities)(folder, cells))
+        draw = draw_all_mixed if args.together else draw_all_capacities
+        list(draw(folder, about, cells))
 
 
 def _inputs(
@@ -158,8 +168,8 @@ def _inputs(
     }
 
 
-def _policies(args: argparse.Namespace, verb: _Verb) -> list[str]:
-    """Those of the flag or the verb's, `priority` only with priorities."""
+def _policies(args: argparse.Namespace, verb: _Verb) -> tuple[list[str], list[str]]:
+    """Those of the flag or the verb's, `priority` only with priorities; and which of them use a profile."""
     by_workload = sorted(set(args.policies or ()) & set(BY_WORKLOAD))
     if by_workload and not args.together:
         raise UserError(
@@ -175,14 +185,23 @@ def _policies(args: argparse.Namespace, verb: _Verb) -> list[str]:
             "use `dsatrace study mixed`"
         )
     with_priority = ["priority"] if args.together and args.priorities is not None else []
-    return list(args.policies or [*verb.policies, *with_priority])
+    policies = list(args.policies or [*verb.policies, *with_priority])
+    profiled = [name for name in NEED_PROFILE if args.admit is None or name not in ADMITTING]
+    used_by = {"admit": ADMITTING, "profile": profiled, "priorities": ("priority",)}
+    for flag, users in used_by.items():
+        if vars(args)[flag] is not None and not set(users) & set(policies):
+            raise UserError(f"--{flag} is for {', '.join(users)}, and no such policy runs; see --policies")
+    return policies, [name for name in policies if name in profiled]
 
 
 def _check_is_mixed(requests: StudyRequests, client: Client) -> None:
     if len(set(requests.workload.tolist())) > 1:
         return
     if client.source.has_requests:
-        raise UserError(f"{client.source.path}: all requests are of one workload; use `dsatrace study sweep`")
+        raise UserError(
+            f"{client.source.path}: all requests are of one workload; use `dsatrace study sweep`, or name "
+            "workloads with --log NAME=FILE NAME=FILE"
+        )
     raise UserError(
         f"a mix needs two different workloads or more, each once: {', '.join(client.source.workloads)}"
     )
@@ -192,10 +211,9 @@ def _profile(
     args: argparse.Namespace,
     inputs: Inputs,
     given: Profile | None,
-    policies: Sequence[str],
-    admit: Sequence[str] | None,
+    profiled: Sequence[str],
 ) -> tuple[Profile | None, float, str]:
-    """The profile for the workload-aware policies, the time from which it is known, and its origin."""
+    """The profile for the policies that use one, the time from which it is known, and its origin."""
     trace = next(iter(inputs.values()))
     names = trace.workload_names
     if given is not None:
@@ -203,12 +221,11 @@ def _profile(
         if missing:
             raise UserError(f"{args.profile}: lacks {', '.join(sorted(missing))}; profile every workload")
         return {name: given[name] for name in names}, 0.0, f"the file {args.profile}"
-    needed = set(policies) & set(NEED_PROFILE) - (set() if admit is None else {"wa-lru", "admit-lru"})
-    if not needed:
-        return None, 0.0, "none needed" if admit is None else f"none needed; admitted: {', '.join(admit)}"
+    if not profiled:
+        return None, 0.0, "none needed"
     profile, since_s = learned_profile(trace, args.warm_up)
     num_first = round(args.warm_up * trace.num_requests)
-    how = f"learned from the first {num_first:,} requests, until which the policies that need it are lru"
+    how = f"learned from the first {num_first:,} requests, until which they are lru"
     return profile, since_s, how
 
 

@@ -4,8 +4,6 @@ After Megiddo and Modha (FAST 2003): T1 and T2 hold blocks used once and more of
 ghosts, remember the blocks that each evicted last. A block that returns from B1 shows that T1 was too
 small, one from B2 that T2 was; `target` is the desired size of T1. If T1 or T2 has no evictable
 block, the other one gives one up.
-
-    Arc(capacity)
 """
 
 from __future__ import annotations
@@ -15,75 +13,15 @@ from typing import NamedTuple
 import numpy as np
 
 from dsatrace.jit import inner
-from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, pop
+from dsatrace.kv.policies.compiled import RULES, Access, Cache, Rules, Shape, pop
 from dsatrace.kv.policies.lists import IN_NONE, Lists, append, empty_lists, oldest, take_out
-from dsatrace.kv.policies.policy import Access, PlainPolicy
 
 ONCE, OFTEN = 0, 1  # T1 and T2; B1 and B2 of the ghosts
 
 
-class Arc(PlainPolicy):
-    """Implements the paper's cases I to IV."""
-
-    def __init__(self, capacity: int, *, leaf: bool = False) -> None:
-        super().__init__(capacity, leaf=leaf, num_queues=2)
-        self._target = 0.0
-        self._sizes = [0, 0]
-        self._ghosts: tuple[dict[int, None], dict[int, None]] = ({}, {})  # oldest first
-        self._missed: int | None = None
-        self._returning_to: int | None = None  # the queue whose ghost the missed block was
-
-    def miss(self, block: int, access: Access) -> None:
-        self._missed, self._returning_to = block, None
-        for which in (ONCE, OFTEN):
-            own, others = self._ghosts[which], self._ghosts[1 - which]
-            if block in own:
-                step = max(1.0, len(others) / len(own))
-                change = step if which == ONCE else -step
-                self._target = min(max(self._target + change, 0.0), float(self.capacity))
-                del own[block]
-                self._returning_to = which
-
-    def enter(self, block: int, access: Access) -> None:
-        if self._missed != block:
-            self.miss(block, access)
-        self.queue[block] = ONCE if self._returning_to is None else OFTEN
-        self._sizes[self.queue[block]] += 1
-        self._missed = self._returning_to = None
-
-    def again(self, block: int, access: Access) -> None:
-        self._sizes[self.queue[block]] -= 1
-        self.queue[block] = OFTEN
-        self._sizes[OFTEN] += 1
-
-    def victim(self) -> int:
-        once, often = self._ghosts
-        if self._returning_to is None:
-            if self._sizes[ONCE] + len(once) >= self.capacity:
-                if not once and self.first(ONCE) is not None:
-                    return self.pop(ONCE)  # not remembered
-                self._drop_oldest(once)
-            elif len(self) + len(once) + len(often) >= 2 * self.capacity:
-                self._drop_oldest(often)
-        size, target = self._sizes[ONCE], self._target
-        from_once = size > target or (size == target and self._returning_to == OFTEN)
-        queue = ONCE if from_once else OFTEN
-        if self.first(queue) is None:
-            queue = 1 - queue
-        block = self.pop(queue)
-        self._ghosts[queue][block] = None
-        return block
-
-    def left(self, block: int) -> None:
-        self._sizes[self.queue[block]] -= 1
-
-    @staticmethod
-    def _drop_oldest(ghosts: dict[int, None]) -> None:
-        if ghosts:
-            del ghosts[next(iter(ghosts))]
-
-
 class ArcState(NamedTuple):
+    """For the paper's cases I to IV."""
+
     target: np.ndarray  # (1,) float64
     sizes: np.ndarray  # (2,) int64
     ghosts: Lists  # two lists of blocks

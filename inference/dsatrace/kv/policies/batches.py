@@ -16,6 +16,9 @@ import numpy as np
 
 from dsatrace.kv.policies.compiled import (
     ABSENT,
+    NEVER,
+    NO_PARENT,
+    Access,
     Cache,
     Shape,
     again,
@@ -32,7 +35,6 @@ from dsatrace.kv.policies.compiled import (
     victim,
     withdraw,
 )
-from dsatrace.kv.policies.policy import NEVER, NO_PARENT, Access
 from dsatrace.kv.policies.registry import Workloads, policy_info
 
 

@@ -16,8 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from dsatrace.jit import inner
-from dsatrace.kv.policies.compiled import compiled_whole
-from dsatrace.kv.policies.policy import NEVER
+from dsatrace.kv.policies.compiled import NEVER, compiled_whole
 from dsatrace.kv.policies.stream import AccessStream
 
 

@@ -26,9 +26,22 @@ import numpy as np
 from numba.extending import overload
 
 from dsatrace.jit import cached_njit, inner
-from dsatrace.kv.policies.policy import NO_PARENT, Access
 
+NO_PARENT = -1
+NEVER = 2**62
+"""`next_use` of a block that is not used again."""
 ABSENT = -1
+
+
+class Access(NamedTuple):
+    """One use of one block by one request; every field has a neutral default."""
+
+    time: float = 0.0  # seconds
+    workload: int = 0  # the request's class
+    parent: int = NO_PARENT  # the block before it in the chain
+    depth: int = 0  # blocks before it in its request
+    from_end: int = 0  # blocks after it in its request
+    next_use: int = NEVER  # position of its next access in the stream; OPT only
 
 
 class Shape(NamedTuple):
@@ -248,14 +261,14 @@ def first_of_queue_0(policy: Any, cache: Cache) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """One policy's compiled rules; their meaning is `PlainPolicy`'s. Without any, LRU."""
+    """One policy's rules. Without any, LRU."""
 
-    miss: Rule = nothing_on_miss
-    enter: Rule = nothing_to_do
-    again: Rule = nothing_to_do
-    released: Rule = fresh_stamp
-    victim: Rule = first_of_queue_0
-    left: Rule = nothing_left
+    miss: Rule = nothing_on_miss  # a block is not cached; evictions and its entry follow
+    enter: Rule = nothing_to_do  # a new block: in queue 0 with value 0 and a fresh stamp
+    again: Rule = nothing_to_do  # a cached block was used again
+    released: Rule = fresh_stamp  # the block's last pin is gone
+    victim: Rule = first_of_queue_0  # chooses an evictable slot, usually by `pop`
+    left: Rule = nothing_left  # the victim's block is about to be forgotten
 
 
 RULES: dict[type, Rules] = {}

@@ -4,27 +4,15 @@ Belady's rule (IBM Systems Journal, 1966) with requests as the unit: all blocks 
 pinned together while it is in flight, and none is left out of the cache. Exchanging a victim for one
 whose next use is farther never loses a hit, so the rule is optimal for cached blocks. A parent is
 used whenever its child is, so a parent that is used again is never evicted before its child: the rule
-is optimal for unbroken prefixes and under the leaf constraint, too. Needs the future:
-`Access.next_use`.
-
-    Optimal(capacity)
+is optimal for unbroken prefixes and under the leaf constraint, too. Of blocks never used again, the least
+recent goes. Needs the future: `Access.next_use`.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape
-from dsatrace.kv.policies.policy import Access, PlainPolicy
-
-
-class Optimal(PlainPolicy):
-    """Evicts the block with the farthest next use; of those never used again, the least recent."""
-
-    def enter(self, block: int, access: Access) -> None:
-        self.value[block] = -float(access.next_use)
-
-    again = enter
+from dsatrace.kv.policies.compiled import RULES, Access, Cache, Rules, Shape
 
 
 class OptimalState(NamedTuple):

@@ -1,7 +1,4 @@
-"""LRU, MRU, FIFO, FILO (by last use or by entry, oldest or newest first), and a random choice.
-
-Ordered(capacity, by_recency=True, newest_first=False)      # LRU
-"""
+"""LRU, MRU, FIFO, FILO (by last use or by entry, oldest or newest first), and a random choice."""
 
 from __future__ import annotations
 
@@ -10,31 +7,16 @@ from typing import NamedTuple
 import numpy as np
 
 from dsatrace.jit import inner
-from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, same_stamp, tick, withdraw
-from dsatrace.kv.policies.policy import Access, NothingEvictable, PlainPolicy
+from dsatrace.kv.policies.compiled import RULES, Access, Cache, Rules, Shape, same_stamp, tick, withdraw
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _64_BITS = 2**64 - 1
 
 
-class Ordered(PlainPolicy):
-    """Evicts the block used (or else cached) the longest time ago, or with `newest_first` the shortest."""
-
-    def __init__(self, capacity: int, *, by_recency: bool, newest_first: bool, leaf: bool = False) -> None:
-        super().__init__(capacity, leaf=leaf)
-        self._by_recency = by_recency
-        self._sign = -1 if newest_first else 1
-
-    def enter(self, block: int, access: Access) -> None:
-        self.stamp[block] *= self._sign
-
-    def released(self, block: int) -> None:
-        if self._by_recency:
-            self.stamp[block] = self._sign * self.tick()
-
-
 class OrderedState(NamedTuple):
+    """Evicts the block used (or else cached) the longest time ago, or, newest first, the shortest."""
+
     by_recency: bool
     sign: int  # -1: newest first
 
@@ -55,40 +37,9 @@ def _restamp(policy: OrderedState, cache: Cache, slot: int) -> None:
 RULES[OrderedState] = Rules(enter=_sign_stamp, released=_restamp)
 
 
-class Uniform(PlainPolicy):
+class UniformState(NamedTuple):
     """Evicts any evictable block, each equally likely; a seed repeats its choices."""
 
-    def __init__(self, capacity: int, *, seed: int, leaf: bool = False) -> None:
-        super().__init__(capacity, leaf=leaf)
-        self._state = seed & _64_BITS
-        self._bag: list[int] = []
-        self._place: dict[int, int] = {}
-
-    def offer(self, block: int) -> None:
-        self._place[block] = len(self._bag)
-        self._bag.append(block)
-
-    def withdraw(self, block: int) -> None:
-        at, last = self._place.pop(block), self._bag.pop()
-        if last != block:
-            self._bag[at] = last
-            self._place[last] = at
-
-    def victim(self) -> int:
-        if not self._bag:
-            raise NothingEvictable
-        return self._bag[(self._random() >> 32) * len(self._bag) >> 32]
-
-    def _random(self) -> int:
-        """SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
-        self._state = (self._state + _GOLDEN) & _64_BITS
-        bits = self._state
-        bits = (bits ^ bits >> 30) * _MIX_1 & _64_BITS
-        bits = (bits ^ bits >> 27) * _MIX_2 & _64_BITS
-        return bits ^ bits >> 31
-
-
-class UniformState(NamedTuple):
     state: np.ndarray  # (1,) uint64
 
 
@@ -98,6 +49,7 @@ def uniform_state(shape: Shape, *, seed: int) -> UniformState:
 
 @inner
 def splitmix64(state: np.ndarray) -> np.uint64:
+    """Steele, Lea and Flood, OOPSLA 2014."""
     state[0] += np.uint64(_GOLDEN)
     bits = state[0]
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(_MIX_1)

@@ -5,7 +5,6 @@ on the first requests of the stream, where there is one. What was learned from t
 `since_s` is applied from then on only.
 
     POLICIES["sieve"].source
-    policy = make_policy("slru", capacity=1000, leaf=True, protected=0.5)     # for a pool
     result = simulate(stream, "slru", 1000, leaf=True, protected=0.5)         # see `simulate`
 """
 
@@ -18,19 +17,15 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from dsatrace.errors import UserError
-from dsatrace.kv.policies.arc import Arc, arc_state
-from dsatrace.kv.policies.frequency import Gdsf, Lfu, Slru, gdsf_state, lfu_state, slru_state
-from dsatrace.kv.policies.optimal import Optimal, optimal_state
-from dsatrace.kv.policies.ordered import Ordered, Uniform, ordered_state, uniform_state
-from dsatrace.kv.policies.policy import PlainPolicy
+from dsatrace.kv.policies.arc import arc_state
+from dsatrace.kv.policies.frequency import gdsf_state, lfu_state, slru_state
+from dsatrace.kv.policies.optimal import optimal_state
+from dsatrace.kv.policies.ordered import ordered_state, uniform_state
 from dsatrace.kv.policies.reuse import ReuseProfile, admitted_workloads, reuse_profile
-from dsatrace.kv.policies.s3fifo import S3Fifo, s3fifo_state
-from dsatrace.kv.policies.sieve import Sieve, sieve_state
+from dsatrace.kv.policies.s3fifo import s3fifo_state
+from dsatrace.kv.policies.sieve import sieve_state
 from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.policies.workload_aware import (
-    ByWorkload,
-    ReuseProbability,
-    TailFirst,
     by_workload_state,
     reuse_probability_state,
     tail_first_state,
@@ -105,13 +100,12 @@ class PolicyInfo:
 
     `leaf_first`: its flat form never evicts a parent whose child is of use, so flat and
     leaf-constrained give the same hits on prefix trees. `resolve` turns the user's parameters into
-    those of `plain` and `state`.
+    those of `state`.
     """
 
     name: str
     meaning: str
     source: str
-    plain: Callable[..., PlainPolicy]
     state: Callable[..., NamedTuple]
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     shares: tuple[str, ...] = ()  # parameters between 0 and 1
@@ -138,9 +132,8 @@ class PolicyInfo:
 
 
 def _ordered(name: str, meaning: str, source: str, by_recency: bool, newest_first: bool) -> PolicyInfo:
-    plain = partial(Ordered, by_recency=by_recency, newest_first=newest_first)
     state = partial(ordered_state, by_recency=by_recency, newest_first=newest_first)
-    return PolicyInfo(name, meaning, source, plain, state, leaf_first=by_recency and not newest_first)
+    return PolicyInfo(name, meaning, source, state, leaf_first=by_recency and not newest_first)
 
 
 # fmt: off
@@ -152,41 +145,41 @@ _INFOS = (
              by_recency=True, newest_first=True),
     _ordered("filo", "the block cached last", "SGLang", by_recency=False, newest_first=True),
     PolicyInfo("lfu", "the block used least often since it was cached", "SGLang",
-               Lfu, lfu_state, leaf_first=True),
+               lfu_state, leaf_first=True),
     PolicyInfo("slru", "blocks used once before those used again, each group by recency",
                "Karedla, Love and Wherry 1994",
-               Slru, slru_state, {"protected": 0.8}, shares=("protected",), num_queues=2),
+               slru_state, {"protected": 0.8}, shares=("protected",), num_queues=2),
     PolicyInfo("priority", "the lowest priority of a workload, then LRU", "SGLang, TensorRT-LLM",
-               ByWorkload, by_workload_state, {"priorities": {}}, resolve=resolve_priorities,
+               by_workload_state, {"priorities": {}}, resolve=resolve_priorities,
                leaf_first=True),
     PolicyInfo("s3-fifo", "unused blocks of a small queue, then of the main one", "Yang et al., SOSP 2023",
-               S3Fifo, s3fifo_state, {"small": 0.1, "ghost": 0.9, "threshold": 2}, shares=("small",),
+               s3fifo_state, {"small": 0.1, "ghost": 0.9, "threshold": 2}, shares=("small",),
                num_queues=2),
     PolicyInfo("sieve", "the first block unused since a hand last passed it", "Zhang et al., NSDI 2024",
-               Sieve, sieve_state),
+               sieve_state),
     PolicyInfo("arc", "recency or frequency, whichever returning blocks ask for",
-               "Megiddo and Modha, FAST 2003", Arc, arc_state, num_queues=2),
+               "Megiddo and Modha, FAST 2003", arc_state, num_queues=2),
     PolicyInfo("gdsf", "the least uses x cost of recomputing, with ageing",
                "Cherkasova, HPL-98-69, 1998; Cao and Irani 1997",
-               Gdsf, gdsf_state, {"depth_cost": 0.0}, naturals=("depth_cost",)),
+               gdsf_state, {"depth_cost": 0.0}, naturals=("depth_cost",)),
     PolicyInfo("t-lru", "ends of requests that a next turn can spare, then LRU",
                "Zhang et al., Tail-Optimized Caching, arXiv 2510.15152, 2025; SGLang",
-               TailFirst, tail_first_state, {"slack_blocks": 8}, naturals=("slack_blocks",)),
+               tail_first_state, {"slack_blocks": 8}, naturals=("slack_blocks",)),
     PolicyInfo("wa-lru", "blocks of workloads that are not admitted, then LRU",
                "admission by workload, given or by measured reuse",
-               ByWorkload, by_workload_state,
+               by_workload_state,
                {"admit": None, "min_relative_reuse": 0.5, "profile_share": 0.2, "since_s": 0.0},
                shares=("min_relative_reuse", "profile_share"), resolve=resolve_admission, leaf_first=True),
     PolicyInfo("wa-prob", "the least probability of reuse within a block's expected stay",
                "after Wang et al., KVCache Cache in the Wild, USENIX ATC 2025",
-               ReuseProbability, reuse_probability_state,
+               reuse_probability_state,
                {"reuse": None, "profile_share": 0.2, "since_s": 0.0},
                shares=("profile_share",), resolve=resolve_reuse, num_queues=None),
     PolicyInfo("random", "any block, each as likely as the other",
                "libCacheSim's Random; arXiv 2601.18999 for leaves",
-               Uniform, uniform_state, {"seed": 42}, naturals=("seed",)),
+               uniform_state, {"seed": 42}, naturals=("seed",)),
     PolicyInfo("opt", "the block whose next use is farthest: the bound", "Belady 1966, on whole requests",
-               Optimal, optimal_state, leaf_first=True, needs_future=True),
+               optimal_state, leaf_first=True, needs_future=True),
 )
 # fmt: on
 
@@ -198,23 +191,3 @@ def policy_info(name: str) -> PolicyInfo:
     if name not in POLICIES:
         raise UserError(f"unknown policy {name!r}; choose from {', '.join(POLICIES)}")
     return POLICIES[name]
-
-
-def make_policy(
-    name: str,
-    capacity: int,
-    *,
-    leaf: bool = False,
-    workload_names: tuple[str, ...] = ("all",),
-    **params: Any,
-) -> PlainPolicy:
-    """The plain policy, for a pool of `capacity` blocks.
-
-    `Access.workload` is an index of `workload_names`. Raises `UserError` for an unknown
-    name or parameter, and where a policy would have to learn from a stream first.
-    """
-    info = policy_info(name)
-    if capacity < 1:
-        raise UserError(f"a cache holds at least 1 block, not {capacity}")
-    settings = info.settings(params, Workloads(workload_names, None))
-    return info.plain(capacity, leaf=leaf, **settings)

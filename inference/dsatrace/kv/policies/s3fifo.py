@@ -1,9 +1,10 @@
 """S3-FIFO: a small queue that new blocks must pass, a main queue, and ghosts of evicted blocks.
 
-After Yang et al. (SOSP 2023) and their simulator. Blocks that are not evictable are passed over and
-keep their place.
-
-    S3Fifo(capacity, small=0.1, ghost=0.9, threshold=2)
+After Yang et al. (SOSP 2023). Only blocks that were used while in the small queue reach the main one, which
+sends a used block to its back, once per use. A block evicted from the small queue is remembered for a while,
+and enters the main one if it returns. As in the authors' simulator, blocks go to the main queue while the
+small one is full and nothing has been evicted yet. Blocks that are not evictable are passed over and keep
+their place.
 """
 
 from __future__ import annotations
@@ -13,85 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from dsatrace.jit import inner
-from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, offer, pop, same_stamp, tick
+from dsatrace.kv.policies.compiled import RULES, Access, Cache, Rules, Shape, offer, pop, same_stamp, tick
 from dsatrace.kv.policies.lists import IN_NONE, Lists, append, empty_lists, oldest, take_out
-from dsatrace.kv.policies.policy import Access, PlainPolicy
 
 SMALL, MAIN = 0, 1
 MOST_USES = 3  # two bits
-
-
-class S3Fifo(PlainPolicy):
-    """New blocks pass a small queue; only those used while in it reach the main queue.
-
-    The main queue sends a used block to its back, once per use. A block evicted from the small queue
-    is remembered for a while, and enters the main one if it returns. As in the authors' simulator,
-    blocks go to the main queue while the small one is full and nothing has been evicted yet.
-    """
-
-    def __init__(
-        self, capacity: int, *, small: float, ghost: float, threshold: int, leaf: bool = False
-    ) -> None:
-        super().__init__(capacity, leaf=leaf, num_queues=2)
-        self._limits = s3fifo_limits(capacity, small)
-        self._most_ghosts = int(ghost * capacity)
-        self._threshold = threshold
-        self._sizes = [0, 0]
-        self._uses: dict[int, int] = {}
-        self._ghosts: dict[int, None] = {}  # oldest first
-        self._returning: int | None = None
-        self._has_evicted = False
-
-    def miss(self, block: int, access: Access) -> None:
-        if block in self._ghosts:
-            del self._ghosts[block]
-            self._returning = block
-
-    def enter(self, block: int, access: Access) -> None:
-        if self._returning != block:
-            self.miss(block, access)
-        filling = not self._has_evicted and self._sizes[SMALL] >= self._limits[SMALL]
-        self.queue[block] = MAIN if self._returning == block or filling else SMALL
-        self._returning = None
-        self._sizes[self.queue[block]] += 1
-        self._uses[block] = 0
-
-    def again(self, block: int, access: Access) -> None:
-        self._uses[block] = min(self._uses[block] + 1, MOST_USES)
-
-    def released(self, block: int) -> None:
-        pass  # the stamp is that of entry
-
-    def victim(self) -> int:
-        self._has_evicted = True
-        if self.first(MAIN) is None or self._sizes[MAIN] <= self._limits[MAIN]:
-            while self.first(SMALL) is not None:
-                block = self.pop(SMALL)
-                if self._uses[block] < self._threshold:
-                    self._remember(block)
-                    return block
-                self._to_main(block, 0)
-        while True:
-            block = self.pop(MAIN)
-            if not self._uses[block]:
-                return block
-            self._to_main(block, self._uses[block] - 1)
-
-    def left(self, block: int) -> None:
-        self._sizes[self.queue[block]] -= 1
-        del self._uses[block]
-
-    def _to_main(self, block: int, uses: int) -> None:
-        self._sizes[self.queue[block]] -= 1
-        self._sizes[MAIN] += 1
-        self.queue[block], self.stamp[block], self._uses[block] = MAIN, self.tick(), uses
-        self.offer(block)
-
-    def _remember(self, block: int) -> None:
-        if len(self._ghosts) == self._most_ghosts and self._ghosts:
-            del self._ghosts[next(iter(self._ghosts))]
-        if self._most_ghosts:
-            self._ghosts[block] = None
 
 
 def s3fifo_limits(capacity: int, small: float) -> tuple[int, int]:

@@ -1,8 +1,7 @@
 """SIEVE: one queue in order of entry, and a hand that spares blocks used since it last passed.
 
-After Zhang et al. (NSDI 2024). Blocks that are not evictable are passed over unchanged.
-
-    Sieve(capacity)
+After Zhang et al. (NSDI 2024). The hand moves from old to new and evicts the first block not used since it
+last passed. Blocks that are not evictable are passed over unchanged.
 """
 
 from __future__ import annotations
@@ -11,43 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, is_evictable, same_stamp, withdraw
+from dsatrace.kv.policies.compiled import (
+    RULES,
+    Access,
+    Cache,
+    Rules,
+    Shape,
+    is_evictable,
+    same_stamp,
+    withdraw,
+)
 from dsatrace.kv.policies.lists import Lists, append, empty_lists, end, oldest, take_out
-from dsatrace.kv.policies.policy import Access, NothingEvictable, PlainPolicy
-
-
-class Sieve(PlainPolicy):
-    """The hand moves from old to new and evicts the first block not used since it last passed."""
-
-    def __init__(self, capacity: int, *, leaf: bool = False) -> None:
-        super().__init__(capacity, leaf=leaf)
-        self._order: list[int] = []  # oldest first
-        self._hand = 0
-        self._used: set[int] = set()
-
-    def enter(self, block: int, access: Access) -> None:
-        self._order.append(block)
-
-    def again(self, block: int, access: Access) -> None:
-        self._used.add(block)
-
-    def victim(self) -> int:
-        for _ in range(2 * len(self._order)):  # in the second round, none is marked as used
-            block = self._order[self._hand]
-            if self.is_evictable(block):
-                if block not in self._used:
-                    return block
-                self._used.discard(block)
-            self._hand = (self._hand + 1) % len(self._order)
-        raise NothingEvictable
-
-    def left(self, block: int) -> None:
-        at = self._order.index(block)
-        del self._order[at]
-        self._hand -= at < self._hand
-        if self._hand == len(self._order):
-            self._hand = 0
-        self._used.discard(block)
 
 
 class SieveState(NamedTuple):

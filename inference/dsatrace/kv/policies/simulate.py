@@ -5,7 +5,7 @@ policy: for each request, in order, requests that are done by then are released,
 request does not fit beside those in flight, they are released early, as if an engine let it wait;
 all its cached blocks are looked up and pinned; then, tail first, each block is used again or, after
 an eviction if the cache is full, inserted. A request may be kept from inserting. The tests hold
-the loop equal to the same in plain Python, over `PlainPolicy`.
+the loop equal to the same in plain Python.
 
 Two counts come out of one replay: `hits` end at a request's first block that is not cached (a prefix
 cache), `hits_any` do not. What is cached does not depend on which of them is used.
@@ -28,6 +28,9 @@ from dsatrace.kv.policies.compiled import (
     ABSENT,
     CACHED,
     IN_USE,
+    NEVER,
+    NO_PARENT,
+    Access,
     Cache,
     Shape,
     again,
@@ -43,7 +46,6 @@ from dsatrace.kv.policies.compiled import (
     victim,
     withdraw,
 )
-from dsatrace.kv.policies.policy import NEVER, NO_PARENT, Access
 from dsatrace.kv.policies.registry import Workloads, policy_info
 from dsatrace.kv.policies.stream import AccessStream
 
@@ -267,10 +269,14 @@ def simulate(
     )
 
 
-def held_blocks(stream: AccessStream, capacity: int, oversize: Oversize) -> np.ndarray:
-    """How many of its first blocks each request holds, (R,) int64."""
+def check_capacity(capacity: int) -> None:
     if capacity < 1:
         raise UserError(f"a cache holds at least 1 block, not {capacity}")
+
+
+def held_blocks(stream: AccessStream, capacity: int, oversize: Oversize) -> np.ndarray:
+    """How many of its first blocks each request holds, (R,) int64."""
+    check_capacity(capacity)
     if oversize not in ("truncate", "reject"):
         raise UserError(f"oversize is 'truncate' or 'reject', not {oversize!r}")
     lengths = stream.lengths

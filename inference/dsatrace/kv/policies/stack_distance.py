@@ -24,7 +24,7 @@ import numpy as np
 
 from dsatrace.jit import inner
 from dsatrace.kv.policies.compiled import compiled_whole
-from dsatrace.kv.policies.simulate import Oversize, held_blocks, simulate
+from dsatrace.kv.policies.simulate import check_capacity, simulate
 from dsatrace.kv.policies.stream import AccessStream
 
 
@@ -33,39 +33,26 @@ class LruHits:
     """LRU at C capacities, for W workloads."""
 
     capacities: np.ndarray  # (C,) int64, in the order asked for
-    accesses: np.ndarray  # (C, W) int64; they differ only where requests are rejected
     hits: np.ndarray  # (C, W) int64, cached blocks before a request's first that is not
     hits_any: np.ndarray  # (C, W) int64, cached blocks
     num_simulated: int  # capacities that one pass could not serve
 
 
-def lru_hits_at(
-    stream: AccessStream, capacities: Sequence[int], *, oversize: Oversize = "truncate"
-) -> LruHits:
-    """The same numbers as `simulate(stream, "lru", capacity)` for each capacity.
-
-    It takes one pass per distinct set of rejected requests.
-    """
+def lru_hits_at(stream: AccessStream, capacities: Sequence[int]) -> LruHits:
+    """The same numbers as `simulate(stream, "lru", capacity)` for each capacity; raises as it does."""
     sizes = np.array(capacities, np.int64)
-    counts = np.zeros((3, len(sizes), stream.num_workloads), np.int64)
-    num_simulated = 0
-    accepted = [held_blocks(stream, int(size), oversize) > 0 for size in sizes]
-    num_accepted = np.array([int(mask.sum()) for mask in accepted])
-    for number in np.unique(num_accepted):
-        same = np.flatnonzero(num_accepted == number)
-        chosen = accepted[same[0]]
-        part = stream.without_blocks_of(~chosen)
-        counts[:, same], exact_from = _one_pass(part, sizes[same])
-        for index in same[sizes[same] < exact_from]:
-            result = simulate(part, "lru", int(sizes[index]))
-            num_simulated += 1
-            for row, field in enumerate((result.accesses, result.hits, result.hits_any)):
-                counts[row, index] = part.by_workload(field)
-    return LruHits(sizes, counts[0], counts[1], counts[2], num_simulated)
+    check_capacity(int(sizes.min(initial=1)))
+    counts, exact_from = _one_pass(stream, sizes)
+    simulated = np.flatnonzero(sizes < exact_from)
+    for index in simulated:
+        result = simulate(stream, "lru", int(sizes[index]))
+        for row, field in enumerate((result.hits, result.hits_any)):
+            counts[row, index] = stream.by_workload(field)
+    return LruHits(sizes, counts[0], counts[1], len(simulated))
 
 
 def _one_pass(stream: AccessStream, sizes: np.ndarray) -> tuple[np.ndarray, int]:
-    """accesses, hits and hits_any, (3, C, W), and the capacity from which they are exact."""
+    """hits and hits_any, (2, C, W), and the capacity from which they are exact."""
     widest = min(int(sizes.max()), max(stream.num_blocks, 1))
     by_farthest = np.zeros((stream.num_workloads, widest + 1), np.int64)
     by_own = np.zeros_like(by_farthest)
@@ -84,8 +71,7 @@ def _one_pass(stream: AccessStream, sizes: np.ndarray) -> tuple[np.ndarray, int]
         by_own,
     )
     up_to = np.minimum(sizes, widest) - 1  # a hit where distance < capacity
-    hits, hits_any = (histogram.cumsum(axis=1)[:, up_to].T for histogram in (by_farthest, by_own))
-    counts = np.stack([np.broadcast_to(stream.by_workload(stream.lengths), hits.shape), hits, hits_any])
+    counts = np.stack([histogram.cumsum(axis=1)[:, up_to].T for histogram in (by_farthest, by_own)])
     one_at_a_time = bool(np.all(stream.release == np.arange(stream.num_requests) + 1))
     return counts, 0 if one_at_a_time else most_in_use
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from dsatrace.errors import UserError
 from dsatrace.jit import cached_njit
-from dsatrace.kv.policies.policy import NEVER
+from dsatrace.kv.policies.compiled import NEVER
 from dsatrace.kv.simulation.block_trace import BlockTrace, offsets_of, parents_of
 
 
@@ -178,17 +178,6 @@ class AccessStream:
             times=self.times[kept],
             workloads=self.workloads[kept],
             release=np.searchsorted(kept, self.release[kept]),
-        )
-
-    def without_blocks_of(self, rejected: np.ndarray) -> AccessStream:
-        """The same requests, but the rejected ones ask for no block; rejected is (R,) bool.
-
-        Unlike `select`, it keeps the order in which the others are released.
-        """
-        return dataclasses.replace(
-            self,
-            blocks=self.blocks[np.repeat(~rejected, self.lengths)],
-            starts=offsets_of(np.where(rejected, 0, self.lengths)),
         )
 
 

@@ -1,8 +1,6 @@
 """Policies that look at the request: priorities, admission by workload, tails, probability of reuse.
 
 Workloads are indices of the stream's; their worth is given, or measured by `reuse`.
-
-    AdmitWorkloads(capacity, admitted=[True, False])
 """
 
 from __future__ import annotations
@@ -14,11 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from dsatrace.jit import inner
-from dsatrace.kv.policies.compiled import RULES, Cache, Rules, Shape, first, pop, same_stamp, tick
-from dsatrace.kv.policies.policy import Access, NothingEvictable, PlainPolicy
+from dsatrace.kv.policies.compiled import RULES, Access, Cache, Rules, Shape, first, pop, same_stamp, tick
 
 
-class ByWorkload(PlainPolicy):
+class ByWorkloadState(NamedTuple):
     """Evicts the lowest worth first; among equals, the least recent.
 
     A block's worth is the highest worth of the workloads that used it since it was cached: a
@@ -26,24 +23,6 @@ class ByWorkload(PlainPolicy):
     is not needed. Before `since_s` all workloads are worth as much as the best: LRU.
     """
 
-    def __init__(
-        self, capacity: int, *, worth: Sequence[float], since_s: float = 0.0, leaf: bool = False
-    ) -> None:
-        super().__init__(capacity, leaf=leaf)
-        self._worth = worth
-        self._since_s = since_s
-
-    def enter(self, block: int, access: Access) -> None:
-        known = access.time >= self._since_s
-        self.value[block] = float(self._worth[access.workload] if known else max(self._worth))
-
-    def again(self, block: int, access: Access) -> None:
-        before = self.value[block]
-        self.enter(block, access)
-        self.value[block] = max(self.value[block], before)
-
-
-class ByWorkloadState(NamedTuple):
     worth: np.ndarray  # (W,) float64
     best: float  # the largest
     since_s: float
@@ -65,25 +44,14 @@ def _greatest_worth(policy: ByWorkloadState, cache: Cache, slot: int, access: Ac
 RULES[ByWorkloadState] = Rules(enter=_worth, again=_greatest_worth)
 
 
-class TailFirst(PlainPolicy):
+class TailFirstState(NamedTuple):
     """Evicts the ends of requests that a next turn can recompute in time, then LRU.
 
     A turn can compute a certain number of blocks within its latency target, and its new prompt needs
-    some of them. The rest, `slack_blocks`, may be missing at the end of its earlier turns. Improves
-    the tail of the latency, not the hit rate.
+    some of them. The rest, `slack`, may be missing at the end of its earlier turns. Improves the tail of
+    the latency, not the hit rate.
     """
 
-    def __init__(self, capacity: int, *, slack_blocks: int, leaf: bool = False) -> None:
-        super().__init__(capacity, leaf=leaf)
-        self._slack = slack_blocks
-
-    def enter(self, block: int, access: Access) -> None:
-        self.value[block] = float(access.from_end >= self._slack)
-
-    again = enter
-
-
-class TailFirstState(NamedTuple):
     slack: int
 
 
@@ -101,7 +69,7 @@ AGE_WEIGHT = 1 / 64
 """Weight of each further evicted block's age in the expected lifespan."""
 
 
-class ReuseProbability(PlainPolicy):
+class ReuseProbabilityState(NamedTuple):
     """Evicts the block least likely to be reused within the time a block can expect to stay.
 
     Of workload w a share p(w) of uses is followed by another, after a time that is
@@ -115,60 +83,6 @@ class ReuseProbability(PlainPolicy):
     least recent of the candidates goes, as in LRU.
     """
 
-    def __init__(
-        self,
-        capacity: int,
-        *,
-        reuse_probability: Sequence[float],
-        mean_reuse_s: Sequence[float],
-        since_s: float = 0.0,
-        leaf: bool = False,
-    ) -> None:
-        super().__init__(capacity, leaf=leaf, num_queues=len(reuse_probability))
-        self._probability = reuse_probability
-        self._mean = mean_reuse_s
-        self._since_s = since_s
-        self._used_at: dict[int, float] = {}
-        self._depth: dict[int, int] = {}
-        self._now = 0.0
-        self._lifespan = 0.0
-
-    def miss(self, block: int, access: Access) -> None:
-        self._now = access.time
-
-    def enter(self, block: int, access: Access) -> None:
-        self.queue[block] = access.workload
-        self._now = self._used_at[block] = access.time
-        self._depth[block] = access.depth
-        self.stamp[block] = self.tick()
-
-    again = enter
-
-    def released(self, block: int) -> None:
-        pass  # the stamp stays that of the last use, like the age
-
-    def victim(self) -> int:
-        heads = [(workload, self.first(workload)) for workload in range(len(self._probability))]
-        candidates = [(workload, block) for workload, block in heads if block is not None]
-        if not candidates:
-            raise NothingEvictable
-        block = min(candidates, key=lambda c: (self._score(*c), -self._depth[c[1]]))[1]
-        age = self._now - self._used_at[block]
-        self._lifespan += (age - self._lifespan) * AGE_WEIGHT
-        return block
-
-    def left(self, block: int) -> None:
-        del self._used_at[block], self._depth[block]
-
-    def _score(self, workload: int, block: int) -> float:
-        mean, probability = self._mean[workload], self._probability[workload]
-        if self._now < self._since_s:
-            return self._used_at[block] - self._now
-        still = probability * math.exp((self._used_at[block] - self._now) / mean)
-        return still * (1 - math.exp(-self._lifespan / mean)) / (1 - probability + still)
-
-
-class ReuseProbabilityState(NamedTuple):
     probability: np.ndarray  # (W,) float64
     mean: np.ndarray  # (W,) float64, seconds
     used_at: np.ndarray  # (S,) float64, seconds

@@ -135,9 +135,10 @@ class ReplayResult:
         """Distinct full blocks that were ever cached."""
         return int((self.key_accesses > 0).sum())
 
-    def rejections(self) -> dict[str, int]:
-        """How many requests were not served, or not whole, by reason."""
-        counts = np.bincount(self.status, minlength=len(STATUS_NAMES)).tolist()
+    def rejections(self, chosen: np.ndarray | None = None) -> dict[str, int]:
+        """How many of the `chosen` requests (R,), or of all, were not served, or not whole, by reason."""
+        status = self.status if chosen is None else self.status[chosen]
+        counts = np.bincount(status, minlength=len(STATUS_NAMES)).tolist()
         return {name: n for name, n in zip(STATUS_NAMES, counts, strict=True) if name != "served"}
 
 

@@ -25,6 +25,8 @@ FP8_MAX = 448.0
 BLOCK = 128
 """Channels of an activation under one scale, and the side of a weight's scale block."""
 AMAX_FLOOR = 1e-4
+FEW_VALUES = 1024
+"""Below, a cast from fp8 takes less than the steps of the way through a table."""
 
 # One tile of (rows x heads, keys) products. On a CPU it stays in the L2 cache (2 MiB of fp32), shaped
 # so that both sides of the matrix product are long; on a GPU it only has to bound the memory (256 MiB).
@@ -49,15 +51,18 @@ class TorchKernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ratio, scale = _scaled(x, scale_fmt, group)
         # torch casts fp64 to fp8 by way of fp32, which can round twice.
-        return (_round_to_e4m3(ratio) if ratio.dtype == torch.float64 else ratio).to(FP8), scale
+        y = (_round_to_e4m3(ratio) if ratio.dtype == torch.float64 else ratio).to(FP8)
+        return _ungrouped(y, scale, x)
 
     def fake_quant(
         self, x: torch.Tensor, scale_fmt: ScaleFormat, group: int = BLOCK
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ratio, scale = _scaled(x, scale_fmt, group)
-        if ratio.dtype == torch.float64:
-            return _round_to_e4m3(ratio), scale
-        return _widen(ratio.to(FP8), x.dtype), scale
+        return _ungrouped(_rounded(ratio, x.dtype), scale, x)
+
+    def through_fp8(self, x: torch.Tensor, scale_fmt: ScaleFormat, group: int = BLOCK) -> torch.Tensor:
+        ratio, scale = _scaled(x, scale_fmt, group)
+        return _widen(_ungrouped(_rounded(ratio, ratio.dtype).mul_(scale), scale, x)[0], x.dtype)
 
     def dequantise_weight(self, b: torch.Tensor, b_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         out = torch.empty(b.shape, dtype=dtype, device=b.device)
@@ -92,11 +97,10 @@ class TorchKernels:
         num_rows, num_heads, _ = q.shape
         num_keys = k.shape[0]
         dtype = _compute_dtype(q, weights, k)
-        q = _widen(q, dtype)
-        head_weights = weights.to(dtype).unsqueeze(1)  # (N, 1, H)
+        q, weights = _widen(q, dtype), _widen(weights, dtype)
         rows, keys = _tile_shape(num_rows, num_heads, num_keys, q.device)
         if out is None and rows >= num_rows and keys >= num_keys:  # decode, mostly
-            return _tile_scores(q, head_weights, _widen(k, dtype), k_scale)
+            return _tile_scores(q, weights, _widen(k, dtype), k_scale)
         if out is None:
             out = torch.empty(num_rows, num_keys, dtype=dtype, device=q.device)
         for key in range(0, num_keys, keys):
@@ -105,7 +109,7 @@ class TorchKernels:
             tile_scale = None if k_scale is None else k_scale[span]
             for row in range(0, num_rows, rows):
                 part = slice(row, row + rows)
-                out[part, span] = _tile_scores(q[part], head_weights[part], tile_k, tile_scale)
+                out[part, span] = _tile_scores(q[part], weights[part], tile_k, tile_scale)
         return out
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor:
@@ -117,8 +121,8 @@ class TorchKernels:
             transformed: torch.Tensor = fast.hadamard_transform(x, dim**-0.5)
             return transformed
         # Half precision is transformed in fp32, as the CUDA kernel does, so that it rounds once.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return (x.to(wide) @ _hadamard_matrix(dim, wide, x.device)).to(x.dtype)
+        wide = _compute_dtype(x)
+        return _widen(_widen(x, wide) @ _hadamard_matrix(dim, wide, x.device), x.dtype)
 
 
 def _compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -153,46 +157,66 @@ def _tile_shape(num_rows: int, num_heads: int, num_keys: int, device: torch.devi
 
 
 def _tile_scores(
-    q: torch.Tensor, head_weights: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor | None
+    q: torch.Tensor, weights: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor | None
 ) -> torch.Tensor:
-    """`index_scores` of one tile, all of it in memory: weights as (N, 1, H), one dtype throughout.
+    """`index_scores` of one tile, all of it in memory, one dtype throughout.
 
     Folding |weights| into q is no faster, and would round q . k where fp8 operands leave it
     exact in fp32. Head by head is up to twice as slow; so is keys first at 8 heads of 32,
     though at 4 heads of 64 it is a quarter faster.
     """
     num_rows, num_heads, dim = q.shape
-    dots = torch.mm(q.reshape(num_rows * num_heads, dim), k.T).relu_()  # (N x H, L)
-    scores = torch.bmm(head_weights, dots.view(num_rows, num_heads, -1)).squeeze(1)
+    dots = F.linear(q.reshape(num_rows * num_heads, dim), k).relu_()  # (N x H, L)
+    if num_rows == 1:
+        scores = torch.mm(weights, dots)
+    else:
+        scores = torch.bmm(weights.unsqueeze(1), dots.view(num_rows, num_heads, -1)).squeeze(1)
     return scores if k_scale is None else scores.mul_(k_scale)
 
 
 def _scaled(x: torch.Tensor, scale_fmt: ScaleFormat, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x / scale in at least fp32, not yet rounded (..., K), and the scales.
+    """x / scale in at least fp32, not yet rounded, and the scales: (..., G, group) and (..., G, 1).
 
-    A quotient exceeds 448 by a rounding error at most, so that e4m3 rounds it to 448.
+    One group that is all of x (..., K) stays (..., K), with scales (..., 1). A quotient exceeds 448 by
+    a rounding error at most, so that e4m3 rounds it to 448.
     """
     if scale_fmt not in ("ue8m0", None):
         raise ValueError(f"scale_fmt must be 'ue8m0' or None, not {scale_fmt!r}")
     channels = x.shape[-1]
-    group = min(group, channels)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if channels % group:
-        wide = F.pad(wide, (0, -channels % group))  # zeros leave a partial group's maximum alone
-    grouped = wide.unflatten(-1, (-1, group))  # (..., G, group)
-    amax = grouped.abs().amax(dim=-1).clamp_min_(AMAX_FLOOR)
-    scale = _power_of_two_scale(amax) if scale_fmt == "ue8m0" else (amax / FP8_MAX).to(torch.float32)
-    return (grouped / scale.unsqueeze(-1)).flatten(-2)[..., :channels], scale
+    grouped = _widen(x, _compute_dtype(x))
+    if channels % group and channels > group:
+        grouped = F.pad(grouped, (0, -channels % group))  # zeros leave a partial group's maximum alone
+    if channels > group:
+        grouped = grouped.unflatten(-1, (-1, group))
+    amax = grouped.abs().amax(dim=-1, keepdim=True).clamp_min_(AMAX_FLOOR)
+    scale = _power_of_two_scale(amax) if scale_fmt == "ue8m0" else (amax / FP8_MAX).float()
+    return grouped / scale, scale
+
+
+def _ungrouped(
+    grouped: torch.Tensor, scale: torch.Tensor, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `_scaled` has grouped in x's shape (..., K), and its scales (..., G)."""
+    if grouped.dim() == x.dim():
+        return grouped, scale
+    return grouped.flatten(-2)[..., : x.shape[-1]], scale.squeeze(-1)
 
 
 def _power_of_two_scale(amax: torch.Tensor) -> torch.Tensor:
     """2^ceil(log2(amax / 448)) in fp32, exactly: on the bits of amax, with neither logarithm nor division.
 
-    448 is 1.75 * 2^8. The carry reaches amax's exponent just where its mantissa exceeds 1.75.
+    448 is 1.75 * 2^8. The carry reaches amax's exponent just where its mantissa exceeds 1.75; what is left
+    of the mantissa is cut off.
     """
     bits, integer = (52, torch.int64) if amax.dtype == torch.float64 else (23, torch.int32)
-    exponent: torch.Tensor = (amax.view(integer) + (2 ** (bits - 2) - 1)) >> bits
-    return ((exponent - 8) << bits).view(amax.dtype).to(torch.float32)
+    carry = (1 << (bits - 2)) - 1 - (8 << bits)
+    scale: torch.Tensor = (amax.view(integer) + carry).bitwise_and_(-(1 << bits)).view(amax.dtype)
+    return scale if scale.dtype == torch.float32 else scale.float()
+
+
+def _rounded(ratio: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The nearest e4m3 values of `ratio`, in `dtype`; fp64 stays in fp64."""
+    return _round_to_e4m3(ratio) if ratio.dtype == torch.float64 else _widen(ratio.to(FP8), dtype)
 
 
 def _round_to_e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -214,11 +238,13 @@ def _e4m3_values() -> torch.Tensor:
 
 
 def _widen(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in `dtype`. fp8 on a CPU goes through a table of its 256 values: 5x faster than torch's cast."""
-    if x.dtype != FP8 or x.device.type != "cpu":
+    """x in `dtype`. Much fp8 on a CPU goes through a table of its 256 values: 5x faster than torch's cast."""
+    if x.dtype == dtype:
+        return x
+    if x.dtype != FP8 or x.device.type != "cpu" or x.numel() < FEW_VALUES:
         return x.to(dtype)
     codes = x.view(torch.uint8).to(torch.int32).flatten()
-    return _e4m3_values().index_select(0, codes).view(x.shape).to(dtype)
+    return _widen(_e4m3_values().index_select(0, codes).view(x.shape), dtype)
 
 
 @functools.cache

@@ -66,10 +66,11 @@ def comparison_html(materials: Sequence[Material], same: Record | str) -> str:
 
 
 def _require_one_replay(materials: Sequence[Material]) -> None:
-    """Raises `UserError` where replays were made with other settings: their misses differ by those."""
+    """Raises `UserError` where replays were made with other settings, or another size was chosen in them:
+    their misses differ by those."""
     replayed = [material for material in materials if material.replay is not None]
     for other in replayed[1:]:
-        first, second = ((m.replay or {})["settings"] for m in (replayed[0], other))
+        first, second = ({**(m.replay or {})["settings"], "size": m.size} for m in (replayed[0], other))
         if apart := [name for name in {**first, **second} if first.get(name) != second.get(name)]:
             raise UserError(
                 f"the replays of {replayed[0].run.folder} and {other.run.folder} cannot be compared: "

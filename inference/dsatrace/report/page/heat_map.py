@@ -3,7 +3,7 @@
 Cells are one byte each, gzip and base64 in the page; a map that is too large is pooled, and says so in
 its caption. Knows no run.
 
-    body = heat_map("Misses", "...", values, Ramp("missed ids"), Axis("step", 0, 64), row_labels, "layer")
+    body = heat_map("Misses", "...", values, Ramp("missed ids"), Axis("step", 0, 64), Axis("layer", 0, 61))
 """
 
 from __future__ import annotations

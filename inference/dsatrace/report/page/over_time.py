@@ -28,7 +28,9 @@ _MOST_POINTS = 240
 def requests_over_time(material: Material) -> Section | LeftOut:
     serving = material.summary.get("serving")
     if not serving:
-        return LeftOut(TITLE, "its requests did not arrive over time; they were all there at the start")
+        kind = material.kind
+        why = "its requests did not arrive over time; they were all there at the start"
+        return LeftOut(TITLE, f"door {kind.door} tells no times" if "timing" in kind.missing else why)
     buckets = serving["requests_over_time"]
     counts = ", ".join(f"{count:,} {name}" for name, count in serving["counts"].items())
     said = f"{plain(serving['mode'])} serving: {counts}."

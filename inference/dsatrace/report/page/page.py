@@ -109,7 +109,9 @@ def _left_out(sections: list[LeftOut]) -> str:
     titles: dict[str, list[str]] = {}
     for one in sections:
         titles.setdefault(one.why, []).append(f"<span>{told(one.title)}</span>")
-    lines = "".join(f"<li>{' '.join(names)}: {prose(why)}</li>" for why, names in titles.items())
+    lines = "".join(
+        f"<li>{' '.join(names)} {prose(why[:1].upper() + why[1:])}.</li>" for why, names in titles.items()
+    )
     return (
         '\n<section id="left-out" aria-labelledby="left-out-title">'
         '<h2 id="left-out-title">Not shown, and why</h2>'

@@ -132,9 +132,9 @@ def _key(style: int, name: str) -> str:
     return swatch(f'<g class="s{style % 8}">{drawn}</g>', name)
 
 
-def hatching(style: int, x: float, y: float, wide: float, tall: float, apart: float = 7.0) -> str:
+def hatching(style: int, x: float, y: float, wide: float, tall: float) -> str:
     """Lines that fill a box: none, rising, falling, upright; then the same again, closer."""
-    kind, apart = style % 4, apart / (1 + style // 4)
+    kind, apart = style % 4, 7.0 / (1 + style // 4)
     if kind == 0:
         return ""
     if kind == 3:

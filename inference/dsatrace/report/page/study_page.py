@@ -1,7 +1,7 @@
-"""A study's folder as a page: its policies by capacity in one picture, and all tables that it printed.
+"""A study's folder as a page: its policies by capacity, or by GiB, in one picture, and all its tables.
 
-Knows the folder's JSON; computes nothing but GiB. A study of text knows no model, so what a token takes has
-to be told.
+Knows the folder's JSON; computes nothing but GiB. Only `study size` knows a model: for the others, what a
+token takes has to be told.
 
     study_html(Path("outputs/sweep"), bytes_per_token=40016)
 """
@@ -16,7 +16,9 @@ from typing import Any
 from ...errors import UserError
 from ...files import read_json
 from ...study.output_folder import MANIFEST_FILE
+from ...study.sweep_cells import POOL
 from ...text import plain
+from ...units import size_text
 from ..grid import Grid, number, percent
 from ..study_folder import study_parts
 from .page import document
@@ -27,6 +29,11 @@ from .svg import Axis, Series, line_chart
 TITLE = "What does each policy hit, at which capacity?"
 BOUND, FIRST = "opt", "lru"
 """What the names of bounds begin with, and the policy that is drawn first."""
+COLUMNS = (
+    *("workload", "tokens per block", "policy", "capacity, blocks", "GiB", "hit rate", "95% from", "to"),
+    *("hits", "blocks asked"),
+)
+GIB = 1 << 30
 Cell = Mapping[str, Any]
 
 
@@ -38,12 +45,20 @@ def study_html(folder: Path, bytes_per_token: int | None = None) -> str:
     grids = [part for part in parts if isinstance(part, Grid)]
     manifest = read_json(folder / MANIFEST_FILE)
     results: dict[Path, Sequence[Cell]] = {}
+    made: list[Section | LeftOut] = []
     for path in sorted(folder.glob("*.json")):
         record = read_json(path, broken="; run the study again")
-        if path.name != MANIFEST_FILE and isinstance(record, dict) and record.get("cells"):
+        if path.name == MANIFEST_FILE or not isinstance(record, dict):
+            continue
+        if record.get("cells"):
             results[path] = record["cells"]
+        elif record.get("curve"):
+            if bytes_per_token is not None:
+                raise UserError(f"--bytes-per-token {bytes_per_token}: {path} has its model's; leave it out")
+            made.append(rates_by_memory(path, record, command))
+            lines = [record["recommendation"]["text"], *lines]
     order = _order(results)
-    made: list[Section | LeftOut] = [
+    made += [
         policies_by_capacity(path, cells, order, bytes_per_token, command) for path, cells in results.items()
     ]
     if not made:
@@ -55,6 +70,47 @@ def study_html(folder: Path, bytes_per_token: int | None = None) -> str:
     rest = "".join(f"<li>{told(line, None)}</li>" for line in lines[1:] if not line.startswith("files: "))
     head = f"<header>\n<h1>{told(name)}</h1>\n{said}" + (f"<ul>{rest}</ul>" if rest else "") + "</header>"
     return document(name, head, made, f"{folder}")
+
+
+def rates_by_memory(path: Path, record: Mapping[str, Any], command: str) -> Section:
+    """The curve of `study size`, with the size that it recommends."""
+    try:
+        advice, layout = record["recommendation"], record["layout"]
+        (unlimited,) = (row for row in record["curve"] if row["bytes_per_device"] is None)
+        rows = [row for row in record["curve"] if row is not unlimited]
+        sizes = sorted({row["bytes_per_device"] / GIB for row in rows})
+        of_each: dict[str, list[float]] = {}
+        for row in rows:
+            of_each.setdefault(row["policy"], []).append(100 * row["hit_rate"])
+        of_each[unlimited["policy"]] = [100 * unlimited["hit_rate"]] * len(sizes)
+        series = [
+            Series(name, sizes, rates, place, null=name.startswith((BOUND, unlimited["policy"])), marked=True)
+            for place, (name, rates) in enumerate(of_each.items())
+        ]
+        chosen = advice["bytes_per_device"]
+        mark = [(chosen / GIB, f"recommended: {size_text(chosen)}")] if advice["is_reached"] else []
+        x = Axis("cache on one device", sizes[0], sizes[-1], log=True)
+        y = Axis("hit rate, %", 0, max(map(max, of_each.values())) or 1, nice=True)
+        ticks = [(size, size_text(size * GIB).replace(".0 ", " ")) for size in sizes]
+        chart = line_chart("Hit rate by GiB of cache", advice["text"], x, y, series, mark, ticks)
+        several = f" Replicas: {record['replicas']}, {record['routing']}." if record["replicas"] > 1 else ""
+        note = (
+            f"Hit rate: hits / {unlimited['accesses']:,} full prompt blocks of {unlimited['block_size']} "
+            f"tokens. {POOL}: vLLM's block pool, of which the recommendation is; grey: bounds, and that pool "
+            f"without a limit. GiB are per device: {layout['bytes_per_token']:,} bytes per token of "
+            f"{layout['name']} in {layout['dtype']}, {_ranks(layout)}.{several} Simulated on the study's "
+            "requests; nothing was timed."
+        )
+        table = (COLUMNS, [_row(row, None) for row in rows])
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise _no_result(path, error) from error
+    return Section(f"memory-{path.stem}", "How many GiB of cache is it worth?", chart, note, command, table)
+
+
+def _ranks(layout: Mapping[str, Any]) -> str:
+    if layout["is_split"]:
+        return f"KV heads split over {layout['tensor_parallel']} tensor parallel rank(s)"
+    return "all of which every tensor parallel rank holds"
 
 
 def policies_by_capacity(
@@ -72,18 +128,6 @@ def policies_by_capacity(
         rows = [_row(cell, bytes_per_token) for cell in cells]
     except (KeyError, TypeError) as error:
         raise _no_result(path, error) from error
-    columns = (
-        "workload",
-        "tokens per block",
-        "policy",
-        "capacity, blocks",
-        "GiB",
-        "hit rate",
-        "95% from",
-        "to",
-        "hits",
-        "blocks asked",
-    )
     also = f"; {', '.join(map(str, sizes[1:]))} are among the numbers" if len(sizes) > 1 else ""
     room = "Blocks only: the study knows no model, so what a block takes is not told; --bytes-per-token does."
     if bytes_per_token is not None:
@@ -93,7 +137,7 @@ def policies_by_capacity(
         f"tokens{also}. A policy has one colour and dash in all pictures of the page; grey: {BOUND} and its "
         f"kind, which are bounds. {room} Simulated on the study's requests; nothing was timed."
     )
-    return Section(f"policies-{path.stem}", TITLE, body, note, command, (columns, rows))
+    return Section(f"policies-{path.stem}", TITLE, body, note, command, (COLUMNS, rows))
 
 
 def _order(results: Mapping[Path, Sequence[Cell]]) -> list[str]:
@@ -144,9 +188,11 @@ def _bar(name: str, rate: float, order: Sequence[str]) -> Part:
 
 
 def _gib(cell: Cell, bytes_per_token: int | None) -> float | None:
+    if "bytes_per_device" in cell:
+        return float(cell["bytes_per_device"] / GIB)
     if bytes_per_token is None:
         return None
-    return float(cell["capacity_blocks"] * cell["block_size"] * bytes_per_token / 2**30)
+    return float(cell["capacity_blocks"] * cell["block_size"] * bytes_per_token / GIB)
 
 
 def _room(cell: Cell, bytes_per_token: int | None) -> str:

@@ -299,16 +299,16 @@ def line_chart(
     """
     plot = frame(x, y, x_labels=x_labels)
     parts = []
-    shown = [(plot.x(value), label) for value, label in lines_at if x.low <= value <= x.high]
-    labelled: list[tuple[float, str]] = []
-    for place, label in shown:
-        wide = text_width(label, 11) + 8
-        if all(abs(place - other) >= (wide + text_width(text, 11) + 8) / 2 for other, text in labelled):
-            labelled.append((place, label))
-    for place, label in shown:
+    labelled: list[tuple[float, float]] = []  # middle and room of each
+    for value, label in lines_at:
+        if not x.low <= value <= x.high:
+            continue
+        place, wide = plot.x(value), text_width(label, 11) + 8
         parts.append(f'<path class="at" d="M{place:.1f} {plot.top:.1f}v{plot.height:.1f}"/>')
-        if (place, label) in labelled:
-            parts.append(text_at(place, 10, label, kind="small"))
+        middle = min(max(place, wide / 2), plot.total_width - wide / 2)  # not beyond the edge
+        if all(abs(middle - other) >= (wide + room) / 2 for other, room in labelled):
+            labelled.append((middle, wide))
+            parts.append(text_at(middle, 10, label, kind="small"))
     for one in sorted(series, key=lambda one: not one.null):  # grey lines below the others
         points = [(plot.x(a), plot.y(b)) for a, b in zip(one.xs, one.ys, strict=True)]
         if not points:

@@ -176,9 +176,7 @@ def count_records(path: Path) -> int:
         return int(file.metadata.num_rows)
 
 
-def lossless_batches(
-    lines: Iterable[Line], has_tiers: bool = True
-) -> Iterator[tuple[list[Line], pa.RecordBatch]]:
+def lossless_batches(lines: Iterable[Line], has_tiers: bool) -> Iterator[tuple[list[Line], pa.RecordBatch]]:
     """Lines in groups of at most `OBJECT_BYTES` or so, and their columns, which give each line back."""
     schema: pa.Schema | None = None
     for group in _groups(lines):
@@ -277,7 +275,7 @@ def open_file(path: Path) -> pq.ParquetFile:
     """The file; raises `UserError` for one that cannot be read or is not whole."""
     try:
         if isinstance(path, Path):
-            return pq.ParquetFile(path)
+            return pq.ParquetFile(path, pre_buffer=False)
         return pq.ParquetFile(path.open("rb"), pre_buffer=True)  # at a URL: columns in few requests
     except OSError as error:
         raise UserError(f"{path}: cannot read it: {error.strerror or error}") from error
@@ -291,9 +289,29 @@ def _batches(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBat
         present = set(file.schema_arrow.names)
         wanted = None if columns is None else [name for name in columns if name in present]
         try:
-            yield from file.iter_batches(BATCH_RECORDS, columns=wanted)
+            for group in range(file.num_row_groups):  # a pre-buffer keeps all that one iterator has read
+                yield from file.iter_batches(BATCH_RECORDS, row_groups=[group], columns=wanted)
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path}: cannot read it: {error}; export the run again") from error
+
+
+def read_group(file: pq.ParquetFile, path: Path, group: int, fields: Sequence[str]) -> pa.Table:
+    """These columns of a row group, each in one piece; records that are kept as text among them."""
+    present = set(file.schema_arrow.names)
+    wanted = [name for name in (*fields, LINE) if name in present]
+    try:
+        table = file.read_row_group(group, wanted).combine_chunks()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot read it: {error}; export the run again") from error
+    if LINE not in present or table[LINE].null_count == len(table):
+        return table
+    rows = table.to_pylist()
+    for row in rows:
+        if (text := row.pop(LINE)) is not None:
+            record = orjson.loads(text)
+            row.update({name: record.get(name) for name in fields})
+    schema = pa.schema([field for field in table.schema if field.name != LINE])
+    return pa.Table.from_pylist(rows, schema).combine_chunks()
 
 
 def _parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:

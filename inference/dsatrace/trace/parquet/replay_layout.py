@@ -5,7 +5,7 @@ so that a reader finds its part without reading. Files are closed at `FILE_BYTES
 requests of the usual size. The source's records are interleaved step by step; they are sorted in runs of
 `RUN_BYTES` on the disk beside the files, so memory holds a few times one run, or the largest request.
 
-    written = write_replay_layout(tables, folder)        # any order in, at most RUN_BYTES each
+    written = write_replay_layout(tables, folder, False)        # any order in, at most RUN_BYTES each
     written["trace_steps/000001.parquet"]                # Counts(records, requests)
 """
 
@@ -45,9 +45,7 @@ class Counts(NamedTuple):
     requests: int
 
 
-def write_replay_layout(
-    tables: Iterable[pa.Table], folder: Path, keep_order: bool = False
-) -> dict[str, Counts]:
+def write_replay_layout(tables: Iterable[pa.Table], folder: Path, keep_order: bool) -> dict[str, Counts]:
     """Writes the files below `folder`, and returns what each holds, by its path there.
 
     Requests stand in the order of their first records. Raises `UserError` for a record without a

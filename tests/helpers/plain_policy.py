@@ -1,12 +1,11 @@
 """What every eviction policy is, in plain Python: pins, children, and queues of evictable blocks.
 
-A policy orders cached blocks for eviction; the owner of the cache decides when a block must go and
-calls `evict`. The tiers run on it (`kv.tiers.residency`), and the compiled replay (`compiled`,
-`simulate`) is tested against it. A policy adds rules: in which queue a block stands, its value and
-its stamp (smallest value first, then smallest stamp), and which queue gives up a block. Without
-rules a policy is LRU. Knows no token, no tensor and no request.
+The compiled policies (`kv.policies`) are held equal to it. A policy orders cached blocks for eviction; who
+owns the cache decides when a block must go and calls `evict`. A policy adds rules: in which queue a block
+stands, its value and its stamp (smallest value first, then smallest stamp), and which queue gives up a
+block. Without rules a policy is LRU.
 
-    policy = make_policy("lru", capacity=2)          # from dsatrace.kv.policies.registry
+    policy = make_policy("lru", capacity=2)          # from helpers.plain_policies
     policy.insert(7, Access(time=0.0, parent=NO_PARENT))
     policy.insert(8, Access(time=0.0, parent=7))
     policy.evict()                                    # 7; with leaf=True it would be 8
@@ -20,22 +19,8 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from typing import NamedTuple
 
-NO_PARENT = -1
-NEVER = 2**62
-"""`next_use` of a block that is not used again."""
-
-
-class Access(NamedTuple):
-    """One use of one block by one request; every field has a neutral default."""
-
-    time: float = 0.0  # seconds
-    workload: int = 0  # the request's class
-    parent: int = NO_PARENT  # the block before it in the chain
-    depth: int = 0  # blocks before it in its request
-    from_end: int = 0  # blocks after it in its request
-    next_use: int = NEVER  # position of its next access in the stream; OPT only
+from dsatrace.kv.policies.compiled import Access
 
 
 class NothingEvictable(LookupError):
@@ -68,7 +53,7 @@ class PlainPolicy:
 
     def miss(self, block: int, access: Access) -> None:
         """`block` is not cached; evictions and its `insert` follow. Policies that remember evicted
-        blocks look here. A caller that learns the block's id only later may skip this call."""
+        blocks look here."""
 
     def enter(self, block: int, access: Access) -> None:
         """A new block: in queue 0 with value 0 and a fresh stamp, unless changed here."""
