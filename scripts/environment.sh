@@ -6,6 +6,9 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${VENV:-$root/.venv}"
 PYTHON="${PYTHON:-python3}"
 
+# pip does not compile what it installs; without this no process would keep what it compiles of torch.
+unset PYTHONDONTWRITEBYTECODE
+
 if [ "$VENV" != none ]; then
     if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
         echo "error: $PYTHON is missing or older than 3.10; set PYTHON to a newer one" >&2
@@ -17,16 +20,17 @@ if [ "$VENV" != none ]; then
         echo "== installing into $VENV (the first time takes a few minutes)"
         [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
         # Not compiled: most modules are never imported, and the others are compiled when they are.
-        "$VENV/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check -e "$root[dev]"
+        install=("$VENV/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check)
+        # What the kernels need comes first: they compile on the other cores while pip unpacks torch and the rest.
+        "${install[@]}" numba orjson pyarrow
+        PYTHONPATH="$root/inference" "$VENV/bin/python" -m dsatrace.commands.warmup > /dev/null 2>&1 &
+        "${install[@]}" -e "$root[dev]"
+        wait $! || true
         echo "$wanted" > "$VENV/.installed"
     fi
     # shellcheck disable=SC1091
     . "$VENV/bin/activate"
 fi
 
-# pip did not compile what it installed; without this no process would keep what it compiles of torch.
-unset PYTHONDONTWRITEBYTECODE
-# pip did not compile what it installed; without this no process would keep what it compiles of torch.
-unset PYTHONDONTWRITEBYTECODE
 # Nothing below needs the network.
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1

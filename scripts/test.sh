@@ -6,8 +6,13 @@ cd "$root"
 
 ruff check .
 ruff format --check .
-# mypy keeps one core busy; meanwhile the others compile the kernels, once for all of pytest's workers.
-dsatrace warmup > /dev/null 2>&1 &
+# mypy keeps one core busy; meanwhile the others compile, once for all of pytest's workers: the kernels, and in
+# a new checkout the tests with all that they import.
+{
+    dsatrace warmup
+    [ -d tests/__pycache__ ] || python -m pytest --collect-only "$@" || true
+} > /dev/null 2>&1 &
 mypy
 wait $!
-python -m pytest -n auto --maxprocesses=4 --dist=worksteal "$@"
+# One worker more than cores: some tests wait, for a server, a timeout or a pause.
+python -m pytest -n "$(($(nproc) < 4 ? $(nproc) + 1 : 5))" --dist=worksteal "$@"

@@ -37,8 +37,11 @@ settings.register_profile("here", deadline=None, suppress_health_check=[HealthCh
 settings.register_profile("ci", settings.get_profile("here"), derandomize=True, max_examples=examples(40))
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
-SLOWEST = ("test_readme.py", "test_run_scripts.py", "test_offload.py", "test_training.py")
-"""Files that begin first: a test of half a minute that begins last leaves the other workers idle."""
+SLOWEST = (
+    *("test_readme.py", "test_run_scripts.py", "test_offload.py"),
+    *("test_long_run.py", "test_layerwise_runs.py", "test_exits.py", "test_gpu_checks.py"),
+)
+"""Files that begin first: a test of several seconds that begins last leaves the other workers idle."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import struct
-import subprocess
 import sys
 import termios
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from dsatrace.model.convert import convert_checkpoint
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from helpers.forked import call
+from helpers.ranks import on_ranks
 from helpers.stores import valkey
 from helpers.waiting import LIMIT_S, until, until_asleep
 
@@ -161,15 +161,12 @@ def test_a_slash_never_reaches_the_model(terminal: Terminal, checkpoint: Path, r
 
 
 def test_two_ranks_answer_as_one(tiny_hf: Path, tiny_args: ModelArgs, tmp_path: Path) -> None:
-    """Under torchrun, whose standard input rank 0 reads: the ranks follow it to the end."""
+    """Rank 0 reads what is typed, the others follow it to the end; test_readme.py does it under torchrun."""
     convert_checkpoint(tiny_hf, tmp_path / "mp2", tiny_args.n_routed_experts, model_parallel=2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["generate.py", "--ckpt-path", str(tmp_path / "mp2"), "--interactive", "--device", "cpu"]
-    command += ["--max-new-tokens", "5", "--temperature", "0", "--trace-out", str(tmp_path / "run")]
-    done = subprocess.run(
-        command, input="How many ships?\n/nothing\n/clear\nAnd today?\n/exit\n", capture_output=True,
-        cwd=INFERENCE, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, timeout=600, check=False,
-    )  # fmt: skip
+    flags = ["--ckpt-path", tmp_path / "mp2", "--config", INFERENCE / "config_tiny.json", "--interactive"]
+    flags += ["--device", "cpu", "--max-new-tokens", 5, "--temperature", 0, "--trace-out", tmp_path / "run"]
+    typed = "How many ships?\n/nothing\n/clear\nAnd today?\n/exit\n"
+    done = on_ranks(2, "generate", flags, tmp_path / "said", typed)
     assert done.returncode == 0, done.stderr
     for said in ("Chat with ", "/nothing is no command.", "is forgotten.", f"trace: {tmp_path / 'run'}"):
         assert done.stdout.count(said) == 1, done.stdout

@@ -9,21 +9,28 @@ import pytest
 import torch
 
 from conftest import ROOT
+from helpers.warm_python import warm_python
 
 SCRIPT = ROOT / "scripts" / "gpu_checks.sh"
 
 
+def checked(*flags: str) -> subprocess.CompletedProcess[str]:
+    with warm_python() as path:
+        env = os.environ | {"PATH": path}
+        return subprocess.run(
+            ["bash", str(SCRIPT), *flags], capture_output=True, text=True, check=False, env=env
+        )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_device_it_says_so() -> None:
-    ran = subprocess.run(["bash", str(SCRIPT)], capture_output=True, text=True, check=False)
+    ran = checked()
     assert (ran.returncode, ran.stdout) == (2, "")
     assert ran.stderr == "no CUDA device: nothing was checked\n"
 
 
 def test_its_checks_run_at_small_shapes() -> None:
-    command = ["bash", str(SCRIPT), "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    ran = checked("--device", "cpu")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     rows = ran.stdout.splitlines()[2:]
     assert [row[25:32].strip() for row in rows] == ["passed", "skipped", "passed", "passed", "passed"]

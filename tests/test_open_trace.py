@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import INFERENCE, ROOT
+from conftest import ROOT
 from dsatrace.commands.report import main as report
 from dsatrace.schema import MANIFEST_FILE, REQUESTS_FILE, STEPS_PARQUET_FILE, SUMMARY_FILE
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from helpers.json_lines import read_json_lines
+from helpers.warm_python import warm_python
 
 TRACE = ROOT / "data" / "traces" / "needle-2k"
 FOLDERS = {"2k": 2048, "4k": 4096, "8k": 8192}
@@ -98,18 +98,17 @@ def test_the_readme_has_its_figures() -> None:
 
 
 def test_the_script_makes_such_runs(tmp_path: Path) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = os.environ | {"VENV": "none", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(INFERENCE), "PATH": path}
-    env |= {"RUNS": str(tmp_path / "runs"), "OUT": str(tmp_path / "out"), "LENGTHS": "1024", "PER_TASK": "1"}
-    done = subprocess.run(
-        ["bash", "scripts/make_open_trace.sh"],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    env = {"VENV": "none", "RUNS": str(tmp_path / "runs"), "OUT": str(tmp_path / "out")}
+    with warm_python() as path:
+        done = subprocess.run(
+            ["bash", "scripts/make_open_trace.sh"],
+            cwd=ROOT,
+            env=os.environ | env | {"LENGTHS": "1024", "PER_TASK": "1", "PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "out" / "1k" / MANIFEST_FILE).read_text())
     assert made["state"] == "complete"

@@ -12,6 +12,7 @@ from dsatrace.model.convert import convert_checkpoint
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from helpers.checkouts import copied_checkout, environment_in
+from helpers.warm_python import warm_python
 
 CONFIG = "inference/config_tiny.json"
 SCRIPTS = ("ruler", "longbenchv2", "sharegpt", "burstgpt")
@@ -24,15 +25,16 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(checkout: Path, name: str, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", f"scripts/run_trace_{name}.sh", *flags],
-        cwd=checkout,
-        env=environment_in(checkout) | variables,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    with warm_python() as path:
+        return subprocess.run(
+            ["bash", f"scripts/run_trace_{name}.sh", *flags],
+            cwd=checkout,
+            env=environment_in(checkout) | {"PATH": path} | variables,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

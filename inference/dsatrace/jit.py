@@ -26,8 +26,13 @@ from typing import Any
 import numba
 from numba.core import config as numba_config
 from numba.core import event
+from numba.extending import register_jitable
 
 config: Any = numba_config
+
+inner = register_jitable(nogil=True)
+"""For what only kernels call. Unlike under `numba.njit`, no wrappers for Python are compiled with it, which
+are a sixth of the work; Python that calls it runs it as it is written."""
 
 _PARTS = {
     "dsatrace.trace": "the trace's writer",

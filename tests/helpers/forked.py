@@ -119,13 +119,13 @@ def finished(script: str | Path, *argv: object, cwd: Path | None = None) -> subp
     """A script, run to its end as `python3 SCRIPT` would run it in `cwd`."""
     with tempfile.TemporaryDirectory() as folder:
         files = Path(os.devnull), Path(folder, "out"), Path(folder, "err")
-        process = call(_run_script, cwd or Path.cwd(), [str(script), *map(str, argv)], files)
+        process = call(run_script, cwd or Path.cwd(), [str(script), *map(str, argv)], files)
         process.join()
         out, err = (file.read_text() for file in files[1:])
     return subprocess.CompletedProcess([str(script), *argv], process.exitcode or 0, out, err)
 
 
-def _run_script(cwd: Path, argv: list[str], files: tuple[Path, Path, Path]) -> None:
+def run_script(cwd: Path, argv: list[str], files: tuple[Path, Path, Path]) -> None:
     os.chdir(cwd)
     _take(files)
     sys.argv = argv
@@ -137,4 +137,7 @@ def _take(files: tuple[Path, Path, Path]) -> None:
     """Makes them stdin, stdout and stderr."""
     for fd, file in enumerate(files):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND if fd else os.O_RDONLY), fd)
+    # The server's own know whether its files can seek; these may be pipes.
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)  # noqa: SIM115

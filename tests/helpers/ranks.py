@@ -1,7 +1,7 @@
 """A command on several ranks over gloo, forked from a server that has imported everything.
 
 What torchrun does, without the twenty seconds of CPU that its launcher and the imports take. That
-torchrun itself works is shown by test_tier_ranks.py, test_chat.py, test_exits.py and test_run_scripts.py.
+torchrun itself works is shown by test_tier_ranks.py, test_readme.py, test_exits.py and test_run_scripts.py.
 """
 
 from __future__ import annotations

@@ -12,8 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from dsatrace.jit import inner
 
 ONE = np.uint64(1)
 ALL = np.uint64(2**64 - 1)
@@ -29,13 +31,13 @@ def _define_ctpop(typing_context: Any, word: Any) -> Any:
 _ctpop: Any = intrinsic(_define_ctpop)
 
 
-@njit(nogil=True)
+@inner
 def popcount(word: np.uint64) -> np.int64:
     """How many bits are set."""
     return np.int64(_ctpop(word))
 
 
-@njit(nogil=True)
+@inner
 def lowest_bit(word: np.uint64) -> np.int64:
     """Place of the lowest bit that is set; 64 where none is."""
     return np.int64(_ctpop(~word & (word - ONE)))

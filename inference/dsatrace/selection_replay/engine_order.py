@@ -17,9 +17,8 @@ confirmed this replay. The kernel for speculative decoding, `hisparse_spec.cuh`,
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from dsatrace.jit import cached_njit
+from dsatrace.jit import cached_njit, inner
 from dsatrace.selection_replay.replayed import ABSENT, BEFORE, Replayed, scratch, walked
 from dsatrace.selection_replay.steps import Start, Steps
 
@@ -30,7 +29,7 @@ def engine_order(steps: Steps, size: int, start: Start) -> Replayed:
     return walked(_walk, steps, size, start, visible, used, order, *scratch(steps))
 
 
-@njit(nogil=True)
+@inner
 def _hold_first(order: np.ndarray, used: np.ndarray, num_first: int) -> None:
     used[:] = ABSENT
     for id_ in range(num_first):

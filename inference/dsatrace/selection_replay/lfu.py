@@ -12,9 +12,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from dsatrace.jit import cached_njit
+from dsatrace.jit import cached_njit, inner
 from dsatrace.selection_replay.bits import ONE, lowest_bit
 from dsatrace.selection_replay.replayed import ABSENT, BEFORE, Replayed, scratch, walked
 from dsatrace.selection_replay.steps import Start, Steps
@@ -39,7 +38,7 @@ def lfu(steps: Steps, size: int, start: Start) -> Replayed:
     return walked(_walk, steps.ascending(), size, start, size, uses, *scratch(steps))
 
 
-@njit(nogil=True)
+@inner
 def _append(state: _Uses, id_: int, uses: int, step: int) -> None:
     node = state.node
     end = state.num_ids + uses
@@ -49,13 +48,13 @@ def _append(state: _Uses, id_: int, uses: int, step: int) -> None:
     state.words[uses >> 6] |= ONE << np.uint64(uses & 63)
 
 
-@njit(nogil=True)
+@inner
 def _take_out(state: _Uses, id_: int) -> None:
     older, newer = state.node[id_, OLDER], state.node[id_, NEWER]
     state.node[older, NEWER], state.node[newer, OLDER] = newer, older
 
 
-@njit(nogil=True)
+@inner
 def _evict(state: _Uses, step: int, num_victims: int) -> None:
     num_ids = state.num_ids
     word = 0

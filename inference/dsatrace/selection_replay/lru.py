@@ -21,9 +21,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from dsatrace.jit import cached_njit
+from dsatrace.jit import cached_njit, inner
 from dsatrace.selection_replay.bits import ALL, ONE, lowest_bit, popcount
 from dsatrace.selection_replay.replayed import largest_step
 from dsatrace.selection_replay.steps import Start, Steps
@@ -117,7 +116,7 @@ def _empty_stack(num_ids: int, num_slots: int) -> _Stack:
     )
 
 
-@njit(nogil=True)
+@inner
 def _use_slots_before(words: np.ndarray, end: int) -> None:
     """Sets their bits; all words are 0."""
     for word in range(end >> 6):
@@ -126,7 +125,7 @@ def _use_slots_before(words: np.ndarray, end: int) -> None:
         words[end >> 6] = (ONE << np.uint64(end & 63)) - ONE
 
 
-@njit(nogil=True)
+@inner
 def _begin_with(stack: _Stack, num_first: int) -> None:
     """The stack 0, 1, 2, ..."""
     for slot in range(num_first):
@@ -135,7 +134,7 @@ def _begin_with(stack: _Stack, num_first: int) -> None:
     _use_slots_before(stack.words, num_first)
 
 
-@njit(nogil=True)
+@inner
 def _compact(stack: _Stack, end: int) -> int:
     """Moves the slots in use to the beginning, in order; returns their number."""
     to = 0
@@ -152,7 +151,7 @@ def _compact(stack: _Stack, end: int) -> int:
     return to
 
 
-@njit(nogil=True)
+@inner
 def _sum_above(stack: _Stack, end: int) -> None:
     num_above = np.int64(0)
     for word in range(end >> 6, -1, -1):
@@ -160,14 +159,14 @@ def _sum_above(stack: _Stack, end: int) -> None:
         num_above += popcount(stack.words[word])
 
 
-@njit(nogil=True)
+@inner
 def _depth(stack: _Stack, slot: int) -> int:
     word = slot >> 6
     depth: int = stack.above[word] + popcount((stack.words[word] >> np.uint64(slot & 63)) >> ONE)
     return depth
 
 
-@njit(nogil=True)
+@inner
 def _bring_up(stack: _Stack, id_: int, step: int, end: int) -> None:
     slot = stack.slot_of[id_]
     if slot != ABSENT:
@@ -176,7 +175,7 @@ def _bring_up(stack: _Stack, id_: int, step: int, end: int) -> None:
     stack.words[end >> 6] |= ONE << np.uint64(end & 63)
 
 
-@njit(nogil=True)
+@inner
 def _count_depths(
     ids: np.ndarray, step: int, counted: bool, sizes: np.ndarray, stack: _Stack, counts: _Counts
 ) -> tuple[int, int]:

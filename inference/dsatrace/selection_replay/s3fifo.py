@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from dsatrace.jit import cached_njit
+from dsatrace.jit import cached_njit, inner
 from dsatrace.kv.policies.registry import POLICIES
 from dsatrace.kv.policies.s3fifo import MAIN, MOST_USES, SMALL, s3fifo_limits
 from dsatrace.selection_replay.replayed import ABSENT, BEFORE, Replayed, scratch, walked
@@ -58,7 +57,7 @@ def s3fifo(steps: Steps, size: int, start: Start) -> Replayed:
     return walked(_walk, steps, size, start, size, state, np.empty_like(passed[0]))
 
 
-@njit(nogil=True)
+@inner
 def _append(state: _State, queue: int, id_: int, uses: int) -> None:
     counts = state.counts[queue]
     size = state.ring.shape[1]
@@ -69,7 +68,7 @@ def _append(state: _State, queue: int, id_: int, uses: int) -> None:
     counts[NUM_HELD] += 1
 
 
-@njit(nogil=True)
+@inner
 def _pop(state: _State, queue: int, step: int) -> int:
     """Takes the oldest id out that the step does not ask for; there is one."""
     counts = state.counts[queue]
@@ -89,7 +88,7 @@ def _pop(state: _State, queue: int, step: int) -> int:
     return id_
 
 
-@njit(nogil=True)
+@inner
 def _put_back(state: _State) -> None:
     """Ids that were passed over take their old places."""
     for queue in range(2):
@@ -103,7 +102,7 @@ def _put_back(state: _State) -> None:
         counts[NUM_PASSED] = 0
 
 
-@njit(nogil=True)
+@inner
 def _victim(state: _State, step: int) -> int:
     state.has_evicted[0] = True
     small, main = state.counts[SMALL], state.counts[MAIN]
@@ -124,13 +123,13 @@ def _victim(state: _State, step: int) -> int:
         main[NUM_EVICTABLE] += 1
 
 
-@njit(nogil=True)
+@inner
 def _forget(state: _State, id_: int) -> None:
     state.of_id[id_, GHOST] = NO_GHOST
     state.ghost_counts[NUM_GHOSTS] -= 1
 
 
-@njit(nogil=True)
+@inner
 def _remember(state: _State, id_: int) -> None:
     """Makes the id the newest ghost; the oldest goes if there are too many."""
     if not state.most_ghosts:
@@ -155,7 +154,7 @@ def _remember(state: _State, id_: int) -> None:
     counts[NUM_GHOSTS] += 1
 
 
-@njit(nogil=True)
+@inner
 def _enter(state: _State, id_: int, step: int, returns: bool) -> None:
     filling = not state.has_evicted[0] and state.counts[SMALL, NUM_HELD] >= state.limits[SMALL]
     _append(state, MAIN if returns or filling else SMALL, id_, 0)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from dsatrace.jit import inner
 from dsatrace.kv.policies.compiled import RULES, Access, Cache, Rules, Shape, pop
 from dsatrace.kv.policies.lists import IN_NONE, Lists, append, empty_lists, oldest, take_out
 
@@ -57,7 +57,7 @@ def _often(policy: ArcState, cache: Cache, slot: int, access: Access) -> None:
     policy.sizes[OFTEN] += 1
 
 
-@njit(nogil=True)
+@inner
 def _drop_oldest(ghosts: Lists, which: int) -> None:
     if ghosts.size[which]:
         take_out(ghosts, oldest(ghosts, which))

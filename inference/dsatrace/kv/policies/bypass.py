@@ -14,8 +14,8 @@ each request are an unbroken prefix.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from dsatrace.jit import inner
 from dsatrace.kv.policies.compiled import NEVER, compiled_whole
 from dsatrace.kv.policies.stream import AccessStream
 
@@ -42,7 +42,7 @@ def bypassing_hits(stream: AccessStream, looked_up: np.ndarray, capacity: int) -
     return hits
 
 
-@njit(nogil=True)
+@inner
 def _sift_up(heap: np.ndarray, place: np.ndarray, key: np.ndarray, at: int) -> None:
     """The heap holds blocks, that of the latest lookup first."""
     block = heap[at]
@@ -54,7 +54,7 @@ def _sift_up(heap: np.ndarray, place: np.ndarray, key: np.ndarray, at: int) -> N
     place[block] = at
 
 
-@njit(nogil=True)
+@inner
 def _sift_down(heap: np.ndarray, place: np.ndarray, key: np.ndarray, size: int) -> None:
     at, block = 0, heap[0]
     while True:

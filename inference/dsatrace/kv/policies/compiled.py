@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numba.extending import overload
 
-from dsatrace.jit import cached_njit
+from dsatrace.jit import cached_njit, inner
 
 NO_PARENT = -1
 NEVER = 2**62
@@ -113,7 +112,7 @@ def empty_cache(shape: Shape, num_queues: int, parents: np.ndarray | None) -> Ca
     )
 
 
-@njit(nogil=True)
+@inner
 def tick(cache: Cache) -> int:
     """A stamp later than all before."""
     cache.counts[CLOCK] += 1
@@ -121,13 +120,13 @@ def tick(cache: Cache) -> int:
     return now
 
 
-@njit(nogil=True)
+@inner
 def is_evictable(cache: Cache, slot: int) -> bool:
     listed: bool = cache.place[slot] != ABSENT
     return listed
 
 
-@njit(nogil=True)
+@inner
 def _before(cache: Cache, slot: int, other: int) -> bool:
     before: bool = cache.stamp[slot] < cache.stamp[other]
     if cache.value[slot] != cache.value[other]:
@@ -135,7 +134,7 @@ def _before(cache: Cache, slot: int, other: int) -> bool:
     return before
 
 
-@njit(nogil=True)
+@inner
 def _sift_up(cache: Cache, queue: int, at: int, slot: int) -> None:
     while at > 0:
         above = (at - 1) >> 1
@@ -149,7 +148,7 @@ def _sift_up(cache: Cache, queue: int, at: int, slot: int) -> None:
     cache.place[slot] = at
 
 
-@njit(nogil=True)
+@inner
 def _sift_down(cache: Cache, queue: int, at: int, slot: int) -> None:
     size = cache.heap_size[queue]
     while True:
@@ -168,7 +167,7 @@ def _sift_down(cache: Cache, queue: int, at: int, slot: int) -> None:
     cache.place[slot] = at
 
 
-@njit(nogil=True)
+@inner
 def offer(cache: Cache, slot: int) -> None:
     """Adds a slot to its queue; its value and stamp must not change while it is there."""
     queue = cache.queue[slot]
@@ -176,7 +175,7 @@ def offer(cache: Cache, slot: int) -> None:
     _sift_up(cache, queue, cache.heap_size[queue] - 1, slot)
 
 
-@njit(nogil=True)
+@inner
 def withdraw(cache: Cache, slot: int) -> None:
     queue, at = cache.queue[slot], cache.place[slot]
     cache.heap_size[queue] -= 1
@@ -190,14 +189,14 @@ def withdraw(cache: Cache, slot: int) -> None:
         _sift_down(cache, queue, at, last)
 
 
-@njit(nogil=True)
+@inner
 def first(cache: Cache, queue: int) -> int:
     """The first evictable slot of a queue that is not empty."""
     slot: int = cache.heap[queue, 0]
     return slot
 
 
-@njit(nogil=True)
+@inner
 def pop(cache: Cache, queue: int) -> int:
     """Takes the first slot out of a queue that is not empty."""
     slot = first(cache, queue)
@@ -205,7 +204,7 @@ def pop(cache: Cache, queue: int) -> int:
     return slot
 
 
-@njit(nogil=True)
+@inner
 def fill(cache: Cache, slot: int, block: int) -> None:
     """A block enters a slot that is empty, with one pin."""
     cache.slot_of[block] = slot
@@ -219,7 +218,7 @@ def fill(cache: Cache, slot: int, block: int) -> None:
         cache.children[cache.parent[block]] += 1
 
 
-@njit(nogil=True)
+@inner
 def clear(cache: Cache, slot: int) -> None:
     """The slot's block, which stands in no heap, is gone; its parent may have become a leaf."""
     block = cache.block_of[slot]

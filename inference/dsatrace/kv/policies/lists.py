@@ -14,7 +14,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from dsatrace.jit import inner
 
 IN_NONE = -1
 
@@ -33,20 +34,20 @@ def empty_lists(num_items: int, num_lists: int) -> Lists:
     return Lists(nodes, nodes.copy(), np.full(len(nodes), IN_NONE, np.int8), np.zeros(num_lists, np.int64))
 
 
-@njit(nogil=True)
+@inner
 def end(lists: Lists, which: int) -> int:
     """The node after the newest and before the oldest."""
     return len(lists.newer) - len(lists.size) + which
 
 
-@njit(nogil=True)
+@inner
 def oldest(lists: Lists, which: int) -> int:
     """The item appended first; of an empty list, its end."""
     item: int = lists.newer[end(lists, which)]
     return item
 
 
-@njit(nogil=True)
+@inner
 def append(lists: Lists, which: int, item: int) -> None:
     """Adds an item, which must be in no list, after the newest."""
     after = end(lists, which)
@@ -57,7 +58,7 @@ def append(lists: Lists, which: int, item: int) -> None:
     lists.size[which] += 1
 
 
-@njit(nogil=True)
+@inner
 def take_out(lists: Lists, item: int) -> None:
     before, after = lists.older[item], lists.newer[item]
     lists.newer[before], lists.older[after] = after, before

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from dsatrace.jit import inner
 from dsatrace.kv.policies.compiled import RULES, Access, Cache, Rules, Shape, same_stamp, tick, withdraw
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -47,7 +47,7 @@ def uniform_state(shape: Shape, *, seed: int) -> UniformState:
     return UniformState(np.array([seed & _64_BITS], np.uint64))
 
 
-@njit(nogil=True)
+@inner
 def splitmix64(state: np.ndarray) -> np.uint64:
     """Steele, Lea and Flood, OOPSLA 2014."""
     state[0] += np.uint64(_GOLDEN)

@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from dsatrace.jit import inner
 from dsatrace.kv.policies.compiled import RULES, Access, Cache, Rules, Shape, offer, pop, same_stamp, tick
 from dsatrace.kv.policies.lists import IN_NONE, Lists, append, empty_lists, oldest, take_out
 
@@ -69,7 +69,7 @@ def _one_more_use(policy: S3FifoState, cache: Cache, slot: int, access: Access) 
     policy.uses[slot] = min(policy.uses[slot] + 1, MOST_USES)
 
 
-@njit(nogil=True)
+@inner
 def _into_main(policy: S3FifoState, cache: Cache, slot: int, uses: int) -> None:
     policy.sizes[cache.queue[slot]] -= 1
     policy.sizes[MAIN] += 1
@@ -79,7 +79,7 @@ def _into_main(policy: S3FifoState, cache: Cache, slot: int, uses: int) -> None:
     offer(cache, slot)
 
 
-@njit(nogil=True)
+@inner
 def _remember(policy: S3FifoState, block: int) -> None:
     ghosts = policy.ghosts
     if ghosts.size[0] == policy.most_ghosts and ghosts.size[0]:

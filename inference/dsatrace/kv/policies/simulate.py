@@ -21,9 +21,9 @@ import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from dsatrace.errors import UserError
+from dsatrace.jit import inner
 from dsatrace.kv.policies.compiled import (
     ABSENT,
     CACHED,
@@ -69,7 +69,7 @@ class Requests(NamedTuple):
     admitted: np.ndarray  # (R,) bool, whether its blocks are inserted; (0,): all are
 
 
-@njit(nogil=True)
+@inner
 def _access(cache: Cache, requests: Requests, request: int, at: int) -> Access:
     """What a policy is told of the access at position `at`."""
     block = requests.blocks[at]
@@ -83,7 +83,7 @@ def _access(cache: Cache, requests: Requests, request: int, at: int) -> Access:
     )
 
 
-@njit(nogil=True)
+@inner
 def _look_up(cache: Cache, requests: Requests, request: int, end: int) -> None:
     """Counts what is cached and pins it."""
     hits = found = 0
@@ -101,7 +101,7 @@ def _look_up(cache: Cache, requests: Requests, request: int, end: int) -> None:
     requests.hits[request], requests.found[request] = hits, found
 
 
-@njit(nogil=True)
+@inner
 def _num_cached(cache: Cache, requests: Requests, begin: int, end: int) -> tuple[int, int]:
     """Cached blocks before the first that is not, and all cached blocks."""
     leading = found = 0
@@ -112,7 +112,7 @@ def _num_cached(cache: Cache, requests: Requests, begin: int, end: int) -> tuple
     return leading, found
 
 
-@njit(nogil=True)
+@inner
 def _missing_pins(cache: Cache, requests: Requests, request: int, end: int) -> int:
     """How many more slots would be in use with this request."""
     num_missing = 0
@@ -122,7 +122,7 @@ def _missing_pins(cache: Cache, requests: Requests, request: int, end: int) -> i
     return num_missing
 
 
-@njit(nogil=True)
+@inner
 def _release(policy: Any, cache: Cache, requests: Requests, request: int) -> None:
     """Unpins the request's blocks, tail first."""
     begin = requests.starts[request]
@@ -138,7 +138,7 @@ def _release(policy: Any, cache: Cache, requests: Requests, request: int) -> Non
     requests.held[request] = 0
 
 
-@njit(nogil=True)
+@inner
 def _wait(policy: Any, cache: Cache, requests: Requests, request: int, num_released: int) -> bool:
     """Releases requests in flight early, next to end first, until this one fits."""
     num_slots = len(cache.block_of)
@@ -152,7 +152,7 @@ def _wait(policy: Any, cache: Cache, requests: Requests, request: int, num_relea
     return due > num_released
 
 
-@njit(nogil=True)
+@inner
 def _slot_for_new(policy: Any, cache: Cache, requests: Requests, request: int, num_evictions: int) -> int:
     """A slot that was never used, else the policy's victim's."""
     if cache.counts[CACHED] < len(cache.block_of):

@@ -21,8 +21,8 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
 
+from dsatrace.jit import inner
 from dsatrace.kv.policies.compiled import compiled_whole
 from dsatrace.kv.policies.simulate import check_capacity, simulate
 from dsatrace.kv.policies.stream import AccessStream
@@ -76,7 +76,7 @@ def _one_pass(stream: AccessStream, sizes: np.ndarray) -> tuple[np.ndarray, int]
     return counts, 0 if one_at_a_time else most_in_use
 
 
-@njit(nogil=True)
+@inner
 def _add(tree: np.ndarray, at: int, change: int) -> None:
     """A Fenwick tree: adds at a position, 0-based."""
     at += 1
@@ -85,7 +85,7 @@ def _add(tree: np.ndarray, at: int, change: int) -> None:
         at += at & -at
 
 
-@njit(nogil=True)
+@inner
 def _sum_to(tree: np.ndarray, at: int) -> int:
     """Sum of positions 0 to `at`."""
     at += 1
@@ -96,7 +96,7 @@ def _sum_to(tree: np.ndarray, at: int) -> int:
     return total
 
 
-@njit(nogil=True)
+@inner
 def _compact(
     tree: np.ndarray, block_at: np.ndarray, place: np.ndarray, end: int, num_in_stack: int, num_kept: int
 ) -> int:

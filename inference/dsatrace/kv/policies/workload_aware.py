@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from dsatrace.jit import inner
 from dsatrace.kv.policies.compiled import RULES, Access, Cache, Rules, Shape, first, pop, same_stamp, tick
 
 
@@ -119,7 +119,7 @@ def _note_use(policy: ReuseProbabilityState, cache: Cache, slot: int, access: Ac
     policy.depth[slot] = access.depth
 
 
-@njit(nogil=True)
+@inner
 def _score(policy: ReuseProbabilityState, workload: int, slot: int) -> float:
     mean, probability = policy.mean[workload], policy.probability[workload]
     if policy.clock[NOW] < policy.since_s:

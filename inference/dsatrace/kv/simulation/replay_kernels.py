@@ -13,12 +13,12 @@ the class is renamed.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
-from dsatrace.jit import cached_njit
+from dsatrace.jit import cached_njit, inner
 from dsatrace.kv.blocks import EVICT, HIT, MISS
 
 NONE = -1
@@ -100,7 +100,7 @@ def free_queue(pool: Pool) -> np.ndarray:
     return order
 
 
-_inner = njit(nogil=True)
+_inner: Callable[..., Any] = inner  # of functions without types
 
 
 @_inner
