@@ -112,7 +112,8 @@ def test_run_writes_everything(qa_run: tuple[Path, str]) -> None:
 def test_every_verb_reads_what_run_wrote(qa_run: tuple[Path, str], tmp_path: Path) -> None:
     """The folder's block ids give what the text gave."""
     source = ("--trace-file", qa_run[0])
-    assert study_json(tmp_path / "sweep", "sweep.json", "sweep", *source)["cells"]
+    few = ("--policies", "lru", "fifo")
+    assert study_json(tmp_path / "sweep", "sweep.json", "sweep", *source, *few)["cells"]
     sizes = ("--num-blocks", 64, "--host-blocks", 50)
     again = study_json(tmp_path / "run", "trace_stats.json", "run", *source, *sizes)
     first = json.loads((qa_run[0] / "multi_turn_stats.json").read_text())
