@@ -37,6 +37,8 @@ class UserError(ValueError):
 
 def not_a_run(path: Path, error: OSError) -> UserError:
     """For a manifest or summary that cannot be read; names what stands there instead, where that is known."""
+    if not isinstance(path, Path):  # at a URL, where nobody looks around
+        return UserError(f"{path}: cannot read it: {error.strerror}; is this a run's folder?")
     folder = path.parent
     if isinstance(error, NotADirectoryError):
         return UserError(f"{folder}: a file, where a run's folder belongs; `import` makes a run of a capture")
