@@ -15,7 +15,7 @@ import shutil
 import signal
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -141,6 +141,9 @@ class Letters:
 
     def encode(self, text: str) -> list[int]:
         return ids_of(text)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return [ids_of(text) for text in texts]
 
 
 def blocks_of(path: Path, block_size: int) -> None:

@@ -65,7 +65,7 @@ def test_a_line_is_never_held_whole(tmp_path: Path) -> None:
     path.unlink()
     assert done.returncode == 0, done.stderr
     *said, peak_mb = done.stdout.splitlines()
-    assert f"prompt rows: {num_rows - DECODE_ROWS:,}, positions" in said[0]
+    assert f"prompt rows: {num_rows - DECODE_ROWS:,}, positions" in said[1]
     (line,) = RunReader(tmp_path / "run").requests()
     assert (line["num_prompt_tokens"], line["num_output_tokens"]) == (num_rows - DECODE_ROWS, DECODE_ROWS + 1)
     assert float(peak_mb) < MOST_MB
