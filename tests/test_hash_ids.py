@@ -19,7 +19,6 @@ from dsatrace.workloads.id_logs import (
     BAILIAN,
     MOONCAKE,
     HashIdRow,
-    hash_id_format,
     read_hash_ids,
     read_token_ids,
     write_hash_ids,
@@ -113,8 +112,10 @@ def test_bad_rows_are_named_or_counted(
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a request trace"):
         read_requests(write_json_lines(tmp_path / "t.jsonl", {"conversations": []}), BYTES)
-    with pytest.raises(UserError, match="unknown trace layout 'x'; use one of mooncake, bailian"):
-        hash_id_format("x")
+    bad_first = write_json_lines(tmp_path / "b.jsonl", MOONCAKE_ROW | {"block_size": "x"}, MOONCAKE_ROW)
+    with pytest.raises(UserError, match=r"row 0 .*column 'block_size': not a number"):
+        read_requests(bad_first, BYTES)
+    assert len(read_requests(bad_first, BYTES, BadRows("skip"))) == 1
 
 
 token_lists = st.lists(st.integers(0, 2), min_size=1, max_size=70)

@@ -58,6 +58,28 @@ def qa_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, printed.getvalue()
 
 
+def test_rows_of_requests_are_their_owners_and_counts_are_not(
+    qa_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    def mode(path: Path) -> int:
+        return stat.S_IMODE(path.stat().st_mode)
+
+    as_usual = tmp_path / "as_usual"
+    as_usual.touch()
+    of_rows = [*qa_run[0].glob("*.csv"), *qa_run[0].glob("*.jsonl")]
+    assert len(of_rows) == 5 and {mode(path) for path in of_rows} == {0o600}
+    assert mode(qa_run[0] / "multi_turn_stats.json") == mode(as_usual)
+    # A list takes blanks, commas, or both.
+    flags = ("--workloads", "qa,summarization", "--block-size", "16,", "--num-blocks", "32, 64", 128)
+    flags += ("--policies", "lru,fifo", "--max-conversations", 10, "--seeds", 1, "--skip-visualization")
+    assert study("sweep", *flags, "--output-dir", tmp_path / "sweep") == 0
+    assert mode(tmp_path / "sweep" / "sweep.csv") == mode(tmp_path / "sweep" / "sweep.json") == mode(as_usual)
+    cells = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["cells"]
+    assert {cell["workload"] for cell in cells} == {"qa", "summarization"}
+    assert {cell["capacity_blocks"] for cell in cells} == {32, 64, 128}
+    assert {"lru", "fifo"} <= {cell["policy"] for cell in cells}
+
+
 def test_prepare_writes_both_traces_for_their_owner(tmp_path: Path, capsys: Any) -> None:
     assert study("prepare", "--min-turns", 2, "--output-dir", tmp_path / "out") == 0
     assert names(tmp_path / "out") == TRACES

@@ -193,7 +193,7 @@ def test_who_is_not_admitted_is_never_inserted(trace):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "the profile is not JSON"),
+        ("{", "not JSON"),
         ("[]", "a profile is an object of workloads"),
         ('{"qa": {"reuse_probability": 0.5}}', "workload 'qa' needs exactly reuse_probability"),
         ('{"qa": {"reuse_probability": 1, "mean_reuse_s": 1, "admitted": true}}', "from 0 to below 1"),
@@ -210,7 +210,7 @@ def test_a_bad_profile_names_what_is_wrong(text, message, tmp_path):
 
 
 def test_a_warm_up_must_have_seen_every_workload(trace):
-    with pytest.raises(UserError, match="the warm-up of 1 requests has none of"):
+    with pytest.raises(UserError, match="the warm-up of 1 request has none of"):
         learned_profile(trace, 1.2 / trace.num_requests)
     for share in (0.0, 1.0, float("nan")):
         with pytest.raises(UserError, match="--warm-up must be a share between 0 and 1"):
@@ -272,7 +272,7 @@ def test_a_profile_is_told_only_where_a_policy_uses_it(tmp_path, capsys):
         (["--admit", "aq", "--policies", "admit-lru"], "--admit names workloads, unknown: aq"),
         (["--seeds", "3", "--trace-file", "none.jsonl"], "--seeds draws seeded workloads again"),
         (["--warm-up", "2"], "--warm-up must be a share between 0 and 1, not 2.0"),
-        (["--profile", "none.json"], "none.json: cannot read the profile"),
+        (["--profile", "none.json"], "none.json: cannot read it: No such file"),
         (["--trace-file", "none.jsonl"], "none.jsonl"),
         (["--block-size", "-1"], "--block-size must lie between 1"),
     ],

@@ -166,7 +166,10 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: Any) -> None:
     )
     assert abs(chosen["hit_rate"] - advice["hit_rate"]) < 1e-6
     with (tmp_path / "out" / "size.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == len(record["curve"])
+        table = list(csv.DictReader(file))
+    assert [
+        {key: "" if value is None else str(value) for key, value in row.items()} for row in record["curve"]
+    ] == table
     assert (tmp_path / "out" / "size.png").stat().st_size > 10_000
     assert study("report", tmp_path / "out", "--output-dir", tmp_path / "again") == 0
     assert (tmp_path / "again" / "size.png").stat().st_size > 10_000

@@ -42,6 +42,11 @@ def plain_lines(text: object) -> str:
     return plain(text, max_chars=None, keep="\n\t")
 
 
+def counted(number: float, noun: str) -> str:
+    """`1 request`, `2,000 requests`, `0.5 requests`."""
+    return f"{number:{',' if isinstance(number, int) else 'g'}} {noun}{'' if number == 1 else 's'}"
+
+
 def for_picture(text: object, max_chars: int = 80) -> str:
     """The same for matplotlib, where a dollar would begin a formula."""
     return plain(text, max_chars).replace("$", r"\$")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dsatrace.errors import leave_to_rank_0, tell_torchrun
 from dsatrace.text import plain
@@ -34,6 +34,13 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=HelpFormatter,
             allow_abbrev=allow_abbrev,
         )
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """A flag's list takes blanks, commas, or both; the name of a file keeps its commas."""
+        if action.nargs == "+" and action.option_strings and action.metavar != "FILE":
+            parts = (part.strip() for text in arg_strings for part in text.split(","))
+            arg_strings = [part for part in parts if part] or arg_strings
+        return super()._get_values(action, arg_strings)
 
     def format_help(self) -> str:
         """The usage line names what must be given; the optional flags are explained below it."""

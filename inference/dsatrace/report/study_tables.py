@@ -17,6 +17,7 @@ from ..study.measure import Value
 from ..study.metrics import UNITS
 from ..study.sweep_cells import BYPASS, OPT, OVERALL, POOL
 from ..study.sweep_cells import Cell as SweepCell
+from ..text import counted
 from .grid import NONE, Cell, Grid, number
 from .grid import size as bytes_cell
 
@@ -50,7 +51,7 @@ def shown(
 ) -> Cell:
     """A metric's value with its interval and unit; a count is written whole if `like`, or it, is."""
     form, scale, unit = _form_of(name, value if like is None else like)
-    return _ranged(value, low, high, form, scale, unit)
+    return _ranged(value, low, high, form, unit, scale)
 
 
 def _form_of(name: str, value: Value) -> tuple[str, float, str]:
@@ -94,8 +95,8 @@ def run_grids(name: str, statistics: Mapping[str, Any]) -> Iterator[Grid]:
         ends = (entry.get("low"), entry.get("high"))
         means = [shown(key, entry.get("mean"), *ends, like=value) for _ in mean]
         rows.append((key, shown(key, value, *((None, None) if mean else ends)), *means))
-    title = "; ".join(filter(None, (cache_text(statistics["cache"]), intervals_text(intervals))))
-    yield Grid(f"{name}: {title}", ("metric", "value", *mean), rows)
+    title = f"{name}: {_cache_and_intervals(statistics['cache'], intervals)}"
+    yield Grid(title, ("metric", "value", *mean), rows)
     yield rejected_grid({name: statistics["rejected"]})
     workloads = statistics.get("workloads", {})
     if workloads:
@@ -134,13 +135,13 @@ def compare_grids(comparison: Comparison, cache: Mapping[str, Any]) -> Iterator[
             form, scale, unit = _form_of(key, comparison.metrics[key].multi)
             if side == "difference":
                 form, unit = f"+{form}", " points" if unit == " %" else ""
-            cells.append(_ranged(value, low, high, form, scale, unit))
+            cells.append(_ranged(value, low, high, form, unit, scale))
         single, multi = (cell.value for cell in cells[:2])
         ratio = multi / single if single and multi is not None else None
         rows.append((key, *cells, number(ratio, ",.2f" if ratio is None or ratio < 100 else ",.0f", " x")))
     columns = ("metric", "single turn", "multi turn", "multi - single", "multi / single")
-    title = "; ".join(filter(None, (cache_text(cache), intervals_text(comparison.intervals))))
-    yield Grid(f"Single turn against multi turn: {title}", columns, rows)
+    title = f"Single turn against multi turn: {_cache_and_intervals(cache, comparison.intervals)}"
+    yield Grid(title, columns, rows)
     yield rejected_grid(comparison.rejected)
     for name, turns in comparison.per_turn.items():
         yield from _turns(f"{name}, by turn", turns)
@@ -174,13 +175,13 @@ def explain_grid(
     rows = []
     for line in definitions:
         ends = (line.low, line.high)
-        rate = _with_interval(line.value, *((None, None) if mean else ends), ".2f", " %")
-        means = [_with_interval(line.mean, *ends, ".2f", " %") for _ in mean]
+        rate = _ranged(line.value, *((None, None) if mean else ends), ".2f", " %")
+        means = [_ranged(line.mean, *ends, ".2f", " %") for _ in mean]
         used_by = f" ({line.used_by})" if line.used_by else ""
         numbers = (count(line.numerator), count(line.denominator))
         rows.append((line.name, rate, *means, *numbers, line.formula + used_by))
-    title = "; ".join(filter(None, (cache_text(cache), intervals_text(intervals))))
-    return Grid(f"One trace, every definition: {title}", columns, rows, left=(0, len(columns) - 1))
+    title = f"One trace, every definition: {_cache_and_intervals(cache, intervals)}"
+    return Grid(title, columns, rows, left=(0, len(columns) - 1))
 
 
 def rejected_grid(rejected: Mapping[str, Mapping[str, int]]) -> Grid:
@@ -194,11 +195,16 @@ def rejected_grid(rejected: Mapping[str, Mapping[str, int]]) -> Grid:
 
 def cache_text(cache: Mapping[str, Any]) -> str:
     """One line on the cache."""
-    size = "no limit" if cache["num_blocks"] is None else f"{cache['num_blocks']:,} blocks"
-    text = f"{size} of {cache['block_size']} tokens, {cache['concurrency']} live, {cache['schedule']}"
+    size = "no limit" if cache["num_blocks"] is None else counted(cache["num_blocks"], "block")
+    tokens = counted(cache["block_size"], "token")
+    text = f"{size} of {tokens}, {cache['concurrency']} live, {cache['schedule']}"
     if cache["host_blocks"] is not None:
         text += f", host pool of {cache['host_blocks']:,}"
     return text + ("" if cache["prefix_caching"] else ", prefix caching off")
+
+
+def _cache_and_intervals(cache: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
+    return "; ".join(filter(None, (cache_text(cache), intervals_text(intervals))))
 
 
 BOUNDS = (OPT, BYPASS)
@@ -225,7 +231,7 @@ def sweep_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
         chosen = [cell for cell in cells if (cell.workload, cell.block_size) == (workload, size)]
         capacities = sorted({cell.capacity_blocks for cell in chosen})
         by_place = {(cell.policy, cell.capacity_blocks): cell for cell in chosen}
-        columns = ("policy", *(f"{capacity:,} blocks" for capacity in capacities))
+        columns = ("policy", *(counted(capacity, "block") for capacity in capacities))
         rates, gains = [], []
         for policy in _bounds_last(cell.policy for cell in chosen):
             here = [by_place.get((policy, capacity)) for capacity in capacities]
@@ -235,7 +241,7 @@ def sweep_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
         for field, text in COUNTS.items():
             numbers = (getattr(by_place[OPT, capacity], field) for capacity in capacities)
             rates.append((text, *(number(count, ",") for count in numbers)))
-        title = f"{workload}, blocks of {size} tokens"
+        title = f"{workload}, blocks of {counted(size, 'token')}"
         note = BOUNDS_NOTE if (workload, size) == places[-1] else ""
         yield Grid(f"{title}: hit rate in % of prompt blocks", columns, rates, note=note)
         if gains:
@@ -256,11 +262,11 @@ def size_grid(rows: Sequence[Mapping[str, Any]], note: str = "") -> Grid:
     for size_bytes, cells in by_size.items():
         pool = cells[POOL]
         rates = [
-            _with_interval(cells[name]["hit_rate"] if name in cells else None, None, None, ".2f")
+            _ranged(cells[name]["hit_rate"] if name in cells else None, None, None, ".2f")
             for name in policies
         ]
         low, high = pool["hit_rate_low"], pool["hit_rate_high"]
-        rates[policies.index(POOL)] = _with_interval(pool["hit_rate"], low, high, ".2f")
+        rates[policies.index(POOL)] = _ranged(pool["hit_rate"], low, high, ".2f")
         first = Cell("no limit", None) if size_bytes is None else bytes_cell(size_bytes)
         lines.append((first, number(pool["capacity_blocks"], ","), *rates, number(pool["rejected"], ",")))
     title = f"Hit rate in % of {rows[0]['accesses']:,} prompt blocks, by cache on one device"
@@ -281,7 +287,8 @@ def mixed_grids(cells: Sequence[SweepCell]) -> Iterator[Grid]:
         for field, text in COUNTS.items():
             of_each = (number(getattr(by_place[OPT, name], field), ",") for name in workloads)
             rows.append((text, *of_each, ""))
-        title = f"Mixed: hit rate in % of prompt blocks, {capacity} blocks of {size} tokens"
+        cache = f"{counted(capacity, 'block')} of {counted(size, 'token')}"
+        title = f"Mixed: hit rate in % of prompt blocks, {cache}"
         yield Grid(title, ("policy", *workloads, "gain over lru"), rows, note=BOUNDS_NOTE)
 
 
@@ -303,26 +310,20 @@ def _hit_rate(cell: SweepCell | None) -> Cell:
     """In %, with its interval if it has one."""
     if cell is None or not cell.accesses:
         return Cell(NONE, None)
-    return _with_interval(cell.hit_rate, cell.hit_rate_low, cell.hit_rate_high, ".2f")
+    return _ranged(cell.hit_rate, cell.hit_rate_low, cell.hit_rate_high, ".2f")
 
 
 def _gain(cell: SweepCell | None) -> Cell:
     """Over LRU, in points, with its interval if it has one."""
     if cell is None:
         return Cell(NONE, None)
-    return _with_interval(cell.gain, cell.gain_low, cell.gain_high, "+.2f")
-
-
-def _with_interval(
-    share: float | None, low: float | None, high: float | None, form: str, unit: str = ""
-) -> Cell:
-    return _ranged(share, low, high, form, 100, unit)
+    return _ranged(cell.gain, cell.gain_low, cell.gain_high, "+.2f")
 
 
 def _ranged(
-    value: float | None, low: float | None, high: float | None, form: str, scale: float = 1, unit: str = ""
+    value: float | None, low: float | None, high: float | None, form: str, unit: str = "", scale: float = 100
 ) -> Cell:
-    """`61.2 ± 3.1`, or `0.2 (0.0 to 0.6)` where the interval lies unevenly about the value."""
+    """`61.2 ± 3.1`, or `0.2 (0.0 to 0.6)` where the interval lies unevenly; a share without another scale."""
     if value is None:
         return Cell(NONE, None)
     text = f"{scale * value:{form}}"

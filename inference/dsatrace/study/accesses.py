@@ -26,6 +26,7 @@ import orjson
 from dsatrace.errors import UserError
 from dsatrace.kv.simulation.block_trace import BlockTrace
 from dsatrace.study.requests import UNKNOWN, RequestsBuilder, StudyRequests
+from dsatrace.text import counted
 from dsatrace.workloads.json_rows import read_json_rows
 from dsatrace.workloads.private_file import private_file
 from dsatrace.workloads.rows import BadRow, BadRows, Clock, text_column
@@ -82,8 +83,8 @@ def read_accesses(folder: Path, bad_rows: BadRows | None = None) -> StudyRequest
     accesses = list(_read(folder / ACCESSES_FILE, "time_s", _access))
     if len(rows) != len(accesses):
         raise UserError(
-            f"{folder}: {len(rows)} rows in {REQUESTS_FILE} but {len(accesses)} in {ACCESSES_FILE}; "
-            "take both from one study run"
+            f"{folder}: {counted(len(rows), 'row')} in {REQUESTS_FILE} but {len(accesses):,} in "
+            f"{ACCESSES_FILE}; take both from one study run"
         )
     block_size = accesses[0]["block_size"]
     builder = RequestsBuilder(block_size)

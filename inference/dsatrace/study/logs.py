@@ -42,9 +42,9 @@ from dsatrace.study.log_layouts import (
 from dsatrace.study.log_messages import answer_of
 from dsatrace.study.log_times import UNITS_S, Times
 from dsatrace.study.request_files import requests_from_hash_ids
-from dsatrace.study.requests import UNKNOWN, RequestsBuilder, StudyRequests
-from dsatrace.study.tokenization import PROGRESS_EVERY_REQUESTS, NamedVocabulary, PieceEncoder, Progress
-from dsatrace.workloads.id_logs import FORMATS, HashIdReader, HashIdRow, hash_id_format_of
+from dsatrace.study.requests import UNKNOWN, Progress, RequestsBuilder, StudyRequests
+from dsatrace.study.tokenization import NamedVocabulary, PieceEncoder
+from dsatrace.workloads.id_logs import FORMATS, HashIdReader, HashIdRow, hash_id_format_in
 from dsatrace.workloads.json_rows import read_json_rows
 from dsatrace.workloads.rows import (
     SORT_WINDOW,
@@ -160,7 +160,7 @@ def read_log(
         raise UserError(f"--log-block-size is for block ids; {log.text()} holds none")
     times = Times(log.time_unit, layout.time_unit, str(log.paths[0]))
     reader = _Reader(layout, times, log.workloads, bad_rows, counts)
-    builder, turns = RequestsBuilder(), Counter[tuple[str, str]]()
+    builder, turns = RequestsBuilder(progress=progress), Counter[tuple[str, str]]()
     start_s, parents = None, dict[int, int]()
     rows = continued(_merged(log.paths, reader.rows, counts), parents, counts)
     for (time_s, request), prompt, answer in _encoded(rows, vocabulary):
@@ -178,12 +178,8 @@ def read_log(
             workload=request.workload,
             recorded=reader.recorded,
         )  # fmt: skip
-        if progress and len(builder) % PROGRESS_EVERY_REQUESTS == 0:
-            progress(len(builder), builder.num_prompt_ids)
     if not len(builder):
         raise UserError(f"{log.text()}: holds no request")
-    if progress:
-        progress(len(builder), builder.num_prompt_ids)
     requests = builder.build()
     if reader.column is None:
         if log.time_unit is not None:
@@ -315,7 +311,7 @@ class _Reader:
 
 def _by_blocks(log: Log, bad_rows: BadRows, counts: Counter[str]) -> StudyRequests:
     """Of a log of block ids."""
-    layout = next(read_json_rows(log.paths[0], lambda _, row: hash_id_format_of(row), BadRows("skip")))
+    layout = hash_id_format_in(log.paths[0])
     layout = dataclasses.replace(
         layout,
         tokens_per_block=log.block_size or layout.tokens_per_block,

@@ -1,7 +1,8 @@
 """The folder of one study, described by its manifest. It is new or empty, and never overwritten.
 
 `manifest.json` is written first with the state `running`, and at the end with `complete`, or with
-`incomplete` and the error. Files that hold text are readable by their owner only. Knows no metric.
+`incomplete` and the error. A file with text, or with a row per request or block, is readable by its owner
+only; one that only counts, JSON or CSV, by whom the system lets. Knows no metric.
 
     with open_study(Path("outputs/study"), {"study": "run", "argv": [...]}) as folder:
         folder.write_json("multi_turn_stats.json", stats)
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dsatrace.errors import UserError
-from dsatrace.files import write_json
+from dsatrace.files import write_atomically, write_json
 from dsatrace.text import for_file_name
 from dsatrace.version import __version__
 from dsatrace.workloads.private_file import private_file
@@ -52,20 +53,13 @@ class OutputFolder:
         self._names.append(name)
         return self.path / name
 
-    def reserve(self, *names: str) -> None:
-        """For files that another function writes into the folder, under names that it chooses."""
-        for name in names:
-            self.file(name)
-
     @property
     def names(self) -> list[str]:
         """Files asked for so far, without the manifest."""
         return self._names[1:]
 
-    def write_json(self, name: str, record: Mapping[str, Any]) -> Path:
-        path = self.file(name)
-        write_json(path, record)
-        return path
+    def write_json(self, name: str, record: Mapping[str, Any]) -> None:
+        write_json(self.file(name), record)
 
     def write_chosen(self, given: str | None, default: str, record: Mapping[str, Any]) -> None:
         """Writes the JSON file that the user named, else `default`.
@@ -96,19 +90,25 @@ class OutputFolder:
         stem, dot, suffix = name.rpartition(".")
         return f"{stem}_{self._label}.{suffix}" if dot else f"{name}_{self._label}"
 
-    def write_csv(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
-        """A header and the rows; None is an empty cell."""
-        path = self.file(name)
+    def write_counts(self, name: str, rows: Sequence[Mapping[str, object]]) -> None:
+        """A CSV file of the rows, all of the same columns; None is an empty cell."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.file(name), text.getvalue().encode())
+
+    def write_csv(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """A header and a row per request or block, for their owner's eyes; None is an empty cell."""
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns)
-        with private_file(path) as file:
+        with private_file(self.file(name)) as file:
             for number, row in enumerate(rows, 1):
                 writer.writerow(row)
                 if number % _CSV_ROWS_A_WRITE == 0:
                     file.write(_drained(text))
             file.write(_drained(text))
-        return path
 
 
 def check_output(path: Path) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from dsatrace.errors import UserError
 from dsatrace.study.requests import UNKNOWN, Order, StudyRequests, conversation_groups
 from dsatrace.study.tokenization import PieceEncoder
+from dsatrace.text import counted
 from dsatrace.workloads.chat_format import ChatTemplateFormatter
 from dsatrace.workloads.encoding import Vocabulary
 from dsatrace.workloads.request_generator import (
@@ -97,7 +98,7 @@ class ClientSettings:
     def times(self) -> str:
         """What is assumed of arrivals, in a line."""
         kind = "Poisson" if self.use_poisson else "evenly spaced"
-        rate = f"{self.arrival_rate:g} conversations a second, {kind}"
+        rate = f"{counted(self.arrival_rate, 'conversation')} a second, {kind}"
         delay = self.delay
         if not isinstance(delay, ThinkTime):
             return f"{rate}; {delay:g} s from turn to turn"
@@ -210,7 +211,8 @@ def limit_requests(
     counts |= {TOO_FEW_TURNS: int(np.sum(short)), TOO_LONG: int(np.sum(long))}
     if not len(kept):
         raise UserError(
-            f"no request is left: {counts[TOO_FEW_TURNS]} conversations have fewer than {min_turns} turns, "
-            f"{counts[TOO_LONG]} a request over --max-tokens {max_tokens}; loosen the filters"
+            f"no request is left: {counted(counts[TOO_FEW_TURNS], 'conversation')} of fewer turns than "
+            f"--min-turns {min_turns}, {counts[TOO_LONG]:,} with a request over --max-tokens {max_tokens}; "
+            "loosen the filters"
         )
     return kept, counts

@@ -11,16 +11,17 @@ then, so that every policy is measured on every request and none on what it has 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsatrace.errors import UserError
+from dsatrace.files import read_json
 from dsatrace.kv.policies.registry import POLICIES
 from dsatrace.kv.policies.reuse import admitted_workloads, reuse_profile
 from dsatrace.kv.policies.stream import AccessStream
 from dsatrace.kv.simulation.block_trace import BlockTrace
+from dsatrace.text import counted
 
 WARM_UP_SHARE = 0.2
 ADMITTING = ("wa-lru", "admit-lru")
@@ -58,7 +59,7 @@ def learned_profile(trace: BlockTrace, share: float) -> tuple[Profile, float]:
     if missing:
         names = ", ".join(repr(stream.workload_names[i]) for i in missing)
         raise UserError(
-            f"the warm-up of {stream.num_requests} requests has none of {names}; "
+            f"the warm-up of {counted(stream.num_requests, 'request')} has none of {names}; "
             "raise --warm-up, give a --profile, or leave the workload-aware policies out"
         )
     measured = reuse_profile(stream)
@@ -76,12 +77,8 @@ def learned_profile(trace: BlockTrace, share: float) -> tuple[Profile, float]:
 
 def read_profile(path: Path) -> Profile:
     """A profile file: the `profile.json` that a sweep writes, or one made by hand."""
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the profile: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: the profile is not JSON: {error}") from error
+    remedy = "; give the profile.json of a sweep"
+    given = read_json(path, f"--profile {path}", unreadable=remedy, broken=remedy)
     if not isinstance(given, dict) or not given:
         raise UserError(f'{path}: a profile is an object of workloads: {{"qa": {{...}}, ...}}')
     return {name: _entry(path, name, values) for name, values in given.items()}

@@ -19,14 +19,14 @@ from typing import Any
 
 from dsatrace.errors import UserError
 from dsatrace.study.accesses import ACCESSES_FILE, read_accesses
-from dsatrace.study.requests import UNKNOWN, RequestsBuilder, StudyRequest, StudyRequests
-from dsatrace.study.tokenization import Progress, tokenize_rows
+from dsatrace.study.requests import UNKNOWN, Progress, RequestsBuilder, StudyRequest, StudyRequests
+from dsatrace.study.tokenization import tokenize_rows
 from dsatrace.workloads.encoding import Vocabulary
 from dsatrace.workloads.id_logs import (
     HashIdFormat,
     HashIdRow,
     TokenIdRow,
-    hash_id_format_of,
+    hash_id_format_in,
     read_hash_ids,
     read_token_ids,
 )
@@ -58,7 +58,7 @@ def read_requests(
     if "input_tok_ids" in first:
         return requests_from_token_ids(read_token_ids(path, bad_rows))
     if "hash_ids" in first:
-        layout = hash_id_format_of(first)
+        layout = hash_id_format_in(path)
         return requests_from_hash_ids(read_hash_ids(path, layout, bad_rows), layout, counts)
     raise UserError(
         f"{path}: not a request trace: its first row has no column prompt, input_tok_ids or hash_ids; "

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, cast, get_args
 
 import numpy as np
@@ -26,8 +26,13 @@ from dsatrace.errors import UserError
 from dsatrace.kv.simulation.block_trace import BlockTrace, offsets_of
 
 Order = Literal["arrival", "conversation"]
+Progress = Callable[[int, int], None]
+"""Called with the numbers of requests and of prompt ids so far."""
+PROGRESS_EVERY_REQUESTS = 100
 UNKNOWN = -1
 MAX_ID = 2**31 - 1
+COLUMNS = ("conversation", "turn", "workload", "mode", "num_prompt_tokens", "num_response_tokens")
+"""The whole numbers of each request."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,12 +116,7 @@ class StudyRequests:
         return dataclasses.replace(
             self,
             arrival_s=self.arrival_s[rows],
-            conversation=self.conversation[rows],
-            turn=self.turn[rows],
-            workload=self.workload[rows],
-            mode=self.mode[rows],
-            num_prompt_tokens=self.num_prompt_tokens[rows],
-            num_response_tokens=self.num_response_tokens[rows],
+            **{name: getattr(self, name)[rows] for name in COLUMNS},
             prompt_offsets=prompt_offsets,
             prompt_ids=prompt_ids,
             response_offsets=response_offsets,
@@ -172,15 +172,10 @@ class StudyRequests:
 class RequestsBuilder:
     """Collects requests one by one, in order of arrival, and packs them; 4 bytes per id (8 for block ids)."""
 
-    def __init__(self, tokens_per_id: int = 1) -> None:
-        self._tokens_per_id = tokens_per_id
+    def __init__(self, tokens_per_id: int = 1, progress: Progress | None = None) -> None:
+        self._tokens_per_id, self._progress = tokens_per_id, progress
         self._arrival_s = array("d")
-        self._columns = {
-            name: array("i")
-            for name in (
-                "conversation", "turn", "workload", "mode", "num_prompt_tokens", "num_response_tokens"
-            )
-        }  # fmt: skip
+        self._columns = {name: array("i") for name in COLUMNS}
         self._num_prompt_ids, self._num_response_ids = array("q"), array("q")
         self._prompt_ids, self._response_ids = array("i" if tokens_per_id == 1 else "q"), array("i")
         self._conversations: dict[tuple[str, ...], int] = {}
@@ -190,10 +185,6 @@ class RequestsBuilder:
 
     def __len__(self) -> int:
         return len(self._arrival_s)
-
-    @property
-    def num_prompt_ids(self) -> int:
-        return len(self._prompt_ids)
 
     def add(
         self,
@@ -228,18 +219,22 @@ class RequestsBuilder:
         self._num_response_ids.append(len(response_ids))
         self._prompt_ids.extend(prompt_ids)
         self._response_ids.extend(response_ids)
-        row = {
-            "conversation": number,
-            "turn": turn,
-            "workload": self._workloads.setdefault(workload, len(self._workloads)),
-            "mode": self._modes.setdefault(mode, len(self._modes)),
-            "num_prompt_tokens": len(prompt_ids) if num_prompt_tokens is None else num_prompt_tokens,
-            "num_response_tokens": len(response_ids) if num_response_tokens is None else num_response_tokens,
-        }
-        for name, value in row.items():
-            self._columns[name].append(value)
+        row = (
+            number,
+            turn,
+            self._workloads.setdefault(workload, len(self._workloads)),
+            self._modes.setdefault(mode, len(self._modes)),
+            len(prompt_ids) if num_prompt_tokens is None else num_prompt_tokens,
+            len(response_ids) if num_response_tokens is None else num_response_tokens,
+        )
+        for column, value in zip(self._columns.values(), row, strict=True):
+            column.append(value)
+        if self._progress and len(self) % PROGRESS_EVERY_REQUESTS == 0:
+            self._progress(len(self), len(self._prompt_ids))
 
     def build(self) -> StudyRequests:
+        if self._progress:
+            self._progress(len(self), len(self._prompt_ids))
         return StudyRequests(
             arrival_s=np.array(self._arrival_s, dtype=np.float64),
             prompt_offsets=offsets_of(np.array(self._num_prompt_ids, dtype=np.int64)),

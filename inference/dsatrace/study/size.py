@@ -14,12 +14,12 @@ of a trace share the caches. Knows no file and no model, only the bytes of a blo
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
 from dsatrace.errors import UserError
 from dsatrace.kv.simulation.block_trace import BlockTrace
@@ -29,7 +29,6 @@ from dsatrace.study.spread import Kind, pooled, with_intervals
 from dsatrace.study.sweep import SweepSettings, policy_runs, sweep
 from dsatrace.study.sweep_cells import (
     BYPASS,
-    COUNTED,
     LRU,
     OPT,
     OVERALL,
@@ -37,8 +36,10 @@ from dsatrace.study.sweep_cells import (
     Cell,
     Cells,
     Given,
+    added,
     pool_cells,
 )
+from dsatrace.text import counted
 from dsatrace.units import size_text
 
 Routing = Literal["round-robin", "prefix-affine"]
@@ -60,7 +61,7 @@ def replica_traces(
     if replicas == 1:
         return [whole]
     if whole.num_requests < replicas:
-        raise UserError(f"--replicas {replicas}: there are only {whole.num_requests} requests")
+        raise UserError(f"--replicas {replicas}: there are only {counted(whole.num_requests, 'request')}")
     to = np.arange(whole.num_requests) % replicas
     if routing == "prefix-affine":
         to = _by_prefix(
@@ -151,22 +152,9 @@ def size_cells(
         (most,) = pool_cells(OVERALL, given, max(1, one.num_blocks_at_most), settings.concurrency)
         cells.append(dataclasses.replace(most, policy=UNLIMITED, capacity_blocks=0))
         of_replicas.append([cell for cell in cells if cell.policy in (*SHOWN, UNLIMITED)])
-    return [
-        dataclasses.replace(
-            same[0],
-            **{name: sum(getattr(cell, name) for cell in same) for name in COUNTED},
-            parts=_together([cell.parts for cell in same], settings.by_conversation),
-        )
-        for same in zip(*of_replicas, strict=True)
-    ]
-
-
-def _together(parts: Sequence[NDArray[np.int64]], by_conversation: bool) -> NDArray[np.int64]:
-    """Groups of conversations stay groups; a seed is one part, however many replicas serve it."""
-    if by_conversation:
-        return np.concatenate(parts)
-    total: NDArray[np.int64] = np.sum(parts, axis=0)
-    return total
+    # Groups of conversations stay groups; a seed is one part, however many replicas serve it.
+    together = np.concatenate if settings.by_conversation else functools.partial(np.sum, axis=0)
+    return [added(same, together([cell.parts for cell in same])) for same in zip(*of_replicas, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

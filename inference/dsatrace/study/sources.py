@@ -30,8 +30,8 @@ from dsatrace.study.logs import Log, read_log
 from dsatrace.study.output_folder import MANIFEST_FILE
 from dsatrace.study.prepare import ClientSettings, PreparedTraces, limit_requests, prepare_traces
 from dsatrace.study.request_files import holds_text, read_requests
-from dsatrace.study.requests import UNKNOWN, StudyRequests, by_workload, conversation_groups
-from dsatrace.study.tokenization import NamedVocabulary, Progress, tokenize_rows
+from dsatrace.study.requests import UNKNOWN, Progress, StudyRequests, by_workload, conversation_groups
+from dsatrace.study.tokenization import NamedVocabulary, tokenize_rows
 from dsatrace.workloads.digests import file_sha256, folder_sha256
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.samples import sample_file

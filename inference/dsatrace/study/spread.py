@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dsatrace.kv.blocks import HIT
 from dsatrace.study.metrics import Values
 from dsatrace.study.run import Replayed
-from dsatrace.study.sweep_cells import COUNTED, LRU, Cell, Cells
+from dsatrace.study.sweep_cells import LRU, Cell, Cells, added
 
 Kind = Literal["seeds", "conversations"]
 NUM_SEEDS = 8
@@ -47,14 +47,7 @@ def pooled(of_seeds: Iterable[Cells]) -> Cells:
     for cell in (cell for cells in of_seeds for cell in cells):
         place = (cell.workload, cell.block_size, cell.capacity_blocks, cell.policy)
         by_place.setdefault(place, []).append(cell)
-    return [
-        dataclasses.replace(
-            same[0],
-            **{name: sum(getattr(cell, name) for cell in same) for name in COUNTED},
-            parts=np.concatenate([cell.parts for cell in same]),
-        )
-        for same in by_place.values()
-    ]
+    return [added(same, np.concatenate([cell.parts for cell in same])) for same in by_place.values()]
 
 
 def with_intervals(cells: Sequence[Cell], kind: Kind) -> Cells:

@@ -169,6 +169,13 @@ class Cell:
         }
 
 
+def added(cells: Sequence[Cell], parts: NDArray[np.int64]) -> Cell:
+    """The counts of the same cell in several replays, added up."""
+    return dataclasses.replace(
+        cells[0], **{name: sum(getattr(cell, name) for cell in cells) for name in COUNTED}, parts=parts
+    )
+
+
 def conversation_parts(conversation: NDArray[np.integer]) -> NDArray[np.int64]:
     """(R,) at most `MAX_GROUPS` groups of whole conversations; a request of none (-1) is a conversation."""
     number = conversation_groups(conversation)

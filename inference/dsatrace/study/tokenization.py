@@ -14,12 +14,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from dsatrace.errors import UserError
-from dsatrace.study.requests import RequestsBuilder, StudyRequests
+from dsatrace.study.requests import Progress, RequestsBuilder, StudyRequests
 from dsatrace.workloads.chat import JinjaForm, form_of
 from dsatrace.workloads.chat_format import CUE, ChatTemplateFormatter, split_chat_text
 from dsatrace.workloads.encoding import SPECIAL_TOKENS, Vocabulary
@@ -27,11 +27,9 @@ from dsatrace.workloads.tokenizer import BOS, PACKAGE, Tokenizer, choose_tokeniz
 from dsatrace.workloads.trace_rows import TraceRow
 
 WORDS = "words"
-Progress = Callable[[int, int], None]
 Piece = tuple[str, bool]
 """A text that is encoded by itself, and whether it is a special token."""
 Item = TypeVar("Item")
-PROGRESS_EVERY_REQUESTS = 100
 _MAX_KEPT_CHARS = 1 << 25
 _BATCH_CHARS = 1 << 20
 _WORD = re.compile(r" ?\w+|\s+(?!\w)|[^\w\s]|\s")
@@ -186,10 +184,9 @@ def tokenize_rows(
 ) -> StudyRequests:
     """Every row as a request. An id under another workload or mode is another conversation.
 
-    `progress` is called with the numbers of requests and prompt tokens so far. Raises a
-    `UserError` for a prompt without a token.
+    Raises a `UserError` for a prompt without a token.
     """
-    builder = RequestsBuilder()
+    builder = RequestsBuilder(progress=progress)
     texts = ((row, row.prompt, row.response) for row in rows)
     for row, prompt, response in PieceEncoder(vocabulary).encoded(texts):
         conversation = (row.workload, row.mode, row.conversation_id) if row.conversation_id else ()
@@ -203,10 +200,6 @@ def tokenize_rows(
             mode=row.mode,
             recorded=row.recorded,
         )
-        if progress and len(builder) % PROGRESS_EVERY_REQUESTS == 0:
-            progress(len(builder), builder.num_prompt_ids)
     if not len(builder):
         raise UserError("the trace holds no request; check what its filters left")
-    if progress:
-        progress(len(builder), builder.num_prompt_ids)
     return builder.build()

@@ -50,9 +50,9 @@ from dsatrace.workloads.rows import (
     read_line,
     read_rows,
 )
+from dsatrace.workloads.trace_rows import MAX_TIMESTAMP_S
 
 MAX_LINE_BYTES = 1 << 20
-MAX_TIMESTAMP_S = 1e10  # three centuries: room for dates counted from 1970
 MAX_TOKENS = 10_000_000
 
 TIMESTAMP, SESSION, ELAPSED = "Timestamp", "Session ID", "Elapsed time"
@@ -328,11 +328,7 @@ BURSTGPT = DataSet(
     licence="CC-BY-4.0 (HPMLL/BurstGPT, arXiv:2401.17644)",
     flags=(
         Flag("--burstgpt-csv", "a BurstGPT file, of either layout", type=Path),
-        Flag(
-            "--max-new-tokens-cap",
-            "most tokens of an answer (default: as many as in the log)",
-            type=int,
-        ),
+        Flag("--max-new-tokens-cap", "most tokens of an answer (default: as many as in the log)", type=int),
         Flag("--keep-failures", "serve logged failures too, for one token", action="store_true"),
         Flag("--time-scale", "multiplies every gap; 0 sends all at once", type=float, default=1.0),
         Flag(

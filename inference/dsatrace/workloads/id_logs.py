@@ -85,18 +85,17 @@ class HashIdRow:
     recorded: bool = True  # whether the arrival was
 
 
-def hash_id_format(name: str) -> HashIdFormat:
-    if name not in FORMATS:
-        raise UserError(f"unknown trace layout {name!r}; use one of {', '.join(FORMATS)}")
-    return FORMATS[name]
-
-
 def hash_id_format_of(row: Mapping[str, Any]) -> HashIdFormat:
     """The layout of a row: with a `chat_id` it is Bailian's, else Mooncake's; with the row's `block_size`."""
     layout = BAILIAN if "chat_id" in row else MOONCAKE
     if BLOCK_SIZE not in row:
         return layout
     return dataclasses.replace(layout, tokens_per_block=max(1, count_column(row, BLOCK_SIZE, MAX_TOKENS)))
+
+
+def hash_id_format_in(path: str | Path) -> HashIdFormat:
+    """The layout of the first usable row."""
+    return next(read_json_rows(path, lambda _, row: hash_id_format_of(row), BadRows("skip")))
 
 
 def read_hash_ids(
@@ -106,8 +105,8 @@ def read_hash_ids(
 
     A row is bad as for `HashIdReader`, and if its timestamp is before the last good row's.
     """
-    kind = layout or next(read_json_rows(path, lambda _, row: hash_id_format_of(row), BadRows("skip")))
-    yield from HashIdReader(kind, bad_rows or BadRows(), clock=Clock("timestamp")).rows(path)
+    layout = layout or hash_id_format_in(path)
+    yield from HashIdReader(layout, bad_rows or BadRows(), clock=Clock("timestamp")).rows(path)
 
 
 class HashIdReader:

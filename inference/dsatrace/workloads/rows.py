@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal, NoReturn, TypeVar, get_args
 
 from dsatrace.errors import UserError
+from dsatrace.text import counted
 
 Policy = Literal["fail", "skip"]
 Piece = TypeVar("Piece")
@@ -70,9 +71,8 @@ class BadRows:
 
     def text(self) -> str:
         """One line for the terminal."""
-        total = self.counts.total()
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.counts.items()))
-        return f"{total} bad row{'' if total == 1 else 's'} skipped" + (f": {reasons}" if reasons else "")
+        return f"{counted(self.counts.total(), 'bad row')} skipped" + (f": {reasons}" if reasons else "")
 
     def summary(self) -> dict[str, object]:
         """The same for `summary.json`."""
@@ -103,7 +103,7 @@ def read_rows(
     if not num_rows:
         raise UserError(f"{source}: the file holds no rows")
     if not num_usable:
-        raise UserError(f"{source}: none of its {num_rows} rows can be used: {bad_rows.text()}")
+        raise UserError(f"{source}: none of its {counted(num_rows, 'row')} can be used: {bad_rows.text()}")
 
 
 def open_source(path: str | Path) -> BinaryIO:

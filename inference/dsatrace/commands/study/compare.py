@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dsatrace.commands.study import options
+from dsatrace.commands.study.run import draw_distributions
 from dsatrace.errors import UserError, exits_cleanly
-from dsatrace.study.output_folder import OutputFolder
-from dsatrace.study.run import Replayed
 from dsatrace.study.sources import CHATS
 from dsatrace.workloads.trace_rows import MULTI_TURN
 
@@ -60,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 cache = write_results(part, mode, replayed[mode], intervals=intervals)["cache"]
             part.write_chosen(args.output_file, "comparison.json", {"cache": cache, **comparison.record()})
             if not args.skip_visualization:
-                draw_compared(part, options.title_of(client, settings), replayed)
+                draw_distributions(part, options.title_of(client, settings), replayed)
                 about = options.title_of(client, settings, comparison.intervals)
                 draw_comparison(part.file("comparison.png"), about, comparison)
             grids += compare_grids(comparison, cache)
@@ -69,22 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.show_of(client, grids, args.markdown)
     options.say_where(path, client)
     return 0
-
-
-def draw_compared(folder: OutputFolder, about: str, replayed: Mapping[str, Replayed]) -> None:
-    """The three distributions with both traces in them."""
-    from dsatrace.report import study_figures as figures
-    from dsatrace.study.measure import block_counts, reuse_gaps, sharing_fractions
-
-    fractions = {mode: sharing_fractions(each) for mode, each in replayed.items()}
-    figures.draw_sharing(folder.file("sharing_fraction_cdf.png"), about, fractions)
-    hits = {mode: block_counts(each).hits for mode, each in replayed.items()}
-    figures.draw_block_hits(folder.file("block_hit_distribution.png"), about, hits)
-    gaps = {}
-    for mode, each in replayed.items():
-        gaps[f"{mode}, between accesses"] = reuse_gaps(each)
-        gaps[f"{mode}, hit to hit"] = reuse_gaps(each, hits_only=True)
-    figures.draw_gaps(folder.file("reuse_gap_cdf.png"), about, gaps)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -30,7 +30,7 @@ from dsatrace.study.run import StudySettings, check_size
 from dsatrace.study.sources import Client, Source
 from dsatrace.study.spread import NUM_SEEDS, Kind
 from dsatrace.study.tokenization import WORDS, open_vocabulary
-from dsatrace.text import plain
+from dsatrace.text import counted, plain
 from dsatrace.trace.manifest import redact_argv
 from dsatrace.workloads.rows import BadRows
 from dsatrace.workloads.sharegpt import SHAREGPT as DATA_SET
@@ -293,7 +293,7 @@ def seeds_of(args: argparse.Namespace, client: Client) -> list[int]:
 def spread_over(seeds: Sequence[int], traces: Iterable[StudyRequests], kind: Kind) -> str:
     """What the intervals are over; a request of no known conversation stands for itself."""
     if kind == "seeds":
-        return f"{len(seeds)} seeds"
+        return counted(len(seeds), "seed")
     known = any(len(requests.conversation_ids) for requests in traces)
     return f"{'conversations' if known else 'requests'}, bootstrapped"
 
@@ -324,8 +324,7 @@ def show_of(client: Client, grids: Iterable[Grid], as_markdown: bool) -> None:
     from dsatrace.report.study_tables import noted
 
     say_what_was_read(client)
-    manifest = {"tokenizer": client.vocabulary.label, "times": client.times}
-    show(noted(grids, manifest), as_markdown)
+    show(noted(grids, client.describe()), as_markdown)
 
 
 def show(grids: Iterable[Grid], as_markdown: bool) -> None:
@@ -347,10 +346,9 @@ def title_of(
     from dsatrace.report.study_tables import about_text, cache_text
 
     cache = "" if settings is None else cache_text(dataclasses.asdict(settings))
-    manifest = {"tokenizer": client.vocabulary.label, "times": client.times}
     if intervals is None and client.source.is_seeded:
         cache += f"; seed {client.settings.seed}"
-    return about_text(client.source.text(), manifest, cache, intervals)
+    return about_text(client.source.text(), client.describe(), cache, intervals)
 
 
 def say_what_was_read(client: Client) -> None:

@@ -13,7 +13,8 @@ from dsatrace.commands.study import options
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.study.output_folder import OutputFolder
 from dsatrace.study.sources import Client
-from dsatrace.text import plain
+from dsatrace.text import counted, plain
+from dsatrace.workloads.id_logs import FORMATS
 from dsatrace.workloads.trace_rows import MULTI_TURN, write_trace_rows
 
 BOTH = "both"
@@ -49,15 +50,15 @@ def _write(folder: OutputFolder, client: Client, mode: str, args: argparse.Names
     if client.has_text:
         file = folder.file(args.output_file or f"{mode}_trace.jsonl")
         num_rows = write_trace_rows(file, client.rows(mode))
-        print(f"{plain(file)}: {num_rows:,} requests; it holds text, so only you can read it")
+        print(f"{plain(file)}: {counted(num_rows, 'request')}; it holds text, so only you can read it")
     if args.hash_ids is not None:
         from dsatrace.study.request_files import hash_id_rows
-        from dsatrace.workloads.id_logs import hash_id_format, write_hash_ids
+        from dsatrace.workloads.id_logs import write_hash_ids
 
-        layout = hash_id_format(args.hash_ids)
+        layout = FORMATS[args.hash_ids]
         file = folder.file(f"{mode}_{layout.name}.jsonl")
         num_rows = write_hash_ids(file, hash_id_rows(client.requests(mode), layout), layout)
-        print(f"{plain(file)}: {num_rows:,} requests as block ids, without text")
+        print(f"{plain(file)}: {counted(num_rows, 'request')} as block ids, without text")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +72,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     options.add_request_arguments(parser, modes=(BOTH, *options.TURNS))
     options.add_output_arguments(parser, "the trace, with --mode", pictures=False)
-    parser.add_argument(
-        "--hash-ids", choices=("mooncake", "bailian"), help="write block ids too: what can be published"
-    )
+    parser.add_argument("--hash-ids", choices=FORMATS, help="write block ids too: what can be published")
     return parser

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsatrace.commands.study import options
@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if client.has_text:
             write_trace_rows(folder.file(f"{name}_trace.jsonl"), client.rows(args.mode))
         if args.write_accesses:
-            folder.reserve(REQUESTS_FILE, ACCESSES_FILE)
+            for file in (REQUESTS_FILE, ACCESSES_FILE):
+                folder.file(file)
             write_accesses(folder.path, requests, replayed.trace)
     options.show_of(client, grids, args.markdown)
     options.say_where(path, client)
@@ -86,16 +87,12 @@ def _intervals(
 
 
 def draw_run(folder: OutputFolder, replayed: Replayed, name: str, client: Client) -> None:
-    """The three distributions, over all requests and over those of each workload."""
+    """The distributions, over all requests and over those of each workload."""
     from dsatrace.report import study_figures as figures
     from dsatrace.study.measure import block_counts, of_workload, reuse_gaps, sharing_fractions, workloads_in
 
     about = options.title_of(client, replayed.settings)
-    fractions, hits = {name: sharing_fractions(replayed)}, {name: block_counts(replayed).hits}
-    figures.draw_sharing(folder.file("sharing_fraction_cdf.png"), about, fractions)
-    figures.draw_block_hits(folder.file("block_hit_distribution.png"), about, hits)
-    gaps = {"between accesses": reuse_gaps(replayed), "hit to hit": reuse_gaps(replayed, hits_only=True)}
-    figures.draw_gaps(folder.file("reuse_gap_cdf.png"), about, gaps)
+    draw_distributions(folder, about, {name: replayed})
     workloads = workloads_in(replayed)
     labels = file_labels([workload or name for workload in workloads])
     for workload in _drawn(workloads):
@@ -107,6 +104,22 @@ def draw_run(folder: OutputFolder, replayed: Replayed, name: str, client: Client
         figures.draw_sharing(folder.file(f"reuse_fraction_cdf_{label}.png"), about, fractions)
         figures.draw_block_hits_cdf(folder.file(f"block_hits_cdf_{label}.png"), about, hits)
         figures.draw_gaps(folder.file(f"block_reuse_gaps_cdf_{label}.png"), about, gaps)
+
+
+def draw_distributions(folder: OutputFolder, about: str, replayed: Mapping[str, Replayed]) -> None:
+    """Sharing, hits and gaps, with all the traces in each picture."""
+    from dsatrace.report import study_figures as figures
+    from dsatrace.study.measure import block_counts, reuse_gaps, sharing_fractions
+
+    fractions = {name: sharing_fractions(each) for name, each in replayed.items()}
+    figures.draw_sharing(folder.file("sharing_fraction_cdf.png"), about, fractions)
+    hits = {name: block_counts(each).hits for name, each in replayed.items()}
+    figures.draw_block_hits(folder.file("block_hit_distribution.png"), about, hits)
+    gaps = {}
+    for name, each in replayed.items():
+        gaps[f"{name}, between accesses"] = reuse_gaps(each)
+        gaps[f"{name}, hit to hit"] = reuse_gaps(each, hits_only=True)
+    figures.draw_gaps(folder.file("reuse_gap_cdf.png"), about, gaps)
 
 
 def _drawn(workloads: Sequence[str]) -> Iterable[str]:

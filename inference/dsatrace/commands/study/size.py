@@ -126,7 +126,7 @@ def _write(
     result = {"recommendation": {**dataclasses.asdict(advice), "text": text}, "curve": rows}
     record = client.describe() | about | result
     folder.write_chosen(args.output_file, "size.json", record)
-    folder.write_csv("size.csv", list(rows[0]), (list(row.values()) for row in rows))
+    folder.write_counts("size.csv", rows)
     if not args.skip_visualization:
         from dsatrace.report.study_figures import draw_size
 

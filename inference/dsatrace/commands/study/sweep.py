@@ -48,7 +48,7 @@ from dsatrace.study.sweep import (
     sweep,
 )
 from dsatrace.study.sweep_cells import OVERALL, SEMANTICS, Cell, num_repeated_outputs
-from dsatrace.text import plain
+from dsatrace.text import counted, plain
 from dsatrace.workloads.synthetic import WORKLOADS
 
 ACCESSES_PER_WORKER = 10_000_000
@@ -80,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser(verb).parse_args(argv)
     capacities = options.capacities_of(args, verb.capacities)
     check_size("--concurrency", args.concurrency)
-    admit = None if args.admit is None else [n for part in args.admit for n in part.split(",") if n]
     policies, profiled = _policies(args, verb)
     priorities = None if args.priorities is None else options.numbers_by_name("--priorities", args.priorities)
     given_profile = None if args.profile is None else read_profile(args.profile)
@@ -88,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def settings_for(inputs: Inputs, seed: int) -> tuple[SweepSettings, Profile | None, str]:
         profile, since_s, how = _profile(args, inputs, given_profile, profiled)
-        params = params_of(policies, profile, since_s, admit=admit, priorities=priorities, seed=seed)
+        params = params_of(policies, profile, since_s, admit=args.admit, priorities=priorities, seed=seed)
         runs = policy_runs(policies, args.forms, params)
         by_conversation = not client.source.is_seeded
         settings = SweepSettings(capacities, runs, args.oversize, args.concurrency, by_conversation)
@@ -124,9 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dsatrace.report.study_tables import mixed_grids, sweep_grids
 
     options.show_of(client, (mixed_grids if args.together else sweep_grids)(cells), args.markdown)
-    if admit is not None:
+    if args.admit is not None:
         admitting = ", ".join(name for name in policies if name in ADMITTING)
-        print(f"admitted by {admitting}: {plain(', '.join(admit))}")
+        print(f"admitted by {admitting}: {plain(', '.join(args.admit))}")
     if profiled:
         print(f"profile of the workloads, for {', '.join(profiled)}: {plain(how)}")
     of = options.spread_over(seeds, traces.values(), kind)
@@ -146,7 +145,7 @@ def _write(
     """The cells as CSV and, with the record, as JSON; the pictures."""
     rows = [cell.row() for cell in cells]
     folder.write_chosen(args.output_file, f"{verb.name}.json", record | {"cells": rows})
-    folder.write_csv(f"{verb.name}.csv", list(rows[0]), (list(row.values()) for row in rows))
+    folder.write_counts(f"{verb.name}.csv", rows)
     if not args.skip_visualization:
         from dsatrace.report.study_figures import draw_all_capacities, draw_all_mixed
 
@@ -225,7 +224,7 @@ def _profile(
         return None, 0.0, "none needed"
     profile, since_s = learned_profile(trace, args.warm_up)
     num_first = round(args.warm_up * trace.num_requests)
-    how = f"learned from the first {num_first:,} requests, until which they are lru"
+    how = f"learned from the first {counted(num_first, 'request')}, until then they are lru"
     return profile, since_s, how
 
 
@@ -295,7 +294,7 @@ def _parser(verb: _Verb) -> argparse.ArgumentParser:
         "--admit",
         nargs="+",
         metavar="NAME",
-        help="workloads that wa-lru prefers and admit-lru inserts, with commas or blanks (default: learned)",
+        help="workloads that wa-lru prefers and admit-lru inserts (default: learned)",
     )
     add("--profile", type=Path, help="profile.json of an earlier run, for the workload-aware policies")
     add(
