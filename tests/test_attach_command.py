@@ -82,7 +82,8 @@ def test_what_cannot_be_loaded(
     assert f"{other}: cannot load it" in said(other)
     (other / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"]}))
     assert "knows no NoSuchModel" in said(other)
-    assert "--temperature -1.0: use 0 (greedy) or more" in said(checkpoint, "--temperature", "-1")
+    assert "--temperature -1.0: use 0 (greedy)" in said(checkpoint, "--temperature", "-1")
+    assert "--temperature nan: use 0 (greedy)" in said(checkpoint, "--temperature", "nan")
     if not importlib.util.find_spec("accelerate"):
         assert "`pip install accelerate`" in said(checkpoint, "--device-map", "auto")
     (tmp_path / "prompts.txt").write_text("")

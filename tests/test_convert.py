@@ -451,7 +451,7 @@ def make_large(folder: Path, num_layers: int) -> None:
         qk_rope_head_dim=16, v_head_dim=4096, index_n_heads=2, index_head_dim=16, dtype="bf16",
     )  # fmt: skip
     folder.mkdir()
-    layout = tiny._layout(args, "bf16")
+    layout = tiny.layout_of(args, "bf16")
     for layer in range(-1, num_layers):
         here = {
             name: tensor

@@ -128,7 +128,7 @@ def test_overrides_win(tmp_path, v32):
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "deepseek_v3"}, "model_type deepseek_v3: this model has no indexer"),
-    ({"model_type": "deepseek_v4"}, "model_type deepseek_v4: its indexer is another one; `attach`"),
+    ({"model_type": "deepseek_v4"}, "model_type deepseek_v4: its indexer is another one; `dsatrace attach`"),
     ({"model_type": "llama"}, "model_type llama: not a model that is known here"),
     ({"model_type": ...}, "no model_type"),
     ({"model_type": ["deepseek_v32"]}, r"model_type \['deepseek_v32'\]: not a model"),

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -339,7 +340,8 @@ def test_ctrl_c_leaves_a_run_that_resume_completes(checkpoint: Path, tmp_path: P
     assert RunReader(folder).state == "incomplete"
     assert verify(folder).state == "incomplete"
 
-    assert main(["--resume", str(folder)]) == 0
+    with mock.patch("dsatrace.trace.config.default_run_folder", side_effect=AssertionError("another folder")):
+        assert main(["--resume", str(folder)]) == 0
     assert verify(folder).state == "complete"
     whole = run(*flags)
     key = ("request_id", "step_idx", "layer_id")

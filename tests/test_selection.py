@@ -42,6 +42,19 @@ def test_equals_the_definition_with_many_ties(data, first_pos, num_rows, k):
             assert margin[i].item() == float("inf")
 
 
+def test_equal_infinities_are_a_tie():
+    """Their margin is nan, which is not 0; the lower positions are chosen all the same."""
+    scores = mask_future(torch.randn(3, 203, generator=torch.Generator().manual_seed(2)), 200)
+    scores[0, 5:195:10] = float("inf")
+    scores[2, 7:200:20] = 9.0
+    for k in range(1, 19):
+        positions, values, margin = select_topk(scores, k, 200)
+        assert positions[0].sort().values.tolist() == list(range(5, 195, 10))[:k]
+        assert set(positions[2].tolist()) == plain_topk(scores[2].tolist(), k)
+        assert torch.equal(scores.gather(1, positions), values)
+        assert margin[0].isnan() and not margin[1:].isnan().any()
+
+
 @pytest.mark.parametrize(("num_rows", "length"), [(9, 4099), (1, 40003)])
 @pytest.mark.parametrize("decimals", [1, 6])
 def test_columns_left_out_change_nothing(num_rows, length, decimals):

@@ -21,11 +21,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from machine import announce
+from machine import announce, flag_parser
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
-
-from dsatrace.commands.parser import HelpFormatter
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.model.batch import Batch, Span
 from dsatrace.model.checkpoint import load_transformer
@@ -254,9 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], formatter_class=HelpFormatter
-    )
+    parser: argparse.ArgumentParser = flag_parser(__doc__)
     parser.add_argument("--random", action="store_true", help="random weights, 6 layers of width 512")
     parser.add_argument("--prompts", type=int, default=4, help="number of prompts")
     parser.add_argument("--tokens", type=int, default=2000, help="tokens per prompt, at most")

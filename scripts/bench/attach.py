@@ -28,10 +28,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
-sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
-
 from machine import Rows, announce
 
 import dsatrace

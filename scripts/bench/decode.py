@@ -29,12 +29,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from machine import Rows, announce, peak_bytes
+from machine import Rows, announce, flag_parser, peak_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
-
-from dsatrace.commands.parser import HelpFormatter
 from dsatrace.engine.settings import EngineSettings
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.model.batch import Batch, Span
@@ -333,9 +330,7 @@ def ratios(theirs: Measurement, ours: Measurement) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], formatter_class=HelpFormatter
-    )
+    parser: argparse.ArgumentParser = flag_parser(__doc__)
     contexts = [512, 2048, 4096, 8192, 32768]
     parser.add_argument("--contexts", type=int, nargs="+", default=contexts, help="tokens")
     parser.add_argument(

@@ -16,15 +16,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from machine import Rows, announce
+from machine import Rows, announce, flag_parser
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
-
-from dsatrace.commands.parser import HelpFormatter
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.model.attention import GATHER_BYTES, MLA
 from dsatrace.model.config import ModelArgs
@@ -199,9 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], formatter_class=HelpFormatter
-    )
+    parser: argparse.ArgumentParser = flag_parser(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 256], help="rows of a batch")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's choice)")
     parser.add_argument("--turns", type=int, default=5, help="runs of each way, of which the best counts")

@@ -25,8 +25,6 @@ import numpy as np
 import torch
 from machine import announce
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
-
 from dsatrace.commands.parser import CommandParser, count
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.files import write_json
@@ -39,11 +37,10 @@ from dsatrace.layerwise.weights import layers_to_compute, names_of
 from dsatrace.model.config import ModelArgs
 from dsatrace.model.kernels import get_kernels
 from dsatrace.model.layers import ModelSetup
-from dsatrace.model.names import UNQUANTISED, checkpoint_tensors, scale_of
 from dsatrace.model.parallel import ParallelGroup
 from dsatrace.model.plan import read_part
-from dsatrace.model.shards import Layout, ShardWriter
-from dsatrace.model.tiny import hf_config
+from dsatrace.model.shards import ShardWriter
+from dsatrace.model.tiny import hf_config, layout_of
 from dsatrace.units import size_text
 
 ARGS = ModelArgs(n_layers=2, n_dense_layers=0, vocab_size=4096)
@@ -51,20 +48,13 @@ ARGS = ModelArgs(n_layers=2, n_dense_layers=0, vocab_size=4096)
 LAYERS = range(2)
 
 
-def write_layer(folder: Path, args: ModelArgs = ARGS, seed: int = 0) -> None:
+def write_layer(folder: Path, args: ModelArgs = ARGS) -> None:
     """What a sweep of `LAYERS` reads, in one file: fp8 with scales, the rest in bf16 and fp32."""
     work = layers_to_compute(args, LAYERS)
-    targets = {name: checkpoint_tensors(args)[name] for name in names_of(args, work)}
-    layout: Layout = {}
-    for name, target in targets.items():
-        if len(target.shape) == 2 and not target.name.endswith(UNQUANTISED):
-            layout[name] = ("F8_E4M3", target.shape)
-            scale_name, scale = scale_of(name, target)
-            layout[scale_name] = ("F32", scale.shape)
-        else:
-            layout[name] = ("F32" if name.endswith("e_score_correction_bias") else "BF16", target.shape)
+    names, whole = set(names_of(args, work)), layout_of(args, "fp8")
+    layout = {name: whole[name] for name in whole if name.removesuffix("_scale_inv") in names}
     folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     codes = torch.randn(1 << 24, generator=generator).to(torch.float8_e4m3fn)
     with ShardWriter(folder / "model-00001-of-00001.safetensors", layout) as writer:
         for i, (name, (dtype, shape)) in enumerate(layout.items()):
@@ -74,7 +64,7 @@ def write_layer(folder: Path, args: ModelArgs = ARGS, seed: int = 0) -> None:
                 repeats = -(-size // (len(codes) - begin))
                 values = codes[begin:].repeat(repeats)[:size].view(shape)
             elif name.endswith("_scale_inv"):
-                values = torch.full(shape, targets[name.removesuffix("_scale_inv")].shape[-1] ** -0.5)
+                values = torch.full(shape, layout[name.removesuffix("_scale_inv")][1][-1] ** -0.5)
             else:
                 values = torch.randn(shape, generator=generator)
                 values = values * 0.1 + 1 if len(shape) == 1 else values * shape[-1] ** -0.5

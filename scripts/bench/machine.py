@@ -1,7 +1,11 @@
-"""What every benchmark says first, its machine, and how it says the rest: row by row, as each is measured."""
+"""What every benchmark says first, its machine, and how it says the rest: row by row, as each is measured.
+
+To import it is to find the checkout's package, and the helpers of scripts and tests.
+"""
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import platform
@@ -11,6 +15,17 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+_ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(_ROOT / "inference"))
+sys.path += [str(_ROOT / "scripts"), str(_ROOT / "tests")]
+
+
+def flag_parser(doc: str | None) -> argparse.ArgumentParser:
+    """For a benchmark whose docstring this is; its help shows the defaults."""
+    from dsatrace.commands.parser import HelpFormatter
+
+    return argparse.ArgumentParser(description=(doc or "").splitlines()[0], formatter_class=HelpFormatter)
 
 
 def announce(*packages: str, threads: int | str) -> dict[str, Any]:

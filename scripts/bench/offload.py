@@ -35,17 +35,12 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from machine import announce, flag_parser
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from machine import announce
-
-from dsatrace.commands.parser import HelpFormatter
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.kv.stores.interface import StoreStats
 from dsatrace.kv.tiers.fetches import HBM, LOCAL, FetchCounters, LayerFetch
@@ -530,9 +525,7 @@ def plot(outcome: Outcome, path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], formatter_class=HelpFormatter
-    )
+    parser: argparse.ArgumentParser = flag_parser(__doc__)
     add = parser.add_argument
     add("--context", type=int, default=8192, help="tokens of the prompt and its answer")
     add("--steps", type=int, default=128, help="decode steps after the warm-up")

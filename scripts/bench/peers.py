@@ -15,8 +15,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from dsatrace.kv.policies.policy import NEVER
 
+from dsatrace.kv.policies.compiled import NEVER
 from dsatrace.kv.policies.stream import AccessStream
 
 LIBCACHESIM = {

@@ -26,9 +26,6 @@ from typing import Any
 
 import numpy as np
 from machine import Rows, announce, cpu_seconds, peak_bytes
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
-
 from peers import (
     KVCACHE,
     LIBCACHESIM,

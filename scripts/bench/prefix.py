@@ -31,9 +31,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from machine import Rows, announce
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
-sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
-
 from dsatrace.kv.blocks import BlockPool, OutOfBlocks
 from dsatrace.kv.prefix import KeyChain
 from dsatrace.kv.prefix_pool import HeldBlocks, PrefixPool

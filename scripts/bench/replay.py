@@ -26,13 +26,10 @@ from pathlib import Path
 import numpy as np
 from growth import in_own_process
 from machine import Rows, announce, cpu_seconds, peak_bytes
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
-
-from dsatrace.kv.policies.policy import NEVER
 from peers import flat_miss_rate, why_no_libcachesim, write_flat
 
 from dsatrace.errors import UserError, exits_cleanly
+from dsatrace.kv.policies.compiled import NEVER
 from dsatrace.selection_replay.lru import lru
 from dsatrace.selection_replay.policies import POLICIES, misses
 from dsatrace.selection_replay.steps import NO_ID, Steps
@@ -43,9 +40,9 @@ SIZES = (2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768)
 FED = ("lru", "fifo", "lfu", "s3-fifo", "opt")  # to libCacheSim
 
 
-def records(num_steps: int, kept: float, seed: int = 0) -> Steps:
+def records(num_steps: int, kept: float) -> Steps:
     """One request's steps at one layer; ids ascending, as a selection's positions are recorded."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     popular = rng.permutation(NUM_IDS)
     current = rng.choice(NUM_IDS, TOP_K, replace=False)
     ids = np.empty((num_steps, TOP_K), np.int32)

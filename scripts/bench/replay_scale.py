@@ -28,8 +28,6 @@ import numpy as np
 import pyarrow as pa
 from machine import announce
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
-
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.files import digest_of, write_json
 from dsatrace.kv.layout import CacheLayout

@@ -24,11 +24,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
+from machine import Rows, announce, flag_parser
 
-from machine import Rows, announce
-
-from dsatrace.commands.parser import HelpFormatter
 from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.scheduler import Admission
 from dsatrace.engine.settings import EngineSettings, RunSettings
@@ -276,9 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], formatter_class=HelpFormatter
-    )
+    parser: argparse.ArgumentParser = flag_parser(__doc__)
     parser.add_argument("--only", choices=("simulator", "model"), help="run one half (default: both)")
     group = parser.add_argument_group("simulator")
     add = group.add_argument

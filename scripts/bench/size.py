@@ -11,14 +11,10 @@ from __future__ import annotations
 
 import argparse
 import resource
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 from machine import announce
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 
 from dsatrace.kv.model_layout import MODELS, model_layout
 from dsatrace.study.requests import StudyRequests

@@ -14,13 +14,8 @@ import json
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
-sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
-
 from machine import Rows, announce
 
 from dsatrace.kv.tiers.residency import TIER_POLICIES, Residency

@@ -37,8 +37,6 @@ import numpy as np
 from machine import Rows, announce
 from servers import Missing, MooncakeMaster, ValkeyServer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
-
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.kv.stores.interface import unit_keys
 from dsatrace.kv.stores.opening import open_store

@@ -33,8 +33,6 @@ import pyarrow as pa
 import torch
 from machine import Rows, announce
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
-
 from dsatrace.kv.layout import CacheLayout
 from dsatrace.kv.tiers.account import default_tiers
 from dsatrace.model.batch import Batch, Span
@@ -64,11 +62,50 @@ TURN = 10  # steps in a row with tracing on, then off
 EAGER_CONTEXT = 4096
 
 
+def record_of(
+    capture: StepCapture,
+    b: int,
+    layer: int,
+    positions: Any,
+    num_unique: int,
+    *,
+    offsets: Sequence[Any],  # least, median, most
+    blocks: Any,
+    in_block: Sequence[Any],  # tokens of a touched block: mean, median, 95th percentile
+    runs: Any,
+    shared: Any,
+) -> dict[str, Any]:
+    """What both plain ways write of one layer of request `b`, of what each has found."""
+    assert capture.score_stats is not None
+    low, mean, high, margin = capture.score_stats[layer, b].tolist()
+    return {
+        "event": "dsa_topk",
+        "request_id": capture.request_ids[b],
+        "layer_id": layer,
+        "step_idx": capture.step_idx[b],
+        "seq_len_current": int(capture.seq_len[b]),
+        "selected_token_pos": positions,
+        "unique_token_pos_count": num_unique,
+        **dict(zip(("offset_min", "offset_p50", "offset_max"), offsets, strict=True)),
+        "block_size_tokens": BLOCK_SIZE,
+        "selected_block_ids": blocks,
+        "unique_blocks": len(blocks),
+        "tokens_per_touched_block": dict(zip(("mean", "p50", "p95"), in_block, strict=True)),
+        "kv_fetch": {"hbm": {"hit_blocks": len(blocks), "read_ops": runs, "latency_us": 0.0}},
+        "prefix": {
+            "prefix_key": capture.prefixes[b].key,
+            "intersection_ratio": len(shared) / len(blocks),
+            "intersection_blocks": shared,
+        },
+        "scores_stats": {"min": low, "mean": mean, "max": high},
+        "kth_margin": margin,
+    }
+
+
 def naive_lines(capture: StepCapture) -> str:
     """The first way one would write it: plain Python, a record at a time."""
-    assert capture.score_stats is not None
     lines = []
-    for b, request_id in enumerate(capture.request_ids):
+    for b in range(len(capture.request_ids)):
         seq_len = int(capture.seq_len[b])
         for layer in range(capture.positions.shape[0]):
             positions = sorted(p for p in capture.positions[layer, b].tolist() if p >= 0)
@@ -78,42 +115,23 @@ def naive_lines(capture: StepCapture) -> str:
             shared = sorted(set(blocks) & set(range(capture.prefixes[b].num_cached_blocks)))
             counts = list(per_block.values())
             runs = 1 + sum(after != before + 1 for before, after in itertools.pairwise(blocks))
-            low, mean, high, margin = capture.score_stats[layer, b].tolist()
-            record = {
-                "event": "dsa_topk",
-                "request_id": request_id,
-                "layer_id": layer,
-                "step_idx": capture.step_idx[b],
-                "seq_len_current": seq_len,
-                "selected_token_pos": positions,
-                "unique_token_pos_count": len(set(positions)),
-                "offset_min": min(offsets),
-                "offset_p50": statistics.median(offsets),
-                "offset_max": max(offsets),
-                "block_size_tokens": BLOCK_SIZE,
-                "selected_block_ids": blocks,
-                "unique_blocks": len(blocks),
-                "tokens_per_touched_block": {
-                    "mean": statistics.mean(counts),
-                    "p50": statistics.median(counts),
-                    "p95": statistics.quantiles(counts, n=20)[-1],
-                },
-                "kv_fetch": {"hbm": {"hit_blocks": len(blocks), "read_ops": runs, "latency_us": 0.0}},
-                "prefix": {
-                    "prefix_key": capture.prefixes[b].key,
-                    "intersection_ratio": len(shared) / len(blocks),
-                    "intersection_blocks": shared,
-                },
-                "scores_stats": {"min": low, "mean": mean, "max": high},
-                "kth_margin": margin,
-            }
+            record = record_of(
+                *(capture, b, layer, positions, len(set(positions))),
+                offsets=(min(offsets), statistics.median(offsets), max(offsets)),
+                blocks=blocks,
+                in_block=(
+                    *(statistics.mean(counts), statistics.median(counts)),
+                    statistics.quantiles(counts, n=20)[-1],
+                ),
+                runs=runs,
+                shared=shared,
+            )
             lines.append(json.dumps(record))
     return "\n".join(lines) + "\n"
 
 
 def numpy_lines(capture: StepCapture) -> bytes:
     """The second way: one numpy sort for the whole step, and orjson a record at a time."""
-    assert capture.score_stats is not None
     ordered = np.sort(capture.positions, axis=2)  # (L, B, K), all chosen: every context is longer than K
     num_layers, batch, k = ordered.shape
     block_of = ordered // BLOCK_SIZE
@@ -123,48 +141,21 @@ def numpy_lines(capture: StepCapture) -> bytes:
     new_runs = np.cumsum(np.diff(touched, prepend=-2) != 1)
     ends = np.cumsum(is_first.sum(axis=2))  # (L * B,)
     lines = []
-    for b, request_id in enumerate(capture.request_ids):
+    for b in range(len(capture.request_ids)):
         seq_len = int(capture.seq_len[b])
         for layer in range(num_layers):
             r = layer * batch + b
             low, high = int(ends[r - 1]) if r else 0, int(ends[r])
             positions, blocks, in_block = ordered[layer, b], touched[low:high], np.sort(counts[low:high])
             shared = blocks[: np.searchsorted(blocks, capture.prefixes[b].num_cached_blocks)]
-            least, mean, most, margin = capture.score_stats[layer, b].tolist()
-            record = {
-                "event": "dsa_topk",
-                "request_id": request_id,
-                "layer_id": layer,
-                "step_idx": capture.step_idx[b],
-                "seq_len_current": seq_len,
-                "selected_token_pos": positions,
-                "unique_token_pos_count": k,
-                "offset_min": seq_len - 1 - positions[-1],
-                "offset_p50": seq_len - 1 - positions[k // 2],
-                "offset_max": seq_len - 1 - positions[0],
-                "block_size_tokens": BLOCK_SIZE,
-                "selected_block_ids": blocks,
-                "unique_blocks": len(blocks),
-                "tokens_per_touched_block": {
-                    "mean": k / len(blocks),
-                    "p50": in_block[len(blocks) // 2],
-                    "p95": in_block[len(blocks) * 95 // 100],
-                },
-                "kv_fetch": {
-                    "hbm": {
-                        "hit_blocks": len(blocks),
-                        "read_ops": 1 + new_runs[high - 1] - new_runs[low],
-                        "latency_us": 0.0,
-                    }
-                },
-                "prefix": {
-                    "prefix_key": capture.prefixes[b].key,
-                    "intersection_ratio": len(shared) / len(blocks),
-                    "intersection_blocks": shared,
-                },
-                "scores_stats": {"min": least, "mean": mean, "max": most},
-                "kth_margin": margin,
-            }
+            record = record_of(
+                *(capture, b, layer, positions, k),
+                offsets=tuple(seq_len - 1 - positions[i] for i in (-1, k // 2, 0)),
+                blocks=blocks,
+                in_block=(k / len(blocks), in_block[len(blocks) // 2], in_block[len(blocks) * 95 // 100]),
+                runs=1 + new_runs[high - 1] - new_runs[low],
+                shared=shared,
+            )
             lines.append(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
     return b"".join(lines)
 
@@ -319,7 +310,7 @@ def bench_waiting_step(batch: int, context: int, turns: int, folder: Path) -> di
         on, off = _in_turns(traced, forward, turns)
     # The first step is not in `handover_ms` either.
     blocked = [a + b for a, b in zip(reporting_ms[1:], traced.handover_ms, strict=True)]
-    return {"batch": batch, "context": context, **_stretch(on, off), **_spread("handover_ms", blocked)}
+    return {"batch": batch, "context": context, **_stretch(on, off), **_spread(blocked)}
 
 
 def bench_eager_step(turns: int, folder: Path) -> dict[str, Any]:
@@ -360,7 +351,7 @@ def bench_eager_step(turns: int, folder: Path) -> dict[str, Any]:
 
     with traced.tracer:
         on, off = _in_turns(traced, forward, turns)
-    return {**_stretch(on, off), **_spread("handover_ms", traced.handover_ms)}
+    return {**_stretch(on, off), **_spread(traced.handover_ms)}
 
 
 def _as_tensors(batch: int, context: int, step: int) -> list[Selection]:
@@ -398,9 +389,9 @@ def _stretch(on: Sequence[float], off: Sequence[float]) -> dict[str, float]:
     return {"on_ms": medians[0], "off_ms": medians[1], "stretch": medians[0] / medians[1] - 1}
 
 
-def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    median, p95 = np.quantile(values, [0.5, 0.95]).tolist()
-    return {f"{name}_p50": median, f"{name}_p95": p95}
+def _spread(handover_ms: Sequence[float]) -> dict[str, float]:
+    median, p95 = np.quantile(handover_ms, [0.5, 0.95]).tolist()
+    return {"handover_ms_p50": median, "handover_ms_p95": p95}
 
 
 def queue_bytes(batch: int) -> dict[str, int]:

@@ -21,8 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
-
 from growth import OFFLOADED, Shape, in_own_process, write_run
 from machine import announce
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsatrace.commands.arguments import check_torch
+from dsatrace.commands.arguments import check_temperature, check_torch
 from dsatrace.commands.generate import read_prompts
 from dsatrace.commands.interrupt import ends_by_signal
 from dsatrace.commands.parser import CommandParser, count
@@ -32,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out is not None:
         check_run_folder(args.out)
     architecture = _architecture(args.model_dir)
-    if args.temperature < 0:
-        raise UserError(f"--temperature {args.temperature}: use 0 (greedy) or more")
+    check_temperature(args.temperature)
     check_torch()
     if importlib.util.find_spec("transformers") is None:
         raise UserError("transformers is not installed; install it with `pip install transformers`")

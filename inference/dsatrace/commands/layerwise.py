@@ -20,7 +20,7 @@ from dsatrace.commands.arguments import add_chat_template_argument, add_ignore_c
 from dsatrace.commands.interrupt import ends_by_signal
 from dsatrace.commands.parser import CommandParser, count
 from dsatrace.commands.progress import LINE_INTERVAL_S
-from dsatrace.commands.run_arguments import add_source_arguments
+from dsatrace.commands.run_arguments import add_source_arguments, find_rows
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.layerwise.asked import NEAR_CHANCE, Rows, layers_of
 from dsatrace.runner.settings import ModelSettings, user_errors
@@ -28,8 +28,7 @@ from dsatrace.text import plain
 from dsatrace.trace.config import TraceConfig
 from dsatrace.units import size_text
 from dsatrace.workloads.catalog import DATA_SETS
-from dsatrace.workloads.data_set import DataSet, Source, attribute_of
-from dsatrace.workloads.sources import find_source
+from dsatrace.workloads.data_set import DataSet
 
 RECORDED = tuple(name for name, data_set in DATA_SETS.items() if not data_set.arrivals)
 """Data sets with recorded answers."""
@@ -302,17 +301,7 @@ def _of_data_set(args: argparse.Namespace, data_set: DataSet, chats: _Chats) -> 
 
     from dsatrace.layerwise.transcripts import Transcript
 
-    def find(repo: str | None = None) -> Source:
-        return find_source(
-            data_set,
-            getattr(args, attribute_of(data_set.file_flag)),
-            repo=repo,
-            revision=args.revision,
-            use_hub=not args.no_hub,
-            say=lambda line: print(plain(line)),
-        )
-
-    opened = data_set.open(args, chats(), find)
+    opened = data_set.open(args, chats(), functools.partial(find_rows, args, data_set))
     print(plain(opened.terminal_line))
     chats.source, chats.form = opened.description, opened.chat_form
     found, num_without = [], 0

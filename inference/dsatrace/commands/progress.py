@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from dsatrace.units import size_text
 
@@ -27,21 +27,17 @@ if TYPE_CHECKING:
 
 
 Advance = Callable[[int], None]
+Columns: TypeAlias = "tuple[ProgressColumn, ...]"
+_Bar = contextlib.AbstractContextManager[Advance]
 LINE_INTERVAL_S = 30.0
 """Between lines off a terminal."""
 _LARGE_BYTES = 1 << 30
 """Of which the first line is said at once."""
 
 
-@contextlib.contextmanager
-def bytes_bar(label: str, *paths: Path) -> Iterator[Advance]:
+def bytes_bar(label: str, *paths: Path) -> _Bar:
     """Yields a function to be told how many more bytes were read; a missing file counts nothing."""
-    if not _is_watched():
-        yield lambda amount: None
-        return
-    total = sum(path.stat().st_size for path in paths if path.exists())
-    with _bar(label, total, *_byte_columns()) as update:
-        yield lambda amount: update(advance=amount)
+    return _advancing(label, sum(path.stat().st_size for path in paths if path.exists()), _byte_columns)
 
 
 @contextlib.contextmanager
@@ -65,88 +61,65 @@ def totals_bar(
     yield say_once
 
 
-@contextlib.contextmanager
-def amount_bar(label: str, total: int) -> Iterator[Advance]:
+def amount_bar(label: str, total: int) -> _Bar:
     """Yields a function to be told how many more of `total` bytes were read.
 
     A bar on a terminal; off it a line now and then that says what was read and what is left, of a GiB or
     more from the first call on.
     """
-    if _is_watched():
-        with _bar(label, total, *_byte_columns()) as update:
-            yield lambda amount: update(advance=amount)
-        return
-    yield _lines(
-        lambda done: f"{label}: {size_text(done)} read, {size_text(max(total - done, 0))} left",
-        total >= _LARGE_BYTES,
-    )
+
+    def text(done: int) -> str:
+        return f"{label}: {size_text(done)} read, {size_text(max(total - done, 0))} left"
+
+    return _advancing(label, total, _byte_columns, _lines(text, total >= _LARGE_BYTES))
 
 
-@contextlib.contextmanager
-def records_counter(label: str) -> Iterator[Advance]:
+def records_counter(label: str) -> _Bar:
     """Yields a function to be told how many more records were done; how many there are is not known.
 
     A counter on a terminal; off it a line now and then.
     """
-    if not _is_watched():
-        yield _lines(lambda done: f"{label}: {done:,} records so far")
-        return
-    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    text = TextColumn("{task.description}: {task.completed:,.0f} records")
-    with _bar(label, None, SpinnerColumn(), text, TimeElapsedColumn()) as update:
-        yield lambda amount: update(advance=amount)
+    def columns() -> Columns:
+        from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        text = TextColumn("{task.description}: {task.completed:,.0f} records")
+        return SpinnerColumn(), text, TimeElapsedColumn()
+
+    return _advancing(label, None, columns, _lines(lambda done: f"{label}: {done:,} records so far"))
 
 
-@contextlib.contextmanager
-def counted_bar(label: str, total: int, noun: str) -> Iterator[Advance]:
+def counted_bar(label: str, total: int, noun: str) -> _Bar:
     """Yields a function to be told how many more of `total` were done."""
-    if not _is_watched():
-        yield lambda amount: None
-        return
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
-    text = TextColumn(f"{{task.completed:,.0f}} of {total:,} {noun}")
-    columns = (TextColumn("{task.description}"), BarColumn(), text, TimeRemainingColumn())
-    with _bar(label, total, *columns) as update:
-        yield lambda amount: update(advance=amount)
+    def columns() -> Columns:
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+
+        text = TextColumn(f"{{task.completed:,.0f}} of {total:,} {noun}")
+        return TextColumn("{task.description}"), BarColumn(), text, TimeRemainingColumn()
+
+    return _advancing(label, total, columns)
 
 
-@contextlib.contextmanager
-def requests_bar(total: int | None, status: Callable[[], str]) -> Iterator[Advance]:
+def requests_bar(total: int | None, status: Callable[[], str]) -> _Bar:
     """Yields a function to be told how many more requests have ended; `status` describes those under way."""
-    if not _is_watched():
-        yield _LinesOfRequests(total, status).advance
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import ProgressColumn as Column
-    from rich.text import Text as Shown
 
-    class Status(Column):
-        """Rendered as often as the bar is drawn, so that a long prefill is seen to move."""
+    def columns() -> Columns:
+        from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import ProgressColumn as Column
+        from rich.text import Text as Shown
 
-        def render(self, task: Task) -> Text:
-            return Shown(status())
+        class Status(Column):
+            """Rendered as often as the bar is drawn, so that a long prefill is seen to move."""
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), Status())
-    with _bar("requests", total, *columns) as update:
-        yield lambda amount: update(advance=amount)
+            def render(self, task: Task) -> Text:
+                return Shown(status())
 
+        return BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), Status()
 
-class _LinesOfRequests:
-    """A line on stderr whenever a request has ended and the last line is old enough."""
-
-    def __init__(self, total: int | None, status: Callable[[], str]) -> None:
-        self._of = "" if total is None else f"/{total}"
-        self._status = status
-        self._done = 0
-        self._said = time.monotonic()
-
-    def advance(self, amount: int) -> None:
-        self._done += amount
-        if time.monotonic() >= self._said + LINE_INTERVAL_S:
-            self._said = time.monotonic()
-            print(f"{self._done}{self._of} requests, {self._status()}", file=sys.stderr)
+    of = "" if total is None else f" of {total}"
+    lines = _lines(lambda done: f"requests: {done}{of} ended, {status()}")
+    return _advancing("requests", total, columns, lines)
 
 
 def _lines(text: Callable[[int], str], at_once: bool = False) -> Advance:
@@ -167,10 +140,25 @@ def _is_watched() -> bool:
     return sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
 
 
-def _byte_columns() -> tuple[ProgressColumn, ...]:
+def _byte_columns() -> Columns:
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
     return TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+
+
+@contextlib.contextmanager
+def _advancing(
+    label: str,
+    total: int | None,
+    columns: Callable[[], Columns],
+    elsewhere: Advance = lambda amount: None,
+) -> Iterator[Advance]:
+    """A bar to be told of each advance; off a terminal `elsewhere` is told."""
+    if not _is_watched():
+        yield elsewhere
+        return
+    with _bar(label, total, *columns()) as update:
+        yield lambda amount: update(advance=amount)
 
 
 @contextlib.contextmanager

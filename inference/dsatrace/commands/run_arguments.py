@@ -25,9 +25,12 @@ from dsatrace.commands.arguments import (
 from dsatrace.engine.ending import EndSettings
 from dsatrace.errors import UserError, is_rank_0
 from dsatrace.flags import add_flags
+from dsatrace.text import plain
 from dsatrace.trace.config import run_config_from_args
 from dsatrace.trace.resumed_argv import resumed_argv
+from dsatrace.workloads.data_set import DataSet, Source, attribute_of
 from dsatrace.workloads.rows import check_limit
+from dsatrace.workloads.sources import find_source
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +75,18 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-hub", action="store_true", help="do not ask the hub when data/<name>/ is empty")
     add("--revision", help="of the hub's data set (default: pinned)")
     add_bad_rows_argument(add)
+
+
+def find_rows(args: argparse.Namespace, data_set: DataSet, repo: str | None = None) -> Source:
+    """The rows that the data set's flag and those of `add_source_arguments` name."""
+    return find_source(
+        data_set,
+        getattr(args, attribute_of(data_set.file_flag)),
+        repo=repo,
+        revision=args.revision,
+        use_hub=not args.no_hub,
+        say=lambda line: print(plain(line)),
+    )
 
 
 def parse_run(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -23,6 +23,7 @@ from dsatrace.commands.arguments import end_settings_from_args, settings_from_ar
 from dsatrace.commands.damage import damage_named
 from dsatrace.commands.interrupt import on_interrupt
 from dsatrace.commands.progress import Advance, requests_bar
+from dsatrace.commands.run_arguments import find_rows
 from dsatrace.engine.clock import Clock, RealClock, VirtualClock
 from dsatrace.engine.engine import Engine, serve
 from dsatrace.engine.live import LiveRequest
@@ -35,9 +36,8 @@ from dsatrace.trace.config import TraceConfig, run_config_from_args
 from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.resume import Resumed, prepare_resume
 from dsatrace.workloads.chat import PLAIN_TEXT, SAID_OF_PLAIN_TEXT, Chat, choose_chat
-from dsatrace.workloads.data_set import DataSet, OpenedWorkload, Source, Workload, attribute_of
+from dsatrace.workloads.data_set import DataSet, OpenedWorkload, Source, Workload
 from dsatrace.workloads.request import Request
-from dsatrace.workloads.sources import find_source
 from dsatrace.workloads.tokenizer import check_vocabulary, choose_tokenizer
 
 
@@ -179,22 +179,13 @@ class _Run:
 
     def _find(self, repo: str | None = None) -> Source:
         """Rank 0 finds the rows for all ranks; they might disagree about a slow hub."""
-        return from_rank_0(
-            lambda: find_source(
-                self.data_set,
-                getattr(self.args, attribute_of(self.data_set.file_flag)),
-                repo=repo,
-                revision=self.args.revision,
-                use_hub=not self.args.no_hub,
-                say=lambda line: print(plain(line)),
-            )
-        )
+        return from_rank_0(lambda: find_rows(self.args, self.data_set, repo))
 
     def _trace_config(self, resumed: Resumed | None) -> TraceConfig:
-        if resumed is not None:
-            self.args.trace_out = None
-        config = run_config_from_args(self.args, self.data_set.name, self.args.seed)
-        return config if resumed is None else dataclasses.replace(config, out=resumed.folder)
+        if resumed is None:
+            return run_config_from_args(self.args, self.data_set.name, self.args.seed)
+        self.args.trace_out = None  # it is the folder that holds the run
+        return dataclasses.replace(run_config_from_args(self.args, None, self.args.seed), out=resumed.folder)
 
     def _serving_facts(self, step_time: str) -> dict[str, object] | None:
         if self.serving.clock is None:

@@ -17,16 +17,13 @@ from safetensors import safe_open
 from torch import nn
 
 from .config import ModelArgs
-from .convert import shard_name
+from .convert import Progress, shard_name
 from .hf_config import FP8_GROUP
 from .kernels.interface import Kernels
 from .kernels.torch_kernels import TorchKernels
 from .parallel import ParallelGroup
 from .shards import DTYPES, CheckpointError, StoredTensor, read_header
 from .transformer import Transformer
-
-Progress = Callable[[int, int], None]
-"""Told (bytes done, bytes in all)."""
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 

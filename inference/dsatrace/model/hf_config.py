@@ -261,7 +261,7 @@ def family_of(values: Values) -> ModelType:
     if model_type in NO_INDEXER:
         why = "this model has no indexer, so it selects nothing"
     elif model_type in OTHER_INDEXER:
-        why = "its indexer is another one; `attach`, once it is there, can observe it in transformers"
+        why = "its indexer is another one; `dsatrace attach` observes what transformers runs"
     else:
         why = "not a model that is known here"
     raise ValueError(f"model_type {model_type}: {why}; what runs here is {' and '.join(FAMILIES)}")

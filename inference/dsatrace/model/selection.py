@@ -61,8 +61,8 @@ def select_topk(
         margin.masked_fill_(dense, float("inf"))
     if scores.is_cuda:  # asking whether any row is tied would stall the stream: mend all rows
         positions = _drop_late_ties(scores, kth, k).topk(k, dim=-1).indices
-    elif not margin.all():
-        rows = (margin == 0).nonzero().squeeze(1)
+    elif not margin.min().item() > 0:  # so written, it catches the nan between equal infinities too
+        rows = (~(margin > 0)).nonzero().squeeze(1)
         positions[rows, :k] = _topk(_drop_late_ties(scores[rows], kth[rows], k), k)[1]
     positions = positions[:, :k]
     if first_pos < k:

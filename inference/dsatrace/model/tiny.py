@@ -44,7 +44,7 @@ def write_checkpoint(
     if num_shards < 1:
         raise CheckpointError(f"num_shards must be at least 1, not {num_shards}")
     folder = Path(folder)
-    shards = _split(_layout(args, weights), num_shards)
+    shards = _split(layout_of(args, weights), num_shards)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def write_checkpoint(
     return [folder / name for name in names]
 
 
-def _layout(args: ModelArgs, weights: Weights) -> Layout:
+def layout_of(args: ModelArgs, weights: Weights) -> Layout:
     """Container type and shape of every tensor, by Hugging Face name; a scale follows its weight."""
     plain = "F32" if weights == "fp32" else "BF16"
     layout: Layout = {}

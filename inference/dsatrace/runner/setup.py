@@ -25,8 +25,9 @@ from dsatrace.errors import UserError
 from dsatrace.kv.blocks import blocks_needed
 from dsatrace.kv.layout import CacheLayout, named_layouts
 from dsatrace.model.cache import KVCache
-from dsatrace.model.checkpoint import Progress, load_transformer
+from dsatrace.model.checkpoint import load_transformer
 from dsatrace.model.config import ModelArgs
+from dsatrace.model.convert import Progress
 from dsatrace.model.kernels import get_kernels
 from dsatrace.model.parallel import ParallelGroup
 from dsatrace.model.tiny import RANDOM_WEIGHTS

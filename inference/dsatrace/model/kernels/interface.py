@@ -41,7 +41,7 @@ class Kernels(Protocol):
         Every e4m3 value is exact in bf16, fp16, fp32 and fp64, so the numbers are the same.
         """
 
-    def through_fp8(self, x: torch.Tensor, scale_fmt: ScaleFormat, group: int = 128) -> torch.Tensor:
+    def through_fp8(self, x: torch.Tensor, scale_fmt: ScaleFormat) -> torch.Tensor:
         """x (..., K) as `act_quant` leaves it: its values times their scales, rounded to x's dtype."""
 
     def dequantise_weight(self, b: torch.Tensor, b_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

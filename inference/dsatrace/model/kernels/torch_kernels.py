@@ -60,8 +60,8 @@ class TorchKernels:
         ratio, scale = _scaled(x, scale_fmt, group)
         return _ungrouped(_rounded(ratio, x.dtype), scale, x)
 
-    def through_fp8(self, x: torch.Tensor, scale_fmt: ScaleFormat, group: int = BLOCK) -> torch.Tensor:
-        ratio, scale = _scaled(x, scale_fmt, group)
+    def through_fp8(self, x: torch.Tensor, scale_fmt: ScaleFormat) -> torch.Tensor:
+        ratio, scale = _scaled(x, scale_fmt, BLOCK)
         return _widen(_ungrouped(_rounded(ratio, ratio.dtype).mul_(scale), scale, x)[0], x.dtype)
 
     def dequantise_weight(self, b: torch.Tensor, b_scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
