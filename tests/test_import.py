@@ -236,7 +236,7 @@ def test_arrays_of_several_requests(tmp_path: Path, ids: np.ndarray, capsys: Any
         verify(run)
     assert "described and" not in capsys.readouterr().out
     imported(tmp_path, saved(tmp_path / "a.npy", ids), "--format", "npy", "--describe", describe)
-    assert "described and not captured: 1 requests, the first b" in capsys.readouterr().out
+    assert "described and not captured: 1 request, the first b" in capsys.readouterr().out
 
 
 def safetensors_of(arrays: dict[str, np.ndarray]) -> bytes:

@@ -327,7 +327,7 @@ def test_matched_requests_come_from_later_conversations() -> None:
 
 def test_filters_that_leave_nothing_say_so() -> None:
     with pytest.raises(
-        UserError, match=r"no conversation is left.*1 conversations dropped: fewer than min_turns"
+        UserError, match=r"no conversation is left.*conversations dropped: fewer than min_turns: 1"
     ):
         prepare_traces([chat("a", "q")], ClientSettings(min_turns=2), BYTES)
     with pytest.raises(UserError, match="--max-tokens must be at least 1"):

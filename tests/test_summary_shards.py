@@ -155,7 +155,7 @@ def test_a_damaged_shard_is_named(
     [
         (["--shard", "0/2"], "--shard without --out"),
         (["--shard", "2/2"], "--shard: 2/2: use I/N"),
-        (["--shard", "0/2", "--out", "x.json"], "--shard 0/2: has none of 1 runs"),
+        (["--shard", "0/2", "--out", "x.json"], "--shard 0/2: has none of 1 run;"),
         (["--jobs", "0"], "--jobs: 0: use at least 1"),
     ],
 )

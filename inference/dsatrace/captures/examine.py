@@ -17,7 +17,7 @@ from dsatrace.captures.detector import Broken, Detector, Found, PhaseFound
 from dsatrace.captures.formats import FORMATS
 from dsatrace.captures.rows import Advance, Capture, WithoutSets, one_shape, silent_sets, unwatched
 from dsatrace.errors import UserError
-from dsatrace.text import plain
+from dsatrace.text import counted, plain
 from dsatrace.trace.kind import SelectionKind
 
 
@@ -57,7 +57,8 @@ class Examined:
             yield f"layers left out: {self.num_silent} that hold zeros only, so they select nothing"
         held = {request.name for capture in self.captures for request in capture.requests}
         if absent := [name for name in self.described.requests if plain(name, 200) not in held]:
-            yield f"described and not captured: {len(absent)} requests, the first {plain(absent[0])}"
+            number = counted(len(absent), "request")
+            yield f"described and not captured: {number}, the first {plain(absent[0])}"
         found = self.found
         for name, phase in (("prompt", found.prompt), ("decode", found.decode)):
             if phase.rows:

@@ -24,7 +24,7 @@ from dsatrace.commands.run_arguments import add_source_arguments, find_rows
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.layerwise.asked import NEAR_CHANCE, Rows, layers_of
 from dsatrace.runner.settings import ModelSettings, user_errors
-from dsatrace.text import plain
+from dsatrace.text import counted, plain
 from dsatrace.trace.config import TraceConfig
 from dsatrace.units import size_text
 from dsatrace.workloads.catalog import DATA_SETS
@@ -323,7 +323,7 @@ def _of_data_set(args: argparse.Namespace, data_set: DataSet, chats: _Chats) -> 
             )
         )
     if num_without:
-        print(f"{num_without} requests without a recorded answer are left out", file=sys.stderr)
+        print(f"left out: {counted(num_without, 'request')} without a recorded answer", file=sys.stderr)
     if not found:
         raise UserError(f"--transcripts {data_set.name}: none of its requests has a recorded answer")
     return found

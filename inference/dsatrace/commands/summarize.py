@@ -15,7 +15,7 @@ from typing import Any
 from dsatrace.commands.damage import damage_named
 from dsatrace.commands.parser import CommandParser, count, shard
 from dsatrace.errors import UserError, exits_cleanly
-from dsatrace.text import plain, plain_lines
+from dsatrace.text import counted, plain, plain_lines
 from dsatrace.trace.url import run_path
 
 
@@ -62,14 +62,17 @@ def _summarize(argv: Sequence[str]) -> int:
     part = Shard(index, of, names)
     runs = part.of(args.run)
     if not runs:
-        raise UserError(f"--shard {part.index}/{part.count}: has none of {len(names)} runs; use a smaller N")
+        raise UserError(
+            f"--shard {part.index}/{part.count}: has none of {counted(len(names), 'run')}; use a smaller N"
+        )
     with records_counter("summarize") as advance, damage_named(*runs):
         summed = sum_runs(runs, part.of(names), advance, note, args.jobs)
     if args.shard is None:
         return _tell(summed.to_json(), len(runs), args.out)
     with _writing(args.out):
         write_shard(args.out, summed, part)
-    print(f"{plain(args.out)}: {summed.summary.counts['records']} records of {len(runs)} runs, to be merged")
+    added = f"{summed.summary.counts['records']} records of {counted(len(runs), 'run')}"
+    print(f"{plain(args.out)}: {added}, to be merged")
     return 0
 
 
@@ -97,7 +100,7 @@ def _tell(record: Mapping[str, Any], num_runs: int, out: Path | None) -> int:
         return 0
     with _writing(out):
         write_json(out, record)
-    print(f"{plain(out)}: {record['counts']['records']} records of {num_runs} runs")
+    print(f"{plain(out)}: {record['counts']['records']} records of {counted(num_runs, 'run')}")
     return 0
 
 

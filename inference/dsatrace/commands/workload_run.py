@@ -31,7 +31,7 @@ from dsatrace.engine.scheduler import Admission
 from dsatrace.engine.settings import RunSettings
 from dsatrace.errors import is_rank_0
 from dsatrace.runner.distributed import from_rank_0
-from dsatrace.text import plain, plain_lines
+from dsatrace.text import counted, plain, plain_lines
 from dsatrace.trace.config import TraceConfig, run_config_from_args
 from dsatrace.trace.manifest import RunInfo
 from dsatrace.trace.resume import Resumed, prepare_resume
@@ -221,7 +221,7 @@ class _Tally:
 
     def text(self) -> str:
         states = ", ".join(f"{count} {state}" for state, count in sorted(self.states.items()))
-        line = f"{self.states.total()} requests ({states}), " if states else "no requests, "
+        line = f"{counted(self.states.total(), 'request')} ({states}), " if states else "no requests, "
         cached = f" ({self.cached_tokens:,} from the prefix cache)" if self.cached_tokens else ""
         line += f"{self.prompt_tokens:,} tokens in{cached}, {self.new_tokens:,} out in {self.seconds:.1f} s"
         return line + (f"; {self.num_skipped} served before" if self.num_skipped else "")

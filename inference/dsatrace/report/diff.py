@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..text import for_picture
+from ..text import counted, for_picture
 from .drawing import picture, whole_numbers
 from .grid import MAX_ROWS, Grid, number, percent
 
@@ -26,7 +26,7 @@ def diff_parts(record: Record) -> Iterator[str | Grid]:
     """What was compared, the first row that differs, and the layers."""
     rows, differing = record["num_rows"], record["num_differing"]
     share = f" ({differing / rows:.2%})" if rows else ""
-    matched = f"{record['num_requests']} requests, matched by {record['matched_by']}"
+    matched = f"{counted(record['num_requests'], 'request')}, matched by {record['matched_by']}"
     yield f"{matched}: {differing:,} of {rows:,} rows differ{share}"
     if first := record["first"]:
         yield f"first: {_where(first)}: {_swapped(first)}; {_tie(first)}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..text import plain
+from ..text import counted, plain
 from ..trace.kind import SelectionKind, engine_kind, inactive
 from ..trace.manifest import selection_kind, shared_layers_of
 from ..trace.reader import RunReader
@@ -74,7 +74,7 @@ def run_tables(run: RunReader) -> Iterator[str | Grid]:
     summary = run.summary()
     counts = summary["counts"]
     yield (
-        f"{counts['requests']} requests, {counts['steps']} traced decode steps, "
+        f"{counted(counts['requests'], 'request')}, {counted(counts['steps'], 'traced decode step')}, "
         f"{counts['records']} records ({counts['sparse_records']} past top-k), run {run.state}"
     )
     if warning := caveat(summary):

@@ -132,7 +132,7 @@ def prepare_traces(
     source, filters = iter(conversations), _Filters(settings, vocabulary, formatter)
     kept = list(filters.passed(itertools.islice(source, settings.max_conversations)))
     if not kept:
-        dropped = ", ".join(f"{count} {reason}" for reason, count in filters.counts.items())
+        dropped = ", ".join(f"{reason}: {count:,}" for reason, count in filters.counts.items())
         raise UserError(f"no conversation is left ({dropped or 'there was none'}); loosen the filters")
     counts = Counter({CONVERSATIONS: len(kept)}) + filters.counts
 
