@@ -141,6 +141,17 @@ def test_what_stands_in_the_place_of_a_run_is_named(tmp_path: Path) -> None:
                 reader(tmp_path / name)
 
 
+def test_requests_are_told_off_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_INTERVAL_S", 0)
+    for total in (8, None):
+        with progress.requests_bar(total, lambda: "1 running") as advance:
+            advance(1)
+    said = ["requests: 1 of 8 ended, 1 running", "requests: 1 ended, 1 running"]
+    assert capsys.readouterr().err.splitlines() == said
+
+
 def test_what_is_read_and_left_is_said(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LINE_INTERVAL_S", 0.0)
     with progress.amount_bar("check", 3 << 20) as advance:
