@@ -7,25 +7,22 @@ Where its definition differs from ours, the test says how.
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
+from conftest import ROOT
 from dsatrace.kv.policies.compiled import Access
 from dsatrace.kv.policies.simulate import simulate
 from dsatrace.kv.policies.stream import AccessStream, release_by_concurrency
 from helpers.plain_policies import make_policy
 
-lcs = pytest.importorskip("libcachesim", reason="libCacheSim is not installed")
+sys.path.insert(0, str(ROOT / "scripts" / "bench"))
 
-SAME = {
-    "lru": "LRU",
-    "fifo": "FIFO",
-    "lfu": "LFU",
-    "s3-fifo": "S3FIFO",
-    "sieve": "Sieve",
-    "arc": "ARC",
-    "opt": "Belady",
-}
+from peers import LIBCACHESIM
+
+lcs = pytest.importorskip("libcachesim", reason="libCacheSim is not installed")
 
 
 def zipf_stream(seed: int, num_requests: int = 20_000) -> AccessStream:
@@ -57,10 +54,10 @@ def their_hits(cache: object, stream: AccessStream) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("capacity", [30, 200])
-@pytest.mark.parametrize("name", sorted(SAME))
+@pytest.mark.parametrize("name", sorted(LIBCACHESIM))
 def test_the_same_hits_request_by_request(name, capacity, seed):
     stream = zipf_stream(seed)
-    theirs = their_hits(getattr(lcs, SAME[name])(capacity, hashpower=16), stream)
+    theirs = their_hits(getattr(lcs, LIBCACHESIM[name])(capacity, hashpower=16), stream)
     ours = simulate(stream, name, capacity).hits
     assert np.flatnonzero(ours != theirs).tolist()[:10] == []
 
