@@ -17,14 +17,21 @@ if [ "$VENV" != none ]; then
     # Reinstalled only when what it was installed from has changed.
     wanted="$(cksum < "$root/pyproject.toml")"
     if [ "$(cat "$VENV/.installed" 2>/dev/null)" != "$wanted" ]; then
-        echo "== installing into $VENV (the first time takes a few minutes)"
+        echo "== installing into $VENV (the first time takes a minute or more)"
         [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
         # Not compiled: most modules are never imported, and the others are compiled when they are.
-        install=("$VENV/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check)
-        # What the kernels need comes first: they compile on the other cores while pip unpacks torch and the rest.
-        "${install[@]}" numba orjson pyarrow
+        pip=("$VENV/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check)
+        # uv unpacks in seconds what takes pip a minute; where it cannot, pip does it, or says why not.
+        add() {
+            "$VENV/bin/uv" pip install --quiet --python "$VENV/bin/python" "$@" 2> /dev/null || "${pip[@]}" "$@"
+        }
+        "${pip[@]}" uv || true
+        # What the kernels need comes first: they compile on the other cores while torch and the rest are unpacked.
+        add numba orjson pyarrow
         PYTHONPATH="$root/inference" "$VENV/bin/python" -m dsatrace.commands.warmup > /dev/null 2>&1 &
-        "${install[@]}" -e "$root[dev]"
+        # pip has its own settings of where a torch for this machine lies; uv keeps what it finds.
+        "${pip[@]}" "$(grep -o 'torch>=[^"]*' "$root/pyproject.toml")"
+        add -e "$root[dev]"
         wait $! || true
         echo "$wanted" > "$VENV/.installed"
     fi

@@ -7,6 +7,8 @@ selection and attention, where positions become slots, tiers fetch, and forced s
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Sequence
 
 import torch
@@ -49,8 +51,7 @@ class KVCache:
         key_dtype = torch.float8_e4m3fn if args.index_fp8 and on_cuda else setup.compute_dtype
 
         def tensors(count: int, blocks: int, *width: int, dtype: torch.dtype) -> list[torch.Tensor]:
-            shape = (blocks, block_size, *width)
-            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(count)]
+            return [_zeros((blocks, block_size, *width), dtype, device) for _ in range(count)]
 
         layers = list(range(args.n_layers)) if only_layer is None else [only_layer]
         self.indexer_layers = [layer for layer in layers if args.source_layers[layer] == layer]
@@ -132,6 +133,15 @@ class KVCache:
         """Latents `(n, K, C + R)` at `slots (n, K)`, some of those from `resolve`; at -1 anything finite."""
         rows = self._latent_rows[layer_id].index_select(0, slots.clamp_min(0).view(-1))
         return rows.view(*slots.shape, -1)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """Zeros; in main memory they are the system's own, so a cache takes the memory of what was written."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or not num_bytes:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _context(paged: torch.Tensor, rows: torch.Tensor, segment: Segment) -> torch.Tensor:

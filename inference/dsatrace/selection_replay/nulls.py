@@ -57,9 +57,9 @@ def uniform(steps: Steps, seed: int) -> Steps:
     """
     sizes = steps.sizes
     _refuse_too_many(sizes, steps.visible)
-    ids = np.empty(len(steps.ids), np.int32)
-    _choose(ids, steps.ptr, steps.visible, np.uint64(seed))
-    return dataclasses.replace(steps, ids=ids, num_ids=_num_ids(steps))
+    ids, num_ids = np.empty(len(steps.ids), np.int32), _num_ids(steps)
+    _choose(ids, steps.ptr, steps.visible, num_ids, np.uint64(seed))
+    return dataclasses.replace(steps, ids=ids, num_ids=num_ids)
 
 
 def recency(steps: Steps) -> Steps:
@@ -136,9 +136,9 @@ def _below(state, limit):  # type: ignore[no-untyped-def]
 
 
 @cached_njit(nogil=True)
-def _choose(ids, ptr, visible, seed):  # type: ignore[no-untyped-def]
+def _choose(ids, ptr, visible, num_ids, seed):  # type: ignore[no-untyped-def]
     """Fills each step of `ids` by Floyd's method: one draw per id, whatever is visible."""
-    words = np.zeros(visible.max() // 64 + 1 if len(visible) else 1, np.uint64)
+    words = np.zeros(num_ids // 64 + 1, np.uint64)
     state = np.empty(1, np.uint64)
     for step in range(len(ptr) - 1):
         state[0] = _mixed(seed + np.uint64(step + 1) * np.uint64(0xD1342543DE82EF95))

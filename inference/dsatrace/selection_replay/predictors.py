@@ -13,7 +13,7 @@ import dataclasses
 
 import numpy as np
 
-from dsatrace.jit import cached_njit
+from dsatrace.jit import cached_njit, inner
 from dsatrace.selection_replay.nulls import CHANCE_UNIT, expected_shared
 from dsatrace.selection_replay.steps import Steps
 from dsatrace.selection_replay.sums import Sums
@@ -151,8 +151,8 @@ def _count_average(ids, ptr, num_ids, first, predicted):  # type: ignore[no-unty
     return hits
 
 
-@cached_njit(nogil=True)
-def _nth_largest(keys, nth):  # type: ignore[no-untyped-def]
+@inner
+def _nth_largest(keys: np.ndarray, nth: int) -> int:
     """The n-th largest of many keys, which all differ: first its bucket by score, then inside that."""
     counts = np.zeros(2048, np.int64)
     for key in keys:
@@ -167,4 +167,29 @@ def _nth_largest(keys, nth):  # type: ignore[no-untyped-def]
         if key >> _BUCKET_BITS == bucket:
             inside[num] = key
             num += 1
-    return np.partition(inside, num - (nth - above))[num - (nth - above)]
+    return _smallest(inside, num - (nth - above))
+
+
+@inner
+def _smallest(keys: np.ndarray, nth: int) -> int:
+    """What stands at `nth` when the keys, which all differ, ascend; Hoare's selection, which moves them."""
+    low, high = 0, len(keys) - 1
+    while low < high:
+        pivot = keys[(low + high) // 2]
+        left, right = low, high
+        while left <= right:
+            while keys[left] < pivot:
+                left += 1
+            while keys[right] > pivot:
+                right -= 1
+            if left <= right:
+                keys[left], keys[right] = keys[right], keys[left]
+                left += 1
+                right -= 1
+        if nth <= right:
+            high = right
+        elif nth >= left:
+            low = left
+        else:
+            break
+    return int(keys[nth])
