@@ -20,6 +20,7 @@ from dsatrace.errors import UserError
 from dsatrace.schema import MANIFEST_FILE, STEPS_FILE, STEPS_PARQUET_FILE, SUMMARY_FILE
 from dsatrace.trace.export import export_run
 from dsatrace.trace.reader import RunReader
+from helpers.damage import overwrite
 from helpers.golden_run import GoldenRequest, write_golden
 from test_damaged_inputs import VERBS, ended, is_sound
 
@@ -109,7 +110,7 @@ def test_cut_at_any_byte(make, tmp_path: Path) -> None:
         whole = path.read_bytes()
         records = [orjson.loads(line) for line in whole.splitlines()] if path.suffix == ".jsonl" else []
         for at in cuts(whole):
-            path.write_bytes(whole[:at])
+            overwrite(path, whole[:at])
             counts["cuts"] += 1
             try:
                 if records:
@@ -133,7 +134,7 @@ def test_cut_at_any_byte(make, tmp_path: Path) -> None:
                     faults.append(f"{verb}, {path.name} at {at}: exit {found}, not {code}: {said.strip()}")
                 shutil.rmtree(case)
                 shutil.rmtree(tmp_path / "case_out", ignore_errors=True)
-        path.write_bytes(whole)
+        overwrite(path, whole)
     print(f"{make.__name__}: {dict(counts)}")
     assert counts["cuts"] > 30
     assert counts["verbs"] > 30

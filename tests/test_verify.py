@@ -22,6 +22,7 @@ from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.rules import Rules
 from dsatrace.verify.run import verify
+from helpers.damage import overwrite
 from helpers.golden_run import REQUESTS, SERVING, read_lines, write_golden, write_lines
 from helpers.json_edits import at, changed, key_paths, number_paths
 from helpers.memory_run import MemoryRun
@@ -185,7 +186,7 @@ def test_a_line_missing_twice_or_elsewhere_is_named(tmp_path: Path, level: str) 
     lines = (folder / STEPS_FILE).read_bytes().splitlines(keepends=True)
 
     def found(*kept: bytes) -> str:
-        (folder / STEPS_FILE).write_bytes(b"".join(kept))
+        overwrite(folder / STEPS_FILE, b"".join(kept))
         with pytest.raises(Mismatch) as mismatch:
             verify(folder)
         return str(mismatch.value)
@@ -285,7 +286,7 @@ def test_nothing_broken_makes_a_traceback(tmp_path: Path, name: str, level: str)
                 assert said.count("\n") == 0
                 continue
             line = json.dumps(changed(whole, where, value)).encode() + b"\n"
-            (folder / name).write_bytes(line if name.endswith(".json") else b"".join([line, *rest]))
+            overwrite(folder / name, line if name.endswith(".json") else b"".join([line, *rest]))
             try:
                 verify(folder)
                 harmless.add(where[0])

@@ -21,6 +21,7 @@ from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.plain_record import PlainSelection, needle_field, step_record
 from dsatrace.verify.run import verify
+from helpers.damage import overwrite
 from helpers.golden_run import BLOCK_SIZE, LAYOUTS, TOP_K, read_lines, write_golden, write_lines
 from helpers.json_edits import changed
 from helpers.resume_samples import resume, serve
@@ -142,10 +143,10 @@ def test_a_byte_more_less_or_other_is_found_in_every_file(tmp_path: Path) -> Non
     for name in FILES:
         whole = (folder / name).read_bytes()
         for data in (whole.replace(b"}", b"} ", 1), whole.replace(b":", b": ", 1), whole[:-1] + b" "):
-            (folder / name).write_bytes(data)
+            overwrite(folder / name, data)
             with pytest.raises(Mismatch, match=rf"^{name}: (bytes|sha256): "):
                 verify(folder)
-        (folder / name).write_bytes(whole)
+        overwrite(folder / name, whole)
     assert verify(folder).is_sealed
 
 

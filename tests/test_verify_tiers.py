@@ -16,6 +16,7 @@ from dsatrace.schema import LEVELS, OFFLOADED_FETCH, REQUESTS_FILE, STEPS_FILE, 
 from dsatrace.trace.summarize import summarize_runs
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
+from helpers.damage import overwrite
 from helpers.golden_run import REQUESTS, read_lines, write_golden, write_lines
 from helpers.json_edits import at, changed, key_paths, number_paths
 from helpers.memory_run import MemoryRun
@@ -107,14 +108,14 @@ def test_a_chain_moved_to_another_tier_is_found(tmp_path: Path) -> None:
 def rewritten(folder: Path, name: str, where: tuple[str, ...], value: Any) -> str:
     """Puts the value there and returns what verify says."""
     whole = json.loads((folder / name).read_text())
-    (folder / name).write_text(json.dumps(changed(whole, where, value)))
+    overwrite(folder / name, json.dumps(changed(whole, where, value)).encode())
     try:
         verify(folder)
         return ""
     except (Mismatch, UserError) as found:
         return str(found)
     finally:
-        (folder / name).write_text(json.dumps(whole))
+        overwrite(folder / name, json.dumps(whole).encode())
 
 
 # Counted by the stores alone, and nowhere else.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,13 @@ VALUES: tuple[Any, ...] = (
     *("", "x", "nan", "\ud800", "a\nb", "../x", [], {}, [None], [[]], [-1], [2**63], ["x"], {"x": {}}),
 )
 """What a value becomes; `...` removes it."""
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """As `write_bytes`, ten times faster: ext4 sends a file to the disk at once that was cut to nothing."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
+        file.write(data)
+        file.truncate()
 
 
 def draws(seed: int, count: int) -> Iterator[random.Random]:
@@ -44,7 +52,7 @@ def alter(path: Path, draw: random.Random) -> str:
         data, what = _replaced(whole, draw)
     else:
         data, what = _other_bytes(whole, draw)
-    path.write_bytes(data)
+    overwrite(path, data)
     return f"{path.name}: {what}"
 
 

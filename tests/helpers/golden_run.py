@@ -24,6 +24,7 @@ from dsatrace.trace.request_facts import RequestFacts, request_line
 from dsatrace.trace.summary import Sections, Summary
 from dsatrace.trace.tracer import tiers_of
 from dsatrace.trace.writer import Sink, open_sinks
+from helpers.damage import overwrite
 from helpers.tier_samples import SimulatedTiers
 from helpers.trace_samples import SampleRequest, sample_capture, with_shared_layers
 
@@ -163,4 +164,4 @@ def read_lines(folder: Path, name: str = STEPS_FILE) -> list[dict[str, Any]]:
 
 
 def write_lines(folder: Path, records: Sequence[Any], name: str = STEPS_FILE) -> None:
-    (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    overwrite(folder / name, "".join(json.dumps(record) + "\n" for record in records).encode())

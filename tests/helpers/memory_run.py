@@ -24,6 +24,7 @@ from dsatrace.verify.check_record import check_record
 from dsatrace.verify.files import PlainRun
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.rules import Rules
+from helpers.damage import overwrite
 from helpers.golden_run import read_lines, write_lines
 
 Record = dict[str, Any]
@@ -96,11 +97,11 @@ class MemoryRun(PlainRun):
         before = (self.folder / STEPS_FILE).read_bytes(), path.read_bytes()
         try:
             write_lines(self.folder, self._now[0])
-            path.write_text(json.dumps(self._now[1]))
+            overwrite(path, json.dumps(self._now[1]).encode())
             return _said(lambda: verify_run.verify(self.folder))
         finally:
-            (self.folder / STEPS_FILE).write_bytes(before[0])
-            path.write_bytes(before[1])
+            overwrite(self.folder / STEPS_FILE, before[0])
+            overwrite(path, before[1])
 
 
 def _said(verify: Callable[[], object]) -> str:
