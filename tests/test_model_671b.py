@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,9 @@ def test_cache_bytes_per_token_and_layer(args, model):
 
 @pytest.mark.parametrize("size", [2, 8, 16])
 def test_a_rank_holds_its_share(args, size):
+    first_layers = dataclasses.replace(args, n_layers=6)  # the others are like the last
     with torch.device("meta"):
-        shard = Transformer(args, group=ParallelGroup(rank=size - 1, size=size))
+        shard = Transformer(first_layers, group=ParallelGroup(rank=size - 1, size=size))
     assert len(shard.layers[5].ffn.experts) == 256 // size
     assert shard.layers[0].attn.wo.weight.shape == (7168, 128 * 128 // size)
     assert shard.head.weight.shape == (129280 // size, 7168)
