@@ -25,6 +25,7 @@ from dsatrace.model.config import ModelArgs
 from dsatrace.model.convert import convert_checkpoint
 from dsatrace.model.shards import CheckpointError, ShardWriter, read_header
 from dsatrace.model.tiny import write_checkpoint
+from helpers.forked import Started
 
 Tensors = dict[str, torch.Tensor]
 
@@ -411,14 +412,13 @@ def test_a_killed_conversion_leaves_only_a_folder_that_says_so(tiny_hf: Path, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_terminating_the_command_leaves_nothing(tmp_path: Path) -> None:
+def test_terminating_the_command_leaves_nothing(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     source, target = tmp_path / "hf", tmp_path / "out"
     make_large(source, num_layers=8)
-    command = [sys.executable, "convert.py", "--hf-ckpt-path", source, "--save-path", target]
-    process = subprocess.Popen(
-        [*command, "--n-experts", "0", "--model-parallel", "1"],
-        cwd=INFERENCE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = ["--hf-ckpt-path", source, "--save-path", target, "--n-experts", "0", "--model-parallel", "1"]
+    process = Started(command, tmp_path_factory.mktemp("said") / "convert", command="convert")
     while process.poll() is None and not list(tmp_path.glob(".out.partial/*")):
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
