@@ -572,7 +572,7 @@ def test_what_follows_a_run_takes_it(
         ["replay", str(folder), "--start", "prefill", "--out", str(tmp_path / "warm"), "--no-figure"],
         ["export", str(folder), "--to", "jsonl", "--out", str(tmp_path / "lines")],
         ["check", str(folder)],
-        ["diff", str(folder), str(folder)],
+        ["diff", str(folder), str(folder), "--no-figure"],
     ):
         assert cli.main(command) == 0, (command, capsys.readouterr().err)
     verify(tmp_path / "lines")
