@@ -16,7 +16,7 @@ import functools
 import json
 import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 SCHEMA_VERSION = 1
 
@@ -763,35 +763,25 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-class _Types(NamedTuple):
-    """The types that a field's declaration allows: of the value, and of a list's items."""
-
-    values: frozenset[type]
-    items: frozenset[type] | None
+_Types = frozenset[type]
+_Expected = tuple[Field, _Types, _Types]
+"""A field, and the types that its declaration allows: of the value, and of a list's items."""
 
 
-@functools.cache
-def _types(declared: str) -> _Types:
+def _expected(field: Field) -> _Expected:
     """Of `int[] | null`, say. Among floats of a list null stands for NaN, which JSON lacks."""
     values, items = set[type](), set[type]()
-    for option in declared.split(" | "):
+    for option in field.type.split(" | "):
         if option.endswith("[]"):
             items.update(_TYPES[option[:-2]], _TYPES["null"] if option == "float[]" else ())
         else:
             values.update(_TYPES[option])
-    return _Types(frozenset(values), frozenset(items) if items else None)
-
-
-def _has_type(value: object, declared: str) -> bool:
-    types = _types(declared)
-    if type(value) is list:
-        return types.items is not None and types.items.issuperset(map(type, value))
-    return type(value) in types.values
+    return field, frozenset(values), frozenset(items)
 
 
 @functools.cache
-def _at_level(fields: tuple[Field, ...], level: Level) -> Mapping[str, Field]:
-    return {field.name: field for field in fields if level in field.levels}
+def _at_level(fields: tuple[Field, ...], level: Level) -> Mapping[str, _Expected]:
+    return {field.name: _expected(field) for field in fields if level in field.levels}
 
 
 def problems(
@@ -807,18 +797,19 @@ def problems(
     """
     found: list[str] = []
     expected = _at_level(fields, level)
-    for name, field in expected.items():
+    for name, (field, values, items) in expected.items():
         if name in record:
             value = record[name]
-            if not _has_type(value, field.type):
+            kind = type(value)
+            if kind not in values and not (kind is list and items and items.issuperset(map(type, value))):
                 found.append(f"{where}{name}: {reprlib.repr(value)} is not {field.type}")
-            elif type(value) is int and not -field.most <= value <= field.most:
+            elif kind is int and not -field.most <= value <= field.most:
                 found.append(f"{where}{name}: {reprlib.repr(value)} is beyond {field.most}")
             elif field.children and value is not None:
                 found += _inner_problems(value, level, field, where + name, in_order)
         elif not field.optional:
             found.append(f"{where}{name}: missing")
-    if expected.get("event") is STEP_FIELDS[0] and ("scores_stats" in record) == ("scores_topk" in record):
+    if fields[:1] == STEP_FIELDS[:1] and ("scores_stats" in record) == ("scores_topk" in record):
         found.append("scores_stats, scores_topk: exactly one of them must stand")
     if in_order and [n for n in record if n in expected] != [n for n in expected if n in record]:
         found.append(f"{where or 'record'}: fields out of order")
