@@ -7,6 +7,7 @@ import dataclasses
 import io
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -326,11 +327,13 @@ serve(Path(sys.argv[1]), format="parquet")
 """
 
 
-def killed(folder: Path, forward: int) -> None:
-    """A process of its own that SIGKILL ends while it waits in that forward."""
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a process that SIGKILL ended while it waited in a forward. To be copied."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
     env = {**os.environ, "PYTHONPATH": f"{INFERENCE}:{ROOT / 'tests'}"}
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(folder), str(forward)], env=env, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM, str(folder), "8"], env=env, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     with process:
@@ -343,13 +346,13 @@ def killed(folder: Path, forward: int) -> None:
             prepare_resume(folder)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
+    return folder
 
 
 def test_sigkill_leaves_all_whole_parts(
-    tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
+    killed: Path, tmp_path: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "run"
-    killed(folder, forward=8)
+    folder = shutil.copytree(killed, tmp_path / "run")
     run = RunReader(folder)
     assert (run.manifest["state"], run.state) == ("running", "incomplete")
     num_records = len(list(run.steps()))
@@ -417,9 +420,8 @@ def test_a_complete_run_without_its_records_is_bad(tmp_path: Path) -> None:
         verify(folder)
 
 
-def test_a_damaged_part_is_named(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    killed(folder, forward=8)
+def test_a_damaged_part_is_named(killed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(killed, tmp_path / "run")
     path = part_paths(folder)[0]
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"trace_steps/000001\.parquet: not a whole Parquet file"):
