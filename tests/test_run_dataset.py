@@ -34,7 +34,7 @@ from helpers.real_data import real_file
 
 CONFIG = INFERENCE / "config_tiny.json"
 SMALL = ("--max-new-tokens", 4, "--no-hub")
-RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 700, *SMALL)
+RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 500, *SMALL)
 
 
 Run = Callable[..., Path]
@@ -55,12 +55,12 @@ def summary(folder: Path) -> dict[str, Any]:
 
 def test_ruler_is_traced_scored_and_verified(run: Run) -> None:
     tasks = ("--ruler-task", "niah_single_1,vt", "--ruler-task", "fwe")
-    folder = run(*RULER, *tasks, "--ruler-length", 1400, "--limit-per-task", 2)
+    folder = run(*RULER, *tasks, "--ruler-length", 1250, "--limit-per-task", 2)
     done = verify(folder)
     assert done.state == "complete"
     requests = lines(folder, "requests.jsonl")
     assert [r["request_id"] for r in requests] == [
-        f"{task}.1400.row{row}" for task in ("niah_single_1", "vt", "fwe") for row in range(2)
+        f"{task}.1250.row{row}" for task in ("niah_single_1", "vt", "fwe") for row in range(2)
     ]
     said = summary(folder)
     assert set(said["scores"]["by"]["task"]) == {"niah_single_1", "vt", "fwe"}
@@ -240,7 +240,7 @@ def test_bad_rows_are_named_or_counted(run: Run, tmp_path: Path, capsys: Any) ->
     rows.insert(1, {"id": "x", "conversations": [{"from": "human"}]})
     chats = tmp_path / "chats.json"
     chats.write_text(json.dumps(rows))
-    flags = ("--dataset", "sharegpt", "--sharegpt-json", chats, *SMALL)
+    flags = ("--dataset", "sharegpt", "--sharegpt-json", chats, "--limit", 2, *SMALL)
     run(*flags, code=2)
     assert "row 1" in (said := capsys.readouterr().err)
     assert "'value'" in said
@@ -307,7 +307,7 @@ def test_an_entry_in_the_table_is_all_that_a_data_set_needs(
 def test_runs_from_the_root_and_from_inference(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     """The model from the root; the simulator, which imports no torch, from `inference`."""
     model = ("--ckpt-path", checkpoint, "--config", CONFIG)
-    how = model if folder == ROOT else ("--runner", "simulator")
+    how = model if folder == ROOT else ("--runner", "simulator", "--tokenizer", checkpoint)
     script = os.path.relpath(INFERENCE / "run_dataset.py", folder)
     done = finished(script, *how, "--trace-out", tmp_path / "r", *RULER, "--limit", 1, cwd=folder)
     assert done.returncode == 0, done.stderr
