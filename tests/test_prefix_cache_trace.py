@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import INFERENCE
 from dsatrace.commands.run_burstgpt import main as run_burstgpt
 from dsatrace.commands.run_dataset import main as run_dataset
 from dsatrace.engine.block_tables import new_pool
@@ -44,6 +43,7 @@ from dsatrace.trace.tracer import Tracer
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
+from helpers.checkpoints import tiny_config
 from helpers.golden_run import read_lines, write_lines
 from helpers.models import SMALL, random_model, random_tokens
 from helpers.power import examples
@@ -251,7 +251,7 @@ def test_another_source_in_the_manifest_is_found(copied: Path, source: str, said
 def test_conversations_prefill_less_and_are_answered_alike(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Every user turn of some of ShareGPT's sample is a request that begins with the turns before it."""
     flags = [
-        *("--ckpt-path", tiny_checkpoint, "--config", INFERENCE / "config_tiny.json", "--no-hub"),
+        *("--ckpt-path", tiny_checkpoint, "--config", tiny_config(tmp_path, index_topk=32), "--no-hub"),
         *("--dataset", "sharegpt", "--sharegpt-turn-mode", "per_user_turn", "--max-new-tokens", 4),
         *("--cache-block-size", 16, "--save-text", "--limit", 8),
     ]
@@ -278,7 +278,7 @@ def test_a_resumed_run_goes_on_with_a_cold_cache(tiny_checkpoint: Path, tmp_path
     """Its hits are the engine's own, so they are fewer than those of a run in one go; the rest is as good."""
     folder = tmp_path / "run"
     flags = [
-        *("--ckpt-path", tiny_checkpoint, "--config", INFERENCE / "config_tiny.json", "--no-hub"),
+        *("--ckpt-path", tiny_checkpoint, "--config", tiny_config(tmp_path, index_topk=32), "--no-hub"),
         *("--dataset", "sharegpt", "--sharegpt-turn-mode", "per_user_turn", "--max-new-tokens", 4),
         *("--cache-block-size", 16, "--batch-size", 1, "--prefix-caching", "--limit", 6),
         *("--trace-out", folder),
