@@ -40,7 +40,8 @@ compile_kernels()
 for name in (*LATE, "dsatrace.runner.offload.opening"):
     importlib.import_module(name)
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([__name__, "pytest"])
+# Also what test modules import, in which the functions stand that the forks call.
+_context.set_forkserver_preload([__name__, "pytest", "helpers.stores", "dsatrace.trace.parquet"])
 
 
 def start(
