@@ -85,10 +85,10 @@ def test_nothing_stays_of_the_parquet_that_was_read(tmp_path: Path, monkeypatch:
 
 
 def test_the_script_says_what_it_did(tmp_path: Path) -> None:
-    flags = ("--counts", "1", "--top-k", "64", "--only", "verify", "--folder", str(tmp_path))
-    done = bench("growth.py", "verbs", *flags)
+    flags = ("--counts", "1", "--layers", "4", "--top-k", "64", "--only", "verify")
+    done = bench("growth.py", "verbs", *flags, "--folder", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if "15616" in line]
+    rows = [line.split() for line in done.stdout.splitlines() if "1024" in line]
     assert [row[:2] for row in rows] == [
         ["write", "jsonl"],
         ["verify", "jsonl"],

@@ -126,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs.add_argument("--counts", type=int, nargs="+", default=counts, help="least records (%(default)s)")
     verbs.add_argument("--level", choices=LEVELS, default="full", help="default: %(default)s")
     verbs.add_argument("--top-k", type=int, default=2048, help="ids of a record (%(default)s)")
+    verbs.add_argument("--layers", type=int, default=Shape.num_layers, help="of the model (%(default)s)")
     verbs.add_argument("--only", nargs="+", choices=sorted({verb.name for verb in VERBS}), help="these verbs")
     verbs.add_argument("--folder", type=Path, help="for the runs, on a disk with room (default: temporary)")
     writer = modes.add_parser("writer", help="by layers, top-k and batch")
@@ -148,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def grow_verbs(args: argparse.Namespace) -> None:
     """Each verb over runs of growing length; a run goes once its verbs have read it."""
-    if min(args.counts) < 1 or not 1 <= args.top_k <= Shape.num_prompt_tokens:
-        raise UserError(f"--counts must be at least 1, --top-k 1 to {Shape.num_prompt_tokens}")
+    if min(*args.counts, args.layers) < 1 or not 1 <= args.top_k <= Shape.num_prompt_tokens:
+        raise UserError(f"--counts and --layers must be at least 1, --top-k 1 to {Shape.num_prompt_tokens}")
     needed = [verb for verb in VERBS if args.level == "full" or verb.name not in FULL_ONLY]
     if args.only:
         needed = [verb for verb in needed if verb.name in args.only]
@@ -158,7 +159,7 @@ def grow_verbs(args: argparse.Namespace) -> None:
         needed.sort(key=VERBS.index)
     else:
         of_command(["warmup"])  # compiles what the first row would compile
-    shape = Shape(top_k=args.top_k)
+    shape = Shape(num_layers=args.layers, top_k=args.top_k)
     table = Rows(
         f"level {args.level}, {shape.num_layers} layers, {args.top_k} ids per record",
         *(f"{'verb':19} ", f"{'of':8} ", "records", "CPU s", "wall s", "CPU us/record"),

@@ -103,8 +103,23 @@ _QWEN = _IDS | {
     "max_position_embeddings": 512,
     "layer_types": ["indexed_attention", "linear_attention", "indexed_attention", "linear_attention"],
 }
+_SLIDING = {  # of the layers without an indexer
+    "swa_num_attention_heads": 2,
+    "swa_num_key_value_heads": 2,
+    "swa_q_lora_rank": 16,
+    "swa_kv_lora_rank": 16,
+    "swa_head_dim": 16,
+    "swa_qk_nope_head_dim": 8,
+    "swa_v_head_dim": 8,
+}
 _MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}
-_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "out_hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 
 class Family(NamedTuple):
@@ -126,7 +141,7 @@ FAMILIES = {
         _MLA | {"rope_parameters": _MROPE},
         "HYV4VLConfig",
     ),
-    "dots3_note": Family("Dots3NoteTextConfig", "Dots3NoteForCausalLM", _MLA),
+    "dots3_note": Family("Dots3NoteTextConfig", "Dots3NoteForCausalLM", _MLA | _SLIDING),
     "mistral_large4": Family(
         "MistralLarge4TextConfig",
         "MistralLarge4ForConditionalGeneration",
@@ -141,6 +156,8 @@ FAMILIES = {
         | {
             "index_kpool": 4,
             "qk_rope_head_dim": 0,
+            "linear_num_heads": 2,
+            "linear_head_dim": 8,
             "layer_types": ["linear_attention", *["indexed_attention"] * 3],
             "indexer_types": ["full", "full", "shared", "full"],
         },

@@ -7,6 +7,7 @@ process.kill()                    # SIGKILL: process.exitcode is -9
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -25,20 +26,27 @@ TESTS = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join((str(TESTS.parent / "inference"), str(TESTS))),
     **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"),
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }
 """Of the server: a process with threads cannot be forked."""
 
 LATE = (
     "tokenizers",
-    *(f"dsatrace.commands.{name}" for name in ("generate", "run_burstgpt", "run_dataset", "serving")),
+    *(
+        f"dsatrace.commands.{name}"
+        for name in ("generate", "layerwise", "run_burstgpt", "run_dataset", "serving")
+    ),
     "dsatrace.report.workload_tables",
     "dsatrace.runner.setup",
+    "dsatrace.trace.parquet.sink",
+    "pandas",  # pyarrow's, to look at an array
 )
 """What a run imports when it needs it."""
 
 compile_kernels()
 for name in (*LATE, "dsatrace.runner.offload.opening"):
     importlib.import_module(name)
+os.register_at_fork(before=gc.freeze)  # else a collection copies every page that modules lie on
 _context = multiprocessing.get_context("forkserver")
 # Also what test modules import, in which the functions stand that the forks call.
 _context.set_forkserver_preload([__name__, "pytest", "helpers.stores", "dsatrace.trace.parquet"])

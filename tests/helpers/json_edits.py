@@ -16,13 +16,15 @@ def at(value: Any, path: Sequence[Any]) -> Any:
 
 
 def changed(value: Any, path: Sequence[Any], new: Any) -> Any:
-    """A copy that holds `new` at the path; `...` deletes what is there."""
-    copied = copy.deepcopy(value)
-    holder = at(copied, path[:-1])
-    if new is ...:
-        del holder[path[-1]]
+    """A copy that holds `new` at the path; `...` deletes what is there. The rest is the value's own."""
+    key, *inner = path
+    copied = copy.copy(value)
+    if inner:
+        copied[key] = changed(value[key], inner, new)
+    elif new is ...:
+        del copied[key]
     else:
-        holder[path[-1]] = new
+        copied[key] = new
     return copied
 
 

@@ -68,6 +68,8 @@ def compare(stored: Any, derived: Any, path: str = "", summed: bool = False) -> 
 
     Keys that `derived` lacks are not compared. Exact, except for the means with `summed`.
     """
+    if stored == derived:
+        return
     if isinstance(derived, Mapping) and isinstance(stored, Mapping):
         for key, value in derived.items():
             inner = f"{path}.{key}" if path else str(key)
@@ -75,13 +77,11 @@ def compare(stored: Any, derived: Any, path: str = "", summed: bool = False) -> 
                 raise Mismatch(inner, f"missing, derived {reprlib.repr(value)}")
             compare(stored[key], value, inner, summed)
     elif isinstance(derived, list) and isinstance(stored, list):
-        if stored == derived:
-            return
         for i, (left, right) in enumerate(zip(stored, derived, strict=False)):
             compare(left, right, f"{path}[{i}]", summed)
         if len(stored) != len(derived):
             raise Mismatch(path, f"stored {len(stored)} entries, derived {len(derived)}")
-    elif stored != derived and not (summed and _same_mean(stored, derived, path)):
+    elif not (summed and _same_mean(stored, derived, path)):
         raise Mismatch(path, f"stored {reprlib.repr(stored)}, derived {reprlib.repr(derived)}")
 
 
