@@ -5,6 +5,7 @@ The checkpoints are read-only by agreement; a test that changes one copies it fi
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -46,6 +47,10 @@ SLOWEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in SLOWEST)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the collector need not look again and again at a million objects that stay
 
 
 @pytest.fixture(scope="session")
