@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -63,7 +64,13 @@ def run(request: pytest.FixtureRequest, runs: Path) -> Run:
 
 
 def records_of(run: Run) -> list[dict[str, Any]]:
-    return list(run.reader.steps())
+    """As its lines say, read once per folder; nobody changes them."""
+    return _records_in(run.reader.folder)
+
+
+@functools.cache
+def _records_in(folder: Path) -> list[dict[str, Any]]:
+    return list(RunReader(folder).steps())
 
 
 def ids_of(record: dict[str, Any]) -> list[int]:

@@ -219,7 +219,8 @@ def test_the_folder_has_a_default_in_every_verb(tmp_path: Path, monkeypatch: pyt
     for verb in (verb for verb in VERBS if verb not in ("report", "three-turns")):
         pictures = [] if verb in ("prepare", "explain") else ["--skip-visualization"]
         layout = ["--kv-layout", "glm-5"] if verb == "size" else []
-        assert study(verb, *small, *pictures, *layout) == 0
+        seeds = [] if verb == "prepare" else ["--seeds", 2]
+        assert study(verb, *small, *pictures, *layout, *seeds) == 0
         (folder,) = (tmp_path / "outputs").glob(f"study_{verb}_*")
         assert json.loads((folder / "manifest.json").read_text())["study"] == verb
 
