@@ -22,8 +22,10 @@ if [ "$VENV" != none ]; then
         # Not compiled: most modules are never imported, and the others are compiled when they are.
         pip=("$VENV/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check)
         # uv unpacks in seconds what takes pip a minute; where it cannot, pip does it, or says why not.
+        index="${PIP_INDEX_URL:-$("$VENV/bin/python" -m pip config get global.index-url 2> /dev/null || true)}"
         add() {
-            "$VENV/bin/uv" pip install --quiet --python "$VENV/bin/python" "$@" 2> /dev/null || "${pip[@]}" "$@"
+            "$VENV/bin/uv" pip install --quiet --python "$VENV/bin/python" ${index:+--default-index "$index"} "$@" \
+                2> /dev/null || "${pip[@]}" "$@"
         }
         "${pip[@]}" uv || true
         # What the kernels need comes first: they compile on the other cores while torch and the rest are unpacked.

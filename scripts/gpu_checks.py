@@ -180,7 +180,8 @@ def offload_staged(where: Where) -> str:
     convert_checkpoint(where.folder / "tiny", where.folder / "tiny_mp1", None, 1)
     device = torch.device(where.device)
     model = load_transformer(args, where.folder / "tiny_mp1", device=device)
-    num_blocks, block_size, prompt, steps = 40, 8, 296, 24
+    num_blocks, steps = 40, 24
+    block_size, prompt = (8, 296) if where.is_gpu else (2, 56)
     tokens = np.random.default_rng(1).integers(0, args.vocab_size, prompt + steps).tolist()
     plain = decode(model, model.new_cache(num_blocks, block_size, device), tokens, prompt)
     settings = OffloadSettings(hbm_blocks=num_blocks // 2)

@@ -96,7 +96,7 @@ def test_within_15_percent_of_real_runs(runs: Path, name: str) -> None:
 def test_levels_and_contexts_are_in_order() -> None:
     @functools.cache
     def bytes_a_record(context: int, level: Level) -> tuple[float, float]:
-        load = TraceLoad(num_layers=8, top_k=256, context=context, num_steps=100, batch_size=1)
+        load = TraceLoad(num_layers=8, top_k=256, context=context, num_steps=16, batch_size=1)
         jsonl, *_ = estimate_sizes(load, level)
         return jsonl.bytes_per_record
 

@@ -19,6 +19,7 @@ from dsatrace.commands import report
 from dsatrace.commands.interrupt import on_interrupt
 from dsatrace.errors import DEBUG, UserError, exits_cleanly
 from helpers.golden_run import write_golden
+from helpers.warm_python import warm_python
 
 
 def raising(error: BaseException) -> Callable[[], int]:
@@ -137,7 +138,6 @@ def test_two_ranks_say_a_mistyped_file_once(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "data" / "models" / "needle-2k", model)
     for rank in range(2):
         (model / f"model{rank}-mp2.safetensors").touch()  # never read: the file of rows is looked for first
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     flags = ["--dataset", "sharegpt", "--sharegpt-json", "nowhere.json", "--device", "cpu"]
     where = [
         "--ckpt-path",
@@ -147,15 +147,16 @@ def test_two_ranks_say_a_mistyped_file_once(tmp_path: Path) -> None:
         "--trace-out",
         str(tmp_path / "r"),
     ]
-    done = subprocess.run(
-        [*launch, str(INFERENCE / "run_dataset.py"), *flags, *where],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    with warm_python() as path:
+        done = subprocess.run(
+            ["torchrun", "--nproc-per-node", "2", str(INFERENCE / "run_dataset.py"), *flags, *where],
+            cwd=ROOT,
+            env=os.environ | {"PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
     said = "error: nowhere.json: cannot read the file"
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
@@ -163,7 +164,7 @@ def test_two_ranks_say_a_mistyped_file_once(tmp_path: Path) -> None:
     ]
     ours, _, torchruns = done.stderr.partition("Traceback (most recent call last)")
     assert ours.count(said) == 1
-    assert "dsatrace/" not in torchruns
+    assert "inference/dsatrace/" not in torchruns
     assert done.stderr.count("Traceback") == 1  # torchrun's
     assert said in torchruns.splitlines()[-2]  # it is easily found: the last words but one rule
 

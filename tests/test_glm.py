@@ -15,7 +15,7 @@ from dsatrace.model.tiny import write_checkpoint
 from dsatrace.workloads.tokenizer import write_byte_tokenizer
 from test_tensor_parallel import PROMPTS, answers, generate
 
-NEW_TOKENS = 24
+NEW_TOKENS = 12
 
 
 @pytest.fixture(scope="module")

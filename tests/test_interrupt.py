@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from conftest import INFERENCE, ROOT
 from dsatrace.commands.interrupt import ends_by_signal, on_ending, on_interrupt
 from dsatrace.errors import exits_cleanly
 from dsatrace.schema import MANIFEST_FILE, STEPS_FILE, SUMMARY_FILE
 from dsatrace.trace.reader import RunReader
-from helpers.waiting import LIMIT_S
+from helpers.forked import call, run_script
+from helpers.waiting import LIMIT_S, until
 
 ENDINGS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 SLOW = """
@@ -58,18 +56,19 @@ sys.exit(main())
 )
 def test_no_temporary_file_stays(slow_file: str, how: str, number: signal.Signals, tmp_path: Path) -> None:
     """The signal comes while a file is being replaced, by the main thread or the writer's."""
-    folder = tmp_path / "run"
-    env = {**os.environ, "PYTHONPATH": f"{INFERENCE}:{ROOT / 'tests'}"}
-    command = [sys.executable, "-c", SLOW, str(folder), slow_file, how]
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        assert run.stdout is not None
-        assert run.stdout.readline() == "slow\n", run.communicate()
-        assert (folder / f".{slow_file}.tmp").exists()
-        run.send_signal(number)
-        time.sleep(0.2)  # it is handled meanwhile
-        (tmp_path / "run.go").touch()
-        _, err = run.communicate(timeout=LIMIT_S)
-    assert (run.returncode, err) == (130, "interrupted\n")
+    folder, script, out, err = (tmp_path / name for name in ("run", "slow.py", "out", "err"))
+    script.write_text(SLOW)
+    out.touch()
+    argv = [str(script), str(folder), slow_file, how]
+    process = call(run_script, tmp_path, argv, (Path(os.devnull), out, err))
+    until(lambda: out.read_text() == "slow\n" or process.exitcode is not None)
+    assert process.exitcode is None, err.read_text()
+    assert (folder / f".{slow_file}.tmp").exists()
+    os.kill(process.pid, number)
+    time.sleep(0.2)  # it is handled meanwhile
+    (tmp_path / "run.go").touch()
+    process.join(LIMIT_S)
+    assert (process.exitcode, err.read_text()) == (130, "interrupted\n")
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
     assert RunReader(folder).state == "incomplete"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import multiprocessing
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +14,7 @@ import pytest
 from numba.core import config
 
 from dsatrace import jit
+from helpers.forked import call
 
 SOURCE = """
 from dsatrace.jit import cached_njit
@@ -47,7 +48,9 @@ def module_at(path: Path, name: str = "kernels_of_a_test") -> ModuleType:
     return module
 
 
-def double_in_process(path: Path, value: object) -> None:
+def double_in_process(path: Path, value: object, cache: str) -> None:
+    os.environ["XDG_CACHE_HOME"] = cache
+    jit.cache_folder.cache_clear()
     module_at(path).double(value)
 
 
@@ -116,10 +119,8 @@ def test_processes_do_not_spoil_each_others_code(tmp_path: Path) -> None:
     """All store into one index at once; without the lock some are lost, or stand for another."""
     path = tmp_path / "kernels.py"
     module_at(path)
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=double_in_process, args=(path, value)) for value in VALUES]
-    for process in processes:
-        process.start()
+    cache = os.environ["XDG_CACHE_HOME"]
+    processes = [call(double_in_process, path, value, cache) for value in VALUES]
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * len(processes)

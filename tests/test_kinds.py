@@ -415,9 +415,9 @@ def test_only_the_engines_runs_are_resumed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_the_estimate_draws_such_records(name: str) -> None:
     kind = KINDS[name]
-    load = TraceLoad(1, 1, context=200, num_steps=60, batch_size=1, layout=LAYOUT, kind=kind)
+    load = TraceLoad(1, 1, context=200, num_steps=24, batch_size=1, layout=LAYOUT, kind=kind)
     records = [json.loads(line) for line in draw_sample(load, "full", "clustered").lines]
-    assert len(records) == load.num_records == 60 * len(kind.set_layers)
+    assert len(records) == load.num_records == 24 * len(kind.set_layers)
     assert [problems(record, "full", kind.fields) for record in records] == [[]] * len(records)
     jsonl, *columns = estimate_sizes(load, "full")
     assert all(0 < size.bytes_per_record[0] < jsonl.bytes_per_record[0] for size in columns)

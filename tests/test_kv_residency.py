@@ -121,22 +121,32 @@ def histories(draw: st.DrawFn) -> tuple[int, list[tuple[str, list[int]]]]:
     return num_slots, draw(st.lists(actions, max_size=30))
 
 
-@pytest.mark.parametrize("policy", TIER_POLICIES)
-@settings(max_examples=examples(75), deadline=None)
+EACH_BY_ALL = settings(max_examples=examples(75), deadline=None)
+"""To draw a history takes longer than to carry it out: each goes through all policies."""
+
+
+@EACH_BY_ALL
 @given(histories())
-def test_every_policy_keeps_the_map(policy: str, history) -> None:
-    num_slots, actions = history
+def test_every_policy_keeps_the_map(history) -> None:
+    for policy in TIER_POLICIES:
+        keep_the_map(policy, *history)
+
+
+def keep_the_map(policy: str, num_slots: int, actions) -> None:
     carried = Carried(num_slots, policy)
     for action, wanted in actions:
         carried.apply(action, wanted)
         carried.check()
 
 
-@pytest.mark.parametrize("policy", GOES_FIRST)
-@settings(max_examples=examples(75), deadline=None)
+@EACH_BY_ALL
 @given(histories())
-def test_the_victims_are_those_of_a_dictionary(policy: str, history) -> None:
-    num_slots, actions = history
+def test_the_victims_are_those_of_a_dictionary(history) -> None:
+    for policy in GOES_FIRST:
+        compare_with_a_dictionary(policy, *history)
+
+
+def compare_with_a_dictionary(policy: str, num_slots: int, actions) -> None:
     carried, plain = Carried(num_slots, policy), PlainResidency(num_slots, policy)
     for action, wanted in actions:
         moves = carried.apply(action, wanted)
@@ -152,11 +162,14 @@ def test_the_victims_are_those_of_a_dictionary(policy: str, history) -> None:
                 plain.units[unit].dirty = True
 
 
-@pytest.mark.parametrize("policy", TIER_POLICIES)
-@settings(max_examples=examples(75), deadline=None)
+@EACH_BY_ALL
 @given(histories())
-def test_the_fast_orders_equal_the_plain_policies(policy: str, history) -> None:
-    num_slots, actions = history
+def test_the_fast_orders_equal_the_plain_policies(history) -> None:
+    for policy in TIER_POLICIES:
+        compare_with_the_plain_policy(policy, *history)
+
+
+def compare_with_the_plain_policy(policy: str, num_slots: int, actions) -> None:
     fast, plain = Carried(num_slots, policy), Carried(num_slots, policy)
     plain.residency._order = PlainOrder(policy, num_slots, plain.residency.slot_of)
     assert isinstance(fast.residency._order, StampOrder) == (policy in STAMP_POLICIES)

@@ -22,14 +22,13 @@ from dsatrace.engine.settings import RunSettings
 from dsatrace.errors import UserError
 from dsatrace.model.transformer import Transformer
 from dsatrace.runner.settings import ModelSettings, OffloadSettings
-from dsatrace.runner.setup import load_model, open_engine
+from dsatrace.runner.setup import open_engine
 from dsatrace.trace.config import TraceConfig
 from dsatrace.trace.reader import RunReader
 from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
-from helpers.checkpoints import tiny_config
 from helpers.command_runs import selections
-from helpers.models import random_tokens
+from helpers.models import SMALL, random_model, random_tokens
 from helpers.stores import mooncake, valkey
 
 BLOCK = 16
@@ -115,17 +114,11 @@ def prompts(model: Transformer) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def model_and_settings(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("offload")
+def model_and_settings() -> tuple[Transformer, ModelSettings]:
     settings = ModelSettings(
-        checkpoint,
-        tiny_config(folder, dtype="fp64", index_topk=16),
-        device="cpu",
-        max_batch_size=2,
-        prefill_chunk=64,
-        cache_block_size=BLOCK,
+        Path("built in memory"), device="cpu", max_batch_size=2, prefill_chunk=64, cache_block_size=BLOCK
     )
-    return load_model(settings, CPU), settings
+    return random_model(dataclasses.replace(SMALL, dtype="fp64", index_topk=16)), settings
 
 
 @pytest.fixture(scope="module")
@@ -355,8 +348,8 @@ def test_a_server_that_stays_dead_fails_requests_and_ends_the_run(
 
 
 def test_a_full_server_fails_requests_with_its_reason(bench: Bench, expected: Served) -> None:
-    """Half of what the units need."""
-    with valkey("--maxmemory", "2mb", "--maxmemory-policy", "noeviction") as server:
+    """Two thirds of what the units need."""
+    with valkey("--maxmemory", "1500kb", "--maxmemory-policy", "noeviction") as server:
         served = bench.serve(offload_of("row", remote=server.tcp))
     check_failed(served, expected, "do not take what leaves HBM")
 
@@ -374,7 +367,7 @@ def test_a_local_pool_survives_the_death_of_the_remote_one(bench: Bench, expecte
 
 def test_a_server_that_drops_units_on_its_own(bench: Bench, expected: Served) -> None:
     """Too small, and told to evict: whoever misses a unit is computed again, or fails in the end."""
-    with valkey("--maxmemory", "2100kb", "--maxmemory-policy", "allkeys-lru") as server:
+    with valkey("--maxmemory", "1550kb", "--maxmemory-policy", "allkeys-lru") as server:
         served = bench.serve(offload_of("row", remote=server.tcp))
     assert served.summary["tiers"]["lost_units"] > 0
     for one, answer in zip(served.live, expected.answers, strict=True):

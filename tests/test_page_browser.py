@@ -7,6 +7,7 @@ against `replay.json` and `summary.json`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import Any
@@ -22,7 +23,7 @@ from helpers.tier_samples import SETUPS
 
 RUN = ROOT / "data" / "traces" / "needle-2k" / "2k"
 HOSTILE = "<img src=x onerror=window.hacked=1>"
-SCREENS = [(width, dark) for width in (1280, 400) for dark in (False, True)]
+WIDTHS = (1280, 400)
 OPEN = "((is_open) => document.querySelectorAll('details').forEach((one) => { one.open = is_open }))"
 READY = "document.querySelectorAll('canvas.heat:not(.ready)').length === 0"
 
@@ -85,6 +86,25 @@ def page(browser, made):
         yield opened
 
 
+@pytest.fixture(scope="module")
+def still(browser, made):
+    """The same, open once for all who only read it."""
+    with browser.open(made[0]) as opened:
+        opened.wait(READY)
+        yield opened
+
+
+@pytest.fixture(scope="module", params=[False, True])
+def shaded(browser, made, still, request):
+    """Whether it is dark, and the page loaded so, for those who only read it."""
+    if not request.param:
+        yield False, still
+        return
+    with browser.open(made[0], dark=True) as opened:
+        opened.wait(READY)
+        yield True, opened
+
+
 @pytest.mark.parametrize("name", ["real", "hostile", "compared", "study"])
 @pytest.mark.parametrize("javascript", [True, False])
 def test_no_error_and_no_request_but_the_file(browser, pages, name, javascript):
@@ -98,13 +118,13 @@ def test_no_error_and_no_request_but_the_file(browser, pages, name, javascript):
         assert page.value("document.title")
 
 
-def test_the_same_run_gives_the_same_bytes_and_says_what_they_say(page, made, tmp_path, capsys):
+def test_the_same_run_gives_the_same_bytes_and_says_what_they_say(still, made, tmp_path, capsys):
     again = tmp_path / "page.html"
     assert main(["report", str(RUN), "--html", str(again), "--replay", str(made[0].parent / "replay")]) == 0
     assert again.read_bytes() == made[0].read_bytes()
     assert again.stat().st_size < 2_000_000
     first = ".warnings li, .verdict, [aria-labelledby=curve-title] .answer"
-    shown = page.value(f"[...document.querySelectorAll('{first}')].map((one) => one.textContent.trim())")
+    shown = still.value(f"[...document.querySelectorAll('{first}')].map((one) => one.textContent.trim())")
     said = capsys.readouterr().out.replace("`", "")  # which mark commands, shown as code on the page
     assert said.splitlines() == [*shown, f"page: {again}"]
 
@@ -140,9 +160,9 @@ def number_in(text: str) -> float | str | None:
         return text
 
 
-def test_shown_numbers_are_the_whole_ones(page):
+def test_shown_numbers_are_the_whole_ones(still):
     """A number on the page is its whole value, rounded as it is shown."""
-    cells = page.value(
+    cells = still.value(
         "[...document.querySelectorAll('[data-value], data')].map((one) => [one.textContent, "
         "one.dataset.value ?? one.value])"
     )
@@ -169,10 +189,10 @@ def _unit(name: str) -> float:
     return base ** ("kMGT".index(name[0]) + 1)
 
 
-def test_the_tables_are_the_replays(page, made):
+def test_the_tables_are_the_replays(still, made):
     _, replay, _ = made
     overall, layers = replay["overall"]["policies"], replay["layers"]
-    curve = table_of(page, "curve")
+    curve = table_of(still, "curve")
     for size, cell in overall["lru"].items():
         at = curve["size"].index(size)
         assert curve["buffer, ids"][at] == cell["ids"]
@@ -181,16 +201,16 @@ def test_the_tables_are_the_replays(page, made):
         assert [curve["lru, 95% from"][at], curve["to"][at]] == cell["interval"]
     size = replay["chosen"]["size"]
     missed = [layer["policies"]["lru"][size]["misses_per_step"] for layer in layers]
-    by_layer = table_of(page, "by-layer")
+    by_layer = table_of(still, "by-layer")
     for name in ("mean", "p50", "p95", "p99"):
         assert by_layer[name] == [one[name] for one in missed]
 
 
-def test_the_verdict_is_the_replays(page, made):
+def test_the_verdict_is_the_replays(still, made):
     _, replay, summary = made
     size = replay["chosen"]["size"]
     rates = [replay["overall"]["policies"][name][size]["miss_rate"] for name in ("lru", "opt")]
-    said = page.value("[...document.querySelectorAll('.verdict data')].map((one) => Number(one.value))")
+    said = still.value("[...document.querySelectorAll('.verdict data')].map((one) => Number(one.value))")
     for number in (*rates, summary["counts"]["steps"], summary["counts"]["requests"]):
         assert number in said
 
@@ -225,36 +245,34 @@ def _tick(text: str) -> float:
     return float(number.strip("%").replace(",", "")) * scale
 
 
-def test_bars_are_as_high_as_their_numbers(page, made):
+def test_bars_are_as_high_as_their_numbers(still, made):
     _, replay, _ = made
     size = replay["chosen"]["size"]
     means = [layer["policies"]["lru"][size]["misses_per_step"]["mean"] for layer in replay["layers"]]
-    chart, value, pixel = drawn(page, "by-layer")
+    chart, value, pixel = drawn(still, "by-layer")
     assert [value(bar["top"]) for bar in chart["bars"]] == pytest.approx(means, abs=2 * pixel)
     assert max(means) > 20 * pixel  # else the bars could have any height
 
 
-def test_points_lie_where_their_numbers_are(page, made):
+def test_points_lie_where_their_numbers_are(still, made):
     _, replay, _ = made
-    chart, value, pixel = drawn(page, "curve")
+    chart, value, pixel = drawn(still, "curve")
     for style, policy in (("s1", "opt"), ("s2", "fifo")):
         rates = [cell["miss_rate"] for cell in replay["overall"]["policies"][policy].values()]
         assert [value(one["y"]) for one in chart["markers"][style]] == pytest.approx(rates, abs=2 * pixel)
         assert max(rates) - min(rates) > 20 * pixel
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_pixels_are_the_tables_numbers(browser, made, dark):
-    with browser.open(made[0], dark=dark) as page:
-        page.wait(READY)
-        columns = table_of(page, "by-step")
-        del columns["layer"]
-        values = np.array(list(columns.values()), float).T  # layers by steps
-        pixels = page.pixels("section[aria-labelledby=by-step-title] canvas.heat")
-        stops = page.value(
-            "Array.from({length: 8}, (_, i) => getComputedStyle(document.documentElement)"
-            ".getPropertyValue(`--r${i}`).trim())"
-        )
+def test_pixels_are_the_tables_numbers(shaded):
+    _, page = shaded
+    columns = table_of(page, "by-step")
+    del columns["layer"]
+    values = np.array(list(columns.values()), float).T  # layers by steps
+    pixels = page.pixels("section[aria-labelledby=by-step-title] canvas.heat")
+    stops = page.value(
+        "Array.from({length: 8}, (_, i) => getComputedStyle(document.documentElement)"
+        ".getPropertyValue(`--r${i}`).trim())"
+    )
     ramp = np.array([[int(stop[at : at + 2], 16) for at in (1, 3, 5)] for stop in stops], float)
     places = values / np.nanmax(values) * 7
     expected = np.stack([np.interp(places, np.arange(8), ramp[:, channel]) for channel in range(3)], -1)
@@ -335,11 +353,13 @@ CONTRASTS = """(() => {
 
 
 @pytest.mark.parametrize("name", ["real", "hostile", "compared", "study"])
-@pytest.mark.parametrize(("width", "dark"), SCREENS)
-def test_it_fits_the_screen(browser, pages, name, width, dark):
-    with browser.open(pages[name], width=width, dark=dark) as page:
+@pytest.mark.parametrize("width", WIDTHS)
+def test_it_fits_the_screen(browser, pages, name, width):
+    with browser.open(pages[name], width=width) as page:
         page.wait(READY)
-        for opened in (False, True):
+        for dark, opened in itertools.product((False, True), (False, True)):
+            page.darken(dark)
+            assert page.value("matchMedia('(prefers-color-scheme: dark)').matches") == dark
             page.value(f"{OPEN}({json.dumps(opened)})")
             assert page.value("document.documentElement.scrollWidth") <= width
             assert page.value(OVERLAPS) == []
@@ -353,7 +373,7 @@ HIDDEN = """[...document.querySelectorAll(".lying .scroll")].map((frame) => [
 ])"""
 
 
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("width", WIDTHS)
 def test_numbers_behind_lying_bars_are_in_sight(browser, pages, width):
     """Without scrolling, in letters that can be read."""
     for name, least in (("hostile", 3), ("compared", 0)):
@@ -383,16 +403,14 @@ def test_a_columns_name_stands_over_its_numbers(browser, pages, name):
         assert len(found) > 10 and {tuple(one) for one in found} == {("left", "left"), ("right", "right")}
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_texts_lines_and_points_stand_out(browser, made, dark):
+def test_texts_lines_and_points_stand_out(shaded):
     """By WCAG's AA: 4.5 to 1, what is drawn 3 to 1."""
-    with browser.open(made[0], dark=dark) as page:
-        page.wait(READY)
-        found = page.value(CONTRASTS)
-        assert sum(name.startswith("drawn") for _, name in found) > 50 and len(found) > 200
-        assert [one for one in found if one[0] < 4.5] == []
-        ground = page.value("getComputedStyle(document.body).backgroundColor")
-        assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 150) == dark
+    dark, page = shaded
+    found = page.value(CONTRASTS)
+    assert sum(name.startswith("drawn") for _, name in found) > 50 and len(found) > 200
+    assert [one for one in found if one[0] < 4.5] == []
+    ground = page.value("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 150) == dark
 
 
 def test_the_checks_of_looks_find_what_is_wrong(page):
@@ -456,10 +474,10 @@ def test_the_keyboard_reaches_everything(page):
     assert reached == list(range(len(reached))) and len(reached) > 20
 
 
-def test_a_link_leads_to_each_section(page):
-    links = page.value("[...document.querySelectorAll('a[href]')].map((one) => one.getAttribute('href'))")
+def test_a_link_leads_to_each_section(still):
+    links = still.value("[...document.querySelectorAll('a[href]')].map((one) => one.getAttribute('href'))")
     assert links and all(link.startswith("#") for link in links)
-    ids = page.value("[...document.querySelectorAll('[id]')].map((one) => one.id)")
+    ids = still.value("[...document.querySelectorAll('[id]')].map((one) => one.id)")
     assert len(set(ids)) == len(ids)
     assert {link[1:] for link in links} <= set(ids)
 
@@ -502,15 +520,15 @@ def test_on_paper_all_is_open(browser, made):
             assert not page.value(f"document.querySelector({json.dumps(css)}).checkVisibility()")
 
 
-def test_every_picture_has_words(page):
+def test_every_picture_has_words(still):
     """Each chart a name and a description, each table a caption, each control a name."""
-    charts = page.value(
+    charts = still.value(
         "[...document.querySelectorAll('svg[role=img]')].map((one) => "
         "['title', 'desc'].map((name) => one.querySelector(name).textContent))"
     )
     assert len(charts) >= 6 and all(name and len(words) > 20 for name, words in charts)
-    assert page.value("[...document.querySelectorAll('table')].every((one) => one.caption.textContent)")
-    nodes = page.call("Accessibility.getFullAXTree")["nodes"]
+    assert still.value("[...document.querySelectorAll('table')].every((one) => one.caption.textContent)")
+    nodes = still.call("Accessibility.getFullAXTree")["nodes"]
     roles = ("button", "slider", "spinbutton", "combobox", "link", "region")
     controls = [node for node in nodes if node.get("role", {}).get("value") in roles]
     assert len(controls) > 20

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +139,17 @@ def test_the_two_rotary_layouts_differ():
         prefill(model, new_cache(model, 120), tokens, 120)
         found.append(log.sets()[0][ARGS.index_topk :])
     assert found[0] != found[1]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_a_cache_takes_the_memory_of_what_was_written(model):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident()
+    cache = model.new_cache(num_blocks=1 << 17, block_size=16)
+    whole = (1 << 21) * cache.bytes_per_token
+    assert whole > 1 << 30
+    prefill(model, cache, random_tokens(16, ARGS), chunk=16)
+    assert resident() - before < whole / 16
+    assert cache.latent[0][0].any() and not cache.latent[0][-1].any() and not cache.index_k[0][-1].any()

@@ -92,19 +92,23 @@ def test_what_was_learned_is_applied_from_its_time_on(name, params, most):
     assert sum(hits[30.0][:31]) == 0 and sum(hits[30.0]) >= 8
 
 
-@pytest.mark.parametrize("leaf", [False, True], ids=["flat", "leaf"])
-@pytest.mark.parametrize("name", NAMES)
-def test_the_same_with_hundreds_of_blocks(name, leaf):
+@pytest.fixture(scope="module")
+def long_stream():
     rng = np.random.default_rng(7)
     families = rng.zipf(1.3, 1500) % 90
     words = [[family, *rng.integers(0, 2, rng.integers(0, 12)).tolist()] for family in families.tolist()]
-    stream = AccessStream.of(
+    return AccessStream.of(
         prefixes(words),
         times=rng.exponential(1.0, len(words)).cumsum().tolist(),
         workloads=[*WORKLOADS, *rng.choice(WORKLOADS, len(words) - len(WORKLOADS)).tolist()],
         concurrency=6,
     )
-    check_against_plain(stream, name, 250, leaf, "truncate")
+
+
+@pytest.mark.parametrize("leaf", [False, True], ids=["flat", "leaf"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_with_hundreds_of_blocks(long_stream, name, leaf):
+    check_against_plain(long_stream, name, 250, leaf, "truncate")
 
 
 @EACH_BY_ALL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import INFERENCE
 from dsatrace.commands.run_burstgpt import main as run_burstgpt
 from dsatrace.commands.run_dataset import main as run_dataset
 from dsatrace.engine.block_tables import new_pool
@@ -43,6 +43,7 @@ from dsatrace.trace.tracer import Tracer
 from dsatrace.verify.mismatch import Mismatch
 from dsatrace.verify.run import verify
 from dsatrace.workloads.request import Request
+from helpers.checkpoints import tiny_config
 from helpers.golden_run import read_lines, write_lines
 from helpers.models import SMALL, random_model, random_tokens
 from helpers.power import examples
@@ -152,7 +153,18 @@ def run_of(model: Transformer, folder: Path, setting: Setting = Setting(), heads
     return folder
 
 
-def test_the_trace_says_what_was_hit(exact_model: Transformer, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(exact_model: Transformer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a run, to be read only."""
+    return run_of(exact_model, tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.fixture
+def copied(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+def test_the_trace_says_what_was_hit(exact_model: Transformer, whole: Path, tmp_path: Path) -> None:
     """Physical blocks of 12 and statistics' blocks of 8: 50 common tokens are 4 of the first, 48 tokens
     and so 6 of the second."""
     folder = run_of(exact_model, tmp_path / "run", Setting(block_size=12))
@@ -176,11 +188,13 @@ def test_the_trace_says_what_was_hit(exact_model: Transformer, tmp_path: Path) -
     assert saved["saved_kind"] == "modelled"
     assert verify(folder).state == "complete"
     assert summarize_runs([folder])["prefix_cache"] == saved
-    both = summarize_runs([folder, run_of(exact_model, tmp_path / "other")])["prefix_cache"]
+    both = summarize_runs([folder, whole])["prefix_cache"]
     assert both["prompt_tokens"] == 2 * 156
 
 
-def test_without_a_cache_the_trace_says_what_could_be_hit(exact_model: Transformer, tmp_path: Path) -> None:
+def test_without_a_cache_the_trace_says_what_could_be_hit(
+    exact_model: Transformer, whole: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     Setting().serve(exact_model, of_heads([50], [(0, 10, 3), (0, 7, 4)], 0.0), folder, "analysis")
     assert {r["prefix"]["prefix_cached_blocks"] for r in read_lines(folder) if r["request_id"] == "r1"} == {6}
@@ -188,17 +202,16 @@ def test_without_a_cache_the_trace_says_what_could_be_hit(exact_model: Transform
     assert RunReader(folder).manifest["prefix_source"] == "analysis"
     assert RunReader(folder).summary()["prefix_cache"] is None
     with pytest.raises(UserError, match="prefix source analysis, but cache in"):
-        summarize_runs([run_of(exact_model, tmp_path / "cache"), folder])
+        summarize_runs([whole, folder])
 
 
-def test_an_exported_run_says_the_same(exact_model: Transformer, tmp_path: Path) -> None:
-    folder = run_of(exact_model, tmp_path / "run")
-    export_run(RunReader(folder), "parquet", tmp_path / "parquet")
+def test_an_exported_run_says_the_same(whole: Path, tmp_path: Path) -> None:
+    export_run(RunReader(whole), "parquet", tmp_path / "parquet")
     export_run(RunReader(tmp_path / "parquet"), "jsonl", tmp_path / "back")
     for name in (REQUESTS_FILE, "trace_steps.jsonl", SUMMARY_FILE):
-        assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
+        assert (tmp_path / "back" / name).read_bytes() == (whole / name).read_bytes()
     assert verify(tmp_path / "back").state == "complete"
-    expected = RunReader(folder).summary()["prefix_cache"]
+    expected = RunReader(whole).summary()["prefix_cache"]
     assert summarize_runs([tmp_path / "parquet"])["prefix_cache"] == expected
 
 
@@ -214,39 +227,33 @@ def test_an_exported_run_says_the_same(exact_model: Transformer, tmp_path: Path)
         ({"prefill_s": ...}, "prefill_s: .*prefix_source is cache"),
     ],
 )
-def test_an_edited_hit_is_found(
-    exact_model: Transformer, tmp_path: Path, change: dict[str, Any], said: str
-) -> None:
-    folder = run_of(exact_model, tmp_path / "run")
+def test_an_edited_hit_is_found(copied: Path, change: dict[str, Any], said: str) -> None:
     changed = [
-        line | (change if line["request_id"] == "r1" else {}) for line in read_lines(folder, REQUESTS_FILE)
+        line | (change if line["request_id"] == "r1" else {}) for line in read_lines(copied, REQUESTS_FILE)
     ]
     lines = [{name: value for name, value in line.items() if value is not ...} for line in changed]
-    write_lines(folder, lines, REQUESTS_FILE)
+    write_lines(copied, lines, REQUESTS_FILE)
     with pytest.raises(Mismatch, match=said):
-        verify(folder)
+        verify(copied)
 
 
 @pytest.mark.parametrize(
     ("source", "said"),
     [("analysis", "prefix_hit_tokens: .*without a prefix cache"), ("guessed", "not analysis or cache")],
 )
-def test_another_source_in_the_manifest_is_found(
-    exact_model: Transformer, tmp_path: Path, source: str, said: str
-) -> None:
-    folder = run_of(exact_model, tmp_path / "run")
-    manifest = json.loads((folder / MANIFEST_FILE).read_text())
-    write_json(folder / MANIFEST_FILE, manifest | {"prefix_source": source})
+def test_another_source_in_the_manifest_is_found(copied: Path, source: str, said: str) -> None:
+    manifest = json.loads((copied / MANIFEST_FILE).read_text())
+    write_json(copied / MANIFEST_FILE, manifest | {"prefix_source": source})
     with pytest.raises(Mismatch, match=said):
-        verify(folder)
+        verify(copied)
 
 
 def test_conversations_prefill_less_and_are_answered_alike(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Every user turn of some of ShareGPT's sample is a request that begins with the turns before it."""
     flags = [
-        *("--ckpt-path", tiny_checkpoint, "--config", INFERENCE / "config_tiny.json", "--no-hub"),
+        *("--ckpt-path", tiny_checkpoint, "--config", tiny_config(tmp_path, index_topk=32), "--no-hub"),
         *("--dataset", "sharegpt", "--sharegpt-turn-mode", "per_user_turn", "--max-new-tokens", 4),
-        *("--cache-block-size", 16, "--save-text", "--limit", 16),
+        *("--cache-block-size", 16, "--save-text", "--limit", 8),
     ]
     runs = {}
     for name, more in (("plain", []), ("cached", ["--prefix-caching"])):
@@ -271,7 +278,7 @@ def test_a_resumed_run_goes_on_with_a_cold_cache(tiny_checkpoint: Path, tmp_path
     """Its hits are the engine's own, so they are fewer than those of a run in one go; the rest is as good."""
     folder = tmp_path / "run"
     flags = [
-        *("--ckpt-path", tiny_checkpoint, "--config", INFERENCE / "config_tiny.json", "--no-hub"),
+        *("--ckpt-path", tiny_checkpoint, "--config", tiny_config(tmp_path, index_topk=32), "--no-hub"),
         *("--dataset", "sharegpt", "--sharegpt-turn-mode", "per_user_turn", "--max-new-tokens", 4),
         *("--cache-block-size", 16, "--batch-size", 1, "--prefix-caching", "--limit", 6),
         *("--trace-out", folder),

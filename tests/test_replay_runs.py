@@ -252,7 +252,7 @@ def test_touched_blocks_replay_as_the_positions_do(run: Path, tmp_path: Path) ->
 def test_runs_of_every_kind_of_selection(name: str, tmp_path: Path) -> None:
     """Whatever an id stands for, in both formats: at top-k, misses are what the step before lacked."""
     run = write_kind(tmp_path / "run", name)
-    record = replayed(run, tmp_path / "out", "--sizes", "1k,2k,50%")
+    record = replayed(run, tmp_path / "out", "--sizes", "1k,2k,50%", "--format", "svg")
     sets = [f"{layer}.{head}" if heads > 1 else f"{layer}" for layer, heads, head in _sets(KINDS[name])]
     assert [layer["name"] for layer in record["layers"]] == sets
     for layer in record["layers"]:

@@ -21,12 +21,13 @@ from helpers.kind_runs import KINDS, write_kind
 from helpers.tier_samples import SETUPS
 
 OPEN = ROOT / "data" / "traces" / "needle-2k" / "2k"
+SMALL = ("--num-requests", 20, "--seeds", 2, "--skip-visualization")
 STUDIES = {
     "run": ("--min-turns", 2, "--runner", "engine", "--skip-visualization"),
     "compare": ("--num-blocks", 40, "--skip-visualization"),
     "explain": (),
-    "sweep": ("--num-requests", 20, "--capacities", 64, "--policies", "lru", "--skip-visualization"),
-    "mixed": ("--num-requests", 20, "--policies", "lru", "fifo", "--skip-visualization"),
+    "sweep": (*SMALL, "--capacities", 64, "--policies", "lru"),
+    "mixed": (*SMALL, "--policies", "lru", "fifo"),
 }
 WAYS = ("open", "served", *KINDS, *SETUPS, *STUDIES)
 

@@ -81,7 +81,7 @@ def test_the_real_clock_waits(run: Run, tmp_path: Path) -> None:
 
 
 def test_only_fifo_batch_waits_for_the_batch(run: Run, tmp_path: Path) -> None:
-    file = log(tmp_path, (0, 20, 2), (0, 20, 60), (0, 20, 2))
+    file = log(tmp_path, (0, 20, 2), (0, 20, 30), (0, 20, 2))
     flags = ("--burstgpt-csv", file, "--batch-size", 2)
     fifo = requests(run(*flags, "--serving", "fifo-batch"))
     assert fifo["row2"]["admitted_s"] >= fifo["row1"]["finish_s"]
@@ -90,14 +90,13 @@ def test_only_fifo_batch_waits_for_the_batch(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_small_cache_preempts_and_still_serves_everyone(run: Run, tmp_path: Path) -> None:
-    file = log(tmp_path, *((0, 40, 60) for _ in range(4)))
+    file = log(tmp_path, *((0, 24, 24) for _ in range(4)))
     flags = ("--burstgpt-csv", file, "--serving", "continuous", "--cache-block-size", 16)
-    small = run(*flags, "--cache-blocks", 12)
-    assert RunReader(small).summary()["serving"]["counts"]["preemptions"] > 0
-    assert verify(small).state == "complete"
-    large = run(*flags)
-    assert {i: r["num_output_tokens"] for i, r in requests(small).items()} == {
-        i: r["num_output_tokens"] for i, r in requests(large).items()
+    folder = run(*flags, "--cache-blocks", 6)  # of 12 that the four need
+    assert RunReader(folder).summary()["serving"]["counts"]["preemptions"] > 0
+    assert verify(folder).state == "complete"
+    assert {i: r["num_output_tokens"] for i, r in requests(folder).items()} == {
+        f"row{i}": 24 for i in range(4)
     }
 
 
@@ -112,7 +111,7 @@ def test_generated_arrivals_say_their_parameters(run: Run, capsys: Any) -> None:
 
 
 def test_sessions_share_prefixes(run: Run) -> None:
-    flags = ("--limit", 30, "--batch-size", 1, "--max-new-tokens-cap", 2, "--kv-block-size", 4)
+    flags = ("--limit", 12, "--batch-size", 1, "--max-new-tokens-cap", 2, "--kv-block-size", 4)
     shares = [
         RunReader(run(*flags, "--shared-prefix-share", share)).summary()["prefix_intersection_ratio"]["max"]
         for share in (0.9, 0)

@@ -26,23 +26,29 @@ from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.data_set import Find, Flag, OpenedWorkload, PromptSettings
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import SHAREGPT, ShareGPTLoader, ShareGPTWorkload
+from helpers.checkpoints import tiny_config
 from helpers.command_runs import runs_below, told_error, until_lines
 from helpers.forked import Started, finished
 from helpers.json_lines import read_json_lines
 from helpers.ranks import on_ranks
 from helpers.real_data import real_file
 
-CONFIG = INFERENCE / "config_tiny.json"
 SMALL = ("--max-new-tokens", 4, "--no-hub")
-RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 700, *SMALL)
+RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 500, *SMALL)
 
 
 Run = Callable[..., Path]
 
 
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a model that selects 32 tokens."""
+    return tiny_config(tmp_path_factory.mktemp("run_dataset"), index_topk=32)
+
+
 @pytest.fixture
-def run(checkpoint: Path, tmp_path: Path) -> Run:
-    return runs_below(tmp_path, main, "--ckpt-path", checkpoint, "--config", CONFIG)
+def run(checkpoint: Path, config: Path, tmp_path: Path) -> Run:
+    return runs_below(tmp_path, main, "--ckpt-path", checkpoint, "--config", config)
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -55,12 +61,12 @@ def summary(folder: Path) -> dict[str, Any]:
 
 def test_ruler_is_traced_scored_and_verified(run: Run) -> None:
     tasks = ("--ruler-task", "niah_single_1,vt", "--ruler-task", "fwe")
-    folder = run(*RULER, *tasks, "--ruler-length", 1400, "--limit-per-task", 2)
+    folder = run(*RULER, *tasks, "--ruler-length", 1250, "--limit-per-task", 2)
     done = verify(folder)
     assert done.state == "complete"
     requests = lines(folder, "requests.jsonl")
     assert [r["request_id"] for r in requests] == [
-        f"{task}.1400.row{row}" for task in ("niah_single_1", "vt", "fwe") for row in range(2)
+        f"{task}.1250.row{row}" for task in ("niah_single_1", "vt", "fwe") for row in range(2)
     ]
     said = summary(folder)
     assert set(said["scores"]["by"]["task"]) == {"niah_single_1", "vt", "fwe"}
@@ -228,9 +234,11 @@ def test_a_prompt_that_cannot_fit_is_rejected(run: Run) -> None:
     assert verify(folder).state == "complete"
 
 
-def test_an_explicit_source_never_falls_back(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+def test_an_explicit_source_never_falls_back(
+    checkpoint: Path, config: Path, tmp_path: Path, capsys: Any
+) -> None:
     flags = ["--dataset", "sharegpt", "--sharegpt-json", str(tmp_path / "nowhere.json")]
-    code = main(["--ckpt-path", str(checkpoint), "--config", str(CONFIG), *flags])
+    code = main(["--ckpt-path", str(checkpoint), "--config", str(config), *flags])
     assert code == 2
     assert "nowhere.json" in capsys.readouterr().err
 
@@ -240,7 +248,7 @@ def test_bad_rows_are_named_or_counted(run: Run, tmp_path: Path, capsys: Any) ->
     rows.insert(1, {"id": "x", "conversations": [{"from": "human"}]})
     chats = tmp_path / "chats.json"
     chats.write_text(json.dumps(rows))
-    flags = ("--dataset", "sharegpt", "--sharegpt-json", chats, *SMALL)
+    flags = ("--dataset", "sharegpt", "--sharegpt-json", chats, "--limit", 2, *SMALL)
     run(*flags, code=2)
     assert "row 1" in (said := capsys.readouterr().err)
     assert "'value'" in said
@@ -304,10 +312,12 @@ def test_an_entry_in_the_table_is_all_that_a_data_set_needs(
 
 
 @pytest.mark.parametrize("folder", [ROOT, INFERENCE], ids=["root", "inference"])
-def test_runs_from_the_root_and_from_inference(folder: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_runs_from_the_root_and_from_inference(
+    folder: Path, checkpoint: Path, config: Path, tmp_path: Path
+) -> None:
     """The model from the root; the simulator, which imports no torch, from `inference`."""
-    model = ("--ckpt-path", checkpoint, "--config", CONFIG)
-    how = model if folder == ROOT else ("--runner", "simulator")
+    model = ("--ckpt-path", checkpoint, "--config", config)
+    how = model if folder == ROOT else ("--runner", "simulator", "--tokenizer", checkpoint)
     script = os.path.relpath(INFERENCE / "run_dataset.py", folder)
     done = finished(script, *how, "--trace-out", tmp_path / "r", *RULER, "--limit", 1, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -315,11 +325,13 @@ def test_runs_from_the_root_and_from_inference(folder: Path, checkpoint: Path, t
     assert str(tmp_path / "r") in done.stdout
 
 
-def test_two_ranks_serve_the_same_requests(tiny_hf: Path, tmp_path: Path, run: Run, tiny_args: Any) -> None:
+def test_two_ranks_serve_the_same_requests(
+    tiny_hf: Path, config: Path, tmp_path: Path, tiny_args: Any
+) -> None:
     converted = tmp_path / "mp2"
     convert_checkpoint(tiny_hf, converted, tiny_args.n_routed_experts, model_parallel=2)
     flags = (*RULER, "--limit", 2)
-    where = ("--ckpt-path", converted, "--config", CONFIG, "--trace-out", tmp_path / "two")
+    where = ("--ckpt-path", converted, "--config", config, "--trace-out", tmp_path / "two")
     done = on_ranks(2, "run_dataset", (*where, *flags), tmp_path / "said")
     assert done.returncode == 0, done.stderr
     assert verify(tmp_path / "two").state == "complete"
@@ -327,10 +339,12 @@ def test_two_ranks_serve_the_same_requests(tiny_hf: Path, tmp_path: Path, run: R
     assert len(lines(tmp_path / "two", "requests.jsonl")) == 2
 
 
-def test_ctrl_c_leaves_a_run_that_resume_completes(checkpoint: Path, tmp_path: Path, run: Run) -> None:
+def test_ctrl_c_leaves_a_run_that_resume_completes(
+    checkpoint: Path, config: Path, tmp_path: Path, run: Run
+) -> None:
     flags = (*RULER, "--limit", 4, "--batch-size", 1, "--max-new-tokens", 16)
     folder = tmp_path / "stopped"
-    where = ("--ckpt-path", checkpoint, "--config", CONFIG, "--trace-out", folder)
+    where = ("--ckpt-path", checkpoint, "--config", config, "--trace-out", folder)
     process = Started((*where, *flags), tmp_path / "said")
     until_lines(process, folder / "requests.jsonl", 2)
     process.send_signal(signal.SIGINT)

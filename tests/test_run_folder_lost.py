@@ -112,7 +112,7 @@ def test_of_a_model(
         main, own = generate, ("--input-file", prompts)
     else:
         main = run_dataset
-        own = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 700, "--limit", 1, "--no-hub")
+        own = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 500, "--limit", 1, "--no-hub")
     assert main([str(flag) for flag in (*model, *own)]) == 2
     assert acted == [act.__name__]
     check_lost(folder, act, *capsys.readouterr())

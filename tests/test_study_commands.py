@@ -164,34 +164,34 @@ def test_as_many_single_turn_requests_as_multi_turn_ones(tmp_path: Path) -> None
     assert counts["single_turn"] == counts["multi_turn"] > 12
 
 
-QA = ("--workload", "qa", "--num-requests", 120, "--seed", 7)
+QA = ("--workload", "qa", "--num-requests", 120, "--seed", 7, "--seeds", 1)
 
 
 @pytest.mark.parametrize("workload", ["qa", "chat_single", "chat_multi", "summarization"])
 def test_a_workload_has_one_hit_rate_in_every_verb(workload: str, tmp_path: Path) -> None:
     """The same workload, seed and size: `run`, `compare`, `explain` and `sweep` tell the same number."""
-    flags = ("--workload", workload, "--num-requests", 60, "--seed", 7, "--num-blocks", 48)
+    flags = ("--workload", workload, "--num-requests", 60, "--seed", 7, "--num-blocks", 48, "--seeds", 1)
     sides = {"chat_single": "single_turn"}
     side = sides.get(workload, "multi_turn")
     of_run = study_json(tmp_path / "run", f"{side}_stats.json", "run", *flags)["metrics"]
-    assert study("explain", *flags, "--seeds", 1, "--output-dir", tmp_path / "explain") == 0
+    assert study("explain", *flags, "--output-dir", tmp_path / "explain") == 0
     lines = json.loads((tmp_path / "explain" / "explain.json").read_text())["definitions"]
     assert lines["token_weighted_with_rejected"]["value"] == of_run["hit_rate_first_prefill"]
-    sizes = ("--block-size", 16, "--policies", "lru", "--seeds", 1)
+    sizes = ("--block-size", 16, "--policies", "lru")
     cells = study_json(tmp_path / "sweep", "sweep.json", "sweep", *flags, *sizes)["cells"]
     (pool,) = (cell for cell in cells if cell["policy"] == "vllm")
     assert pool["hit_rate"] == pytest.approx(of_run["hit_rate_blocks"], abs=1e-6)
     assert (pool["hits"] > 0) == (workload != "chat_single")
     if workload.startswith("chat"):
-        flags = (*flags, "--min-turns", 1, "--seeds", 1)
+        flags = (*flags, "--min-turns", 1)
         both = study_json(tmp_path / "compare", "comparison.json", "compare", *flags)["metrics"]
         assert both["hit_rate_blocks"][side] == of_run["hit_rate_blocks"]
 
 
 def test_a_mix_has_one_hit_rate_in_both_verbs(tmp_path: Path) -> None:
-    flags = ("--workloads", "qa", "chat_multi", "--num-requests", 40, "--num-blocks", 96)
+    flags = ("--workloads", "qa", "chat_multi", "--num-requests", 40, "--num-blocks", 96, "--seeds", 1)
     of_run = study_json(tmp_path / "run", "multi_turn_stats.json", "run", *flags)
-    one = ("--policies", "lru", "--seeds", 1)
+    one = ("--policies", "lru")
     cells = study_json(tmp_path / "mixed", "mixed.json", "mixed", *flags, *one)["cells"]
     pool = {cell["workload"]: cell["hit_rate"] for cell in cells if cell["policy"] == "vllm"}
     assert pool.pop("overall") == pytest.approx(of_run["metrics"]["hit_rate_blocks"], abs=1e-6)
@@ -200,12 +200,13 @@ def test_a_mix_has_one_hit_rate_in_both_verbs(tmp_path: Path) -> None:
 
 
 def test_a_verb_takes_several_caches(tmp_path: Path, capsys: Any) -> None:
-    flags = (*QA, "--skip-visualization", "--num-blocks", 40, 90, "--block-size", 16, 32)
+    several = (*QA[:-1], 2)  # seeds, over which intervals are told
+    flags = (*several, "--skip-visualization", "--num-blocks", 40, 90, "--block-size", 16, 32)
     assert study("run", *flags, "--output-dir", tmp_path / "all") == 0
     shown = capsys.readouterr().out
     assert "90 blocks of 32 tokens" in shown
     one = ("--num-blocks", 90, "--block-size", 32)
-    of_one = study_json(tmp_path / "one", "multi_turn_stats.json", "run", *QA, *one)
+    of_one = study_json(tmp_path / "one", "multi_turn_stats.json", "run", *several, *one)
     assert json.loads((tmp_path / "all" / "multi_turn_stats_block32_cache90.json").read_text()) == of_one
     assert len(list((tmp_path / "all").glob("*_stats_*.json"))) == 4
     manifest = json.loads((tmp_path / "all" / "manifest.json").read_text())
@@ -218,7 +219,8 @@ def test_the_folder_has_a_default_in_every_verb(tmp_path: Path, monkeypatch: pyt
     for verb in (verb for verb in VERBS if verb not in ("report", "three-turns")):
         pictures = [] if verb in ("prepare", "explain") else ["--skip-visualization"]
         layout = ["--kv-layout", "glm-5"] if verb == "size" else []
-        assert study(verb, *small, *pictures, *layout) == 0
+        seeds = [] if verb == "prepare" else ["--seeds", 2]
+        assert study(verb, *small, *pictures, *layout, *seeds) == 0
         (folder,) = (tmp_path / "outputs").glob(f"study_{verb}_*")
         assert json.loads((folder / "manifest.json").read_text())["study"] == verb
 
@@ -239,7 +241,7 @@ def test_without_caching_every_rate_is_0(tmp_path: Path) -> None:
 
 def test_no_schedule_lowers_the_ceiling(tmp_path: Path) -> None:
     """A turn waits for the turn before it; only last tokens, which no engine computes, are missed."""
-    flags = ("run", "--workload", "chat_multi", "--max-conversations", 30, "--turn-delay", 0)
+    flags = ("run", "--workload", "chat_multi", "--max-conversations", 30, "--turn-delay", 0, "--seeds", 1)
     ceilings, rates = set(), {}
     for schedule in ("in_order", "continuous"):
         more = ("--schedule", schedule, "--concurrency", 8)
@@ -266,7 +268,7 @@ def test_the_host_pool_has_a_line_of_its_own(qa_run: tuple[Path, str]) -> None:
 
 
 def test_every_turn_is_shown_with_its_blocks(tmp_path: Path, capsys: Any) -> None:
-    flags = ("run", "--workload", "chat_multi", "--max-conversations", 60, "--markdown")
+    flags = ("run", "--workload", "chat_multi", "--max-conversations", 60, "--markdown", "--seeds", 1)
     stats = study_json(tmp_path / "out", "multi_turn_stats.json", *flags)
     turns, shown = stats["per_turn"], capsys.readouterr().out
     assert len(turns) > 10
@@ -280,7 +282,7 @@ def test_every_turn_is_shown_with_its_blocks(tmp_path: Path, capsys: Any) -> Non
 
 
 def test_workloads_of_a_mix_keep_their_own_rates(tmp_path: Path) -> None:
-    flags = ("--workloads", "qa", "summarization", "--num-requests", 200, "--arrival-rate", 2)
+    flags = ("--workloads", "qa", "summarization", "--num-requests", 200, "--arrival-rate", 2, "--seeds", 1)
     rates = ("--rates", "qa=0.5", "summarization=8")
     seconds = {}
     for name, more in (("shared", ()), ("own", rates)):
@@ -427,7 +429,7 @@ def test_three_turns_by_hand(capsys: Any) -> None:
 def test_finished_studies_are_shown_and_drawn_again(
     qa_run: tuple[Path, str], tmp_path: Path, capsys: Any
 ) -> None:
-    small = ("--workloads", "qa", "chat_multi", "--num-requests", 10, "--policies", "lru")
+    small = ("--workloads", "qa", "chat_multi", "--num-requests", 10, "--policies", "lru", "--seeds", 2)
     assert study("compare", "--output-dir", tmp_path / "compare", "--skip-visualization") == 0
     for verb in ("sweep", "mixed"):
         assert study(verb, *small, "--skip-visualization", "--output-dir", tmp_path / verb) == 0
@@ -473,7 +475,7 @@ def test_conversation_by_conversation(tmp_path: Path) -> None:
     """In a small cache, turns find more when no other conversation comes between them."""
     hits = {}
     for order in ("arrival", "conversation"):
-        flags = ("--workload", "chat_multi", "--max-conversations", 40, "--num-blocks", 100)
+        flags = ("--workload", "chat_multi", "--max-conversations", 40, "--num-blocks", 100, "--seeds", 1)
         stats = study_json(tmp_path / order, "multi_turn_stats.json", "run", *flags, "--order", order)
         hits[order] = stats["metrics"]["hit_rate_first_prefill"]
     assert hits["conversation"] > hits["arrival"] + 0.1

@@ -21,7 +21,7 @@ from dsatrace.study.accesses import write_accesses
 from dsatrace.study.prepare import ClientSettings, limit_requests
 from dsatrace.study.requests import RequestsBuilder, StudyRequests, block_trace, by_workload
 from dsatrace.study.sources import Client, Source
-from dsatrace.study.spread import interval
+from dsatrace.study.spread import interval, with_intervals
 from dsatrace.study.sweep import BY_WORKLOAD, SweepSettings, num_jobs, policy_runs, sweep
 from dsatrace.study.sweep_cells import (
     BYPASS,
@@ -390,6 +390,16 @@ def test_seeds_are_pooled_and_give_an_interval(tmp_path):
     assert paired["gain_high"] - paired["gain_low"] < high - low  # what moves both is not in it
     assert "seeds" not in study_json(tmp_path / "eight", "sweep.json", "sweep", *flags)["settings"]
     assert len(json.loads((tmp_path / "eight" / "sweep.json").read_text())["intervals"]["seeds"]) == 8
+
+
+def test_the_interval_of_a_rate_ends_at_0_and_1():
+    inputs = {(OVERALL, BLOCK): block_trace(chats(9, seed=1), BLOCK)}
+    cell = sweep(inputs, SweepSettings((20,), policy_runs(["lru"])))[0]
+    of_two = dataclasses.replace(cell, parts=np.array([[10, 100], [90, 100]]))
+    low, high = interval(*of_two.parts.T, "seeds")
+    assert low < 0 and high > 1
+    (told,) = with_intervals([of_two], "seeds")
+    assert (told.hit_rate_low, told.hit_rate_high) == (0, 1)
 
 
 def test_the_interval_over_seeds_covers_the_mean():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
 import re
 import shutil
@@ -26,10 +29,10 @@ PROMPTS = ("The lighthouse keeper counted 41 ships. " * 10, "Which ship was the 
 TOP_K = 16
 TIERS = ("--cache-block-size", 16, "--max-batch-size", 2, "--hbm-blocks", 20)
 ROWS = ("--cache-block-size", 16, "--max-batch-size", 2, "--hbm-blocks", 3, "--granularity", "row")
-RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 700, "--limit", 2, "--no-hub")
+RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 500, "--limit", 2, "--no-hub")
 LOG = """Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type
-0,ChatGPT,400,4,404,API log
-0,ChatGPT,640,4,644,API log
+0,ChatGPT,200,4,204,API log
+0,ChatGPT,360,4,364,API log
 """
 SHARE = (
     r"tiers: (\d+\.\d) % of the selected (blocks of 16 tokens|rows of one token) found in HBM "
@@ -42,13 +45,14 @@ Call = Callable[..., int]
 COMMANDS = ("generate", "run_dataset", "run_burstgpt")
 
 
-@pytest.fixture
-def call(checkpoint: Path, tmp_path: Path) -> Call:
+@pytest.fixture(scope="module")
+def call(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Call:
     """`call(command, trace_out, *flags)` on a small workload; returns the exit code."""
-    config = tiny_config(tmp_path, index_topk=TOP_K)
-    prompts = tmp_path / "prompts.txt"
+    folder = tmp_path_factory.mktemp("asked")
+    config = tiny_config(folder, index_topk=TOP_K)
+    prompts = folder / "prompts.txt"
     prompts.write_text("\n\n".join(PROMPTS))
-    log = tmp_path / "log.csv"
+    log = folder / "log.csv"
     log.write_text(LOG)
     workloads: dict[str, tuple[Callable[..., int], tuple[object, ...]]] = {
         "generate": (generate, ("--input-file", prompts, "--max-new-tokens", 6, "--temperature", 0)),
@@ -64,6 +68,20 @@ def call(checkpoint: Path, tmp_path: Path) -> Call:
     return call
 
 
+@pytest.fixture(scope="module")
+def without_tiers(call: Call, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
+    """A command's run with all KV in HBM, and what it said."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @functools.cache
+    def run(command: str) -> tuple[Path, str]:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert call(command, folder / command, *TIERS[:4]) == 0
+        return folder / command, said.getvalue()
+
+    return run
+
+
 def ends(folder: Path) -> list[tuple[str, str, int, str | None]]:
     return sorted(
         (line["request_id"], line["state"], line["num_output_tokens"], line.get("text"))
@@ -77,12 +95,17 @@ def ends(folder: Path) -> list[tuple[str, str, int, str | None]]:
 @pytest.mark.parametrize("flags", [TIERS, ROWS], ids=["block", "row"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_same_answers_and_a_line_of_what_tiers_did(
-    command: str, flags: tuple[object, ...], call: Call, tmp_path: Path, capsys: Any
+    command: str,
+    flags: tuple[object, ...],
+    call: Call,
+    without_tiers: Callable[[str], tuple[Path, str]],
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
     if command != "generate" and flags is TIERS:
         flags = (*flags, "--hbm-blocks", 2 * TOP_K)
-    assert call(command, tmp_path / "whole", *flags[:4]) == 0
-    whole = capsys.readouterr().out
+    assert flags[:4] == TIERS[:4]
+    folder, whole = without_tiers(command)
     assert call(command, tmp_path / "tiers", *flags) == 0
     said = capsys.readouterr().out
     assert "tiers:" not in whole
@@ -97,8 +120,8 @@ def test_the_same_answers_and_a_line_of_what_tiers_did(
     assert shown[1] == f"{100 * units['hit_units'] / units['requested_units']:.1f}"
     assert shown[3] == size_text(pool["bytes_read"]["store"])
     assert shown[4] == size_text(pool["bytes_written"]["store"])
-    assert selections(tmp_path / "tiers") == selections(tmp_path / "whole")
-    assert ends(tmp_path / "tiers") == ends(tmp_path / "whole")
+    assert selections(tmp_path / "tiers") == selections(folder)
+    assert ends(tmp_path / "tiers") == ends(folder)
     assert verify(tmp_path / "tiers").state == "complete"
     manifest = RunReader(tmp_path / "tiers").manifest
     assert "failed_requests" not in manifest

@@ -22,7 +22,7 @@ from helpers.resume_samples import OF_THE_MOMENT, answers_of
 from helpers.stores import valkey
 from helpers.waiting import LIMIT_S, until
 
-RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 700, "--no-hub", "--max-new-tokens", 6)
+RULER = ("--dataset", "ruler", "--ruler-generate", "--ruler-length", 500, "--no-hub", "--max-new-tokens", 6)
 ROWS = ("--cache-block-size", 16, "--hbm-blocks", 3, "--granularity", "row", "--max-batch-size", 2)
 
 
@@ -63,19 +63,29 @@ def records(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
 # ---- resume
 
 
+@pytest.fixture(scope="module")
+def undisturbed(
+    model: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[tuple[object, ...], Path]:
+    """The flags of a run, and what such a run recorded."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    flags = (*model, *RULER, "--limit", 4, "--save-text", *ROWS, "--local", f"mmap:{folder}/units")
+    flags = (*flags, "--prefetch", "previous-layer", "--offload-index-keys")
+    assert run(*flags, "--trace-out", folder / "whole") == 0
+    return flags, folder / "whole"
+
+
 @pytest.mark.parametrize("num_steps", [5, 14])
 def test_a_resumed_run_records_what_an_undisturbed_one_does(
-    model: tuple[object, ...],
+    undisturbed: tuple[tuple[object, ...], Path],
     num_steps: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The tiers of the second part are new and empty."""
-    flags = (*model, *RULER, "--limit", 4, "--save-text", *ROWS, "--local", f"mmap:{tmp_path}/units")
-    flags = (*flags, "--prefetch", "previous-layer", "--offload-index-keys")
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    assert run(*flags, "--trace-out", whole) == 0
+    flags, whole = undisturbed
+    folder = tmp_path / "run"
     abort_after(monkeypatch, num_steps)
     assert run(*flags, "--trace-out", folder) == 130
     stopped = RunReader(folder)
@@ -194,7 +204,11 @@ def test_a_live_run_keeps_its_units_and_a_killed_one_none(model: tuple[object, .
     with valkey() as server, redis.Redis.from_url(server.tcp) as client:
         flags = (*model, *RULER, *MANY, *ROWS, "--remote", f"{server.tcp}?ttl_s={ttl_s}")
         with started(tmp_path / "live", *flags) as process:
-            time.sleep(1.2 * ttl_s)
+            end = time.monotonic() + 1.2 * ttl_s
+            while time.monotonic() < end:  # three quarters of it stopped: units grow old, requests do not end
+                for number, seconds in ((signal.SIGSTOP, 0.15), (signal.SIGCONT, 0.05)):
+                    process.send_signal(number)
+                    time.sleep(seconds)
             process.send_signal(signal.SIGTERM)
             out, err = process.communicate(timeout=LIMIT_S)
         assert process.returncode == 130, (out, err)

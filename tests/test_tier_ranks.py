@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -26,6 +25,7 @@ from helpers.memory_store import MemoryStore
 from helpers.ranks import Ranks, on_ranks
 from helpers.stores import valkey
 from helpers.waiting import LIMIT_S
+from helpers.warm_python import warm_python
 
 PROMPTS = "A ferry left the quay with hardly anyone on deck. " * 8 + "\n\nWhere to?\n"
 COMPARED = ("request_id", "layer_id", "step_idx", "seq_len_current", "selected_token_pos")
@@ -129,13 +129,12 @@ def test_sigterm_ends_all_ranks_and_leaves_no_key(model: tuple[object, ...], tmp
     """As a batch system ends a job: torchrun hands it on to its ranks."""
     redis = pytest.importorskip("redis", reason="redis-py counts the server's keys")
     folder = tmp_path / "run"
-    with valkey() as server, redis.Redis.from_url(server.tcp) as client:
+    with warm_python() as path, valkey() as server, redis.Redis.from_url(server.tcp) as client:
         flags = many_tokens(folder, *model, *ROWS, "--remote", server.tcp)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
         process = subprocess.Popen(
-            [*launch, str(INFERENCE / "generate.py"), *map(str, flags)],
+            ["torchrun", "--nproc-per-node", "2", str(INFERENCE / "generate.py"), *map(str, flags)],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

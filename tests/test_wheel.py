@@ -39,7 +39,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("installed")
-    pip("install", wheel, "--target", folder)
+    pip("install", wheel, "--target", folder, "--no-compile")
     share_kernels(folder / "dsatrace", folder / "kernels")
     return folder
 

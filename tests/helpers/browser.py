@@ -128,11 +128,7 @@ class Browser:
             for domain in ("Page", "Runtime", "Network", "Log"):
                 page.call(f"{domain}.enable")
             page.resize(width, height)
-            page.call(
-                "Emulation.setEmulatedMedia",
-                media=media,
-                features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
-            )
+            page.darken(dark, media)
             page.call("Emulation.setScriptExecutionDisabled", value=not javascript)
             page.load(file)
             yield page
@@ -229,6 +225,11 @@ class Page:
             deviceScaleFactor=1,
             mobile=False,
         )
+
+    def darken(self, dark: bool, media: str = "screen") -> None:
+        """Whether the reader prefers dark."""
+        colours = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", media=media, features=[colours])
 
     def value(self, expression: str) -> Any:
         """What the expression gives, once it is there if it is a promise; raises what it throws."""

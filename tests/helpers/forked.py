@@ -48,7 +48,8 @@ for name in (*LATE, "dsatrace.runner.offload.opening"):
     importlib.import_module(name)
 os.register_at_fork(before=gc.freeze)  # else a collection copies every page that modules lie on
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([__name__, "pytest"])
+# Also what test modules import, in which the functions stand that the forks call.
+_context.set_forkserver_preload([__name__, "pytest", "helpers.stores", "dsatrace.trace.parquet"])
 
 
 def start(

@@ -9,8 +9,9 @@ up and pinned; then, tail first, each is used again or inserted, after evictions
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def plain_simulate(
     found: list[int] = []
     evicted: list[tuple[int, int]] = []
     in_flight: dict[int, list[int]] = {}
-    for request, accesses in enumerate(_accesses(stream, held)):
+    for request, accesses in enumerate(_accesses(stream, tuple(held.tolist()))):
         cached = [block in policy for block in accesses]
         found.append(sum(cached))
         hits.append(cached.index(False) if False in cached else len(cached))
@@ -59,19 +60,24 @@ def plain_simulate(
     return hits, found, evicted
 
 
-def _accesses(stream: AccessStream, held: np.ndarray) -> Iterator[dict[int, Access]]:
-    """Each request's held blocks, head first."""
-    next_use = stream.next_use(held)
+@functools.lru_cache(maxsize=1)
+def _accesses(stream: AccessStream, held: tuple[int, ...]) -> list[dict[int, Access]]:
+    """Each request's held blocks, head first. The last are kept: a stream goes through every policy."""
+    next_use = stream.next_use(np.array(held, np.int64))
+    requests = []
     for request, (begin, end) in enumerate(zip(stream.starts[:-1], stream.starts[1:], strict=True)):
         chain = stream.blocks[begin:end].tolist()
-        yield {
-            block: Access(
-                time=float(stream.times[request]),
-                workload=int(stream.workloads[request]),
-                parent=chain[depth - 1] if depth else NO_PARENT,
-                depth=depth,
-                from_end=len(chain) - 1 - depth,
-                next_use=int(next_use[begin + depth]),
-            )
-            for depth, block in enumerate(chain[: held[request]])
-        }
+        requests.append(
+            {
+                block: Access(
+                    time=float(stream.times[request]),
+                    workload=int(stream.workloads[request]),
+                    parent=chain[depth - 1] if depth else NO_PARENT,
+                    depth=depth,
+                    from_end=len(chain) - 1 - depth,
+                    next_use=int(next_use[begin + depth]),
+                )
+                for depth, block in enumerate(chain[: held[request]])
+            }
+        )
+    return requests

@@ -1,7 +1,8 @@
-"""Shell scripts whose Python is warm: `python` and `dsatrace` are forks of the server of `forked`.
+"""Shell scripts whose Python is warm: `python`, `dsatrace`, `torchrun` are forks of the server of `forked`.
 
 An interpreter takes three seconds of CPU before its script begins, most of them for torch. What is asked with
-an option of its own (`-S`, `-m`, `-c`) goes to the real interpreter, and so does all that torchrun starts.
+an option of its own (`-S`, `-m`, `-c`) goes to the real interpreter. torchrun and its ranks are torchrun's
+own code; only their imports are done already.
 
     with warm_python() as path:
         subprocess.run(["bash", "scripts/demo.sh"], env=env | {"PATH": path})
@@ -24,15 +25,31 @@ from helpers.forked import call, run_script
 
 REAL = Path(sys.executable)
 SHIM = """#!{python} -IS
-import json, os, socket, sys
+import json, os, signal, socket, sys
 argv = {first!r} + sys.argv[1:]
+argv = argv[argv[:1] == ["-u"]:]  # as torchrun asks for its ranks
 if not argv or argv[0].startswith("-"):
     os.execv({python!r}, [{python!r}, *argv])
+os.environ["PYTHON_EXEC"] = {warm!r}  # for torchrun
+
+def pass_on(number, frame):
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:  # it has ended, and its exit code is under way
+        pass
+
+signals = [number for number in (1, 2, 15) if signal.getsignal(number) != signal.SIG_IGN]
+signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 with socket.socket(socket.AF_UNIX) as asked:
     asked.connect({address!r})
     asked.sendall(json.dumps([argv, os.getcwd(), dict(os.environ), os.getpid()]).encode())
     asked.shutdown(socket.SHUT_WR)
-    sys.exit(int(asked.makefile().read()))
+    said = asked.makefile()
+    pid = int(said.readline())
+    for number in signals:
+        signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    sys.exit(int(said.readline()))
 """
 _starting = threading.Lock()
 
@@ -43,6 +60,7 @@ class _Asked(socketserver.StreamRequestHandler):
         files = tuple(Path(f"/proc/{pid}/fd/{number}") for number in range(3))
         with _starting:
             process = call(_run, argv, cwd, environment, files)
+        self.wfile.write(f"{process.pid}\n".encode())
         process.join()
         code = process.exitcode or 0
         self.wfile.write(str(code if code >= 0 else 128 - code).encode())
@@ -64,12 +82,14 @@ def _run(argv: list[str], cwd: str, environment: dict[str, str], files: tuple[Pa
 
 @contextlib.contextmanager
 def warm_python() -> Iterator[str]:
-    """The PATH on which `python`, `python3` and `dsatrace` are warm."""
+    """The PATH on which `python`, `python3`, `dsatrace` and `torchrun` are warm."""
     with tempfile.TemporaryDirectory() as name:
         folder, address = Path(name), f"{name}/asked"
-        for command in ("python", "python3", "dsatrace"):
-            first = [str(REAL.parent / command)] if command == "dsatrace" else []
-            (folder / command).write_text(SHIM.format(python=str(REAL), first=first, address=address))
+        for command in ("python", "python3", "dsatrace", "torchrun"):
+            first = [] if command.startswith("python") else [str(REAL.parent / command)]
+            warm = str(folder / "python")
+            shim = SHIM.format(python=str(REAL), first=first, address=address, warm=warm)
+            (folder / command).write_text(shim)
             (folder / command).chmod(0o700)
         with socketserver.ThreadingUnixStreamServer(address, _Asked) as server:
             thread = threading.Thread(target=server.serve_forever)

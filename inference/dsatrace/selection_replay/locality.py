@@ -47,17 +47,19 @@ class LagOverlap(Sums):
 
     @classmethod
     def of(cls, steps: Steps, ordered: bool = True) -> LagOverlap:
-        sizes, pairs = steps.sizes, [_pairs(steps, lag) for lag in range(1, MAX_LAG + 1)]
+        sizes = steps.sizes
+        pairs = [_pairs(steps, lag) for lag in range(1, min(MAX_LAG + 1, max(steps.num_steps, 1)))]
+        longer = (0,) * (MAX_LAG - len(pairs))  # no two steps of the stream lie so far apart
+        chance = (
+            expected_shared(sizes[later], sizes[earlier], steps.visible[later]) for later, earlier in pairs
+        )
         return cls(
-            pairs=tuple(len(sizes[later]) for later, _ in pairs),
-            selected=tuple(int(sizes[later].sum()) for later, _ in pairs),
-            earlier=tuple(int(sizes[earlier].sum()) for _, earlier in pairs),
+            pairs=(*(len(sizes[later]) for later, _ in pairs), *longer),
+            selected=(*(int(sizes[later].sum()) for later, _ in pairs), *longer),
+            earlier=(*(int(sizes[earlier].sum()) for _, earlier in pairs), *longer),
             shared=_lag_counts(steps, steps.ids, steps.num_ids),
             shifted=_lag_counts(steps, *_distances(steps)) if ordered else None,
-            chance=tuple(
-                expected_shared(sizes[later], sizes[earlier], steps.visible[later])
-                for later, earlier in pairs
-            ),
+            chance=(*chance, *longer),
         )
 
     def share(self) -> tuple[float | None, ...]:

@@ -57,6 +57,8 @@ def with_intervals(cells: Sequence[Cell], kind: Kind) -> Cells:
     for cell in cells:
         hits, accesses = cell.parts.T
         low, high = interval(hits, accesses, kind)
+        if low is not None and high is not None:  # of two seeds it reaches further than any rate can
+            low, high = max(low, 0.0), min(high, 1.0)
         gain: float | None = None
         gain_low, gain_high = None, None
         other = lru.get((cell.workload, cell.block_size, cell.capacity_blocks))

@@ -24,6 +24,7 @@ On the way back objects are filled column by column, from the leaves up. Knows n
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ class Node:
     nullable: bool = False  # null is a value, not absence
     children: tuple[Node, ...] = ()
 
-    @property
+    @functools.cached_property
     def column(self) -> str:
         """`prefix.prefix_key` -> `prefix_key`, `kv_fetch.hbm.read_ops` -> `kv_fetch_hbm_read_ops`."""
         parent, _, name = self.path.rpartition(".")
@@ -107,6 +108,7 @@ def without_tiers(schema: pa.Schema) -> pa.Schema:
     return pa.schema([field for field in schema if field.name not in OF_TIERS])
 
 
+@functools.cache
 def arrow_schema(score_type: pa.DataType) -> pa.Schema:
     """Every column there can be, scores held as `score_type`: float32 or float64."""
     columns = [(leaf.column, _stored_type(leaf, score_type)) for leaf in LEAVES]
@@ -263,6 +265,7 @@ class _Columns:
     def __init__(self, batch: pa.RecordBatch, keep_float32: bool = False) -> None:
         self.num_rows = len(batch)
         self._batch = batch
+        self._names = frozenset(batch.schema.names)
         self._keep_float32 = keep_float32  # as numpy values, rather than as JSON's doubles
         self._blocks: list[Any] | None = None
 
@@ -281,7 +284,7 @@ class _Columns:
 
     def plain(self, name: str, keep_null: bool = False) -> _Values | None:
         """The stored values; None for a column that the file lacks or that holds no value."""
-        if name not in self._batch.schema.names:
+        if name not in self._names:
             return None
         array = self._batch.column(name)
         if array.null_count == 0 or keep_null:
@@ -303,7 +306,7 @@ class _Columns:
     def _touched(self) -> list[list[int] | None]:
         """Every record's touched blocks, as stored or derived from its positions."""
         if self._blocks is None:
-            names = self._batch.schema.names
+            names = self._names
             stored = _python_values(self._batch.column(BLOCKS)) if BLOCKS in names else None
             derived = None
             if POSITIONS in names and BLOCK_SIZE in names:
