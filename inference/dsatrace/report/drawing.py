@@ -37,21 +37,10 @@ def blank_picture(
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    class Placed(Figure):
-        """Saving draws twice, first only to see where things lie; this one then places and draws nothing."""
-
-        def draw(self, renderer: Any) -> None:
-            engine = self.get_layout_engine()
-            if self.canvas.is_saving() and isinstance(engine, ConstrainedLayoutEngine):
-                engine.execute(self)
-            else:
-                super().draw(renderer)
 
     settings: Any = {"figure.dpi": DPI, "savefig.dpi": DPI, **_ALWAYS, **(rc or {})}
     with mpl.rc_context(settings):
-        figure = Placed(figsize=size, layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
         try:
