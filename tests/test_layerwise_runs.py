@@ -35,6 +35,7 @@ from dsatrace.workloads.tokenizer import choose_tokenizer
 from helpers.checkpoints import TINY_CONFIG
 from helpers.forked import finished, start
 from helpers.layerwise import V32, in_dtype
+from helpers.waiting import until
 
 LAST = 12
 
@@ -120,13 +121,17 @@ def test_kills_at_ten_moments_change_nothing(folder: Path, undisturbed: Path, tm
         process.join()
         assert process.exitcode == 0, (tmp_path / "said.txt").read_text()
         lasts = time.monotonic() - started
+    progress = out / "layerwise" / "progress.json"
     while kills < 10:
-        progress = out / "layerwise" / "progress.json"
-        if not progress.is_file():  # it ended, or was killed before it began
+        anew = kills % 2 == 1  # and killed as soon as it says how far it is; the others at any time
+        if anew or not progress.is_file():  # without the file it ended, or was killed before it began
             shutil.rmtree(out, ignore_errors=True)
         resume = ["--resume"] if progress.is_file() else []
         process = start(flags(folder, out, *resume), tmp_path / "said.txt", command="layerwise")
-        process.join(draw.uniform(0.0, 1.0) * lasts)
+        if anew:
+            until(lambda process=process: progress.is_file() or process.exitcode is not None)
+        else:
+            process.join(draw.uniform(0.0, 1.0) * lasts)
         if process.exitcode is None:
             process.kill()
             process.join()
