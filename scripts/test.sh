@@ -14,5 +14,5 @@ ruff format --check .
 } > /dev/null 2>&1 &
 mypy ${CI:+--cache-dir=/dev/null} # who runs it once needs no cache
 wait $!
-# One worker more than cores: some tests wait, for a server, a timeout or a pause.
-python -m pytest -n "$(($(nproc) < 4 ? $(nproc) + 1 : 5))" --dist=worksteal "$@"
+# One worker more than cores: some tests wait, for a server, a timeout or a pause. The slowest thirty are named.
+python -m pytest --durations=30 -n "$(($(nproc) < 4 ? $(nproc) + 1 : 5))" --dist=worksteal "$@"

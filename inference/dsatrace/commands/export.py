@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from dsatrace.commands.damage import damage_named
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
-from dsatrace.text import plain
+from dsatrace.text import counted, plain
 from dsatrace.units import size_text
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if done.num_kept_as_text:
         print(f"kept as text, since their columns would not give them back: {done.num_kept_as_text}")
     before, after = size_text(done.bytes_before), size_text(done.bytes_after)
-    print(f"{done.num_records:,} records, {before} -> {after}: {plain(out)}")
+    print(f"{counted(done.num_records, 'record')}, {before} -> {after}: {plain(out)}")
     return 0
 
 
@@ -100,8 +100,8 @@ def _export_arrays(run: RunReader, out: Path) -> int:
 
     with damage_named(run.folder), records_counter("exporting to npy") as advance:
         written = export_arrays(run, out, advance)
-    told = f"{written.num_rows:,} rows of {written.num_requests:,} requests, {size_text(written.num_bytes)}"
-    print(f"{told}: {plain(out)}")
+    rows, requests = counted(written.num_rows, "row"), counted(written.num_requests, "request")
+    print(f"{rows} of {requests}, {size_text(written.num_bytes)}: {plain(out)}")
     return 0
 
 

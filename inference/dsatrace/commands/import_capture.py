@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from dsatrace.commands.parser import CommandParser
 from dsatrace.errors import UserError, exits_cleanly
 from dsatrace.flags import add_flags, values_of
-from dsatrace.text import plain
+from dsatrace.text import counted, plain
 
 if TYPE_CHECKING:
     from dsatrace.captures.examine import Examined
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         imported = write_run(examined, args.out, settings, advance, argv)
     if imported.prompt_rows == "off":
         print("the prompt's rows are not recorded")
-    requests = f"{imported.num_requests:,} request{'s' * (imported.num_requests != 1)}"
-    print(f"{imported.num_rows:,} steps of {requests}: {plain(imported.folder)}")
+    steps, requests = counted(imported.num_rows, "step"), counted(imported.num_requests, "request")
+    print(f"{steps} of {requests}: {plain(imported.folder)}")
     return 0
 
 

@@ -21,7 +21,7 @@ from dsatrace.errors import is_rank_0
 from dsatrace.model.transformer import Transformer
 from dsatrace.runner.settings import ModelSettings
 from dsatrace.runner.setup import load_model, open_engine
-from dsatrace.text import plain, plain_lines
+from dsatrace.text import counted, plain, plain_lines
 from dsatrace.workloads.chat import Chat
 from dsatrace.workloads.encoding import Message
 from dsatrace.workloads.request import Request
@@ -121,7 +121,7 @@ def _run_with_progress(engine: Engine, live: Sequence[LiveRequest], shown: bool)
     generated = sum(request.num_answered for request in live)
     cached_tokens = sum(request.prefix_hit_tokens or 0 for request in live)
     cached = f" ({cached_tokens} from the prefix cache)" if cached_tokens else ""
-    requests = f"{len(live)} request{'s' * (len(live) != 1)}"
+    requests = counted(len(live), "request")
     report = f"{requests}, {prompt_tokens} tokens in{cached}, {generated} out in {seconds:.1f} s"
     if engine.num_decode_tokens:
         report += f" ({engine.num_decode_tokens / engine.decode_s:.1f} tokens/s in decode)"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..text import counted
 from .drawing import plain_label, whole_numbers
 from .panels import (
     BASELINE_STYLES,
@@ -44,7 +45,7 @@ def draw_replay(
 ) -> Drawn:
     """Draws the sheet, or each panel that `settings` names; `whose` selections these are, if it is known."""
     record, overall = {**record, "whose": whose}, record["overall"]
-    heading = f"{record['num_requests']:,} requests, {overall['steps']:,} steps of a layer"
+    heading = f"{counted(record['num_requests'], 'request')}, {counted(overall['steps'], 'step')} of a layer"
     return draw_panels(PANELS, record, stem, heading, settings, caveat(record) or "")
 
 
@@ -57,10 +58,10 @@ def _facts(record: Record, *own: str) -> list[str]:
     return [
         record["whose"] or f"model of config {record['model_config_digest'][:8]}",
         "1 request" if num_requests == 1 else f"mean of {num_requests:,} requests",
-        "1 layer" if num_layers == 1 else f"{num_layers} layers",
+        counted(num_layers, "layer"),
         *own,
         f"unit: {unit}",
-        f"{record['overall']['steps']:,} steps of a layer",
+        f"{counted(record['overall']['steps'], 'step')} of a layer",
         *_past_answers(record),
     ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..text import counted
 from ..units import size_text
 from .grid import MAX_ROWS, NONE, Cell, Grid, number, percent, size
 from .tables import caveat
@@ -25,9 +26,10 @@ _DOORS_WITH_ORDER = ("serve", "layerwise")
 
 def replay_parts(record: Record) -> Iterator[str | Grid]:
     """In the order of the questions: what it misses, how large it must be, what it costs, and why."""
-    overall, num_requests = record["overall"], record["num_requests"]
+    overall = record["overall"]
     yield (
-        f"{num_requests} requests, {len(record['layers'])} layers, {overall['steps']:,} steps of a layer, "
+        f"{counted(record['num_requests'], 'request')}, {counted(len(record['layers']), 'layer')}, "
+        f"{counted(overall['steps'], 'step')} of a layer, "
         f"top-k {_range(record['top_k'])}, unit: {record['unit']}"
     )
     if warning := caveat(record):
