@@ -402,6 +402,13 @@ def test_a_run_tells_its_interval(tmp_path: Path, capsys: Any) -> None:
     assert "95 % intervals over conversations" in capsys.readouterr().out
     spread = stats["intervals"]["metrics"]["hit_rate_first_prefill"]
     assert spread["low"] < stats["metrics"]["hit_rate_first_prefill"] < spread["high"]
+    log = write_three_turns(tmp_path / "one_conversation.jsonl")
+    for verb in ("run", "explain"):
+        assert study(verb, log, "--block-size", 4, "--output-dir", tmp_path / verb) == 0
+        told = "no intervals: they need two conversations"
+        assert told in capsys.readouterr().out
+        assert cli.main(["report", str(tmp_path / verb), "--no-figure"]) == 0
+        assert told in capsys.readouterr().out
 
 
 def test_a_large_ratio_is_a_whole_number() -> None:

@@ -153,6 +153,8 @@ def intervals_text(intervals: Mapping[str, Any]) -> str:
         return ""
     if intervals["over"] == "seeds":
         return f"over {len(intervals['seeds'])} seeds with 95 % intervals"
+    if not intervals.get("metrics", True):
+        return "no intervals: they need two conversations"
     return "95 % intervals over conversations"
 
 
@@ -180,7 +182,8 @@ def explain_grid(
         used_by = f" ({line.used_by})" if line.used_by else ""
         numbers = (count(line.numerator), count(line.denominator))
         rows.append((line.name, rate, *means, *numbers, line.formula + used_by))
-    title = f"One trace, every definition: {_cache_and_intervals(cache, intervals)}"
+    found = {**intervals, "metrics": [line.name for line in definitions if line.low is not None]}
+    title = f"One trace, every definition: {_cache_and_intervals(cache, found)}"
     return Grid(title, columns, rows, left=(0, len(columns) - 1))
 
 
