@@ -130,7 +130,7 @@ STUDIES = {
     "compare": ("--num-blocks", 40),
     "explain": (),
     "sweep": ("--workloads", "qa", "--num-requests", 20, "--capacities", 64, "--policies", "lru"),
-    "mixed": ("--num-requests", 20, "--policies", "lru", "fifo"),
+    "mixed": ("--num-requests", 20, "--policies", "lru", "fifo", "--seeds", 2),
 }
 
 

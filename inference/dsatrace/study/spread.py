@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dsatrace.kv.blocks import HIT
 from dsatrace.study.metrics import Values
 from dsatrace.study.run import Replayed
-from dsatrace.study.sweep_cells import LRU, Cell, Cells, added
+from dsatrace.study.sweep_cells import DIGITS, LRU, Cell, Cells, added
 
 Kind = Literal["seeds", "conversations"]
 NUM_SEEDS = 8
@@ -59,17 +59,14 @@ def with_intervals(cells: Sequence[Cell], kind: Kind) -> Cells:
         low, high = interval(hits, accesses, kind)
         if low is not None and high is not None:  # of two seeds it reaches further than any rate can
             low, high = max(low, 0.0), min(high, 1.0)
-        gain: float | None = None
-        gain_low, gain_high = None, None
+        found: dict[str, Any] = {"hit_rate_low": low, "hit_rate_high": high}
         other = lru.get((cell.workload, cell.block_size, cell.capacity_blocks))
         if other is not None and cell.policy != LRU:
-            gain = cell.hit_rate - other.hit_rate
-            gain_low, gain_high = interval(hits - other.parts[:, 0], accesses, kind)
-        result.append(
-            dataclasses.replace(
-                cell, hit_rate_low=low, hit_rate_high=high, gain=gain, gain_low=gain_low, gain_high=gain_high
-            )
-        )
+            found["gain"] = cell.hit_rate - other.hit_rate
+            found["gain_low"], found["gain_high"] = interval(hits - other.parts[:, 0], accesses, kind)
+        for name, value in found.items():
+            found[name] = None if value is None else round(value, DIGITS)
+        result.append(dataclasses.replace(cell, **found))
     return result
 
 

@@ -116,6 +116,8 @@ COUNTED = (
     "requests", "rejected", "accesses", "hits", "misses", "block_hits", "output_hits", "rejected_accesses",
 )  # fmt: skip
 """The counts of a cell."""
+DIGITS = 6
+"""Decimals of a rate in files; of an interval in tables, too, which are shown again from the files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +167,8 @@ class Cell:
             "block_hit_rate": self.block_hit_rate,
         }
         return {
-            name: round(value, 6) if isinstance(value, float) else value for name, value in values.items()
+            name: round(value, DIGITS) if isinstance(value, float) else value
+            for name, value in values.items()
         }
 
 
