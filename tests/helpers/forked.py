@@ -49,7 +49,7 @@ for name in (*LATE, "dsatrace.runner.offload.opening"):
 os.register_at_fork(before=gc.freeze)  # else a collection copies every page that modules lie on
 _context = multiprocessing.get_context("forkserver")
 # Also what test modules import, in which the functions stand that the forks call.
-_context.set_forkserver_preload([__name__, "pytest", "helpers.stores", "dsatrace.trace.parquet"])
+_context.set_forkserver_preload([__name__, "pytest", "helpers.stores"])
 
 
 def start(

@@ -296,12 +296,7 @@ class Arc(PlainPolicy):
 
 
 class ByWorkload(PlainPolicy):
-    """Evicts the lowest worth first; among equals, the least recent.
-
-    A block's worth is the highest worth of the workloads that used it since it was cached: a
-    priority; or 1 for admitted workloads and 0 for the rest, whose blocks stay only while the room
-    is not needed. Before `since_s` all workloads are worth as much as the best: LRU.
-    """
+    """Evicts the lowest worth first, by the rule of `workload_aware.ByWorkloadState`."""
 
     def __init__(
         self, capacity: int, *, worth: Sequence[float], since_s: float = 0.0, leaf: bool = False
@@ -321,12 +316,7 @@ class ByWorkload(PlainPolicy):
 
 
 class TailFirst(PlainPolicy):
-    """Evicts the ends of requests that a next turn can recompute in time, then LRU.
-
-    A turn can compute a certain number of blocks within its latency target, and its new prompt needs
-    some of them. The rest, `slack_blocks`, may be missing at the end of its earlier turns. Improves
-    the tail of the latency, not the hit rate.
-    """
+    """Evicts the ends of requests, by the rule of `workload_aware.TailFirstState`."""
 
     def __init__(self, capacity: int, *, slack_blocks: int, leaf: bool = False) -> None:
         super().__init__(capacity, leaf=leaf)
@@ -339,18 +329,7 @@ class TailFirst(PlainPolicy):
 
 
 class ReuseProbability(PlainPolicy):
-    """Evicts the block least likely to be reused within the time a block can expect to stay.
-
-    Of workload w a share p(w) of uses is followed by another, after a time that is
-    exponential with mean m(w). A block unused for t seconds is then reused within the next
-    L seconds with the probability
-
-        p e^(-t/m) (1 - e^(-L/m)) / (1 - p + p e^(-t/m))
-
-    where L is the running mean of the age of evicted blocks. It falls with t, so each workload's
-    least recent block is its candidate; of equals, the deeper block is evicted. Before `since_s` the
-    least recent of the candidates goes, as in LRU.
-    """
+    """Evicts the block least likely to be reused, by the rule of `workload_aware.ReuseProbabilityState`."""
 
     def __init__(
         self,
